@@ -1,0 +1,59 @@
+"""The one path from packets to scores, for the service and for archives alike. Knows neither Kafka nor files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_filter.packets.batch import AlertBatch, Survey
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.packet import Packet
+from broker_filter.packets.rejects import Reject, RejectReason
+from broker_filter.scoring.scorer import Scorer
+from broker_filter.scoring.scores import Scores
+from broker_filter.streaming.duplicates import DuplicateWindow
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredBatch:
+    """What became of a batch of packets: every alert in them is a scored row of `alerts` or one of `rejects`.
+
+    Rows of `alerts` that no model takes are among the rejects (`no_model_for_survey`) and not in `scored`.
+    """
+
+    packets: Sequence[Packet]
+    alerts: AlertBatch
+    scores: Scores
+    duplicate: NDArray[np.bool_]  # [N] the alert id was seen before within the window
+    rejects: Sequence[Reject]
+
+    @property
+    def scored(self) -> NDArray[np.int64]:
+        """Indices of the alerts that at least one model scored."""
+        return np.flatnonzero(self.scores.taken)
+
+
+def score_alerts(alerts: AlertBatch, rejects: Sequence[Reject], scorer: Scorer, window: DuplicateWindow) -> ScoredBatch:
+    """Scores decoded alerts and marks the ones seen before. Must be called in the order in which packets arrived."""
+    scores = scorer.score(alerts)
+    unclaimed = [
+        Reject(
+            packet=alerts.packets[alerts.packet_index[i]],
+            reason=RejectReason.NO_MODEL_FOR_SURVEY,
+            detail=f"no configured model takes alerts of {Survey(int(alerts.survey[i]))}",
+            record=int(alerts.record_index[i]),
+            alert=alerts.identity(int(i)),
+        )
+        for i in np.flatnonzero(~scores.taken)
+    ]
+    duplicate = window.mark(alerts, scores.taken)
+    return ScoredBatch(alerts.packets, alerts, scores, duplicate, [*rejects, *unclaimed])
+
+
+def score_packets(packets: Sequence[Packet], decoder: Decoder, scorer: Scorer, window: DuplicateWindow) -> ScoredBatch:
+    """Decodes and scores one batch of packets."""
+    alerts, rejects = decoder.decode(packets)
+    return score_alerts(alerts, rejects, scorer, window)
