@@ -1,0 +1,55 @@
+"""The command line: one module a command.
+
+Imports nothing heavy: a command's module imports what it needs inside its `run` function, so that `--help` answers at
+once. An error that a person can mend is one line on stderr, never a traceback. Exit status: 0 fine, 1 failed at work, 2
+bad usage or configuration, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from broker_filter.cli.console import set_up_logging
+
+COMMANDS: tuple[str, ...] = ()
+"""Modules of this package in the order of `--help`; each has `add_parser(subparsers)`, which sets `run` to a function
+of the parsed arguments that returns the exit status."""
+
+INTERRUPTED = 130
+"""What shells give for a process that SIGINT ended: 128 + 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="broker-filter",
+        description="Kafka or archived nights in, scored and anomaly-flagged astronomical alerts out.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('broker-filter')}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="debug lines in the log, tracebacks with errors")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        import_module(f"broker_filter.cli.{command}").add_parser(subparsers)
+    arguments = parser.parse_args(argv)
+    set_up_logging(verbose=arguments.verbose)
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        print("broker-filter: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if arguments.verbose:
+            raise
+        print(f"broker-filter: {describe_error(error)}", file=sys.stderr)
+        return getattr(error, "exit_status", 1)
+
+
+def describe_error(error: Exception) -> str:
+    """What to tell the person at the terminal: our own errors and the system's say enough, any other is a bug."""
+    if type(error).__module__.startswith("broker_filter") or isinstance(error, OSError):
+        return str(error)
+    return f"unexpected {type(error).__name__}: {error} (`broker-filter --verbose ...` shows where)"
