@@ -1,0 +1,1 @@
+"""The networks' architectures: one self-contained file each, with its source and licence at the top."""
