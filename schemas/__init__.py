@@ -1,0 +1,1 @@
+"""The Avro schemas that the service writes; installed as `broker_filter.schemas`."""
