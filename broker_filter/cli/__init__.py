@@ -11,8 +11,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 
+from broker_filter import __version__
 from broker_filter.cli.console import set_up_logging
 
 COMMANDS: tuple[str, ...] = ()
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="broker-filter",
         description="Kafka or archived nights in, scored and anomaly-flagged astronomical alerts out.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('broker-filter')}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="debug lines in the log, tracebacks with errors")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:

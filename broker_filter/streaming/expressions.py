@@ -1,0 +1,330 @@
+"""Filters: one line of text over scores and alert fields, checked when it is compiled and evaluated on whole batches.
+
+The language is a small part of Python's expressions, read with `ast` and walked here; nothing is ever executed as
+Python.
+
+- Numbers: metadata columns, `alert_id`, `mjd`, `ra`, `dec`, model outputs, literals; `+ - * /`, `abs(x)`.
+- Text: `object_id`, `survey`, `band`, `schema_version`, literals; only `==`, `!=` and `in` compare it.
+- A model output is called `<model>.<label>`, or `<label>` where one model alone has it and no field is called so. A
+name
+  that is not made of Python identifiers is put in backquotes: `` `my-model.SN Ia` > 0.5 ``.
+- `and`, `or`, `not`; comparisons, also chained (`0.3 < real <= 0.65`); `band in ("g", "r")`. A number stands for true
+  where it is not zero, as in `not sso`.
+
+A missing value (null, the survey's sentinel, another survey's score, division by zero) makes every comparison with it
+neither true nor false, and `not` leaves it so, as in SQL: `magpsf < 18` and `not magpsf < 18` both pass over an alert
+without a magnitude. `isnull(x)` asks for it. A filter takes the alerts for which it is true.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import Enum
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_filter.packets.batch import BANDS, UNKNOWN_BAND, AlertBatch, Survey
+
+if TYPE_CHECKING:  # at run time it would bring the model runtimes along, which checking a configuration can do without
+    from broker_filter.streaming.filtering import ScoredBatch
+
+MAX_LENGTH = 2000
+"""Characters of one filter: no person writes more, and it bounds what the parser is given."""
+MAX_DEPTH = 50
+"""Nesting of one filter: far from the interpreter's recursion limit."""
+LARGEST_INTEGER = 2**63 - 1
+"""Of the alert ids that integers are compared with."""
+
+IDENTITY_NUMBERS = ("alert_id", "mjd", "ra", "dec")
+IDENTITY_TEXTS = ("object_id", "survey", "band", "schema_version")
+IDENTITY_FIELDS = IDENTITY_NUMBERS + IDENTITY_TEXTS
+"""Fields that every alert has; the others are metadata columns, all of them numbers."""
+
+
+class ExpressionError(ValueError):
+    """A filter that cannot be compiled: what is wrong, in which column of its text, and what was probably meant."""
+
+
+class Kind(Enum):
+    """What a part of an expression stands for."""
+
+    NUMBER = "a number"
+    TEXT = "text"
+    TRUTH = "true or false"
+
+
+class Truth(NamedTuple):
+    """Three-valued truth over a batch: where it is true, where it is false; where neither, a value was missing."""
+
+    true: NDArray[np.bool_]
+    false: NDArray[np.bool_]
+
+
+Values = Any
+"""NUMBER: a float or int array, or a scalar; NaN is missing. TEXT: an object array; None is missing. TRUTH: a Truth."""
+Evaluate = Callable[[Mapping[str, Values]], Values]
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """A compiled filter. `names`: the fields and outputs (`<model>.<label>`) that it reads."""
+
+    text: str
+    names: frozenset[str]
+    _evaluate: Evaluate
+
+    def evaluate(self, scored: ScoredBatch) -> NDArray[np.bool_]:
+        """For which alerts the filter is true, bool[N]."""
+        outputs = scored.scores.columns()
+        values = {name: outputs[name] if name in outputs else field(scored.alerts, name) for name in self.names}
+        with np.errstate(all="ignore"):
+            true = self._evaluate(values).true
+        return np.broadcast_to(true, len(scored.alerts)).copy()
+
+
+def field(alerts: AlertBatch, name: str) -> NDArray[Any]:
+    """An identity field or metadata column over N alerts: numbers, or text (dtype object); missing are NaN and None.
+
+    Raises KeyError where the batch has no such column.
+    """
+    match name:
+        case "alert_id" | "mjd" | "ra" | "dec":
+            return np.asarray(getattr(alerts, name))
+        case "object_id" | "schema_version":
+            return np.array(getattr(alerts, name), dtype=object)
+        case "survey":
+            return np.array([str(survey) for survey in Survey], dtype=object)[alerts.survey]
+        case "band":
+            known = alerts.band != UNKNOWN_BAND
+            return np.asarray(np.where(known, np.array(BANDS, dtype=object)[alerts.band * known], None))
+        case _:
+            return alerts.column(name)
+
+
+def compile_filter(text: str, fields: Sequence[str], outputs: Sequence[str]) -> Expression:
+    """Compiles a filter.
+
+    `fields`: the identity fields and metadata columns that may be named; `outputs`: the models' outputs,
+    `<model>.<label>`. Raises ExpressionError.
+    """
+    if len(text) > MAX_LENGTH:
+        raise ExpressionError(f"a filter of {len(text)} characters; at most {MAX_LENGTH} are allowed")
+    source, quoted = _take_quoted_names(" ".join(text.splitlines()).lstrip())
+    try:
+        tree = ast.parse(source, mode="eval")
+    except SyntaxError as error:
+        raise ExpressionError(f"column {error.offset or 1}: {error.msg}") from None
+    except (ValueError, RecursionError, MemoryError) as error:  # what deep nesting and null characters give
+        raise ExpressionError(f"not an expression: {error}") from None
+    compiler = _Compiler(fields, outputs, quoted)
+    evaluate = compiler.truth(tree.body, depth=0)
+    return Expression(text, frozenset(compiler.names), evaluate)
+
+
+def _take_quoted_names(source: str) -> tuple[str, dict[str, str]]:
+    """Puts a placeholder of the same length in the place of each name in backquotes, outside of string literals."""
+    quoted: dict[str, str] = {}
+
+    def placeholder(match: re.Match[str]) -> str:
+        token = match[0]
+        if not token.startswith("`"):
+            return token
+        name = f"_{len(quoted)}".ljust(len(token), "_")
+        quoted[name] = token[1:-1]
+        return name
+
+    return re.sub(r'"[^"]*"|\'[^\']*\'|`[^`]+`', placeholder, source), quoted
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A compiled part of an expression."""
+
+    kind: Kind
+    evaluate: Evaluate
+
+
+class _Compiler:
+    """Turns a syntax tree into closures, refusing what is not of the language. Gathers the `names` that are read."""
+
+    def __init__(self, fields: Sequence[str], outputs: Sequence[str], quoted: Mapping[str, str]) -> None:
+        self.names: set[str] = set()
+        self._quoted = quoted
+        short = Counter(output.rpartition(".")[2] for output in outputs)
+        self._known = {output.rpartition(".")[2]: output for output in outputs}
+        self._ambiguous = {label for label, models in short.items() if models > 1}
+        self._known |= {name: name for name in (*outputs, *fields)}
+
+    def truth(self, node: ast.expr, depth: int) -> Evaluate:
+        """Compiles `node` into something that is true or false."""
+        part = self._part(node, depth)
+        match part.kind:
+            case Kind.TRUTH:
+                return part.evaluate
+            case Kind.NUMBER:
+                number = part.evaluate
+                return lambda values: _not_zero(number(values))
+            case Kind.TEXT:
+                raise _refusal(node, "text where something true or false is wanted; compare it with `==` or `in`")
+
+    def number(self, node: ast.expr, depth: int) -> Evaluate:
+        """Compiles `node` into a number."""
+        part = self._part(node, depth)
+        if part.kind is not Kind.NUMBER:
+            raise _refusal(node, f"a number is wanted here, this is {part.kind.value}")
+        return part.evaluate
+
+    def _part(self, node: ast.expr, depth: int) -> _Part:
+        if depth > MAX_DEPTH:
+            raise _refusal(node, f"nested deeper than {MAX_DEPTH}")
+        match node:
+            case ast.Constant():
+                return self._literal(node)
+            case ast.Name() | ast.Attribute():
+                return self._name(node)
+            case ast.BoolOp(op=op, values=operands):
+                combine = _both if isinstance(op, ast.And) else _either
+                truths = [self.truth(operand, depth + 1) for operand in operands]
+                return _Part(Kind.TRUTH, lambda values: reduce(combine, (truth(values) for truth in truths)))
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                negated = self.truth(operand, depth + 1)
+                return _Part(Kind.TRUTH, lambda values: _opposite(negated(values)))
+            case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
+                number = self.number(operand, depth + 1)
+                return _Part(Kind.NUMBER, number if isinstance(sign, ast.UAdd) else lambda values: -number(values))
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
+                compute, a, b = _ARITHMETIC[type(op)], self.number(left, depth + 1), self.number(right, depth + 1)
+                return _Part(Kind.NUMBER, lambda values: compute(a(values), b(values)))
+            case ast.Compare(left=left, ops=ops, comparators=rights):
+                lefts = [left, *rights]
+                pairs = [self._comparison(*pair, depth + 1) for pair in zip(lefts, ops, rights, strict=False)]
+                return _Part(Kind.TRUTH, lambda values: reduce(_both, (pair(values) for pair in pairs)))
+            case ast.Call(func=ast.Name(id="abs"), args=[argument], keywords=[]):
+                number = self.number(argument, depth + 1)
+                return _Part(Kind.NUMBER, lambda values: np.abs(number(values)))
+            case ast.Call(func=ast.Name(id="isnull"), args=[argument], keywords=[]):
+                return self._is_null(argument, depth + 1)
+            case ast.Call():
+                raise _refusal(node, "the only functions are abs(x) and isnull(x)")
+            case _:
+                raise _refusal(node, f"a filter cannot hold this ({type(node).__name__})")
+
+    def _literal(self, node: ast.Constant) -> _Part:
+        literal = node.value
+        if isinstance(literal, str):
+            text = np.array(literal, dtype=object)
+            return _Part(Kind.TEXT, lambda _: text)
+        if isinstance(literal, bool) or not isinstance(literal, int | float):
+            raise _refusal(node, f"{literal!r} is neither a number nor text; write `x`, `not x` or `isnull(x)`")
+        if abs(literal) > LARGEST_INTEGER and isinstance(literal, int):
+            raise _refusal(node, "an integer beyond 64 bits")
+        return _Part(Kind.NUMBER, lambda _: literal)
+
+    def _name(self, node: ast.Name | ast.Attribute) -> _Part:
+        match node:
+            case ast.Name(id=written):
+                written = self._quoted.get(written, written)
+            case ast.Attribute(value=ast.Name(id=model), attr=label):
+                written = f"{model}.{label}"
+            case _:
+                raise _refusal(node, "a name has at most one dot: `<model>.<label>`")
+        if written in self._ambiguous and self._known[written] != written:
+            raise _refusal(node, f"more than one model has an output {written!r}; write `<model>.{written}`")
+        if written not in self._known:
+            close = get_close_matches(written, self._known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(self._known))}"
+            raise _refusal(node, f"unknown name {written!r}; {hint}")
+        name = self._known[written]
+        self.names.add(name)
+        return _Part(Kind.TEXT if name in IDENTITY_TEXTS else Kind.NUMBER, lambda values: values[name])
+
+    def _comparison(self, left: ast.expr, op: ast.cmpop, right: ast.expr, depth: int) -> Evaluate:
+        match op:
+            case ast.In() | ast.NotIn():
+                if not isinstance(right, ast.Tuple | ast.List) or not right.elts:
+                    raise _refusal(right, '`in` is followed by values in parentheses: `band in ("g", "r")`')
+                equals = [self._comparison(left, ast.Eq(), element, depth + 1) for element in right.elts]
+                if isinstance(op, ast.In):
+                    return lambda values: reduce(_either, (equal(values) for equal in equals))
+                return lambda values: _opposite(reduce(_either, (equal(values) for equal in equals)))
+            case ast.Is() | ast.IsNot():
+                raise _refusal(right, "`is` is not of this language; write `==`, or isnull(x)")
+        a, b = self._part(left, depth), self._part(right, depth)
+        if a.kind is not b.kind or a.kind is Kind.TRUTH:
+            raise _refusal(right, f"{a.kind.value} cannot be compared with {b.kind.value}")
+        if a.kind is Kind.TEXT and not isinstance(op, ast.Eq | ast.NotEq):
+            raise _refusal(right, "text has no order here; only `==`, `!=` and `in` compare it")
+        compare = _COMPARISONS[type(op)]
+
+        def evaluate(values: Mapping[str, Values]) -> Truth:
+            x, y = a.evaluate(values), b.evaluate(values)
+            known = ~(_missing(x) | _missing(y))
+            holds = np.asarray(compare(x, y), dtype=np.bool_)
+            return Truth(known & holds, known & ~holds)
+
+        return evaluate
+
+    def _is_null(self, argument: ast.expr, depth: int) -> _Part:
+        part = self._part(argument, depth)
+        if part.kind is Kind.TRUTH:
+            raise _refusal(argument, "isnull(x) asks for a field, a score or a number")
+
+        def evaluate(values: Mapping[str, Values]) -> Truth:
+            missing = _missing(part.evaluate(values))
+            return Truth(missing, ~missing)
+
+        return _Part(Kind.TRUTH, evaluate)
+
+
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Values, Values], Values]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+_ARITHMETIC: dict[type[ast.operator], Callable[[Values, Values], Values]] = {
+    # In float64 always: 64-bit integers would wrap around in silence.
+    ast.Add: lambda a, b: np.add(a, b, dtype=np.float64),
+    ast.Sub: lambda a, b: np.subtract(a, b, dtype=np.float64),
+    ast.Mult: lambda a, b: np.multiply(a, b, dtype=np.float64),
+    ast.Div: lambda a, b: np.where(np.equal(b, 0), np.nan, np.divide(a, b, dtype=np.float64)),
+}
+
+
+def _refusal(node: ast.expr, what: str) -> ExpressionError:
+    return ExpressionError(f"column {node.col_offset + 1}: {what}")
+
+
+def _missing(value: Values) -> NDArray[np.bool_]:
+    """Where a number is NaN, or a text None."""
+    array = np.asarray(value)
+    return np.asarray(array == None if array.dtype == object else np.isnan(array), dtype=np.bool_)  # noqa: E711
+
+
+def _not_zero(number: Values) -> Truth:
+    known = ~_missing(number)
+    zero = np.equal(number, 0)
+    return Truth(known & ~zero, known & zero)
+
+
+def _opposite(a: Truth) -> Truth:
+    return Truth(a.false, a.true)
+
+
+def _both(a: Truth, b: Truth) -> Truth:
+    return Truth(a.true & b.true, a.false | b.false)
+
+
+def _either(a: Truth, b: Truth) -> Truth:
+    return Truth(a.true | b.true, a.false & b.false)
