@@ -1,0 +1,151 @@
+"""Real packets, real weights and real brokers for the tests, from where this machine has them.
+
+Survey data and weights stand beside the checkout (`../shared`, or where `BROKER_FILTER_SHARED` says); a test that needs
+them skips without. Brokers: a running cluster (`KAFKA_BOOTSTRAP_SERVERS`), else Apache Kafka started from `KAFKA_HOME`
+or `../shared/kafka`, else the embedded broker. Tests marked `kafka` do not run on the embedded one: they skip, or fail
+where `BROKER_FILTER_REQUIRE_KAFKA=1`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+import tempfile
+import uuid
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from broker_filter.local_kafka import KafkaCluster, embedded_broker, kafka_home
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("BROKER_FILTER_SHARED", CHECKOUT.parent / "shared"))
+RUNNING_CLUSTER = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
+REQUIRE_KAFKA = os.environ.get("BROKER_FILTER_REQUIRE_KAFKA") == "1"
+
+
+def apache_kafka() -> Path | None:
+    """The Kafka installation to start clusters from."""
+    home = kafka_home() or SHARED / "kafka"
+    return home if (home / "bin" / "kafka-server-start.sh").exists() and shutil.which("java") else None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("kafka") and not (RUNNING_CLUSTER or apache_kafka()):
+        pytest.skip("needs Apache Kafka: KAFKA_BOOTSTRAP_SERVERS, or KAFKA_HOME (or ../shared/kafka) and Java")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if REQUIRE_KAFKA and report.skipped and item.get_closest_marker("kafka"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, although BROKER_FILTER_REQUIRE_KAFKA=1: {report.longrepr}"
+    return report
+
+
+def require(path: Path) -> Path:
+    """The path, or a skip that says what is missing."""
+    if not path.exists():
+        pytest.skip(f"{path} is not on this machine")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real survey data."""
+    return require(SHARED / "data")
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """The folder of published weights."""
+    return require(SHARED / "models")
+
+
+@pytest.fixture(scope="session")
+def ztf_packets(shared_data: Path) -> list[tuple[int, bytes]]:
+    """Every shared ZTF packet as (candid, container file)."""
+    with tarfile.open(shared_data / "ztf" / "ztf_alerts.tar") as archive:
+        return [
+            (int(Path(member.name).stem), stream.read())
+            for member in archive
+            if (stream := archive.extractfile(member)) and member.name.endswith(".avro")
+        ]
+
+
+@pytest.fixture(scope="session")
+def lsst_schemas(shared_data: Path) -> Path:
+    """The official LSST schemas, in the place of a schema registry."""
+    return shared_data / "lsst" / "schemas"
+
+
+@pytest.fixture(scope="session")
+def lsst_packets(shared_data: Path) -> list[tuple[str, bytes]]:
+    """Every shared LSST packet in Confluent wire format as (file name, message)."""
+    return [
+        (path.name, path.read_bytes()) for path in sorted((shared_data / "lsst" / "wire").iterdir()) if path.is_file()
+    ]
+
+
+@pytest.fixture(scope="session")
+def start_cluster() -> Iterator[Callable[..., KafkaCluster]]:
+    """Starts Apache Kafka with KafkaCluster's options (`nodes`, `secure`, `overrides`); it ends with the session."""
+    home = apache_kafka()
+    if home is None:
+        pytest.skip("needs an Apache Kafka to start: KAFKA_HOME (or ../shared/kafka) and Java")
+    with ExitStack() as stack:
+
+        def start(**options: object) -> KafkaCluster:
+            # Not below pytest's own folder, which keeps what the last three runs wrote: alerts fill a disk.
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="kafka-", ignore_cleanup_errors=True))
+            return stack.enter_context(KafkaCluster(home, Path(directory), **options))  # type: ignore[arg-type]
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def kafka_cluster(start_cluster: Callable[..., KafkaCluster]) -> KafkaCluster:
+    """One node of Apache Kafka, shared by the session: stop it in no test."""
+    return start_cluster()
+
+
+@pytest.fixture(scope="session")
+def secure_cluster(start_cluster: Callable[..., KafkaCluster]) -> KafkaCluster:
+    """One node of Apache Kafka that asks for TLS and SCRAM-SHA-512."""
+    return start_cluster(secure=True)
+
+
+@pytest.fixture(scope="session")
+def kafka_bootstrap(request: pytest.FixtureRequest) -> Iterator[str]:
+    """`host:port` of a broker; Apache Kafka for every test marked `kafka`."""
+    if RUNNING_CLUSTER:
+        yield RUNNING_CLUSTER
+    elif apache_kafka():
+        yield request.getfixturevalue("kafka_cluster").bootstrap_servers
+    else:
+        with tempfile.TemporaryDirectory(prefix="broker-") as directory, embedded_broker(Path(directory)) as bootstrap:
+            yield bootstrap
+
+
+@pytest.fixture(scope="session")
+def second_kafka_bootstrap(request: pytest.FixtureRequest) -> Iterator[str]:
+    """`host:port` of another cluster than `kafka_bootstrap`: one's own, beside the survey's."""
+    if apache_kafka():
+        yield request.getfixturevalue("start_cluster")().bootstrap_servers
+    elif RUNNING_CLUSTER:
+        pytest.skip("needs an Apache Kafka to start as a second cluster: KAFKA_HOME (or ../shared/kafka) and Java")
+    else:
+        with tempfile.TemporaryDirectory(prefix="broker-") as directory, embedded_broker(Path(directory)) as bootstrap:
+            yield bootstrap
+
+
+@pytest.fixture
+def unique_name() -> Callable[[str], str]:
+    """Makes a name for a topic, group or prefix that no other test uses: `unique_name("ztf")`."""
+    return lambda prefix: f"{prefix}-{uuid.uuid4().hex[:12]}"
