@@ -1,0 +1,55 @@
+# Everything from nothing: each target makes .venv and installs what it needs, once.
+#   PYTHON=python3.12   the interpreter to make .venv with (3.11 or newer)
+# On a machine without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares a large download.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help demo test lint bench chaos wheel clean
+
+help:
+	@echo 'make demo    simulates a survey night, runs the service on it through an embedded broker, shows the result'
+	@echo 'make test    ruff, mypy --strict and the whole test suite'
+	@echo 'make lint    ruff and mypy --strict alone'
+	@echo 'make bench   measures the stages and the whole service beside a naive loop; writes bench.json'
+	@echo 'make chaos   kills the service at random, over and over, and counts what comes out'
+	@echo 'make wheel   builds the wheel and the source archive into dist/'
+	@echo 'make clean   removes .venv and everything that was built'
+
+demo: $(VENV)/installed-demo
+	$(BIN)/broker-filter demo --out demo-out
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/installed-demo
+	$(BIN)/broker-filter bench --out bench.json
+
+chaos: $(VENV)/installed-test
+	$(BIN)/python tests/chaos.py
+
+wheel: $(VENV)/installed-test
+	$(BIN)/python -m build --outdir dist
+
+clean:
+	rm -rf $(VENV) build dist demo-out bench.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find broker_filter -name '*.so' -delete
+
+# One stamp file for each set of extras; installed again when the package's description or its extension changes.
+$(VENV)/installed-%: pyproject.toml broker_filter/packets/_walk.c | $(BIN)/python
+	@echo 'Installing broker-filter[$*] into $(VENV); the first time this takes some minutes ...'
+	@$(PIP) install --editable '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed (this is %d.%d): make PYTHON=python3.12" % sys.version_info[:2])'
+	@echo 'Making $(VENV) ...'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade pip
