@@ -46,9 +46,9 @@ class StampError(Exception):
 def decode_stamp(data: bytes | memoryview, out: NDArray[np.float32], *, centred: bool) -> tuple[int, int, int, int]:
     """Writes the pixels into `out`, a zeroed float32[S, S] slot; returns their box in it, (y0, x0, height, width).
 
-    Along each axis of n pixels: if n > S, or if `centred`, pixel n // 2 of the stamp falls on pixel S // 2 of the slot, and
-    what falls outside is cut off; otherwise the stamp begins at the slot's first pixel. NaN, infinite and FLT_MAX pixels
-    stay as they are.
+    Along each axis of n pixels: if n > S, or if `centred`, pixel n // 2 of the stamp falls on pixel S // 2 of the slot,
+    and what falls outside is cut off; otherwise the stamp begins at the slot's first pixel. NaN, infinite and FLT_MAX
+    pixels stay as they are.
 
     Raises `StampError`: MISSING_CUTOUT for no bytes; BAD_CUTOUT for bytes that do not inflate, are no FITS image of two
     dimensions, end before it does, or exceed MAX_STAMP_BYTES; BLANK_CUTOUT where no pixel in the slot is finite.

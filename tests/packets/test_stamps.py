@@ -1,0 +1,220 @@
+"""Stamps: pixels bit for bit as astropy reads them, a defined place in the slot, and StampError for all else."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import fastavro
+import numpy as np
+import pytest
+from astropy.io import fits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from broker_filter.packets.rejects import RejectReason
+from broker_filter.packets.stamps import MAX_STAMP_BYTES, StampError, decode_stamp, read_image
+
+FLT_MAX = np.finfo(np.float32).max
+CUTOUT_FIELDS = ("cutoutScience", "cutoutTemplate", "cutoutDifference")
+
+
+def fits_bytes(image: NDArray[np.generic], **cards: object) -> bytes:
+    hdu = fits.PrimaryHDU(image)
+    hdu.header.update(cards)
+    buffer = io.BytesIO()
+    hdu.writeto(buffer)
+    return buffer.getvalue()
+
+
+def astropy_image(stamp: bytes) -> NDArray[np.float32]:
+    plain = gzip.decompress(stamp) if stamp[:2] == b"\x1f\x8b" else stamp
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with fits.open(io.BytesIO(plain), memmap=False) as hdus:
+            return hdus[0].data.astype(np.float32)
+
+
+def bits(image: NDArray[np.float32]) -> bytes:
+    return np.ascontiguousarray(image, dtype="<f4").tobytes()
+
+
+def numbered(height: int, width: int) -> NDArray[np.float32]:
+    return np.arange(1, height * width + 1, dtype=np.float32).reshape(height, width)
+
+
+def rejection(stamp: bytes, size: int = 63) -> RejectReason:
+    with pytest.raises(StampError) as caught:
+        decode_stamp(stamp, np.zeros((size, size), np.float32), centred=False)
+    assert caught.value.detail
+    return caught.value.reason
+
+
+def shared_lsst_stamps(shared_data: Path) -> Iterator[bytes]:
+    for path in sorted((shared_data / "lsst/ocf").rglob("*.avro")):
+        with path.open("rb") as file:
+            for alert in fastavro.reader(file):
+                yield from (alert[field] for field in CUTOUT_FIELDS if alert[field])
+
+
+def test_pixels_of_every_shared_ztf_stamp_are_bit_identical_to_astropy(ztf_packets: list[tuple[int, bytes]]) -> None:
+    stamps = 0
+    for candid, packet in ztf_packets:
+        for alert in fastavro.reader(io.BytesIO(packet)):
+            for field in CUTOUT_FIELDS:
+                stamp = alert[field]["stampData"]
+                reference = astropy_image(stamp)
+                slot = np.zeros((63, 63), np.float32)
+                height, width = reference.shape
+                assert decode_stamp(memoryview(stamp), slot, centred=False) == (0, 0, height, width)
+                assert bits(slot[:height, :width]) == bits(reference), f"{field} of {candid}"
+                assert not slot[height:].any()
+                assert not slot[:, width:].any()
+                stamps += 1
+    assert stamps >= 3 * len(ztf_packets)
+
+
+def test_pixels_of_every_shared_lsst_stamp_are_bit_identical_to_astropy(shared_data: Path) -> None:
+    sizes = set()
+    for stamp in shared_lsst_stamps(shared_data):
+        reference = astropy_image(stamp)
+        assert bits(read_image(memoryview(stamp))) == bits(reference)
+        sizes.add(reference.shape)
+    assert len(sizes) > 1
+
+
+@pytest.mark.parametrize(("length", "first"), [(30, 16), (31, 16), (62, 0), (63, 0)])
+def test_centred_stamp_has_its_middle_pixel_in_the_middle_of_the_slot(length: int, first: int) -> None:
+    slot = np.zeros((63, 63), np.float32)
+    image = numbered(length, length)
+    assert decode_stamp(fits_bytes(image), slot, centred=True) == (first, first, length, length)
+    assert slot[31, 31] == image[length // 2, length // 2]
+    assert slot.sum() == image.sum()
+
+
+@pytest.mark.parametrize("size", [63, 64])
+@pytest.mark.parametrize("length", [65, 102, 103])
+@pytest.mark.parametrize("centred", [True, False])
+def test_large_stamp_is_cropped_about_its_middle_pixel(length: int, size: int, centred: bool) -> None:
+    slot = np.zeros((size, size), np.float32)
+    image = numbered(length, length)
+    assert decode_stamp(fits_bytes(image), slot, centred=centred) == (0, 0, size, size)
+    first = length // 2 - size // 2
+    np.testing.assert_array_equal(slot, image[first : first + size, first : first + size])
+
+
+def test_axes_are_placed_each_by_its_own_length() -> None:
+    slot = np.zeros((63, 63), np.float32)
+    image = numbered(20, 80)
+    assert decode_stamp(fits_bytes(image), slot, centred=True) == (21, 0, 20, 63)
+    np.testing.assert_array_equal(slot[21:41], image[:, 9:72])
+
+
+def test_values_that_are_not_measurements_pass_unchanged() -> None:
+    image = np.zeros((63, 63), np.float32)
+    image[0, :4] = np.nan, np.inf, -np.inf, FLT_MAX
+    image.view(np.uint32)[1, 0] = 0x7FA12345  # a signalling NaN with a payload
+    image[31, 31] = np.nan
+    slot = np.zeros((63, 63), np.float32)
+    decode_stamp(gzip.compress(fits_bytes(image)), slot, centred=False)
+    assert bits(slot) == bits(image)
+
+
+def test_all_zero_stamp_is_a_stamp() -> None:
+    slot = np.zeros((63, 63), np.float32)
+    assert decode_stamp(fits_bytes(np.zeros((63, 63), np.float32)), slot, centred=False) == (0, 0, 63, 63)
+
+
+def test_stamp_without_a_finite_pixel_in_the_slot_is_blank() -> None:
+    image = np.full((102, 102), np.nan, np.float32)
+    assert rejection(gzip.compress(fits_bytes(image))) is RejectReason.BLANK_CUTOUT
+    image[0, 0] = 1.0  # cut off with the margin
+    assert rejection(fits_bytes(image)) is RejectReason.BLANK_CUTOUT
+    image[20, 20] = 1.0
+    decode_stamp(fits_bytes(image), np.zeros((63, 63), np.float32), centred=True)
+
+
+@pytest.mark.parametrize(
+    "stamp",
+    [
+        fits_bytes(numbered(63, 63).astype(np.float64)),
+        fits_bytes(numbered(63, 63).astype(np.int16)),
+        fits_bytes(numbered(63, 63).astype(np.uint16)),  # BZERO 32768
+        fits_bytes(numbered(63, 63), BSCALE=2.0, BZERO=10.0),
+        fits_bytes(numbered(63, 63), **{f"CARD{i}": i for i in range(200)}),
+    ],
+    ids=["float64", "int16", "uint16", "scaled", "long-header"],
+)
+def test_layouts_that_surveys_do_not_publish_are_read_as_astropy_reads_them(stamp: bytes) -> None:
+    assert bits(read_image(stamp)) == bits(astropy_image(stamp))
+
+
+PLAIN = fits_bytes(numbered(63, 63))
+
+
+@pytest.mark.parametrize(
+    ("stamp", "reason"),
+    [
+        (b"", RejectReason.MISSING_CUTOUT),
+        (b"not an image", RejectReason.BAD_CUTOUT),
+        (b"\x1f\x8b", RejectReason.BAD_CUTOUT),
+        (gzip.compress(PLAIN)[:-200], RejectReason.BAD_CUTOUT),
+        (gzip.compress(gzip.compress(PLAIN)), RejectReason.BAD_CUTOUT),
+        (PLAIN[:-8000], RejectReason.BAD_CUTOUT),
+        (PLAIN[:2000], RejectReason.BAD_CUTOUT),
+        (fits_bytes(numbered(63, 63)[0]), RejectReason.BAD_CUTOUT),
+        (fits_bytes(np.ones((2, 63, 63), np.float32)), RejectReason.BAD_CUTOUT),
+        (PLAIN.replace(b"NAXIS1  =                   63", b"NAXIS1  =          99999999999"), RejectReason.BAD_CUTOUT),
+        (PLAIN.replace(b"NAXIS1  =                   63", b"NAXIS1  =                    0"), RejectReason.BAD_CUTOUT),
+        (gzip.compress(bytes(MAX_STAMP_BYTES + 1)), RejectReason.BAD_CUTOUT),
+        (gzip.compress(PLAIN)[:-4] + struct.pack("<I", 2**32 - 1), RejectReason.BAD_CUTOUT),
+    ],
+    ids=[
+        "empty", "text", "magic-only", "truncated-gzip", "gzip-in-gzip", "truncated-image", "truncated-header",
+        "one-dimension", "three-dimensions", "huge-axis", "no-pixels", "bomb", "lying-gzip-size",
+    ],
+)  # fmt: skip
+def test_what_is_no_stamp_is_rejected_with_its_reason(stamp: bytes, reason: RejectReason) -> None:
+    assert rejection(stamp) is reason
+
+
+FUZZED = {
+    "ztf": fits_bytes(numbered(63, 63), BUNIT="DN"),
+    "lsst": fits_bytes(numbered(30, 30), EXTEND=True, CRVAL1=63.3) + fits_bytes(numbered(41, 41)),
+    "scaled": fits_bytes(numbered(20, 33).astype(np.int16), BSCALE=0.5),
+}
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    stamp=st.sampled_from(sorted(FUZZED)),
+    kept=st.one_of(st.just(1.0), st.floats(0, 1)),
+    edits=st.lists(st.tuples(st.integers(0, 799), st.sampled_from(b" =-+.0123456789TFANXISBPE/'\x00\xff")), max_size=4),
+    gzipped=st.booleans(),
+    gzip_edits=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=2),
+)
+def test_damaged_stamp_reads_as_astropy_reads_it_or_raises_stamp_error(
+    stamp: str, kept: float, edits: list[tuple[int, int]], gzipped: bool, gzip_edits: list[tuple[int, int]]
+) -> None:
+    damaged = bytearray(FUZZED[stamp])
+    for at, value in edits:
+        damaged[at] = value
+    del damaged[int(kept * len(damaged)) :]
+    if gzipped:
+        damaged = bytearray(gzip.compress(damaged, 1))
+        for at, value in gzip_edits:
+            damaged[at % len(damaged)] = value
+    try:
+        image = read_image(bytes(damaged))
+    except StampError:
+        return
+    try:
+        reference = astropy_image(bytes(damaged))
+    except OSError:  # astropy also refuses a damaged card that says nothing of the pixels
+        return
+    assert bits(image) == bits(reference)
