@@ -1,0 +1,332 @@
+"""Output records: the survey's own bytes with one field added.
+
+An alert's Avro body is never decoded and encoded again: it is copied as it came (for `no_cutouts` less the bytes of the
+cutouts), the encoded field `broker_filter` is put behind it, and the writer's schema gets that field as its last. So a
+reader sees every field exactly as the survey wrote it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.resources import files
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_filter import __version__
+from broker_filter.packets.batch import AlertBatch, Record
+from broker_filter.packets.ocf import container_header, encode_block, encode_long
+from broker_filter.packets.registry import RegistryUnavailable
+from broker_filter.packets.schema import PRIMITIVES, WriterSchema, full_name, resolve_name
+from broker_filter.packets.wire import frame
+from broker_filter.scoring.scores import ModelScores
+from broker_filter.streaming.filtering import ScoredBatch
+
+Payload = Literal["full", "no_cutouts", "scores"]
+
+FIELD = "broker_filter"
+"""The added field, and the namespace of its types. Where the packet has been through broker-filter before and carries
+that field already, the new one is `broker_filter_2` (3, ...): the highest number is the newest."""
+CUTOUT_FIELDS = frozenset({"cutoutScience", "cutoutTemplate", "cutoutDifference"})
+CACHED_SCHEMAS = 256
+"""Output schemas that are kept: a survey has one or two in use at a time, and packets from outside cannot make it
+grow."""
+REGISTRY_TIMEOUT_S = 10.0
+MAX_REGISTRY_ANSWER = 1 << 20
+"""Bytes of a registry's answer: an id, or an error message."""
+NAMED = ("record", "error", "enum", "fixed")
+"""Kinds of types that have names."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRecord:
+    """A Kafka record to publish."""
+
+    topic: str
+    key: bytes | None
+    value: bytes
+    headers: list[tuple[str, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Anomalies:
+    """The configured model output over N alerts (NaN where its model does not take the alert), and where it is high."""
+
+    score: NDArray[np.float32]
+    flag: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OutputSchema:
+    """What output bodies are written by. `sync` derives from the schema, so that equal alerts give equal bytes."""
+
+    text: bytes
+    sync: bytes
+    header: bytes
+
+    @classmethod
+    def of(cls, definition: Mapping[str, Any]) -> OutputSchema:
+        """From a schema's JSON as Python values."""
+        text = json.dumps(definition, separators=(",", ":")).encode()
+        sync = hashlib.blake2b(text, digest_size=16).digest()
+        return cls(text, sync, container_header(text, sync))
+
+
+class Framing(Protocol):
+    """How a body becomes a record's value."""
+
+    def frame(self, schema: OutputSchema, body: bytes, topic: str) -> bytes:
+        """The value to publish to `topic`."""
+        ...
+
+
+class ContainerFraming:
+    """An Avro object container file with one record: what `fastavro.reader` reads."""
+
+    def frame(self, schema: OutputSchema, body: bytes, topic: str) -> bytes:  # noqa: ARG002
+        """The value to publish, the same for every topic."""
+        return schema.header + encode_block(1, body, schema.sync)
+
+
+class RegistryRefusalError(Exception):
+    """The schema registry does not accept an output schema. The message says which subject, and what it answered."""
+
+
+class WireFraming:
+    """Confluent wire format: each topic's schemas are registered under `<topic>-value` when they are first needed."""
+
+    def __init__(self, registry_url: str) -> None:
+        self._url = registry_url.rstrip("/")
+        self._ids: dict[tuple[OutputSchema, str], int] = {}
+
+    def frame(self, schema: OutputSchema, body: bytes, topic: str) -> bytes:
+        """The value to publish. Raises RegistryUnavailable (try again later) and RegistryRefusalError."""
+        if (schema, topic) not in self._ids:
+            self._ids[schema, topic] = self._register(schema, f"{topic}-value")
+        return frame(self._ids[schema, topic], body)
+
+    def _register(self, schema: OutputSchema, subject: str) -> int:
+        request = urllib.request.Request(  # noqa: S310 -- the operator's own URL, its scheme checked with the configuration
+            f"{self._url}/subjects/{subject}/versions",
+            data=json.dumps({"schema": schema.text.decode()}).encode(),
+            headers={"Content-Type": "application/vnd.schemaregistry.v1+json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=REGISTRY_TIMEOUT_S) as response:  # noqa: S310
+                return int(json.loads(response.read(MAX_REGISTRY_ANSWER))["id"])
+        except urllib.error.HTTPError as error:
+            answer = f"{error.code} {error.read(MAX_REGISTRY_ANSWER).decode(errors='replace')}"
+            if error.code >= 500:
+                raise RegistryUnavailable(f"schema registry {self._url}: {answer}") from None
+            raise RegistryRefusalError(f"schema registry {self._url} refuses subject {subject!r}: {answer}") from None
+        except OSError as error:
+            raise RegistryUnavailable(f"schema registry {self._url}: {error}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise RegistryRefusalError(f"schema registry {self._url} gave no id for {subject!r}: {error!r}") from None
+
+
+class Encoder:
+    """Bodies of output records for one kind of payload."""
+
+    def __init__(self, payload: Payload) -> None:
+        self._payload = payload
+
+    def encode(
+        self, scored: ScoredBatch, scored_at_ms: int, anomalies: Anomalies | None
+    ) -> list[tuple[OutputSchema, bytes]]:
+        """Schema and body of each alert in `scored.scored`, in that order. `scored_at_ms`: Unix milliseconds."""
+        rows = scored.scored.tolist()
+        annotations = encode_annotations(scored, scored_at_ms, anomalies)
+        if self._payload == "scores":
+            schema = scored_alert_schema()
+            return [(schema, encode_identity(scored.alerts, i) + annotations[i]) for i in rows]
+        cutouts = self._payload == "full"
+        records = scored.alerts.records
+        return [
+            (annotated_schema(records[i].schema, cutouts), b"".join((*_kept(records[i], cutouts), annotations[i])))
+            for i in rows
+        ]
+
+
+def _kept(record: Record, cutouts: bool) -> list[memoryview]:
+    """The pieces of an alert's body that travel on."""
+    if cutouts:
+        return [record.body]
+    starts = [0, *(end for _, end in record.cutout_spans)]
+    ends = [*(start for start, _ in record.cutout_spans), len(record.body)]
+    return [record.body[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+def encode_annotations(scored: ScoredBatch, scored_at_ms: int, anomalies: Anomalies | None) -> list[bytes]:
+    """The field `broker_filter` of every alert of the batch, as Avro."""
+    head = _string(__version__) + encode_long(scored_at_ms)
+    duplicate = [b"\1" if seen else b"\0" for seen in scored.duplicate.tolist()]
+    anomaly = [NULL] * len(duplicate) if anomalies is None else _encode_anomalies(anomalies)
+    models = [(model.taken.tolist(), _encode_model(model)) for model in scored.scores.models]
+    annotations = []
+    for i in range(len(duplicate)):
+        taking = [encoded[i] for taken, encoded in models if taken[i]]
+        annotations.append(b"".join((head, duplicate[i], anomaly[i], *_array(taking))))
+    return annotations
+
+
+def encode_identity(alerts: AlertBatch, i: int) -> bytes:
+    """The fields of scored_alert.avsc before `broker_filter`."""
+    alert = alerts.identity(i)
+    return b"".join(
+        (
+            encode_long(int(alerts.alert_id[i])),
+            _string(alerts.object_id[i]),
+            _string(str(alert.survey)),
+            _string(alerts.schema_version[i]),
+            struct.pack("<3d", alerts.mjd[i], alerts.ra[i], alerts.dec[i]),
+            NULL if alert.band is None else SECOND_BRANCH + _string(alert.band),
+        )
+    )
+
+
+NULL = b"\0"
+SECOND_BRANCH = b"\2"
+"""Union branches 0 and 1, as zigzag integers; `null` stands first in all unions of ours."""
+END = b"\0"
+"""Ends the blocks of an array or map."""
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return encode_long(len(data)) + data
+
+
+def _array(items: Sequence[bytes]) -> tuple[bytes, ...]:
+    return (encode_long(len(items)), *items, END) if items else (END,)
+
+
+def _encode_anomalies(anomalies: Anomalies) -> list[bytes]:
+    return [
+        NULL if score != score else SECOND_BRANCH + struct.pack("<f?", score, flag)
+        for score, flag in zip(anomalies.score.tolist(), anomalies.flag.tolist(), strict=True)
+    ]
+
+
+def _encode_model(scores: ModelScores) -> list[bytes]:
+    """A ModelScores record for each of the N rows: all have one length, so all are filled in at once."""
+    template = bytearray(_string(scores.model) + _string(scores.version))
+    floats: list[tuple[int, NDArray[np.float32]]] = []
+
+    def leave_room(values: NDArray[np.float32]) -> None:
+        floats.append((len(template), values))
+        template.extend(bytes(4 * values.shape[1]))
+
+    if scores.labels:
+        template += encode_long(len(scores.labels))
+    for c, label in enumerate(scores.labels):
+        template += _string(label)
+        leave_room(scores.probabilities[:, c : c + 1])
+    template += END
+    if scores.embedding is None:
+        template += NULL
+    else:
+        template += SECOND_BRANCH + encode_long(scores.embedding.shape[1])
+        leave_room(scores.embedding)
+        template += END
+    rows = np.tile(np.frombuffer(template, dtype=np.uint8), (len(scores.taken), 1))
+    for start, values in floats:
+        encoded = np.ascontiguousarray(values, dtype="<f4").view(np.uint8)
+        rows[:, start : start + encoded.shape[1]] = encoded
+    return [row.tobytes() for row in rows]
+
+
+@cache
+def _scored_alert_definition() -> dict[str, Any]:
+    definition: dict[str, Any] = json.loads(files("broker_filter.schemas").joinpath("scored_alert.avsc").read_bytes())
+    return definition
+
+
+@cache
+def scored_alert_schema() -> OutputSchema:
+    """The schema of `payload: scores`: schemas/scored_alert.avsc."""
+    return OutputSchema.of(_scored_alert_definition())
+
+
+@lru_cache(maxsize=CACHED_SCHEMAS)
+def annotated_schema(schema: WriterSchema, cutouts: bool) -> OutputSchema:
+    """The writer's schema with the annotation as its last field, with or without the cutouts."""
+    definitions = _named_types(schema.definition)
+    number = 1
+    while (field := FIELD if number == 1 else f"{FIELD}_{number}") in _taken_names(schema, definitions):
+        number += 1
+    definition = dict(schema.definition)
+    if not cutouts:
+        definition["fields"] = [f for f in definition["fields"] if f["name"] not in CUTOUT_FIELDS]
+    definition = _self_contained(definition, "", definitions, set())
+    annotation = dict(_scored_alert_definition()["fields"][-1])
+    annotation["type"] = annotation["type"] | {"namespace": field}
+    definition["fields"].append(annotation | {"name": field})
+    return OutputSchema.of(definition)
+
+
+def _taken_names(schema: WriterSchema, definitions: Mapping[str, Any]) -> set[str]:
+    """Names that the new field and its namespace must not have."""
+    fields = {field["name"] for field in schema.definition["fields"]}
+    return fields | {name.partition(".")[0] for name in definitions}
+
+
+def _named_types(type_: Any, namespace: str = "") -> dict[str, Any]:
+    """All named types that a schema defines, by full name."""
+    if isinstance(type_, list):
+        return {name: found for branch in type_ for name, found in _named_types(branch, namespace).items()}
+    if not isinstance(type_, dict):
+        return {}
+    named = {}
+    if type_["type"] in NAMED:
+        name = full_name(type_, namespace)
+        namespace = name.rpartition(".")[0]
+        named[name] = type_
+    inner = [field["type"] for field in type_.get("fields", ())]
+    inner += [type_[key] for key in ("items", "values", "type") if key in type_]
+    for part in inner:
+        named |= _named_types(part, namespace)
+    return named
+
+
+def _self_contained(type_: Any, namespace: str, definitions: Mapping[str, Any], defined: set[str]) -> Any:
+    """A copy in which every named type is defined where it is first used, for the field that defined it may be left
+    out.
+
+    Drops fastavro's own marks, with which a reader would take the schema for one that needs no parsing.
+    """
+    if isinstance(type_, list):
+        return [_self_contained(branch, namespace, definitions, defined) for branch in type_]
+    if isinstance(type_, str):
+        if type_ in PRIMITIVES:
+            return type_
+        name = resolve_name(type_, namespace, definitions)
+        if name in defined:
+            return type_
+        space, _, short = name.rpartition(".")
+        moved = definitions[name] | {"name": short, "namespace": space}
+        return _self_contained(moved, namespace, definitions, defined)
+    copy = {key: value for key, value in type_.items() if not key.startswith("__")}
+    if copy["type"] in NAMED:
+        name = full_name(copy, namespace)
+        if name in defined:
+            return name
+        defined.add(name)
+        inner = name.rpartition(".")[0]
+        if "fields" in copy:
+            copy["fields"] = [
+                field | {"type": _self_contained(field["type"], inner, definitions, defined)}
+                for field in copy["fields"]
+            ]
+        return copy
+    inside = {"array": "items", "map": "values"}.get(copy["type"], "type") if isinstance(copy["type"], str) else "type"
+    copy[inside] = _self_contained(copy[inside], namespace, definitions, defined)
+    return copy
