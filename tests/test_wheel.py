@@ -53,7 +53,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     venv.create(outside / "venv", with_pip=True)
     binaries = outside / "venv" / "bin"
-    pip = [binaries / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    pip: list[str | Path] = [binaries / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     run([*pip, "--constraint", constraints, f"broker-filter[demo] @ {wheel.as_uri()}"], cwd=outside)
     return binaries
 
