@@ -1,0 +1,267 @@
+"""What every Kafka client of the service needs: its properties, a reachable cluster, topics, complaints in plain words.
+
+Secrets are read here, when a client is made, and go nowhere but into its properties: properties are never logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
+
+from broker_filter.config import Input, KafkaValue, Output, Sasl, Secret, SecretFromEnvironment, SecretFromFile, Tls
+
+RESERVED = {
+    "bootstrap.servers": "say it as `bootstrap_servers`",
+    "group.id": "say it as `group_id`",
+    "transactional.id": "it is derived from prefix, group and partition, so that an earlier owner is fenced",
+    "enable.idempotence": "transactions need it",
+    "enable.auto.commit": "positions are stored with the output that they belong to",
+    "enable.auto.offset.store": "positions are stored with the output that they belong to",
+    "isolation.level": "a position is final only when it is committed",
+    "partition.assignment.strategy": "partitions are handed over cooperatively",
+    "auto.offset.reset": "say it as `start`",
+}
+"""Properties that exactly-once rests on, or that have a key of their own: why they cannot be passed through."""
+
+MAX_RESPONSE_BYTES = 256 * 2**20
+"""librdkafka refuses larger answers, and would stay before a message above its own default of 100 MB for ever."""
+REQUEST_TIMEOUT_S = 10.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+"""Between attempts: from a blink of the network to an outage of hours."""
+REPEAT_INTERVAL_S = 30.0
+"""The same complaint is logged no more often: an outage says so, and does not fill the disk."""
+DEFAULT_MAX_MESSAGE_BYTES = 1_048_588
+"""Kafka's own, for clusters that do not say."""
+RECORD_OVERHEAD_BYTES = 512
+"""What framing adds to key, value and headers in a batch of one record; generous."""
+
+log = logging.getLogger(__name__)
+librdkafka_log = logging.getLogger("librdkafka")
+# It repeats what `Complaints` says, at length and without advice: for `--verbose` only.
+librdkafka_log.addFilter(lambda _: log.isEnabledFor(logging.DEBUG))
+
+
+class KafkaSetupError(RuntimeError):
+    """Kafka, or the account that is used there, does not allow what the service needs. The message says what to do."""
+
+
+class PropertyError(ValueError):
+    """The configuration asks for a property that the service must set itself, or names a secret that is not there."""
+
+    exit_status = 2
+
+
+def read_secret(secret: Secret) -> str:
+    """The secret's text. Raises PropertyError where there is none."""
+    if isinstance(secret, SecretFromEnvironment):
+        text = os.environ.get(secret.env)
+        if text is None:
+            raise PropertyError(
+                f"environment variable {secret.env}, which holds a secret of the configuration, is not set"
+            )
+        return text
+    try:
+        return secret.file.read_text().removesuffix("\n")
+    except OSError as error:
+        raise PropertyError(f"the file of a secret cannot be read: {error}") from None
+
+
+def client_properties(section: Input | Output) -> dict[str, object]:
+    """librdkafka's properties for the section's cluster, secrets included: for a client's constructor only.
+
+    Raises PropertyError.
+    """
+    key = type(section).__name__.lower()
+    for name in section.kafka:
+        if name in RESERVED:
+            raise PropertyError(f"{key}.kafka.{name}: the service sets this property itself: {RESERVED[name]}")
+    properties: dict[str, object] = {
+        "bootstrap.servers": section.bootstrap_servers,
+        "receive.message.max.bytes": MAX_RESPONSE_BYTES,
+        **_security_properties(section.sasl, section.tls),
+    }
+    return properties | {name: _plain(value) for name, value in section.kafka.items()}
+
+
+def output_section(source: Input, output: Output) -> Output:
+    """The output as it is connected to: where it has no brokers of its own, as the input is."""
+    if output.bootstrap_servers is not None:
+        return output
+    connection: dict[str, object] = {"bootstrap_servers": source.bootstrap_servers}
+    if output.sasl is None and output.tls is None:
+        connection |= {"sasl": source.sasl, "tls": source.tls}
+    return output.model_copy(update=connection)
+
+
+def _plain(value: KafkaValue) -> str | int | float | bool:
+    return read_secret(value) if isinstance(value, SecretFromEnvironment | SecretFromFile) else value
+
+
+def _security_properties(sasl: Sasl | None, tls: Tls | None) -> dict[str, object]:
+    properties: dict[str, object] = {
+        "security.protocol": ("SASL_" if sasl else "") + ("SSL" if tls else "PLAINTEXT"),
+    }
+    if sasl:
+        properties |= {
+            "sasl.mechanism": sasl.mechanism,
+            "sasl.username": sasl.username,
+            "sasl.password": read_secret(sasl.password),
+        }
+    if tls:
+        files = {
+            "ssl.ca.location": tls.ca,
+            "ssl.certificate.location": tls.certificate,
+            "ssl.key.location": tls.key,
+        }
+        properties |= {name: str(path) for name, path in files.items() if path}
+        if tls.key_password:
+            properties["ssl.key.password"] = read_secret(tls.key_password)
+    return properties
+
+
+class Complaints:
+    """Errors of one cluster in plain words, each at most once in `REPEAT_INTERVAL_S`; may be called from any thread.
+
+    An `error_cb` of librdkafka: there alone it says that a password is wrong.
+    """
+
+    def __init__(self, cluster: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """`cluster`: what it is called in messages, as `input brokers survey:9092`."""
+        self.cluster = cluster
+        self._clock = clock
+        self._logged: dict[object, float] = {}
+        self.latest = ""
+
+    def note(self, error: KafkaError) -> None:
+        """Keeps the latest reason; that all brokers are down is none, it follows one."""
+        if error.code() != KafkaError._ALL_BROKERS_DOWN:
+            self.latest = explain(error)
+
+    def __call__(self, error: KafkaError) -> None:
+        """Notes and logs what a client reports."""
+        self.note(error)
+        self.say(error.code(), "%s: %s", self.cluster, self.latest or error.str())
+
+    def say(self, subject: object, message: str, *arguments: object) -> None:
+        """Logs a warning, unless one of the same subject was logged just now."""
+        now = self._clock()
+        if now - self._logged.get(subject, -REPEAT_INTERVAL_S) >= REPEAT_INTERVAL_S:
+            self._logged[subject] = now
+            log.warning(message, *arguments)
+
+
+def explain(error: KafkaError) -> str:
+    """What an error means for the person who runs the service."""
+    advice = {
+        KafkaError._AUTHENTICATION: "authentication failed, check `sasl` (mechanism, username, password)",
+        KafkaError._SSL: "no TLS connection, check `tls`",
+        KafkaError._RESOLVE: "the host's name is not known, check `bootstrap_servers`",
+        KafkaError._TRANSPORT: "cannot be reached",
+    }.get(error.code())
+    return f"{advice} ({error.str()})" if advice else str(error.str())
+
+
+def pauses() -> Iterator[float]:
+    """Seconds to wait after each failed attempt."""
+    pause = FIRST_PAUSE_S
+    while True:
+        yield pause
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A cluster that has answered: what it calls itself (its brokers' addresses where it has no id), and its topics."""
+
+    id: str
+    topics: frozenset[str]
+
+
+def wait_for_cluster(properties: Mapping[str, object], complaints: Complaints, stop: threading.Event) -> Cluster | None:
+    """Asks the cluster who it is until it answers, however long that takes; None once `stop` is set."""
+    admin = admin_client(properties, complaints)
+    for pause in pauses():
+        try:
+            metadata = admin.list_topics(timeout=REQUEST_TIMEOUT_S)
+        except KafkaException as error:
+            admin.poll(0)  # serves error_cb, which knows more than the request that timed out
+            reason = complaints.latest or explain(error.args[0])
+            log.warning("%s: %s; trying again in %.1f s", complaints.cluster, reason, pause)
+        else:
+            return Cluster(metadata.cluster_id or str(properties["bootstrap.servers"]), frozenset(metadata.topics))
+        if stop.wait(pause):
+            break
+    return None
+
+
+def admin_client(properties: Mapping[str, object], complaints: Complaints) -> AdminClient:
+    """A client for topics and their configuration."""
+    return AdminClient({**properties, "error_cb": complaints.note}, logger=librdkafka_log)
+
+
+def ensure_topics(admin: AdminClient, wanted: Sequence[NewTopic]) -> None:
+    """Creates the topics that are absent. Raises KafkaSetupError where the cluster does not allow it."""
+    present = admin.list_topics(timeout=REQUEST_TIMEOUT_S).topics
+    absent = [topic for topic in wanted if topic.topic not in present]
+    if not absent:
+        return
+    for name, created in admin.create_topics(absent, request_timeout=REQUEST_TIMEOUT_S).items():
+        try:
+            created.result()
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:  # another instance was faster
+                continue
+            raise KafkaSetupError(
+                f"topic {name} does not exist and cannot be created here ({error.args[0].str()}): create it"
+            ) from None
+        log.info("created topic %s", name)
+
+
+class RecordLimits:
+    """How large a record each topic takes. Kafka's default is assumed where the cluster does not say."""
+
+    def __init__(self, admin: AdminClient, topics: Sequence[str]) -> None:
+        self._admin = admin
+        self._limits = dict.fromkeys(topics, DEFAULT_MAX_MESSAGE_BYTES)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads the topics' configuration again."""
+        resources = [ConfigResource(ResourceType.TOPIC, topic) for topic in self._limits]
+        described = self._admin.describe_configs(resources, request_timeout=REQUEST_TIMEOUT_S)
+        for resource, configuration in described.items():
+            try:
+                self._limits[resource.name] = int(configuration.result()["max.message.bytes"].value)
+            except (KafkaException, KeyError) as error:
+                log.warning(
+                    "the largest record that topic %s takes is not known (%s): taking it for %d bytes",
+                    resource.name,
+                    error,
+                    self._limits[resource.name],
+                )
+
+    def of(self, topic: str) -> int:
+        """The largest sum of key, value and headers in bytes."""
+        return self._limits[topic] - RECORD_OVERHEAD_BYTES
+
+    @property
+    def smallest(self) -> int:
+        """What a batch of records fits into, whichever topic it goes to."""
+        return min(self._limits.values())
+
+
+def topic_names(templates: Sequence[str], now: datetime) -> list[str]:
+    """The topics to read at `now` (UTC): strftime directives stand for yesterday and today.
+
+    Yesterday's, because a night's last alerts are sent, and a backlog read, after midnight.
+    """
+    days = (now - timedelta(days=1), now)
+    return list(dict.fromkeys(day.strftime(template) for template in templates for day in days))
