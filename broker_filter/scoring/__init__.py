@@ -1,0 +1,1 @@
+"""Model bundles, the one preprocessing, runtimes: AlertBatch -> Scores. Knows no Kafka and no files but bundles."""

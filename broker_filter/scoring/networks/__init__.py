@@ -1,1 +1,58 @@
-"""The networks' architectures: one self-contained file each, with its source and licence at the top."""
+"""The networks' architectures: one self-contained file each, with its source and licence at the top.
+
+A network takes its inputs in the card's order (images, then metadata) and gives logits [N, C] and the embedding [N, D]
+that they are read from: one pass for both. Importing this room imports torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from broker_filter.scoring.bundle import Architecture, BundleError, Outputs
+from broker_filter.scoring.networks.stampnet import StampNet
+from broker_filter.scoring.networks.vgg6 import VGG6
+
+NETWORKS: dict[str, type[nn.Module]] = {"stampnet": StampNet, "vgg6": VGG6}
+"""Architectures by the name that cards call them."""
+
+
+class ServedNetwork(nn.Module):
+    """A network as it is served: probabilities [N, C] and, where the card names one, the embedding [N, D]."""
+
+    def __init__(self, network: nn.Module, outputs: Outputs) -> None:
+        super().__init__()
+        self.network = network
+        self.activation = nn.Sigmoid() if outputs.activation == "sigmoid" else nn.Softmax(dim=1)
+        self.embeds = outputs.embedding is not None
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Takes the network's inputs; see the class."""
+        logits, embedding = self.network(*inputs)
+        probabilities = self.activation(logits)
+        return (probabilities, embedding) if self.embeds else (probabilities,)
+
+
+def build_network(architecture: Architecture) -> nn.Module:
+    """The network that a card names, its parameters as initialised. Raises BundleError where there is none such."""
+    if architecture.name not in NETWORKS:
+        raise BundleError(f"no network is called {architecture.name!r}; there are {', '.join(NETWORKS)}")
+    try:
+        return NETWORKS[architecture.name](**architecture.arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BundleError(f"network {architecture.name!r} does not take {architecture.arguments}: {error}") from error
+
+
+def load_network(architecture: Architecture, weights: dict[str, Tensor]) -> nn.Module:
+    """The network with `weights`, in evaluation mode. Raises BundleError where names, shapes or types do not fit."""
+    with torch.device("meta"):  # no memory is taken until the shapes are known to fit
+        network = build_network(architecture)
+    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in network.state_dict().items()}
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
+    if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        raise BundleError(
+            f"{len(wrong)} tensors do not fit the network {architecture.name!r}, first of them {wrong[0]!r}: "
+            f"{found.get(wrong[0])} instead of {expected.get(wrong[0])}"
+        )
+    network.load_state_dict(weights, assign=True)
+    return network.eval()

@@ -1,0 +1,226 @@
+"""Model bundles: a directory that says everything about a model, and holds it.
+
+`bundle.yaml` (the card) names the other files with their sha256: `weights.safetensors` (the network's parameters, for
+torch), `model.onnx` (the same network, for onnxruntime) and `test_vector.safetensors` (raw inputs with the outputs that
+they must give). Nothing in a bundle is ever unpickled or run as code, and no file outside its directory is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+CARD = "bundle.yaml"
+WEIGHTS = "weights.safetensors"
+ONNX = "model.onnx"
+TEST_VECTOR = "test_vector.safetensors"
+
+SHIPPED = Path(__file__).parents[1] / "bundles"
+MAX_CARD_BYTES = 2**20
+MAX_FILE_BYTES = 2**31
+"""What an ONNX file can hold at most (protobuf's limit); no network that keeps up with a stream comes near it."""
+MAX_CUTOUT_SIZE = 512
+"""Pixels a side. The largest stamps published have 102; the bound keeps a bad card from asking for gigabytes."""
+MAX_TEST_ALERTS = 64
+
+ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+"""An identifier, because it prefixes output columns (`d6_m7.real`) and stands in filters."""
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+"""A file beside the card: no separators, no leading dot, so that no name leads out of the bundle."""
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class BundleError(Exception):
+    """A bundle that cannot be used: which file, what is wrong with it, what to do."""
+
+
+class CardSection(BaseModel):
+    """A mapping of the card: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ImageInput(CardSection):
+    """What the network sees of the cutouts: float32 `images` of shape [N, len(order), size, size]."""
+
+    size: int = Field(gt=0, le=MAX_CUTOUT_SIZE, description="Pixels a side.")
+    order: tuple[Literal["science", "template", "difference"], ...] = Field(min_length=1)
+    normalisation: Literal["l2_row", "l2_image"] = Field(
+        description="Every image row, or the whole image, divided by its L2 norm."
+    )
+    padding: float = Field(description="Value outside the real pixels, set after normalisation.")
+    resize: Literal["centre"] = Field(
+        default="centre", description="Larger stamps are cropped about their centre pixel."
+    )
+
+
+class MetadataColumn(CardSection):
+    """A metadata column as the network was trained on it."""
+
+    name: str
+    fill: float = Field(description="What stands for a missing value.")
+
+
+class Inputs(CardSection):
+    """What the network takes."""
+
+    images: ImageInput
+    metadata: tuple[MetadataColumn, ...] = Field(
+        default=(),
+        description="The columns of the float32 input `metadata` [N, F], in order; none: there is no such input.",
+    )
+
+
+class Outputs(CardSection):
+    """What the network gives: float32 `probabilities` [N, C] and, where a size is named, `embedding` [N, D]."""
+
+    labels: tuple[ModelName, ...] = Field(min_length=1)
+    activation: Literal["sigmoid", "softmax"]
+    thresholds: dict[str, float] = Field(default={}, description="Recommended cuts by label.")
+    embedding: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _thresholds_are_of_labels(self) -> Outputs:
+        if unknown := self.thresholds.keys() - set(self.labels):
+            raise ValueError(f"thresholds for labels that do not exist: {', '.join(sorted(unknown))}")
+        return self
+
+
+class Architecture(CardSection):
+    """A network of `scoring/networks` and the arguments of its constructor."""
+
+    name: str
+    arguments: dict[str, int | float | str | tuple[int, ...]] = Field(default={})
+
+
+class Training(CardSection):
+    """How the model came to be, for people who must decide whether to trust it."""
+
+    method: str
+    data: str
+    evaluation: dict[str, float | int | str] = Field(default={}, description="Figures as measured, and how.")
+
+
+class Description(CardSection):
+    """What a person or a program must know of a model, whatever its files are."""
+
+    name: ModelName
+    version: str = Field(min_length=1)
+    task: str
+    surveys: tuple[Literal["ztf", "lsst"], ...] = Field(
+        min_length=1, description="Whose alerts the model was trained for."
+    )
+    inputs: Inputs
+    outputs: Outputs
+    architecture: Architecture
+    licence: str
+    source: str
+    citation: str
+    training: Training
+
+
+class Card(Description):
+    """`bundle.yaml`: the description, and the files that it is of."""
+
+    format: Literal[1] = 1
+    files: dict[FileName, Sha256]
+
+    @model_validator(mode="after")
+    def _files_are_complete(self) -> Card:
+        if missing := {WEIGHTS, ONNX, TEST_VECTOR} - self.files.keys():
+            raise ValueError(f"files: {', '.join(sorted(missing))} not listed")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class TestVector:
+    """K alerts as the decoder delivers them, and what the model says of them."""
+
+    cutouts: NDArray[np.float32]  # [K, 3, S, S]
+    cutout_box: NDArray[np.int16]  # [K, 3, 4]
+    metadata: NDArray[np.float64]  # [K, F] the card's columns, NaN where missing
+    outputs: Mapping[str, NDArray[np.float32]]  # as the network gives them, over K
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle whose files are all there and are the ones that its card names."""
+
+    directory: Path
+    card: Card
+
+    def test_vector(self) -> TestVector:
+        """The stored inputs and expected outputs. Raises BundleError where they do not fit the card."""
+        path = self.directory / TEST_VECTOR
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise BundleError(f"{path}: not a safetensors file: {error}") from error
+        k, size = len(tensors.get("cutouts", ())), self.card.inputs.images.size
+        expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+            "cutouts": ((k, 3, size, size), np.float32),
+            "cutout_box": ((k, 3, 4), np.int16),
+            "metadata": ((k, len(self.card.inputs.metadata)), np.float64),
+            "probabilities": ((k, len(self.card.outputs.labels)), np.float32),
+        }
+        if self.card.outputs.embedding is not None:
+            expected["embedding"] = ((k, self.card.outputs.embedding), np.float32)
+        found = {name: (tensor.shape, tensor.dtype.type) for name, tensor in tensors.items()}
+        if found != expected or not 0 < k <= MAX_TEST_ALERTS:
+            raise BundleError(f"{path}: holds {found}; the card asks for {expected}; make the bundle anew")
+        return TestVector(tensors.pop("cutouts"), tensors.pop("cutout_box"), tensors.pop("metadata"), outputs=tensors)
+
+
+def load_bundle(name_or_directory: str | Path) -> Bundle:
+    """Opens a bundle and checks every file's sha256.
+
+    `name_or_directory`: the name of a bundle that ships (`default`), else a directory (`./default` is always one).
+    Raises BundleError, which names the file that is missing, altered or malformed.
+    """
+    shipped = str(name_or_directory) in shipped_bundles()
+    directory = SHIPPED / name_or_directory if shipped else Path(name_or_directory)
+    card = _read_card(directory)
+    for name, sha256 in card.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise BundleError(f"{path}: missing; copy the whole bundle again")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise BundleError(f"{path}: larger than {MAX_FILE_BYTES} bytes, which no bundle's file may be")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            raise BundleError(f"{path}: corrupted: sha256 is {found}, {CARD} says {sha256}; copy the bundle again")
+    return Bundle(directory, card)
+
+
+def shipped_bundles() -> list[str]:
+    """Names of the bundles that come with the package."""
+    return sorted(card.parent.name for card in SHIPPED.glob(f"*/{CARD}"))
+
+
+def _read_card(directory: Path) -> Card:
+    path = directory / CARD
+    if not path.is_file():
+        shipped = ", ".join(shipped_bundles()) or "none"
+        raise BundleError(f"{directory}: no bundle: no {CARD} there, nor is it the name of one that ships ({shipped})")
+    if path.stat().st_size > MAX_CARD_BYTES:
+        raise BundleError(f"{path}: larger than {MAX_CARD_BYTES} bytes, which no card is")
+    try:
+        return Card.model_validate(yaml.safe_load(path.read_bytes()))
+    except yaml.YAMLError as error:
+        raise BundleError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ") for problem in error.errors()
+        )
+        raise BundleError(f"{path}: {problems}") from error

@@ -1,0 +1,117 @@
+"""A trained or imported network as a bundle. Needs the `train` extra; serving never imports this.
+
+The bundle's directory appears whole or not at all, and never replaces another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+import yaml
+from numpy.typing import NDArray
+from safetensors.numpy import save as arrays_to_bytes
+from safetensors.torch import save as weights_to_bytes
+from torch import nn
+
+from broker_filter.packets.batch import CUTOUTS
+from broker_filter.scoring.bundle import (
+    CARD,
+    ONNX,
+    TEST_VECTOR,
+    WEIGHTS,
+    BundleError,
+    Card,
+    Description,
+    Inputs,
+)
+from broker_filter.scoring.networks import ServedNetwork
+from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
+from broker_filter.scoring.runtimes import input_names, output_names
+
+TEST_SEED = 63
+
+
+def write_bundle(directory: Path, description: Description, network: nn.Module) -> None:
+    """Writes the bundle of `network`, whose parameters are on the CPU in float32, into the new `directory`.
+
+    Raises BundleError where the directory exists already, OSError where it cannot be written.
+    """
+    if directory.exists():
+        raise BundleError(f"{directory}: exists already; choose another directory, or remove it first")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    cutouts, cutout_box, metadata = _test_alerts(description.inputs)
+    wanted = description.inputs.metadata
+    inputs = [torch.from_numpy(prepare_images(cutouts, cutout_box, description.inputs.images))]
+    if wanted:
+        inputs.append(torch.from_numpy(prepare_metadata(metadata, [column.name for column in wanted], wanted)))
+    served = ServedNetwork(network, description.outputs).eval()
+    with torch.inference_mode():
+        outputs = dict(zip(output_names(description.outputs), served(*inputs), strict=True))
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
+        bundle = Path(scratch) / directory.name
+        bundle.mkdir()
+        (bundle / WEIGHTS).write_bytes(weights_to_bytes(network.state_dict()))
+        _export_onnx(served, inputs, description, bundle / ONNX)
+        arrays: dict[str, NDArray[Any]] = {"cutouts": cutouts, "cutout_box": cutout_box, "metadata": metadata}
+        arrays |= {name: output.numpy() for name, output in outputs.items()}
+        (bundle / TEST_VECTOR).write_bytes(arrays_to_bytes(arrays))
+        files = {name: _sha256(bundle / name) for name in (WEIGHTS, ONNX, TEST_VECTOR)}
+        card = Card(**dict(description), files=files)
+        text = yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+        (bundle / CARD).write_text(text, encoding="utf-8")
+        bundle.rename(directory)
+
+
+def _export_onnx(served: nn.Module, inputs: list[torch.Tensor], description: Description, path: Path) -> None:
+    """Writes the graph with a free batch axis and named inputs and outputs, its weights inside the one file."""
+    batch = torch.export.Dim("alerts")
+    program = torch.onnx.export(
+        served,
+        tuple(inputs),
+        input_names=input_names(description.inputs),
+        output_names=output_names(description.outputs),
+        dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model_proto
+    # The exporter notes where in the source every node came from, with this machine's paths.
+    for node in model.graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    onnx.save(model, path)
+
+
+def _test_alerts(inputs: Inputs) -> tuple[NDArray[np.float32], NDArray[np.int16], NDArray[np.float64]]:
+    """Four synthetic alerts, as raw as surveys publish them: a new source, a misaligned subtraction, a short stamp, and
+    pixels that are NaN or the largest float32."""
+    rng = np.random.default_rng(TEST_SEED)
+    size = inputs.images.size
+    y, x = np.ogrid[:size, :size]
+
+    def star(flux: float, dx: float = 0.0) -> NDArray[np.float64]:
+        return flux * np.exp(-((y - size // 2) ** 2 + (x - size // 2 - dx) ** 2) / (2 * 1.5**2))
+
+    difference = np.stack([star(300), star(900) - star(900, dx=1), star(100), star(2000)])
+    template = np.stack([star(0), star(900, dx=1), star(400, dx=4), star(50)])
+    clean = np.stack([200 + template + difference, 100 + template, difference], axis=1)
+    cutouts = (clean + rng.normal(0, 12, clean.shape)).astype(np.float32)
+    box = np.tile(np.array([0, 0, size, size], np.int16), (len(cutouts), len(CUTOUTS), 1))
+    box[2, :, 2] = size * 2 // 3
+    cutouts[2, :, size * 2 // 3 :] = 0
+    cutouts[3, :, :, : size // 8] = np.nan
+    cutouts[3, 0, 0, -1] = np.finfo(np.float32).max
+    metadata = rng.normal(0, 1, (len(cutouts), len(inputs.metadata)))
+    metadata[0, :1] = np.nan
+    return cutouts, box, metadata
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,51 @@
+"""StampNet: a small residual network for alert cutouts, this project's own (BSD-3-Clause).
+
+Pools early, so that most of its work is done on few pixels, and reads its features where they stand in the image: an
+alert is about what is at the centre.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def _convolution(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(channels_out)
+    )
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(_convolution(channels, channels), nn.ReLU(), _convolution(channels, channels))
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(x + self.body(x))  # type: ignore[no-any-return]
+
+
+class StampNet(nn.Module):
+    """Images [N, 3, 63, 63] -> logits [N, labels] and the embedding [N, 64] that they are read from."""
+
+    def __init__(self, labels: int = 1) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 16, 3, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            _convolution(16, 32),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            _Residual(32),
+            _convolution(32, 64, stride=2),
+            nn.ReLU(),
+            _Residual(64),
+        )
+        self.head = nn.Linear(64 * 8 * 8, labels)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        features = self.features(images)
+        return self.head(features.flatten(1)), features.mean(dim=(2, 3))

@@ -1,0 +1,102 @@
+"""From alerts to what a network takes: the one preprocessing, for serving and for training.
+
+Never alters what it is given, and treats every alert alone: the rest of the batch has no influence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from broker_filter.packets.batch import CUTOUTS
+from broker_filter.scoring.bundle import ImageInput, MetadataColumn
+
+
+def prepare_images(
+    cutouts: NDArray[np.float32], cutout_box: NDArray[np.int16], images: ImageInput
+) -> NDArray[np.float32]:
+    """Raw cutouts [N, 3, S, S] with boxes [N, 3, 4] (see `AlertBatch`) as the network's images [N, C, size, size].
+
+    Cropped to `size`, NaN set to 0 and infinities to the largest float32, divided by the L2 norm of each row or image,
+    and padded outside the real pixels. All in float32, as when ZTF computed its published `drb` (`make_triplet` in
+    https://github.com/dmitryduev/braai): there a row with a pixel of 3.4e38 has an infinite norm, and becomes 0.
+
+    Raises ValueError where S < size.
+    """
+    if images.order != CUTOUTS:
+        chosen = [CUTOUTS.index(name) for name in images.order]
+        cutouts, cutout_box = cutouts[:, chosen], cutout_box[:, chosen]
+    if cutouts.shape[-1] != images.size:
+        cutouts, cutout_box = _crop(cutouts, cutout_box, images.size)
+    prepared = np.empty(cutouts.shape, np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        norm = _normalise(cutouts, images.normalisation, out=prepared)
+        unclean = ~np.isfinite(norm).all(axis=(-2, -1))
+        if unclean.any():
+            clean = np.nan_to_num(cutouts[unclean])
+            _normalise(clean, images.normalisation, out=clean)
+            prepared[unclean] = clean
+    _pad(prepared, cutout_box, images.padding)
+    return prepared
+
+
+def prepare_metadata(
+    metadata: NDArray[np.float64], columns: Sequence[str], wanted: Sequence[MetadataColumn]
+) -> NDArray[np.float32]:
+    """The columns that the network was trained on, in its order, float32[N, F], missing values filled.
+
+    `metadata` float64[N, len(columns)], NaN where missing. Raises KeyError with the names that `columns` lacks.
+    """
+    if missing := {column.name for column in wanted} - set(columns):
+        raise KeyError(f"metadata columns {', '.join(sorted(missing))} are needed and were not decoded")
+    chosen = metadata[:, [columns.index(column.name) for column in wanted]]
+    fill = np.array([column.fill for column in wanted])
+    return np.where(np.isnan(chosen), fill, chosen).astype(np.float32)
+
+
+def _normalise(
+    images: NDArray[np.float32], normalisation: Literal["l2_row", "l2_image"], out: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Images divided by their norms into `out`, which may be `images` itself; returns the norms.
+
+    A norm of 0 becomes 1; one is NaN or infinite where pixels, or the sum of their squares, are.
+    """
+    # numpy's pairwise sum, as in the published training code: others differ by up to 1e-6 in `drb`.
+    axes = -1 if normalisation == "l2_row" else (-2, -1)
+    squares = np.square(images, out=None if out is images else out)
+    norm: NDArray[np.float32] = np.sqrt(squares.sum(axis=axes, keepdims=True))
+    norm[norm == 0] = 1
+    np.divide(images, norm, out=out)
+    return norm
+
+
+def _crop(
+    cutouts: NDArray[np.float32], cutout_box: NDArray[np.int16], size: int
+) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
+    """What the decoder would have delivered for slots of `size` pixels, from larger slots.
+
+    Places stamps as `packets.stamps.decode_stamp` does: a model's scores do not depend on what size others need.
+    """
+    slot = cutouts.shape[-1]
+    if slot < size:
+        raise ValueError(f"cutouts of {slot} px are too small for a network that takes {size} px")
+    corner, extent = cutout_box[..., :2], cutout_box[..., 2:]
+    start = np.where(extent > size, corner + extent // 2 - size // 2, np.minimum(corner, slot // 2 - size // 2))
+    n, channel = np.ogrid[: cutouts.shape[0], : cutouts.shape[1]]
+    windows = sliding_window_view(cutouts, (size, size), axis=(2, 3))
+    cropped = windows[n, channel, start[..., 0], start[..., 1]]
+    box = np.concatenate([np.maximum(corner - start, 0), np.minimum(extent, size)], axis=-1).astype(np.int16)
+    return cropped, box
+
+
+def _pad(images: NDArray[np.float32], box: NDArray[np.int16], padding: float) -> None:
+    size = images.shape[-1]
+    for n, channel in np.argwhere((box[..., 2:] < size).any(axis=-1)):
+        y0, x0, height, width = (int(edge) for edge in box[n, channel])
+        image = images[n, channel]
+        image[:y0] = image[y0 + height :] = padding
+        image[:, :x0] = image[:, x0 + width :] = padding

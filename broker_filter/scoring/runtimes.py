@@ -1,0 +1,182 @@
+"""What runs a network: onnxruntime or torch, on the CPU or a GPU, behind one method.
+
+A runtime says what really runs, and never takes another device than the one demanded. torch is imported only where it
+is used: a service on onnxruntime starts without it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_filter.scoring.bundle import ONNX, WEIGHTS, Bundle, BundleError, Inputs, Outputs
+
+if TYPE_CHECKING:
+    from broker_filter.config import Runtime
+
+Tensors = Mapping[str, NDArray[np.float32]]
+"""float32 arrays over the same N alerts, by the names that inputs and outputs have in the ONNX graph."""
+
+NVIDIA_CONTROL = Path("/dev/nvidiactl")
+"""There where an NVIDIA driver runs: a look at it spares machines without one the two seconds of importing torch."""
+
+
+class RuntimeUnavailableError(Exception):
+    """The engine or device that was asked for does not run here."""
+
+
+class LoadedNetwork(Protocol):
+    """A bundle's network, ready to run."""
+
+    @property
+    def provider(self) -> str:
+        """What really runs it, `engine/device`."""
+
+    def run(self, inputs: Tensors) -> Tensors:
+        """Outputs by name for inputs by name; see `input_names` and `output_names`."""
+
+
+def open_network(bundle: Bundle, runtime: Runtime) -> LoadedNetwork:
+    """Loads the bundle's network where `runtime` says.
+
+    `engine: auto` is torch where a CUDA device is to be used, else onnxruntime. Raises RuntimeUnavailableError where
+    what was asked for is not there, BundleError where the bundle's files do not load.
+    """
+    threads = runtime.inference_threads or available_cores()
+    if runtime.engine == "torch" or (runtime.engine == "auto" and _wants_cuda(runtime.device)):
+        return TorchNetwork(bundle, runtime.device, threads)
+    return OnnxNetwork(bundle, runtime.device, threads)
+
+
+class OnnxNetwork:
+    """`model.onnx` in onnxruntime."""
+
+    def __init__(self, bundle: Bundle, device: Literal["auto", "cpu", "cuda"], threads: int) -> None:
+        import onnxruntime
+
+        cuda, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
+        if device == "cuda" and cuda not in onnxruntime.get_available_providers():
+            raise RuntimeUnavailableError(
+                "this onnxruntime has no CUDA: install broker-filter[gpu], or do not ask for cuda"
+            )
+        use_cuda = device == "cuda" or (device == "auto" and cuda in onnxruntime.get_available_providers())
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors: its warnings are about optimisations
+        # Waiting threads must not burn the cores that decoding needs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        path = bundle.directory / ONNX
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=[cuda, cpu] if use_cuda else [cpu])
+        except Exception as error:  # onnxruntime raises a type of its own for every kind of failure
+            raise BundleError(f"{path}: onnxruntime cannot load it: {error}") from error
+        running = self._session.get_providers()[0]
+        if device == "cuda" and running != cuda:
+            raise RuntimeUnavailableError(f"CUDA was asked for and onnxruntime runs {running}: see its log for why")
+        self.provider = f"onnxruntime/{running}"
+        self._outputs = output_names(bundle.card.outputs)
+        _check_graph(path, self._session, bundle)
+
+    def run(self, inputs: Tensors) -> Tensors:
+        """See `LoadedNetwork`."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
+
+
+class TorchNetwork:
+    """`weights.safetensors` in the architecture that the card names, in torch: the fp32 reference."""
+
+    def __init__(self, bundle: Bundle, device: Literal["auto", "cpu", "cuda"], threads: int) -> None:
+        import torch
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from broker_filter.scoring.networks import ServedNetwork, load_network
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeUnavailableError("torch sees no CUDA device: see its driver and build, or do not ask for cuda")
+        torch.set_num_threads(threads)
+        # TF32 keeps 10 bits of a product: scores would move in the third digit.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        path = bundle.directory / WEIGHTS
+        try:
+            network = load_network(bundle.card.architecture, load_file(path))
+        except (SafetensorError, BundleError) as error:
+            raise BundleError(f"{path}: {error}") from error
+        self._torch = torch
+        self._device = torch.device("cuda:0" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        self._network = ServedNetwork(network, bundle.card.outputs).eval().to(self._device)
+        self._inputs = input_names(bundle.card.inputs)
+        self._outputs = output_names(bundle.card.outputs)
+        self.provider = f"torch/{self._device}"
+
+    def run(self, inputs: Tensors) -> Tensors:
+        """See `LoadedNetwork`. Copies to a GPU and back are queued behind each other; only the end is waited for."""
+        with self._torch.inference_mode():
+            outputs = self._network(*(self._to_device(inputs[name]) for name in self._inputs))
+            copies = [output.to("cpu", non_blocking=True) for output in outputs]
+        if self._device.type == "cuda":
+            self._torch.cuda.current_stream(self._device).synchronize()
+        return {name: copy.numpy() for name, copy in zip(self._outputs, copies, strict=True)}
+
+    def _to_device(self, array: NDArray[np.float32]) -> Any:
+        tensor = self._torch.from_numpy(array)
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()  # from pageable memory a copy blocks
+        return tensor.to(self._device, non_blocking=True)
+
+
+def input_names(inputs: Inputs) -> tuple[str, ...]:
+    """The network's inputs in the order in which it takes them."""
+    return ("images", "metadata") if inputs.metadata else ("images",)
+
+
+def output_names(outputs: Outputs) -> tuple[str, ...]:
+    """The network's outputs in the order in which it gives them."""
+    return ("probabilities",) if outputs.embedding is None else ("probabilities", "embedding")
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, and the quota of its control group (v2, else v1), rounded up."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except FileNotFoundError:
+        v1 = Path("/sys/fs/cgroup/cpu")
+        try:
+            quota, period = (v1 / "cpu.cfs_quota_us").read_text(), (v1 / "cpu.cfs_period_us").read_text()
+        except FileNotFoundError:
+            return cores
+    if quota.strip() in {"max", "-1"}:
+        return cores
+    return max(1, min(cores, math.ceil(int(quota) / int(period))))
+
+
+def _wants_cuda(device: Literal["auto", "cpu", "cuda"]) -> bool:
+    if device != "auto" or not NVIDIA_CONTROL.exists():
+        return device == "cuda"
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _check_graph(path: Path, session: Any, bundle: Bundle) -> None:
+    """Raises BundleError where the graph's inputs and outputs are not the card's."""
+    inputs, outputs = bundle.card.inputs, bundle.card.outputs
+    shapes: dict[str, list[int]] = {
+        "images": [len(inputs.images.order), inputs.images.size, inputs.images.size],
+        "metadata": [len(inputs.metadata)],
+        "probabilities": [len(outputs.labels)],
+        "embedding": [outputs.embedding or 0],
+    }
+    expected = {name: shapes[name] for name in (*input_names(inputs), *output_names(outputs))}
+    found = {node.name: node.shape[1:] for node in (*session.get_inputs(), *session.get_outputs())}
+    if found != expected:
+        raise BundleError(f"{path}: its inputs and outputs are {found}, the card's {expected}; make the bundle anew")

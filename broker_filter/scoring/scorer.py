@@ -1,0 +1,155 @@
+"""Batches of alerts through the models. An alert's scores do not depend on what else is in its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_filter.packets.batch import AlertBatch, Survey
+from broker_filter.scoring.bundle import TEST_VECTOR, Bundle, BundleError, load_bundle
+from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
+from broker_filter.scoring.runtimes import LoadedNetwork, Tensors, open_network
+from broker_filter.scoring.scores import ModelScores, Scores
+
+if TYPE_CHECKING:
+    from broker_filter import config
+
+CHUNK = 64
+"""Alerts to a run of a network: larger runs are no faster, and take memory in proportion."""
+TOLERANCE = 1e-5
+"""How far, absolutely or relatively, a runtime may be from a bundle's stored outputs (torch's, in float32 on a CPU)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A bundle whose network is loaded and gives what the bundle says it must."""
+
+    bundle: Bundle
+    network: LoadedNetwork
+    surveys: tuple[Survey, ...]
+    """Whose alerts it scores: those that it was trained for, and those that the operator added."""
+
+    @property
+    def name(self) -> str:
+        """The prefix of its output columns."""
+        return self.bundle.card.name
+
+    @property
+    def version(self) -> str:
+        """The bundle's version."""
+        return self.bundle.card.version
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What its C probabilities are of."""
+        return self.bundle.card.outputs.labels
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The metadata columns that it needs, in its order."""
+        return tuple(column.name for column in self.bundle.card.inputs.metadata)
+
+    @property
+    def provider(self) -> str:
+        """What really runs its network, `engine/device`."""
+        return self.network.provider
+
+    def score(self, alerts: AlertBatch) -> ModelScores:
+        """Its outputs for the alerts of its surveys, NaN for the others.
+
+        Raises ValueError where the cutouts are smaller than its images, KeyError where a metadata column is missing.
+        """
+        taken = np.isin(alerts.survey, self.surveys)
+        size = self.bundle.card.outputs.embedding
+        probabilities = np.full((len(alerts), len(self.labels)), np.nan, np.float32)
+        embedding = None if size is None else np.full((len(alerts), size), np.nan, np.float32)
+        rows = np.flatnonzero(taken)
+        for start in range(0, len(rows), CHUNK):
+            some = rows[start : start + CHUNK]
+            # Neighbours are a view; others must be copied together.
+            chunk = slice(some[0], some[-1] + 1) if some[-1] - some[0] == len(some) - 1 else some
+            outputs = self.run(alerts.cutouts[chunk], alerts.cutout_box[chunk], alerts.metadata[chunk], alerts.columns)
+            probabilities[chunk] = outputs["probabilities"]
+            if embedding is not None:
+                embedding[chunk] = outputs["embedding"]
+        return ModelScores(self.name, self.version, self.labels, probabilities, embedding, taken)
+
+    def run(
+        self,
+        cutouts: NDArray[np.float32],
+        cutout_box: NDArray[np.int16],
+        metadata: NDArray[np.float64],
+        columns: Sequence[str],
+    ) -> Tensors:
+        """Preprocesses and runs at most a chunk of alerts; the arrays are those of `AlertBatch`."""
+        wanted = self.bundle.card.inputs
+        inputs = {"images": prepare_images(cutouts, cutout_box, wanted.images)}
+        if wanted.metadata:
+            inputs["metadata"] = prepare_metadata(metadata, columns, wanted.metadata)
+        return self.network.run(inputs)
+
+    def verify(self) -> None:
+        """Raises BundleError where the network does not reproduce the bundle's test vector."""
+        vector = self.bundle.test_vector()
+        outputs = self.run(vector.cutouts, vector.cutout_box, vector.metadata, self.columns)
+        for name, expected in vector.outputs.items():
+            if not np.allclose(outputs[name], expected, rtol=TOLERANCE, atol=TOLERANCE):
+                worst = float(np.abs(outputs[name] - expected).max())
+                raise BundleError(
+                    f"{self.bundle.directory / TEST_VECTOR}: {self.provider} does not reproduce it: {name} is off by "
+                    f"{worst:.2g}; the bundle's files do not belong together, or the runtime is at fault"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """All the models over each batch. May be called from several threads."""
+
+    models: tuple[Model, ...]
+
+    @property
+    def cutout_size(self) -> int:
+        """The size in pixels that cutouts must be decoded to: the largest that a model takes."""
+        return max(model.bundle.card.inputs.images.size for model in self.models)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The metadata columns that must be decoded for the models."""
+        return tuple(dict.fromkeys(column for model in self.models for column in model.columns))
+
+    def score(self, alerts: AlertBatch) -> Scores:
+        """Every model's outputs, in the models' order."""
+        scores = tuple(model.score(alerts) for model in self.models)
+        return Scores(scores, np.logical_or.reduce([model.taken for model in scores]))
+
+
+def open_model(choice: config.Model | str, runtime: config.Runtime) -> Model:
+    """Loads a bundle and its network, and checks that the network gives what the bundle says.
+
+    Raises BundleError, and RuntimeUnavailableError where `runtime` asks for what is not there.
+    """
+    name, also = (choice, []) if isinstance(choice, str) else (choice.bundle, choice.also)
+    bundle = load_bundle(name)
+    surveys = tuple(Survey[survey.upper()] for survey in dict.fromkeys([*bundle.card.surveys, *also]))
+    model = Model(bundle, open_network(bundle, runtime), surveys)
+    model.verify()
+    return model
+
+
+def open_scorer(models: Sequence[config.Model | str], runtime: config.Runtime) -> Scorer:
+    """Opens the models, in order. Raises as `open_model` does, and BundleError where two have the same name."""
+    opened: dict[str, Model] = {}
+    for choice in models:
+        model = open_model(choice, runtime)
+        if model.name in opened:
+            first, second = opened[model.name].bundle.directory, model.bundle.directory
+            raise BundleError(
+                f"{first} and {second} are both called {model.name!r}: their scores could not be told apart; "
+                "import one of them under another name"
+            )
+        opened[model.name] = model
+    return Scorer(tuple(opened.values()))
