@@ -1,0 +1,128 @@
+"""Every metric of the service, in one place. Counts alerts only when the transaction that holds their output is committed.
+
+Names follow Prometheus' conventions: base units, `_total` on counters, the prefix `broker_filter_`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter as Tally
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from broker_filter import __version__
+from broker_filter.packets.rejects import RejectReason
+
+STAGE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+"""From a batch of a few alerts to a stage that is about to be called stuck."""
+PRODUCER_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 300, 1800, 7200)
+"""From one transaction to a backlog of hours."""
+EXPOSURE_SECONDS = (5, 10, 20, 40, 60, 120, 300, 600, 1200, 3600, 7200, 21600, 86400)
+"""Around the survey's own time to alert: 60 s for Rubin, some minutes for ZTF."""
+BATCH_ALERTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(slots=True)
+class Account:
+    """What became of the alerts of some packets. A packet without any readable alert counts as one, rejected."""
+
+    consumed: int = 0
+    scored: int = 0
+    duplicates: int = 0
+    rejected: Tally[RejectReason] = field(default_factory=Tally)
+    sent: list[float] = field(default_factory=list)
+    """Unix seconds at which the producer sent the packets, of those that say so."""
+    exposed: list[float] = field(default_factory=list)
+    """Unix seconds of the exposures of the alerts that could be decoded."""
+
+
+class Metrics:
+    """The collectors, on a registry of their own unless one is given."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self._registry = registry or CollectorRegistry()
+        self._consistent = threading.Lock()
+        ProcessCollector(registry=self._registry)
+        self._consumed = self._counter("consumed_alerts", "Alerts read from the input topics.")
+        self._scored = self._counter("scored_alerts", "Alerts that at least one model scored, duplicates left out.")
+        self._rejected = self._counter("rejected_alerts", "Inputs that could not be scored.", "reason")
+        self._duplicates = self._counter("duplicate_alerts", "Alerts whose id was seen before within the window.")
+        self._unaccounted = self._gauge(
+            "unaccounted_alerts", "Consumed less scored, rejected and duplicate alerts: anything but 0 is a fault."
+        )
+        self._published = self._counter("published_records", "Records published.", "topic")
+        self._dead_letters = self._counter("dead_letters", "Records published to the dead-letter topic.")
+        self._transactions = self._counter("transactions", "Transactions by how they ended.", "outcome")
+        self.lag = self._gauge("consumer_lag_messages", "Messages not yet accounted for.", "topic", "partition")
+        self.assigned_partitions = self._gauge("assigned_partitions", "Input partitions that this instance reads.")
+        self.queue_depth = self._gauge("queue_depth_batches", "Batches that wait before a stage.", "stage")
+        self.batch_alerts = self._histogram("batch_alerts", "Messages taken from Kafka at a time.", BATCH_ALERTS)
+        self._stage = self._histogram("stage_seconds", "Time of one batch in a stage.", STAGE_SECONDS, "stage")
+        self._since_producer = self._histogram(
+            "producer_latency_seconds", "From the producer's timestamp to the committed output.", PRODUCER_SECONDS
+        )
+        self._since_exposure = self._histogram(
+            "exposure_latency_seconds", "From the exposure to the committed output.", EXPOSURE_SECONDS
+        )
+        self._model = self._gauge("model_info", "A loaded model: always 1.", "model", "version", "provider")
+        self._build = self._gauge("build_info", "The running program: always 1.", "version", "decoder")
+        for outcome in ("committed", "aborted"):
+            self._transactions.labels(outcome)  # a rate over them needs the zero
+
+    def describe_build(self, decoder: str) -> None:
+        """Says which implementation decodes packets."""
+        self._build.labels(__version__, decoder).set(1)
+
+    def describe_model(self, name: str, version: str, provider: str) -> None:
+        """Says that a model is loaded, and what really runs it."""
+        self._model.labels(name, version, provider).set(1)
+
+    @contextmanager
+    def time_stage(self, stage: str) -> Iterator[None]:
+        """Measures one batch in a stage."""
+        with self._stage.labels(stage).time():
+            yield
+
+    def abort(self) -> None:
+        """Counts a transaction that was aborted."""
+        self._transactions.labels("aborted").inc()
+
+    def commit(self, accounts: list[Account], published: Tally[str], dead_letter: str) -> None:
+        """Counts what a committed transaction held. `published`: its records by topic."""
+        now = time.time()
+        with self._consistent:
+            self._transactions.labels("committed").inc()
+            for account in accounts:
+                self._consumed.inc(account.consumed)
+                self._scored.inc(account.scored)
+                self._duplicates.inc(account.duplicates)
+                for reason, n in account.rejected.items():
+                    self._rejected.labels(reason.value).inc(n)
+                rejected = account.rejected.total()
+                self._unaccounted.inc(account.consumed - account.scored - account.duplicates - rejected)
+            for topic, n in published.items():
+                self._published.labels(topic).inc(n)
+            self._dead_letters.inc(published[dead_letter])
+        for account in accounts:
+            for sent in account.sent:
+                self._since_producer.observe(max(0.0, now - sent))
+            for exposed in account.exposed:
+                self._since_exposure.observe(max(0.0, now - exposed))
+
+    def exposition(self) -> bytes:
+        """Prometheus' text format; the account in it is of whole transactions."""
+        with self._consistent:
+            return generate_latest(self._registry)
+
+    def _counter(self, name: str, says: str, *labels: str) -> Counter:
+        return Counter(f"broker_filter_{name}", says, labels, registry=self._registry)
+
+    def _gauge(self, name: str, says: str, *labels: str) -> Gauge:
+        return Gauge(f"broker_filter_{name}", says, labels, registry=self._registry)
+
+    def _histogram(self, name: str, says: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"broker_filter_{name}", says, labels, buckets=buckets, registry=self._registry)
