@@ -1,0 +1,216 @@
+"""INPUT... -> Packets: files, folders and archives, nested as they come, as one forward stream.
+
+What a file holds is told from its bytes, never from its name. Memory stays flat whatever the size: nothing is extracted
+to disk, and no archive is ever held whole. Decides nothing about alerts: what is not understood becomes a Packet as it
+is, for decoding to reject.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import logging
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol, cast
+
+from broker_filter.packets import ocf, parquet
+from broker_filter.packets.packet import FilePosition, Packet
+
+MAX_PACKET_BYTES = 16 * 2**20
+"""Of a packet; real ones reach 0.2 MB. The service's is `config.Input.max_packet_bytes`."""
+MAX_DEPTH = 8
+"""Of archives within archives: an `.avro.gz` in a `.tar.gz` in a `.tar.gz` is 5 deep; a bomb may nest for ever."""
+MAX_EXTENDED_HEADER_BYTES = 64 * 2**10
+"""Of a tar member's long name or pax attributes, which tarfile holds in memory whatever size they claim."""
+
+_GZIP = b"\x1f\x8b\x08"
+_FILE_BUFFER = 256 * 1024
+_MEMBER_BUFFER = 64 * 1024  # about one packet
+_EXTENDED_HEADERS = frozenset((tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE))
+_TAR_ENDS = (tarfile.EOFHeaderError, tarfile.EmptyHeaderError)  # type: ignore[attr-defined]
+"""At the mark of a tar's end, and at the end of one without it: real night archives have none."""
+
+log = logging.getLogger(__name__)
+
+
+class InputError(OSError):
+    """An input that is not there or cannot be read; the message names it."""
+
+
+def read_packets(inputs: Sequence[str | Path], *, max_packet_bytes: int = MAX_PACKET_BYTES) -> Iterator[Packet]:
+    """Yields the packets of every input in the order given; a folder's files, recursively, in the order of their names.
+
+    A file or member is a Packet, except that each block of a container file and each row of a Parquet file is one. At
+    most a little more than `max_packet_bytes` of it is read, so that one that is too large is known for it.
+
+    Damage loses what comes after it and no more. The packet that is cut off has the bytes that are there; a damaged tar
+    or Parquet file ends with an empty Packet for what is lost. Decoding rejects both, and the log says why.
+
+    Raises `InputError`: at once where an input is not there, later where the system refuses to read one.
+    """
+    for given in inputs:
+        if not Path(given).exists():
+            raise InputError(f"{given}: no such file or folder")
+    return chain.from_iterable(_read_file(path, max_packet_bytes) for given in inputs for path in _files(Path(given)))
+
+
+def _files(given: Path) -> Iterator[Path]:
+    if not given.is_dir():
+        yield given
+        return
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: {error.strerror}") from error
+
+    for folder, subfolders, names in os.walk(given, onerror=refuse):
+        subfolders.sort()
+        for name in sorted(names):
+            path = Path(folder, name)
+            if path.is_file():  # no sockets, pipes or dangling links
+                yield path
+
+
+def _read_file(path: Path, limit: int) -> Iterator[Packet]:
+    readable_name = str(path).encode(errors="replace").decode()  # names on disk may be no Unicode, outputs must be
+    try:
+        with io.BufferedReader(io.FileIO(path), _FILE_BUFFER) as stream:
+            yield from _read_stream(stream, FilePosition(readable_name), limit)
+    except OSError as error:
+        raise InputError(f"{readable_name}: {error.strerror or error}") from error
+
+
+def _read_stream(
+    stream: io.BufferedReader[Any], position: FilePosition, limit: int, depth: int = 0
+) -> Iterator[Packet]:
+    """The packets in a file or member, told by its first bytes."""
+    start = stream.peek(tarfile.BLOCKSIZE)[: tarfile.BLOCKSIZE]
+    if start.startswith(ocf.MAGIC):
+        yield from _read_container(stream, position, limit)
+    elif start.startswith(_GZIP) and depth < MAX_DEPTH:
+        yield from _read_gzip(stream, position, limit, depth)
+    elif start.startswith(parquet.MAGIC):
+        yield from _read_parquet(stream, position, limit)
+    elif _is_tar(start) and depth < MAX_DEPTH:
+        yield from _read_tar(stream, position, limit, depth)
+    else:
+        yield Packet(_read_up_to(limit + 1, stream), position)
+
+
+def _read_container(stream: io.BufferedReader[Any], position: FilePosition, limit: int) -> Iterator[Packet]:
+    record = 0
+    for container in ocf.split_container(stream, limit):
+        yield Packet(container, replace(position, record=record))
+        record += ocf.count_records(container)
+
+
+def _read_gzip(stream: io.BufferedReader[Any], position: FilePosition, limit: int, depth: int) -> Iterator[Packet]:
+    inflated = _Salvaged(gzip.GzipFile(fileobj=stream))
+    yield from _read_stream(io.BufferedReader(inflated, _FILE_BUFFER), position, limit, depth + 1)
+    if inflated.damage:
+        log.warning("%s: damaged gzip, read as far as it goes: %s", position, inflated.damage)
+
+
+def _read_parquet(stream: io.BufferedReader[Any], position: FilePosition, limit: int) -> Iterator[Packet]:
+    file: IO[bytes] = stream
+    if not stream.seekable():  # in an archive; Parquet is read from its end
+        data = _read_up_to(limit + 1, stream)
+        if len(data) > limit:
+            log.warning("%s: Parquet of more than %d bytes is only read from a file of its own", position, limit)
+            yield Packet(data, position)
+            return
+        file = io.BytesIO(data)
+    row = 0
+    try:
+        for row, container in enumerate(parquet.read_rows(file)):
+            yield Packet(container, replace(position, record=row))
+    except parquet.ParquetError as error:
+        log.warning("%s: damaged Parquet, read as far as it goes: %s", position, error)
+        yield Packet(b"", replace(position, record=row))
+
+
+def _read_tar(stream: io.BufferedReader[Any], position: FilePosition, limit: int, depth: int) -> Iterator[Packet]:
+    try:
+        mode: Literal["r:", "r|"] = "r:" if stream.seekable() else "r|"
+        with tarfile.open(fileobj=stream, mode=mode, tarinfo=_Member, errors="replace") as archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]  # they would be a gigabyte in a night
+                file = archive.extractfile(member)
+                if file is not None:  # not a folder or a link
+                    content = io.BufferedReader(_Salvaged(cast(tarfile.ExFileObject, file)), _MEMBER_BUFFER)
+                    name = f"{position.member}/{member.name}".lstrip("/")
+                    yield from _read_stream(content, replace(position, member=name), limit, depth + 1)
+        while stream.read(_FILE_BUFFER):  # padding: the checksum of a gzip around it stands behind that
+            pass
+        damage = getattr(stream.raw, "damage", None)
+    except tarfile.ReadError as error:
+        damage = error
+    if damage:
+        log.warning("%s: damaged tar, read as far as it goes: %s", position, damage)
+        yield Packet(b"", position)
+
+
+def _read_up_to(size: int, stream: io.BufferedReader[Any]) -> bytes:
+    """At most `size` bytes, without setting as many aside first, as `read(size)` does."""
+    data = bytearray()
+    while len(data) < size and (piece := stream.read(min(size - len(data), _MEMBER_BUFFER))):
+        data += piece
+    return bytes(data)
+
+
+class _Readable(Protocol):
+    def read1(self, size: int, /) -> bytes: ...
+
+
+class _Salvaged(io.RawIOBase):
+    """A stream that ends where its source is damaged, and remembers how: what stands before that is still read."""
+
+    def __init__(self, source: _Readable) -> None:
+        self._source = source
+        self.damage: Exception | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        filled = 0
+        while filled < len(buffer) and self.damage is None:
+            try:
+                piece = self._source.read1(len(buffer) - filled)
+            except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.ReadError) as error:
+                self.damage = error
+                break
+            if not piece:
+                break
+            buffer[filled : filled + len(piece)] = piece
+            filled += len(piece)
+        return filled
+
+
+class _Member(tarfile.TarInfo):
+    """A member's header, refused where it is damaged: tarfile takes damage for the archive's end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        try:
+            member = super().frombuf(buf, encoding, errors)
+        except _TAR_ENDS:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+        if member.size < 0 or (member.type in _EXTENDED_HEADERS and member.size > MAX_EXTENDED_HEADER_BYTES):
+            raise tarfile.ReadError(f"impossible size {member.size}")
+        return member
+
+
+def _is_tar(start: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(start, "utf-8", "replace")
+    except tarfile.HeaderError:
+        return False
+    return True

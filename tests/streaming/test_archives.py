@@ -1,0 +1,230 @@
+"""Archives: every packet comes out byte for byte, in flat memory, whatever is nested, misnamed or damaged."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import random
+import tarfile
+import tracemalloc
+from collections.abc import Iterable
+from pathlib import Path
+
+import fastavro
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from broker_filter.packets.packet import FilePosition
+from broker_filter.streaming.archives import MAX_DEPTH, InputError, read_packets
+
+SCHEMA = {
+    "type": "record",
+    "name": "alert",
+    "fields": [{"name": "candid", "type": "long"}, {"name": "stamp", "type": "bytes"}],
+}
+
+
+def container(*candids: int, stamp_bytes: int = 3000, block_bytes: int = 1) -> bytes:
+    """A container file of one alert or more, each in a block of its own unless `block_bytes` says otherwise."""
+    alerts = [{"candid": candid, "stamp": random.Random(candid).randbytes(stamp_bytes)} for candid in candids]
+    file = io.BytesIO()
+    fastavro.writer(file, SCHEMA, alerts, sync_interval=block_bytes, sync_marker=b"0123456789abcdef")
+    return file.getvalue()
+
+
+def tar(members: Iterable[tuple[str, bytes]]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+def parquet(candids: list[int]) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"candid": candids}), file)
+    return file.getvalue()
+
+
+def save(folder: Path, name: str, data: bytes) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def read(*inputs: Path, **options: int) -> list[tuple[str, bytes]]:
+    return [(str(packet.position), packet.data) for packet in read_packets(inputs, **options)]
+
+
+PACKETS = [(f"{candid}.avro", container(candid)) for candid in range(1, 8)]
+
+
+def test_every_member_of_the_shared_archive_is_a_packet_byte_for_byte(
+    shared_data: Path, ztf_packets: list[tuple[int, bytes]]
+) -> None:
+    path = shared_data / "ztf" / "ztf_alerts.tar"
+    expected = [(f"{path}::{candid}.avro", data) for candid, data in ztf_packets]
+    assert read(path) == expected
+
+
+def test_real_night_archive_is_read_whole(shared_data: Path) -> None:
+    path = shared_data / "ztf" / "archives" / "ztf_public_20180819_mod1000.tar.gz"
+    with tarfile.open(path) as archive:
+        expected = [archive.extractfile(member).read() for member in archive]
+    assert len(expected) == 30
+    assert [data for _, data in read(path)] == expected
+
+
+def test_what_a_file_holds_is_told_from_its_bytes_not_its_name(tmp_path: Path) -> None:
+    (name, packet), *_ = PACKETS
+    wire = b"\x00\x00\x00\x02\xc0 a body"
+    saved = {
+        "a.tar": packet,
+        "b.avro": tar([(name, packet)]),
+        "c.parquet": gzip.compress(packet),
+        "d": gzip.compress(tar([("x", gzip.compress(packet))])),
+        "e.tar.gz": wire,
+        "f.avro": b"no alert at all",
+        "g.avro": b"",
+    }
+    for file_name, data in saved.items():
+        save(tmp_path, file_name, data)
+    assert read(tmp_path) == [
+        (f"{tmp_path}/a.tar", packet),
+        (f"{tmp_path}/b.avro::{name}", packet),
+        (f"{tmp_path}/c.parquet", packet),
+        (f"{tmp_path}/d::x", packet),
+        (f"{tmp_path}/e.tar.gz", wire),
+        (f"{tmp_path}/f.avro", b"no alert at all"),
+        (f"{tmp_path}/g.avro", b""),
+    ]
+
+
+def test_archives_nest(tmp_path: Path) -> None:
+    night = gzip.compress(tar([("night/", b""), *((f"night/{name}", data) for name, data in PACKETS)]))
+    season = gzip.compress(tar([("20180819.tar.gz", night), ("one.avro.gz", gzip.compress(PACKETS[0][1]))]))
+    path = save(tmp_path, "season.tar.gz", season)
+    expected = [(f"{path}::20180819.tar.gz/night/{name}", data) for name, data in PACKETS]
+    assert read(path)[1:] == [*expected, (f"{path}::one.avro.gz", PACKETS[0][1])]
+
+
+def test_folders_are_read_recursively_in_order_of_names_and_inputs_in_the_order_given(tmp_path: Path) -> None:
+    for name in ("b/2", "b/1", "a", "c/d/3"):
+        save(tmp_path / "night", name, name.encode())
+    alone = save(tmp_path, "alone", b"alone")
+    assert [data for _, data in read(alone, tmp_path / "night")] == [b"alone", b"a", b"b/1", b"b/2", b"c/d/3"]
+
+
+def test_blocks_of_a_container_file_are_packets_that_know_their_first_record(tmp_path: Path) -> None:
+    path = save(tmp_path, "many.avro", container(*range(100), block_bytes=20_000))
+    seen: list[int] = []
+    for packet in read_packets([path]):
+        assert packet.position == FilePosition(str(path), record=len(seen))
+        seen += [alert["candid"] for alert in fastavro.reader(io.BytesIO(packet.data))]
+        assert len(packet.data) < 40_000
+    assert seen == list(range(100))
+
+
+def test_rows_of_parquet_are_packets_also_inside_an_archive(tmp_path: Path) -> None:
+    alone = save(tmp_path, "alerts", parquet([7, 8]))
+    archived = save(tmp_path, "alerts.tar.gz", gzip.compress(tar([("part-0", parquet([9]))])))
+    packets = list(read_packets([alone, archived]))
+    assert [alert["candid"] for p in packets for alert in fastavro.reader(io.BytesIO(p.data))] == [7, 8, 9]
+    assert [str(packet.position) for packet in packets] == [f"{alone}", f"{alone}#1", f"{archived}::part-0"]
+
+
+def test_no_more_is_read_of_a_packet_than_shows_that_it_is_too_large(tmp_path: Path) -> None:
+    members = [("huge", b"x" * 2_000_000), ("huge.avro", container(1, stamp_bytes=2_000_000)), PACKETS[1]]
+    path = save(tmp_path, "night.tar.gz", gzip.compress(tar(members)))
+    (_, huge), (_, huge_container), last = read(path, max_packet_bytes=100_000)
+    assert len(huge) == 100_001
+    assert 100_000 < len(huge_container) < 1_000_000
+    assert last == (f"{path}::{PACKETS[1][0]}", PACKETS[1][1])
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bytes], ids=["tar.gz", "tar"])
+def test_cut_archive_yields_what_is_there_and_then_packets_that_cannot_decode(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, compress: type[bytes]
+) -> None:
+    whole = compress(tar(PACKETS))
+    for cut in range(600, int(len(whole) * 0.9), 997):
+        path = save(tmp_path, "night.tar.gz", whole[:cut])
+        *packets, (last_position, rest) = read(path)
+        assert (last_position, rest) == (str(path), b"")
+        assert f"{path}: damaged tar" in caplog.text
+        caplog.clear()
+        complete = packets[: next((i for i, packet in enumerate(packets) if packet[1] != PACKETS[i][1]), len(packets))]
+        assert len(packets) - len(complete) <= 1
+        for _, data in packets[len(complete) :]:
+            assert PACKETS[len(complete)][1].startswith(data)
+
+
+def test_damaged_gzip_loses_only_what_comes_after_the_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    archive = bytearray(gzip.compress(tar(PACKETS)))
+    archive[-4000] ^= 0xFF
+    path = save(tmp_path, "night.tar.gz", bytes(archive))
+    packets = read(path)
+    assert [data for _, data in packets[:5]] == [data for _, data in PACKETS[:5]]
+    assert packets[-1] == (str(path), b"")
+    assert "damaged" in caplog.text
+
+
+def test_wrong_gzip_checksum_is_noticed_behind_the_last_packet(tmp_path: Path) -> None:
+    archive = bytearray(gzip.compress(tar(PACKETS)))
+    archive[-8] ^= 0xFF
+    path = save(tmp_path, "night.tar.gz", bytes(archive))
+    assert [data for _, data in read(path)] == [*(data for _, data in PACKETS), b""]
+
+
+def test_damaged_tar_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
+    archive = bytearray(tar(PACKETS))
+    second_header = archive.index(PACKETS[1][0].encode())
+    archive[second_header + 148] ^= 0xFF  # the header's checksum
+    path = save(tmp_path, "night.tar", bytes(archive))
+    assert read(path) == [(f"{path}::{PACKETS[0][0]}", PACKETS[0][1]), (str(path), b"")]
+
+
+def test_damaged_parquet_ends_with_a_packet_that_cannot_decode(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save(tmp_path, "alerts.parquet", parquet([7, 8])[:-30])
+    assert read(path) == [(str(path), b"")]
+    assert f"{path}: damaged Parquet" in caplog.text
+
+
+def test_nesting_ends(tmp_path: Path) -> None:
+    bomb = PACKETS[0][1]
+    for _ in range(MAX_DEPTH + 1):
+        bomb = gzip.compress(bomb)
+    ((_, data),) = read(save(tmp_path, "bomb", bomb))
+    assert gzip.decompress(data) == PACKETS[0][1]
+
+
+def test_memory_is_flat_over_an_archive_of_many_packets(tmp_path: Path) -> None:
+    path = save(tmp_path, "night.tar.gz", gzip.compress(tar((f"{i}.avro", b"\x00" * 700) for i in range(10_000)), 1))
+    packets = read_packets([path])
+    for _ in range(1000):
+        next(packets)
+    tracemalloc.start()
+    try:
+        for _ in packets:
+            pass
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_missing_input_is_named_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no-such-night"):
+        read_packets([save(tmp_path, "there", b""), tmp_path / "no-such-night.tar.gz"])
+
+
+def test_names_that_are_no_unicode_do_not_reach_the_outputs(tmp_path: Path) -> None:
+    path = Path(str(tmp_path), "night-\udcff")
+    path.write_bytes(b"")
+    ((position, _),) = read(path)
+    assert position.encode() == f"{tmp_path}/night-?".encode()
