@@ -1,163 +1,467 @@
-"""The service's configuration: one YAML file, checked whole before anything starts.
+"""The service's configuration: what a service file may say, and what each key means. `service_file` reads one.
 
-Every key is documented where it is declared; a misspelt key is an error. Secrets are named (`{env: NAME}` or `{file: PATH}`),
-never written down here, and never logged.
+Every key is documented where it is declared; a misspelt key is an error. Secrets are named (`{env: NAME}` or `{file:
+PATH}`), never written down in the file, and neither they nor any other value is ever repeated in an error or a log
+line.
 """
 
 from __future__ import annotations
 
-from datetime import datetime
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+if TYPE_CHECKING:
+    from broker_filter.scoring.bundle import Bundle, BundleError
+
+SCORED, ANOMALIES, DEAD_LETTER, POSITIONS = "scored", "anomalies", "dead-letter", "positions"
+RESERVED_TOPICS = (SCORED, ANOMALIES, DEAD_LETTER, POSITIONS)
+"""`<prefix>.<name>` of the service's own topics, which no filter can have."""
 
 SurveyName = Literal["ztf", "lsst"]
 
 
 class Section(BaseModel):
-    """A mapping of the file: immutable, and closed to unknown keys."""
+    """A mapping of a YAML file: immutable, and closed to unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class SecretFromEnvironment(Section):
+class ServiceSection(Section):
+    """A section of the service file, which takes values as they are: `port: "80"` and `max_size: yes` are errors."""
+
+    model_config = ConfigDict(strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a service file is checked against besides itself: given to pydantic as the context of a validation.
+
+    Without it only the file's form is checked. `input_topics` and `bundles` are what the file says before it is
+    checked.
+    """
+
+    environment: Mapping[str, str]
+    input_topics: Sequence[str]
+    bundles: Sequence[str]
+    _opened: dict[str, Bundle | BundleError] = field(default_factory=dict)
+
+    def bundle(self, name: str) -> Bundle:
+        """The bundle, read once. Raises BundleError."""
+        from broker_filter.scoring.bundle import BundleError, load_bundle
+
+        if name not in self._opened:
+            try:
+                self._opened[name] = load_bundle(name)
+            except BundleError as error:
+                self._opened[name] = error
+        opened = self._opened[name]
+        if isinstance(opened, BundleError):
+            raise opened
+        return opened
+
+    def outputs(self) -> list[str] | None:
+        """All models' outputs, `<model>.<label>`; None where a bundle cannot be read."""
+        from broker_filter.scoring.bundle import BundleError
+
+        try:
+            cards = [self.bundle(name).card for name in self.bundles]
+        except BundleError:
+            return None
+        return [f"{card.name}.{label}" for card in cards for label in card.outputs.labels]
+
+
+def _surroundings(info: ValidationInfo) -> Surroundings | None:
+    return info.context if isinstance(info.context, Surroundings) else None
+
+
+def _is_file(path: Path, info: ValidationInfo) -> Path:
+    if _surroundings(info) and not os.access(path, os.R_OK):
+        raise ValueError(f"no file {path} that can be read")
+    return path
+
+
+ReadablePath = Annotated[Path, Field(strict=False), AfterValidator(_is_file)]
+
+
+class SecretFromEnvironment(ServiceSection):
     """A secret in an environment variable."""
 
     env: str
 
+    @field_validator("env")
+    @classmethod
+    def _is_set(cls, name: str, info: ValidationInfo) -> str:
+        surroundings = _surroundings(info)
+        if surroundings and name not in surroundings.environment:
+            raise ValueError(f"the environment variable {name} is not set")
+        return name
 
-class SecretFromFile(Section):
+
+class SecretFromFile(ServiceSection):
     """A secret in a file (its trailing newline is dropped)."""
 
-    file: Path
+    file: ReadablePath
 
 
-Secret = SecretFromEnvironment | SecretFromFile
+def _named_secret(value: Any) -> Any:
+    named = isinstance(value, Section) or (isinstance(value, dict) and list(value) in (["env"], ["file"]))
+    if not named:
+        raise ValueError("a secret is named, not written down: {env: VARIABLE} or {file: PATH}")
+    return value
 
 
-class Sasl(Section):
+Secret = Annotated[SecretFromEnvironment | SecretFromFile, BeforeValidator(_named_secret)]
+
+
+class Sasl(ServiceSection):
     """SASL credentials; over TLS where `tls` is also given."""
 
-    mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
-    username: str
-    password: Secret
+    mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+        default="SCRAM-SHA-512", description="How to prove who one is."
+    )
+    username: str = Field(description="User name.")
+    password: Secret = Field(description="`{env: VARIABLE}` or `{file: PATH}`.")
 
 
-class Tls(Section):
-    """TLS towards the brokers. `ca`: PEM bundle, the system's where absent. `certificate` and `key` for mutual TLS."""
+class Tls(ServiceSection):
+    """TLS towards the brokers; with a certificate and its key, mutual TLS."""
 
-    ca: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-    key_password: Secret | None = None
+    ca: ReadablePath | None = Field(
+        default=None, description="PEM file of the authorities to trust; the system's if absent."
+    )
+    certificate: ReadablePath | None = Field(
+        default=None, description="PEM file of one's own certificate, for mutual TLS."
+    )
+    key: ReadablePath | None = Field(default=None, description="PEM file of the certificate's private key.")
+    key_password: Secret | None = Field(default=None, description="`{env: VARIABLE}` or `{file: PATH}`.")
+
+    @model_validator(mode="after")
+    def _certificate_with_key(self) -> Tls:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key belong together: give both or neither")
+        return self
 
 
-KafkaValue = str | int | float | bool | Secret
+def _property_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _named_secret(value)
+    if not isinstance(value, Section | str | int | float):
+        raise ValueError("should be text, a number, true or false, or a secret: {env: VARIABLE} or {file: PATH}")
+    return value
 
 
-class Input(Section):
+KafkaValue = Annotated[str | int | float | bool | Secret, BeforeValidator(_property_value)]
+
+
+def _secrets_are_named(properties: dict[str, KafkaValue]) -> dict[str, KafkaValue]:
+    for name, value in properties.items():
+        if name.endswith(("password", "secret")) and not isinstance(value, Section):
+            raise ValueError(f"{name} is a secret, to be named, not written down: {{env: VARIABLE}} or {{file: PATH}}")
+    return properties
+
+
+KafkaProperties = Annotated[dict[str, KafkaValue], AfterValidator(_secrets_are_named)]
+
+
+StartName = Literal["earliest", "latest", "stored"]
+
+
+def _utc(value: Any) -> Any:
+    """Times without a zone are UTC."""
+    if isinstance(value, str) and value not in get_args(StartName):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            value = None
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day, tzinfo=UTC)
+    if not isinstance(value, str | datetime):
+        raise ValueError("should be earliest, latest, stored or an ISO time")
+    return value.replace(tzinfo=UTC) if isinstance(value, datetime) and value.tzinfo is None else value
+
+
+Start = Annotated[StartName | datetime, BeforeValidator(_utc)]
+
+
+class Input(ServiceSection):
     """Where alerts come from."""
 
     bootstrap_servers: str = Field(description="The survey's brokers, `host:port,host:port`.")
     group_id: str = Field(description="Consumer group; instances with the same id share the partitions.")
     topics: list[str] = Field(
         min_length=1,
-        description="Topic names. strftime directives stand for the UTC day (`ztf_%Y%m%d_programid1`) and roll over at midnight.",
+        description="Topic names. strftime directives stand for the UTC day (`ztf_%Y%m%d_programid1`) and roll over at "
+        "midnight.",
     )
-    start: Literal["earliest", "latest", "stored"] | datetime = Field(
-        "stored",
-        description="Where to start in a partition without a stored position: earliest, latest, or an ISO time; "
-        "`stored` refuses to start without one.",
+    start: Start = Field(
+        default="stored",
+        description="Where to start in a partition without a stored position: `earliest`, `latest`, or an ISO time "
+        "(UTC); `stored` refuses to start without one.",
     )
-    sasl: Sasl | None = None
-    tls: Tls | None = None
-    kafka: dict[str, KafkaValue] = Field({}, description="librdkafka properties, passed through as they are.")
-    schema_registry: str | None = Field(None, description="URL of a Confluent schema registry, or a directory of .avsc files.")
-    max_packet_bytes: int = Field(16 * 2**20, gt=0, description="Larger packets are rejected as too_large, undecoded.")
+    sasl: Sasl | None = Field(default=None, description="SASL credentials.")
+    tls: Tls | None = Field(
+        default=None, description="TLS towards the brokers; `{}` for TLS with the system's authorities."
+    )
+    kafka: KafkaProperties = Field(default={}, description="librdkafka properties, passed through as they are.")
+    schema_registry: str | None = Field(
+        default=None, description="URL of a Confluent schema registry, or a directory of .avsc files."
+    )
+    max_packet_bytes: int = Field(
+        default=16 * 2**20, gt=0, description="Larger packets are rejected as `too_large`, undecoded."
+    )
+
+    @field_validator("schema_registry")
+    @classmethod
+    def _registry_is_there(cls, location: str | None, info: ValidationInfo) -> str | None:
+        if _surroundings(info) and location and not _is_http_url(location) and not Path(location).is_dir():
+            raise ValueError("neither an http(s) URL nor a directory")
+        return location
+
+    @field_validator("kafka")
+    @classmethod
+    def _properties_exist(cls, properties: dict[str, KafkaValue], info: ValidationInfo) -> dict[str, KafkaValue]:
+        if _surroundings(info):
+            from confluent_kafka import Consumer
+
+            _try_properties(Consumer, {"group.id": "-"}, properties)
+        return properties
 
 
-class Output(Section):
+class Output(ServiceSection):
     """Where scored alerts go."""
 
-    prefix: str = Field(pattern=r"^[a-zA-Z0-9._-]+$", description="Topics are `<prefix>.scored`, `<prefix>.anomalies`, ...")
-    bootstrap_servers: str | None = Field(None, description="One's own brokers; the input's cluster where absent.")
-    payload: Literal["full", "no_cutouts", "scores"] = Field("full", description="How much of the packet travels on.")
-    schema_registry: str | None = Field(
-        None, description="URL of a registry: records are then Confluent wire format instead of container files."
+    prefix: str = Field(
+        pattern=r"^[a-zA-Z0-9._-]+$", description="Topics are `<prefix>.scored`, `<prefix>.anomalies`, ..."
     )
-    sasl: Sasl | None = None
-    tls: Tls | None = None
-    kafka: dict[str, KafkaValue] = Field({}, description="librdkafka properties, passed through as they are.")
-    partitions: int = Field(4, gt=0, description="Partitions of topics that are created.")
-    replication_factor: int = Field(-1, description="Replication factor of topics that are created; -1: the cluster's default.")
+    bootstrap_servers: str | None = Field(default=None, description="One's own brokers; the input's cluster if absent.")
+    payload: Literal["full", "no_cutouts", "scores"] = Field(
+        default="full", description="How much of the packet travels on: `full`, `no_cutouts` or `scores`."
+    )
+    schema_registry: str | None = Field(
+        default=None,
+        description="URL of a registry: records are then Confluent wire format instead of container files.",
+    )
+    sasl: Sasl | None = Field(default=None, description="SASL credentials.")
+    tls: Tls | None = Field(
+        default=None, description="TLS towards the brokers; `{}` for TLS with the system's authorities."
+    )
+    kafka: KafkaProperties = Field(default={}, description="librdkafka properties, passed through as they are.")
+    partitions: int = Field(default=4, gt=0, description="Partitions of topics that are created.")
+    replication_factor: int = Field(
+        default=-1, ge=-1, description="Replication factor of topics that are created; -1: the cluster's default."
+    )
+
+    @field_validator("prefix")
+    @classmethod
+    def _output_is_not_input(cls, prefix: str, info: ValidationInfo) -> str:
+        for topic in ((surroundings := _surroundings(info)) and surroundings.input_topics) or ():
+            if topic.startswith(f"{prefix}.") and topic.removeprefix(f"{prefix}.") in RESERVED_TOPICS:
+                raise ValueError(f"{topic} would be read and written; choose another prefix")
+        return prefix
+
+    @field_validator("schema_registry")
+    @classmethod
+    def _registry_is_url(cls, location: str | None) -> str | None:
+        if location and not _is_http_url(location):
+            raise ValueError("should be an http(s) URL: schemas are registered there")
+        return location
+
+    @field_validator("kafka")
+    @classmethod
+    def _properties_exist(cls, properties: dict[str, KafkaValue], info: ValidationInfo) -> dict[str, KafkaValue]:
+        if _surroundings(info):
+            from confluent_kafka import Producer
+
+            _try_properties(Producer, {}, properties)
+        return properties
 
 
-class Model(Section):
-    """A bundle to score with: a directory, or the name of one that ships."""
+class Model(ServiceSection):
+    """A bundle to score with; the bundle alone may be written in its place."""
 
-    bundle: str
-    also: list[SurveyName] = Field([], description="Surveys to score that the bundle was not trained for.")
+    bundle: str = Field(description="A directory, or the name of a bundle that ships.")
+    also: list[SurveyName] = Field(default=[], description="Surveys to score that the bundle was not trained for.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_bundle(cls, value: Any) -> Any:
+        return {"bundle": value} if isinstance(value, str) else value
+
+    @field_validator("bundle")
+    @classmethod
+    def _bundle_is_sound(cls, bundle: str, info: ValidationInfo) -> str:
+        from broker_filter.scoring.bundle import BundleError
+
+        if surroundings := _surroundings(info):
+            try:
+                surroundings.bundle(bundle)
+            except BundleError as error:
+                raise ValueError(str(error)) from None
+        return bundle
 
 
-class Anomalies(Section):
+class Anomalies(ServiceSection):
     """Alerts whose model output is above a threshold go to `<prefix>.anomalies` too."""
 
     output: str = Field(description="A model output, `<model>.<label>`.")
-    above: float
+    above: float = Field(description="Alerts with more than this are anomalous.")
+
+    @field_validator("output")
+    @classmethod
+    def _output_exists(cls, output: str, info: ValidationInfo) -> str:
+        known = surroundings.outputs() if (surroundings := _surroundings(info)) else None
+        if known is not None and output not in known:
+            raise ValueError(f"no model has an output {output!r}{suggestion(output, known)}")
+        return output
 
 
-class Filter(Section):
+class Filter(ServiceSection):
     """Alerts for which `where` is true go to `<prefix>.<name>` too."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9._-]+$")
-    where: str
+    name: str = Field(pattern=r"^[a-zA-Z0-9._-]+$", description="Last part of the topic's name.")
+    where: str = Field(description="An expression over scores and alert fields: `real > 0.65 and magpsf < 18.5`.")
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_free(cls, name: str) -> str:
+        if name in RESERVED_TOPICS:
+            raise ValueError(f"{name!r} is one of the service's own topics")
+        return name
+
+    @field_validator("where")
+    @classmethod
+    def _where_compiles(cls, where: str, info: ValidationInfo) -> str:
+        outputs = surroundings.outputs() if (surroundings := _surroundings(info)) else None
+        if outputs is not None:
+            from broker_filter.streaming.expressions import FIELDS, compile_filter
+
+            compile_filter(where, FIELDS, outputs)
+        return where
 
 
-class Batch(Section):
+class Batch(ServiceSection):
     """How many alerts are decoded and scored together."""
 
-    max_size: int = Field(64, gt=0, le=4096)
-    max_wait_ms: int = Field(20, ge=0)
+    max_size: int = Field(default=64, gt=0, le=4096, description="Most packets in a batch.")
+    max_wait_ms: int = Field(default=20, ge=0, description="How long a batch waits to be full.")
 
 
-class Transaction(Section):
+class Transaction(ServiceSection):
     """A transaction ends by count or by time, whichever comes first."""
 
-    max_alerts: int = Field(1024, gt=0)
-    max_ms: int = Field(500, gt=0)
+    max_alerts: int = Field(default=1024, gt=0, description="Most alerts in a transaction.")
+    max_ms: int = Field(default=500, gt=0, description="How long a transaction stays open.")
 
 
-class Runtime(Section):
-    """What runs the networks. `auto` takes CUDA where there is one; a device that was asked for and is not there is an error."""
+class Runtime(ServiceSection):
+    """What runs the networks. A device that was asked for and is not there is an error, never a silent fall-back."""
 
-    engine: Literal["auto", "onnxruntime", "torch"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    decode_threads: int | None = Field(None, gt=0, description="Decoding threads; by the available cores where absent.")
-    inference_threads: int | None = Field(None, gt=0, description="Threads of one inference; by the cores where absent.")
+    engine: Literal["auto", "onnxruntime", "torch"] = Field(
+        default="auto", description="`auto`, `onnxruntime`, `torch`."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="`auto` takes CUDA where there is one; `cpu`, `cuda`."
+    )
+    decode_threads: int | None = Field(
+        default=None, gt=0, description="Decoding threads; by the available cores if absent."
+    )
+    inference_threads: int | None = Field(
+        default=None, gt=0, description="Threads of one inference; by the available cores if absent."
+    )
 
 
-class Http(Section):
+class Http(ServiceSection):
     """Where /metrics, /livez and /readyz are served."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(9108, ge=0, le=65535)
+    host: str = Field(default="127.0.0.1", description="Address to listen at; this machine alone by default.")
+    port: int = Field(default=9108, ge=0, le=65535, description="0 takes a free port.")
 
 
-class Service(Section):
+class Service(ServiceSection):
     """The whole file."""
 
-    input: Input
-    output: Output
-    models: Annotated[list[str | Model], Field(min_length=1)] = ["default"]
-    anomalies: Anomalies | None = None
-    filters: list[Filter] = []
-    duplicates: Literal["mark", "drop"] = Field(
-        "mark", description="What to do with an alert id seen before: publish it marked, or drop it (both are counted)."
+    input: Input = Field(description="Where alerts come from.")
+    output: Output = Field(description="Where scored alerts go.")
+    models: list[Model] = Field(
+        default=[Model(bundle="default")],
+        min_length=1,
+        description="Bundles to score with, as `[default, ./mine]`; the default bundle if absent.",
     )
-    duplicate_window: int = Field(1_000_000, ge=0, description="How many of the latest alert ids are remembered.")
-    batch: Batch = Batch()
-    transaction: Transaction = Transaction()
-    runtime: Runtime = Runtime()
-    http: Http = Http()
-    stall_timeout_s: float = Field(120, gt=0, description="A stage without progress for so long ends the process, non-zero.")
+    anomalies: Anomalies | None = Field(default=None, description="What is an anomaly; nothing if absent.")
+    filters: list[Filter] = Field(default=[], description="Topics of chosen alerts.")
+    duplicates: Literal["mark", "drop"] = Field(
+        default="mark", description="An alert id seen before is published marked, or dropped; it is counted either way."
+    )
+    duplicate_window: int = Field(
+        default=1_000_000, ge=0, description="How many of the latest alert ids are remembered."
+    )
+    batch: Batch = Field(default=Batch(), description="How many alerts are decoded and scored together.")
+    transaction: Transaction = Field(default=Transaction(), description="How long a transaction is.")
+    runtime: Runtime = Field(default=Runtime(), description="What runs the networks.")
+    http: Http = Field(default=Http(), description="Where metrics and health are served.")
+    stall_timeout_s: float = Field(
+        default=120, gt=0, description="A stage without progress for so long ends the process, non-zero."
+    )
+
+    @field_validator("filters")
+    @classmethod
+    def _filters_differ(cls, filters: list[Filter]) -> list[Filter]:
+        names = [filter_.name for filter_ in filters]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"more than one filter is called {', '.join(twice)}")
+        return filters
+
+    @field_validator("models")
+    @classmethod
+    def _models_differ(cls, models: list[Model], info: ValidationInfo) -> list[Model]:
+        if surroundings := _surroundings(info):
+            names = [surroundings.bundle(model.bundle).card.name for model in models]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(
+                    f"more than one bundle is called {', '.join(twice)}; their outputs could not be told apart"
+                )
+        return models
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """What was probably meant by an unknown word, to be put behind the message."""
+    close = get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}" if known else ""
+
+
+def _is_http_url(location: str) -> bool:
+    """Whether `location` is a URL of a server, not a path."""
+    return urlsplit(location).scheme in ("http", "https")
+
+
+def _try_properties(client: Any, needed: dict[str, str], properties: Mapping[str, KafkaValue]) -> None:
+    """Has librdkafka check the properties: a client without servers is made, and connects to nothing."""
+    from confluent_kafka import KafkaException
+
+    from broker_filter.streaming.kafka_client import RESERVED
+
+    for name in properties:
+        if name in RESERVED:
+            raise ValueError(f"{name} is set by the service: {RESERVED[name]}")
+    values = {name: value for name, value in properties.items() if not isinstance(value, Section)}
+    try:
+        client(needed | values)
+    except KafkaException as error:
+        raise ValueError(error.args[0].str()) from None

@@ -46,10 +46,15 @@ class RejectReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """An input that cannot be scored. `record` counts within the packet; `alert` is what could still be read of it."""
+    """An input that cannot be scored.
+
+    `record` counts within the packet; `alert` is what could still be read of it; `schema` is the fingerprint of its
+    writer's schema, None where that could not be read.
+    """
 
     packet: Packet
     reason: RejectReason
     detail: str
     record: int = 0
     alert: AlertIdentity | None = None
+    schema: str | None = None

@@ -297,7 +297,7 @@ def _named_types(type_: Any, namespace: str = "") -> dict[str, Any]:
     return named
 
 
-def _self_contained(type_: Any, namespace: str, definitions: Mapping[str, Any], defined: set[str]) -> Any:
+def _self_contained(type_: Any, namespace: str, definitions: dict[str, Any], defined: set[str]) -> Any:
     """A copy in which every named type is defined where it is first used, for the field that defined it may be left
     out.
 
@@ -308,7 +308,7 @@ def _self_contained(type_: Any, namespace: str, definitions: Mapping[str, Any], 
     if isinstance(type_, str):
         if type_ in PRIMITIVES:
             return type_
-        name = resolve_name(type_, namespace, definitions)
+        name = resolve_name(type_, namespace, set(definitions))
         if name in defined:
             return type_
         space, _, short = name.rpartition(".")

@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.packets.batch import BANDS, UNKNOWN_BAND, AlertBatch, Survey
+from broker_filter.packets.surveys import COLUMNS
 
 if TYPE_CHECKING:  # at run time it would bring the model runtimes along, which checking a configuration can do without
     from broker_filter.streaming.filtering import ScoredBatch
@@ -48,6 +49,8 @@ IDENTITY_NUMBERS = ("alert_id", "mjd", "ra", "dec")
 IDENTITY_TEXTS = ("object_id", "survey", "band", "schema_version")
 IDENTITY_FIELDS = IDENTITY_NUMBERS + IDENTITY_TEXTS
 """Fields that every alert has; the others are metadata columns, all of them numbers."""
+FIELDS = tuple(dict.fromkeys((*IDENTITY_FIELDS, *(column.name for column in COLUMNS))))
+"""All that a filter can name besides model outputs."""
 
 
 class ExpressionError(ValueError):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,9 +48,10 @@ def score_alerts(alerts: AlertBatch, rejects: Sequence[Reject], scorer: Scorer, 
             reason=RejectReason.NO_MODEL_FOR_SURVEY,
             detail=f"no configured model takes alerts of {Survey(int(alerts.survey[i]))}",
             record=int(alerts.record_index[i]),
-            alert=alerts.identity(int(i)),
+            alert=alerts.identity(i),
+            schema=alerts.records[i].schema.fingerprint,
         )
-        for i in np.flatnonzero(~scores.taken)
+        for i in np.flatnonzero(~scores.taken).tolist()
     ]
     duplicate = window.mark(alerts, scores.taken)
     return ScoredBatch(alerts.packets, alerts, scores, duplicate, [*rejects, *unclaimed])
@@ -57,3 +61,28 @@ def score_packets(packets: Sequence[Packet], decoder: Decoder, scorer: Scorer, w
     """Decodes and scores one batch of packets."""
     alerts, rejects = decoder.decode(packets)
     return score_alerts(alerts, rejects, scorer, window)
+
+
+def score_stream(
+    packets: Iterable[Packet],
+    decoder: Decoder,
+    scorer: Scorer,
+    window: DuplicateWindow,
+    *,
+    batch_size: int,
+    threads: int,
+) -> Iterator[ScoredBatch]:
+    """Scores packets batch by batch in the order in which they come, while `threads` threads decode the next ones."""
+    decoded: deque[Future[tuple[AlertBatch, list[Reject]]]] = deque()
+    waiting = iter(packets)
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        try:
+            while True:
+                while len(decoded) <= threads and (batch := list(islice(waiting, batch_size))):
+                    decoded.append(pool.submit(decoder.decode, batch))
+                if not decoded:
+                    return
+                alerts, rejects = decoded.popleft().result()
+                yield score_alerts(alerts, rejects, scorer, window)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

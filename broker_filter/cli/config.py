@@ -1,0 +1,68 @@
+"""`broker-filter config`: says everything that is wrong with a service file, and what each key means."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from broker_filter.config import Service
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `config` with its two parts."""
+    parser = subparsers.add_parser("config", help="check a service file, or list its keys")
+    parts = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    checker = parts.add_parser(
+        "check",
+        help="say all that is wrong with a service file",
+        description="Prints every error with the path of its key and ends with status 2; or says what would run.",
+    )
+    checker.add_argument("file", metavar="FILE", type=Path)
+    checker.set_defaults(run=_check)
+
+    lister = parts.add_parser("keys", help="every key of a service file, with its default and meaning, as Markdown")
+    lister.set_defaults(run=_keys)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from broker_filter.service_file import load_service
+
+    print(summary(load_service(arguments.file)))
+    return 0
+
+
+def _keys(_: argparse.Namespace) -> int:
+    from broker_filter.service_file import document_keys
+
+    print("| key | default | meaning |", "|---|---|---|", sep="\n")
+    for path, default, meaning in document_keys():
+        print(f"| `{path}` | {default} | {meaning} |")
+    return 0
+
+
+def summary(service: Service) -> str:
+    """What a sound configuration will run; names no secret."""
+    from broker_filter.config import ANOMALIES, DEAD_LETTER, SCORED
+    from broker_filter.scoring.bundle import load_bundle
+
+    source, output = service.input, service.output
+    names = [SCORED, *([ANOMALIES] if service.anomalies else []), *(one.name for one in service.filters), DEAD_LETTER]
+    lines = [
+        f"input: {', '.join(source.topics)} from {source.bootstrap_servers} as group {source.group_id}, "
+        f"start {source.start}",
+        f"output: {', '.join(f'{output.prefix}.{name}' for name in names)} to "
+        f"{output.bootstrap_servers or source.bootstrap_servers}, payload {output.payload}",
+    ]
+    for model in service.models:
+        card = load_bundle(model.bundle).card
+        surveys = ", ".join(dict.fromkeys([*card.surveys, *model.also]))
+        lines.append(f"model: {card.name} {card.version} ({', '.join(card.outputs.labels)}) for {surveys}")
+    if service.anomalies:
+        lines.append(f"anomalies: {service.anomalies.output} > {service.anomalies.above}")
+    lines += [f"filter {one.name}: {one.where}" for one in service.filters]
+    lines.append(f"duplicates: {service.duplicates} within {service.duplicate_window:,} alert ids")
+    lines.append(f"http: {service.http.host}:{service.http.port}")
+    return "\n".join(lines)

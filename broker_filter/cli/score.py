@@ -1,0 +1,139 @@
+"""`broker-filter score`: archived alerts through the models, one row each into a table."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from broker_filter.packets.packet import FilePosition, Packet
+
+if TYPE_CHECKING:
+    from broker_filter.streaming.filtering import ScoredBatch
+
+BATCH_SIZE = 64
+"""Packets decoded together: enough to fill a run of a network, few enough to keep every thread busy on a small
+archive."""
+DUPLICATE_WINDOW = 2_000_000
+"""Alert ids that are remembered: more than any night has."""
+
+log = logging.getLogger(__name__)
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `score`."""
+    parser = subparsers.add_parser(
+        "score",
+        help="score archived alerts into a table",
+        description="Scores every alert of files, folders and archives; writes one row an alert, rejected ones too. "
+        "Ends with status 0 unless no alert could be read.",
+    )
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder (read recursively) or archive")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="table to write: .parquet, .avro or .jsonl"
+    )
+    parser.add_argument(
+        "--model", action="append", metavar="BUNDLE", help="bundle to score with; may be repeated (default: `default`)"
+    )
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        choices=["ztf", "lsst"],
+        metavar="SURVEY",
+        help="score this survey's alerts too, though the bundles were not trained for it; may be repeated",
+    )
+    parser.add_argument("--schema-registry", metavar="URL|DIR", help="schemas of alerts in Confluent wire format")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="what runs the networks")
+    parser.add_argument("--fail-on-reject", action="store_true", help="end with status 1 if any input was rejected")
+    parser.set_defaults(run=run)
+
+
+@dataclass
+class Account:
+    """What became of the inputs: each alert, and each input without a readable one, is counted exactly once."""
+
+    decoded: int = 0
+    scored: int = 0
+    duplicates: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, batch: ScoredBatch) -> int:
+        """Counts a batch and returns how many inputs it had."""
+        duplicates = int(batch.duplicate.sum())
+        self.decoded += len(batch.alerts)
+        self.duplicates += duplicates
+        self.scored += len(batch.scored) - duplicates
+        self.rejected.update(reject.reason.value for reject in batch.rejects)
+        return len(batch.scored) + len(batch.rejects)
+
+    def __str__(self) -> str:
+        read = self.scored + self.duplicates + self.rejected.total()
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.rejected.most_common())
+        why = f" ({reasons})" if reasons else ""
+        return (
+            f"read {read:,}: scored {self.scored:,}, rejected {self.rejected.total():,}{why}, "
+            f"duplicates {self.duplicates:,}; {read / (time.monotonic() - self.started):,.0f} alerts/s"
+        )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Scores the inputs, prints the account and returns the exit status."""
+    from broker_filter.cli.console import progress
+    from broker_filter.config import Model, Runtime
+    from broker_filter.packets.decode import Decoder
+    from broker_filter.packets.registry import open_registry
+    from broker_filter.scoring.runtimes import available_cores
+    from broker_filter.scoring.scorer import open_scorer
+    from broker_filter.streaming.archives import read_packets
+    from broker_filter.streaming.duplicates import DuplicateWindow
+    from broker_filter.streaming.filtering import score_stream
+    from broker_filter.streaming.tables import open_table, partial_path, table_schema, to_rows
+
+    packets = read_packets(arguments.inputs)
+    models = [Model(bundle=bundle, also=arguments.also) for bundle in arguments.model or ["default"]]
+    scorer = open_scorer(models, Runtime(device=arguments.device))
+    registry = open_registry(arguments.schema_registry)
+    decoder = Decoder(registry, cutout_size=scorer.cutout_size, columns=scorer.columns)
+    schema = table_schema([f"{model.name}.{label}" for model in scorer.models for label in model.labels])
+    partial = partial_path(arguments.out)
+    batches = score_stream(
+        _not_of(packets, {arguments.out, partial}),
+        decoder,
+        scorer,
+        DuplicateWindow(DUPLICATE_WINDOW),
+        batch_size=BATCH_SIZE,
+        threads=available_cores(),
+    )
+    account = Account()
+    try:
+        with open_table(arguments.out, schema) as table, progress("Scoring") as advance:
+            for batch in batches:
+                table.write(to_rows(batch, schema))
+                advance(account.add(batch))
+    except BaseException:
+        if account.decoded:
+            log.warning("ended early; the rows so far are in %s", partial)
+        raise
+    print(f"{account} -> {arguments.out}")
+    if not account.decoded:
+        print("broker-filter: no alert could be read", file=sys.stderr)
+        return 1
+    return 1 if arguments.fail_on_reject and account.rejected else 0
+
+
+def _not_of(packets: Iterable[Packet], own: set[Path]) -> Iterator[Packet]:
+    """Leaves out what lies in our `own` files: a folder that is read may be the one that is written to."""
+    names, files = {path.name for path in own}, {path.resolve() for path in own}
+    for packet in packets:
+        path = Path(packet.position.path) if isinstance(packet.position, FilePosition) else None
+        if path and path.name in names and path.resolve() in files:
+            continue
+        yield packet

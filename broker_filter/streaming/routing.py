@@ -1,0 +1,166 @@
+"""Which topics an alert goes to. Turns a scored batch into Kafka records, and knows no Kafka.
+
+Every alert that a model scored goes to `<prefix>.scored`, to `<prefix>.anomalies` where the configured output is high,
+and to `<prefix>.<name>` of every filter that takes it; every rejected input to `<prefix>.dead-letter` with its original
+bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from broker_filter.config import ANOMALIES, DEAD_LETTER, SCORED, Service
+from broker_filter.packets.packet import Packet
+from broker_filter.packets.rejects import Reject, RejectReason
+from broker_filter.scoring.scorer import Scorer
+from broker_filter.streaming.encoding import (
+    Anomalies,
+    ContainerFraming,
+    Encoder,
+    Framing,
+    OutputRecord,
+    WireFraming,
+)
+from broker_filter.streaming.expressions import FIELDS, Expression, compile_filter
+from broker_filter.streaming.filtering import ScoredBatch
+
+MAX_DETAIL_BYTES = 500
+"""Of a dead letter's `detail` header: a sentence, whatever a packet put into it."""
+
+Header = tuple[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """A batch's output records, and the account of its inputs: each alert or undecodable packet is counted exactly
+    once.
+
+    `packet_index[k]` says which packet of the batch record k comes from. `duplicates` counts alerts whose id was seen
+    before, published or not; they are not among `scored`.
+    """
+
+    scored: int
+    duplicates: int
+    rejected: Counter[RejectReason]
+    records: list[OutputRecord] = field(default_factory=list)
+    packet_index: list[int] = field(default_factory=list)
+    published: Counter[str] = field(default_factory=Counter)  # records by topic
+
+    def add(self, record: OutputRecord, packet_index: int) -> None:
+        """Appends a record."""
+        self.records.append(record)
+        self.packet_index.append(packet_index)
+        self.published[record.topic] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class AnomalyRule:
+    """A model output, `<model>.<label>`, above which an alert is anomalous."""
+
+    output: str
+    above: float
+
+    def apply(self, scored: ScoredBatch) -> Anomalies:
+        """Score and flag of every alert of the batch; never flagged where the score is missing."""
+        score = scored.scores.columns()[self.output]
+        return Anomalies(score, score > self.above)
+
+
+class Router:
+    """One rule for every batch; holds no state but caches of encoded schemas."""
+
+    def __init__(
+        self,
+        prefix: str,
+        *,
+        models: Sequence[tuple[str, str]],
+        encoder: Encoder,
+        framing: Framing,
+        anomalies: AnomalyRule | None = None,
+        filters: Sequence[tuple[str, Expression]] = (),
+        drop_duplicates: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`models`: name and version of each, for the `models` header. `clock`: Unix seconds, for `scored_at`."""
+        self._scored = f"{prefix}.{SCORED}"
+        self._anomalous = f"{prefix}.{ANOMALIES}"
+        self._dead_letter = f"{prefix}.{DEAD_LETTER}"
+        self._models: Header = ("models", ",".join(f"{name}={version}" for name, version in models).encode())
+        self._encoder = encoder
+        self._framing = framing
+        self._anomalies = anomalies
+        self._filters = [(f"{prefix}.{name}", expression) for name, expression in filters]
+        self._drop_duplicates = drop_duplicates
+        self._clock = clock
+
+    @property
+    def topics(self) -> list[str]:
+        """Every topic that records may go to."""
+        anomalous = [self._anomalous] if self._anomalies else []
+        return [self._scored, *anomalous, *(topic for topic, _ in self._filters), self._dead_letter]
+
+    def route(self, scored: ScoredBatch) -> Routed:
+        """Makes the batch's records. Raises what the framing raises."""
+        alerts, rows = scored.alerts, scored.scored
+        duplicates = int(np.count_nonzero(scored.duplicate[rows]))
+        routed = Routed(
+            scored=len(rows) - duplicates,
+            duplicates=duplicates,
+            rejected=Counter(reject.reason for reject in scored.rejects),
+        )
+        anomalies = self._anomalies.apply(scored) if self._anomalies else None
+        chosen = [(self._scored, np.ones(len(alerts), dtype=np.bool_))]
+        if anomalies:
+            chosen.append((self._anomalous, anomalies.flag))
+        chosen += [(topic, expression.evaluate(scored)) for topic, expression in self._filters]
+        encoded = self._encoder.encode(scored, int(self._clock() * 1000), anomalies)
+        for i, (schema, body) in zip(rows.tolist(), encoded, strict=True):
+            if self._drop_duplicates and scored.duplicate[i]:
+                continue
+            packet_index = int(alerts.packet_index[i])
+            headers = self._headers(scored.packets[packet_index], int(alerts.record_index[i]))
+            headers.append(("schema", alerts.records[i].schema.fingerprint.encode()))
+            key = alerts.object_id[i].encode()
+            for topic, takes in chosen:
+                if takes[i]:
+                    value = self._framing.frame(schema, body, topic)
+                    routed.add(OutputRecord(topic, key, value, headers), packet_index)
+        packet_indices = {id(packet): index for index, packet in enumerate(scored.packets)}
+        for reject in scored.rejects:
+            routed.add(self._dead_letter_record(reject), packet_indices[id(reject.packet)])
+        return routed
+
+    def _dead_letter_record(self, reject: Reject) -> OutputRecord:
+        object_id = reject.alert.object_id if reject.alert else None
+        headers = [
+            *self._headers(reject.packet, reject.record),
+            ("schema", (reject.schema or "").encode()),
+            ("reason", reject.reason.encode()),
+            ("detail", reject.detail.encode(errors="replace")[:MAX_DETAIL_BYTES]),
+        ]
+        return OutputRecord(self._dead_letter, object_id.encode() if object_id else None, reject.packet.data, headers)
+
+    def _headers(self, packet: Packet, record: int) -> list[Header]:
+        """What every output record says; `record` where it is not the packet's first."""
+        which = [("record", str(record).encode())] if record else []
+        return [("input", str(packet.position).encode()), *which, self._models]
+
+
+def open_router(service: Service, scorer: Scorer) -> Router:
+    """The router that a configuration asks for. Raises ExpressionError for a filter that does not compile."""
+    outputs = [f"{model.name}.{label}" for model in scorer.models for label in model.labels]
+    rule, registry = service.anomalies, service.output.schema_registry
+    return Router(
+        service.output.prefix,
+        models=[(model.name, model.version) for model in scorer.models],
+        encoder=Encoder(service.output.payload),
+        framing=WireFraming(registry) if registry else ContainerFraming(),
+        anomalies=AnomalyRule(rule.output, rule.above) if rule else None,
+        filters=[(one.name, compile_filter(one.where, FIELDS, outputs)) for one in service.filters],
+        drop_duplicates=service.duplicates == "drop",
+    )
