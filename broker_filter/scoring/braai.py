@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import Tensor
 
 from broker_filter.scoring.bundle import (
@@ -23,6 +24,7 @@ from broker_filter.scoring.bundle import (
     Inputs,
     Outputs,
     Training,
+    describe_problems,
 )
 from broker_filter.scoring.export import write_bundle
 from broker_filter.scoring.networks import load_network
@@ -49,30 +51,31 @@ def import_braai(weights: Path, normalisation: Literal["row", "image"], name: st
     `normalisation`: what of the images was divided by its L2 norm when the network was trained: each row (d6_m7 and
     before) or the whole image (d6_m9). Raises BundleError where the file is not such a network.
     """
-    architecture = Architecture(name="vgg6")
-    network = load_network(architecture, read_weights(weights))
-    description = Description(
-        name=name,
-        version=weights.name.removesuffix(".h5").removesuffix(".weights"),
-        task="real/bogus classification",
-        surveys=("ztf",),
-        inputs=Inputs(
-            images=ImageInput(
-                size=63,
-                order=("science", "template", "difference"),
-                normalisation="l2_row" if normalisation == "row" else "l2_image",
-                padding=PADDING,
-            )
-        ),
-        outputs=Outputs(labels=("real",), activation="sigmoid", thresholds={"real": 0.5}),
-        architecture=architecture,
-        licence="MIT",
-        source="https://github.com/dmitryduev/braai",
-        citation="Duev et al. 2019, MNRAS 489, 3582 (arXiv:1907.11259)",
-        training=Training(
-            method="by its authors; see the citation", data="ZTF alerts labelled by eye; see the citation"
-        ),
+    images = ImageInput(
+        size=63,
+        order=("science", "template", "difference"),
+        normalisation="l2_row" if normalisation == "row" else "l2_image",
+        padding=PADDING,
     )
+    try:
+        description = Description(
+            name=name,
+            version=weights.name.removesuffix(".h5").removesuffix(".weights"),
+            task="real/bogus classification",
+            surveys=("ztf",),
+            inputs=Inputs(images=images),
+            outputs=Outputs(labels=("real",), activation="sigmoid", thresholds={"real": 0.5}),
+            architecture=Architecture(name="vgg6"),
+            licence="MIT",
+            source="https://github.com/dmitryduev/braai",
+            citation="Duev et al. 2019, MNRAS 489, 3582 (arXiv:1907.11259)",
+            training=Training(
+                method="by its authors; see the citation", data="ZTF alerts labelled by eye; see the citation"
+            ),
+        )
+    except ValidationError as error:
+        raise BundleError(f"no bundle can be called {name!r}: {describe_problems(error)}") from error
+    network = load_network(description.architecture, read_weights(weights))
     write_bundle(out, description, network)
 
 
@@ -80,22 +83,26 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """The .h5 file's weights as `VGG6` names and orders them. Raises BundleError where it holds another network."""
     if path.stat().st_size > MAX_WEIGHTS_BYTES:
         raise BundleError(f"{path}: larger than {MAX_WEIGHTS_BYTES} bytes, which no braai network is")
-    if not h5py.is_hdf5(path):
-        raise BundleError(f"{path}: not an HDF5 file")
+    try:
+        with h5py.File(path) as file:
+            # A saved model keeps its weights one level down, a file of weights at the top.
+            return _convert(path, file.get("model_weights", file))
+    except OSError as error:
+        raise BundleError(f"{path}: not a whole HDF5 file: {error}") from error
+
+
+def _convert(path: Path, layers: h5py.Group) -> dict[str, Tensor]:
     weights = {}
-    with h5py.File(path) as file:
-        # A saved model keeps its weights one level down, a file of weights at the top.
-        layers = file.get("model_weights", file)
-        for layer, (place, shape) in LAYERS.items():
-            kernel = _read(path, layers, f"{layer}/{layer}/kernel:0", shape)
-            if len(shape) == 4:
-                kernel = kernel.transpose(3, 2, 0, 1)
-            elif layer == "fc_1":  # Keras flattens height, width, channel; torch channel, height, width
-                kernel = kernel.reshape(6, 6, 32, 256).transpose(3, 2, 0, 1).reshape(256, -1)
-            else:
-                kernel = kernel.T
-            weights[f"{place}.weight"] = torch.from_numpy(np.ascontiguousarray(kernel))
-            weights[f"{place}.bias"] = torch.from_numpy(_read(path, layers, f"{layer}/{layer}/bias:0", shape[-1:]))
+    for layer, (place, shape) in LAYERS.items():
+        kernel = _read(path, layers, f"{layer}/{layer}/kernel:0", shape)
+        if len(shape) == 4:
+            kernel = kernel.transpose(3, 2, 0, 1)
+        elif layer == "fc_1":  # Keras flattens height, width, channel; torch channel, height, width
+            kernel = kernel.reshape(6, 6, 32, 256).transpose(3, 2, 0, 1).reshape(256, -1)
+        else:
+            kernel = kernel.T
+        weights[f"{place}.weight"] = torch.from_numpy(np.ascontiguousarray(kernel))
+        weights[f"{place}.bias"] = torch.from_numpy(_read(path, layers, f"{layer}/{layer}/bias:0", shape[-1:]))
     return weights
 
 

@@ -220,7 +220,11 @@ def _read_card(directory: Path) -> Card:
     except yaml.YAMLError as error:
         raise BundleError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ") for problem in error.errors()
-        )
-        raise BundleError(f"{path}: {problems}") from error
+        raise BundleError(f"{path}: {describe_problems(error)}") from error
+
+
+def describe_problems(error: ValidationError) -> str:
+    """All that is wrong with a card, in one line, without repeating its values."""
+    return "; ".join(
+        f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ") for problem in error.errors()
+    )

@@ -6,9 +6,11 @@ The bundle's directory appears whole or not at all, and never replaces another.
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -19,6 +21,7 @@ from safetensors.numpy import save as arrays_to_bytes
 from safetensors.torch import save as weights_to_bytes
 from torch import nn
 
+from broker_filter.config import Runtime
 from broker_filter.packets.batch import CUTOUTS
 from broker_filter.scoring.bundle import (
     CARD,
@@ -33,60 +36,75 @@ from broker_filter.scoring.bundle import (
 from broker_filter.scoring.networks import ServedNetwork
 from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
 from broker_filter.scoring.runtimes import input_names, output_names
+from broker_filter.scoring.scorer import open_model
 
+ENGINES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")
+"""What a bundle must run on."""
 TEST_SEED = 63
+
+for exporter in ("torch.onnx", "onnxscript", "onnx_ir"):
+    logging.getLogger(exporter).setLevel(logging.ERROR)  # they tell of every step, and of packages they do without
 
 
 def write_bundle(directory: Path, description: Description, network: nn.Module) -> None:
     """Writes the bundle of `network`, whose parameters are on the CPU in float32, into the new `directory`.
 
-    Raises BundleError where the directory exists already, OSError where it cannot be written.
+    Raises BundleError where the directory exists already, or an engine does not give what the network gives; OSError
+    where the directory cannot be written.
     """
     if directory.exists():
         raise BundleError(f"{directory}: exists already; choose another directory, or remove it first")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    cutouts, cutout_box, metadata = _test_alerts(description.inputs)
-    wanted = description.inputs.metadata
-    inputs = [torch.from_numpy(prepare_images(cutouts, cutout_box, description.inputs.images))]
-    if wanted:
-        inputs.append(torch.from_numpy(prepare_metadata(metadata, [column.name for column in wanted], wanted)))
-    served = ServedNetwork(network, description.outputs).eval()
-    with torch.inference_mode():
-        outputs = dict(zip(output_names(description.outputs), served(*inputs), strict=True))
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
         bundle = Path(scratch) / directory.name
         bundle.mkdir()
-        (bundle / WEIGHTS).write_bytes(weights_to_bytes(network.state_dict()))
-        _export_onnx(served, inputs, description, bundle / ONNX)
+        cutouts, cutout_box, metadata = _test_alerts(description.inputs)
+        wanted = description.inputs.metadata
+        inputs = [torch.from_numpy(prepare_images(cutouts, cutout_box, description.inputs.images))]
+        if wanted:
+            inputs.append(torch.from_numpy(prepare_metadata(metadata, [column.name for column in wanted], wanted)))
+        served = ServedNetwork(network, description.outputs).eval()
+        with torch.inference_mode():
+            outputs = dict(zip(output_names(description.outputs), served(*inputs), strict=True))
         arrays: dict[str, NDArray[Any]] = {"cutouts": cutouts, "cutout_box": cutout_box, "metadata": metadata}
         arrays |= {name: output.numpy() for name, output in outputs.items()}
+
+        (bundle / WEIGHTS).write_bytes(weights_to_bytes(network.state_dict()))
+        (bundle / ONNX).write_bytes(_to_onnx(served, inputs, description))
         (bundle / TEST_VECTOR).write_bytes(arrays_to_bytes(arrays))
-        files = {name: _sha256(bundle / name) for name in (WEIGHTS, ONNX, TEST_VECTOR)}
+        files = {
+            name: hashlib.sha256((bundle / name).read_bytes()).hexdigest() for name in (WEIGHTS, ONNX, TEST_VECTOR)
+        }
         card = Card(**dict(description), files=files)
         text = yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
         (bundle / CARD).write_text(text, encoding="utf-8")
+
+        for engine in ENGINES:
+            open_model(str(bundle), Runtime(engine=engine, device="cpu"))
         bundle.rename(directory)
 
 
-def _export_onnx(served: nn.Module, inputs: list[torch.Tensor], description: Description, path: Path) -> None:
-    """Writes the graph with a free batch axis and named inputs and outputs, its weights inside the one file."""
+def _to_onnx(served: nn.Module, inputs: list[torch.Tensor], description: Description) -> bytes:
+    """The graph with a free batch axis and named inputs and outputs, its weights inside."""
     batch = torch.export.Dim("alerts")
-    program = torch.onnx.export(
-        served,
-        tuple(inputs),
-        input_names=input_names(description.inputs),
-        output_names=output_names(description.outputs),
-        dynamic_shapes=(tuple({0: batch} for _ in inputs),),
-        dynamo=True,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter calls deprecated parts of torch
+        program = torch.onnx.export(
+            served,
+            tuple(inputs),
+            input_names=input_names(description.inputs),
+            output_names=output_names(description.outputs),
+            dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+            dynamo=True,
+            verbose=False,
+        )
     assert program is not None
-    model = program.model_proto
-    # The exporter notes where in the source every node came from, with this machine's paths.
+    model: onnx.ModelProto = program.model_proto
+    # The exporter notes where in the source every node came from, with the paths of the machine it ran on.
     for node in model.graph.node:
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
-    onnx.save(model, path)
+    return bytes(model.SerializeToString())
 
 
 def _test_alerts(inputs: Inputs) -> tuple[NDArray[np.float32], NDArray[np.int16], NDArray[np.float64]]:
@@ -111,7 +129,3 @@ def _test_alerts(inputs: Inputs) -> tuple[NDArray[np.float32], NDArray[np.int16]
     metadata = rng.normal(0, 1, (len(cutouts), len(inputs.metadata)))
     metadata[0, :1] = np.nan
     return cutouts, box, metadata
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

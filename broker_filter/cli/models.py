@@ -1,0 +1,137 @@
+"""`broker-filter models`: imports published weights, lists, shows and verifies bundles. Never alters a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from broker_filter.scoring.bundle import Bundle
+
+ENGINES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")
+"""What a bundle must run on."""
+LINE = 100
+"""Columns that a card is wrapped to."""
+
+TRAIN_EXTRA = ("h5py", "onnx", "onnxscript")
+"""What importing needs beyond what serving needs."""
+
+
+class MissingExtraError(Exception):
+    """The installation lacks what this command needs."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command with its four parts."""
+    parser = subparsers.add_parser("models", help="import, list, show and verify model bundles")
+    parts = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    importer = parts.add_parser("import", help="published weights into a bundle")
+    kinds = importer.add_subparsers(title="kinds of weights", metavar="KIND", required=True)
+    braai = kinds.add_parser("braai", help="ZTF's real/bogus network, from Keras .h5 weights")
+    braai.add_argument("weights", metavar="WEIGHTS.h5", type=Path)
+    braai.add_argument(
+        "--normalisation",
+        choices=("row", "image"),
+        required=True,
+        help="what the network wants divided by its L2 norm: every row (d6_m7 and before) or the whole image (d6_m9)",
+    )
+    braai.add_argument("--name", required=True, help="the bundle's name, which prefixes its output columns")
+    braai.add_argument("--out", metavar="DIR", type=Path, required=True, help="the new bundle's directory")
+    braai.set_defaults(run=_import_braai)
+
+    lister = parts.add_parser("list", help="the bundles that ship, and those in directories")
+    lister.add_argument("directories", metavar="DIR", nargs="*", type=Path, help="a bundle, or a directory of bundles")
+    lister.set_defaults(run=_list)
+
+    bundle_help = "a bundle's directory, or the name of one that ships"
+    shower = parts.add_parser("show", help="a bundle's card")
+    shower.add_argument("bundle", metavar="BUNDLE", help=bundle_help)
+    shower.set_defaults(run=_show)
+
+    verifier = parts.add_parser("verify", help="check a bundle's files and run its test vector on every engine")
+    verifier.add_argument("bundle", metavar="BUNDLE", help=bundle_help)
+    verifier.set_defaults(run=_verify)
+
+
+def _import_braai(arguments: argparse.Namespace) -> int:
+    if missing := [name for name in TRAIN_EXTRA if find_spec(name) is None]:
+        raise MissingExtraError(
+            f"importing needs {', '.join(missing)}, which serving does not: pip install 'broker-filter[train]'"
+        )
+    from broker_filter.scoring.braai import import_braai
+
+    import_braai(arguments.weights, arguments.normalisation, arguments.name, arguments.out)
+    print(f"{arguments.out}: bundle {arguments.name} written and verified")
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from broker_filter.scoring.bundle import CARD, load_bundle, shipped_bundles
+
+    found: list[str | Path] = [*shipped_bundles()]
+    for directory in arguments.directories:
+        inside = (
+            [directory] if (directory / CARD).is_file() else sorted(card.parent for card in directory.glob(f"*/{CARD}"))
+        )
+        found += [path.absolute() for path in inside]
+    rows = [("NAME", "VERSION", "SURVEYS", "OUTPUTS", "TASK", "DIRECTORY")]
+    for bundle in map(load_bundle, found):
+        card = bundle.card
+        columns = ",".join(f"{card.name}.{label}" for label in card.outputs.labels)
+        rows.append((card.name, card.version, ",".join(card.surveys), columns, card.task, str(bundle.directory)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from broker_filter.scoring.bundle import load_bundle
+
+    for line in _describe(load_bundle(arguments.bundle)):
+        print(line)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from broker_filter.config import Runtime
+    from broker_filter.scoring.scorer import open_model
+
+    for engine in ENGINES:
+        model = open_model(arguments.bundle, Runtime(engine=engine))
+        print(f"{model.bundle.directory}: files are whole, and {model.provider} reproduces the test vector")
+    return 0
+
+
+def _describe(bundle: Bundle) -> list[str]:
+    card = bundle.card
+    images, outputs = card.inputs.images, card.outputs
+    cuts = [f"{label} > {cut:g}" for label, cut in outputs.thresholds.items()]
+    arguments = [f"{name}={value}" for name, value in card.architecture.arguments.items()]
+    entries = {
+        "directory": str(bundle.directory),
+        "surveys": ", ".join(card.surveys),
+        "images": f"{', '.join(images.order)}; {images.size} px, {images.normalisation}, padding {images.padding:g}",
+        "metadata": ", ".join(f"{column.name} ({column.fill:g} where missing)" for column in card.inputs.metadata),
+        "outputs": ", ".join(f"{card.name}.{label}" for label in outputs.labels) + f" ({outputs.activation})",
+        "cuts": ", ".join(cuts),
+        "embedding": str(outputs.embedding or ""),
+        "network": f"{card.architecture.name}({', '.join(arguments)})",
+        "trained": card.training.method,
+        "data": card.training.data,
+        **{f"  {name}": str(value) for name, value in card.training.evaluation.items()},
+        "licence": card.licence,
+        "source": card.source,
+        "citation": card.citation,
+    }
+    margin = max(map(len, entries)) + 2
+    lines = [f"{card.name} {card.version}: {card.task}"]
+    for entry, text in entries.items():
+        lines += textwrap.wrap(
+            text or "none", LINE, initial_indent=f"  {entry:{margin}}", subsequent_indent=" " * (margin + 2)
+        )
+    return lines
