@@ -171,9 +171,14 @@ KafkaValue = Annotated[str | int | float | bool | Secret, BeforeValidator(_prope
 
 
 def _secrets_are_named(properties: dict[str, KafkaValue]) -> dict[str, KafkaValue]:
-    for name, value in properties.items():
-        if name.endswith(("password", "secret")) and not isinstance(value, Section):
-            raise ValueError(f"{name} is a secret, to be named, not written down: {{env: VARIABLE}} or {{file: PATH}}")
+    if written := [
+        name
+        for name, value in properties.items()
+        if name.endswith(("password", "secret")) and not isinstance(value, Section)
+    ]:
+        raise ValueError(
+            f"secrets are named, not written down, {{env: VARIABLE}} or {{file: PATH}}: {', '.join(written)}"
+        )
     return properties
 
 
@@ -457,9 +462,8 @@ def _try_properties(client: Any, needed: dict[str, str], properties: Mapping[str
 
     from broker_filter.streaming.kafka_client import RESERVED
 
-    for name in properties:
-        if name in RESERVED:
-            raise ValueError(f"{name} is set by the service: {RESERVED[name]}")
+    if reserved := [f"{name} ({RESERVED[name]})" for name in properties if name in RESERVED]:
+        raise ValueError(f"set by the service itself: {', '.join(reserved)}")
     values = {name: value for name, value in properties.items() if not isinstance(value, Section)}
     try:
         client(needed | values)

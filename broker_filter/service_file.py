@@ -36,7 +36,7 @@ class ConfigError(Exception):
 
     def __init__(self, file: Path, problems: Sequence[Problem]) -> None:
         self.problems = list(problems)
-        super().__init__("\n".join(f"{file}: {problem}" for problem in problems))
+        super().__init__("\n  ".join((f"{file} cannot be used:", *map(str, problems))))
 
 
 def load_service(file: Path, environment: Mapping[str, str] = os.environ) -> Service:

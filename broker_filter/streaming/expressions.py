@@ -125,7 +125,9 @@ def compile_filter(text: str, fields: Sequence[str], outputs: Sequence[str]) -> 
     try:
         tree = ast.parse(source, mode="eval")
     except SyntaxError as error:
-        raise ExpressionError(f"column {error.offset or 1}: {error.msg}") from None
+        column = error.offset or 1
+        hint = "; `==` compares" if source[column - 1 : column] == "=" else ""
+        raise ExpressionError(f"column {column}: {error.msg}{hint}") from None
     except (ValueError, RecursionError, MemoryError) as error:  # what deep nesting and null characters give
         raise ExpressionError(f"not an expression: {error}") from None
     compiler = _Compiler(fields, outputs, quoted)

@@ -1,0 +1,179 @@
+"""Filters: what they take, what they pass over, and what is refused when they are compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker_filter.packets.batch import UNKNOWN_BAND, AlertBatch
+from broker_filter.streaming.expressions import FIELDS, ExpressionError, compile_filter
+from broker_filter.streaming.filtering import ScoredBatch
+
+OUTPUTS = ("default.real", "other.sn")
+NAN = float("nan")
+
+
+@pytest.fixture
+def batch(make_alerts: Callable[..., AlertBatch], make_scored: Callable[..., ScoredBatch]) -> ScoredBatch:
+    alerts = make_alerts(
+        [472263571115115000, 472263571115115001, 3],
+        object_id=["ZTF18a", "ZTF18b", "ZTF19c"],
+        band=[1, 2, UNKNOWN_BAND],
+        ra=[10.0, 20.0, 30.0],
+        magpsf=[18.0, 19.0, NAN],
+        sso=[0.0, 1.0, 0.0],
+        ndethist=[0.0, 2.0, 4.0],
+    )
+    return make_scored(alerts, {"default": [0.9, 0.5, 0.7]})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("real > 0.65 and magpsf < 18.5 and not sso", [True, False, False]),
+        ("default.real > 0.65", [True, False, True]),
+        ("`default.real` > 0.65", [True, False, True]),
+        ("0.6 < real <= 0.8 or ra == 10", [True, False, True]),
+        ("sso", [False, True, False]),
+        ("not sso", [True, False, True]),
+        ("not sso and real > 0.8 or sso and real < 0.6", [True, True, False]),
+        ('band in ("g", "i")', [True, False, False]),
+        ('band not in ("g",)', [False, True, False]),
+        ('band != "g"', [False, True, False]),
+        ("isnull(band)", [False, False, True]),
+        ('object_id == "ZTF18b"', [False, True, False]),
+        ('survey == "ztf" and schema_version == "4.02"', [True, True, True]),
+        ("ndethist in (2, 4)", [False, True, True]),
+        ("abs(ra - 20) < 5", [False, True, False]),
+        ("-ra + 2 * +ra / 4 > -10", [True, False, False]),
+        ("alert_id == 472263571115115001", [False, True, False]),
+        ("alert_id in (472263571115115000, 3)", [True, False, True]),
+        ("1 < 2", [True, True, True]),
+        ("\n real > 0.65\n and sso == 0\n", [True, False, True]),
+    ],
+)
+def test_takes_the_alerts_for_which_it_is_true(batch: ScoredBatch, text: str, expected: list[bool]) -> None:
+    assert compile_filter(text, FIELDS, OUTPUTS[:1]).evaluate(batch).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "magpsf < 18.5 and ra == 30",
+        "not magpsf < 18.5 and ra == 30",
+        "(magpsf == magpsf) and ra == 30",
+        "magpsf != 5 and ra == 30",
+        "not (magpsf in (1, 2)) and ra == 30",
+        "magpsf and ra == 30",
+        "not magpsf and ra == 30",
+        "magpsf + 1 > 0 and ra == 30",
+        "abs(magpsf) > 0 and ra == 30",
+        "1 / (ra - 30) > 0 and ra == 30",
+        'not band == "g" and ra == 30',
+    ],
+)
+def test_a_missing_value_is_neither_true_nor_false(batch: ScoredBatch, text: str) -> None:
+    assert not compile_filter(text, FIELDS, OUTPUTS[:1]).evaluate(batch).any()
+
+
+def test_a_missing_value_does_not_hide_what_is_known(batch: ScoredBatch) -> None:
+    assert compile_filter("magpsf < 18.5 or real > 0.6", FIELDS, OUTPUTS).evaluate(batch).tolist() == [
+        True,
+        False,
+        True,
+    ]
+    assert compile_filter("not (magpsf < 0 and real > 5)", FIELDS, OUTPUTS).evaluate(batch).all()
+    assert compile_filter("isnull(magpsf) and not isnull(ra)", FIELDS, OUTPUTS).evaluate(batch).tolist() == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_knows_which_fields_and_outputs_it_reads() -> None:
+    expression = compile_filter("real > 0.5 and (sn < 1 or magpsf < 18)", FIELDS, OUTPUTS)
+    assert expression.names == {"default.real", "other.sn", "magpsf"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("real > 0.65 and magps < 18", r"column 17: unknown name 'magps'; did you mean 'magpsf'\?"),
+        ("reel > 1", r"column 1: unknown name 'reel'; did you mean 'real'\?"),
+        ("defualt.real > 1", r"did you mean 'default.real'\?"),
+        ("`not there` > 1", "column 1: unknown name 'not there'"),
+        ("band > 'g'", "column 8: text has no order"),
+        ("band == 1", "column 9: text cannot be compared with a number"),
+        ("band", "column 1: text where something true or false"),
+        ("band + 1 > 2", "column 1: a number is wanted here, this is text"),
+        ("(ra > 1) == (dec > 1)", "column 14: true or false cannot be compared"),
+        ("-(ra > 1) > 2", "column 3: a number is wanted here"),
+        ("ra > 1 and", "column 1[01]: invalid syntax"),
+        ("ra = 1", "column 4: invalid syntax; `==` compares"),
+        ("", "column 1: invalid syntax"),
+        ("ra > 1; dec > 1", "invalid syntax"),
+        ("sso == True", "True is neither a number nor text"),
+        ("band is None", "column 9: `is` is not of this language"),
+        ("ra in 5", "column 7: `in` is followed by values"),
+        ("ra in ()", "column 7: `in` is followed by values"),
+        ("band in (1, 2)", "column 10: text cannot be compared with a number"),
+        ("ra ** 2 > 1", "column 1: a filter cannot hold this"),
+        ("ra if sso else dec", "column 1: a filter cannot hold this"),
+        ("[ra for ra in (1, 2)]", "a filter cannot hold this"),
+        ("sqrt(ra) > 1", r"column 1: the only functions are abs\(x\) and isnull\(x\)"),
+        ("abs(ra, dec) > 1", "the only functions"),
+        ("isnull(ra > 1)", "asks for a field"),
+        ("__import__('os').system('true')", "the only functions"),
+        ("().__class__.__bases__", "a name has at most one dot"),
+        ("default.real.real > 1", "a name has at most one dot"),
+        ("alert_id == 99999999999999999999", "beyond 64 bits"),
+        ("ra > 1j", "neither a number nor text"),
+        ("f'{ra}' == 'x'", "a filter cannot hold this"),
+        ("not " * 60 + "sso", "nested deeper than 50"),
+        ("(" * 500 + "ra" + ")" * 500, "column|not an expression"),
+        ("-" * 1900 + "ra > 0", "nested deeper|not an expression"),
+        ("ra > 1 or " * 500 + "ra > 1", "at most 2000 are allowed"),
+        ("ra > \0", "not an expression|column"),
+    ],
+)
+def test_refuses_with_the_column_and_what_was_meant(text: str, message: str) -> None:
+    with pytest.raises(ExpressionError, match=message):
+        compile_filter(text, FIELDS, OUTPUTS)
+
+
+def test_a_label_of_two_models_must_say_which() -> None:
+    outputs = ("default.real", "d6_m7.real")
+    with pytest.raises(ExpressionError, match="column 1: more than one model has an output 'real'"):
+        compile_filter("real > 0.5", FIELDS, outputs)
+    assert compile_filter("d6_m7.real > 0.5", FIELDS, outputs).names == {"d6_m7.real"}
+
+
+def test_a_field_goes_before_a_label_of_its_name() -> None:
+    assert compile_filter("drb > 0.5", FIELDS, ("mine.drb",)).names == {"drb"}
+
+
+def test_large_integers_do_not_wrap_around(batch: ScoredBatch) -> None:
+    assert compile_filter("alert_id * 100 > 0", FIELDS, OUTPUTS).evaluate(batch).all()
+
+
+@given(st.text(alphabet="ra >0.5()and orbnm`'\"-+*/!=<,\n", max_size=60))
+def test_any_text_compiles_or_is_refused(text: str) -> None:
+    with suppress(ExpressionError):
+        compile_filter(text, FIELDS, OUTPUTS)
+
+
+def test_agrees_with_numpy_on_many_alerts(
+    make_alerts: Callable[..., AlertBatch], make_scored: Callable[..., ScoredBatch]
+) -> None:
+    rng = np.random.default_rng(7)
+    magnitude, real = rng.uniform(15, 21, 500), rng.uniform(0, 1, 500)
+    magnitude[::7] = NAN
+    scored = make_scored(make_alerts(list(range(500)), magpsf=magnitude), {"default": real})
+    taken = compile_filter("real > 0.65 and magpsf < 18.5", FIELDS, OUTPUTS).evaluate(scored)
+    expected = (real.astype(np.float32) > np.float32(0.65)) & (magnitude < 18.5)
+    assert np.array_equal(taken, expected)
