@@ -1,20 +1,137 @@
-"""A writer's Avro schema: what a packet's bytes were written by. Parsed once, compared by identity of its source bytes."""
+"""A writer's Avro schema: what a packet's bytes were written by. Parsed once, compared by identity of its source bytes.
+
+Must never trust a schema: it comes with the packet, so its size and its nesting are bounded.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
+
+from fastavro.schema import fingerprint
+
+MAX_SCHEMA_BYTES = 2 << 20
+"""An embedded LSST schema with all its documentation is 0.2 MB."""
+MAX_SCHEMA_DEPTH = 64
+"""Nested types; the surveys' own schemas nest 5 deep."""
+
+PRIMITIVES = frozenset({"null", "boolean", "int", "long", "float", "double", "bytes", "string"})
+
+
+class SchemaError(ValueError):
+    """A schema that is not valid Avro, or beyond the bounds."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WriterSchema:
-    """An Avro schema with its names resolved lazily by who walks it.
+    """A record's Avro schema; `parse_schema` makes it.
 
-    `definition`: the JSON as Python values, as the writer published it. `fingerprint`: CRC-64-AVRO of its parsing canonical
-    form, 16 hex digits. `registry_id`: the Confluent schema id, None for a schema embedded in a container file.
+    `definition`: the JSON as Python values, as the writer published it. `canonical`: its parsing canonical form, checked:
+    types are primitives' names, full names of types defined within, lists (unions), or dicts whose type is record, enum,
+    fixed, array or map. `fingerprint`: CRC-64-AVRO of the canonical form, 16 hex digits. `registry_id`: the Confluent schema
+    id, None for a schema embedded in a container file.
     Compared and hashed by identity: the caches in `ocf` and `registry` hand out one object per schema.
     """
 
     definition: dict[str, Any]
+    canonical: dict[str, Any]
     fingerprint: str
     registry_id: int | None = None
+
+
+def parse_schema(text: bytes | str, registry_id: int | None = None) -> WriterSchema:
+    """The schema that `text` (JSON) defines, which must be of a record.
+
+    Default values are not looked at: they say nothing about a writer's bytes, and some surveys publish invalid ones.
+    Raises SchemaError.
+    """
+    if len(text) > MAX_SCHEMA_BYTES:
+        raise SchemaError(f"a schema of {len(text)} bytes, more than {MAX_SCHEMA_BYTES}")
+    try:
+        definition = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SchemaError(f"the schema is not JSON: {error}") from error
+    return writer_schema(definition, registry_id)
+
+
+def writer_schema(definition: Any, registry_id: int | None = None) -> WriterSchema:
+    """As `parse_schema`, of JSON already read."""
+    if not isinstance(definition, dict) or definition.get("type") != "record":
+        raise SchemaError("the schema's top level is not a record")
+    canonical = _canonical(definition, "", set(), 0)
+    try:
+        text = json.dumps(canonical, separators=(",", ":"), ensure_ascii=False)
+        return WriterSchema(definition, canonical, fingerprint(text, "CRC-64-AVRO"), registry_id)
+    except UnicodeEncodeError as error:
+        raise SchemaError("the schema's names are not Unicode text") from error
+
+
+def full_name(definition: dict[str, Any], namespace: str) -> str:
+    """The full name of a named type's definition inside `namespace` (Avro 1.11, "Names"). Raises SchemaError."""
+    name, own = definition.get("name"), definition.get("namespace")
+    if not isinstance(name, str) or not name or not isinstance(own, str | None):
+        raise SchemaError(f"a {definition.get('type')} without a name")
+    if "." in name:
+        return name
+    space = namespace if own is None else own
+    return f"{space}.{name}" if space else name
+
+
+def resolve_name(reference: str, namespace: str, known: Container[str]) -> str:
+    """The full name that `reference` means inside `namespace`, among the `known` names. Raises SchemaError."""
+    for name in (reference if "." in reference else f"{namespace}.{reference}", reference):
+        if name in known:
+            return name
+    raise SchemaError(f"the schema names a type {reference!r} that it does not define")
+
+
+def record_fields(definition: dict[str, Any]) -> list[dict[str, Any]]:
+    """The fields of a record's definition, each with a name and a type. Raises SchemaError."""
+    fields = definition.get("fields")
+    if not isinstance(fields, list) or not all(
+        isinstance(field, dict) and isinstance(field.get("name"), str) and "type" in field for field in fields
+    ):
+        raise SchemaError(f"record {definition.get('name')!r} has no valid list of fields")
+    return fields
+
+
+def _canonical(type_: Any, namespace: str, known: set[str], depth: int) -> Any:
+    """The parsing canonical form (Avro 1.11, "Transforming into Parsing Canonical Form") of a type."""
+    if depth > MAX_SCHEMA_DEPTH:
+        raise SchemaError(f"the schema nests deeper than {MAX_SCHEMA_DEPTH}")
+    if isinstance(type_, str):
+        return type_ if type_ in PRIMITIVES else resolve_name(type_, namespace, known)
+    if isinstance(type_, list):
+        return [_canonical(branch, namespace, known, depth + 1) for branch in type_]
+    if not isinstance(type_, dict):
+        raise SchemaError(f"the schema has {type_!r} where a type should be")
+    match type_.get("type"):
+        case "array":
+            return {"type": "array", "items": _canonical(type_.get("items"), namespace, known, depth + 1)}
+        case "map":
+            return {"type": "map", "values": _canonical(type_.get("values"), namespace, known, depth + 1)}
+        case "record":
+            name = full_name(type_, namespace)
+            known.add(name)
+            inner = name.rpartition(".")[0]
+            fields = [
+                {"name": field["name"], "type": _canonical(field["type"], inner, known, depth + 1)}
+                for field in record_fields(type_)
+            ]
+            return {"name": name, "type": "record", "fields": fields}
+        case "enum":
+            name, symbols = full_name(type_, namespace), type_.get("symbols")
+            if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):
+                raise SchemaError(f"enum {name!r} has no valid list of symbols")
+            known.add(name)
+            return {"name": name, "type": "enum", "symbols": symbols}
+        case "fixed":
+            name, size = full_name(type_, namespace), type_.get("size")
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 1 << 31:
+                raise SchemaError(f"fixed {name!r} has no valid size")
+            known.add(name)
+            return {"name": name, "type": "fixed", "size": size}
+        case inner:
+            return _canonical(inner, namespace, known, depth + 1)

@@ -1,0 +1,353 @@
+"""Decoder: packets -> AlertBatch + Rejects. The one way from bytes to alerts.
+
+Frames each packet, walks each record once by a plan compiled for its schema, decodes the stamps into their slots, and makes
+the columns of all alerts at once. Must never raise on any bytes, and never lose a packet: each becomes at least one alert or
+one reject. Only an unreachable schema registry escapes, because the packet is not at fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from threading import Lock
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_filter.packets import wire
+from broker_filter.packets.batch import BANDS, CUTOUTS, UNKNOWN_BAND, AlertBatch, AlertIdentity, Record, Survey
+from broker_filter.packets.layout import (
+    N_POINT_COLUMNS,
+    N_SPANS,
+    OBJECT_NAME,
+    STAMP,
+    VERSION,
+    Layout,
+    Plan,
+)
+from broker_filter.packets.ocf import MAGIC, MAX_CONTAINER_BYTES, Block, Container, Damage, read_container
+from broker_filter.packets.packet import Packet
+from broker_filter.packets.photometry import Points, light_curves
+from broker_filter.packets.plan import field_paths
+from broker_filter.packets.registry import SchemaRegistry, UnknownSchemaId
+from broker_filter.packets.rejects import Reject, RejectReason
+from broker_filter.packets.schema import SchemaError, WriterSchema
+from broker_filter.packets.stamps import StampError, decode_stamp
+from broker_filter.packets.surveys import DEFAULT_COLUMNS, FORMATS, recognise
+from broker_filter.packets.walk import MISSING_ID, Status, walk
+
+DEFAULT_CUTOUT_SIZE = 63
+"""ZTF's, in pixels."""
+MAX_RECORDS = 10_000
+"""Alerts in one packet: a message holds one, a block of an archive some dozens; a lying block must not become a million."""
+MAX_POINTS = 100_000
+"""Rows of one alert's history; ten years of LSST are some thousands."""
+_MAX_PLANS = 256
+"""Schemas kept compiled; a night has a few."""
+_POINTS_PER_PACKET = 64
+"""Room for history at first; it doubles when full."""
+
+_T = TypeVar("_T", bound=np.generic)
+
+
+class _Walked(NamedTuple):
+    """A record that was walked, with or without success."""
+
+    packet: int
+    record: int
+    plan: Plan
+    body: memoryview
+    start: int  # of `body` in its block, from where the walker counts
+    damage: Damage | None
+
+
+class _Outputs:
+    """What the walker writes: a row a record, and the rows of their histories one after another."""
+
+    def __init__(self, layouts: Sequence[Layout], capacity: int) -> None:
+        n_scalars = max(layout.n_scalars for layout in layouts)
+        n_ids = max(layout.n_ids for layout in layouts)
+        self.scalars: NDArray[np.float64] = np.empty((capacity, n_scalars))
+        self.ids: NDArray[np.int64] = np.empty((capacity, n_ids), dtype=np.int64)
+        self.spans: NDArray[np.int64] = np.empty((capacity, N_SPANS, 2), dtype=np.int64)
+        self.points: NDArray[np.float64] = np.empty((capacity * _POINTS_PER_PACKET, N_POINT_COLUMNS))
+        self.n_points: list[int] = []  # after each row
+
+    def walk(self, plan: Plan, body: memoryview, start: int) -> tuple[Status, int]:
+        """Walks the record at `start` of `body` into the next row. Where it ended, or failed."""
+        row = len(self.n_points)
+        if row == len(self.scalars):
+            self.scalars, self.ids, self.spans = _doubled(self.scalars), _doubled(self.ids), _doubled(self.spans)
+        begin = self.n_points[-1] if row else 0
+        while True:
+            status, position, end = walk(
+                plan.program, body, start, row, self.scalars, self.ids, self.spans, self.points, begin
+            )
+            if status != Status.NO_ROOM or end - begin > MAX_POINTS:
+                break
+            self.points = _doubled(self.points)
+        self.n_points.append(end if status == Status.DONE else begin)
+        return Status(status), position
+
+
+class Decoder:
+    """Turns packets into columns. One serves any number of threads.
+
+    `cutout_size` S: pixels along a side of the cutouts. `columns`: names of `surveys.COLUMNS` (ValueError for others).
+    """
+
+    def __init__(
+        self,
+        registry: SchemaRegistry,
+        *,
+        cutout_size: int = DEFAULT_CUTOUT_SIZE,
+        columns: Sequence[str] = DEFAULT_COLUMNS,
+        max_packet_bytes: int = MAX_CONTAINER_BYTES,
+    ) -> None:
+        self._registry = registry
+        self._cutout_size = cutout_size
+        self._columns = tuple(columns)
+        self._max_packet_bytes = max_packet_bytes
+        self._layouts = {known.survey: Layout(known, self._columns) for known in FORMATS}
+        self._plans: dict[WriterSchema, Plan | Damage] = {}
+        self._plans_lock = Lock()
+
+    def decode(self, packets: Sequence[Packet]) -> tuple[AlertBatch, list[Reject]]:
+        """Decodes `packets`; every one of them is at least one alert of the batch or one of the rejects.
+
+        Raises RegistryUnavailable where a schema is needed that cannot be had now; then nothing was decoded.
+        """
+        outputs = _Outputs(list(self._layouts.values()), len(packets))
+        walked: list[_Walked] = []
+        rejects: list[Reject] = []
+        for index, packet in enumerate(packets):
+            damage, record = self._walk_packet(index, packet.data, outputs, walked)
+            if damage is not None:
+                rejects.append(Reject(packet, *damage, record))
+        columns = _Columns(self._layouts, len(self._columns), outputs, walked)
+
+        cutouts = np.zeros((len(walked), len(CUTOUTS), self._cutout_size, self._cutout_size), dtype=np.float32)
+        boxes = np.zeros((len(walked), len(CUTOUTS), 4), dtype=np.int16)
+        spans = outputs.spans[: len(walked), STAMP : STAMP + len(CUTOUTS)].tolist()
+        kept: list[int] = []
+        for row, item in enumerate(walked):
+            slot = len(kept)
+            damage = item.damage or columns.missing_field(row)
+            if damage is None:
+                damage = _decode_stamps(item, spans[row], cutouts[slot], boxes[slot])
+            if damage is None:
+                kept.append(row)
+            else:
+                cutouts[slot] = 0
+                rejects.append(Reject(packets[item.packet], *damage, item.record, columns.identity(row)))
+        return columns.batch(packets, kept, cutouts[: len(kept)], boxes[: len(kept)], self._columns), rejects
+
+    def _walk_packet(
+        self, index: int, data: bytes, outputs: _Outputs, walked: list[_Walked]
+    ) -> tuple[Damage | None, int]:
+        """Walks the records of a packet. What is wrong with it beyond them, if anything, and after how many records."""
+        container = self._frame(data)
+        if container.schema is None:
+            return container.error, 0
+        record = 0
+        for block in container.blocks:
+            plan = self._plan(container.schema)
+            if not isinstance(plan, Plan):
+                return plan, 0
+            start, end_record = 0, record + block.n_records
+            while record < end_record:
+                if record == MAX_RECORDS:
+                    return (RejectReason.TOO_LARGE, f"more than {MAX_RECORDS} alerts"), record
+                status, end = outputs.walk(plan, block.body, start)
+                damage = _walk_damage(status, end, len(block.body), last=record == end_record - 1)
+                walked.append(_Walked(index, record, plan, block.body[start:end], start, damage))
+                if damage is not None:
+                    break  # nobody knows where the block's next record begins
+                start, record = end, record + 1
+            record = end_record
+        return container.error or ((RejectReason.NO_RECORD, "no alert in it") if record == 0 else None), record
+
+    def _frame(self, data: bytes) -> Container:
+        """The records of a packet, still encoded."""
+        if not data:
+            return Container(None, (), (RejectReason.EMPTY, "no bytes"))
+        if len(data) > self._max_packet_bytes:
+            return Container(
+                None, (), (RejectReason.TOO_LARGE, f"{len(data)} bytes, more than {self._max_packet_bytes}")
+            )
+        if data.startswith(MAGIC):
+            return read_container(data, self._max_packet_bytes)
+        if not wire.is_wire_message(data):
+            return Container(None, (), (RejectReason.NOT_AVRO, "neither a container file nor wire format"))
+        message = wire.unframe(data)
+        try:
+            return Container(self._registry.get(message.schema_id), (Block(1, message.body),))
+        except UnknownSchemaId as error:
+            return Container(None, (), (RejectReason.UNKNOWN_SCHEMA_ID, str(error)))
+        except SchemaError as error:
+            return Container(None, (), (RejectReason.BAD_SCHEMA, str(error)))
+
+    def _plan(self, schema: WriterSchema) -> Plan | Damage:
+        """The plan for a schema, made once, or why there is none."""
+        plan = self._plans.get(schema)
+        if plan is None:
+            with self._plans_lock:
+                if len(self._plans) >= _MAX_PLANS:
+                    self._plans.pop(next(iter(self._plans)))
+                plan = self._plans[schema] = self._make_plan(schema)
+        return plan
+
+    def _make_plan(self, schema: WriterSchema) -> Plan | Damage:
+        paths = field_paths(schema)
+        known = recognise(paths)
+        if known is None:
+            return RejectReason.UNKNOWN_SURVEY, f"the fields of {schema.canonical['name']!r} are no known survey's"
+        try:
+            return self._layouts[known.survey].plan(schema, paths)
+        except SchemaError as error:
+            return RejectReason.BAD_SCHEMA, str(error)
+
+
+class _Columns:
+    """The columns of all records that were walked, good or not; a batch is made of the good ones."""
+
+    def __init__(
+        self, layouts: Mapping[Survey, Layout], n_columns: int, outputs: _Outputs, walked: Sequence[_Walked]
+    ) -> None:
+        n = len(walked)
+        self._outputs = outputs
+        self._walked = walked
+        self._survey = np.array([item.plan.layout.format.survey for item in walked], dtype=np.uint8)
+        self._alert_id = np.empty(n, dtype=np.int64)
+        self._place = np.empty((n, 4))  # mjd, ra, dec, band
+        self._metadata = np.empty((n, n_columns))
+        self._object_id = [""] * n
+        self._points: list[Points] = []
+        points = outputs.points[: outputs.n_points[-1] if n else 0]
+        owners = np.repeat(np.arange(n), np.diff(outputs.n_points[:n], prepend=0))
+        for survey, layout in layouts.items():
+            rows = np.flatnonzero(self._survey == survey)
+            if not len(rows):
+                continue
+            scalars, ids = outputs.scalars[rows], outputs.ids[rows]
+            self._alert_id[rows] = layout.alert_ids(ids)
+            for row, name in zip(rows.tolist(), layout.object_ids(ids), strict=True):
+                self._object_id[row] = name or self._text(row, OBJECT_NAME)
+            mine = self._survey[owners] == survey
+            with np.errstate(all="ignore"):  # nonsense in a packet becomes inf or NaN in its columns
+                for k, source in enumerate(layout.format.place):
+                    self._place[rows, k] = layout.column(source, scalars, ids)
+                self._metadata[rows] = layout.metadata(scalars, ids)
+                self._points += layout.points(rows, scalars, ids, owners[mine], points[mine])
+        self._unplaced = (self._alert_id == MISSING_ID) | ~np.isfinite(self._place[:, :3]).all(axis=1)
+
+    def missing_field(self, row: int) -> Damage | None:
+        """What the record lacks that every alert must have."""
+        if not self._unplaced[row]:
+            return None
+        names = ("id", "time", "right ascension", "declination")
+        found = (self._alert_id[row] != MISSING_ID, *np.isfinite(self._place[row, :3]))
+        missing = [name for name, there in zip(names, found, strict=True) if not there]
+        return RejectReason.MISSING_FIELD, f"the alert has no {' and no '.join(missing)}"
+
+    def schema_version(self, row: int) -> str:
+        """As the record says it, else as its schema does."""
+        return self._text(row, VERSION).removeprefix("lsst.v").replace("_", ".") or self._walked[row].plan.version
+
+    def identity(self, row: int) -> AlertIdentity:
+        """What could be read of what the alert is called."""
+        alert_id = int(self._alert_id[row])
+        mjd, ra, dec, band = self._place[row].tolist()
+        return AlertIdentity(
+            alert_id=None if alert_id == MISSING_ID else alert_id,
+            object_id=self._object_id[row] or None,
+            survey=self._walked[row].plan.layout.format.survey,
+            schema_version=self.schema_version(row),
+            mjd=None if np.isnan(mjd) else mjd,
+            ra=None if np.isnan(ra) else ra,
+            dec=None if np.isnan(dec) else dec,
+            band=None if band == UNKNOWN_BAND else BANDS[int(band)],
+        )
+
+    def batch(
+        self,
+        packets: Sequence[Packet],
+        kept: Sequence[int],
+        cutouts: NDArray[np.float32],
+        boxes: NDArray[np.int16],
+        names: tuple[str, ...],
+    ) -> AlertBatch:
+        """The batch of the rows `kept`."""
+        rows = np.array(kept, dtype=np.int64)
+        place = np.full(len(self._walked), -1)
+        place[rows] = np.arange(len(rows))
+        pieces = []
+        for points in self._points:
+            owners = place[points.alert]
+            pieces.append(Points(owners[owners >= 0], *(column[owners >= 0] for column in points[1:])))
+        walked = [self._walked[row] for row in kept]
+        return AlertBatch(
+            packets=packets,
+            packet_index=np.array([item.packet for item in walked], dtype=np.int32),
+            record_index=np.array([item.record for item in walked], dtype=np.int32),
+            records=[self._record(row) for row in kept],
+            survey=self._survey[rows],
+            schema_version=[self.schema_version(row) for row in kept],
+            alert_id=self._alert_id[rows],
+            object_id=[self._object_id[row] for row in kept],
+            mjd=self._place[rows, 0],
+            ra=self._place[rows, 1],
+            dec=self._place[rows, 2],
+            band=self._place[rows, 3].astype(np.uint8),
+            cutouts=cutouts,
+            cutout_box=boxes,
+            columns=names,
+            metadata=self._metadata[rows],
+            light_curves=light_curves(len(rows), pieces),
+        )
+
+    def _record(self, row: int) -> Record:
+        item = self._walked[row]
+        spans = self._outputs.spans[row]
+        cutouts = tuple(
+            (begin - item.start, end - item.start) for begin, end in spans[list(item.plan.cutouts)].tolist()
+        )
+        return Record(item.body, item.plan.schema, cutouts)
+
+    def _text(self, row: int, slot: int) -> str:
+        begin, end = (self._outputs.spans[row, slot] - self._walked[row].start).tolist()
+        return str(self._walked[row].body[begin:end], "utf-8", "replace") if end > begin >= 0 else ""
+
+
+def _walk_damage(status: Status, end: int, n_bytes: int, *, last: bool) -> Damage | None:
+    """What is wrong with a record whose walk ended at `end` of a block of `n_bytes`, which its last record fills."""
+    match status:
+        case Status.TRUNCATED:
+            return RejectReason.TRUNCATED, f"the record ends after its block does, in a field at byte {end}"
+        case Status.CORRUPT:
+            return RejectReason.CORRUPT, f"an impossible number, length or union branch at byte {end}"
+        case Status.NO_ROOM:
+            return RejectReason.TOO_LARGE, f"a history of more than {MAX_POINTS} rows"
+    if last and end != n_bytes:
+        return RejectReason.CORRUPT, f"{n_bytes - end} bytes are left after the last record"
+    return None
+
+
+def _decode_stamps(
+    item: _Walked, spans: Sequence[Sequence[int]], slots: NDArray[np.float32], boxes: NDArray[np.int16]
+) -> Damage | None:
+    """Decodes an alert's stamps into its `slots` [3, S, S] and `boxes` [3, 4]."""
+    survey_format = item.plan.layout.format
+    for c, (begin, end) in enumerate(spans):
+        if begin < 0 or begin == end:
+            return RejectReason.MISSING_CUTOUT, f"{survey_format.cutouts[c]} is absent or empty"
+        stamp = item.body[begin - item.start : end - item.start]
+        try:
+            boxes[c] = decode_stamp(stamp, slots[c], centred=survey_format.stamps_centred)
+        except StampError as error:
+            return error.reason, f"{survey_format.cutouts[c]}: {error.detail}"
+    return None
+
+
+def _doubled(array: NDArray[_T]) -> NDArray[_T]:
+    return np.concatenate([array, np.empty_like(array)])

@@ -1,0 +1,174 @@
+"""Where a survey's fields stand in the walker's outputs: compiled into each schema's program, and read back as columns.
+
+Must never know a packet or a schema by more than its fields' names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_filter.packets.batch import CUTOUTS
+from broker_filter.packets.photometry import Points, Values
+from broker_filter.packets.plan import Reading, Wanted, compile_program
+from broker_filter.packets.schema import WriterSchema
+from broker_filter.packets.surveys import FORMATS, Derived, Field, SurveyFormat, select_columns
+from broker_filter.packets.walk import MISSING_ID
+
+# Span slots: the encoded cutout fields, the stamps inside them, and two texts.
+WHOLE_CUTOUT, STAMP, VERSION, OBJECT_NAME, N_SPANS = 0, len(CUTOUTS), 2 * len(CUTOUTS), 2 * len(CUTOUTS) + 1, 8
+
+UNVERSIONED = "unversioned"
+"""The schema version of ZTF's alerts of early 2018, which do not say theirs."""
+_LSST_NAMESPACE = re.compile(r"lsst\.v(\d+)_(\d+)\b")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """How records of one schema are read: the program, and whose layout its outputs have.
+
+    `cutouts`: span slots of the cutout fields in the schema's order. `version`: the schema version where the record says none.
+    """
+
+    schema: WriterSchema
+    layout: Layout
+    program: NDArray[np.int32]
+    cutouts: tuple[int, ...]
+    version: str
+
+
+class Layout:
+    """The slots of one survey's fields among scalars and ids, for a choice of metadata columns."""
+
+    def __init__(self, survey_format: SurveyFormat, columns: Sequence[str]) -> None:
+        self.format = survey_format
+        self._sources = [column.source(survey_format.survey) for column in select_columns(columns)]
+        self._ids = {path: slot for slot, path in enumerate(survey_format.alert_ids + survey_format.object_ids)}
+        needed = (*survey_format.place, *self._sources)
+        fields = (*survey_format.own_fields, *(field for source in needed for field in _fields_of(source)))
+        numbers = [field for field in dict.fromkeys(fields) if field.paths[0] not in self._ids]
+        self._scalars = {field: slot for slot, field in enumerate(numbers)}
+
+    @property
+    def n_scalars(self) -> int:
+        """How many scalars a record has."""
+        return len(self._scalars)
+
+    @property
+    def n_ids(self) -> int:
+        """How many ids a record has."""
+        return len(self._ids)
+
+    def plan(self, schema: WriterSchema, paths: frozenset[str]) -> Plan:
+        """The plan for records of `schema`, whose fields are at `paths`. Raises SchemaError."""
+        wanted: dict[str, Wanted] = {}
+
+        def want(path: str) -> Wanted:
+            outer, _, inner = path.partition(".")
+            place = wanted.setdefault(outer, Wanted())
+            return place.fields.setdefault(inner, Wanted()) if inner else place
+
+        for field, slot in self._scalars.items():
+            path = next((path for path in field.paths if path in paths), field.paths[0])
+            want(path).read(_reading(field), slot)
+        for path, slot in self._ids.items():
+            want(path).read(Reading.ID, slot)
+        want(self.format.version).read(Reading.BYTES, VERSION)
+        if self.format.object_name is not None:
+            want(self.format.object_name).read(Reading.BYTES, OBJECT_NAME)
+        for c, cutout in enumerate(self.format.cutouts):
+            want(cutout).whole = WHOLE_CUTOUT + c
+            want(cutout if self.format.stamp is None else f"{cutout}.{self.format.stamp}").read(
+                Reading.BYTES, STAMP + c
+            )
+        for t, table in enumerate(self.format.tables):
+            want(table.name).table = t
+            for column, field in enumerate(table.fields, start=1):
+                want(f"{table.name}.{field.paths[0]}").read(_reading(field), column)
+
+        order = [entry["name"] for entry in schema.canonical["fields"]]
+        present = [c for c, cutout in enumerate(self.format.cutouts) if cutout in order]
+        cutouts = sorted(present, key=lambda c: order.index(self.format.cutouts[c]))
+        return Plan(
+            schema, self, compile_program(schema, wanted), tuple(WHOLE_CUTOUT + c for c in cutouts), _version(schema)
+        )
+
+    def column(self, source: Field | Derived | None, scalars: NDArray[np.float64], ids: NDArray[np.int64]) -> Values:
+        """The values of a field or a formula for N records' scalars and ids, [N]."""
+        if source is None:
+            return np.full(len(scalars), np.nan)
+        if isinstance(source, Derived):
+            return source.formula(*(self.column(field, scalars, ids) for field in source.fields))
+        if source in self._scalars:
+            values = scalars[:, self._scalars[source]]
+            return values if source.missing is None else np.where(values == source.missing, np.nan, values)
+        present = self._first(source.paths, ids)
+        return np.where(present == MISSING_ID, np.nan, present)
+
+    def metadata(self, scalars: NDArray[np.float64], ids: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The metadata columns of N records, float64[N, columns]."""
+        metadata = np.empty((len(scalars), len(self._sources)))
+        for place, source in enumerate(self._sources):
+            metadata[:, place] = self.column(source, scalars, ids)
+        return metadata
+
+    def alert_ids(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The alerts' ids, [N]; MISSING_ID where a record has none."""
+        return self._first(self.format.alert_ids, ids)
+
+    def object_ids(self, ids: NDArray[np.int64]) -> list[str]:
+        """The objects' ids as text, [N]; empty where a record has none (0 is none)."""
+        if not self.format.object_ids:
+            return [""] * len(ids)
+        present = self._first(self.format.object_ids, np.where(ids == 0, MISSING_ID, ids))
+        return ["" if number == MISSING_ID else str(number) for number in present.tolist()]
+
+    def points(
+        self,
+        rows: NDArray[np.int64],
+        scalars: NDArray[np.float64],
+        ids: NDArray[np.int64],
+        history_rows: NDArray[np.int64],
+        history: NDArray[np.float64],
+    ) -> list[Points]:
+        """The light-curve points of N records, which are the batch's `rows` [N], with their `history` [M, 1 + columns],
+        the table's number and its fields, of which each belongs to row `history_rows` [M]."""
+        pieces = [self.format.own_points(rows, [self.column(field, scalars, ids) for field in self.format.own_fields])]
+        for t, table in enumerate(self.format.tables):
+            mine = history[:, 0] == t
+            pieces.append(table.points(history_rows[mine], list(history[mine, 1 : 1 + len(table.fields)].T)))
+        return pieces
+
+    def _first(self, paths: Sequence[str], ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The first of the ids at `paths` that a record has, [N]."""
+        first = ids[:, self._ids[paths[0]]]
+        for path in paths[1:]:
+            first = np.where(first == MISSING_ID, ids[:, self._ids[path]], first)
+        return first
+
+
+def _fields_of(source: Field | Derived | None) -> tuple[Field, ...]:
+    if isinstance(source, Derived):
+        return source.fields
+    return () if source is None else (source,)
+
+
+def _reading(field: Field) -> Reading:
+    return Reading.LETTER if field.letter else Reading.NUMBER
+
+
+def _version(schema: WriterSchema) -> str:
+    """What the schema itself says of its version: LSST's in its namespace or its registry's id, 100 x major + minor."""
+    if match := _LSST_NAMESPACE.match(schema.canonical["name"]):
+        return f"{match[1]}.{match[2]}"
+    if schema.registry_id is not None:
+        return f"{schema.registry_id // 100}.{schema.registry_id % 100}"
+    return UNVERSIONED
+
+
+N_POINT_COLUMNS = 1 + max(len(table.fields) for known in FORMATS for table in known.tables)
+"""The table's number, and the fields of the widest table."""

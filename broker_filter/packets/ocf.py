@@ -1,0 +1,314 @@
+"""Avro object container files (Avro 1.11, "Object Container Files"): header, blocks, codecs; reading, splitting, writing.
+
+Knows blocks and schemas and never looks into a record. Must not raise on any bytes, nor inflate beyond a bound.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from threading import Lock
+from typing import BinaryIO, NamedTuple
+
+import cramjam
+
+from broker_filter.packets.rejects import RejectReason
+from broker_filter.packets.schema import MAX_SCHEMA_BYTES, SchemaError, WriterSchema, parse_schema
+
+MAGIC = b"Obj\x01"
+SYNC_BYTES = 16
+MAX_CONTAINER_BYTES = 16 << 20
+"""Of a block's records, inflated, and of a container read whole; the largest real packets are 0.4 MB."""
+MAX_HEADER_BYTES = MAX_SCHEMA_BYTES + (1 << 16)
+"""The header is the schema and a few words; more is not a header."""
+_KNOWN_HEADERS = 64
+"""Distinct headers kept: a survey has one per schema version, redistributors some dozens."""
+_READ_BYTES = 1 << 18
+"""What a splitter reads of a file at a time: a few packets."""
+
+Damage = tuple[RejectReason, str]
+"""Why bytes cannot be read, and in words."""
+
+
+class Block(NamedTuple):
+    """A block of a container: how many records it claims, and their bytes (inflated)."""
+
+    n_records: int
+    body: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """What could be read of a container: its sound blocks, and what is wrong after them, if anything.
+
+    `schema` is None only where `error` tells of the header.
+    """
+
+    schema: WriterSchema | None
+    blocks: tuple[Block, ...]
+    error: Damage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """A container's magic and metadata: the same bytes in every container of one writer, up to the sync marker."""
+
+    bytes: bytes
+    codec: str
+    schema: WriterSchema
+
+
+class _DamagedError(Exception):
+    """Internal: ends the reading of a container."""
+
+    def __init__(self, reason: RejectReason, detail: str) -> None:
+        super().__init__(detail)
+        self.damage: Damage = (reason, detail)
+
+
+_known_headers: tuple[
+    _Header, ...
+] = ()  # the most recently parsed first; replaced as a whole, so reading needs no lock
+_header_lock = Lock()
+
+
+def read_container(data: bytes, max_bytes: int = MAX_CONTAINER_BYTES) -> Container:
+    """Reads all blocks of `data`, which starts with MAGIC. Null-codec bodies are views into `data`. Never raises.
+
+    A block counts as sound when the sync marker stands after it. More than `max_bytes` of inflated blocks are damage.
+    """
+    try:
+        header = _header_of(data)
+    except _DamagedError as error:
+        return Container(None, (), error.damage)
+    blocks: list[Block] = []
+    try:
+        start = len(header.bytes) + SYNC_BYTES
+        sync = data[len(header.bytes) : start]
+        if len(sync) < SYNC_BYTES:
+            raise _DamagedError(RejectReason.TRUNCATED, "the container ends within its header")
+        view, left = memoryview(data), max_bytes
+        while start < len(data):
+            count, stored, start = _read_block(view, start, sync)
+            body = _inflate(header.codec, stored, left)
+            left -= len(body)
+            blocks.append(Block(count, body))
+    except _DamagedError as error:
+        return Container(header.schema, tuple(blocks), error.damage)
+    return Container(header.schema, tuple(blocks))
+
+
+def count_records(container: bytes) -> int:
+    """How many records a container's sound blocks claim to hold; inflates nothing and never raises."""
+    records = 0
+    try:
+        start, _ = _read_metadata(container)
+        sync = container[start : start + SYNC_BYTES]
+        start += SYNC_BYTES
+        while start < len(container):
+            count, _, start = _read_block(memoryview(container), start, sync)
+            records += count
+    except _DamagedError:
+        pass
+    return records
+
+
+def split_container(stream: BinaryIO, max_block_bytes: int = MAX_CONTAINER_BYTES) -> Iterator[bytes]:
+    """Yields each block of a container file as a container of its own, whatever the file's size, in flat memory.
+
+    Where the file is damaged or a block is larger than `max_block_bytes`, the last item is the header with as much of the
+    rest as was read: decoding rejects it with the reason. A file that is no container, or has no blocks, is one such item.
+    """
+    buffer = bytearray()
+
+    def fill(size: int) -> bool:
+        while len(buffer) < size:
+            piece = stream.read(max(size - len(buffer), _READ_BYTES))
+            if not piece:
+                return False
+            buffer.extend(piece)
+        return True
+
+    fill(1)
+    while True:
+        try:
+            end, _ = _read_metadata(buffer)
+            break
+        except _DamagedError as error:
+            short = error.damage[0] is RejectReason.TRUNCATED and len(buffer) < MAX_HEADER_BYTES
+            if not (short and fill(len(buffer) + 1)):
+                yield bytes(buffer)
+                return
+    fill(end + SYNC_BYTES)
+    header, sync = bytes(buffer[: end + SYNC_BYTES]), bytes(buffer[end : end + SYNC_BYTES])
+    del buffer[: end + SYNC_BYTES]
+    if not fill(1):
+        yield header
+        return
+    while fill(1):
+        try:
+            with memoryview(buffer) as view:
+                end = _read_block(view, 0, sync)[2]
+        except _DamagedError as error:
+            short = error.damage[0] is RejectReason.TRUNCATED and len(buffer) < max_block_bytes
+            if short and fill(len(buffer) + 1):
+                continue
+            yield header + bytes(buffer)
+            return
+        yield header + bytes(buffer[:end])
+        del buffer[:end]
+
+
+def container_header(schema_json: bytes, sync: bytes) -> bytes:
+    """A null-codec container's header; `sync` is the 16-byte marker that ends it and every block."""
+    return b"".join(
+        (
+            MAGIC,
+            encode_long(2),
+            _encode_bytes(b"avro.codec"),
+            _encode_bytes(b"null"),
+            _encode_bytes(b"avro.schema"),
+            _encode_bytes(schema_json),
+            encode_long(0),
+            sync,
+        )
+    )
+
+
+def encode_block(count: int, body: bytes, sync: bytes) -> bytes:
+    """A null-codec block of `count` encoded records."""
+    return b"".join((encode_long(count), encode_long(len(body)), body, sync))
+
+
+def encode_long(value: int) -> bytes:
+    """An Avro long: zigzag, then 7 bits a byte, least significant first."""
+    zigzag = value << 1 if value >= 0 else (-value << 1) - 1
+    encoded = bytearray()
+    while zigzag > 0x7F:
+        encoded.append(zigzag & 0x7F | 0x80)
+        zigzag >>= 7
+    encoded.append(zigzag)
+    return bytes(encoded)
+
+
+def _encode_bytes(value: bytes) -> bytes:
+    return encode_long(len(value)) + value
+
+
+def _header_of(data: bytes) -> _Header:
+    """The header that `data` starts with, parsed once however often it comes."""
+    global _known_headers
+    for header in _known_headers:
+        if data.startswith(header.bytes):
+            return header
+    end, metadata = _read_metadata(data)
+    codec = metadata.get(b"avro.codec", b"null").decode("ascii", "replace")
+    if codec not in ("null", "deflate", "snappy"):
+        raise _DamagedError(RejectReason.UNSUPPORTED_CODEC, f"codec {codec[:40]!r}")
+    try:
+        schema = parse_schema(metadata.get(b"avro.schema", b""))
+    except SchemaError as error:
+        raise _DamagedError(RejectReason.BAD_SCHEMA, str(error)) from error
+    with _header_lock:
+        for header in _known_headers:
+            if data.startswith(header.bytes):
+                return header
+        header = _Header(bytes(data[:end]), codec, schema)
+        _known_headers = (header, *_known_headers[: _KNOWN_HEADERS - 1])
+    return header
+
+
+def _read_metadata(data: bytes | bytearray) -> tuple[int, dict[bytes, bytes]]:
+    """The metadata map after the magic, and where it ends."""
+    if data[: len(MAGIC)] != MAGIC[: len(data)]:
+        raise _DamagedError(RejectReason.NOT_AVRO, "does not start as a container file")
+    metadata: dict[bytes, bytes] = {}
+    position = len(MAGIC)
+    while True:
+        count, position = _read_long(data, position)
+        if count == 0:
+            return position, metadata
+        if count < 0:  # then the block's size in bytes follows
+            count, (_, position) = -count, _read_long(data, position)
+        for _ in range(count):
+            key, position = _read_bytes(data, position)
+            metadata[key], position = _read_bytes(data, position)
+
+
+def _read_block(data: memoryview, position: int, sync: bytes) -> tuple[int, memoryview, int]:
+    """The block at `position`: its claimed count, its stored bytes, and where the next one starts."""
+    begin = position
+    count, position = _read_long(data, position)
+    size, position = _read_long(data, position)
+    if count < 0 or size < 0:
+        raise _DamagedError(RejectReason.CORRUPT, f"impossible block at byte {begin}: {count} records in {size} bytes")
+    end = position + size
+    if end + SYNC_BYTES > len(data):
+        raise _DamagedError(RejectReason.TRUNCATED, f"the block at byte {begin} ends after the container does")
+    if data[end : end + SYNC_BYTES] != sync:
+        raise _DamagedError(RejectReason.CORRUPT, f"no sync marker after the block at byte {begin}")
+    return count, data[position:end], end + SYNC_BYTES
+
+
+def _read_long(data: bytes | bytearray | memoryview, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while position < len(data):
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return (value >> 1) ^ -(value & 1), position
+        shift += 7
+        if shift > 63:
+            raise _DamagedError(RejectReason.CORRUPT, f"a number without an end at byte {position - 10}")
+    raise _DamagedError(RejectReason.TRUNCATED, "the container ends within a number")
+
+
+def _read_bytes(data: bytes | bytearray, position: int) -> tuple[bytes, int]:
+    size, position = _read_long(data, position)
+    if not 0 <= size <= MAX_HEADER_BYTES:
+        raise _DamagedError(RejectReason.CORRUPT, f"impossible length {size} in the header")
+    if position + size > len(data):
+        raise _DamagedError(RejectReason.TRUNCATED, "the container ends within its header")
+    return bytes(data[position : position + size]), position + size
+
+
+def _inflate(codec: str, stored: memoryview, limit: int) -> memoryview:
+    """A block's records, at most `limit` bytes of them."""
+    if codec == "null":
+        body: memoryview | bytes = stored
+    elif codec == "deflate":
+        body = _inflate_deflate(stored, limit)
+    else:
+        body = _inflate_snappy(stored, limit)
+    if len(body) > limit:
+        raise _DamagedError(RejectReason.TOO_LARGE, f"a block inflates to more than the {limit} bytes left for it")
+    return memoryview(body)
+
+
+def _inflate_deflate(stored: memoryview, limit: int) -> bytes:
+    stream = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+    try:
+        body = stream.decompress(stored, limit + 1)
+    except zlib.error as error:
+        raise _DamagedError(RejectReason.CORRUPT, f"a block does not inflate: {error}") from error
+    if not stream.eof and len(body) <= limit:
+        raise _DamagedError(RejectReason.TRUNCATED, "a block's deflate stream ends early")
+    return body
+
+
+def _inflate_snappy(stored: memoryview, limit: int) -> bytes:
+    """Avro's snappy: the raw format, then the CRC-32 of the records, big-endian."""
+    if len(stored) < 4:
+        raise _DamagedError(RejectReason.TRUNCATED, "a snappy block without its checksum")
+    packed, checksum = stored[:-4], int.from_bytes(stored[-4:], "big")
+    try:
+        if cramjam.snappy.decompress_raw_len(packed) > limit:
+            raise _DamagedError(RejectReason.TOO_LARGE, f"a block inflates to more than the {limit} bytes left for it")
+        body = bytes(cramjam.snappy.decompress_raw(packed))
+    except cramjam.DecompressionError as error:
+        raise _DamagedError(RejectReason.CORRUPT, f"a block does not inflate: {error}") from error
+    if zlib.crc32(body) != checksum:
+        raise _DamagedError(RejectReason.CORRUPT, "a block's checksum is wrong")
+    return body

@@ -1,0 +1,125 @@
+"""Magnitudes, fluxes and bands in the units of an AlertBatch, and the light curves made of them.
+
+Works on the columns of a whole batch; NaN stands for no value. Must never drop a point that has a time and a flux.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_filter.packets.batch import BANDS, UNKNOWN_BAND, LightCurves, Measurement
+
+Values = NDArray[np.float64]
+"""One value an alert, or a point of a light curve."""
+
+AB_ZERO_POINT = 31.4
+"""AB magnitude of 1 nJy."""
+MAGNITUDES_PER_E = 2.5 / math.log(10)
+"""A relative flux error of 1 in magnitudes: 1.0857."""
+MJD_EPOCH = 2400000.5
+"""Julian date of MJD 0."""
+NO_VALUE = -999.0
+"""What ZTF writes where there is no measurement, or no source in a catalogue."""
+NO_FORCED_FLUX = -99999.0
+"""What ZTF writes where forced photometry failed."""
+LIMIT_SIGMAS = 5.0
+"""ZTF's limiting magnitudes are 5-sigma."""
+
+_BAND_OF_LETTER = np.full(256, float(UNKNOWN_BAND))
+_BAND_OF_LETTER[[ord(band) for band in BANDS]] = range(len(BANDS))
+
+
+class Points(NamedTuple):
+    """Points of light curves in columns, as in LightCurves before they are sorted and checked."""
+
+    alert: NDArray[np.int64]  # the row of the alert that a point belongs to
+    mjd: Values
+    band: Values
+    flux: Values
+    flux_err: Values
+    kind: Values
+
+
+def nanojansky(magnitude: Values) -> Values:
+    """The flux of an AB magnitude, nJy."""
+    flux: Values = 10 ** (-0.4 * (magnitude - AB_ZERO_POINT))
+    return flux
+
+
+def sign(isdiffpos: Values) -> Values:
+    """+1 where ZTF's `isdiffpos` says positive ('t', '1', 1 or true), -1 where negative ('f', '0', 0, -1 or false)."""
+    positive = (isdiffpos == ord("t")) | (isdiffpos == ord("1")) | (isdiffpos == 1)
+    negative = (isdiffpos == ord("f")) | (isdiffpos == ord("0")) | (isdiffpos == 0) | (isdiffpos == -1)
+    return np.where(positive, 1.0, np.where(negative, -1.0, np.nan))
+
+
+def ztf_band(fid: Values) -> Values:
+    """ZTF's filter id (1 g, 2 r, 3 i) as an index into BANDS, where it begins with u."""
+    return np.where((fid == 1) | (fid == 2) | (fid == 3), fid, float(UNKNOWN_BAND))
+
+
+def letter_band(letter: Values) -> Values:
+    """A filter's letter, given as its character's code, as an index into BANDS."""
+    return _BAND_OF_LETTER[np.nan_to_num(letter, nan=0.0).astype(np.uint8)]
+
+
+def ztf_detections(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
+    """Points of ZTF's candidate and prv_candidates, from jd, fid, magpsf, sigmapsf, isdiffpos, diffmaglim.
+
+    One without a magnitude is a non-detection: an upper limit.
+    """
+    jd, fid, magnitude, error, isdiffpos, limit = (np.where(column == NO_VALUE, np.nan, column) for column in values)
+    brightness, limiting = nanojansky(magnitude), nanojansky(limit)
+    detected = np.isfinite(magnitude)
+    return Points(
+        alert,
+        jd - MJD_EPOCH,
+        ztf_band(fid),
+        np.where(detected, sign(isdiffpos) * brightness, 0.0 * limiting),
+        np.where(detected, brightness * error / MAGNITUDES_PER_E, limiting / LIMIT_SIGMAS),
+        np.where(detected, float(Measurement.DETECTION), float(Measurement.UPPER_LIMIT)),
+    )
+
+
+def ztf_forced(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
+    """Points of ZTF's fp_hists, from jd, fid, forcediffimflux and forcediffimfluxunc (DN), magzpsci (their zero point)."""
+    jd, fid, flux, error, zero_point = (np.where(column == NO_FORCED_FLUX, np.nan, column) for column in values)
+    scale = nanojansky(zero_point)
+    kind = np.full(len(alert), float(Measurement.FORCED))
+    return Points(alert, jd - MJD_EPOCH, ztf_band(fid), flux * scale, error * scale, kind)
+
+
+def lsst_detections(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
+    """Points of LSST's diaSource and prvDiaSources, from midpointMjdTai, band, psfFlux, psfFluxErr."""
+    mjd, band, flux, error = values
+    return Points(alert, mjd, letter_band(band), flux, error, np.full(len(alert), float(Measurement.DETECTION)))
+
+
+def lsst_forced(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
+    """Points of LSST's prvDiaForcedSources, from midpointMjdTai, band, psfFlux, psfFluxErr."""
+    return lsst_detections(alert, values)._replace(kind=np.full(len(alert), float(Measurement.FORCED)))
+
+
+def light_curves(n_alerts: int, pieces: Sequence[Points]) -> LightCurves:
+    """The light curves of `n_alerts` from their points, in any order; a point without a finite time and flux is none."""
+    columns = [np.concatenate(column) for column in zip(*pieces, strict=True)] if pieces else [np.empty(0)] * 6
+    alert, mjd, band, flux, flux_err, kind = columns
+    with np.errstate(over="ignore"):  # a flux beyond float32 is none
+        narrow, narrow_err = flux.astype(np.float32), flux_err.astype(np.float32)
+    order = np.lexsort((mjd, alert))
+    order = order[(np.isfinite(mjd) & np.isfinite(narrow))[order]]
+    offsets = np.zeros(n_alerts + 1, dtype=np.int64)
+    np.cumsum(np.bincount(alert[order].astype(np.int64), minlength=n_alerts), out=offsets[1:])
+    return LightCurves(
+        offsets=offsets,
+        mjd=mjd[order],
+        band=band[order].astype(np.uint8),
+        flux=narrow[order],
+        flux_err=narrow_err[order],
+        kind=kind[order].astype(np.uint8),
+    )
