@@ -1,0 +1,118 @@
+"""`broker-filter replay`: archived alerts into a Kafka topic, as a survey would send them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+
+class PropertiesError(Exception):
+    """Kafka properties that cannot be read."""
+
+    exit_status = 2
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `replay`."""
+    parser = subparsers.add_parser(
+        "replay",
+        help="send archived alerts to a Kafka topic",
+        description="Sends every alert of files, folders and archives to a topic, one message each, with the object id "
+        "as its key and the time of sending in the header `producer_timestamp`. Creates the topic where it is absent.",
+    )
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder (read recursively) or archive")
+    parser.add_argument("--bootstrap-servers", required=True, metavar="HOST:PORT", help="brokers, comma-separated")
+    parser.add_argument("--topic", required=True)
+    parser.add_argument(
+        "--partitions", type=int, default=4, metavar="N", help="of a topic that is created (default: 4)"
+    )
+    pace = parser.add_mutually_exclusive_group()
+    pace.add_argument("--rate", type=_positive, metavar="N", help="alerts a second (`300` or `300/s`)")
+    pace.add_argument("--speed", type=_positive, metavar="X", help="X times as fast as the alerts were exposed")
+    pace.add_argument("--as-fast-as-possible", action="store_true", help="as the brokers take them (the default)")
+    parser.add_argument("--repeat", action="store_true", help="begin again at the end, until interrupted")
+    parser.add_argument(
+        "--schema-registry", metavar="URL|DIR", help="schemas of alerts in wire format, for their keys and times"
+    )
+    parser.add_argument(
+        "--kafka", action="append", default=[], metavar="KEY=VALUE", help="librdkafka property; may be repeated"
+    )
+    parser.add_argument(
+        "--kafka-file", type=Path, metavar="FILE", help="librdkafka properties, one KEY=VALUE a line: for secrets"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Replays until the end or the first interrupt; status 1 where messages failed, 130 where it was interrupted."""
+    from confluent_kafka.admin import NewTopic
+
+    from broker_filter.cli import INTERRUPTED
+    from broker_filter.cli.console import progress
+    from broker_filter.packets.decode import Decoder
+    from broker_filter.packets.registry import open_registry
+    from broker_filter.streaming.archives import read_packets
+    from broker_filter.streaming.kafka_client import Complaints, admin_client, ensure_topics, wait_for_cluster
+    from broker_filter.streaming.replay import Replayer, as_fast_as_possible, at_rate, at_speed
+
+    packets = read_packets(arguments.inputs)
+    new_pace = as_fast_as_possible
+    if arguments.rate:
+        new_pace = partial(at_rate, arguments.rate)
+    elif arguments.speed:
+        new_pace = partial(at_speed, arguments.speed)
+    decoder = Decoder(open_registry(arguments.schema_registry), columns=())
+    properties = {**_properties(arguments), "bootstrap.servers": arguments.bootstrap_servers}
+    stop = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+
+    complaints = Complaints(f"brokers {arguments.bootstrap_servers}")
+    if wait_for_cluster(properties, complaints, stop) is None:
+        return INTERRUPTED
+    ensure_topics(
+        admin_client(properties, complaints), [NewTopic(arguments.topic, num_partitions=arguments.partitions)]
+    )
+    started = time.monotonic()
+    with progress("Replaying") as advance:
+        replayer = Replayer(properties, arguments.topic, decoder, stop, advance)
+        account = replayer.account
+        while True:
+            sent_before = account.sent
+            replayer.replay(packets, new_pace())
+            if stop.is_set() or not arguments.repeat or account.sent == sent_before:
+                break
+            packets = read_packets(arguments.inputs)
+    seconds = time.monotonic() - started
+    print(
+        f"sent {account.sent} alerts ({account.sent_bytes / 1e6:.1f} MB) to {arguments.topic} in {seconds:.1f} s, "
+        f"{account.sent / seconds:.0f}/s; failed {account.failed}, not sendable {account.unsendable}"
+    )
+    if stop.is_set():
+        return INTERRUPTED
+    return 1 if account.failed else 0
+
+
+def _positive(text: str) -> float:
+    value = float(text.removesuffix("/s"))
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _properties(arguments: argparse.Namespace) -> dict[str, object]:
+    """librdkafka's properties in the file, and over them those of the command line."""
+    lines = arguments.kafka_file.read_text().splitlines() if arguments.kafka_file else []
+    properties: dict[str, object] = {}
+    for line in [*lines, *arguments.kafka]:
+        if line.strip() and not line.startswith("#"):
+            key, equals, value = line.partition("=")
+            if not equals:  # the line is not shown: it may be a secret
+                raise PropertiesError("--kafka and the lines of --kafka-file must be KEY=VALUE")
+            properties[key.strip()] = value.strip()
+    return properties

@@ -1,0 +1,163 @@
+"""Parquet: every row comes out as a container that holds the row's own values, and decodes as the packet would."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import fastavro
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.packet import FilePosition, Packet
+from broker_filter.packets.parquet import ROWS_AT_A_TIME, ParquetError, read_rows
+from broker_filter.packets.registry import open_registry
+
+
+def rows_of(table: pa.Table, **options: Any) -> list[dict[str, Any]]:
+    file = io.BytesIO()
+    pq.write_table(table, file, **options)
+    return [record(container) for container in read_rows(file)]
+
+
+def record(container: bytes) -> dict[str, Any]:
+    (only,) = fastavro.reader(io.BytesIO(container))
+    return only
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal, NaN being equal to itself."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
+
+
+def test_records_hold_every_value_of_the_shared_lsst_rows(shared_data: Path) -> None:
+    paths = sorted((shared_data / "lsst" / "parquet").glob("*.parquet"))
+    for path in paths:
+        with path.open("rb") as file:
+            records = [record(container) for container in read_rows(file)]
+        assert same(records, pq.read_table(path).to_pylist(maps_as_pydicts="strict"))
+    assert len(paths) == 4
+
+
+def test_lsst_rows_decode_to_their_own_values(shared_data: Path) -> None:
+    paths = sorted((shared_data / "lsst" / "parquet").glob("*.parquet"))
+    packets = []
+    for path in paths:
+        with path.open("rb") as file:
+            packets += [Packet(data, FilePosition(str(path), record=row)) for row, data in enumerate(read_rows(file))]
+    alerts, rejects = Decoder(open_registry(None)).decode(packets)
+    assert not rejects
+    rows = pq.ParquetDataset(paths).read(["diaSource"]).to_pylist()
+    sources = [row["diaSource"] for row in rows]
+    assert alerts.alert_id.tolist() == [source["diaSourceId"] for source in sources]
+    np.testing.assert_array_equal(alerts.mjd, [source["midpointMjdTai"] for source in sources])
+    np.testing.assert_array_equal(alerts.column("psfFlux"), [source["psfFlux"] for source in sources])
+
+
+def arrow_type(avro: Any, named: dict[str, pa.DataType]) -> pa.DataType:
+    """The Arrow type of an Avro type, as Spark writes it; `named`: primitives, and records met so far."""
+    if isinstance(avro, list):
+        (avro,) = (branch for branch in avro if branch != "null")
+    if isinstance(avro, str):
+        return named[avro]
+    if avro["type"] == "array":
+        return pa.list_(arrow_type(avro["items"], named))
+    if avro["type"] == "record":
+        named[avro["name"]] = pa.struct({f["name"]: arrow_type(f["type"], named) for f in avro["fields"]})
+        return named[avro["name"]]
+    return arrow_type(avro["type"], named)
+
+
+PRIMITIVES = {
+    "int": pa.int32(),
+    "long": pa.int64(),
+    "float": pa.float32(),
+    "double": pa.float64(),
+    "string": pa.string(),
+    "bytes": pa.binary(),
+}
+
+
+def test_ztf_rows_in_the_layout_of_fink_decode_as_the_packets_do(ztf_packets: list[tuple[int, bytes]]) -> None:
+    schema = fastavro.reader(io.BytesIO(ztf_packets[0][1])).writer_schema
+    packets = [data for _, data in ztf_packets[:200] if fastavro.reader(io.BytesIO(data)).writer_schema == schema]
+    table = pa.Table.from_pylist(
+        [record(packet) for packet in packets], schema=pa.schema(arrow_type(schema, {**PRIMITIVES}).fields)
+    )
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    decoder = Decoder(open_registry(None))
+    expected, _ = decoder.decode([Packet(data, FilePosition(str(i))) for i, data in enumerate(packets)])
+    alerts, rejects = decoder.decode([Packet(data, FilePosition(str(i))) for i, data in enumerate(read_rows(file))])
+    assert not rejects
+    assert len(alerts) == len(expected) == len(packets) > 1
+    assert alerts.alert_id.tolist() == expected.alert_id.tolist()
+    assert list(alerts.object_id) == list(expected.object_id)
+    np.testing.assert_array_equal(alerts.cutouts.view(np.uint32), expected.cutouts.view(np.uint32))
+    np.testing.assert_array_equal(alerts.metadata, expected.metadata)
+    np.testing.assert_array_equal(alerts.light_curves.flux, expected.light_curves.flux)
+
+
+def test_arrow_types_have_avro_counterparts() -> None:
+    utc = datetime.datetime(2026, 2, 25, 3, 4, 5, 678901, datetime.UTC)
+    row = {
+        "flag": True,
+        "small": -3,
+        "id": 2**62 + 1,
+        "flux": 1.5,
+        "mjd": 61000.123456789,
+        "band": "r",
+        "stamp": b"\x00\xff",
+        "at": utc,
+        "at_local": utc.replace(tzinfo=None),
+        "night": utc.date(),
+        "history": [{"mjd": 1.0, "band": None}, None],
+        "scores": {"real": 0.5},
+        "nothing": None,
+    }
+    schema = pa.schema(
+        {
+            "flag": pa.bool_(),
+            "small": pa.int8(),
+            "id": pa.uint64(),
+            "flux": pa.float32(),
+            "mjd": pa.float64(),
+            "band": pa.dictionary(pa.int8(), pa.string()),
+            "stamp": pa.large_binary(),
+            "at": pa.timestamp("us", "UTC"),
+            "at_local": pa.timestamp("us"),
+            "night": pa.date32(),
+            "history": pa.list_(pa.struct({"mjd": pa.float64(), "band": pa.string()})),
+            "scores": pa.map_(pa.string(), pa.float64()),
+            "nothing": pa.string(),
+        }
+    )
+    assert rows_of(pa.Table.from_pylist([row], schema=schema)) == [row]
+
+
+def test_columns_that_avro_cannot_express_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    table = pa.table({"candid": [1], "i:mag": [2.0], "price": pa.array([1], pa.decimal128(5, 2))})
+    assert rows_of(table) == [{"candid": 1}]
+    assert "alert.i:mag" in caplog.text
+    assert "alert.price (decimal128(5, 2))" in caplog.text
+
+
+def test_rows_come_in_order_over_row_groups() -> None:
+    n = 3 * ROWS_AT_A_TIME + 1
+    assert [row["candid"] for row in rows_of(pa.table({"candid": range(n)}), row_group_size=20)] == list(range(n))
+
+
+@pytest.mark.parametrize("damaged", [b"PAR1", b"PAR1 but nothing more PAR1", b""])
+def test_damaged_file_raises_parquet_error(damaged: bytes) -> None:
+    with pytest.raises(ParquetError):
+        list(read_rows(io.BytesIO(damaged)))
