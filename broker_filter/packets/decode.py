@@ -27,7 +27,7 @@ from broker_filter.packets.layout import (
 )
 from broker_filter.packets.ocf import MAGIC, MAX_CONTAINER_BYTES, Block, Container, Damage, read_container
 from broker_filter.packets.packet import Packet
-from broker_filter.packets.photometry import Points, light_curves
+from broker_filter.packets.photometry import NO_ALERT, Points, light_curves
 from broker_filter.packets.plan import field_paths
 from broker_filter.packets.registry import SchemaRegistry, UnknownSchemaId
 from broker_filter.packets.rejects import Reject, RejectReason
@@ -128,13 +128,12 @@ class Decoder:
 
         cutouts = np.zeros((len(walked), len(CUTOUTS), self._cutout_size, self._cutout_size), dtype=np.float32)
         boxes = np.zeros((len(walked), len(CUTOUTS), 4), dtype=np.int16)
-        spans = outputs.spans[: len(walked), STAMP : STAMP + len(CUTOUTS)].tolist()
         kept: list[int] = []
         for row, item in enumerate(walked):
             slot = len(kept)
             damage = item.damage or columns.missing_field(row)
             if damage is None:
-                damage = _decode_stamps(item, spans[row], cutouts[slot], boxes[slot])
+                damage = _decode_stamps(item, columns.spans[row], cutouts[slot], boxes[slot])
             if damage is None:
                 kept.append(row)
             else:
@@ -215,8 +214,9 @@ class _Columns:
         self, layouts: Mapping[Survey, Layout], n_columns: int, outputs: _Outputs, walked: Sequence[_Walked]
     ) -> None:
         n = len(walked)
-        self._outputs = outputs
         self._walked = walked
+        starts = np.array([item.start for item in walked], dtype=np.int64)
+        self.spans: list[list[list[int]]] = (outputs.spans[:n] - starts[:, None, None]).tolist()
         self._survey = np.array([item.plan.layout.format.survey for item in walked], dtype=np.uint8)
         self._alert_id = np.empty(n, dtype=np.int64)
         self._place = np.empty((n, 4))  # mjd, ra, dec, band
@@ -279,12 +279,9 @@ class _Columns:
     ) -> AlertBatch:
         """The batch of the rows `kept`."""
         rows = np.array(kept, dtype=np.int64)
-        place = np.full(len(self._walked), -1)
+        place = np.full(len(self._walked), NO_ALERT)
         place[rows] = np.arange(len(rows))
-        pieces = []
-        for points in self._points:
-            owners = place[points.alert]
-            pieces.append(Points(owners[owners >= 0], *(column[owners >= 0] for column in points[1:])))
+        pieces = [points._replace(alert=place[points.alert]) for points in self._points]
         walked = [self._walked[row] for row in kept]
         return AlertBatch(
             packets=packets,
@@ -307,16 +304,12 @@ class _Columns:
         )
 
     def _record(self, row: int) -> Record:
-        item = self._walked[row]
-        spans = self._outputs.spans[row]
-        cutouts = tuple(
-            (begin - item.start, end - item.start) for begin, end in spans[list(item.plan.cutouts)].tolist()
-        )
-        return Record(item.body, item.plan.schema, cutouts)
+        item, spans = self._walked[row], self.spans[row]
+        return Record(item.body, item.plan.schema, tuple((spans[slot][0], spans[slot][1]) for slot in item.plan.cutouts))
 
     def _text(self, row: int, slot: int) -> str:
-        begin, end = (self._outputs.spans[row, slot] - self._walked[row].start).tolist()
-        return str(self._walked[row].body[begin:end], "utf-8", "replace") if end > begin >= 0 else ""
+        begin, end = self.spans[row][slot]
+        return str(self._walked[row].body[begin:end], "utf-8", "replace") if begin >= 0 else ""
 
 
 def _walk_damage(status: Status, end: int, n_bytes: int, *, last: bool) -> Damage | None:
@@ -338,10 +331,10 @@ def _decode_stamps(
 ) -> Damage | None:
     """Decodes an alert's stamps into its `slots` [3, S, S] and `boxes` [3, 4]."""
     survey_format = item.plan.layout.format
-    for c, (begin, end) in enumerate(spans):
+    for c, (begin, end) in enumerate(spans[STAMP : STAMP + len(CUTOUTS)]):
         if begin < 0 or begin == end:
             return RejectReason.MISSING_CUTOUT, f"{survey_format.cutouts[c]} is absent or empty"
-        stamp = item.body[begin - item.start : end - item.start]
+        stamp = item.body[begin:end]
         try:
             boxes[c] = decode_stamp(stamp, slots[c], centred=survey_format.stamps_centred)
         except StampError as error:

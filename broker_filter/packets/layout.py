@@ -46,12 +46,22 @@ class Layout:
 
     def __init__(self, survey_format: SurveyFormat, columns: Sequence[str]) -> None:
         self.format = survey_format
-        self._sources = [column.source(survey_format.survey) for column in select_columns(columns)]
+        sources = [column.source(survey_format.survey) for column in select_columns(columns)]
         self._ids = {path: slot for slot, path in enumerate(survey_format.alert_ids + survey_format.object_ids)}
-        needed = (*survey_format.place, *self._sources)
+        needed = (*survey_format.place, *sources)
         fields = (*survey_format.own_fields, *(field for source in needed for field in _fields_of(source)))
         numbers = [field for field in dict.fromkeys(fields) if field.paths[0] not in self._ids]
         self._scalars = {field: slot for slot, field in enumerate(numbers)}
+        # Most metadata columns are scalars as they are; these are gathered at once, and the others computed.
+        direct = {
+            place: source for place, source in enumerate(sources) if isinstance(source, Field) and source in self._scalars
+        }
+        self._direct = list(direct)
+        self._direct_slots = [self._scalars[source] for source in direct.values()]
+        self._computed = [(place, source) for place, source in enumerate(sources) if place not in direct]
+        self._missing = np.full(len(sources), np.nan)
+        for place, source in direct.items():
+            self._missing[place] = np.nan if source.missing is None else source.missing
 
     @property
     def n_scalars(self) -> int:
@@ -111,8 +121,10 @@ class Layout:
 
     def metadata(self, scalars: NDArray[np.float64], ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """The metadata columns of N records, float64[N, columns]."""
-        metadata = np.empty((len(scalars), len(self._sources)))
-        for place, source in enumerate(self._sources):
+        metadata = np.empty((len(scalars), len(self._missing)))
+        metadata[:, self._direct] = scalars[:, self._direct_slots]
+        metadata[metadata == self._missing] = np.nan
+        for place, source in self._computed:
             metadata[:, place] = self.column(source, scalars, ids)
         return metadata
 

@@ -69,7 +69,7 @@ class _DamagedError(Exception):
 
 _known_headers: tuple[
     _Header, ...
-] = ()  # the most recently parsed first; replaced as a whole, so reading needs no lock
+] = ()  # the latest first; replaced as a whole, so reading needs no lock
 _header_lock = Lock()
 
 
@@ -198,9 +198,11 @@ def _encode_bytes(value: bytes) -> bytes:
 
 def _header_of(data: bytes) -> _Header:
     """The header that `data` starts with, parsed once however often it comes."""
-    global _known_headers
-    for header in _known_headers:
+    known = _known_headers
+    for header in known:
         if data.startswith(header.bytes):
+            if header is not known[0]:
+                _remember(header)
             return header
     end, metadata = _read_metadata(data)
     codec = metadata.get(b"avro.codec", b"null").decode("ascii", "replace")
@@ -210,12 +212,16 @@ def _header_of(data: bytes) -> _Header:
         schema = parse_schema(metadata.get(b"avro.schema", b""))
     except SchemaError as error:
         raise _DamagedError(RejectReason.BAD_SCHEMA, str(error)) from error
+    return _remember(_Header(data[:end], codec, schema))
+
+
+def _remember(header: _Header) -> _Header:
+    """Puts a header first among those known, and returns it, or the one with the same bytes that was there before."""
+    global _known_headers
     with _header_lock:
-        for header in _known_headers:
-            if data.startswith(header.bytes):
-                return header
-        header = _Header(bytes(data[:end]), codec, schema)
-        _known_headers = (header, *_known_headers[: _KNOWN_HEADERS - 1])
+        header = next((known for known in _known_headers if known.bytes == header.bytes), header)
+        others = tuple(known for known in _known_headers if known is not header)
+        _known_headers = (header, *others[: _KNOWN_HEADERS - 1])
     return header
 
 

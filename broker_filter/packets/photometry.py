@@ -33,6 +33,9 @@ LIMIT_SIGMAS = 5.0
 _BAND_OF_LETTER = np.full(256, float(UNKNOWN_BAND))
 _BAND_OF_LETTER[[ord(band) for band in BANDS]] = range(len(BANDS))
 
+NO_ALERT = -1
+"""The row of an alert that did not come to be: its points are left out."""
+
 
 class Points(NamedTuple):
     """Points of light curves in columns, as in LightCurves before they are sorted and checked."""
@@ -106,13 +109,13 @@ def lsst_forced(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
 
 
 def light_curves(n_alerts: int, pieces: Sequence[Points]) -> LightCurves:
-    """The light curves of `n_alerts` from their points, in any order; a point without a finite time and flux is none."""
+    """The light curves of `n_alerts` from their points, in any order; one without a finite time and flux is left out."""
     columns = [np.concatenate(column) for column in zip(*pieces, strict=True)] if pieces else [np.empty(0)] * 6
     alert, mjd, band, flux, flux_err, kind = columns
     with np.errstate(over="ignore"):  # a flux beyond float32 is none
         narrow, narrow_err = flux.astype(np.float32), flux_err.astype(np.float32)
     order = np.lexsort((mjd, alert))
-    order = order[(np.isfinite(mjd) & np.isfinite(narrow))[order]]
+    order = order[((alert != NO_ALERT) & np.isfinite(mjd) & np.isfinite(narrow))[order]]
     offsets = np.zeros(n_alerts + 1, dtype=np.int64)
     np.cumsum(np.bincount(alert[order].astype(np.int64), minlength=n_alerts), out=offsets[1:])
     return LightCurves(
