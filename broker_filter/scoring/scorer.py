@@ -64,19 +64,15 @@ class Model:
         Raises ValueError where the cutouts are smaller than its images, KeyError where a metadata column is missing.
         """
         taken = np.isin(alerts.survey, self.surveys)
-        size = self.bundle.card.outputs.embedding
-        probabilities = np.full((len(alerts), len(self.labels)), np.nan, np.float32)
-        embedding = None if size is None else np.full((len(alerts), size), np.nan, np.float32)
-        rows = np.flatnonzero(taken)
-        for start in range(0, len(rows), CHUNK):
-            some = rows[start : start + CHUNK]
-            # Neighbours are a view; others must be copied together.
-            chunk = slice(some[0], some[-1] + 1) if some[-1] - some[0] == len(some) - 1 else some
-            outputs = self.run(alerts.cutouts[chunk], alerts.cutout_box[chunk], alerts.metadata[chunk], alerts.columns)
-            probabilities[chunk] = outputs["probabilities"]
-            if embedding is not None:
-                embedding[chunk] = outputs["embedding"]
-        return ModelScores(self.name, self.version, self.labels, probabilities, embedding, taken)
+        rows = slice(None) if taken.all() else taken  # a view where it can be, a copy where it must
+        outputs = self.run(alerts.cutouts[rows], alerts.cutout_box[rows], alerts.metadata[rows], alerts.columns)
+        columns = {}
+        for name, values in outputs.items():
+            columns[name] = np.full((len(alerts), values.shape[1]), np.nan, np.float32)
+            columns[name][rows] = values
+        return ModelScores(
+            self.name, self.version, self.labels, columns["probabilities"], columns.get("embedding"), taken
+        )
 
     def run(
         self,
@@ -85,12 +81,19 @@ class Model:
         metadata: NDArray[np.float64],
         columns: Sequence[str],
     ) -> Tensors:
-        """Preprocesses and runs at most a chunk of alerts; the arrays are those of `AlertBatch`."""
-        wanted = self.bundle.card.inputs
-        inputs = {"images": prepare_images(cutouts, cutout_box, wanted.images)}
-        if wanted.metadata:
-            inputs["metadata"] = prepare_metadata(metadata, columns, wanted.metadata)
-        return self.network.run(inputs)
+        """The network's outputs by name, float32[N, ...], for the arrays of `AlertBatch`; raises as `score` does."""
+        wanted, given = self.bundle.card.inputs, self.bundle.card.outputs
+        outputs = {"probabilities": np.empty((len(cutouts), len(given.labels)), np.float32)}
+        if given.embedding is not None:
+            outputs["embedding"] = np.empty((len(cutouts), given.embedding), np.float32)
+        for start in range(0, len(cutouts), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            inputs = {"images": prepare_images(cutouts[chunk], cutout_box[chunk], wanted.images)}
+            if wanted.metadata:
+                inputs["metadata"] = prepare_metadata(metadata[chunk], columns, wanted.metadata)
+            for name, values in self.network.run(inputs).items():
+                outputs[name][chunk] = values
+        return outputs
 
     def verify(self) -> None:
         """Raises BundleError where the network does not reproduce the bundle's test vector."""

@@ -1,0 +1,154 @@
+"""Preprocessing: every alert alone, as ZTF's own network was fed, whatever the slot or the batch it comes in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from broker_filter.packets.batch import CUTOUTS
+from broker_filter.scoring.bundle import ImageInput, MetadataColumn
+from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
+
+FLT_MAX = np.finfo(np.float32).max
+PADDING = 1e-9
+
+
+def spec(size: int = 63, normalisation: str = "l2_row", order: tuple[str, ...] = CUTOUTS) -> ImageInput:
+    return ImageInput.model_validate(
+        {"size": size, "order": order, "normalisation": normalisation, "padding": PADDING}
+    )
+
+
+def random_cutouts(n: int, size: int = 63) -> NDArray[np.float32]:
+    return np.random.default_rng(size).normal(100, 30, (n, 3, size, size)).astype(np.float32)
+
+
+def boxes(n: int, box: tuple[int, int, int, int]) -> NDArray[np.int16]:
+    return np.tile(np.array(box, np.int16), (n, 3, 1))
+
+
+WHOLE = (0, 0, 63, 63)
+
+
+def test_l2_row_gives_every_row_unit_norm() -> None:
+    images = prepare_images(random_cutouts(5), boxes(5, WHOLE), spec())
+    np.testing.assert_allclose(np.linalg.norm(images, axis=-1), 1, rtol=1e-6)
+
+
+def test_l2_image_gives_every_image_unit_norm() -> None:
+    images = prepare_images(random_cutouts(5), boxes(5, WHOLE), spec(normalisation="l2_image"))
+    np.testing.assert_allclose(np.linalg.norm(images, axis=(-2, -1)), 1, rtol=1e-6)
+
+
+def test_agrees_with_the_plain_arithmetic_bit_for_bit() -> None:
+    cutouts = random_cutouts(3)
+    expected = cutouts / np.sqrt((cutouts**2).sum(axis=-1, keepdims=True))
+    assert np.array_equal(prepare_images(cutouts, boxes(3, WHOLE), spec()), expected)
+
+
+def test_nan_pixels_count_as_zero_and_do_not_spread() -> None:
+    cutouts = random_cutouts(2)
+    clean = cutouts.copy()
+    cutouts[1, 2, 5, 7] = np.nan
+    clean[1, 2, 5, 7] = 0
+    expected = prepare_images(clean, boxes(2, WHOLE), spec())
+    assert np.array_equal(prepare_images(cutouts, boxes(2, WHOLE), spec()), expected)
+
+
+@pytest.mark.parametrize("pixel", [FLT_MAX, -FLT_MAX, np.inf, -np.inf])
+def test_a_row_with_a_pixel_beyond_bounds_becomes_zero(pixel: float) -> None:
+    cutouts = random_cutouts(1)
+    cutouts[0, 0, 10, 20] = pixel
+    images = prepare_images(cutouts, boxes(1, WHOLE), spec())
+    assert not images[0, 0, 10].any()
+    assert images[0, 0, 9].all()
+    assert np.isfinite(images).all()
+
+
+def test_blank_rows_stay_zero() -> None:
+    cutouts = random_cutouts(1)
+    cutouts[0, 1, 3] = 0
+    images = prepare_images(cutouts, boxes(1, WHOLE), spec())
+    assert not images[0, 1, 3].any()
+    assert np.isfinite(images).all()
+
+
+def test_short_stamps_are_normalised_and_then_padded_below_and_to_the_right() -> None:
+    cutouts = random_cutouts(2)
+    cutouts[1, :, 48:] = 0
+    cutouts[1, :, :, 55:] = 0
+    box = boxes(2, WHOLE)
+    box[1] = (0, 0, 48, 55)
+    images = prepare_images(cutouts, box, spec())
+    np.testing.assert_allclose(np.linalg.norm(images[1, :, :48, :55], axis=-1), 1, rtol=1e-6)
+    assert (images[1, :, 48:] == np.float32(PADDING)).all()
+    assert (images[1, :, :, 55:] == np.float32(PADDING)).all()
+    assert (images[0] != np.float32(PADDING)).all()
+
+
+def test_does_not_alter_the_alerts() -> None:
+    cutouts = random_cutouts(2)
+    cutouts[0, 0, 0, 0] = np.nan
+    before = cutouts.copy()
+    prepare_images(cutouts, boxes(2, WHOLE), spec())
+    assert np.array_equal(cutouts, before, equal_nan=True)
+
+
+@pytest.mark.parametrize("normalisation", ["l2_row", "l2_image"])
+def test_an_alert_is_prepared_alike_in_any_batch(normalisation: str) -> None:
+    cutouts = random_cutouts(17)
+    cutouts[3, 1, 30, 30] = FLT_MAX
+    cutouts[5, 2, :, :9] = np.nan
+    together = prepare_images(cutouts, boxes(17, WHOLE), spec(normalisation=normalisation))
+    alone = [prepare_images(cutouts[i : i + 1], boxes(1, WHOLE), spec(normalisation=normalisation)) for i in range(17)]
+    assert np.array_equal(together, np.concatenate(alone))
+
+
+@pytest.mark.parametrize("slot", [63, 64, 72, 101])
+@pytest.mark.parametrize("size", [32, 51, 63])
+@pytest.mark.parametrize("stamp", [30, 31, 51, 62, 63])
+@pytest.mark.parametrize("centred", [True, False])
+def test_the_slot_that_a_stamp_comes_in_makes_no_difference(slot: int, size: int, stamp: int, centred: bool) -> None:
+    """A model's images are those it would get if the decoder worked for it alone."""
+
+    def decoded(width: int) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
+        # The decoder's rule: pixel n // 2 on pixel S // 2 where centred or too large, else at the top left.
+        pixels = random_cutouts(1, stamp)
+        if stamp > width:
+            first = stamp // 2 - width // 2
+            return pixels[..., first : first + width, first : first + width], boxes(1, (0, 0, width, width))
+        first = width // 2 - stamp // 2 if centred else 0
+        slots = np.zeros((1, 3, width, width), np.float32)
+        slots[..., first : first + stamp, first : first + stamp] = pixels
+        return slots, boxes(1, (first, first, stamp, stamp))
+
+    assert np.array_equal(prepare_images(*decoded(slot), spec(size)), prepare_images(*decoded(size), spec(size)))
+
+
+def test_takes_the_cutouts_in_the_networks_order() -> None:
+    cutouts = random_cutouts(2)
+    images = prepare_images(cutouts, boxes(2, WHOLE), spec(order=("difference", "science")))
+    assert np.array_equal(images, prepare_images(cutouts, boxes(2, WHOLE), spec())[:, [2, 0]])
+
+
+def test_refuses_slots_smaller_than_the_network_needs() -> None:
+    with pytest.raises(ValueError, match="cutouts of 51 px are too small for a network that takes 63 px"):
+        prepare_images(random_cutouts(1, 51), boxes(1, (0, 0, 51, 51)), spec())
+
+
+def test_no_alerts_give_no_images() -> None:
+    assert prepare_images(random_cutouts(0), boxes(0, WHOLE), spec()).shape == (0, 3, 63, 63)
+
+
+def test_metadata_comes_in_the_networks_order_with_its_fills() -> None:
+    metadata = np.array([[1.0, 2.0, 3.0], [4.0, np.nan, np.nan]])
+    wanted = [MetadataColumn(name="c", fill=-1), MetadataColumn(name="a", fill=0)]
+    prepared = prepare_metadata(metadata, ("a", "b", "c"), wanted)
+    assert prepared.dtype == np.float32
+    assert np.array_equal(prepared, np.array([[3, 1], [-1, 4]], np.float32))
+
+
+def test_missing_metadata_columns_are_named() -> None:
+    with pytest.raises(KeyError, match="sgscore1"):
+        prepare_metadata(np.zeros((1, 1)), ("a",), [MetadataColumn(name="sgscore1", fill=0)])
