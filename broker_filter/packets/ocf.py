@@ -67,9 +67,7 @@ class _DamagedError(Exception):
         self.damage: Damage = (reason, detail)
 
 
-_known_headers: tuple[
-    _Header, ...
-] = ()  # the latest first; replaced as a whole, so reading needs no lock
+_known_headers: tuple[_Header, ...] = ()  # the latest first; replaced as a whole, so reading needs no lock
 _header_lock = Lock()
 
 
@@ -117,8 +115,8 @@ def count_records(container: bytes) -> int:
 def split_container(stream: BinaryIO, max_block_bytes: int = MAX_CONTAINER_BYTES) -> Iterator[bytes]:
     """Yields each block of a container file as a container of its own, whatever the file's size, in flat memory.
 
-    Where the file is damaged or a block is larger than `max_block_bytes`, the last item is the header with as much of the
-    rest as was read: decoding rejects it with the reason. A file that is no container, or has no blocks, is one such item.
+    Where the file is damaged, or a block does not end within `max_block_bytes`, the last item is the header with as much of
+    the rest as was read: decoding rejects it with the reason. A file that is no container, or has no blocks, is one such item.
     """
     buffer = bytearray()
 

@@ -1,0 +1,267 @@
+"""Containers: read, split and written as fastavro reads and writes them, whatever the codec; damage costs what it hit."""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import fastavro
+import pytest
+
+from broker_filter.packets import ocf
+from broker_filter.packets.ocf import Container, read_container
+from broker_filter.packets.rejects import RejectReason
+from broker_filter.packets.schema import WriterSchema
+
+SCHEMA = {
+    "type": "record",
+    "name": "point",
+    "fields": [{"name": "id", "type": "long"}, {"name": "note", "type": ["null", "string"]}],
+}
+SYNC = bytes(range(16))
+RECORDS = [{"id": i, "note": None if i % 3 else "x" * i} for i in range(100)]
+
+
+def container(codec: str = "null", sync_interval: int = 200) -> bytes:
+    """RECORDS in some 20 blocks, by fastavro."""
+    file = io.BytesIO()
+    fastavro.writer(file, fastavro.parse_schema(SCHEMA), RECORDS, codec=codec, sync_interval=sync_interval)
+    return file.getvalue()
+
+
+def records(container: Container) -> list[dict[str, object]]:
+    assert container.schema is not None
+    decoded = []
+    for block in container.blocks:
+        stream = io.BytesIO(block.body)
+        decoded += [fastavro.schemaless_reader(stream, SCHEMA, None) for _ in range(block.n_records)]
+        assert stream.tell() == len(block.body)
+    return decoded
+
+
+def one(container: Container) -> WriterSchema:
+    assert container.schema is not None
+    return container.schema
+
+
+def header_with(**metadata: bytes) -> bytes:
+    """A header with `avro_codec=b"null"` as `avro.codec`, in the order given."""
+    encoded = [
+        ocf.encode_long(len(part)) + part
+        for key, value in metadata.items()
+        for part in (key.replace("_", ".").encode(), value)
+    ]
+    return ocf.MAGIC + ocf.encode_long(len(metadata)) + b"".join(encoded) + ocf.encode_long(0) + SYNC
+
+
+@pytest.mark.parametrize("codec", ["null", "deflate", "snappy"])
+def test_reads_every_record_of_every_block(codec: str) -> None:
+    read = read_container(container(codec))
+    assert read.error is None
+    assert len(read.blocks) > 3
+    assert records(read) == RECORDS
+
+
+@pytest.mark.parametrize("codec", ["bzip2", "xz", "zstandard", "no-such"])
+def test_names_a_codec_that_it_does_not_read(codec: str) -> None:
+    data = header_with(avro_schema=json.dumps(SCHEMA).encode(), avro_codec=codec.encode())
+    reason, detail = read_container(data).error or (None, "")
+    assert reason is RejectReason.UNSUPPORTED_CODEC
+    assert codec in detail
+
+
+def test_metadata_keys_come_in_any_order_and_the_codec_may_be_left_out() -> None:
+    schema = json.dumps(SCHEMA).encode()
+    block = ocf.encode_block(1, b"\x02\x00", SYNC)
+    for header in (
+        header_with(avro_schema=schema, avro_codec=b"null"),
+        header_with(avro_codec=b"null", avro_schema=schema),
+        header_with(avro_schema=schema),
+        header_with(other=b"x", avro_schema=schema),
+    ):
+        assert records(read_container(header + block)) == [{"id": 1, "note": None}]
+
+
+def test_metadata_in_several_blocks_with_sizes_is_read() -> None:
+    def pair(key: bytes, value: bytes) -> bytes:
+        return ocf.encode_long(len(key)) + key + ocf.encode_long(len(value)) + value
+
+    codec, schema = pair(b"avro.codec", b"null"), pair(b"avro.schema", json.dumps(SCHEMA).encode())
+    metadata = b"".join(ocf.encode_long(-1) + ocf.encode_long(len(part)) + part for part in (codec, schema))
+    read = read_container(ocf.MAGIC + metadata + b"\x00" + SYNC + ocf.encode_block(1, b"\x02\x00", SYNC))
+    assert records(read) == [{"id": 1, "note": None}]
+
+
+def test_equal_headers_give_the_same_schema_object() -> None:
+    assert one(read_container(container())) is one(read_container(container(sync_interval=50)))
+    assert one(read_container(container())) is not one(read_container(container("deflate")))
+
+
+def test_null_codec_bodies_are_views_of_the_packet() -> None:
+    data = container()
+    assert all(block.body.obj is data for block in read_container(data).blocks)
+
+
+def test_damage_keeps_the_blocks_before_it() -> None:
+    data = container()
+    sound = read_container(data)
+    second = len(data) // 2
+    for damaged, reason in ((data[:second], RejectReason.TRUNCATED), (data[:second] + b"\xff" * 50, None)):
+        read = read_container(damaged)
+        assert read.error is not None
+        assert reason in (None, read.error[0])
+        assert 0 < len(read.blocks) < len(sound.blocks)
+        assert [bytes(block.body) for block in read.blocks] == [
+            bytes(block.body) for block in sound.blocks[: len(read.blocks)]
+        ]
+
+
+def test_a_wrong_sync_marker_is_corrupt() -> None:
+    data = bytearray(container())
+    data[-1] ^= 1
+    error = read_container(bytes(data)).error
+    assert error is not None
+    assert error[0] is RejectReason.CORRUPT
+
+
+@pytest.mark.parametrize("codec", ["deflate", "snappy"])
+def test_a_block_inflates_to_no_more_than_the_bound(codec: str) -> None:
+    file = io.BytesIO()
+    fastavro.writer(file, fastavro.parse_schema(SCHEMA), [{"id": 1, "note": "x" * 1_000_000}], codec=codec)
+    assert read_container(file.getvalue(), 1_100_000).error is None
+    read = read_container(file.getvalue(), 900_000)
+    assert read.error is not None
+    assert read.error[0] is RejectReason.TOO_LARGE
+    assert not read.blocks
+
+
+def test_damage_inside_a_compressed_block_is_found() -> None:
+    for codec in ("deflate", "snappy"):
+        data = bytearray(container(codec, sync_interval=16_000))
+        data[-40] ^= 0x55
+        read = read_container(bytes(data))
+        # Deflate has no checksum: a flipped bit may inflate to other bytes of the same length.
+        assert codec == "deflate" or (read.error is not None and read.error[0] is RejectReason.CORRUPT)
+    body = zlib.compress(b"\x02\x00" * 500, wbits=-15)[:-3]
+    cut = header_with(avro_codec=b"deflate", avro_schema=json.dumps(SCHEMA).encode()) + ocf.encode_block(
+        500, body, SYNC
+    )
+    error = read_container(cut).error
+    assert error is not None
+    assert error[0] is RejectReason.TRUNCATED
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        b"",
+        b"{",
+        b'"long"',
+        b'["null"]',
+        b'{"type": "record", "name": "a"}',
+        b'{"type": "record", "name": "a", "fields": [{"name": "b", "type": "c"}]}',
+        b'{"type": "record", "name": "a", "fields": [{"name": "b", "type": null}]}',
+        b'{"type": "record", "name": "a", "fields": [{"name": "b", "type": {"type": "fixed", "name": "f"}}]}',
+        b'{"type": "record", "name": "a\xff", "fields": []}',
+        b'{"type": "record", "name": "\\ud800", "fields": []}',
+        b"[" * 100_000,
+        b'{"type": "record", "name": "a", "fields": [{"name": "b", "type": '
+        + b'{"type": "array", "items": ' * 500
+        + b'"int"'
+        + b"}" * 500
+        + b"}]}",
+    ],
+)
+def test_a_schema_that_is_none_is_an_error_of_the_header(schema: bytes) -> None:
+    read = read_container(header_with(avro_schema=schema) + ocf.encode_block(1, b"\x02\x00", SYNC))
+    assert read.schema is None
+    assert read.error is not None
+    assert read.error[0] is RejectReason.BAD_SCHEMA
+
+
+def test_what_the_writer_writes_fastavro_reads() -> None:
+    body = io.BytesIO()
+    for record in RECORDS[:2]:
+        fastavro.schemaless_writer(body, SCHEMA, record)
+    data = ocf.container_header(json.dumps(SCHEMA).encode(), SYNC) + ocf.encode_block(2, body.getvalue(), SYNC)
+    assert list(fastavro.reader(io.BytesIO(data))) == RECORDS[:2]
+    assert records(read_container(data)) == RECORDS[:2]
+
+
+@pytest.mark.parametrize("value", [0, -1, 1, 63, 64, -64, -65, 2**31, -(2**63), 2**63 - 1])
+def test_longs_are_encoded_as_fastavro_does(value: int) -> None:
+    expected = io.BytesIO()
+    fastavro.schemaless_writer(expected, "long", value)
+    assert ocf.encode_long(value) == expected.getvalue()
+
+
+class Trickle(io.BytesIO):
+    """A stream that gives three bytes at a time."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(min(3, size if size is not None and size >= 0 else 3))
+
+
+def split(data: bytes, **bounds: int) -> Iterator[Container]:
+    for piece in ocf.split_container(Trickle(data), **bounds):
+        yield read_container(piece)
+
+
+@pytest.mark.parametrize("codec", ["null", "deflate", "snappy"])
+def test_a_file_splits_into_containers_of_one_block(codec: str) -> None:
+    data = container(codec)
+    pieces = list(split(data))
+    assert [len(piece.blocks) for piece in pieces] == [1] * len(read_container(data).blocks)
+    assert [record for piece in pieces for record in records(piece)] == RECORDS
+    assert ocf.count_records(data) == len(RECORDS)
+    assert [ocf.count_records(piece) for piece in ocf.split_container(io.BytesIO(data))] == [
+        piece.blocks[0].n_records for piece in pieces
+    ]
+
+
+def test_a_damaged_file_splits_into_its_sound_blocks_and_one_rest() -> None:
+    data = container()
+    *sound, rest = split(data[: len(data) // 2])
+    assert all(piece.error is None for piece in sound)
+    assert [record for piece in sound for record in records(piece)] == RECORDS[
+        : sum(p.blocks[0].n_records for p in sound)
+    ]
+    assert rest.error is not None
+    assert rest.error[0] is RejectReason.TRUNCATED
+    assert not rest.blocks
+
+
+def test_a_block_beyond_the_bound_is_given_up_and_not_gathered() -> None:
+    header = ocf.container_header(json.dumps(SCHEMA).encode(), SYNC)
+    file = io.BytesIO(header + ocf.encode_block(1, bytes(20 << 20), SYNC))
+    (rest,) = ocf.split_container(file, max_block_bytes=1 << 20)
+    assert len(rest) < 2 << 20
+    assert file.tell() < 3 << 20
+
+
+def test_what_is_no_container_is_one_piece() -> None:
+    for data in (b"", b"Ob", b"no container at all" * 10, header_with(avro_schema=b"{")[:40]):
+        assert list(ocf.split_container(io.BytesIO(data))) == [data]
+
+
+def test_shared_containers_read_as_fastavro_reads_them(shared_data: Path, ztf_packets: list[tuple[int, bytes]]) -> None:
+    files = [data for _, data in ztf_packets[::20]]
+    files += [path.read_bytes() for path in sorted((shared_data / "lsst" / "ocf").rglob("*.avro"))]
+    for data in files:
+        read = read_container(data)
+        blocks = list(fastavro.block_reader(io.BytesIO(data)))
+        assert read.error is None
+        assert [block.n_records for block in read.blocks] == [block.num_records for block in blocks]
+        assert [bytes(block.body) for block in read.blocks] == [block.bytes_.getvalue() for block in blocks]
+
+
+def test_fingerprints_are_those_of_the_canonical_form(ztf_packets: list[tuple[int, bytes]]) -> None:
+    schemas = {schema.fingerprint: schema for _, data in ztf_packets if (schema := read_container(data).schema)}
+    assert len(schemas) > 20
+    for fingerprint, schema in schemas.items():
+        canonical = fastavro.schema.to_parsing_canonical_form(fastavro.parse_schema(schema.definition))
+        assert canonical == json.dumps(schema.canonical, separators=(",", ":"))
+        assert fingerprint == fastavro.schema.fingerprint(canonical, "CRC-64-AVRO")
