@@ -1,0 +1,80 @@
+"""What detectors and bright stars do to a science image: counts that no source in the sky made.
+
+Each function returns an image of shape (grid, grid) whose artefact crosses the middle pixel, to be added to the science
+image after the optics: none of it has the width of the point spread.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_filter.simulate.images import Conditions, Image
+
+
+def cosmic_ray(conditions: Conditions, rng: np.random.Generator) -> Image:
+    """The straight, sharp track of a charged particle: short where it came steeply, long where it grazed the silicon."""
+    image, middle = _blank(conditions)
+    length = float(np.clip(rng.exponential(3.0), 0.5, 15.0))
+    angle = float(rng.uniform(0, np.pi))
+    charge = conditions.noise * float(10 ** rng.uniform(1.2, 2.4))  # per pixel of track
+    along = np.arange(-length / 2, length / 2, 0.25)
+    rows = np.rint(middle + along * np.sin(angle)).astype(int)
+    columns = np.rint(middle + along * np.cos(angle)).astype(int)
+    np.add.at(image, (rows, columns), 0.25 * charge * rng.gamma(4.0, 0.25, len(along)))  # energy loss fluctuates
+    return image
+
+
+def bad_pixels(conditions: Conditions, rng: np.random.Generator) -> Image:
+    """A column that reads too high or too low from some row on, or a few hot pixels."""
+    image, middle = _blank(conditions)
+    if rng.random() < 0.6:
+        level = conditions.noise * float(10 ** rng.uniform(0.6, 1.6)) * rng.choice((1.0, -1.0), p=(0.8, 0.2))
+        image[max(0, middle - int(rng.integers(3, middle))) :, middle] = level
+    else:
+        size = int(rng.integers(1, 3))
+        image[middle : middle + size, middle : middle + size] = conditions.noise * 10 ** rng.uniform(
+            1.2, 2.2, (size, size)
+        )
+    return image
+
+
+def diffraction_spike(conditions: Conditions, rng: np.random.Generator) -> Image:
+    """A spike of a very bright star outside the stamp, which stands elsewhere or nowhere in the template."""
+    image, middle = _blank(conditions)
+    up, right = np.mgrid[: len(image), : len(image)] - middle
+    angle = float(rng.choice((0.25, 0.75)) * np.pi + rng.normal(0, 0.03))  # the spider's vanes are fixed to the camera
+    along, across = right * np.cos(angle) + up * np.sin(angle), up * np.cos(angle) - right * np.sin(angle)
+    width = float(rng.uniform(0.8, 1.6))
+    falling = np.clip(1 + along / (1.2 * len(image)), 0.1, None)
+    return _as_image(conditions.noise * 10 ** rng.uniform(0.6, 1.5) * falling * np.exp(-0.5 * (across / width) ** 2))
+
+
+def ghost(conditions: Conditions, rng: np.random.Generator) -> Image:
+    """Part of a bright star's reflection: a ring of light, the image of the pupil."""
+    image, middle = _blank(conditions)
+    up, right = np.mgrid[: len(image), : len(image)] - middle
+    radius, angle = float(rng.uniform(6, 18)), float(rng.uniform(0, 2 * np.pi))
+    distance = np.hypot(right - radius * np.cos(angle), up - radius * np.sin(angle))
+    ring = np.exp(-0.5 * ((distance - radius) / rng.uniform(1.2, 2.5)) ** 2) + 0.5 * (distance < radius)
+    return _as_image(conditions.noise * 10 ** rng.uniform(0.4, 1.2) * ring)
+
+
+def edge_glow(conditions: Conditions, rng: np.random.Generator, *, distance: float, axis: int, towards: int) -> Image:
+    """Light and charge at the detector's edge, `distance` pixels from the middle along `axis`, `towards` -1 or +1."""
+    image, middle = _blank(conditions)
+    from_edge = distance - towards * (np.mgrid[: len(image), : len(image)][axis] - middle)
+    level = conditions.noise * 10 ** rng.uniform(1.0, 2.0)
+    uneven = np.repeat(rng.gamma(3.0, 1 / 3, -(-len(image) // 4)), 4)[: len(image)]
+    return _as_image(
+        level * np.exp(-np.clip(from_edge, 0, None) / rng.uniform(1.0, 3.0)) * np.expand_dims(uneven, axis)
+    )
+
+
+def _blank(conditions: Conditions) -> tuple[Image, int]:
+    grid = conditions.instrument.grid
+    return np.zeros((grid, grid), np.float32), grid // 2
+
+
+def _as_image(counts: NDArray[np.float64]) -> Image:
+    return counts.astype(np.float32)

@@ -1,0 +1,332 @@
+"""Images of a small piece of sky before and after something happened: drawn, made noisy, subtracted and measured.
+
+Everything smooth is drawn in Fourier space, where a shift is a phase and a convolution a product, so that an alert costs half
+a dozen small transforms; GalSim draws the point spreads and the galaxies once, for all alerts. Images are in counts, with the
+alert at the middle pixel (grid // 2, grid // 2). Knows nothing of packets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import galsim
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_filter.simulate.instruments import Instrument
+
+Image = NDArray[np.float32]  # [grid, grid]
+Spectrum = NDArray[np.complex64]  # [grid, grid // 2 + 1], as of numpy.fft.rfft2, with the middle pixel as the origin
+
+MOFFAT_BETA = 3.0
+"""Wings of a point spread through atmosphere and camera; turbulence alone (Kolmogorov) would be steeper, near 4.8."""
+PSF_ERROR_PX2 = 0.006
+"""1-sigma error of the squared width of the point spread that the subtraction assumes: bright stars leave a residual."""
+REGISTRATION_ERROR_PX = 0.035
+"""1-sigma misalignment of science and template image along each axis."""
+FLUX_SCALE_ERROR = 0.004
+"""1-sigma error of the ratio of the two images' zero points."""
+SMALLEST_RESPONSE = 1e-4
+"""Floor of the point spreads' transforms where the subtraction divides by them: at the finest scales they are mere rounding."""
+
+
+QUOTED_ERROR = 1.8
+"""Surveys quote this many times the error that the pixels' noise alone gives: public ZTF alerts' scorr x sigmapsf / 1.086."""
+CALIBRATION_ERROR = 0.02
+"""Of a flux, relative; the least error that a bright source gets."""
+
+
+class Point(NamedTuple):
+    """A star, a nucleus or a transient: pixels right of and above the middle, counts in the science and template image."""
+
+    x: float
+    y: float
+    science: float
+    template: float
+
+
+class Galaxy(NamedTuple):
+    """A galaxy: which of the drawn shapes, pixels right of and above the middle, counts."""
+
+    shape: int
+    x: float
+    y: float
+    counts: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What is there in the sky. `trail`: how far the first point moves during the exposure, in pixels along x and y."""
+
+    points: Sequence[Point]
+    galaxies: Sequence[Galaxy] = ()
+    trail: tuple[float, float] = (0.0, 0.0)
+
+
+class Stamps(NamedTuple):
+    """The three images of an alert."""
+
+    science: Image
+    template: Image
+    difference: Image
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conditions:
+    """One exposure's band, weather and template, and what follows from them for the subtraction."""
+
+    instrument: Instrument
+    band: str
+    fwhm: float  # of the science point spread, pixels
+    template_fwhm: float
+    sky: float  # counts per pixel
+    template_exposures: int
+    noise: float  # 1 sigma of the science sky, counts per pixel
+    template_noise: float
+    psf_science: Spectrum
+    psf_template: Spectrum
+    science_kernel: Spectrum  # difference = science_kernel * science - template_kernel * template
+    template_kernel: Spectrum
+    psf_difference: Spectrum
+    flux_error: float  # quoted 1 sigma of a PSF fit to a faint source in the difference, counts
+
+    @property
+    def limiting_magnitude(self) -> float:
+        """The 5-sigma limit of the difference image."""
+        return float(self.instrument.zero_point - 2.5 * np.log10(5 * self.flux_error))
+
+
+def draw_conditions(instrument: Instrument, rng: np.random.Generator) -> Conditions:
+    """Draws the band, the weather and the template of one exposure."""
+    # A template is made of the better half of many nights; a night is more often dark than moonlit.
+    seeing = instrument.seeing * float(np.clip(rng.lognormal(0.0, 0.16), 0.8, 1.8))
+    template_seeing = instrument.seeing * float(np.clip(rng.lognormal(-0.06, 0.08), 0.8, 1.2))
+    sky = instrument.sky[0] + (instrument.sky[1] - instrument.sky[0]) * float(rng.beta(1.1, 2.0))
+    exposures = int(rng.integers(*instrument.exposures_per_template, endpoint=True))
+    noise = float(np.sqrt(sky / instrument.gain + (instrument.read_noise / instrument.gain) ** 2))
+    template_noise = noise / float(np.sqrt(exposures))
+    science, template = _draw_psf(instrument, seeing, rng), _draw_psf(instrument, template_seeing, rng)
+
+    # Zackay, Ofek & Gal-Yam 2016 (ApJ 830, 27), equations 13 and 14, for images on one flux scale and the result brought
+    # back to it; their new image is the science image, their reference the template.
+    spread = np.sqrt(np.abs(science * template_noise) ** 2 + np.abs(template * noise) ** 2)
+    scale = np.hypot(noise, template_noise) / np.maximum(spread, SMALLEST_RESPONSE * noise)
+    psf_difference = scale * science * template
+    # The difference's noise is white, so a fit's error is sigma over the norm of the point spread (by Parseval, where the
+    # half plane stands for the whole).
+    twice = np.full(instrument.grid // 2 + 1, 2.0)
+    twice[[0, -1]] = 1.0
+    norm = float(np.sqrt((np.abs(psf_difference) ** 2 * twice).sum())) / instrument.grid
+    return Conditions(
+        instrument=instrument,
+        band=str(rng.choice(instrument.bands)),
+        fwhm=seeing / instrument.pixel_scale,
+        template_fwhm=template_seeing / instrument.pixel_scale,
+        sky=sky,
+        template_exposures=exposures,
+        noise=noise,
+        template_noise=template_noise,
+        psf_science=science,
+        psf_template=template,
+        science_kernel=(scale * template).astype(np.complex64),
+        template_kernel=(scale * science).astype(np.complex64),
+        psf_difference=psf_difference.astype(np.complex64),
+        flux_error=QUOTED_ERROR * float(np.hypot(noise, template_noise)) / norm,
+    )
+
+
+def draw_galaxies(instrument: Instrument, n: int, rng: np.random.Generator) -> list[Spectrum]:
+    """Draws `n` galaxies of one count at the middle, before any point spread: discs, ellipticals and in between."""
+    grid, shapes = instrument.grid, []
+    for _ in range(n):
+        sersic = float(rng.choice((1.0, 2.0, 4.0), p=(0.55, 0.2, 0.25)))
+        radius = float(np.clip(1.5 * rng.lognormal(0.0, 0.5), 0.5, 6.0))  # half light, arcsec
+        flattest = 0.25 if sersic < 3 else 0.6
+        profile = galsim.Sersic(sersic, half_light_radius=min(radius / instrument.pixel_scale, grid / 12)).shear(
+            q=float(rng.uniform(flattest, 1.0)), beta=float(rng.uniform(0, np.pi)) * galsim.radians
+        )
+        plane = profile.drawKImage(nx=grid, ny=grid, scale=2 * np.pi / grid).array
+        shapes.append(np.fft.ifftshift(plane)[:, : grid // 2 + 1].astype(np.complex64))
+    return shapes
+
+
+def _draw_psf(instrument: Instrument, fwhm: float, rng: np.random.Generator) -> Spectrum:
+    grid = instrument.grid
+    shear_1, shear_2 = rng.normal(0, 0.02, 2)
+    optics = galsim.Moffat(beta=MOFFAT_BETA, fwhm=fwhm).shear(g1=float(shear_1), g2=float(shear_2))
+    # GalSim draws at the true centre, which for an even number of pixels is the corner between four of them.
+    image = optics.drawImage(nx=grid, ny=grid, scale=instrument.pixel_scale, offset=(0.5, 0.5)).array
+    spectrum = np.fft.rfft2(np.fft.ifftshift(image / image.sum()))
+    return (spectrum * np.outer(_taper(np.fft.fftfreq(grid)), _taper(np.fft.rfftfreq(grid)))).astype(np.complex64)
+
+
+def _taper(frequency: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 for coarse detail, falling to 0 at two pixels, where shifting an image would make bright stars ring."""
+    start = 0.3
+    return np.cos(0.5 * np.pi * np.clip((np.abs(frequency) - start) / (0.5 - start), 0, 1)) ** 2
+
+
+def expose(
+    scene: Scene,
+    conditions: Conditions,
+    galaxies: Sequence[Spectrum],
+    rng: np.random.Generator,
+    *,
+    artefact: Image | None = None,
+    misalignment: tuple[float, float] = (0.0, 0.0),
+) -> Stamps:
+    """Takes the science image and the template of `scene` and subtracts them.
+
+    `artefact`: counts that only the detector of the science image saw. `misalignment`: pixels by which the template is off,
+    beyond what good registration leaves.
+    """
+    instrument, grid = conditions.instrument, conditions.instrument.grid
+    science_sky, template_sky = _draw(scene, conditions, galaxies)
+    template_sky *= _shift(grid, *rng.normal(misalignment, REGISTRATION_ERROR_PX))
+    pedestal = np.float32(conditions.sky if instrument.keeps_sky else 0.0)
+    full = instrument.saturation - pedestal
+
+    counts = np.fft.irfft2(science_sky)
+    sigma = np.sqrt(conditions.noise**2 + np.maximum(counts, 0) / instrument.gain)
+    science = counts + sigma * rng.standard_normal(counts.shape, dtype=np.float32)
+    if artefact is not None:
+        science += np.fft.ifftshift(artefact)
+    science = np.minimum(science, full)
+
+    counts = np.fft.irfft2(template_sky)
+    gain = instrument.gain * conditions.template_exposures
+    sigma = np.sqrt(conditions.template_noise**2 + np.maximum(counts, 0) / gain)
+    noise = np.fft.rfft2(sigma * rng.standard_normal(counts.shape, dtype=np.float32))
+    template = np.minimum(counts + np.fft.irfft2(noise * _resampling(grid)), full)
+
+    # What the subtraction gets wrong: the width of the point spread and the ratio of the zero points.
+    width, scale = rng.normal(0, (PSF_ERROR_PX2, FLUX_SCALE_ERROR)).astype(np.float32)
+    mistake = np.exp(-0.5 * width * _wavenumber2(grid)) * (1 + scale)
+    difference = np.fft.irfft2(
+        conditions.science_kernel * np.fft.rfft2(science)
+        - conditions.template_kernel * mistake * np.fft.rfft2(template)
+    )
+    images = (science + pedestal, template + pedestal, difference)
+    return Stamps(*(np.fft.fftshift(image).astype(np.float32) for image in images))
+
+
+def _draw(scene: Scene, conditions: Conditions, galaxies: Sequence[Spectrum]) -> tuple[Spectrum, Spectrum]:
+    """The science and template image without noise, as spectra."""
+    grid = conditions.instrument.grid
+    points = np.array(scene.points, dtype=np.float64).reshape(-1, 4)
+    v, u = _frequencies(grid)
+    rows, columns = np.exp(-2j * np.pi * np.outer(v, points[:, 1])), np.exp(-2j * np.pi * np.outer(points[:, 0], u))
+    science, template = (rows * points[:, 2]) @ columns, (rows * points[:, 3]) @ columns
+    if any(scene.trail):
+        science += points[0, 2] * np.outer(rows[:, 0], columns[0]) * (_streak(grid, *scene.trail) - 1)
+    for galaxy in scene.galaxies:
+        light = galaxy.counts * galaxies[galaxy.shape] * _shift(grid, galaxy.x, galaxy.y)
+        science += light
+        template += light
+    return science.astype(np.complex64) * conditions.psf_science, template.astype(
+        np.complex64
+    ) * conditions.psf_template
+
+
+def _shift(grid: int, x: float, y: float) -> Spectrum:
+    """Moves an image right by `x` and up by `y` pixels."""
+    rows, columns = _frequencies(grid)
+    return np.outer(np.exp(-2j * np.pi * rows * y), np.exp(-2j * np.pi * columns * x)).astype(np.complex64)
+
+
+def _streak(grid: int, x: float, y: float) -> NDArray[np.float64]:
+    """Smears an image evenly over the distance (`x`, `y`)."""
+    rows, columns = _frequencies(grid)
+    return np.sinc(rows[:, None] * y + columns * x)
+
+
+@cache
+def _frequencies(grid: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Cycles per pixel along y (rows of a spectrum) and x (its columns)."""
+    return np.fft.fftfreq(grid), np.fft.rfftfreq(grid)
+
+
+@cache
+def _wavenumber2(grid: int) -> NDArray[np.float32]:
+    rows, columns = _frequencies(grid)
+    return ((2 * np.pi) ** 2 * (rows[:, None] ** 2 + columns**2)).astype(np.float32)
+
+
+@cache
+def _resampling(grid: int) -> NDArray[np.float32]:
+    """What stacking resampled exposures does to white noise: neighbouring pixels share 2/3 of it, the variance is kept."""
+    rows, columns = _frequencies(grid)
+    weights = np.outer(np.cos(np.pi * rows) ** 2, np.cos(np.pi * columns) ** 2)
+    return (weights / (6 / 16)).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Photometry:
+    """What the difference shows at the middle; fluxes in counts, lengths in pixels."""
+
+    flux: float  # PSF fit
+    flux_error: float  # as a survey would quote it
+    chi2: float  # of the fit, per degree of freedom
+    aperture_flux: float  # within 4 pixels
+    wide_aperture_flux: float  # within 9 pixels
+    fwhm: float
+    major: float  # second-moment axes
+    minor: float
+    n_negative: int  # of the 5 x 5 pixels at the middle
+    n_bad: int
+    sum_ratio: float  # the sum of those pixels over the sum of their absolute values
+
+    @property
+    def snr(self) -> float:
+        """Signal to noise, without a sign."""
+        return abs(self.flux) / self.flux_error
+
+
+def measure(difference: Image, conditions: Conditions, x: float, y: float) -> Photometry:
+    """Measures a source `x` pixels right of and `y` above the middle; NaN pixels count as zero."""
+    grid = conditions.instrument.grid
+    box = slice(grid // 2 - 9, grid // 2 + 10)
+    cut = difference[box, box]
+    good = np.isfinite(cut)
+    pixels = np.where(good, cut, np.float32(0))
+    psf = np.fft.fftshift(np.fft.irfft2(conditions.psf_difference * _shift(grid, x, y)))[box, box]
+    up, right = np.mgrid[-9:10, -9:10]
+    radius2 = (right - x) ** 2 + (up - y) ** 2
+    sigma2 = conditions.noise**2 + conditions.template_noise**2
+
+    core = (radius2 < 16) & good
+    flux = float((pixels * psf)[core].sum() / max((psf * psf)[core].sum(), 1e-12))
+    residual = (pixels - flux * psf)[core]
+    shot = abs(flux) / conditions.instrument.gain * float((psf**3).sum() / (psf**2).sum() ** 2)
+
+    # Second moments under a Gaussian window (SExtractor's *WIN parameters), the window's own width taken out again.
+    width = 0.6 * conditions.fwhm
+    window = np.exp(-0.5 * radius2 / width**2) * np.sign(flux or 1.0) * pixels
+    weight = max(float(window.sum()), 1e-6)
+    moments = [float((window * p).sum()) / weight for p in ((right - x) ** 2, (up - y) ** 2, (right - x) * (up - y))]
+    half_sum, half_difference = (moments[0] + moments[1]) / 2, np.hypot((moments[0] - moments[1]) / 2, moments[2])
+    axes = [_without_window(half_sum + sign * half_difference, width) for sign in (1, -1)]
+
+    middle = pixels[7:12, 7:12]
+    return Photometry(
+        flux=flux,
+        flux_error=float(np.sqrt(conditions.flux_error**2 + shot + (CALIBRATION_ERROR * flux) ** 2)),
+        chi2=float((residual**2).sum() / sigma2 / max(core.sum() - 1, 1)),
+        aperture_flux=float(pixels[radius2 < 16].sum()),
+        wide_aperture_flux=float(pixels[radius2 < 81].sum()),
+        fwhm=float(2.355 * np.sqrt(axes[0] * axes[1])),
+        major=axes[0],
+        minor=axes[1],
+        n_negative=int((middle * np.sign(flux or 1.0) < 0).sum()),
+        n_bad=int((~good[7:12, 7:12]).sum()),
+        sum_ratio=float(abs(middle.sum()) / max(float(np.abs(middle).sum()), 1e-6)),
+    )
+
+
+def _without_window(variance: float, window: float) -> float:
+    """The standard deviation of a Gaussian whose second moment under a Gaussian window is `variance`."""
+    variance = float(np.clip(variance, 0.1, 0.8 * window**2))
+    return float(np.sqrt(1 / (1 / variance - 1 / window**2)))

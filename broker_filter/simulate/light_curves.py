@@ -1,0 +1,108 @@
+"""How the brightness of things changes: difference fluxes over time and band, such that today's is the alert's.
+
+Fluxes are in nanojansky, negative where the source is fainter than in the template. Knows nothing of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Times = NDArray[np.float64]  # [n] days
+Bands = Sequence[str]  # n names
+Fluxes = NDArray[np.float64]  # [n] nJy
+
+COLOUR = {"u": 0.6, "g": 1.0, "r": 1.1, "i": 1.1, "z": 1.0, "y": 0.9}
+"""Flux relative to g of a warm source."""
+PULSATION = {"u": 1.1, "g": 1.0, "r": 0.7, "i": 0.55, "z": 0.5, "y": 0.5}
+"""Amplitude in magnitudes relative to g of a pulsating star, which is hotter when it is brighter."""
+SUPERNOVA_FALL_DAYS = {"u": 10.0, "g": 14.0, "r": 24.0, "i": 30.0, "z": 30.0, "y": 30.0}
+"""e-folding time of the decline: red light fades more slowly."""
+SUPERNOVA_RISE_DAYS = 3.5
+SUPERNOVA_EXPLOSION_DAYS = -20.0
+"""Before the peak; nothing is seen earlier."""
+
+
+@dataclass(frozen=True, slots=True)
+class LightCurve:
+    """A source's difference flux over time, and the flux (nJy, in the alert's band) that the template holds of it.
+
+    `began`: MJD of the first light, None for a source that has always varied.
+    """
+
+    difference: Callable[[Times, Bands], Fluxes]
+    template: float
+    began: float | None
+
+
+def never_before(mjd: float) -> LightCurve:
+    """Something that was not there in any earlier image: a moving body, an artefact."""
+    return LightCurve(lambda times, _: np.zeros(len(times)), 0.0, mjd)
+
+
+def supernova(mjd: float, band: str, flux: float, rng: np.random.Generator) -> LightCurve:
+    """Rise and decline after Bazin et al. 2009 (A&A 499, 653), equation 1, at a random phase from rise to late decline."""
+    phase = float(rng.uniform(-12.0, 45.0))
+
+    def shape(days: Times, bands: Bands) -> Fluxes:
+        fall = np.array([SUPERNOVA_FALL_DAYS[b] for b in bands])
+        colour = np.array([COLOUR[b] for b in bands])
+        light = colour * np.exp(-days / fall) / (1 + np.exp(-np.clip(days / SUPERNOVA_RISE_DAYS, -50, 50)))
+        return np.where(days > SUPERNOVA_EXPLOSION_DAYS, light, 0.0)
+
+    amplitude = flux / shape(np.array([phase]), [band])[0]
+    return LightCurve(
+        lambda times, bands: amplitude * shape(times - mjd + phase, bands), 0.0, mjd - phase + SUPERNOVA_EXPLOSION_DAYS
+    )
+
+
+def pulsating_star(mjd: float, band: str, flux: float, rng: np.random.Generator) -> LightCurve:
+    """A star that brightens fast and fades slowly, with a period from an hour and a half (delta Scuti) to a year (Mira)."""
+    period = float(
+        10 ** rng.choice((rng.uniform(-1.2, -0.7), rng.uniform(-0.4, -0.1), rng.uniform(1.5, 2.5)), p=(0.2, 0.6, 0.2))
+    )
+    amplitude = float(rng.uniform(0.2, 0.7))  # half the range in g, mag
+
+    def relative(times: Times, bands: Bands, epoch: float | NDArray[np.float64]) -> Fluxes:
+        """Difference flux in units of the template's."""
+        turns = 2 * np.pi * (((times - mjd) / period + epoch) % 1.0)
+        wave = sum(np.sin(k * turns) / k for k in (1, 2, 3)) / 1.5  # towards a saw tooth
+        half_range = amplitude * np.array([PULSATION[b] for b in bands])
+        return np.asarray(10 ** (-0.4 * half_range * wave) - 1)
+
+    # A phase at which the star is on the alert's side of its mean, and far enough from it to have raised an alert.
+    phases = np.linspace(0, 1, 40, endpoint=False)
+    contrast = relative(np.full(len(phases), mjd), [band] * len(phases), phases)
+    right = phases[contrast * np.sign(flux) > 0.4 * (contrast * np.sign(flux)).max()]
+    epoch = float(rng.choice(right))
+    mean = flux / float(relative(np.array([mjd]), [band], epoch)[0])
+
+    def difference(times: Times, bands: Bands) -> Fluxes:
+        colour = np.array([COLOUR[b] for b in bands]) / COLOUR[band]
+        return mean * colour * relative(times, bands, epoch)
+
+    return LightCurve(difference, mean, None)
+
+
+def active_nucleus(mjd: float, band: str, flux: float, rng: np.random.Generator) -> LightCurve:
+    """A damped random walk in magnitude: Kelly et al. 2009 (ApJ 698, 895), MacLeod et al. 2010 (ApJ 721, 1014) for the scales."""
+    tau = float(rng.lognormal(np.log(200.0), 0.4))  # days
+    sigma = float(rng.uniform(0.15, 0.35))  # mag, over long times
+    now = float(-np.sign(flux) * rng.uniform(0.5, 2.0) * sigma)
+    mean = flux / (10 ** (-0.4 * now) - 1)
+    seed = int(rng.integers(2**32))
+
+    def difference(times: Times, bands: Bands) -> Fluxes:
+        steps = np.random.default_rng(seed).standard_normal(len(times))
+        walk, last, then = np.empty(len(times)), now, mjd
+        for i in np.argsort(-times):  # backwards from today: the process is the same both ways
+            memory = np.exp(-abs(then - times[i]) / tau)
+            last = memory * last + sigma * np.sqrt(1 - memory**2) * steps[i]
+            walk[i], then = last, times[i]
+        colour = np.array([COLOUR[b] for b in bands]) / COLOUR[band]
+        return np.asarray(mean * colour * (10 ** (-0.4 * walk) - 1))
+
+    return LightCurve(difference, mean, None)
