@@ -21,7 +21,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -120,14 +122,24 @@ class SecretFromFile(ServiceSection):
     file: ReadablePath
 
 
+def _kind(value: Any) -> str:
+    """Which of the types below a value is meant for."""
+    if isinstance(value, SecretFromFile) or (isinstance(value, dict) and "file" in value):
+        return "file"
+    return "env" if isinstance(value, SecretFromEnvironment | dict) else "plain"
+
+
 def _named_secret(value: Any) -> Any:
-    named = isinstance(value, Section) or (isinstance(value, dict) and list(value) in (["env"], ["file"]))
-    if not named:
+    if _kind(value) == "plain":
         raise ValueError("a secret is named, not written down: {env: VARIABLE} or {file: PATH}")
     return value
 
 
-Secret = Annotated[SecretFromEnvironment | SecretFromFile, BeforeValidator(_named_secret)]
+Secret = Annotated[
+    Annotated[SecretFromEnvironment, Tag("env")] | Annotated[SecretFromFile, Tag("file")],
+    Discriminator(_kind),
+    BeforeValidator(_named_secret),
+]
 
 
 class Sasl(ServiceSection):
@@ -159,15 +171,18 @@ class Tls(ServiceSection):
         return self
 
 
-def _property_value(value: Any) -> Any:
-    if isinstance(value, dict):
-        return _named_secret(value)
-    if not isinstance(value, Section | str | int | float):
+def _scalar(value: Any) -> Any:
+    if not isinstance(value, str | int | float):
         raise ValueError("should be text, a number, true or false, or a secret: {env: VARIABLE} or {file: PATH}")
     return value
 
 
-KafkaValue = Annotated[str | int | float | bool | Secret, BeforeValidator(_property_value)]
+KafkaValue = Annotated[
+    Annotated[str | int | float | bool, BeforeValidator(_scalar), Tag("plain")]
+    | Annotated[SecretFromEnvironment, Tag("env")]
+    | Annotated[SecretFromFile, Tag("file")],
+    Discriminator(_kind),
+]
 
 
 def _secrets_are_named(properties: dict[str, KafkaValue]) -> dict[str, KafkaValue]:

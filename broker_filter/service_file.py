@@ -81,7 +81,7 @@ def _parse_yaml(text: str) -> Any:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise _UnreadableError(f"{line}not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise _UnreadableError(f"not valid YAML: {error}") from None
+        raise _UnreadableError(f"not valid YAML: {str(error).splitlines()[0]}") from None
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -165,11 +165,11 @@ def _keys(location: Sequence[int | str], document: Any) -> Iterator[int | str]:
 
 
 def _known_keys(path: Sequence[int | str]) -> list[str]:
-    section: type[Section] | None = Service
+    section: type[Section] = Service
     for key in path:
-        if section is not None and isinstance(key, str):
-            section = next(_sections(section.model_fields[key].annotation), None)
-    return [] if section is None else list(section.model_fields)
+        if key in section.model_fields:
+            section = next(_sections(section.model_fields[str(key)].annotation), section)
+    return list(section.model_fields)
 
 
 def _sections(annotation: Any) -> Iterator[type[Section]]:

@@ -1,0 +1,380 @@
+"""Output records hold the survey's fields exactly as they came, and one more."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fastavro
+import numpy as np
+import pytest
+
+from broker_filter import __version__
+from broker_filter.packets.batch import AlertBatch
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.ocf import container_header, encode_block
+from broker_filter.packets.packet import FilePosition, Packet
+from broker_filter.packets.registry import RegistryUnavailable, open_registry
+from broker_filter.packets.schema import WriterSchema, parse_schema
+from broker_filter.packets.wire import unframe
+from broker_filter.scoring.scores import ModelScores, Scores
+from broker_filter.streaming.encoding import (
+    CUTOUT_FIELDS,
+    Anomalies,
+    ContainerFraming,
+    Encoder,
+    Payload,
+    RegistryRefusalError,
+    WireFraming,
+    annotated_schema,
+    encode_annotations,
+    scored_alert_schema,
+)
+from broker_filter.streaming.filtering import ScoredBatch
+
+SCORED_AT = datetime(2026, 2, 25, 4, 30, 0, 123000, tzinfo=UTC)
+SCORED_AT_MS = 1771993800123
+
+
+def decode(data: list[bytes], schemas: Path | None = None) -> AlertBatch:
+    packets = [Packet(one, FilePosition(f"{i}.avro")) for i, one in enumerate(data)]
+    alerts, _ = Decoder(open_registry(str(schemas) if schemas else None)).decode(packets)
+    return alerts
+
+
+def score(alerts: AlertBatch) -> ScoredBatch:
+    """Two models: one with an embedding, and one that takes every second alert only."""
+    n = len(alerts)
+    rng = np.random.default_rng(3)
+    some = np.arange(n) % 2 == 0
+    everything = np.ones(n, dtype=np.bool_)
+    real = rng.random((n, 1), dtype=np.float32)
+    classes = np.where(some[:, None], rng.random((n, 3), dtype=np.float32), np.float32(np.nan))
+    models = (
+        ModelScores("default", "1.2", ("real",), real, rng.random((n, 8), dtype=np.float32), everything),
+        ModelScores("classes", "7", ("SN", "AGN", "variable_star"), classes, None, some),
+    )
+    return ScoredBatch(alerts.packets, alerts, Scores(models, everything), some, [])
+
+
+def values(scored: ScoredBatch, payload: Payload, anomalies: Anomalies | None = None) -> list[bytes]:
+    framing = ContainerFraming()
+    encoded = Encoder(payload).encode(scored, SCORED_AT_MS, anomalies)
+    return [framing.frame(schema, body, "me.scored") for schema, body in encoded]
+
+
+def read(value: bytes) -> dict[str, Any]:
+    [record] = fastavro.reader(io.BytesIO(value))
+    assert isinstance(record, dict)
+    return record
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equality in which NaN equals NaN."""
+    if a == b or (a != a and b != b):
+        return True
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    return isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
+
+
+def chunks(data: list[bytes], size: int = 64) -> Iterator[list[bytes]]:
+    for start in range(0, len(data), size):
+        yield data[start : start + size]
+
+
+def test_every_ztf_packet_travels_on_with_one_more_field(ztf_packets: list[tuple[int, bytes]]) -> None:
+    for some in chunks([data for _, data in ztf_packets]):
+        alerts = decode(some)
+        assert len(alerts) == len(some)
+        for sent, value in zip(some, values(score(alerts), "full"), strict=True):
+            original, record = read(sent), read(value)
+            assert list(record) == [*original, "broker_filter"]
+            del record["broker_filter"]
+            assert same(record, original)  # NaN and the cutouts' bytes included
+
+
+def test_without_cutouts_all_other_fields_travel_on(ztf_packets: list[tuple[int, bytes]]) -> None:
+    by_schema: dict[WriterSchema, bytes] = {}
+    for some in chunks([data for _, data in ztf_packets]):
+        for record, data in zip(decode(some).records, some, strict=True):
+            by_schema.setdefault(record.schema, data)
+    some = list(by_schema.values())
+    assert len(some) > 20
+    for sent, value in zip(some, values(score(decode(some)), "no_cutouts"), strict=True):
+        original, record = read(sent), read(value)
+        kept = {name: content for name, content in original.items() if name not in CUTOUT_FIELDS}
+        assert len(original) - len(kept) == 3
+        del record["broker_filter"]
+        assert same(record, kept)
+        assert len(value) < len(sent)
+
+
+@pytest.mark.parametrize("payload", ["full", "no_cutouts"])
+def test_every_lsst_container_travels_on(shared_data: Path, payload: Payload) -> None:
+    some = [path.read_bytes() for path in sorted((shared_data / "lsst" / "ocf").rglob("*.avro"))]
+    alerts = decode(some)
+    assert len(alerts) > 30
+    for i, value in enumerate(values(score(alerts), payload)):
+        record = read(value)
+        original = list(fastavro.reader(io.BytesIO(some[alerts.packet_index[i]])))[alerts.record_index[i]]
+        assert isinstance(original, dict)
+        del record["broker_filter"]
+        dropped = CUTOUT_FIELDS if payload == "no_cutouts" else ()
+        assert same(record, {name: content for name, content in original.items() if name not in dropped})
+
+
+@pytest.mark.parametrize("payload", ["full", "no_cutouts"])
+def test_lsst_wire_packets_become_containers(
+    lsst_packets: list[tuple[str, bytes]], lsst_schemas: Path, payload: Payload
+) -> None:
+    some = [data for _, data in lsst_packets]
+    alerts = decode(some, lsst_schemas)
+    assert len(alerts) > 0
+    for i, value in enumerate(values(score(alerts), payload)):
+        sent = some[alerts.packet_index[i]]
+        schema = alerts.records[i].schema
+        original = fastavro.schemaless_reader(io.BytesIO(unframe(sent).body), schema.definition, None)
+        record = read(value)
+        del record["broker_filter"]
+        assert isinstance(original, dict)
+        dropped = CUTOUT_FIELDS if payload == "no_cutouts" else ()
+        assert same(record, {name: content for name, content in original.items() if name not in dropped})
+
+
+def test_the_annotation_says_who_said_what_and_when(make_alerts: Callable[..., AlertBatch]) -> None:
+    scored = score(make_alerts([1, 2]))
+    anomalies = Anomalies(np.array([0.75, np.nan], dtype=np.float32), np.array([True, False]))
+    first, second = (read(value)["broker_filter"] for value in values(scored, "full", anomalies))
+    default, classes = scored.scores.models
+    assert default.embedding is not None
+    assert first == {
+        "service_version": __version__,
+        "scored_at": SCORED_AT,
+        "duplicate": True,
+        "anomaly": {"score": 0.75, "flag": True},
+        "models": [
+            {
+                "model": "default",
+                "version": "1.2",
+                "outputs": {"real": float(default.probabilities[0, 0])},
+                "embedding": default.embedding[0].tolist(),
+            },
+            {
+                "model": "classes",
+                "version": "7",
+                "outputs": dict(zip(classes.labels, classes.probabilities[0].tolist(), strict=True)),
+                "embedding": None,
+            },
+        ],
+    }
+    assert second["anomaly"] is None
+    assert [model["model"] for model in second["models"]] == ["default"]
+
+
+@pytest.mark.parametrize("anomalous", [True, False])
+def test_encodes_the_annotation_as_fastavro_does(make_alerts: Callable[..., AlertBatch], anomalous: bool) -> None:
+    alerts = make_alerts(list(range(40)))
+    scored = score(alerts)
+    anomalies = Anomalies(scored.scores.models[1].probabilities[:, 2], np.arange(40) % 3 == 0) if anomalous else None
+    schema = fastavro.parse_schema(json.loads(scored_alert_schema().text)["fields"][-1]["type"])
+    for encoded in encode_annotations(scored, SCORED_AT_MS, anomalies):
+        record = fastavro.schemaless_reader(io.BytesIO(encoded), schema, None)
+        again = io.BytesIO()
+        fastavro.schemaless_writer(again, schema, record)
+        assert again.getvalue() == encoded
+
+
+def test_scores_alone_say_which_alert_they_are_of(make_alerts: Callable[..., AlertBatch]) -> None:
+    alerts = make_alerts([3224182880115015010, -5], object_id=["ZTF26aaé", "ZTF26b"], band=[2, 255], ra=[359.75, 0.5])
+    first, second = (read(value) for value in values(score(alerts), "scores"))
+    assert first["broker_filter"]["models"][0]["model"] == "default"
+    del first["broker_filter"], second["broker_filter"]
+    assert first == {
+        "alert_id": 3224182880115015010,
+        "object_id": "ZTF26aaé",
+        "survey": "ztf",
+        "schema_version": "4.02",
+        "mjd": 61096.25,
+        "ra": 359.75,
+        "dec": -5.5,
+        "band": "r",
+    }
+    assert (second["alert_id"], second["band"]) == (-5, None)
+
+
+def test_scores_of_real_packets_fit_in_a_kilobyte_of_body(ztf_packets: list[tuple[int, bytes]]) -> None:
+    scored = score(decode([ztf_packets[0][1]]))
+    [(_, body)] = Encoder("scores").encode(scored, SCORED_AT_MS, None)
+    assert len(body) < 1000
+
+
+def test_an_output_scored_again_keeps_the_earlier_annotation(ztf_packets: list[tuple[int, bytes]]) -> None:
+    sent = [ztf_packets[0][1]]
+    once = values(score(decode(sent)), "full")
+    twice = values(score(decode(once)), "full")
+    thrice = values(score(decode(twice)), "no_cutouts")
+    [record] = map(read, thrice)
+    assert [name for name in record if name.startswith("broker_filter")] == [
+        "broker_filter",
+        "broker_filter_2",
+        "broker_filter_3",
+    ]
+    assert record["broker_filter"] == read(once[0])["broker_filter"]
+    assert record["broker_filter_2"] == record["broker_filter_3"] == record["broker_filter"]
+
+
+def test_equal_alerts_give_equal_bytes(ztf_packets: list[tuple[int, bytes]]) -> None:
+    scored = score(decode([ztf_packets[0][1]]))
+    assert values(scored, "full") == values(scored, "full")
+
+
+CUTOUT = {
+    "type": "record",
+    "name": "cutout",
+    "namespace": "odd.types",
+    "fields": [
+        {"name": "stampData", "type": "bytes"},
+        {"name": "kind", "type": {"type": "enum", "name": "kind", "symbols": ["a", "b"]}},
+        {"name": "digest", "type": {"type": "fixed", "name": "digest", "namespace": "", "size": 2}},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("later_type", "later"),
+    [
+        ("odd.types.kind", "b"),
+        ({"type": "array", "items": "odd.types.cutout"}, [{"stampData": b"x", "kind": "a", "digest": b"12"}]),
+        ({"type": "map", "values": ["null", "odd.types.cutout"]}, {"k": None}),
+        (["null", {"type": "array", "items": "odd.types.kind"}], ["a", "b"]),
+        (
+            {
+                "type": "record",
+                "name": "both",
+                "namespace": "elsewhere",
+                "fields": [{"name": "k", "type": "odd.types.kind"}, {"name": "c", "type": "odd.types.cutout"}],
+            },
+            {"k": "b", "c": {"stampData": b"x", "kind": "a", "digest": b"12"}},
+        ),
+        ("digest", b"12"),
+    ],
+)
+def test_types_that_left_with_the_cutouts_are_defined_where_they_are_used_next(later_type: Any, later: Any) -> None:
+    definition = {
+        "type": "record",
+        "name": "alert",
+        "fields": [
+            {"name": "candid", "type": "long"},
+            {"name": "cutoutScience", "type": ["null", CUTOUT]},
+            {"name": "cutoutTemplate", "type": ["null", "odd.types.cutout"]},
+            {"name": "later", "type": later_type},
+            {"name": "cutoutDifference", "type": "odd.types.cutout"},
+        ],
+    }
+    schema = annotated_schema(parse_schema(json.dumps(definition)), False)
+    output = json.loads(schema.text)
+    assert [field["name"] for field in output["fields"]] == ["candid", "later", "broker_filter"]
+    annotation = {"service_version": "1", "scored_at": 0, "duplicate": False, "models": []}
+    stream = io.BytesIO()
+    fastavro.schemaless_writer(stream, output, {"candid": 1, "later": later, "broker_filter": annotation})
+    assert (
+        read(container_header(schema.text, schema.sync) + encode_block(1, stream.getvalue(), schema.sync))["later"]
+        == later
+    )
+
+
+def test_names_of_the_survey_are_left_to_it() -> None:
+    """A type `broker_filter.Annotation` of another's making."""
+    other = {"type": "fixed", "name": "broker_filter.Annotation", "size": 1}
+    definition = {"type": "record", "name": "alert", "fields": [{"name": "x", "type": other}]}
+    output = json.loads(annotated_schema(parse_schema(json.dumps(definition)), True).text)
+    assert output["fields"][-1]["name"] == "broker_filter_2"
+    fastavro.parse_schema(output)
+
+
+class Registry(BaseHTTPRequestHandler):
+    """A schema registry as small as can be: gives ids by schema, and fails for some subjects."""
+
+    schemas: ClassVar[dict[str, int]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        self.asked.append(self.path)
+        schema = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["schema"]
+        fastavro.parse_schema(json.loads(schema))
+        status, answer = 200, json.dumps({"id": self.schemas.setdefault(schema, 100 + len(self.schemas))})
+        if "refuse" in self.path:
+            status, answer = 409, '{"error_code": 409, "message": "Schema being registered is incompatible"}'
+        elif "broken" in self.path:
+            answer = "<html>"
+        elif "outage" in self.path:
+            status, answer = 503, "try again"
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(answer.encode())
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- http.server's name
+        pass
+
+
+@pytest.fixture
+def registry() -> Iterator[str]:
+    Registry.schemas.clear()
+    Registry.asked.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Registry) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_wire_format_registers_each_topics_schema_once(registry: str, ztf_packets: list[tuple[int, bytes]]) -> None:
+    scored = score(decode([data for _, data in ztf_packets[:5]]))
+    framing = WireFraming(registry)
+    for topic in ("me.scored", "me.anomalies"):
+        for i, (schema, body) in enumerate(Encoder("full").encode(scored, SCORED_AT_MS, None)):
+            message = unframe(framing.frame(schema, body, topic))
+            text = next(text for text, number in Registry.schemas.items() if number == message.schema_id)
+            record = fastavro.schemaless_reader(io.BytesIO(message.body), json.loads(text), None)
+            assert isinstance(record, dict)
+            assert record["candidate"]["ra"] == scored.alerts.ra[i]
+    assert set(Registry.asked) == {"/subjects/me.scored-value/versions", "/subjects/me.anomalies-value/versions"}
+    assert len(Registry.asked) == 2 * len(Registry.schemas)
+
+
+@pytest.mark.parametrize(
+    ("topic", "error", "message"),
+    [
+        ("refuse", RegistryRefusalError, "refuses subject 'refuse-value': 409 .*incompatible"),
+        ("broken", RegistryRefusalError, "gave no id for 'broken-value'"),
+        ("outage", RegistryUnavailable, "503"),
+    ],
+)
+def test_a_registry_that_says_no_is_told_apart_from_one_that_is_down(
+    registry: str, topic: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        WireFraming(registry).frame(scored_alert_schema(), b"", topic)
+
+
+def test_a_registry_that_is_not_there_is_unavailable() -> None:
+    with pytest.raises(RegistryUnavailable, match=r"schema registry http://127\.0\.0\.1:1"):
+        WireFraming("http://127.0.0.1:1").frame(scored_alert_schema(), b"", "topic")
+
+
+def test_alerts_that_no_model_takes_are_left_out(make_alerts: Callable[..., AlertBatch]) -> None:
+    scored = score(make_alerts([1, 2, 3]))
+    taken = np.array([True, False, True])
+    scored = replace(scored, scores=replace(scored.scores, taken=taken))
+    assert [read(value)["alert_id"] for value in values(scored, "scores")] == [1, 3]
