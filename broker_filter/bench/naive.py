@@ -1,0 +1,77 @@
+"""The baseline: an alert broker as it is usually written, one alert at a time with the field's usual libraries.
+
+fastavro reads and writes each container, astropy each stamp, torch scores at batch one. Written plainly and in good
+faith: it must never be made slower than a newcomer would write it.
+"""
+
+from __future__ import annotations
+
+import gzip
+from io import BytesIO
+from typing import Any, cast
+
+import fastavro
+import numpy as np
+import torch
+from astropy.io import fits
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from broker_filter.packets.batch import CUTOUTS
+from broker_filter.scoring.bundle import WEIGHTS, Bundle
+from broker_filter.scoring.networks import ServedNetwork, load_network
+
+Alert = dict[str, Any]
+Schema = dict[str, Any]
+
+SCORES_FIELD = {"name": "scores", "type": {"type": "map", "values": "float"}}
+
+
+class NaiveBroker:
+    """One alert at a time from packet to record; ZTF packets only."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """`bundle`: a model of images alone."""
+        torch.set_num_threads(1)  # one alert is too little work to share: more threads are slower where cores are busy
+        self._card = bundle.card
+        network = load_network(bundle.card.architecture, load_file(bundle.directory / WEIGHTS))
+        self._network = ServedNetwork(network, bundle.card.outputs).eval()
+
+    def process(self, packet: bytes) -> bytes:
+        """An output record for a packet."""
+        schema, alert = self.decode(packet)
+        return self.encode(schema, alert, self.score(self.cutouts(alert)))
+
+    def decode(self, packet: bytes) -> tuple[Schema, Alert]:
+        """The container's schema and its alert."""
+        reader = fastavro.reader(BytesIO(packet))
+        return cast(Schema, reader.writer_schema), cast(Alert, next(reader))
+
+    def cutouts(self, alert: Alert) -> list[NDArray[np.float32]]:
+        """The science, template and difference images."""
+        images = []
+        for name in CUTOUTS:
+            stamp = gzip.decompress(alert[f"cutout{name.capitalize()}"]["stampData"])
+            with fits.open(BytesIO(stamp)) as hdus:
+                images.append(hdus[0].data.astype(np.float32))
+        return images
+
+    def score(self, cutouts: list[NDArray[np.float32]]) -> dict[str, float]:
+        """The network's probabilities by label."""
+        wanted = self._card.inputs.images
+        images = np.full((1, len(wanted.order), wanted.size, wanted.size), wanted.padding, np.float32)
+        axis = 1 if wanted.normalisation == "l2_row" else None
+        for channel, name in enumerate(wanted.order):
+            cutout = np.nan_to_num(cutouts[CUTOUTS.index(name)])
+            norm = np.linalg.norm(cutout, axis=axis, keepdims=True)
+            height, width = cutout.shape
+            images[0, channel, :height, :width] = cutout / np.where(norm == 0, 1, norm)
+        with torch.inference_mode():
+            probabilities, *_ = self._network(torch.from_numpy(images))
+        return dict(zip(self._card.outputs.labels, probabilities[0].tolist(), strict=True))
+
+    def encode(self, schema: Schema, alert: Alert, scores: dict[str, float]) -> bytes:
+        """A container with the alert and its scores."""
+        out = BytesIO()
+        fastavro.writer(out, {**schema, "fields": [*schema["fields"], SCORES_FIELD]}, [{**alert, "scores": scores}])
+        return out.getvalue()
