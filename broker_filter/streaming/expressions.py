@@ -85,6 +85,11 @@ class Expression:
     names: frozenset[str]
     _evaluate: Evaluate
 
+    @property
+    def columns(self) -> list[str]:
+        """The metadata columns among the names: what must be decoded for it."""
+        return sorted(name for name in self.names if "." not in name and name not in IDENTITY_FIELDS)
+
     def evaluate(self, scored: ScoredBatch) -> NDArray[np.bool_]:
         """For which alerts the filter is true, bool[N]."""
         outputs = scored.scores.columns()

@@ -104,6 +104,11 @@ class Router:
         anomalous = [self._anomalous] if self._anomalies else []
         return [self._scored, *anomalous, *(topic for topic, _ in self._filters), self._dead_letter]
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The metadata columns that the filters read, which must be decoded."""
+        return tuple(dict.fromkeys(column for _, expression in self._filters for column in expression.columns))
+
     def route(self, scored: ScoredBatch) -> Routed:
         """Makes the batch's records. Raises what the framing raises."""
         alerts, rows = scored.alerts, scored.scored
@@ -141,7 +146,7 @@ class Router:
             *self._headers(reject.packet, reject.record),
             ("schema", (reject.schema or "").encode()),
             ("reason", reject.reason.encode()),
-            ("detail", reject.detail.encode(errors="replace")[:MAX_DETAIL_BYTES]),
+            ("detail", _bounded(reject.detail)),
         ]
         return OutputRecord(self._dead_letter, object_id.encode() if object_id else None, reject.packet.data, headers)
 
@@ -149,6 +154,11 @@ class Router:
         """What every output record says; `record` where it is not the packet's first."""
         which = [("record", str(record).encode())] if record else []
         return [("input", str(packet.position).encode()), *which, self._models]
+
+
+def _bounded(detail: str) -> bytes:
+    cut = detail.encode(errors="replace")[:MAX_DETAIL_BYTES]
+    return cut.decode(errors="ignore").encode()  # without half a character at the end
 
 
 def open_router(service: Service, scorer: Scorer) -> Router:

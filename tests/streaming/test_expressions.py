@@ -96,8 +96,9 @@ def test_a_missing_value_does_not_hide_what_is_known(batch: ScoredBatch) -> None
 
 
 def test_knows_which_fields_and_outputs_it_reads() -> None:
-    expression = compile_filter("real > 0.5 and (sn < 1 or magpsf < 18)", FIELDS, OUTPUTS)
-    assert expression.names == {"default.real", "other.sn", "magpsf"}
+    expression = compile_filter("real > 0.5 and (sn < 1 or magpsf < 18 and ra > 0)", FIELDS, OUTPUTS)
+    assert expression.names == {"default.real", "other.sn", "magpsf", "ra"}
+    assert expression.columns == ["magpsf"]
 
 
 @pytest.mark.parametrize(

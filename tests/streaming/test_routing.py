@@ -1,0 +1,168 @@
+"""Each input is counted once, and goes to the topics it belongs to with its headers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import fastavro
+import numpy as np
+import pytest
+
+from broker_filter.config import Runtime, Service
+from broker_filter.packets.batch import AlertBatch, AlertIdentity
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.packet import KafkaPosition, Packet
+from broker_filter.packets.registry import open_registry
+from broker_filter.packets.rejects import Reject, RejectReason
+from broker_filter.scoring.scorer import open_scorer
+from broker_filter.streaming.duplicates import DuplicateWindow
+from broker_filter.streaming.encoding import ContainerFraming, Encoder, OutputRecord
+from broker_filter.streaming.expressions import FIELDS, compile_filter
+from broker_filter.streaming.filtering import ScoredBatch, score_packets
+from broker_filter.streaming.routing import MAX_DETAIL_BYTES, AnomalyRule, Router, open_router
+
+NAN = float("nan")
+
+
+def router(*, drop_duplicates: bool = False, filters: Sequence[tuple[str, str]] = ()) -> Router:
+    return Router(
+        "me",
+        models=[("default", "1"), ("other", "2.0")],
+        encoder=Encoder("scores"),
+        framing=ContainerFraming(),
+        anomalies=AnomalyRule("default.real", 0.75),
+        filters=[(name, compile_filter(where, FIELDS, ["default.real"])) for name, where in filters],
+        drop_duplicates=drop_duplicates,
+        clock=lambda: 1771993800.1239,
+    )
+
+
+def of_topic(records: Sequence[OutputRecord], topic: str) -> list[OutputRecord]:
+    return [record for record in records if record.topic == topic]
+
+
+@pytest.fixture
+def scored(make_alerts: Callable[..., AlertBatch], make_scored: Callable[..., ScoredBatch]) -> ScoredBatch:
+    """Four alerts, the last of which no model takes, the second seen before."""
+    batch = make_scored(
+        make_alerts([1, 2, 3, 4], offset=40, magpsf=[18, 19, NAN, 17]), {"default": [0.9, 0.8, 0.1, NAN]}
+    )
+    reject = Reject(
+        batch.packets[3],
+        RejectReason.NO_MODEL_FOR_SURVEY,
+        "no model",
+        alert=batch.alerts.identity(3),
+        schema=batch.alerts.records[3].schema.fingerprint,
+    )
+    return replace(batch, rejects=[reject], duplicate=np.array([False, True, False, False]))
+
+
+def test_alerts_go_to_scored_anomalies_and_their_filters(scored: ScoredBatch) -> None:
+    routed = router(filters=[("bright", "magpsf < 18.5"), ("faint", "not magpsf < 18.5")]).route(scored)
+    offsets = {
+        topic: [dict(record.headers)["input"].decode().rpartition("/")[2] for record in of_topic(routed.records, topic)]
+        for topic in routed.published
+    }
+    assert offsets == {
+        "me.scored": ["40", "41", "42"],
+        "me.anomalies": ["40", "41"],
+        "me.bright": ["40"],
+        "me.faint": ["41"],
+        "me.dead-letter": ["43"],
+    }
+    assert routed.published == {topic: len(inputs) for topic, inputs in offsets.items()}
+
+
+def test_every_input_is_counted_once(scored: ScoredBatch) -> None:
+    for drop in (False, True):
+        routed = router(drop_duplicates=drop).route(scored)
+        assert (routed.scored, routed.duplicates) == (2, 1)
+        assert routed.rejected == {RejectReason.NO_MODEL_FOR_SURVEY: 1}
+
+
+def test_duplicates_are_published_marked_or_dropped(scored: ScoredBatch) -> None:
+    def marks(routed_records: Sequence[OutputRecord]) -> list[bool]:
+        values = [record.value for record in of_topic(routed_records, "me.scored")]
+        return [next(iter(fastavro.reader(io.BytesIO(value))))["broker_filter"]["duplicate"] for value in values]
+
+    assert marks(router().route(scored).records) == [False, True, False]
+    assert marks(router(drop_duplicates=True).route(scored).records) == [False, False]
+
+
+def test_records_say_where_they_come_from(scored: ScoredBatch) -> None:
+    routed = router().route(scored)
+    first = routed.records[0]
+    assert first.key == b"ZTF26a0"
+    assert dict(first.headers) == {
+        "input": b"cluster/ztf/0/40",
+        "models": b"default=1,other=2.0",
+        "schema": scored.alerts.records[0].schema.fingerprint.encode(),
+    }
+    for record, index in zip(routed.records, routed.packet_index, strict=True):
+        assert dict(record.headers)["input"].decode() == str(scored.packets[index].position)
+
+
+def test_dead_letters_hold_the_original_bytes_and_why(scored: ScoredBatch) -> None:
+    [letter] = of_topic(router().route(scored).records, "me.dead-letter")
+    assert letter.value is scored.packets[3].data
+    assert letter.key == b"ZTF26a3"
+    assert dict(letter.headers) == {
+        "input": b"cluster/ztf/0/43",
+        "models": b"default=1,other=2.0",
+        "schema": scored.alerts.records[3].schema.fingerprint.encode(),
+        "reason": b"no_model_for_survey",
+        "detail": b"no model",
+    }
+
+
+def test_a_dead_letter_of_unreadable_bytes_has_no_key_and_a_bounded_detail(scored: ScoredBatch) -> None:
+    nobody = AlertIdentity(None, None, None, None, None, None, None, None)
+    for alert in (None, nobody):
+        reject = Reject(
+            scored.packets[3], RejectReason.NOT_AVRO, "\N{SNOWMAN}" * 10_000 + "\ud800", record=2, alert=alert
+        )
+        [letter] = of_topic(router().route(replace(scored, rejects=[reject])).records, "me.dead-letter")
+        headers = dict(letter.headers)
+        assert letter.key is None
+        assert len(headers["detail"]) <= MAX_DETAIL_BYTES
+        assert headers["detail"].decode().startswith("\N{SNOWMAN}")
+        assert headers["schema"] == b""
+        assert headers["record"] == b"2"
+
+
+def test_knows_its_topics_before_any_alert_comes() -> None:
+    assert router(filters=[("bright", "magpsf < 18.5")]).topics == [
+        "me.scored",
+        "me.anomalies",
+        "me.bright",
+        "me.dead-letter",
+    ]
+
+
+def test_a_configuration_routes_real_packets(ztf_packets: list[tuple[int, bytes]]) -> None:
+    service = Service.model_validate(
+        {
+            "input": {"bootstrap_servers": "a:1", "group_id": "g", "topics": ["ztf"]},
+            "output": {"prefix": "me", "payload": "no_cutouts"},
+            "anomalies": {"output": "default.real", "above": 0.5},
+            "filters": [{"name": "red", "where": 'band == "r" and real > 0.5 and magpsf < 99'}],
+        }
+    )
+    scorer = open_scorer(service.models, Runtime())
+    router = open_router(service, scorer)
+    data = [*(data for _, data in ztf_packets[:40]), b"", b"nonsense"]
+    packets = [Packet(one, KafkaPosition("c", "ztf", 0, i)) for i, one in enumerate(data)]
+    columns = [*scorer.columns, *router.columns]
+    decoder = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=columns)
+    scored = score_packets(packets, decoder, scorer, DuplicateWindow(100))
+    routed = router.route(scored)
+    assert routed.published["me.scored"] == routed.scored == 40
+    assert routed.rejected == {RejectReason.EMPTY: 1, RejectReason.NOT_AVRO: 1}
+    assert 0 < routed.published["me.red"] < routed.published["me.anomalies"] < 40
+    for record in of_topic(routed.records, "me.red"):
+        [alert] = fastavro.reader(io.BytesIO(record.value))
+        assert alert["candidate"]["fid"] == 2
+        assert alert["broker_filter"]["anomaly"]["flag"]
+        assert record.key == alert["objectId"].encode()
