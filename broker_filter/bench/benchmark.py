@@ -110,7 +110,7 @@ def run_benchmark(
 
 
 def choose_packets(inputs: Sequence[Path], scorer: Scorer, n: int) -> list[bytes]:
-    """Up to `n` packets that both contestants take (ZTF, one alert each, decodable), of `inputs`, or simulated without any.
+    """Up to `n` packets that both contestants take (ZTF, one alert each, decodable): of `inputs`, else simulated.
 
     Raises ValueError where there is none.
     """
