@@ -18,8 +18,8 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from broker_filter.packets.batch import AlertIdentity
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
-from broker_filter.packets.rejects import RejectReason
 from broker_filter.packets.schema import WriterSchema
+from broker_filter.streaming.archives import MAX_PACKET_BYTES
 from broker_filter.streaming.encoding import ContainerFraming, OutputSchema
 from broker_filter.streaming.kafka_client import MAX_RESPONSE_BYTES, Complaints, librdkafka_log
 
@@ -157,12 +157,12 @@ class Replayer:
                 rows[packet_index].append(row)
             for packet, own in zip(batch, rows, strict=True):
                 reject = rejected.get(id(packet))
-                if reject and reject.reason in (RejectReason.EMPTY, RejectReason.TOO_LARGE):
-                    log.warning("%s: not sent: %s", packet.position, reject.reason)
+                if not 0 < len(packet.data) <= MAX_PACKET_BYTES:  # archives may hold more of it than was read
+                    log.warning("%s: not sent: %s", packet.position, "too large" if packet.data else "empty")
                     self.account.unsendable += 1
                 elif reject or len(own) == 1:
-                    identity = alerts.identity(own[0]) if own else reject and reject.alert
-                    yield _Alert(packet.data, identity, packet)
+                    read = alerts.identity(own[0]) if own else None
+                    yield _Alert(packet.data, read or (reject.alert if reject else None), packet)
                 else:
                     for row in own:
                         record = alerts.records[row]

@@ -1,0 +1,208 @@
+"""Replay: what an archive holds stands in the topic, one message an alert, and the account says what became of it."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fastavro
+import pytest
+from confluent_kafka import Consumer, Message, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.packet import FilePosition, Packet
+from broker_filter.packets.registry import open_registry
+from broker_filter.streaming.archives import MAX_PACKET_BYTES, read_packets
+from broker_filter.streaming.replay import Replayer, as_fast_as_possible, at_rate, at_speed
+
+NIGHT = Path("ztf/archives/ztf_public_20180819_mod1000.tar.gz")
+
+
+@pytest.fixture
+def topic(kafka_bootstrap: str, unique_name: Callable[[str], str]) -> Iterator[str]:
+    name = unique_name("replay")
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
+    admin.create_topics([NewTopic(name, 2, 1)])[name].result()
+    yield name
+    admin.delete_topics([name])[name].result()
+
+
+def messages_in(bootstrap_servers: str, topic: str) -> list[Message]:
+    """Everything that is in the topic now."""
+    consumer = Consumer({"bootstrap.servers": bootstrap_servers, "group.id": "reader", "enable.auto.commit": False})
+    partitions = [TopicPartition(topic, p, 0) for p in consumer.list_topics(topic).topics[topic].partitions]
+    n_messages = sum(consumer.get_watermark_offsets(partition)[1] for partition in partitions)
+    consumer.assign(partitions)
+    found: list[Message] = []
+    while len(found) < n_messages:
+        if message := consumer.poll(1):
+            assert message.error() is None
+            found.append(message)
+    consumer.close()
+    return found
+
+
+def replayer(bootstrap_servers: str, topic: str, stop: threading.Event | None = None) -> Replayer:
+    decoder = Decoder(open_registry(None), columns=())
+    return Replayer({"bootstrap.servers": bootstrap_servers}, topic, decoder, stop or threading.Event())
+
+
+def alert(container: bytes) -> dict[str, object]:
+    (only,) = fastavro.reader(io.BytesIO(container))
+    return only
+
+
+def test_every_packet_of_a_night_arrives_once_keyed_by_object(
+    shared_data: Path, kafka_bootstrap: str, topic: str
+) -> None:
+    packets = list(read_packets([shared_data / NIGHT]))
+    before = time.time_ns() // 1_000_000
+    replay = replayer(kafka_bootstrap, topic)
+    replay.replay(packets, as_fast_as_possible())
+    assert (replay.account.sent, replay.account.failed, replay.account.unsendable) == (30, 0, 0)
+    arrived = messages_in(kafka_bootstrap, topic)
+    assert sorted(message.value() for message in arrived) == sorted(packet.data for packet in packets)
+    for message in arrived:
+        assert message.key().decode() == alert(message.value())["objectId"]
+        ((name, sent_at),) = message.headers()
+        assert name == "producer_timestamp"
+        assert before <= int(sent_at) == message.timestamp()[1] <= time.time_ns() // 1_000_000
+
+
+def test_container_of_several_alerts_becomes_a_message_each(
+    ztf_packets: list[tuple[int, bytes]], kafka_bootstrap: str, topic: str
+) -> None:
+    packets = [data for _, data in ztf_packets[:3]]
+    first = fastavro.reader(io.BytesIO(packets[0]))
+    alerts = [{**alert(packets[0]), "objectId": f"ZTF18aaaaaa{letter}"} for letter in "abc"]
+    file = io.BytesIO()
+    fastavro.writer(file, first.writer_schema, alerts)
+    replay = replayer(kafka_bootstrap, topic)
+    replay.replay([Packet(file.getvalue(), FilePosition("three.avro"))], as_fast_as_possible())
+    assert replay.account.sent == 3
+    arrived = {message.key().decode(): alert(message.value()) for message in messages_in(kafka_bootstrap, topic)}
+    assert arrived == {each["objectId"]: each for each in alerts}
+
+
+def test_damaged_packets_are_sent_as_they_are(
+    ztf_packets: list[tuple[int, bytes]], kafka_bootstrap: str, topic: str
+) -> None:
+    whole = ztf_packets[0][1]
+    values = [whole[:-100], b"no alert", b"\x00\x00\x00\x03\xe8 wire format", whole]
+    replay = replayer(kafka_bootstrap, topic)
+    replay.replay([Packet(value, FilePosition(f"{i}")) for i, value in enumerate(values)], as_fast_as_possible())
+    assert sorted(message.value() for message in messages_in(kafka_bootstrap, topic)) == sorted(values)
+
+
+def test_what_was_not_read_whole_is_not_sent_and_is_counted(kafka_bootstrap: str, topic: str) -> None:
+    replay = replayer(kafka_bootstrap, topic)
+    values = [b"", bytes(MAX_PACKET_BYTES + 1), b"no alert"]
+    replay.replay([Packet(value, FilePosition("night.tar.gz")) for value in values], as_fast_as_possible())
+    assert (replay.account.sent, replay.account.unsendable) == (1, 2)
+    assert [message.value() for message in messages_in(kafka_bootstrap, topic)] == [b"no alert"]
+
+
+@pytest.mark.kafka
+def test_message_that_the_brokers_refuse_is_counted_and_the_rest_arrive(
+    kafka_bootstrap: str, unique_name: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    topic = unique_name("narrow")
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
+    admin.create_topics([NewTopic(topic, 1, 1, config={"max.message.bytes": "2000"})])[topic].result()
+    replay = replayer(kafka_bootstrap, topic)
+    packets = [Packet(bytes([i]) * size, FilePosition(f"{i}.avro")) for i, size in enumerate((100, 5000, 100), start=1)]
+    replay.replay(packets, at_rate(50))  # in batches of their own, for brokers refuse a batch
+    assert (replay.account.sent, replay.account.failed) == (2, 1)
+    assert "2.avro: refused by the brokers" in caplog.text
+    assert len(messages_in(kafka_bootstrap, topic)) == 2
+
+
+def test_a_stopped_replay_has_delivered_what_it_counts(
+    ztf_packets: list[tuple[int, bytes]], kafka_bootstrap: str, topic: str
+) -> None:
+    stop = threading.Event()
+
+    def packets() -> Iterator[Packet]:
+        for i, (candid, data) in enumerate(itertools.cycle(ztf_packets[:100])):
+            if i == 640:
+                stop.set()
+            yield Packet(data, FilePosition(f"{candid}.avro"))
+
+    replay = replayer(kafka_bootstrap, topic, stop)
+    replay.replay(packets(), as_fast_as_possible())
+    assert replay.account.sent > 0
+    assert len(messages_in(kafka_bootstrap, topic)) == replay.account.sent
+
+
+def test_rate_spaces_messages_evenly() -> None:
+    due = at_rate(200)
+    assert [due(i, None) for i in (0, 1, 300)] == pytest.approx([0, 0.005, 1.5])
+
+
+def test_speed_follows_the_exposures_and_keeps_the_order() -> None:
+    due = at_speed(60)
+    minute = 1 / 24 / 60
+    times = [None, 58000.0, 58000.0 + 30 * minute, 58000.0 + 10 * minute, None, 58000.0 + 60 * minute]
+    assert [due(i, mjd) for i, mjd in enumerate(times)] == pytest.approx([0, 0, 30, 30, 30, 60], abs=1e-4)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "broker_filter", "replay", *map(str, arguments)]
+
+
+def test_command_creates_the_topic_and_says_the_account(
+    shared_data: Path, tmp_path: Path, kafka_bootstrap: str, unique_name: Callable[[str], str]
+) -> None:
+    topic = unique_name("new")
+    properties = tmp_path / "kafka.properties"
+    properties.write_text("# a comment\n\nclient.id = replayer\n")
+    where = ["--bootstrap-servers", kafka_bootstrap, "--topic", topic, "--partitions", 3, "--kafka-file", properties]
+    done = subprocess.run(command(shared_data / NIGHT, *where, "--rate", "100/s"), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, done.stderr)
+    assert f"sent 30 alerts (2.1 MB) to {topic}" in done.stdout
+    arrived = messages_in(kafka_bootstrap, topic)
+    assert len(arrived) == 30
+    assert len({message.partition() for message in arrived}) > 1
+
+
+def test_interrupt_ends_an_endless_replay_with_its_account(
+    ztf_packets: list[tuple[int, bytes]], tmp_path: Path, kafka_bootstrap: str, topic: str
+) -> None:
+    archive = tmp_path / "one.avro.gz"
+    archive.write_bytes(gzip.compress(ztf_packets[0][1]))
+    where = ["--bootstrap-servers", kafka_bootstrap, "--topic", topic]
+    with subprocess.Popen(command(archive, *where, "--repeat"), stdout=subprocess.PIPE, text=True) as process:
+        while not messages_in(kafka_bootstrap, topic):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        stdout, _ = process.communicate()
+    assert process.returncode == 130
+    sent = int(re.search(r"sent (\d+) alerts", stdout)[1])
+    assert sent == len(messages_in(kafka_bootstrap, topic))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-night.tar.gz"], "no-such-night.tar.gz: no such file"),
+        ([".", "--rate", "0"], "0 is not a positive number"),
+        ([".", "--rate", "5", "--speed", "2"], "not allowed with"),
+        ([".", "--kafka", "nonsense"], "must be KEY=VALUE"),
+    ],
+)
+def test_wrong_usage_is_one_clear_line(arguments: list[str], message: str) -> None:
+    where = ["--bootstrap-servers", "127.0.0.1:1", "--topic", "t"]
+    done = subprocess.run(command(*arguments, *where), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
