@@ -1,4 +1,4 @@
-"""Containers: read, split and written as fastavro reads and writes them, whatever the codec; damage costs what it hit."""
+"""Containers: read, split and written as fastavro reads and writes them; damage costs what it hit, and no more."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Registry:
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 outer.requests.append(self.path)
                 outer.authorization = self.headers["Authorization"]
                 known = self.path == "/schemas/ids/704"
