@@ -42,12 +42,13 @@ class Block(NamedTuple):
 class Container:
     """What could be read of a container: its sound blocks, and what is wrong after them, if anything.
 
-    `schema` is None only where `error` tells of the header.
+    `schema` is None only where `error` tells of the header. `codec`: what its blocks were compressed with.
     """
 
     schema: WriterSchema | None
     blocks: tuple[Block, ...]
     error: Damage | None = None
+    codec: str = "null"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,8 @@ def read_container(data: bytes, max_bytes: int = MAX_CONTAINER_BYTES) -> Contain
             left -= len(body)
             blocks.append(Block(count, body))
     except _DamagedError as error:
-        return Container(header.schema, tuple(blocks), error.damage)
-    return Container(header.schema, tuple(blocks))
+        return Container(header.schema, tuple(blocks), error.damage, header.codec)
+    return Container(header.schema, tuple(blocks), None, header.codec)
 
 
 def count_records(container: bytes) -> int:
