@@ -1,7 +1,6 @@
-"""Valid alert packets of skies that nobody saw: for the demonstration, for load tests, and where no survey data are at hand.
+"""Valid alert packets of skies that nobody saw: for the demonstration, for load tests, and where no survey data are.
 
-Seeded: the same seed gives the same bytes. Must never be mistaken for data: `publisher` and the schemas say "simulated".
-Needs the extra `demo` (GalSim).
+Seeded: the same seed gives the same bytes. Must never be mistaken for data: packets and schemas say "simulated". Needs GalSim (the extra `demo`).
 """
 
 from __future__ import annotations

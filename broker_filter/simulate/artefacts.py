@@ -13,7 +13,7 @@ from broker_filter.simulate.images import Conditions, Image
 
 
 def cosmic_ray(conditions: Conditions, rng: np.random.Generator) -> Image:
-    """The straight, sharp track of a charged particle: short where it came steeply, long where it grazed the silicon."""
+    """The straight, sharp track of a charged particle: short where it came steeply, long where it grazed."""
     image, middle = _blank(conditions)
     length = float(np.clip(rng.exponential(3.0), 0.5, 15.0))
     angle = float(rng.uniform(0, np.pi))

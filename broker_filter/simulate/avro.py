@@ -1,7 +1,7 @@
-"""Avro encoding of one record by a schema of records, arrays, null-first unions and primitives: what alert schemas are made of.
+"""Avro encoding of a record, for schemas of records, arrays, null-first unions and primitives, as alerts' are.
 
-Four times as fast as fastavro's writer here, because nothing needs to be tried to tell which branch a value takes. Reading,
-and anything that must understand foreign schemas, is not its task.
+Four times as fast as fastavro's writer here, because no branch of a union is tried. Must never be used for a schema
+from outside: it knows just what the simulated ones need.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PRIMITIVES: dict[str, Write] = {
 
 
 def compile_writer(schema: dict[str, Any]) -> Callable[[dict[str, Any]], bytes]:
-    """A function that encodes a record; fields that it lacks are null. Raises ValueError for a schema beyond the above."""
+    """A function that encodes a record; what it lacks is null. Raises ValueError for a schema beyond the above."""
     write = _compile(schema, {}, "")
 
     def encode(record: dict[str, Any]) -> bytes:

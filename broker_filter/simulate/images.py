@@ -1,8 +1,8 @@
 """Images of a small piece of sky before and after something happened: drawn, made noisy, subtracted and measured.
 
-Everything smooth is drawn in Fourier space, where a shift is a phase and a convolution a product, so that an alert costs half
-a dozen small transforms; GalSim draws the point spreads and the galaxies once, for all alerts. Images are in counts, with the
-alert at the middle pixel (grid // 2, grid // 2). Knows nothing of packets.
+Everything smooth is drawn in Fourier space, where a shift is a phase and a convolution a product, so that an alert
+costs half a dozen small transforms; GalSim draws the point spreads and the galaxies once, for all alerts. Images are in
+counts, with the alert at the middle pixel (grid // 2, grid // 2). Knows nothing of packets.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ Spectrum = NDArray[np.complex64]  # [grid, grid // 2 + 1], as of numpy.fft.rfft2
 MOFFAT_BETA = 3.0
 """Wings of a point spread through atmosphere and camera; turbulence alone (Kolmogorov) would be steeper, near 4.8."""
 PSF_ERROR_PX2 = 0.006
-"""1-sigma error of the squared width of the point spread that the subtraction assumes: bright stars leave a residual."""
+"""1-sigma error of the point spread's squared width in the subtraction: bright stars leave a residual."""
 REGISTRATION_ERROR_PX = 0.035
 """1-sigma misalignment of science and template image along each axis."""
 FLUX_SCALE_ERROR = 0.004
 """1-sigma error of the ratio of the two images' zero points."""
 SMALLEST_RESPONSE = 1e-4
-"""Floor of the point spreads' transforms where the subtraction divides by them: at the finest scales they are mere rounding."""
+"""Floor of the point spreads' transforms in the subtraction's division: at the finest scales they are rounding."""
 
 
 QUOTED_ERROR = 1.8
-"""Surveys quote this many times the error that the pixels' noise alone gives: public ZTF alerts' scorr x sigmapsf / 1.086."""
+"""Surveys quote so many times the error of the pixels' noise: scorr x sigmapsf / 1.086 of public ZTF alerts."""
 CALIBRATION_ERROR = 0.02
 """Of a flux, relative; the least error that a bright source gets."""
 
 
 class Point(NamedTuple):
-    """A star, a nucleus or a transient: pixels right of and above the middle, counts in the science and template image."""
+    """A star, a nucleus or a transient: pixels right of and above the middle, counts in science and template image."""
 
     x: float
     y: float
@@ -110,13 +110,13 @@ def draw_conditions(instrument: Instrument, rng: np.random.Generator) -> Conditi
     template_noise = noise / float(np.sqrt(exposures))
     science, template = _draw_psf(instrument, seeing, rng), _draw_psf(instrument, template_seeing, rng)
 
-    # Zackay, Ofek & Gal-Yam 2016 (ApJ 830, 27), equations 13 and 14, for images on one flux scale and the result brought
-    # back to it; their new image is the science image, their reference the template.
+    # Zackay, Ofek & Gal-Yam 2016 (ApJ 830, 27), equations 13 and 14, for images on one flux scale and the result
+    # brought back to it; their new image is the science image, their reference the template.
     spread = np.sqrt(np.abs(science * template_noise) ** 2 + np.abs(template * noise) ** 2)
     scale = np.hypot(noise, template_noise) / np.maximum(spread, SMALLEST_RESPONSE * noise)
     psf_difference = scale * science * template
-    # The difference's noise is white, so a fit's error is sigma over the norm of the point spread (by Parseval, where the
-    # half plane stands for the whole).
+    # The difference's noise is white, so a fit's error is sigma over the norm of the point spread (by Parseval, where
+    # the half plane stands for the whole).
     twice = np.full(instrument.grid // 2 + 1, 2.0)
     twice[[0, -1]] = 1.0
     norm = float(np.sqrt((np.abs(psf_difference) ** 2 * twice).sum())) / instrument.grid
@@ -163,10 +163,10 @@ def _draw_psf(instrument: Instrument, fwhm: float, rng: np.random.Generator) -> 
     return (spectrum * np.outer(_taper(np.fft.fftfreq(grid)), _taper(np.fft.rfftfreq(grid)))).astype(np.complex64)
 
 
-def _taper(frequency: NDArray[np.float64]) -> NDArray[np.float64]:
+def _taper(frequency: NDArray[np.floating]) -> NDArray[np.float64]:
     """1 for coarse detail, falling to 0 at two pixels, where shifting an image would make bright stars ring."""
     start = 0.3
-    return np.cos(0.5 * np.pi * np.clip((np.abs(frequency) - start) / (0.5 - start), 0, 1)) ** 2
+    return np.asarray(np.cos(0.5 * np.pi * np.clip((np.abs(frequency) - start) / (0.5 - start), 0, 1)) ** 2)
 
 
 def expose(
@@ -180,8 +180,8 @@ def expose(
 ) -> Stamps:
     """Takes the science image and the template of `scene` and subtracts them.
 
-    `artefact`: counts that only the detector of the science image saw. `misalignment`: pixels by which the template is off,
-    beyond what good registration leaves.
+    `artefact`: counts that only the detector of the science image saw. `misalignment`: pixels by which the template is
+    off, beyond what good registration leaves.
     """
     instrument, grid = conditions.instrument, conditions.instrument.grid
     science_sky, template_sky = _draw(scene, conditions, galaxies)
@@ -219,7 +219,8 @@ def _draw(scene: Scene, conditions: Conditions, galaxies: Sequence[Spectrum]) ->
     points = np.array(scene.points, dtype=np.float64).reshape(-1, 4)
     v, u = _frequencies(grid)
     rows, columns = np.exp(-2j * np.pi * np.outer(v, points[:, 1])), np.exp(-2j * np.pi * np.outer(points[:, 0], u))
-    science, template = (rows * points[:, 2]) @ columns, (rows * points[:, 3]) @ columns
+    science: NDArray[np.complexfloating] = (rows * points[:, 2]) @ columns
+    template: NDArray[np.complexfloating] = (rows * points[:, 3]) @ columns
     if any(scene.trail):
         science += points[0, 2] * np.outer(rows[:, 0], columns[0]) * (_streak(grid, *scene.trail) - 1)
     for galaxy in scene.galaxies:
@@ -244,7 +245,7 @@ def _streak(grid: int, x: float, y: float) -> NDArray[np.float64]:
 
 
 @cache
-def _frequencies(grid: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _frequencies(grid: int) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
     """Cycles per pixel along y (rows of a spectrum) and x (its columns)."""
     return np.fft.fftfreq(grid), np.fft.rfftfreq(grid)
 
@@ -257,7 +258,7 @@ def _wavenumber2(grid: int) -> NDArray[np.float32]:
 
 @cache
 def _resampling(grid: int) -> NDArray[np.float32]:
-    """What stacking resampled exposures does to white noise: neighbouring pixels share 2/3 of it, the variance is kept."""
+    """What stacking resampled exposures does to white noise: neighbours correlate by 2/3, the variance stays."""
     rows, columns = _frequencies(grid)
     weights = np.outer(np.cos(np.pi * rows) ** 2, np.cos(np.pi * columns) ** 2)
     return (weights / (6 / 16)).astype(np.float32)

@@ -44,7 +44,7 @@ def never_before(mjd: float) -> LightCurve:
 
 
 def supernova(mjd: float, band: str, flux: float, rng: np.random.Generator) -> LightCurve:
-    """Rise and decline after Bazin et al. 2009 (A&A 499, 653), equation 1, at a random phase from rise to late decline."""
+    """Rise and decline after Bazin et al. 2009 (A&A 499, 653), equation 1, caught at a random phase."""
     phase = float(rng.uniform(-12.0, 45.0))
 
     def shape(days: Times, bands: Bands) -> Fluxes:
@@ -60,7 +60,7 @@ def supernova(mjd: float, band: str, flux: float, rng: np.random.Generator) -> L
 
 
 def pulsating_star(mjd: float, band: str, flux: float, rng: np.random.Generator) -> LightCurve:
-    """A star that brightens fast and fades slowly, with a period from an hour and a half (delta Scuti) to a year (Mira)."""
+    """A star that brightens fast and fades slowly, over hours (delta Scuti), half a day (RR Lyrae) or months (Mira)."""
     period = float(
         10 ** rng.choice((rng.uniform(-1.2, -0.7), rng.uniform(-0.4, -0.1), rng.uniform(1.5, 2.5)), p=(0.2, 0.6, 0.2))
     )
@@ -88,7 +88,7 @@ def pulsating_star(mjd: float, band: str, flux: float, rng: np.random.Generator)
 
 
 def active_nucleus(mjd: float, band: str, flux: float, rng: np.random.Generator) -> LightCurve:
-    """A damped random walk in magnitude: Kelly et al. 2009 (ApJ 698, 895), MacLeod et al. 2010 (ApJ 721, 1014) for the scales."""
+    """A damped random walk in magnitude: Kelly et al. 2009 (ApJ 698, 895), MacLeod et al. 2010 (ApJ 721, 1014)."""
     tau = float(rng.lognormal(np.log(200.0), 0.4))  # days
     sigma = float(rng.uniform(0.15, 0.35))  # mag, over long times
     now = float(-np.sign(flux) * rng.uniform(0.5, 2.0) * sigma)

@@ -1,7 +1,7 @@
 """LSST alert packets, schema 10.0: an observation in Confluent wire format (schema id 1000).
 
-Each cutout is a FITS file of three images: nanojansky, variance, point spread. Fields that only the survey's own pipeline
-could fill (reliability, most pixel flags) stay null.
+Each cutout is a FITS file of three images: nanojansky, variance, point spread. Fields that only the survey's own
+pipeline could fill (reliability, most pixel flags) stay null.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A survey's night: exposures with their weather, and in each of them things that changed or seemed to.
 
-Alert i of a night depends on the seed and on i alone, not on how many are asked for. What an alert looks like as a packet is
-decided in `ztf` and `lsst`.
+Alert i of a night depends on the seed and on i alone, not on how many are asked for. What an alert looks like as a
+packet is decided in `ztf` and `lsst`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BOGUS_RATES: Mapping[str, float] = {
     "ghost": 0.01,
     "edge": 0.02,
 }
-RATES: Mapping[str, float] = REAL_RATES | BOGUS_RATES
+RATES: Mapping[str, float] = {**REAL_RATES, **BOGUS_RATES}
 """Fractions of a night's alerts; roughly a night of ZTF, with supernovae somewhat more common than they are."""
 
 FIRST_NIGHT_MJD = 61096.1
@@ -112,7 +112,7 @@ class History:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Observation:
-    """An alert before it is a packet. `x`, `y`: pixel on the detector; `offset`: of the source from that pixel's middle."""
+    """An alert before it is a packet. `x`, `y`: its pixel; `offset`: of the source from that pixel's middle."""
 
     kind: str
     index: int
@@ -142,7 +142,7 @@ class Night:
     """Everything that a night's alerts share: the instrument, its weathers, the shapes of galaxies."""
 
     def __init__(self, instrument: Instrument, seed: int, rates: Mapping[str, float] = RATES) -> None:
-        """`rates` maps kinds (keys of RATES) to relative frequencies. Raises ValueError for a kind that is not known."""
+        """`rates` maps kinds (keys of RATES) to relative frequencies. Raises ValueError for an unknown kind."""
         if unknown := set(rates) - set(RATES):
             raise ValueError(f"unknown kinds of alert: {', '.join(sorted(unknown))}; known are {', '.join(RATES)}")
         self._instrument = instrument
@@ -231,7 +231,7 @@ class Night:
         offset: tuple[float, float],
         rng: np.random.Generator,
     ) -> tuple[Scene, LightCurve, Image | None, tuple[float, float]]:
-        """The scene around an alert of a kind, the light curve behind it, and what went wrong in the camera or after it."""
+        """The scene around an alert, the light curve behind it, and what went wrong in the camera or after it."""
         conditions, instrument = exposure.conditions, self._instrument
         points, galaxies = self._draw_surroundings(exposure, rng)
         curve = light_curves.never_before(exposure.mjd)

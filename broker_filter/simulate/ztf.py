@@ -74,10 +74,15 @@ def encode(observation: Observation) -> bytes:
         slice(middle - min(STAMP_RADIUS, at), middle + 1 + min(STAMP_RADIUS, size - 1 - at))
         for at, size in ((observation.y, ZTF.detector[1]), (observation.x, ZTF.detector[0]))
     )
-    for name, suffix, image in zip(
-        ("Science", "Template", "Difference"), ("targ_sci", "ref", "targ_scimref"), observation.stamps, strict=True
+    science, template, difference = observation.stamps
+    # What became fainter is published as template minus science: a candidate is always bright.
+    difference = difference * np.float32(np.sign(observation.photometry.flux))
+    for field, suffix, image in (
+        ("cutoutScience", "targ_sci", science),
+        ("cutoutTemplate", "ref", template),
+        ("cutoutDifference", "targ_scimref", difference),
     ):
-        record[f"cutout{name}"] = {
+        record[field] = {
             "fileName": f"candid{candid}_{suffix}.fits.gz",
             "stampData": deflate.gzip_compress(primary_hdu(image[rows, columns], {"BUNIT": "DN"}), COMPRESSION_LEVEL),
         }
