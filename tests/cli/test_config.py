@@ -1,0 +1,69 @@
+"""`broker-filter config check`: all errors and status 2, or what would run, without secrets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from broker_filter.cli import main
+from broker_filter.service_file import document_keys
+
+SOUND = """\
+input:
+  bootstrap_servers: survey:9092
+  group_id: me-filter
+  topics: [ztf_%Y%m%d_programid1]
+  start: earliest
+  sasl: {username: me, password: {env: SURVEY_PASSWORD}}
+output: {prefix: me, bootstrap_servers: "ours:9092"}
+anomalies: {output: default.real, above: 0.9}
+filters: [{name: bright, where: real > 0.65 and magpsf < 18.5}]
+"""
+
+
+def test_says_what_will_run_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SURVEY_PASSWORD", "hunter2")
+    file = tmp_path / "service.yaml"
+    file.write_text(SOUND)
+    assert main(["config", "check", str(file)]) == 0
+    output, errors = capsys.readouterr()
+    assert errors == ""
+    assert "ztf_%Y%m%d_programid1 from survey:9092" in output
+    assert "me.scored, me.anomalies, me.bright, me.dead-letter to ours:9092" in output
+    assert "model: default" in output
+    assert "hunter2" not in output
+
+
+def test_lists_every_error_and_ends_with_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("SURVEY_PASSWORD", raising=False)
+    file = tmp_path / "service.yaml"
+    file.write_text(SOUND.replace("magpsf", "magps").replace("group_id", "groupid"))
+    assert main(["config", "check", str(file)]) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.splitlines() == [
+        f"broker-filter: {file} cannot be used:",
+        "  input.group_id: is required",
+        "  input.sasl.password.env: the environment variable SURVEY_PASSWORD is not set",
+        "  input.groupid: unknown key; did you mean 'group_id'?",
+        "  filters[0].where: column 17: unknown name 'magps'; did you mean 'magpsf'?",
+    ]
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "check", str(tmp_path / "none.yaml")]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "none.yaml") in line
+
+
+def test_keys_are_listed_as_a_markdown_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "keys"]) == 0
+    head, rule, *rows = capsys.readouterr().out.splitlines()
+    assert (head, rule) == ("| key | default | meaning |", "|---|---|---|")
+    assert len(rows) == len(list(document_keys()))
+    assert "| `http.port` | 9108 | 0 takes a free port. |" in rows

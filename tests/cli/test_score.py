@@ -1,0 +1,173 @@
+"""`broker-filter score` on real archives: a row for every input, one account, an exit status to rely on."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from broker_filter.cli import INTERRUPTED, main
+from broker_filter.cli.score import BATCH_SIZE
+
+
+@pytest.fixture
+def few(tmp_path: Path, ztf_packets: list[tuple[int, bytes]]) -> Path:
+    """A folder with six packets, the first of them there twice, and two files that are none."""
+    folder = tmp_path / "night"
+    (folder / "deeper").mkdir(parents=True)
+    for candid, data in ztf_packets[:6]:
+        (folder / f"{candid}.avro").write_bytes(data)
+    (folder / "deeper" / "again.bin").write_bytes(ztf_packets[0][1])
+    (folder / "empty").write_bytes(b"")
+    (folder / "notes.txt").write_text("clouds after midnight")
+    return folder
+
+
+def score(*arguments: str | Path) -> int:
+    return main(["score", *map(str, arguments)])
+
+
+def test_writes_a_row_for_every_input_and_one_account(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scores.parquet"
+    assert score(few, "--out", out) == 0
+    rows = pq.read_table(out).to_pylist()
+    assert len(rows) == 9
+    assert Counter(row["status"] for row in rows) == {"scored": 7, "rejected": 2}
+    assert [row["duplicate"] for row in rows].count(True) == 1
+    assert {row["reject_reason"]: Path(row["source"]).name for row in rows if row["status"] == "rejected"} == {
+        "empty": "empty",
+        "not_avro": "notes.txt",
+    }
+    assert all(0 <= row["default.real"] <= 1 for row in rows if row["status"] == "scored")
+    [account] = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"read 9: scored 6, rejected 2 \(\w+ 1, \w+ 1\), duplicates 1; [\d,]+ alerts/s -> \S+",
+        account,
+    )
+
+
+def test_a_real_night_archive_is_scored_whole(shared_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.parquet"
+    [archive] = (shared_data / "ztf" / "archives").glob("ztf_public_*.tar.gz")
+    assert score(archive, "--out", out) == 0
+    table = pq.read_table(out)
+    assert table.num_rows == 30
+    assert set(table["status"].to_pylist()) == {"scored"}
+    assert all(source.startswith(f"{archive}::") for source in table["source"].to_pylist())
+
+
+def test_every_damaged_file_has_a_row_with_a_reason(shared_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.parquet"
+    damaged = shared_data / "ztf" / "damaged"
+    score(damaged, "--out", out)
+    rejected = [row for row in pq.read_table(out).to_pylist() if row["status"] == "rejected"]
+    assert {row["source"].partition("#")[0] for row in rejected} == {str(path) for path in damaged.iterdir()}
+    assert all(row["reject_reason"] and row["reject_detail"] for row in rejected)
+
+
+def test_fails_on_rejects_where_it_is_told_to(few: Path, tmp_path: Path) -> None:
+    assert score(few, "--out", tmp_path / "scores.jsonl", "--fail-on-reject") == 1
+    assert score(few / "deeper", "--out", tmp_path / "scores.jsonl", "--fail-on-reject") == 0
+
+
+def test_another_surveys_alerts_are_scored_only_where_the_operator_says_so(shared_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.parquet"
+    archive = shared_data / "lsst" / "ocf"
+    assert score(archive, "--out", out) == 0
+    rows = pq.read_table(out).to_pylist()
+    unclaimed = [row for row in rows if row["reject_reason"] == "no_model_for_survey"]
+    assert unclaimed
+    assert all(row["alert_id"] and row["survey"] == "lsst" and row["default.real"] is None for row in unclaimed)
+    assert score(archive, "--also", "lsst", "--out", out) == 0
+    again = pq.read_table(out).to_pylist()
+    assert len(again) == len(rows)
+    scored = [row for row in again if row["status"] == "scored"]
+    assert {row["alert_id"] for row in scored} == {row["alert_id"] for row in unclaimed}
+    assert all(row["default.real"] is not None for row in scored)
+
+
+def test_wire_format_is_read_with_a_registry(shared_data: Path, lsst_schemas: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.parquet"
+    score(shared_data / "lsst" / "wire", "--also", "lsst", "--out", out)
+    assert set(pq.read_table(out)["reject_reason"].to_pylist()) == {"unknown_schema_id"}
+    assert score(shared_data / "lsst" / "wire", "--also", "lsst", "--schema-registry", lsst_schemas, "--out", out) == 0
+    assert "scored" in pq.read_table(out)["status"].to_pylist()
+
+
+def test_a_folder_that_is_read_may_be_written_to(few: Path) -> None:
+    out = few / "scores.parquet"
+    for _ in range(2):
+        assert score(few, "--out", out) == 0
+        assert pq.read_table(out).num_rows == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{few}", "--out", "{tmp}/scores.csv"], "should end in .parquet, .avro, .jsonl"),
+        (["{few}", "--out", "{tmp}/none/scores.avro"], "none/scores.partial.avro"),
+        (["{tmp}/none", "--out", "{tmp}/scores.avro"], "none: no such file"),
+        (["{few}", "--model", "{tmp}/none", "--out", "{tmp}/scores.avro"], "no bundle"),
+        (["{few}", "--schema-registry", "{tmp}/none", "--out", "{tmp}/scores.avro"], "none"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line_before_work_begins(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert score(*(one.format(few=few, tmp=tmp_path) for one in arguments)) in (1, 2)
+    output, errors = capsys.readouterr()
+    [line] = errors.splitlines()
+    assert line.startswith("broker-filter: ")
+    assert message in line
+    assert output == ""
+
+
+def test_inputs_without_a_single_alert_are_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert score(tmp_path / "empty", "--out", tmp_path / "scores.parquet") == 1
+    assert "no alert could be read" in capsys.readouterr().err
+
+
+def test_an_interrupt_keeps_the_rows_so_far_under_another_name(
+    tmp_path: Path, ztf_packets: list[tuple[int, bytes]]
+) -> None:
+    """Interrupted while it waits for more of a tar that comes through a pipe."""
+    pipe, out, partial = tmp_path / "night", tmp_path / "scores.jsonl", tmp_path / "scores.partial.jsonl"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "broker_filter", "score", str(pipe), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        with pipe.open("wb") as stream, tarfile.open(fileobj=stream, mode="w|") as archive:
+            for candid, data in ztf_packets[:400]:
+                member = tarfile.TarInfo(f"{candid}.avro")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+            stream.flush()
+            while not partial.stat().st_size:
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+            pipe.unlink()
+    except BrokenPipeError:  # at closing the archive: its reader has gone
+        pass
+    finally:
+        process.kill()
+    assert process.returncode == INTERRUPTED
+    assert not out.exists()
+    assert f"the rows so far are in {partial}" in errors
+    assert "Traceback" not in errors
+    assert len([json.loads(line) for line in partial.read_text().splitlines()]) >= BATCH_SIZE
