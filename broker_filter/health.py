@@ -24,13 +24,12 @@ class Health:
         self.ailing: Callable[[], str | None] = lambda: None
         """What a living service must not be: a stage that is stuck or has ended. None where all is well."""
 
-    def wait(self, subject: str, reason: str) -> None:
-        """Not ready: `reason` says what is missing."""
-        self._waiting[subject] = reason
-
-    def go_on(self, subject: str) -> None:
-        """What `subject` waited for is there."""
-        self._waiting.pop(subject, None)
+    def set(self, subject: str, reason: str | None) -> None:
+        """Not ready for this `reason`, or ready as far as `subject` goes."""
+        if reason:
+            self._waiting[subject] = reason
+        else:
+            self._waiting.pop(subject, None)
 
     @property
     def waiting(self) -> str:
@@ -48,7 +47,7 @@ def serve(health: Health, metrics: Metrics, host: str, port: int) -> Iterator[in
     class Request(BaseHTTPRequestHandler):
         timeout = REQUEST_TIMEOUT_S
 
-        def do_GET(self) -> None:  # noqa: N802 -- http.server's name
+        def do_GET(self) -> None:
             match self.path.partition("?")[0]:
                 case "/metrics":
                     self._answer(HTTPStatus.OK, metrics.exposition(), PROMETHEUS)

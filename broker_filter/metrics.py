@@ -1,4 +1,4 @@
-"""Every metric of the service, in one place. Counts alerts only when the transaction that holds their output is committed.
+"""Every metric of the service, in one place. Alerts count only once the transaction with their output is committed.
 
 Names follow Prometheus' conventions: base units, `_total` on counters, the prefix `broker_filter_`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -57,8 +57,8 @@ class Metrics:
         self._published = self._counter("published_records", "Records published.", "topic")
         self._dead_letters = self._counter("dead_letters", "Records published to the dead-letter topic.")
         self._transactions = self._counter("transactions", "Transactions by how they ended.", "outcome")
-        self.lag = self._gauge("consumer_lag_messages", "Messages not yet accounted for.", "topic", "partition")
-        self.assigned_partitions = self._gauge("assigned_partitions", "Input partitions that this instance reads.")
+        self._lag = self._gauge("consumer_lag_messages", "Messages not yet accounted for.", "topic", "partition")
+        self._assigned = self._gauge("assigned_partitions", "Input partitions that this instance reads.")
         self.queue_depth = self._gauge("queue_depth_batches", "Batches that wait before a stage.", "stage")
         self.batch_alerts = self._histogram("batch_alerts", "Messages taken from Kafka at a time.", BATCH_ALERTS)
         self._stage = self._histogram("stage_seconds", "Time of one batch in a stage.", STAGE_SECONDS, "stage")
@@ -86,6 +86,14 @@ class Metrics:
         """Measures one batch in a stage."""
         with self._stage.labels(stage).time():
             yield
+
+    def set_partitions(self, lags: Mapping[tuple[str, int], int]) -> None:
+        """Says which partitions (topic, number) are read now, and how many messages each is behind."""
+        with self._consistent:
+            self._assigned.set(len(lags))
+            self._lag.clear()
+            for (topic, partition), lag in lags.items():
+                self._lag.labels(topic, str(partition)).set(lag)
 
     def abort(self) -> None:
         """Counts a transaction that was aborted."""

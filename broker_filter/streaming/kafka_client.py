@@ -33,8 +33,10 @@ RESERVED = {
 
 MAX_RESPONSE_BYTES = 256 * 2**20
 """librdkafka refuses larger answers, and would stay before a message above its own default of 100 MB for ever."""
+MAX_RECORD_BYTES = 200_000_000
+"""What is published at most, whatever a topic takes: every consumer must be able to read it."""
 REQUEST_TIMEOUT_S = 10.0
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 """Between attempts: from a blink of the network to an outage of hours."""
 REPEAT_INTERVAL_S = 30.0
 """The same complaint is logged no more often: an outage says so, and does not fill the disk."""
@@ -228,7 +230,9 @@ def ensure_topics(admin: AdminClient, wanted: Sequence[NewTopic]) -> None:
 class RecordLimits:
     """How large a record each topic takes. Kafka's default is assumed where the cluster does not say."""
 
-    def __init__(self, admin: AdminClient, topics: Sequence[str]) -> None:
+    def __init__(self, admin: AdminClient, topics: Sequence[str], dead_letter: str) -> None:
+        """`dead_letter`: the one of the topics that takes what fits into no other."""
+        self.dead_letter = dead_letter
         self._admin = admin
         self._limits = dict.fromkeys(topics, DEFAULT_MAX_MESSAGE_BYTES)
         self.refresh()
@@ -250,7 +254,7 @@ class RecordLimits:
 
     def of(self, topic: str) -> int:
         """The largest sum of key, value and headers in bytes."""
-        return self._limits[topic] - RECORD_OVERHEAD_BYTES
+        return min(self._limits[topic], MAX_RECORD_BYTES) - RECORD_OVERHEAD_BYTES
 
     @property
     def smallest(self) -> int:

@@ -1,0 +1,45 @@
+"""`broker-filter run`: the service, from its configuration to a signal."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import threading
+from pathlib import Path
+
+SIGNALLED = 128
+"""Shells add a signal's number to this for the exit status of what it ended."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `run`."""
+    parser = subparsers.add_parser(
+        "run",
+        help="the service: Kafka in, scored alerts out",
+        description="Runs until SIGTERM or SIGINT, then commits what it has read and ends with status 0; a second "
+        "signal ends it at once.",
+    )
+    parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="the service's YAML file")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from broker_filter.service_file import load_service
+    from broker_filter.streaming.service import FilterService
+
+    service = FilterService(load_service(arguments.config))
+    stopping = False
+
+    def on_signal(number: int, _frame: object) -> None:
+        nonlocal stopping
+        if stopping:
+            os._exit(SIGNALLED + number)
+        stopping = True
+        # Not here: the main thread may be within a lock that `stop` takes.
+        threading.Thread(target=service.stop, daemon=True).start()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    service.run()
+    return 0

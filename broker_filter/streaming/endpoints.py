@@ -1,0 +1,130 @@
+"""The service's two ends, connected: which cluster is which, its topics made, positions kept where the output is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from confluent_kafka.admin import NewTopic
+
+from broker_filter.config import DEAD_LETTER, POSITIONS, Output, Service
+from broker_filter.health import Health
+from broker_filter.metrics import Metrics
+from broker_filter.streaming.checkpoint import Checkpoint, GroupCheckpoint, PositionsCheckpoint, PositionsTopic
+from broker_filter.streaming.kafka_client import (
+    Complaints,
+    RecordLimits,
+    admin_client,
+    client_properties,
+    ensure_topics,
+    output_section,
+    wait_for_cluster,
+)
+from broker_filter.streaming.kafka_sink import KafkaSink
+from broker_filter.streaming.kafka_source import KafkaSource
+from broker_filter.streaming.transactions import Claim, Writer
+from broker_filter.streaming.watchdog import Stage
+
+ALERT_BYTES = 32 * 2**20
+"""Largest record of the topics that are created: twice the largest packet that is decoded."""
+DEAD_LETTER_BYTES = 128 * 2**20
+"""A dead letter is whatever the input's brokers took: 100 MiB, unless they were told otherwise."""
+POSITIONS_CONFIG = {"cleanup.policy": "compact", "segment.bytes": str(16 * 2**20), "min.cleanable.dirty.ratio": "0.1"}
+"""Small segments, compacted early: the topic is read whole at every start."""
+SETTLE_TIMEOUT_S = 30.0
+"""For the output of a partition that is handed over; what comes later is done again by the new owner."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where alerts come from and go to."""
+
+    source: KafkaSource
+    sink: KafkaSink
+    elsewhere: bool
+    """They are on two clusters: positions are not kept in the input's group."""
+
+    def report_positions(self, *, wait: bool = False) -> None:
+        """Shows the positions in the input's group too, for the tools that look there for a lag."""
+        if self.elsewhere:
+            self.source.report_positions(wait=wait)
+
+
+def connect(
+    config: Service,
+    topics: Sequence[str],
+    metrics: Metrics,
+    health: Health,
+    committing: Stage,
+    stop: threading.Event,
+) -> Endpoints | None:
+    """Waits for the clusters, makes the output `topics` and joins the group; None once `stop` is set.
+
+    Raises PropertyError and KafkaSetupError.
+    """
+    output = output_section(config.input, config.output)
+    in_properties, out_properties = client_properties(config.input), client_properties(output)
+    in_complaints = Complaints(f"input brokers {config.input.bootstrap_servers}")
+    out_complaints = Complaints(f"output brokers {output.bootstrap_servers}")
+    with _waiting(health, in_complaints):
+        in_cluster = wait_for_cluster(in_properties, in_complaints, stop)
+    with _waiting(health, out_complaints):
+        out_cluster = wait_for_cluster(out_properties, out_complaints, stop)
+    if in_cluster is None or out_cluster is None:
+        return None
+
+    elsewhere = in_cluster.id != out_cluster.id
+    admin = admin_client(out_properties, out_complaints)
+    positions = [f"{output.prefix}.{POSITIONS}"] if elsewhere else []
+    ensure_topics(admin, [*_alert_topics(output, topics), *_positions_topics(output, positions)])
+    dead_letter = f"{output.prefix}.{DEAD_LETTER}"
+    limits = RecordLimits(admin, topics, dead_letter)
+    open_writer = partial(Writer, out_properties, limits, metrics, out_complaints, committing)
+
+    sink = KafkaSink(config.transaction, dead_letter, metrics, committing)
+
+    def settle(claims: Collection[Claim]) -> None:
+        if not sink.settle(claims, SETTLE_TIMEOUT_S):
+            unsettled = ", ".join(str(claim) for claim in claims if not claim.settled)
+            log.warning("handed over before all that was read is committed, and read again: %s", unsettled)
+
+    source = KafkaSource(config.input, in_properties, in_cluster, in_complaints, settle)
+    checkpoint: Checkpoint
+    if elsewhere:
+        topic = PositionsTopic(positions[0], out_properties, admin, out_complaints)
+        checkpoint = PositionsCheckpoint(topic, open_writer, output.prefix, config.input.group_id, in_cluster.id)
+    else:
+        # An instance that is started again under its name goes on at once: it ends its own old transaction.
+        instance = str(in_properties.get("group.instance.id", uuid.uuid4().hex))
+        transactional_id = f"{output.prefix}/{config.input.group_id}/{instance}"
+        checkpoint = GroupCheckpoint(source.consumer, open_writer, transactional_id)
+    source.subscribe(checkpoint)
+    return Endpoints(source, sink, elsewhere)
+
+
+@contextmanager
+def _waiting(health: Health, complaints: Complaints) -> Iterator[None]:
+    health.set(complaints.cluster, "not reached yet")
+    yield
+    health.set(complaints.cluster, None)
+
+
+def _alert_topics(output: Output, names: Sequence[str]) -> list[NewTopic]:
+    dead_letter = f"{output.prefix}.{DEAD_LETTER}"
+    sizes = {name: DEAD_LETTER_BYTES if name == dead_letter else ALERT_BYTES for name in names}
+    return [_topic(output, name, output.partitions, {"max.message.bytes": str(size)}) for name, size in sizes.items()]
+
+
+def _positions_topics(output: Output, names: Sequence[str]) -> list[NewTopic]:
+    return [_topic(output, name, 1, POSITIONS_CONFIG) for name in names]
+
+
+def _topic(output: Output, name: str, partitions: int, configuration: Mapping[str, str]) -> NewTopic:
+    return NewTopic(name, partitions, output.replication_factor, config=dict(configuration))

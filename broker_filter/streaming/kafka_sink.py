@@ -1,0 +1,166 @@
+"""Scored batches into transactions: records and positions together, by count or by time. Leaves nothing unaccounted."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_filter.config import Transaction
+from broker_filter.metrics import Account, Metrics
+from broker_filter.packets.batch import AlertBatch, Survey
+from broker_filter.streaming.filtering import ScoredBatch
+from broker_filter.streaming.kafka_source import Delivery
+from broker_filter.streaming.routing import Routed
+from broker_filter.streaming.transactions import Claim, FencedError, Work, Writer
+from broker_filter.streaming.watchdog import Stage
+
+MJD_OF_UNIX_EPOCH = 40_587.0
+SECONDS_PER_DAY = 86_400.0
+TAI_MINUS_UTC_S = 37.0
+"""Since 2017-01-01 (IERS Bulletin C 52)."""
+COMMITTING_THREADS = 8
+"""Writers that commit at a time: each mostly waits for the coordinator."""
+
+log = logging.getLogger(__name__)
+
+
+class UnaccountedError(RuntimeError):
+    """A packet that is neither scored, rejected nor a duplicate, or whose output is missing: a fault of the program."""
+
+
+def account_packets(scored: ScoredBatch) -> list[Account]:
+    """What became of each packet's alerts."""
+    accounts = [Account() for _ in scored.packets]
+    exposed = exposure_times(scored.alerts).tolist()
+    packet_index, duplicate = scored.alerts.packet_index.tolist(), scored.duplicate.tolist()
+    for i in scored.scored.tolist():
+        account = accounts[packet_index[i]]
+        account.exposed.append(exposed[i])
+        if duplicate[i]:
+            account.duplicates += 1
+        else:
+            account.scored += 1
+    index_of = {id(packet): k for k, packet in enumerate(scored.packets)}
+    for reject in scored.rejects:
+        accounts[index_of[id(reject.packet)]].rejected[reject.reason] += 1
+    for packet, account in zip(scored.packets, accounts, strict=True):
+        account.consumed = max(1, account.scored + account.duplicates + account.rejected.total())
+        if packet.timestamp_ms is not None:
+            account.sent.append(packet.timestamp_ms / 1000)
+    return accounts
+
+
+def exposure_times(alerts: AlertBatch) -> NDArray[np.float64]:
+    """Unix seconds at which the alerts' exposures were taken, float64[N]."""
+    seconds = (alerts.mjd - MJD_OF_UNIX_EPOCH) * SECONDS_PER_DAY
+    return np.where(alerts.survey == Survey.LSST, seconds - TAI_MINUS_UTC_S, seconds)
+
+
+def divide(delivery: Delivery, scored: ScoredBatch, routed: Routed) -> list[Work]:
+    """The batch's output by claim, in the order of reading; without the packets whose claim has ended.
+
+    Raises UnaccountedError for a packet without an outcome, or with an outcome that has no record.
+    """
+    accounts = account_packets(scored)
+    published = Counter(routed.packet_index)
+    works: dict[Claim, Work] = {}
+    place: dict[int, tuple[Work, int]] = {}
+    for k, (packet, offset, claim) in enumerate(zip(delivery.packets, delivery.offsets, delivery.claims, strict=True)):
+        account = accounts[k]
+        due = account.scored + account.rejected.total()
+        if published[k] < due or not due + account.duplicates:
+            raise UnaccountedError(f"{packet.position}: {published[k]} records for {account}")
+        if not claim.alive:
+            continue
+        work = works.setdefault(claim, Work(claim, offset, offset))
+        work.end = offset + 1
+        place[k] = work, len(work.packets)
+        work.packets.append(packet)
+        work.accounts.append(account)
+    for k, record in zip(routed.packet_index, routed.records, strict=True):
+        if k in place:
+            work, i = place[k]
+            work.records.append((i, record))
+    return list(works.values())
+
+
+class KafkaSink:
+    """The open transactions. `put` and `commit` are for one thread; `settle` for another."""
+
+    def __init__(self, limits: Transaction, dead_letter: str, metrics: Metrics, stage: Stage) -> None:
+        """`dead_letter`: the topic whose records are counted as dead letters."""
+        self._limits = limits
+        self._dead_letter = dead_letter
+        self._metrics = metrics
+        self._stage = stage
+        self._writers: set[Writer] = set()
+        self._committed = threading.Condition()
+        self._pool = ThreadPoolExecutor(COMMITTING_THREADS, "commit")
+
+    def put(self, works: list[Work]) -> None:
+        """Hands work to its writers; what has lost its claim since is for another instance."""
+        for work in works:
+            if work.claim.alive:
+                self._writers.add(work.claim.writer)
+                work.claim.writer.add(work)
+
+    def seconds_left(self) -> float:
+        """Until the next transaction is due; infinite while none is open."""
+        begun = [since for writer in self._writers if (since := writer.waiting_since) is not None]
+        return max(0.0, min(begun, default=math.inf) + self._limits.max_ms / 1000 - time.monotonic())
+
+    @property
+    def trouble(self) -> str:
+        """Why transactions are not committed at present; empty where they are."""
+        return "; ".join(writer.trouble for writer in self._writers.copy() if writer.trouble)
+
+    def commit(self, *, everything: bool = False) -> None:
+        """Commits the transactions that are due, or all; lets go of writers that have nothing left."""
+        due = [writer for writer in self._writers if everything or self._is_due(writer)]
+        for committed in self._pool.map(self._commit, due):
+            if committed:
+                self._account(committed)
+        with self._committed:
+            self._committed.notify_all()
+        self._writers.difference_update(writer for writer in due if writer.waiting_since is None)
+
+    def settle(self, claims: Collection[Claim], timeout_s: float) -> bool:
+        """Waits until all that was taken under the claims is committed; False where that takes too long."""
+        with self._committed:
+            return self._committed.wait_for(lambda: all(claim.settled for claim in claims), timeout_s)
+
+    def close(self) -> None:
+        """Aborts what is open."""
+        for writer in self._writers:
+            writer.close()
+        self._pool.shutdown()
+
+    def _is_due(self, writer: Writer) -> bool:
+        since = writer.waiting_since
+        return since is not None and (
+            time.monotonic() - since >= self._limits.max_ms / 1000
+            or writer.held_packets >= self._limits.max_alerts
+            or writer.full
+        )
+
+    def _commit(self, writer: Writer) -> list[Work]:
+        with self._stage.working():
+            try:
+                return writer.commit()
+            except FencedError as error:
+                log.warning("fenced, nothing of it is committed: %s", error)
+                writer.close()
+                return []
+
+    def _account(self, committed: list[Work]) -> None:
+        accounts = [account for work in committed for account in work.accounts]
+        published = Counter(record.topic for work in committed for _, record in work.records)
+        self._metrics.commit(accounts, published, self._dead_letter)
