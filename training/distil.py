@@ -98,7 +98,7 @@ def distil(
     progress = _Progress(student, average, optimizer)
     for step in range(progress.resume(checkpoint), recipe.steps):
         # Seeded by the step, so that training resumes on the images that it would have gone on with.
-        images = _make_images(teacher, alerts, chance, recipe.batch, np.random.default_rng([recipe.seed, step]))
+        images = make_images(teacher, alerts, chance, recipe.batch, np.random.default_rng([recipe.seed, step]))
         torch.manual_seed((recipe.seed << 32) + step)
         labels = torch.from_numpy(teacher.network.run({"images": images})["probabilities"])
         logits, _ = student(torch.from_numpy(images))
@@ -117,7 +117,7 @@ def distil(
     return network.eval()
 
 
-def _make_images(
+def make_images(
     teacher: Model, alerts: Alerts, chance: NDArray[np.float64], n: int, rng: Generator
 ) -> NDArray[np.float32]:
     """`n` augmented images, as the teacher and the student are served them."""

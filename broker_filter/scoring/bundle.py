@@ -143,7 +143,7 @@ class Card(Description):
 
 
 @dataclass(frozen=True, slots=True)
-class TestVector:
+class KnownAnswers:
     """K alerts as the decoder delivers them, and what the model says of them."""
 
     cutouts: NDArray[np.float32]  # [K, 3, S, S]
@@ -159,7 +159,7 @@ class Bundle:
     directory: Path
     card: Card
 
-    def test_vector(self) -> TestVector:
+    def test_vector(self) -> KnownAnswers:
         """The stored inputs and expected outputs. Raises BundleError where they do not fit the card."""
         path = self.directory / TEST_VECTOR
         try:
@@ -178,7 +178,7 @@ class Bundle:
         found = {name: (tensor.shape, tensor.dtype.type) for name, tensor in tensors.items()}
         if found != expected or not 0 < k <= MAX_TEST_ALERTS:
             raise BundleError(f"{path}: holds {found}; the card asks for {expected}; make the bundle anew")
-        return TestVector(tensors.pop("cutouts"), tensors.pop("cutout_box"), tensors.pop("metadata"), outputs=tensors)
+        return KnownAnswers(tensors.pop("cutouts"), tensors.pop("cutout_box"), tensors.pop("metadata"), outputs=tensors)
 
 
 def load_bundle(name_or_directory: str | Path) -> Bundle:

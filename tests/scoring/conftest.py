@@ -9,19 +9,17 @@ from numpy.typing import NDArray
 
 from broker_filter.packets.batch import AlertBatch, LightCurves, Survey
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.scoring.bundle import SHIPPED, TestVector, load_bundle
-
-MakeBatch = Callable[..., AlertBatch]
+from broker_filter.scoring.bundle import SHIPPED, KnownAnswers, load_bundle
 
 
 @pytest.fixture(scope="session")
-def test_vector() -> TestVector:
+def test_vector() -> KnownAnswers:
     """Four synthetic alerts that need no survey's data."""
     return load_bundle("default").test_vector()
 
 
 @pytest.fixture(scope="session")
-def make_batch() -> MakeBatch:
+def make_batch() -> Callable[..., AlertBatch]:
     """An AlertBatch of given cutouts; `survey`: of all, or one an alert."""
 
     def make(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -36,9 +37,7 @@ def d6_m7_alerts(shared_data: Path, ztf_packets: list[tuple[int, bytes]]) -> Ale
     """Every shared alert whose drb is d6_m7's."""
     labels = pq.read_table(shared_data / "ztf" / "labels.parquet", columns=["candid", "drbversion"]).to_pydict()
     version = dict(zip(labels["candid"], labels["drbversion"], strict=True))
-    chosen = [
-        Packet(data, FilePosition(str(candid))) for candid, data in ztf_packets if version.get(candid) == "d6_m7"
-    ]
+    chosen = [Packet(data, FilePosition(str(candid))) for candid, data in ztf_packets if version.get(candid) == "d6_m7"]
     alerts, rejects = Decoder(open_registry(None), columns=("drb",)).decode(chosen)
     assert not rejects
     return alerts
@@ -131,7 +130,7 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda _: b"not HDF5 at all", lambda _: b""])
-def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     write_keras_weights(tmp_path / "w.h5")
     (tmp_path / "w.h5").write_bytes(damage((tmp_path / "w.h5").read_bytes()))
     with pytest.raises(BundleError, match=r"w\.h5: not a whole HDF5 file"):

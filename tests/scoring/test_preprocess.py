@@ -15,9 +15,7 @@ PADDING = 1e-9
 
 
 def spec(size: int = 63, normalisation: str = "l2_row", order: tuple[str, ...] = CUTOUTS) -> ImageInput:
-    return ImageInput.model_validate(
-        {"size": size, "order": order, "normalisation": normalisation, "padding": PADDING}
-    )
+    return ImageInput.model_validate({"size": size, "order": order, "normalisation": normalisation, "padding": PADDING})
 
 
 def random_cutouts(n: int, size: int = 63) -> NDArray[np.float32]:

@@ -1,0 +1,77 @@
+"""`broker-filter models`, as a person uses it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from broker_filter.cli import main
+from broker_filter.scoring.bundle import SHIPPED
+
+DEFAULT = SHIPPED / "default"
+
+
+@pytest.fixture
+def corrupted(tmp_path: Path) -> Path:
+    copy = tmp_path / "corrupted"
+    copy.mkdir()
+    for path in DEFAULT.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    weights = copy / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
+    return copy
+
+
+def test_lists_what_ships_and_what_is_in_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other").symlink_to(DEFAULT)
+    assert main(["models", "list", str(tmp_path)]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["NAME", "VERSION", "SURVEYS", "OUTPUTS", "TASK", "DIRECTORY"]
+    assert [row.split()[0] for row in rows] == ["default", "default"]
+    assert "default.real" in rows[0]
+    assert rows[1].endswith(str(tmp_path / "other"))
+
+
+def test_shows_a_card(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "show", "default"]) == 0
+    shown = capsys.readouterr().out
+    for entry in ("real/bogus classification", "surveys", "l2_row", "stampnet", "BSD-3-Clause", "roc_auc", "agreement"):
+        assert entry in shown
+
+
+def test_verifies_the_bundle_that_ships_on_every_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "verify", "default"]) == 0
+    onnx, torch = capsys.readouterr().out.splitlines()
+    assert "onnxruntime/" in onnx
+    assert "torch/" in torch
+
+
+@pytest.mark.parametrize("command", ["verify", "show"])
+def test_a_corrupted_bundle_fails_and_its_file_is_named(
+    corrupted: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert main(["models", command, str(corrupted)]) == 1
+    complaint = capsys.readouterr().err
+    assert str(corrupted / "weights.safetensors") in complaint
+    assert "Traceback" not in complaint
+
+
+@pytest.mark.shared
+def test_imports_published_weights(shared_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = str(shared_models / "braai" / "d6_m7.weights.h5")
+    out = str(tmp_path / "d6_m7")
+    assert main(["models", "import", "braai", weights, "--normalisation", "row", "--name", "d6_m7", "--out", out]) == 0
+    assert main(["models", "verify", out]) == 0
+    assert main(["models", "show", out]) == 0
+    assert "Duev et al. 2019" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_there_are_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arguments = ["models", "import", "braai", str(tmp_path / "no.h5"), "--normalisation", "row", "--name", "x"]
+    assert main([*arguments, "--out", str(out)]) == 1
+    complaint = capsys.readouterr().err
+    assert "no.h5" in complaint
+    assert complaint.count("\n") == 1
+    assert not out.exists()

@@ -1,0 +1,109 @@
+"""Runtimes: the same scores whatever runs the network, and never another device than the one asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from broker_filter.config import Runtime
+from broker_filter.scoring.bundle import KnownAnswers, load_bundle
+from broker_filter.scoring.preprocess import prepare_images
+from broker_filter.scoring.runtimes import RuntimeUnavailableError, available_cores, open_network
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+
+
+def test_onnxruntime_and_torch_agree(test_vector: KnownAnswers) -> None:
+    bundle = load_bundle("default")
+    rng = np.random.default_rng(0)
+    clean = test_vector.cutouts[:3]
+    cutouts = clean[rng.integers(3, size=200)] * rng.uniform(-2, 2, (200, 3, 63, 63)).astype(np.float32)
+    box = np.tile(np.array([0, 0, 63, 63], np.int16), (200, 3, 1))
+    images = prepare_images(cutouts, box, bundle.card.inputs.images)
+    outputs = [
+        open_network(bundle, Runtime(engine=engine)).run({"images": images})["probabilities"]
+        for engine in ("onnxruntime", "torch")
+    ]
+    assert outputs[0].std() > 0.01
+    np.testing.assert_allclose(outputs[0], outputs[1], rtol=0, atol=1e-5)
+
+
+@needs_no_gpu
+@pytest.mark.parametrize(
+    ("runtime", "provider"),
+    [
+        (Runtime(), "onnxruntime/CPUExecutionProvider"),
+        (Runtime(engine="onnxruntime"), "onnxruntime/CPUExecutionProvider"),
+        (Runtime(engine="torch"), "torch/cpu"),
+        (Runtime(engine="torch", device="cpu"), "torch/cpu"),
+    ],
+)
+def test_says_what_really_runs(runtime: Runtime, provider: str) -> None:
+    assert open_network(load_bundle("default"), runtime).provider == provider
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("engine", ["auto", "onnxruntime", "torch"])
+def test_a_gpu_that_is_demanded_and_not_there_is_an_error(engine: str) -> None:
+    with pytest.raises(RuntimeUnavailableError, match="CUDA"):
+        open_network(load_bundle("default"), Runtime.model_validate({"engine": engine, "device": "cuda"}))
+
+
+@needs_gpu
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_a_gpu_that_is_demanded_runs_and_agrees(engine: str, test_vector: KnownAnswers) -> None:
+    bundle = load_bundle("default")
+    network = open_network(bundle, Runtime.model_validate({"engine": engine, "device": "cuda"}))
+    images = prepare_images(test_vector.cutouts, test_vector.cutout_box, bundle.card.inputs.images)
+    assert network.provider == "torch/cuda:0"
+    np.testing.assert_allclose(
+        network.run({"images": images})["probabilities"], test_vector.outputs["probabilities"], rtol=0, atol=1e-5
+    )
+
+
+def test_takes_as_many_threads_as_it_is_told() -> None:
+    open_network(load_bundle("default"), Runtime(engine="torch", inference_threads=1))
+    assert torch.get_num_threads() == 1
+
+
+def test_scoring_on_onnxruntime_does_not_import_torch() -> None:
+    """torch takes seconds to import: a service must not wait for what it does not use."""
+    program = (
+        "import sys\n"
+        "from broker_filter.config import Runtime\n"
+        "from broker_filter.scoring.scorer import open_scorer\n"
+        "open_scorer(['default'], Runtime(device='cpu'))\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_cores_are_those_of_the_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    files: dict[str, str] = {}
+
+    def read_text(path: Path, *_: object) -> str:
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert available_cores() == 16
+    files["/sys/fs/cgroup/cpu.max"] = "max 100000\n"
+    assert available_cores() == 16
+    files["/sys/fs/cgroup/cpu.max"] = "250000 100000\n"
+    assert available_cores() == 3
+    files["/sys/fs/cgroup/cpu.max"] = "50000 100000\n"
+    assert available_cores() == 1
+    files.clear()
+    files["/sys/fs/cgroup/cpu/cpu.cfs_quota_us"] = "-1\n"
+    files["/sys/fs/cgroup/cpu/cpu.cfs_period_us"] = "100000\n"
+    assert available_cores() == 16
+    files["/sys/fs/cgroup/cpu/cpu.cfs_quota_us"] = "400000\n"
+    assert available_cores() == 4

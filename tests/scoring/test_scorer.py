@@ -1,0 +1,131 @@
+"""The scorer: who is scored by which model, and that company makes no difference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from broker_filter.config import Model, Runtime
+from broker_filter.packets.batch import AlertBatch, Survey
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.packet import FilePosition, Packet
+from broker_filter.packets.registry import open_registry
+from broker_filter.scoring.bundle import CARD, BundleError, KnownAnswers
+from broker_filter.scoring.scorer import CHUNK, Scorer, open_scorer
+
+CPU = Runtime(engine="onnxruntime", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Scorer:
+    return open_scorer(["default"], CPU)
+
+
+def test_gives_the_scores_that_the_bundle_promises(
+    scorer: Scorer, make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers
+) -> None:
+    scores = scorer.score(make_batch(test_vector.cutouts, test_vector.cutout_box))
+    np.testing.assert_allclose(
+        scores.columns()["default.real"], test_vector.outputs["probabilities"][:, 0], rtol=0, atol=1e-5
+    )
+    assert scores.taken.all()
+
+
+def test_says_what_it_is_made_of(scorer: Scorer) -> None:
+    (model,) = scorer.models
+    assert (model.name, model.labels, model.surveys) == ("default", ("real",), (Survey.ZTF,))
+    assert model.provider == "onnxruntime/CPUExecutionProvider"
+    assert (scorer.cutout_size, scorer.columns) == (63, ())
+
+
+def test_alerts_of_a_survey_that_the_model_was_not_trained_for_have_no_score(
+    scorer: Scorer, make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers
+) -> None:
+    surveys = [Survey.ZTF, Survey.LSST, Survey.ZTF, Survey.LSST]
+    scores = scorer.score(make_batch(test_vector.cutouts, test_vector.cutout_box, surveys))
+    real = scores.columns()["default.real"]
+    assert scores.taken.tolist() == [True, False, True, False]
+    assert np.isnan(real[[1, 3]]).all()
+    np.testing.assert_allclose(real[[0, 2]], test_vector.outputs["probabilities"][[0, 2], 0], rtol=0, atol=1e-5)
+
+
+def test_the_operator_can_add_a_survey(make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers) -> None:
+    scorer = open_scorer([Model(bundle="default", also=["lsst"])], CPU)
+    scores = scorer.score(make_batch(test_vector.cutouts, test_vector.cutout_box, Survey.LSST))
+    assert scores.taken.all()
+    assert np.isfinite(scores.columns()["default.real"]).all()
+    assert scorer.models[0].surveys == (Survey.ZTF, Survey.LSST)
+
+
+def test_an_alert_that_no_model_takes_is_not_taken(
+    scorer: Scorer, make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers
+) -> None:
+    assert not scorer.score(make_batch(test_vector.cutouts, survey=Survey.LSST)).taken.any()
+
+
+def test_an_empty_batch_has_empty_scores(scorer: Scorer, make_batch: Callable[..., AlertBatch]) -> None:
+    scores = scorer.score(make_batch(np.zeros((0, 3, 63, 63), np.float32)))
+    assert scores.columns()["default.real"].shape == (0,)
+    assert scores.taken.shape == (0,)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+def test_scores_do_not_depend_on_the_rest_of_the_batch(
+    make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers, engine: str
+) -> None:
+    scorer = open_scorer(["default"], Runtime.model_validate({"engine": engine, "device": "cpu"}))
+    rows = np.random.default_rng(5).integers(4, size=2 * CHUNK + 5)
+
+    def score(chosen: np.ndarray) -> np.ndarray:
+        batch = make_batch(test_vector.cutouts[chosen], test_vector.cutout_box[chosen])
+        return scorer.score(batch).columns()["default.real"]
+
+    together = score(rows)
+    np.testing.assert_allclose(np.concatenate([score(rows[i : i + 1]) for i in range(len(rows))]), together, atol=1e-6)
+    np.testing.assert_allclose(score(rows[::-1])[::-1], together, atol=1e-6)
+
+
+def test_larger_slots_give_the_same_scores(
+    scorer: Scorer, make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers
+) -> None:
+    """Another model may need larger cutouts: ZTF's stamps then stand at the top left of them."""
+    slots = np.zeros((4, 3, 80, 80), np.float32)
+    slots[..., :63, :63] = test_vector.cutouts
+    scores = scorer.score(make_batch(slots, test_vector.cutout_box)).columns()["default.real"]
+    np.testing.assert_allclose(scores, test_vector.outputs["probabilities"][:, 0], rtol=0, atol=1e-5)
+
+
+def test_several_models_stand_side_by_side(
+    own_bundle: Path, make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers
+) -> None:
+    card = yaml.safe_load((own_bundle / CARD).read_text()) | {"name": "mine", "surveys": ["lsst"]}
+    (own_bundle / CARD).write_text(yaml.safe_dump(card))
+    scorer = open_scorer(["default", str(own_bundle)], CPU)
+    scores = scorer.score(make_batch(test_vector.cutouts, survey=[Survey.ZTF, Survey.LSST, Survey.ZTF, Survey.LSST]))
+    assert list(scores.columns()) == ["default.real", "mine.real"]
+    assert scores.taken.all()
+    assert [model.taken.tolist() for model in scores.models] == [
+        [True, False, True, False],
+        [False, True, False, True],
+    ]
+
+
+def test_two_models_of_one_name_are_refused(own_bundle: Path) -> None:
+    with pytest.raises(BundleError, match=f"bundles/default and {own_bundle} are both called 'default'"):
+        open_scorer(["default", str(own_bundle)], CPU)
+
+
+@pytest.mark.shared
+def test_default_scores_every_shared_ztf_alert(scorer: Scorer, ztf_packets: list[tuple[int, bytes]]) -> None:
+    alerts, _ = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=("drb",)).decode(
+        [Packet(data, FilePosition(str(candid))) for candid, data in ztf_packets]
+    )
+    real = scorer.score(alerts).columns()["default.real"]
+    drb = alerts.column("drb")
+    rated = drb > 0  # NaN or 0: made before ZTF had the network
+    assert np.isfinite(real).all()
+    assert ((real > 0.5) == (drb > 0.5))[rated].mean() > 0.95
