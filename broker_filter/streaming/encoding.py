@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter import __version__
-from broker_filter.packets.batch import AlertBatch, Record
-from broker_filter.packets.ocf import container_header, encode_block, encode_long
+from broker_filter.packets.batch import AlertBatch, Record, Survey
+from broker_filter.packets.ocf import container_header, encode_long
 from broker_filter.packets.registry import RegistryUnavailable
 from broker_filter.packets.schema import PRIMITIVES, WriterSchema, full_name, resolve_name
 from broker_filter.packets.wire import frame
@@ -44,6 +44,10 @@ MAX_REGISTRY_ANSWER = 1 << 20
 """Bytes of a registry's answer: an id, or an error message."""
 NAMED = ("record", "error", "enum", "fixed")
 """Kinds of types that have names."""
+
+
+Body = Sequence[bytes | memoryview]
+"""An encoded record in pieces, which are joined once, when the whole value is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ class OutputSchema:
 class Framing(Protocol):
     """How a body becomes a record's value."""
 
-    def frame(self, schema: OutputSchema, body: bytes, topic: str) -> bytes:
+    def frame(self, schema: OutputSchema, body: Body, topic: str) -> bytes:
         """The value to publish to `topic`."""
         ...
 
@@ -91,9 +95,10 @@ class Framing(Protocol):
 class ContainerFraming:
     """An Avro object container file with one record: what `fastavro.reader` reads."""
 
-    def frame(self, schema: OutputSchema, body: bytes, topic: str) -> bytes:  # noqa: ARG002
+    def frame(self, schema: OutputSchema, body: Body, topic: str) -> bytes:  # noqa: ARG002
         """The value to publish, the same for every topic."""
-        return schema.header + encode_block(1, body, schema.sync)
+        size = sum(map(len, body))
+        return b"".join((schema.header, encode_long(1), encode_long(size), *body, schema.sync))
 
 
 class RegistryRefusalError(Exception):
@@ -107,11 +112,11 @@ class WireFraming:
         self._url = registry_url.rstrip("/")
         self._ids: dict[tuple[OutputSchema, str], int] = {}
 
-    def frame(self, schema: OutputSchema, body: bytes, topic: str) -> bytes:
+    def frame(self, schema: OutputSchema, body: Body, topic: str) -> bytes:
         """The value to publish. Raises RegistryUnavailable (try again later) and RegistryRefusalError."""
         if (schema, topic) not in self._ids:
             self._ids[schema, topic] = self._register(schema, f"{topic}-value")
-        return frame(self._ids[schema, topic], body)
+        return frame(self._ids[schema, topic], b"".join(body))
 
     def _register(self, schema: OutputSchema, subject: str) -> int:
         request = urllib.request.Request(  # noqa: S310 -- the operator's own URL, its scheme checked with the configuration
@@ -141,18 +146,17 @@ class Encoder:
 
     def encode(
         self, scored: ScoredBatch, scored_at_ms: int, anomalies: Anomalies | None
-    ) -> list[tuple[OutputSchema, bytes]]:
+    ) -> list[tuple[OutputSchema, Body]]:
         """Schema and body of each alert in `scored.scored`, in that order. `scored_at_ms`: Unix milliseconds."""
         rows = scored.scored.tolist()
         annotations = encode_annotations(scored, scored_at_ms, anomalies)
         if self._payload == "scores":
             schema = scored_alert_schema()
-            return [(schema, encode_identity(scored.alerts, i) + annotations[i]) for i in rows]
+            return [(schema, (encode_identity(scored.alerts, i), annotations[i])) for i in rows]
         cutouts = self._payload == "full"
         records = scored.alerts.records
         return [
-            (annotated_schema(records[i].schema, cutouts), b"".join((*_kept(records[i], cutouts), annotations[i])))
-            for i in rows
+            (annotated_schema(records[i].schema, cutouts), (*_kept(records[i], cutouts), annotations[i])) for i in rows
         ]
 
 
@@ -179,16 +183,16 @@ def encode_annotations(scored: ScoredBatch, scored_at_ms: int, anomalies: Anomal
 
 
 def encode_identity(alerts: AlertBatch, i: int) -> bytes:
-    """The fields of scored_alert.avsc before `broker_filter`."""
-    alert = alerts.identity(i)
+    """The fields of scored_alert.avsc before `broker_filter`, of alert i."""
+    band = alerts.identity(i).band
     return b"".join(
         (
             encode_long(int(alerts.alert_id[i])),
             _string(alerts.object_id[i]),
-            _string(str(alert.survey)),
+            _string(str(Survey(alerts.survey[i]))),
             _string(alerts.schema_version[i]),
             struct.pack("<3d", alerts.mjd[i], alerts.ra[i], alerts.dec[i]),
-            NULL if alert.band is None else SECOND_BRANCH + _string(alert.band),
+            NULL if band is None else SECOND_BRANCH + _string(band),
         )
     )
 

@@ -166,7 +166,7 @@ class Replayer:
                 else:
                     for row in own:
                         record = alerts.records[row]
-                        value = ContainerFraming().frame(_schema(record.schema), bytes(record.body), self._topic)
+                        value = ContainerFraming().frame(_schema(record.schema), [record.body], self._topic)
                         yield _Alert(value, alerts.identity(row), packet)
 
     def _wait_until(self, due: float) -> None:
