@@ -63,7 +63,8 @@ class NaiveBroker:
         axis = 1 if wanted.normalisation == "l2_row" else None
         for channel, name in enumerate(wanted.order):
             cutout = np.nan_to_num(cutouts[CUTOUTS.index(name)])
-            norm = np.linalg.norm(cutout, axis=axis, keepdims=True)
+            with np.errstate(over="ignore"):  # pixels of 3.4e38
+                norm = np.linalg.norm(cutout, axis=axis, keepdims=True)
             height, width = cutout.shape
             images[0, channel, :height, :width] = cutout / np.where(norm == 0, 1, norm)
         with torch.inference_mode():

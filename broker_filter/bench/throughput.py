@@ -31,6 +31,8 @@ POLL_INTERVAL_S = 0.05
 REQUEST_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 60
 STALL_TIMEOUT_S = 120
+SILENT = {"log_level": 0}
+"""librdkafka prints what it recovers from by itself: a coordinator that loads, a broker that was stopped in the end."""
 QUIET_S = 5.0
 """A reader that was given nothing for so long has read everything."""
 
@@ -45,12 +47,14 @@ class Arena:
     def __init__(self, bootstrap_servers: str, packets: Sequence[bytes], partitions: int, directory: Path) -> None:
         """`directory`: for configuration and logs of the contestants."""
         self.bootstrap_servers = bootstrap_servers
+        self._client = {"bootstrap.servers": bootstrap_servers, **SILENT}
+        self._admin = AdminClient(self._client)
         self.alerts = len(packets)
         self._directory = directory
         self.topic = f"bench-{uuid.uuid4().hex[:8]}"
         self._partitions = [TopicPartition(self.topic, i) for i in range(partitions)]
         self._create(self.topic, partitions)
-        producer = Producer({"bootstrap.servers": bootstrap_servers, "linger.ms": 20, "message.max.bytes": 2**24})
+        producer = Producer({**self._client, "linger.ms": 20, "message.max.bytes": 2**24})
         for i, packet in enumerate(packets):
             while len(producer) > 1000:  # well below librdkafka's queue: a night does not fit in it
                 producer.poll(0.1)
@@ -122,7 +126,7 @@ class Arena:
 
     def _rate(self, group: str, alerts: int, exit_status: Callable[[], int | None]) -> float:
         # A consumer that never subscribes does not join its group: it only asks what the group has committed.
-        watcher = Consumer({"bootstrap.servers": self.bootstrap_servers, "group.id": group})
+        watcher = Consumer({**self._client, "group.id": group})
         first_count = count = 0
         first_time = last_time = time.monotonic()
         while count < alerts:
@@ -147,7 +151,7 @@ class Arena:
         """Counts what a read_committed reader finds, and deletes it."""
         consumer = Consumer(
             {
-                "bootstrap.servers": self.bootstrap_servers,
+                **self._client,
                 "group.id": f"{topic}-reader",
                 "auto.offset.reset": "earliest",
                 "enable.auto.commit": False,
@@ -163,16 +167,12 @@ class Arena:
         if found != alerts:
             raise BenchmarkError(f"{topic} holds {found} committed records for {alerts} alerts")
 
-    def _admin(self) -> AdminClient:
-        """Made for each use: one that is kept complains of a broker that was stopped."""
-        return AdminClient({"bootstrap.servers": self.bootstrap_servers})
-
     def _create(self, topic: str, partitions: int) -> None:
-        for future in self._admin().create_topics([NewTopic(topic, partitions)]).values():
+        for future in self._admin.create_topics([NewTopic(topic, partitions)]).values():
             future.result()
 
     def _delete(self, topic: str) -> None:
-        for future in self._admin().delete_topics([topic]).values():
+        for future in self._admin.delete_topics([topic]).values():
             future.result()
 
 
@@ -182,6 +182,7 @@ def naive_loop(bootstrap_servers: str, topic: str, name: str, model: str, alerts
     consumer = Consumer(
         {
             "bootstrap.servers": bootstrap_servers,
+            **SILENT,
             "group.id": name,
             "auto.offset.reset": "earliest",
             "enable.auto.commit": False,
@@ -189,7 +190,9 @@ def naive_loop(bootstrap_servers: str, topic: str, name: str, model: str, alerts
         }
     )
     consumer.subscribe([topic])
-    producer = Producer({"bootstrap.servers": bootstrap_servers, "transactional.id": name, "message.max.bytes": 2**24})
+    producer = Producer(
+        {"bootstrap.servers": bootstrap_servers, **SILENT, "transactional.id": name, "message.max.bytes": 2**24}
+    )
     producer.init_transactions()
     done = 0
     while done < alerts:
