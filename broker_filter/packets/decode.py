@@ -71,22 +71,28 @@ class _Outputs:
         self.ids: NDArray[np.int64] = np.empty((capacity, n_ids), dtype=np.int64)
         self.spans: NDArray[np.int64] = np.empty((capacity, N_SPANS, 2), dtype=np.int64)
         self.points: NDArray[np.float64] = np.empty((capacity * _POINTS_PER_PACKET, N_POINT_COLUMNS))
-        self.n_points: list[int] = []  # after each row
+        self.n_points: list[int] = []  # of each row
+        self.points_end = 0
 
     def walk(self, plan: Plan, body: memoryview, start: int) -> tuple[Status, int]:
         """Walks the record at `start` of `body` into the next row. Where it ended, or failed."""
         row = len(self.n_points)
         if row == len(self.scalars):
             self.scalars, self.ids, self.spans = _doubled(self.scalars), _doubled(self.ids), _doubled(self.spans)
-        begin = self.n_points[-1] if row else 0
         while True:
-            status, position, end = walk(
-                plan.program, body, start, row, self.scalars, self.ids, self.spans, self.points, begin
+            status, position, points_end = walk(
+                plan.program, body, start, row, self.scalars, self.ids, self.spans, self.points, self.points_end
             )
-            if status != Status.NO_ROOM or end - begin > MAX_POINTS:
+            if points_end - self.points_end > MAX_POINTS:
+                status = Status.NO_ROOM
+                break
+            if status != Status.NO_ROOM:
                 break
             self.points = _doubled(self.points)
-        self.n_points.append(end if status == Status.DONE else begin)
+        if status != Status.DONE:
+            points_end = self.points_end
+        self.n_points.append(points_end - self.points_end)
+        self.points_end = points_end
         return Status(status), position
 
 
@@ -117,7 +123,7 @@ class Decoder:
 
         Raises RegistryUnavailable where a schema is needed that cannot be had now; then nothing was decoded.
         """
-        outputs = _Outputs(list(self._layouts.values()), len(packets))
+        outputs = _Outputs(list(self._layouts.values()), max(1, len(packets)))
         walked: list[_Walked] = []
         rejects: list[Reject] = []
         for index, packet in enumerate(packets):
@@ -223,8 +229,8 @@ class _Columns:
         self._metadata = np.empty((n, n_columns))
         self._object_id = [""] * n
         self._points: list[Points] = []
-        points = outputs.points[: outputs.n_points[-1] if n else 0]
-        owners = np.repeat(np.arange(n), np.diff(outputs.n_points[:n], prepend=0))
+        points = outputs.points[: outputs.points_end]
+        owners = np.repeat(np.arange(n), np.array(outputs.n_points, dtype=np.int64))
         for survey, layout in layouts.items():
             rows = np.flatnonzero(self._survey == survey)
             if not len(rows):
@@ -305,7 +311,9 @@ class _Columns:
 
     def _record(self, row: int) -> Record:
         item, spans = self._walked[row], self.spans[row]
-        return Record(item.body, item.plan.schema, tuple((spans[slot][0], spans[slot][1]) for slot in item.plan.cutouts))
+        return Record(
+            item.body, item.plan.schema, tuple((spans[slot][0], spans[slot][1]) for slot in item.plan.cutouts)
+        )
 
     def _text(self, row: int, slot: int) -> str:
         begin, end = self.spans[row][slot]

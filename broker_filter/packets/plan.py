@@ -98,7 +98,9 @@ class Wanted:
     fields: dict[str, Wanted] = field(default_factory=dict)
 
     def read(self, reading: Reading, slot: int) -> None:
-        """Wants one reading of the field itself."""
+        """Wants a reading of the field itself, which can have one only."""
+        if self.reading is not None:
+            raise ValueError(f"a field is wanted twice: as {self.reading} in {self.slot}, as {reading} in {slot}")
         self.reading, self.slot = reading, slot
 
 

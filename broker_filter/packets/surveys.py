@@ -126,6 +126,7 @@ ZTF_MAGPSF = _ztf("magpsf", NO_VALUE)
 ZTF_SIGMAPSF = _ztf("sigmapsf", NO_VALUE)
 ZTF_ISDIFFPOS = _ztf("isdiffpos", letter=True)
 ZTF_DIFFMAGLIM = _ztf("diffmaglim", NO_VALUE)
+ZTF_SSDISTNR = _ztf("ssdistnr", NO_VALUE)
 LSST_MJD = _lsst("midpointMjdTai")
 LSST_RA = _lsst("ra")
 LSST_DEC = _lsst("dec")
@@ -161,8 +162,8 @@ def _lsst_sso(match: Values, of_source: Values) -> Values:
     return np.asarray((np.nan_to_num(match) != 0) | (np.nan_to_num(of_source) != 0), dtype=np.float64)
 
 
-def _lsst_positive(negative: Values, flux: Values) -> Values:
-    return np.where(np.isnan(negative), np.where(np.isnan(flux), np.nan, flux >= 0), negative == 0)
+def _positive(flux: Values) -> Values:
+    return np.where(np.isnan(flux), np.nan, flux >= 0)
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -185,13 +186,13 @@ COLUMNS: tuple[Column, ...] = (
         "1 or 0",
         "brighter (1) or fainter (0) than the template",
         Derived(lambda letter: (sign(letter) + 1) / 2, (ZTF_ISDIFFPOS,)),
-        Derived(_lsst_positive, (_lsst("isNegative", "is_negative"), LSST_FLUX)),
+        Derived(_positive, (LSST_FLUX,)),
     ),
     Column(
         "sso",
         "1 or 0",
         "is a known solar-system object (ZTF: one is listed within 5 arcsec)",
-        Derived(_ztf_sso, (_ztf("ssdistnr"),)),
+        Derived(_ztf_sso, (ZTF_SSDISTNR,)),
         Derived(_lsst_sso, (_SS_OBJECT, _SS_OBJECT_OF_SOURCE)),
     ),
     Column("ndethist", "", "detections at this position so far", _ztf("ndethist"), Field(("diaObject.nDiaSources",))),
@@ -261,7 +262,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("jdendref", "d", "last exposure of the template", _ztf("jdendref", NO_VALUE)),
     Column("nframesref", "", "exposures in the template", _ztf("nframesref", NO_VALUE)),
     # ZTF: catalogues.
-    Column("ssdistnr", "arcsec", "nearest known solar-system object within 30", _ztf("ssdistnr", NO_VALUE)),
+    Column("ssdistnr", "arcsec", "nearest known solar-system object within 30", ZTF_SSDISTNR),
     Column("ssmagnr", "mag", "its predicted magnitude", _ztf("ssmagnr", NO_VALUE)),
     *(
         Column(f"{name}{rank}", unit, f"{meaning} of Pan-STARRS source {rank}", _ztf(f"{name}{rank}", NO_VALUE))
@@ -283,6 +284,7 @@ COLUMNS: tuple[Column, ...] = (
     # LSST.
     Column("reliability", "0 to 1", "real-bogus score of the survey's network", lsst=_lsst("reliability")),
     Column("extendedness", "0 to 1", "point-like (0) or extended (1)", lsst=_lsst("extendedness")),
+    Column("isNegative", "1 or 0", "detected as a negative source", lsst=_lsst("isNegative", "is_negative")),
     Column("visit", "", "exposure", lsst=_lsst("visit")),
     Column("detector", "", "detector, 0 to 188", lsst=_lsst("detector")),
     Column("apFlux", "nJy", "aperture difference flux", lsst=_lsst("apFlux")),

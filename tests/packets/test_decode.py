@@ -1,0 +1,549 @@
+"""Decoder: every real packet as fastavro and astropy read it, every bad one a reject with its reason, nothing lost."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import math
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fastavro
+import numpy as np
+import pytest
+from astropy.io import fits
+from numpy.typing import NDArray
+
+from broker_filter.packets import decode as decode_module
+from broker_filter.packets import ocf, wire
+from broker_filter.packets.batch import BANDS, CUTOUTS, AlertBatch, Survey
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.packet import FilePosition, Packet
+from broker_filter.packets.registry import RegistryUnavailable, UnknownSchemaId, open_registry
+from broker_filter.packets.rejects import Reject, RejectReason
+from broker_filter.packets.schema import WriterSchema
+from broker_filter.packets.surveys import COLUMNS, Column, Field
+
+pytestmark = pytest.mark.filterwarnings("ignore:Found a SIMPLE card:astropy.io.fits.verify.VerifyWarning")
+
+FIELDS = ("cutoutScience", "cutoutTemplate", "cutoutDifference")
+SIZE = 63
+
+
+def packet(data: bytes, name: str = "test") -> Packet:
+    return Packet(data, FilePosition(name))
+
+
+def decode(*data: bytes, **options: Any) -> tuple[AlertBatch, list[Reject]]:
+    return Decoder(open_registry(None), **options).decode([packet(item) for item in data])
+
+
+def pixels(stamp: bytes) -> NDArray[np.float32]:
+    with fits.open(io.BytesIO(gzip.decompress(stamp) if stamp[:2] == b"\x1f\x8b" else stamp)) as hdus:
+        return np.asarray(hdus[0].data)
+
+
+def published(column: Column, survey: Survey, record: dict[str, Any]) -> float:
+    """The value of a column that stands in the packet as it is."""
+    source = column.source(survey)
+    assert isinstance(source, Field)
+    for path in source.paths:
+        outer, inner = path.split(".")
+        if inner in (record.get(outer) or {}):
+            value = record[outer][inner]
+            return math.nan if value is None or value == source.missing else float(value)
+    return math.nan
+
+
+def assert_columns(alerts: AlertBatch, records: dict[int, dict[str, Any]], survey: Survey) -> None:
+    """The columns of the alerts in rows `records` that the survey publishes as they are; those of the other are NaN."""
+    rows = list(records)
+    for column in COLUMNS:
+        values = alerts.column(column.name)[rows]
+        if isinstance(column.source(survey), Field):
+            np.testing.assert_equal(
+                values, [published(column, survey, record) for record in records.values()], column.name
+            )
+        elif column.source(survey) is None:
+            assert np.isnan(values).all()
+
+
+def assert_stamps(alerts: AlertBatch, i: int, stamps: Sequence[bytes]) -> None:
+    """Each slot holds astropy's pixels, bit for bit, and zeros around them."""
+    for c, stamp in enumerate(stamps):
+        image = pixels(stamp)
+        y, x, height, width = alerts.cutout_box[i, c].tolist()
+        assert (height, width) == image.shape
+        slot = alerts.cutouts[i, c].copy()
+        assert slot[y : y + height, x : x + width].tobytes() == image.astype(np.float32).tobytes()
+        slot[y : y + height, x : x + width] = 0
+        assert not slot.any()
+
+
+def assert_record(alerts: AlertBatch, i: int, record: dict[str, Any]) -> None:
+    """The undecoded body is the record's, and the spans are those of its cutouts."""
+    held = alerts.records[i]
+    definition = fastavro.parse_schema(held.schema.definition)
+    stream = io.BytesIO(held.body)
+    np.testing.assert_equal(fastavro.schemaless_reader(stream, definition, None), record)
+    assert stream.tell() == len(held.body)
+    rest = {**held.schema.definition}
+    rest["fields"] = [field for field in rest["fields"] if field["name"] not in FIELDS]
+    body, at = b"", 0
+    for begin, end in held.cutout_spans:
+        body, at = body + bytes(held.body[at:begin]), end
+    stream = io.BytesIO(body + bytes(held.body[at:]))
+    without = fastavro.schemaless_reader(stream, fastavro.parse_schema(rest), None)
+    np.testing.assert_equal(without, {name: value for name, value in record.items() if name not in FIELDS})
+    assert not stream.read()
+
+
+def test_ztf_packets_are_read_as_fastavro_and_astropy_read_them(ztf_packets: list[tuple[int, bytes]]) -> None:
+    versions: Counter[str] = Counter()
+    schemas: set[WriterSchema] = set()
+    for start in range(0, len(ztf_packets), 128):
+        chunk = ztf_packets[start : start + 128]
+        alerts, rejects = decode(*(data for _, data in chunk))
+        assert not rejects
+        assert len(alerts) == len(chunk)
+        np.testing.assert_array_equal(alerts.packet_index, np.arange(len(chunk)))
+        np.testing.assert_array_equal(alerts.alert_id, [candid for candid, _ in chunk])
+        versions.update(alerts.schema_version)
+        records: dict[int, dict[str, Any]] = {}
+        for i, (_, data) in enumerate(chunk):
+            (record,) = fastavro.reader(io.BytesIO(data))
+            candidate = record["candidate"]
+            identity = alerts.identity(i)
+            assert identity.object_id == record["objectId"]
+            assert identity.survey is Survey.ZTF
+            assert identity.schema_version == record.get("schemavsn", "unversioned")
+            assert identity.mjd == candidate["jd"] - 2400000.5
+            assert (identity.ra, identity.dec) == (candidate["ra"], candidate["dec"])
+            assert identity.band == {1: "g", 2: "r", 3: "i"}[candidate["fid"]]
+            assert_stamps(alerts, i, [record[name]["stampData"] for name in FIELDS])
+            records[i] = record
+            if alerts.records[i].schema not in schemas:
+                schemas.add(alerts.records[i].schema)
+                assert_record(alerts, i, record)
+        assert_columns(alerts, records, Survey.ZTF)
+    assert set(versions) == {"unversioned", "2.0", "3.0", "3.1", "3.2", "3.3", "3.5", "4.01", "4.02"}
+    assert versions.total() > 1900
+
+
+def lsst_records(shared_data: Path, lsst_schemas: Path) -> list[tuple[Packet, list[dict[str, Any]]]]:
+    """Every shared LSST packet that has a schema, and its records by fastavro."""
+    registry = open_registry(str(lsst_schemas))
+    found = []
+    for path in sorted((shared_data / "lsst").rglob("*.avro")):
+        data = path.read_bytes()
+        if wire.is_wire_message(data):
+            message = wire.unframe(data)
+            try:
+                schema = registry.get(message.schema_id)
+            except UnknownSchemaId:
+                continue
+            records = [fastavro.schemaless_reader(io.BytesIO(message.body), schema.definition, None)]
+        else:
+            records = list(fastavro.reader(io.BytesIO(data)))
+        found.append((packet(data, str(path)), records))
+    return found
+
+
+def test_lsst_packets_are_read_as_fastavro_and_astropy_read_them(shared_data: Path, lsst_schemas: Path) -> None:
+    expected = lsst_records(shared_data, lsst_schemas)
+    alerts, rejects = Decoder(open_registry(str(lsst_schemas)), cutout_size=102).decode([item for item, _ in expected])
+    rejected = {(reject.packet.position, reject.record): reject for reject in rejects}
+    at = {
+        (p, r): i
+        for i, (p, r) in enumerate(zip(alerts.packet_index.tolist(), alerts.record_index.tolist(), strict=True))
+    }
+    read: dict[int, dict[str, Any]] = {}
+    schemas: set[WriterSchema] = set()
+    for p, (source, records) in enumerate(expected):
+        for r, record in enumerate(records):
+            stamps = [record.get(name) for name in FIELDS]
+            if not all(stamps):
+                reject = rejected.pop((source.position, r))
+                assert reject.reason is RejectReason.MISSING_CUTOUT
+                assert reject.alert is not None
+                assert reject.alert.alert_id is not None
+                assert reject.alert.band == record["diaSource"].get("band")
+                continue
+            i = at.pop((p, r))
+            source_ = record["diaSource"]
+            identity = alerts.identity(i)
+            assert identity.alert_id == source_["diaSourceId"]
+            assert identity.object_id == str(
+                (record.get("diaObject") or {}).get("diaObjectId") or (record.get("ssSource") or {})["ssObjectId"]
+            )
+            assert identity.survey is Survey.LSST
+            assert (identity.mjd, identity.ra, identity.dec) == (
+                source_["midpointMjdTai"],
+                source_["ra"],
+                source_["dec"],
+            )
+            assert identity.band == source_["band"]
+            declared = record.get("lsst_schema_version")
+            assert identity.schema_version == (
+                declared.removeprefix("lsst.v").replace("_", ".") if declared else identity.schema_version
+            )
+            assert alerts.column("sso")[i] == float((record.get("ssSource") or {}).get("ssObjectId") is not None)
+            assert_stamps(alerts, i, stamps)
+            read[i] = record
+            if alerts.records[i].schema not in schemas:
+                schemas.add(alerts.records[i].schema)
+                assert_record(alerts, i, record)
+    assert_columns(alerts, read, Survey.LSST)
+    assert not rejected
+    assert not at
+    assert {"7.1", "7.3", "7.4", "9.0", "10.0", "unversioned"} == set(alerts.schema_version)
+
+
+def test_columns_that_both_surveys_share_mean_the_same(
+    ztf_packets: list[tuple[int, bytes]], shared_data: Path, lsst_schemas: Path
+) -> None:
+    ztf, _ = decode(*(data for _, data in ztf_packets[:200]))
+    sign = np.where(ztf.column("isdiffpos") == 1, 1, -1)
+    np.testing.assert_allclose(ztf.column("psfFlux"), sign * 3631e9 * 10 ** (-0.4 * ztf.column("magpsf")), rtol=2e-4)
+    np.testing.assert_allclose(ztf.column("snr"), np.abs(ztf.column("psfFlux") / ztf.column("psfFluxErr")))
+    lsst, _ = Decoder(open_registry(str(lsst_schemas))).decode(
+        [item for item, _ in lsst_records(shared_data, lsst_schemas)]
+    )
+    np.testing.assert_allclose(3631e9 * 10 ** (-0.4 * lsst.column("magpsf")), np.abs(lsst.column("psfFlux")), rtol=2e-4)
+    np.testing.assert_allclose(
+        lsst.column("sigmapsf"), 1.0857 * np.abs(lsst.column("psfFluxErr") / lsst.column("psfFlux")), rtol=1e-4
+    )
+    np.testing.assert_array_equal(lsst.column("isdiffpos") == 1, lsst.column("psfFlux") > 0)
+    assert 0 < lsst.column("sso").sum() < len(lsst)
+
+
+def test_a_solar_system_match_of_ztf_is_within_five_arcsec(ztf_packets: list[tuple[int, bytes]]) -> None:
+    alerts, _ = decode(*(data for _, data in ztf_packets[:600]))
+    distance = alerts.column("ssdistnr")
+    np.testing.assert_array_equal(alerts.column("sso"), ((distance >= 0) & (distance <= 5)).astype(float))
+    assert (distance > 5).any()
+    assert np.isnan(distance).any()
+
+
+def test_every_damaged_packet_is_rejected_with_a_reason(shared_data: Path) -> None:
+    paths = sorted((shared_data / "ztf" / "damaged").iterdir())
+    reasons: Counter[str] = Counter()
+    for path in paths:
+        alerts, (reject,) = decode(path.read_bytes())
+        reasons[reject.reason] += 1
+        assert reject.detail
+        # One of them is several containers' worth of bytes, the first of which is sound.
+        assert len(alerts) == reject.record == (1 if "schema_4.02" in path.name else 0)
+    assert reasons == {"not_avro": 3, "bad_schema": 5, "truncated": 7, "corrupt": 1}
+
+
+def test_other_surveys_are_unknown(shared_data: Path) -> None:
+    paths = sorted(path for path in (shared_data / "other").rglob("*") if path.is_file())
+    assert len(paths) > 15
+    alerts, rejects = decode(*(path.read_bytes() for path in paths))
+    assert len(alerts) == 0
+    assert [reject.reason for reject in rejects] == [RejectReason.UNKNOWN_SURVEY] * len(paths)
+
+
+# Packets changed on purpose.
+
+
+def rewritten(data: bytes, change: Any = None, schema: Any = None) -> bytes:
+    """A ZTF packet re-encoded by fastavro after `change(record)`, under `schema`, its own unless told otherwise."""
+    reader = fastavro.reader(io.BytesIO(data))
+    (record,) = reader
+    if change:
+        change(record)
+    file = io.BytesIO()
+    fastavro.writer(file, schema or reader.writer_schema, [record])
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def nullable(ztf_packets: list[tuple[int, bytes]]) -> bytes:
+    """A packet with every field nullable."""
+    return next(data for candid, data in ztf_packets if candid == 2481114533215015024)
+
+
+@pytest.fixture(scope="module")
+def original(ztf_packets: list[tuple[int, bytes]]) -> bytes:
+    """A packet of the survey's own, schemavsn 4.02."""
+    return next(data for candid, data in ztf_packets if candid == 2695378462115010012)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "says"),
+    [
+        (lambda r: r.update(cutoutScience=None), RejectReason.MISSING_CUTOUT, "cutoutScience"),
+        (lambda r: r["cutoutTemplate"].update(stampData=b""), RejectReason.MISSING_CUTOUT, "cutoutTemplate"),
+        (lambda r: r["cutoutDifference"].update(stampData=b"x" * 99), RejectReason.BAD_CUTOUT, "cutoutDifference"),
+        (
+            lambda r: r["cutoutScience"].update(stampData=r["cutoutScience"]["stampData"][:-99]),
+            RejectReason.BAD_CUTOUT,
+            "",
+        ),
+        (lambda r: (r.update(candid=None), r["candidate"].update(candid=None)), RejectReason.MISSING_FIELD, "id"),
+        (lambda r: r["candidate"].update(jd=None), RejectReason.MISSING_FIELD, "time"),
+        (
+            lambda r: r["candidate"].update(ra=None, dec=-999.0),
+            RejectReason.MISSING_FIELD,
+            "right ascension and no declination",
+        ),
+        (lambda r: r["candidate"].update(dec=math.nan), RejectReason.MISSING_FIELD, "declination"),
+        (lambda r: r.update(candidate=None), RejectReason.MISSING_FIELD, "time"),
+    ],
+)
+def test_an_unusable_alert_is_rejected_and_its_neighbours_are_not(
+    nullable: bytes, change: Any, reason: RejectReason, says: str
+) -> None:
+    alerts, (reject,) = decode(nullable, rewritten(nullable, change), nullable)
+    assert alerts.packet_index.tolist() == [0, 2]
+    assert alerts.cutouts[0].tobytes() == alerts.cutouts[1].tobytes()
+    assert reject.reason is reason
+    assert says in reject.detail
+    assert reject.alert is not None
+    assert reject.alert.object_id == alerts.object_id[0]
+    np.testing.assert_equal(alerts.metadata[0], alerts.metadata[1])
+    assert np.diff(alerts.light_curves.offsets).tolist() == [np.diff(alerts.light_curves.offsets)[0]] * 2
+
+
+def test_the_top_level_id_may_be_missing(nullable: bytes) -> None:
+    alerts, _ = decode(rewritten(nullable, lambda r: r.update(candid=None)))
+    assert alerts.alert_id.tolist() == [2481114533215015024]
+
+
+def test_a_blank_stamp_is_rejected(original: bytes) -> None:
+    def blank(record: dict[str, Any]) -> None:
+        image = pixels(record["cutoutTemplate"]["stampData"])
+        file = io.BytesIO()
+        fits.PrimaryHDU(np.full_like(image, np.nan)).writeto(file)
+        record["cutoutTemplate"]["stampData"] = gzip.compress(file.getvalue())
+
+    _, (reject,) = decode(rewritten(original, blank))
+    assert reject.reason is RejectReason.BLANK_CUTOUT
+    assert reject.alert is not None
+    assert reject.alert.alert_id == 2695378462115010012
+
+
+def test_types_and_order_of_fields_do_not_matter(original: bytes) -> None:
+    """The same values in the reverse order, numbers as doubles or strings in unions, decode alike."""
+    (record,) = fastavro.reader(io.BytesIO(original))
+    schema = fastavro.reader(io.BytesIO(original)).writer_schema
+
+    def loosened(type_: Any) -> Any:
+        if isinstance(type_, list):
+            return [loosened(branch) for branch in reversed(type_)]
+        if isinstance(type_, dict) and "fields" in type_:
+            fields = [{**field, "type": loosened(field["type"])} for field in reversed(type_["fields"])]
+            return {key: value for key, value in type_.items() if key != "fields"} | {
+                "fields": [{k: v for k, v in field.items() if k != "default"} for field in fields]
+            }
+        if isinstance(type_, dict) and "items" in type_:
+            return {**type_, "items": loosened(type_["items"])}
+        return (
+            {"float": ["boolean", "float", "null"], "double": ["double", "string"], "int": ["null", "long"]}.get(
+                type_, type_
+            )
+            if isinstance(type_, str)
+            else type_
+        )
+
+    cutout = next(field["type"] for field in schema["fields"] if field["name"] == "cutoutScience")[1]
+    for field in schema["fields"]:  # the type's definition now comes last
+        if field["name"] == "cutoutScience":
+            field["type"] = ["null", cutout["name"]]
+        if field["name"] == "cutoutDifference":
+            field["type"] = ["null", cutout]
+    file = io.BytesIO()
+    fastavro.writer(file, loosened(schema), [record])
+    alerts, rejects = decode(original, file.getvalue())
+    assert not rejects
+    np.testing.assert_equal(alerts.metadata[1], alerts.metadata[0])
+    assert alerts.cutouts[1].tobytes() == alerts.cutouts[0].tobytes()
+    curves = alerts.light_curves
+    half = curves.offsets[1]
+    assert len(curves.mjd) == 2 * half
+    np.testing.assert_array_equal(curves.flux[:half], curves.flux[half:])
+    assert alerts.identity(0) == alerts.identity(1)
+
+
+def test_several_records_in_a_packet_are_several_alerts(ztf_packets: list[tuple[int, bytes]], original: bytes) -> None:
+    schema = fastavro.reader(io.BytesIO(original)).writer_schema
+    same = [data for _, data in ztf_packets if fastavro.reader(io.BytesIO(data)).writer_schema == schema][:6]
+    records = [record for data in same for record in fastavro.reader(io.BytesIO(data))]
+    file = io.BytesIO()
+    fastavro.writer(file, schema, records, codec="deflate", sync_interval=200_000)
+    together, rejects = decode(file.getvalue())
+    apart, _ = decode(*same)
+    assert not rejects
+    assert together.packet_index.tolist() == [0] * 6
+    assert together.record_index.tolist() == list(range(6))
+    np.testing.assert_array_equal(together.alert_id, apart.alert_id)
+    np.testing.assert_equal(together.metadata, apart.metadata)
+    assert together.cutouts.tobytes() == apart.cutouts.tobytes()
+    assert [bytes(a.body) for a in together.records] == [bytes(b.body) for b in apart.records]
+    assert [a.cutout_spans for a in together.records] == [b.cutout_spans for b in apart.records]
+
+
+def test_damage_after_good_records_is_one_reject(original: bytes) -> None:
+    container = ocf.read_container(original)
+    assert container.schema is not None
+    body = bytes(container.blocks[0].body)
+    sync = bytes(16)
+    header = ocf.container_header(json.dumps(container.schema.definition).encode(), sync)
+    sound = ocf.encode_block(2, body * 2, sync)
+    for tail, reason, record in (
+        (ocf.encode_block(3, body + body[:-40], sync), RejectReason.TRUNCATED, 3),
+        (ocf.encode_block(1, body + b"\x00", sync), RejectReason.CORRUPT, 2),
+        (sound[:-1], RejectReason.TRUNCATED, 2),
+        (ocf.encode_block(2, body * 2, b"x" * 16), RejectReason.CORRUPT, 2),
+        (b"\x01", RejectReason.TRUNCATED, 2),
+    ):
+        alerts, (reject,) = decode(header + sound + tail)
+        assert (reject.reason, reject.record) == (reason, record)
+        assert alerts.record_index.tolist() == list(range(record))
+
+
+def test_a_bad_block_does_not_spoil_the_next(original: bytes) -> None:
+    container = ocf.read_container(original)
+    assert container.schema is not None
+    body = bytes(container.blocks[0].body)
+    header = ocf.container_header(json.dumps(container.schema.definition).encode(), bytes(16))
+    blocks = [ocf.encode_block(2, body + body[:100], bytes(16)), ocf.encode_block(1, body, bytes(16))]
+    alerts, (reject,) = decode(header + b"".join(blocks))
+    assert alerts.record_index.tolist() == [0, 2]
+    assert (reject.reason, reject.record) == (RejectReason.TRUNCATED, 1)
+    assert reject.alert is not None
+    assert reject.alert.alert_id == 2695378462115010012
+
+
+def test_bytes_that_are_no_packet_are_rejected() -> None:
+    _, rejects = decode(b"", b"\x00", b"hello, world", b"Obj\x01", bytes(1000), b"Obj\x01" + bytes(30))
+    assert [reject.reason for reject in rejects] == [
+        RejectReason.EMPTY,
+        RejectReason.NOT_AVRO,
+        RejectReason.NOT_AVRO,
+        RejectReason.TRUNCATED,
+        RejectReason.UNKNOWN_SCHEMA_ID,
+        RejectReason.BAD_SCHEMA,
+    ]
+
+
+def test_a_hundred_megabyte_message_is_too_large(original: bytes) -> None:
+    alerts, (reject,) = decode(original + bytes(100 << 20), original)
+    assert reject.reason is RejectReason.TOO_LARGE
+    assert alerts.packet_index.tolist() == [1]
+
+
+def test_a_container_without_records_is_said_to_hold_none(original: bytes) -> None:
+    container = ocf.read_container(original)
+    assert container.schema is not None
+    header = ocf.container_header(json.dumps(container.schema.definition).encode(), bytes(16))
+    for data in (header, header + ocf.encode_block(0, b"", bytes(16))):
+        _, (reject,) = decode(data)
+        assert reject.reason is RejectReason.NO_RECORD
+
+
+def test_a_lying_block_does_not_become_a_million_alerts(nullable: bytes) -> None:
+    schema = fastavro.reader(io.BytesIO(nullable)).writer_schema
+    header = ocf.container_header(
+        json.dumps({k: v for k, v in schema.items() if not k.startswith("__")}).encode(), bytes(16)
+    )
+    alerts, rejects = decode(header + ocf.encode_block(1 << 40, b"\x02" * (9 << 17), bytes(16)))
+    assert len(alerts) == 0
+    assert len(rejects) == 10_001
+    assert rejects[0].reason is RejectReason.TOO_LARGE
+
+
+def test_an_endless_history_is_too_large(nullable: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_module, "MAX_POINTS", 500)
+    rows = [{"jd": 2460000.5}] * 501
+    kept, (reject,) = decode(
+        rewritten(nullable, lambda record: record.update(prv_candidates=rows[1:])),
+        rewritten(nullable, lambda record: record.update(prv_candidates=rows)),
+    )
+    assert kept.packet_index.tolist() == [0]
+    assert reject.reason is RejectReason.TOO_LARGE
+    assert "history" in reject.detail
+
+
+def test_a_wire_message_with_bytes_left_over_is_corrupt(
+    lsst_packets: list[tuple[str, bytes]], lsst_schemas: Path
+) -> None:
+    registry = open_registry(str(lsst_schemas))
+    data = next(data for _, data in lsst_packets if data[:5] == wire.frame(704, b"") and len(data) > 50_000)
+    alerts, (left, cut, other) = Decoder(registry).decode(
+        [packet(item) for item in (data, data + b"\x00", data[:-1], wire.frame(1000, data[5:]))]
+    )
+    assert len(alerts) == 1
+    assert left.reason is RejectReason.CORRUPT
+    assert cut.reason is RejectReason.TRUNCATED
+    assert other.reason in (RejectReason.CORRUPT, RejectReason.TRUNCATED)
+
+
+def test_an_unreachable_registry_rejects_nothing(original: bytes, lsst_packets: list[tuple[str, bytes]]) -> None:
+    class Down:
+        def get(self, schema_id: int) -> WriterSchema:
+            raise RegistryUnavailable("down")
+
+    with pytest.raises(RegistryUnavailable):
+        Decoder(Down()).decode([packet(original), packet(lsst_packets[0][1])])
+    assert len(Decoder(Down()).decode([packet(original)])[0]) == 1
+
+
+def test_no_packets_are_an_empty_batch() -> None:
+    alerts, rejects = decode()
+    assert len(alerts) == len(rejects) == 0
+    assert alerts.cutouts.shape == (0, len(CUTOUTS), SIZE, SIZE)
+    assert alerts.metadata.shape == (0, len(COLUMNS))
+    assert alerts.light_curves.offsets.tolist() == [0]
+
+
+def test_only_the_chosen_columns_are_delivered(original: bytes) -> None:
+    alerts, _ = decode(original, columns=["sso", "magpsf"], cutout_size=40)
+    assert alerts.columns == ("sso", "magpsf")
+    assert alerts.metadata.shape == (1, 2)
+    assert alerts.cutouts.shape == (1, 3, 40, 40)
+    assert len(alerts.light_curves.mjd) > 10
+    with pytest.raises(ValueError, match="nonsense"):
+        decode(columns=["magpsf", "nonsense"])
+
+
+def test_surveys_may_be_mixed_in_a_batch(original: bytes, shared_data: Path) -> None:
+    lsst = sorted((shared_data / "lsst" / "ocf" / "lsst_v9_0").iterdir())[0].read_bytes()
+    mixed, _ = decode(original, lsst, original)
+    assert mixed.survey.tolist() == [Survey.ZTF, Survey.LSST, Survey.ZTF]
+    for i, data in enumerate((original, lsst, original)):
+        alone, _ = decode(data)
+        assert mixed.identity(i) == alone.identity(0)
+        np.testing.assert_equal(mixed.metadata[i], alone.metadata[0])
+        begin, end = mixed.light_curves.offsets[i : i + 2]
+        np.testing.assert_array_equal(mixed.light_curves.flux[begin:end], alone.light_curves.flux)
+
+
+def test_threads_may_share_a_decoder(ztf_packets: list[tuple[int, bytes]]) -> None:
+    decoder = Decoder(open_registry(None))
+    packets = [packet(data) for _, data in ztf_packets[::10]]
+    batches: dict[int, AlertBatch] = {}
+
+    def work(k: int) -> None:
+        batches[k] = decoder.decode(packets)[0]
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(batches) == 4
+    for batch in batches.values():
+        np.testing.assert_array_equal(batch.alert_id, batches[0].alert_id)
+        np.testing.assert_equal(batch.metadata, batches[0].metadata)
+        assert batch.cutouts.tobytes() == batches[0].cutouts.tobytes()
+
+
+def test_bands_are_those_of_the_contract() -> None:
+    assert BANDS == ("u", "g", "r", "i", "z", "y")
