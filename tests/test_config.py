@@ -1,0 +1,267 @@
+"""Service files: what is accepted, and that everything wrong with one is said at once, with its path."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from broker_filter.config import Input, Model, SecretFromEnvironment, SecretFromFile, Service
+from broker_filter.service_file import MAX_FILE_BYTES, ConfigError, document_keys, load_service
+
+SMALLEST = """\
+input:  {bootstrap_servers: "survey:9092", group_id: "me-filter", topics: ["ztf_20260225_programid1"], start: earliest}
+output: {prefix: "me", bootstrap_servers: "ours:9092", payload: full}
+models: [default]
+"""
+
+
+def load(tmp_path: Path, text: str, environment: dict[str, str] | None = None) -> Service:
+    file = tmp_path / "service.yaml"
+    file.write_text(text)
+    return load_service(file, environment or {})
+
+
+def problems(tmp_path: Path, text: str, environment: dict[str, str] | None = None) -> dict[str, str]:
+    """What is said of a file, by path."""
+    with pytest.raises(ConfigError) as refused:
+        load(tmp_path, text, environment)
+    for problem in refused.value.problems:
+        assert str(problem) in str(refused.value)
+    return {problem.path: problem.message for problem in refused.value.problems}
+
+
+def test_the_smallest_file_is_enough(tmp_path: Path) -> None:
+    service = load(tmp_path, SMALLEST)
+    assert service.models == [Model(bundle="default")]
+    assert service.input.start == "earliest"
+    assert (service.http.host, service.http.port) == ("127.0.0.1", 9108)
+    assert service.duplicates == "mark"
+
+
+def test_every_error_is_said_at_once_with_its_path(tmp_path: Path) -> None:
+    assert problems(
+        tmp_path,
+        """
+        input: {bootstrap_servers: "survey:9092", group_id: 5, topics: [me.scored], start: earlyest, tls: {key: /nope}}
+        output: {prefix: me, payload: ful, sals: {}, schema_registry: ./schemas}
+        models: [default, {bundel: x}]
+        anomalies: {output: default.real, above: yes}
+        filters: [{name: scored, where: real > 0.5}, {name: bright, wher: real > 0.5}]
+        batch: {max_size: "64", max_wait: 3}
+        http: {port: true}
+        modles: [default]
+        duplicates: dropp
+        """,
+    ) == {
+        "input.group_id": "should be text; put it in quotes",
+        "input.start": "should be earliest, latest, stored or an ISO time",
+        "input.tls.key": "no file /nope that can be read",
+        "output.prefix": "me.scored would be read and written; choose another prefix",
+        "output.payload": "should be 'full', 'no_cutouts' or 'scores'",
+        "output.sals": "unknown key; did you mean 'sasl'?",
+        "output.schema_registry": "should be an http(s) URL: schemas are registered there",
+        "models[1].bundle": "is required",
+        "models[1].bundel": "unknown key; did you mean 'bundle'?",
+        "anomalies.above": "should be a valid number",
+        "filters[0].name": "'scored' is one of the service's own topics",
+        "filters[1].where": "is required",
+        "filters[1].wher": "unknown key; did you mean 'where'?",
+        "batch.max_size": "should be a valid integer",
+        "batch.max_wait": "unknown key; did you mean 'max_wait_ms'?",
+        "http.port": "should be a valid integer",
+        "modles": "unknown key; did you mean 'models'?",
+        "duplicates": "should be 'mark' or 'drop'",
+    }
+
+
+@pytest.mark.parametrize(
+    ("section", "path", "message"),
+    [
+        ("filters: [{name: a, where: real > 0.5 and magps < 18}]", "filters[0].where", "did you mean 'magpsf'?"),
+        ("filters: [{name: a, where: band > 0.5}]", "filters[0].where", "column 8: text"),
+        ("filters: [{name: a, where: sso}, {name: a, where: sso}]", "filters", "more than one filter is called a"),
+        ("filters: [{name: dead-letter, where: sso}]", "filters[0].name", "one of the service's own topics"),
+        ("filters: [{name: positions, where: sso}]", "filters[0].name", "one of the service's own topics"),
+        ("filters: [{name: a b, where: sso}]", "filters[0].name", "should match pattern"),
+        ("filters: [{name: a, where: true}]", "filters[0].where", "should be text; put it in quotes"),
+        ("anomalies: {output: default.reel, above: 0.5}", "anomalies.output", "did you mean 'default.real'?"),
+        ("models: [default, default]", "models", "more than one bundle is called default"),
+        ("models: [./not/there]", "models[0]", "no bundle.yaml"),
+        ("models: []", "models", "at least 1 item"),
+        ("models: [{bundle: default, also: [desi]}]", "models[0].also[0]", "should be 'ztf' or 'lsst'"),
+        ("http:", "http", "should be a mapping"),
+        ("batch: [64]", "batch", "should be a mapping"),
+        ("batch: {max_size: 0}", "batch.max_size", "greater than 0"),
+        ("stall_timeout_s: .nan", "stall_timeout_s", "greater than 0"),
+    ],
+)
+def test_checks_filters_models_and_thresholds(tmp_path: Path, section: str, path: str, message: str) -> None:
+    text = SMALLEST.replace("models: [default]\n", "") if section.startswith("models") else SMALLEST
+    found = problems(tmp_path, f"{text}{section}\n")
+    assert list(found) == [path]
+    assert message in found[path]
+
+
+@pytest.mark.parametrize(
+    ("key", "path", "message"),
+    [
+        ("sasl: {username: me, password: hunter2}", "input.sasl.password", "a secret is named, not written down"),
+        ("sasl: {username: me, password: {env: NOT_SET}}", "input.sasl.password.env", "NOT_SET is not set"),
+        ("sasl: {username: me, password: {file: /not/there}}", "input.sasl.password.file", "no file /not/there"),
+        ("sasl: {username: me}", "input.sasl.password", "is required"),
+        ("tls: {ca: /not/there}", "input.tls.ca", "no file /not/there that can be read"),
+        ("tls: {certificate: FILE}", "input.tls", "certificate and key belong together"),
+        ("schema_registry: ./not/there", "input.schema_registry", "neither an http(s) URL nor a directory"),
+        ("kafka: {fetch.mn.bytes: 1}", "input.kafka", 'No such configuration property: "fetch.mn.bytes"'),
+        ("kafka: {sasl.password: hunter2}", "input.kafka", "secrets are named, not written down"),
+        ("kafka: {group.id: other}", "input.kafka", "set by the service itself: group.id (say it as `group_id`)"),
+        ("kafka: {client.id: [a]}", "input.kafka.client.id", "should be text, a number"),
+        ("kafka: {ssl.key.password: {env: NOT_SET}}", "input.kafka.ssl.key.password.env", "NOT_SET is not set"),
+        ("kafka: {client.id: {file: /not/there}}", "input.kafka.client.id.file", "no file"),
+        ("topics: ztf", "input.topics", "should be a valid list"),
+        ("topics: []", "input.topics", "at least 1 item"),
+        ("start: 5", "input.start", "should be earliest"),
+        ("start: stord", "input.start", "should be earliest"),
+    ],
+)
+def test_checks_how_the_input_is_reached(tmp_path: Path, key: str, path: str, message: str) -> None:
+    given = {"topics": "topics: [ztf]"} | {key.partition(":")[0]: key.replace("FILE", str(tmp_path / "service.yaml"))}
+    source = ", ".join(["bootstrap_servers: 'survey:9092'", "group_id: me", *given.values()])
+    found = problems(tmp_path, f"input: {{{source}}}\noutput: {{prefix: me}}\n")
+    assert list(found) == [path]
+    assert message in found[path]
+
+
+def test_never_repeats_a_secret(tmp_path: Path) -> None:
+    found = problems(
+        tmp_path,
+        """
+        input: {bootstrap_servers: s, group_id: g, topics: [t], sasl: {username: me, password: hunter2},
+                kafka: {ssl.key.password: hunter2}}
+        output: {prefix: me, sasl: {username: me, password: {env: hunter2, file: hunter2}}}
+        """,
+    )
+    assert len(found) == 3
+    assert "hunter2" not in str(found)
+
+
+def test_secrets_are_named_by_variable_or_file(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("hunter2\n")
+    service = load(
+        tmp_path,
+        f"""
+        input:
+          bootstrap_servers: survey:9092
+          group_id: me
+          topics: [ztf]
+          sasl: {{username: me, password: {{env: PASSWORD}}}}
+          kafka: {{ssl.key.password: {{file: {tmp_path}/password}}, fetch.min.bytes: 1000, client.id: me}}
+        output: {{prefix: me}}
+        """,
+        {"PASSWORD": "hunter2"},
+    )
+    assert service.input.sasl is not None
+    assert service.input.sasl.password == SecretFromEnvironment(env="PASSWORD")
+    assert service.input.kafka["ssl.key.password"] == SecretFromFile(file=tmp_path / "password")
+    assert "hunter2" not in repr(service)
+
+
+@pytest.mark.parametrize(
+    ("start", "moment"),
+    [
+        ("2026-02-25", datetime(2026, 2, 25, tzinfo=UTC)),
+        ("2026-02-25T03:00:00", datetime(2026, 2, 25, 3, tzinfo=UTC)),
+        ("'2026-02-25T03:00:00Z'", datetime(2026, 2, 25, 3, tzinfo=UTC)),
+        ("2026-02-25T03:00:00-08:00", datetime(2026, 2, 25, 11, tzinfo=UTC)),
+    ],
+)
+def test_start_may_be_a_time_in_utc_unless_it_says_otherwise(tmp_path: Path, start: str, moment: datetime) -> None:
+    assert load(tmp_path, SMALLEST.replace("earliest", start)).input.start == moment
+
+
+def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
+    environment = {
+        "BROKER_FILTER__INPUT__GROUP_ID": "other",
+        "BROKER_FILTER__HTTP__PORT": "0",
+        "BROKER_FILTER__MODELS": "[{bundle: default, also: [lsst]}]",
+        "BROKER_FILTER_UNRELATED": "x",
+    }
+    service = load(tmp_path, SMALLEST, environment)
+    assert service.input.group_id == "other"
+    assert service.http.port == 0
+    assert service.models == [Model(bundle="default", also=["lsst"])]
+    assert service.input.topics == ["ztf_20260225_programid1"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "path", "message"),
+    [
+        ("BROKER_FILTER__INPUT__GROPU_ID", "x", "input.gropu_id", "did you mean 'group_id'?"),
+        ("BROKER_FILTER__MODELS__0", "x", "", "BROKER_FILTER__MODELS__0: models is not a mapping"),
+        ("BROKER_FILTER__MODELS", "[", "", "BROKER_FILTER__MODELS: line 1: not valid YAML"),
+        ("BROKER_FILTER__HTTP__PORT", "many", "http.port", "should be a valid integer"),
+    ],
+)
+def test_a_wrong_override_is_an_error(tmp_path: Path, variable: str, value: str, path: str, message: str) -> None:
+    found = problems(tmp_path, SMALLEST, {variable: value})
+    assert list(found) == [path]
+    assert message in found[path]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a mapping"),
+        (b"- a", "not a mapping"),
+        (b"input: {group_id: a}\ninput: {group_id: b}", "line 2: the key 'input' is there twice"),
+        (b"input: {a: 1, a: 2}", "line 1: the key 'a' is there twice"),
+        (b"input: [", "line 1: not valid YAML"),
+        (b"input: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        (b"start: 2026-13-45", "not valid YAML"),
+        (b"\xff\xfe\xfa", "not UTF-8"),
+        (b"a: \0", "not valid YAML"),
+        (b"[" * 100_000, "not valid YAML"),
+        (b" " * (MAX_FILE_BYTES + 1), "more than"),
+    ],
+)
+def test_what_is_no_service_file_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "service.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        load_service(file, {})
+    [problem] = refused.value.problems
+    assert message in problem.message
+    assert "\n" not in problem.message
+
+
+def test_a_file_that_is_not_there_is_the_systems_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"none\.yaml"):
+        load_service(tmp_path / "none.yaml", {})
+
+
+def test_the_form_alone_can_be_checked_without_its_surroundings() -> None:
+    source = Input.model_validate(
+        {"bootstrap_servers": "s", "group_id": "g", "topics": ["t"], "tls": {"ca": "/not/there"}}
+    )
+    assert source.tls is not None
+
+
+def test_every_key_is_documented() -> None:
+    keys = list(document_keys())
+    assert {"input.bootstrap_servers", "output.sasl.password", "filters[].where", "http.port"} <= {
+        key for key, *_ in keys
+    }
+    assert all(meaning.endswith(".") for _, _, meaning in keys)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may read every file")
+    file = tmp_path / "service.yaml"
+    file.write_text(SMALLEST)
+    file.chmod(0)
+    with pytest.raises(OSError, match=r"service\.yaml"):
+        load_service(file, {})
