@@ -25,10 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from broker_filter.service_file import load_service
-    from broker_filter.streaming.service import FilterService
-
-    service = FilterService(load_service(arguments.config))
+    stop = threading.Event()
     stopping = False
 
     def on_signal(number: int, _frame: object) -> None:
@@ -36,10 +33,14 @@ def _run(arguments: argparse.Namespace) -> int:
         if stopping:
             os._exit(SIGNALLED + number)
         stopping = True
-        # Not here: the main thread may be within a lock that `stop` takes.
-        threading.Thread(target=service.stop, daemon=True).start()
+        # Not here: the main thread may be within a lock that `set` takes.
+        threading.Thread(target=stop.set, daemon=True).start()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    service.run()
+
+    from broker_filter.service_file import load_service
+    from broker_filter.streaming.service import FilterService
+
+    FilterService(load_service(arguments.config), stop).run()
     return 0

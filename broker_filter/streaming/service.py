@@ -63,14 +63,17 @@ class EndedError(Exception):
 class FilterService:
     """The stages, their threads, and the end of them all."""
 
-    def __init__(self, config: Service) -> None:
-        """Loads the models and compiles the filters: what is wrong with them is said before anything starts."""
+    def __init__(self, config: Service, stop: threading.Event) -> None:
+        """Loads the models and compiles the filters: what is wrong with them is said before anything starts.
+
+        Once `stop` is set, no more is read, and what is on its way is committed.
+        """
         self._config = config
+        self._stop = stop
         self._metrics = Metrics()
         self._health = Health()
         self._health.ailing = self._ailing
         self._health.set("group", "not joined yet")
-        self._stop = threading.Event()
         self._failed = threading.Event()
         self._failure: BaseException | None = None
         self._reading, self._decoding, self._scoring, self._routing, self._committing = self._stages = [
@@ -91,12 +94,8 @@ class FilterService:
         self._routed: Queue[list[Work] | None] = Queue(SCORED_BATCHES)
         self._describe()
 
-    def stop(self) -> None:
-        """Reads no more; what is on its way is committed. May be called from a signal handler."""
-        self._stop.set()
-
     def run(self) -> None:
-        """Works until `stop` is called; raises what ended it otherwise."""
+        """Works until `stop` is set; raises what ended it otherwise."""
         http = self._config.http
         with serve(self._health, self._metrics, http.host, http.port) as port:
             log.info("metrics and health on http://%s:%d", http.host, port)

@@ -54,5 +54,6 @@ class Stage:
             time.sleep(min(left, BEAT_S))
 
     def busy_s(self) -> float:
-        """How long the slowest thread has been at its present piece of work, in seconds."""
-        return time.monotonic() - min(self._since.copy().values(), default=time.monotonic())
+        """How long the slowest thread has been at its present piece of work, in seconds; 0 where none is at work."""
+        now = time.monotonic()
+        return now - min(self._since.copy().values(), default=now)
