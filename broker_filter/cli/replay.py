@@ -8,13 +8,8 @@ import signal
 import threading
 import time
 from functools import partial
-from pathlib import Path
 
-
-class PropertiesError(Exception):
-    """Kafka properties that cannot be read."""
-
-    exit_status = 2
+from broker_filter.cli.kafka_options import add_kafka_options, kafka_properties
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -39,12 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--schema-registry", metavar="URL|DIR", help="schemas of alerts in wire format, for their keys and times"
     )
-    parser.add_argument(
-        "--kafka", action="append", default=[], metavar="KEY=VALUE", help="librdkafka property; may be repeated"
-    )
-    parser.add_argument(
-        "--kafka-file", type=Path, metavar="FILE", help="librdkafka properties, one KEY=VALUE a line: for secrets"
-    )
+    add_kafka_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -67,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.speed:
         new_pace = partial(at_speed, arguments.speed)
     decoder = Decoder(open_registry(arguments.schema_registry), columns=())
-    properties = {**_properties(arguments), "bootstrap.servers": arguments.bootstrap_servers}
+    properties = kafka_properties(arguments, arguments.bootstrap_servers)
     stop = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: stop.set())
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -103,16 +93,3 @@ def _positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
-
-
-def _properties(arguments: argparse.Namespace) -> dict[str, object]:
-    """librdkafka's properties in the file, and over them those of the command line."""
-    lines = arguments.kafka_file.read_text().splitlines() if arguments.kafka_file else []
-    properties: dict[str, object] = {}
-    for line in [*lines, *arguments.kafka]:
-        if line.strip() and not line.startswith("#"):
-            key, equals, value = line.partition("=")
-            if not equals:  # the line is not shown: it may be a secret
-                raise PropertiesError("--kafka and the lines of --kafka-file must be KEY=VALUE")
-            properties[key.strip()] = value.strip()
-    return properties

@@ -21,7 +21,7 @@ from broker_filter.packets.packet import Packet
 from broker_filter.packets.schema import WriterSchema
 from broker_filter.streaming.archives import MAX_PACKET_BYTES
 from broker_filter.streaming.encoding import ContainerFraming, OutputSchema
-from broker_filter.streaming.kafka_client import MAX_RESPONSE_BYTES, Complaints, librdkafka_log
+from broker_filter.streaming.kafka_client import Complaints, RecordLimits, admin_client, librdkafka_log
 
 PACKETS_AT_A_TIME = 64
 """Decoded together for their keys and times."""
@@ -97,7 +97,7 @@ class _Alert:
 
 
 class Replayer:
-    """Sends packets to a topic. Construction connects to nothing yet.
+    """Sends packets to a topic that is there.
 
     `properties`: librdkafka's, `bootstrap.servers` among them. `stop` ends the replay early; what was sent by then is
     waited for. `advance` is told how many messages the brokers have taken.
@@ -117,11 +117,12 @@ class Replayer:
         self._stop = stop
         self._advance = advance
         self._complaints = Complaints(f"brokers {properties['bootstrap.servers']}")
+        limits = RecordLimits(admin_client(properties, self._complaints), [topic], dead_letter=topic)
         self._producer = Producer(
             {
                 "enable.idempotence": True,  # retried messages arrive once and in order
                 "message.timeout.ms": 0,  # an outage of the brokers is waited out
-                "message.max.bytes": MAX_RESPONSE_BYTES,  # the topic's own limit is the brokers' to apply
+                "message.max.bytes": limits.smallest,  # brokers refuse a batch whole: one too large, all its neighbours
                 "queue.buffering.max.kbytes": MAX_QUEUED_KBYTES,
                 "linger.ms": 5,
                 **properties,
@@ -206,7 +207,7 @@ class Replayer:
 
     def _refused(self, error: KafkaError, packet: Packet) -> None:
         self.account.failed += 1
-        self._complaints.say(error.code(), "%s: refused by the brokers: %s", packet.position, error.str())
+        self._complaints.say(error.code(), "%s: refused: %s", packet.position, error.str())
 
 
 @lru_cache(maxsize=64)

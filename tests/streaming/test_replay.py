@@ -121,9 +121,9 @@ def test_message_that_the_brokers_refuse_is_counted_and_the_rest_arrive(
     admin.create_topics([NewTopic(topic, 1, 1, config={"max.message.bytes": "2000"})])[topic].result()
     replay = replayer(kafka_bootstrap, topic)
     packets = [Packet(bytes([i]) * size, FilePosition(f"{i}.avro")) for i, size in enumerate((100, 5000, 100), start=1)]
-    replay.replay(packets, at_rate(50))  # in batches of their own, for brokers refuse a batch
+    replay.replay(packets, as_fast_as_possible())
     assert (replay.account.sent, replay.account.failed) == (2, 1)
-    assert "2.avro: refused by the brokers" in caplog.text
+    assert "2.avro: refused" in caplog.text
     assert len(messages_in(kafka_bootstrap, topic)) == 2
 
 

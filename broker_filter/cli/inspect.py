@@ -1,0 +1,86 @@
+"""`broker-filter inspect`: what is in a packet, an archive or a topic, for a person to read. Scores nothing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from broker_filter.cli.kafka_options import add_kafka_options, kafka_properties
+
+if TYPE_CHECKING:
+    from broker_filter.packets.packet import Packet
+
+TOPIC = "kafka://"
+DEFAULT_LIMIT = 1000
+"""Packets that are looked at: a second or two of work, and enough to know an archive by."""
+PLAIN_WIDTH = 160
+"""Columns of the account where it is not written to a terminal."""
+
+
+class AddressError(Exception):
+    """A topic's address that is none."""
+
+    exit_status = 2
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `inspect`."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="show what is in a packet, archive or topic",
+        description="Counts what is in files, folders, archives or a topic, and shows the first alert. "
+        "Ends with status 1 where there is none.",
+    )
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help=f"file, folder, archive, or {TOPIC}HOST:PORT[,HOST:PORT]/TOPIC"
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=DEFAULT_LIMIT,
+        metavar="N",
+        help=f"packets to look at, 0 for all (default: {DEFAULT_LIMIT})",
+    )
+    parser.add_argument("--all", action="store_true", help="show every field of the first alert that is known here")
+    parser.add_argument("--schema-registry", metavar="URL|DIR", help="schemas of alerts in Confluent wire format")
+    add_kafka_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the account; status 1 where there is no readable alert."""
+    from rich.console import Console
+
+    from broker_filter.cli.contents import CUTOUT_SIZE, print_alert, print_counts, take_stock
+    from broker_filter.packets.decode import Decoder
+    from broker_filter.packets.registry import open_registry
+
+    # What packets say of themselves is neither markup nor emoji.
+    console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    decoder = Decoder(open_registry(arguments.schema_registry), cutout_size=CUTOUT_SIZE)
+    packets = _packets(arguments)
+    contents = take_stock(islice(packets, arguments.limit or None), decoder)
+    print_counts(console, contents, ", ".join(arguments.inputs))
+    if contents.n_packets == arguments.limit:
+        console.print(f"these are the first {arguments.limit} packets: --limit 0 looks at all")
+    if contents.first is None:
+        return 1
+    print_alert(console, contents.first, every_field=arguments.all)
+    return 0
+
+
+def _packets(arguments: argparse.Namespace) -> Iterator[Packet]:
+    from broker_filter.streaming.archives import read_packets
+    from broker_filter.streaming.topic import read_topic
+
+    for given in arguments.inputs:
+        if given.startswith(TOPIC):
+            bootstrap_servers, _, topic = given.removeprefix(TOPIC).partition("/")
+            if not bootstrap_servers or not topic:
+                raise AddressError(f"{given}: a topic is {TOPIC}HOST:PORT/TOPIC")
+            yield from read_topic(kafka_properties(arguments, bootstrap_servers), topic)
+        else:
+            yield from read_packets([given])

@@ -1,0 +1,38 @@
+"""Options of commands that connect to brokers without a service file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+class PropertiesError(Exception):
+    """Kafka properties that are no properties."""
+
+    exit_status = 2
+
+
+def add_kafka_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--kafka` and `--kafka-file`."""
+    parser.add_argument(
+        "--kafka", action="append", default=[], metavar="KEY=VALUE", help="librdkafka property; may be repeated"
+    )
+    parser.add_argument(
+        "--kafka-file", type=Path, metavar="FILE", help="librdkafka properties, one KEY=VALUE a line: for secrets"
+    )
+
+
+def kafka_properties(arguments: argparse.Namespace, bootstrap_servers: str) -> dict[str, object]:
+    """librdkafka's properties: those in the file, and over them those of the command line.
+
+    Raises PropertiesError, OSError where the file cannot be read.
+    """
+    lines = arguments.kafka_file.read_text().splitlines() if arguments.kafka_file else []
+    properties: dict[str, object] = {}
+    for line in [*lines, *arguments.kafka]:
+        if line.strip() and not line.lstrip().startswith("#"):
+            key, equals, value = line.partition("=")
+            if not equals:  # the line is not shown: it may be a secret
+                raise PropertiesError("--kafka and the lines of --kafka-file must be KEY=VALUE")
+            properties[key.strip()] = value.strip()
+    return {**properties, "bootstrap.servers": bootstrap_servers}
