@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True, help="bundle of braai d6_m7")
     parser.add_argument("--out", required=True, type=Path, help="the new bundle's directory")
     parser.add_argument("--checkpoint", type=Path, help="file to save progress in and to continue from")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
