@@ -84,7 +84,7 @@ class FilterService:
         self._decoder = Decoder(
             open_registry(config.input.schema_registry),
             cutout_size=self._scorer.cutout_size,
-            columns=self._scorer.columns,
+            columns=tuple(dict.fromkeys((*self._scorer.columns, *self._router.columns))),
             max_packet_bytes=config.input.max_packet_bytes,
         )
         self._window = DuplicateWindow(config.duplicate_window)
