@@ -39,7 +39,7 @@ def _keys(_: argparse.Namespace) -> int:
 
     print("| key | default | meaning |", "|---|---|---|", sep="\n")
     for path, default, meaning in document_keys():
-        print(f"| `{path}` | {default} | {meaning} |")
+        print(f"| `{path}` | {default if default in ('', 'required') else f'`{default}`'} | {meaning} |")
     return 0
 
 
