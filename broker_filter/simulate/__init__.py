@@ -1,6 +1,7 @@
 """Valid alert packets of skies that nobody saw: for the demonstration, for load tests, and where no survey data are.
 
-Seeded: the same seed gives the same bytes. Must never be mistaken for data: packets and schemas say "simulated". Needs GalSim (the extra `demo`).
+Seeded: the same seed gives the same bytes. Must never be mistaken for data: packets and schemas say "simulated". Needs
+GalSim (the extra `demo`).
 """
 
 from __future__ import annotations

@@ -219,14 +219,12 @@ def _draw(scene: Scene, conditions: Conditions, galaxies: Sequence[Spectrum]) ->
     points = np.array(scene.points, dtype=np.float64).reshape(-1, 4)
     v, u = _frequencies(grid)
     rows, columns = np.exp(-2j * np.pi * np.outer(v, points[:, 1])), np.exp(-2j * np.pi * np.outer(points[:, 0], u))
-    science: NDArray[np.complexfloating] = (rows * points[:, 2]) @ columns
-    template: NDArray[np.complexfloating] = (rows * points[:, 3]) @ columns
+    science, template = ((rows * counts) @ columns for counts in (points[:, 2], points[:, 3]))
     if any(scene.trail):
-        science += points[0, 2] * np.outer(rows[:, 0], columns[0]) * (_streak(grid, *scene.trail) - 1)
+        science = science + points[0, 2] * np.outer(rows[:, 0], columns[0]) * (_streak(grid, *scene.trail) - 1)
     for galaxy in scene.galaxies:
         light = galaxy.counts * galaxies[galaxy.shape] * _shift(grid, galaxy.x, galaxy.y)
-        science += light
-        template += light
+        science, template = science + light, template + light
     return science.astype(np.complex64) * conditions.psf_science, template.astype(
         np.complex64
     ) * conditions.psf_template

@@ -322,11 +322,19 @@ class Night:
                     image[row : row + 7, column : column + 7] = np.nan
 
     def _catalogue(self, scene: Scene) -> list[Neighbour]:
-        """What a deep reference catalogue lists there, nearest first."""
-        zero_point = self._instrument.zero_point
-        stars = [(p.x, p.y, p.template, True) for p in scene.points if p.template > 0]
-        sources = stars + [(g.x, g.y, g.counts, False) for g in scene.galaxies]
-        listed = [Neighbour(x, y, float(zero_point - 2.5 * np.log10(c)), star) for x, y, c, star in sources]
+        """What a deep reference catalogue lists there, nearest first; a nucleus is part of its galaxy."""
+        sources = [(g.x, g.y, g.counts, False) for g in scene.galaxies]
+        for point in scene.points:
+            host = next((i for i, (x, y, *_) in enumerate(sources) if np.hypot(x - point.x, y - point.y) < 0.5), None)
+            if host is not None:
+                x, y, counts, is_star = sources[host]
+                sources[host] = (x, y, counts + point.template, is_star)
+            elif point.template > 0:
+                sources.append((point.x, point.y, point.template, True))
+        listed = [
+            Neighbour(x, y, float(self._instrument.zero_point - 2.5 * np.log10(counts)), is_star)
+            for x, y, counts, is_star in sources
+        ]
         return sorted(listed, key=lambda neighbour: neighbour.distance)
 
     def _look_back(self, exposure: Exposure, curve: LightCurve, rng: np.random.Generator) -> History:

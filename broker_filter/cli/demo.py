@@ -1,0 +1,47 @@
+"""`broker-filter demo`: the service on a simulated night, on this machine, in a minute."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+EXTRA = ("galsim", "matplotlib", "noida_db")
+"""What the extra `demo` installs."""
+
+
+class MissingExtraError(Exception):
+    """The extra `demo` is not installed."""
+
+    exit_status = 2
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `demo`."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="the service on a simulated night, on this machine",
+        description="Simulates a survey night, starts a small broker and the service, replays the night into it, and "
+        "shows what came out: throughput, what filters found, a contact sheet. Needs neither a network nor Kafka.",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
+    parser.add_argument("--alerts", type=_positive, default=2000, metavar="N", help="of the night (default: 2000)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="another seed, another night (default: 1)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the demonstration."""
+    if missing := [module for module in EXTRA if find_spec(module) is None]:
+        raise MissingExtraError(f"the demo needs {', '.join(missing)}: pip install 'broker-filter[demo]'")
+    from broker_filter.demo.demonstration import run_demo
+
+    run_demo(arguments.out, arguments.alerts, arguments.seed)
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value

@@ -1,0 +1,95 @@
+"""A picture of alerts: science, template and difference of each, with what it is called, what it is, and its score."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws to files; needs no display
+
+import matplotlib.pyplot as plt
+import numpy as np
+from astropy.io import fits
+from astropy.visualization import AsinhStretch, ImageNormalize, ZScaleInterval
+from matplotlib.figure import SubFigure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from broker_filter.demo.results import Alert, real
+
+CUTOUTS = ("Science", "Template", "Difference")
+BACKGROUND, PANEL, TEXT, FAINT = "#0d1117", "#161b22", "#e6edf3", "#7d8590"
+REAL, BOGUS = "#3fb950", "#f85149"
+ALERTS_PER_ROW = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of alerts with something in common; `kinds` is what each of them truly is."""
+
+    title: str
+    alerts: Sequence[Alert]
+    kinds: Sequence[str]
+
+
+def draw_contact_sheet(file: Path, title: str, rows: Sequence[Row]) -> None:
+    """Writes a PNG with the first ALERTS_PER_ROW alerts of each row."""
+    with plt.rc_context({"font.family": "DejaVu Sans", "text.color": TEXT, "savefig.facecolor": BACKGROUND}):
+        figure = plt.figure(figsize=(17, 0.7 + 2.15 * len(rows)), facecolor=BACKGROUND)
+        heights = [0.7, *[2.15] * len(rows)]
+        top, *lines = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        top.set_facecolor(BACKGROUND)
+        top.text(0.012, 0.42, title, fontsize=17, fontweight="bold", va="center")
+        top.text(0.988, 0.42, "science   template   difference", fontsize=11, color=FAINT, ha="right", va="center")
+        for line, row in zip(lines, rows, strict=True):
+            _draw_row(line, row)
+        figure.savefig(file, dpi=110)
+        plt.close(figure)
+
+
+def _draw_row(line: SubFigure, row: Row) -> None:
+    line.set_facecolor(BACKGROUND)
+    line.text(0.012, 0.95, row.title, fontsize=12, color=FAINT, va="top")
+    for i, (alert, kind) in enumerate(zip(row.alerts[:ALERTS_PER_ROW], row.kinds, strict=False)):
+        left, width = 0.01 + 0.2475 * i, 0.2375
+        line.add_artist(Rectangle((left, 0.02), width, 0.82, facecolor=PANEL, transform=line.transSubfigure))
+        for k, cutout in enumerate(CUTOUTS):
+            axes = line.add_axes((left + 0.004 + k * 0.0775, 0.24, 0.0745, 0.58))
+            pixels = _pixels(alert[f"cutout{cutout}"]["stampData"])
+            axes.imshow(pixels, origin="lower", cmap="magma", norm=_stretch(pixels), interpolation="nearest")
+            axes.set_facecolor("#30363d")  # what shows through where pixels are NaN
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+        _draw_caption(line, left, width, alert, kind)
+
+
+def _draw_caption(line: SubFigure, left: float, width: float, alert: Alert, kind: str) -> None:
+    candidate, score = alert["candidate"], real(alert)
+    band = {1: "g", 2: "r", 3: "i"}.get(candidate["fid"], "?")
+    text = f"{band} = {candidate['magpsf']:.1f}   {kind.replace('_', ' ')}"
+    line.text(left + 0.005, 0.135, alert["objectId"], fontsize=10, fontweight="bold", va="center")
+    line.text(left + 0.083, 0.135, text, fontsize=10, color=FAINT, va="center")
+    colour = REAL if score > 0.5 else BOGUS
+    line.text(left + width - 0.005, 0.135, f"real {score:.3f}", fontsize=10, color=colour, ha="right", va="center")
+    for length, fill in ((1.0, "#30363d"), (max(score, 0.01), colour)):
+        bar = Rectangle((left + 0.005, 0.06), (width - 0.01) * length, 0.025, facecolor=fill)
+        bar.set_transform(line.transSubfigure)
+        line.add_artist(bar)
+
+
+def _pixels(stamp: bytes) -> NDArray[np.float32]:
+    with fits.open(io.BytesIO(gzip.decompress(stamp))) as hdus:
+        return np.asarray(hdus[0].data, dtype=np.float32)
+
+
+def _stretch(pixels: NDArray[np.float32]) -> ImageNormalize:
+    """From the sky's noise (zscale) to the brightest pixel but a few, compressed as an arc sine."""
+    finite = pixels[np.isfinite(pixels)]
+    low, high = ZScaleInterval().get_limits(finite)
+    return ImageNormalize(vmin=low, vmax=max(high, float(np.percentile(finite, 99.8))), stretch=AsinhStretch(0.15))

@@ -1,0 +1,164 @@
+"""What happens in the demonstration, in order: see `run_demo`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from confluent_kafka.admin import NewTopic
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from broker_filter.cli.console import progress
+from broker_filter.demo.contact_sheet import draw_contact_sheet
+from broker_filter.demo.error import DemoError
+from broker_filter.demo.night import Night, write_night
+from broker_filter.demo.report import audit, contact_sheet_rows, interesting_table, kinds_table, write_scores
+from broker_filter.demo.results import read_results
+from broker_filter.demo.service import FILTERS, PREFIX, TOPIC, ServiceProcess, counts, write_config
+from broker_filter.local_kafka import embedded_broker, free_ports
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.registry import open_registry
+from broker_filter.streaming.archives import read_packets
+from broker_filter.streaming.kafka_client import Complaints, admin_client, ensure_topics
+from broker_filter.streaming.replay import Replayer, as_fast_as_possible
+
+PARTITIONS = 4
+LOOK_INTERVAL_S = 0.2
+LOG_INTERVAL_S = 2.0
+STANDSTILL_S = 60.0
+"""Without one more alert accounted for: something is stuck."""
+
+log = logging.getLogger(__name__)
+
+Show = Callable[[int, Mapping[str, int], float], None]
+"""Shows how many messages were sent, the service's account, and its alerts per second so far."""
+
+
+def run_demo(out: Path, n: int, seed: int) -> None:
+    """Simulates a night of `n` alerts, sends it through a broker and the service, and shows what came out.
+
+    Writes to `out` the night, the service's configuration, log and last metrics, the scores and a contact sheet. Raises
+    DemoError where something fails, or where an alert was lost or came out twice.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    files = {name: out / name for name in FILES}
+    with (
+        tempfile.TemporaryDirectory(prefix="demo-", ignore_cleanup_errors=True) as scratch,
+        embedded_broker(Path(scratch)) as bootstrap,
+    ):
+        properties = {"bootstrap.servers": bootstrap}
+        topics = [NewTopic(TOPIC, num_partitions=PARTITIONS)]
+        ensure_topics(admin_client(properties, Complaints(f"brokers {bootstrap}")), topics)
+        (port,) = free_ports(1)
+        write_config(files["service.yaml"], bootstrap, port)
+        with ServiceProcess(files["service.yaml"], files["service.log"], port) as service:
+            log.info("broker on %s; the service starts: http://127.0.0.1:%d/metrics", bootstrap, port)
+            with progress("Simulating a night", n) as advance:  # while the service starts
+                night = write_night(files["night.tar"], n, seed, advance)
+            service.wait_until_ready()
+            rate = _replay(night, properties, service)
+            files["metrics.txt"].write_text(service.metrics())
+            service.stop()
+        log.info("reading what was published")
+        results = read_results(bootstrap, PREFIX, list(FILTERS))
+
+    write_scores(files["scores.parquet"], results, night)
+    title = f"A simulated night: {n:,} alerts, scored at {rate:,.0f} a second"
+    draw_contact_sheet(files["contact-sheet.png"], title, contact_sheet_rows(results, night))
+    screen = Console()
+    screen.print(kinds_table(results, night), interesting_table(results, night))
+    problems = audit(results, night, counts(files["metrics.txt"].read_text()), screen)
+    for name, what in FILES.items():
+        screen.print(f"  [bold]{files[name]}[/]  {what}", soft_wrap=True, highlight=False)
+    if problems:
+        raise DemoError(f"the account is wrong: {'; '.join(problems)}")
+
+
+FILES = {
+    "contact-sheet.png": "the alerts that the filters took, and some that were called bogus",
+    "scores.parquet": "every alert's score, and what it truly was",
+    "service.yaml": "what the service was told; put your own brokers into it",
+    "service.log": "what it said",
+    "metrics.txt": "its metrics at the end",
+    "night.tar": "the night: try `broker-filter score` or `inspect` on it",
+}
+"""What the demonstration leaves behind."""
+
+
+def _replay(night: Night, properties: Mapping[str, object], service: ServiceProcess) -> float:
+    """Sends the night, and shows how the service deals with it until it has; returns its alerts per second."""
+    stop = threading.Event()
+    replayer = Replayer(properties, TOPIC, Decoder(open_registry(None), columns=()), stop)
+    with ThreadPoolExecutor(1, "replay") as threads, _live(night.packets) as show:
+        sending = threads.submit(replayer.replay, read_packets([night.archive]), as_fast_as_possible())
+        try:
+            started = moved = time.monotonic()
+            consumed, rate = 0, 0.0
+            while consumed < night.packets:
+                time.sleep(LOOK_INTERVAL_S)
+                if sending.done():
+                    sending.result()  # raises what the replay failed with
+                account, now = counts(service.metrics()), time.monotonic()
+                if account["consumed"] > consumed:
+                    consumed, moved = account["consumed"], now
+                    rate = consumed / (moved - started)
+                elif now - moved > STANDSTILL_S:
+                    raise DemoError(f"{consumed} of {night.packets} messages dealt with, and no more for a minute")
+                show(replayer.account.sent, account, rate)
+            return rate
+        finally:
+            stop.set()
+
+
+@contextmanager
+def _live(total: int) -> Iterator[Show]:
+    """Progress bars on a terminal, log lines elsewhere."""
+    if not sys.stderr.isatty():
+        yield _log_lines(total)
+        return
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(40),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[says]}"),
+    )
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
+        sent_bar = bars.add_task("replayed", total=total, says="")
+        done_bar = bars.add_task("scored", total=total, says="")
+
+        def show(sent: int, account: Mapping[str, int], rate: float) -> None:
+            says = (
+                f"[bold green]{rate:,.0f} alerts/s[/]  {account['rejected']} rejected, {account['duplicate']} repeated"
+            )
+            bars.update(sent_bar, completed=sent)
+            bars.update(done_bar, completed=account["consumed"], says=says)
+
+        yield show
+
+
+def _log_lines(total: int) -> Show:
+    last = time.monotonic() - LOG_INTERVAL_S
+
+    def show(sent: int, account: Mapping[str, int], rate: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LOG_INTERVAL_S or account["consumed"] == total:
+            last = time.monotonic()
+            log.info(
+                "replayed %d of %d; scored %d, rejected %d, repeated %d; %.0f alerts/s",
+                sent,
+                total,
+                account["scored"],
+                account["rejected"],
+                account["duplicate"],
+                rate,
+            )
+
+    return show

@@ -1,0 +1,72 @@
+"""The demonstration's input: a simulated night, with what goes wrong in real ones: damage, alerts sent twice."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from broker_filter.simulate import simulate_night
+
+DAMAGED_EVERY = 100
+SENT_TWICE_EVERY = 125
+"""Of the good alerts; far more often than a survey does either, so that a short night shows them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Night:
+    """An archive of a night: how many packets it holds, and the true kind of each alert, by its id."""
+
+    archive: Path
+    packets: int
+    kinds: dict[int, str]
+
+
+def write_night(archive: Path, n: int, seed: int, advance: Callable[[int], None]) -> Night:
+    """Simulates `n` ZTF alerts into a tar archive, a member each, damaged packets and repeated ones among them."""
+    rng = np.random.default_rng(seed)
+    kinds: dict[int, str] = {}
+    packets = 0
+    with tarfile.open(archive, "w") as tar:
+        for i, alert in enumerate(simulate_night(n, seed)):
+            kinds[alert.alert_id] = alert.kind
+            for suffix, data in _members(i, alert.packet, rng):
+                member = tarfile.TarInfo(f"{alert.alert_id}{suffix}.avro")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+                packets += 1
+            advance(1)
+    return Night(archive, packets, kinds)
+
+
+def _members(i: int, packet: bytes, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
+    """The alert, and now and then the same again, or the same damaged."""
+    yield "", packet
+    if i % SENT_TWICE_EVERY == SENT_TWICE_EVERY - 1:
+        yield "-again", packet
+    if i % DAMAGED_EVERY == DAMAGED_EVERY // 2:
+        damage = (_truncated, _no_alert, _unknown_schema, _broken_stamp)[i // DAMAGED_EVERY % 4]
+        yield damage.__name__.replace("_", "-"), damage(packet, rng)
+
+
+def _truncated(packet: bytes, rng: np.random.Generator) -> bytes:
+    return packet[: int(len(packet) * rng.uniform(0.1, 0.9))]
+
+
+def _no_alert(_packet: bytes, _rng: np.random.Generator) -> bytes:
+    return b"HTTP/1.1 502 Bad Gateway\r\n\r\n"
+
+
+def _unknown_schema(packet: bytes, _rng: np.random.Generator) -> bytes:
+    """Wire format with a schema id that no registry knows."""
+    return b"\0" + (12345).to_bytes(4, "big") + packet[-20_000:]
+
+
+def _broken_stamp(packet: bytes, rng: np.random.Generator) -> bytes:
+    """Noise within the first gzip-ed cutout."""
+    start = packet.index(b"\x1f\x8b\x08") + 200
+    return packet[:start] + rng.bytes(400) + packet[start + 400 :]

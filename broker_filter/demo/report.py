@@ -1,0 +1,146 @@
+"""What the demonstration shows of its results: tables, the choice of alerts for the contact sheet, and the account."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from broker_filter.demo.contact_sheet import ALERTS_PER_ROW, Row
+from broker_filter.demo.night import Night
+from broker_filter.demo.results import Alert, Results, real
+from broker_filter.simulate import RATES, REAL_RATES
+
+SHOWN_PER_FILTER = 4
+BANDS = {1: "g", 2: "r"}
+DECIDED = 0.5
+"""Above it an alert counts as called real."""
+
+
+def write_scores(file: Path, results: Results, night: Night) -> None:
+    """Writes a Parquet table of every scored alert."""
+    rows = [
+        {
+            "alert_id": alert["candid"],
+            "object_id": alert["objectId"],
+            "jd": alert["candidate"]["jd"],
+            "ra": alert["candidate"]["ra"],
+            "dec": alert["candidate"]["dec"],
+            "band": BANDS[alert["candidate"]["fid"]],
+            "magpsf": alert["candidate"]["magpsf"],
+            "duplicate": alert["broker_filter"]["duplicate"],
+            "default.real": real(alert),
+            "true_kind": night.kinds[alert["candid"]],
+        }
+        for alert in results.scored
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), file)
+
+
+def kinds_table(results: Results, night: Night) -> Table:
+    """How the default model judges each kind of alert, which only a simulation can tell."""
+    scores: dict[str, list[float]] = {kind: [] for kind in RATES}
+    for alert in results.scored:
+        scores[night.kinds[alert["candid"]]].append(real(alert))
+    table = Table(title="What the default model says of each kind", title_justify="left")
+    for heading in ("kind", "truly", "alerts", "median score", "called real"):
+        table.add_column(heading, justify="left" if heading in ("kind", "truly") else "right")
+    for kind, values in scores.items():
+        if values:
+            called = np.mean(np.array(values) > DECIDED)
+            truth = "[green]real[/]" if kind in REAL_RATES else "[red]bogus[/]"
+            table.add_row(_words(kind), truth, str(len(values)), f"{np.median(values):.3f}", f"{called:.0%}")
+    return table
+
+
+def interesting_table(results: Results, night: Night) -> Table:
+    """The brightest alerts of each filter."""
+    table = Table(title="What the filters found", title_justify="left")
+    for heading in ("filter", "object", "band", "magnitude", "detections", "score", "truly"):
+        table.add_column(heading, justify="right" if heading in ("magnitude", "detections", "score") else "left")
+    for name, alerts in _filtered(results).items():
+        for i, alert in enumerate(alerts[:SHOWN_PER_FILTER]):
+            candidate = alert["candidate"]
+            table.add_row(
+                f"{name} ({len(alerts)})" if i == 0 else "",
+                alert["objectId"],
+                BANDS[candidate["fid"]],
+                f"{candidate['magpsf']:.2f}",
+                str(candidate["ndethist"]),
+                f"{real(alert):.3f}",
+                _words(night.kinds[alert["candid"]]),
+                end_section=i == min(len(alerts), SHOWN_PER_FILTER) - 1,
+            )
+    return table
+
+
+def contact_sheet_rows(results: Results, night: Night) -> list[Row]:
+    """A row for each filter, one of variable stars, and one of what the model calls bogus, of different kinds."""
+    rows = [_row(_words(name), alerts, night) for name, alerts in _filtered(results).items()]
+    stars = [alert for alert in _unique(results.scored) if night.kinds[alert["candid"]] == "variable_star"]
+    rows.append(_row("variable star", sorted(stars, key=_magnitude), night))
+    bogus: dict[str, Alert] = {}
+    for alert in sorted(_unique(results.scored), key=_magnitude):
+        if real(alert) < DECIDED:
+            bogus.setdefault(night.kinds[alert["candid"]], alert)
+    rows.append(_row("called bogus", bogus.values(), night))
+    return [row for row in rows if row.alerts]
+
+
+def audit(results: Results, night: Night, account: Mapping[str, int], screen: Console) -> list[str]:
+    """Prints the account and returns what is wrong with it: nothing, if every message came out exactly once."""
+    published = sum(results.inputs.values())
+    duplicates = sum(alert["broker_filter"]["duplicate"] for alert in results.scored)
+    rejected = ", ".join(f"{reason} {count}" for reason, count in sorted(results.rejected.items()))
+    screen.print(
+        f"[bold]{account['consumed']:,} consumed[/] = {account['scored']:,} scored + {account['rejected']:,} rejected "
+        f"({rejected}) + {account['duplicate']:,} sent twice",
+        highlight=False,
+    )
+    checks = {
+        f"{night.packets} sent but {account['consumed']} consumed": night.packets == account["consumed"],
+        "consumed is not scored + rejected + duplicates": account["consumed"]
+        == account["scored"] + account["rejected"] + account["duplicate"],
+        f"{published} of {night.packets} messages came out": published == night.packets,
+        f"only {len(results.inputs)} different ones came out": len(results.inputs) == night.packets,
+        f"{duplicates} marked as duplicates but {account['duplicate']} counted": duplicates == account["duplicate"],
+        f"{results.rejected.total()} dead letters but {account['rejected']} rejected": results.rejected.total()
+        == account["rejected"],
+    }
+    problems = [problem for problem, holds in checks.items() if not holds]
+    if not problems:
+        screen.print(
+            f"[green]Each of the {night.packets:,} messages came out exactly once[/] (read_committed client).\n"
+        )
+    return problems
+
+
+def _filtered(results: Results) -> dict[str, list[Alert]]:
+    """The alerts of each filter, brightest first, each once."""
+    by_id = {alert["candid"]: alert for alert in results.scored}
+    return {
+        name: sorted((by_id[alert_id] for alert_id in set(alert_ids)), key=_magnitude)
+        for name, alert_ids in results.filtered.items()
+    }
+
+
+def _unique(alerts: Iterable[Alert]) -> list[Alert]:
+    return [alert for alert in alerts if not alert["broker_filter"]["duplicate"]]
+
+
+def _row(title: str, alerts: Iterable[Alert], night: Night) -> Row:
+    chosen = list(alerts)[:ALERTS_PER_ROW]
+    return Row(title, chosen, [night.kinds[alert["candid"]] for alert in chosen])
+
+
+def _magnitude(alert: Alert) -> float:
+    return float(alert["candidate"]["magpsf"])
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("-", " ")
