@@ -73,8 +73,9 @@ class OnnxNetwork:
         # Waiting threads must not burn the cores that decoding needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         path = bundle.directory / ONNX
+        providers = [(cuda, {"use_tf32": "0"}), cpu] if use_cuda else [cpu]  # TF32: see TorchNetwork
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=[cuda, cpu] if use_cuda else [cpu])
+            self._session = onnxruntime.InferenceSession(path, options, providers=providers)
         except Exception as error:  # onnxruntime raises a type of its own for every kind of failure
             raise BundleError(f"{path}: onnxruntime cannot load it: {error}") from error
         running = self._session.get_providers()[0]
