@@ -7,6 +7,7 @@ faith: it must never be made slower than a newcomer would write it.
 from __future__ import annotations
 
 import gzip
+import warnings
 from io import BytesIO
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import fastavro
 import numpy as np
 import torch
 from astropy.io import fits
+from astropy.io.fits.verify import VerifyWarning
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
@@ -32,6 +34,7 @@ class NaiveBroker:
 
     def __init__(self, bundle: Bundle) -> None:
         """`bundle`: a model of images alone."""
+        warnings.simplefilter("ignore", VerifyWarning)  # some published stamps break a rule of FITS
         torch.set_num_threads(1)  # one alert is too little work to share: more threads are slower where cores are busy
         self._card = bundle.card
         network = load_network(bundle.card.architecture, load_file(bundle.directory / WEIGHTS))

@@ -26,13 +26,13 @@ BATCH = Batch().max_size
 class Stages(Protocol):
     """A contestant: each method does one stage's work for all packets, on inputs that are ready."""
 
-    def decode(self) -> object:
+    def decode(self) -> None:
         """Packets to cutouts and columns."""
 
-    def score(self) -> object:
+    def score(self) -> None:
         """Cutouts to scores."""
 
-    def encode(self) -> object:
+    def encode(self) -> None:
         """Alerts and scores to output records."""
 
 
@@ -46,20 +46,21 @@ class NaiveStages:
         self._cutouts = [self._broker.cutouts(alert) for _, alert in self._alerts]
         self._scores = [self._broker.score(cutouts) for cutouts in self._cutouts]
 
-    def decode(self) -> object:
+    def decode(self) -> None:
         """fastavro.reader, gzip, astropy."""
-        return [self._broker.cutouts(self._broker.decode(packet)[1]) for packet in self._packets]
+        for packet in self._packets:
+            _, alert = self._broker.decode(packet)
+            self._broker.cutouts(alert)
 
-    def score(self) -> object:
+    def score(self) -> None:
         """numpy, torch at batch one."""
-        return [self._broker.score(cutouts) for cutouts in self._cutouts]
+        for cutouts in self._cutouts:
+            self._broker.score(cutouts)
 
-    def encode(self) -> object:
+    def encode(self) -> None:
         """fastavro.writer."""
-        return [
+        for (schema, alert), scores in zip(self._alerts, self._scores, strict=True):
             self._broker.encode(schema, alert, scores)
-            for (schema, alert), scores in zip(self._alerts, self._scores, strict=True)
-        ]
 
 
 class ServiceStages:
@@ -83,17 +84,20 @@ class ServiceStages:
         self._decoded = [self._decoder.decode(batch) for batch in self._batches]
         self._scored = [score_alerts(alerts, rejects, self._scorer, window) for alerts, rejects in self._decoded]
 
-    def decode(self) -> object:
+    def decode(self) -> None:
         """Decoder: cutouts, columns and light curves."""
-        return [self._decoder.decode(batch) for batch in self._batches]
+        for batch in self._batches:
+            self._decoder.decode(batch)
 
-    def score(self) -> object:
+    def score(self) -> None:
         """Scorer."""
-        return [self._scorer.score(alerts) for alerts, _ in self._decoded]
+        for alerts, _ in self._decoded:
+            self._scorer.score(alerts)
 
-    def encode(self) -> object:
+    def encode(self) -> None:
         """Router, with full payload."""
-        return [self._router.route(scored) for scored in self._scored]
+        for scored in self._scored:
+            self._router.route(scored)
 
 
 def measure_stages(packets: Sequence[bytes], model: str, repetitions: int) -> dict[str, Contest]:
