@@ -75,13 +75,10 @@ def read_image(data: bytes | memoryview) -> NDArray[np.float32]:
     if fits[: len(_FITS)] != _FITS:
         raise StampError(RejectReason.BAD_CUTOUT, "not a FITS file")
     header = bytes(memoryview(fits)[:_MAX_HEADER])
-    end = header.find(_END, _MANDATORY)
-    shape = _float32_image_shape(header[:_MANDATORY])
-    # -1 (no END) is no multiple of a card either. BSCALE and BZERO may stand anywhere; astropy applies them.
-    if shape is None or end % _CARD or b"BSCALE" in header[:end] or b"BZERO" in header[:end]:
+    layout = _float32_layout(header[: header.find(_END, _MANDATORY) + _CARD])
+    if layout is None:
         return _read_with_astropy(fits)
-    height, width = shape
-    start = (end // _BLOCK + 1) * _BLOCK
+    height, width, start = layout
     if start + 4 * height * width > len(fits):
         raise StampError(RejectReason.BAD_CUTOUT, f"{len(fits)} bytes end before the {height} x {width} image does")
     return np.frombuffer(fits, ">f4", height * width, start).reshape(height, width)
@@ -99,18 +96,21 @@ def _inflate(data: bytes | memoryview) -> bytearray:
 
 
 @lru_cache(maxsize=1024)
-def _float32_image_shape(mandatory: bytes) -> tuple[int, int] | None:
-    """(height, width) by a header's mandatory cards; None where they describe anything but a float32 image."""
+def _float32_layout(header: bytes) -> tuple[int, int, int] | None:
+    """(height, width, first byte of the pixels) by a header up to its END; None unless it is a plain float32 image's."""
+    # A header without END is cut within a card. BSCALE and BZERO may stand anywhere; astropy applies them.
+    if len(header) % _CARD or b"BSCALE" in header or b"BZERO" in header:
+        return None
     values = {}
     for start in range(0, _MANDATORY, _CARD):
-        keyword, _, value = mandatory[start : start + _CARD].partition(b"=")
+        keyword, _, value = header[start : start + _CARD].partition(b"=")
         values[keyword.rstrip()] = value.partition(b"/")[0].strip()
     if [values.get(key) for key in (b"SIMPLE", b"BITPIX", b"NAXIS")] != [b"T", b"-32", b"2"]:
         return None
     width, height = values.get(b"NAXIS1", b""), values.get(b"NAXIS2", b"")
     if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
         return None
-    return int(height), int(width)
+    return int(height), int(width), math.ceil(len(header) / _BLOCK) * _BLOCK
 
 
 def _read_with_astropy(fits: bytes | bytearray | memoryview) -> NDArray[np.float32]:
