@@ -1,8 +1,7 @@
 """The service's configuration: what a service file may say, and what each key means. `service_file` reads one.
 
 Every key is documented where it is declared; a misspelt key is an error. Secrets are named (`{env: NAME}` or `{file:
-PATH}`), never written down in the file, and neither they nor any other value is ever repeated in an error or a log
-line.
+PATH}`), never written down in the file, never logged.
 """
 
 from __future__ import annotations
@@ -55,12 +54,10 @@ class ServiceSection(Section):
 class Surroundings:
     """What a service file is checked against besides itself: given to pydantic as the context of a validation.
 
-    Without it only the file's form is checked. `input_topics` and `bundles` are what the file says before it is
-    checked.
+    Without it only the file's form is checked. `bundles` are those that the file names, sound or not.
     """
 
     environment: Mapping[str, str]
-    input_topics: Sequence[str]
     bundles: Sequence[str]
     _opened: dict[str, Bundle | BundleError] = field(default_factory=dict)
 
@@ -94,7 +91,7 @@ def _surroundings(info: ValidationInfo) -> Surroundings | None:
 
 
 def _is_file(path: Path, info: ValidationInfo) -> Path:
-    if _surroundings(info) and not os.access(path, os.R_OK):
+    if _surroundings(info) and not (path.is_file() and os.access(path, os.R_OK)):
         raise ValueError(f"no file {path} that can be read")
     return path
 
@@ -288,14 +285,6 @@ class Output(ServiceSection):
         default=-1, ge=-1, description="Replication factor of topics that are created; -1: the cluster's default."
     )
 
-    @field_validator("prefix")
-    @classmethod
-    def _output_is_not_input(cls, prefix: str, info: ValidationInfo) -> str:
-        for topic in ((surroundings := _surroundings(info)) and surroundings.input_topics) or ():
-            if topic.startswith(f"{prefix}.") and topic.removeprefix(f"{prefix}.") in RESERVED_TOPICS:
-                raise ValueError(f"{topic} would be read and written; choose another prefix")
-        return prefix
-
     @field_validator("schema_registry")
     @classmethod
     def _registry_is_url(cls, location: str | None) -> str | None:
@@ -447,6 +436,15 @@ class Service(ServiceSection):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"more than one filter is called {', '.join(twice)}")
         return filters
+
+    @model_validator(mode="after")
+    def _reads_nothing_that_it_writes(self) -> Service:
+        source, output = self.input, self.output
+        if output.bootstrap_servers in (None, source.bootstrap_servers):
+            written = {f"{output.prefix}.{name}" for name in (*RESERVED_TOPICS, *(one.name for one in self.filters))}
+            if loops := sorted(written.intersection(source.topics)):
+                raise ValueError(f"{', '.join(loops)} would be read and written; choose another output.prefix")
+        return self
 
     @field_validator("models")
     @classmethod

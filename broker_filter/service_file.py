@@ -50,7 +50,7 @@ def load_service(file: Path, environment: Mapping[str, str] = os.environ) -> Ser
         _override(document, environment)
     except _UnreadableError as error:
         raise ConfigError(file, [Problem("", str(error))]) from None
-    surroundings = Surroundings(environment, _texts(document, "input", "topics"), _bundles(document))
+    surroundings = Surroundings(environment, _bundles(document))
     try:
         return Service.model_validate(document, context=surroundings)
     except ValidationError as error:
@@ -117,21 +117,12 @@ def _override(document: dict[str, Any], environment: Mapping[str, str]) -> None:
             raise _UnreadableError(f"{variable}: {error}") from None
 
 
-def _texts(document: Any, *path: str) -> list[str]:
-    """The texts of a list in a document that is not checked yet."""
-    for key in path:
-        document = document.get(key) if isinstance(document, dict) else None
-    return [item for item in document if isinstance(item, str)] if isinstance(document, list) else []
-
-
 def _bundles(document: dict[str, Any]) -> list[str]:
+    """The bundles that a document names, which is not checked yet."""
     models = document.get("models", ["default"])
-    names = (
-        [model.get("bundle") if isinstance(model, dict) else model for model in models]
-        if isinstance(models, list)
-        else []
-    )
-    return [name for name in names if isinstance(name, str)]
+    entries = models if isinstance(models, list) else []
+    named = [entry.get("bundle") if isinstance(entry, dict) else entry for entry in entries]
+    return [bundle for bundle in named if isinstance(bundle, str)]
 
 
 def _describe(error: ValidationError, document: Any) -> Iterator[Problem]:

@@ -45,7 +45,7 @@ def test_every_error_is_said_at_once_with_its_path(tmp_path: Path) -> None:
     assert problems(
         tmp_path,
         """
-        input: {bootstrap_servers: "survey:9092", group_id: 5, topics: [me.scored], start: earlyest, tls: {key: /nope}}
+        input: {bootstrap_servers: "survey:9092", group_id: 5, topics: [ztf], start: earlyest, tls: {key: /nope}}
         output: {prefix: me, payload: ful, sals: {}, schema_registry: ./schemas}
         models: [default, {bundel: x}]
         anomalies: {output: default.real, above: yes}
@@ -59,7 +59,6 @@ def test_every_error_is_said_at_once_with_its_path(tmp_path: Path) -> None:
         "input.group_id": "should be text; put it in quotes",
         "input.start": "should be earliest, latest, stored or an ISO time",
         "input.tls.key": "no file /nope that can be read",
-        "output.prefix": "me.scored would be read and written; choose another prefix",
         "output.payload": "should be 'full', 'no_cutouts' or 'scores'",
         "output.sals": "unknown key; did you mean 'sasl'?",
         "output.schema_registry": "should be an http(s) URL: schemas are registered there",
@@ -133,6 +132,27 @@ def test_checks_how_the_input_is_reached(tmp_path: Path, key: str, path: str, me
     found = problems(tmp_path, f"input: {{{source}}}\noutput: {{prefix: me}}\n")
     assert list(found) == [path]
     assert message in found[path]
+
+
+@pytest.mark.parametrize(
+    ("topic", "servers", "loops"),
+    [
+        ("me.scored", "null", True),
+        ("me.bright", "'survey:9092'", True),
+        ("me.scored", "'ours:9092'", False),
+        ("me.else", "null", False),
+    ],
+)
+def test_reads_nothing_that_it_writes(tmp_path: Path, topic: str, servers: str, loops: bool) -> None:
+    text = f"""
+        input: {{bootstrap_servers: "survey:9092", group_id: me, topics: [{topic}]}}
+        output: {{prefix: me, bootstrap_servers: {servers}}}
+        filters: [{{name: bright, where: real > 0.5}}]
+        """
+    if loops:
+        assert problems(tmp_path, text) == {"": f"{topic} would be read and written; choose another output.prefix"}
+    else:
+        assert load(tmp_path, text).input.topics == [topic]
 
 
 def test_never_repeats_a_secret(tmp_path: Path) -> None:
