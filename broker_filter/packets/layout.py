@@ -54,7 +54,9 @@ class Layout:
         self._scalars = {field: slot for slot, field in enumerate(numbers)}
         # Most metadata columns are scalars as they are; these are gathered at once, and the others computed.
         direct = {
-            place: source for place, source in enumerate(sources) if isinstance(source, Field) and source in self._scalars
+            place: source
+            for place, source in enumerate(sources)
+            if isinstance(source, Field) and source in self._scalars
         }
         self._direct = list(direct)
         self._direct_slots = [self._scalars[source] for source in direct.values()]

@@ -104,7 +104,7 @@ class DirectoryRegistry:
     `704.avsc`. Named types that a schema only mentions are looked up in the other files of its folder.
     """
 
-    _VERSIONED = re.compile(r".*v(\d+)_(\d+)\.alert\.avsc")
+    _VERSIONED = re.compile(r"lsst\.v(\d+)_(\d+)\.alert\.avsc")
     _NUMBERED = re.compile(r"(\d+)\.avsc")
 
     def __init__(self, directory: Path) -> None:
