@@ -144,7 +144,8 @@ class Decoder:
                 kept.append(row)
             else:
                 cutouts[slot] = 0
-                rejects.append(Reject(packets[item.packet], *damage, item.record, columns.identity(row)))
+                fingerprint = item.plan.schema.fingerprint
+                rejects.append(Reject(packets[item.packet], *damage, item.record, columns.identity(row), fingerprint))
         return columns.batch(packets, kept, cutouts[: len(kept)], boxes[: len(kept)], self._columns), rejects
 
     def _walk_packet(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import fastavro
 import numpy as np
@@ -17,6 +18,7 @@ from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.scoring.scorer import open_scorer
+from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.encoding import ContainerFraming, Encoder, OutputRecord
 from broker_filter.streaming.expressions import FIELDS, compile_filter
@@ -166,3 +168,16 @@ def test_a_configuration_routes_real_packets(ztf_packets: list[tuple[int, bytes]
         assert alert["candidate"]["fid"] == 2
         assert alert["broker_filter"]["anomaly"]["flag"]
         assert record.key == alert["objectId"].encode()
+
+
+def test_a_dead_letter_of_a_damaged_alert_still_says_its_schema(shared_data: Path) -> None:
+    archive = shared_data / "ztf" / "archives" / "ZTF18abxhyqv.tar.gz"  # four of its alerts have no cutouts
+    scorer = open_scorer(["default"], Runtime())
+    scored = score_packets(list(read_packets([archive])), Decoder(open_registry(None)), scorer, DuplicateWindow(100))
+    letters = of_topic(router().route(scored).records, "me.dead-letter")
+    assert len(letters) == 4
+    for letter in letters:
+        headers = dict(letter.headers)
+        assert headers["reason"] == b"missing_cutout"
+        assert len(headers["schema"]) == 16
+        assert letter.key == b"ZTF18abxhyqv"
