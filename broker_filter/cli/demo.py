@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "shows what came out: throughput, what filters found, a contact sheet. Needs neither a network nor Kafka.",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
-    parser.add_argument("--alerts", type=_positive, default=2000, metavar="N", help="of the night (default: 2000)")
+    parser.add_argument("--alerts", type=_positive, default=1500, metavar="N", help="of the night (default: 1500)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="another seed, another night (default: 1)")
     parser.set_defaults(run=run)
 
@@ -36,6 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise MissingExtraError(f"the demo needs {', '.join(missing)}: pip install 'broker-filter[demo]'")
     from broker_filter.demo.demonstration import run_demo
 
+    # Ended from outside, it still ends its broker and its service.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     run_demo(arguments.out, arguments.alerts, arguments.seed)
     return 0
 

@@ -15,7 +15,8 @@ matplotlib.use("Agg")  # draws to files; needs no display
 import matplotlib.pyplot as plt
 import numpy as np
 from astropy.io import fits
-from astropy.visualization import AsinhStretch, ImageNormalize, ZScaleInterval
+from astropy.stats import mad_std
+from astropy.visualization import AsinhStretch, ImageNormalize
 from matplotlib.figure import SubFigure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
@@ -57,7 +58,8 @@ def _draw_row(line: SubFigure, row: Row) -> None:
     line.text(0.012, 0.95, row.title, fontsize=12, color=FAINT, va="top")
     for i, (alert, kind) in enumerate(zip(row.alerts[:ALERTS_PER_ROW], row.kinds, strict=False)):
         left, width = 0.01 + 0.2475 * i, 0.2375
-        line.add_artist(Rectangle((left, 0.02), width, 0.82, facecolor=PANEL, transform=line.transSubfigure))
+        panel = Rectangle((left, 0.02), width, 0.82, facecolor=PANEL, transform=line.transSubfigure, zorder=-1)
+        line.add_artist(panel)  # below the images
         for k, cutout in enumerate(CUTOUTS):
             axes = line.add_axes((left + 0.004 + k * 0.0775, 0.24, 0.0745, 0.58))
             pixels = _pixels(alert[f"cutout{cutout}"]["stampData"])
@@ -74,7 +76,7 @@ def _draw_caption(line: SubFigure, left: float, width: float, alert: Alert, kind
     band = {1: "g", 2: "r", 3: "i"}.get(candidate["fid"], "?")
     text = f"{band} = {candidate['magpsf']:.1f}   {kind.replace('_', ' ')}"
     line.text(left + 0.005, 0.135, alert["objectId"], fontsize=10, fontweight="bold", va="center")
-    line.text(left + 0.083, 0.135, text, fontsize=10, color=FAINT, va="center")
+    line.text(left + 0.082, 0.135, text, fontsize=9, color=FAINT, va="center")
     colour = REAL if score > 0.5 else BOGUS
     line.text(left + width - 0.005, 0.135, f"real {score:.3f}", fontsize=10, color=colour, ha="right", va="center")
     for length, fill in ((1.0, "#30363d"), (max(score, 0.01), colour)):
@@ -89,7 +91,9 @@ def _pixels(stamp: bytes) -> NDArray[np.float32]:
 
 
 def _stretch(pixels: NDArray[np.float32]) -> ImageNormalize:
-    """From the sky's noise (zscale) to the brightest pixel but a few, compressed as an arc sine."""
+    """From just below the sky to the brightest pixels but a few, compressed as an arc sine, so that faint things show."""
     finite = pixels[np.isfinite(pixels)]
-    low, high = ZScaleInterval().get_limits(finite)
-    return ImageNormalize(vmin=low, vmax=max(high, float(np.percentile(finite, 99.8))), stretch=AsinhStretch(0.15))
+    sky = float(np.median(finite))
+    noise = float(mad_std(finite))
+    brightest = max(float(np.percentile(finite, 99.8)), sky + 10 * noise)
+    return ImageNormalize(vmin=sky - noise, vmax=brightest, stretch=AsinhStretch(0.2))

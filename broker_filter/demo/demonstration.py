@@ -100,7 +100,8 @@ def _replay(night: Night, properties: Mapping[str, object], service: ServiceProc
     with ThreadPoolExecutor(1, "replay") as threads, _live(night.packets) as show:
         sending = threads.submit(replayer.replay, read_packets([night.archive]), as_fast_as_possible())
         try:
-            started = moved = time.monotonic()
+            moved = time.monotonic()
+            first: tuple[int, float] | None = None  # alerts dealt with, and when: from there on the rate is measured
             consumed, rate = 0, 0.0
             while consumed < night.packets:
                 time.sleep(LOOK_INTERVAL_S)
@@ -109,7 +110,8 @@ def _replay(night: Night, properties: Mapping[str, object], service: ServiceProc
                 account, now = counts(service.metrics()), time.monotonic()
                 if account["consumed"] > consumed:
                     consumed, moved = account["consumed"], now
-                    rate = consumed / (moved - started)
+                    first = first or (consumed, now)
+                    rate = (consumed - first[0]) / (now - first[1]) if now > first[1] else 0.0
                 elif now - moved > STANDSTILL_S:
                     raise DemoError(f"{consumed} of {night.packets} messages dealt with, and no more for a minute")
                 show(replayer.account.sent, account, rate)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +22,8 @@ SHOWN_PER_FILTER = 4
 BANDS = {1: "g", 2: "r"}
 DECIDED = 0.5
 """Above it an alert counts as called real."""
+WELL_EXPOSED = 16.0
+"""Magnitude of stars that look like one: brighter ones saturate."""
 
 
 def write_scores(file: Path, results: Results, night: Night) -> None:
@@ -47,48 +51,56 @@ def kinds_table(results: Results, night: Night) -> Table:
     scores: dict[str, list[float]] = {kind: [] for kind in RATES}
     for alert in results.scored:
         scores[night.kinds[alert["candid"]]].append(real(alert))
-    table = Table(title="What the default model says of each kind", title_justify="left")
-    for heading in ("kind", "truly", "alerts", "median score", "called real"):
-        table.add_column(heading, justify="left" if heading in ("kind", "truly") else "right")
+    table = _table(
+        "What the default model says of each kind", ("kind", "truly"), ("alerts", "median score", "called real")
+    )
     for kind, values in scores.items():
         if values:
-            called = np.mean(np.array(values) > DECIDED)
             truth = "[green]real[/]" if kind in REAL_RATES else "[red]bogus[/]"
+            called = np.mean(np.array(values) > DECIDED)
             table.add_row(_words(kind), truth, str(len(values)), f"{np.median(values):.3f}", f"{called:.0%}")
     return table
 
 
 def interesting_table(results: Results, night: Night) -> Table:
     """The brightest alerts of each filter."""
-    table = Table(title="What the filters found", title_justify="left")
-    for heading in ("filter", "object", "band", "magnitude", "detections", "score", "truly"):
-        table.add_column(heading, justify="right" if heading in ("magnitude", "detections", "score") else "left")
+    table = _table("What the filters found", ("filter", "object", "truly", "band"), ("mag", "seen", "score"))
     for name, alerts in _filtered(results).items():
         for i, alert in enumerate(alerts[:SHOWN_PER_FILTER]):
             candidate = alert["candidate"]
             table.add_row(
-                f"{name} ({len(alerts)})" if i == 0 else "",
+                f"{_words(name)} ({len(alerts)})" if i == 0 else "",
                 alert["objectId"],
+                _words(night.kinds[alert["candid"]]),
                 BANDS[candidate["fid"]],
                 f"{candidate['magpsf']:.2f}",
-                str(candidate["ndethist"]),
+                f"{candidate['ndethist']} x",
                 f"{real(alert):.3f}",
-                _words(night.kinds[alert["candid"]]),
                 end_section=i == min(len(alerts), SHOWN_PER_FILTER) - 1,
             )
     return table
 
 
+def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in words:
+        table.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, no_wrap=True, justify="right")
+    return table
+
+
 def contact_sheet_rows(results: Results, night: Night) -> list[Row]:
-    """A row for each filter, one of variable stars, and one of what the model calls bogus, of different kinds."""
+    """A row for each filter, one of variable stars, and two of what the model calls bogus, as different as may be."""
     rows = [_row(_words(name), alerts, night) for name, alerts in _filtered(results).items()]
-    stars = [alert for alert in _unique(results.scored) if night.kinds[alert["candid"]] == "variable_star"]
-    rows.append(_row("variable star", sorted(stars, key=_magnitude), night))
-    bogus: dict[str, Alert] = {}
-    for alert in sorted(_unique(results.scored), key=_magnitude):
-        if real(alert) < DECIDED:
-            bogus.setdefault(night.kinds[alert["candid"]], alert)
-    rows.append(_row("called bogus", bogus.values(), night))
+    alerts = sorted((a for a in results.scored if not a["broker_filter"]["duplicate"]), key=_magnitude)
+    stars = (alert for alert in alerts if night.kinds[alert["candid"]] == "variable_star")
+    rows.append(_row("variable star", (star for star in stars if _magnitude(star) > WELL_EXPOSED), night))
+    bogus = [alert for alert in alerts if real(alert) < DECIDED]
+    kinds = [night.kinds[alert["candid"]] for alert in bogus]
+    first_of_kind = [alert for i, alert in enumerate(bogus) if kinds[i] not in kinds[:i]]
+    rows.append(_row("called bogus", first_of_kind, night))
+    rows.append(_row("", first_of_kind[ALERTS_PER_ROW:], night))
     return [row for row in rows if row.alerts]
 
 
@@ -129,12 +141,8 @@ def _filtered(results: Results) -> dict[str, list[Alert]]:
     }
 
 
-def _unique(alerts: Iterable[Alert]) -> list[Alert]:
-    return [alert for alert in alerts if not alert["broker_filter"]["duplicate"]]
-
-
 def _row(title: str, alerts: Iterable[Alert], night: Night) -> Row:
-    chosen = list(alerts)[:ALERTS_PER_ROW]
+    chosen = list(islice(alerts, ALERTS_PER_ROW))
     return Row(title, chosen, [night.kinds[alert["candid"]] for alert in chosen])
 
 

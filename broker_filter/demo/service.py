@@ -17,7 +17,7 @@ TOPIC = "ztf_20260225_programid1"
 PREFIX = "demo"
 FILTERS = {
     "young-supernova": "real > 0.65 and isdiffpos and not sso and distpsnr1 < 8 and sgscore1 < 0.5"
-    " and ndethist < 10 and jdendhist - jdstarthist < 12",
+    " and 1 < ndethist < 10 and jdendhist - jdstarthist < 12",
     "active-nucleus": "real > 0.65 and not sso and distpsnr1 < 1 and sgscore1 < 0.5 and jdendhist - jdstarthist > 100",
     "fast-mover": "real > 0.65 and sso and elong > 1.2",
 }

@@ -1,4 +1,4 @@
-"""Avro encoding of a record, for schemas of records, arrays, null-first unions and primitives, as alerts' are.
+"""Avro encoding of a record, for schemas of records, arrays, nullable fields and primitives, as alerts' are.
 
 Four times as fast as fastavro's writer here, because no branch of a union is tried. Must never be used for a schema
 from outside: it knows just what the simulated ones need.
@@ -52,13 +52,11 @@ def _compile(schema: Any, named: dict[str, Write], namespace: str) -> Write:
             return _PRIMITIVES[schema]
         case str():
             return named[schema if "." in schema else f"{namespace}.{schema}"]
-        case ["null", branch]:
-            return _nullable(_compile(branch, named, namespace))
         case {"type": "array", "items": items}:
             return _array(_compile(items, named, namespace))
         case {"type": "record", "name": name, "fields": fields}:
             namespace = schema.get("namespace", namespace)
-            write = _record([(field["name"], _compile(field["type"], named, namespace)) for field in fields])
+            write = _record([_compile_field(field, named, namespace) for field in fields])
             named[f"{namespace}.{name}"] = write
             return write
         case {"type": str() as primitive} if primitive in _PRIMITIVES:  # a logical type
@@ -66,15 +64,13 @@ def _compile(schema: Any, named: dict[str, Write], namespace: str) -> Write:
     raise ValueError(f"not a type that simulated alerts have: {schema}")
 
 
-def _nullable(write_value: Write) -> Write:
-    def write(value: Any, put: Put) -> None:
-        if value is None:
-            put(b"\0")
-        else:
-            put(b"\2")
-            write_value(value, put)
-
-    return write
+def _compile_field(field: dict[str, Any], named: dict[str, Write], namespace: str) -> tuple[str, bool, Write]:
+    """A field's name, whether it may be null, and how to write its value."""
+    match field["type"]:
+        case ["null", branch]:
+            return field["name"], True, _compile(branch, named, namespace)
+        case other:
+            return field["name"], False, _compile(other, named, namespace)
 
 
 def _array(write_item: Write) -> Write:
@@ -88,9 +84,15 @@ def _array(write_item: Write) -> Write:
     return write
 
 
-def _record(fields: list[tuple[str, Write]]) -> Write:
+def _record(fields: list[tuple[str, bool, Write]]) -> Write:
     def write(record: Any, put: Put) -> None:
-        for name, write_field in fields:
-            write_field(record.get(name), put)
+        for name, may_be_null, write_value in fields:
+            value = record.get(name)
+            if may_be_null:
+                if value is None:
+                    put(b"\0")
+                    continue
+                put(b"\2")
+            write_value(value, put)
 
     return write

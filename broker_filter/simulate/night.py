@@ -260,7 +260,7 @@ class Night:
         elif kind == "supernova":
             curve = light_curves.supernova(exposure.mjd, conditions.band, counts * unit, rng)
             away, angle = rng.exponential(2.0) / instrument.pixel_scale, rng.uniform(0, 2 * np.pi)
-            host = instrument.counts(float(np.clip(magnitude + rng.normal(-0.6, 1.2), instrument.brightest + 1, 21.5)))
+            host = instrument.counts(float(np.clip(magnitude + rng.normal(-1.0, 1.2), instrument.brightest + 1, 21.5)))
             shape = int(rng.integers(GALAXY_SHAPES))
             galaxies.insert(0, Galaxy(shape, offset[0] + away * np.cos(angle), offset[1] + away * np.sin(angle), host))
         else:

@@ -6,6 +6,7 @@ Fields that only the survey's own pipeline could fill (its scores, details of it
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
@@ -33,7 +34,8 @@ NOT_MATCHED = -999.0
 MAGNITUDES_PER_E = float(2.5 / np.log(10))
 SYNC = b"broker-filter/s\n"
 """Any 16 bytes do as a container's sync marker; fixed, so that a seed gives the same bytes again."""
-COMPRESSION_LEVEL = 6
+COMPRESSION_LEVEL = 1
+"""Noise hardly compresses, however long one tries."""
 
 FAR_AWAY = Neighbour(30.0, 0.0, 23.0, is_star=True)
 """The nearest source of a template that has none within the stamp."""
@@ -176,7 +178,7 @@ def _difference_source(flux: float, error: float, zero_point: float, aperture: f
     """Magnitudes of a detection of some flux, negative or positive."""
     relative = MAGNITUDES_PER_E * error / abs(flux)
     magnitude = _magnitude(flux, zero_point)
-    sign = np.sign(flux)
+    sign = math.copysign(1.0, flux)
     # An aperture that sums to nothing has no magnitude; it gets the one of a tenth of the error.
     small, wide = (_magnitude(max(sign * counts, 0.1 * error), zero_point) for counts in (aperture, wide_aperture))
     return {
@@ -225,48 +227,53 @@ def _catalogue(observation: Observation) -> Record:
     return record
 
 
+def _earlier_visits(observation: Observation) -> list[Record]:
+    """The visits of the history: when, how deep."""
+    history = observation.history
+    limits = history.limiting_magnitude.tolist()
+    return [
+        _visit(observation.exposure, _jd(mjd), band, limit)
+        for mjd, band, limit in zip(history.mjd.tolist(), history.band, limits, strict=True)
+    ]
+
+
 def _previous_candidates(observation: Observation) -> list[Record] | None:
     """Earlier visits of the last 30 days: detections, and upper limits where nothing was detected."""
-    history, records = observation.history, []
+    history, visits = observation.history, _earlier_visits(observation)
     nearest = _nearest(observation)
-    for i in range(len(history.mjd)):
-        jd = _jd(float(history.mjd[i]))
-        record = _visit(observation.exposure, jd, history.band[i], float(history.limiting_magnitude[i]))
-        if history.detected[i]:
-            flux, error = float(history.flux[i]), float(history.flux_error[i])
-            record |= _difference_source(flux, error, AB_ZERO_POINT_NJY, flux, flux) | nearest
-            record |= {"candid": record["pid"] * 10**6 + 15_000, "ra": observation.ra, "dec": observation.dec}
-            record |= {"nneg": 2, "nbad": 0, "scorr": abs(flux) / error * QUOTED_ERROR}
-        else:
-            record |= dict.fromkeys(("candid", "isdiffpos", "ra", "dec", "magpsf", "sigmapsf", "ranr", "decnr"))
-        records.append(record)
-    return records or None
+    for i in np.flatnonzero(history.detected):
+        flux, error, visit = float(history.flux[i]), float(history.flux_error[i]), visits[i]
+        visit |= _difference_source(flux, error, AB_ZERO_POINT_NJY, flux, flux) | nearest
+        visit |= {"candid": visit["pid"] * 10**6 + 15_000, "ra": observation.ra, "dec": observation.dec}
+        visit |= {"nneg": 2, "nbad": 0, "scorr": abs(flux) / error * QUOTED_ERROR}
+    return visits or None
 
 
 def _forced_photometry(observation: Observation) -> list[Record]:
     """The flux at the alert's place in each of those visits, in counts."""
     history, conditions = observation.history, observation.exposure.conditions
-    nearest = _nearest(observation)
-    records = []
-    for i in range(len(history.mjd)):
-        jd = _jd(float(history.mjd[i]))
-        record = _visit(observation.exposure, jd, history.band[i], float(history.limiting_magnitude[i])) | nearest
-        record |= {
-            "rfid": observation.exposure.field * 10**6 + 120_000 + record["fid"],
-            "sciinpseeing": conditions.fwhm,
-            "scibckgnd": conditions.sky,
-            "scisigpix": conditions.noise,
-            "exptime": 30.0,
-            "forcediffimflux": float(history.flux[i]) / ZTF.nanojansky,
-            "forcediffimfluxunc": float(history.flux_error[i]) / ZTF.nanojansky,
-            "procstatus": "0",
+    shared = _nearest(observation) | {
+        "sciinpseeing": conditions.fwhm,
+        "scibckgnd": conditions.sky,
+        "scisigpix": conditions.noise,
+        "exptime": 30.0,
+        "procstatus": "0",
+    }
+    fluxes, errors = ((values / ZTF.nanojansky).tolist() for values in (history.flux, history.flux_error))
+    return [
+        visit
+        | shared
+        | {
+            "rfid": observation.exposure.field * 10**6 + 120_000 + visit["fid"],
+            "forcediffimflux": flux,
+            "forcediffimfluxunc": error,
         }
-        records.append(record)
-    return records
+        for visit, flux, error in zip(_earlier_visits(observation), fluxes, errors, strict=True)
+    ]
 
 
 def _magnitude(flux: float, zero_point: float) -> float:
-    return float(zero_point - 2.5 * np.log10(abs(flux)))
+    return zero_point - 2.5 * math.log10(abs(flux))
 
 
 def _jd(mjd: float) -> float:
