@@ -33,8 +33,8 @@ STOP_TIMEOUT_S = 60
 STALL_TIMEOUT_S = 120
 SILENT = {"log_level": 0}
 """librdkafka prints what it recovers from by itself: a coordinator that loads, a broker that was stopped in the end."""
-QUIET_S = 5.0
-"""A reader that was given nothing for so long has read everything."""
+MISSING_S, SURPLUS_S = 10.0, 1.0
+"""How long a reader waits for records that are missing, and for any beyond what there must be."""
 
 
 class BenchmarkError(RuntimeError):
@@ -160,7 +160,7 @@ class Arena:
         )
         consumer.subscribe([topic])
         found = 0
-        while messages := consumer.consume(1000, QUIET_S):
+        while messages := consumer.consume(1000, MISSING_S if found < alerts else SURPLUS_S):
             found += sum(message.error() is None for message in messages)
         consumer.close()
         self._delete(topic)
