@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, get_args
 
 import pytest
 from prometheus_client import CollectorRegistry
-from pydantic import BaseModel
 
-from broker_filter.config import SecretFromEnvironment, SecretFromFile, Service
 from broker_filter.metrics import Metrics
 from broker_filter.packets.rejects import RejectReason
 from broker_filter.packets.surveys import COLUMNS
@@ -22,28 +19,6 @@ def rows(head: str) -> set[str]:
     """The first column of the table whose first heading is `head`."""
     _, _, table = README.read_text().partition(f"\n| {head} |")
     return set(re.findall(r"^\| `([^`]+)` \|", table.partition("\n\n")[0], re.MULTILINE))
-
-
-def sections(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [] if annotation in (SecretFromEnvironment, SecretFromFile) else [annotation]
-    return [section for argument in get_args(annotation) for section in sections(argument)]
-
-
-def keys(section: type[BaseModel], path: str = "") -> set[str]:
-    found = set()
-    for name, field in section.model_fields.items():
-        inner = sections(field.annotation)
-        many = "[]" if "list" in str(field.annotation) else ""
-        found |= keys(inner[0], f"{path}{name}{many}.") if inner else {path + name}
-    return found
-
-
-def test_every_configuration_key_is_documented_and_no_other() -> None:
-    documented = rows("key")
-    assert keys(Service) <= documented
-    prefixes = {re.sub(r"(\[\])?\.[^.]+$", "", key) for key in documented}
-    assert documented - keys(Service) <= prefixes
 
 
 @pytest.mark.parametrize(
