@@ -97,7 +97,7 @@ def _inflate(data: bytes | memoryview) -> bytearray:
 
 @lru_cache(maxsize=1024)
 def _float32_layout(header: bytes) -> tuple[int, int, int] | None:
-    """(height, width, first byte of the pixels) by a header up to its END; None unless it is a plain float32 image's."""
+    """(height, width, first byte of the pixels) by a header up to its END; None for any but a plain float32 image."""
     # A header without END is cut within a card. BSCALE and BZERO may stand anywhere; astropy applies them.
     if len(header) % _CARD or b"BSCALE" in header or b"BZERO" in header:
         return None

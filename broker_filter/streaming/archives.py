@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol, cast
+from typing import IO, Any, BinaryIO, Literal, cast
 
 from broker_filter.packets import ocf, parquet
 from broker_filter.packets.packet import FilePosition, Packet
@@ -31,7 +31,7 @@ MAX_EXTENDED_HEADER_BYTES = 64 * 2**10
 
 _GZIP = b"\x1f\x8b\x08"
 _FILE_BUFFER = 256 * 1024
-_MEMBER_BUFFER = 64 * 1024  # about one packet
+_PACKET_BUFFER = 64 * 1024
 _EXTENDED_HEADERS = frozenset((tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE))
 _TAR_ENDS = (tarfile.EOFHeaderError, tarfile.EmptyHeaderError)  # type: ignore[attr-defined]
 """At the mark of a tar's end, and at the end of one without it: real night archives have none."""
@@ -46,8 +46,8 @@ class InputError(OSError):
 def read_packets(inputs: Sequence[str | Path], *, max_packet_bytes: int = MAX_PACKET_BYTES) -> Iterator[Packet]:
     """Yields the packets of every input in the order given; a folder's files, recursively, in the order of their names.
 
-    A file or member is a Packet, except that each block of a container file and each row of a Parquet file is one. At
-    most a little more than `max_packet_bytes` of it is read, so that one that is too large is known for it.
+    A file or member is a Packet, except that each block of a container file of several alerts is one, and each row of a
+    Parquet file. At most a little more than `max_packet_bytes` of it is read, so that one that is too large is known.
 
     Damage loses what comes after it and no more. The packet that is cut off has the bytes that are there; a damaged tar
     or Parquet file ends with an empty Packet for what is lost. Decoding rejects both, and the log says why.
@@ -103,14 +103,18 @@ def _read_stream(
 
 
 def _read_container(stream: io.BufferedReader[Any], position: FilePosition, limit: int) -> Iterator[Packet]:
+    data = _read_up_to(limit + 1, stream)
+    if len(data) <= limit and ocf.count_records(data) <= 1:  # as nearly all are
+        yield Packet(data, position)
+        return
     record = 0
-    for container in ocf.split_container(stream, limit):
+    for container in ocf.split_container(cast(BinaryIO, _Continued(data, stream)), limit):
         yield Packet(container, replace(position, record=record))
         record += ocf.count_records(container)
 
 
 def _read_gzip(stream: io.BufferedReader[Any], position: FilePosition, limit: int, depth: int) -> Iterator[Packet]:
-    inflated = _Salvaged(gzip.GzipFile(fileobj=stream))
+    inflated = _Inflated(stream)
     yield from _read_stream(io.BufferedReader(inflated, _FILE_BUFFER), position, limit, depth + 1)
     if inflated.damage:
         log.warning("%s: damaged gzip, read as far as it goes: %s", position, inflated.damage)
@@ -140,9 +144,10 @@ def _read_tar(stream: io.BufferedReader[Any], position: FilePosition, limit: int
         with tarfile.open(fileobj=stream, mode=mode, tarinfo=_Member, errors="replace") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # they would be a gigabyte in a night
-                file = archive.extractfile(member)
-                if file is not None:  # not a folder or a link
-                    content = io.BufferedReader(_Salvaged(cast(tarfile.ExFileObject, file)), _MEMBER_BUFFER)
+                if member.isfile():  # not a folder or a link
+                    content = io.BufferedReader(_Stored(cast(IO[bytes], archive.fileobj), member.size), _PACKET_BUFFER)
+                    if member.issparse():
+                        content = cast(io.BufferedReader[Any], archive.extractfile(member))
                     name = f"{position.member}/{member.name}".lstrip("/")
                     yield from _read_stream(content, replace(position, member=name), limit, depth + 1)
         while stream.read(_FILE_BUFFER):  # padding: the checksum of a gzip around it stands behind that
@@ -157,21 +162,29 @@ def _read_tar(stream: io.BufferedReader[Any], position: FilePosition, limit: int
 
 def _read_up_to(size: int, stream: io.BufferedReader[Any]) -> bytes:
     """At most `size` bytes, without setting as many aside first, as `read(size)` does."""
-    data = bytearray()
-    while len(data) < size and (piece := stream.read(min(size - len(data), _MEMBER_BUFFER))):
-        data += piece
-    return bytes(data)
+    pieces = []
+    while size > 0 and (piece := stream.read(min(size, _FILE_BUFFER))):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
 
 
-class _Readable(Protocol):
-    def read1(self, size: int, /) -> bytes: ...
+class _Continued:
+    """A stream of which the beginning was read already."""
+
+    def __init__(self, beginning: bytes, rest: io.BufferedReader[Any]) -> None:
+        self._beginning = io.BytesIO(beginning)
+        self._rest = rest
+
+    def read(self, size: int) -> bytes:
+        return self._beginning.read(size) or self._rest.read(size)
 
 
-class _Salvaged(io.RawIOBase):
-    """A stream that ends where its source is damaged, and remembers how: what stands before that is still read."""
+class _Inflated(io.RawIOBase):
+    """A gzip's content up to where it is damaged, and how it is damaged: what stands before that is still read."""
 
-    def __init__(self, source: _Readable) -> None:
-        self._source = source
+    def __init__(self, stream: io.BufferedReader[Any]) -> None:
+        self._gzip = gzip.GzipFile(fileobj=stream)
         self.damage: Exception | None = None
 
     def readable(self) -> bool:
@@ -181,8 +194,8 @@ class _Salvaged(io.RawIOBase):
         filled = 0
         while filled < len(buffer) and self.damage is None:
             try:
-                piece = self._source.read1(len(buffer) - filled)
-            except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.ReadError) as error:
+                piece = self._gzip.read1(len(buffer) - filled)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 self.damage = error
                 break
             if not piece:
@@ -190,6 +203,23 @@ class _Salvaged(io.RawIOBase):
             buffer[filled : filled + len(piece)] = piece
             filled += len(piece)
         return filled
+
+
+class _Stored(io.RawIOBase):
+    """A tar member's content, or as much of it as there is: tarfile's own reader drops what is cut off."""
+
+    def __init__(self, archive: IO[bytes], size: int) -> None:
+        self._archive = archive
+        self._left = size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        piece = self._archive.read(min(len(buffer), self._left))
+        self._left -= len(piece)
+        buffer[: len(piece)] = piece
+        return len(piece)
 
 
 class _Member(tarfile.TarInfo):
