@@ -89,9 +89,10 @@ def read_container(data: bytes, max_bytes: int = MAX_CONTAINER_BYTES) -> Contain
             raise _DamagedError(RejectReason.TRUNCATED, "the container ends within its header")
         view, left = memoryview(data), max_bytes
         while start < len(data):
-            count, stored, start = _read_block(view, start, sync)
-            body = _inflate(header.codec, stored, left)
+            count, begin, end = _read_block(data, start, sync)
+            body = _inflate(header.codec, view[begin:end], left)
             left -= len(body)
+            start = end + SYNC_BYTES
             blocks.append(Block(count, body))
     except _DamagedError as error:
         return Container(header.schema, tuple(blocks), error.damage, header.codec)
@@ -106,8 +107,9 @@ def count_records(container: bytes) -> int:
         sync = container[start : start + SYNC_BYTES]
         start += SYNC_BYTES
         while start < len(container):
-            count, _, start = _read_block(memoryview(container), start, sync)
+            count, _, end = _read_block(container, start, sync)
             records += count
+            start = end + SYNC_BYTES
     except _DamagedError:
         pass
     return records
@@ -147,8 +149,7 @@ def split_container(stream: BinaryIO, max_block_bytes: int = MAX_CONTAINER_BYTES
         return
     while fill(1):
         try:
-            with memoryview(buffer) as view:
-                end = _read_block(view, 0, sync)[2]
+            end = _read_block(buffer, 0, sync)[2] + SYNC_BYTES
         except _DamagedError as error:
             short = error.damage[0] is RejectReason.TRUNCATED and len(buffer) < max_block_bytes
             if short and fill(len(buffer) + 1):
@@ -241,22 +242,22 @@ def _read_metadata(data: bytes | bytearray) -> tuple[int, dict[bytes, bytes]]:
             metadata[key], position = _read_bytes(data, position)
 
 
-def _read_block(data: memoryview, position: int, sync: bytes) -> tuple[int, memoryview, int]:
-    """The block at `position`: its claimed count, its stored bytes, and where the next one starts."""
-    begin = position
+def _read_block(data: bytes | bytearray, position: int, sync: bytes) -> tuple[int, int, int]:
+    """The block at `position`: its claimed count, and where its stored bytes begin and end; the sync marker follows."""
+    at = position
     count, position = _read_long(data, position)
-    size, position = _read_long(data, position)
+    size, begin = _read_long(data, position)
     if count < 0 or size < 0:
-        raise _DamagedError(RejectReason.CORRUPT, f"impossible block at byte {begin}: {count} records in {size} bytes")
-    end = position + size
+        raise _DamagedError(RejectReason.CORRUPT, f"impossible block at byte {at}: {count} records in {size} bytes")
+    end = begin + size
     if end + SYNC_BYTES > len(data):
-        raise _DamagedError(RejectReason.TRUNCATED, f"the block at byte {begin} ends after the container does")
+        raise _DamagedError(RejectReason.TRUNCATED, f"the block at byte {at} ends after the container does")
     if data[end : end + SYNC_BYTES] != sync:
-        raise _DamagedError(RejectReason.CORRUPT, f"no sync marker after the block at byte {begin}")
-    return count, data[position:end], end + SYNC_BYTES
+        raise _DamagedError(RejectReason.CORRUPT, f"no sync marker after the block at byte {at}")
+    return count, begin, end
 
 
-def _read_long(data: bytes | bytearray | memoryview, position: int) -> tuple[int, int]:
+def _read_long(data: bytes | bytearray, position: int) -> tuple[int, int]:
     value = shift = 0
     while position < len(data):
         byte = data[position]

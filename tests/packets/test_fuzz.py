@@ -139,7 +139,7 @@ def test_no_mutant_escapes_or_is_lost(packets: list[bytes], registry: SchemaRegi
     assert reasons["decoded"] > 100
     assert reasons["truncated"] > 100
     assert reasons["corrupt"] > 100
-    assert len(reasons) > 4
+    assert reasons["bad_cutout"] > 50
 
 
 @pytest.mark.skipif(walk.IMPLEMENTATION != "c", reason="the compiled walker is not built")
