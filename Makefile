@@ -1,5 +1,7 @@
 # Everything from nothing: each target makes .venv and installs what it needs, once.
 #   PYTHON=python3.12   the interpreter to make .venv with (3.11 or newer)
+#   BENCH="INPUT... --model BUNDLE"   what `make bench` measures; simulated packets and the default bundle without it
+#   KAFKA_HOME=DIR      an Apache Kafka for the benchmark and the tests
 # On a machine without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares a large download.
 
 PYTHON ?= python3
@@ -29,8 +31,9 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+bench: export KAFKA_HOME ?= $(wildcard ../shared/kafka)
 bench: $(VENV)/installed-demo
-	$(BIN)/broker-filter bench --out bench.json
+	$(BIN)/broker-filter bench $(BENCH) --out bench.json
 
 chaos: $(VENV)/installed-test
 	$(BIN)/python tests/chaos.py
