@@ -91,7 +91,7 @@ def _pixels(stamp: bytes) -> NDArray[np.float32]:
 
 
 def _stretch(pixels: NDArray[np.float32]) -> ImageNormalize:
-    """From just below the sky to the brightest pixels but a few, compressed as an arc sine, so that faint things show."""
+    """From just below the sky to the brightest pixels but a few, compressed so that faint things show."""
     finite = pixels[np.isfinite(pixels)]
     sky = float(np.median(finite))
     noise = float(mad_std(finite))

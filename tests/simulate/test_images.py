@@ -1,0 +1,84 @@
+"""The image subtraction does what its equations promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from broker_filter.simulate.images import (
+    QUOTED_ERROR,
+    Conditions,
+    Galaxy,
+    Point,
+    Scene,
+    draw_conditions,
+    draw_galaxies,
+    expose,
+    measure,
+)
+from broker_filter.simulate.instruments import LSST, ZTF, Instrument
+
+
+@pytest.fixture(params=[ZTF, LSST], ids=["ztf", "lsst"])
+def conditions(request: pytest.FixtureRequest) -> Conditions:
+    instrument: Instrument = request.param
+    return draw_conditions(instrument, np.random.default_rng(5))
+
+
+def test_unchanged_sky_leaves_white_noise(conditions: Conditions) -> None:
+    rng = np.random.default_rng(1)
+    difference = expose(Scene([]), conditions, [], rng).difference
+    expected = np.hypot(conditions.noise, conditions.template_noise)
+    # The finest detail is tapered away with the point spreads, and its noise with it.
+    assert 0.7 * expected < difference.std() < 1.05 * expected
+    assert abs(difference.mean()) < 5 * expected / difference.shape[0]
+
+
+def test_unchanged_galaxy_subtracts_away(conditions: Conditions) -> None:
+    rng = np.random.default_rng(2)
+    galaxies = draw_galaxies(conditions.instrument, 3, rng)
+    counts = 100 * conditions.flux_error
+    scene = Scene([], [Galaxy(i, 0.3, -0.2, counts) for i in range(3)])
+    stamps = expose(scene, conditions, galaxies, rng)
+    assert measure(stamps.science - np.median(stamps.science), conditions, 0, 0).wide_aperture_flux > counts
+    assert measure(stamps.difference, conditions, 0, 0).snr < 5
+
+
+def test_flux_of_a_transient_is_recovered_within_its_error(conditions: Conditions) -> None:
+    rng = np.random.default_rng(3)
+    pulls = []
+    for _ in range(80):
+        x, y = rng.uniform(-0.5, 0.5, 2)
+        flux = 12 * conditions.flux_error
+        stamps = expose(Scene([Point(x, y, flux, 0.0)]), conditions, [], rng)
+        pulls.append((measure(stamps.difference, conditions, x, y).flux - flux) / conditions.flux_error)
+    assert abs(np.mean(pulls)) < 0.35
+    assert 0.6 / QUOTED_ERROR < np.std(pulls) < 1.5 / QUOTED_ERROR
+
+
+def test_sources_stand_where_they_are_put(conditions: Conditions) -> None:
+    rng = np.random.default_rng(4)
+    middle = conditions.instrument.grid // 2
+    stamps = expose(Scene([Point(7.0, -4.0, 1000 * conditions.flux_error, 0.0)]), conditions, [], rng)
+    assert np.unravel_index(stamps.difference.argmax(), stamps.difference.shape) == (middle - 4, middle + 7)
+
+
+def test_misaligned_star_leaves_a_dipole() -> None:
+    rng = np.random.default_rng(5)
+    conditions = draw_conditions(ZTF, rng)
+    star = Point(0.0, 0.0, 20_000.0, 20_000.0)
+    difference = expose(Scene([star]), conditions, [], rng, misalignment=(0.8, 0.0)).difference
+    middle = ZTF.grid // 2
+    row = difference[middle - 1 : middle + 2].sum(axis=0)
+    assert row[middle - 3 : middle].sum() > 20 * conditions.noise
+    assert row[middle + 1 : middle + 4].sum() < -20 * conditions.noise
+
+
+def test_moving_source_is_trailed_along_its_motion() -> None:
+    rng = np.random.default_rng(6)
+    conditions = draw_conditions(ZTF, rng)
+    stamps = expose(Scene([Point(0.0, 0.0, 30_000.0, 0.0)], trail=(6.0, 0.0)), conditions, [], rng)
+    middle = ZTF.grid // 2
+    box = stamps.difference[middle - 8 : middle + 9, middle - 8 : middle + 9].clip(min=0)
+    up, right = np.mgrid[-8:9, -8:9]
+    assert (box * right**2).sum() > 2 * (box * up**2).sum()

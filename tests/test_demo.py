@@ -1,0 +1,84 @@
+"""The demonstration runs as a user runs it, and keeps its account."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.image
+import pyarrow.parquet as pq
+import pytest
+
+pytest.importorskip("noida_db", reason="the demonstration needs the extra `demo`")
+pytest.importorskip("galsim", reason="the demonstration needs the extra `demo`")
+
+N = 240
+
+
+def processes_of(directory: Path) -> list[str]:
+    """Command lines of running processes that were started with a file of `directory`."""
+    lines = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # it has ended
+            continue
+        if str(directory) in line:
+            lines.append(line)
+    return lines
+
+
+def test_demo_shows_and_accounts_for_a_night(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "broker_filter", "demo", "--out", str(out), "--alerts", str(N), "--seed", "4"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    assert done.returncode == 0, done.stderr
+    # Two damaged packets, one alert sent twice.
+    assert "243 consumed = 240 scored + 2 rejected (not_avro 1, truncated 1) + 1 sent twice" in done.stdout
+    assert "Each of the 243 messages came out exactly once" in done.stdout
+    assert "young supernova" in done.stdout
+    assert "GLIBC" not in done.stdout + done.stderr
+
+    scores = pq.read_table(out / "scores.parquet").to_pylist()
+    assert len(scores) == N + 1
+    assert all(0 <= row["default.real"] <= 1 for row in scores)
+    assert sum(row["duplicate"] for row in scores) == 1
+    height, width, _ = matplotlib.image.imread(out / "contact-sheet.png").shape
+    assert width > 1500
+    assert height > 600
+    assert "broker_filter_consumed_alerts_total 243.0" in (out / "metrics.txt").read_text()
+    checked = subprocess.run(
+        [sys.executable, "-m", "broker_filter", "config", "check", str(out / "service.yaml")],
+        capture_output=True,
+        text=True,
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert not processes_of(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_demo_ends_its_broker_and_service_when_it_is_ended(tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "broker_filter", "demo", "--out", str(out), "--alerts", "100000"]
+    demo = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(processes_of(tmp_path)) < 3:  # the demonstration, its broker, its service
+            assert demo.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        demo.send_signal(number)
+        output, _ = demo.communicate(timeout=30)
+    finally:
+        demo.kill()
+    assert demo.returncode == 128 + number
+    assert b"Traceback" not in output
+    assert not processes_of(tmp_path)
