@@ -36,6 +36,9 @@ DEAD_LETTER_BYTES = 128 * 2**20
 """A dead letter is whatever the input's brokers took: 100 MiB, unless they were told otherwise."""
 POSITIONS_CONFIG = {"cleanup.policy": "compact", "segment.bytes": str(16 * 2**20), "min.cleanable.dirty.ratio": "0.1"}
 """Small segments, compacted early: the topic is read whole at every start."""
+TRANSACTION_GRACE_MS = 15_000
+"""When a transaction is so late, the coordinator aborts it: its instance is gone, and others wait for its partitions.
+Longer than a cluster needs to move a coordinator from a node that died (6 to 10 s)."""
 SETTLE_TIMEOUT_S = 30.0
 """For the output of a partition that is handed over; what comes later is done again by the new owner."""
 
@@ -86,7 +89,8 @@ def connect(
     ensure_topics(admin, [*_alert_topics(output, topics), *_positions_topics(output, positions)])
     dead_letter = f"{output.prefix}.{DEAD_LETTER}"
     limits = RecordLimits(admin, topics, dead_letter)
-    open_writer = partial(Writer, out_properties, limits, metrics, out_complaints, committing)
+    timeout = {"transaction.timeout.ms": config.transaction.max_ms + TRANSACTION_GRACE_MS}
+    open_writer = partial(Writer, timeout | out_properties, limits, metrics, out_complaints, committing)
 
     sink = KafkaSink(config.transaction, dead_letter, metrics, committing)
 

@@ -34,9 +34,6 @@ from broker_filter.streaming.watchdog import Stage
 
 BATCH_BYTES = 1_000_000
 """librdkafka's own: a batch of records is smaller, unless it is one record."""
-TRANSACTION_TIMEOUT_MS = 15_000
-"""After so long the coordinator aborts the transaction of an instance that is gone, and its partitions can be read on.
-Longer than a cluster needs to move a coordinator from a node that died (6 to 10 s)."""
 HELD_BYTES = 64 * 2**20
 """A transaction ends when so much output waits in it, whatever its count and time."""
 OPEN_TIMEOUT_S = 120.0
@@ -192,7 +189,6 @@ class Writer:
         defaults = {
             "batch.size": min(BATCH_BYTES, limits.smallest),
             "message.max.bytes": MAX_RECORD_BYTES,
-            "transaction.timeout.ms": TRANSACTION_TIMEOUT_MS,
         }
         own = {"transactional.id": transactional_id, "error_cb": complaints}
         self._producer = Producer({**defaults, **properties, **own}, logger=librdkafka_log)

@@ -1,0 +1,253 @@
+"""Nothing lost, nothing twice: kills, zombies, fences, handovers, on one cluster and across two."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from broker_filter.metrics import Account, Metrics
+from broker_filter.packets.packet import KafkaPosition, Packet
+from broker_filter.streaming.checkpoint import position_key
+from broker_filter.streaming.encoding import OutputRecord
+from broker_filter.streaming.kafka_client import Complaints, RecordLimits
+from broker_filter.streaming.transactions import Claim, FencedError, PositionError, Work, Writer
+from broker_filter.streaming.watchdog import Stage
+
+from .conftest import MakeTopic, ReadCommitted, StartService, headers, send, service_config
+
+pytestmark = pytest.mark.kafka
+
+Packets = list[tuple[int, bytes]]
+CHAOS = Path(__file__).resolve().parents[1] / "chaos.py"
+
+
+def inputs(records: list[object]) -> Counter[str]:
+    """How often each input position is in the output."""
+    return Counter(headers(record)["input"].partition("/")[2] for record in records)
+
+
+@pytest.fixture(params=["one cluster", "two clusters"])
+def output_bootstrap(request: pytest.FixtureRequest, kafka_bootstrap: str) -> str:
+    """Where the output goes: the cluster of the input, or another."""
+    if request.param == "one cluster":
+        return kafka_bootstrap
+    other: str = request.getfixturevalue("second_kafka_bootstrap")
+    return other
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("clusters", ["one", "two"])
+def test_kills_at_random_moments_lose_and_repeat_nothing(
+    clusters: str, kafka_bootstrap: str, second_kafka_bootstrap: str
+) -> None:
+    command = [sys.executable, str(CHAOS), "--alerts", "2000", "--kills", "4", "--clusters", clusters]
+    running = ["--bootstrap-servers", kafka_bootstrap, "--output-bootstrap-servers", second_kafka_bootstrap]
+    done = subprocess.run([*command, *running], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2000 sent" in done.stdout
+    assert "0 missing, 0 repeated" in done.stdout
+
+
+def test_instance_that_was_away_too_long_repeats_nothing(
+    kafka_bootstrap: str,
+    output_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    sent = [packet for _, packet in ztf_packets[:300]]
+    topic, prefix = make_topic(kafka_bootstrap, sent), unique_name("filter")
+    config = service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=output_bootstrap)
+    config["input"]["kafka"] = {"session.timeout.ms": 6000}
+    slow = config | {"transaction": {"max_alerts": 100_000, "max_ms": 10_000}}
+    away = start_service(slow)
+    away.wait_until(lambda: away.metric("batch_alerts_sum") >= 100)
+    assert away.metric("consumed_alerts_total") == 0
+    away.process.send_signal(signal.SIGSTOP)  # in the midst of a transaction
+
+    other = start_service(config)
+    other.wait_until(lambda: other.metric("consumed_alerts_total") == len(sent))
+    away.process.send_signal(signal.SIGCONT)
+    away.wait_for_log("lost")
+    send({"bootstrap.servers": kafka_bootstrap}, topic, sent[:50])
+
+    records = read_committed(output_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], len(sent) + 50)
+    assert set(inputs(records).values()) == {1}
+    assert len(records) == len(sent) + 50
+    assert away.end() == 0
+    assert other.end() == 0
+
+
+def test_partitions_are_handed_over_between_instances_without_repeating(
+    kafka_bootstrap: str,
+    output_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    batch = [packet for _, packet in ztf_packets[:200]]
+    topic, prefix = make_topic(kafka_bootstrap, batch, partitions=4), unique_name("filter")
+    config = service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=output_bootstrap)
+    properties = {"bootstrap.servers": kafka_bootstrap}
+    first = start_service(config)
+    first.wait_until(lambda: first.metric("assigned_partitions") == 4)
+    second = start_service(config)
+    send(properties, topic, batch)
+    second.wait_until(lambda: second.metric("assigned_partitions") == 2)
+    send(properties, topic, batch)
+    assert first.end() == 0
+    second.wait_until(lambda: second.metric("assigned_partitions") == 4)
+    send(properties, topic, batch)
+
+    records = read_committed(output_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], 800)
+
+    assert len(inputs(records)) == len(records) == 800
+    assert "handed over before" not in first.log + second.log
+    assert "repeated" not in first.log + second.log
+    assert second.end() == 0
+
+
+def test_across_clusters_the_positions_topic_is_the_truth(
+    kafka_bootstrap: str,
+    second_kafka_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    sent = [packet for _, packet in ztf_packets[:40]]
+    topic, prefix = make_topic(kafka_bootstrap, sent), unique_name("filter")
+    config = service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=second_kafka_bootstrap)
+    first = start_service(config)
+    first.wait_until(lambda: first.metric("consumed_alerts_total") == len(sent))
+    assert first.end() == 0
+
+    positions = read_committed(second_kafka_bootstrap, [f"{prefix}.positions"], 2)
+    cluster = AdminClient({"bootstrap.servers": kafka_bootstrap}).list_topics(timeout=10).cluster_id
+    latest = {record.key(): json.loads(record.value()) for record in positions}
+    assert latest == {position_key(cluster, prefix, topic, p): {"next_offset": len(sent) // 2} for p in (0, 1)}
+
+    member = Consumer({"bootstrap.servers": kafka_bootstrap, "group.id": prefix})
+    shown = member.committed([TopicPartition(topic, p) for p in (0, 1)], timeout=10)
+    assert [partition.offset for partition in shown] == [len(sent) // 2] * 2
+    member.commit(offsets=[TopicPartition(topic, p, 0) for p in (0, 1)], asynchronous=False)  # a lie
+    member.close()
+
+    second = start_service(config)
+    second.wait_for_log(f"reading {topic}/1 from offset {len(sent) // 2}")
+    send({"bootstrap.servers": kafka_bootstrap}, topic, sent)
+    records = read_committed(second_kafka_bootstrap, [f"{prefix}.scored"], 2 * len(sent))
+    assert len(inputs(records)) == len(records) == 2 * len(sent)
+    assert second.end() == 0
+
+
+class Harness:
+    """Writers on one topic, as the service opens them."""
+
+    def __init__(self, bootstrap: str, topic: str) -> None:
+        properties = {"bootstrap.servers": bootstrap, "transaction.timeout.ms": 10_000}
+        metrics, complaints = Metrics(), Complaints("test brokers")
+        limits = RecordLimits(AdminClient(properties), [topic], dead_letter=topic)
+        self.topic = topic
+        self.stored: list[int] = []
+        self.writers: list[Writer] = []
+        self.open = partial(Writer, properties, limits, metrics, complaints, Stage("commit", metrics))
+
+    def claim(self, transactional_id: str) -> Claim:
+        self.writers.append(self.open(transactional_id, lambda _, ends: self.stored.extend(ends.values())))
+        return Claim("input", 0, self.writers[-1], 0)
+
+    def work(self, claim: Claim, start: int, value: bytes, n: int = 1) -> Work:
+        packets = [Packet(value, KafkaPosition("cluster", "input", 0, start + i)) for i in range(n)]
+        records = [(i, OutputRecord(self.topic, None, value, [])) for i in range(n)]
+        return Work(claim, start, start + n, packets, [Account(consumed=1, scored=1) for _ in packets], records)
+
+
+@pytest.fixture
+def harness(kafka_bootstrap: str, make_topic: MakeTopic) -> Iterator[Harness]:
+    harness = Harness(kafka_bootstrap, make_topic(kafka_bootstrap, partitions=1))
+    yield harness
+    for writer in harness.writers:
+        writer.close()
+
+
+def test_fenced_owner_cannot_commit(
+    harness: Harness, kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str]
+) -> None:
+    name = unique_name("writer")
+    old = harness.claim(name)
+    old.writer.add(harness.work(old, 0, b"old"))
+    new = harness.claim(name)
+
+    with pytest.raises(FencedError):
+        old.writer.commit()
+    assert not old.alive
+    assert old.committed == 0
+
+    new.writer.add(harness.work(new, 0, b"new"))
+    new.writer.commit()
+    assert [record.value() for record in read_committed(kafka_bootstrap, [harness.topic], 1)] == [b"new"]
+
+
+def test_work_whose_claim_has_ended_is_dropped_and_the_rest_committed(
+    harness: Harness, kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str]
+) -> None:
+    kept = harness.claim(unique_name("writer"))
+    revoked = Claim("input", 1, kept.writer, 0)
+    for claim, value in ((kept, b"kept"), (revoked, b"revoked")):
+        kept.writer.add(harness.work(claim, 0, value))
+    revoked.ended = True
+
+    (committed,) = kept.writer.commit()
+
+    assert committed.claim is kept
+    assert harness.stored == [1]
+    assert [record.value() for record in read_committed(kafka_bootstrap, [harness.topic], 1)] == [b"kept"]
+
+
+def test_position_that_would_go_back_is_an_error(harness: Harness, unique_name: Callable[[str], str]) -> None:
+    claim = harness.claim(unique_name("writer"))
+    claim.writer.add(harness.work(claim, 0, b"x", n=5))
+    with pytest.raises(PositionError, match="input/0: packets 4 to 4 after position 5"):
+        claim.writer.add(harness.work(claim, 4, b"x"))
+
+
+def test_aborted_transaction_is_produced_again_whole(
+    harness: Harness, kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str]
+) -> None:
+    claim = harness.claim(unique_name("writer"))
+    claim.writer.add(harness.work(claim, 0, b"small"))
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
+    set_max_message_bytes(admin, harness.topic, 5_000)  # behind the writer's back
+    claim.writer.add(harness.work(claim, 1, bytes(20_000)))
+
+    assert len(claim.writer.commit()) == 2
+
+    small, large = read_committed(kafka_bootstrap, [harness.topic], 2)
+    assert small.value() == b"small"
+    assert len(large.value()) < 5_000
+    assert headers(large)["truncated"] == "20000"
+    assert claim.committed == 2
+
+
+def set_max_message_bytes(admin: AdminClient, topic: str, size: int) -> None:
+    from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
+
+    entry = ConfigEntry("max.message.bytes", str(size), incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
+    admin.incremental_alter_configs([resource])[resource].result()

@@ -1,0 +1,353 @@
+"""The service end to end: real packets in, what a read_committed reader finds out."""
+
+from __future__ import annotations
+
+import io
+import math
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fastavro
+import pytest
+
+from broker_filter.packets.rejects import RejectReason
+from broker_filter.streaming.transactions import TRUNCATED
+
+from .conftest import MakeTopic, ReadCommitted, StartService, headers, send, service_config
+
+Packets = list[tuple[int, bytes]]
+
+
+def alert(value: bytes) -> dict[str, Any]:
+    """The one alert of an output record, as any client reads it."""
+    (record,) = fastavro.reader(io.BytesIO(value))
+    assert isinstance(record, dict)
+    return record
+
+
+@pytest.fixture(scope="session")
+def d6_m7(shared_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The survey's own network as a bundle."""
+    from broker_filter.cli import main
+
+    out = tmp_path_factory.mktemp("bundles") / "d6_m7"
+    weights = next((shared_models / "braai").glob("*d6_m7*"))
+    assert (
+        main(
+            ["models", "import", "braai", str(weights), "--normalisation", "row", "--name", "d6_m7", "--out", str(out)]
+        )
+        == 0
+    )
+    return out
+
+
+def test_scores_read_back_from_kafka_are_the_surveys_own(
+    kafka_bootstrap: str,
+    d6_m7: Path,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    sent = [packet for _, packet in ztf_packets[::4]]
+    topic, prefix = make_topic(kafka_bootstrap, sent), unique_name("filter")
+    service = start_service(service_config(kafka_bootstrap, topic, prefix, payload="full") | {"models": [str(d6_m7)]})
+
+    records = read_committed(kafka_bootstrap, [f"{prefix}.scored"], len(sent))
+
+    assert sorted(headers(record)["input"].rpartition(f"/{topic}/")[2] for record in records) == sorted(
+        f"{i % 2}/{i // 2}" for i in range(len(sent))
+    )
+    compared = 0
+    for record in records:
+        out = alert(record.value())
+        candidate = out["candidate"]
+        if candidate.get("drbversion") == "d6_m7" and candidate["candid"] != 472263571115115000:
+            (scores,) = out["broker_filter"]["models"]
+            assert math.isclose(scores["outputs"]["real"], candidate["drb"], abs_tol=1e-6)
+            compared += 1
+        assert record.key().decode() == out["objectId"]
+        assert headers(record)["models"].startswith("d6_m7=")
+    assert compared > 100
+    assert service.end() == 0
+
+
+BAD_PACKETS: dict[str, tuple[Callable[[bytes], bytes | None], RejectReason]] = {
+    "truncated": (lambda packet: packet[: len(packet) // 2], RejectReason.TRUNCATED),
+    "not Avro": (lambda _: b"GET / HTTP/1.1\r\n\r\n", RejectReason.NOT_AVRO),
+    "unknown schema id": (lambda _: b"\0\0\0\x03\xe8" + bytes(100), RejectReason.UNKNOWN_SCHEMA_ID),
+    "unknown survey": (lambda _: other_survey(), RejectReason.UNKNOWN_SURVEY),
+    "missing cutout": (lambda packet: with_stamp(packet, None), RejectReason.MISSING_CUTOUT),
+    "stamp that does not inflate": (
+        lambda packet: with_stamp(packet, b"\x1f\x8b\x08" + bytes(50)),
+        RejectReason.BAD_CUTOUT,
+    ),
+    "all-NaN stamp": (lambda packet: with_stamp(packet, nan_stamp()), RejectReason.BLANK_CUTOUT),
+    "empty": (lambda _: b"", RejectReason.EMPTY),
+    "tombstone": (lambda _: None, RejectReason.EMPTY),
+}
+
+
+def other_survey() -> bytes:
+    buffer = io.BytesIO()
+    schema = {"type": "record", "name": "weather", "fields": [{"name": "seeing", "type": "double"}]}
+    fastavro.writer(buffer, schema, [{"seeing": 1.4}])
+    return buffer.getvalue()
+
+
+def with_stamp(packet: bytes, stamp: bytes | None) -> bytes:
+    """The packet with another science stamp."""
+    reader = fastavro.reader(io.BytesIO(packet))
+    (record,) = reader
+    assert isinstance(record, dict)
+    record["cutoutScience"] = stamp and {"fileName": "x.fits.gz", "stampData": stamp}
+    buffer = io.BytesIO()
+    assert isinstance(reader.writer_schema, dict)
+    fastavro.writer(buffer, reader.writer_schema, [record])
+    return buffer.getvalue()
+
+
+def nan_stamp() -> bytes:
+    import gzip
+
+    import numpy as np
+    from astropy.io import fits
+
+    buffer = io.BytesIO()
+    fits.PrimaryHDU(np.full((63, 63), np.nan, dtype=">f4")).writeto(buffer)
+    return gzip.compress(buffer.getvalue())
+
+
+@pytest.mark.kafka
+def test_each_bad_packet_is_one_dead_letter_and_the_rest_is_scored(
+    kafka_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    good = [packet for _, packet in ztf_packets[-50:]]
+    bad = {name: make(good[0]) for name, (make, _) in BAD_PACKETS.items()}
+    topic, prefix = make_topic(kafka_bootstrap, [*good, *bad.values()]), unique_name("filter")
+    service = start_service(service_config(kafka_bootstrap, topic, prefix))
+
+    records = read_committed(kafka_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], len(good) + len(bad))
+
+    letters = [record for record in records if record.topic().endswith("dead-letter")]
+    assert len(records) - len(letters) == len(good)
+    expected = Counter((reason.value, bad[name] or b"") for name, (_, reason) in BAD_PACKETS.items())
+    assert Counter((headers(letter)["reason"], letter.value() or b"") for letter in letters) == expected
+    assert all(headers(letter)["detail"] and headers(letter)["input"] for letter in letters)
+    service.wait_until(lambda: service.metric("consumed_alerts_total") == len(good) + len(bad))
+    assert service.metric("scored_alerts_total") == len(good)
+    assert service.metric("dead_letters_total") == len(bad)
+    assert service.metric('rejected_alerts_total{reason="empty"}') == 2
+    assert service.metric("unaccounted_alerts") == 0
+    assert service.end() == 0
+
+
+@pytest.mark.kafka
+def test_message_of_100_mb_is_a_dead_letter_whole(
+    kafka_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    huge = bytes(range(256)) * (100_000_000 // 256)
+    topic, prefix = make_topic(kafka_bootstrap, [ztf_packets[-1][1], huge, ztf_packets[-2][1]]), unique_name("filter")
+    service = start_service(service_config(kafka_bootstrap, topic, prefix))
+
+    records = read_committed(kafka_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], 3)
+
+    (letter,) = [record for record in records if record.topic().endswith("dead-letter")]
+    assert len(records) == 3
+    assert headers(letter)["reason"] == "too_large"
+    assert letter.value() == huge
+    assert service.end() == 0
+
+
+@pytest.mark.kafka
+def test_what_a_topic_refuses_by_size_is_cut_short_or_a_dead_letter(
+    kafka_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    prefix = unique_name("filter")
+    packet = ztf_packets[-1][1]
+    letter_bytes = len(packet) + 5_000
+    make_topic(kafka_bootstrap, name=f"{prefix}.scored", configuration={"max.message.bytes": "20000"})
+    make_topic(kafka_bootstrap, name=f"{prefix}.dead-letter", configuration={"max.message.bytes": str(letter_bytes)})
+    topic = make_topic(kafka_bootstrap, [packet, b"no Avro" * letter_bytes])
+    service = start_service(service_config(kafka_bootstrap, topic, prefix, payload="full"))
+
+    records = read_committed(kafka_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], 2)
+
+    letters = {headers(record)["reason"]: record for record in records}
+    assert letters["too_large"].value() == packet
+    assert f"{prefix}.scored takes no record of" in headers(letters["too_large"])["detail"]
+    cut = letters["not_avro"].value()
+    assert (b"no Avro" * letter_bytes).startswith(cut)
+    assert len(cut) > letter_bytes / 2
+    assert headers(letters["not_avro"])[TRUNCATED] == str(7 * letter_bytes)
+    service.wait_until(lambda: service.metric("consumed_alerts_total") == 2)
+    assert service.metric("unaccounted_alerts") == 0
+    assert service.end() == 0
+
+
+@pytest.mark.kafka
+def test_sigterm_commits_what_was_read_and_the_next_start_goes_on(
+    kafka_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    sent = [packet for _, packet in ztf_packets[:600]]
+    topic, prefix = make_topic(kafka_bootstrap, sent), unique_name("filter")
+    config = service_config(kafka_bootstrap, topic, prefix) | {"transaction": {"max_alerts": 100_000, "max_ms": 60_000}}
+    first = start_service(config)
+    first.wait_until(lambda: first.metric("batch_alerts_sum") >= 100)
+    assert first.metric("consumed_alerts_total") == 0  # nothing is committed yet
+    assert first.end() == 0
+    drained = read_committed(kafka_bootstrap, [f"{prefix}.scored"], 100)
+
+    second = start_service(config)
+    second.wait_until(lambda: second.metric("batch_alerts_sum") >= len(sent) - len(drained))
+    assert second.end() == 0
+
+    assert len(drained) >= 100
+    everything = read_committed(kafka_bootstrap, [f"{prefix}.scored"], len(sent))
+    assert len(everything) == len({headers(record)["input"] for record in everything}) == len(sent)
+
+
+@pytest.mark.kafka
+def test_duplicate_ids_are_counted_and_dropped_where_the_operator_says_so(
+    kafka_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    some = [packet for _, packet in ztf_packets[-30:]]
+    topic, prefix = make_topic(kafka_bootstrap, [*some, *some[:10]], partitions=1), unique_name("filter")
+    service = start_service(service_config(kafka_bootstrap, topic, prefix) | {"duplicates": "drop"})
+
+    service.wait_until(lambda: service.metric("consumed_alerts_total") == 40)
+
+    assert service.metric("duplicate_alerts_total") == 10
+    assert service.metric("scored_alerts_total") == 30
+    assert service.metric("unaccounted_alerts") == 0
+    assert len(read_committed(kafka_bootstrap, [f"{prefix}.scored"], 30)) == 30
+    assert service.end() == 0
+
+
+def test_serves_the_embedded_broker_that_the_demonstration_uses(
+    tmp_path: Path,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+) -> None:
+    from broker_filter.local_kafka import embedded_broker
+
+    with embedded_broker(tmp_path) as bootstrap:
+        topic = make_topic(bootstrap, [packet for _, packet in ztf_packets[:100]])
+        service = start_service(service_config(bootstrap, topic, "demo"))
+        assert len(read_committed(bootstrap, ["demo.scored"], 100)) == 100
+        assert service.end() == 0
+
+
+@pytest.mark.kafka
+def test_topic_that_comes_later_is_waited_for_and_read_from_its_beginning(
+    kafka_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    topic, prefix = unique_name("ztf"), unique_name("filter")
+    config = service_config(kafka_bootstrap, topic, prefix)
+    config["input"] |= {"start": "latest", "kafka": {"topic.metadata.refresh.interval.ms": 500}}
+    service = start_service(config)
+    service.wait_for_log(f"waiting for a topic: Subscribed topic not available: {topic}")
+
+    make_topic(kafka_bootstrap, [packet for _, packet in ztf_packets[:20]], name=topic)
+
+    assert len(read_committed(kafka_bootstrap, [f"{prefix}.scored"], 20)) == 20
+    assert service.end() == 0
+
+
+@pytest.mark.kafka
+def test_refuses_to_guess_where_to_start(
+    kafka_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    unique_name: Callable[[str], str],
+) -> None:
+    topic, prefix = make_topic(kafka_bootstrap, [ztf_packets[0][1]]), unique_name("filter")
+    config = service_config(kafka_bootstrap, topic, prefix)
+    del config["input"]["start"]
+    service = start_service(config)
+
+    assert service.process.wait(60) == 1
+    assert "set input.start to earliest, latest or a time" in service.log
+    assert "Traceback" not in service.log
+
+
+@pytest.mark.kafka
+def test_start_latest_reads_only_what_comes_after_even_if_killed_before_the_first_commit(
+    kafka_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    old, new = [[packet for _, packet in ztf_packets[a:b]] for a, b in ((0, 10), (10, 30))]
+    topic, prefix = make_topic(kafka_bootstrap, old), unique_name("filter")
+    config = service_config(kafka_bootstrap, topic, prefix)
+    config["input"] |= {"start": "latest", "kafka": {"session.timeout.ms": 6000}}
+    first = start_service(config)
+    first.wait_for_log(f"reading {topic}/1 from offset 5")
+    first.end(signal.SIGKILL)
+    send({"bootstrap.servers": kafka_bootstrap}, topic, new)
+
+    second = start_service(config)
+
+    records = read_committed(kafka_bootstrap, [f"{prefix}.scored"], len(new))
+    assert sorted(headers(record)["input"].rpartition("/")[2] for record in records) == sorted(
+        str(5 + i // 2) for i in range(len(new))
+    )
+    assert second.end() == 0
+
+
+@pytest.mark.kafka
+def test_stage_without_progress_ends_the_process(
+    kafka_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    unique_name: Callable[[str], str],
+) -> None:
+    topic = make_topic(kafka_bootstrap, [ztf_packets[0][1]])
+    # Reading waits half a second for a first message: with so little patience it counts as stuck.
+    config = service_config(kafka_bootstrap, topic, unique_name("filter")) | {"stall_timeout_s": 0.05}
+    service = start_service(config)
+
+    assert service.process.wait(60) == 1
+    assert "stage read is stuck" in service.log
+    assert "most recent call first" in service.log
