@@ -8,8 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { SKIP, SKIP_LONG, SKIP_BYTES, FLOAT, DOUBLE, BOOLEAN, LONG, LETTER, CONSTANT, ID, BYTES, BEGIN, END, OPTION, UNION, JUMP,
-       ARRAY, MAP, ROW };
+enum { SKIP, SKIP_LONG, SKIP_BYTES, FLOAT, DOUBLE, BOOLEAN, LONG, LETTER, CONSTANT, ID, BYTES, BEGIN, END, OPTION, UNION,
+       JUMP, ARRAY, MAP, ROW };
 
 enum { DONE, TRUNCATED, CORRUPT, NO_ROOM, BAD_PROGRAM };
 
@@ -159,9 +159,9 @@ static int walk(Walk *w)
         switch (program[pc]) {
         case SKIP:
             NEED_WORDS(2);
-            NEED_BYTES(program[pc + 1]);
             if (program[pc + 1] < 0)
                 FAIL(BAD_PROGRAM);
+            NEED_BYTES(program[pc + 1]);
             p += program[pc + 1];
             pc += 2;
             break;
@@ -321,8 +321,7 @@ static int get_columns(PyObject *object, Py_buffer *view, int n_dimensions)
     return -1;
 }
 
-PyDoc_STRVAR(walk_doc, "walk(program, body, start, row, scalars, ids, spans, points, n_points) -> (status, position, n_points)\n\n"
-                       "As `walk.walk_python`; the interpreter is not held while it walks.");
+PyDoc_STRVAR(walk_doc, "As `walk.walk_python`; the interpreter is not held while it walks.");
 
 static PyObject *walk_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
 {
@@ -349,9 +348,9 @@ static PyObject *walk_call(PyObject *module, PyObject *const *args, Py_ssize_t n
         goto release_ids;
     if (get_columns(args[7], &points, 2) < 0)
         goto release_spans;
-    if (program.itemsize != 4 || (uintptr_t)program.buf % 4 || program.len / 4 > INT32_MAX || start < 0 || start > body.len ||
-        row < 0 || row >= scalars.shape[0] || row >= ids.shape[0] || row >= spans.shape[0] || spans.shape[2] != 2 ||
-        points.shape[1] < 1 || n_points < 0 || n_points > points.shape[0]) {
+    if (program.itemsize != 4 || (uintptr_t)program.buf % 4 || program.len / 4 > INT32_MAX || start < 0 ||
+        start > body.len || row < 0 || row >= scalars.shape[0] || row >= ids.shape[0] || row >= spans.shape[0] ||
+        spans.shape[2] != 2 || points.shape[1] < 1 || n_points < 0 || n_points > points.shape[0]) {
         PyErr_SetString(PyExc_ValueError, "walk: arguments that do not fit each other");
         goto release_points;
     }
@@ -396,7 +395,7 @@ static PyMethodDef methods[] = {
 static PyModuleDef_Slot slots[] = {{0, NULL}};
 
 static PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_walk", "The compiled walker of Avro bodies; see walk.py.", 0, methods, slots, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT, "_walk", "The compiled walker of Avro bodies.", 0, methods, slots, NULL, NULL, NULL,
 };
 
 PyMODINIT_FUNC PyInit__walk(void)

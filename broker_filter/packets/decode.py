@@ -1,8 +1,8 @@
 """Decoder: packets -> AlertBatch + Rejects. The one way from bytes to alerts.
 
-Frames each packet, walks each record once by a plan compiled for its schema, decodes the stamps into their slots, and makes
-the columns of all alerts at once. Must never raise on any bytes, and never lose a packet: each becomes at least one alert or
-one reject. Only an unreachable schema registry escapes, because the packet is not at fault.
+Frames each packet, walks each record once by a plan compiled for its schema, decodes the stamps into their slots, and
+makes the columns of all alerts at once. Must never raise on any bytes, and never lose a packet: each becomes at least
+one alert or one reject. Only an unreachable schema registry escapes, because the packet is not at fault.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from broker_filter.packets.walk import MISSING_ID, Status, walk
 DEFAULT_CUTOUT_SIZE = 63
 """ZTF's, in pixels."""
 MAX_RECORDS = 10_000
-"""Alerts in one packet: a message holds one, a block of an archive some dozens; a lying block must not become a million."""
+"""Alerts in one packet: a message holds one, a block of an archive dozens; a lying block must not become a million."""
 MAX_POINTS = 100_000
 """Rows of one alert's history; ten years of LSST are some thousands."""
 _MAX_PLANS = 256

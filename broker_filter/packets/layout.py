@@ -31,7 +31,7 @@ _LSST_NAMESPACE = re.compile(r"lsst\.v(\d+)_(\d+)\b")
 class Plan:
     """How records of one schema are read: the program, and whose layout its outputs have.
 
-    `cutouts`: span slots of the cutout fields in the schema's order. `version`: the schema version where the record says none.
+    `cutouts`: span slots of the cutout fields in the schema's order. `version`: that of a record which says none.
     """
 
     schema: WriterSchema
@@ -149,8 +149,10 @@ class Layout:
         history_rows: NDArray[np.int64],
         history: NDArray[np.float64],
     ) -> list[Points]:
-        """The light-curve points of N records, which are the batch's `rows` [N], with their `history` [M, 1 + columns],
-        the table's number and its fields, of which each belongs to row `history_rows` [M]."""
+        """The light-curve points of N records, which stand in rows `rows` [N] of the batch.
+
+        `history` [M, 1 + columns]: the tables' rows, number of the table first; each belongs to row `history_rows` [M].
+        """
         pieces = [self.format.own_points(rows, [self.column(field, scalars, ids) for field in self.format.own_fields])]
         for t, table in enumerate(self.format.tables):
             mine = history[:, 0] == t

@@ -1,4 +1,4 @@
-"""Avro object container files (Avro 1.11, "Object Container Files"): header, blocks, codecs; reading, splitting, writing.
+"""Avro object container files (Avro 1.11, "Object Container Files"): reading, splitting, writing.
 
 Knows blocks and schemas and never looks into a record. Must not raise on any bytes, nor inflate beyond a bound.
 """
@@ -118,8 +118,9 @@ def count_records(container: bytes) -> int:
 def split_container(stream: BinaryIO, max_block_bytes: int = MAX_CONTAINER_BYTES) -> Iterator[bytes]:
     """Yields each block of a container file as a container of its own, whatever the file's size, in flat memory.
 
-    Where the file is damaged, or a block does not end within `max_block_bytes`, the last item is the header with as much of
-    the rest as was read: decoding rejects it with the reason. A file that is no container, or has no blocks, is one such item.
+    Where the file is damaged, or a block does not end within `max_block_bytes`, the last item is the header with as
+    much of the rest as was read: decoding rejects it with the reason. A file that is no container, or has no blocks,
+    is one such item.
     """
     buffer = bytearray()
 

@@ -90,7 +90,7 @@ def ztf_detections(alert: NDArray[np.int64], values: Sequence[Values]) -> Points
 
 
 def ztf_forced(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
-    """Points of ZTF's fp_hists, from jd, fid, forcediffimflux and forcediffimfluxunc (DN), magzpsci (their zero point)."""
+    """Points of ZTF's fp_hists, from jd, fid, forcediffimflux, forcediffimfluxunc (DN), magzpsci (their zero point)."""
     jd, fid, flux, error, zero_point = (np.where(column == NO_FORCED_FLUX, np.nan, column) for column in values)
     scale = nanojansky(zero_point)
     kind = np.full(len(alert), float(Measurement.FORCED))
@@ -109,7 +109,7 @@ def lsst_forced(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
 
 
 def light_curves(n_alerts: int, pieces: Sequence[Points]) -> LightCurves:
-    """The light curves of `n_alerts` from their points, in any order; one without a finite time and flux is left out."""
+    """The light curves of `n_alerts` from their points in any order; one without finite time and flux is left out."""
     columns = [np.concatenate(column) for column in zip(*pieces, strict=True)] if pieces else [np.empty(0)] * 6
     alert, mjd, band, flux, flux_err, kind = columns
     with np.errstate(over="ignore"):  # a flux beyond float32 is none

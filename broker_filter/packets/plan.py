@@ -1,7 +1,8 @@
 """Compiles a writer's schema and the fields that are wanted of it into a flat program for `walk`.
 
-A packet holds thousands of fields and a few dozen are wanted: the program reads those and steps over the rest, in one pass
-over the body. Fields are found by name, whatever their order, their type and the unions around them. Must never read a packet.
+A packet holds thousands of fields and a few dozen are wanted: the program reads those and steps over the rest, in one
+pass over the body. Fields are found by name, whatever their order, their type and the unions around them. Must never
+read a packet.
 
 A program is an int32 array of instructions, an operation and its operands:
 
@@ -15,14 +16,14 @@ A program is an int32 array of instructions, an operation and its operands:
     ID s                   read an int or a long into id s, exactly
     BYTES s                span s becomes where the bytes or the string stand
     BEGIN s, END s         span s becomes what lies between the two, encoded
-    OPTION b n             a union of null (branch b) and one other: the other's n words follow, and null jumps over them
+    OPTION b n             a union of null (branch b) and another, whose n words follow; null jumps over them
     UNION k t1 ... tk      jump to the code of the branch, t words from this instruction
     JUMP n                 jump over n words
     ARRAY n, MAP n         the item's n words follow, done as often as the blocks say (a map's item begins with its key)
     ROW t                  begin a row of points for table t: scalars are columns of that row until the array ends
 
-Jumps go forward only, and an item that takes no bytes (n = 0) is not iterated: a walk's work is bounded by the body's length
-and the room for rows.
+Jumps go forward only, and an item that takes no bytes (n = 0) is not iterated: a walk's work is bounded by the body's
+length and the room for rows.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from numpy.typing import NDArray
 from broker_filter.packets.schema import MAX_SCHEMA_DEPTH, PRIMITIVES, SchemaError, WriterSchema
 
 MAX_TYPES = 1 << 16
-"""Named types are compiled wherever they are used, so a small schema can mean a vast program; LSST's widest has 3,000."""
+"""Named types are compiled where they are used: a small schema can mean a vast program. LSST's widest has 3,000."""
 MAX_LOOPS = 16
 """Arrays and maps within each other; the depth of the walkers' stacks. The surveys' own schemas nest one."""
 _MAX_SKIP = (1 << 31) - 1
@@ -110,7 +111,7 @@ _FIXED_WIDTH = {"boolean": (1, Op.BOOLEAN), "float": (4, Op.FLOAT), "double": (8
 
 
 def compile_program(schema: WriterSchema, wanted: Mapping[str, Wanted]) -> NDArray[np.int32]:
-    """The program that walks a record of `schema` and reads what is `wanted` of its top-level fields. Raises SchemaError."""
+    """The program that walks a record of `schema` and reads what is `wanted` of its fields. Raises SchemaError."""
     compiler = _Compiler(_named_types(schema.canonical))
     return np.array(compiler.code(schema.canonical, Wanted(fields=dict(wanted)), 0, 0), dtype=np.int32)
 

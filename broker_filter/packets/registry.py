@@ -1,7 +1,7 @@
 """Avro schemas by id, for wire format: from a Confluent schema registry, or from a directory of .avsc files.
 
-What an id means never changes, so a schema is fetched once: it stays in memory, and on disk for the time when the registry
-does not answer. Must never let an outage look like an unknown id, nor write credentials to a log.
+What an id means never changes, so a schema is fetched once: it stays in memory, and on disk for the time when the
+registry does not answer. Must never let an outage look like an unknown id, nor write credentials to a log.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class SchemaRegistry(Protocol):
 def open_registry(location: str | None, cache_dir: Path | None = None) -> SchemaRegistry:
     """The registry at `location`: a URL, a directory of .avsc files, or None, where every id is unknown.
 
-    `cache_dir`: where a registry's schemas are kept, by default `~/.cache/broker-filter/schemas` (XDG_CACHE_HOME). Raises
-    NotADirectoryError for what is neither URL nor directory.
+    `cache_dir`: where a registry's schemas are kept, by default `~/.cache/broker-filter/schemas` (XDG_CACHE_HOME).
+    Raises NotADirectoryError for what is neither URL nor directory.
     """
     if location is None:
         return NoRegistry()
@@ -100,8 +100,8 @@ class NoRegistry:
 class DirectoryRegistry:
     """A directory of .avsc files, nested as one likes, that stands in for a registry.
 
-    A schema's id is in its file's name: `lsst.v7_4.alert.avsc` is 704 (100 x major + minor, as LSST numbers them), and so is
-    `704.avsc`. Named types that a schema only mentions are looked up in the other files of its folder.
+    A schema's id is in its file's name: `lsst.v7_4.alert.avsc` is 704 (100 x major + minor, as LSST numbers them),
+    and so is `704.avsc`. Named types that a schema only mentions are looked up in the other files of its folder.
     """
 
     _VERSIONED = re.compile(r"lsst\.v(\d+)_(\d+)\.alert\.avsc")
@@ -139,7 +139,7 @@ class DirectoryRegistry:
 
 
 class HttpRegistry:
-    """A Confluent schema registry, read anonymously or with the credentials in its URL (`https://user:password@host`)."""
+    """A Confluent schema registry, read anonymously or with the credentials in its URL (`https://user:key@host`)."""
 
     def __init__(
         self,

@@ -28,11 +28,11 @@ class SchemaError(ValueError):
 class WriterSchema:
     """A record's Avro schema; `parse_schema` makes it.
 
-    `definition`: the JSON as Python values, as the writer published it. `canonical`: its parsing canonical form, checked:
-    types are primitives' names, full names of types defined within, lists (unions), or dicts whose type is record, enum,
-    fixed, array or map. `fingerprint`: CRC-64-AVRO of the canonical form, 16 hex digits. `registry_id`: the Confluent schema
-    id, None for a schema embedded in a container file.
-    Compared and hashed by identity: the caches in `ocf` and `registry` hand out one object per schema.
+    `definition`: the JSON as Python values, as the writer published it. `canonical`: its parsing canonical form,
+    checked: types are primitives' names, full names of types defined within, lists (unions), or dicts whose type is
+    record, enum, fixed, array or map. `fingerprint`: CRC-64-AVRO of the canonical form, 16 hex digits. `registry_id`:
+    the Confluent schema id, None for a schema embedded in a container file. Compared and hashed by identity: the
+    caches in `ocf` and `registry` hand out one object per schema.
     """
 
     definition: dict[str, Any]

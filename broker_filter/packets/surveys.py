@@ -2,8 +2,8 @@
 
 Tables and formulae only. Must never say where a field stands in a packet: packets are read by name (see `plan`).
 
-Sources: ZTF alert schema 4.02 (https://zwickytransientfacility.github.io/ztf-avro-alert/schema.html); LSST alert schemas
-7.0 to 11.0 (https://github.com/lsst/alert_packet).
+Sources: ZTF alert schema 4.02 (https://zwickytransientfacility.github.io/ztf-avro-alert/schema.html); LSST alert
+schemas 7.0 to 11.0 (https://github.com/lsst/alert_packet).
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ class Table:
 class SurveyFormat:
     """How a survey writes its alerts.
 
-    `signature`: the fields by which its schema is known. Of `alert_ids` the first that the record has is taken, and so of
-    `object_ids` (numbers, 0 being none) where there is no `object_name` (text). `version`: where the record itself says it.
-    `place`: MJD, right ascension, declination (degrees) and the band's index. `cutouts`: field names in the order of `CUTOUTS`; `stamp`: the field inside them that holds the FITS bytes, None where
-    they are the bytes themselves. `own_fields`: the alert's own measurement, a point of its light curve besides those of
-    `tables`.
+    `signature`: the fields by which its schema is known. Of `alert_ids` the first that the record has is taken, and
+    so of `object_ids` (numbers, 0 being none) where there is no `object_name` (text). `version`: where the record
+    itself says it. `place`: MJD, right ascension, declination (degrees) and the band's index. `cutouts`: field names
+    in the order of `CUTOUTS`; `stamp`: the field inside them that holds the FITS bytes, None where they are the bytes
+    themselves. `own_fields`: the alert's own measurement, a point of its light curve besides those of `tables`.
     """
 
     survey: Survey
@@ -316,7 +316,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("firstDiaSourceMjdTai", "d", "MJD of the first detection", lsst=Field(("diaObject.firstDiaSourceMjdTai",))),
     Column("lastDiaSourceMjdTai", "d", "MJD of the last detection", lsst=Field(("diaObject.lastDiaSourceMjdTai",))),
 )
-"""Every metadata column there is. ZTF's fields are those of `candidate`; -999 is read as NaN where `missing` says so."""
+"""Every metadata column there is. Null is NaN; so is -999 where the column's source says so."""
 
 DEFAULT_COLUMNS: tuple[str, ...] = tuple(column.name for column in COLUMNS)
 """What a Decoder delivers unless told otherwise: all of them."""

@@ -1,7 +1,7 @@
 """Runs a program of `plan` over an Avro body: the compiled `_walk.c` where it was built, or the same in Python.
 
-Both give identical results on any bytes, sound or not, and neither reads past the body. Which one runs is chosen once, when
-this module is imported; `BROKER_FILTER_PURE_PYTHON=1` in the environment chooses Python.
+Both give identical results on any bytes, sound or not, and neither reads past the body. Which one runs is chosen
+once, when this module is imported; `BROKER_FILTER_PURE_PYTHON=1` in the environment chooses Python.
 """
 
 from __future__ import annotations
@@ -69,11 +69,12 @@ def walk_python(
     points: NDArray[np.float64],
     n_points: int,
 ) -> tuple[int, int, int]:
-    """Walks the record at `start` of `body` and fills row `row` of `scalars` [N, F], `ids` [N, I] and `spans` [N, S, 2].
+    """Walks the record at `start` of `body` into row `row` of `scalars` [N, F], `ids` [N, I] and `spans` [N, S, 2].
 
-    What the record does not have stays NaN, MISSING_ID, and -1. Rows of tables go to `points` [M, P] from `n_points` on.
-    Returns the Status, where in the body the record ended or the walk failed, and how many rows of points are filled now;
-    after a failure the outputs hold what was read before it. The program must be of `plan.compile_program`.
+    What the record does not have stays NaN, MISSING_ID, and -1. Rows of tables go to `points` [M, P] from `n_points`
+    on. Returns the Status, where in the body the record ended or the walk failed, and how many rows of points are
+    filled now; after a failure the outputs hold what was read before it. The program must be of
+    `plan.compile_program`.
     """
     walk = _PythonWalk(body, start, n_points)
     try:

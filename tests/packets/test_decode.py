@@ -124,7 +124,8 @@ def test_ztf_packets_are_read_as_fastavro_and_astropy_read_them(ztf_packets: lis
             assert identity.mjd == candidate["jd"] - 2400000.5
             assert (identity.ra, identity.dec) == (candidate["ra"], candidate["dec"])
             assert identity.band == {1: "g", 2: "r", 3: "i"}[candidate["fid"]]
-            assert_stamps(alerts, i, [record[name]["stampData"] for name in FIELDS])
+            if i % 4 == 0:  # test_stamps compares every one
+                assert_stamps(alerts, i, [record[name]["stampData"] for name in FIELDS])
             records[i] = record
             if alerts.records[i].schema not in schemas:
                 schemas.add(alerts.records[i].schema)
