@@ -15,6 +15,8 @@ import fastavro
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from broker_filter.packets.packet import FilePosition
 from broker_filter.streaming.archives import MAX_DEPTH, InputError, read_packets
@@ -203,6 +205,34 @@ def test_damaged_parquet_ends_with_a_packet_that_cannot_decode(
     path = save(tmp_path, "alerts.parquet", parquet([7, 8])[:-30])
     assert read(path) == [(str(path), b"")]
     assert f"{path}: damaged Parquet" in caplog.text
+
+
+FUZZED = {
+    "tar": tar(PACKETS[:3]),
+    "tar.gz": gzip.compress(tar(PACKETS[:3])),
+    "tar in tar": tar([("inner", tar([("a" * 200, PACKETS[0][1]), PACKETS[1]]))]),
+    "container": container(*range(30), block_bytes=20_000),
+    "parquet": parquet([7, 8]),
+}
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    archive=st.sampled_from(sorted(FUZZED)),
+    edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=5),
+    header_edits=st.lists(st.tuples(st.integers(0, 600), st.integers(0, 255)), max_size=3),
+    kept=st.one_of(st.just(1.0), st.floats(0, 1)),
+)
+def test_no_damage_escapes_as_an_exception_or_without_a_packet(
+    tmp_path: Path, archive: str, edits: list[tuple[float, int]], header_edits: list[tuple[int, int]], kept: float
+) -> None:
+    damaged = bytearray(FUZZED[archive])
+    for at, value in edits:
+        damaged[int(at * len(damaged))] = value
+    for at, value in header_edits:
+        damaged[at % len(damaged)] = value
+    del damaged[int(kept * len(damaged)) :]
+    assert read(save(tmp_path, "damaged", bytes(damaged)), max_packet_bytes=50_000)
 
 
 def test_nesting_ends(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from confluent_kafka import Consumer, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from broker_filter.local_kafka import KafkaCluster
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
@@ -125,6 +126,28 @@ def test_message_that_the_brokers_refuse_is_counted_and_the_rest_arrive(
     assert (replay.account.sent, replay.account.failed) == (2, 1)
     assert "2.avro: refused" in caplog.text
     assert len(messages_in(kafka_bootstrap, topic)) == 2
+
+
+@pytest.mark.kafka
+def test_outage_of_the_brokers_is_waited_out(
+    start_cluster: Callable[..., KafkaCluster], unique_name: Callable[[str], str]
+) -> None:
+    cluster, topic = start_cluster(), unique_name("outage")
+    admin = AdminClient({"bootstrap.servers": cluster.bootstrap_servers})
+    admin.create_topics([NewTopic(topic, 1, 1)])[topic].result()
+
+    def packets() -> Iterator[Packet]:
+        for i in range(400):
+            if i == 200:
+                cluster.kill(1)
+                threading.Timer(1, cluster.start, [1]).start()
+            yield Packet(f"alert {i}".encode(), FilePosition("night.tar", f"{i}.avro"))
+
+    replay = replayer(cluster.bootstrap_servers, topic)
+    replay.replay(packets(), at_rate(100))
+    assert (replay.account.sent, replay.account.failed) == (400, 0)
+    arrived = [message.value().decode() for message in messages_in(cluster.bootstrap_servers, topic)]
+    assert arrived == [f"alert {i}" for i in range(400)]
 
 
 def test_a_stopped_replay_has_delivered_what_it_counts(
