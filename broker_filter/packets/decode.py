@@ -258,7 +258,7 @@ class _Columns:
         return RejectReason.MISSING_FIELD, f"the alert has no {' and no '.join(missing)}"
 
     def schema_version(self, row: int) -> str:
-        """As the record says it, else as its schema does."""
+        """As the record says it (in Fink's copies of LSST alerts: lsst.v10_0), else as its schema does."""
         return self._text(row, VERSION).removeprefix("lsst.v").replace("_", ".") or self._walked[row].plan.version
 
     def identity(self, row: int) -> AlertIdentity:
@@ -286,9 +286,9 @@ class _Columns:
     ) -> AlertBatch:
         """The batch of the rows `kept`."""
         rows = np.array(kept, dtype=np.int64)
-        place = np.full(len(self._walked), NO_ALERT)
-        place[rows] = np.arange(len(rows))
-        pieces = [points._replace(alert=place[points.alert]) for points in self._points]
+        alert_of_row = np.full(len(self._walked), NO_ALERT)
+        alert_of_row[rows] = np.arange(len(rows))
+        pieces = [points._replace(alert=alert_of_row[points.alert]) for points in self._points]
         walked = [self._walked[row] for row in kept]
         return AlertBatch(
             packets=packets,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from broker_filter.packets import decode as decode_module
 from broker_filter.packets import ocf, wire
-from broker_filter.packets.batch import BANDS, CUTOUTS, AlertBatch, Survey
+from broker_filter.packets.batch import CUTOUTS, AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import RegistryUnavailable, UnknownSchemaId, open_registry
@@ -544,7 +544,3 @@ def test_threads_may_share_a_decoder(ztf_packets: list[tuple[int, bytes]]) -> No
         np.testing.assert_array_equal(batch.alert_id, batches[0].alert_id)
         np.testing.assert_equal(batch.metadata, batches[0].metadata)
         assert batch.cutouts.tobytes() == batches[0].cutouts.tobytes()
-
-
-def test_bands_are_those_of_the_contract() -> None:
-    assert BANDS == ("u", "g", "r", "i", "z", "y")
