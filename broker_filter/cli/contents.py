@@ -103,7 +103,7 @@ def print_counts(console: Console, contents: Contents, title: str) -> None:
     size = f"{contents.n_packets} packets, {contents.n_bytes / 1e6:.1f} MB"
     console.print(f"{title}: {n_alerts} readable alerts in {size}", style="bold")
     if contents.mjd:
-        first, last = (f"{MJD_EPOCH + timedelta(days=mjd):%Y-%m-%d %H:%M}" for mjd in contents.mjd)
+        first, last = map(_date, contents.mjd)
         bands = ", ".join(f"{band} {n}" for band, n in sorted(contents.bands.items()))
         console.print(f"exposed {first} to {last} (MJD {contents.mjd[0]:.5f} to {contents.mjd[1]:.5f}); bands {bands}")
     rows = [(*kind, str(n)) for kind, n in sorted(contents.kinds.items(), key=lambda item: (-item[1], item[0]))]
@@ -121,13 +121,12 @@ def print_alert(console: Console, alerts: AlertBatch, *, every_field: bool) -> N
         f"\nfirst alert: {survey} {alert.alert_id} of object {_printable(alert.object_id or '?')}", style="bold"
     )
     schema = alerts.records[0].schema
-    name, namespace = str(schema.definition.get("name")), str(schema.definition.get("namespace", ""))
     scale = "start of exposure, UTC" if survey is Survey.ZTF else "middle of exposure, TAI"
     facts = [
         ("from", str(packet.position)),
         ("packet", f"{len(packet.data)} bytes, {framing(packet.data)}"),
-        ("schema", f"{namespace}.{name}".lstrip(".") + f" {alert.schema_version}, fingerprint {schema.fingerprint}"),
-        ("time", f"{MJD_EPOCH + timedelta(days=alert.mjd or 0):%Y-%m-%d %H:%M:%S}, MJD {alert.mjd:.6f} ({scale})"),
+        ("schema", f"{schema.canonical['name']} {alert.schema_version}, fingerprint {schema.fingerprint}"),
+        ("time", f"{_date(float(alerts.mjd[0]))}, MJD {alert.mjd:.6f} ({scale})"),
         ("position", f"ra {alert.ra:.6f} deg, dec {alert.dec:+.6f} deg"),
         ("band", alert.band or "?"),
         ("light curve", _light_curve(alerts)),
@@ -160,7 +159,7 @@ def _print_cutouts(console: Console, alerts: AlertBatch, unit: str) -> None:
     for name, cutout, (y0, x0, height, width) in zip(
         CUTOUTS, alerts.cutouts[0], alerts.cutout_box[0].tolist(), strict=True
     ):
-        image = cutout[y0 : y0 + height, x0 : x0 + width]
+        image = cutout[y0 : y0 + height, x0 : x0 + width].astype(np.float64)  # float32 has no room above FLT_MAX
         finite = image[np.isfinite(image)]
         range_ = "  ".join(f"{value:.5g}" for value in (finite.min(), np.median(finite), finite.max()))
         rows.append((name, f"{height} x {width} px", range_, unit, f"{image.size - finite.size}"))
@@ -170,7 +169,7 @@ def _print_cutouts(console: Console, alerts: AlertBatch, unit: str) -> None:
         console.print(picture(images))
 
 
-def picture(images: Sequence[NDArray[np.float32]]) -> Text:
+def picture(images: Sequence[NDArray[np.float64]]) -> Text:
     """The images side by side in shades of grey, north as in the stamps; two rows of pixels a line of text."""
     shades = np.concatenate([np.pad(_shades(image), ((0, 0), (0, 2))) for image in images], axis=1)
     text = Text()
@@ -181,7 +180,7 @@ def picture(images: Sequence[NDArray[np.float32]]) -> Text:
     return text
 
 
-def _shades(image: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _shades(image: NDArray[np.float64]) -> NDArray[np.uint8]:
     """PICTURE_SIZE x PICTURE_SIZE grey levels, the first row on top as on a screen (FITS has it at the bottom)."""
     rows, columns = (np.linspace(0, n - 1, PICTURE_SIZE).round().astype(int) for n in image.shape)
     low, high = np.nanpercentile(np.where(np.isfinite(image), image, np.nan), (1, 99.5))
@@ -195,6 +194,14 @@ def _print_table(console: Console, header: Sequence[str], rows: Sequence[Sequenc
         table.add_row(*row)
     console.print()
     console.print(table)
+
+
+def _date(mjd: float) -> str:
+    """To the second; packets may claim years that no calendar has."""
+    try:
+        return f"{MJD_EPOCH + timedelta(days=mjd):%Y-%m-%d %H:%M:%S}"
+    except OverflowError:
+        return "?"
 
 
 def _printable(text: str) -> str:
