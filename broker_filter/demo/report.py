@@ -16,7 +16,7 @@ from rich.table import Table
 from broker_filter.demo.contact_sheet import ALERTS_PER_ROW, Row
 from broker_filter.demo.night import Night
 from broker_filter.demo.results import Alert, Results, real
-from broker_filter.simulate import RATES, REAL_RATES
+from broker_filter.simulate import RATES, REAL
 
 SHOWN_PER_FILTER = 4
 BANDS = {1: "g", 2: "r"}
@@ -56,7 +56,7 @@ def kinds_table(results: Results, night: Night) -> Table:
     )
     for kind, values in scores.items():
         if values:
-            truth = "[green]real[/]" if kind in REAL_RATES else "[red]bogus[/]"
+            truth = "[green]real[/]" if kind in REAL else "[red]bogus[/]"
             called = np.mean(np.array(values) > DECIDED)
             table.add_row(_words(kind), truth, str(len(values)), f"{np.median(values):.3f}", f"{called:.0%}")
     return table

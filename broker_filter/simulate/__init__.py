@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from broker_filter.simulate import lsst, ztf
+from broker_filter.simulate.events import BOGUS, REAL
 from broker_filter.simulate.instruments import LSST, ZTF
-from broker_filter.simulate.night import BOGUS_RATES, RATES, REAL_RATES, Night
+from broker_filter.simulate.night import RATES, Night
 
-__all__ = ["BOGUS_RATES", "RATES", "REAL_RATES", "SCHEMAS", "SimulatedAlert", "simulate_night"]
+__all__ = ["BOGUS", "RATES", "REAL", "SCHEMAS", "SimulatedAlert", "simulate_night"]
 
 SCHEMAS = Path(str(files(__name__))) / "schemas"
 """A directory that stands in for a schema registry: it holds the schema of the simulated LSST packets (id 1000)."""
@@ -35,7 +36,7 @@ class SimulatedAlert:
     @property
     def is_real(self) -> bool:
         """Whether something in the sky changed."""
-        return self.kind in REAL_RATES
+        return self.kind in REAL
 
 
 def simulate_night(

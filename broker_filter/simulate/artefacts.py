@@ -60,7 +60,7 @@ def ghost(conditions: Conditions, rng: np.random.Generator) -> Image:
     return _as_image(conditions.noise * 10 ** rng.uniform(0.4, 1.2) * ring)
 
 
-def edge_glow(conditions: Conditions, rng: np.random.Generator, *, distance: float, axis: int, towards: int) -> Image:
+def edge_glow(conditions: Conditions, rng: np.random.Generator, distance: int, axis: int, towards: int) -> Image:
     """Light and charge at the detector's edge, `distance` pixels from the middle along `axis`, `towards` -1 or +1."""
     image, middle = _blank(conditions)
     from_edge = distance - towards * (np.mgrid[: len(image), : len(image)][axis] - middle)

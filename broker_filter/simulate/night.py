@@ -13,13 +13,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_filter.simulate import artefacts, light_curves
+from broker_filter.simulate.events import GALAXY_SHAPES, KINDS, REAL, Circumstances, Edge
 from broker_filter.simulate.images import (
     CALIBRATION_ERROR,
     QUOTED_ERROR,
     Conditions,
     Galaxy,
-    Image,
     Photometry,
     Point,
     Scene,
@@ -33,8 +32,11 @@ from broker_filter.simulate.images import (
 from broker_filter.simulate.instruments import AB_ZERO_POINT_NJY, Instrument
 from broker_filter.simulate.light_curves import LightCurve
 
-REAL_RATES: Mapping[str, float] = {"variable_star": 0.46, "asteroid": 0.24, "agn": 0.07, "supernova": 0.05}
-BOGUS_RATES: Mapping[str, float] = {
+RATES: Mapping[str, float] = {
+    "variable_star": 0.46,
+    "asteroid": 0.24,
+    "agn": 0.07,
+    "supernova": 0.05,
     "cosmic_ray": 0.04,
     "bad_pixels": 0.03,
     "dipole": 0.05,
@@ -42,7 +44,6 @@ BOGUS_RATES: Mapping[str, float] = {
     "ghost": 0.01,
     "edge": 0.02,
 }
-RATES: Mapping[str, float] = {**REAL_RATES, **BOGUS_RATES}
 """Fractions of a night's alerts; roughly a night of ZTF, with supernovae somewhat more common than they are."""
 
 FIRST_NIGHT_MJD = 61096.1
@@ -52,7 +53,6 @@ EXPOSURE_INTERVAL_DAYS = 40 / 86400
 ALERTS_PER_EXPOSURE = 60
 WEATHERS = 24
 """Distinct conditions that a night's exposures have: drawing a point spread costs as much as several alerts."""
-GALAXY_SHAPES = 64
 SURVEY_BEGAN_MJD = 58200.0
 
 DETECTION_SNR = 5.0
@@ -142,9 +142,9 @@ class Night:
     """Everything that a night's alerts share: the instrument, its weathers, the shapes of galaxies."""
 
     def __init__(self, instrument: Instrument, seed: int, rates: Mapping[str, float] = RATES) -> None:
-        """`rates` maps kinds (keys of RATES) to relative frequencies. Raises ValueError for an unknown kind."""
-        if unknown := set(rates) - set(RATES):
-            raise ValueError(f"unknown kinds of alert: {', '.join(sorted(unknown))}; known are {', '.join(RATES)}")
+        """`rates` maps kinds (keys of KINDS) to relative frequencies. Raises ValueError for an unknown kind."""
+        if unknown := set(rates) - set(KINDS):
+            raise ValueError(f"unknown kinds of alert: {', '.join(sorted(unknown))}; known are {', '.join(KINDS)}")
         self._instrument = instrument
         self._seed = seed
         self._kinds = list(rates)
@@ -166,16 +166,25 @@ class Night:
         conditions = exposure.conditions
         x, y = self._place_on_detector(kind, rng)
         offset = (float(rng.uniform(-0.5, 0.5)), float(rng.uniform(-0.5, 0.5)))
+        circumstances = Circumstances(conditions, exposure.mjd, offset, self._nearest_edge(x, y))
         for _ in range(ATTEMPTS):
-            scene, curve, artefact, misalignment = self._draw_event(kind, exposure, (x, y), offset, rng)
-            stamps = expose(scene, conditions, self._galaxies, rng, artefact=artefact, misalignment=misalignment)
+            event = KINDS[kind](circumstances, rng)
+            stars, galaxies = self._draw_surroundings(exposure, rng)
+            scene = Scene((*event.points, *stars), (*event.galaxies, *galaxies), event.trail)
+            stamps = expose(
+                scene,
+                conditions,
+                self._galaxies,
+                rng,
+                artefact=event.artefact,
+                misalignment=event.misalignment,
+            )
             self._blank_unread(stamps, rng)
-            at = offset if kind in REAL_RATES else (0.0, 0.0)
-            photometry = measure(stamps.difference, conditions, *at)
+            photometry = measure(stamps.difference, conditions, *(offset if kind in REAL else (0.0, 0.0)))
             if photometry.snr > DETECTION_SNR:
                 break
-        history = self._look_back(exposure, curve, rng)
-        earlier, first = _earlier_detections(exposure, curve, history, rng)
+        history = self._look_back(exposure, event.curve, rng)
+        earlier, first = _earlier_detections(exposure, event.curve, history, rng)
         scale = self._instrument.pixel_scale / 3600
         dec = exposure.dec + (y - self._instrument.detector[1] / 2) * scale
         return Observation(
@@ -194,7 +203,7 @@ class Night:
             earlier_detections=earlier,
             earlier_visits=len(history.mjd) + int(rng.integers(100, 2000)),
             first_detection_mjd=first,
-            trail=scene.trail,
+            trail=event.trail,
             rng=rng,
         )
 
@@ -223,57 +232,9 @@ class Night:
             ]
         return x, y
 
-    def _draw_event(
-        self,
-        kind: str,
-        exposure: Exposure,
-        pixel: tuple[int, int],
-        offset: tuple[float, float],
-        rng: np.random.Generator,
-    ) -> tuple[Scene, LightCurve, Image | None, tuple[float, float]]:
-        """The scene around an alert, the light curve behind it, and what went wrong in the camera or after it."""
-        conditions, instrument = exposure.conditions, self._instrument
-        points, galaxies = self._draw_surroundings(exposure, rng)
-        curve = light_curves.never_before(exposure.mjd)
-        if kind in BOGUS_RATES:
-            misalignment = (0.0, 0.0)
-            if kind == "dipole":
-                angle, amount = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 1.1)
-                misalignment = (amount * np.cos(angle), amount * np.sin(angle))
-                # The positive lobe is at the middle: the star is beside it, towards where the template is displaced.
-                counts = instrument.counts(rng.uniform(instrument.brightest + 1, conditions.limiting_magnitude - 3.5))
-                lobe = 0.6 * conditions.fwhm / amount
-                points.insert(0, Point(lobe * misalignment[0], lobe * misalignment[1], counts, counts))
-            artefact = self._draw_artefact(kind, pixel, conditions, rng)
-            return Scene(points, galaxies), curve, artefact, misalignment
-
-        # Counts of sources grow fourfold or so with every magnitude and a half, up to the limit.
-        faintest = conditions.limiting_magnitude - 0.2
-        magnitude = max(faintest - rng.exponential(1.7), instrument.brightest)
-        counts, unit = instrument.counts(magnitude), instrument.nanojansky
-        trail = (0.0, 0.0)
-        if kind == "asteroid":
-            # Arcsec in an exposure of 30 s: main belt, and now and then one that passes near the Earth.
-            motion = (rng.uniform(0.1, 0.4) if rng.random() < 0.95 else rng.uniform(1.0, 6.0)) / instrument.pixel_scale
-            angle = rng.uniform(0, 2 * np.pi)
-            trail = (float(motion * np.cos(angle)), float(motion * np.sin(angle)))
-        elif kind == "supernova":
-            curve = light_curves.supernova(exposure.mjd, conditions.band, counts * unit, rng)
-            away, angle = rng.exponential(2.0) / instrument.pixel_scale, rng.uniform(0, 2 * np.pi)
-            host = instrument.counts(float(np.clip(magnitude + rng.normal(-1.0, 1.2), instrument.brightest + 1, 21.5)))
-            shape = int(rng.integers(GALAXY_SHAPES))
-            galaxies.insert(0, Galaxy(shape, offset[0] + away * np.cos(angle), offset[1] + away * np.sin(angle), host))
-        else:
-            counts *= rng.choice((1.0, -1.0), p=(0.55, 0.45))
-            vary = light_curves.pulsating_star if kind == "variable_star" else light_curves.active_nucleus
-            curve = vary(exposure.mjd, conditions.band, counts * unit, rng)
-            if kind == "agn":
-                galaxies.insert(
-                    0, Galaxy(int(rng.integers(GALAXY_SHAPES)), *offset, curve.template / unit * rng.uniform(0.3, 2))
-                )
-        template = curve.template / unit
-        points.insert(0, Point(*offset, template + counts, template))
-        return Scene(points, galaxies, trail), curve, None, (0.0, 0.0)
+    def _nearest_edge(self, x: int, y: int) -> Edge:
+        columns, rows = self._instrument.detector
+        return min(Edge(y, 0, -1), Edge(rows - 1 - y, 0, 1), Edge(x, 1, -1), Edge(columns - 1 - x, 1, 1))
 
     def _draw_surroundings(self, exposure: Exposure, rng: np.random.Generator) -> tuple[list[Point], list[Galaxy]]:
         """Field stars and galaxies that have nothing to do with the alert."""
@@ -288,27 +249,6 @@ class Night:
             place = float(rng.uniform(-half, half)), float(rng.uniform(-half, half))
             galaxies.append(Galaxy(int(rng.integers(GALAXY_SHAPES)), *place, counts))
         return points, galaxies
-
-    def _draw_artefact(
-        self, kind: str, pixel: tuple[int, int], conditions: Conditions, rng: np.random.Generator
-    ) -> Image | None:
-        if kind == "dipole":
-            return None
-        if kind == "edge":
-            columns, rows = self._instrument.detector
-            distances = (pixel[1], rows - 1 - pixel[1], pixel[0], columns - 1 - pixel[0])
-            nearest = int(np.argmin(distances))
-            axis, towards = divmod(nearest, 2)
-            return artefacts.edge_glow(
-                conditions, rng, distance=distances[nearest], axis=axis, towards=1 if towards else -1
-            )
-        draw = {
-            "cosmic_ray": artefacts.cosmic_ray,
-            "bad_pixels": artefacts.bad_pixels,
-            "diffraction_spike": artefacts.diffraction_spike,
-            "ghost": artefacts.ghost,
-        }[kind]
-        return draw(conditions, rng)
 
     def _blank_unread(self, stamps: Stamps, rng: np.random.Generator) -> None:
         """Now and then some blocks of pixels, away from the middle, are NaN in all three images."""

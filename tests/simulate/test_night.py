@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from astropy.io import fits
 
-from broker_filter.simulate import BOGUS_RATES, RATES, REAL_RATES, SimulatedAlert, simulate_night, ztf
+from broker_filter.simulate import BOGUS, RATES, REAL, SimulatedAlert, simulate_night, ztf
 from broker_filter.simulate.instruments import ZTF
 from broker_filter.simulate.night import Observation
 
@@ -46,7 +46,7 @@ def test_magnitude_is_that_of_the_difference_image(ztf_observations: list[Observ
     ratios = [
         np.nansum(observation.stamps.difference[box, box]) / observation.photometry.flux
         for observation in ztf_observations
-        if observation.kind in REAL_RATES and observation.photometry.snr > 10
+        if observation.kind in REAL and observation.photometry.snr > 10
     ]
     assert len(ratios) > 50
     assert np.median(ratios) == pytest.approx(1, abs=0.05)
@@ -65,7 +65,7 @@ def test_asteroids_alone_match_a_known_body(ztf_night: list[SimulatedAlert]) -> 
 
 def test_one_time_events_have_no_history_but_limits(ztf_night: list[SimulatedAlert]) -> None:
     for alert, record in zip(ztf_night, records(ztf_night), strict=True):
-        if alert.kind == "asteroid" or alert.kind in BOGUS_RATES:
+        if alert.kind == "asteroid" or alert.kind in BOGUS:
             assert all(visit["magpsf"] is None for visit in record["prv_candidates"] or [])
             assert record["candidate"]["ndethist"] == 1
 
