@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
-from broker_filter.bench.measure import Spread, interleave
+from broker_filter.bench.measure import Run, Spread, compete
 from broker_filter.bench.naive import NaiveBroker
 from broker_filter.cli import main
 from broker_filter.config import Runtime
@@ -36,31 +37,33 @@ def test_naive_loop_gives_the_services_scores() -> None:
 def test_contestants_take_turns() -> None:
     turns: list[str] = []
 
-    def contestant(name: str) -> float:
+    def contestant(name: str) -> Run:
         turns.append(name)
-        return float(len(turns))
+        return Run(alerts_per_second=len(turns), cpu_microseconds=len(turns))
 
-    figures = interleave({"a": lambda: contestant("a"), "b": lambda: contestant("b")}, repetitions=3)
+    contest = compete(lambda: contestant("naive"), lambda: contestant("service"), repetitions=3)
 
-    assert turns == ["a", "b"] * 3
-    assert figures == {"a": Spread(3, 1, 5), "b": Spread(4, 2, 6)}
+    assert turns == ["naive", "service"] * 3
+    assert contest.naive.alerts_per_second == Spread(median=3, lowest=1, highest=5)
+    assert contest.service.cpu_microseconds == Spread(median=4, lowest=2, highest=6)
+    assert (contest.throughput_ratio, contest.cpu_ratio) == (4 / 3, 3 / 4)
 
 
 def test_bench_measures_stages_archive_and_broker(
     kafka_bootstrap: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = tmp_path / "bench.json"
-    options = ["--alerts", "512", "--repetitions", "1", "--out", str(figures)]
+    options = ["--alerts", "256", "--repetitions", "1", "--out", str(figures)]
 
     assert main(["bench", "--bootstrap-servers", kafka_bootstrap, *options]) == 0
 
     report = json.loads(figures.read_text())
-    assert (report["alerts"], report["repetitions"]) == (512, 1)
-    assert set(report["stages"]) == {"decode", "score", "encode", "together"}
-    assert set(report["throughput"]) == {"archive -> scores", "Kafka -> scores -> Kafka"}
-    for contest in [*report["stages"].values(), *report["throughput"].values()]:
-        for contestant in ("naive", "service"):
-            spread = contest[contestant]
+    assert (report["alerts"], report["repetitions"]) == (256, 1)
+    assert set(report["stages"]) == {"decode", "score", "encode", "all stages"}
+    assert set(report["wholes"]) == {"archive -> scores", "Kafka -> scores -> Kafka"}
+    contests = report["stages"] | report["wholes"]
+    for contest, contestant in itertools.product(contests.values(), ("naive", "service")):
+        for spread in contest[contestant].values():
             assert 0 < spread["lowest"] <= spread["median"] <= spread["highest"]
-    assert set(report["ratios"]) == {*report["stages"], *report["throughput"]}
+    assert set(report["ratios"]) == set(contests)
     assert "CPU microseconds an alert" in capsys.readouterr().out

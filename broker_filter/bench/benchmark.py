@@ -15,7 +15,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from broker_filter.bench.measure import Contest, alerts_per_second, interleave
+from broker_filter.bench.measure import Contest, compete, timed
 from broker_filter.bench.naive import NaiveBroker
 from broker_filter.bench.stages import BATCH, measure_stages
 from broker_filter.bench.throughput import NAIVE_TRANSACTION, Arena
@@ -45,7 +45,7 @@ LIBRARIES = ("astropy", "broker-filter", "confluent-kafka", "deflate", "fastavro
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One run. `stages`: CPU microseconds an alert on one thread; `throughput`: alerts/s on all cores."""
+    """One run of the benchmark. `stages` are on one thread, `wholes` on all cores."""
 
     machine: dict[str, str | int]
     libraries: dict[str, str]
@@ -55,17 +55,16 @@ class Report:
     alerts: int
     repetitions: int
     stages: dict[str, Contest]
-    throughput: dict[str, Contest]
-
-    @property
-    def ratios(self) -> dict[str, float]:
-        """How many times faster the service is, by stage and whole."""
-        stages = {stage: both["naive"].median / both["service"].median for stage, both in self.stages.items()}
-        return stages | {way: both["service"].median / both["naive"].median for way, both in self.throughput.items()}
+    wholes: dict[str, Contest]
 
     def as_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return {**asdict(self), "ratios": self.ratios}
+        """Everything as JSON values, with the ratios, which are what may be compared between machines."""
+        contests = self.stages | self.wholes
+        ratios = {
+            name: {"cpu": contest.cpu_ratio, "throughput": contest.throughput_ratio}
+            for name, contest in contests.items()
+        }
+        return {**asdict(self), "ratios": ratios}
 
 
 def run_benchmark(
@@ -105,7 +104,7 @@ def run_benchmark(
         alerts=alerts,
         repetitions=repetitions,
         stages=stages,
-        throughput={"archive -> scores": archive, "Kafka -> scores -> Kafka": kafka},
+        wholes={"archive -> scores": archive, "Kafka -> scores -> Kafka": kafka},
     )
 
 
@@ -132,7 +131,7 @@ def choose_packets(inputs: Sequence[Path], scorer: Scorer, n: int) -> list[bytes
 
 
 def measure_archive(packets: Sequence[bytes], model: str, repetitions: int, directory: Path) -> Contest:
-    """Alerts/s from a night's archive to scores, on all cores. Nothing is written."""
+    """From a night's archive to scores, on all cores. Nothing is written."""
     night, naive_night = directory / "night.tar", directory / "naive.tar"
     naive_packets = packets[: max(1, len(packets) // NAIVE_SHARE)]
     write_archive(night, packets)
@@ -156,25 +155,14 @@ def measure_archive(packets: Sequence[bytes], model: str, repetitions: int, dire
                 _, alert = broker.decode(stream.read())
                 broker.score(broker.cutouts(alert))
 
-    return interleave(
-        {
-            "naive": partial(alerts_per_second, naive, len(naive_packets)),
-            "service": partial(alerts_per_second, service, len(packets)),
-        },
-        repetitions,
-    )
+    return compete(partial(timed, naive, len(naive_packets)), partial(timed, service, len(packets)), repetitions)
 
 
 def measure_kafka(packets: Sequence[bytes], model: str, repetitions: int, servers: str, directory: Path) -> Contest:
-    """Alerts/s from topic to topic, full payload, exactly once, on all cores, which the broker shares."""
+    """From topic to topic, full payload, exactly once, on all cores, which the broker shares."""
     with Arena(servers, packets, PARTITIONS, directory) as arena:
-        return interleave(
-            {
-                "naive": partial(arena.naive, model, max(2 * NAIVE_TRANSACTION, len(packets) // NAIVE_SHARE)),
-                "service": partial(arena.service, model),
-            },
-            repetitions,
-        )
+        naive_alerts = max(2 * NAIVE_TRANSACTION, len(packets) // NAIVE_SHARE)
+        return compete(partial(arena.naive, model, naive_alerts), partial(arena.service, model), repetitions)
 
 
 def write_archive(path: Path, packets: Sequence[bytes]) -> None:

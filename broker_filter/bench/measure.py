@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run was measured at. CPU time hardly depends on what else the machine does; throughput does."""
+
+    alerts_per_second: float
+    cpu_microseconds: float
+    """An alert, of all threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,32 +30,49 @@ class Spread:
         """Of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
-    def __add__(self, other: Spread) -> Spread:
-        return Spread(self.median + other.median, self.lowest + other.lowest, self.highest + other.highest)
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """A contestant's runs."""
+
+    alerts_per_second: Spread
+    cpu_microseconds: Spread
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> Figures:
+        """Of at least one run."""
+        return cls(
+            Spread.of([run.alerts_per_second for run in runs]), Spread.of([run.cpu_microseconds for run in runs])
+        )
 
 
-Contest = dict[str, Spread]
-"""A figure of each contestant: `naive` and `service`."""
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """The same work by both."""
+
+    naive: Figures
+    service: Figures
+
+    @property
+    def throughput_ratio(self) -> float:
+        """How many times more alerts the service does in a second."""
+        return self.service.alerts_per_second.median / self.naive.alerts_per_second.median
+
+    @property
+    def cpu_ratio(self) -> float:
+        """How many times less CPU time the service takes."""
+        return self.naive.cpu_microseconds.median / self.service.cpu_microseconds.median
 
 
-def interleave(contestants: Mapping[str, Callable[[], float]], repetitions: int) -> Contest:
-    """Each contestant's figure, measured in turns: a slow moment of the machine falls on all of them."""
-    figures: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(repetitions):
-        for name, measure in contestants.items():
-            figures[name].append(measure())
-    return {name: Spread.of(values) for name, values in figures.items()}
+def compete(naive: Callable[[], Run], service: Callable[[], Run], repetitions: int) -> Contest:
+    """Measures both in turns: a slow moment of the machine falls on both."""
+    runs = [(naive(), service()) for _ in range(repetitions)]
+    return Contest(Figures.of([first for first, _ in runs]), Figures.of([second for _, second in runs]))
 
 
-def cpu_microseconds(work: Callable[[], object], alerts: int) -> float:
-    """CPU time of all this process's threads in `work`, in microseconds an alert."""
-    start = time.process_time()
+def timed(work: Callable[[], object], alerts: int) -> Run:
+    """Measures work of this process on so many alerts."""
+    wall, cpu = time.perf_counter(), time.process_time()
     work()
-    return (time.process_time() - start) / alerts * 1e6
-
-
-def alerts_per_second(work: Callable[[], object], alerts: int) -> float:
-    """Throughput of `work` by the clock on the wall."""
-    start = time.perf_counter()
-    work()
-    return alerts / (time.perf_counter() - start)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return Run(alerts / wall, cpu / alerts * 1e6)

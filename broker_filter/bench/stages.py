@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Protocol
 
-from broker_filter.bench.measure import Contest, cpu_microseconds, interleave
+from broker_filter.bench.measure import Contest, Run, compete, timed
 from broker_filter.bench.naive import NaiveBroker
 from broker_filter.config import Batch, Input, Model, Output, Runtime, Service
 from broker_filter.packets.decode import Decoder
@@ -21,6 +20,7 @@ from broker_filter.streaming.routing import open_router
 
 ONE_THREAD = Runtime(decode_threads=1, inference_threads=1)
 BATCH = Batch().max_size
+STAGES = ["decode", "score", "encode"]
 
 
 class Stages(Protocol):
@@ -101,17 +101,14 @@ class ServiceStages:
 
 
 def measure_stages(packets: Sequence[bytes], model: str, repetitions: int) -> dict[str, Contest]:
-    """CPU microseconds an alert by stage, and of the stages together."""
-    contestants: dict[str, Stages] = {"naive": NaiveStages(packets, model), "service": ServiceStages(packets, model)}
-    stages = {
-        stage: interleave(
-            {
-                name: partial(cpu_microseconds, getattr(contestant, stage), len(packets))
-                for name, contestant in contestants.items()
-            },
-            repetitions,
-        )
-        for stage in ("decode", "score", "encode")
+    """Each stage, and all of them one after another."""
+    naive, service = NaiveStages(packets, model), ServiceStages(packets, model)
+
+    def run(stages: Stages, names: Sequence[str]) -> Run:
+        return timed(lambda: [getattr(stages, name)() for name in names], len(packets))
+
+    rows = {name: [name] for name in STAGES} | {"all stages": STAGES}
+    return {
+        row: compete(partial(run, naive, names), partial(run, service, names), repetitions)
+        for row, names in rows.items()
     }
-    together = {name: reduce(operator.add, (contest[name] for contest in stages.values())) for name in contestants}
-    return {**stages, "together": together}

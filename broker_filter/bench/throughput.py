@@ -1,12 +1,14 @@
 """Throughput through a broker: the service as it runs in production, and the naive loop, each in a process of its own.
 
-What counts is what is committed: the rate is taken between the first and the last commit of the consumer group, so that
-neither start-up nor a record that no reader may see yet is counted.
+What counts is what is committed: a run is measured between the first and the last commit of the consumer group, so that
+neither start-up nor a record that no reader may see yet is counted. The broker's own CPU time is nobody's.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,11 +16,13 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import yaml
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from broker_filter.bench.measure import Run
 from broker_filter.bench.naive import NaiveBroker
 from broker_filter.config import SCORED, Transaction
 from broker_filter.scoring.bundle import load_bundle
@@ -41,6 +45,14 @@ class BenchmarkError(RuntimeError):
     """A contestant that ended, stalled, or lost or repeated an alert: its figure would mean nothing."""
 
 
+class Moment(NamedTuple):
+    """How far a contestant is: alerts committed, seconds by a monotonic clock, seconds of CPU time since it started."""
+
+    committed: int
+    time: float
+    cpu: float
+
+
 class Arena:
     """A topic full of packets, and a group, topics and a clock for each contestant. Deletes them in the end."""
 
@@ -61,8 +73,8 @@ class Arena:
             producer.produce(self.topic, packet, partition=i % partitions)
         producer.flush()
 
-    def service(self, model: str) -> float:
-        """Alerts/s of `broker-filter run` over the whole topic, exactly once, full payload."""
+    def service(self, model: str) -> Run:
+        """A run of `broker-filter run` over the whole topic, exactly once, full payload."""
         name = f"service-{uuid.uuid4().hex[:8]}"
         configuration = self._directory / f"{name}.yaml"
         configuration.write_text(
@@ -86,7 +98,7 @@ class Arena:
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
-            rate = self._rate(name, self.alerts, process.poll)
+            run = self._watch(name, self.alerts, process.pid, process.poll)
             process.terminate()
             process.wait(STOP_TIMEOUT_S)
         except BenchmarkError as error:
@@ -96,10 +108,10 @@ class Arena:
                 process.kill()
                 process.wait()
         self._settle(f"{name}.{SCORED}", self.alerts)
-        return rate
+        return run
 
-    def naive(self, model: str, alerts: int) -> float:
-        """Alerts/s of the naive loop over `alerts` of the topic's alerts."""
+    def naive(self, model: str, alerts: int) -> Run:
+        """A run of the naive loop over `alerts` of the topic's alerts."""
         name = f"naive-{uuid.uuid4().hex[:8]}"
         self._create(name, partitions=1)
         loop = multiprocessing.get_context("spawn").Process(
@@ -107,14 +119,12 @@ class Arena:
         )
         loop.start()
         try:
-            rate = self._rate(name, alerts, lambda: loop.exitcode)
-            loop.join(STOP_TIMEOUT_S)
+            run = self._watch(name, alerts, loop.pid or 0, lambda: loop.exitcode)
         finally:
-            if loop.is_alive():
-                loop.kill()
-                loop.join()
+            loop.kill()
+            loop.join()
         self._settle(name, alerts)
-        return rate
+        return run
 
     def __enter__(self) -> Arena:
         return self
@@ -124,28 +134,32 @@ class Arena:
     ) -> None:
         self._delete(self.topic)
 
-    def _rate(self, group: str, alerts: int, exit_status: Callable[[], int | None]) -> float:
+    def _watch(self, group: str, alerts: int, process: int, exit_status: Callable[[], int | None]) -> Run:
         # A consumer that never subscribes does not join its group: it only asks what the group has committed.
         watcher = Consumer({**self._client, "group.id": group})
-        first_count = count = 0
-        first_time = last_time = time.monotonic()
-        while count < alerts:
+        first = last = Moment(0, time.monotonic(), 0.0)
+        while last.committed < alerts:
             time.sleep(POLL_INTERVAL_S)
-            positions = watcher.committed(self._partitions, timeout=REQUEST_TIMEOUT_S)
-            committed = sum(max(position.offset, 0) for position in positions)
-            now = time.monotonic()
-            if committed > count:
-                if not count:
-                    first_count, first_time = committed, now
-                count, last_time = committed, now
+            committed = self._committed(watcher)
+            if committed > last.committed:
+                last = Moment(committed, time.monotonic(), cpu_seconds(process))
+                first = first if first.committed else last
             elif exit_status() is not None:
-                raise BenchmarkError(f"{group} ended with {exit_status()} after {count} of {alerts} alerts")
-            elif now - last_time > STALL_TIMEOUT_S:
-                raise BenchmarkError(f"{group} stalled after {count} of {alerts} alerts")
+                raise BenchmarkError(f"{group} ended with {exit_status()} after {last.committed} of {alerts} alerts")
+            elif time.monotonic() - last.time > STALL_TIMEOUT_S:
+                raise BenchmarkError(f"{group} stalled after {last.committed} of {alerts} alerts")
         watcher.close()
-        if count == first_count:
+        if first is last:
             raise BenchmarkError(f"{group} committed all {alerts} alerts at once: measure with more")
-        return (count - first_count) / (last_time - first_time)
+        done = last.committed - first.committed
+        return Run(done / (last.time - first.time), (last.cpu - first.cpu) / done * 1e6)
+
+    def _committed(self, watcher: Consumer) -> int:
+        try:
+            positions = watcher.committed(self._partitions, timeout=REQUEST_TIMEOUT_S)
+        except KafkaException:
+            return 0  # a group's coordinator is found, or moves; a cluster that is gone ends as a stall
+        return sum(max(position.offset, 0) for position in positions)
 
     def _settle(self, topic: str, alerts: int) -> None:
         """Counts what a read_committed reader finds, and deletes it."""
@@ -174,6 +188,13 @@ class Arena:
     def _delete(self, topic: str) -> None:
         for future in self._admin.delete_topics([topic]).values():
             future.result()
+
+
+def cpu_seconds(process: int) -> float:
+    """CPU time of all threads of a process so far (Linux)."""
+    # The name, in parentheses, may hold spaces; utime and stime are the 12th and 13th fields behind it (proc(5)).
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def naive_loop(bootstrap_servers: str, topic: str, name: str, model: str, alerts: int) -> None:
@@ -208,3 +229,4 @@ def naive_loop(bootstrap_servers: str, topic: str, name: str, model: str, alerts
         producer.send_offsets_to_transaction(positions, consumer.consumer_group_metadata())
         producer.commit_transaction()
     consumer.close()
+    signal.pause()  # until it is killed: the CPU time of a process that has ended cannot be read

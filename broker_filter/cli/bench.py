@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 ALERTS = 4000
 """Some transactions of the service, some hundred alerts of the naive loop."""
+LEAST_ALERTS = 256
+"""Fewer are committed at once, and there is nothing to measure."""
 REPETITIONS = 5
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures, prints the table, writes the figures."""
     from broker_filter.bench.benchmark import run_benchmark
 
+    if arguments.alerts < LEAST_ALERTS or arguments.repetitions < 1:
+        print(f"broker-filter bench: --alerts from {LEAST_ALERTS}, --repetitions from 1", file=sys.stderr)
+        return 2
     report = run_benchmark(
         arguments.inputs,
         model=arguments.model,
@@ -65,14 +71,12 @@ def show(report: Report) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    def table(title: str, figures: dict[str, Contest]) -> Table:
+    def table(title: str, contests: dict[str, Contest], figure: str, ratio: str) -> Table:
         made = Table("", "naive", "service", "ratio", title=title, title_justify="left")
-        for name, contest in figures.items():
-            cells = (
-                f"{spread.median:,.0f} ({spread.lowest:,.0f} to {spread.highest:,.0f})"
-                for spread in (contest["naive"], contest["service"])
-            )
-            made.add_row(name, *cells, f"{report.ratios[name]:.1f}")
+        for name, contest in contests.items():
+            spreads = (getattr(figures, figure) for figures in (contest.naive, contest.service))
+            cells = (f"{spread.median:,.0f} ({spread.lowest:,.0f} to {spread.highest:,.0f})" for spread in spreads)
+            made.add_row(name, *cells, f"{getattr(contest, ratio):.1f}")
         return made
 
     console = Console()
@@ -80,5 +84,7 @@ def show(report: Report) -> None:
     console.print(
         f"{report.packets} packets, medians of {report.repetitions} interleaved repetitions (lowest to highest)"
     )
-    console.print(table("CPU microseconds an alert, one thread", report.stages))
-    console.print(table("Alerts/s, all cores", report.throughput))
+    cpu, throughput = ("cpu_microseconds", "cpu_ratio"), ("alerts_per_second", "throughput_ratio")
+    console.print(table("CPU microseconds an alert, one thread", report.stages, *cpu))
+    console.print(table("CPU microseconds an alert, all cores", report.wholes, *cpu))
+    console.print(table("Alerts/s, all cores", report.wholes, *throughput))
