@@ -44,7 +44,8 @@ class Measurement(IntEnum):
 class AlertIdentity:
     """What an alert is called and where it stands, as far as it could be read.
 
-    `mjd` is as the survey publishes it: ZTF start of exposure (UTC), LSST midpoint (TAI). `ra`, `dec` in degrees (ICRS).
+    `mjd` is as the survey publishes it: ZTF start of exposure (UTC), LSST midpoint (TAI). `ra`, `dec` in degrees
+    (ICRS).
     """
 
     alert_id: int | None
@@ -61,9 +62,9 @@ class AlertIdentity:
 class Record:
     """An alert's bytes in its packet: the undecoded Avro body that output records are spliced from.
 
-    `body` is a view into the packet's bytes (or into a decompressed block). `cutout_spans` are the [start, end) ranges within
-    `body` of the three encoded cutout fields, union branch included, in the writer schema's order: what to leave out for
-    `payload: no_cutouts`.
+    `body` is a view into the packet's bytes (or into a decompressed block). `cutout_spans` are the [start, end) ranges
+    within `body` of the three encoded cutout fields, union branch included, in the writer schema's order: what to leave
+    out for `payload: no_cutouts`.
     """
 
     body: memoryview
@@ -75,7 +76,8 @@ class Record:
 class LightCurves:
     """Ragged columns over N alerts: alert i owns points `offsets[i]:offsets[i + 1]`, in order of time.
 
-    Difference flux and its error are in nanojansky (AB) for every survey; negative where the source faded below the template.
+    Difference flux and its error are in nanojansky (AB) for every survey; negative where the source is fainter than in
+    the template.
     """
 
     offsets: NDArray[np.int64]  # [N + 1]
@@ -90,10 +92,10 @@ class LightCurves:
 class AlertBatch:
     """N decoded alerts in columns.
 
-    `cutouts` holds each stamp's pixels bit for bit as published (NaN and 3.4e38 included), zero outside `cutout_box`, the
-    rectangle (y0, x0, height, width) of real pixels: ZTF's short stamps stand at the top left, LSST's are centred, cropped
-    where larger than S. `metadata` is float64 because times and positions need it; a value that is missing (null, or the
-    survey's sentinel) is NaN.
+    `cutouts` holds each stamp's pixels bit for bit as published (NaN and 3.4e38 included), zero outside `cutout_box`,
+    the rectangle (y0, x0, height, width) of real pixels: ZTF's short stamps stand at the top left, LSST's are centred,
+    cropped where larger than S. `metadata` is float64 because times and positions need it; a value that is missing
+    (null, or the survey's sentinel) is NaN.
     """
 
     packets: Sequence[Packet]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class KafkaPosition:
-    """Where a message stands: cluster id (or bootstrap servers where the cluster names none), topic, partition, offset."""
+    """Where a message stands. `cluster`: its id, or its bootstrap servers where it names none."""
 
     cluster: str
     topic: str
@@ -20,9 +20,9 @@ class KafkaPosition:
 
 @dataclass(frozen=True, slots=True)
 class FilePosition:
-    """Where a packet stands in an archive: file, member path inside it (`a.tar.gz/b.avro`; empty for a plain file), record.
+    """Where a packet stands: file, and in an archive the path inside it (`a.tar.gz/b.avro`).
 
-    `record` counts the alerts of that member before this packet, so that alert k of the packet is record `record + k`.
+    `record` counts the alerts of that member before this packet: alert k of the packet is record `record + k`.
     """
 
     path: str
