@@ -46,13 +46,13 @@ clean:
 	find broker_filter -name '*.so' -delete
 
 # One stamp file for each set of extras; installed again when the package's description or its extension changes.
-$(VENV)/installed-%: pyproject.toml broker_filter/packets/_walk.c | $(BIN)/python
+$(VENV)/installed-%: pyproject.toml setup.py broker_filter/packets/_walk.c | $(BIN)/python
 	@echo 'Installing broker-filter[$*] into $(VENV); the first time this takes some minutes ...'
-	@$(PIP) install --editable '.[$*]'
+	@$(PIP) install --editable '.[$*]' >$(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed (this is %d.%d): make PYTHON=python3.12" % sys.version_info[:2])'
 	@echo 'Making $(VENV) ...'
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --upgrade pip
+	@$(PIP) install --upgrade pip 2>/dev/null
