@@ -7,12 +7,12 @@ PATH}`), never written down in the file, never logged.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -27,9 +27,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-
-if TYPE_CHECKING:
-    from broker_filter.scoring.bundle import Bundle, BundleError
 
 SCORED, ANOMALIES, DEAD_LETTER, POSITIONS = "scored", "anomalies", "dead-letter", "positions"
 RESERVED_TOPICS = (SCORED, ANOMALIES, DEAD_LETTER, POSITIONS)
@@ -50,40 +47,31 @@ class ServiceSection(Section):
     model_config = ConfigDict(strict=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Surroundings:
+class Surroundings(ABC):
     """What a service file is checked against besides itself: given to pydantic as the context of a validation.
 
-    Without it only the file's form is checked. `bundles` are those that the file names, sound or not.
+    Without it only the file's form is checked. Every method but `outputs` raises ValueError for what does not do.
     """
 
-    environment: Mapping[str, str]
-    bundles: Sequence[str]
-    _opened: dict[str, Bundle | BundleError] = field(default_factory=dict)
+    @abstractmethod
+    def check_variable(self, name: str) -> None:
+        """An environment variable must be set."""
 
-    def bundle(self, name: str) -> Bundle:
-        """The bundle, read once. Raises BundleError."""
-        from broker_filter.scoring.bundle import BundleError, load_bundle
+    @abstractmethod
+    def model_name(self, bundle: str) -> str:
+        """A bundle must be readable; returns its name."""
 
-        if name not in self._opened:
-            try:
-                self._opened[name] = load_bundle(name)
-            except BundleError as error:
-                self._opened[name] = error
-        opened = self._opened[name]
-        if isinstance(opened, BundleError):
-            raise opened
-        return opened
-
+    @abstractmethod
     def outputs(self) -> list[str] | None:
         """All models' outputs, `<model>.<label>`; None where a bundle cannot be read."""
-        from broker_filter.scoring.bundle import BundleError
 
-        try:
-            cards = [self.bundle(name).card for name in self.bundles]
-        except BundleError:
-            return None
-        return [f"{card.name}.{label}" for card in cards for label in card.outputs.labels]
+    @abstractmethod
+    def check_filter(self, where: str, outputs: Sequence[str]) -> None:
+        """An expression must compile against the models' outputs and the alerts' fields."""
+
+    @abstractmethod
+    def check_properties(self, client: Literal["consumer", "producer"], properties: Mapping[str, KafkaValue]) -> None:
+        """librdkafka must know the properties, and none of them be the service's own to set."""
 
 
 def _surroundings(info: ValidationInfo) -> Surroundings | None:
@@ -107,9 +95,8 @@ class SecretFromEnvironment(ServiceSection):
     @field_validator("env")
     @classmethod
     def _is_set(cls, name: str, info: ValidationInfo) -> str:
-        surroundings = _surroundings(info)
-        if surroundings and name not in surroundings.environment:
-            raise ValueError(f"the environment variable {name} is not set")
+        if surroundings := _surroundings(info):
+            surroundings.check_variable(name)
         return name
 
 
@@ -254,10 +241,8 @@ class Input(ServiceSection):
     @field_validator("kafka")
     @classmethod
     def _properties_exist(cls, properties: dict[str, KafkaValue], info: ValidationInfo) -> dict[str, KafkaValue]:
-        if _surroundings(info):
-            from confluent_kafka import Consumer
-
-            _try_properties(Consumer, {"group.id": "-"}, properties)
+        if surroundings := _surroundings(info):
+            surroundings.check_properties("consumer", properties)
         return properties
 
 
@@ -295,10 +280,8 @@ class Output(ServiceSection):
     @field_validator("kafka")
     @classmethod
     def _properties_exist(cls, properties: dict[str, KafkaValue], info: ValidationInfo) -> dict[str, KafkaValue]:
-        if _surroundings(info):
-            from confluent_kafka import Producer
-
-            _try_properties(Producer, {}, properties)
+        if surroundings := _surroundings(info):
+            surroundings.check_properties("producer", properties)
         return properties
 
 
@@ -316,13 +299,8 @@ class Model(ServiceSection):
     @field_validator("bundle")
     @classmethod
     def _bundle_is_sound(cls, bundle: str, info: ValidationInfo) -> str:
-        from broker_filter.scoring.bundle import BundleError
-
         if surroundings := _surroundings(info):
-            try:
-                surroundings.bundle(bundle)
-            except BundleError as error:
-                raise ValueError(str(error)) from None
+            surroundings.model_name(bundle)
         return bundle
 
 
@@ -357,11 +335,9 @@ class Filter(ServiceSection):
     @field_validator("where")
     @classmethod
     def _where_compiles(cls, where: str, info: ValidationInfo) -> str:
-        outputs = surroundings.outputs() if (surroundings := _surroundings(info)) else None
-        if outputs is not None:
-            from broker_filter.streaming.expressions import FIELDS, compile_filter
-
-            compile_filter(where, FIELDS, outputs)
+        surroundings = _surroundings(info)
+        if surroundings and (outputs := surroundings.outputs()) is not None:
+            surroundings.check_filter(where, outputs)
         return where
 
 
@@ -450,7 +426,7 @@ class Service(ServiceSection):
     @classmethod
     def _models_differ(cls, models: list[Model], info: ValidationInfo) -> list[Model]:
         if surroundings := _surroundings(info):
-            names = [surroundings.bundle(model.bundle).card.name for model in models]
+            names = [surroundings.model_name(model.bundle) for model in models]
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(
                     f"more than one bundle is called {', '.join(twice)}; their outputs could not be told apart"
@@ -467,18 +443,3 @@ def suggestion(word: str, known: Sequence[str]) -> str:
 def _is_http_url(location: str) -> bool:
     """Whether `location` is a URL of a server, not a path."""
     return urlsplit(location).scheme in ("http", "https")
-
-
-def _try_properties(client: Any, needed: dict[str, str], properties: Mapping[str, KafkaValue]) -> None:
-    """Has librdkafka check the properties: a client without servers is made, and connects to nothing."""
-    from confluent_kafka import KafkaException
-
-    from broker_filter.streaming.kafka_client import RESERVED
-
-    if reserved := [f"{name} ({RESERVED[name]})" for name in properties if name in RESERVED]:
-        raise ValueError(f"set by the service itself: {', '.join(reserved)}")
-    values = {name: value for name, value in properties.items() if not isinstance(value, Section)}
-    try:
-        client(needed | values)
-    except KafkaException as error:
-        raise ValueError(error.args[0].str()) from None

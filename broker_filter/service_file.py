@@ -11,7 +11,8 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from broker_filter.config import SecretFromEnvironment, SecretFromFile, Section, Service, Surroundings, suggestion
+from broker_filter.config import SecretFromEnvironment, SecretFromFile, Section, Service, suggestion
+from broker_filter.surroundings import ThisMachine
 
 MAX_FILE_BYTES = 1 << 20
 """A service file has some dozens of lines; anything near this is another file, named by mistake."""
@@ -50,7 +51,7 @@ def load_service(file: Path, environment: Mapping[str, str] = os.environ) -> Ser
         _override(document, environment)
     except _UnreadableError as error:
         raise ConfigError(file, [Problem("", str(error))]) from None
-    surroundings = Surroundings(environment, _bundles(document))
+    surroundings = ThisMachine(environment, _bundles(document))
     try:
         return Service.model_validate(document, context=surroundings)
     except ValidationError as error:
