@@ -1,4 +1,4 @@
-"""What a service file is checked against besides itself: environment variables, bundles, models' outputs, librdkafka."""
+"""What a service file is checked against besides itself: environment, bundles, models' outputs, librdkafka."""
 
 from __future__ import annotations
 
