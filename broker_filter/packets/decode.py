@@ -127,9 +127,11 @@ class Decoder:
         walked: list[_Walked] = []
         rejects: list[Reject] = []
         for index, packet in enumerate(packets):
-            damage, record = self._walk_packet(index, packet.data, outputs, walked)
+            container = self._frame(packet.data)
+            damage, record = self._walk_container(index, container, outputs, walked)
             if damage is not None:
-                rejects.append(Reject(packet, *damage, record))
+                fingerprint = container.schema.fingerprint if container.schema else None
+                rejects.append(Reject(packet, *damage, record, schema=fingerprint))
         columns = _Columns(self._layouts, len(self._columns), outputs, walked)
 
         cutouts = np.zeros((len(walked), len(CUTOUTS), self._cutout_size, self._cutout_size), dtype=np.float32)
@@ -148,11 +150,10 @@ class Decoder:
                 rejects.append(Reject(packets[item.packet], *damage, item.record, columns.identity(row), fingerprint))
         return columns.batch(packets, kept, cutouts[: len(kept)], boxes[: len(kept)], self._columns), rejects
 
-    def _walk_packet(
-        self, index: int, data: bytes, outputs: _Outputs, walked: list[_Walked]
+    def _walk_container(
+        self, index: int, container: Container, outputs: _Outputs, walked: list[_Walked]
     ) -> tuple[Damage | None, int]:
         """Walks the records of a packet. What is wrong with it beyond them, if anything, and after how many records."""
-        container = self._frame(data)
         if container.schema is None:
             return container.error, 0
         record = 0

@@ -22,6 +22,7 @@ from broker_filter.packets import decode as decode_module
 from broker_filter.packets import ocf, wire
 from broker_filter.packets.batch import CUTOUTS, AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
+from broker_filter.packets.ocf import read_container
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import RegistryUnavailable, UnknownSchemaId, open_registry
 from broker_filter.packets.rejects import Reject, RejectReason
@@ -248,6 +249,21 @@ def test_other_surveys_are_unknown(shared_data: Path) -> None:
     alerts, rejects = decode(*(path.read_bytes() for path in paths))
     assert len(alerts) == 0
     assert [reject.reason for reject in rejects] == [RejectReason.UNKNOWN_SURVEY] * len(paths)
+
+
+def test_a_reject_says_the_schema_wherever_that_could_be_read(
+    shared_data: Path, ztf_packets: list[tuple[int, bytes]]
+) -> None:
+    packet = ztf_packets[0][1]
+    schema = read_container(packet).schema
+    assert schema is not None
+    for data in (packet[:-1], packet[:-1] + b"?"):
+        _, [reject] = decode(data)
+        assert reject.schema == schema.fingerprint
+    _, [unknown] = decode(next((shared_data / "other" / "decam").iterdir()).read_bytes())
+    assert unknown.schema is not None
+    _, [unreadable] = decode(b"no packet")
+    assert unreadable.schema is None
 
 
 # Packets changed on purpose.
