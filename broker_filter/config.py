@@ -7,6 +7,7 @@ PATH}`), never written down in the file, never logged.
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
@@ -31,6 +32,8 @@ from pydantic import (
 SCORED, ANOMALIES, DEAD_LETTER, POSITIONS = "scored", "anomalies", "dead-letter", "positions"
 RESERVED_TOPICS = (SCORED, ANOMALIES, DEAD_LETTER, POSITIONS)
 """`<prefix>.<name>` of the service's own topics, which no filter can have."""
+TOPIC_NAME = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")
+"""What Kafka takes for a topic's name."""
 
 SurveyName = Literal["ztf", "lsst"]
 
@@ -66,8 +69,8 @@ class Surroundings(ABC):
         """All models' outputs, `<model>.<label>`; None where a bundle cannot be read."""
 
     @abstractmethod
-    def check_filter(self, where: str, outputs: Sequence[str]) -> None:
-        """An expression must compile against the models' outputs and the alerts' fields."""
+    def check_filter(self, where: str, outputs: Sequence[str] | None) -> None:
+        """An expression must compile against the alerts' fields and the models' outputs, where those are known."""
 
     @abstractmethod
     def check_properties(self, client: Literal["consumer", "producer"], properties: Mapping[str, KafkaValue]) -> None:
@@ -207,8 +210,8 @@ Start = Annotated[StartName | datetime, BeforeValidator(_utc)]
 class Input(ServiceSection):
     """Where alerts come from."""
 
-    bootstrap_servers: str = Field(description="The survey's brokers, `host:port,host:port`.")
-    group_id: str = Field(description="Consumer group; instances with the same id share the partitions.")
+    bootstrap_servers: str = Field(min_length=1, description="The survey's brokers, `host:port,host:port`.")
+    group_id: str = Field(min_length=1, description="Consumer group; instances with the same id share the partitions.")
     topics: list[str] = Field(
         min_length=1,
         description="Topic names. strftime directives stand for the UTC day (`ztf_%Y%m%d_programid1`) and roll over at "
@@ -231,6 +234,18 @@ class Input(ServiceSection):
         default=16 * 2**20, gt=0, description="Larger packets are rejected as `too_large`, undecoded."
     )
 
+    @field_validator("topics")
+    @classmethod
+    def _topics_are_names(cls, topics: list[str]) -> list[str]:
+        # To librdkafka a name with ^ is a pattern: it could match the topics that the service itself writes.
+        now = datetime.now(UTC)
+        if wrong := [repr(topic) for topic in topics if not TOPIC_NAME.fullmatch(now.strftime(topic))]:
+            raise ValueError(
+                f"{', '.join(wrong)}: no topic's name, which is of letters, digits, '.', '_', '-' and strftime "
+                "directives; patterns are not taken"
+            )
+        return topics
+
     @field_validator("schema_registry")
     @classmethod
     def _registry_is_there(cls, location: str | None, info: ValidationInfo) -> str | None:
@@ -252,7 +267,9 @@ class Output(ServiceSection):
     prefix: str = Field(
         pattern=r"^[a-zA-Z0-9._-]+$", description="Topics are `<prefix>.scored`, `<prefix>.anomalies`, ..."
     )
-    bootstrap_servers: str | None = Field(default=None, description="One's own brokers; the input's cluster if absent.")
+    bootstrap_servers: str | None = Field(
+        default=None, min_length=1, description="One's own brokers; the input's cluster if absent."
+    )
     payload: Literal["full", "no_cutouts", "scores"] = Field(
         default="full", description="How much of the packet travels on: `full`, `no_cutouts` or `scores`."
     )
@@ -335,9 +352,8 @@ class Filter(ServiceSection):
     @field_validator("where")
     @classmethod
     def _where_compiles(cls, where: str, info: ValidationInfo) -> str:
-        surroundings = _surroundings(info)
-        if surroundings and (outputs := surroundings.outputs()) is not None:
-            surroundings.check_filter(where, outputs)
+        if surroundings := _surroundings(info):
+            surroundings.check_filter(where, surroundings.outputs())
         return where
 
 

@@ -44,7 +44,7 @@ def load_service(file: Path, environment: Mapping[str, str] = os.environ) -> Ser
     """Reads a service file and checks all of it against its surroundings.
 
     `environment`: `BROKER_FILTER__INPUT__GROUP_ID=me` overrides the key input.group_id; values are YAML, and one for a
-    whole section replaces it. Raises ConfigError with every problem, OSError where the file cannot be read.
+    whole section replaces it. Raises ConfigError with every problem.
     """
     try:
         document = _read_yaml(file)
@@ -59,7 +59,7 @@ def load_service(file: Path, environment: Mapping[str, str] = os.environ) -> Ser
 
 
 class _UnreadableError(Exception):
-    """A file that is no YAML mapping, or an override that fits nowhere."""
+    """A file that cannot be read or is no YAML mapping, or an override that fits nowhere."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -86,8 +86,11 @@ def _parse_yaml(text: str) -> Any:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        content = stream.read(MAX_FILE_BYTES + 1)
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise _UnreadableError(str(error.strerror)) from None
     if len(content) > MAX_FILE_BYTES:
         raise _UnreadableError(f"more than {MAX_FILE_BYTES} bytes: not a service file")
     try:

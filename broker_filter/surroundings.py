@@ -44,7 +44,7 @@ class ThisMachine(Surroundings):
             outputs += [f"{opened.card.name}.{label}" for label in opened.card.outputs.labels]
         return outputs
 
-    def check_filter(self, where: str, outputs: Sequence[str]) -> None:
+    def check_filter(self, where: str, outputs: Sequence[str] | None) -> None:
         """See Surroundings."""
         compile_filter(where, FIELDS, outputs)
 

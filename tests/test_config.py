@@ -122,13 +122,23 @@ def test_checks_filters_models_and_thresholds(tmp_path: Path, section: str, path
         ("kafka: {client.id: {file: /not/there}}", "input.kafka.client.id.file", "no file"),
         ("topics: ztf", "input.topics", "should be a valid list"),
         ("topics: []", "input.topics", "at least 1 item"),
+        ("topics: ['']", "input.topics", "'': no topic's name"),
+        ("topics: [ztf, '^ztf.*']", "input.topics", "'^ztf.*': no topic's name"),
+        ("topics: ['ztf_%Q', a/b, ..]", "input.topics", "'ztf_%Q', 'a/b', '..': no topic's name"),
+        ("bootstrap_servers: ''", "input.bootstrap_servers", "at least 1 character"),
+        ("group_id: ''", "input.group_id", "at least 1 character"),
         ("start: 5", "input.start", "should be earliest"),
         ("start: stord", "input.start", "should be earliest"),
     ],
 )
 def test_checks_how_the_input_is_reached(tmp_path: Path, key: str, path: str, message: str) -> None:
-    given = {"topics": "topics: [ztf]"} | {key.partition(":")[0]: key.replace("FILE", str(tmp_path / "service.yaml"))}
-    source = ", ".join(["bootstrap_servers: 'survey:9092'", "group_id: me", *given.values()])
+    usual = {
+        "bootstrap_servers": "bootstrap_servers: 'survey:9092'",
+        "group_id": "group_id: me",
+        "topics": "topics: [ztf]",
+    }
+    given = usual | {key.partition(":")[0]: key.replace("FILE", str(tmp_path / "service.yaml"))}
+    source = ", ".join(given.values())
     found = problems(tmp_path, f"input: {{{source}}}\noutput: {{prefix: me}}\n")
     assert list(found) == [path]
     assert message in found[path]
@@ -257,9 +267,15 @@ def test_what_is_no_service_file_is_refused_in_one_line(tmp_path: Path, content:
     assert "\n" not in problem.message
 
 
-def test_a_file_that_is_not_there_is_the_systems_error(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"none\.yaml"):
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml cannot be used:\n  No such file"):
         load_service(tmp_path / "none.yaml", {})
+
+
+def test_filters_are_checked_beside_a_bundle_that_cannot_be_read(tmp_path: Path) -> None:
+    text = SMALLEST.replace("default", "./not/there")
+    found = problems(tmp_path, f"{text}filters: [{{name: a, where: score > 0.5}}, {{name: b, where: score >}}]\n")
+    assert list(found) == ["models[0]", "filters[1].where"]
 
 
 def test_the_form_alone_can_be_checked_without_its_surroundings() -> None:
@@ -283,5 +299,5 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
     file = tmp_path / "service.yaml"
     file.write_text(SMALLEST)
     file.chmod(0)
-    with pytest.raises(OSError, match=r"service\.yaml"):
+    with pytest.raises(ConfigError, match=r"service\.yaml cannot be used"):
         load_service(file, {})

@@ -118,11 +118,12 @@ def field(alerts: AlertBatch, name: str) -> NDArray[Any]:
             return alerts.column(name)
 
 
-def compile_filter(text: str, fields: Sequence[str], outputs: Sequence[str]) -> Expression:
+def compile_filter(text: str, fields: Sequence[str], outputs: Sequence[str] | None) -> Expression:
     """Compiles a filter.
 
     `fields`: the identity fields and metadata columns that may be named; `outputs`: the models' outputs,
-    `<model>.<label>`. Raises ExpressionError.
+    `<model>.<label>`. Where those are not known (None), any other name is taken for one, so that the rest is checked.
+    Raises ExpressionError.
     """
     if len(text) > MAX_LENGTH:
         raise ExpressionError(f"a filter of {len(text)} characters; at most {MAX_LENGTH} are allowed")
@@ -166,9 +167,11 @@ class _Part:
 class _Compiler:
     """Turns a syntax tree into closures, refusing what is not of the language. Gathers the `names` that are read."""
 
-    def __init__(self, fields: Sequence[str], outputs: Sequence[str], quoted: Mapping[str, str]) -> None:
+    def __init__(self, fields: Sequence[str], outputs: Sequence[str] | None, quoted: Mapping[str, str]) -> None:
         self.names: set[str] = set()
         self._quoted = quoted
+        self._closed = outputs is not None
+        outputs = outputs or ()
         short = Counter(output.rpartition(".")[2] for output in outputs)
         self._known = {output.rpartition(".")[2]: output for output in outputs}
         self._ambiguous = {label for label, models in short.items() if models > 1}
@@ -249,11 +252,11 @@ class _Compiler:
                 raise _refusal(node, "a name has at most one dot: `<model>.<label>`")
         if written in self._ambiguous and self._known[written] != written:
             raise _refusal(node, f"more than one model has an output {written!r}; write `<model>.{written}`")
-        if written not in self._known:
+        if self._closed and written not in self._known:
             close = get_close_matches(written, self._known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(self._known))}"
             raise _refusal(node, f"unknown name {written!r}; {hint}")
-        name = self._known[written]
+        name = self._known.get(written, written)
         self.names.add(name)
         return _Part(Kind.TEXT if name in IDENTITY_TEXTS else Kind.NUMBER, lambda values: values[name])
 
