@@ -2,12 +2,13 @@
 
 Imports nothing heavy: a command's module imports what it needs inside its `run` function, so that `--help` answers at
 once. An error that a person can mend is one line on stderr, never a traceback. Exit status: 0 fine, 1 failed at work, 2
-bad usage or configuration, 130 interrupted.
+bad usage or configuration, 130 interrupted, 141 where nobody reads on what it prints.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -21,6 +22,8 @@ of the parsed arguments that returns the exit status."""
 
 INTERRUPTED = 130
 """What shells give for a process that SIGINT ended: 128 + 2."""
+UNREAD = 141
+"""The same for SIGPIPE, 128 + 13: who read stdout has left, as `head` does."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,10 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     set_up_logging(verbose=arguments.verbose)
     try:
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("broker-filter: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left fails no more at the end
+        return UNREAD
     except Exception as error:
         if arguments.verbose:
             raise

@@ -39,7 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--limit",
-        type=int,
+        type=_limit,
         default=DEFAULT_LIMIT,
         metavar="N",
         help=f"packets to look at, 0 for all (default: {DEFAULT_LIMIT})",
@@ -70,6 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     print_alert(console, contents.first, every_field=arguments.all)
     return 0
+
+
+def _limit(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a number of packets")
+    return int(text)
 
 
 def _packets(arguments: argparse.Namespace) -> Iterator[Packet]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,7 +71,7 @@ def _import_braai(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from broker_filter.scoring.bundle import CARD, load_bundle, shipped_bundles
+    from broker_filter.scoring.bundle import CARD, BundleError, load_bundle, shipped_bundles
 
     found: list[str | Path] = [*shipped_bundles()]
     for directory in arguments.directories:
@@ -79,14 +80,21 @@ def _list(arguments: argparse.Namespace) -> int:
         )
         found += [path.absolute() for path in inside]
     rows = [("NAME", "VERSION", "SURVEYS", "OUTPUTS", "TASK", "DIRECTORY")]
-    for bundle in map(load_bundle, found):
+    status = 0
+    for path in found:
+        try:
+            bundle = load_bundle(path)
+        except BundleError as error:  # the others are still there
+            print(f"broker-filter: {error}", file=sys.stderr)
+            status = 1
+            continue
         card = bundle.card
         columns = ",".join(f"{card.name}.{label}" for label in card.outputs.labels)
         rows.append((card.name, card.version, ",".join(card.surveys), columns, card.task, str(bundle.directory)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return 0
+    return status
 
 
 def _show(arguments: argparse.Namespace) -> int:

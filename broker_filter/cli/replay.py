@@ -89,7 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> float:
-    value = float(text.removesuffix("/s"))
+    try:
+        value = float(text.removesuffix("/s"))
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value

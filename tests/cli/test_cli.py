@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from broker_filter import __version__
-from broker_filter.cli import COMMANDS, console, describe_error, main
+from broker_filter.cli import COMMANDS, UNREAD, console, describe_error, main
 
 
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
@@ -56,6 +56,16 @@ def test_an_error_of_the_system_is_told_as_it_is_and_a_bug_as_one() -> None:
         "[Errno 2] No such file or directory: 'x'"
     )
     assert describe_error(KeyError("x")).startswith("unexpected KeyError: 'x'")
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = [sys.executable, "-m", "broker_filter", "config", "keys"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == UNREAD
 
 
 def test_progress_without_a_terminal_is_a_log_line_now_and_then(

@@ -63,6 +63,14 @@ def test_no_more_than_the_limit_is_read(shared_data: Path, capsys: pytest.Captur
     assert "these are the first 7 packets: --limit 0 looks at all" in lines
 
 
+@pytest.mark.parametrize("limit", ["-1", "some"])
+def test_a_limit_is_a_number_of_packets(limit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["inspect", "night.tar.gz", f"--limit={limit}"])
+    assert end.value.code == 2
+    assert f"{limit} is not a number of packets" in capsys.readouterr().err
+
+
 def test_topic_is_inspected_as_an_archive_is(
     ztf_packets: list[tuple[int, bytes]],
     kafka_bootstrap: str,

@@ -33,6 +33,14 @@ def test_lists_what_ships_and_what_is_in_a_directory(tmp_path: Path, capsys: pyt
     assert rows[1].endswith(str(tmp_path / "other"))
 
 
+def test_lists_what_is_sound_beside_a_corrupted_bundle(corrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (corrupted.parent / "sound").symlink_to(DEFAULT)
+    assert main(["models", "list", str(corrupted.parent)]) == 1
+    out, complaint = capsys.readouterr()
+    assert [Path(row.split()[-1]).name for row in out.splitlines()[1:]] == ["default", "sound"]
+    assert str(corrupted / "weights.safetensors") in complaint
+
+
 def test_shows_a_card(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "show", "default"]) == 0
     shown = capsys.readouterr().out

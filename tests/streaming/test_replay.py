@@ -219,6 +219,7 @@ def test_interrupt_ends_an_endless_replay_with_its_account(
     [
         (["no-such-night.tar.gz"], "no-such-night.tar.gz: no such file"),
         ([".", "--rate", "0"], "0 is not a positive number"),
+        ([".", "--rate", "many/s"], "many/s is not a positive number"),
         ([".", "--rate", "5", "--speed", "2"], "not allowed with"),
         ([".", "--kafka", "nonsense"], "must be KEY=VALUE"),
     ],
