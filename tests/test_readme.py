@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from broker_filter.metrics import Metrics
 from broker_filter.packets.rejects import RejectReason
 from broker_filter.packets.surveys import COLUMNS
+from broker_filter.streaming.tables import FIXED_COLUMNS
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -18,7 +19,8 @@ README = Path(__file__).parents[1] / "README.md"
 def rows(head: str) -> set[str]:
     """The first column of the table whose first heading is `head`."""
     _, _, table = README.read_text().partition(f"\n| {head} |")
-    return set(re.findall(r"^\| `([^`]+)` \|", table.partition("\n\n")[0], re.MULTILINE))
+    cells = re.findall(r"^\| (`[^|]+`) \|", table.partition("\n\n")[0], re.MULTILINE)
+    return {name for cell in cells for name in re.findall("`([^`]+)`", cell)}
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,7 @@ def rows(head: str) -> set[str]:
     [
         ("reason", {reason.value for reason in RejectReason}),
         ("column", {column.name for column in COLUMNS}),
+        ("in a row", {*FIXED_COLUMNS.names, "<model>.<label>"}),
     ],
 )
 def test_every_reason_and_column_is_documented_and_no_other(head: str, expected: set[str]) -> None:

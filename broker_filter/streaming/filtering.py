@@ -46,7 +46,7 @@ def score_alerts(alerts: AlertBatch, rejects: Sequence[Reject], scorer: Scorer, 
         Reject(
             packet=alerts.packets[alerts.packet_index[i]],
             reason=RejectReason.NO_MODEL_FOR_SURVEY,
-            detail=f"no configured model takes alerts of {Survey(int(alerts.survey[i]))}",
+            detail=f"no configured model takes alerts of {Survey(int(alerts.survey[i]))}; `also` tells one to",
             record=int(alerts.record_index[i]),
             alert=alerts.identity(i),
             schema=alerts.records[i].schema.fingerprint,
