@@ -18,6 +18,8 @@ from broker_filter.scoring.scorer import Model, open_model
 from training.augment import augment
 from training.datasets import Alerts, held_out, load_alerts
 from training.distil import Recipe, distil, make_images
+from training.evaluate import agreement, roc_auc
+from training.train_default import SPLIT_SEED, TEST_FRACTION
 
 
 @pytest.fixture(autouse=True)
@@ -126,3 +128,17 @@ def test_loads_each_alert_of_an_archive_once(shared_data: Path) -> None:
     rated = np.isfinite(alerts.drb)
     assert 1300 < rated.sum() < len(alerts)
     assert (alerts.drb[rated] > 0).all()
+
+
+@pytest.mark.shared
+def test_the_default_bundles_card_says_what_the_bundle_does(shared_data: Path) -> None:
+    """The shipped bundle on the alerts of objects that it was not trained on, as its card's figures were taken."""
+    model = open_model("default", Runtime(engine="onnxruntime", device="cpu"))
+    card = model.bundle.card.training.evaluation
+    alerts = load_alerts([shared_data / "ztf" / "ztf_alerts.tar", shared_data / "ztf" / "archives"], 63)
+    test = alerts[held_out(alerts.object_id, TEST_FRACTION, SPLIT_SEED) & np.isfinite(alerts.drb)]
+    outputs = model.run(test.cutouts, test.cutout_box, np.empty((len(test), 0)), ())
+    score, real = outputs["probabilities"][:, 0].astype(np.float64), test.drb > 0.5
+    assert (len(test), int((~real).sum())) == (card["alerts"], card["bogus"])
+    assert roc_auc(real, score) == pytest.approx(card["roc_auc"], abs=1e-4)
+    assert agreement(real, score) == pytest.approx(card["agreement"], abs=1e-4)

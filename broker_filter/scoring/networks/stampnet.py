@@ -34,18 +34,25 @@ class StampNet(nn.Module):
             nn.Conv2d(3, 16, 3, bias=False),
             nn.BatchNorm2d(16),
             nn.ReLU(),
-            nn.MaxPool2d(2),
+            nn.MaxPool2d(2),  # 30 px
             _convolution(16, 32),
             nn.ReLU(),
-            nn.MaxPool2d(2),
+            nn.MaxPool2d(2),  # 15 px
             _Residual(32),
-            _convolution(32, 64, stride=2),
+            _convolution(32, 64, stride=2),  # 8 px
             nn.ReLU(),
             _Residual(64),
+            nn.Conv2d(64, 16, 1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(16 * 8 * 8, 64),
+            nn.ReLU(),
         )
-        self.head = nn.Linear(64 * 8 * 8, labels)
+        self.head = nn.Linear(64, labels)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """See the class."""
-        features = self.features(images)
-        return self.head(features.flatten(1)), features.mean(dim=(2, 3))
+        embedding = self.features(images)
+        return self.head(embedding), embedding
