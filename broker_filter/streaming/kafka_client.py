@@ -142,15 +142,17 @@ class Complaints:
         self._logged: dict[object, float] = {}
         self.latest = ""
 
-    def note(self, error: KafkaError) -> None:
+    def note(self, error: KafkaError) -> bool:
         """Keeps the latest reason; that all brokers are down is none, it follows one."""
-        if error.code() != KafkaError._ALL_BROKERS_DOWN:
-            self.latest = explain(error)
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:
+            return False
+        self.latest = explain(error)
+        return True
 
     def __call__(self, error: KafkaError) -> None:
         """Notes and logs what a client reports."""
-        self.note(error)
-        self.say(error.code(), "%s: %s", self.cluster, self.latest or error.str())
+        if self.note(error):
+            self.say(error.code(), "%s: %s", self.cluster, self.latest)
 
     def say(self, subject: object, message: str, *arguments: object) -> None:
         """Logs a warning, unless one of the same subject was logged just now."""

@@ -189,6 +189,9 @@ class Writer:
         defaults = {
             "batch.size": min(BATCH_BYTES, limits.smallest),
             "message.max.bytes": MAX_RECORD_BYTES,
+            # By the default, after all brokers were away, librdkafka 2.16 waits for ever in send_offsets_to_transaction
+            # for a group coordinator among the brokers that it has just forgotten.
+            "metadata.recovery.strategy": "none",
         }
         own = {"transactional.id": transactional_id, "error_cb": complaints}
         self._producer = Producer({**defaults, **properties, **own}, logger=librdkafka_log)

@@ -1,0 +1,155 @@
+"""What the service does while something that it needs is away, refuses it, or is not there yet."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from broker_filter.local_kafka import USER, KafkaCluster, free_ports
+from broker_filter.packets.registry import open_registry
+
+from .conftest import MakeTopic, ReadCommitted, StartService, headers, send, service_config
+
+Packets = list[tuple[int, bytes]]
+
+
+@pytest.mark.kafka
+def test_waits_for_brokers_that_are_down_at_start_and_outlives_their_restart(
+    start_cluster: Callable[..., KafkaCluster],
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    cluster, prefix = start_cluster(), unique_name("filter")
+    bootstrap = cluster.bootstrap_servers
+    packets = [packet for _, packet in ztf_packets[:60]]
+    topic = make_topic(bootstrap, packets[:20])
+    cluster.kill(1, signal.SIGTERM)
+
+    service = start_service(service_config(bootstrap, topic, prefix))
+    service.wait_for_log("trying again in")
+    status, waits_for = service.get("/readyz")
+    assert (status, service.get("/livez")[0]) == (503, 200)
+    assert f"input brokers {bootstrap}: not reached yet" in waits_for
+    assert "cannot be reached" in service.log
+
+    cluster.start(1)
+    assert len(read_committed(bootstrap, [f"{prefix}.scored"], 20)) == 20
+    service.wait_ready()
+
+    send({"bootstrap.servers": bootstrap}, topic, packets[20:40])
+    cluster.kill(1, signal.SIGKILL)
+    cluster.start(1)
+    send({"bootstrap.servers": bootstrap}, topic, packets[40:])
+    records = read_committed(bootstrap, [f"{prefix}.scored"], 60)
+    assert len({headers(record)["input"] for record in records}) == len(records) == 60, service.log
+    assert "Traceback" not in service.log
+    assert len(service.log.splitlines()) < 100  # an outage must not fill the disk
+    assert service.end() == 0
+
+
+@pytest.mark.kafka
+def test_tls_and_scram_with_the_password_from_the_environment(
+    secure_cluster: KafkaCluster,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    properties, prefix = secure_cluster.client_properties(), unique_name("filter")
+    topic = make_topic(properties, [packet for _, packet in ztf_packets[:20]])
+    config = service_config(secure_cluster.bootstrap_servers, topic, prefix)
+    config["input"] |= {
+        "sasl": {"mechanism": "SCRAM-SHA-512", "username": USER, "password": {"env": "SURVEY_PASSWORD"}},
+        "tls": {"ca": str(secure_cluster.ca)},
+    }
+    service = start_service(config, {**os.environ, "SURVEY_PASSWORD": secure_cluster.password})
+
+    assert len(read_committed(properties, [f"{prefix}.scored"], 20)) == 20
+    assert service.end() == 0
+    assert secure_cluster.password not in service.log
+
+
+@pytest.mark.kafka
+def test_wrong_password_is_said_plainly_and_never_shown(
+    secure_cluster: KafkaCluster,
+    start_service: StartService,
+    unique_name: Callable[[str], str],
+    tmp_path: Path,
+) -> None:
+    wrong = tmp_path / "password"
+    wrong.write_text("quite-another-secret\n")
+    config = service_config(secure_cluster.bootstrap_servers, "any", unique_name("filter"))
+    config["input"] |= {
+        "sasl": {"username": USER, "password": {"file": str(wrong)}},
+        "tls": {"ca": str(secure_cluster.ca)},
+    }
+    service = start_service(config)
+
+    service.wait_for_log("authentication failed, check `sasl`")
+    assert service.end() == 0
+    assert "trying again in" in service.log
+    assert "quite-another-secret" not in service.log
+    assert "Traceback" not in service.log
+
+
+@contextmanager
+def schema_registry(directory: Path, port: int) -> Iterator[None]:
+    """A registry that serves the files `schemas/ids/<id>` of a directory."""
+    server = ThreadingHTTPServer(("127.0.0.1", port), partial(SimpleHTTPRequestHandler, directory=str(directory)))
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_no_alert_is_rejected_because_the_schema_registry_is_away(
+    kafka_bootstrap: str,
+    lsst_packets: list[tuple[str, bytes]],
+    lsst_schemas: Path,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+    tmp_path: Path,
+) -> None:
+    ids = tmp_path / "registry" / "schemas" / "ids"
+    ids.mkdir(parents=True)
+    for schema_id in (700, 701, 703, 704, 800, 1000):
+        definition = open_registry(str(lsst_schemas)).get(schema_id).definition
+        (ids / str(schema_id)).write_text(json.dumps({"schema": json.dumps(definition)}))
+    (port,) = free_ports(1)
+    topic, prefix = make_topic(kafka_bootstrap, [packet for _, packet in lsst_packets]), unique_name("filter")
+    config = service_config(kafka_bootstrap, topic, prefix)
+    config["input"]["schema_registry"] = f"http://127.0.0.1:{port}"
+    config["models"] = [{"bundle": "default", "also": ["lsst"]}]
+    service = start_service(config, {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")})
+
+    service.wait_until(lambda: "schema registry" in service.get("/readyz")[1])
+    assert service.metric("consumed_alerts_total") == 0
+    with schema_registry(tmp_path / "registry", port):
+        records = read_committed(kafka_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], len(lsst_packets))
+        service.wait_ready()
+
+    reasons = [headers(record).get("reason", "scored") for record in records]
+    assert len(records) == len(lsst_packets)
+    assert reasons.count("scored") == 7
+    assert reasons.count("unknown_schema_id") == 1
+    assert reasons.count("missing_cutout") == 5
+    assert service.end() == 0

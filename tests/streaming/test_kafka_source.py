@@ -1,0 +1,139 @@
+"""Topics by the calendar, and where reading starts, on a real broker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from functools import partial
+
+import pytest
+from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from broker_filter.config import Input
+from broker_filter.metrics import Metrics
+from broker_filter.streaming.checkpoint import GroupCheckpoint
+from broker_filter.streaming.kafka_client import Cluster, Complaints, RecordLimits, client_properties
+from broker_filter.streaming.kafka_source import KafkaSource
+from broker_filter.streaming.transactions import Writer
+from broker_filter.streaming.watchdog import Stage
+
+pytestmark = pytest.mark.kafka
+
+MIDNIGHT = datetime(2026, 2, 26, tzinfo=UTC)
+ATTEMPTS = 60
+"""Each waits half a second for a message."""
+
+
+class Reader:
+    """A source whose clock is set by hand, and what it has read."""
+
+    def __init__(self, bootstrap: str, name: str, template: str, now: datetime, **options: object) -> None:
+        section = Input(
+            bootstrap_servers=bootstrap,
+            group_id=name,
+            topics=[template],
+            kafka={"topic.metadata.refresh.interval.ms": 500},
+            **options,  # type: ignore[arg-type]
+        )
+        self.now = now
+        properties, complaints, metrics = client_properties(section), Complaints("test brokers"), Metrics()
+        admin = AdminClient({"bootstrap.servers": bootstrap})
+        existing = frozenset(admin.list_topics(timeout=10).topics)
+        admin.create_topics([NewTopic(name, 1, -1)])[name].result()
+        limits = RecordLimits(admin, [name], dead_letter=name)
+        open_writer = partial(Writer, properties, limits, metrics, complaints, Stage("commit", metrics))
+        self.source = KafkaSource(
+            section, properties, Cluster("cluster", existing), complaints, lambda _: None, lambda: self.now
+        )
+        self.source.subscribe(GroupCheckpoint(self.source.consumer, open_writer, name))
+        self.values: list[bytes] = []
+
+    def read(self, expected: int, attempts: int = ATTEMPTS) -> list[bytes]:
+        """Reads until so many messages have come in all."""
+        for _ in range(attempts):
+            if delivery := self.source.take(100, 0.1):
+                self.values += [packet.data for packet in delivery.packets]
+            if len(self.values) >= expected:
+                break
+        return sorted(self.values)
+
+
+@pytest.fixture
+def start_reader(
+    kafka_bootstrap: str, unique_name: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> Iterator[Callable[..., Reader]]:
+    caplog.set_level("INFO")  # what was claimed when, if a test fails
+    readers = []
+
+    def start(template: str, now: datetime = MIDNIGHT, **options: object) -> Reader:
+        readers.append(Reader(kafka_bootstrap, unique_name("group"), template, now, **options))
+        return readers[-1]
+
+    yield start
+    for reader in readers:
+        reader.source.close()
+
+
+@pytest.fixture
+def send(kafka_bootstrap: str) -> Callable[..., None]:
+    """Sends values to a topic of one partition, which is made if it is not there."""
+    properties = {"bootstrap.servers": kafka_bootstrap}
+    admin = AdminClient(properties)
+
+    def send(topic: str, *values: bytes, timestamp: datetime | None = None) -> None:
+        if topic not in admin.list_topics(timeout=10).topics:
+            admin.create_topics([NewTopic(topic, 1, -1)])[topic].result()
+        producer = Producer(properties)
+        for value in values:
+            producer.produce(topic, value, timestamp=int((timestamp or MIDNIGHT).timestamp() * 1000))
+        assert producer.flush(30) == 0
+
+    return send
+
+
+def test_topics_roll_over_at_midnight_utc_and_new_ones_are_read_from_their_beginning(
+    send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
+) -> None:
+    night = unique_name("ztf")
+    send(f"{night}_20260225", b"before the start")
+    reader = start_reader(f"{night}_%Y%m%d", MIDNIGHT - timedelta(minutes=5), start="latest")
+    assert reader.source.take(1, 0.1) is None
+    while not reader.source.claims:
+        reader.source.take(1, 0.1)
+    send(f"{night}_20260225", b"25th")
+    assert reader.read(1) == [b"25th"]
+
+    send(f"{night}_20260226", b"26th, unseen as yet")
+    assert reader.read(2, attempts=6) == [b"25th"]  # it is still the 25th
+    reader.now = MIDNIGHT + timedelta(seconds=1)
+    assert reader.read(2) == [b"25th", b"26th, unseen as yet"]
+    send(f"{night}_20260225", b"25th, after midnight")
+    assert len(reader.read(3)) == 3
+
+
+def test_day_that_is_still_being_read_is_kept(
+    send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
+) -> None:
+    night = unique_name("ztf")
+    for day in ("25", "26", "27"):
+        send(f"{night}_202602{day}", day.encode())
+    reader = start_reader(f"{night}_%Y%m%d", MIDNIGHT, start="earliest")
+    assert reader.read(2) == [b"25", b"26"]
+    for claim in reader.source.claims:
+        if claim.topic.endswith("26"):
+            claim.committed = claim.read  # the 25th lags: nothing of it is committed
+    reader.now = MIDNIGHT + timedelta(days=1)
+
+    assert reader.read(3) == [b"25", b"26", b"27"]
+    assert {claim.topic[-2:] for claim in reader.source.claims} == {"25", "26", "27"}
+
+
+def test_starts_from_a_time(
+    send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
+) -> None:
+    topic = unique_name("ztf")
+    for hour in range(6):
+        send(topic, str(hour).encode(), timestamp=MIDNIGHT + timedelta(hours=hour))
+
+    assert start_reader(topic, start="2026-02-26T02:30:00").read(3) == [b"3", b"4", b"5"]

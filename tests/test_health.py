@@ -1,0 +1,56 @@
+"""Liveness, readiness and metrics over HTTP."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+
+import pytest
+
+from broker_filter.health import Health, serve
+from broker_filter.metrics import Metrics
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_ready_once_nothing_is_waited_for() -> None:
+    health = Health()
+    health.set("group", "not joined yet")
+    health.set("schema registry", "refused")
+    with serve(health, Metrics(), "127.0.0.1", 0) as port:
+        assert get(port, "/readyz") == (503, "group: not joined yet; schema registry: refused\n")
+        assert get(port, "/livez") == (200, "ok\n")
+        health.set("group", None)
+        health.set("schema registry", None)
+        assert get(port, "/readyz") == (200, "ok\n")
+
+
+def test_stuck_stage_is_neither_alive_nor_ready() -> None:
+    health = Health()
+    health.ailing = lambda: "stage score is stuck"
+    with serve(health, Metrics(), "127.0.0.1", 0) as port:
+        assert get(port, "/livez") == (503, "stage score is stuck\n")
+        assert get(port, "/readyz") == (503, "stage score is stuck\n")
+
+
+def test_metrics_are_served_in_the_text_format() -> None:
+    with serve(Health(), Metrics(), "127.0.0.1", 0) as port:
+        status, text = get(port, "/metrics")
+        assert status == 200
+        assert "# TYPE broker_filter_consumed_alerts_total counter" in text
+        assert get(port, "/")[0] == 404
+
+
+def test_address_that_is_taken_is_named() -> None:
+    with (
+        serve(Health(), Metrics(), "127.0.0.1", 0) as port,
+        pytest.raises(OSError, match=f"127.0.0.1:{port}: Address already in use; see `http`"),
+        serve(Health(), Metrics(), "127.0.0.1", port),
+    ):
+        pass

@@ -1,0 +1,60 @@
+"""The account as Prometheus sees it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from broker_filter.metrics import Account, Metrics
+from broker_filter.packets.rejects import RejectReason
+
+
+def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:
+    """Values by name and labels' values."""
+    families = text_string_to_metric_families(metrics.exposition().decode())
+    return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
+
+
+def test_committed_transaction_is_counted_whole() -> None:
+    metrics = Metrics()
+    accounts = [
+        Account(consumed=1, scored=1, sent=[0.0], exposed=[0.0]),
+        Account(consumed=2, duplicates=1, rejected=Counter({RejectReason.BAD_CUTOUT: 1})),
+    ]
+    metrics.commit(accounts, Counter({"me.scored": 2, "me.dead-letter": 1}), "me.dead-letter")
+    metrics.abort()
+
+    found = samples(metrics)
+    assert found["broker_filter_consumed_alerts_total",] == 3
+    assert found["broker_filter_scored_alerts_total",] == 1
+    assert found["broker_filter_duplicate_alerts_total",] == 1
+    assert found["broker_filter_rejected_alerts_total", "bad_cutout"] == 1
+    assert found["broker_filter_unaccounted_alerts",] == 0
+    assert found["broker_filter_published_records_total", "me.scored"] == 2
+    assert found["broker_filter_dead_letters_total",] == 1
+    assert found["broker_filter_transactions_total", "committed"] == 1
+    assert found["broker_filter_transactions_total", "aborted"] == 1
+    assert found["broker_filter_producer_latency_seconds_count",] == 1
+    assert found["broker_filter_exposure_latency_seconds_count",] == 1
+
+
+def test_alert_without_an_outcome_shows() -> None:
+    metrics = Metrics()
+    metrics.commit([Account(consumed=2, scored=1)], Counter(), "me.dead-letter")
+    assert samples(metrics)["broker_filter_unaccounted_alerts",] == 1
+
+
+def test_partitions_that_were_handed_over_are_shown_no_more() -> None:
+    metrics = Metrics()
+    metrics.set_partitions({("ztf", 0): 5, ("ztf", 1): 0})
+    metrics.set_partitions({("ztf", 1): 7})
+    found = samples(metrics)
+    lags = {
+        labels: value
+        for (name, *labels), value in found.items()
+        if name.endswith("consumer_lag_messages")
+        for labels in [tuple(labels)]
+    }
+    assert set(lags.values()) == {7}
+    assert found["broker_filter_assigned_partitions",] == 1
