@@ -37,7 +37,7 @@ def prepare_images(
         norm = _normalise(cutouts, images.normalisation, out=prepared)
         unclean = ~np.isfinite(norm).all(axis=(-2, -1))
         if unclean.any():
-            clean = np.nan_to_num(cutouts[unclean])
+            clean = np.nan_to_num(cutouts[unclean], copy=False)  # of the copy that the choice makes
             _normalise(clean, images.normalisation, out=clean)
             prepared[unclean] = clean
     _pad(prepared, cutout_box, images.padding)
