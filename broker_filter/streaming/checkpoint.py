@@ -115,7 +115,7 @@ class GroupCheckpoint:
         # In this order: a membership is renewed only when the claims that it cost have ended. So what is alive after
         # the metadata were taken belongs to the generation that they name, and the broker judges whether that still is.
         metadata = self._metadata
-        if not all(claim.alive for claim in ends):
+        if metadata is None or not all(claim.alive for claim in ends):
             raise ClaimEndedError("the group has taken partitions away")
         offsets = [TopicPartition(claim.topic, claim.partition, end) for claim, end in ends.items()]
         producer.send_offsets_to_transaction(offsets, metadata, REQUEST_TIMEOUT_S)

@@ -16,6 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from queue import Empty, Full, Queue
 from typing import NoReturn, TypeVar
 
+from confluent_kafka import KafkaException
+
 from broker_filter.config import Service
 from broker_filter.health import Health, serve
 from broker_filter.metrics import Metrics
@@ -29,7 +31,7 @@ from broker_filter.scoring.scorer import open_scorer
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.endpoints import Endpoints, connect
 from broker_filter.streaming.filtering import score_alerts
-from broker_filter.streaming.kafka_client import pauses
+from broker_filter.streaming.kafka_client import KafkaSetupError, explain, pauses
 from broker_filter.streaming.kafka_sink import KafkaSink, divide
 from broker_filter.streaming.kafka_source import Delivery, KafkaSource
 from broker_filter.streaming.routing import open_router
@@ -99,11 +101,14 @@ class FilterService:
         http = self._config.http
         with serve(self._health, self._metrics, http.host, http.port) as port:
             log.info("metrics and health on http://%s:%d", http.host, port)
-            endpoints = connect(
-                self._config, self._router.topics, self._metrics, self._health, self._committing, self._stop
-            )
-            if endpoints:
-                self._work(endpoints)
+            try:
+                endpoints = connect(
+                    self._config, self._router.topics, self._metrics, self._health, self._committing, self._stop
+                )
+                if endpoints:
+                    self._work(endpoints)
+            except KafkaException as error:
+                raise KafkaSetupError(explain(error.args[0])) from error
 
     # -- the stages, in the order of the data
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Producer
@@ -146,9 +147,10 @@ def _cut(record: OutputRecord, limits: RecordLimits) -> OutputRecord:
     excess = _size(record) - limits.of(record.topic)
     if excess <= 0:
         return record
-    whole = len(record.value)
-    headers = [*record.headers, (TRUNCATED, str(whole).encode())]
-    return OutputRecord(record.topic, record.key, record.value[: max(0, whole - excess)], headers)
+    headers = record.headers
+    if TRUNCATED not in dict(headers):
+        headers = [*headers, (TRUNCATED, str(len(record.value)).encode())]
+    return OutputRecord(record.topic, record.key, record.value[: max(0, len(record.value) - excess)], headers)
 
 
 Store = Callable[[Any, Mapping[Claim, int]], None]
@@ -297,22 +299,15 @@ class Writer:
             self._open, self._produced = True, 0
         for work in self._held[self._produced :]:
             for _, record in work.records:
-                self._send(record)
+                self._insist(partial(self._send, record))
             self._produced += 1
 
     def _send(self, record: OutputRecord) -> None:
-        while True:
-            try:
-                self._producer.produce(record.topic, record.value, record.key, headers=record.headers)
-            except BufferError:
-                self._producer.poll(RETRY_PAUSE_S)
-                self._stage.beat()
-            else:
-                self._producer.poll(0)
-                return
+        self._producer.produce(record.topic, record.value, record.key, headers=record.headers)
+        self._producer.poll(0)
 
     def _insist(self, call: Callable[[], None]) -> None:
-        """Makes a call of the protocol until it is answered: after a timeout only the same call is allowed."""
+        """Makes a call until it succeeds: after a timeout the protocol allows only the same call again."""
         while True:
             try:
                 call()
@@ -321,6 +316,9 @@ class Writer:
                     raise
                 self._complain(error.args[0])
                 self._stage.rest(RETRY_PAUSE_S)
+            except BufferError:  # librdkafka's queue is full
+                self._producer.poll(RETRY_PAUSE_S)
+                self._stage.beat()
             else:
                 return
 

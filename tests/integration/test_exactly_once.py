@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from broker_filter.metrics import Account, Metrics
@@ -154,6 +154,34 @@ def test_across_clusters_the_positions_topic_is_the_truth(
     records = read_committed(second_kafka_bootstrap, [f"{prefix}.scored"], 2 * len(sent))
     assert len(inputs(records)) == len(records) == 2 * len(sent)
     assert second.end() == 0
+
+
+def test_partition_that_a_stranger_fenced_is_taken_back(
+    kafka_bootstrap: str,
+    output_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    sent = [packet for _, packet in ztf_packets[:40]]
+    topic, prefix = make_topic(kafka_bootstrap, sent, partitions=1), unique_name("filter")
+    config = service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=output_bootstrap)
+    config["input"]["kafka"] = {"group.instance.id": "one"}
+    service = start_service(config)
+    service.wait_until(lambda: service.metric("consumed_alerts_total") == len(sent))
+
+    cluster = AdminClient({"bootstrap.servers": kafka_bootstrap}).list_topics(timeout=10).cluster_id
+    own = "one" if output_bootstrap == kafka_bootstrap else f"{cluster}/{topic}/0"
+    stranger = Producer({"bootstrap.servers": output_bootstrap, "transactional.id": f"{prefix}/{prefix}/{own}"})
+    stranger.init_transactions(30)
+    send({"bootstrap.servers": kafka_bootstrap}, topic, sent)
+
+    records = read_committed(output_bootstrap, [f"{prefix}.scored"], 2 * len(sent))
+    assert len(inputs(records)) == len(records) == 2 * len(sent)
+    assert "fenced" in service.log
+    assert service.end() == 0
 
 
 class Harness:
