@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from broker_filter.config import Transaction
 from broker_filter.metrics import Account, Metrics
 from broker_filter.packets.batch import AlertBatch, Survey
+from broker_filter.packets.rejects import RejectReason
 from broker_filter.streaming.filtering import ScoredBatch
 from broker_filter.streaming.kafka_source import Delivery
 from broker_filter.streaming.routing import Routed
@@ -37,10 +38,16 @@ class UnaccountedError(RuntimeError):
 
 
 def account_packets(scored: ScoredBatch) -> list[Account]:
-    """What became of each packet's alerts."""
+    """What became of each packet's alerts.
+
+    `consumed` counts what decoding delivered, the rest what scoring made of it: that the two agree is not a matter of
+    course, and is what the service watches.
+    """
     accounts = [Account() for _ in scored.packets]
     exposed = exposure_times(scored.alerts).tolist()
     packet_index, duplicate = scored.alerts.packet_index.tolist(), scored.duplicate.tolist()
+    for k in packet_index:
+        accounts[k].consumed += 1
     for i in scored.scored.tolist():
         account = accounts[packet_index[i]]
         account.exposed.append(exposed[i])
@@ -50,9 +57,10 @@ def account_packets(scored: ScoredBatch) -> list[Account]:
             account.scored += 1
     index_of = {id(packet): k for k, packet in enumerate(scored.packets)}
     for reject in scored.rejects:
-        accounts[index_of[id(reject.packet)]].rejected[reject.reason] += 1
+        account = accounts[index_of[id(reject.packet)]]
+        account.rejected[reject.reason] += 1
+        account.consumed += reject.reason is not RejectReason.NO_MODEL_FOR_SURVEY  # that one was decoded
     for packet, account in zip(scored.packets, accounts, strict=True):
-        account.consumed = max(1, account.scored + account.duplicates + account.rejected.total())
         if packet.timestamp_ms is not None:
             account.sent.append(packet.timestamp_ms / 1000)
     return accounts
