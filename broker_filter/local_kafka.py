@@ -66,7 +66,9 @@ class KafkaCluster:
         nodes: int = 1,
         secure: bool = False,
         overrides: Mapping[str, str] | None = None,
+        proxy_port: int | None = None,
     ) -> None:
+        """`proxy_port`: where clients are told to find a cluster of one node, for a proxy to listen on."""
         self.home = home.resolve()
         self.directory = directory.resolve()
         self.secure = secure
@@ -75,6 +77,7 @@ class KafkaCluster:
         self._overrides = dict(overrides or {})
         ports = iter(free_ports(3 * nodes))
         self._client_ports = {node: next(ports) for node in self.nodes}
+        self._advertised_ports = {1: proxy_port} if proxy_port else self._client_ports
         self._internal_ports = {node: next(ports) for node in self.nodes}
         self._controller_ports = {node: next(ports) for node in self.nodes}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -82,7 +85,12 @@ class KafkaCluster:
     @property
     def bootstrap_servers(self) -> str:
         """`host:port,...` of every node."""
-        return ",".join(f"127.0.0.1:{port}" for port in self._client_ports.values())
+        return ",".join(f"127.0.0.1:{port}" for port in self._advertised_ports.values())
+
+    @property
+    def listener(self) -> str:
+        """`host:port` where the first node listens, whatever clients are told."""
+        return f"127.0.0.1:{self._client_ports[1]}"
 
     @property
     def ca(self) -> Path:
@@ -151,13 +159,16 @@ class KafkaCluster:
     def _properties(self, node: int) -> dict[str, object]:
         replicas = len(self.nodes)
         in_sync = max(1, replicas - 1)
-        listeners = f"CLIENT://127.0.0.1:{self._client_ports[node]},INTERNAL://127.0.0.1:{self._internal_ports[node]}"
+        internal = f"INTERNAL://127.0.0.1:{self._internal_ports[node]}"
         properties: dict[str, object] = {
             "process.roles": "broker,controller",
             "node.id": node,
             "controller.quorum.voters": ",".join(f"{i}@127.0.0.1:{port}" for i, port in self._controller_ports.items()),
-            "listeners": f"{listeners},CONTROLLER://127.0.0.1:{self._controller_ports[node]}",
-            "advertised.listeners": listeners,
+            "listeners": (
+                f"CLIENT://127.0.0.1:{self._client_ports[node]},{internal},"
+                f"CONTROLLER://127.0.0.1:{self._controller_ports[node]}"
+            ),
+            "advertised.listeners": f"CLIENT://127.0.0.1:{self._advertised_ports[node]},{internal}",
             "listener.security.protocol.map": (
                 f"CLIENT:{'SASL_SSL' if self.secure else 'PLAINTEXT'},INTERNAL:PLAINTEXT,CONTROLLER:PLAINTEXT"
             ),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,9 +17,10 @@ from threading import Thread
 
 import pytest
 
-from broker_filter.local_kafka import USER, KafkaCluster, free_ports
+from broker_filter.local_kafka import USER, KafkaCluster, free_ports, wait_until_listening
 from broker_filter.packets.registry import open_registry
 
+from ..conftest import SHARED, require
 from .conftest import MakeTopic, ReadCommitted, StartService, headers, send, service_config
 
 Packets = list[tuple[int, bytes]]
@@ -57,6 +61,57 @@ def test_waits_for_brokers_that_are_down_at_start_and_outlives_their_restart(
     assert "Traceback" not in service.log
     assert len(service.log.splitlines()) < 100  # an outage must not fill the disk
     assert service.end() == 0
+
+
+@contextmanager
+def toxiproxy(listen: int, upstream: str) -> Iterator[Callable[[str, dict[str, object]], None]]:
+    """A proxy whose faults are set with `(path below /proxies/kafka, JSON)`."""
+    (port,) = free_ports(1)
+    program = require(SHARED / "toxiproxy" / "toxiproxy-server")
+    process = subprocess.Popen([program, "-port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def post(url: str, content: dict[str, object]) -> None:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/proxies{url}", json.dumps(content).encode()).close()
+
+    try:
+        wait_until_listening(port, process, Path("/dev/null"))
+        post("", {"name": "kafka", "listen": f"127.0.0.1:{listen}", "upstream": upstream, "enabled": True})
+        yield lambda path, content: post(f"/kafka{path}", content)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.kafka
+@pytest.mark.shared
+def test_slow_network_and_a_cut_of_five_seconds_lose_and_repeat_nothing(
+    start_cluster: Callable[..., KafkaCluster],
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    (port,) = free_ports(1)
+    cluster, prefix = start_cluster(proxy_port=port), unique_name("filter")
+    bootstrap, packets = cluster.bootstrap_servers, [packet for _, packet in ztf_packets[:600]]
+    with toxiproxy(port, cluster.listener) as fault:
+        topic = make_topic(bootstrap, packets[:300])
+        fault("/toxics", {"type": "latency", "attributes": {"latency": 100, "jitter": 50}})
+        config = service_config(bootstrap, topic, prefix) | {
+            "transaction": {"max_alerts": 64},
+            "batch": {"max_size": 16},
+        }
+        service = start_service(config)
+        service.wait_until(lambda: service.metric("consumed_alerts_total") > 0)
+        fault("", {"enabled": False})
+        time.sleep(5)
+        fault("", {"enabled": True})
+        send({"bootstrap.servers": bootstrap}, topic, packets[300:])
+
+        records = read_committed(bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], len(packets))
+        assert len({headers(record)["input"] for record in records}) == len(records) == len(packets), service.log
+        assert service.end() == 0
 
 
 @pytest.mark.kafka
