@@ -59,6 +59,10 @@ class Checkpoint(Protocol):
         """Shuts earlier owners out, and only then reads where each partition goes on; what has no position gets one."""
         ...
 
+    def has_position(self, topic: str) -> bool:
+        """Whether any partition of the topic has a position."""
+        ...
+
     def renew(self) -> None:
         """To be called when the group has been served: positions are stored in the generation that it is in now."""
         ...
@@ -94,6 +98,14 @@ class GroupCheckpoint:
             self._store_starts(new)
         known = [p for p in stored if p.offset >= 0]
         return [Claim(p.topic, p.partition, self._writer, p.offset) for p in [*known, *new]]
+
+    def has_position(self, topic: str) -> bool:
+        """Asks the group's coordinator."""
+        known = self._consumer.list_topics(topic, timeout=REQUEST_TIMEOUT_S).topics[topic].partitions
+        partitions = [TopicPartition(topic, number) for number in known]
+        return bool(partitions) and any(
+            p.offset >= 0 for p in self._consumer.committed(partitions, timeout=STABLE_TIMEOUT_S)
+        )
 
     def renew(self) -> None:
         """Takes the membership that the next positions are stored under."""
@@ -148,6 +160,11 @@ class PositionsCheckpoint:
                 writer.store_start(claim)
             claims.append(claim)
         return claims
+
+    def has_position(self, topic: str) -> bool:
+        """Looks at what was read when partitions were claimed."""
+        stem = {"cluster": self._cluster, "group": self._group, "topic": topic}
+        return any(stem.items() <= json.loads(key).items() for key in self._topic.read())
 
     def renew(self) -> None:
         """Nothing to do: positions are stored under the writers' transactional ids."""

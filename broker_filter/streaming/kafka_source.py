@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -277,8 +278,8 @@ class KafkaSource:
     def _start(self, partition: TopicPartition) -> int:
         """Where to begin a partition that has no position."""
         low, high = self._watermarks(partition)
-        if partition.topic not in self._cluster.topics:
-            return low  # made after the service had started: all of it is to come
+        if partition.topic not in self._cluster.topics or self._follows(partition.topic):
+            return low  # it was made after reading had begun: all of it is to come
         match self._section.start:
             case "earliest":
                 return low
@@ -292,6 +293,14 @@ class KafkaSource:
             case moment:
                 return self._offset_at(partition, moment, high)
 
+    def _follows(self, topic: str) -> bool:
+        """Whether it is a day's topic, and the group has been reading the day before's or after's."""
+        for template in self._section.topics:
+            days = topic_names([template], self._clock())
+            if topic in days:
+                return any(self._checkpoint.has_position(day) for day in days if day != topic)
+        return False
+
     def _offset_at(self, partition: TopicPartition, moment: datetime, high: int) -> int:
         milliseconds = int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
         wanted = TopicPartition(partition.topic, partition.partition, milliseconds)
@@ -303,10 +312,11 @@ class KafkaSource:
         return int(low), int(high)
 
     def _warn_of_expired(self, claims: Sequence[Claim]) -> None:
-        for claim in claims:
-            low, _ = self._watermarks(TopicPartition(claim.topic, claim.partition))
-            if claim.committed < low:
-                log.error("%s: offsets %d to %d expired before they were read", claim, claim.committed, low - 1)
+        with suppress(KafkaException):  # reading can begin without knowing
+            for claim in claims:
+                low, _ = self._watermarks(TopicPartition(claim.topic, claim.partition))
+                if claim.committed < low:
+                    log.error("%s: offsets %d to %d expired before they were read", claim, claim.committed, low - 1)
 
     # -- what comes
 

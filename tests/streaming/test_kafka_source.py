@@ -29,6 +29,7 @@ class Reader:
     """A source whose clock is set by hand, and what it has read."""
 
     def __init__(self, bootstrap: str, name: str, template: str, now: datetime, **options: object) -> None:
+        """`name`: of the group."""
         section = Input(
             bootstrap_servers=bootstrap,
             group_id=name,
@@ -40,7 +41,8 @@ class Reader:
         properties, complaints, metrics = client_properties(section), Complaints("test brokers"), Metrics()
         admin = AdminClient({"bootstrap.servers": bootstrap})
         existing = frozenset(admin.list_topics(timeout=10).topics)
-        admin.create_topics([NewTopic(name, 1, -1)])[name].result()
+        if name not in existing:
+            admin.create_topics([NewTopic(name, 1, -1)])[name].result()
         limits = RecordLimits(admin, [name], dead_letter=name)
         open_writer = partial(Writer, properties, limits, metrics, complaints, Stage("commit", metrics))
         self.source = KafkaSource(
@@ -66,13 +68,13 @@ def start_reader(
     caplog.set_level("INFO")  # what was claimed when, if a test fails
     readers = []
 
-    def start(template: str, now: datetime = MIDNIGHT, **options: object) -> Reader:
-        readers.append(Reader(kafka_bootstrap, unique_name("group"), template, now, **options))
+    def start(template: str, now: datetime = MIDNIGHT, group: str = "", **options: object) -> Reader:
+        readers.append(Reader(kafka_bootstrap, group or unique_name("group"), template, now, **options))
         return readers[-1]
 
     yield start
     for reader in readers:
-        reader.source.close()
+        reader.source.close()  # closing twice does no harm
 
 
 @pytest.fixture
@@ -127,6 +129,21 @@ def test_day_that_is_still_being_read_is_kept(
 
     assert reader.read(3) == [b"25", b"26", b"27"]
     assert {claim.topic[-2:] for claim in reader.source.claims} == {"25", "26", "27"}
+
+
+@pytest.mark.parametrize("start", ["stored", "latest"])
+def test_day_that_began_while_the_group_was_away_is_read_from_its_beginning(
+    start: str, send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
+) -> None:
+    night, group = unique_name("ztf"), unique_name("group")
+    send(f"{night}_20260225")
+    before = start_reader(f"{night}_%Y%m%d", MIDNIGHT - timedelta(minutes=5), group, start="earliest")
+    while not before.source.claims:
+        before.source.take(1, 0.1)
+    before.source.close()
+    send(f"{night}_20260226", b"26th")
+
+    assert start_reader(f"{night}_%Y%m%d", MIDNIGHT, group, start=start).read(1) == [b"26th"]
 
 
 def test_starts_from_a_time(
