@@ -215,6 +215,8 @@ def main() -> int:
 
         def cluster(running: str | None, name: str) -> str:
             home = kafka_home() or SHARED / "kafka"
+            if not running and not (home / "bin").is_dir():
+                parser.error("no Apache Kafka: set KAFKA_HOME, or name running clusters")
             return running or stack.enter_context(KafkaCluster(home, scratch / name)).bootstrap_servers
 
         source = cluster(args.bootstrap_servers, "input")

@@ -36,6 +36,8 @@ MAX_RESPONSE_BYTES = 256 * 2**20
 MAX_RECORD_BYTES = 200_000_000
 """What is published at most, whatever a topic takes: every consumer must be able to read it."""
 REQUEST_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 5.0
+"""Of an attempt to reach a cluster; a signal is heeded after it."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 """Between attempts: from a blink of the network to an outage of hours."""
 REPEAT_INTERVAL_S = 30.0
@@ -194,7 +196,7 @@ def wait_for_cluster(properties: Mapping[str, object], complaints: Complaints, s
     admin = admin_client(properties, complaints)
     for pause in pauses():
         try:
-            metadata = admin.list_topics(timeout=REQUEST_TIMEOUT_S)
+            metadata = admin.list_topics(timeout=CONNECT_TIMEOUT_S)
         except KafkaException as error:
             admin.poll(0)  # serves error_cb, which knows more than the request that timed out
             reason = complaints.latest or explain(error.args[0])
