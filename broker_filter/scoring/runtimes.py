@@ -10,15 +10,13 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from broker_filter.config import Runtime
 from broker_filter.scoring.bundle import ONNX, WEIGHTS, Bundle, BundleError, Inputs, Outputs
-
-if TYPE_CHECKING:
-    from broker_filter.config import Runtime
 
 Tensors = Mapping[str, NDArray[np.float32]]
 """float32 arrays over the same N alerts, by the names that inputs and outputs have in the ONNX graph."""

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from broker_filter import config
 from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.scoring.bundle import TEST_VECTOR, Bundle, BundleError, load_bundle
 from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
 from broker_filter.scoring.runtimes import LoadedNetwork, Tensors, open_network
 from broker_filter.scoring.scores import ModelScores, Scores
-
-if TYPE_CHECKING:
-    from broker_filter import config
 
 CHUNK = 64
 """Alerts to a run of a network: larger runs are no faster, and take memory in proportion."""
