@@ -46,7 +46,7 @@ clean:
 	find broker_filter -name '*.so' -delete
 
 # One stamp file for each set of extras; installed again when the package's description or its extension changes.
-$(VENV)/installed-%: pyproject.toml setup.py broker_filter/packets/_walk.c | $(BIN)/python
+$(VENV)/installed-%: pyproject.toml setup.py $(wildcard broker_filter/packets/*.c) | $(BIN)/python
 	@echo 'Installing broker-filter[$*] into $(VENV); the first time this takes some minutes ...'
 	@$(PIP) install --editable '.[$*]' >$(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 	@touch $@

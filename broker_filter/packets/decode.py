@@ -134,8 +134,8 @@ class Decoder:
                 rejects.append(Reject(packet, *damage, record, schema=fingerprint))
         columns = _Columns(self._layouts, len(self._columns), outputs, walked)
 
-        cutouts = np.zeros((len(walked), len(CUTOUTS), self._cutout_size, self._cutout_size), dtype=np.float32)
-        boxes = np.zeros((len(walked), len(CUTOUTS), 4), dtype=np.int16)
+        cutouts = np.empty((len(walked), len(CUTOUTS), self._cutout_size, self._cutout_size), dtype=np.float32)
+        boxes = np.empty((len(walked), len(CUTOUTS), 4), dtype=np.int16)
         kept: list[int] = []
         for row, item in enumerate(walked):
             slot = len(kept)
@@ -145,7 +145,6 @@ class Decoder:
             if damage is None:
                 kept.append(row)
             else:
-                cutouts[slot] = 0
                 fingerprint = item.plan.schema.fingerprint
                 rejects.append(Reject(packets[item.packet], *damage, item.record, columns.identity(row), fingerprint))
         return columns.batch(packets, kept, cutouts[: len(kept)], boxes[: len(kept)], self._columns), rejects

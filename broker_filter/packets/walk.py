@@ -1,19 +1,17 @@
 """Runs a program of `plan` over an Avro body: the compiled `_walk.c` where it was built, or the same in Python.
 
-Both give identical results on any bytes, sound or not, and neither reads past the body. Which one runs is chosen
-once, when this module is imported; `BROKER_FILTER_PURE_PYTHON=1` in the environment chooses Python.
+Both give identical results on any bytes, sound or not, and neither reads past the body. `compiled.py` says which runs.
 """
 
 from __future__ import annotations
 
-import os
 import struct
-from collections.abc import Callable
 from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
+from broker_filter.packets import compiled
 from broker_filter.packets.plan import Op
 
 MISSING_ID = -(1 << 63)
@@ -247,13 +245,4 @@ class _PythonWalk:
                     pc += length
 
 
-try:
-    if os.environ.get("BROKER_FILTER_PURE_PYTHON") == "1":
-        raise ImportError("Python was asked for")
-    from broker_filter.packets import _walk  # type: ignore[attr-defined]
-
-    IMPLEMENTATION = "c"
-    walk: Callable[..., tuple[int, int, int]] = _walk.walk
-except ImportError:  # or installed without a compiler
-    IMPLEMENTATION = "python"
-    walk = walk_python
+walk: compiled.Walk = compiled.walk or walk_python

@@ -25,7 +25,7 @@ from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import RegistryUnavailable, open_registry
 from broker_filter.packets.rejects import Reject
-from broker_filter.packets.walk import IMPLEMENTATION
+from broker_filter.packets.compiled import IMPLEMENTATION
 from broker_filter.scoring.runtimes import available_cores
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.streaming.duplicates import DuplicateWindow

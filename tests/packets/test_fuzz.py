@@ -15,6 +15,7 @@ import pytest
 
 from broker_filter.packets import decode, ocf, walk, wire
 from broker_filter.packets.batch import AlertBatch
+from broker_filter.packets.compiled import IMPLEMENTATION
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import SchemaRegistry, open_registry
@@ -142,7 +143,7 @@ def test_no_mutant_escapes_or_is_lost(packets: list[bytes], registry: SchemaRegi
     assert reasons["bad_cutout"] > 50
 
 
-@pytest.mark.skipif(walk.IMPLEMENTATION != "c", reason="the compiled walker is not built")
+@pytest.mark.skipif(IMPLEMENTATION != "c", reason="the compiled walker is not built")
 def test_both_walkers_see_the_same_in_every_mutant(
     packets: list[bytes], registry: SchemaRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from broker_filter.packets import walk
+from broker_filter.packets.compiled import IMPLEMENTATION
 from broker_filter.packets.plan import MAX_LOOPS, Op, Reading, Wanted, compile_program
 from broker_filter.packets.schema import SchemaError, writer_schema
 from broker_filter.packets.walk import MISSING_ID, Status, walk_python
 
 WALKERS = [pytest.param(walk_python, id="python")]
-if walk.IMPLEMENTATION == "c":
+if IMPLEMENTATION == "c":
     WALKERS.append(pytest.param(walk.walk, id="c"))
 
 N_SLOTS = 64
@@ -358,7 +359,7 @@ def test_schemas_beyond_the_bounds_are_refused(definition: dict[str, Any]) -> No
         compile_program(writer_schema(definition), {})
 
 
-@pytest.mark.skipif(walk.IMPLEMENTATION != "c", reason="the compiled walker is not built")
+@pytest.mark.skipif(IMPLEMENTATION != "c", reason="the compiled walker is not built")
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(
     st.lists(st.one_of(st.sampled_from(Op), st.integers(-3, 70), st.integers(-(2**31), 2**31 - 1)), max_size=12),
@@ -369,7 +370,7 @@ def test_no_program_harms_the_compiled_walker(program: list[int], body: bytes) -
         Outputs(room=16).walk(walk.walk, np.array(program, dtype=np.int32), body)
 
 
-@pytest.mark.skipif(walk.IMPLEMENTATION != "c", reason="the compiled walker is not built")
+@pytest.mark.skipif(IMPLEMENTATION != "c", reason="the compiled walker is not built")
 def test_outputs_of_a_wrong_shape_are_refused() -> None:
     program, body = np.zeros(0, dtype=np.int32), memoryview(b"")
     good = Outputs()
@@ -387,7 +388,7 @@ def test_outputs_of_a_wrong_shape_are_refused() -> None:
 
 def test_the_environment_chooses_python() -> None:
     shown = subprocess.run(
-        [sys.executable, "-c", "from broker_filter.packets import walk; print(walk.IMPLEMENTATION)"],
+        [sys.executable, "-c", "from broker_filter.packets.compiled import IMPLEMENTATION; print(IMPLEMENTATION)"],
         env={**os.environ, "BROKER_FILTER_PURE_PYTHON": "1"},
         capture_output=True,
         text=True,
