@@ -9,16 +9,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test lint bench chaos wheel clean
+.PHONY: help demo test lint bench chaos sanitize wheel clean
 
 help:
-	@echo 'make demo    simulates a survey night, runs the service on it through an embedded broker, shows the result'
-	@echo 'make test    ruff, mypy --strict and the whole test suite'
-	@echo 'make lint    ruff and mypy --strict alone'
-	@echo 'make bench   measures the stages and the whole service beside a naive loop; writes bench.json'
-	@echo 'make chaos   kills the service at random, over and over, and counts what comes out'
-	@echo 'make wheel   builds the wheel and the source archive into dist/'
-	@echo 'make clean   removes .venv and everything that was built'
+	@echo 'make demo      simulates a survey night, runs the service on it through an embedded broker, shows the result'
+	@echo 'make test      ruff, mypy --strict and the whole test suite'
+	@echo 'make lint      ruff and mypy --strict alone'
+	@echo 'make bench     measures the stages and the whole service beside a naive loop; writes bench.json'
+	@echo 'make chaos     kills the service at random, over and over, and counts what comes out'
+	@echo 'make sanitize  decodes damaged packets with the compiled code under AddressSanitizer (needs gcc)'
+	@echo 'make wheel     builds the wheel and the source archive into dist/'
+	@echo 'make clean     removes .venv and everything that was built'
 
 demo: $(VENV)/installed-demo
 	$(BIN)/broker-filter demo --out demo-out
@@ -37,6 +38,9 @@ bench: $(VENV)/installed-demo
 
 chaos: $(VENV)/installed-test
 	$(BIN)/python tests/chaos.py
+
+sanitize: $(VENV)/installed-test
+	$(BIN)/python tests/packets/sanitize.py
 
 wheel: $(VENV)/installed-test
 	$(BIN)/python -m build --outdir dist

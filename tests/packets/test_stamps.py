@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from broker_filter.packets import compiled
 from broker_filter.packets.rejects import RejectReason
-from broker_filter.packets.stamps import MAX_STAMP_BYTES, StampError, decode_stamp, read_image
+from broker_filter.packets.stamps import MAX_STAMP_BYTES, StampError, decode_stamp, place_image, read_image
 
 FLT_MAX = np.finfo(np.float32).max
 CUTOUT_FIELDS = ("cutoutScience", "cutoutTemplate", "cutoutDifference")
@@ -189,22 +190,30 @@ FUZZED = {
     "scaled": fits_bytes(numbered(20, 33).astype(np.int16), BSCALE=0.5),
 }
 
+KEPT = st.one_of(st.just(1.0), st.floats(0, 1))
+EDITS = st.lists(st.tuples(st.integers(0, 799), st.sampled_from(b" =-+.0123456789TFANXISBPE/'\x00\xff")), max_size=4)
+
+
+def damage(fits_file: bytes, kept: float, edits: list[tuple[int, int]]) -> bytearray:
+    damaged = bytearray(fits_file)
+    for at, value in edits:
+        damaged[at] = value
+    del damaged[int(kept * len(damaged)) :]
+    return damaged
+
 
 @settings(max_examples=400, deadline=None)
 @given(
     stamp=st.sampled_from(sorted(FUZZED)),
-    kept=st.one_of(st.just(1.0), st.floats(0, 1)),
-    edits=st.lists(st.tuples(st.integers(0, 799), st.sampled_from(b" =-+.0123456789TFANXISBPE/'\x00\xff")), max_size=4),
+    kept=KEPT,
+    edits=EDITS,
     gzipped=st.booleans(),
     gzip_edits=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=2),
 )
 def test_damaged_stamp_reads_as_astropy_reads_it_or_raises_stamp_error(
     stamp: str, kept: float, edits: list[tuple[int, int]], gzipped: bool, gzip_edits: list[tuple[int, int]]
 ) -> None:
-    damaged = bytearray(FUZZED[stamp])
-    for at, value in edits:
-        damaged[at] = value
-    del damaged[int(kept * len(damaged)) :]
+    damaged = damage(FUZZED[stamp], kept, edits)
     if gzipped:
         damaged = bytearray(gzip.compress(damaged, 1))
         for at, value in gzip_edits:
@@ -218,3 +227,25 @@ def test_damaged_stamp_reads_as_astropy_reads_it_or_raises_stamp_error(
     except OSError:  # astropy also refuses a damaged card that says nothing of the pixels
         return
     assert bits(image) == bits(reference)
+
+
+@pytest.mark.skipif(compiled.place_image is None, reason="the compiled decoder is not built")
+@settings(max_examples=400, deadline=None)
+@given(stamp=st.sampled_from(sorted(FUZZED)), kept=KEPT, edits=EDITS, size=st.integers(1, 70), centred=st.booleans())
+def test_compiled_code_takes_nothing_that_python_would_place_otherwise(
+    stamp: str, kept: float, edits: list[tuple[int, int]], size: int, centred: bool
+) -> None:
+    damaged = damage(FUZZED[stamp], kept, edits)
+    quick, slow = np.full((2, size, size), 7, np.float32)
+    assert compiled.place_image is not None
+    box = compiled.place_image(damaged, quick, centred)
+    if box is not None:
+        assert box == place_image(damaged, slow, centred)
+        assert bits(quick) == bits(slow)
+
+
+@pytest.mark.skipif(compiled.place_image is None, reason="the compiled decoder is not built")
+@pytest.mark.parametrize("stamp", ["ztf", "lsst"])
+def test_compiled_code_takes_what_surveys_publish(stamp: str) -> None:
+    assert compiled.place_image is not None
+    assert compiled.place_image(FUZZED[stamp], np.empty((63, 63), np.float32), True) is not None

@@ -1,9 +1,10 @@
-"""Runs the compiled walker under AddressSanitizer and UndefinedBehaviorSanitizer over mutated packets.
+"""Runs the compiled decoding under AddressSanitizer and UndefinedBehaviorSanitizer over mutated packets and stamps.
 
-    python tests/packets/sanitize_walk.py [mutants, 20000 unless told otherwise]
+    python tests/packets/sanitize.py [mutants, 20000 unless told otherwise]
 
-Builds `_walk.c` with gcc into a temporary folder, starts itself again with the sanitizer's library loaded, and walks
-each body from an allocation of its exact size: a read one byte too far is seen. Exits non-zero on the first finding.
+Builds `_walk.c` and `_stamps.c` with gcc into a temporary folder, starts itself again with the sanitizer's library
+loaded, and reads each body and stamp from an allocation of its exact size: a read one byte too far is seen. Exits
+non-zero on the first finding.
 """
 
 from __future__ import annotations
@@ -19,37 +20,44 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCE = HERE.parents[1] / "broker_filter" / "packets" / "_walk.c"
+SOURCES = HERE.parents[1] / "broker_filter" / "packets"
+MODULES = ("_walk", "_stamps")
 SHARED = HERE.parents[2] / "shared" / "data"
-BUILD = "BROKER_FILTER_SANITIZED_WALK"
+BUILD = "BROKER_FILTER_SANITIZED"
 
 
-def build(folder: Path) -> Path:
-    """The sanitized extension."""
-    target = folder / "_walk.abi3.so"
+def build(folder: Path) -> None:
+    """The sanitized extensions, into `folder`."""
     flags = ["-O1", "-g", "-shared", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     include = sysconfig.get_paths()["include"]
-    command = ["gcc", *flags, "-DPy_LIMITED_API=0x030B0000", f"-I{include}", str(SOURCE), "-o", str(target)]
-    subprocess.run(command, check=True)
-    return target
+    for name in MODULES:
+        command = ["gcc", *flags, "-DPy_LIMITED_API=0x030B0000", f"-I{include}", str(SOURCES / f"{name}.c")]
+        subprocess.run([*command, "-o", str(folder / f"{name}.abi3.so")], check=True)
 
 
 def main(count: int) -> None:
-    """Walks `count` mutants with the sanitized extension; the sanitizers end the process on a finding."""
-    spec = importlib.util.spec_from_file_location("broker_filter.packets._walk", os.environ[BUILD])
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    """Decodes `count` mutants with the sanitized extensions; the sanitizers end the process on a finding."""
+    for name in MODULES:
+        path = Path(os.environ[BUILD]) / f"{name}.abi3.so"
+        spec = importlib.util.spec_from_file_location(f"broker_filter.packets.{name}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     sys.path.insert(0, str(HERE))
 
     import numpy as np
-    from test_fuzz import mutants
+    from test_fuzz import SEED, mutants
+    from test_stamps import FUZZED
 
-    from broker_filter.packets import decode, ocf, walk, wire
+    from broker_filter.packets import compiled, decode, ocf, walk, wire
     from broker_filter.packets.registry import open_registry
     from broker_filter.simulate import SCHEMAS, simulate_night
 
-    assert walk.walk is sys.modules[spec.name].walk
+    assert [walk.walk, compiled.place_image] == [
+        sys.modules["broker_filter.packets._walk"].walk,
+        sys.modules["broker_filter.packets._stamps"].place_image,
+    ]
     if SHARED.is_dir():
         with tarfile.open(SHARED / "ztf" / "ztf_alerts.tar") as archive:
             files = [stream.read() for member in archive if (stream := archive.extractfile(member))][::60]
@@ -73,6 +81,17 @@ def main(count: int) -> None:
     assert seen.total() > count / 2, seen
     print(f"{seen.total()} bodies walked without a finding: {dict(seen)}")  # noqa: T201
 
+    draw = np.random.default_rng(SEED)
+    placed = 0
+    slot = np.empty((63, 63), np.float32)
+    for k in range(count):
+        stamp = np.frombuffer(list(FUZZED.values())[k % len(FUZZED)], np.uint8).copy()
+        stamp[draw.integers(0, 800, draw.integers(0, 4))] = draw.integers(0, 256)
+        stamp = stamp[: draw.integers(len(stamp) + 1)].copy() if k % 2 else stamp
+        placed += compiled.place_image(stamp.data, slot, bool(k % 3)) is not None
+    assert 0 < placed < count
+    print(f"{count} stamps without a finding, {placed} of them placed")  # noqa: T201
+
 
 if __name__ == "__main__":
     mutants_wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
@@ -83,8 +102,9 @@ if __name__ == "__main__":
             ["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
         ).stdout.strip()
         with tempfile.TemporaryDirectory() as folder:
+            build(Path(folder))
             environment = os.environ | {
-                BUILD: str(build(Path(folder))),
+                BUILD: folder,
                 "LD_PRELOAD": library,
                 "ASAN_OPTIONS": "detect_leaks=0",
                 "PYTHONMALLOC": "malloc",
