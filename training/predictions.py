@@ -1,0 +1,85 @@
+"""What a model said of the alerts of a split beside what they are: the one table that figures are computed from.
+
+Holds and stores; never computes a figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from training.errors import EvaluationError
+
+PROBABILITY = "probability."
+"""Prefix of a label's column in a file."""
+COLUMNS = ("alert_id", "object_id", "magpsf", "truth")
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """N alerts, each of one of C classes. With one column of probabilities, P = 1, the question is a yes or no: whether
+    an alert is of the second of two classes."""
+
+    classes: tuple[str, ...]  # C
+    alert_id: NDArray[np.int64]  # [N]
+    object_id: NDArray[np.str_]  # [N]
+    magpsf: NDArray[np.float64]  # [N] magnitudes, NaN where not known
+    truth: NDArray[np.int64]  # [N] index into `classes`
+    probabilities: NDArray[np.float32]  # [N, P] of the last P classes: of all, or of the second of two
+    threshold: float
+    """Above it, the answer is yes; several classes need none: the most probable one is taken."""
+
+    def __len__(self) -> int:
+        return len(self.alert_id)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The P classes that have probabilities."""
+        return self.classes[-self.probabilities.shape[1] :]
+
+    @property
+    def binary(self) -> bool:
+        """True where the question is a yes or no."""
+        return len(self.labels) == 1
+
+    @property
+    def decided(self) -> NDArray[np.int64]:
+        """The class that the model takes an alert for, [N]."""
+        yes_or_most = self.probabilities[:, 0] > self.threshold if self.binary else self.probabilities.argmax(axis=1)
+        return yes_or_most.astype(np.int64)
+
+    def write(self, path: Path) -> None:
+        """Writes a Parquet file: ids, time and magnitude, the true class by name, a column of probabilities a label."""
+        columns: dict[str, object] = {name: getattr(self, name) for name in COLUMNS[:-1]}
+        columns["truth"] = np.array(self.classes)[self.truth]
+        columns |= {PROBABILITY + label: self.probabilities[:, c] for c, label in enumerate(self.labels)}
+        pq.write_table(pa.table(columns), path)
+
+    @classmethod
+    def read(cls, path: Path, classes: Sequence[str], threshold: float) -> Predictions:
+        """Reads what `write` wrote. Raises EvaluationError where the file is none, or is of other classes."""
+        try:
+            table = pq.read_table(path)
+        except (OSError, pa.ArrowException) as error:
+            raise EvaluationError(f"{path}: no table of predictions: {error}; evaluate the model again") from error
+        labels = [name.removeprefix(PROBABILITY) for name in table.column_names if name.startswith(PROBABILITY)]
+        if set(COLUMNS) - set(table.column_names) or not labels or labels != list(classes[-len(labels) :]):
+            raise EvaluationError(f"{path}: columns {', '.join(table.column_names)}: evaluate the model again")
+        column = {name: table[name].to_numpy() for name in table.column_names}
+        if unknown := set(column["truth"]) - set(classes):
+            raise EvaluationError(f"{path}: unknown classes {', '.join(sorted(unknown))}: evaluate the model again")
+        return cls(
+            classes=tuple(classes),
+            alert_id=column["alert_id"],
+            object_id=column["object_id"].astype(np.str_),
+            magpsf=column["magpsf"],
+            truth=np.array([classes.index(name) for name in column["truth"]], np.int64),
+            probabilities=np.stack([column[PROBABILITY + label] for label in labels], axis=1),
+            threshold=threshold,
+        )
