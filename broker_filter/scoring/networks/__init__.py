@@ -6,14 +6,23 @@ that they are read from: one pass for both. Importing this room imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from broker_filter.scoring.bundle import Architecture, BundleError, Outputs
+from broker_filter.scoring.networks.btsbot_cnn import btsbot_cnn
 from broker_filter.scoring.networks.stampnet import StampNet
+from broker_filter.scoring.networks.timm_network import timm_network
 from broker_filter.scoring.networks.vgg6 import VGG6
 
-NETWORKS: dict[str, type[nn.Module]] = {"stampnet": StampNet, "vgg6": VGG6}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "btsbot_cnn": btsbot_cnn,
+    "stampnet": StampNet,
+    "timm": timm_network,
+    "vgg6": VGG6,
+}
 """Architectures by the name that cards call them."""
 
 
@@ -39,6 +48,10 @@ def build_network(architecture: Architecture) -> nn.Module:
         raise BundleError(f"no network is called {architecture.name!r}; there are {', '.join(NETWORKS)}")
     try:
         return NETWORKS[architecture.name](**architecture.arguments)
+    except ModuleNotFoundError as error:
+        raise BundleError(
+            f"network {architecture.name!r} in torch needs {error.name}: pip install 'broker-filter[train]'"
+        ) from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise BundleError(f"network {architecture.name!r} does not take {architecture.arguments}: {error}") from error
 
@@ -54,5 +67,6 @@ def load_network(architecture: Architecture, weights: dict[str, Tensor]) -> nn.M
             f"{len(wrong)} tensors do not fit the network {architecture.name!r}, first of them {wrong[0]!r}: "
             f"{found.get(wrong[0])} instead of {expected.get(wrong[0])}"
         )
-    network.load_state_dict(weights, assign=True)
+    network = build_network(architecture)  # again: what a network computes for itself has no values on `meta`
+    network.load_state_dict(weights)
     return network.eval()

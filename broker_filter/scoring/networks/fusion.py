@@ -1,0 +1,83 @@
+"""What BTSbot's networks have in common: an image encoder, a metadata branch where wanted, and a head that reads both.
+
+Rehemtulla et al. 2024, "The Zwicky Transient Facility Bright Transient Survey. III. BTSbot", ApJ 972, 7
+(arXiv:2401.15167), figure 3; Rehemtulla et al. 2025, "Pre-training vision models for the classification of alerts from
+wide-field time-domain surveys" (arXiv:2512.11957); code https://github.com/nabeelre/BTSbot (MIT).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+
+class Encoder(nn.Module):
+    """Images [N, 3, S, S] -> features [N, `features`]."""
+
+    features: int
+
+
+class FusionNetwork(nn.Module):
+    """Images [N, 3, S, S], and raw metadata [N, F] where there is any -> logits [N, labels] and the embedding [N, D].
+
+    The embedding is what the logits are read from: the encoder's features, then the metadata branch's.
+
+    `metadata`: F, the number of columns. `hidden`, `metadata_hidden`: widths of the dense layers of the head and of the
+    metadata branch. `fusion`: `joint`, branches and head trained together; `frozen`, over branches that were trained
+    apart and lost their heads, so that the metadata branch ends with a linear layer (see `metadata_classifier`).
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        labels: int = 1,
+        metadata: int = 0,
+        activation: Literal["gelu", "relu"] = "gelu",
+        hidden: tuple[int, int] = (256, 8),
+        dropout: float = 0.7,
+        fusion: Literal["joint", "frozen"] = "joint",
+        metadata_hidden: tuple[int, int] = (128, 128),
+        metadata_dropout: float = 0.25,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS or fusion not in {"joint", "frozen"}:
+            raise ValueError(f"activation is {activation!r}, of {', '.join(ACTIVATIONS)}; fusion joint or frozen")
+        active = ACTIVATIONS[activation]
+        features = encoder.features
+        self.encoder = encoder
+        self.metadata_branch = None
+        if metadata:
+            self.metadata_branch = metadata_branch(metadata, metadata_hidden, metadata_dropout, active)
+            if fusion == "joint":
+                self.metadata_branch.append(active())
+            features += metadata_hidden[1]
+        self.head = nn.Sequential(
+            nn.Linear(features, hidden[0]),
+            active(),
+            nn.Linear(hidden[0], hidden[1]),
+            active(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden[1], labels),
+        )
+
+    def forward(self, images: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        embedding = self.encoder(images)
+        if self.metadata_branch is not None:
+            embedding = torch.cat([embedding, self.metadata_branch(metadata)], dim=1)
+        return self.head(embedding), embedding
+
+
+def metadata_branch(columns: int, hidden: tuple[int, int], dropout: float, active: type[nn.Module]) -> nn.Sequential:
+    """Raw metadata [N, columns] -> features [N, hidden[1]]. The batch normalisation scales what comes in any unit."""
+    return nn.Sequential(
+        nn.BatchNorm1d(columns),
+        nn.Linear(columns, hidden[0]),
+        active(),
+        nn.Dropout(dropout),
+        nn.Linear(hidden[0], hidden[1]),
+    )

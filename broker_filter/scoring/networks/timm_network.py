@@ -1,0 +1,48 @@
+"""Any vision backbone that timm knows by name, with BTSbot's head, and its metadata branch where wanted.
+
+timm: https://github.com/huggingface/pytorch-image-models (Apache-2.0; some of its published weights have licences of
+their own). It is imported only when such a network is built: serving through onnxruntime needs neither it nor torch.
+Must never fetch anything: a backbone is built from its name, its weights come from the bundle.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from broker_filter.scoring.networks.fusion import Encoder, FusionNetwork
+
+
+class TimmEncoder(Encoder):
+    """A backbone without its classifier: what it pools and norms, [N, features], of images [N, 3, S, S].
+
+    `image_size`: what the images are interpolated to, bilinearly; where absent, the size of a backbone that takes no
+    other (`maxvit_tiny_rw_224`: 224), else none: images of 63 px are taken as they are.
+    """
+
+    def __init__(self, backbone: str, image_size: int | None = None) -> None:
+        import timm
+
+        super().__init__()
+        if not timm.is_model(backbone):  # nor a path or a hub, which `create_model` would open
+            raise ValueError(f"timm {timm.__version__} has no backbone {backbone!r}")
+        published = timm.get_pretrained_cfg(backbone)
+        if image_size is None and published is not None and published.fixed_input_size:
+            image_size = published.input_size[-1]
+        encoder: Any = timm.create_model(backbone, num_classes=0)
+        self.backbone = encoder
+        self.image_size = image_size
+        self.features: int = encoder.head_hidden_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        if self.image_size is not None and images.shape[-1] != self.image_size:
+            images = interpolate(images, (self.image_size, self.image_size), mode="bilinear", align_corners=False)
+        return self.backbone(images)  # type: ignore[no-any-return]
+
+
+def timm_network(backbone: str, image_size: int | None = None, **heads: Any) -> FusionNetwork:
+    """The network of `TimmEncoder`'s arguments and of `FusionNetwork`'s, `heads`."""
+    return FusionNetwork(TimmEncoder(backbone, image_size), **heads)
