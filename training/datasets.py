@@ -1,19 +1,226 @@
-"""Alerts to train on, decoded as the service decodes them, and split so that no object is on both sides."""
+"""Data sets on disk: alerts as the service decodes them, labelled, and split so that no source is on two sides.
+
+A directory: `shards/*.arrow` (raw cutouts, boxes, metadata columns and ids, memory-mapped), `index.parquet` (a row an
+alert: ids, label, split) and `dataset.yaml` (the card: written last, so a data set without it is not whole). Reading
+alters nothing and loads no more than is asked for; `build_dataset` writes one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any, Literal, Self
 
 import numpy as np
+import pyarrow as pa
+import yaml
 from numpy.typing import NDArray
+from pyarrow import parquet
+from pydantic import Field, ValidationError
 
-from broker_filter.packets.batch import Survey
+from broker_filter.packets.batch import CUTOUTS, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import open_registry
+from broker_filter.scoring.bundle import CardSection, FileName, ModelName, Sha256, describe_problems
 from broker_filter.streaming.archives import read_packets
+from training.errors import DatasetError
+
+CARD = "dataset.yaml"
+INDEX = "index.parquet"
+SHARDS = "shards"
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+"""Codes of the index's column `split`."""
+
+
+class Shard(CardSection):
+    """A file of `shards` and what must be in it."""
+
+    file: FileName
+    alerts: int = Field(gt=0)
+    bytes: int = Field(gt=0, description="The file's size: a copy that was cut off is known by it.")
+    sha256: Sha256 = Field(description="Of the arrays' bytes in order, not of the file.")
+
+
+class SplitRule(CardSection):
+    """How sources are divided: these shares of each class's, the rest to train on; as in BTSbot (arXiv:2401.15167)."""
+
+    validation: float = Field(default=0.09, gt=0, lt=0.5)
+    test: float = Field(default=0.10, gt=0, lt=0.5)
+    seed: int = 0
+
+
+class DatasetCard(CardSection):
+    """`dataset.yaml`."""
+
+    format: Literal[1] = 1
+    surveys: tuple[Literal["ztf", "lsst"], ...]
+    cutout_size: int = Field(gt=0, description="Pixels a side that stamps were decoded to.")
+    columns: tuple[str, ...] = Field(description="The metadata columns, in order.")
+    classes: tuple[ModelName, ...] = Field(min_length=2)
+    labels: str = Field(description="Where the labels come from, and which values make which class.")
+    split: SplitRule
+    counts: dict[str, dict[str, int]] = Field(description="Alerts by class and split.")
+    shards: tuple[Shard, ...]
+    index_sha256: Sha256
+    sha256: Sha256 = Field(description="Of everything above: the data set's version.")
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledAlerts:
+    """N alerts in memory, as `AlertBatch` has them, with their labels."""
+
+    alert_id: NDArray[np.int64]  # [N]
+    object_id: NDArray[np.str_]  # [N]
+    label: NDArray[np.int64]  # [N] index into the card's classes
+    cutouts: NDArray[np.float32]  # [N, 3, S, S] science, template, difference, as published
+    cutout_box: NDArray[np.int16]  # [N, 3, 4] y0, x0, height, width
+    metadata: NDArray[np.float64]  # [N, F] NaN where missing
+    columns: tuple[str, ...]  # F
+
+    def __len__(self) -> int:
+        return len(self.alert_id)
+
+
+class Dataset:
+    """A data set, opened. `dataset["train"]` is one side of its split."""
+
+    def __init__(self, directory: Path, card: DatasetCard, index: pa.Table) -> None:
+        self.directory = directory
+        self.card = card
+        self.alert_id: NDArray[np.int64] = index["alert_id"].to_numpy()
+        self.object_id: NDArray[np.str_] = index["object_id"].to_numpy().astype(np.str_)
+        self.label: NDArray[np.int64] = index["label"].to_numpy()
+        self.split: NDArray[np.int64] = index["split"].to_numpy()
+        self._starts = np.cumsum([0, *(shard.alerts for shard in card.shards)])
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Opens a data set. Raises DatasetError where it is none, is not whole, or was damaged."""
+        path = directory / CARD
+        if not path.is_file():
+            half = (directory / SHARDS).is_dir()
+            why = (
+                f"not whole: it has no {CARD} yet; run the same build-dataset again"
+                if half
+                else f"no data set: no {CARD}"
+            )
+            raise DatasetError(f"{directory}: {why}")
+        try:
+            card = DatasetCard.model_validate(yaml.safe_load(path.read_bytes()))
+            index = parquet.read_table(directory / INDEX)
+        except (yaml.YAMLError, pa.ArrowInvalid, OSError) as error:
+            raise DatasetError(f"{directory}: cannot be read: {' '.join(str(error).split())}") from error
+        except ValidationError as error:
+            raise DatasetError(f"{path}: {describe_problems(error)}") from error
+        for shard in card.shards:
+            file = directory / SHARDS / shard.file
+            size = file.stat().st_size if file.exists() else 0
+            if size != shard.bytes:
+                raise DatasetError(f"{file}: has {size} bytes of {shard.bytes}: copy the data set again")
+        if len(index) != sum(shard.alerts for shard in card.shards):
+            raise DatasetError(f"{directory / INDEX}: {len(index)} rows do not fit the shards: copy the data set again")
+        return cls(directory, card, index)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Dataset.open, (self.directory,)  # to a worker process goes the path, never the pixels
+
+    def __getitem__(self, split: Split) -> View:
+        return View(self, np.flatnonzero(self.split == SPLITS.index(split)))
+
+    def read(self, rows: NDArray[np.int64]) -> LabelledAlerts:
+        """The alerts in `rows` of the index, in that order, copied into memory."""
+        size = self.card.cutout_size
+        cutouts = np.empty((len(rows), len(CUTOUTS), size, size), np.float32)
+        cutout_box = np.empty((len(rows), len(CUTOUTS), 4), np.int16)
+        metadata = np.empty((len(rows), len(self.card.columns)))
+        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
+        for shard in np.unique(shard_of).tolist():
+            here = np.flatnonzero(shard_of == shard)
+            arrays, within = self._arrays[shard], rows[here] - self._starts[shard]
+            cutouts[here] = arrays["cutouts"][within]
+            cutout_box[here] = arrays["cutout_box"][within]
+            metadata[here] = arrays["metadata"][within]
+        return LabelledAlerts(
+            self.alert_id[rows],
+            self.object_id[rows],
+            self.label[rows],
+            cutouts,
+            cutout_box,
+            metadata,
+            self.card.columns,
+        )
+
+    @cached_property
+    def _arrays(self) -> list[dict[str, NDArray[Any]]]:
+        """Every shard's arrays, mapped."""
+        return [open_shard(self.directory / SHARDS / shard.file) for shard in self.card.shards]
+
+
+class View:
+    """Some alerts of a data set: their ids and labels in memory, the rest on disk until it is read."""
+
+    def __init__(self, dataset: Dataset, rows: NDArray[np.int64]) -> None:
+        self.dataset = dataset
+        self.rows = rows
+        self.alert_id = dataset.alert_id[rows]  # [N]
+        self.object_id = dataset.object_id[rows]  # [N]
+        self.label = dataset.label[rows]  # [N]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> View:
+        return View(self.dataset, self.rows[chosen])
+
+    def read(self) -> LabelledAlerts:
+        """All of it in memory."""
+        return self.dataset.read(self.rows)
+
+    def batches(self, size: int) -> Iterator[LabelledAlerts]:
+        """All of it in order, `size` alerts at a time."""
+        for start in range(0, len(self), size):
+            yield self.dataset.read(self.rows[start : start + size])
+
+
+def sources_by_class(
+    object_id: NDArray[np.str_], label: NDArray[np.int64], n_classes: int, seed: int
+) -> list[NDArray[np.str_]]:
+    """The objects of each class, in a random order that `seed` and their names alone decide.
+
+    One with alerts of several classes counts for the rarest of them.
+    """
+    names, name_of = np.unique(object_id, return_inverse=True)
+    per_class = np.bincount(np.unique(np.stack([name_of, label]), axis=1)[1], minlength=n_classes)
+    rarest_first = np.argsort(per_class, kind="stable")
+    rarity = np.argsort(rarest_first)
+    rarest = np.full(len(names), n_classes)
+    np.minimum.at(rarest, name_of, rarity[label])
+    draw = [hashlib.blake2b(f"{seed} {name}".encode()).digest() for name in names.tolist()]
+    order = np.array(sorted(range(len(names)), key=draw.__getitem__))
+    return [names[order][rarest_first[rarest[order]] == c] for c in range(n_classes)]
+
+
+def open_shard(file: Path) -> dict[str, NDArray[Any]]:
+    """A shard's arrays by name, read only and mapped from the file. Raises DatasetError where it is cut off."""
+    try:
+        batch = pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DatasetError(f"{file}: no whole shard: {error}; remove it and run build-dataset again") from error
+    return {name: _as_array(batch.column(name)) for name in batch.schema.names}
+
+
+def _as_array(column: pa.Array) -> NDArray[Any]:
+    """A column of numbers or of fixed-size arrays, without a copy; strings are copied."""
+    if isinstance(column, pa.FixedShapeTensorArray):
+        return column.to_numpy_ndarray()  # type: ignore[no-any-return]
+    return np.asarray(column)
+
 
 PACKETS_AT_ONCE = 256
 NO_DRB = 0.0

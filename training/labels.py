@@ -1,0 +1,118 @@
+"""A table of labels, CSV or Parquet: which class an alert or an object is of. Never guesses at what it cannot use."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+from pyarrow import dataset
+
+from training.errors import DatasetError
+
+KEYS: dict[str, Literal["alert", "object"]] = {
+    "alert_id": "alert",
+    "candid": "alert",
+    "diaSourceId": "alert",
+    "object_id": "object",
+    "objectId": "object",
+    "diaObjectId": "object",
+}
+"""Columns that labels are joined by, and whose id they hold; of several the first that the table has is taken."""
+CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+"""A class becomes an output of the bundle, and outputs stand in filters."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassRule:
+    """Which values of the label column make a class: those of `values`, or the numbers above `low` up to `high`."""
+
+    name: str
+    values: frozenset[str] = frozenset()
+    low: float = math.inf
+    high: float = -math.inf
+
+    def takes(self, value: object) -> bool:
+        """Whether a value of the table, not null, is of this class."""
+        return str(value) in self.values or (isinstance(value, int | float) and self.low < value <= self.high)
+
+    def __str__(self) -> str:
+        return f"{self.name}={','.join(sorted(self.values)) or f'{self.low:g}..{self.high:g}'}"
+
+
+def parse_rule(text: str) -> ClassRule:
+    """`SN=SN Ia,SN II`: these values; `real=0.5..1`: numbers above 0.5 up to 1. Raises DatasetError else."""
+    name, _, given = text.partition("=")
+    if not CLASS_NAME.fullmatch(name) or not given:
+        raise DatasetError(f"{text!r} is no class: NAME=VALUE,VALUE... or NAME=LOW..HIGH, the name an identifier")
+    low, dots, high = given.partition("..")
+    if not dots:
+        return ClassRule(name, frozenset(given.split(",")))
+    try:
+        rule = ClassRule(name, low=float(low), high=float(high))
+    except ValueError as error:
+        raise DatasetError(f"{text!r} is no class: {given!r} is no pair of numbers") from error
+    if not rule.low < rule.high:
+        raise DatasetError(f"{text!r} is no class: no number is above {rule.low:g} and up to {rule.high:g}")
+    return rule
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """The class of each labelled id, as an index into `rules`."""
+
+    table: Path
+    sha256: str
+    column: str
+    key: str
+    rules: tuple[ClassRule, ...]
+    label_of: dict[str, int]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes' names."""
+        return tuple(rule.name for rule in self.rules)
+
+    def key_of(self, alert_id: int, object_id: str) -> str:
+        """What an alert is looked up by in `label_of`."""
+        return str(alert_id) if KEYS[self.key] == "alert" else object_id
+
+
+def read_labels(table: Path, column: str, rules: Sequence[ClassRule] = ()) -> Labels:
+    """The labels in `column` of a table; without `rules` every value is a class of its own.
+
+    Rows whose label is null or of no class are left out. Raises DatasetError where the table cannot be read, lacks a
+    column, gives an id two classes, or has no row of a class.
+    """
+    try:
+        rows = dataset.dataset(table, format=table.suffix.removeprefix("."))
+        key = next((name for name in KEYS if name in rows.schema.names), None)
+        if key is None:
+            raise DatasetError(f"{table}: no column to join by; there must be one of {', '.join(KEYS)}")
+        if column not in rows.schema.names:
+            raise DatasetError(f"{table}: no column {column!r}; there are {', '.join(rows.schema.names)}")
+        ids, values = (chunks.to_pylist() for chunks in rows.to_table(columns=[key, column]).columns)
+    except (pa.ArrowInvalid, ValueError, OSError) as error:
+        raise DatasetError(f"{table}: neither a .csv nor a .parquet that can be read: {error}") from error
+    rules = tuple(rules) or tuple(parse_rule(f"{value}={value}") for value in sorted({*map(str, values)} - {"None"}))
+    if len(rules) < 2:
+        raise DatasetError(f"{table}: {column!r} makes {len(rules)} class, and a classifier needs two")
+    label_of: dict[str, int] = {}
+    for identifier, value in zip(ids, values, strict=True):
+        label = next((i for i, rule in enumerate(rules) if value is not None and rule.takes(value)), None)
+        if label is None or identifier is None:
+            continue
+        if (other := label_of.setdefault(str(identifier), label)) != label:
+            both = f"{rules[other].name} and {rules[label].name}"
+            raise DatasetError(f"{table}: {key} {identifier} is labelled {both}; an id has one label")
+    used = set(label_of.values())
+    if absent := [rule.name for i, rule in enumerate(rules) if i not in used]:
+        raise DatasetError(f"{table}: no row of {column!r} is of class {', '.join(absent)}")
+    with table.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return Labels(table, sha256, column, key, rules, label_of)
