@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as arrays_to_bytes
 from safetensors.torch import save as weights_to_bytes
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from broker_filter.config import Runtime
 from broker_filter.packets.batch import CUTOUTS
@@ -87,7 +88,8 @@ def write_bundle(directory: Path, description: Description, network: nn.Module) 
 def _to_onnx(served: nn.Module, inputs: list[torch.Tensor], description: Description) -> bytes:
     """The graph with a free batch axis and named inputs and outputs, its weights inside."""
     batch = torch.export.Dim("alerts")
-    with warnings.catch_warnings():
+    # The exporter writes attention out in plain matrix products: it must trace those, not a fused kernel's strides.
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporter calls deprecated parts of torch
         program = torch.onnx.export(
             served,
