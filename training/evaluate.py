@@ -1,17 +1,214 @@
-"""How well scores tell real from bogus, with the uncertainty that few objects leave."""
+"""`evaluate`: what a bundle, as it is served, says of a split's alerts, and every figure of it with its interval.
+
+Writes `evaluation.json` (an `Evaluation`) and `predictions.parquet` (its `Predictions`). Trains nothing, and alters
+neither the bundle nor the data set.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-RESAMPLES = 2000
-INTERVAL = (2.5, 97.5)
-"""Percentiles of the resampled figures: a 95 % interval."""
+from broker_filter.cli.console import progress
+from broker_filter.config import Runtime
+from broker_filter.scoring.bundle import WEIGHTS, Architecture, Training, describe_problems
+from broker_filter.scoring.scorer import Model, open_model
+from training.bootstrap import PERCENTILES, RESAMPLES, Estimate, resample
+from training.datasets import SPLITS, Dataset, Split
+from training.errors import EvaluationError
+from training.metrics import Reliability, Values, Weights, confusion_shares, measure
+from training.predictions import Predictions
+from training.served_speed import BATCHES, ServedSpeed, measure_served
 
-Figure = Callable[[NDArray[np.bool_], NDArray[np.float64]], float]
+EVALUATION = "evaluation.json"
+PREDICTIONS = "predictions.parquet"
+MAGNITUDE = "magpsf"
+DECIDED = 0.5
+"""The threshold where a bundle recommends none."""
+ALERTS_AT_ONCE = 256
+MAX_EVALUATION_BYTES = 2**24
+
+
+class Section(BaseModel):
+    """A part of `evaluation.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ReliabilityBin(Section):
+    """Alerts of which the model says about the same."""
+
+    alerts: int
+    said: float  # mean probability
+    happened: Estimate  # the share of which it holds
+
+
+class Evaluation(Section):
+    """`evaluation.json`: a model, what it was measured on, and all that was measured."""
+
+    model: str
+    version: str
+    weights_sha256: str
+    architecture: Architecture
+    training: Training
+    dataset_sha256: str
+    labels: str
+    split: Split
+    classes: tuple[str, ...]
+    threshold: float
+    alerts: dict[str, int]  # by true class
+    objects: int
+    figures: dict[str, Estimate]
+    confusion: tuple[tuple[Estimate, ...], ...]  # shares of each true class (rows) that are taken for each class
+    reliability: tuple[ReliabilityBin, ...]
+    speed: tuple[ServedSpeed, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Evaluation:
+        """Reads an evaluation's directory. Raises EvaluationError where it holds none."""
+        file = path / EVALUATION
+        try:
+            if file.stat().st_size > MAX_EVALUATION_BYTES:
+                raise EvaluationError(f"{file}: larger than {MAX_EVALUATION_BYTES} bytes, which no evaluation is")
+            return cls.model_validate_json(file.read_bytes())
+        except FileNotFoundError as error:
+            raise EvaluationError(f"{path}: no evaluation: no {EVALUATION} there") from error
+        except ValidationError as error:
+            raise EvaluationError(f"{file}: {describe_problems(error)}; evaluate the model again") from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `evaluate` takes."""
+    parser.add_argument("bundle", metavar="BUNDLE", help="name of a bundle that ships, or a bundle's directory")
+    parser.add_argument("--dataset", required=True, type=Path, metavar="DIR", help="what build-dataset wrote")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="that score, and are timed (default: %(default)s)")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the evaluation goes")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluates the bundle and prints its figures."""
+    runtime = Runtime(engine="onnxruntime", device="cpu", inference_threads=arguments.threads)
+    model = open_model(arguments.bundle, runtime)
+    dataset = Dataset.open(arguments.dataset)
+    predictions = predict(model, dataset, arguments.split)
+    directory = model.bundle.directory
+    speed = [measure_served(directory, batch, arguments.threads) for batch in BATCHES]
+    evaluation = evaluate(model, dataset, arguments.split, predictions, speed)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    predictions.write(arguments.out / PREDICTIONS)
+    (arguments.out / EVALUATION).write_text(evaluation.model_dump_json(indent=1), encoding="utf-8")
+    for name, figure in evaluation.figures.items():
+        print(f"{name:30} {figure}")
+
+
+def predict(model: Model, dataset: Dataset, split: Split) -> Predictions:
+    """The model's scores of a split, through the bundle's own preprocessing and runtime.
+
+    Raises EvaluationError where the two do not fit, the split lacks a class, or a score is no number.
+    """
+    _check_fit(model, dataset)
+    view, labels = dataset[split], model.labels
+    classes, truth = _in_terms_of(labels, dataset.card.classes, view.label)
+    if absent := [name for name, n in zip(classes, np.bincount(truth, minlength=len(classes)), strict=True) if not n]:
+        raise EvaluationError(f"{dataset.directory}: split {split} has no alert of class {', '.join(absent)}")
+    probabilities, magpsf = [], []
+    with progress(f"Scoring {split}", len(view)) as advance:
+        for alerts in view.batches(ALERTS_AT_ONCE):
+            outputs = model.run(alerts.cutouts, alerts.cutout_box, alerts.metadata, alerts.columns)
+            probabilities.append(outputs["probabilities"])
+            magpsf.append(
+                alerts.metadata[:, alerts.columns.index(MAGNITUDE)]
+                if MAGNITUDE in alerts.columns
+                else np.full(len(alerts), np.nan)
+            )
+            advance(len(alerts))
+    scores = np.concatenate(probabilities)
+    if broken := int((~np.isfinite(scores)).any(axis=1).sum()):
+        raise EvaluationError(f"{model.bundle.directory}: {broken} of {len(scores)} scores are no numbers")
+    threshold = model.bundle.card.outputs.thresholds.get(labels[0], DECIDED)
+    return Predictions(classes, view.alert_id, view.object_id, np.concatenate(magpsf), truth, scores, threshold)
+
+
+def evaluate(
+    model: Model, dataset: Dataset, split: Split, predictions: Predictions, speed: Sequence[ServedSpeed]
+) -> Evaluation:
+    """Every figure of the predictions, with intervals by object."""
+    card = model.bundle.card
+    measured = partial(_measure_all, predictions)
+    whole, drawn = measured(np.ones(len(predictions))), resample(measured, predictions.object_id)
+    shares, drawn_shares = whole.pop("confusion"), drawn.pop("confusion")
+    happened, drawn_happened = whole.pop("reliability"), drawn.pop("reliability")
+    bins = Reliability.of(predictions, np.ones(len(predictions)))
+    n_classes = len(predictions.classes)
+    return Evaluation(
+        model=card.name,
+        version=card.version,
+        weights_sha256=card.files[WEIGHTS],
+        architecture=card.architecture,
+        training=card.training,
+        dataset_sha256=dataset.card.sha256,
+        labels=dataset.card.labels,
+        split=split,
+        classes=predictions.classes,
+        threshold=predictions.threshold,
+        alerts=dict(zip(predictions.classes, np.bincount(predictions.truth).tolist(), strict=True)),
+        objects=len(np.unique(predictions.object_id)),
+        figures={name: Estimate.of(figure, drawn[name]) for name, figure in whole.items()},
+        confusion=tuple(
+            tuple(Estimate.of(shares[t, d], drawn_shares[:, t, d]) for d in range(n_classes)) for t in range(n_classes)
+        ),
+        reliability=tuple(
+            ReliabilityBin(
+                alerts=int(bins.weight[b]), said=bins.said[b], happened=Estimate.of(happened[b], drawn_happened[:, b])
+            )
+            for b in np.flatnonzero(bins.weight).tolist()
+        ),
+        speed=tuple(speed),
+    )
+
+
+def _measure_all(predictions: Predictions, weight: Weights) -> dict[str, Values]:
+    """The figures [...]; the shares of the confusion matrix [..., C, C] and the reliability curve [..., B]."""
+    return {
+        **measure(predictions, weight),
+        "confusion": confusion_shares(predictions, weight),
+        "reliability": Reliability.of(predictions, weight).happened,
+    }
+
+
+def _check_fit(model: Model, dataset: Dataset) -> None:
+    """Raises EvaluationError where the data set's alerts cannot be given to the model."""
+    card, directory = dataset.card, model.bundle.directory
+    size = model.bundle.card.inputs.images.size
+    if card.cutout_size < size:
+        raise EvaluationError(
+            f"{dataset.directory}: its cutouts have {card.cutout_size} px and {directory} takes {size} px: "
+            f"build it again with --cutout-size {size}"
+        )
+    if missing := [name for name in model.columns if name not in card.columns]:
+        raise EvaluationError(f"{dataset.directory}: lacks the columns {', '.join(missing)}, which {directory} takes")
+    if others := sorted(set(card.surveys) - set(map(str, model.surveys))):
+        raise EvaluationError(f"{dataset.directory}: holds alerts of {', '.join(others)}, which {directory} is not for")
+
+
+def _in_terms_of(
+    labels: Sequence[str], classes: Sequence[str], label: NDArray[np.int64]
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """A data set's classes and its alerts' class, `label` [N], as a model with these labels puts the question."""
+    if len(labels) == 1 and labels[0] in classes:
+        yes = classes.index(labels[0])
+        no = classes[1 - yes] if len(classes) == 2 else f"not_{labels[0]}"
+        return (no, labels[0]), (label == yes).astype(np.int64)
+    if sorted(labels) == sorted(classes):
+        return tuple(labels), np.array([labels.index(name) for name in classes])[label]
+    raise EvaluationError(f"the model tells {', '.join(labels)} and the data set has {', '.join(classes)}")
 
 
 def roc_auc(real: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
@@ -33,7 +230,11 @@ def agreement(real: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
 
 
 def interval_by_object(
-    figure: Figure, real: NDArray[np.bool_], score: NDArray[np.float64], object_id: NDArray[np.str_], seed: int
+    figure: Callable[[NDArray[np.bool_], NDArray[np.float64]], float],
+    real: NDArray[np.bool_],
+    score: NDArray[np.float64],
+    object_id: NDArray[np.str_],
+    seed: int,
 ) -> tuple[float, float]:
     """The bootstrap interval of a figure, drawing objects, not alerts: an object's alerts are no independent trials."""
     _, index = np.unique(object_id, return_inverse=True)
@@ -43,5 +244,5 @@ def interval_by_object(
     for _ in range(RESAMPLES):
         rows = np.concatenate([alerts_of[i] for i in rng.integers(len(alerts_of), size=len(alerts_of))])
         figures.append(figure(real[rows], score[rows]))
-    low, high = np.nanpercentile(figures, INTERVAL)
+    low, high = np.nanpercentile(figures, PERCENTILES)
     return float(low), float(high)

@@ -112,6 +112,12 @@ def confusion(predictions: Predictions, weight: Weights) -> Values:
     return in_cell.reshape(*weight.shape[:-1], c, c)
 
 
+def confusion_shares(predictions: Predictions, weight: Weights) -> Values:
+    """The confusion matrix with each row, a true class, as shares of it, [..., C, C]."""
+    counts = confusion(predictions, weight)
+    return _ratio(counts, counts.sum(axis=-1, keepdims=True))
+
+
 @dataclass(frozen=True, slots=True)
 class Reliability:
     """What the model says against what happens, in bins of equal width of what it says.
