@@ -27,7 +27,18 @@ from broker_filter.packets.packet import Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.packets.surveys import DEFAULT_COLUMNS
 from broker_filter.streaming.archives import read_packets
-from training.datasets import CARD, INDEX, SHARDS, SPLITS, Dataset, DatasetCard, SplitRule, open_shard, sources_by_class
+from training.datasets import (
+    CARD,
+    INDEX,
+    PUBLISHED_SPLIT,
+    SHARDS,
+    SPLITS,
+    Dataset,
+    DatasetCard,
+    SplitRule,
+    open_shard,
+    sources_by_class,
+)
 from training.errors import DatasetError
 from training.labels import Labels, parse_rule, read_labels
 
@@ -69,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shares",
         type=float,
         nargs=2,
-        default=(SplitRule().validation, SplitRule().test),
+        default=(PUBLISHED_SPLIT.validation, PUBLISHED_SPLIT.test),
         metavar=("VALIDATION", "TEST"),
         help="of the sources, the rest is to train on (default: 0.09 0.1)",
     )
@@ -103,7 +114,7 @@ def build_dataset(
     *,
     cutout_size: int = DEFAULT_CUTOUT_SIZE,
     columns: Sequence[str] = DEFAULT_COLUMNS,
-    split: SplitRule = SplitRule(),
+    split: SplitRule = PUBLISHED_SPLIT,
     schema_registry: str | None = None,
     allow_unmatched: bool = False,
 ) -> Dataset:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 from pydantic import Field, ValidationError
 
-from broker_filter.packets.batch import CUTOUTS, Survey
+from broker_filter.packets.batch import Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.bundle import CardSection, FileName, ModelName, Sha256, describe_problems
@@ -48,11 +48,15 @@ class Shard(CardSection):
 
 
 class SplitRule(CardSection):
-    """How sources are divided: these shares of each class's, the rest to train on; as in BTSbot (arXiv:2401.15167)."""
+    """How sources are divided: these shares of each class's, the rest to train on."""
 
     validation: float = Field(default=0.09, gt=0, lt=0.5)
     test: float = Field(default=0.10, gt=0, lt=0.5)
     seed: int = 0
+
+
+PUBLISHED_SPLIT = SplitRule()
+"""81 % to train on, 9 % and 10 %: Rehemtulla et al. 2024 (arXiv:2401.15167)."""
 
 
 class DatasetCard(CardSection):
@@ -135,26 +139,25 @@ class Dataset:
 
     def read(self, rows: NDArray[np.int64]) -> LabelledAlerts:
         """The alerts in `rows` of the index, in that order, copied into memory."""
-        size = self.card.cutout_size
-        cutouts = np.empty((len(rows), len(CUTOUTS), size, size), np.float32)
-        cutout_box = np.empty((len(rows), len(CUTOUTS), 4), np.int16)
-        metadata = np.empty((len(rows), len(self.card.columns)))
-        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
-        for shard in np.unique(shard_of).tolist():
-            here = np.flatnonzero(shard_of == shard)
-            arrays, within = self._arrays[shard], rows[here] - self._starts[shard]
-            cutouts[here] = arrays["cutouts"][within]
-            cutout_box[here] = arrays["cutout_box"][within]
-            metadata[here] = arrays["metadata"][within]
         return LabelledAlerts(
             self.alert_id[rows],
             self.object_id[rows],
             self.label[rows],
-            cutouts,
-            cutout_box,
-            metadata,
+            self.column("cutouts", rows),
+            self.column("cutout_box", rows),
+            self.column("metadata", rows),
             self.card.columns,
         )
+
+    def column(self, name: Literal["cutouts", "cutout_box", "metadata"], rows: NDArray[np.int64]) -> NDArray[Any]:
+        """One array of the shards for the alerts in `rows`, in that order, copied into memory."""
+        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
+        first = self._arrays[0][name]
+        values = np.empty((len(rows), *first.shape[1:]), first.dtype)
+        for shard in np.unique(shard_of).tolist():
+            here = shard_of == shard
+            values[here] = self._arrays[shard][name][rows[here] - self._starts[shard]]
+        return values
 
     @cached_property
     def _arrays(self) -> list[dict[str, NDArray[Any]]]:
@@ -181,6 +184,14 @@ class View:
     def read(self) -> LabelledAlerts:
         """All of it in memory."""
         return self.dataset.read(self.rows)
+
+    def metadata(self, columns: Sequence[str]) -> NDArray[np.float64]:
+        """The columns called `columns`, [N, F], NaN where missing. Raises DatasetError where one is not there."""
+        known = self.dataset.card.columns
+        if missing := [name for name in columns if name not in known]:
+            raise DatasetError(f"{self.dataset.directory}: has no metadata columns {', '.join(missing)}")
+        metadata: NDArray[np.float64] = self.dataset.column("metadata", self.rows)
+        return metadata[:, [known.index(name) for name in columns]]
 
     def batches(self, size: int) -> Iterator[LabelledAlerts]:
         """All of it in order, `size` alerts at a time."""

@@ -1,0 +1,55 @@
+"""`python -m training`: data sets, training, evaluation. A module a command, imported when it is the one that is run.
+
+Each has `add_arguments(parser)` and `run(arguments)`. An error that a person can mend is one line on stderr. Exit
+status: 0 fine, 1 failed at work, 2 bad usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from broker_filter.cli import INTERRUPTED
+from broker_filter.cli.console import set_up_logging
+
+COMMANDS = {
+    "build-dataset": ("training.build_dataset", "archives and labels into a data set"),
+    "fit": ("training.fit", "train a network as a file says, and write its bundle"),
+    "evaluate": ("training.evaluate", "what a bundle is worth on a split, with intervals by object"),
+    "compare": ("training.compare", "evaluations side by side: tables, plots, which difference is real"),
+    "study": ("training.study", "fit a grid of networks, regimens, seeds and amounts of data"),
+}
+"""Each command's module and what it is for."""
+OURS = ("training", "broker_filter")
+"""Packages whose errors say enough by themselves."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command and returns its exit status."""
+    if not argv or argv[0] not in COMMANDS:
+        lines = [f"  {name:15} {purpose}" for name, (_, purpose) in COMMANDS.items()]
+        print("usage: python -m training COMMAND ...", *lines, sep="\n", file=sys.stderr)
+        return 2
+    command = argv[0]
+    module, purpose = COMMANDS[command]
+    implementation = import_module(module)
+    parser = argparse.ArgumentParser(prog=f"python -m training {command}", description=purpose)
+    implementation.add_arguments(parser)
+    arguments = parser.parse_args(argv[1:])
+    set_up_logging()
+    try:
+        implementation.run(arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in OURS:
+            raise
+        print(f"training {command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,236 @@
+"""`fit`: trains a network as a file says, writes the bundle that is served, and scores the test split with that.
+
+May be killed at any time: the same command goes on from the last epoch. Never looks at the test split before the
+bundle is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pickle
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import nn
+
+from broker_filter.config import Runtime
+from broker_filter.scoring.bundle import Architecture, Description, Inputs, MetadataColumn, Outputs, Training
+from broker_filter.scoring.export import write_bundle
+from broker_filter.scoring.networks import build_network
+from broker_filter.scoring.scorer import open_model
+from training.classifier import Classifier, chosen_to_train, class_weights, loader
+from training.datasets import Dataset, View
+from training.errors import TrainingError
+from training.evaluate import PREDICTIONS, predict
+from training.recipe import Fit, Hardware, Recipe, read_configuration
+
+CONFIGURATION = "fit.yaml"
+"""What a directory was begun with: training goes on only with the same."""
+BUNDLE = "bundle"
+THRESHOLD = 0.5
+"""The recommended cut of a yes or no."""
+LAST, BEST = "last.ckpt", "best.ckpt"
+NETWORK = "network."
+"""Prefix of the network's weights in a checkpoint."""
+
+for library in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(library).setLevel(logging.WARNING)  # they tell of every device that there is not
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `fit` takes."""
+    parser.add_argument("configuration", type=Path, metavar="CONFIG.yaml", help="what `training.recipe.Fit` documents")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Trains, or goes on training, and says where the bundle is."""
+    config = read_configuration(Fit, arguments.configuration)
+    fit(config)
+    print(f"{config.out / BUNDLE}: bundle {config.name} written and verified; {config.out / PREDICTIONS}")
+
+
+def fit(config: Fit) -> None:
+    """Trains a network, writes its bundle, and scores the test split with that; what is done already is not repeated.
+
+    Raises TrainingError where the directory was begun with another configuration or a checkpoint is damaged,
+    DatasetError where the data set cannot be used or lacks a column.
+    """
+    _begin(config)
+    dataset = Dataset.open(config.dataset)
+    if not (config.out / BUNDLE).exists():
+        _train_and_write(config, dataset)
+    if not (config.out / PREDICTIONS).exists():
+        model = open_model(str(config.out / BUNDLE), Runtime(engine="onnxruntime", device="cpu"))
+        predict(model, dataset, "test").write(config.out / PREDICTIONS)
+
+
+def _begin(config: Fit) -> None:
+    path = config.out / CONFIGURATION
+    content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    if path.exists() and path.read_text() != content:
+        raise TrainingError(f"{config.out}: was begun with another configuration, see {path}: choose another directory")
+    config.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def _train_and_write(config: Fit, dataset: Dataset) -> None:
+    classes = dataset.card.classes
+    labels = classes[1:] if len(classes) == 2 else classes
+    train, validation = chosen_to_train(dataset["train"], len(classes), config.recipe), dataset["validation"]
+    inputs = Inputs(images=config.images, metadata=_filled_columns(train, config.metadata))
+    extra = {"labels": len(labels)} | ({"metadata": len(config.metadata)} if config.metadata else {})
+    architecture = Architecture(name=config.architecture.name, arguments={**config.architecture.arguments, **extra})
+    torch.manual_seed(config.recipe.seed)
+    if config.hardware.threads:
+        torch.set_num_threads(config.hardware.threads)
+    network = build_network(architecture)
+    if config.encoder:
+        load_encoder_weights(network, config.encoder.source)
+    stage = Stage(config.out, inputs, config.recipe, config.hardware, config.logs)
+    evaluation = stage.train(network, train, validation)
+    description = Description(
+        name=config.name,
+        version=config.version,
+        task=f"classification: {', '.join(classes)}",
+        surveys=dataset.card.surveys,
+        inputs=inputs,
+        outputs=Outputs(
+            labels=labels,
+            activation="sigmoid" if len(labels) == 1 else "softmax",
+            thresholds={labels[0]: THRESHOLD} if len(labels) == 1 else {},
+        ),
+        architecture=architecture,
+        licence=config.licence,
+        source="python -m training fit, of broker-filter",
+        citation=config.citation,
+        training=_describe(config, dataset, train, evaluation),
+    )
+    write_bundle(config.out / BUNDLE, description, network)
+
+
+def _filled_columns(train: View, columns: Sequence[str]) -> tuple[MetadataColumn, ...]:
+    """The columns, missing values filled with the median of the alerts that are trained on."""
+    metadata = train.metadata(columns)
+    if empty := [name for name, values in zip(columns, metadata.T, strict=True) if np.isnan(values).all()]:
+        raise TrainingError(f"{train.dataset.directory}: no alert to train on has a value of {', '.join(empty)}")
+    return tuple(
+        MetadataColumn(name=name, fill=float(fill))
+        for name, fill in zip(columns, np.nanmedian(metadata, axis=0), strict=True)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One training: where its checkpoints and logs go, and what it is done with."""
+
+    directory: Path
+    inputs: Inputs
+    recipe: Recipe
+    hardware: Hardware
+    logs: Sequence[str]
+
+    def train(
+        self, network: nn.Module, train: View, validation: View, frozen: Sequence[nn.Module] = ()
+    ) -> dict[str, float | int | str]:
+        """Trains `network`, or goes on; leaves in it, on the CPU, the weights of the lowest validation loss.
+
+        Returns what the card says of it. Raises TrainingError where a checkpoint is damaged or of another network.
+        """
+        n_classes = len(train.dataset.card.classes)
+        weights = class_weights(train.label, n_classes, balance=self.recipe.balance)
+        classifier = Classifier(network, self.recipe, weights, frozen)
+        checkpoint = ModelCheckpoint(
+            self.directory,
+            filename=Path(BEST).stem,
+            monitor="val_loss",
+            save_last=True,
+            enable_version_counter=False,
+        )
+        trainer = lightning.Trainer(
+            accelerator=self.hardware.accelerator,
+            devices=self.hardware.devices,
+            precision=self.hardware.precision,
+            max_epochs=self.recipe.epochs,
+            callbacks=[checkpoint, EarlyStopping("val_loss", patience=self.recipe.patience)],
+            logger=self._loggers(),
+            default_root_dir=self.directory,
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            enable_progress_bar=sys.stderr.isatty(),
+        )
+        last = self.directory / LAST
+        if last.exists():
+            read_checkpoint(last)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")  # advice: more workers, other logging intervals
+            trainer.fit(
+                classifier,
+                loader(train, self.inputs, self.recipe, self.hardware, training=True),
+                loader(validation, self.inputs, self.recipe, self.hardware, training=False),
+                ckpt_path=last if last.exists() else None,
+                weights_only=True,
+            )
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        best = read_checkpoint(self.directory / BEST)
+        state = {
+            name.removeprefix(NETWORK): tensor
+            for name, tensor in best["state_dict"].items()
+            if name.startswith(NETWORK)
+        }
+        network.cpu().load_state_dict(state)
+        network.eval()
+        assert checkpoint.best_model_score is not None  # there is a best checkpoint
+        return {"epoch": best["epoch"] + 1, "validation_loss": round(float(checkpoint.best_model_score), 5)}
+
+    def _loggers(self) -> list[Logger]:
+        loggers: list[Logger] = []
+        if "csv" in self.logs:
+            loggers.append(CSVLogger(self.directory, name="log"))
+        if "tensorboard" in self.logs:
+            loggers.append(TensorBoardLogger(self.directory, name="tensorboard"))
+        return loggers
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint, never unpickled beyond tensors and plain values. Raises TrainingError where it is not whole."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise TrainingError(f"{path}: not a whole checkpoint: {reason}; remove it to begin again") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "epoch"} <= checkpoint.keys():
+        raise TrainingError(f"{path}: a file of torch, and not a checkpoint of this training; remove it to begin again")
+    return checkpoint
+
+
+def _describe(config: Fit, dataset: Dataset, train: View, evaluation: dict[str, float | int | str]) -> Training:
+    """What the card says of how the network came to be."""
+    recipe, card = config.recipe, dataset.card
+    start = f"from {config.encoder.source} ({config.encoder.regimen})" if config.encoder else "from random weights"
+    return Training(
+        method=f"Trained {start}: AdamW, peak learning rate {recipe.learning_rate:g}, batches of {recipe.batch}, up to "
+        f"{recipe.epochs} epochs, the one with the lowest validation loss kept; "
+        f"{'images turned and flipped, ' if recipe.augment else ''}"
+        f"{'classes weighted, ' if recipe.balance else ''}seed {recipe.seed}.",
+        data=f"{len(train)} alerts of {len(np.unique(train.object_id))} objects ({recipe.fraction:.0%} of the training "
+        f"sources) of data set {card.sha256}: {card.labels}.",
+        evaluation={
+            "regimen": config.encoder.regimen if config.encoder else "random",
+            "fraction": recipe.fraction,
+            "seed": recipe.seed,
+            "dataset_sha256": card.sha256,
+            **evaluation,
+        },
+    )

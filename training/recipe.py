@@ -1,0 +1,100 @@
+"""What a network is trained with: every value, in a file. Defaults are the published ones; a misspelt key is an error.
+
+Rehemtulla et al. 2025 (arXiv:2512.11957), fine-tuning ConvNeXt: `train_configs/convnext.json` and `btsbot/train.py` of
+https://github.com/nabeelre/BTSbot.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from broker_filter.config import Section
+from broker_filter.scoring.bundle import Architecture, ImageInput, ModelName, describe_problems
+from training.errors import TrainingError
+
+MAX_FILE_BYTES = 2**20
+"""A file of configuration has some dozens of lines; anything near this is another file, named by mistake."""
+
+Configuration = TypeVar("Configuration", bound=Section)
+
+
+class Recipe(Section):
+    """How the weights are found."""
+
+    epochs: int = Field(default=25, gt=0)
+    batch: int = Field(default=64, gt=1, description="Alerts a step, on each device.")
+    learning_rate: float = Field(default=5e-6, gt=0, description="At its peak; made for pre-trained weights.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's, of its two moments.")
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's; torch's default, as published.")
+    warm_up_epochs: int = Field(default=2, ge=0, description="In which the learning rate rises, as a line.")
+    least: float = Field(
+        default=0.01, gt=0, le=1, description="Where the rise begins and the cosine ends, of the peak."
+    )
+    patience: int = Field(default=5, gt=0, description="Epochs without a lower validation loss before training stops.")
+    balance: bool = Field(default=True, description="Weigh the classes as if they had as many alerts each.")
+    augment: bool = Field(default=True, description="Flip and turn every image at random, by right angles.")
+    max_alerts_per_source: int = Field(default=100, gt=0, description="N_max: of an object's, chosen at random.")
+    fraction: float = Field(default=1, gt=0, le=1, description="Of the training sources of each class that are used.")
+    seed: int = Field(default=2, ge=0)
+
+    @model_validator(mode="after")
+    def _ends_after_warming_up(self) -> Self:
+        if self.warm_up_epochs >= self.epochs:
+            raise ValueError(f"warm_up_epochs: {self.warm_up_epochs} of {self.epochs} epochs leave none to train in")
+        return self
+
+
+class Hardware(Section):
+    """What trains. Several devices share each step, by distributed data parallelism."""
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int | Literal["auto"] = "auto"
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    workers: int = Field(default=0, ge=0, description="Processes that read and prepare alerts.")
+    threads: int | None = Field(default=None, gt=0, description="torch's, on a CPU; its own choice where absent.")
+
+
+class Encoder(Section):
+    """Weights that the encoder begins with, instead of random ones."""
+
+    regimen: str = Field(description="What to call the pre-training, in the card and in tables: imagenet, galaxies.")
+    source: str = Field(description="What `broker_filter.scoring.encoders` reads: a file, a folder or a hub's name.")
+
+
+class Fit(Section):
+    """A network to train, from the data set to the bundle."""
+
+    name: ModelName = Field(description="The bundle's name, which prefixes its outputs.")
+    version: str = "1"
+    dataset: Path = Field(description="What build-dataset wrote.")
+    out: Path = Field(description="Checkpoints, logs, the bundle and its predictions go here.")
+    architecture: Architecture = Field(description="Without `labels` and `metadata`: the data set says how many.")
+    encoder: Encoder | None = Field(default=None, description="Absent: random weights.")
+    metadata: tuple[str, ...] = Field(default=(), description="Columns that the network takes besides the images.")
+    images: ImageInput = Field(
+        default=ImageInput(
+            size=63, order=("science", "template", "difference"), normalisation="l2_image", padding=1e-9
+        ),
+        description="As served; make_triplet's in BTSbot.",
+    )
+    recipe: Recipe = Recipe()
+    hardware: Hardware = Hardware()
+    logs: tuple[Literal["csv", "tensorboard"], ...] = ("csv",)
+    licence: str = "unstated"
+    citation: str = "none"
+
+
+def read_configuration(kind: type[Configuration], file: Path) -> Configuration:
+    """The YAML file as a `kind`. Raises TrainingError with everything that is wrong with it."""
+    try:
+        if file.stat().st_size > MAX_FILE_BYTES:
+            raise TrainingError(f"{file}: larger than {MAX_FILE_BYTES} bytes, which no configuration is")
+        return kind.model_validate(yaml.safe_load(file.read_bytes()))
+    except yaml.YAMLError as error:
+        raise TrainingError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        raise TrainingError(f"{file}: {describe_problems(error)}") from error
