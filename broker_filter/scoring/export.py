@@ -68,7 +68,7 @@ def write_bundle(directory: Path, description: Description, network: nn.Module) 
         with torch.inference_mode():
             outputs = dict(zip(output_names(description.outputs), served(*inputs), strict=True))
         arrays: dict[str, NDArray[Any]] = {"cutouts": cutouts, "cutout_box": cutout_box, "metadata": metadata}
-        arrays |= {name: output.numpy() for name, output in outputs.items()}
+        arrays |= {name: output.contiguous().numpy() for name, output in outputs.items()}  # safetensors saves buffers
 
         (bundle / WEIGHTS).write_bytes(weights_to_bytes(network.state_dict()))
         (bundle / ONNX).write_bytes(_to_onnx(served, inputs, description))

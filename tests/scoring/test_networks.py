@@ -1,0 +1,150 @@
+"""Networks by name: what their outputs are, and what can become of a name or an argument in a card."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from broker_filter.config import Runtime
+from broker_filter.packets.batch import AlertBatch
+from broker_filter.scoring.bundle import (
+    Architecture,
+    BundleError,
+    Description,
+    ImageInput,
+    Inputs,
+    MetadataColumn,
+    Outputs,
+    Training,
+)
+from broker_filter.scoring.export import write_bundle
+from broker_filter.scoring.networks import build_network, load_network
+from broker_filter.scoring.scorer import open_scorer
+
+
+def timm_network(**arguments: Any) -> Architecture:
+    return Architecture(name="timm", arguments=arguments)
+
+
+def describe(architecture: Architecture, embedding: int) -> Description:
+    columns = ("magpsf", "fwhm")[: int(architecture.arguments.get("metadata", 0))]  # type: ignore[arg-type]
+    return Description(
+        name="vision",
+        version="1",
+        task="real/bogus classification",
+        surveys=("ztf",),
+        inputs=Inputs(
+            images=ImageInput(
+                size=63, order=("science", "template", "difference"), normalisation="l2_image", padding=1e-9
+            ),
+            metadata=tuple(MetadataColumn(name=name, fill=0) for name in columns),
+        ),
+        outputs=Outputs(labels=("real",), activation="sigmoid", embedding=embedding),
+        architecture=architecture,
+        licence="BSD-3-Clause",
+        source="this test",
+        citation="none",
+        training=Training(method="none", data="none"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "features"),
+    [
+        (timm_network(backbone="test_vit"), 64),  # takes 160 px alone: interpolated in the graph
+        (Architecture(name="btsbot_cnn", arguments={"metadata": 2, "fusion": "frozen"}), 64 * 7 * 7 + 128),
+    ],
+    ids=lambda value: "-".join(map(str, value.arguments.values())) if isinstance(value, Architecture) else str(value),
+)
+def test_a_network_is_served_alike_by_every_engine(
+    architecture: Architecture, features: int, tmp_path: Path, make_batch: Callable[..., AlertBatch]
+) -> None:
+    torch.manual_seed(5)
+    write_bundle(tmp_path / "vision", describe(architecture, features), build_network(architecture).eval())
+    rng = np.random.default_rng(1)
+    batch = make_batch(
+        rng.normal(0, 1, (3, 3, 63, 63)).astype(np.float32),
+        columns=("magpsf", "fwhm"),
+        metadata=rng.normal(0, 1, (3, 2)),
+    )
+    onnx, reference = (
+        open_scorer([str(tmp_path / "vision")], Runtime.model_validate({"engine": engine, "device": "cpu"}))
+        .score(batch)
+        .models[0]
+        for engine in ("onnxruntime", "torch")
+    )
+    assert onnx.embedding is not None
+    assert reference.embedding is not None
+    np.testing.assert_allclose(onnx.probabilities, reference.probabilities, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(onnx.embedding, reference.embedding, rtol=1e-4, atol=1e-5)
+
+
+def test_the_embedding_is_what_the_backbone_pools_and_norms() -> None:
+    network = build_network(timm_network(backbone="test_convnext", labels=5)).eval()
+    backbone = timm.create_model("test_convnext", num_classes=3).eval()
+    weights = network.encoder.backbone.state_dict()
+    assert not backbone.load_state_dict(weights, strict=False).unexpected_keys
+    images = torch.randn(2, 3, 63, 63)
+    with torch.inference_mode():
+        logits, embedding = network(images)
+        expected = backbone.forward_head(backbone.forward_features(images), pre_logits=True)
+    assert logits.shape == (2, 5)
+    torch.testing.assert_close(embedding, expected)
+
+
+def test_a_backbone_that_takes_one_size_alone_is_given_it() -> None:
+    network = build_network(timm_network(backbone="test_maxvit")).eval()
+    images = torch.randn(2, 3, 63, 63)
+    larger = torch.nn.functional.interpolate(images, (160, 160), mode="bilinear", align_corners=False)
+    with torch.inference_mode():
+        torch.testing.assert_close(network(images), network(larger))
+
+
+def test_weights_are_loaded_into_a_network_that_computes_constants_of_its_own() -> None:
+    """MaxViT's indices of relative positions are in no file."""
+    architecture = timm_network(backbone="test_maxvit")
+    trained = build_network(architecture).eval()
+    images = torch.randn(1, 3, 63, 63)
+    with torch.inference_mode():
+        torch.testing.assert_close(load_network(architecture, trained.state_dict())(images), trained(images))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"backbone": "no_such_net"}, "has no backbone 'no_such_net'"),
+        ({"backbone": "hf_hub:someone/something"}, "has no backbone"),  # a card must not make it fetch anything
+        ({"backbone": "local-dir:/tmp"}, "has no backbone"),
+        ({}, "does not take"),
+        ({"backbone": "test_convnext", "colour": 3}, "does not take"),
+        ({"backbone": "test_convnext", "metadata": 2, "fusion": "cold"}, "fusion joint or frozen"),
+    ],
+)
+def test_a_card_with_a_wrong_argument_is_refused(arguments: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(BundleError, match=complaint):
+        build_network(timm_network(**arguments))
+
+
+def test_torch_without_timm_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(BundleError, match=r"needs timm: pip install 'broker-filter\[train\]'"):
+        build_network(timm_network(backbone="test_convnext"))
+
+
+def test_other_networks_do_not_import_timm() -> None:
+    program = (
+        "import sys\n"
+        "from broker_filter.scoring.bundle import Architecture\n"
+        "from broker_filter.scoring.networks import build_network\n"
+        "build_network(Architecture(name='btsbot_cnn'))\n"
+        "sys.exit('timm' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
