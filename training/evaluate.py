@@ -69,6 +69,19 @@ class Evaluation(Section):
     reliability: tuple[ReliabilityBin, ...]
     speed: tuple[ServedSpeed, ...]
 
+    @property
+    def series(self) -> str:
+        """What runs have in common that differ in seed and amount of data: network, regimen, inputs."""
+        network = self.architecture.arguments.get("backbone", self.architecture.name)
+        regimen = self.training.evaluation.get("regimen", self.model)
+        inputs = "images and metadata" if self.architecture.arguments.get("metadata") else "images"
+        return f"{network}, {regimen}, {inputs}"
+
+    @property
+    def fraction(self) -> float:
+        """Of the training sources that the model saw."""
+        return float(self.training.evaluation.get("fraction", 1))
+
     @classmethod
     def read(cls, path: Path) -> Evaluation:
         """Reads an evaluation's directory. Raises EvaluationError where it holds none."""
