@@ -365,10 +365,16 @@ class Batch(ServiceSection):
 
 
 class Transaction(ServiceSection):
-    """A transaction ends by count or by time, whichever comes first."""
+    """A transaction ends when nothing more is on its way, by count, or by time, whichever comes first.
 
+    So a quiet stream is delivered at once, and a burst in few large transactions.
+    """
+
+    linger_ms: int = Field(
+        default=10, ge=0, description="How long a transaction stays open although nothing more is on its way."
+    )
     max_alerts: int = Field(default=1024, gt=0, description="Most alerts in a transaction.")
-    max_ms: int = Field(default=500, gt=0, description="How long a transaction stays open.")
+    max_ms: int = Field(default=500, gt=0, description="How long a transaction stays open while more is on its way.")
 
 
 class Runtime(ServiceSection):

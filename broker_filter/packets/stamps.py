@@ -55,7 +55,7 @@ def decode_stamp(data: bytes | memoryview, out: NDArray[np.float32], *, centred:
     Raises `StampError`: MISSING_CUTOUT for no bytes; BAD_CUTOUT for bytes that do not inflate, are no FITS image of two
     dimensions, end before it does, or exceed MAX_STAMP_BYTES; BLANK_CUTOUT where no pixel in the slot is finite.
     """
-    fits = _inflate(data) if data[:2] == _GZIP else data
+    fits = _open(data)
     return (compiled.place_image and compiled.place_image(fits, out, centred)) or place_image(fits, out, centred)
 
 
@@ -79,13 +79,11 @@ def read_image(data: bytes | memoryview) -> NDArray[np.float32]:
 
     Raises `StampError` (MISSING_CUTOUT or BAD_CUTOUT).
     """
-    return _read_fits(_inflate(data) if data[:2] == _GZIP else data)
+    return _read_fits(_open(data))
 
 
 def _read_fits(fits: bytes | bytearray | memoryview) -> NDArray[np.float32]:
     """The image of an inflated stamp; see `read_image`."""
-    if not fits:
-        raise StampError(RejectReason.MISSING_CUTOUT, "the stamp has no bytes")
     if fits[: len(_FITS)] != _FITS:
         raise StampError(RejectReason.BAD_CUTOUT, "not a FITS file")
     header = bytes(memoryview(fits)[:_MAX_HEADER])
@@ -98,15 +96,20 @@ def _read_fits(fits: bytes | bytearray | memoryview) -> NDArray[np.float32]:
     return np.frombuffer(fits, ">f4", height * width, start).reshape(height, width)
 
 
-def _inflate(data: bytes | memoryview) -> bytearray:
+def _open(data: bytes | memoryview) -> bytes | bytearray | memoryview:
+    """The FITS file of a stamp, inflated where it was not."""
+    if not data:
+        raise StampError(RejectReason.MISSING_CUTOUT, "the stamp has no bytes")
+    if data[:2] != _GZIP:
+        return data
     size = int.from_bytes(data[-4:], "little")  # gzip's trailer: libdeflate checks it, and writes no byte beyond it
     if size > MAX_STAMP_BYTES:
         raise StampError(RejectReason.BAD_CUTOUT, f"claims to inflate to {size} bytes, more than {MAX_STAMP_BYTES}")
     try:
-        inflated: bytearray = deflate.gzip_decompress(data, size)
+        fits: bytearray = deflate.gzip_decompress(data, size)
     except deflate.DeflateError as error:
         raise StampError(RejectReason.BAD_CUTOUT, "does not inflate") from error
-    return inflated
+    return fits
 
 
 @lru_cache(maxsize=1024)

@@ -120,25 +120,26 @@ class KafkaSink:
                 self._writers.add(work.claim.writer)
                 work.claim.writer.add(work)
 
-    def seconds_left(self) -> float:
-        """Until the next transaction is due; infinite while none is open."""
+    def seconds_left(self, *, idle: bool) -> float:
+        """Until the next transaction is due; infinite while none is open. `idle`: nothing more is on its way."""
         begun = [since for writer in self._writers if (since := writer.waiting_since) is not None]
-        return max(0.0, min(begun, default=math.inf) + self._limits.max_ms / 1000 - time.monotonic())
+        return max(0.0, min(begun, default=math.inf) + self._open_s(idle) - time.monotonic())
 
     @property
     def trouble(self) -> str:
         """Why transactions are not committed at present; empty where they are."""
         return "; ".join(writer.trouble for writer in self._writers.copy() if writer.trouble)
 
-    def commit(self, *, everything: bool = False) -> None:
-        """Commits the transactions that are due, or all; lets go of writers that have nothing left."""
-        due = [writer for writer in self._writers if everything or self._is_due(writer)]
-        for committed in self._pool.map(self._commit, due):
-            if committed:
-                self._account(committed)
-        with self._committed:
-            self._committed.notify_all()
-        self._writers.difference_update(writer for writer in due if writer.waiting_since is None)
+    def commit(self, *, idle: bool) -> None:
+        """Commits the transactions that are due; lets go of writers that have nothing left.
+
+        `idle`: nothing more is on its way.
+        """
+        self._commit_all([writer for writer in self._writers if self._is_due(writer, self._open_s(idle))])
+
+    def commit_everything(self) -> None:
+        """Commits all transactions."""
+        self._commit_all(list(self._writers))
 
     def settle(self, claims: Collection[Claim], timeout_s: float) -> bool:
         """Waits until all that was taken under the claims is committed; False where that takes too long."""
@@ -151,13 +152,23 @@ class KafkaSink:
             writer.close()
         self._pool.shutdown()
 
-    def _is_due(self, writer: Writer) -> bool:
+    def _open_s(self, idle: bool) -> float:
+        """How long a transaction stays open that is neither large nor long."""
+        return (min(self._limits.linger_ms, self._limits.max_ms) if idle else self._limits.max_ms) / 1000
+
+    def _is_due(self, writer: Writer, open_s: float) -> bool:
         since = writer.waiting_since
         return since is not None and (
-            time.monotonic() - since >= self._limits.max_ms / 1000
-            or writer.held_packets >= self._limits.max_alerts
-            or writer.full
+            time.monotonic() - since >= open_s or writer.held_packets >= self._limits.max_alerts or writer.full
         )
+
+    def _commit_all(self, writers: list[Writer]) -> None:
+        for committed in self._pool.map(self._commit, writers):
+            if committed:
+                self._account(committed)
+        with self._committed:
+            self._committed.notify_all()
+        self._writers.difference_update(writer for writer in writers if writer.waiting_since is None)
 
     def _commit(self, writer: Writer) -> list[Work]:
         with self._stage.working():

@@ -22,10 +22,10 @@ from broker_filter.config import Service
 from broker_filter.health import Health, serve
 from broker_filter.metrics import Metrics
 from broker_filter.packets.batch import AlertBatch
+from broker_filter.packets.compiled import IMPLEMENTATION
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import RegistryUnavailable, open_registry
 from broker_filter.packets.rejects import Reject
-from broker_filter.packets.compiled import IMPLEMENTATION
 from broker_filter.scoring.runtimes import available_cores
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.streaming.duplicates import DuplicateWindow
@@ -94,6 +94,7 @@ class FilterService:
         self._decoders = ThreadPoolExecutor(threads, "decode")
         self._decoded: Queue[tuple[Delivery, Future[Decoded]] | None] = Queue(threads + 1)
         self._routed: Queue[list[Work] | None] = Queue(SCORED_BATCHES)
+        self._set_out = 0  # batches that were read; the reading thread counts them
         self._describe()
 
     def run(self) -> None:
@@ -124,6 +125,7 @@ class FilterService:
                     observed = time.monotonic()
                     self._observe(endpoints)
                 if delivery:
+                    self._set_out += 1
                     self._metrics.batch_alerts.observe(len(delivery.packets))
                     self._offer((delivery, self._decoders.submit(self._decode, delivery)), source)
                     delivery.set_out()
@@ -155,19 +157,21 @@ class FilterService:
         self._put(None)
 
     def _commit(self, sink: KafkaSink) -> None:
+        arrived = 0
         try:
             while True:
                 try:
-                    works = self._routed.get(timeout=min(TICK_S, sink.seconds_left()))
+                    works = self._routed.get(timeout=min(TICK_S, sink.seconds_left(idle=arrived == self._set_out)))
                 except Empty:
                     self._check()
-                    works = []
-                if works is None:
-                    break
-                with self._committing.watched():
-                    sink.put(works)
-                sink.commit()
-            sink.commit(everything=True)
+                else:
+                    if works is None:
+                        break
+                    with self._committing.watched():
+                        sink.put(works)
+                    arrived += 1
+                sink.commit(idle=arrived == self._set_out)
+            sink.commit_everything()
         finally:
             sink.close()
 

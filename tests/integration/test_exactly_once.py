@@ -71,7 +71,7 @@ def test_instance_that_was_away_too_long_repeats_nothing(
     topic, prefix = make_topic(kafka_bootstrap, sent), unique_name("filter")
     config = service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=output_bootstrap)
     config["input"]["kafka"] = {"session.timeout.ms": 6000}
-    slow = config | {"transaction": {"max_alerts": 100_000, "max_ms": 10_000}}
+    slow = config | {"transaction": {"linger_ms": 10_000, "max_alerts": 100_000, "max_ms": 10_000}}
     away = start_service(slow)
     away.wait_until(lambda: away.metric("batch_alerts_sum") >= 100)
     assert away.metric("consumed_alerts_total") == 0

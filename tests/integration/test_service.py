@@ -215,7 +215,9 @@ def test_sigterm_commits_what_was_read_and_the_next_start_goes_on(
 ) -> None:
     sent = [packet for _, packet in ztf_packets[:600]]
     topic, prefix = make_topic(kafka_bootstrap, sent), unique_name("filter")
-    config = service_config(kafka_bootstrap, topic, prefix) | {"transaction": {"max_alerts": 100_000, "max_ms": 60_000}}
+    config = service_config(kafka_bootstrap, topic, prefix) | {
+        "transaction": {"linger_ms": 60_000, "max_alerts": 100_000, "max_ms": 60_000}
+    }
     first = start_service(config)
     first.wait_until(lambda: first.metric("batch_alerts_sum") >= 100)
     assert first.metric("consumed_alerts_total") == 0  # nothing is committed yet
@@ -229,6 +231,21 @@ def test_sigterm_commits_what_was_read_and_the_next_start_goes_on(
     assert len(drained) >= 100
     everything = read_committed(kafka_bootstrap, [f"{prefix}.scored"], len(sent))
     assert len(everything) == len({headers(record)["input"] for record in everything}) == len(sent)
+
+
+@pytest.mark.kafka
+def test_alert_that_comes_alone_does_not_wait_for_others(
+    kafka_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    unique_name: Callable[[str], str],
+) -> None:
+    topic, prefix = make_topic(kafka_bootstrap, [ztf_packets[0][1]]), unique_name("filter")
+    patient = {"transaction": {"max_alerts": 100_000, "max_ms": 600_000}}
+    service = start_service(service_config(kafka_bootstrap, topic, prefix) | patient)
+    service.wait_until(lambda: service.metric("scored_alerts_total") == 1)
+    assert service.end() == 0
 
 
 @pytest.mark.kafka

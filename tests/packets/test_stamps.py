@@ -165,6 +165,7 @@ PLAIN = fits_bytes(numbered(63, 63))
         (b"not an image", RejectReason.BAD_CUTOUT),
         (b"\x1f\x8b", RejectReason.BAD_CUTOUT),
         (gzip.compress(PLAIN)[:-200], RejectReason.BAD_CUTOUT),
+        (b"\x1f\x8b\x08" + bytes(50), RejectReason.BAD_CUTOUT),
         (gzip.compress(gzip.compress(PLAIN)), RejectReason.BAD_CUTOUT),
         (PLAIN[:-8000], RejectReason.BAD_CUTOUT),
         (PLAIN[:2000], RejectReason.BAD_CUTOUT),
@@ -176,7 +177,7 @@ PLAIN = fits_bytes(numbered(63, 63))
         (gzip.compress(PLAIN)[:-4] + struct.pack("<I", 2**32 - 1), RejectReason.BAD_CUTOUT),
     ],
     ids=[
-        "empty", "text", "magic-only", "truncated-gzip", "gzip-in-gzip", "truncated-image", "truncated-header",
+        "empty", "text", "magic-only", "truncated-gzip", "gzip-of-nothing", "gzip-in-gzip", "truncated-image", "truncated-header",
         "one-dimension", "three-dimensions", "huge-axis", "no-pixels", "bomb", "lying-gzip-size",
     ],
 )  # fmt: skip
