@@ -55,7 +55,7 @@ def decode_stamp(data: bytes | memoryview, out: NDArray[np.float32], *, centred:
     Raises `StampError`: MISSING_CUTOUT for no bytes; BAD_CUTOUT for bytes that do not inflate, are no FITS image of two
     dimensions, end before it does, or exceed MAX_STAMP_BYTES; BLANK_CUTOUT where no pixel in the slot is finite.
     """
-    fits = _open(data)
+    fits = _inflate(data)
     return (compiled.place_image and compiled.place_image(fits, out, centred)) or place_image(fits, out, centred)
 
 
@@ -74,30 +74,8 @@ def place_image(
     return y0, x0, height, width
 
 
-def read_image(data: bytes | memoryview) -> NDArray[np.float32]:
-    """The primary image whole, float32[height, width] in either byte order; read-only where it is a view into `data`.
-
-    Raises `StampError` (MISSING_CUTOUT or BAD_CUTOUT).
-    """
-    return _read_fits(_open(data))
-
-
-def _read_fits(fits: bytes | bytearray | memoryview) -> NDArray[np.float32]:
-    """The image of an inflated stamp; see `read_image`."""
-    if fits[: len(_FITS)] != _FITS:
-        raise StampError(RejectReason.BAD_CUTOUT, "not a FITS file")
-    header = bytes(memoryview(fits)[:_MAX_HEADER])
-    layout = _float32_layout(header[: header.find(_END, _MANDATORY) + _CARD])
-    if layout is None:
-        return _read_with_astropy(fits)
-    height, width, start = layout
-    if start + 4 * height * width > len(fits):
-        raise StampError(RejectReason.BAD_CUTOUT, f"{len(fits)} bytes end before the {height} x {width} image does")
-    return np.frombuffer(fits, ">f4", height * width, start).reshape(height, width)
-
-
-def _open(data: bytes | memoryview) -> bytes | bytearray | memoryview:
-    """The FITS file of a stamp, inflated where it was not."""
+def _inflate(data: bytes | memoryview) -> bytes | bytearray | memoryview:
+    """The FITS file of a stamp."""
     if not data:
         raise StampError(RejectReason.MISSING_CUTOUT, "the stamp has no bytes")
     if data[:2] != _GZIP:
@@ -110,6 +88,20 @@ def _open(data: bytes | memoryview) -> bytes | bytearray | memoryview:
     except deflate.DeflateError as error:
         raise StampError(RejectReason.BAD_CUTOUT, "does not inflate") from error
     return fits
+
+
+def _read_fits(fits: bytes | bytearray | memoryview) -> NDArray[np.float32]:
+    """The primary image whole, float32[height, width] in either byte order, perhaps a read-only view into `fits`."""
+    if fits[: len(_FITS)] != _FITS:
+        raise StampError(RejectReason.BAD_CUTOUT, "not a FITS file")
+    header = bytes(memoryview(fits)[:_MAX_HEADER])
+    layout = _float32_layout(header[: header.find(_END, _MANDATORY) + _CARD])
+    if layout is None:
+        return _read_with_astropy(fits)
+    height, width, start = layout
+    if start + 4 * height * width > len(fits):
+        raise StampError(RejectReason.BAD_CUTOUT, f"{len(fits)} bytes end before the {height} x {width} image does")
+    return np.frombuffer(fits, ">f4", height * width, start).reshape(height, width)
 
 
 @lru_cache(maxsize=1024)
