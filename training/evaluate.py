@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from broker_filter.cli.console import progress
 from broker_filter.config import Runtime
-from broker_filter.scoring.bundle import WEIGHTS, Architecture, Training, describe_problems
+from broker_filter.scoring.bundle import WEIGHTS, Architecture, Card, Training, describe_problems
 from broker_filter.scoring.scorer import Model, open_model
 from training.bootstrap import PERCENTILES, RESAMPLES, Estimate, resample
-from training.datasets import SPLITS, Dataset, Split
+from training.datasets import SPLITS, Dataset, DatasetCard, Split
 from training.errors import EvaluationError
 from training.metrics import Reliability, Values, Weights, confusion_shares, measure
 from training.predictions import Predictions
@@ -82,6 +82,10 @@ class Evaluation(Section):
         """Of the training sources that the model saw."""
         return float(self.training.evaluation.get("fraction", 1))
 
+    def microseconds(self, batch: int) -> float:
+        """CPU time an alert in batches of one of the sizes that were measured."""
+        return next(speed.cpu_microseconds for speed in self.speed if speed.batch == batch)
+
     @classmethod
     def read(cls, path: Path) -> Evaluation:
         """Reads an evaluation's directory. Raises EvaluationError where it holds none."""
@@ -113,7 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
     predictions = predict(model, dataset, arguments.split)
     directory = model.bundle.directory
     speed = [measure_served(directory, batch, arguments.threads) for batch in BATCHES]
-    evaluation = evaluate(model, dataset, arguments.split, predictions, speed)
+    evaluation = evaluate(model.bundle.card, dataset.card, arguments.split, predictions, speed)
     arguments.out.mkdir(parents=True, exist_ok=True)
     predictions.write(arguments.out / PREDICTIONS)
     (arguments.out / EVALUATION).write_text(evaluation.model_dump_json(indent=1), encoding="utf-8")
@@ -150,10 +154,9 @@ def predict(model: Model, dataset: Dataset, split: Split) -> Predictions:
 
 
 def evaluate(
-    model: Model, dataset: Dataset, split: Split, predictions: Predictions, speed: Sequence[ServedSpeed]
+    card: Card, dataset: DatasetCard, split: Split, predictions: Predictions, speed: Sequence[ServedSpeed]
 ) -> Evaluation:
     """Every figure of the predictions, with intervals by object."""
-    card = model.bundle.card
     measured = partial(_measure_all, predictions)
     whole, drawn = measured(np.ones(len(predictions))), resample(measured, predictions.object_id)
     shares, drawn_shares = whole.pop("confusion"), drawn.pop("confusion")
@@ -166,8 +169,8 @@ def evaluate(
         weights_sha256=card.files[WEIGHTS],
         architecture=card.architecture,
         training=card.training,
-        dataset_sha256=dataset.card.sha256,
-        labels=dataset.card.labels,
+        dataset_sha256=dataset.sha256,
+        labels=dataset.labels,
         split=split,
         classes=predictions.classes,
         threshold=predictions.threshold,

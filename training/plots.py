@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -19,13 +20,17 @@ from training.compare import Contender
 from training.metrics import Ranking, rank
 
 COLOURS = mpl.color_sequences["tab10"]
-"""As many models have their curves drawn, the best ones: more cannot be told apart."""
+"""Of models: the curves of as many are drawn, the best ones. More cannot be told apart."""
+SERIES_COLOURS = mpl.color_sequences["tab20"]
 PANEL = 4.2
 """Inches a side."""
+LEGEND_LINE = 0.21
 PANELS_IN_A_ROW = 3
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "broker-filter"}
 """Text stays text; the same numbers give the same file."""
 TIMED_BATCH = 32
+TITLE_LETTERS = 40
+"""In a line above a panel."""
 
 
 def roc_curves(contenders: Sequence[Contender]) -> str:
@@ -64,7 +69,7 @@ def reliability_diagram(contenders: Sequence[Contender]) -> str:
             linewidth=1,
         )
     axes.set(xlabel="probability that is said", ylabel="share that is so", xlim=(0, 1), ylim=(-0.02, 1.02))
-    axes.legend(frameon=False)
+    _legend(figure, axes)
     return _svg(figure)
 
 
@@ -79,28 +84,35 @@ def confusion_matrices(contenders: Sequence[Contender]) -> str:
             axes.text(d, t, f"{share:.1%}", ha="center", va="center", color="white" if share > 0.5 else "black")
         axes.set_xticks(range(len(classes)), classes, rotation=30)
         axes.set_yticks(range(len(classes)), classes)
-        axes.set(xlabel="taken for", ylabel="truly", title=contender.title)
+        axes.set(xlabel="taken for", ylabel="truly", title=fill(contender.title, TITLE_LETTERS))
     return _svg(figure)
 
 
-def accuracy_against_time(contenders: Sequence[Contender]) -> str:
+def accuracy_against_time(series: Mapping[str, Sequence[Contender]]) -> str:
     """ROC AUC against what an alert costs, with intervals: better models are higher up, cheaper ones further left."""
-    figure, [axes] = _panels(1, width=1.8 * PANEL)
-    for contender in contenders:
-        cost = next(speed.cpu_microseconds for speed in contender.evaluation.speed if speed.batch == TIMED_BATCH)
-        found = contender.figure("roc_auc")
-        axes.errorbar(cost, found.value or np.nan, yerr=_bars([found]), marker="o", color=COLOURS[0], linewidth=0.8)
-        axes.annotate(contender.title, (cost, found.value or np.nan), xytext=(5, 3), textcoords="offset points")
+    figure, [axes] = _panels(1, width=2 * PANEL)
+    for colour, (name, runs) in zip(cycle(SERIES_COLOURS), series.items(), strict=False):
+        auc = [run.figure("roc_auc") for run in runs]
+        axes.errorbar(
+            [run.evaluation.microseconds(TIMED_BATCH) for run in runs],
+            np.array([one.value for one in auc], np.float64),
+            yerr=_bars(auc),
+            color=colour,
+            label=name,
+            fmt="o",
+            linewidth=0.8,
+        )
     axes.set(xlabel=f"CPU microseconds an alert, served in batches of {TIMED_BATCH}", ylabel="ROC AUC", xscale="log")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter("{x:,.0f}")
+    _legend(figure, axes)
     return _svg(figure)
 
 
 def data_efficiency(series: Mapping[str, Sequence[Contender]]) -> str:
     """ROC AUC against the share of the training sources: a dot a run, a line through the mean over seeds."""
-    figure, [axes] = _panels(1, width=1.8 * PANEL)
-    for colour, (name, runs) in zip(cycle(COLOURS), series.items(), strict=False):
+    figure, [axes] = _panels(1, width=2 * PANEL)
+    for colour, (name, runs) in zip(cycle(SERIES_COLOURS), series.items(), strict=False):
         fraction = np.array([run.evaluation.fraction for run in runs])
         auc = np.array([run.figure("roc_auc").value for run in runs], np.float64)
         at = np.unique(fraction)
@@ -109,7 +121,7 @@ def data_efficiency(series: Mapping[str, Sequence[Contender]]) -> str:
     axes.set(xlabel="share of the training sources", ylabel="ROC AUC", xscale="log")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_minor_formatter("")
-    axes.legend(frameon=False)
+    _legend(figure, axes)
     return _svg(figure)
 
 
@@ -125,7 +137,7 @@ def _curves(contenders: Sequence[Contender], draw: Callable[..., None], x: str, 
             ranking = rank(positive, score, np.ones(len(predictions)))
             draw(axes, ranking, color=colour, linewidth=1, label=contender.title)
         axes.set(xlabel=x, ylabel=y, title=label, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    panels[0].legend(frameon=False)
+    _legend(figure, panels[0])
     return _svg(figure)
 
 
@@ -135,6 +147,13 @@ def _panels(n: int, width: float = PANEL) -> tuple[Figure, list[Axes]]:
     rows = -(-n // columns)
     figure = Figure(figsize=(width * columns, PANEL * rows), layout="constrained")
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(n)]
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Below all panels, whose lines are the same as those of `axes`: names may be long."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * len(names))
+    figure.legend(handles, names, loc="outside lower center", frameon=False)
 
 
 def _bars(estimates: Sequence[Estimate]) -> NDArray[np.float64]:

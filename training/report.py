@@ -208,18 +208,15 @@ def _speed_table(contenders: Sequence[Contender]) -> Table:
 
 def _plots(contenders: Sequence[Contender]) -> list[Plot]:
     few = f" The {len(COLOURS)} models of the highest ROC AUC." if len(contenders) > len(COLOURS) else ""
+    series = _by_series(contenders)
     drawn = [
         Plot("ROC", f"Each label against the rest.{few}", plots.roc_curves(contenders)),
         Plot("Precision and recall", f"Each label against the rest.{few}", plots.precision_recall_curves(contenders)),
         Plot("Reliability", f"A calibrated model lies on the dashed line.{few}", plots.reliability_diagram(contenders)),
         Plot("Confusion", f"Shares of each true class.{few}", plots.confusion_matrices(contenders)),
-        Plot("Accuracy and cost", f"In batches of {TIMED_BATCH}, as served.", plots.accuracy_against_time(contenders)),
+        Plot("Accuracy and cost", f"In batches of {TIMED_BATCH}, as served.", plots.accuracy_against_time(series)),
     ]
-    grown = {
-        name: runs
-        for name, runs in _by_series(contenders).items()
-        if len({run.evaluation.fraction for run in runs}) > 1
-    }
+    grown = {name: runs for name, runs in series.items() if len({run.evaluation.fraction for run in runs}) > 1}
     if grown:
         caption = "A dot a run, lines through the means over seeds."
         drawn.append(Plot("Data efficiency", caption, plots.data_efficiency(grown)))

@@ -98,7 +98,7 @@ def test_the_command_writes_what_reads_back_whole(dataset: Dataset, tmp_path: Pa
 
 def test_the_row_of_a_class_in_the_confusion_matrix_is_shares_of_it(model: Model, dataset: Dataset) -> None:
     predictions = predict(model, dataset, "train")
-    evaluation = evaluate(model, dataset, "train", predictions, [])
+    evaluation = evaluate(model.bundle.card, dataset.card, "train", predictions, [])
     recall = evaluation.confusion[1][1].value
     assert recall == evaluation.figures["recall"].value
     for row in evaluation.confusion:
