@@ -244,8 +244,9 @@ class _Columns:
             with np.errstate(all="ignore"):  # nonsense in a packet becomes inf or NaN in its columns
                 for k, source in enumerate(layout.format.place):
                     self._place[rows, k] = layout.column(source, scalars, ids)
-                self._metadata[rows] = layout.metadata(scalars, ids)
-                self._points += layout.points(rows, scalars, ids, owners[mine], points[mine])
+                histories = owners[mine], points[mine]
+                self._metadata[rows] = layout.metadata(rows, scalars, ids, *histories)
+                self._points += layout.points(rows, scalars, ids, *histories)
         self._unplaced = (self._alert_id == MISSING_ID) | ~np.isfinite(self._place[:, :3]).all(axis=1)
 
     def missing_field(self, row: int) -> Damage | None:

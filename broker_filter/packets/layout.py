@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.packets.batch import CUTOUTS
-from broker_filter.packets.photometry import Points, Values
+from broker_filter.packets.photometry import DetectionsSoFar, Points, Values
 from broker_filter.packets.plan import Reading, Wanted, compile_program
 from broker_filter.packets.schema import WriterSchema
-from broker_filter.packets.surveys import FORMATS, Derived, Field, SurveyFormat, select_columns
+from broker_filter.packets.surveys import FORMATS, Derived, Field, SoFar, Source, SurveyFormat, select_columns
 from broker_filter.packets.walk import MISSING_ID
 
 # Span slots: the encoded cutout fields, the stamps inside them, and two texts.
@@ -48,9 +48,10 @@ class Layout:
         self.format = survey_format
         sources = [column.source(survey_format.survey) for column in select_columns(columns)]
         self._ids = {path: slot for slot, path in enumerate(survey_format.alert_ids + survey_format.object_ids)}
-        needed = (*survey_format.place, *sources)
-        fields = (*survey_format.own_fields, *(field for source in needed for field in _fields_of(source)))
+        parts = [part for source in (*survey_format.place, *sources) for part in _parts_of(source)]
+        fields = (*survey_format.own_fields, *(part for part in parts if isinstance(part, Field)))
         numbers = [field for field in dict.fromkeys(fields) if field.paths[0] not in self._ids]
+        self._sums_up = survey_format.detections_so_far if any(isinstance(part, SoFar) for part in parts) else None
         self._scalars = {field: slot for slot, field in enumerate(numbers)}
         # Most metadata columns are scalars as they are; these are gathered at once, and the others computed.
         direct = {
@@ -109,25 +110,49 @@ class Layout:
             schema, self, compile_program(schema, wanted), tuple(WHOLE_CUTOUT + c for c in cutouts), _version(schema)
         )
 
-    def column(self, source: Field | Derived | None, scalars: NDArray[np.float64], ids: NDArray[np.int64]) -> Values:
-        """The values of a field or a formula for N records' scalars and ids, [N]."""
+    def column(
+        self,
+        source: Source | None,
+        scalars: NDArray[np.float64],
+        ids: NDArray[np.int64],
+        so_far: DetectionsSoFar | None = None,
+    ) -> Values:
+        """The values of a field, a history or a formula for N records' scalars, ids and histories, [N]."""
         if source is None:
             return np.full(len(scalars), np.nan)
+        if isinstance(source, SoFar):
+            values: Values = getattr(so_far, source.name)
+            return values
         if isinstance(source, Derived):
-            return source.formula(*(self.column(field, scalars, ids) for field in source.fields))
+            return source.formula(*(self.column(part, scalars, ids, so_far) for part in source.fields))
         if source in self._scalars:
             values = scalars[:, self._scalars[source]]
             return values if source.missing is None else np.where(values == source.missing, np.nan, values)
         present = self._first(source.paths, ids)
         return np.where(present == MISSING_ID, np.nan, present)
 
-    def metadata(self, scalars: NDArray[np.float64], ids: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The metadata columns of N records, float64[N, columns]."""
+    def metadata(
+        self,
+        rows: NDArray[np.int64],
+        scalars: NDArray[np.float64],
+        ids: NDArray[np.int64],
+        history_rows: NDArray[np.int64],
+        history: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """The metadata columns of N records, float64[N, columns]; for the arguments see `points`."""
+        so_far = None
+        if self._sums_up is not None:
+            first_table = history[:, 0] == 0
+            so_far = self._sums_up(
+                [self.column(field, scalars, ids) for field in self.format.own_fields],
+                np.searchsorted(rows, history_rows[first_table]),
+                list(history[first_table, 1:].T),
+            )
         metadata = np.empty((len(scalars), len(self._missing)))
         metadata[:, self._direct] = scalars[:, self._direct_slots]
         metadata[metadata == self._missing] = np.nan
         for place, source in self._computed:
-            metadata[:, place] = self.column(source, scalars, ids)
+            metadata[:, place] = self.column(source, scalars, ids, so_far)
         return metadata
 
     def alert_ids(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -149,7 +174,7 @@ class Layout:
         history_rows: NDArray[np.int64],
         history: NDArray[np.float64],
     ) -> list[Points]:
-        """The light-curve points of N records, which stand in rows `rows` [N] of the batch.
+        """The light-curve points of N records, which stand in rows `rows` [N] of the batch, in order.
 
         `history` [M, 1 + columns]: the tables' rows, number of the table first; each belongs to row `history_rows` [M].
         """
@@ -167,7 +192,7 @@ class Layout:
         return first
 
 
-def _fields_of(source: Field | Derived | None) -> tuple[Field, ...]:
+def _parts_of(source: Source | None) -> tuple[Field | SoFar, ...]:
     if isinstance(source, Derived):
         return source.fields
     return () if source is None else (source,)

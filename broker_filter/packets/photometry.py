@@ -48,6 +48,15 @@ class Points(NamedTuple):
     kind: Values
 
 
+class DetectionsSoFar(NamedTuple):
+    """What the detections in each of N packets come to, the alert's own among them and any later one not; [N] each."""
+
+    first_jd: Values
+    peak_jd: Values
+    peak_magnitude: Values
+    faintest_magnitude: Values
+
+
 def nanojansky(magnitude: Values) -> Values:
     """The flux of an AB magnitude, nJy."""
     flux: Values = 10 ** (-0.4 * (magnitude - AB_ZERO_POINT))
@@ -86,6 +95,27 @@ def ztf_detections(alert: NDArray[np.int64], values: Sequence[Values]) -> Points
         np.where(detected, sign(isdiffpos) * brightness, 0.0 * limiting),
         np.where(detected, brightness * error / MAGNITUDES_PER_E, limiting / LIMIT_SIGMAS),
         np.where(detected, float(Measurement.DETECTION), float(Measurement.UPPER_LIMIT)),
+    )
+
+
+def ztf_detections_so_far(
+    own: Sequence[Values], alert: NDArray[np.int64], history: Sequence[Values]
+) -> DetectionsSoFar:
+    """Sums up ZTF's candidate, `own` [N], and prv_candidates, `history` [M], whose row k is of alert `alert[k]`.
+
+    Both as `ztf_detections` takes them. Of several equally bright ones the first is the peak.
+    """
+    jd, magnitude = own[0], np.where(own[2] == NO_VALUE, np.nan, own[2])
+    past_jd, past_magnitude = history[0], history[2]
+    detected = np.isfinite(past_magnitude) & (past_magnitude != NO_VALUE) & (past_jd <= jd[alert])
+    owner = np.concatenate([np.arange(len(jd)), alert[detected]])
+    magnitude = np.concatenate([magnitude, past_magnitude[detected]])
+    jd = np.where(np.isnan(magnitude), np.nan, np.concatenate([jd, past_jd[detected]]))
+    order = np.lexsort((jd, magnitude, owner))
+    brightest = np.searchsorted(owner[order], np.arange(len(own[0])))
+    jd, magnitude = jd[order], magnitude[order]
+    return DetectionsSoFar(
+        np.fmin.reduceat(jd, brightest), jd[brightest], magnitude[brightest], np.fmax.reduceat(magnitude, brightest)
     )
 
 

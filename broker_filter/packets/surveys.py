@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from broker_filter.packets.photometry import (
     MAGNITUDES_PER_E,
     MJD_EPOCH,
     NO_VALUE,
+    DetectionsSoFar,
     Points,
     Values,
     letter_band,
@@ -29,6 +31,7 @@ from broker_filter.packets.photometry import (
     sign,
     ztf_band,
     ztf_detections,
+    ztf_detections_so_far,
     ztf_forced,
 )
 
@@ -49,11 +52,21 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True)
+class SoFar:
+    """A number that the packet's history up to the alert comes to: a column of `DetectionsSoFar`."""
+
+    name: Literal["first_jd", "peak_jd", "peak_magnitude", "faintest_magnitude"]
+
+
+@dataclass(frozen=True, slots=True)
 class Derived:
-    """A column computed from fields: `formula` takes their values, [N] each."""
+    """A column computed from fields and histories: `formula` takes their values, [N] each."""
 
     formula: Callable[..., Values]
-    fields: tuple[Field, ...]
+    fields: tuple[Field | SoFar, ...]
+
+
+Source = Field | SoFar | Derived
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +76,10 @@ class Column:
     name: str
     unit: str
     meaning: str
-    ztf: Field | Derived | None = None
-    lsst: Field | Derived | None = None
+    ztf: Source | None = None
+    lsst: Source | None = None
 
-    def source(self, survey: Survey) -> Field | Derived | None:
+    def source(self, survey: Survey) -> Source | None:
         """Where `survey` has it."""
         return self.ztf if survey is Survey.ZTF else self.lsst
 
@@ -93,6 +106,7 @@ class SurveyFormat:
     itself says it. `place`: MJD, right ascension, declination (degrees) and the band's index. `cutouts`: field names
     in the order of `CUTOUTS`; `stamp`: the field inside them that holds the FITS bytes, None where they are the bytes
     themselves. `own_fields`: the alert's own measurement, a point of its light curve besides those of `tables`.
+    `detections_so_far`: sums it and the first table up, where the survey has such columns.
     """
 
     survey: Survey
@@ -108,6 +122,7 @@ class SurveyFormat:
     own_fields: tuple[Field, ...]
     own_points: PointsOf
     tables: tuple[Table, ...]
+    detections_so_far: Callable[[Sequence[Values], NDArray[np.int64], Sequence[Values]], DetectionsSoFar] | None = None
 
 
 def _ztf(name: str, missing: float | None = None, letter: bool = False) -> Field:
@@ -127,6 +142,10 @@ ZTF_SIGMAPSF = _ztf("sigmapsf", NO_VALUE)
 ZTF_ISDIFFPOS = _ztf("isdiffpos", letter=True)
 ZTF_DIFFMAGLIM = _ztf("diffmaglim", NO_VALUE)
 ZTF_SSDISTNR = _ztf("ssdistnr", NO_VALUE)
+ZTF_DRB = _ztf("drb", NO_VALUE)
+ZTF_NDETHIST = _ztf("ndethist")
+ZTF_NCOVHIST = _ztf("ncovhist")
+ZTF_JDSTARTHIST = _ztf("jdstarthist", NO_VALUE)
 LSST_MJD = _lsst("midpointMjdTai")
 LSST_RA = _lsst("ra")
 LSST_DEC = _lsst("dec")
@@ -162,6 +181,10 @@ def _lsst_sso(match: Values, of_source: Values) -> Values:
     return np.asarray((np.nan_to_num(match) != 0) | (np.nan_to_num(of_source) != 0), dtype=np.float64)
 
 
+def _age(jd: Values, start: Values, first: Values) -> Values:
+    return jd - np.fmin(start, first)
+
+
 def _positive(flux: Values) -> Values:
     return np.where(np.isnan(flux), np.nan, flux >= 0)
 
@@ -195,13 +218,13 @@ COLUMNS: tuple[Column, ...] = (
         Derived(_ztf_sso, (ZTF_SSDISTNR,)),
         Derived(_lsst_sso, (_SS_OBJECT, _SS_OBJECT_OF_SOURCE)),
     ),
-    Column("ndethist", "", "detections at this position so far", _ztf("ndethist"), Field(("diaObject.nDiaSources",))),
+    Column("ndethist", "", "detections at this position so far", ZTF_NDETHIST, Field(("diaObject.nDiaSources",))),
     Column("ra", "deg", "right ascension (ICRS)", ZTF_RA, LSST_RA),
     Column("dec", "deg", "declination (ICRS)", ZTF_DEC, LSST_DEC),
     Column("xpos", "px", "position on the detector", _ztf("xpos"), _lsst("x")),
     Column("ypos", "px", "position on the detector", _ztf("ypos"), _lsst("y")),
     # ZTF: the survey's scores.
-    Column("drb", "0 to 1", "real-bogus score of the survey's network (braai)", _ztf("drb", NO_VALUE)),
+    Column("drb", "0 to 1", "real-bogus score of the survey's network (braai)", ZTF_DRB),
     Column("rb", "0 to 1", "real-bogus score of the survey's random forest", _ztf("rb", NO_VALUE)),
     Column("classtar", "0 to 1", "star/galaxy score of SExtractor", _ztf("classtar", NO_VALUE)),
     # ZTF: the exposure.
@@ -247,9 +270,39 @@ COLUMNS: tuple[Column, ...] = (
     Column("dsdiff", "", "dsnrms - ssnrms", _ztf("dsdiff")),
     Column("tooflag", "1 or 0", "target of opportunity", _ztf("tooflag")),
     # ZTF: the history at this position.
-    Column("ncovhist", "", "exposures of this position so far", _ztf("ncovhist")),
-    Column("jdstarthist", "d", "Julian date of the first detection", _ztf("jdstarthist", NO_VALUE)),
+    Column("ncovhist", "", "exposures of this position so far", ZTF_NCOVHIST),
+    Column("jdstarthist", "d", "Julian date of the first detection", ZTF_JDSTARTHIST),
     Column("jdendhist", "d", "Julian date of the last detection", _ztf("jdendhist", NO_VALUE)),
+    # ZTF: what BTSbot makes of the history (Rehemtulla et al. 2024, arXiv:2401.15167; `prep_alerts` in its code). It is
+    # trained on all the alerts of an object: a packet has the last 30 days, and `jdstarthist` of the rest.
+    Column(
+        "nnotdet",
+        "",
+        "exposures of this position without a detection so far: ncovhist - ndethist",
+        Derived(np.subtract, (ZTF_NCOVHIST, ZTF_NDETHIST)),
+    ),
+    Column(
+        "age",
+        "d",
+        "since the first detection: jdstarthist, or an earlier one in the packet",
+        Derived(_age, (ZTF_JD, ZTF_JDSTARTHIST, SoFar("first_jd"))),
+    ),
+    Column(
+        "days_since_peak",
+        "d",
+        "since the brightest detection in the packet, up to and including the alert",
+        Derived(np.subtract, (ZTF_JD, SoFar("peak_jd"))),
+    ),
+    Column(
+        "days_to_peak",
+        "d",
+        "from the first detection to the brightest: age - days_since_peak",
+        Derived(_age, (SoFar("peak_jd"), ZTF_JDSTARTHIST, SoFar("first_jd"))),
+    ),
+    Column("peakmag_so_far", "mag", "brightest of the same detections, in any filter", SoFar("peak_magnitude")),
+    Column("maxmag_so_far", "mag", "faintest of them", SoFar("faintest_magnitude")),
+    # Trained on a rerun of braai d6_m9, which no packet holds: brokers that run BTSbot give it the packet's drb, too.
+    Column("new_drb", "0 to 1", "the survey's drb, by the name that BTSbot has for it", ZTF_DRB),
     # ZTF: the template.
     Column("distnr", "arcsec", "nearest source in the template", _ztf("distnr", NO_VALUE)),
     Column("magnr", "mag", "its magnitude", _ztf("magnr", NO_VALUE)),
@@ -372,6 +425,7 @@ ZTF = SurveyFormat(
             ztf_forced,
         ),
     ),
+    detections_so_far=ztf_detections_so_far,
 )
 
 _LSST_POINT = (

@@ -1,7 +1,7 @@
 """BTSbot's own convolutional network: its image branch alone, or with the metadata branch.
 
-Rehemtulla et al. 2024 (arXiv:2401.15167), figure 3 and table 2; `um_cnn` and `mm_cnn` of
-https://github.com/nabeelre/BTSbot (MIT). Images of 63 px.
+Rehemtulla et al. 2024 (arXiv:2401.15167); `um_cnn` and `mm_cnn` of https://github.com/nabeelre/BTSbot (MIT). Images of
+63 px.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What BTSbot's networks have in common: an image encoder, a metadata branch where wanted, and a head that reads both.
 
 Rehemtulla et al. 2024, "The Zwicky Transient Facility Bright Transient Survey. III. BTSbot", ApJ 972, 7
-(arXiv:2401.15167), figure 3; Rehemtulla et al. 2025, "Pre-training vision models for the classification of alerts from
+(arXiv:2401.15167); Rehemtulla et al. 2025, "Pre-training vision models for the classification of alerts from
 wide-field time-domain surveys" (arXiv:2512.11957); code https://github.com/nabeelre/BTSbot (MIT).
 """
 
