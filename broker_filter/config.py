@@ -386,6 +386,9 @@ class Runtime(ServiceSection):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="`auto` takes CUDA where there is one; `cpu`, `cuda`."
     )
+    precision: Literal["float32", "float16", "bfloat16"] = Field(
+        default="float32", description="What torch computes in on a CUDA device; scores are float32 in any case."
+    )
     decode_threads: int | None = Field(
         default=None, gt=0, description="Decoding threads; by the available cores if absent."
     )

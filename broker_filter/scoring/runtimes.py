@@ -1,4 +1,4 @@
-"""What runs a network: onnxruntime or torch, on the CPU or a GPU, behind one method.
+"""What runs a network: onnxruntime or torch, on the CPU or a GPU, behind one interface.
 
 A runtime says what really runs, and never takes another device than the one demanded. torch is imported only where it
 is used: a service on onnxruntime starts without it.
@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.config import Runtime
 from broker_filter.scoring.bundle import ONNX, WEIGHTS, Bundle, BundleError, Inputs, Outputs
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Tensors = Mapping[str, NDArray[np.float32]]
 """float32 arrays over the same N alerts, by the names that inputs and outputs have in the ONNX graph."""
@@ -29,15 +32,33 @@ class RuntimeUnavailableError(Exception):
     """The engine or device that was asked for does not run here."""
 
 
+CHUNK = 64
+"""Alerts to a run on a CPU: larger runs are no faster, and take memory in proportion."""
+TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
+"""How far, absolutely or relatively, outputs may be from torch's in float32 on a CPU, by what computes them: some
+units of the last of 24, 11 or 8 bits, through a network's depth."""
+
+
 class LoadedNetwork(Protocol):
-    """A bundle's network, ready to run."""
+    """A bundle's network, ready to run. Inputs and outputs are by name: see `input_names` and `output_names`."""
 
     @property
     def provider(self) -> str:
         """What really runs it, `engine/device`."""
 
+    @property
+    def tolerance(self) -> float:
+        """How far its outputs may be from torch's in float32 on a CPU; see TOLERANCES."""
+
+    @property
+    def chunk(self) -> int:
+        """The most alerts to a run."""
+
     def run(self, inputs: Tensors) -> Tensors:
-        """Outputs by name for inputs by name; see `input_names` and `output_names`."""
+        """The outputs for one batch of at most `chunk` alerts."""
+
+    def run_all(self, batches: Iterable[Tensors]) -> Iterator[Tensors]:
+        """The outputs for each batch, in order; on a GPU one batch is prepared while others are computed."""
 
 
 def open_network(bundle: Bundle, runtime: Runtime) -> LoadedNetwork:
@@ -47,13 +68,21 @@ def open_network(bundle: Bundle, runtime: Runtime) -> LoadedNetwork:
     what was asked for is not there, BundleError where the bundle's files do not load.
     """
     threads = runtime.inference_threads or available_cores()
-    if runtime.engine == "torch" or (runtime.engine == "auto" and _wants_cuda(runtime.device)):
-        return TorchNetwork(bundle, runtime.device, threads)
+    wants_cuda = _wants_cuda(runtime.device)
+    if runtime.precision != "float32" and not wants_cuda:
+        raise RuntimeUnavailableError(f"{runtime.precision} is for torch on a CUDA device, which is not to be used")
+    if runtime.engine == "torch" or (runtime.engine == "auto" and wants_cuda):
+        return _open_torch(bundle, runtime, threads)
+    if runtime.precision != "float32":
+        raise RuntimeUnavailableError(f"onnxruntime computes in float32: {runtime.precision} needs engine torch")
     return OnnxNetwork(bundle, runtime.device, threads)
 
 
 class OnnxNetwork:
     """`model.onnx` in onnxruntime."""
+
+    chunk = CHUNK
+    tolerance = TOLERANCES["float32"]
 
     def __init__(self, bundle: Bundle, device: Literal["auto", "cpu", "cuda"], threads: int) -> None:
         import onnxruntime
@@ -71,7 +100,7 @@ class OnnxNetwork:
         # Waiting threads must not burn the cores that decoding needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         path = bundle.directory / ONNX
-        providers = [(cuda, {"use_tf32": "0"}), cpu] if use_cuda else [cpu]  # TF32: see TorchNetwork
+        providers = [(cuda, {"use_tf32": "0"}), cpu] if use_cuda else [cpu]  # TF32: see _open_torch
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=providers)
         except Exception as error:  # onnxruntime raises a type of its own for every kind of failure
@@ -87,49 +116,65 @@ class OnnxNetwork:
         """See `LoadedNetwork`."""
         return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
 
+    def run_all(self, batches: Iterable[Tensors]) -> Iterator[Tensors]:
+        """See `LoadedNetwork`."""
+        return map(self.run, batches)
+
 
 class TorchNetwork:
-    """`weights.safetensors` in the architecture that the card names, in torch: the fp32 reference."""
+    """`weights.safetensors` in the architecture that the card names, in torch on the CPU: the fp32 reference."""
 
-    def __init__(self, bundle: Bundle, device: Literal["auto", "cpu", "cuda"], threads: int) -> None:
+    chunk = CHUNK
+    provider = "torch/cpu"
+    tolerance = TOLERANCES["float32"]
+
+    def __init__(self, served: nn.Module, bundle: Bundle, threads: int) -> None:
         import torch
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
-        from broker_filter.scoring.networks import ServedNetwork, load_network
-
-        if device == "cuda" and not torch.cuda.is_available():
-            raise RuntimeUnavailableError("torch sees no CUDA device: see its driver and build, or do not ask for cuda")
         torch.set_num_threads(threads)
-        # TF32 keeps 10 bits of a product: scores would move in the third digit.
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
-        path = bundle.directory / WEIGHTS
-        try:
-            network = load_network(bundle.card.architecture, load_file(path))
-        except (SafetensorError, BundleError) as error:
-            raise BundleError(f"{path}: {error}") from error
         self._torch = torch
-        self._device = torch.device("cuda:0" if device != "cpu" and torch.cuda.is_available() else "cpu")
-        self._network = ServedNetwork(network, bundle.card.outputs).eval().to(self._device)
+        self._served = served
         self._inputs = input_names(bundle.card.inputs)
         self._outputs = output_names(bundle.card.outputs)
-        self.provider = f"torch/{self._device}"
 
     def run(self, inputs: Tensors) -> Tensors:
-        """See `LoadedNetwork`. Copies to a GPU and back are queued behind each other; only the end is waited for."""
+        """See `LoadedNetwork`."""
         with self._torch.inference_mode():
-            outputs = self._network(*(self._to_device(inputs[name]) for name in self._inputs))
-            copies = [output.to("cpu", non_blocking=True) for output in outputs]
-        if self._device.type == "cuda":
-            self._torch.cuda.current_stream(self._device).synchronize()
-        return {name: copy.numpy() for name, copy in zip(self._outputs, copies, strict=True)}
+            outputs = self._served(*(self._torch.from_numpy(inputs[name]) for name in self._inputs))
+        return {name: output.numpy() for name, output in zip(self._outputs, outputs, strict=True)}
 
-    def _to_device(self, array: NDArray[np.float32]) -> Any:
-        tensor = self._torch.from_numpy(array)
-        if self._device.type == "cuda":
-            tensor = tensor.pin_memory()  # from pageable memory a copy blocks
-        return tensor.to(self._device, non_blocking=True)
+    def run_all(self, batches: Iterable[Tensors]) -> Iterator[Tensors]:
+        """See `LoadedNetwork`."""
+        return map(self.run, batches)
+
+
+def _open_torch(bundle: Bundle, runtime: Runtime, threads: int) -> LoadedNetwork:
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from broker_filter.scoring.networks import ServedNetwork, load_network
+    from broker_filter.scoring.staged import StagedNetwork
+
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeUnavailableError("torch sees no CUDA device: see its driver and build, or do not ask for cuda")
+    path = bundle.directory / WEIGHTS
+    try:
+        network = load_network(bundle.card.architecture, load_file(path))
+    except (SafetensorError, BundleError) as error:
+        raise BundleError(f"{path}: {error}") from error
+    served = ServedNetwork(network, bundle.card.outputs).eval()
+    if runtime.device == "cpu" or not torch.cuda.is_available():
+        return TorchNetwork(served, bundle, threads)
+    # TF32 keeps 10 bits of a product: scores would move in the third digit.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    shapes = _shapes(bundle)
+    inputs = {name: tuple(shapes[name]) for name in input_names(bundle.card.inputs)}
+    device = torch.device("cuda:0")
+    return StagedNetwork(
+        served, inputs, output_names(bundle.card.outputs), device, runtime.precision, TOLERANCES[runtime.precision]
+    )
 
 
 def input_names(inputs: Inputs) -> tuple[str, ...]:
@@ -158,6 +203,17 @@ def available_cores() -> int:
     return max(1, min(cores, math.ceil(int(quota) / int(period))))
 
 
+def _shapes(bundle: Bundle) -> dict[str, list[int]]:
+    """Of one alert's inputs and outputs, by name."""
+    inputs, outputs = bundle.card.inputs, bundle.card.outputs
+    return {
+        "images": [len(inputs.images.order), inputs.images.size, inputs.images.size],
+        "metadata": [len(inputs.metadata)],
+        "probabilities": [len(outputs.labels)],
+        "embedding": [outputs.embedding or 0],
+    }
+
+
 def _wants_cuda(device: Literal["auto", "cpu", "cuda"]) -> bool:
     if device != "auto" or not NVIDIA_CONTROL.exists():
         return device == "cuda"
@@ -168,14 +224,9 @@ def _wants_cuda(device: Literal["auto", "cpu", "cuda"]) -> bool:
 
 def _check_graph(path: Path, session: Any, bundle: Bundle) -> None:
     """Raises BundleError where the graph's inputs and outputs are not the card's."""
-    inputs, outputs = bundle.card.inputs, bundle.card.outputs
-    shapes: dict[str, list[int]] = {
-        "images": [len(inputs.images.order), inputs.images.size, inputs.images.size],
-        "metadata": [len(inputs.metadata)],
-        "probabilities": [len(outputs.labels)],
-        "embedding": [outputs.embedding or 0],
-    }
-    expected = {name: shapes[name] for name in (*input_names(inputs), *output_names(outputs))}
+    shapes = _shapes(bundle)
+    names = (*input_names(bundle.card.inputs), *output_names(bundle.card.outputs))
+    expected = {name: shapes[name] for name in names}
     found = {node.name: node.shape[1:] for node in (*session.get_inputs(), *session.get_outputs())}
     if found != expected:
         raise BundleError(f"{path}: its inputs and outputs are {found}, the card's {expected}; make the bundle anew")

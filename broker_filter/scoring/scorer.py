@@ -15,11 +15,6 @@ from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
 from broker_filter.scoring.runtimes import LoadedNetwork, Tensors, open_network
 from broker_filter.scoring.scores import ModelScores, Scores
 
-CHUNK = 64
-"""Alerts to a run of a network: larger runs are no faster, and take memory in proportion."""
-TOLERANCE = 1e-5
-"""How far, absolutely or relatively, a runtime may be from a bundle's stored outputs (torch's, in float32 on a CPU)."""
-
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -83,12 +78,16 @@ class Model:
         outputs = {"probabilities": np.empty((len(cutouts), len(given.labels)), np.float32)}
         if given.embedding is not None:
             outputs["embedding"] = np.empty((len(cutouts), given.embedding), np.float32)
-        for start in range(0, len(cutouts), CHUNK):
-            chunk = slice(start, start + CHUNK)
+        chunks = [slice(start, start + self.network.chunk) for start in range(0, len(cutouts), self.network.chunk)]
+
+        def prepare(chunk: slice) -> Tensors:
             inputs = {"images": prepare_images(cutouts[chunk], cutout_box[chunk], wanted.images)}
             if wanted.metadata:
                 inputs["metadata"] = prepare_metadata(metadata[chunk], columns, wanted.metadata)
-            for name, values in self.network.run(inputs).items():
+            return inputs
+
+        for chunk, results in zip(chunks, self.network.run_all(map(prepare, chunks)), strict=True):
+            for name, values in results.items():
                 outputs[name][chunk] = values
         return outputs
 
@@ -97,7 +96,8 @@ class Model:
         vector = self.bundle.test_vector()
         outputs = self.run(vector.cutouts, vector.cutout_box, vector.metadata, self.columns)
         for name, expected in vector.outputs.items():
-            if not np.allclose(outputs[name], expected, rtol=TOLERANCE, atol=TOLERANCE):
+            tolerance = self.network.tolerance
+            if not np.allclose(outputs[name], expected, rtol=tolerance, atol=tolerance):
                 worst = float(np.abs(outputs[name] - expected).max())
                 raise BundleError(
                     f"{self.bundle.directory / TEST_VECTOR}: {self.provider} does not reproduce it: {name} is off by "

@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from broker_filter.config import Runtime
-from broker_filter.scoring.bundle import KnownAnswers, load_bundle
+from broker_filter.scoring.bundle import WEIGHTS, KnownAnswers, load_bundle
+from broker_filter.scoring.networks import ServedNetwork, load_network
 from broker_filter.scoring.preprocess import prepare_images
-from broker_filter.scoring.runtimes import RuntimeUnavailableError, available_cores, open_network
+from broker_filter.scoring.runtimes import RuntimeUnavailableError, available_cores, open_network, output_names
+from broker_filter.scoring.scorer import open_model
+from broker_filter.scoring.staged import StagedNetwork
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
@@ -65,6 +69,39 @@ def test_a_gpu_that_is_demanded_runs_and_agrees(engine: str, test_vector: KnownA
     np.testing.assert_allclose(
         network.run({"images": images})["probabilities"], test_vector.outputs["probabilities"], rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=needs_gpu)])
+def test_batches_on_their_way_through_the_ring_come_back_whole_and_in_order(device: str) -> None:
+    bundle = load_bundle("default")
+    network = load_network(bundle.card.architecture, load_file(bundle.directory / WEIGHTS))
+    served = ServedNetwork(network, bundle.card.outputs)
+    staged = StagedNetwork(
+        served, {"images": (3, 63, 63)}, output_names(bundle.card.outputs), torch.device(device), "float32", 1e-5
+    )
+    rng = np.random.default_rng(3)
+    sizes = [1, staged.chunk, 64, 65, 7, 0, 100]  # more than there are slots, of every padding
+    batches = [rng.normal(0, 0.05, (n, 3, 63, 63)).astype(np.float32) for n in sizes]
+    reference = open_network(bundle, Runtime(engine="torch", device="cpu"))
+    results = list(staged.run_all({"images": batch} for batch in batches))
+    assert [len(result["probabilities"]) for result in results] == sizes
+    for batch, result in zip(batches, results, strict=True):
+        for name, expected in reference.run({"images": batch}).items():
+            np.testing.assert_allclose(result[name], expected, rtol=0, atol=1e-5)
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_half_precision_stays_within_its_tolerance(precision: str) -> None:
+    runtime = Runtime.model_validate({"engine": "torch", "device": "cuda", "precision": precision})
+    assert open_model("default", runtime).provider == "torch/cuda:0"  # opening compares with the test vector
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("engine", ["auto", "onnxruntime", "torch"])
+def test_half_precision_without_a_gpu_is_an_error(engine: str) -> None:
+    with pytest.raises(RuntimeUnavailableError, match="float16"):
+        open_network(load_bundle("default"), Runtime.model_validate({"engine": engine, "precision": "float16"}))
 
 
 def test_takes_as_many_threads_as_it_is_told() -> None:

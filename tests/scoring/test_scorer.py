@@ -15,7 +15,8 @@ from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.bundle import CARD, BundleError, KnownAnswers
-from broker_filter.scoring.scorer import CHUNK, Scorer, open_scorer
+from broker_filter.scoring.runtimes import CHUNK
+from broker_filter.scoring.scorer import Scorer, open_scorer
 
 CPU = Runtime(engine="onnxruntime", device="cpu")
 
