@@ -22,7 +22,7 @@ from broker_filter.scoring.scorer import Model, open_model
 from training.bootstrap import PERCENTILES, RESAMPLES, Estimate, resample
 from training.datasets import SPLITS, Dataset, DatasetCard, Split
 from training.errors import EvaluationError
-from training.metrics import Reliability, Values, Weights, confusion_shares, measure
+from training.metrics import Reliability, Values, Weights, confusion_shares, measure, rank
 from training.predictions import Predictions
 from training.served_speed import BATCHES, ServedSpeed, measure_served
 
@@ -81,6 +81,11 @@ class Evaluation(Section):
     def fraction(self) -> float:
         """Of the training sources that the model saw."""
         return float(self.training.evaluation.get("fraction", 1))
+
+    @property
+    def unseen(self) -> bool:
+        """Whether the model is known to have been trained with this very split, and so without these objects."""
+        return self.training.evaluation.get("dataset_sha256") == self.dataset_sha256 and self.split == "test"
 
     def microseconds(self, batch: int) -> float:
         """CPU time an alert in batches of one of the sizes that were measured."""
@@ -228,16 +233,8 @@ def _in_terms_of(
 
 
 def roc_auc(real: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
-    """The chance that a real alert scores higher than a bogus one, ties counting half (Mann-Whitney U / n1 n0).
-
-    `real` and `score` [N]; NaN where one of the classes is empty.
-    """
-    _, position, count = np.unique(score, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[position]
-    n_real, n_bogus = int(real.sum()), int((~real).sum())
-    if not n_real * n_bogus:
-        return float("nan")
-    return float((rank[real].sum() - n_real * (n_real + 1) / 2) / (n_real * n_bogus))
+    """The chance that a real alert scores higher than a bogus one; NaN where one of the classes is empty."""
+    return float(rank(real, score, np.ones(len(real))).roc_auc)
 
 
 def agreement(real: NDArray[np.bool_], score: NDArray[np.float64]) -> float:

@@ -105,10 +105,14 @@ def _tables(contenders: Sequence[Contender]) -> list[Table]:
 
 
 def _figures_table(contenders: Sequence[Contender]) -> Table:
-    macro = "" if contenders[0].predictions.binary else " Means over the classes, each against the rest (macro)."
+    caption = "The highest ROC AUC first."
+    if not contenders[0].predictions.binary:
+        caption += " Means over the classes, each against the rest (macro)."
+    if seen := [contender.title for contender in contenders if not contender.evaluation.unseen]:
+        caption += f" Trained on another split than this, and may have seen these objects: {', '.join(seen)}."
     return Table(
         "Figures",
-        f"On objects that the split keeps apart, the highest ROC AUC first.{macro}",
+        caption,
         ["model", *FIGURES.values()],
         [[c.title, *(str(c.figure(name)) for name in FIGURES)] for c in contenders],
     )

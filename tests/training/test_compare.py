@@ -129,6 +129,12 @@ def test_the_page_needs_nothing_else_and_the_table_has_a_row_a_model(write: Writ
     assert str(contenders[0].figure("roc_auc")) in rows[1]
 
 
+def test_a_model_that_may_have_seen_the_objects_in_training_is_named(write: Write) -> None:
+    apart = write("apart", 0.2, dataset_sha256=DATASET.sha256)
+    assert "may have seen these objects: elsewhere." in as_markdown(read_contenders([apart, write("elsewhere", 0.1)]))
+    assert "may have seen" not in as_markdown(read_contenders([apart]))
+
+
 def test_runs_of_several_shares_of_the_data_make_a_curve_and_seeds_a_mean(write: Write) -> None:
     runs = [
         write(f"{fraction}_{seed}_{'x' * i}", noise, regimen="galaxies", fraction=fraction, seed=seed)
