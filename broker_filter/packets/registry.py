@@ -26,13 +26,11 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from broker_filter.packets.schema import (
     MAX_SCHEMA_BYTES,
-    PRIMITIVES,
     SchemaError,
     WriterSchema,
     full_name,
     parse_schema,
-    record_fields,
-    resolve_name,
+    self_contained,
     writer_schema,
 )
 
@@ -135,7 +133,7 @@ class DirectoryRegistry:
             other = _read_json(sibling)
             if sibling != path and isinstance(other, dict) and "name" in other:
                 others[full_name(other, "")] = other
-        return writer_schema(_with_named_types(definition, "", others, set()), schema_id)
+        return writer_schema(self_contained(definition, "", others, set()), schema_id)
 
 
 class HttpRegistry:
@@ -252,35 +250,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SchemaError(f"{path} is not JSON: {error}") from error
-
-
-def _with_named_types(type_: Any, namespace: str, others: dict[str, dict[str, Any]], defined: set[str]) -> Any:
-    """`type_` with the definition of each type from `others` in place of its first mention."""
-    if isinstance(type_, list):
-        return [_with_named_types(branch, namespace, others, defined) for branch in type_]
-    if isinstance(type_, str):
-        if type_ in PRIMITIVES:
-            return type_
-        name = resolve_name(type_, namespace, others.keys() | defined)
-        return name if name in defined else _with_named_types(others[name], "", others, defined)
-    if not isinstance(type_, dict):
-        raise SchemaError(f"{type_!r} stands where a type should be")
-    match type_.get("type"):
-        case "record":
-            name = full_name(type_, namespace)
-            defined.add(name)
-            inner = name.rpartition(".")[0]
-            fields = [
-                {**field, "type": _with_named_types(field["type"], inner, others, defined)}
-                for field in record_fields(type_)
-            ]
-            return {**type_, "fields": fields}
-        case "enum" | "fixed":
-            defined.add(full_name(type_, namespace))
-            return type_
-        case "array":
-            return {**type_, "items": _with_named_types(type_.get("items"), namespace, others, defined)}
-        case "map":
-            return {**type_, "values": _with_named_types(type_.get("values"), namespace, others, defined)}
-        case inner:
-            return {**type_, "type": _with_named_types(inner, namespace, others, defined)}

@@ -6,7 +6,7 @@ Must never trust a schema: it comes with the packet, so its size and its nesting
 from __future__ import annotations
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,44 @@ def record_fields(definition: dict[str, Any]) -> list[dict[str, Any]]:
     ):
         raise SchemaError(f"record {definition.get('name')!r} has no valid list of fields")
     return fields
+
+
+def self_contained(type_: Any, namespace: str, definitions: Mapping[str, dict[str, Any]], defined: set[str]) -> Any:
+    """A copy of a schema in which every named type is defined where it is first used.
+
+    `definitions`: of the types that `type_` names and may not define, by full name. `defined`: what is defined before
+    it; grows. Drops fastavro's own marks, by which a reader would take the schema for one that needs no parsing. Raises
+    SchemaError.
+    """
+    if isinstance(type_, list):
+        return [self_contained(branch, namespace, definitions, defined) for branch in type_]
+    if isinstance(type_, str):
+        if type_ in PRIMITIVES:
+            return type_
+        name = resolve_name(type_, namespace, definitions.keys() | defined)
+        if name in defined:
+            return name
+        space, _, short = name.rpartition(".")
+        return self_contained({**definitions[name], "name": short, "namespace": space}, "", definitions, defined)
+    if not isinstance(type_, dict):
+        raise SchemaError(f"{type_!r} stands where a type should be")
+    copy = {key: value for key, value in type_.items() if not key.startswith("__")}
+    kind = copy.get("type")
+    if kind in ("record", "enum", "fixed"):
+        name = full_name(copy, namespace)
+        if name in defined:
+            return name
+        defined.add(name)
+        if kind == "record":
+            inner = name.rpartition(".")[0]
+            copy["fields"] = [
+                {**field, "type": self_contained(field["type"], inner, definitions, defined)}
+                for field in record_fields(copy)
+            ]
+        return copy
+    inside = {"array": "items", "map": "values"}.get(kind, "type") if isinstance(kind, str) else "type"
+    copy[inside] = self_contained(copy.get(inside), namespace, definitions, defined)
+    return copy
 
 
 def _canonical(type_: Any, namespace: str, known: set[str], depth: int) -> Any:

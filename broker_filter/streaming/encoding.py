@@ -25,7 +25,7 @@ from broker_filter import __version__
 from broker_filter.packets.batch import AlertBatch, Record, Survey
 from broker_filter.packets.ocf import container_header, encode_long
 from broker_filter.packets.registry import RegistryUnavailable
-from broker_filter.packets.schema import PRIMITIVES, WriterSchema, full_name, resolve_name
+from broker_filter.packets.schema import WriterSchema, full_name, self_contained
 from broker_filter.packets.wire import frame
 from broker_filter.scoring.scores import ModelScores
 from broker_filter.streaming.filtering import ScoredBatch
@@ -270,7 +270,7 @@ def annotated_schema(schema: WriterSchema, cutouts: bool) -> OutputSchema:
     definition = dict(schema.definition)
     if not cutouts:
         definition["fields"] = [f for f in definition["fields"] if f["name"] not in CUTOUT_FIELDS]
-    definition = _self_contained(definition, "", definitions, set())
+    definition = self_contained(definition, "", definitions, set())
     annotation = dict(_scored_alert_definition()["fields"][-1])
     annotation["type"] = annotation["type"] | {"namespace": field}
     definition["fields"].append(annotation | {"name": field})
@@ -299,38 +299,3 @@ def _named_types(type_: Any, namespace: str = "") -> dict[str, Any]:
     for part in inner:
         named |= _named_types(part, namespace)
     return named
-
-
-def _self_contained(type_: Any, namespace: str, definitions: dict[str, Any], defined: set[str]) -> Any:
-    """A copy in which every named type is defined where it is first used, for the field that defined it may be left
-    out.
-
-    Drops fastavro's own marks, with which a reader would take the schema for one that needs no parsing.
-    """
-    if isinstance(type_, list):
-        return [_self_contained(branch, namespace, definitions, defined) for branch in type_]
-    if isinstance(type_, str):
-        if type_ in PRIMITIVES:
-            return type_
-        name = resolve_name(type_, namespace, set(definitions))
-        if name in defined:
-            return type_
-        space, _, short = name.rpartition(".")
-        moved = definitions[name] | {"name": short, "namespace": space}
-        return _self_contained(moved, namespace, definitions, defined)
-    copy = {key: value for key, value in type_.items() if not key.startswith("__")}
-    if copy["type"] in NAMED:
-        name = full_name(copy, namespace)
-        if name in defined:
-            return name
-        defined.add(name)
-        inner = name.rpartition(".")[0]
-        if "fields" in copy:
-            copy["fields"] = [
-                field | {"type": _self_contained(field["type"], inner, definitions, defined)}
-                for field in copy["fields"]
-            ]
-        return copy
-    inside = {"array": "items", "map": "values"}.get(copy["type"], "type") if isinstance(copy["type"], str) else "type"
-    copy[inside] = _self_contained(copy[inside], namespace, definitions, defined)
-    return copy
