@@ -88,6 +88,11 @@ class KafkaCluster:
         return ",".join(f"127.0.0.1:{port}" for port in self._advertised_ports.values())
 
     @property
+    def process_ids(self) -> tuple[int, ...]:
+        """Of the nodes that are running."""
+        return tuple(process.pid for process in self._processes.values())
+
+    @property
     def listener(self) -> str:
         """`host:port` where the first node listens, whatever clients are told."""
         return f"127.0.0.1:{self._client_ports[1]}"

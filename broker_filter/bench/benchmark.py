@@ -1,190 +1,111 @@
-"""The whole benchmark: the stages, the whole through an archive, the whole through a broker; and its report."""
+"""The whole benchmark, in the parts that were asked for."""
 
 from __future__ import annotations
 
 import platform
-import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from io import BytesIO
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
-from broker_filter.bench.measure import Contest, compete, timed
-from broker_filter.bench.naive import NaiveBroker
-from broker_filter.bench.stages import BATCH, measure_stages
-from broker_filter.bench.throughput import NAIVE_TRANSACTION, Arena
+from broker_filter.bench.arena import Arena, Broker, open_broker
+from broker_filter.bench.ends import measure_ends
+from broker_filter.bench.endurance import measure_memory, measure_startup
+from broker_filter.bench.latency import measure_burst, measure_latency
+from broker_filter.bench.measure import BenchmarkError
+from broker_filter.bench.report import Report
+from broker_filter.bench.request import THROUGH_BROKER, Request
+from broker_filter.bench.sample import choose_packets
+from broker_filter.bench.stages import measure_stages
+from broker_filter.bench.throughput import measure_archive, measure_kafka, measure_scaling
 from broker_filter.config import Runtime
-from broker_filter.local_kafka import KafkaCluster, embedded_broker, kafka_home
-from broker_filter.packets.batch import Survey
-from broker_filter.packets.decode import Decoder
-from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
-from broker_filter.scoring.bundle import load_bundle
 from broker_filter.scoring.runtimes import available_cores
-from broker_filter.scoring.scorer import Scorer, open_scorer
-from broker_filter.simulate import simulate_night
-from broker_filter.streaming.archives import read_packets
-from broker_filter.streaming.duplicates import DuplicateWindow
-from broker_filter.streaming.filtering import score_stream
+from broker_filter.scoring.scorer import open_scorer
 
 DISTINCT_PACKETS = 512
-"""Enough that no cache holds a packet until it comes again (40 MB), few enough to keep in memory."""
+"""Enough that no cache holds a packet until it comes again (30 MB), few enough to keep in memory."""
 STAGE_PACKETS = 256
-NAIVE_SHARE = 8
-"""The naive loop gets an eighth of the alerts, and takes about as long for them as the service for all."""
-PARTITIONS = 4
-SEED = 2026
 LIBRARIES = ("astropy", "broker-filter", "confluent-kafka", "deflate", "fastavro", "numpy", "onnxruntime", "torch")
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """One run of the benchmark. `stages` are on one thread, `wholes` on all cores."""
+def run_benchmark(request: Request, announce: Callable[[str], None]) -> Report:
+    """Measures the parts that are asked for. `announce` is told what comes next.
 
-    machine: dict[str, str | int]
-    libraries: dict[str, str]
-    model: str
-    broker: str
-    packets: int
-    alerts: int
-    repetitions: int
-    stages: dict[str, Contest]
-    wholes: dict[str, Contest]
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything as JSON values, with the ratios, which are what may be compared between machines."""
-        contests = self.stages | self.wholes
-        ratios = {
-            name: {"cpu": contest.cpu_ratio, "throughput": contest.throughput_ratio}
-            for name, contest in contests.items()
-        }
-        return {**asdict(self), "ratios": ratios}
-
-
-def run_benchmark(
-    inputs: Sequence[Path],
-    *,
-    model: str,
-    alerts: int,
-    repetitions: int,
-    bootstrap_servers: str | None,
-    announce: Callable[[str], None],
-) -> Report:
-    """Measures on ZTF packets of `inputs`, or on simulated ones; `alerts` of them go through archive and broker.
-
-    `model`: a bundle of images alone. `bootstrap_servers`: a running cluster; where absent, Apache Kafka of KAFKA_HOME
-    is started, or else the embedded broker. `announce` is told what comes next. Raises BenchmarkError, BrokerError, and
-    what opening the model raises.
+    Raises BenchmarkError, BrokerError, and what opening the models raises.
     """
-    announce("Choosing packets")
-    scorer = open_scorer([model], Runtime())
-    packets = choose_packets(inputs, scorer, min(alerts, DISTINCT_PACKETS))
-    stream = list(islice(cycle(packets), alerts))
-    announce(f"Stages, {len(packets[:STAGE_PACKETS])} packets")
-    stages = measure_stages(packets[:STAGE_PACKETS], model, repetitions)
+    scorer = open_scorer(request.models, Runtime(device=request.device))
+    if scorer.models[0].columns:
+        raise BenchmarkError(f"{request.models[0]} takes more than images; name one first that the naive loop runs too")
+    packets = choose_packets(request.inputs, min(request.alerts, DISTINCT_PACKETS))
+    report = Report(
+        processor=processor(),
+        cores=available_cores(),
+        python=platform.python_version(),
+        libraries={name: version(name) for name in LIBRARIES},
+        models={model.name: f"{model.version} on {model.provider}" for model in scorer.models},
+        packets=len(packets),
+        alerts=request.alerts,
+        repetitions=request.repetitions,
+    )
     with tempfile.TemporaryDirectory(prefix="broker-filter-bench-") as name:
         directory = Path(name)
-        announce(f"Archive, {alerts} alerts")
-        archive = measure_archive(stream, model, repetitions, directory)
-        with open_broker(bootstrap_servers, directory / "broker") as (broker, servers):
-            announce(f"{broker}, {alerts} alerts")
-            kafka = measure_kafka(stream, model, repetitions, servers, directory)
-    return Report(
-        machine={"processor": processor(), "cores": available_cores(), "python": platform.python_version()},
-        libraries={name: version(name) for name in LIBRARIES},
-        model=f"{scorer.models[0].name} {scorer.models[0].version} on {scorer.models[0].provider}",
-        broker=broker,
-        packets=len(packets),
-        alerts=alerts,
-        repetitions=repetitions,
-        stages=stages,
-        wholes={"archive -> scores": archive, "Kafka -> scores -> Kafka": kafka},
-    )
+        measure_alone(request, packets, directory, report, announce)
+        if set(request.parts) & set(THROUGH_BROKER):
+            with open_broker(request.bootstrap_servers, directory / "broker") as broker:
+                report.broker = broker.name
+                measure_through_broker(request, packets, broker, directory, report, announce)
+    return report
 
 
-def choose_packets(inputs: Sequence[Path], scorer: Scorer, n: int) -> list[bytes]:
-    """Up to `n` packets that both contestants take (ZTF, one alert each, decodable): of `inputs`, else simulated.
-
-    Raises ValueError where there is none.
-    """
-    decoder = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=scorer.columns)
-
-    def is_fit(data: bytes) -> bool:
-        alerts, _ = decoder.decode([Packet(data, FilePosition("bench"))])
-        return list(alerts.survey) == [Survey.ZTF]
-
-    found: Iterable[bytes] = (
-        (packet.data for packet in read_packets(inputs))
-        if inputs
-        else (alert.packet for alert in simulate_night(n, SEED, "ztf"))
-    )
-    chosen = list(islice(filter(is_fit, found), n))
-    if not chosen:
-        raise ValueError(f"no ZTF alert that decodes in {', '.join(map(str, inputs))}")
-    return chosen
+def measure_alone(
+    request: Request, packets: Sequence[bytes], directory: Path, report: Report, announce: Callable[[str], None]
+) -> None:
+    """What needs no broker."""
+    models, device, repetitions = request.models, request.device, request.repetitions
+    if "stages" in request.parts:
+        announce("Stages")
+        report.stages |= measure_stages(packets[:STAGE_PACKETS], models, device, repetitions)
+    if "archive" in request.parts:
+        announce("Archive")
+        report.wholes |= measure_archive(packets, request.alerts, models[0], device, repetitions, directory)
+    if "memory" in request.parts:
+        announce("Memory over a night")
+        report.quantities |= measure_memory(packets, models[0], device, directory)
 
 
-def measure_archive(packets: Sequence[bytes], model: str, repetitions: int, directory: Path) -> Contest:
-    """From a night's archive to scores, on all cores. Nothing is written."""
-    night, naive_night = directory / "night.tar", directory / "naive.tar"
-    naive_packets = packets[: max(1, len(packets) // NAIVE_SHARE)]
-    write_archive(night, packets)
-    write_archive(naive_night, naive_packets)
-    scorer = open_scorer([model], Runtime())
-    broker = NaiveBroker(load_bundle(model))
-
-    def service() -> None:
-        decoder = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=scorer.columns)
-        window = DuplicateWindow(len(packets))
-        for _ in score_stream(
-            read_packets([night]), decoder, scorer, window, batch_size=BATCH, threads=available_cores()
-        ):
-            pass
-
-    def naive() -> None:
-        with tarfile.open(naive_night) as archive:
-            for member in archive:
-                stream = archive.extractfile(member)
-                assert stream is not None
-                _, alert = broker.decode(stream.read())
-                broker.score(broker.cutouts(alert))
-
-    return compete(partial(timed, naive, len(naive_packets)), partial(timed, service, len(packets)), repetitions)
-
-
-def measure_kafka(packets: Sequence[bytes], model: str, repetitions: int, servers: str, directory: Path) -> Contest:
-    """From topic to topic, full payload, exactly once, on all cores, which the broker shares."""
-    with Arena(servers, packets, PARTITIONS, directory) as arena:
-        naive_alerts = max(2 * NAIVE_TRANSACTION, len(packets) // NAIVE_SHARE)
-        return compete(partial(arena.naive, model, naive_alerts), partial(arena.service, model), repetitions)
-
-
-def write_archive(path: Path, packets: Sequence[bytes]) -> None:
-    """A tar of packets, as surveys publish a night."""
-    with tarfile.open(path, "w") as archive:
-        for i, packet in enumerate(packets):
-            member = tarfile.TarInfo(f"{i}.avro")
-            member.size = len(packet)
-            archive.addfile(member, BytesIO(packet))
-
-
-@contextmanager
-def open_broker(bootstrap_servers: str | None, directory: Path) -> Iterator[tuple[str, str]]:
-    """What the broker is, and its bootstrap servers."""
-    if bootstrap_servers:
-        yield f"cluster {bootstrap_servers}", bootstrap_servers
-    elif home := kafka_home():
-        with KafkaCluster(home, directory) as cluster:
-            yield f"Apache Kafka of {home}", cluster.bootstrap_servers
-    else:
-        with embedded_broker(directory) as servers:
-            yield "embedded broker (no Apache Kafka: set KAFKA_HOME)", servers
+def measure_through_broker(
+    request: Request,
+    packets: Sequence[bytes],
+    broker: Broker,
+    directory: Path,
+    report: Report,
+    announce: Callable[[str], None],
+) -> None:
+    """What goes from topic to topic."""
+    models, device, repetitions = request.models, request.device, request.repetitions
+    alerts = list(islice(cycle(packets), request.alerts))
+    if {"kafka", "startup"} & set(request.parts):
+        announce(f"{broker.name}: filling a topic")
+        with Arena(broker, directory) as arena:
+            arena.send(alerts)
+            if "kafka" in request.parts:
+                announce("Kafka in, Kafka out")
+                report.stages |= measure_ends(arena, packets, models[0], repetitions)
+                announce("Topic to topic")
+                report.wholes |= measure_kafka(arena, packets, models, device, repetitions)
+            if "startup" in request.parts:
+                announce("Start-up")
+                report.quantities |= measure_startup(arena, packets[0], models[0], device, repetitions)
+    if "scaling" in request.parts:
+        announce("Partitions and instances")
+        report.scaling |= measure_scaling(broker, alerts, models[0], device, repetitions, directory)
+    if "latency" in request.parts:
+        announce("Latency at a steady rate")
+        report.quantities |= measure_latency(broker, packets, models[0], device, directory)
+    if "burst" in request.parts:
+        announce("Burst")
+        report.quantities |= measure_burst(broker, models[0], device, directory)
 
 
 def processor() -> str:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+NAIVE, SERVICE, SERVICE_2_THREADS = "naive", "service", "service, 2 threads"
+"""Contestants: an alert broker as it is usually written, and ours; on one thread where nothing else is said."""
+INFLATE, FLOPS, NO_WORK, RUNTIME = "inflate", "FLOPs", "no work", "runtime alone"
+"""Floors, which do a part of the work and nothing else; see `floors`."""
+LEAST_S = 0.25
+"""Shorter work is done over and over: clocks and the scheduler's slices would show."""
+
+
+class BenchmarkError(RuntimeError):
+    """What would make figures meaningless: a contestant that lost or repeated an alert, or nothing to measure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +28,10 @@ class Run:
     alerts_per_second: float
     cpu_microseconds: float
     """An alert, of all threads."""
+    broker_microseconds: float | None = None
+    """CPU time of the Kafka brokers, an alert, where they are ours to look at."""
+    peak_megabytes: float | None = None
+    """The most memory that was resident, where the contestant is a process of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,42 +54,73 @@ class Figures:
 
     alerts_per_second: Spread
     cpu_microseconds: Spread
+    broker_microseconds: Spread | None
+    peak_megabytes: Spread | None
 
     @classmethod
     def of(cls, runs: Sequence[Run]) -> Figures:
         """Of at least one run."""
         return cls(
-            Spread.of([run.alerts_per_second for run in runs]), Spread.of([run.cpu_microseconds for run in runs])
+            Spread.of([run.alerts_per_second for run in runs]),
+            Spread.of([run.cpu_microseconds for run in runs]),
+            _spread_of_known(run.broker_microseconds for run in runs),
+            _spread_of_known(run.peak_megabytes for run in runs),
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Contest:
-    """The same work by both."""
+Contest = Mapping[str, Figures]
+"""The same alerts by contestants of these names."""
 
-    naive: Figures
-    service: Figures
+
+def compete(contestants: Mapping[str, Callable[[], Run]], repetitions: int) -> Contest:
+    """Measures all in turns: a slow moment of the machine falls on all."""
+    runs: dict[str, list[Run]] = {name: [] for name in contestants}
+    for _ in range(repetitions):
+        for name, contestant in contestants.items():
+            runs[name].append(contestant())
+    return {name: Figures.of(own) for name, own in runs.items()}
+
+
+class Stopwatch:
+    """Wall and CPU time of this process from here on."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     @property
-    def throughput_ratio(self) -> float:
-        """How many times more alerts the service does in a second."""
-        return self.service.alerts_per_second.median / self.naive.alerts_per_second.median
+    def seconds(self) -> float:
+        """Of wall time, so far."""
+        return time.perf_counter() - self._wall
 
-    @property
-    def cpu_ratio(self) -> float:
-        """How many times less CPU time the service takes."""
-        return self.naive.cpu_microseconds.median / self.service.cpu_microseconds.median
-
-
-def compete(naive: Callable[[], Run], service: Callable[[], Run], repetitions: int) -> Contest:
-    """Measures both in turns: a slow moment of the machine falls on both."""
-    runs = [(naive(), service()) for _ in range(repetitions)]
-    return Contest(Figures.of([first for first, _ in runs]), Figures.of([second for _, second in runs]))
+    def run(self, alerts: int) -> Run:
+        """So many alerts in the time so far."""
+        cpu = time.process_time() - self._cpu
+        return Run(alerts / self.seconds, cpu / alerts * 1e6)
 
 
 def timed(work: Callable[[], object], alerts: int) -> Run:
-    """Measures work of this process on so many alerts."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return Run(alerts / wall, cpu / alerts * 1e6)
+    """Measures work of this process on so many alerts, done as often as it takes to be measured."""
+    watch, done = Stopwatch(), 0
+    while not done or watch.seconds < LEAST_S:
+        work()
+        done += alerts
+    return watch.run(done)
+
+
+def cpu_seconds(processes: Iterable[int]) -> float:
+    """CPU time of all threads of some processes so far (Linux)."""
+    # The name, in parentheses, may hold spaces; utime and stime are the 12th and 13th fields behind it (proc(5)).
+    fields = [Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split() for process in processes]
+    return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_megabytes(process: int, *, peak: bool = False) -> float:
+    """Resident memory of a process, now or at its peak (Linux)."""
+    key = "VmHWM:" if peak else "VmRSS:"
+    with Path(f"/proc/{process}/status").open() as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(key))
+
+
+def _spread_of_known(values: Iterable[float | None]) -> Spread | None:
+    known = [value for value in values if value is not None]
+    return Spread.of(known) if known else None

@@ -61,6 +61,10 @@ class NaiveBroker:
 
     def score(self, cutouts: list[NDArray[np.float32]]) -> dict[str, float]:
         """The network's probabilities by label."""
+        return self.infer(self.normalise(cutouts))
+
+    def normalise(self, cutouts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """What the network takes, float32[1, C, size, size]."""
         wanted = self._card.inputs.images
         images = np.full((1, len(wanted.order), wanted.size, wanted.size), wanted.padding, np.float32)
         axis = 1 if wanted.normalisation == "l2_row" else None
@@ -70,6 +74,10 @@ class NaiveBroker:
                 norm = np.linalg.norm(cutout, axis=axis, keepdims=True)
             height, width = cutout.shape
             images[0, channel, :height, :width] = cutout / np.where(norm == 0, 1, norm)
+        return images
+
+    def infer(self, images: NDArray[np.float32]) -> dict[str, float]:
+        """As `score`, from normalised images."""
         with torch.inference_mode():
             probabilities, *_ = self._network(torch.from_numpy(images))
         return dict(zip(self._card.outputs.labels, probabilities[0].tolist(), strict=True))

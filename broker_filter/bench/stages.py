@@ -1,114 +1,224 @@
-"""The stages one by one, on one thread: packet to pixels and columns, pixels to scores, scores to output record."""
+"""The stages one by one: packet to pixels and columns, pixels to scores, scores to output record. Knows no Kafka.
+
+All on inputs that are ready; the service's on one thread and, where they scale, on two.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Protocol
+from typing import Literal
 
-from broker_filter.bench.measure import Contest, Run, compete, timed
+import numpy as np
+import torch
+
+from broker_filter.bench.floors import Work, flops_run, inflate_stamps, network_alone
+from broker_filter.bench.measure import (
+    FLOPS,
+    INFLATE,
+    NAIVE,
+    RUNTIME,
+    SERVICE,
+    SERVICE_2_THREADS,
+    Contest,
+    Run,
+    compete,
+    timed,
+)
 from broker_filter.bench.naive import NaiveBroker
-from broker_filter.config import Batch, Input, Model, Output, Runtime, Service
+from broker_filter.bench.request import Device
+from broker_filter.bench.sample import in_batches
+from broker_filter.config import Batch, Input, Output, Runtime, Service
+from broker_filter.packets.batch import CUTOUTS
 from broker_filter.packets.decode import Decoder
-from broker_filter.packets.packet import FilePosition, Packet
+from broker_filter.packets.layout import N_POINT_COLUMNS, N_SPANS, STAMP, Layout
+from broker_filter.packets.ocf import read_container
+from broker_filter.packets.plan import field_paths
 from broker_filter.packets.registry import open_registry
-from broker_filter.scoring.bundle import load_bundle
-from broker_filter.scoring.scorer import open_scorer
+from broker_filter.packets.stamps import decode_stamp
+from broker_filter.packets.surveys import DEFAULT_COLUMNS, FORMATS
+from broker_filter.packets.walk import walk
+from broker_filter.scoring.preprocess import prepare_images
+from broker_filter.scoring.runtimes import RuntimeUnavailableError, open_network
+from broker_filter.scoring.scorer import Scorer, open_scorer
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_alerts
 from broker_filter.streaming.routing import open_router
 
-ONE_THREAD = Runtime(decode_threads=1, inference_threads=1)
 BATCH = Batch().max_size
-STAGES = ["decode", "score", "encode"]
+POINTS = 4096
+"""Room for an alert's history; the longest of ZTF's are some hundreds."""
+ENGINES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")
+Row = Mapping[str, Callable[[], Run]]
+"""The contestants of a stage."""
+
+DECODE = "decode"
+"""The whole of it: framing, walk, columns and stamps."""
 
 
-class Stages(Protocol):
-    """A contestant: each method does one stage's work for all packets, on inputs that are ready."""
-
-    def decode(self) -> None:
-        """Packets to cutouts and columns."""
-
-    def score(self) -> None:
-        """Cutouts to scores."""
-
-    def encode(self) -> None:
-        """Alerts and scores to output records."""
+def score_stage(model: str) -> str:
+    """The stage of a model from cutouts to scores."""
+    return f"score: {model}"
 
 
-class NaiveStages:
-    """The naive loop, taken apart."""
-
-    def __init__(self, packets: Sequence[bytes], model: str) -> None:
-        self._packets = packets
-        self._broker = NaiveBroker(load_bundle(model))
-        self._alerts = [self._broker.decode(packet) for packet in packets]
-        self._cutouts = [self._broker.cutouts(alert) for _, alert in self._alerts]
-        self._scores = [self._broker.score(cutouts) for cutouts in self._cutouts]
-
-    def decode(self) -> None:
-        """fastavro.reader, gzip, astropy."""
-        for packet in self._packets:
-            _, alert = self._broker.decode(packet)
-            self._broker.cutouts(alert)
-
-    def score(self) -> None:
-        """numpy, torch at batch one."""
-        for cutouts in self._cutouts:
-            self._broker.score(cutouts)
-
-    def encode(self) -> None:
-        """fastavro.writer."""
-        for (schema, alert), scores in zip(self._alerts, self._scores, strict=True):
-            self._broker.encode(schema, alert, scores)
+def measure_stages(
+    packets: Sequence[bytes], models: Sequence[str], device: Device, repetitions: int
+) -> dict[str, Contest]:
+    """A contest a stage, on ZTF packets. The naive loop runs the first of the models, which takes images alone."""
+    scorer = open_scorer(models, Runtime(device=device, inference_threads=1))
+    naive = NaiveBroker(scorer.models[0].bundle)
+    with ThreadPoolExecutor(2) as pool:
+        stages: dict[str, Row] = {
+            **decoding_stages(packets, scorer, naive, pool),
+            **scoring_stages(packets, scorer, naive, device),
+            **encoding_stage(packets, scorer, naive),
+        }
+        return {stage: compete(row, repetitions) for stage, row in stages.items()}
 
 
-class ServiceStages:
-    """The service's stages, in batches of the default size."""
-
-    def __init__(self, packets: Sequence[bytes], model: str) -> None:
-        self._batches = [
-            [
-                Packet(data, FilePosition("bench", record=start + i))
-                for i, data in enumerate(packets[start : start + BATCH])
-            ]
-            for start in range(0, len(packets), BATCH)
-        ]
-        self._scorer = open_scorer([model], ONE_THREAD)
-        self._decoder = Decoder(open_registry(None), cutout_size=self._scorer.cutout_size, columns=self._scorer.columns)
-        source = Input(bootstrap_servers="none:9092", group_id="bench", topics=["bench"])
-        self._router = open_router(
-            Service(input=source, output=Output(prefix="bench"), models=[Model(bundle=model)]), self._scorer
-        )
-        window = DuplicateWindow(len(packets))
-        self._decoded = [self._decoder.decode(batch) for batch in self._batches]
-        self._scored = [score_alerts(alerts, rejects, self._scorer, window) for alerts, rejects in self._decoded]
-
-    def decode(self) -> None:
-        """Decoder: cutouts, columns and light curves."""
-        for batch in self._batches:
-            self._decoder.decode(batch)
-
-    def score(self) -> None:
-        """Scorer."""
-        for alerts, _ in self._decoded:
-            self._scorer.score(alerts)
-
-    def encode(self) -> None:
-        """Router, with full payload."""
-        for scored in self._scored:
-            self._router.route(scored)
+def open_decoder(scorer: Scorer) -> Decoder:
+    """With what the models need, and the default columns."""
+    columns = dict.fromkeys((*DEFAULT_COLUMNS, *scorer.columns))
+    return Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=tuple(columns))
 
 
-def measure_stages(packets: Sequence[bytes], model: str, repetitions: int) -> dict[str, Contest]:
-    """Each stage, and all of them one after another."""
-    naive, service = NaiveStages(packets, model), ServiceStages(packets, model)
+def decoding_stages(
+    packets: Sequence[bytes], scorer: Scorer, naive: NaiveBroker, pool: ThreadPoolExecutor
+) -> dict[str, Row]:
+    """Framing, walk and stamps alone, and the whole, which also makes the columns."""
+    n = len(packets)
+    decoder = open_decoder(scorer)
+    batches = in_batches(packets, BATCH)
+    alerts = [naive.decode(packet)[1] for packet in packets]
+    frame, walk_bodies, place_stamps = service_decoding(packets, scorer.cutout_size)
 
-    def run(stages: Stages, names: Sequence[str]) -> Run:
-        return timed(lambda: [getattr(stages, name)() for name in names], len(packets))
+    def decode_naively() -> None:
+        for packet in packets:
+            _, alert = naive.decode(packet)
+            naive.cutouts(alert)
 
-    rows = {name: [name] for name in STAGES} | {"all stages": STAGES}
     return {
-        row: compete(partial(run, naive, names), partial(run, service, names), repetitions)
-        for row, names in rows.items()
+        "frame": {SERVICE: partial(timed, frame, n)},
+        "Avro": {
+            NAIVE: partial(timed, lambda: [naive.decode(packet) for packet in packets], n),  # framing included
+            SERVICE: partial(timed, walk_bodies, n),
+        },
+        "stamps": {
+            NAIVE: partial(timed, lambda: [naive.cutouts(alert) for alert in alerts], n),
+            SERVICE: partial(timed, place_stamps, n),
+        },
+        DECODE: {
+            NAIVE: partial(timed, decode_naively, n),
+            SERVICE: partial(timed, lambda: [decoder.decode(batch) for batch in batches], n),
+            SERVICE_2_THREADS: partial(timed, lambda: list(pool.map(decoder.decode, batches)), n),
+            INFLATE: partial(timed, inflate_stamps(packets, naive), n),
+        },
+    }
+
+
+def service_decoding(packets: Sequence[bytes], cutout_size: int) -> tuple[Work, Work, Work]:
+    """Framing all packets, walking all bodies, placing all stamps: what the decoder does with them, apart."""
+    (ztf,) = (known for known in FORMATS if known.survey.name == "ZTF")
+    layout = Layout(ztf, DEFAULT_COLUMNS)
+    scalars, ids = np.empty((1, layout.n_scalars)), np.empty((1, layout.n_ids), np.int64)
+    spans, points = np.empty((1, N_SPANS, 2), np.int64), np.empty((POINTS, N_POINT_COLUMNS))
+    programs = {}
+    bodies, stamps = [], []
+    for packet in packets:
+        container = read_container(packet)
+        assert container.schema is not None
+        if container.schema not in programs:
+            programs[container.schema] = layout.plan(container.schema, field_paths(container.schema)).program
+        program, body = programs[container.schema], container.blocks[0].body
+        walk(program, body, 0, 0, scalars, ids, spans, points, 0)
+        bodies.append((program, body))
+        stamps += [body[begin:end] for begin, end in spans[0, STAMP : STAMP + len(CUTOUTS)].tolist()]
+    slots = np.empty((BATCH * len(CUTOUTS), cutout_size, cutout_size), np.float32)
+
+    def frame() -> None:
+        for packet in packets:
+            read_container(packet)
+
+    def walk_bodies() -> None:
+        for program, body in bodies:
+            walk(program, body, 0, 0, scalars, ids, spans, points, 0)
+
+    def place_stamps() -> None:
+        for k, stamp in enumerate(stamps):
+            decode_stamp(stamp, slots[k % len(slots)], centred=ztf.stamps_centred)
+
+    return frame, walk_bodies, place_stamps
+
+
+def scoring_stages(packets: Sequence[bytes], scorer: Scorer, naive: NaiveBroker, device: Device) -> dict[str, Row]:
+    """Normalising, each network in each runtime, and each model as it is served."""
+    n = len(packets)
+    alerts, _ = open_decoder(scorer).decode(in_batches(packets, n)[0])
+    cutouts = [naive.cutouts(naive.decode(packet)[1]) for packet in packets]
+    images = [naive.normalise(each) for each in cutouts]
+    first = scorer.models[0]
+    wanted = first.bundle.card.inputs.images
+
+    def normalise() -> None:
+        for k in range(0, n, BATCH):
+            prepare_images(alerts.cutouts[k : k + BATCH], alerts.cutout_box[k : k + BATCH], wanted)
+
+    def infer_naively() -> None:
+        torch.set_num_threads(1)
+        for image in images:
+            naive.infer(image)
+
+    def score_naively() -> None:
+        torch.set_num_threads(1)
+        for each in cutouts:
+            naive.score(each)
+
+    stages: dict[str, Row] = {
+        "normalise": {
+            NAIVE: partial(timed, lambda: [naive.normalise(each) for each in cutouts], n),
+            SERVICE: partial(timed, normalise, n),
+        }
+    }
+    for model in scorer.models:
+        for engine in ENGINES:
+            try:
+                one, two = (
+                    open_network(model.bundle, Runtime(engine=engine, device=device, inference_threads=threads))
+                    for threads in (1, 2)
+                )
+            except RuntimeUnavailableError:
+                continue  # an onnxruntime without CUDA; that no engine has the device was said before
+            stages[f"inference: {model.name}, {one.provider}"] = {
+                **({NAIVE: partial(timed, infer_naively, n)} if model is first else {}),
+                SERVICE: partial(timed, network_alone(one, model.bundle, alerts, 1), n),
+                SERVICE_2_THREADS: partial(timed, network_alone(two, model.bundle, alerts, 2), n),
+                FLOPS: flops_run(model.bundle),
+            }
+        stages[score_stage(model.name)] = {
+            **({NAIVE: partial(timed, score_naively, n)} if model is first else {}),
+            SERVICE: partial(timed, partial(model.score, alerts), n),
+            RUNTIME: partial(timed, network_alone(model.network, model.bundle, alerts, 1), n),
+        }
+    return stages
+
+
+def encoding_stage(packets: Sequence[bytes], scorer: Scorer, naive: NaiveBroker) -> dict[str, Row]:
+    """Output records with full payload."""
+    decoder, window = open_decoder(scorer), DuplicateWindow(len(packets))
+    source = Input(bootstrap_servers="none:9092", group_id="bench", topics=["bench"])
+    router = open_router(Service(input=source, output=Output(prefix="bench")), scorer)
+    scored = [score_alerts(*decoder.decode(batch), scorer, window) for batch in in_batches(packets, BATCH)]
+    decoded = [naive.decode(packet) for packet in packets]
+    scores = [naive.score(naive.cutouts(alert)) for _, alert in decoded]
+
+    def encode_naively() -> None:
+        for (schema, alert), score in zip(decoded, scores, strict=True):
+            naive.encode(schema, alert, score)
+
+    return {
+        "encode": {
+            NAIVE: partial(timed, encode_naively, len(packets)),
+            SERVICE: partial(timed, lambda: [router.route(batch) for batch in scored], len(packets)),
+        }
     }

@@ -1,4 +1,4 @@
-"""`broker-filter bench`: how fast the service is on this machine, beside a naive loop."""
+"""`broker-filter bench`: how fast the service is on this machine, beside a naive loop and the floors."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import argparse
 import json
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from broker_filter.bench.benchmark import Report
-    from broker_filter.bench.measure import Contest
+from broker_filter.bench.request import PARTS, Request
 
+DEFAULT_PARTS = ("stages", "archive", "kafka", "latency", "startup")
+"""Some minutes; the others take as long again, each."""
 ALERTS = 4000
 """Some transactions of the service, some hundred alerts of the naive loop."""
 LEAST_ALERTS = 256
@@ -26,12 +26,26 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds `bench`."""
     parser = subparsers.add_parser(
         "bench",
-        help="measure stages and throughput beside a naive loop",
-        description="Measures the service beside a naive loop (fastavro, astropy, torch, one alert at a time) in one "
-        "run on the same packets: stages in CPU time, archive to scores, and topic to topic through a broker.",
+        help="measure stages and throughput beside a naive loop and the floors",
+        description="Measures the service beside a naive loop (fastavro, astropy, torch, one alert at a time) and the "
+        "floors (inflating, the network's operations, a Kafka loop without work), in one run on the same packets.",
     )
     parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="ZTF packets; simulated ones without any")
-    parser.add_argument("--model", default="default", metavar="BUNDLE", help="bundle to score with")
+    parser.add_argument(
+        "--model",
+        action="append",
+        metavar="BUNDLE",
+        help="bundle to score with; may be repeated: all but the first compete with their runtime alone "
+        "(default: `default`)",
+    )
+    parser.add_argument(
+        "--parts",
+        type=_parts,
+        default=DEFAULT_PARTS,
+        metavar="PART,...",
+        help=f"of {', '.join(PARTS)}; or all (default {','.join(DEFAULT_PARTS)})",
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="what runs the networks")
     parser.add_argument(
         "--alerts", type=int, default=ALERTS, help=f"alerts through archive and broker (default {ALERTS})"
     )
@@ -42,49 +56,47 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="cluster to use; without it Apache Kafka is started from KAFKA_HOME, or else the embedded broker",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
+    parser.add_argument(
+        "--check", type=Path, metavar="FILE", help="end with status 1 where a ratio is worse than the file's"
+    )
     parser.set_defaults(run=run)
 
 
+def _parts(text: str) -> tuple[str, ...]:
+    parts = PARTS if text == "all" else tuple(text.split(","))
+    if unknown := set(parts) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    return parts
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Measures, prints the table, writes the figures."""
+    """Measures, prints the tables, writes the figures, compares the ratios."""
+    from rich.console import Console
+
     from broker_filter.bench.benchmark import run_benchmark
+    from broker_filter.bench.tables import show
+    from broker_filter.bench.targets import check, judge, ratios
 
     if arguments.alerts < LEAST_ALERTS or arguments.repetitions < 1:
         print(f"broker-filter bench: --alerts from {LEAST_ALERTS}, --repetitions from 1", file=sys.stderr)
         return 2
-    report = run_benchmark(
-        arguments.inputs,
-        model=arguments.model,
+    request = Request(
+        inputs=arguments.inputs,
+        models=arguments.model or ["default"],
+        parts=arguments.parts,
+        device=arguments.device,
         alerts=arguments.alerts,
         repetitions=arguments.repetitions,
         bootstrap_servers=arguments.bootstrap_servers,
-        announce=log.info,
     )
+    logging.getLogger("broker_filter.streaming").setLevel(logging.WARNING)  # the service's ends run in this process too
+    report = run_benchmark(request, log.info)
     if arguments.out:
-        arguments.out.write_text(json.dumps(report.as_json(), indent=2) + "\n")
-    show(report)
-    return 0
-
-
-def show(report: Report) -> None:
-    """The report as tables on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    def table(title: str, contests: dict[str, Contest], figure: str, ratio: str) -> Table:
-        made = Table("", "naive", "service", "ratio", title=title, title_justify="left")
-        for name, contest in contests.items():
-            spreads = (getattr(figures, figure) for figures in (contest.naive, contest.service))
-            cells = (f"{spread.median:,.0f} ({spread.lowest:,.0f} to {spread.highest:,.0f})" for spread in spreads)
-            made.add_row(name, *cells, f"{getattr(contest, ratio):.1f}")
-        return made
-
-    console = Console()
-    console.print(f"{report.machine['processor']}, {report.machine['cores']} cores; {report.model}; {report.broker}")
-    console.print(
-        f"{report.packets} packets, medians of {report.repetitions} interleaved repetitions (lowest to highest)"
-    )
-    cpu, throughput = ("cpu_microseconds", "cpu_ratio"), ("alerts_per_second", "throughput_ratio")
-    console.print(table("CPU microseconds an alert, one thread", report.stages, *cpu))
-    console.print(table("CPU microseconds an alert, all cores", report.wholes, *cpu))
-    console.print(table("Alerts/s, all cores", report.wholes, *throughput))
+        targets = {one.target.name: {**asdict(one), "met": one.met} for one in judge(report)}
+        figures = {**asdict(report), "ratios": ratios(report), "targets": targets}
+        arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
+    show(report, Console())
+    worse = check(ratios(report), arguments.check) if arguments.check else []
+    for line in worse:
+        print(f"broker-filter bench: {line}", file=sys.stderr)
+    return 1 if worse else 0

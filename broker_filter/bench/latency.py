@@ -1,0 +1,94 @@
+"""How long alerts take through the service: at a survey's steady rate, and in the burst that follows a visit."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+from confluent_kafka import KafkaError, Message, Producer
+
+from broker_filter.bench.arena import Arena, Broker
+from broker_filter.bench.contestants import ServiceInstances
+from broker_filter.bench.measure import BenchmarkError, Spread
+from broker_filter.bench.request import Device
+from broker_filter.bench.sample import choose_packets
+from broker_filter.config import Model
+from broker_filter.packets.batch import Survey
+from broker_filter.simulate import SCHEMAS
+
+RATE = 300
+"""Alerts a second: about Rubin's mean, 10,000 alerts in a visit of some 39 s."""
+WARM_UP_S, STEADY_S = 5, 20
+"""Sent first and not counted, since the broker compiles its code; and sent then."""
+BURST = 10_000
+"""Alerts of one visit."""
+BURST_DISTINCT = 400
+OVERDUE_S = 30.0
+"""Without any record: one was lost."""
+
+Place = tuple[int, int]
+"""Partition and offset of an input."""
+
+
+def measure_latency(
+    broker: Broker, packets: Sequence[bytes], model: str, device: Device, directory: Path
+) -> dict[str, Spread]:
+    """Milliseconds from the input's Kafka timestamp to the output record in the hands of a read_committed reader."""
+    alerts = (WARM_UP_S + STEADY_S) * RATE
+    with Arena(broker, directory) as arena, ServiceInstances(arena, Model(bundle=model), device=device) as service:
+        service.wait_until_joined()
+        reader = arena.reader(service.output)
+        sent: dict[Place, tuple[int, float]] = {}
+        sender = threading.Thread(target=send_steadily, args=(arena, islice(cycle(packets), alerts), sent), daemon=True)
+        sender.start()
+        arrived: dict[Place, float] = {}
+        while len(arrived) < alerts:
+            message = reader.poll(OVERDUE_S)
+            if message is None:
+                service.check()
+                raise BenchmarkError(f"{len(arrived)} of {alerts} alerts came out at {RATE} a second")
+            if message.error() is None:
+                now_ms = time.time_ns() / 1e6
+                _, partition, offset = dict(message.headers())["input"].decode().rsplit("/", 2)
+                arrived[int(partition), int(offset)] = now_ms
+        sender.join()
+        reader.close()
+        arena.delete(service.output)
+    latencies = [arrived[place] - sent_ms for place, (i, sent_ms) in sent.items() if i >= WARM_UP_S * RATE]
+    p50, p99 = np.percentile(latencies, [50, 99]).tolist()
+    return {"latency p50, ms": Spread.of([p50]), "latency p99, ms": Spread.of([p99])}
+
+
+def send_steadily(arena: Arena, packets: Iterable[bytes], sent: dict[Place, tuple[int, float]]) -> None:
+    """Sends packets at RATE; notes where each came to stand, the how manieth it was, and its timestamp (Unix ms)."""
+    # Without linger: how long the survey's producer waits is not the service's.
+    producer = Producer({**arena.client, "linger.ms": 0, "message.max.bytes": 2**24})
+    started = time.monotonic()
+    for i, packet in enumerate(packets):
+
+        def note(error: KafkaError | None, message: Message, i: int = i) -> None:
+            if error is None:
+                sent[message.partition(), message.offset()] = i, message.timestamp()[1]
+
+        while (delay := started + i / RATE - time.monotonic()) > 0:
+            producer.poll(delay)
+        producer.produce(arena.topic, packet, partition=i % len(arena.partitions), on_delivery=note)
+    producer.flush()
+
+
+def measure_burst(broker: Broker, model: str, device: Device, directory: Path) -> dict[str, Spread]:
+    """A visit of simulated LSST packets, all there at one moment: how long until the last one's output is committed."""
+    packets = choose_packets([], BURST_DISTINCT, Survey.LSST)
+    with Arena(broker, directory) as arena:
+        choice = Model(bundle=model, also=["lsst"])
+        with ServiceInstances(arena, choice, device=device, schema_registry=str(SCHEMAS)) as service:
+            service.wait_until_joined()
+            began = arena.send(list(islice(cycle(packets), BURST)))
+            *_, last = arena.progress(service, arena.alerts)
+            rebalances = service.rebalances
+        arena.settle(service, arena.alerts)
+    return {"burst drained, s": Spread.of([last.time - began]), "burst, rebalances": Spread.of([rebalances])}

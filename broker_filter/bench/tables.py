@@ -1,0 +1,112 @@
+"""A report as tables, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from broker_filter.bench.measure import (
+    FLOPS,
+    INFLATE,
+    NAIVE,
+    NO_WORK,
+    RUNTIME,
+    SERVICE,
+    SERVICE_2_THREADS,
+    Contest,
+    Figures,
+    Spread,
+)
+from broker_filter.bench.report import Report
+from broker_filter.bench.targets import judge, ratios
+
+ORDER = (NAIVE, SERVICE, SERVICE_2_THREADS, INFLATE, FLOPS, RUNTIME, NO_WORK)
+"""Of the stages' columns."""
+
+
+def show(report: Report, console: Console) -> None:
+    """What it was measured on, every contest, the ratios, and the targets."""
+    models = ", ".join(f"{name} {model}" for name, model in report.models.items())
+    console.print(f"{report.processor}, {report.cores} cores; {models}; {report.broker or 'no broker'}")
+    console.print(
+        f"{report.packets} packets, medians of {report.repetitions} interleaved repetitions (lowest to highest)"
+    )
+    if report.stages:
+        console.print(stages_table(report.stages))
+    for name, contest in {**report.wholes, **report.scaling}.items():
+        console.print(contest_table(name, contest))
+    if report.quantities:
+        console.print(quantities_table(report.quantities))
+    console.print(ratios_table(ratios(report)))
+    console.print(targets_table(report))
+
+
+def stages_table(stages: Mapping[str, Contest]) -> Table:
+    """A row a stage, a column a contestant."""
+    columns = [name for name in ORDER if any(name in contest for contest in stages.values())]
+    table = _table("CPU microseconds an alert, by stage", "stage", *columns)
+    for stage, contest in stages.items():
+        cells = [_spread(contest[name].cpu_microseconds) if name in contest else "" for name in columns]
+        table.add_row(stage, *cells)
+    return table
+
+
+def contest_table(title: str, contest: Contest) -> Table:
+    """A row a contestant."""
+    table = _table(title, "", "alerts/s", "CPU us an alert", "of the brokers", "peak MB")
+    for name, figures in contest.items():
+        table.add_row(name, *_cells(figures))
+    return table
+
+
+def quantities_table(quantities: Mapping[str, Spread]) -> Table:
+    """A row a figure, its unit in the name."""
+    table = _table("Other figures", "", "")
+    for name, spread in quantities.items():
+        table.add_row(name, _spread(spread, digits=1))
+    return table
+
+
+def ratios_table(found: Mapping[str, float]) -> Table:
+    """A row a ratio."""
+    table = _table("Ratios", "", "")
+    for name, ratio in found.items():
+        table.add_row(name, f"{ratio:.2f}")
+    return table
+
+
+def targets_table(report: Report) -> Table:
+    """A row a target."""
+    table = _table("Targets (2 cores, no GPU, braai network)", "", "figure", "target", "")
+    for judgement in judge(report):
+        target = judgement.target
+        bound = f"at {'most' if target.at_most else 'least'} {target.bound:g}"
+        stretch = f" (stretch {target.stretch:g})" if target.stretch else ""
+        table.add_row(target.name, f"{judgement.figure:.2f}", bound + stretch, "met" if judgement.met else "NOT MET")
+    return table
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _cells(figures: Figures) -> list[str]:
+    spreads = (
+        figures.alerts_per_second,
+        figures.cpu_microseconds,
+        figures.broker_microseconds,
+        figures.peak_megabytes,
+    )
+    return [_spread(spread) if spread else "" for spread in spreads]
+
+
+def _spread(spread: Spread, digits: int = 0) -> str:
+    if spread.lowest == spread.highest:
+        return f"{spread.median:,.{digits}f}"
+    return f"{spread.median:,.{digits}f} ({spread.lowest:,.{digits}f}-{spread.highest:,.{digits}f})"

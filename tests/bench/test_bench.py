@@ -1,0 +1,99 @@
+"""The command measures what it says, on every way through the service; no figure of it is asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from broker_filter.bench import benchmark, measure
+from broker_filter.bench.measure import Run, Spread, compete, timed
+from broker_filter.bench.naive import NaiveBroker
+from broker_filter.bench.sample import in_batches
+from broker_filter.cli import main
+from broker_filter.config import Runtime
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.registry import open_registry
+from broker_filter.scoring.bundle import load_bundle
+from broker_filter.scoring.scorer import open_scorer
+
+
+def test_naive_loop_gives_the_services_scores(packets: list[bytes]) -> None:
+    """A baseline that computes something else would be no baseline."""
+    scorer = open_scorer(["default"], Runtime())
+    decoder = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=scorer.columns)
+    alerts, _ = decoder.decode(in_batches(packets, len(packets))[0])
+    scores = scorer.score(alerts).columns()["default.real"]
+
+    naive = NaiveBroker(load_bundle("default"))
+    for i, packet in enumerate(alerts.packets[k] for k in alerts.packet_index):
+        _, alert = naive.decode(packet.data)
+        assert naive.score(naive.cutouts(alert))["real"] == pytest.approx(scores[i], abs=1e-5)
+
+
+def test_contestants_take_turns() -> None:
+    turns: list[str] = []
+
+    def contestant(name: str) -> Run:
+        turns.append(name)
+        return Run(alerts_per_second=len(turns), cpu_microseconds=len(turns))
+
+    contest = compete({"naive": lambda: contestant("naive"), "service": lambda: contestant("service")}, repetitions=3)
+
+    assert turns == ["naive", "service"] * 3
+    assert contest["naive"].alerts_per_second == Spread(median=3, lowest=1, highest=5)
+    assert contest["service"].cpu_microseconds == Spread(median=4, lowest=2, highest=6)
+    assert contest["service"].broker_microseconds is None
+
+
+def test_short_work_is_repeated_until_it_can_be_measured() -> None:
+    calls = []
+    run = timed(lambda: calls.append(1), alerts=10)
+    assert len(calls) > 1
+    assert run.alerts_per_second > 0
+
+
+def test_bench_measures_stages_archive_and_broker(
+    kafka_bootstrap: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "LEAST_S", 0.0)
+    monkeypatch.setattr(benchmark, "STAGE_PACKETS", 8)
+    monkeypatch.setattr(benchmark, "DISTINCT_PACKETS", 64)
+    figures, expected = tmp_path / "bench.json", tmp_path / "ratios.json"
+    expected.write_text(json.dumps({"decode: naive / service": {"ratio": 1e9, "tolerance": 0.1}}))
+    options = ["--parts", "stages,archive,kafka,startup", "--alerts", "256", "--repetitions", "1"]
+    files = ["--out", str(figures), "--check", str(expected)]
+
+    assert main(["bench", "--bootstrap-servers", kafka_bootstrap, *options, *files]) == 1
+
+    printed = capsys.readouterr()
+    assert "decode: naive / service is" in printed.err
+    assert "CPU microseconds an alert, by stage" in printed.out
+    report = json.loads(figures.read_text())
+    assert (report["alerts"], report["repetitions"], report["scaling"]) == (256, 1, {})
+    assert {"frame", "Avro", "stamps", "decode", "normalise", "score: default", "encode"} < set(report["stages"])
+    assert {"Kafka in", "Kafka out"} < set(report["stages"])
+    assert set(report["wholes"]) == {"archive -> scores", "Kafka -> scores -> Kafka: default"}
+    for contest in {**report["stages"], **report["wholes"]}.values():
+        for figure in contest.values():
+            for spread in (figure["alerts_per_second"], figure["cpu_microseconds"]):
+                assert 0 < spread["lowest"] <= spread["median"] <= spread["highest"]
+    assert report["targets"]["decode: naive / service"]["met"] in (True, False)
+    # A cluster that was given is not ours to look at: what the floors allow is not known.
+    assert "Kafka: service / floors" not in report["ratios"]
+
+
+@pytest.mark.parametrize("parts", ["stages,nothing", ""])
+def test_unknown_parts_are_refused(parts: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "--parts", parts])
+    assert "no part" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_is_said_and_never_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    assert main(["bench", "--device", "cuda"]) == 1
+    assert "cuda" in capsys.readouterr().err.lower()

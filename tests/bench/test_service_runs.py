@@ -1,0 +1,69 @@
+"""Latency, bursts, instances and long replays are measured on whole runs of the service; here on short ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from broker_filter.bench import endurance, latency, throughput
+from broker_filter.bench.arena import Arena, Broker
+from broker_filter.bench.contestants import run_no_work_loop
+from broker_filter.bench.sample import in_batches
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.registry import open_registry
+
+
+def test_latency_is_measured_for_every_alert_after_the_warm_up(
+    broker: Broker, packets: list[bytes], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "WARM_UP_S", 1)
+    monkeypatch.setattr(latency, "STEADY_S", 1)
+    found = latency.measure_latency(broker, packets, "default", "cpu", directory)
+    assert 0 < found["latency p50, ms"].median <= found["latency p99, ms"].median
+
+
+def test_burst_is_drained_without_a_rebalance(broker: Broker, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "BURST", 200)
+    monkeypatch.setattr(latency, "BURST_DISTINCT", 20)
+    found = latency.measure_burst(broker, "default", "cpu", directory)
+    assert found["burst drained, s"].median > 0
+    assert found["burst, rebalances"].median == 0
+
+
+def test_two_instances_share_two_partitions(
+    broker: Broker, packets: list[bytes], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throughput, "PARTITIONS", (2,))
+    monkeypatch.setattr(throughput, "INSTANCES", (2,))
+    scaling = throughput.measure_scaling(broker, packets * 32, "default", "cpu", 1, directory)
+    figures = scaling["2 partitions"]["2 instances"]
+    assert figures.peak_megabytes is not None
+    assert figures.alerts_per_second.median > 0
+
+
+def test_loop_without_work_passes_every_alert_on(broker: Broker, packets: list[bytes], directory: Path) -> None:
+    with Arena(broker, directory) as arena:
+        arena.send(packets * 40)  # more than two transactions of it
+        assert run_no_work_loop(arena).alerts_per_second > 0  # which counts what came out
+
+
+def test_memory_is_looked_at_early_and_late(
+    packets: list[bytes], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endurance, "EARLY", 200)
+    monkeypatch.setattr(endurance, "LATE", 600)
+    monkeypatch.setattr(endurance, "WINDOW", 100)
+    found = endurance.measure_memory(packets, "default", "cpu", directory)
+    assert set(found) == {"resident at alert 200, MB", "resident at alert 600, MB"}
+    assert all(spread.median > 10 for spread in found.values())
+
+
+def test_an_endless_night_never_repeats_an_alert(packets: list[bytes]) -> None:
+    night = endurance.distinct_alerts(packets)
+    decoder = Decoder(open_registry(None))
+    (first,), (second,) = (in_batches([next(night) for _ in packets], len(packets)) for _ in range(2))
+    first_turn, second_turn = decoder.decode(first)[0], decoder.decode(second)[0]
+    assert not set(first_turn.alert_id.tolist()) & set(second_turn.alert_id.tolist())
+    assert first_turn.object_id == second_turn.object_id
+    assert (first_turn.cutouts == second_turn.cutouts).all()
