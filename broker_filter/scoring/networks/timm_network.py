@@ -7,9 +7,9 @@ Must never fetch anything: a backbone is built from its name, its weights come f
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from broker_filter.scoring.networks.fusion import Encoder, FusionNetwork
@@ -19,10 +19,13 @@ class TimmEncoder(Encoder):
     """A backbone without its classifier: what it pools and norms, [N, features], of images [N, 3, S, S].
 
     `image_size`: what the images are interpolated to, bilinearly; where absent, the size of a backbone that takes no
-    other (`maxvit_tiny_rw_224`: 224), else none: images of 63 px are taken as they are.
+    other (`maxvit_tiny_rw_224`: 224), else none: images of 63 px are taken as they are. `last_norm`: `removed` of a
+    ConvNeXt, as BTSbot does where it joins metadata (`mm_ConvNeXt`).
     """
 
-    def __init__(self, backbone: str, image_size: int | None = None) -> None:
+    def __init__(
+        self, backbone: str, image_size: int | None = None, last_norm: Literal["kept", "removed"] = "kept"
+    ) -> None:
         import timm
 
         super().__init__()
@@ -32,6 +35,8 @@ class TimmEncoder(Encoder):
         if image_size is None and published is not None and published.fixed_input_size:
             image_size = published.input_size[-1]
         encoder: Any = timm.create_model(backbone, num_classes=0)
+        if last_norm == "removed":
+            encoder.head.norm = nn.Identity()
         self.backbone = encoder
         self.image_size = image_size
         self.features: int = encoder.head_hidden_size
@@ -43,6 +48,8 @@ class TimmEncoder(Encoder):
         return self.backbone(images)  # type: ignore[no-any-return]
 
 
-def timm_network(backbone: str, image_size: int | None = None, **heads: Any) -> FusionNetwork:
+def timm_network(
+    backbone: str, image_size: int | None = None, last_norm: Literal["kept", "removed"] = "kept", **heads: Any
+) -> FusionNetwork:
     """The network of `TimmEncoder`'s arguments and of `FusionNetwork`'s, `heads`."""
-    return FusionNetwork(TimmEncoder(backbone, image_size), **heads)
+    return FusionNetwork(TimmEncoder(backbone, image_size, last_norm), **heads)
