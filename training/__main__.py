@@ -19,6 +19,7 @@ COMMANDS = {
     "fit": ("training.fit", "train a network as a file says, and write its bundle"),
     "evaluate": ("training.evaluate", "what a bundle is worth on a split, with intervals by object"),
     "compare": ("training.compare", "evaluations side by side: tables, plots, which difference is real"),
+    "pretrain": ("training.pretrain", "train an encoder on galaxy images"),
     "study": ("training.study", "fit a grid of networks, regimens, seeds and amounts of data"),
 }
 """Each command's module and what it is for."""

@@ -285,11 +285,13 @@ def _finish(
 
 
 def _sha256(*arrays: NDArray[Any]) -> str:
+    """Of the values' bytes; of strings, in UTF-8, a line each."""
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(
-            np.ascontiguousarray(array).data if array.dtype.kind != "U" else "\n".join(array.tolist()).encode()
-        )
+        if array.dtype.kind in "OU":
+            digest.update("\n".join(array.tolist()).encode())
+        else:
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 

@@ -1,33 +1,24 @@
-"""A network in training: the alerts that it is shown, what it is told of them, how its weights move.
+"""A classifier in training: which alerts it is shown, and what its answers cost.
 
 Shows a network exactly what serving would: the data set's raw cutouts through `scoring.preprocess`.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from torch.utils.data import DataLoader
 
 from broker_filter.scoring.bundle import Inputs
 from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
 from training.datasets import View, sources_by_class
-from training.recipe import Hardware, Recipe
-
-SYMMETRIES = 8
-"""Of the square: four turns, each with and without a flip."""
-EPOCHS_PER_SEED = 2**20
-"""More than a seed ever trains, so that no epoch of one seed draws what another's does."""
-
-log = logging.getLogger(__name__)
+from training.learner import Learner
+from training.recipe import Hardware, Optimisation, Recipe
 
 Shown = tuple[Tensor, Tensor, Tensor]
 """N alerts: images float32[N, C, S, S], metadata float32[N, F], classes int64[N]."""
@@ -89,24 +80,23 @@ def class_weights(label: NDArray[np.int64], n_classes: int, *, balance: bool) ->
     return torch.from_numpy(weights.astype(np.float32))
 
 
-class Classifier(lightning.LightningModule):
+class Classifier(Learner):
     """Two classes: binary cross-entropy of the second, its alerts weighted; more: cross-entropy of weighted classes.
 
     `frozen`: modules whose weights, and statistics, stay as they are.
     """
 
-    def __init__(self, network: nn.Module, recipe: Recipe, weights: Tensor, frozen: Sequence[nn.Module] = ()) -> None:
-        super().__init__()
-        self.network = network
-        self.recipe = recipe
+    def __init__(
+        self, network: nn.Module, optimisation: Optimisation, weights: Tensor, frozen: Sequence[nn.Module] = ()
+    ) -> None:
+        super().__init__(network, optimisation)
+        self.binary = len(weights) == 2
+        self.loss: nn.Module = (
+            nn.BCEWithLogitsLoss(pos_weight=weights[1] / weights[0]) if self.binary else nn.CrossEntropyLoss(weights)
+        )
         self.frozen = tuple(frozen)
         for module in self.frozen:
             module.requires_grad_(False)
-        binary = len(weights) == 2
-        self.loss: nn.Module = (
-            nn.BCEWithLogitsLoss(pos_weight=weights[1] / weights[0]) if binary else nn.CrossEntropyLoss(weights)
-        )
-        self.binary = binary
 
     def train(self, mode: bool = True) -> Classifier:
         """Training mode, the frozen modules excepted."""
@@ -115,55 +105,9 @@ class Classifier(lightning.LightningModule):
             module.eval()
         return self
 
-    def training_step(self, batch: Shown, _: int) -> Tensor:
-        """The loss of a batch, its images turned at random."""
+    def loss_of(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """See `Shown`."""
         images, metadata, label = batch
-        loss = self._loss(orient(images) if self.recipe.augment else images, metadata, label)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(label))
-        return loss
-
-    def validation_step(self, batch: Shown, _: int) -> None:
-        """Logs the loss of a batch as it is."""
-        loss = self._loss(*batch)
-        self.log("val_loss", loss, on_epoch=True, batch_size=len(batch[2]), sync_dist=True, prog_bar=True)
-
-    def on_train_epoch_start(self) -> None:
-        """Seeds by the epoch, so that training resumes with the order and the turns that it would have gone on with."""
-        torch.manual_seed(self.recipe.seed * EPOCHS_PER_SEED + self.current_epoch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Says how far training has come."""
-        loss = float(self.trainer.callback_metrics["val_loss"])
-        log.info("epoch %d of %d: validation loss %.4f", self.current_epoch + 1, self.recipe.epochs, loss)
-
-    def configure_optimizers(self) -> Any:
-        """AdamW; each epoch its own learning rate, a linear rise and then half a cosine, as published."""
-        recipe = self.recipe
-        optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.network.parameters() if parameter.requires_grad],
-            lr=recipe.learning_rate,
-            betas=recipe.betas,
-            weight_decay=recipe.weight_decay,
-        )
-        warm_up, falling = recipe.warm_up_epochs, recipe.epochs - recipe.warm_up_epochs
-        schedule: LRScheduler = CosineAnnealingLR(optimizer, falling, eta_min=recipe.learning_rate * recipe.least)
-        if warm_up:
-            rise = LinearLR(optimizer, start_factor=recipe.least, total_iters=warm_up)
-            schedule = SequentialLR(optimizer, [rise, schedule], milestones=[warm_up])
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    def _loss(self, images: Tensor, metadata: Tensor, label: Tensor) -> Tensor:
         logits, _ = self.network(images, metadata) if metadata.shape[1] else self.network(images)
         loss: Tensor = self.loss(logits[:, 0], label.to(logits.dtype)) if self.binary else self.loss(logits, label)
         return loss
-
-
-def orient(images: Tensor) -> Tensor:
-    """Each of the images [N, C, S, S] in one of the square's symmetries, drawn at random."""
-    symmetry = torch.randint(SYMMETRIES, (len(images),), device=images.device)
-    oriented = torch.empty_like(images)
-    for k in range(SYMMETRIES):
-        chosen = symmetry == k
-        turned = torch.rot90(images[chosen], k % 4, (-2, -1))
-        oriented[chosen] = turned.flip(-1) if k >= 4 else turned
-    return oriented

@@ -7,22 +7,13 @@ bundle is written.
 from __future__ import annotations
 
 import argparse
-import logging
-import pickle
-import sys
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import lightning
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from torch import nn
+from lightning.pytorch.utilities import rank_zero_only
 
 from broker_filter.config import Runtime
 from broker_filter.scoring.bundle import Architecture, Description, Inputs, MetadataColumn, Outputs, Training
@@ -33,19 +24,14 @@ from training.classifier import Classifier, chosen_to_train, class_weights, load
 from training.datasets import Dataset, View
 from training.errors import TrainingError
 from training.evaluate import PREDICTIONS, predict
-from training.recipe import Fit, Hardware, Recipe, read_configuration
+from training.learner import learn
+from training.recipe import Fit, read_configuration
 
 CONFIGURATION = "fit.yaml"
 """What a directory was begun with: training goes on only with the same."""
 BUNDLE = "bundle"
 THRESHOLD = 0.5
 """The recommended cut of a yes or no."""
-LAST, BEST = "last.ckpt", "best.ckpt"
-NETWORK = "network."
-"""Prefix of the network's weights in a checkpoint."""
-
-for library in ("lightning.pytorch", "lightning.fabric"):
-    logging.getLogger(library).setLevel(logging.WARNING)  # they tell of every device that there is not
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +56,11 @@ def fit(config: Fit) -> None:
     dataset = Dataset.open(config.dataset)
     if not (config.out / BUNDLE).exists():
         _train_and_write(config, dataset)
+    _score_test(config, dataset)
+
+
+@rank_zero_only  # where several devices train, each is a process that comes by here
+def _score_test(config: Fit, dataset: Dataset) -> None:
     if not (config.out / PREDICTIONS).exists():
         model = open_model(str(config.out / BUNDLE), Runtime(engine="onnxruntime", device="cpu"))
         predict(model, dataset, "test").write(config.out / PREDICTIONS)
@@ -92,13 +83,20 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
     extra = {"labels": len(labels)} | ({"metadata": len(config.metadata)} if config.metadata else {})
     architecture = Architecture(name=config.architecture.name, arguments={**config.architecture.arguments, **extra})
     torch.manual_seed(config.recipe.seed)
-    if config.hardware.threads:
-        torch.set_num_threads(config.hardware.threads)
     network = build_network(architecture)
     if config.encoder:
+        from broker_filter.scoring.encoders import load_encoder_weights
+
         load_encoder_weights(network, config.encoder.source)
-    stage = Stage(config.out, inputs, config.recipe, config.hardware, config.logs)
-    evaluation = stage.train(network, train, validation)
+    weights = class_weights(train.label, len(classes), balance=config.recipe.balance)
+    evaluation = learn(
+        Classifier(network, config.recipe, weights),
+        loader(train, inputs, config.recipe, config.hardware, training=True),
+        loader(validation, inputs, config.recipe, config.hardware, training=False),
+        config.out,
+        config.hardware,
+        config.logs,
+    )
     description = Description(
         name=config.name,
         version=config.version,
@@ -116,7 +114,7 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
         citation=config.citation,
         training=_describe(config, dataset, train, evaluation),
     )
-    write_bundle(config.out / BUNDLE, description, network)
+    rank_zero_only(write_bundle)(config.out / BUNDLE, description, network)
 
 
 def _filled_columns(train: View, columns: Sequence[str]) -> tuple[MetadataColumn, ...]:
@@ -128,91 +126,6 @@ def _filled_columns(train: View, columns: Sequence[str]) -> tuple[MetadataColumn
         MetadataColumn(name=name, fill=float(fill))
         for name, fill in zip(columns, np.nanmedian(metadata, axis=0), strict=True)
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One training: where its checkpoints and logs go, and what it is done with."""
-
-    directory: Path
-    inputs: Inputs
-    recipe: Recipe
-    hardware: Hardware
-    logs: Sequence[str]
-
-    def train(
-        self, network: nn.Module, train: View, validation: View, frozen: Sequence[nn.Module] = ()
-    ) -> dict[str, float | int | str]:
-        """Trains `network`, or goes on; leaves in it, on the CPU, the weights of the lowest validation loss.
-
-        Returns what the card says of it. Raises TrainingError where a checkpoint is damaged or of another network.
-        """
-        n_classes = len(train.dataset.card.classes)
-        weights = class_weights(train.label, n_classes, balance=self.recipe.balance)
-        classifier = Classifier(network, self.recipe, weights, frozen)
-        checkpoint = ModelCheckpoint(
-            self.directory,
-            filename=Path(BEST).stem,
-            monitor="val_loss",
-            save_last=True,
-            enable_version_counter=False,
-        )
-        trainer = lightning.Trainer(
-            accelerator=self.hardware.accelerator,
-            devices=self.hardware.devices,
-            precision=self.hardware.precision,
-            max_epochs=self.recipe.epochs,
-            callbacks=[checkpoint, EarlyStopping("val_loss", patience=self.recipe.patience)],
-            logger=self._loggers(),
-            default_root_dir=self.directory,
-            num_sanity_val_steps=0,
-            enable_model_summary=False,
-            enable_progress_bar=sys.stderr.isatty(),
-        )
-        last = self.directory / LAST
-        if last.exists():
-            read_checkpoint(last)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")  # advice: more workers, other logging intervals
-            trainer.fit(
-                classifier,
-                loader(train, self.inputs, self.recipe, self.hardware, training=True),
-                loader(validation, self.inputs, self.recipe, self.hardware, training=False),
-                ckpt_path=last if last.exists() else None,
-                weights_only=True,
-            )
-        if trainer.interrupted:
-            raise KeyboardInterrupt
-        best = read_checkpoint(self.directory / BEST)
-        state = {
-            name.removeprefix(NETWORK): tensor
-            for name, tensor in best["state_dict"].items()
-            if name.startswith(NETWORK)
-        }
-        network.cpu().load_state_dict(state)
-        network.eval()
-        assert checkpoint.best_model_score is not None  # there is a best checkpoint
-        return {"epoch": best["epoch"] + 1, "validation_loss": round(float(checkpoint.best_model_score), 5)}
-
-    def _loggers(self) -> list[Logger]:
-        loggers: list[Logger] = []
-        if "csv" in self.logs:
-            loggers.append(CSVLogger(self.directory, name="log"))
-        if "tensorboard" in self.logs:
-            loggers.append(TensorBoardLogger(self.directory, name="tensorboard"))
-        return loggers
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint, never unpickled beyond tensors and plain values. Raises TrainingError where it is not whole."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise TrainingError(f"{path}: not a whole checkpoint: {reason}; remove it to begin again") from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "epoch"} <= checkpoint.keys():
-        raise TrainingError(f"{path}: a file of torch, and not a checkpoint of this training; remove it to begin again")
-    return checkpoint
 
 
 def _describe(config: Fit, dataset: Dataset, train: View, evaluation: dict[str, float | int | str]) -> Training:

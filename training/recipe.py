@@ -13,32 +13,31 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from broker_filter.config import Section
+from broker_filter.packets.batch import CUTOUTS
 from broker_filter.scoring.bundle import Architecture, ImageInput, ModelName, describe_problems
 from training.errors import TrainingError
 
 MAX_FILE_BYTES = 2**20
 """A file of configuration has some dozens of lines; anything near this is another file, named by mistake."""
 
+PUBLISHED_IMAGES = ImageInput(size=63, order=CUTOUTS, normalisation="l2_image", padding=1e-9)
+"""`make_triplet` in BTSbot's `alert_utils.py`."""
+
 Configuration = TypeVar("Configuration", bound=Section)
 
 
-class Recipe(Section):
-    """How the weights are found."""
+class Optimisation(Section):
+    """How weights are found: AdamW, a learning rate that rises as a line and falls as a cosine, early stopping."""
 
     epochs: int = Field(default=25, gt=0)
-    batch: int = Field(default=64, gt=1, description="Alerts a step, on each device.")
+    batch: int = Field(default=64, gt=1, description="Images a step, on each device.")
     learning_rate: float = Field(default=5e-6, gt=0, description="At its peak; made for pre-trained weights.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's, of its two moments.")
-    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's; torch's default, as published.")
-    warm_up_epochs: int = Field(default=2, ge=0, description="In which the learning rate rises, as a line.")
-    least: float = Field(
-        default=0.01, gt=0, le=1, description="Where the rise begins and the cosine ends, of the peak."
-    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Of AdamW's two moments.")
+    weight_decay: float = Field(default=0.01, ge=0, description="torch's default, as published.")
+    warm_up_epochs: int = Field(default=2, ge=0, description="In which the learning rate rises.")
+    least: float = Field(default=0.01, gt=0, le=1, description="Where the rise begins and the fall ends, of the peak.")
     patience: int = Field(default=5, gt=0, description="Epochs without a lower validation loss before training stops.")
-    balance: bool = Field(default=True, description="Weigh the classes as if they had as many alerts each.")
     augment: bool = Field(default=True, description="Flip and turn every image at random, by right angles.")
-    max_alerts_per_source: int = Field(default=100, gt=0, description="N_max: of an object's, chosen at random.")
-    fraction: float = Field(default=1, gt=0, le=1, description="Of the training sources of each class that are used.")
     seed: int = Field(default=2, ge=0)
 
     @model_validator(mode="after")
@@ -46,6 +45,14 @@ class Recipe(Section):
         if self.warm_up_epochs >= self.epochs:
             raise ValueError(f"warm_up_epochs: {self.warm_up_epochs} of {self.epochs} epochs leave none to train in")
         return self
+
+
+class Recipe(Optimisation):
+    """How a classifier is trained, and on which of a data set's alerts."""
+
+    balance: bool = Field(default=True, description="Weigh the classes as if they had as many alerts each.")
+    max_alerts_per_source: int = Field(default=100, gt=0, description="N_max: of an object's, chosen at random.")
+    fraction: float = Field(default=1, gt=0, le=1, description="Of the training sources of each class.")
 
 
 class Hardware(Section):
@@ -75,12 +82,7 @@ class Fit(Section):
     architecture: Architecture = Field(description="Without `labels` and `metadata`: the data set says how many.")
     encoder: Encoder | None = Field(default=None, description="Absent: random weights.")
     metadata: tuple[str, ...] = Field(default=(), description="Columns that the network takes besides the images.")
-    images: ImageInput = Field(
-        default=ImageInput(
-            size=63, order=("science", "template", "difference"), normalisation="l2_image", padding=1e-9
-        ),
-        description="As served; make_triplet's in BTSbot.",
-    )
+    images: ImageInput = PUBLISHED_IMAGES
     recipe: Recipe = Recipe()
     hardware: Hardware = Hardware()
     logs: tuple[Literal["csv", "tensorboard"], ...] = ("csv",)

@@ -20,14 +20,14 @@ import numpy as np
 from pydantic import Field
 
 from broker_filter.config import Section
-from broker_filter.scoring.bundle import Architecture, BundleError, load_bundle
+from broker_filter.scoring.bundle import Architecture, BundleError, ImageInput, load_bundle
 from training.datasets import Dataset
 from training.errors import DatasetError, TrainingError
 from training.evaluate import PREDICTIONS
 from training.fit import BUNDLE, THRESHOLD, fit
 from training.metrics import measure
 from training.predictions import Predictions
-from training.recipe import Encoder, Fit, Hardware, Recipe, read_configuration
+from training.recipe import PUBLISHED_IMAGES, Encoder, Fit, Hardware, Recipe, read_configuration
 
 TABLE = "study.csv"
 RUNS = "runs"
@@ -37,6 +37,14 @@ FIGURES = ("roc_auc", "average_precision", "f1", "balanced_accuracy", "accuracy"
 """Of `training.metrics.measure`; of several classes the mean over them, each against the rest."""
 
 log = logging.getLogger(__name__)
+
+
+class Contender(Section):
+    """A network of the study."""
+
+    architecture: Architecture
+    takes_metadata: bool = True
+    recipe: dict[str, Any] = Field(default={}, description="Keys of the recipe with other values.")
 
 
 class Regimen(Section):
@@ -53,14 +61,14 @@ class Study(Section):
 
     out: Path
     datasets: dict[str, Path] = Field(min_length=1)
-    models: dict[str, Architecture] = Field(min_length=1)
+    models: dict[str, Contender] = Field(min_length=1)
     regimens: dict[str, Regimen] = Field(min_length=1)
     inputs: dict[str, tuple[str, ...]] = Field(
         default={"images": ()}, description="Metadata columns, by what to call them; none: images alone."
     )
-    without_metadata: tuple[str, ...] = Field(default=(), description="Models that take images alone.")
     fractions: tuple[float, ...] = (1.0,)
     seeds: tuple[int, ...] = (1, 2, 3)
+    images: ImageInput = PUBLISHED_IMAGES
     recipe: Recipe = Recipe()
     hardware: Hardware = Hardware()
 
@@ -71,14 +79,14 @@ class Run:
 
     seed: int
     fraction: float
-    dataset: str
     inputs: str
+    dataset: str
     regimen: str
     model: str
 
     @property
     def name(self) -> str:
-        """Its directory, and its bundle's name."""
+        """Its directory."""
         return f"{self.dataset}_{self.model}_{self.regimen}_{self.inputs}_{self.fraction * 100:g}pct_seed{self.seed}"
 
 
@@ -113,28 +121,30 @@ def run(arguments: argparse.Namespace) -> None:
 
 def plan(study: Study) -> Iterator[Run]:
     """The runs, in the order in which they are made: a study that was stopped early has something of everything."""
-    grid = product(study.seeds, study.fractions, study.datasets, study.inputs, study.regimens, study.models)
+    grid = product(study.seeds, study.fractions, study.inputs, study.datasets, study.regimens, study.models)
     for cell in (Run(*values) for values in grid):
         encoders = study.regimens[cell.regimen].encoders
         if encoders is not None and cell.model not in encoders:
             continue
-        if study.inputs[cell.inputs] and cell.model in study.without_metadata:
+        if study.inputs[cell.inputs] and not study.models[cell.model].takes_metadata:
             continue
         yield cell
 
 
 def configure(study: Study, cell: Run) -> Fit:
     """What `fit` is told for a run."""
-    regimen = study.regimens[cell.regimen]
-    changes = {**regimen.recipe, "seed": cell.seed, "fraction": cell.fraction}
+    regimen, model = study.regimens[cell.regimen], study.models[cell.model]
+    changes = {**model.recipe, **regimen.recipe, "seed": cell.seed, "fraction": cell.fraction}
     encoder = Encoder(regimen=cell.regimen, source=regimen.encoders[cell.model]) if regimen.encoders else None
     return Fit(
-        name=cell.name.replace(".", "_"),
+        name=f"{cell.model}_{cell.regimen}_{cell.inputs}",
+        version=f"{cell.dataset}, {cell.fraction:.0%} of the sources, seed {cell.seed}",
         dataset=study.datasets[cell.dataset],
         out=study.out / RUNS / cell.name,
-        architecture=study.models[cell.model],
+        architecture=model.architecture,
         encoder=encoder,
         metadata=study.inputs[cell.inputs],
+        images=study.images,
         recipe=Recipe(**{**study.recipe.model_dump(), **changes}),
         hardware=study.hardware,
     )

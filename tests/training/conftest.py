@@ -1,0 +1,53 @@
+"""A small simulated night with labels of what it truly shows, and the data set that is made of it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("galsim", reason="simulated alerts need the extra `demo`")
+
+from broker_filter.simulate import SimulatedAlert, simulate_night
+from training.build_dataset import build_dataset
+from training.datasets import Dataset
+from training.labels import Labels, parse_rule, read_labels
+
+
+@pytest.fixture(scope="session")
+def alerts_of_the_night() -> list[SimulatedAlert]:
+    """Sixty alerts, nearly every one of an object of its own."""
+    return list(simulate_night(60, seed=5))
+
+
+@pytest.fixture(scope="session")
+def night_packets(alerts_of_the_night: list[SimulatedAlert], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of their packets."""
+    directory = tmp_path_factory.mktemp("packets")
+    for alert in alerts_of_the_night:
+        (directory / f"{alert.alert_id}.avro").write_bytes(alert.packet)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def night_table(alerts_of_the_night: list[SimulatedAlert], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of what they are: the column `truth` says sky or detector."""
+    path = tmp_path_factory.mktemp("labels") / "labels.csv"
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["candid", "truth"])
+        table.writerows((alert.alert_id, "sky" if alert.is_real else "detector") for alert in alerts_of_the_night)
+    return path
+
+
+@pytest.fixture(scope="session")
+def night_labels(night_table: Path) -> Labels:
+    """Two classes, bogus and real."""
+    return read_labels(night_table, "truth", [parse_rule("bogus=detector"), parse_rule("real=sky")])
+
+
+@pytest.fixture(scope="session")
+def night_dataset(night_packets: Path, night_labels: Labels, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The night as a data set of those."""
+    return build_dataset([night_packets], night_labels, tmp_path_factory.mktemp("sets") / "night")

@@ -1,0 +1,167 @@
+"""Fitting: from a data set to a bundle that scores as its predictions say; stopped, damaged and misconfigured runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pyarrow import parquet
+from safetensors.torch import load_file
+from torch import nn
+
+from broker_filter.config import Runtime
+from broker_filter.scoring.bundle import WEIGHTS, Architecture, load_bundle
+from broker_filter.scoring.scorer import open_model
+from training import learner as learning
+from training.classifier import Classifier, class_weights
+from training.datasets import Dataset
+from training.errors import DatasetError, TrainingError
+from training.fit import BUNDLE, fit
+from training.learner import BEST, LAST, Learner, orient, read_checkpoint
+from training.recipe import Fit, Hardware, Recipe, read_configuration
+
+TINY = Architecture(name="btsbot_cnn", arguments={"channels": (4, 8), "kernel": 3, "hidden": (16, 8)})
+ONE_CORE = Hardware(accelerator="cpu", devices=1, threads=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small gain nothing from more, and lose much where other tests want the cores."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def config(night_dataset: Dataset, tmp_path: Path) -> Callable[..., Fit]:
+    """A fit of a tiny network in three short epochs; `changes`: of its keys."""
+
+    def make(name: str = "tiny", **changes: object) -> Fit:
+        recipe = Recipe(epochs=3, warm_up_epochs=1, batch=16, learning_rate=3e-3, seed=1)
+        keys = {"dataset": night_dataset.directory, "out": tmp_path / name, "architecture": TINY, "recipe": recipe}
+        return Fit(name=name, hardware=ONE_CORE, **{**keys, **changes})
+
+    return make
+
+
+def weights(config: Fit) -> dict[str, torch.Tensor]:
+    return load_file(config.out / BUNDLE / WEIGHTS)
+
+
+def test_ends_with_a_bundle_and_what_it_says_of_the_test_split(
+    config: Callable[..., Fit], night_dataset: Dataset
+) -> None:
+    wanted = config(metadata=("magpsf", "distnr"), logs=("csv", "tensorboard"))
+    fit(wanted)
+    model = open_model(str(wanted.out / BUNDLE), Runtime(engine="torch", device="cpu"))
+    test = night_dataset["test"].read()
+    scores = model.run(test.cutouts, test.cutout_box, test.metadata, test.columns)["probabilities"]
+    predictions = parquet.read_table(wanted.out / "predictions.parquet")
+    assert predictions["alert_id"].to_pylist() == test.alert_id.tolist()
+    assert predictions["probability.real"].to_numpy() == pytest.approx(scores[:, 0], abs=1e-5)
+    card = load_bundle(wanted.out / BUNDLE).card
+    assert card.training.evaluation["dataset_sha256"] == night_dataset.card.sha256
+    assert (card.training.evaluation["seed"], card.training.evaluation["regimen"]) == (1, "random")
+    train = night_dataset["train"].metadata(["magpsf", "distnr"])
+    assert [column.fill for column in card.inputs.metadata] == pytest.approx(np.nanmedian(train, axis=0))
+    assert list((wanted.out / "log").rglob("metrics.csv"))
+    assert list((wanted.out / "tensorboard").rglob("events.*"))
+
+
+def test_a_run_that_was_killed_ends_as_one_that_was_not(
+    config: Callable[..., Fit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, killed = config("whole"), config("killed")
+    fit(whole)
+    with monkeypatch.context() as patch:
+
+        def killed_in_the_second_epoch(learner: Learner, batch: tuple[torch.Tensor, ...], i: int) -> torch.Tensor:
+            if learner.current_epoch == 1 and i == 1:
+                raise SystemExit
+            return step(learner, batch, i)
+
+        step = Learner.training_step
+        patch.setattr(learning.Learner, "training_step", killed_in_the_second_epoch)
+        with pytest.raises(SystemExit):
+            fit(killed)
+    assert read_checkpoint(killed.out / LAST)["epoch"] == 0
+    fit(killed)
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(killed).items())
+
+
+def test_the_weights_of_the_lowest_validation_loss_are_served(config: Callable[..., Fit]) -> None:
+    wanted = config()
+    fit(wanted)
+    rows = next((wanted.out / "log").rglob("metrics.csv")).read_text().splitlines()
+    place = rows[0].split(",").index("val_loss")
+    losses = [float(row.split(",")[place]) for row in rows[1:] if row.split(",")[place]]
+    evaluation = load_bundle(wanted.out / BUNDLE).card.training.evaluation
+    assert evaluation["epoch"] == int(np.argmin(losses)) + 1
+    assert evaluation["validation_loss"] == pytest.approx(min(losses), abs=1e-5)
+    best = read_checkpoint(wanted.out / BEST)["state_dict"]
+    assert all(torch.equal(tensor, best[f"network.{name}"]) for name, tensor in weights(wanted).items())
+
+
+@pytest.mark.parametrize("length", [0, 1000])
+def test_a_half_written_checkpoint_is_said(config: Callable[..., Fit], length: int) -> None:
+    wanted = config()
+    fit(wanted)
+    (wanted.out / BUNDLE).rename(wanted.out / "aside")
+    os.truncate(wanted.out / LAST, length)
+    with pytest.raises(TrainingError, match=r"last\.ckpt: not a whole checkpoint .* remove it to begin again"):
+        fit(wanted)
+
+
+def test_a_file_that_would_run_code_is_no_checkpoint(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "epoch": Runtime}, tmp_path / "evil.ckpt")
+    with pytest.raises(TrainingError, match="not a whole checkpoint"):
+        read_checkpoint(tmp_path / "evil.ckpt")
+
+
+def test_wrong_configurations_are_said(config: Callable[..., Fit], tmp_path: Path) -> None:
+    fit(config())
+    with pytest.raises(TrainingError, match="was begun with another configuration"):
+        fit(config(recipe=Recipe(epochs=4)))
+    with pytest.raises(DatasetError, match="has no metadata columns nonsense"):
+        fit(config("columns", metadata=("nonsense",)))
+    with pytest.raises(TrainingError, match="no alert to train on has a value of reliability"):
+        fit(config("empty", metadata=("reliability",)))
+    file = tmp_path / "fit.yaml"
+    file.write_text("name: x\nepochs: 3\nrecipe: {warm_up_epochs: 30}\n")
+    with pytest.raises(TrainingError, match=r"dataset: Field required.*warm_up_epochs: 30 of 25.*epochs: Extra inputs"):
+        read_configuration(Fit, file)
+
+
+def test_flips_and_turns_keep_every_pixel_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    image = torch.arange(2 * 5 * 5, dtype=torch.float32).reshape(1, 2, 5, 5)
+    oriented = orient(image.expand(400, 2, 5, 5))
+    kinds = {tuple(one.flatten().tolist()) for one in oriented}
+    assert len(kinds) == 8
+    assert tuple(image.flatten().tolist()) in kinds
+    assert all(torch.equal(one.sort().values, image.flatten().sort().values) for one in oriented.flatten(1)[:20])
+
+
+def test_the_rare_class_counts_as_much_as_the_common_one() -> None:
+    label = np.array([0] * 30 + [1] * 10)
+    weight = class_weights(label, 2, balance=True)
+    assert float(weight[0] * 30) == pytest.approx(float(weight[1] * 10))
+    assert class_weights(label, 2, balance=False).tolist() == [1, 1]
+    logits = nn.Linear(1, 1)
+    loss = Classifier(logits, Recipe(), weight).loss
+    assert float(loss.pos_weight) == pytest.approx(3)
+
+
+def test_frozen_modules_keep_their_weights_and_statistics() -> None:
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+    classifier = Classifier(network, Recipe(), torch.ones(2), frozen=[network[0]]).train()
+    network(torch.randn(20, 3) + 5).sum().backward()
+    assert network[0].running_mean.tolist() == [0, 0, 0]
+    assert network[0].weight.grad is None
+    assert network[1].weight.grad is not None
+    assert classifier.training

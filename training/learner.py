@@ -1,0 +1,164 @@
+"""Training, whatever is learnt: the optimiser and its schedule, checkpoints, resuming, early stopping, logs.
+
+Lightning runs it. A run that was killed and goes on ends as one that was not; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import sys
+import warnings
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.utils.data import DataLoader
+
+from training.errors import TrainingError
+from training.recipe import Hardware, Optimisation
+
+SYMMETRIES = 8
+"""Of the square: four turns, each with and without a flip."""
+EPOCHS_PER_SEED = 2**20
+"""More than are ever trained, so that no epoch of one seed draws what another seed's does."""
+LAST, BEST = "last.ckpt", "best.ckpt"
+NETWORK = "network."
+"""Prefix of the network's weights in a checkpoint."""
+
+for library in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(library).setLevel(logging.WARNING)  # they tell of every device that there is not
+
+log = logging.getLogger(__name__)
+
+
+class Learner(lightning.LightningModule):
+    """A network, and what is asked of it. Batches are tuples whose first item is the images [N, C, S, S]."""
+
+    def __init__(self, network: nn.Module, optimisation: Optimisation) -> None:
+        super().__init__()
+        self.network = network
+        self.optimisation = optimisation
+
+    @abstractmethod
+    def loss_of(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """The mean loss over the batch."""
+
+    def training_step(self, batch: tuple[Tensor, ...], _: int) -> Tensor:
+        """The loss of a batch, its images turned at random."""
+        images, *rest = batch
+        loss = self.loss_of((orient(images) if self.optimisation.augment else images, *rest))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, ...], _: int) -> None:
+        """Logs the loss of a batch as it is."""
+        loss = self.loss_of(batch)
+        self.log("val_loss", loss, on_epoch=True, batch_size=len(batch[0]), sync_dist=True, prog_bar=True)
+
+    def on_train_epoch_start(self) -> None:
+        """Seeds by the epoch, so that training resumes with the order and the turns that it would have gone on with."""
+        torch.manual_seed(self.optimisation.seed * EPOCHS_PER_SEED + self.current_epoch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Says how far training has come."""
+        loss = float(self.trainer.callback_metrics["val_loss"])
+        log.info("epoch %d of %d: validation loss %.4f", self.current_epoch + 1, self.optimisation.epochs, loss)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW; each epoch has a learning rate, as published."""
+        plan = self.optimisation
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in self.parameters() if parameter.requires_grad],
+            lr=plan.learning_rate,
+            betas=plan.betas,
+            weight_decay=plan.weight_decay,
+        )
+        falling = plan.epochs - plan.warm_up_epochs
+        schedule: LRScheduler = CosineAnnealingLR(optimizer, falling, eta_min=plan.learning_rate * plan.least)
+        if plan.warm_up_epochs:
+            rise = LinearLR(optimizer, start_factor=plan.least, total_iters=plan.warm_up_epochs)
+            schedule = SequentialLR(optimizer, [rise, schedule], milestones=[plan.warm_up_epochs])
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+def orient(images: Tensor) -> Tensor:
+    """Each of the images [N, C, S, S] in one of the square's symmetries, drawn at random."""
+    symmetry = torch.randint(SYMMETRIES, (len(images),), device=images.device)
+    oriented = torch.empty_like(images)
+    for k in range(SYMMETRIES):
+        chosen = symmetry == k
+        turned = torch.rot90(images[chosen], k % 4, (-2, -1))
+        oriented[chosen] = turned.flip(-1) if k >= 4 else turned
+    return oriented
+
+
+def learn(
+    learner: Learner,
+    train: DataLoader[Any],
+    validation: DataLoader[Any],
+    directory: Path,
+    hardware: Hardware,
+    logs: Sequence[Literal["csv", "tensorboard"]],
+) -> dict[str, float | int | str]:
+    """Trains, or goes on where `directory` has checkpoints; leaves the best weights in the network, on the CPU.
+
+    Returns the epoch that they are of, and its validation loss: the lowest. Raises TrainingError where a checkpoint is
+    not whole, KeyboardInterrupt where somebody stopped it.
+    """
+    if hardware.threads:
+        torch.set_num_threads(hardware.threads)
+    plan = learner.optimisation
+    best = ModelCheckpoint(
+        directory, filename=Path(BEST).stem, monitor="val_loss", save_last=True, enable_version_counter=False
+    )
+    loggers: list[Logger] = []
+    if "csv" in logs:
+        loggers.append(CSVLogger(directory, name="log"))
+    if "tensorboard" in logs:
+        loggers.append(TensorBoardLogger(directory, name="tensorboard"))
+    trainer = lightning.Trainer(
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        precision=hardware.precision,
+        max_epochs=plan.epochs,
+        callbacks=[best, EarlyStopping("val_loss", patience=plan.patience)],
+        logger=loggers,
+        default_root_dir=directory,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stderr.isatty(),
+    )
+    last = directory / LAST
+    if last.exists():
+        read_checkpoint(last)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")  # advice: more workers, other logging intervals
+        trainer.fit(learner, train, validation, ckpt_path=last if last.exists() else None, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    assert best.best_model_score is not None  # of one epoch at least
+    checkpoint = read_checkpoint(directory / BEST)
+    weights = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(NETWORK)}
+    learner.network.cpu().load_state_dict({name.removeprefix(NETWORK): tensor for name, tensor in weights.items()})
+    learner.network.eval()
+    return {"epoch": int(checkpoint["epoch"]) + 1, "validation_loss": round(float(best.best_model_score), 5)}
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint: tensors and plain values. Raises TrainingError where it is not whole, or is something else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise TrainingError(f"{path}: not a whole checkpoint ({reason}): remove it to begin again") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "epoch"} <= checkpoint.keys():
+        raise TrainingError(f"{path}: not a checkpoint of this training: remove it to begin again")
+    return checkpoint
