@@ -20,8 +20,8 @@ PERCENTILES = (2.5, 97.5)
 """Of the resampled figures: a 95 % interval."""
 SEED = 2026
 """The same for every model: the same objects are drawn for all, so that differences between models are paired."""
-ELEMENTS_AT_ONCE = 2**22
-"""Weights that are held at a time, 32 MB of them: a dozen arrays of that size are."""
+ELEMENTS_AT_ONCE = 2**21
+"""Weights that are held at a time: 16 MB, and a dozen arrays of that size beside them."""
 
 Measure = Callable[[Weights], dict[str, Values]]
 """Figures by name, [...], for weights [..., N]."""

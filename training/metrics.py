@@ -27,7 +27,6 @@ MISSED = (0.01, 0.05)
 class Ranking:
     """How much weight lies at or above each of T distinct scores, from the highest on; before them an entry of none."""
 
-    score: NDArray[np.float64]  # [T + 1] from infinity downwards
     positive: Values  # [..., T + 1]
     negative: Values  # [..., T + 1]
 
@@ -76,8 +75,7 @@ def rank(positive: NDArray[np.bool_], score: NDArray[np.floating], weight: Weigh
         start = np.zeros((*part.shape[:-1], 1))
         return np.concatenate([start, np.cumsum(part, axis=-1)[..., last]], axis=-1)
 
-    score_from_top = np.concatenate([[np.inf], ordered[last]])
-    return Ranking(score_from_top, accumulated(weight * positive), accumulated(weight * ~positive))
+    return Ranking(accumulated(weight * positive), accumulated(weight * ~positive))
 
 
 def measure(predictions: Predictions, weight: Weights) -> dict[str, Values]:

@@ -16,7 +16,7 @@ from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 from training.bootstrap import Estimate
-from training.compare import Contender
+from training.contenders import Contender
 from training.metrics import Ranking, rank
 
 COLOURS = mpl.color_sequences["tab10"]

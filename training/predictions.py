@@ -55,7 +55,7 @@ class Predictions:
         return yes_or_most.astype(np.int64)
 
     def write(self, path: Path) -> None:
-        """Writes a Parquet file: ids, time and magnitude, the true class by name, a column of probabilities a label."""
+        """Writes a Parquet file: ids, magnitude, the true class by name, a column of probabilities for each label."""
         columns: dict[str, object] = {name: getattr(self, name) for name in COLUMNS[:-1]}
         columns["truth"] = np.array(self.classes)[self.truth]
         columns |= {PROBABILITY + label: self.probabilities[:, c] for c, label in enumerate(self.labels)}

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from training import plots
 from training.bootstrap import RESAMPLES, Estimate
-from training.compare import Contender
+from training.contenders import Contender
 from training.plots import COLOURS, TIMED_BATCH
 
 TEMPLATE = "report.html.jinja"

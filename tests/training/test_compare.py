@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 from broker_filter.scoring.bundle import Card, load_bundle
+from training import compare
 from training.bootstrap import Estimate
-from training.compare import read_contenders
+from training.contenders import read_contenders
 from training.datasets import DatasetCard
 from training.errors import EvaluationError
 from training.evaluate import EVALUATION, PREDICTIONS, evaluate
@@ -113,6 +115,14 @@ class Links(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.fetched += [value or "" for name, value in attrs if name in {"src", "href", "xlink:href"}]
+
+
+def test_the_command_writes_the_page_and_prints_the_table(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation = write("alone", 0.1)
+    compare.run(Namespace(evaluations=[evaluation], out=evaluation / "report"))
+    markdown = (evaluation / "report" / compare.MARKDOWN).read_text()
+    assert markdown in capsys.readouterr().out
+    assert "<title>alone</title>" in (evaluation / "report" / compare.HTML).read_text()
 
 
 @pytest.mark.parametrize("n", [1, 3])
