@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from broker_filter.config import Runtime
 from broker_filter.scoring.bundle import Architecture, Description, Inputs, MetadataColumn, Outputs, Training
+from broker_filter.scoring.encoders import load_encoder_weights
 from broker_filter.scoring.export import write_bundle
 from broker_filter.scoring.networks import build_network
 from broker_filter.scoring.scorer import open_model
@@ -50,7 +51,7 @@ def fit(config: Fit) -> None:
     """Trains a network, writes its bundle, and scores the test split with that; what is done already is not repeated.
 
     Raises TrainingError where the directory was begun with another configuration or a checkpoint is damaged,
-    DatasetError where the data set cannot be used or lacks a column.
+    DatasetError where the data set cannot be used or lacks a column, WeightsError where the encoder cannot be had.
     """
     _begin(config)
     dataset = Dataset.open(config.dataset)
@@ -85,8 +86,6 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
     torch.manual_seed(config.recipe.seed)
     network = build_network(architecture)
     if config.encoder:
-        from broker_filter.scoring.encoders import load_encoder_weights
-
         load_encoder_weights(network, config.encoder.source)
     weights = class_weights(train.label, len(classes), balance=config.recipe.balance)
     evaluation = learn(

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from broker_filter.config import Section
 from broker_filter.scoring.bundle import Architecture, ImageInput
-from broker_filter.scoring.networks import build_network
+from broker_filter.scoring.networks import build_network, fusion
 from broker_filter.scoring.preprocess import prepare_images
 from training.errors import TrainingError
 from training.galaxies import Galaxies, read_galaxies, simulate_galaxies
@@ -72,7 +72,8 @@ class MorphologyLearner(Learner):
         images, answers = batch
         asked = ~answers.isnan()
         error = (self.network(images).sigmoid() - answers.nan_to_num()).square() * asked
-        return error.sum() / asked.sum().clamp(min=1)
+        loss: Tensor = error.sum() / asked.sum().clamp(min=1)
+        return loss
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +96,7 @@ def pretrain(config: Pretraining) -> dict[str, object]:
     """
     torch.manual_seed(config.recipe.seed)
     encoder = getattr(build_network(config.architecture), "encoder", None)
-    if not isinstance(encoder, nn.Module):
+    if not isinstance(encoder, fusion.Encoder):
         raise TrainingError(f"network {config.architecture.name!r} has no encoder that could be trained apart")
     galaxies = combine([_load(source, config.images.size) for source in config.galaxies])
     network = nn.Sequential(encoder, nn.Dropout(config.dropout), nn.Linear(encoder.features, len(galaxies.questions)))

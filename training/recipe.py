@@ -13,14 +13,15 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from broker_filter.config import Section
-from broker_filter.packets.batch import CUTOUTS
 from broker_filter.scoring.bundle import Architecture, ImageInput, ModelName, describe_problems
 from training.errors import TrainingError
 
 MAX_FILE_BYTES = 2**20
 """A file of configuration has some dozens of lines; anything near this is another file, named by mistake."""
 
-PUBLISHED_IMAGES = ImageInput(size=63, order=CUTOUTS, normalisation="l2_image", padding=1e-9)
+PUBLISHED_IMAGES = ImageInput(
+    size=63, order=("science", "template", "difference"), normalisation="l2_image", padding=1e-9
+)
 """`make_triplet` in BTSbot's `alert_utils.py`."""
 
 Configuration = TypeVar("Configuration", bound=Section)

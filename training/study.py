@@ -21,6 +21,7 @@ from pydantic import Field
 
 from broker_filter.config import Section
 from broker_filter.scoring.bundle import Architecture, BundleError, ImageInput, load_bundle
+from broker_filter.scoring.weights import WeightsError
 from training.datasets import Dataset
 from training.errors import DatasetError, TrainingError
 from training.evaluate import PREDICTIONS
@@ -111,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
             config = configure(study, cell)
             fit(config)
             _add_row(study.out / TABLE, cell, config, time.monotonic() - started)
-        except (TrainingError, DatasetError, BundleError) as error:
+        except (TrainingError, DatasetError, BundleError, WeightsError) as error:
             log.error("%s: %s", cell.name, error)
             failed.append(cell.name)
     if failed:
