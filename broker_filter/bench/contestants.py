@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import yaml
-from confluent_kafka import ConsumerGroupState
+from confluent_kafka import ConsumerGroupState, KafkaException
 
 from broker_filter.bench.arena import PARTITIONS, REQUEST_TIMEOUT_S, Arena
 from broker_filter.bench.loops import LEAST_COMMITS, Loop, naive_loop, no_work_loop
@@ -119,7 +119,10 @@ class ServiceInstances:
 
     def _joined(self) -> bool:
         described = self._arena.admin.describe_consumer_groups([self.group], request_timeout=REQUEST_TIMEOUT_S)
-        group = described[self.group].result()
+        try:
+            group = described[self.group].result()
+        except KafkaException:
+            return False  # the group's coordinator is found, or loads
         assigned = sum(len(member.assignment.topic_partitions) for member in group.members)
         return (group.state, len(group.members), assigned) == (
             ConsumerGroupState.STABLE,

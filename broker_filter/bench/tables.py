@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +20,7 @@ from broker_filter.bench.measure import (
     Spread,
 )
 from broker_filter.bench.report import Report
-from broker_filter.bench.targets import judge, ratios
+from broker_filter.bench.targets import Judgement, judge, ratios
 
 ORDER = (NAIVE, SERVICE, SERVICE_2_THREADS, INFLATE, FLOPS, RUNTIME, NO_WORK)
 """Of the stages' columns."""
@@ -39,8 +39,10 @@ def show(report: Report, console: Console) -> None:
         console.print(contest_table(name, contest))
     if report.quantities:
         console.print(quantities_table(report.quantities))
-    console.print(ratios_table(ratios(report)))
-    console.print(targets_table(report))
+    if found := ratios(report):
+        console.print(ratios_table(found))
+    if judgements := judge(report):
+        console.print(targets_table(judgements))
 
 
 def stages_table(stages: Mapping[str, Contest]) -> Table:
@@ -77,10 +79,10 @@ def ratios_table(found: Mapping[str, float]) -> Table:
     return table
 
 
-def targets_table(report: Report) -> Table:
+def targets_table(judgements: Sequence[Judgement]) -> Table:
     """A row a target."""
     table = _table("Targets (2 cores, no GPU, braai network)", "", "figure", "target", "")
-    for judgement in judge(report):
+    for judgement in judgements:
         target = judgement.target
         bound = f"at {'most' if target.at_most else 'least'} {target.bound:g}"
         stretch = f" (stretch {target.stretch:g})" if target.stretch else ""
