@@ -33,17 +33,17 @@ class Ranking:
     @property
     def recall(self) -> Values:
         """The share of the positive alerts at or above each score: the true-positive rate, [..., T + 1]."""
-        return _ratio(self.positive, self.positive[..., -1:])
+        return ratio(self.positive, self.positive[..., -1:])
 
     @property
     def false_positive_rate(self) -> Values:
         """The share of the negative alerts at or above each score, [..., T + 1]."""
-        return _ratio(self.negative, self.negative[..., -1:])
+        return ratio(self.negative, self.negative[..., -1:])
 
     @property
     def precision(self) -> Values:
         """The share of positive alerts at or above each score, [..., T + 1]; NaN where there are none."""
-        return _ratio(self.positive, self.positive + self.negative)
+        return ratio(self.positive, self.positive + self.negative)
 
     @property
     def roc_auc(self) -> Values:
@@ -96,8 +96,8 @@ def measure(predictions: Predictions, weight: Weights) -> dict[str, Values]:
         figures |= {f"{label}.{name}": value for label, known in of_label.items() for name, value in known.items()}
     counts = confusion(predictions, weight)
     correct = np.diagonal(counts, axis1=-2, axis2=-1)
-    figures["accuracy"] = _ratio(correct.sum(axis=-1), counts.sum(axis=(-2, -1)))
-    figures["balanced_accuracy"] = _mean_of_known(np.moveaxis(_ratio(correct, counts.sum(axis=-1)), -1, 0))
+    figures["accuracy"] = ratio(correct.sum(axis=-1), counts.sum(axis=(-2, -1)))
+    figures["balanced_accuracy"] = _mean_of_known(np.moveaxis(ratio(correct, counts.sum(axis=-1)), -1, 0))
     figures["ece"] = Reliability.of(predictions, weight).expected_error
     return figures
 
@@ -113,7 +113,7 @@ def confusion(predictions: Predictions, weight: Weights) -> Values:
 def confusion_shares(predictions: Predictions, weight: Weights) -> Values:
     """The confusion matrix with each row, a true class, as shares of it, [..., C, C]."""
     counts = confusion(predictions, weight)
-    return _ratio(counts, counts.sum(axis=-1, keepdims=True))
+    return ratio(counts, counts.sum(axis=-1, keepdims=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +137,8 @@ class Reliability:
         total = weight @ inside
         return cls(
             total,
-            _ratio(weight @ (inside * said[:, None]), total),
-            _ratio(weight @ (inside * happened[:, None]), total),
+            ratio(weight @ (inside * said[:, None]), total),
+            ratio(weight @ (inside * happened[:, None]), total),
         )
 
     @property
@@ -148,7 +148,13 @@ class Reliability:
         Few alerts in a bin make it larger than it is, resampled ones more so: its interval leans upwards.
         """
         distance = np.nan_to_num(np.abs(self.said - self.happened))
-        return _ratio((self.weight * distance).sum(axis=-1), self.weight.sum(axis=-1))
+        return ratio((self.weight * distance).sum(axis=-1), self.weight.sum(axis=-1))
+
+
+def ratio(part: Values, whole: Values) -> Values:
+    """The part of the whole; NaN where there is nothing to take a part of."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.divide(part, whole), np.float64)
 
 
 def _one_against_the_rest(
@@ -159,20 +165,14 @@ def _one_against_the_rest(
     return {
         "roc_auc": ranking.roc_auc,
         "average_precision": ranking.average_precision,
-        "precision": _ratio(found, claimed),
-        "recall": _ratio(found, existing),
-        "f1": _ratio(2 * found, claimed + existing),
+        "precision": ratio(found, claimed),
+        "recall": ratio(found, existing),
+        "f1": ratio(2 * found, claimed + existing),
         **{f"fpr_at_fnr_{share:.0%}".removesuffix("%"): ranking.false_positive_rate_missing(share) for share in MISSED},
     }
-
-
-def _ratio(part: Values, whole: Values) -> Values:
-    """NaN where there is nothing to take a part of."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.divide(part, whole), np.float64)
 
 
 def _mean_of_known(values: Values) -> Values:
     """The mean over the first axis of what is not NaN; NaN where nothing is."""
     known = ~np.isnan(values)
-    return _ratio(np.where(known, values, 0).sum(axis=0), known.sum(axis=0))
+    return ratio(np.where(known, values, 0).sum(axis=0), known.sum(axis=0))
