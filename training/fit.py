@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
 
 from broker_filter.config import Runtime
 from broker_filter.scoring.bundle import Architecture, Description, Inputs, MetadataColumn, Outputs, Training
@@ -25,6 +27,7 @@ from training.classifier import Classifier, chosen_to_train, class_weights, load
 from training.datasets import Dataset, View
 from training.errors import TrainingError
 from training.evaluate import PREDICTIONS, predict
+from training.frozen_fusion import is_frozen_fusion, train_branches
 from training.learner import learn
 from training.recipe import Fit, read_configuration
 
@@ -88,14 +91,21 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
     if config.encoder:
         load_encoder_weights(network, config.encoder.source)
     weights = class_weights(train.label, len(classes), balance=config.recipe.balance)
-    evaluation = learn(
-        Classifier(network, config.recipe, weights),
-        loader(train, inputs, config.recipe, config.hardware, training=True),
-        loader(validation, inputs, config.recipe, config.hardware, training=False),
-        config.out,
-        config.hardware,
-        config.logs,
-    )
+
+    def train_network(part: nn.Module, directory: Path, frozen: Sequence[nn.Module] = ()) -> dict[str, Any]:
+        return learn(
+            Classifier(part, config.recipe, weights, frozen),
+            loader(train, inputs, config.recipe, config.hardware, training=True),
+            loader(validation, inputs, config.recipe, config.hardware, training=False),
+            directory,
+            config.hardware,
+            config.logs,
+        )
+
+    frozen: Sequence[nn.Module] = ()
+    if is_frozen_fusion(architecture):
+        frozen = train_branches(network, architecture, len(labels), train_network, config.out)
+    evaluation = train_network(network, config.out, frozen)
     description = Description(
         name=config.name,
         version=config.version,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import lightning
 import torch
+import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ SYMMETRIES = 8
 EPOCHS_PER_SEED = 2**20
 """More than are ever trained, so that no epoch of one seed draws what another seed's does."""
 LAST, BEST = "last.ckpt", "best.ckpt"
+LEARNED = "learned.yaml"
+"""There when training has ended: what came of it."""
 NETWORK = "network."
 """Prefix of the network's weights in a checkpoint."""
 
@@ -113,9 +116,26 @@ def learn(
     Returns the epoch that they are of, and its validation loss: the lowest. Raises TrainingError where a checkpoint is
     not whole, KeyboardInterrupt where somebody stopped it.
     """
+    if not (directory / LEARNED).exists():
+        figures = _train(learner, train, validation, directory, hardware, logs)
+        (directory / LEARNED).write_text(yaml.safe_dump(figures))
+    checkpoint = read_checkpoint(directory / BEST)
+    weights = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(NETWORK)}
+    learner.network.cpu().load_state_dict({name.removeprefix(NETWORK): tensor for name, tensor in weights.items()})
+    learner.network.eval()
+    return dict(yaml.safe_load((directory / LEARNED).read_text()))
+
+
+def _train(
+    learner: Learner,
+    train: DataLoader[Any],
+    validation: DataLoader[Any],
+    directory: Path,
+    hardware: Hardware,
+    logs: Sequence[Literal["csv", "tensorboard"]],
+) -> dict[str, float | int | str]:
     if hardware.threads:
         torch.set_num_threads(hardware.threads)
-    plan = learner.optimisation
     best = ModelCheckpoint(
         directory, filename=Path(BEST).stem, monitor="val_loss", save_last=True, enable_version_counter=False
     )
@@ -128,8 +148,8 @@ def learn(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         precision=hardware.precision,
-        max_epochs=plan.epochs,
-        callbacks=[best, EarlyStopping("val_loss", patience=plan.patience)],
+        max_epochs=learner.optimisation.epochs,
+        callbacks=[best, EarlyStopping("val_loss", patience=learner.optimisation.patience)],
         logger=loggers,
         default_root_dir=directory,
         num_sanity_val_steps=0,
@@ -138,18 +158,15 @@ def learn(
     )
     last = directory / LAST
     if last.exists():
-        read_checkpoint(last)
+        read_checkpoint(last)  # says what is wrong with it, where Lightning would not
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")  # advice: more workers, other logging intervals
         trainer.fit(learner, train, validation, ckpt_path=last if last.exists() else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     assert best.best_model_score is not None  # of one epoch at least
-    checkpoint = read_checkpoint(directory / BEST)
-    weights = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(NETWORK)}
-    learner.network.cpu().load_state_dict({name.removeprefix(NETWORK): tensor for name, tensor in weights.items()})
-    learner.network.eval()
-    return {"epoch": int(checkpoint["epoch"]) + 1, "validation_loss": round(float(best.best_model_score), 5)}
+    epoch = int(read_checkpoint(directory / BEST)["epoch"]) + 1
+    return {"epoch": epoch, "validation_loss": round(float(best.best_model_score), 5)}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Fit(Section):
     version: str = "1"
     dataset: Path = Field(description="What build-dataset wrote.")
     out: Path = Field(description="Checkpoints, logs, the bundle and its predictions go here.")
-    architecture: Architecture = Field(description="Without `labels` and `metadata`: the data set says how many.")
+    architecture: Architecture = Field(description="Without `labels` and `metadata`, which are counted here.")
     encoder: Encoder | None = Field(default=None, description="Absent: random weights.")
     metadata: tuple[str, ...] = Field(default=(), description="Columns that the network takes besides the images.")
     images: ImageInput = PUBLISHED_IMAGES

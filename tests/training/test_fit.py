@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,40 +35,56 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def config(night_dataset: Dataset, tmp_path: Path) -> Callable[..., Fit]:
+@pytest.fixture(scope="module")
+def config(night_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Fit]:
     """A fit of a tiny network in three short epochs; `changes`: of its keys."""
+    runs = tmp_path_factory.mktemp("runs")
 
-    def make(name: str = "tiny", **changes: object) -> Fit:
+    def make(name: str, **changes: object) -> Fit:
         recipe = Recipe(epochs=3, warm_up_epochs=1, batch=16, learning_rate=3e-3, seed=1)
-        keys = {"dataset": night_dataset.directory, "out": tmp_path / name, "architecture": TINY, "recipe": recipe}
+        keys = {"dataset": night_dataset.directory, "out": runs / name, "architecture": TINY, "recipe": recipe}
         return Fit(name=name, hardware=ONE_CORE, **{**keys, **changes})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def fitted(config: Callable[..., Fit]) -> Fit:
+    """One that has been fitted, with metadata and every log."""
+    wanted = config("fitted", metadata=("magpsf", "distnr"), logs=("csv", "tensorboard"))
+    fit(wanted)
+    return wanted
 
 
 def weights(config: Fit) -> dict[str, torch.Tensor]:
     return load_file(config.out / BUNDLE / WEIGHTS)
 
 
-def test_ends_with_a_bundle_and_what_it_says_of_the_test_split(
-    config: Callable[..., Fit], night_dataset: Dataset
-) -> None:
-    wanted = config(metadata=("magpsf", "distnr"), logs=("csv", "tensorboard"))
-    fit(wanted)
-    model = open_model(str(wanted.out / BUNDLE), Runtime(engine="torch", device="cpu"))
+def test_ends_with_a_bundle_and_what_that_says_of_the_test_split(fitted: Fit, night_dataset: Dataset) -> None:
+    model = open_model(str(fitted.out / BUNDLE), Runtime(engine="torch", device="cpu", inference_threads=1))
     test = night_dataset["test"].read()
     scores = model.run(test.cutouts, test.cutout_box, test.metadata, test.columns)["probabilities"]
-    predictions = parquet.read_table(wanted.out / "predictions.parquet")
+    predictions = parquet.read_table(fitted.out / "predictions.parquet")
     assert predictions["alert_id"].to_pylist() == test.alert_id.tolist()
     assert predictions["probability.real"].to_numpy() == pytest.approx(scores[:, 0], abs=1e-5)
-    card = load_bundle(wanted.out / BUNDLE).card
+    card = load_bundle(fitted.out / BUNDLE).card
     assert card.training.evaluation["dataset_sha256"] == night_dataset.card.sha256
     assert (card.training.evaluation["seed"], card.training.evaluation["regimen"]) == (1, "random")
     train = night_dataset["train"].metadata(["magpsf", "distnr"])
     assert [column.fill for column in card.inputs.metadata] == pytest.approx(np.nanmedian(train, axis=0))
-    assert list((wanted.out / "log").rglob("metrics.csv"))
-    assert list((wanted.out / "tensorboard").rglob("events.*"))
+
+
+def test_the_weights_of_the_lowest_validation_loss_are_served(fitted: Fit) -> None:
+    rows = next((fitted.out / "log").rglob("metrics.csv")).read_text().splitlines()
+    place = rows[0].split(",").index("val_loss")
+    losses = [float(row.split(",")[place]) for row in rows[1:] if row.split(",")[place]]
+    evaluation = load_bundle(fitted.out / BUNDLE).card.training.evaluation
+    assert len(losses) == 3
+    assert evaluation["epoch"] == int(np.argmin(losses)) + 1
+    assert evaluation["validation_loss"] == pytest.approx(min(losses), abs=1e-5)
+    best = read_checkpoint(fitted.out / BEST)["state_dict"]
+    assert all(torch.equal(tensor, best[f"network.{name}"]) for name, tensor in weights(fitted).items())
+    assert list((fitted.out / "tensorboard").rglob("events.*"))
 
 
 def test_a_run_that_was_killed_ends_as_one_that_was_not(
@@ -94,25 +109,12 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(killed).items())
 
 
-def test_the_weights_of_the_lowest_validation_loss_are_served(config: Callable[..., Fit]) -> None:
-    wanted = config()
-    fit(wanted)
-    rows = next((wanted.out / "log").rglob("metrics.csv")).read_text().splitlines()
-    place = rows[0].split(",").index("val_loss")
-    losses = [float(row.split(",")[place]) for row in rows[1:] if row.split(",")[place]]
-    evaluation = load_bundle(wanted.out / BUNDLE).card.training.evaluation
-    assert evaluation["epoch"] == int(np.argmin(losses)) + 1
-    assert evaluation["validation_loss"] == pytest.approx(min(losses), abs=1e-5)
-    best = read_checkpoint(wanted.out / BEST)["state_dict"]
-    assert all(torch.equal(tensor, best[f"network.{name}"]) for name, tensor in weights(wanted).items())
-
-
-@pytest.mark.parametrize("length", [0, 1000])
-def test_a_half_written_checkpoint_is_said(config: Callable[..., Fit], length: int) -> None:
-    wanted = config()
-    fit(wanted)
-    (wanted.out / BUNDLE).rename(wanted.out / "aside")
-    os.truncate(wanted.out / LAST, length)
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_half_written_checkpoint_is_said(config: Callable[..., Fit], fitted: Fit, share: float) -> None:
+    wanted = config(f"half_{share}".replace(".", "_"))
+    wanted.out.mkdir()
+    whole = (fitted.out / LAST).read_bytes()
+    (wanted.out / LAST).write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(TrainingError, match=r"last\.ckpt: not a whole checkpoint .* remove it to begin again"):
         fit(wanted)
 
@@ -123,10 +125,27 @@ def test_a_file_that_would_run_code_is_no_checkpoint(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "evil.ckpt")
 
 
-def test_wrong_configurations_are_said(config: Callable[..., Fit], tmp_path: Path) -> None:
-    fit(config())
+def test_frozen_fusion_trains_the_branches_apart_and_then_the_joint_head_alone(config: Callable[..., Fit]) -> None:
+    frozen = Architecture(name=TINY.name, arguments={**TINY.arguments, "fusion": "frozen", "metadata_hidden": (8, 4)})
+    wanted = config("frozen", architecture=frozen, metadata=("magpsf", "distnr"))
+    fit(wanted)
+    served = weights(wanted)
+    for directory, ours, theirs in (
+        ("image_branch", "encoder", "encoder"),
+        ("metadata_branch", "metadata_branch", "branch"),
+    ):
+        branch = read_checkpoint(wanted.out / directory / BEST)["state_dict"]
+        names = [name for name in served if name.startswith(f"{ours}.")]
+        assert names
+        assert all(torch.equal(served[name], branch[f"network.{theirs}{name.removeprefix(ours)}"]) for name in names)
+    assert served["head.0.weight"].shape == (16, 8 * 7 * 7 + 4)
+    with pytest.raises(TrainingError, match="needs a network of two branches"):
+        fit(config("no_metadata", architecture=frozen))
+
+
+def test_wrong_configurations_are_said(config: Callable[..., Fit], fitted: Fit, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="was begun with another configuration"):
-        fit(config(recipe=Recipe(epochs=4)))
+        fit(fitted.model_copy(update={"recipe": Recipe(epochs=4)}))
     with pytest.raises(DatasetError, match="has no metadata columns nonsense"):
         fit(config("columns", metadata=("nonsense",)))
     with pytest.raises(TrainingError, match="no alert to train on has a value of reliability"):

@@ -1,0 +1,65 @@
+"""Frozen fusion: a network's branches are trained apart, lose their heads, and are frozen under the joint head.
+
+`frozen_fusion`, `um_nn` and their training in https://github.com/nabeelre/BTSbot; Rehemtulla et al. 2025
+(arXiv:2512.11957).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from broker_filter.scoring.bundle import Architecture
+from broker_filter.scoring.networks import build_network
+from broker_filter.scoring.networks.fusion import ACTIVATIONS, FusionNetwork
+from training.errors import TrainingError
+
+OF_THE_FUSION = ("metadata", "fusion", "metadata_hidden", "metadata_dropout")
+"""Arguments of the architecture that an image network does not have."""
+IMAGE_BRANCH, METADATA_BRANCH = "image_branch", "metadata_branch"
+"""Where the branches' checkpoints go."""
+
+
+def is_frozen_fusion(architecture: Architecture) -> bool:
+    """Whether the architecture asks to be trained this way."""
+    return architecture.arguments.get("fusion") == "frozen"
+
+
+class MetadataClassifier(nn.Module):
+    """A metadata branch and a head of its own: metadata [N, F] -> logits [N, labels], features [N, D]; no images."""
+
+    def __init__(self, branch: nn.Sequential, activation: nn.Module, labels: int) -> None:
+        super().__init__()
+        *_, last = branch
+        assert isinstance(last, nn.Linear)  # as a frozen branch ends
+        self.branch = branch
+        self.head = nn.Sequential(activation, nn.Linear(last.out_features, labels))
+
+    def forward(self, _: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        features = self.branch(metadata)
+        return self.head(features), features
+
+
+def train_branches(
+    network: nn.Module,
+    architecture: Architecture,
+    labels: int,
+    train: Callable[[nn.Module, Path], object],
+    directory: Path,
+) -> tuple[nn.Module, nn.Module]:
+    """Trains the encoder and the metadata branch of `network`, in place and apart; returns them, to be frozen.
+
+    `train` trains a network with a directory for its checkpoints. Raises TrainingError where there are no two branches.
+    """
+    if not isinstance(network, FusionNetwork) or network.metadata_branch is None:
+        raise TrainingError("frozen fusion needs a network of two branches: name metadata columns, or train jointly")
+    arguments = {name: value for name, value in architecture.arguments.items() if name not in OF_THE_FUSION}
+    images = build_network(Architecture(name=architecture.name, arguments=arguments))
+    images.encoder = network.encoder
+    train(images, directory / IMAGE_BRANCH)
+    active = ACTIVATIONS[str(arguments.get("activation", "gelu"))]()
+    train(MetadataClassifier(network.metadata_branch, active, labels), directory / METADATA_BRANCH)
+    return network.encoder, network.metadata_branch
