@@ -83,7 +83,7 @@ def measure(predictions: Predictions, weight: Weights) -> dict[str, Values]:
 
     Of one label: `roc_auc`, `average_precision`, `precision`, `recall`, `f1`, `fpr_at_fnr_1` and `fpr_at_fnr_5` (per
     cent), besides `accuracy`, `balanced_accuracy` and `ece`. Of several: the former for each label against the rest
-    (`SN.roc_auc`) and, without prefix, their mean over the labels that occur (macro).
+    (`SN.roc_auc`) and, without prefix, their mean over the labels (macro).
     """
     decided = predictions.decided
     of_label = {}
@@ -91,13 +91,13 @@ def measure(predictions: Predictions, weight: Weights) -> dict[str, Values]:
         c = predictions.classes.index(label)
         of_label[label] = _one_against_the_rest(predictions.truth == c, score, decided == c, weight)
     names = of_label[label]
-    figures = {name: _mean_of_known(np.stack([known[name] for known in of_label.values()])) for name in names}
+    figures = {name: np.mean([known[name] for known in of_label.values()], axis=0) for name in names}
     if not predictions.binary:
         figures |= {f"{label}.{name}": value for label, known in of_label.items() for name, value in known.items()}
     counts = confusion(predictions, weight)
     correct = np.diagonal(counts, axis1=-2, axis2=-1)
     figures["accuracy"] = ratio(correct.sum(axis=-1), counts.sum(axis=(-2, -1)))
-    figures["balanced_accuracy"] = _mean_of_known(np.moveaxis(ratio(correct, counts.sum(axis=-1)), -1, 0))
+    figures["balanced_accuracy"] = ratio(correct, counts.sum(axis=-1)).mean(axis=-1)
     figures["ece"] = Reliability.of(predictions, weight).expected_error
     return figures
 
@@ -165,14 +165,9 @@ def _one_against_the_rest(
     return {
         "roc_auc": ranking.roc_auc,
         "average_precision": ranking.average_precision,
-        "precision": ratio(found, claimed),
+        # Of a class that is there and never claimed the precision is 0, as its F1 is: else it would raise the mean.
+        "precision": np.where((claimed == 0) & (existing > 0), 0, ratio(found, claimed)),
         "recall": ratio(found, existing),
         "f1": ratio(2 * found, claimed + existing),
         **{f"fpr_at_fnr_{share:.0%}".removesuffix("%"): ranking.false_positive_rate_missing(share) for share in MISSED},
     }
-
-
-def _mean_of_known(values: Values) -> Values:
-    """The mean over the first axis of what is not NaN; NaN where nothing is."""
-    known = ~np.isnan(values)
-    return ratio(np.where(known, values, 0).sum(axis=0), known.sum(axis=0))

@@ -100,7 +100,7 @@ def _tables(contenders: Sequence[Contender]) -> list[Table]:
     if any(len(runs) > 1 for runs in _by_series(contenders).values()):
         tables.append(_series_table(contenders))
     if not contenders[0].predictions.binary:
-        tables += [_classes_table(contender) for contender in contenders]
+        tables += [_classes_table(contenders, name) for name in OF_A_CLASS]
     return [*tables, _speed_table(contenders)]
 
 
@@ -172,16 +172,13 @@ def _series_table(contenders: Sequence[Contender]) -> Table:
     )
 
 
-def _classes_table(contender: Contender) -> Table:
+def _classes_table(contenders: Sequence[Contender], name: str) -> Table:
+    labels, alerts = contenders[0].predictions.labels, contenders[0].evaluation.alerts
     return Table(
-        f"Classes, by {contender.title}",
+        f"Classes: {FIGURES[name]}",
         "Each class against the rest.",
-        ["class", "alerts", *(FIGURES[name] for name in OF_A_CLASS)],
-        [
-            [label, f"{contender.evaluation.alerts[label]:,}"]
-            + [str(contender.figure(f"{label}.{name}")) for name in OF_A_CLASS]
-            for label in contender.predictions.labels
-        ],
+        ["model", *(f"{label} ({alerts[label]:,} alerts)" for label in labels)],
+        [[c.title, *(str(c.figure(f"{label}.{name}")) for label in labels)] for c in contenders],
     )
 
 

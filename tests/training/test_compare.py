@@ -179,8 +179,10 @@ def test_several_classes_are_compared_class_by_class(tmp_path: Path) -> None:
     contenders = read_contenders([tmp_path / "0", tmp_path / "1"])
     assert [contender.title for contender in contenders] == ["model_1", "model_0"]
     markdown = as_markdown(contenders)
-    assert f"| SN | 50 | {contenders[0].figure('SN.roc_auc')} |" in markdown
-    assert "Classes, by model_0" in markdown
+    by_class = markdown.partition("## Classes: ROC AUC")[2]
+    assert "| model | VS (50 alerts) | SN (50 alerts) | bogus (50 alerts) |" in by_class
+    row = " | ".join(str(contenders[0].figure(f"{label}.roc_auc")) for label in classes)
+    assert f"| model_1 | {row} |" in by_class
     assert as_html(contenders).count("<svg") == 5
 
 

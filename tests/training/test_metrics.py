@@ -73,6 +73,16 @@ def test_figures_of_classes_are_scikit_learns(classified: Predictions) -> None:
     assert (confusion(classified, np.ones(len(classified))) == sklearn.confusion_matrix(truth, decided)).all()
 
 
+def test_a_class_that_is_never_claimed_lowers_the_mean_and_one_that_is_not_there_leaves_none() -> None:
+    truth, scores = np.array([0, 1, 2]), np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.5, 0.3, 0.2]])
+    figures = measure(predictions(truth, scores, "VS", "AGN", "SN"), np.ones(3))
+    assert figures["SN.precision"] == 0
+    assert figures["precision"] == pytest.approx((1 / 2 + 1 + 0) / 3)
+    without_sn = measure(predictions(truth, scores, "VS", "AGN", "SN"), np.array([1.0, 1.0, 0.0]))
+    assert without_sn["AGN.roc_auc"] == 1
+    assert all(np.isnan(without_sn[name]) for name in ("roc_auc", "recall", "balanced_accuracy"))
+
+
 def test_many_weights_at_once_give_what_each_gives_alone(classified: Predictions) -> None:
     weights = np.random.default_rng(4).integers(0, 3, (5, len(classified))).astype(float)
     together = measure(classified, weights)
