@@ -29,7 +29,7 @@ from training.errors import TrainingError
 from training.evaluate import PREDICTIONS, predict
 from training.frozen_fusion import is_frozen_fusion, train_branches
 from training.learner import learn
-from training.recipe import Fit, read_configuration
+from training.recipe import ENCODER_CARD, Encoder, Fit, read_configuration
 
 CONFIGURATION = "fit.yaml"
 """What a directory was begun with: training goes on only with the same."""
@@ -140,10 +140,9 @@ def _filled_columns(train: View, columns: Sequence[str]) -> tuple[MetadataColumn
 def _describe(config: Fit, dataset: Dataset, train: View, evaluation: dict[str, float | int | str]) -> Training:
     """What the card says of how the network came to be."""
     recipe, card = config.recipe, dataset.card
-    start = f"from {config.encoder.source} ({config.encoder.regimen})" if config.encoder else "from random weights"
     return Training(
-        method=f"Trained {start}: AdamW, peak learning rate {recipe.learning_rate:g}, batches of {recipe.batch}, up to "
-        f"{recipe.epochs} epochs, the one with the lowest validation loss kept; "
+        method=f"Trained from {_origin(config.encoder)}: AdamW, peak learning rate {recipe.learning_rate:g}, batches "
+        f"of {recipe.batch}, up to {recipe.epochs} epochs, the one with the lowest validation loss kept; "
         f"{'images turned and flipped, ' if recipe.augment else ''}"
         f"{'classes weighted, ' if recipe.balance else ''}seed {recipe.seed}.",
         data=f"{len(train)} alerts of {len(np.unique(train.object_id))} objects ({recipe.fraction:.0%} of the training "
@@ -156,3 +155,12 @@ def _describe(config: Fit, dataset: Dataset, train: View, evaluation: dict[str, 
             **evaluation,
         },
     )
+
+
+def _origin(encoder: Encoder | None) -> str:
+    """What the weights were before; of an encoder of `pretrain` what its card says it saw."""
+    if encoder is None:
+        return "random weights"
+    card = Path(encoder.source).with_name(ENCODER_CARD)
+    saw = yaml.safe_load(card.read_bytes())["galaxies"] if card.is_file() else Path(encoder.source).name
+    return f"an encoder ({encoder.regimen}: {saw})"

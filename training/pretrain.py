@@ -28,9 +28,9 @@ from broker_filter.scoring.preprocess import prepare_images
 from training.errors import TrainingError
 from training.galaxies import Galaxies, read_galaxies, simulate_galaxies
 from training.learner import Learner, learn
-from training.recipe import PUBLISHED_IMAGES, Hardware, Optimisation, read_configuration
+from training.recipe import ENCODER_CARD, PUBLISHED_IMAGES, Hardware, Optimisation, read_configuration
 
-WEIGHTS, CARD = "encoder.safetensors", "encoder.yaml"
+WEIGHTS = "encoder.safetensors"
 
 
 class GalaxyZoo(Section):
@@ -124,7 +124,7 @@ def pretrain(config: Pretraining) -> dict[str, object]:
         "baseline_loss": round(float(np.nanmean((unseen - np.nanmean(known, axis=0)) ** 2)), 5),
         "sha256": hashlib.sha256((config.out / WEIGHTS).read_bytes()).hexdigest(),
     }
-    (config.out / CARD).write_text(yaml.safe_dump(card, sort_keys=False))
+    (config.out / ENCODER_CARD).write_text(yaml.safe_dump(card, sort_keys=False))
     return card
 
 

@@ -24,6 +24,9 @@ PUBLISHED_IMAGES = ImageInput(
 )
 """`make_triplet` in BTSbot's `alert_utils.py`."""
 
+ENCODER_CARD = "encoder.yaml"
+"""Beside the weights that `pretrain` writes: what they come from."""
+
 Configuration = TypeVar("Configuration", bound=Section)
 
 
