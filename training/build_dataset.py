@@ -1,7 +1,8 @@
 """`build-dataset`: archives and packets, and a table of labels, into a data set that is trained on.
 
 Decodes as the service does, keeps the pixels as published (preprocessing is the network's affair), and may be killed at
-any time: the same command goes on after the last whole shard. Never holds more than a shard in memory, ids excepted.
+any time: the same command, on the same inputs, goes on after the last whole shard. Never holds more than a shard in
+memory, ids excepted.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ from training.datasets import (
 )
 from training.errors import DatasetError
 from training.labels import Labels, parse_rule, read_labels
+from training.whole_file import write_whole
 
 PACKETS_AT_ONCE = 256
 PACKETS = b"packets"
@@ -171,7 +174,7 @@ def _begin(out: Path, request: dict[str, Any]) -> None:
     if out.exists() and any(out.iterdir()):
         raise DatasetError(f"{out}: is not empty, and was not made by build-dataset: choose another directory")
     (out / SHARDS).mkdir(parents=True)
-    _write_whole(path, yaml.safe_dump(request, sort_keys=False).encode())
+    write_whole(path, yaml.safe_dump(request, sort_keys=False).encode())
 
 
 def _write_shards(directory: Path, packets: Iterator[Packet], decoder: Decoder, labels: Labels) -> None:
@@ -197,10 +200,10 @@ def _write_shards(directory: Path, packets: Iterator[Packet], decoder: Decoder, 
 
 def _labelled(alerts: AlertBatch, labels: Labels, seen: set[int]) -> dict[str, NDArray[Any]]:
     """The arrays of a shard, of the alerts that have a label and were not `seen` yet."""
+    ids = alerts.alert_id.tolist()
+    names = [name or f"alert {alert}" for alert, name in zip(ids, alerts.object_id, strict=True)]  # a source of its own
     rows = []
-    # An alert without an object is a source of its own.
-    names = [name or f"alert {alert}" for alert, name in zip(alerts.alert_id.tolist(), alerts.object_id, strict=True)]
-    for row, (alert, name) in enumerate(zip(alerts.alert_id.tolist(), names, strict=True)):
+    for row, (alert, name) in enumerate(zip(ids, names, strict=True)):
         if alert not in seen and labels.key_of(alert, name) in labels.label_of:
             seen.add(alert)
             rows.append(row)
@@ -221,10 +224,12 @@ def _write_shard(file: Path, parts: Sequence[dict[str, NDArray[Any]]], n_packets
         array = np.concatenate([part[name] for part in parts])
         columns[name] = pa.array(array) if array.ndim == 1 else pa.FixedShapeTensorArray.from_numpy_ndarray(array)
     batch = pa.record_batch(columns).replace_schema_metadata({PACKETS: str(n_packets)})
-    buffer = pa.BufferOutputStream()
-    with pa.ipc.new_file(buffer, batch.schema) as writer:
-        writer.write(batch)
-    _write_whole(file, buffer.getvalue())
+
+    def write(path: Path) -> None:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write(batch)
+
+    write_whole(file, write)
     return file
 
 
@@ -254,9 +259,7 @@ def _finish(
     split = assign_splits(object_id, label, labels.classes, rule)
 
     index = pa.table({"alert_id": alert_id, "object_id": object_id, "label": label, "split": split})
-    buffer = pa.BufferOutputStream()
-    parquet.write_table(index, buffer)
-    _write_whole(out / INDEX, buffer.getvalue())
+    write_whole(out / INDEX, partial(parquet.write_table, index))
     content: dict[str, Any] = {
         "surveys": [str(Survey(code)) for code in np.unique(survey).tolist()],
         "cutout_size": cutout_size,
@@ -281,7 +284,7 @@ def _finish(
     }
     version = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     card = DatasetCard(**content, sha256=version)
-    _write_whole(out / CARD, yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False).encode())
+    write_whole(out / CARD, yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False).encode())
 
 
 def _sha256(*arrays: NDArray[Any]) -> str:
@@ -293,10 +296,3 @@ def _sha256(*arrays: NDArray[Any]) -> str:
         else:
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)

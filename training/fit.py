@@ -25,14 +25,13 @@ from broker_filter.scoring.networks import build_network
 from broker_filter.scoring.scorer import open_model
 from training.classifier import Classifier, chosen_to_train, class_weights, loader
 from training.datasets import Dataset, View
-from training.errors import TrainingError
+from training.errors import DatasetError, TrainingError
 from training.evaluate import PREDICTIONS, predict
 from training.frozen_fusion import is_frozen_fusion, train_branches
 from training.learner import learn
-from training.recipe import ENCODER_CARD, Encoder, Fit, read_configuration
+from training.recipe import ENCODER_CARD, Encoder, Fit, begin, read_configuration
+from training.whole_file import write_whole
 
-CONFIGURATION = "fit.yaml"
-"""What a directory was begun with: training goes on only with the same."""
 BUNDLE = "bundle"
 THRESHOLD = 0.5
 """The recommended cut of a yes or no."""
@@ -56,8 +55,13 @@ def fit(config: Fit) -> None:
     Raises TrainingError where the directory was begun with another configuration or a checkpoint is damaged,
     DatasetError where the data set cannot be used or lacks a column, WeightsError where the encoder cannot be had.
     """
-    _begin(config)
+    begin(config.out, config)
     dataset = Dataset.open(config.dataset)
+    if dataset.card.cutout_size < config.images.size:
+        raise DatasetError(
+            f"{config.dataset}: its cutouts have {dataset.card.cutout_size} px, and the network is to take "
+            f"{config.images.size}: build it with --cutout-size {config.images.size}"
+        )
     if not (config.out / BUNDLE).exists():
         _train_and_write(config, dataset)
     _score_test(config, dataset)
@@ -67,16 +71,7 @@ def fit(config: Fit) -> None:
 def _score_test(config: Fit, dataset: Dataset) -> None:
     if not (config.out / PREDICTIONS).exists():
         model = open_model(str(config.out / BUNDLE), Runtime(engine="onnxruntime", device="cpu"))
-        predict(model, dataset, "test").write(config.out / PREDICTIONS)
-
-
-def _begin(config: Fit) -> None:
-    path = config.out / CONFIGURATION
-    content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    if path.exists() and path.read_text() != content:
-        raise TrainingError(f"{config.out}: was begun with another configuration, see {path}: choose another directory")
-    config.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
+        write_whole(config.out / PREDICTIONS, predict(model, dataset, "test").write)
 
 
 def _train_and_write(config: Fit, dataset: Dataset) -> None:

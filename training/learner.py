@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from training.errors import TrainingError
 from training.recipe import Hardware, Optimisation
+from training.whole_file import write_whole
 
 SYMMETRIES = 8
 """Of the square: four turns, each with and without a flip."""
@@ -118,7 +119,7 @@ def learn(
     """
     if not (directory / LEARNED).exists():
         figures = _train(learner, train, validation, directory, hardware, logs)
-        (directory / LEARNED).write_text(yaml.safe_dump(figures))
+        write_whole(directory / LEARNED, yaml.safe_dump(figures).encode())
     checkpoint = read_checkpoint(directory / BEST)
     weights = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(NETWORK)}
     learner.network.cpu().load_state_dict({name.removeprefix(NETWORK): tensor for name, tensor in weights.items()})

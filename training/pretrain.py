@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import yaml
 from pydantic import Field
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -28,7 +28,8 @@ from broker_filter.scoring.preprocess import prepare_images
 from training.errors import TrainingError
 from training.galaxies import Galaxies, read_galaxies, simulate_galaxies
 from training.learner import Learner, learn
-from training.recipe import ENCODER_CARD, PUBLISHED_IMAGES, Hardware, Optimisation, read_configuration
+from training.recipe import ENCODER_CARD, PUBLISHED_IMAGES, Hardware, Optimisation, begin, read_configuration
+from training.whole_file import write_whole
 
 WEIGHTS = "encoder.safetensors"
 
@@ -92,8 +93,10 @@ def run(arguments: argparse.Namespace) -> None:
 def pretrain(config: Pretraining) -> dict[str, object]:
     """Trains an encoder; writes its weights and what they come from, and returns that.
 
-    Raises TrainingError where the network has no encoder, DatasetError where galaxies cannot be read.
+    Raises TrainingError where the network has no encoder or the directory was begun with another configuration,
+    DatasetError where galaxies cannot be read.
     """
+    begin(config.out, config)
     torch.manual_seed(config.recipe.seed)
     encoder = getattr(build_network(config.architecture), "encoder", None)
     if not isinstance(encoder, fusion.Encoder):
@@ -102,7 +105,6 @@ def pretrain(config: Pretraining) -> dict[str, object]:
     network = nn.Sequential(encoder, nn.Dropout(config.dropout), nn.Linear(encoder.features, len(galaxies.questions)))
     order = np.random.default_rng(config.recipe.seed).permutation(len(galaxies))
     held_out = max(1, round(config.validation * len(galaxies)))
-    config.out.mkdir(parents=True, exist_ok=True)
     figures = learn(
         MorphologyLearner(network, config.recipe),
         _loader(galaxies, order[held_out:], config, training=True),
@@ -113,7 +115,8 @@ def pretrain(config: Pretraining) -> dict[str, object]:
     )
     known, unseen = galaxies.answers[order[held_out:]], galaxies.answers[order[:held_out]]
     weights = getattr(encoder, "backbone", encoder).state_dict()  # timm's own names, where it is timm's
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, config.out / WEIGHTS)
+    tensors = save({name: tensor.contiguous() for name, tensor in weights.items()})
+    write_whole(config.out / WEIGHTS, tensors)
     card: dict[str, object] = {
         "architecture": config.architecture.model_dump(mode="json"),
         "images": config.images.model_dump(mode="json"),
@@ -122,9 +125,9 @@ def pretrain(config: Pretraining) -> dict[str, object]:
         "recipe": config.recipe.model_dump(mode="json"),
         **figures,
         "baseline_loss": round(float(np.nanmean((unseen - np.nanmean(known, axis=0)) ** 2)), 5),
-        "sha256": hashlib.sha256((config.out / WEIGHTS).read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(tensors).hexdigest(),
     }
-    (config.out / ENCODER_CARD).write_text(yaml.safe_dump(card, sort_keys=False))
+    write_whole(config.out / ENCODER_CARD, yaml.safe_dump(card, sort_keys=False).encode())
     return card
 
 

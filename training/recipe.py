@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from broker_filter.config import Section
 from broker_filter.scoring.bundle import Architecture, ImageInput, ModelName, describe_problems
 from training.errors import TrainingError
+from training.whole_file import write_whole
 
 MAX_FILE_BYTES = 2**20
 """A file of configuration has some dozens of lines; anything near this is another file, named by mistake."""
@@ -24,6 +25,8 @@ PUBLISHED_IMAGES = ImageInput(
 )
 """`make_triplet` in BTSbot's `alert_utils.py`."""
 
+CONFIGURATION = "configuration.yaml"
+"""What a directory was begun with."""
 ENCODER_CARD = "encoder.yaml"
 """Beside the weights that `pretrain` writes: what they come from."""
 
@@ -104,3 +107,16 @@ def read_configuration(kind: type[Configuration], file: Path) -> Configuration:
         raise TrainingError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         raise TrainingError(f"{file}: {describe_problems(error)}") from error
+
+
+def begin(out: Path, config: Section) -> None:
+    """Makes the directory of a training, or checks that it was made with the same configuration.
+
+    Raises TrainingError where it was another: what is there would be gone on with as if it were this one's.
+    """
+    path = out / CONFIGURATION
+    content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    if path.exists() and path.read_text(encoding="utf-8") != content:
+        raise TrainingError(f"{out}: was begun with another configuration, see {path}: choose another directory")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content.encode())

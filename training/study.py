@@ -40,7 +40,7 @@ FIGURES = ("roc_auc", "average_precision", "f1", "balanced_accuracy", "accuracy"
 log = logging.getLogger(__name__)
 
 
-class Contender(Section):
+class Network(Section):
     """A network of the study."""
 
     architecture: Architecture
@@ -62,7 +62,7 @@ class Study(Section):
 
     out: Path
     datasets: dict[str, Path] = Field(min_length=1)
-    models: dict[str, Contender] = Field(min_length=1)
+    models: dict[str, Network] = Field(min_length=1)
     regimens: dict[str, Regimen] = Field(min_length=1)
     inputs: dict[str, tuple[str, ...]] = Field(
         default={"images": ()}, description="Metadata columns, by what to call them; none: images alone."

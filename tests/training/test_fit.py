@@ -21,7 +21,7 @@ from training.datasets import Dataset
 from training.errors import DatasetError, TrainingError
 from training.fit import BUNDLE, fit
 from training.learner import BEST, LAST, Learner, orient, read_checkpoint
-from training.recipe import Fit, Hardware, Recipe, read_configuration
+from training.recipe import PUBLISHED_IMAGES, Fit, Hardware, Recipe, read_configuration
 
 TINY = Architecture(name="btsbot_cnn", arguments={"channels": (4, 8), "kernel": 3, "hidden": (16, 8)})
 ONE_CORE = Hardware(accelerator="cpu", devices=1, threads=1)
@@ -148,6 +148,8 @@ def test_wrong_configurations_are_said(config: Callable[..., Fit], fitted: Fit, 
         fit(fitted.model_copy(update={"recipe": Recipe(epochs=4)}))
     with pytest.raises(DatasetError, match="has no metadata columns nonsense"):
         fit(config("columns", metadata=("nonsense",)))
+    with pytest.raises(DatasetError, match="its cutouts have 63 px, and the network is to take 64"):
+        fit(config("large", images=PUBLISHED_IMAGES.model_copy(update={"size": 64})))
     with pytest.raises(TrainingError, match="no alert to train on has a value of reliability"):
         fit(config("empty", metadata=("reliability",)))
     file = tmp_path / "fit.yaml"
