@@ -17,7 +17,7 @@ ENGINES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")
 LINE = 100
 """Columns that a card is wrapped to."""
 
-TRAIN_EXTRA = ("h5py", "onnx", "onnxscript")
+TRAIN_EXTRA = ("h5py", "onnx", "onnxscript", "timm")
 """What importing needs beyond what serving needs."""
 
 
@@ -40,9 +40,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         required=True,
         help="what the network wants divided by its L2 norm: every row (d6_m7 and before) or the whole image (d6_m9)",
     )
-    braai.add_argument("--name", required=True, help="the bundle's name, which prefixes its output columns")
-    braai.add_argument("--out", metavar="DIR", type=Path, required=True, help="the new bundle's directory")
     braai.set_defaults(run=_import_braai)
+    btsbot = kinds.add_parser("btsbot", help="the Bright Transient Survey's networks, as published on Hugging Face")
+    btsbot.add_argument(
+        "folder", metavar="DIR", type=Path, help="a folder with pytorch_model.bin and train_config.json"
+    )
+    btsbot.set_defaults(run=_import_btsbot)
+    for kind in (braai, btsbot):
+        kind.add_argument("--name", required=True, help="the bundle's name, which prefixes its output columns")
+        kind.add_argument("--out", metavar="DIR", type=Path, required=True, help="the new bundle's directory")
 
     lister = parts.add_parser("list", help="the bundles that ship, and those in directories")
     lister.add_argument("directories", metavar="DIR", nargs="*", type=Path, help="a bundle, or a directory of bundles")
@@ -59,13 +65,29 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _import_braai(arguments: argparse.Namespace) -> int:
+    _require_extra()
+    from broker_filter.scoring.braai import import_braai
+
+    import_braai(arguments.weights, arguments.normalisation, arguments.name, arguments.out)
+    return _report_import(arguments)
+
+
+def _import_btsbot(arguments: argparse.Namespace) -> int:
+    _require_extra()
+    from broker_filter.scoring.btsbot import import_btsbot
+
+    import_btsbot(arguments.folder, arguments.name, arguments.out)
+    return _report_import(arguments)
+
+
+def _require_extra() -> None:
     if missing := [name for name in TRAIN_EXTRA if find_spec(name) is None]:
         raise MissingExtraError(
             f"importing needs {', '.join(missing)}, which serving does not: pip install 'broker-filter[train]'"
         )
-    from broker_filter.scoring.braai import import_braai
 
-    import_braai(arguments.weights, arguments.normalisation, arguments.name, arguments.out)
+
+def _report_import(arguments: argparse.Namespace) -> int:
     print(f"{arguments.out}: bundle {arguments.name} written and verified")
     return 0
 

@@ -37,8 +37,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             tensors = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise WeightsError(f"{path}: cut short, or not a file of tensors alone; copy it again") from error
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be read: cut short, or not a file of tensors alone") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise WeightsError(f"{path}: holds more than named tensors; save the network's state dict alone")
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
