@@ -22,6 +22,7 @@ from broker_filter.scoring.scorer import Model, open_model
 from training.bootstrap import PERCENTILES, RESAMPLES, Estimate, resample
 from training.datasets import SPLITS, Dataset, DatasetCard, Split
 from training.errors import EvaluationError
+from training.histories import Histories
 from training.metrics import Reliability, Values, Weights, confusion_shares, measure, rank
 from training.predictions import Predictions
 from training.served_speed import BATCHES, ServedSpeed, measure_served
@@ -67,6 +68,7 @@ class Evaluation(Section):
     figures: dict[str, Estimate]
     confusion: tuple[tuple[Estimate, ...], ...]  # shares of each true class (rows) that are taken for each class
     reliability: tuple[ReliabilityBin, ...]
+    judged: dict[str, int]  # objects with a history for policies to judge, by class
     speed: tuple[ServedSpeed, ...]
 
     @property
@@ -162,7 +164,8 @@ def evaluate(
     card: Card, dataset: DatasetCard, split: Split, predictions: Predictions, speed: Sequence[ServedSpeed]
 ) -> Evaluation:
     """Every figure of the predictions, with intervals by object."""
-    measured = partial(_measure_all, predictions)
+    histories = Histories.of(predictions)
+    measured = partial(_measure_all, predictions, histories)
     whole, drawn = measured(np.ones(len(predictions))), resample(measured, predictions.object_id)
     shares, drawn_shares = whole.pop("confusion"), drawn.pop("confusion")
     happened, drawn_happened = whole.pop("reliability"), drawn.pop("reliability")
@@ -191,14 +194,16 @@ def evaluate(
             )
             for b in np.flatnonzero(bins.weight).tolist()
         ),
+        judged={name: int((histories.truth == c).sum()) for c, name in enumerate(predictions.classes)},
         speed=tuple(speed),
     )
 
 
-def _measure_all(predictions: Predictions, weight: Weights) -> dict[str, Values]:
+def _measure_all(predictions: Predictions, histories: Histories, weight: Weights) -> dict[str, Values]:
     """The figures [...]; the shares of the confusion matrix [..., C, C] and the reliability curve [..., B]."""
     return {
         **measure(predictions, weight),
+        **histories.measure(weight),
         "confusion": confusion_shares(predictions, weight),
         "reliability": Reliability.of(predictions, weight).happened,
     }

@@ -7,23 +7,18 @@ are as bright as what the policies are for. Never looks at an alert without a ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from broker_filter.scoring.policies import BRIGHT, POLICIES
 from training.metrics import Values, Weights, ratio
 from training.predictions import Predictions
 
 LEAST_ALERTS = 2
-BRIGHT = 18.5
-"""Peak magnitude down to which the Bright Transient Survey classifies every transient (Fremling et al. 2020)."""
-
-Policy = Callable[[NDArray[np.float32], NDArray[np.float64]], bool]
-"""Whether an object's scores and magnitudes so far, [n] each in order of time, make it worth saving; what is saved once
-stays saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +26,13 @@ class Histories:
     """O objects that are judged."""
 
     first: NDArray[np.int64]  # [O] the row of an object's first alert, whose weight is the object's
-    positive: NDArray[np.bool_]  # [O] what that alert is
+    truth: NDArray[np.int64]  # [O] the class of that alert: 1 where the policies ought to save the object
     saved: Mapping[str, NDArray[np.bool_]]  # [O] by policy
 
     @classmethod
-    def of(cls, predictions: Predictions, policies: Mapping[str, Policy]) -> Self:
-        """The histories that the predictions of a yes or no hold."""
-        rows = np.flatnonzero(np.isfinite(predictions.magpsf))
+    def of(cls, predictions: Predictions) -> Self:
+        """The histories that the predictions hold: none where they are of several classes, or without magnitudes."""
+        rows = np.flatnonzero(np.isfinite(predictions.magpsf) & predictions.binary)
         rows = rows[np.lexsort((predictions.alert_id[rows], predictions.object_id[rows]))]  # alert ids rise with time
         ends = np.flatnonzero(predictions.object_id[rows][1:] != predictions.object_id[rows][:-1]) + 1
         judged = [own for own in np.split(rows, ends) if len(own) >= LEAST_ALERTS and not _faint(predictions, own)]
@@ -45,9 +40,9 @@ class Histories:
         score = predictions.probabilities[:, 0]
         saved = {
             name: np.array([policy(score[own], predictions.magpsf[own]) for own in judged], np.bool_)
-            for name, policy in policies.items()
+            for name, policy in POLICIES.items()
         }
-        return cls(first, predictions.truth[first] == 1, saved)
+        return cls(first, predictions.truth[first], saved)
 
     def measure(self, weight: Weights) -> dict[str, Values]:
         """`<policy>.purity`, the share of the saved objects that are true, and `<policy>.completeness`, the share of
@@ -55,14 +50,14 @@ class Histories:
 
         No figures where not both true and other objects are judged: purity would mean nothing.
         """
-        if self.positive.all() or not self.positive.any():
+        true, weight = self.truth == 1, weight[..., self.first]
+        if true.all() or not true.any():
             return {}
-        weight = weight[..., self.first]
         figures = {}
         for name, saved in self.saved.items():
-            found = weight @ (saved & self.positive)
+            found = weight @ (saved & true)
             figures[f"{name}.purity"] = ratio(found, weight @ saved)
-            figures[f"{name}.completeness"] = ratio(found, weight @ self.positive)
+            figures[f"{name}.completeness"] = ratio(found, weight @ true)
         return figures
 
 

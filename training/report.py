@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from broker_filter.scoring.policies import POLICIES
 from training import plots
 from training.bootstrap import RESAMPLES, Estimate
 from training.contenders import Contender
@@ -101,6 +102,8 @@ def _tables(contenders: Sequence[Contender]) -> list[Table]:
         tables.append(_series_table(contenders))
     if not contenders[0].predictions.binary:
         tables += [_classes_table(contenders, name) for name in OF_A_CLASS]
+    if any(name.endswith(".purity") for name in contenders[0].evaluation.figures):
+        tables.append(_policies_table(contenders))
     return [*tables, _speed_table(contenders)]
 
 
@@ -179,6 +182,17 @@ def _classes_table(contenders: Sequence[Contender], name: str) -> Table:
         "Each class against the rest.",
         ["model", *(f"{label} ({alerts[label]:,} alerts)" for label in labels)],
         [[c.title, *(str(c.figure(f"{label}.{name}")) for label in labels)] for c in contenders],
+    )
+
+
+def _policies_table(contenders: Sequence[Contender]) -> Table:
+    names = [f"{policy}.{figure}" for policy in POLICIES for figure in ("purity", "completeness")]
+    judged = " and ".join(f"{n:,} {name}" for name, n in contenders[0].evaluation.judged.items())
+    return Table(
+        "Policies",
+        f"What the Bright Transient Survey's policies would save of the {judged} objects with a history.",
+        ["model", *(name.replace(".", ", ") for name in names)],
+        [[c.title, *(str(c.figure(name)) for name in names)] for c in contenders],
     )
 
 

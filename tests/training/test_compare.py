@@ -54,6 +54,7 @@ def write(tmp_path: Path) -> Write:
         name: str = "",
         dataset: DatasetCard = DATASET,
         n: int = ALERTS,
+        magpsf: float = np.nan,
         **training: float | str,
     ) -> Path:
         own = np.random.default_rng(len(directory)).normal(0, noise, ALERTS)
@@ -62,7 +63,7 @@ def write(tmp_path: Path) -> Write:
             ("bogus", "real"),
             np.arange(n),
             np.array([f"object {i % OBJECTS}" for i in range(n)]),
-            np.full(n, np.nan),
+            np.full(n, magpsf),
             TRUTH[:n],
             score[:n, None].astype(np.float32),
             0.5,
@@ -162,6 +163,17 @@ def test_models_of_one_name_are_told_apart_by_their_directories_and_a_name_is_ne
     page = as_html(read_contenders([write("<i>", 0.1, name="same"), write("&b|", 0.3, name="same")]))
     assert "/&lt;i&gt;" in page
     assert "<i>" not in page
+
+
+def test_histories_are_judged_where_there_are_magnitudes(write: Write) -> None:
+    [blind] = read_contenders([write("blind", 0.1)])
+    assert "## Policies" not in as_markdown([blind])
+    [seeing] = read_contenders([write("seeing", 0.1, magpsf=18.0)])
+    _, _, policies = as_markdown([seeing]).partition("## Policies")
+    judged = seeing.evaluation.judged
+    assert sum(judged.values()) == OBJECTS
+    assert f"{judged['bogus']} bogus and {judged['real']} real objects with a history" in policies
+    assert str(seeing.figure("bts_p1.purity")) in policies
 
 
 def test_several_classes_are_compared_class_by_class(tmp_path: Path) -> None:
