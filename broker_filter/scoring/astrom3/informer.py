@@ -1,0 +1,201 @@
+"""The photometry encoder: the encoder half of Informer, without distilling.
+
+Zhou et al. 2021, "Informer: Beyond efficient transformer for long sequence time-series forecasting", AAAI 35, 11106
+(arXiv:2012.07436); as AstroM3 uses it (Rizhko & Bloom 2025, arXiv:2411.08842). Names of parameters are those of the
+published checkpoints. The attention sees the padding, as in the published code; only the output leaves it out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from broker_filter.scoring.bundle import CardSection
+
+MAX_LENGTH = 5000
+"""Positions in the published checkpoints' table."""
+EMBEDDING_DROPOUT = 0.1
+"""Of the embedded observations: the published configurations leave it as Informer has it."""
+
+
+class InformerArguments(CardSection):
+    """What an Informer is made with: names and defaults are the published ones."""
+
+    classification: bool = False
+    num_classes: int = Field(default=10, gt=0, le=1000)
+    seq_len: int = Field(default=200, gt=0, le=MAX_LENGTH, description="Observations, with the padding.")
+    enc_in: int = Field(default=9, gt=0, le=64, description="Values an observation.")
+    d_model: int = Field(default=128, gt=0, le=2048)
+    n_heads: int = Field(default=4, gt=0, le=64)
+    d_ff: int = Field(default=512, gt=0, le=8192)
+    e_layers: int = Field(default=8, gt=0, le=64)
+    factor: int = Field(default=1, gt=0, le=100, description="Of ln(seq_len): how many queries attend.")
+    activation: Literal["gelu"] = "gelu"
+    output_attention: Literal[False] = False
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.d_model % self.n_heads or self.d_model % 2:
+            raise ValueError(f"d_model {self.d_model} is odd or not a multiple of {self.n_heads} heads")
+        return self
+
+    @property
+    def features(self) -> int:
+        """Of an encoded light curve."""
+        return self.seq_len * self.d_model
+
+    @property
+    def active(self) -> int:
+        """Queries that attend, and keys that each is sampled against: factor * ceil(ln(seq_len)), at most all."""
+        return min(self.factor * math.ceil(math.log(self.seq_len)), self.seq_len)
+
+
+class Informer(nn.Module):
+    """Photometry [N, L, enc_in] and its mask [N, L], 1 where observed -> features [N, L * d_model], 0 where padded.
+
+    `keys`: int64 [e_layers, L, active], the keys that each layer samples for each query, see `draw_keys`; without, all.
+    """
+
+    def __init__(self, arguments: InformerArguments) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.enc_embedding = _Embedding(arguments.enc_in, arguments.d_model)
+        self.encoder = _Encoder(arguments)
+        self.dropout = nn.Dropout(arguments.dropout)
+
+    def forward(self, photometry: Tensor, mask: Tensor, keys: Tensor | None = None) -> Tensor:
+        """See the class."""
+        encoded: Tensor = self.dropout(self.encoder(self.enc_embedding(photometry), keys))
+        return (encoded * mask.unsqueeze(-1)).flatten(1)
+
+    def draw_keys(self) -> Tensor:
+        """Random keys for one pass, from torch's global generator: what the published code does at every call."""
+        layers, length, active = self.arguments.e_layers, self.arguments.seq_len, self.arguments.active
+        return torch.randint(length, (layers, length, active))
+
+
+class PhotometryClassifier(Informer):
+    """An Informer's inputs -> logits [N, num_classes]."""
+
+    def __init__(self, arguments: InformerArguments) -> None:
+        super().__init__(arguments)
+        self.fc = nn.Linear(arguments.features, arguments.num_classes)
+
+    def forward(self, photometry: Tensor, mask: Tensor, keys: Tensor | None = None) -> Tensor:
+        """See the class."""
+        logits: Tensor = self.fc(super().forward(photometry, mask, keys))
+        return logits
+
+
+class ProbSparseAttention(nn.Module):
+    """ProbSparse self-attention [N, L, width] -> [N, L, width] (Zhou et al. 2021, section 3.1, equation 4).
+
+    Only the queries whose scores stand out most from their mean attend; all others get the mean of the values. Which
+    do is judged by their scores against all keys or, as published, against a sample of them that stands for all
+    (`keys`, int64 [L, active]). All keys cost more, and give the same answer every time.
+    """
+
+    def __init__(self, arguments: InformerArguments) -> None:
+        super().__init__()
+        self.heads = arguments.n_heads
+        self.active = arguments.active
+        self.query_projection = nn.Linear(arguments.d_model, arguments.d_model)
+        self.key_projection = nn.Linear(arguments.d_model, arguments.d_model)
+        self.value_projection = nn.Linear(arguments.d_model, arguments.d_model)
+        self.out_projection = nn.Linear(arguments.d_model, arguments.d_model)
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """See the class."""
+        n, length, width = x.shape
+        depth = width // self.heads
+
+        def split(projected: Tensor) -> Tensor:
+            return projected.view(n, length, self.heads, depth).transpose(1, 2)
+
+        q, k, v = split(self.query_projection(x)), split(self.key_projection(x)), split(self.value_projection(x))
+        with torch.no_grad():  # which queries attend is a choice: no gradient passes through it
+            scores = q @ k.mT
+            if keys is not None:
+                scores = scores.gather(-1, keys.expand(n, self.heads, -1, -1))
+            # Published code divides the sum over the sample by the number of all keys.
+            sparsity = scores.amax(-1) - scores.sum(-1) / length
+            chosen = sparsity.topk(self.active, sorted=False).indices
+        chosen = chosen.unsqueeze(-1).expand(-1, -1, -1, depth)
+        weights = torch.softmax(q.gather(2, chosen) @ k.mT / math.sqrt(depth), dim=-1)
+        context = v.mean(2, keepdim=True).expand_as(v).scatter(2, chosen, weights @ v)
+        # Published weights were trained with heads and positions left in this order: the heads are not moved back.
+        output: Tensor = self.out_projection(context.reshape(n, length, width))
+        return output
+
+
+class _Embedding(nn.Module):
+    """Observations [N, L, channels] -> [N, L, width]: a circular convolution over three, and their position."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.value_embedding = _TokenEmbedding(channels, width)
+        self.position_embedding = _PositionEmbedding(width)
+        self.dropout = nn.Dropout(EMBEDDING_DROPOUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedded: Tensor = self.dropout(self.value_embedding(x) + self.position_embedding.pe[:, : x.shape[1]])
+        return embedded
+
+
+class _TokenEmbedding(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.tokenConv = nn.Conv1d(channels, width, 3, padding=1, padding_mode="circular", bias=False)
+        nn.init.kaiming_normal_(self.tokenConv.weight, mode="fan_in", nonlinearity="leaky_relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolved: Tensor = self.tokenConv(x.mT).mT
+        return convolved
+
+
+class _PositionEmbedding(nn.Module):
+    """Sines and cosines of the position (Vaswani et al. 2017, section 3.5), in a buffer that checkpoints carry."""
+
+    pe: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        position = torch.arange(MAX_LENGTH, dtype=torch.float32).unsqueeze(1)
+        rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * -(math.log(10_000.0) / width))
+        waves = torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=-1)
+        self.register_buffer("pe", waves.reshape(1, MAX_LENGTH, width))
+
+
+class _Encoder(nn.Module):
+    def __init__(self, arguments: InformerArguments) -> None:
+        super().__init__()
+        self.attn_layers = nn.ModuleList(_EncoderLayer(arguments) for _ in range(arguments.e_layers))
+        self.norm = nn.LayerNorm(arguments.d_model)
+
+    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        for i, layer in enumerate(self.attn_layers):
+            x = layer(x, None if keys is None else keys[i])
+        normalised: Tensor = self.norm(x)
+        return normalised
+
+
+class _EncoderLayer(nn.Module):
+    def __init__(self, arguments: InformerArguments) -> None:
+        super().__init__()
+        self.attention = ProbSparseAttention(arguments)
+        self.conv1 = nn.Conv1d(arguments.d_model, arguments.d_ff, 1)
+        self.conv2 = nn.Conv1d(arguments.d_ff, arguments.d_model, 1)
+        self.norm1 = nn.LayerNorm(arguments.d_model)
+        self.norm2 = nn.LayerNorm(arguments.d_model)
+        self.dropout = nn.Dropout(arguments.dropout)
+
+    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        x = self.norm1(x + self.dropout(self.attention(x, keys)))
+        hidden = self.dropout(nn.functional.gelu(self.conv1(x.mT)))
+        output: Tensor = self.norm2(x + self.dropout(self.conv2(hidden)).mT)
+        return output
