@@ -46,7 +46,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Trains, or goes on training, and says where the bundle is."""
     config = read_configuration(Fit, arguments.configuration)
     fit(config)
-    print(f"{config.out / BUNDLE}: bundle {config.name} written and verified; {config.out / PREDICTIONS}")
+    rank_zero_only(print)(
+        f"{config.out / BUNDLE}: bundle {config.name} written and verified; {config.out / PREDICTIONS}"
+    )
 
 
 def fit(config: Fit) -> None:
@@ -67,7 +69,7 @@ def fit(config: Fit) -> None:
     _score_test(config, dataset)
 
 
-@rank_zero_only  # where several devices train, each is a process that comes by here
+@rank_zero_only  # where several devices train, each is a process that runs all of this
 def _score_test(config: Fit, dataset: Dataset) -> None:
     if not (config.out / PREDICTIONS).exists():
         model = open_model(str(config.out / BUNDLE), Runtime(engine="onnxruntime", device="cpu"))

@@ -19,6 +19,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from torch.utils.data import DataLoader
@@ -73,8 +74,9 @@ class Learner(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Says how far training has come."""
-        loss = float(self.trainer.callback_metrics["val_loss"])
-        log.info("epoch %d of %d: validation loss %.4f", self.current_epoch + 1, self.optimisation.epochs, loss)
+        loss, epoch = float(self.trainer.callback_metrics["val_loss"]), self.current_epoch + 1
+        if self.trainer.is_global_zero:
+            log.info("epoch %d of %d: validation loss %.4f", epoch, self.optimisation.epochs, loss)
 
     def configure_optimizers(self) -> Any:
         """AdamW; each epoch has a learning rate, as published."""
@@ -117,14 +119,17 @@ def learn(
     Returns the epoch that they are of, and its validation loss: the lowest. Raises TrainingError where a checkpoint is
     not whole, KeyboardInterrupt where somebody stopped it.
     """
-    if not (directory / LEARNED).exists():
+    learned = directory / LEARNED
+    if learned.exists():
+        figures: dict[str, float | int | str] = yaml.safe_load(learned.read_bytes())
+    else:
         figures = _train(learner, train, validation, directory, hardware, logs)
-        write_whole(directory / LEARNED, yaml.safe_dump(figures).encode())
+        rank_zero_only(write_whole)(learned, yaml.safe_dump(figures).encode())
     checkpoint = read_checkpoint(directory / BEST)
     weights = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(NETWORK)}
     learner.network.cpu().load_state_dict({name.removeprefix(NETWORK): tensor for name, tensor in weights.items()})
     learner.network.eval()
-    return dict(yaml.safe_load((directory / LEARNED).read_text()))
+    return figures
 
 
 def _train(

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = read_configuration(Pretraining, arguments.configuration)
     card = pretrain(config)
     losses = f"validation loss {card['validation_loss']}, of the mean answers {card['baseline_loss']}"
-    print(f"{config.out / WEIGHTS}: {losses}")
+    rank_zero_only(print)(f"{config.out / WEIGHTS}: {losses}")
 
 
 def pretrain(config: Pretraining) -> dict[str, object]:
@@ -116,7 +117,8 @@ def pretrain(config: Pretraining) -> dict[str, object]:
     known, unseen = galaxies.answers[order[held_out:]], galaxies.answers[order[:held_out]]
     weights = getattr(encoder, "backbone", encoder).state_dict()  # timm's own names, where it is timm's
     tensors = save({name: tensor.contiguous() for name, tensor in weights.items()})
-    write_whole(config.out / WEIGHTS, tensors)
+    write = rank_zero_only(write_whole)  # where several devices train, each is a process that runs all of this
+    write(config.out / WEIGHTS, tensors)
     card: dict[str, object] = {
         "architecture": config.architecture.model_dump(mode="json"),
         "images": config.images.model_dump(mode="json"),
@@ -127,7 +129,7 @@ def pretrain(config: Pretraining) -> dict[str, object]:
         "baseline_loss": round(float(np.nanmean((unseen - np.nanmean(known, axis=0)) ** 2)), 5),
         "sha256": hashlib.sha256(tensors).hexdigest(),
     }
-    write_whole(config.out / ENCODER_CARD, yaml.safe_dump(card, sort_keys=False).encode())
+    write(config.out / ENCODER_CARD, yaml.safe_dump(card, sort_keys=False).encode())
     return card
 
 

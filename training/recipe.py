@@ -116,7 +116,8 @@ def begin(out: Path, config: Section) -> None:
     """
     path = out / CONFIGURATION
     content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    if path.exists() and path.read_text(encoding="utf-8") != content:
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content.encode())
+    elif path.read_text(encoding="utf-8") != content:
         raise TrainingError(f"{out}: was begun with another configuration, see {path}: choose another directory")
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(path, content.encode())

@@ -17,6 +17,7 @@ pytest.importorskip("galsim", reason="simulated galaxies need the extra `demo`")
 pytest.importorskip("timm", reason="its backbones need the extra `train`")
 
 from broker_filter.scoring.bundle import Architecture, load_bundle
+from broker_filter.scoring.encoders import load_encoder_weights
 from broker_filter.scoring.networks import build_network
 from broker_filter.scoring.weights import WeightsError
 from training.datasets import Dataset
@@ -26,7 +27,8 @@ from training.galaxies import QUESTIONS, Galaxies, read_galaxies, simulate_galax
 from training.pretrain import WEIGHTS, GalaxyZoo, MorphologyLearner, Pretraining, Simulated, combine, pretrain
 from training.recipe import ENCODER_CARD, Encoder, Fit, Hardware, Optimisation, Recipe
 
-TINY = Architecture(name="timm", arguments={"backbone": "test_convnext"})
+TINY = Architecture(name="btsbot_cnn", arguments={"channels": (4, 8), "kernel": 3, "hidden": (16, 8)})
+TIMM = Architecture(name="timm", arguments={"backbone": "test_convnext"})
 ONE_CORE = Hardware(accelerator="cpu", devices=1, threads=1)
 
 
@@ -125,7 +127,7 @@ def test_an_encoder_learns_and_a_fit_begins_with_it(
     folder, table = galaxy_zoo
     sources = (
         GalaxyZoo(kind="galaxy_zoo", images=folder, table=table),
-        Simulated(kind="simulated", galaxies=60),
+        Simulated(kind="simulated", galaxies=40),
     )
     recipe = Optimisation(epochs=4, warm_up_epochs=1, batch=16, learning_rate=3e-3, seed=1)
     out = tmp_path / "encoder"
@@ -133,7 +135,7 @@ def test_an_encoder_learns_and_a_fit_begins_with_it(
     losses = [float(value) for value in (card["validation_loss"], card["baseline_loss"])]
     assert losses[0] < 1.3 * losses[1]  # four epochs come near the mean answers, from random ones
     written = yaml.safe_load((out / ENCODER_CARD).read_text())
-    assert "3 real galaxies of galaxies.csv; 60 galaxies simulated with GalSim" in written["galaxies"]
+    assert "3 real galaxies of galaxies.csv; 40 galaxies simulated with GalSim" in written["galaxies"]
 
     source = str(out / WEIGHTS)
     frozen = Recipe(epochs=2, warm_up_epochs=1, batch=16, learning_rate=1e-12, weight_decay=0, seed=1)
@@ -148,14 +150,26 @@ def test_an_encoder_learns_and_a_fit_begins_with_it(
     )
     fit(begun)
     pretrained, served = load_file(source), load_file(tmp_path / "begun" / BUNDLE / "weights.safetensors")
-    shared = [name for name in pretrained if name.endswith("weight")]
-    assert shared
-    assert all(torch.allclose(served[f"encoder.backbone.{name}"], pretrained[name], atol=1e-6) for name in shared)
+    assert len(pretrained) == 8
+    assert all(torch.allclose(served[f"encoder.{name}"], tensor, atol=1e-6) for name, tensor in pretrained.items())
     training = load_bundle(tmp_path / "begun" / BUNDLE).card.training
     assert training.evaluation["regimen"] == "galaxies"
-    assert "60 galaxies simulated with GalSim" in training.method
+    assert "40 galaxies simulated with GalSim" in training.method
     with pytest.raises(WeightsError, match="nowhere"):
         fit(begun.model_copy(update={"encoder": Encoder(regimen="x", source="nowhere"), "out": tmp_path / "lost"}))
+
+
+def test_an_encoder_of_timms_is_kept_by_timms_names(tmp_path: Path) -> None:
+    recipe = Optimisation(epochs=2, warm_up_epochs=1, batch=4)
+    sources = (Simulated(kind="simulated", galaxies=8),)
+    pretrain(Pretraining(out=tmp_path, architecture=TIMM, galaxies=sources, recipe=recipe, hardware=ONE_CORE))
+    network = build_network(TIMM)
+    load_encoder_weights(network, str(tmp_path / WEIGHTS))
+    expected = load_file(tmp_path / WEIGHTS)
+    assert {name: tensor.shape for name, tensor in expected.items()} == {
+        name: tensor.shape for name, tensor in network.encoder.backbone.state_dict().items()
+    }
+    assert torch.equal(network.encoder.backbone.stem[0].weight, expected["stem.0.weight"])
 
 
 def test_a_network_without_an_encoder_is_refused(tmp_path: Path) -> None:
