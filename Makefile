@@ -9,13 +9,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test lint bench chaos sanitize wheel clean
+.PHONY: help demo test lint bench bench-check chaos sanitize wheel clean
 
 help:
 	@echo 'make demo      simulates a survey night, runs the service on it through an embedded broker, shows the result'
 	@echo 'make test      ruff, mypy --strict and the whole test suite'
 	@echo 'make lint      ruff and mypy --strict alone'
-	@echo 'make bench     measures the stages and the whole service beside a naive loop; writes bench.json'
+	@echo 'make bench     measures the stages and the whole service beside a naive loop and the floors; writes bench.json'
+	@echo 'make bench-check   does so on simulated packets, and fails where a ratio is worse than the committed one'
 	@echo 'make chaos     kills the service at random, over and over, and counts what comes out'
 	@echo 'make sanitize  decodes damaged packets with the compiled code under AddressSanitizer (needs gcc)'
 	@echo 'make wheel     builds the wheel and the source archive into dist/'
@@ -35,6 +36,10 @@ lint: $(VENV)/installed-test
 bench: export KAFKA_HOME ?= $(wildcard ../shared/kafka)
 bench: $(VENV)/installed-demo
 	$(BIN)/broker-filter bench $(BENCH) --out bench.json
+
+bench-check: export KAFKA_HOME ?= $(wildcard ../shared/kafka)
+bench-check: $(VENV)/installed-demo
+	$(BIN)/broker-filter bench --parts stages,archive,kafka --check broker_filter/bench/ratios.json
 
 chaos: $(VENV)/installed-test
 	$(BIN)/python tests/chaos.py

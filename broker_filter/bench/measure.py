@@ -67,6 +67,12 @@ class Figures:
             _spread_of_known(run.peak_megabytes for run in runs),
         )
 
+    @property
+    def wall_microseconds(self) -> Spread:
+        """An alert: what counts where a GPU does the work."""
+        rate = self.alerts_per_second
+        return Spread(1e6 / rate.median, 1e6 / rate.highest, 1e6 / rate.lowest)
+
 
 Contest = Mapping[str, Figures]
 """The same alerts by contestants of these names."""

@@ -34,7 +34,7 @@ def show(report: Report, console: Console) -> None:
         f"{report.packets} packets, medians of {report.repetitions} interleaved repetitions (lowest to highest)"
     )
     if report.stages:
-        console.print(stages_table(report.stages))
+        console.print(stages_table(report.stages, on_gpu="cuda" in models.lower()))
     for name, contest in {**report.wholes, **report.scaling}.items():
         console.print(contest_table(name, contest))
     if report.quantities:
@@ -45,13 +45,14 @@ def show(report: Report, console: Console) -> None:
         console.print(targets_table(judgements))
 
 
-def stages_table(stages: Mapping[str, Contest]) -> Table:
-    """A row a stage, a column a contestant."""
+def stages_table(stages: Mapping[str, Contest], *, on_gpu: bool) -> Table:
+    """A row a stage, a column a contestant. CPU time; wall time where a GPU does a part."""
     columns = [name for name in ORDER if any(name in contest for contest in stages.values())]
-    table = _table("CPU microseconds an alert, by stage", "stage", *columns)
+    table = _table(f"{'Wall' if on_gpu else 'CPU'} microseconds an alert, by stage", "stage", *columns)
     for stage, contest in stages.items():
-        cells = [_spread(contest[name].cpu_microseconds) if name in contest else "" for name in columns]
-        table.add_row(stage, *cells)
+        figures = [contest.get(name) for name in columns]
+        spreads = [each and (each.wall_microseconds if on_gpu else each.cpu_microseconds) for each in figures]
+        table.add_row(stage, *(_spread(spread) if spread else "" for spread in spreads))
     return table
 
 
