@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from broker_filter.cli.console import progress
 from broker_filter.config import Runtime
+from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import WEIGHTS, Architecture, Card, Training, describe_problems
 from broker_filter.scoring.scorer import Model, open_model
 from training.bootstrap import PERCENTILES, RESAMPLES, Estimate, resample
@@ -145,7 +146,7 @@ def predict(model: Model, dataset: Dataset, split: Split) -> Predictions:
     probabilities, magpsf = [], []
     with progress(f"Scoring {split}", len(view)) as advance:
         for alerts in view.batches(ALERTS_AT_ONCE):
-            outputs = model.run(alerts.cutouts, alerts.cutout_box, alerts.metadata, alerts.columns)
+            outputs = model.run(RawAlerts(alerts.cutouts, alerts.cutout_box, alerts.metadata, alerts.columns))
             probabilities.append(outputs["probabilities"])
             magpsf.append(
                 alerts.metadata[:, alerts.columns.index(MAGNITUDE)]

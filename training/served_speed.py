@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from pydantic import BaseModel, ConfigDict
 
 from broker_filter.bench.measure import Spread, memory_megabytes, timed
 from broker_filter.config import Runtime
-from broker_filter.packets.batch import CUTOUTS
+from broker_filter.packets.batch import BANDS, CUTOUTS, LightCurves, Measurement
+from broker_filter.scoring.alerts import RawAlerts
+from broker_filter.scoring.bundle import Inputs
 from broker_filter.scoring.scorer import open_model
 from training.errors import EvaluationError
 
@@ -52,12 +55,8 @@ def measure_served(bundle: Path, batch: int, threads: int) -> ServedSpeed:
 def measure_here(bundle: str, batch: int, threads: int) -> ServedSpeed:
     """Measures in this process."""
     model = open_model(bundle, Runtime(engine="onnxruntime", device="cpu", inference_threads=threads))
-    size = model.bundle.card.inputs.images.size
-    rng = np.random.default_rng(0)
-    cutouts = rng.normal(200, 12, (batch, len(CUTOUTS), size, size)).astype(np.float32)
-    box = np.tile(np.array([0, 0, size, size], np.int16), (batch, len(CUTOUTS), 1))
-    metadata = rng.normal(size=(batch, len(model.columns)))
-    runs = [timed(lambda: model.run(cutouts, box, metadata, model.columns), batch) for _ in range(1 + REPETITIONS)][1:]
+    alerts = noise(batch, model.bundle.card.inputs)
+    runs = [timed(lambda: model.run(alerts), batch) for _ in range(1 + REPETITIONS)][1:]
     return ServedSpeed(
         batch=batch,
         alerts_per_second=Spread.of([run.alerts_per_second for run in runs]).median,
@@ -66,6 +65,29 @@ def measure_here(bundle: str, batch: int, threads: int) -> ServedSpeed:
         provider=model.provider,
         threads=threads,
     )
+
+
+def noise(n: int, inputs: Inputs) -> RawAlerts:
+    """Alerts that fill whatever a network takes of them."""
+    size, rng = inputs.images.size, np.random.default_rng(0)
+    alerts = RawAlerts(
+        cutouts=rng.normal(200, 12, (n, len(CUTOUTS), size, size)).astype(np.float32),
+        cutout_box=np.tile(np.array([0, 0, size, size], np.int16), (n, len(CUTOUTS), 1)),
+        metadata=rng.normal(size=(n, len(inputs.metadata))),
+        columns=tuple(column.name for column in inputs.metadata),
+    )
+    if inputs.light_curve is None:
+        return alerts
+    each = inputs.light_curve.points
+    light_curves = LightCurves(
+        offsets=np.arange(n + 1) * each,
+        mjd=np.tile(np.arange(each, dtype=np.float64), n),
+        band=rng.integers(len(BANDS), size=n * each, dtype=np.uint8),
+        flux=rng.normal(0, 1e4, n * each).astype(np.float32),
+        flux_err=np.full(n * each, 1e3, np.float32),
+        kind=rng.integers(len(Measurement), size=n * each, dtype=np.uint8),
+    )
+    return replace(alerts, mjd=np.full(n, float(each)), light_curves=light_curves)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from broker_filter.bench.measure import Run, timed
 from broker_filter.bench.naive import NaiveBroker
 from broker_filter.packets.batch import CUTOUTS, AlertBatch
+from broker_filter.scoring.alerts import raw_alerts
 from broker_filter.scoring.bundle import WEIGHTS, Bundle
 from broker_filter.scoring.networks import ServedNetwork, load_network
-from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
+from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.runtimes import LoadedNetwork, Tensors
 
 MATRIX = 1024
@@ -58,10 +59,7 @@ def flops_run(bundle: Bundle) -> Callable[[], Run]:
 def flops(bundle: Bundle) -> int:
     """Floating-point operations of the network for one alert, as torch counts them: two for a multiplication and its
     addition, in convolutions and matrix products alone."""
-    inputs = bundle.card.inputs
-    tensors = [torch.zeros(1, len(inputs.images.order), inputs.images.size, inputs.images.size)]
-    if inputs.metadata:
-        tensors.append(torch.zeros(1, len(inputs.metadata)))
+    tensors = [torch.zeros(1, *shape) for shape in bundle.card.inputs.shapes().values()]
     network = load_network(bundle.card.architecture, load_file(bundle.directory / WEIGHTS))
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         ServedNetwork(network, bundle.card.outputs).eval()(*tensors)
@@ -73,12 +71,10 @@ def network_alone(network: LoadedNetwork, bundle: Bundle, alerts: AlertBatch, th
 
     `threads`: as it was opened with; torch sets them for a whole process.
     """
-    wanted = bundle.card.inputs
-    inputs = {"images": prepare_images(alerts.cutouts, alerts.cutout_box, wanted.images)}
-    if wanted.metadata:
-        inputs["metadata"] = prepare_metadata(alerts.metadata, alerts.columns, wanted.metadata)
-    chunks = [slice(start, start + network.chunk) for start in range(0, len(alerts), network.chunk)]
-    ready: list[Tensors] = [{name: tensor[chunk] for name, tensor in inputs.items()} for chunk in chunks]
+    raw, step = raw_alerts(alerts), network.chunk
+    ready: list[Tensors] = [
+        prepare(raw[start : start + step], bundle.card.inputs) for start in range(0, len(alerts), step)
+    ]
 
     def infer() -> None:
         torch.set_num_threads(threads)

@@ -87,6 +87,22 @@ class LightCurves:
     flux_err: NDArray[np.float32]  # [M] nJy
     kind: NDArray[np.uint8]  # [M] Measurement
 
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, rows: slice | NDArray[np.bool_] | NDArray[np.int64]) -> LightCurves:
+        """The light curves of the alerts `rows`; a view where those are consecutive."""
+        begin, end = self.offsets[:-1][rows], self.offsets[1:][rows]
+        offsets = np.concatenate([[0], np.cumsum(end - begin)])
+        points: slice | NDArray[np.int64]
+        if np.array_equal(begin[1:], end[:-1]):
+            points = slice(int(begin[0]), int(end[-1])) if len(begin) else slice(0)
+        else:
+            points = np.repeat(begin - offsets[:-1], end - begin) + np.arange(offsets[-1])
+        return LightCurves(
+            offsets, self.mjd[points], self.band[points], self.flux[points], self.flux_err[points], self.kind[points]
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class AlertBatch:

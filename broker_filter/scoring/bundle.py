@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
+
+from broker_filter.packets.batch import BANDS, LightCurves, Measurement
+from broker_filter.scoring.alerts import RawAlerts
 
 CARD = "bundle.yaml"
 WEIGHTS = "weights.safetensors"
@@ -32,6 +35,20 @@ MAX_FILE_BYTES = 2**31
 MAX_CUTOUT_SIZE = 512
 """Pixels a side. The largest stamps published have 102; the bound keeps a bad card from asking for gigabytes."""
 MAX_TEST_ALERTS = 64
+POINTS = "light_curves."
+"""Prefix of what `LightCurves` holds, in a test vector."""
+POINT_COLUMNS: dict[str, type[np.generic]] = {
+    "mjd": np.float64,
+    "band": np.uint8,
+    "flux": np.float32,
+    "flux_err": np.float32,
+    "kind": np.uint8,
+}
+LIGHT_CURVE_FEATURES = 3 + len(BANDS) + len(Measurement)
+"""Of a point, in this order: time before the alert, flux and error, scaled; the band, of BANDS, and the kind of
+measurement, each as a row of a unit matrix; zeros for a band that is not known."""
+MAX_POINTS = 1024
+"""Of a light curve: attention looks from each at each, and the bound keeps a bad card from asking for gigabytes."""
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 """An identifier, because it prefixes output columns (`d6_m7.real`) and stands in filters."""
@@ -71,6 +88,15 @@ class MetadataColumn(CardSection):
     fill: float = Field(description="What stands for a missing value.")
 
 
+class LightCurveInput(CardSection):
+    """What the network sees of the light curve: float32 `light_curve` [N, points, features] and `light_curve_mask`
+    [N, points], 1 where there is a point and 0 where there is none. See LIGHT_CURVE_FEATURES."""
+
+    points: int = Field(gt=0, le=MAX_POINTS, description="How many are kept, the latest; none is after the alert.")
+    flux_scale: float = Field(gt=0, description="nJy; fluxes are linear below it and logarithmic beyond (asinh).")
+    time_scale: float = Field(gt=0, description="Days before the alert; likewise (log1p).")
+
+
 class Inputs(CardSection):
     """What the network takes."""
 
@@ -79,15 +105,46 @@ class Inputs(CardSection):
         default=(),
         description="The columns of the float32 input `metadata` [N, F], in order; none: there is no such input.",
     )
+    light_curve: LightCurveInput | None = Field(default=None, description="None: there are no such inputs.")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of an alert's inputs, by name, in the order in which the network takes them."""
+        shapes: dict[str, tuple[int, ...]] = {"images": (len(self.images.order), self.images.size, self.images.size)}
+        if self.metadata:
+            shapes["metadata"] = (len(self.metadata),)
+        if self.light_curve is not None:
+            shapes["light_curve"] = (self.light_curve.points, LIGHT_CURVE_FEATURES)
+            shapes["light_curve_mask"] = (self.light_curve.points,)
+        return shapes
 
 
 class Outputs(CardSection):
-    """What the network gives: float32 `probabilities` [N, C] and, where a size is named, `embedding` [N, D]."""
+    """What the network gives: float32 `probabilities` [N, C] and, where a size is named, `embedding` [N, D].
+
+    Where modalities are named, also `modalities` [N, M, D]: what the embedding is of, a vector of length 1 for each,
+    zeros where the alert lacks it. The embedding then has length 1, too.
+    """
 
     labels: tuple[ModelName, ...] = Field(min_length=1)
     activation: Literal["sigmoid", "softmax"]
     thresholds: dict[str, float] = Field(default={}, description="Recommended cuts by label.")
     embedding: int | None = Field(default=None, gt=0)
+    modalities: tuple[ModelName, ...] = Field(default=(), description="In order: image, light_curve, ...")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of an alert's outputs, by name, in the order in which the network gives them."""
+        shapes: dict[str, tuple[int, ...]] = {"probabilities": (len(self.labels),)}
+        if self.embedding is not None:
+            shapes["embedding"] = (self.embedding,)
+            if self.modalities:
+                shapes["modalities"] = (len(self.modalities), self.embedding)
+        return shapes
+
+    @model_validator(mode="after")
+    def _modalities_have_a_size(self) -> Outputs:
+        if self.modalities and self.embedding is None:
+            raise ValueError("modalities without the size of their embedding")
+        return self
 
     @model_validator(mode="after")
     def _thresholds_are_of_labels(self) -> Outputs:
@@ -143,13 +200,10 @@ class Card(Description):
 
 
 @dataclass(frozen=True, slots=True)
-class KnownAnswers:
-    """K alerts as the decoder delivers them, and what the model says of them."""
+class KnownAnswers(RawAlerts):
+    """K alerts with the metadata columns of the card, and what the model says of them."""
 
-    cutouts: NDArray[np.float32]  # [K, 3, S, S]
-    cutout_box: NDArray[np.int16]  # [K, 3, 4]
-    metadata: NDArray[np.float64]  # [K, F] the card's columns, NaN where missing
-    outputs: Mapping[str, NDArray[np.float32]]  # as the network gives them, over K
+    outputs: Mapping[str, NDArray[np.float32]] = field(kw_only=True)  # as the network gives them, over K
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,24 +215,44 @@ class Bundle:
 
     def test_vector(self) -> KnownAnswers:
         """The stored inputs and expected outputs. Raises BundleError where they do not fit the card."""
-        path = self.directory / TEST_VECTOR
+        path, inputs, outputs = self.directory / TEST_VECTOR, self.card.inputs, self.card.outputs
         try:
             tensors = load_file(path)
         except (SafetensorError, ValueError, KeyError) as error:
             raise BundleError(f"{path}: not a safetensors file: {error}") from error
-        k, size = len(tensors.get("cutouts", ())), self.card.inputs.images.size
-        expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+        k, size = len(tensors.get("cutouts", ())), inputs.images.size
+        answers: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+            name: ((k, *shape), np.float32) for name, shape in outputs.shapes().items()
+        }
+        expected = answers | {
             "cutouts": ((k, 3, size, size), np.float32),
             "cutout_box": ((k, 3, 4), np.int16),
-            "metadata": ((k, len(self.card.inputs.metadata)), np.float64),
-            "probabilities": ((k, len(self.card.outputs.labels)), np.float32),
+            "metadata": ((k, len(inputs.metadata)), np.float64),
         }
-        if self.card.outputs.embedding is not None:
-            expected["embedding"] = ((k, self.card.outputs.embedding), np.float32)
+        if inputs.light_curve is not None:
+            points = tensors.get(f"{POINTS}mjd", np.empty(0)).shape
+            expected |= {"mjd": ((k,), np.float64), f"{POINTS}offsets": ((k + 1,), np.int64)}
+            expected |= {f"{POINTS}{name}": (points, kind) for name, kind in POINT_COLUMNS.items()}
         found = {name: (tensor.shape, tensor.dtype.type) for name, tensor in tensors.items()}
         if found != expected or not 0 < k <= MAX_TEST_ALERTS:
             raise BundleError(f"{path}: holds {found}; the card asks for {expected}; make the bundle anew")
-        return KnownAnswers(tensors.pop("cutouts"), tensors.pop("cutout_box"), tensors.pop("metadata"), outputs=tensors)
+        return KnownAnswers(
+            cutouts=tensors["cutouts"],
+            cutout_box=tensors["cutout_box"],
+            metadata=tensors["metadata"],
+            columns=tuple(column.name for column in inputs.metadata),
+            mjd=tensors.get("mjd"),
+            light_curves=None if inputs.light_curve is None else _light_curves(path, tensors),
+            outputs={name: tensors[name] for name in answers},
+        )
+
+
+def _light_curves(path: Path, tensors: Mapping[str, NDArray[Any]]) -> LightCurves:
+    columns = {name: tensors[f"{POINTS}{name}"] for name in ("offsets", *POINT_COLUMNS)}
+    offsets = columns["offsets"]
+    if offsets[0] != 0 or (np.diff(offsets) < 0).any() or columns["mjd"].shape != (offsets[-1],):
+        raise BundleError(f"{path}: its light curves' offsets {offsets} are none of its points; make the bundle anew")
+    return LightCurves(**columns)
 
 
 def load_bundle(name_or_directory: str | Path) -> Bundle:

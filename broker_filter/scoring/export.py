@@ -9,6 +9,7 @@ import hashlib
 import logging
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +24,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from broker_filter.config import Runtime
-from broker_filter.packets.batch import CUTOUTS
+from broker_filter.packets.batch import CUTOUTS, UNKNOWN_BAND, LightCurves, Measurement
+from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import (
     CARD,
     ONNX,
+    POINT_COLUMNS,
+    POINTS,
     TEST_VECTOR,
     WEIGHTS,
     BundleError,
@@ -35,13 +39,13 @@ from broker_filter.scoring.bundle import (
     Inputs,
 )
 from broker_filter.scoring.networks import ServedNetwork
-from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
-from broker_filter.scoring.runtimes import input_names, output_names
+from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.scorer import open_model
 
 ENGINES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")
 """What a bundle must run on."""
 TEST_SEED = 63
+TEST_MJD = 61000.0
 
 for exporter in ("torch.onnx", "onnxscript", "onnx_ir"):
     logging.getLogger(exporter).setLevel(logging.ERROR)  # they tell of every step, and of packages they do without
@@ -59,15 +63,12 @@ def write_bundle(directory: Path, description: Description, network: nn.Module) 
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
         bundle = Path(scratch) / directory.name
         bundle.mkdir()
-        cutouts, cutout_box, metadata = _test_alerts(description.inputs)
-        wanted = description.inputs.metadata
-        inputs = [torch.from_numpy(prepare_images(cutouts, cutout_box, description.inputs.images))]
-        if wanted:
-            inputs.append(torch.from_numpy(prepare_metadata(metadata, [column.name for column in wanted], wanted)))
+        alerts = _test_alerts(description.inputs)
+        inputs = [torch.from_numpy(array) for array in prepare(alerts, description.inputs).values()]
         served = ServedNetwork(network, description.outputs).eval()
         with torch.inference_mode():
-            outputs = dict(zip(output_names(description.outputs), served(*inputs), strict=True))
-        arrays: dict[str, NDArray[Any]] = {"cutouts": cutouts, "cutout_box": cutout_box, "metadata": metadata}
+            outputs = dict(zip(description.outputs.shapes(), served(*inputs), strict=True))
+        arrays = _arrays(alerts)
         arrays |= {name: output.contiguous().numpy() for name, output in outputs.items()}  # safetensors saves buffers
 
         (bundle / WEIGHTS).write_bytes(weights_to_bytes(network.state_dict()))
@@ -94,8 +95,8 @@ def _to_onnx(served: nn.Module, inputs: list[torch.Tensor], description: Descrip
         program = torch.onnx.export(
             served,
             tuple(inputs),
-            input_names=input_names(description.inputs),
-            output_names=output_names(description.outputs),
+            input_names=list(description.inputs.shapes()),
+            output_names=list(description.outputs.shapes()),
             dynamic_shapes=(tuple({0: batch} for _ in inputs),),
             dynamo=True,
             verbose=False,
@@ -109,9 +110,10 @@ def _to_onnx(served: nn.Module, inputs: list[torch.Tensor], description: Descrip
     return bytes(model.SerializeToString())
 
 
-def _test_alerts(inputs: Inputs) -> tuple[NDArray[np.float32], NDArray[np.int16], NDArray[np.float64]]:
+def _test_alerts(inputs: Inputs) -> RawAlerts:
     """Four synthetic alerts, as raw as surveys publish them: a new source, a misaligned subtraction, a short stamp, and
-    pixels that are NaN or the largest float32."""
+    pixels that are NaN or the largest float32. Where light curves are asked for, the first has only its own point, the
+    second more than fit, the third none."""
     rng = np.random.default_rng(TEST_SEED)
     size = inputs.images.size
     y, x = np.ogrid[:size, :size]
@@ -130,4 +132,34 @@ def _test_alerts(inputs: Inputs) -> tuple[NDArray[np.float32], NDArray[np.int16]
     cutouts[3, 0, 0, -1] = np.finfo(np.float32).max
     metadata = rng.normal(0, 1, (len(cutouts), len(inputs.metadata)))
     metadata[0, :1] = np.nan
-    return cutouts, box, metadata
+    columns = tuple(column.name for column in inputs.metadata)
+    alerts = RawAlerts(cutouts, box, metadata, columns)
+    if inputs.light_curve is None:
+        return alerts
+    mjd = np.full(len(cutouts), TEST_MJD)
+    counts = np.array([1, inputs.light_curve.points + 3, 0, 5])
+    days = np.concatenate([np.sort(rng.uniform(0, 30, count))[::-1] for count in counts])
+    m = len(days)
+    error = inputs.light_curve.flux_scale * rng.uniform(0.1, 10, m)
+    light_curves = LightCurves(
+        offsets=np.concatenate([[0], np.cumsum(counts)]),
+        mjd=TEST_MJD - days,
+        band=rng.choice(np.array([1, 2, UNKNOWN_BAND], np.uint8), m),
+        flux=(error * rng.normal(0, 20, m)).astype(np.float32),
+        flux_err=error.astype(np.float32),
+        kind=rng.integers(len(Measurement), size=m, dtype=np.uint8),
+    )
+    return replace(alerts, mjd=mjd, light_curves=light_curves)
+
+
+def _arrays(alerts: RawAlerts) -> dict[str, NDArray[Any]]:
+    """The alerts as a test vector holds them."""
+    arrays: dict[str, NDArray[Any]] = {
+        "cutouts": alerts.cutouts,
+        "cutout_box": alerts.cutout_box,
+        "metadata": alerts.metadata,
+    }
+    if alerts.mjd is not None and alerts.light_curves is not None:
+        arrays["mjd"] = alerts.mjd
+        arrays |= {f"{POINTS}{name}": getattr(alerts.light_curves, name) for name in ("offsets", *POINT_COLUMNS)}
+    return arrays

@@ -12,8 +12,26 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from broker_filter.packets.batch import CUTOUTS
-from broker_filter.scoring.bundle import ImageInput, MetadataColumn
+from broker_filter.packets.batch import BANDS, CUTOUTS, LightCurves
+from broker_filter.scoring.alerts import RawAlerts
+from broker_filter.scoring.bundle import LIGHT_CURVE_FEATURES, ImageInput, Inputs, LightCurveInput, MetadataColumn
+
+
+def prepare(alerts: RawAlerts, inputs: Inputs) -> dict[str, NDArray[np.float32]]:
+    """What a network takes of the alerts: float32 arrays over N by the names, and in the order, of `inputs.shapes()`.
+
+    Raises ValueError where the cutouts are too small, KeyError where metadata or light curves are needed and not there.
+    """
+    prepared = {"images": prepare_images(alerts.cutouts, alerts.cutout_box, inputs.images)}
+    if inputs.metadata:
+        prepared["metadata"] = prepare_metadata(alerts.metadata, alerts.columns, inputs.metadata)
+    if inputs.light_curve is not None:
+        if alerts.mjd is None or alerts.light_curves is None:
+            raise KeyError("light curves are needed and were not decoded")
+        prepared["light_curve"], prepared["light_curve_mask"] = prepare_light_curves(
+            alerts.light_curves, alerts.mjd, inputs.light_curve
+        )
+    return prepared
 
 
 def prepare_images(
@@ -56,6 +74,38 @@ def prepare_metadata(
     chosen = metadata[:, [columns.index(column.name) for column in wanted]]
     fill = np.array([column.fill for column in wanted])
     return np.where(np.isnan(chosen), fill, chosen).astype(np.float32)
+
+
+def prepare_light_curves(
+    light_curves: LightCurves, mjd: NDArray[np.float64], wanted: LightCurveInput
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The latest points of each light curve up to its alert's `mjd` [N], in order of time, those that are not there at
+    the end: features [N, points, LIGHT_CURVE_FEATURES], 0 where there is no point, and the mask [N, points].
+
+    An error that is not known is 0.
+    """
+    n, counts = len(mjd), np.diff(light_curves.offsets)
+    alert = np.repeat(np.arange(n), counts)
+    seen = np.flatnonzero(light_curves.mjd <= mjd[alert])  # some redistributed packets have later points, too
+    alert = alert[seen]
+    counts = np.bincount(alert, minlength=n)
+    place = np.arange(len(seen)) - np.repeat(np.cumsum(counts) - counts, counts)
+    place -= np.maximum(counts - wanted.points, 0)[alert]
+    seen, alert, place = seen[place >= 0], alert[place >= 0], place[place >= 0]
+
+    features = np.zeros((n, wanted.points, LIGHT_CURVE_FEATURES), np.float32)
+    mask = np.zeros((n, wanted.points), np.float32)
+    mask[alert, place] = 1
+    before, flux, flux_err, one_hot = 0, 1, 2, 3
+    features[alert, place, before] = np.log1p((mjd[alert] - light_curves.mjd[seen]) / wanted.time_scale)
+    features[alert, place, flux] = np.arcsinh(light_curves.flux[seen] / wanted.flux_scale)
+    error = light_curves.flux_err[seen]
+    features[alert, place, flux_err] = np.arcsinh(np.where(np.isfinite(error), error, 0) / wanted.flux_scale)
+    band, kind = light_curves.band[seen], light_curves.kind[seen]
+    known = band < len(BANDS)
+    features[alert[known], place[known], one_hot + band[known]] = 1
+    features[alert, place, one_hot + len(BANDS) + kind] = 1
+    return features, mask
 
 
 def _normalise(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.config import Runtime
-from broker_filter.scoring.bundle import ONNX, WEIGHTS, Bundle, BundleError, Inputs, Outputs
+from broker_filter.scoring.bundle import ONNX, WEIGHTS, Bundle, BundleError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +40,7 @@ units of the last of 24, 11 or 8 bits, through a network's depth."""
 
 
 class LoadedNetwork(Protocol):
-    """A bundle's network, ready to run. Inputs and outputs are by name: see `input_names` and `output_names`."""
+    """A bundle's network, ready to run. Inputs and outputs are by name: see `Inputs.shapes`, `Outputs.shapes`."""
 
     @property
     def provider(self) -> str:
@@ -109,7 +109,7 @@ class OnnxNetwork:
         if device == "cuda" and running != cuda:
             raise RuntimeUnavailableError(f"CUDA was asked for and onnxruntime runs {running}: see its log for why")
         self.provider = f"onnxruntime/{running}"
-        self._outputs = output_names(bundle.card.outputs)
+        self._outputs = tuple(bundle.card.outputs.shapes())
         _check_graph(path, self._session, bundle)
 
     def run(self, inputs: Tensors) -> Tensors:
@@ -134,8 +134,8 @@ class TorchNetwork:
         torch.set_num_threads(threads)
         self._torch = torch
         self._served = served
-        self._inputs = input_names(bundle.card.inputs)
-        self._outputs = output_names(bundle.card.outputs)
+        self._inputs = tuple(bundle.card.inputs.shapes())
+        self._outputs = tuple(bundle.card.outputs.shapes())
 
     def run(self, inputs: Tensors) -> Tensors:
         """See `LoadedNetwork`."""
@@ -169,22 +169,15 @@ def _open_torch(bundle: Bundle, runtime: Runtime, threads: int) -> LoadedNetwork
     # TF32 keeps 10 bits of a product: scores would move in the third digit.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    shapes = _shapes(bundle)
-    inputs = {name: tuple(shapes[name]) for name in input_names(bundle.card.inputs)}
-    device = torch.device("cuda:0")
+    card, device = bundle.card, torch.device("cuda:0")
     return StagedNetwork(
-        served, inputs, output_names(bundle.card.outputs), device, runtime.precision, TOLERANCES[runtime.precision]
+        served,
+        card.inputs.shapes(),
+        tuple(card.outputs.shapes()),
+        device,
+        runtime.precision,
+        TOLERANCES[runtime.precision],
     )
-
-
-def input_names(inputs: Inputs) -> tuple[str, ...]:
-    """The network's inputs in the order in which it takes them."""
-    return ("images", "metadata") if inputs.metadata else ("images",)
-
-
-def output_names(outputs: Outputs) -> tuple[str, ...]:
-    """The network's outputs in the order in which it gives them."""
-    return ("probabilities",) if outputs.embedding is None else ("probabilities", "embedding")
 
 
 def available_cores() -> int:
@@ -203,17 +196,6 @@ def available_cores() -> int:
     return max(1, min(cores, math.ceil(int(quota) / int(period))))
 
 
-def _shapes(bundle: Bundle) -> dict[str, list[int]]:
-    """Of one alert's inputs and outputs, by name."""
-    inputs, outputs = bundle.card.inputs, bundle.card.outputs
-    return {
-        "images": [len(inputs.images.order), inputs.images.size, inputs.images.size],
-        "metadata": [len(inputs.metadata)],
-        "probabilities": [len(outputs.labels)],
-        "embedding": [outputs.embedding or 0],
-    }
-
-
 def _wants_cuda(device: Literal["auto", "cpu", "cuda"]) -> bool:
     if device != "auto" or not NVIDIA_CONTROL.exists():
         return device == "cuda"
@@ -224,9 +206,7 @@ def _wants_cuda(device: Literal["auto", "cpu", "cuda"]) -> bool:
 
 def _check_graph(path: Path, session: Any, bundle: Bundle) -> None:
     """Raises BundleError where the graph's inputs and outputs are not the card's."""
-    shapes = _shapes(bundle)
-    names = (*input_names(bundle.card.inputs), *output_names(bundle.card.outputs))
-    expected = {name: shapes[name] for name in names}
-    found = {node.name: node.shape[1:] for node in (*session.get_inputs(), *session.get_outputs())}
+    expected = bundle.card.inputs.shapes() | bundle.card.outputs.shapes()
+    found = {node.name: tuple(node.shape[1:]) for node in (*session.get_inputs(), *session.get_outputs())}
     if found != expected:
         raise BundleError(f"{path}: its inputs and outputs are {found}, the card's {expected}; make the bundle anew")

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from broker_filter import config
 from broker_filter.packets.batch import AlertBatch, Survey
+from broker_filter.scoring.alerts import RawAlerts, raw_alerts
 from broker_filter.scoring.bundle import TEST_VECTOR, Bundle, BundleError, load_bundle
-from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
+from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.runtimes import LoadedNetwork, Tensors, open_network
 from broker_filter.scoring.scores import ModelScores, Scores
 
@@ -53,40 +53,31 @@ class Model:
     def score(self, alerts: AlertBatch) -> ModelScores:
         """Its outputs for the alerts of its surveys, NaN for the others.
 
-        Raises ValueError where the cutouts are smaller than its images, KeyError where a metadata column is missing.
+        Raises as `preprocess.prepare` does.
         """
         taken = np.isin(alerts.survey, self.surveys)
         rows = slice(None) if taken.all() else taken  # a view where it can be, a copy where it must
-        outputs = self.run(alerts.cutouts[rows], alerts.cutout_box[rows], alerts.metadata[rows], alerts.columns)
         columns = {}
-        for name, values in outputs.items():
-            columns[name] = np.full((len(alerts), values.shape[1]), np.nan, np.float32)
+        for name, values in self.run(raw_alerts(alerts)[rows]).items():
+            columns[name] = np.full((len(alerts), *values.shape[1:]), np.nan, np.float32)
             columns[name][rows] = values
         return ModelScores(
-            self.name, self.version, self.labels, columns["probabilities"], columns.get("embedding"), taken
+            self.name,
+            self.version,
+            self.labels,
+            columns["probabilities"],
+            columns.get("embedding"),
+            taken,
+            columns.get("modalities"),
         )
 
-    def run(
-        self,
-        cutouts: NDArray[np.float32],
-        cutout_box: NDArray[np.int16],
-        metadata: NDArray[np.float64],
-        columns: Sequence[str],
-    ) -> Tensors:
-        """The network's outputs by name, float32[N, ...], for the arrays of `AlertBatch`; raises as `score` does."""
-        wanted, given = self.bundle.card.inputs, self.bundle.card.outputs
-        outputs = {"probabilities": np.empty((len(cutouts), len(given.labels)), np.float32)}
-        if given.embedding is not None:
-            outputs["embedding"] = np.empty((len(cutouts), given.embedding), np.float32)
-        chunks = [slice(start, start + self.network.chunk) for start in range(0, len(cutouts), self.network.chunk)]
-
-        def prepare(chunk: slice) -> Tensors:
-            inputs = {"images": prepare_images(cutouts[chunk], cutout_box[chunk], wanted.images)}
-            if wanted.metadata:
-                inputs["metadata"] = prepare_metadata(metadata[chunk], columns, wanted.metadata)
-            return inputs
-
-        for chunk, results in zip(chunks, self.network.run_all(map(prepare, chunks)), strict=True):
+    def run(self, alerts: RawAlerts) -> Tensors:
+        """The network's outputs by name, float32[N, ...]; raises as `score` does."""
+        card, n, step = self.bundle.card, len(alerts), self.network.chunk
+        outputs = {name: np.empty((n, *shape), np.float32) for name, shape in card.outputs.shapes().items()}
+        chunks = [slice(start, start + step) for start in range(0, n, step)]
+        prepared = (prepare(alerts[chunk], card.inputs) for chunk in chunks)
+        for chunk, results in zip(chunks, self.network.run_all(prepared), strict=True):
             for name, values in results.items():
                 outputs[name][chunk] = values
         return outputs
@@ -94,7 +85,7 @@ class Model:
     def verify(self) -> None:
         """Raises BundleError where the network does not reproduce the bundle's test vector."""
         vector = self.bundle.test_vector()
-        outputs = self.run(vector.cutouts, vector.cutout_box, vector.metadata, self.columns)
+        outputs = self.run(vector)
         for name, expected in vector.outputs.items():
             tolerance = self.network.tolerance
             if not np.allclose(outputs[name], expected, rtol=tolerance, atol=tolerance):

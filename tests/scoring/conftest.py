@@ -28,6 +28,8 @@ def make_batch() -> Callable[..., AlertBatch]:
         survey: Survey | list[Survey] = Survey.ZTF,
         columns: tuple[str, ...] = (),
         metadata: NDArray[np.float64] | None = None,
+        mjd: NDArray[np.float64] | None = None,
+        light_curves: LightCurves | None = None,
     ) -> AlertBatch:
         n, _, size, _ = cutouts.shape
         whole = np.tile(np.array([0, 0, size, size], np.int16), (n, 3, 1))
@@ -42,7 +44,7 @@ def make_batch() -> Callable[..., AlertBatch]:
             schema_version=["4.02"] * n,
             alert_id=np.arange(n),
             object_id=[f"ZTF{i}" for i in range(n)],
-            mjd=floats,
+            mjd=floats if mjd is None else mjd,
             ra=floats,
             dec=floats,
             band=np.zeros(n, np.uint8),
@@ -50,7 +52,8 @@ def make_batch() -> Callable[..., AlertBatch]:
             cutout_box=whole if cutout_box is None else cutout_box,
             columns=columns,
             metadata=np.zeros((n, 0)) if metadata is None else metadata,
-            light_curves=LightCurves(
+            light_curves=light_curves
+            or LightCurves(
                 offsets=np.zeros(n + 1, np.int64),
                 mjd=no_points,
                 band=no_points.astype(np.uint8),

@@ -180,5 +180,5 @@ def test_an_architecture_that_is_not_there_is_refused(own_bundle: Path, architec
 
 def test_an_onnx_graph_that_is_not_the_cards_is_refused(own_bundle: Path) -> None:
     edit_card(own_bundle, lambda card: card["outputs"].update(labels=["real", "fake"], thresholds={}))
-    with pytest.raises(BundleError, match=rf"{ONNX}: its inputs and outputs are .*'probabilities': \[1\].*\[2\]"):
+    with pytest.raises(BundleError, match=rf"{ONNX}: its inputs and outputs are .*'probabilities': \(1,\).*\(2,\)"):
         open_model(str(own_bundle), Runtime(engine="onnxruntime"))

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from broker_filter.config import Runtime
-from broker_filter.packets.batch import AlertBatch
+from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.scoring import networks
 from broker_filter.scoring.bundle import (
+    CARD,
+    LIGHT_CURVE_FEATURES,
     ONNX,
+    TEST_VECTOR,
     Architecture,
     BundleError,
     Description,
     ImageInput,
     Inputs,
+    LightCurveInput,
     MetadataColumn,
     Outputs,
     Training,
@@ -43,6 +50,21 @@ class Fusion(nn.Module):
     def forward(self, images: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
         embedding = torch.cat([self.images(images).flatten(1), self.metadata(metadata)], dim=1)
         return self.head(embedding), embedding
+
+
+class Joined(nn.Module):
+    """Every input there is, and modalities besides the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = nn.Linear(3, 4)
+        self.points = nn.Linear(LIGHT_CURVE_FEATURES, 4)
+
+    def forward(self, images: Tensor, light_curve: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        seen = self.images(images.mean((2, 3)))
+        past = (self.points(light_curve) * mask.unsqueeze(2)).sum(1)
+        modalities = torch.nn.functional.normalize(torch.stack([seen, past], 1), dim=2)
+        return seen, torch.nn.functional.normalize(modalities.sum(1), dim=1), modalities
 
 
 @pytest.fixture
@@ -100,6 +122,67 @@ def test_a_network_with_metadata_and_embedding_is_served_alike_by_every_engine(
     np.testing.assert_allclose(onnx.embedding, reference.embedding, rtol=1e-5, atol=1e-5)
     filled = np.where(np.isnan(batch.metadata[:, 2]), 20, batch.metadata[:, 2])
     np.testing.assert_allclose(onnx.embedding[:, 8], filled, rtol=1e-4)  # BatchNorm as initialised
+
+
+def test_a_network_of_light_curves_and_modalities_is_served_alike_by_every_engine(
+    tmp_path: Path, description: Description, monkeypatch: pytest.MonkeyPatch, make_batch: Callable[..., AlertBatch]
+) -> None:
+    monkeypatch.setitem(networks.NETWORKS, "joined", Joined)
+    joined = description.model_copy(
+        update={
+            "inputs": Inputs(
+                images=description.inputs.images, light_curve=LightCurveInput(points=6, flux_scale=10, time_scale=1)
+            ),
+            "outputs": Outputs(
+                labels=("a", "b", "c", "d"), activation="softmax", embedding=4, modalities=("image", "light_curve")
+            ),
+            "architecture": Architecture(name="joined"),
+        }
+    )
+    torch.manual_seed(4)
+    write_bundle(tmp_path / "joined", joined, Joined().eval())
+    vector = load_bundle(tmp_path / "joined").test_vector()
+    rows = np.random.default_rng(2).integers(4, size=150)
+    assert vector.light_curves is not None
+    assert np.diff(vector.light_curves.offsets).tolist() == [1, 9, 0, 5]
+    batch = make_batch(
+        vector.cutouts[rows],
+        vector.cutout_box[rows],
+        survey=[Survey.ZTF if row % 2 else Survey.LSST for row in rows],
+        mjd=np.full(len(rows), 61000.0),
+        light_curves=vector.light_curves[rows],
+    )
+    for engine in ("onnxruntime", "torch"):
+        runtime = Runtime.model_validate({"engine": engine, "device": "cpu"})
+        (scores,) = open_scorer([str(tmp_path / "joined")], runtime).score(batch).models
+        assert scores.modalities is not None
+        assert scores.embedding is not None
+        np.testing.assert_allclose(scores.modalities, vector.outputs["modalities"][rows], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(scores.embedding, vector.outputs["embedding"][rows], rtol=1e-5, atol=1e-5)
+
+
+def test_a_test_vector_whose_light_curves_do_not_add_up_is_refused(
+    tmp_path: Path, description: Description, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(networks.NETWORKS, "joined", Joined)
+    inputs = Inputs(
+        images=description.inputs.images, light_curve=LightCurveInput(points=6, flux_scale=10, time_scale=1)
+    )
+    changes = {"inputs": inputs, "outputs": Outputs(labels=("a", "b", "c", "d"), activation="softmax")}
+    write_bundle(
+        tmp_path / "joined",
+        description.model_copy(update={**changes, "architecture": Architecture(name="joined")}),
+        Joined().eval(),
+    )
+    path = tmp_path / "joined" / TEST_VECTOR
+    tensors = load_file(path)
+    tensors["light_curves.offsets"][-1] += 1
+    save_file(tensors, path)
+    card = yaml.safe_load((tmp_path / "joined" / CARD).read_text())
+    card["files"][TEST_VECTOR] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (tmp_path / "joined" / CARD).write_text(yaml.safe_dump(card))
+    with pytest.raises(BundleError, match=r"offsets .* are none of its points"):
+        load_bundle(tmp_path / "joined").test_vector()
 
 
 def test_a_bundle_never_replaces_another(tmp_path: Path, description: Description, network: nn.Module) -> None:

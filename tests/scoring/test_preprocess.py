@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from broker_filter.packets.batch import CUTOUTS
-from broker_filter.scoring.bundle import ImageInput, MetadataColumn
-from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
+from broker_filter.packets.batch import BANDS, CUTOUTS, UNKNOWN_BAND, LightCurves, Measurement
+from broker_filter.scoring.alerts import RawAlerts
+from broker_filter.scoring.bundle import LIGHT_CURVE_FEATURES, ImageInput, Inputs, LightCurveInput, MetadataColumn
+from broker_filter.scoring.preprocess import prepare, prepare_images, prepare_light_curves, prepare_metadata
 
 FLT_MAX = np.finfo(np.float32).max
 PADDING = 1e-9
@@ -150,3 +151,86 @@ def test_metadata_comes_in_the_networks_order_with_its_fills() -> None:
 def test_missing_metadata_columns_are_named() -> None:
     with pytest.raises(KeyError, match="sgscore1"):
         prepare_metadata(np.zeros((1, 1)), ("a",), [MetadataColumn(name="sgscore1", fill=0)])
+
+
+LIGHT_CURVE = LightCurveInput(points=4, flux_scale=100, time_scale=2)
+NOW = 61000.0
+
+
+def history(*counts: int) -> LightCurves:
+    """Light curves of random points, one a day up to NOW."""
+    rng, m = np.random.default_rng(sum(counts)), sum(counts)
+    return LightCurves(
+        offsets=np.concatenate([[0], np.cumsum(counts)]),
+        mjd=np.concatenate([NOW - np.arange(count)[::-1] for count in counts]),
+        band=rng.integers(len(BANDS), size=m, dtype=np.uint8),
+        flux=rng.normal(0, 1e4, m).astype(np.float32),
+        flux_err=rng.uniform(1, 1e3, m).astype(np.float32),
+        kind=rng.integers(len(Measurement), size=m, dtype=np.uint8),
+    )
+
+
+def test_the_latest_points_are_kept_in_order_of_time() -> None:
+    light_curves = history(6, 2)
+    features, mask = prepare_light_curves(light_curves, np.full(2, NOW), LIGHT_CURVE)
+    assert features.shape == (2, 4, LIGHT_CURVE_FEATURES)
+    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    np.testing.assert_allclose(features[0, :, 0], np.log1p(np.array([3, 2, 1, 0]) / 2), rtol=1e-6)
+    np.testing.assert_allclose(features[0, :, 1], np.arcsinh(light_curves.flux[2:6] / 100), rtol=1e-6)
+    np.testing.assert_allclose(features[0, :, 2], np.arcsinh(light_curves.flux_err[2:6] / 100), rtol=1e-6)
+    assert (features[1, 2:] == 0).all()
+
+
+def test_a_points_band_and_kind_are_rows_of_a_unit_matrix() -> None:
+    light_curves = history(3)
+    light_curves.band[:] = [1, UNKNOWN_BAND, 5]
+    light_curves.kind[:] = [Measurement.DETECTION, Measurement.UPPER_LIMIT, Measurement.FORCED]
+    features, _ = prepare_light_curves(light_curves, np.array([NOW]), LIGHT_CURVE)
+    assert features[0, :3, 3:].argmax(axis=1).tolist() == [1, 7, 5]
+    assert features[0, :3, 3:9].sum(axis=1).tolist() == [1, 0, 1]
+    assert features[0, :3, 9:].argmax(axis=1).tolist() == [0, 1, 2]
+
+
+def test_what_comes_after_the_alert_is_not_seen() -> None:
+    light_curves = history(6)
+    features, mask = prepare_light_curves(light_curves, np.array([NOW - 3]), LIGHT_CURVE)
+    assert mask.sum() == 3
+    np.testing.assert_allclose(features[0, :3, 1], np.arcsinh(light_curves.flux[:3] / 100), rtol=1e-6)
+
+
+def test_an_error_that_is_not_known_is_zero() -> None:
+    light_curves = history(2)
+    light_curves.flux_err[:] = [np.nan, np.inf]
+    features, _ = prepare_light_curves(light_curves, np.array([NOW]), LIGHT_CURVE)
+    assert (features[0, :, 2] == 0).all()
+
+
+def test_a_light_curve_does_not_depend_on_its_company() -> None:
+    light_curves = history(6, 0, 2, 9)
+    together, mask = prepare_light_curves(light_curves, np.full(4, NOW), LIGHT_CURVE)
+    for i in range(4):
+        alone, its_mask = prepare_light_curves(light_curves[i : i + 1], np.array([NOW]), LIGHT_CURVE)
+        np.testing.assert_array_equal(alone[0], together[i])
+        np.testing.assert_array_equal(its_mask[0], mask[i])
+    some = np.array([3, 0])
+    np.testing.assert_array_equal(
+        prepare_light_curves(light_curves[some], np.full(2, NOW), LIGHT_CURVE)[0], together[some]
+    )
+
+
+def test_light_curves_that_were_not_decoded_are_an_error() -> None:
+    inputs = Inputs(images=spec(), light_curve=LIGHT_CURVE)
+    with pytest.raises(KeyError, match="light curves are needed"):
+        prepare(RawAlerts(random_cutouts(2), boxes(2, WHOLE), np.empty((2, 0)), ()), inputs)
+
+
+def test_a_networks_inputs_have_the_names_order_and_shapes_that_its_card_says() -> None:
+    columns = (MetadataColumn(name="magpsf", fill=0),)
+    inputs = Inputs(images=spec(size=51), metadata=columns, light_curve=LIGHT_CURVE)
+    alerts = RawAlerts(
+        random_cutouts(3), boxes(3, WHOLE), np.ones((3, 1)), ("magpsf",), np.full(3, NOW), history(1, 5, 0)
+    )
+    prepared = prepare(alerts, inputs)
+    assert [(name, array.shape[1:]) for name, array in prepared.items()] == list(inputs.shapes().items())
+    for name, array in prepare(alerts[np.array([False, True, False])], inputs).items():
+        np.testing.assert_array_equal(array, prepared[name][1:2])

@@ -15,7 +15,7 @@ from broker_filter.config import Runtime
 from broker_filter.scoring.bundle import WEIGHTS, KnownAnswers, load_bundle
 from broker_filter.scoring.networks import ServedNetwork, load_network
 from broker_filter.scoring.preprocess import prepare_images
-from broker_filter.scoring.runtimes import RuntimeUnavailableError, available_cores, open_network, output_names
+from broker_filter.scoring.runtimes import RuntimeUnavailableError, available_cores, open_network
 from broker_filter.scoring.scorer import open_model
 from broker_filter.scoring.staged import StagedNetwork
 
@@ -77,7 +77,7 @@ def test_batches_on_their_way_through_the_ring_come_back_whole_and_in_order(devi
     network = load_network(bundle.card.architecture, load_file(bundle.directory / WEIGHTS))
     served = ServedNetwork(network, bundle.card.outputs)
     staged = StagedNetwork(
-        served, {"images": (3, 63, 63)}, output_names(bundle.card.outputs), torch.device(device), "float32", 1e-5
+        served, {"images": (3, 63, 63)}, tuple(bundle.card.outputs.shapes()), torch.device(device), "float32", 1e-5
     )
     rng = np.random.default_rng(3)
     sizes = [1, staged.chunk, 64, 65, 7, 0, 100]  # more than there are slots, of every padding

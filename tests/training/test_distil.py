@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from broker_filter.config import Runtime
+from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import Architecture, load_bundle
 from broker_filter.scoring.networks import build_network
 from broker_filter.scoring.runtimes import LoadedNetwork, Tensors
@@ -137,7 +138,7 @@ def test_the_default_bundles_card_says_what_the_bundle_does(shared_data: Path) -
     card = model.bundle.card.training.evaluation
     alerts = load_alerts([shared_data / "ztf" / "ztf_alerts.tar", shared_data / "ztf" / "archives"], 63)
     test = alerts[held_out(alerts.object_id, TEST_FRACTION, SPLIT_SEED) & np.isfinite(alerts.drb)]
-    outputs = model.run(test.cutouts, test.cutout_box, np.empty((len(test), 0)), ())
+    outputs = model.run(RawAlerts(test.cutouts, test.cutout_box, np.empty((len(test), 0)), ()))
     score, real = outputs["probabilities"][:, 0].astype(np.float64), test.drb > 0.5
     assert (len(test), int((~real).sum())) == (card["alerts"], card["bogus"])
     assert roc_auc(real, score) == pytest.approx(card["roc_auc"], abs=1e-4)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from broker_filter.config import Runtime
+from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import WEIGHTS, Architecture, load_bundle
 from broker_filter.scoring.scorer import open_model
 from training import learner as learning
@@ -63,7 +64,7 @@ def weights(config: Fit) -> dict[str, torch.Tensor]:
 def test_ends_with_a_bundle_and_what_that_says_of_the_test_split(fitted: Fit, night_dataset: Dataset) -> None:
     model = open_model(str(fitted.out / BUNDLE), Runtime(engine="torch", device="cpu", inference_threads=1))
     test = night_dataset["test"].read()
-    scores = model.run(test.cutouts, test.cutout_box, test.metadata, test.columns)["probabilities"]
+    scores = model.run(RawAlerts(test.cutouts, test.cutout_box, test.metadata, test.columns))["probabilities"]
     predictions = parquet.read_table(fitted.out / "predictions.parquet")
     assert predictions["alert_id"].to_pylist() == test.alert_id.tolist()
     assert predictions["probability.real"].to_numpy() == pytest.approx(scores[:, 0], abs=1e-5)

@@ -1,7 +1,8 @@
 """The networks' architectures: one self-contained file each, with its source and licence at the top.
 
-A network takes its inputs in the card's order (images, then metadata) and gives logits [N, C] and the embedding [N, D]
-that they are read from: one pass for both. Importing this room imports torch.
+A network takes its inputs in the card's order (images, metadata, light curve and its mask, as far as there are) and
+gives logits [N, C] and the embedding [N, D]: one pass for both. One that joins modalities gives them as well,
+[N, M, D]. Importing this room imports torch.
 """
 
 from __future__ import annotations
@@ -27,19 +28,18 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 class ServedNetwork(nn.Module):
-    """A network as it is served: probabilities [N, C] and, where the card names one, the embedding [N, D]."""
+    """A network as it is served: what `Outputs.shapes` lists, in that order."""
 
     def __init__(self, network: nn.Module, outputs: Outputs) -> None:
         super().__init__()
         self.network = network
         self.activation = nn.Sigmoid() if outputs.activation == "sigmoid" else nn.Softmax(dim=1)
-        self.embeds = outputs.embedding is not None
+        self.given = len(outputs.shapes())
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Takes the network's inputs; see the class."""
-        logits, embedding = self.network(*inputs)
-        probabilities = self.activation(logits)
-        return (probabilities, embedding) if self.embeds else (probabilities,)
+        logits, *others = self.network(*inputs)
+        return (self.activation(logits), *others)[: self.given]
 
 
 def build_network(architecture: Architecture) -> nn.Module:
