@@ -21,6 +21,9 @@ COMMANDS = {
     "compare": ("training.compare", "evaluations side by side: tables, plots, which difference is real"),
     "pretrain": ("training.pretrain", "train an encoder on galaxy images"),
     "study": ("training.study", "fit a grid of networks, regimens, seeds and amounts of data"),
+    "astrom3": ("training.astrom3.train", "train AstroM3, or a classifier of its modalities, as published"),
+    "astrom3-simulate": ("training.astrom3.simulate", "variable stars of ten classes to train AstroM3 with"),
+    "astrom3-study": ("training.astrom3.study", "what AstroM3's pre-training is worth with few labels"),
 }
 """Each command's module and what it is for."""
 OURS = ("training", "broker_filter")
@@ -30,7 +33,7 @@ OURS = ("training", "broker_filter")
 def main(argv: Sequence[str]) -> int:
     """Runs one command and returns its exit status."""
     if not argv or argv[0] not in COMMANDS:
-        lines = [f"  {name:15} {purpose}" for name, (_, purpose) in COMMANDS.items()]
+        lines = [f"  {name:17} {purpose}" for name, (_, purpose) in COMMANDS.items()]
         print("usage: python -m training COMMAND ...", *lines, sep="\n", file=sys.stderr)
         return 2
     command = argv[0]

@@ -1,0 +1,139 @@
+"""`astrom3-simulate`: sets of simulated variable stars in the layout of AstroM3Dataset, which `astrom3` reads.
+
+A seed makes a set of its own: the same one every time, and no star of it stands in another's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyarrow import parquet
+
+from broker_filter.cli.console import progress
+from broker_filter.scoring.astrom3.model import CLASSES
+from broker_filter.scoring.astrom3.preprocess import METADATA_COLUMNS, PHOTOMETRY_FEATURES
+from training.astrom3.simulation import SimulatedStar, simulate_star
+from training.astrom3.stars import DIVISORS, Split, Subset, class_capped
+from training.whole_file import write_whole
+
+SHARES: Mapping[str, float] = {
+    "EW": 0.28,
+    "SR": 0.20,
+    "EA": 0.13,
+    "RRAB": 0.10,
+    "EB": 0.08,
+    "ROT": 0.07,
+    "RRC": 0.05,
+    "HADS": 0.03,
+    "M": 0.03,
+    "DSCT": 0.03,
+}
+"""Of the classes: ordered as in AstroM3Dataset and about as uneven, though the rarest are less rare than there."""
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+ABSOLUTE = [name for name in METADATA_COLUMNS if name.endswith("mag") and not name.startswith("e_")]
+"""Columns that are published as absolute magnitudes, by the parallax."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `astrom3-simulate` takes."""
+    parser.add_argument("out", type=Path, metavar="DIRECTORY", help="where the set's folders go")
+    parser.add_argument(
+        "--stars", type=int, nargs=3, default=(2000, 400, 2000), metavar=("TRAIN", "VALIDATION", "TEST")
+    )
+    parser.add_argument("--seed", type=int, nargs="+", default=[42], help="a set each (default: 42)")
+    parser.add_argument(
+        "--subset", choices=DIVISORS, nargs="+", default=["full"], help="folders to write (default: full)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Simulates the sets that are not there yet."""
+    counts = dict(zip(SPLITS, arguments.stars, strict=True))
+    for seed in arguments.seed:
+        write_stars(arguments.out, seed, counts, arguments.subset)
+    print(f"{arguments.out}: sets of seeds {', '.join(map(str, arguments.seed))}")
+
+
+def write_stars(directory: Path, seed: int, counts: Mapping[Split, int], subsets: Sequence[Subset] = ("full",)) -> None:
+    """Writes `{subset}_{seed}/{split}.parquet` with so many stars of each split, and of each subset fewer.
+
+    Metadata are transformed and standardised over the stars to train on, as published. A file that is there is left as
+    it is, whatever it was made with.
+    """
+    files = {
+        (subset, split): directory / f"{subset}_{seed}" / f"{split}.parquet" for subset in subsets for split in counts
+    }
+    if all(file.exists() for file in files.values()):
+        return
+    scale: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+    for number, (split, count) in enumerate(counts.items()):
+        kinds = np.repeat(list(SHARES), _shares(count))
+        with progress(f"Simulating {split}", count, "stars") as advance:
+            stars = []
+            for i, kind in enumerate(np.random.default_rng([seed, number]).permutation(kinds).tolist()):
+                stars.append(simulate_star(kind, np.random.default_rng([seed, number, i])))
+                advance(1)
+        catalogue = np.stack([_transformed(star) for star in stars])
+        scale = scale or (catalogue.mean(0), catalogue.std(0))
+        table = _table(stars, (catalogue - scale[0]) / scale[1])
+        label = np.array([CLASSES.index(star.truth.kind) for star in stars])
+        for subset in subsets:
+            path = files[subset, split]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = table.take(class_capped(label, DIVISORS[subset], seed))
+            write_whole(path, lambda file, part=part: parquet.write_table(part, file, compression="zstd"))  # type: ignore[misc]
+
+
+def _shares(count: int) -> NDArray[np.int64]:
+    """So many of each class, one at least where there are as many: the largest remainders round up."""
+    exact = np.array(list(SHARES.values())) * count
+    whole: NDArray[np.int64] = np.floor(exact).astype(np.int64)
+    whole[np.argsort(whole - exact, kind="stable")[: count - whole.sum()]] += 1
+    return whole
+
+
+def _transformed(star: SimulatedStar) -> NDArray[np.float64]:
+    """The values of `METADATA_COLUMNS` and `PHOTOMETRY_FEATURES` as published before they are standardised.
+
+    https://github.com/MeriDK/AstroM3, dev/notebooks/054: magnitudes become absolute by the parallax, one that is not
+    positive counting as 1 mas; cosine of the longitude, sine of the latitude; log10 of the period.
+    """
+    values = star.metadata | star.features
+    parallax = values["parallax"] if values["parallax"] > 0 else 1.0
+    values |= {name: values[name] - 10 + 5 * np.log10(parallax) for name in ABSOLUTE}
+    values |= {"l": np.cos(np.radians(values["l"])), "b": np.sin(np.radians(values["b"]))}
+    values["period"] = np.log10(values["period"])
+    return np.array([values[name] for name in (*METADATA_COLUMNS, *PHOTOMETRY_FEATURES)])
+
+
+def _table(stars: Sequence[SimulatedStar], catalogue: NDArray[np.float64]) -> pa.Table:
+    """Rows of AstroM3Dataset. `catalogue` [N, 38]: standardised."""
+    rows = pa.list_(pa.list_(pa.float32()))
+    exact = pa.list_(pa.list_(pa.float64()))  # Julian days do not fit into 32 bits
+    columns = [pa.array(column) for column in catalogue.T]
+    groups = [
+        pa.StructArray.from_arrays(columns[: len(METADATA_COLUMNS)], list(METADATA_COLUMNS)),
+        pa.StructArray.from_arrays(columns[len(METADATA_COLUMNS) :], list(PHOTOMETRY_FEATURES)),
+    ]
+    return pa.table(
+        {
+            "photometry": _lists([star.photometry for star in stars], exact),
+            "spectra": _lists([star.spectrum.astype(np.float32) for star in stars], rows),
+            "metadata": pa.StructArray.from_arrays(groups, ["meta_cols", "photo_cols"]),
+            "label": [star.truth.kind for star in stars],
+        }
+    )
+
+
+def _lists(matrices: Sequence[NDArray[np.floating]], kind: pa.ListType) -> pa.Array:
+    """Matrices [n, 3], n each one's own, as a column of lists of lists."""
+    flat = np.concatenate(matrices)
+    width = flat.shape[1]
+    inner = pa.ListArray.from_arrays(np.arange(len(flat) + 1, dtype=np.int32) * width, pa.array(flat.ravel()))
+    ends = np.cumsum([0, *(len(matrix) for matrix in matrices)]).astype(np.int32)
+    return pa.ListArray.from_arrays(ends, inner).cast(kind)

@@ -1,0 +1,153 @@
+"""`astrom3-study`: what contrastive pre-training is worth on simulated stars, beside random weights.
+
+For every seed: simulates a set, pre-trains AstroM3 on all of its stars to train on without their labels, and trains
+each classifier twice on a class-capped subset, from random weights and from the pre-trained encoders, alike in all
+else. Every classifier is measured on the whole test split. What is done already is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from broker_filter.config import Section
+from broker_filter.scoring.astrom3.checkpoint import load_network
+from training.astrom3.recipe import AstroM3Run, Mode
+from training.astrom3.simulate import write_stars
+from training.astrom3.stars import Split, Subset, read_stars
+from training.astrom3.train import CHECKPOINT, measure, predict, shown, train
+from training.recipe import Hardware, begin, read_configuration
+from training.whole_file import write_whole
+
+TABLE, SUMMARY = "study.csv", "summary.md"
+STARS, RUNS = "stars", "runs"
+SCRATCH, CLIP = "scratch", "clip"
+FIGURES = ("accuracy", "balanced_accuracy")
+
+log = logging.getLogger(__name__)
+
+
+class Counts(Section):
+    """Simulated stars of each seed."""
+
+    train: int = Field(gt=0)
+    validation: int = Field(gt=0)
+    test: int = Field(gt=0)
+
+    @property
+    def by_split(self) -> dict[Split, int]:
+        """The counts as `write_stars` takes them."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+
+class Study(Section):
+    """`STUDY.yaml`."""
+
+    out: Path
+    stars: Counts
+    subset: Subset = Field(default="sub10", description="The labels that classifiers are given.")
+    modes: tuple[Mode, ...] = Field(default=("photo", "spectra", "meta", "all"), description="Of classifiers.")
+    seeds: tuple[int, ...] = Field(default=(42, 0, 66, 12, 123), min_length=2)
+    arguments: dict[str, Any] = Field(default={}, description="Keys of `AstroM3Arguments`, of all networks alike.")
+    pretraining: dict[str, Any] = Field(default={}, description="Keys of `Recipe` of the pre-training.")
+    recipe: dict[str, Any] = Field(default={}, description="Keys of `Recipe` of all classifiers alike.")
+    hardware: Hardware = Hardware()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `astrom3-study` takes."""
+    parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="what `training.astrom3.study.Study` documents")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Trains what is not trained yet, and prints the summary."""
+    config = read_configuration(Study, arguments.study)
+    print(study(config))
+
+
+def study(config: Study) -> str:
+    """Makes every run; writes a row for each and the summary over seeds, and returns this.
+
+    Raises TrainingError where `out` was begun with another study.
+    """
+    begin(config.out, config)
+    rows = [row for seed in config.seeds for row in _of_seed(config, seed)]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(config.out / TABLE, table.getvalue().encode())
+    summary = summarise(rows)
+    write_whole(config.out / SUMMARY, summary.encode())
+    return summary
+
+
+def _of_seed(config: Study, seed: int) -> list[dict[str, Any]]:
+    """A row for each classifier."""
+    stars = config.out / STARS
+    subsets: tuple[Subset, ...] = ("full", config.subset) if config.subset != "full" else ("full",)
+    write_stars(stars, seed, config.stars.by_split, subsets)
+
+    def configured(name: str, mode: Mode, **others: Any) -> AstroM3Run:
+        return AstroM3Run(
+            mode=mode,
+            stars=stars,
+            out=config.out / RUNS / f"{name}_{seed}",
+            seed=seed,
+            arguments=config.arguments,
+            hardware=config.hardware,
+            **others,
+        )
+
+    pretraining = configured("pretraining", "clip", recipe=config.pretraining)
+    log.info("seed %d: pre-training", seed)
+    train(pretraining)
+    test = read_stars(stars, "full", seed, "test")
+    rows = []
+    for mode in config.modes:
+        for beginning in (SCRATCH, CLIP):
+            log.info("seed %d: %s from %s", seed, mode, beginning)
+            pretrained = pretraining.out / CHECKPOINT if beginning == CLIP else None
+            settings = {"subset": config.subset, "recipe": config.recipe, "pretrained": pretrained}
+            classifier = configured(f"{mode}_{beginning}", mode, **settings)
+            trained = train(classifier)
+            network = load_network(classifier.out / CHECKPOINT)
+            figures = measure(test.label, predict(network, shown(test, classifier, "test")))
+            rows.append(
+                {
+                    "seed": seed,
+                    "mode": mode,
+                    "beginning": beginning,
+                    "epoch": trained["epoch"],
+                    **{name: figures[name] for name in FIGURES},
+                }
+            )
+    return rows
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> str:
+    """A table in Markdown: means and standard deviations over the seeds, in per cent, and the differences by seed."""
+    lines = [
+        "| classifier | figure | from scratch | from CLIP | difference | seeds better |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        for figure in FIGURES:
+            by_beginning = {
+                beginning: 100 * np.array([r[figure] for r in rows if (r["mode"], r["beginning"]) == (mode, beginning)])
+                for beginning in (SCRATCH, CLIP)
+            }
+            difference = by_beginning[CLIP] - by_beginning[SCRATCH]
+            cells = [f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" for values in by_beginning.values()]
+            cells.append(f"{difference.mean():+.1f} ± {difference.std(ddof=1):.1f}")
+            cells.append(f"{(difference > 0).sum()} of {len(difference)}")
+            lines.append(f"| {mode} | {figure.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
