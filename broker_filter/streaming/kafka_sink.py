@@ -175,7 +175,7 @@ class KafkaSink:
             try:
                 return writer.commit()
             except FencedError as error:
-                log.warning("fenced, nothing of it is committed: %s", error)
+                log.warning("fenced, to be read again from the committed positions: %s", error)
                 writer.close()
                 return []
 

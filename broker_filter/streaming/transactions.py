@@ -43,6 +43,9 @@ CALL_TIMEOUT_S = 5.0
 """Of one call to the transaction coordinator. A call that timed out is made again, so this bounds only how long the
 watchdog hears nothing."""
 RETRY_PAUSE_S = 0.1
+GIVEN_UP = (KafkaError._FENCED, KafkaError.INVALID_TXN_STATE)
+"""After these a producer can do no more, and its successor can: another instance has its name now, or the coordinator
+died before it had heard of the transaction that is to be aborted."""
 TRUNCATED = "truncated"
 """Header of a dead letter that no longer holds all bytes: how many there were."""
 
@@ -342,9 +345,9 @@ class Writer:
             self._abort()
         except KafkaException as final:
             error = final.args[0]
-            if error.code() == KafkaError._FENCED:
+            if error.code() in GIVEN_UP:
                 self.fenced = True
-                raise FencedError(error.str()) from None
+                raise FencedError(f"{self._complaints.cluster}: {explain(error)}") from None
             raise KafkaSetupError(f"{self._complaints.cluster}: {explain(error)}") from None
 
     def _complain(self, error: KafkaError) -> None:

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -29,6 +30,8 @@ pytestmark = pytest.mark.kafka
 
 Packets = list[tuple[int, bytes]]
 CHAOS = Path(__file__).resolve().parents[1] / "chaos.py"
+REGISTRATION_S = 1.0
+"""For a producer to ask the coordinator to take partitions into its transaction."""
 
 
 def inputs(records: list[object]) -> Counter[str]:
@@ -230,6 +233,27 @@ def test_fenced_owner_cannot_commit(
     new.writer.add(harness.work(new, 0, b"new"))
     new.writer.commit()
     assert [record.value() for record in read_committed(kafka_bootstrap, [harness.topic], 1)] == [b"new"]
+
+
+def test_transaction_that_the_coordinator_never_heard_of_is_given_up_as_if_fenced(
+    harness: Harness, kafka_bootstrap: str, unique_name: Callable[[str], str]
+) -> None:
+    name = unique_name("writer")
+    claim = harness.claim(name)
+    claim.writer.add(harness.work(claim, 0, b"committed"))
+    claim.writer.commit()
+
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
+    admin.delete_topics([harness.topic])[harness.topic].result()  # so that its partitions are refused, and tried again
+    claim.writer.add(harness.work(claim, 1, b"in vain"))
+    time.sleep(REGISTRATION_S)
+    claim.ended = True
+    with pytest.raises(FencedError, match=r"test brokers: .* invalid state"):
+        claim.writer.commit()
+
+    assert claim.writer.fenced
+    assert claim.committed == 1
+    assert harness.claim(name).alive
 
 
 def test_work_whose_claim_has_ended_is_dropped_and_the_rest_committed(
