@@ -25,8 +25,9 @@ help:
 demo: $(VENV)/installed-demo
 	$(BIN)/broker-filter demo --out demo-out
 
+# Two at a time, a file's tests together: many of them wait for brokers, and each process starts brokers of its own.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check

@@ -1,0 +1,57 @@
+"""The study of pre-training: every run made once, both ways on the same stars, summed up over the seeds."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import yaml
+
+from training.__main__ import main
+from training.astrom3.study import Study, summarise
+
+from .conftest import ONE_CORE, SMALL
+
+QUICK = {"epochs": 2, "warm_up_epochs": 1, "batch": 16, "learning_rate": 0.01, "betas": (0.9, 0.999)}
+PUBLISHED_STUDY = Path(__file__).parents[3] / "training" / "astrom3" / "study.yaml"
+
+
+def test_a_study_is_made_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = Study.model_validate(
+        {
+            "out": tmp_path / "out",
+            "stars": {"train": 60, "validation": 20, "test": 30},
+            "subset": "sub50",
+            "modes": ("meta",),
+            "seeds": (1, 2),
+            "arguments": SMALL,
+            "pretraining": QUICK,
+            "recipe": QUICK,
+            "hardware": ONE_CORE,
+        }
+    )
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study.model_dump(mode="json")))
+    assert main(["astrom3-study", str(tmp_path / "study.yaml")]) == 0
+    with (tmp_path / "out" / "study.csv").open(newline="") as file:
+        rows = [(row["seed"], row["mode"], row["beginning"]) for row in csv.DictReader(file)]
+    assert rows == [(seed, "meta", beginning) for seed in "12" for beginning in ("scratch", "clip")]
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert summary in capsys.readouterr().out
+    assert "| meta | accuracy |" in summary
+
+
+def test_means_and_differences_are_over_the_seeds() -> None:
+    accuracy = {("scratch", 1): 0.5, ("scratch", 2): 0.6, ("clip", 1): 0.7, ("clip", 2): 0.6}
+    rows = [
+        {"seed": seed, "mode": "photo", "beginning": beginning, "accuracy": value, "balanced_accuracy": value}
+        for (beginning, seed), value in accuracy.items()
+    ]
+    assert "| photo | accuracy | 55.0 ± 7.1 | 65.0 ± 7.1 | +10.0 ± 14.1 | 1 of 2 |" in summarise(rows)
+
+
+def test_the_committed_study_can_be_read() -> None:
+    study = Study.model_validate(yaml.safe_load(PUBLISHED_STUDY.read_text()))
+    assert len(study.seeds) >= 3
+    assert study.modes == ("photo", "spectra", "meta", "all")
+    assert study.subset == "sub10"
