@@ -54,11 +54,11 @@ class Study(Section):
     out: Path
     stars: Counts
     subset: Subset = Field(default="sub10", description="The labels that classifiers are given.")
-    modes: tuple[Mode, ...] = Field(default=("photo", "spectra", "meta", "all"), description="Of classifiers.")
     seeds: tuple[int, ...] = Field(default=(42, 0, 66, 12, 123), min_length=2)
     arguments: dict[str, Any] = Field(default={}, description="Keys of `AstroM3Arguments`, of all networks alike.")
     pretraining: dict[str, Any] = Field(default={}, description="Keys of `Recipe` of the pre-training.")
     recipe: dict[str, Any] = Field(default={}, description="Keys of `Recipe` of all classifiers alike.")
+    learning_rate: dict[Mode, float] = Field(description="Of each mode's classifiers, whatever they begin with.")
     hardware: Hardware = Hardware()
 
 
@@ -112,12 +112,14 @@ def _of_seed(config: Study, seed: int) -> list[dict[str, Any]]:
     train(pretraining)
     test = read_stars(stars, "full", seed, "test")
     rows = []
-    for mode in config.modes:
+    for mode, learning_rate in config.learning_rate.items():
         for beginning in (SCRATCH, CLIP):
             log.info("seed %d: %s from %s", seed, mode, beginning)
             pretrained = pretraining.out / CHECKPOINT if beginning == CLIP else None
-            settings = {"subset": config.subset, "recipe": config.recipe, "pretrained": pretrained}
-            classifier = configured(f"{mode}_{beginning}", mode, **settings)
+            recipe = {**config.recipe, "learning_rate": learning_rate}
+            classifier = configured(
+                f"{mode}_{beginning}", mode, subset=config.subset, recipe=recipe, pretrained=pretrained
+            )
             trained = train(classifier)
             network = load_network(classifier.out / CHECKPOINT)
             figures = measure(test.label, predict(network, shown(test, classifier, "test")))
