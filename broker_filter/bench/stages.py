@@ -36,7 +36,7 @@ from broker_filter.packets.layout import N_POINT_COLUMNS, N_SPANS, STAMP, Layout
 from broker_filter.packets.ocf import read_container
 from broker_filter.packets.plan import field_paths
 from broker_filter.packets.registry import open_registry
-from broker_filter.packets.stamps import decode_stamp
+from broker_filter.packets.stamps import decode_stamps
 from broker_filter.packets.surveys import DEFAULT_COLUMNS, FORMATS
 from broker_filter.packets.walk import walk
 from broker_filter.scoring.preprocess import prepare_images
@@ -133,8 +133,13 @@ def service_decoding(packets: Sequence[bytes], cutout_size: int) -> tuple[Work, 
         program, body = programs[container.schema], container.blocks[0].body
         walk(program, body, 0, 0, scalars, ids, spans, points, 0)
         bodies.append((program, body))
-        stamps += [body[begin:end] for begin, end in spans[0, STAMP : STAMP + len(CUTOUTS)].tolist()]
-    slots = np.empty((BATCH * len(CUTOUTS), cutout_size, cutout_size), np.float32)
+        stamps.append(spans[0, STAMP : STAMP + len(CUTOUTS)].copy())
+    slots = np.empty((BATCH, len(CUTOUTS), cutout_size, cutout_size), np.float32)
+    boxes = np.empty((BATCH, len(CUTOUTS), 4), np.int16)
+    batches = []
+    for start in range(0, len(packets), BATCH):
+        rows = slice(start, start + BATCH)
+        batches.append(([body for _, body in bodies[rows]], np.stack(stamps[rows])))
 
     def frame() -> None:
         for packet in packets:
@@ -145,8 +150,9 @@ def service_decoding(packets: Sequence[bytes], cutout_size: int) -> tuple[Work, 
             walk(program, body, 0, 0, scalars, ids, spans, points, 0)
 
     def place_stamps() -> None:
-        for k, stamp in enumerate(stamps):
-            decode_stamp(stamp, slots[k % len(slots)], centred=ztf.stamps_centred)
+        for records, places in batches:
+            n = len(records)
+            decode_stamps(records, places, np.full(n, ztf.stamps_centred), slots[:n], boxes[:n])
 
     return frame, walk_bodies, place_stamps
 

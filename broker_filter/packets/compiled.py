@@ -8,14 +8,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import deflate
+
 Walk = Callable[..., tuple[int, int, int]]
-PlaceImage = Callable[..., tuple[int, int, int, int] | None]
+DecodeStamps = Callable[..., None]
 
 IMPLEMENTATION = "python"
 walk: Walk | None = None
 """`walk.walk_python`, compiled."""
-place_image: PlaceImage | None = None
-"""`stamps.place_image` for the plain images that surveys publish, compiled; None where it must look itself."""
+decode_stamps: DecodeStamps | None = None
+"""`stamps.decode_stamps` for the layouts that surveys publish, compiled; gzip-ed ones only with libdeflate's own code,
+which the package `deflate` brings and no other can promise."""
 
 if os.environ.get("BROKER_FILTER_PURE_PYTHON") != "1":
     try:
@@ -23,4 +26,5 @@ if os.environ.get("BROKER_FILTER_PURE_PYTHON") != "1":
     except ImportError:  # installed without a compiler
         pass
     else:
-        IMPLEMENTATION, walk, place_image = "c", _walk.walk, _stamps.place_image
+        IMPLEMENTATION, walk, decode_stamps = "c", _walk.walk, _stamps.decode_stamps
+        _stamps.use_libdeflate(getattr(deflate, "_deflate", deflate).__file__)

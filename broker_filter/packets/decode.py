@@ -32,7 +32,7 @@ from broker_filter.packets.plan import field_paths
 from broker_filter.packets.registry import SchemaRegistry, UnknownSchemaId
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.packets.schema import SchemaError, WriterSchema
-from broker_filter.packets.stamps import StampError, decode_stamp
+from broker_filter.packets.stamps import decode_stamps
 from broker_filter.packets.surveys import DEFAULT_COLUMNS, FORMATS, recognise
 from broker_filter.packets.walk import MISSING_ID, Status, walk
 
@@ -93,7 +93,7 @@ class _Outputs:
             points_end = self.points_end
         self.n_points.append(points_end - self.points_end)
         self.points_end = points_end
-        return Status(status), position
+        return Status.DONE if status == Status.DONE else Status(status), position
 
 
 class Decoder:
@@ -134,20 +134,21 @@ class Decoder:
                 rejects.append(Reject(packet, *damage, record, schema=fingerprint))
         columns = _Columns(self._layouts, len(self._columns), outputs, walked)
 
-        cutouts = np.empty((len(walked), len(CUTOUTS), self._cutout_size, self._cutout_size), dtype=np.float32)
-        boxes = np.empty((len(walked), len(CUTOUTS), 4), dtype=np.int16)
-        kept: list[int] = []
+        sound = [row for row, item in enumerate(walked) if not (item.damage or columns.missing_field(row))]
+        cutouts = np.empty((len(sound), len(CUTOUTS), self._cutout_size, self._cutout_size), dtype=np.float32)
+        boxes = np.empty((len(sound), len(CUTOUTS), 4), dtype=np.int16)
+        bad_stamps = columns.decode_stamps(sound, cutouts, boxes)
+        if bad_stamps:
+            good = [k for k, row in enumerate(sound) if row not in bad_stamps]
+            sound, cutouts, boxes = [sound[k] for k in good], cutouts[good], boxes[good]
+        kept = set(sound)
         for row, item in enumerate(walked):
-            slot = len(kept)
-            damage = item.damage or columns.missing_field(row)
-            if damage is None:
-                damage = _decode_stamps(item, columns.spans[row], cutouts[slot], boxes[slot])
-            if damage is None:
-                kept.append(row)
-            else:
-                fingerprint = item.plan.schema.fingerprint
-                rejects.append(Reject(packets[item.packet], *damage, item.record, columns.identity(row), fingerprint))
-        return columns.batch(packets, kept, cutouts[: len(kept)], boxes[: len(kept)], self._columns), rejects
+            if row in kept:
+                continue
+            damage = item.damage or columns.missing_field(row) or bad_stamps[row]
+            fingerprint = item.plan.schema.fingerprint
+            rejects.append(Reject(packets[item.packet], *damage, item.record, columns.identity(row), fingerprint))
+        return columns.batch(packets, sound, cutouts, boxes, self._columns), rejects
 
     def _walk_container(
         self, index: int, container: Container, outputs: _Outputs, walked: list[_Walked]
@@ -223,7 +224,8 @@ class _Columns:
         n = len(walked)
         self._walked = walked
         starts = np.array([item.start for item in walked], dtype=np.int64)
-        self.spans: list[list[list[int]]] = (outputs.spans[:n] - starts[:, None, None]).tolist()
+        self._spans: NDArray[np.int64] = outputs.spans[:n] - starts[:, None, None]
+        self._span_lists: list[list[list[int]]] = self._spans.tolist()
         self._survey = np.array([item.plan.layout.format.survey for item in walked], dtype=np.uint8)
         self._alert_id = np.empty(n, dtype=np.int64)
         self._place = np.empty((n, 4))  # mjd, ra, dec, band
@@ -257,6 +259,20 @@ class _Columns:
         found = (self._alert_id[row] != MISSING_ID, *np.isfinite(self._place[row, :3]))
         missing = [name for name, there in zip(names, found, strict=True) if not there]
         return RejectReason.MISSING_FIELD, f"the alert has no {' and no '.join(missing)}"
+
+    def decode_stamps(
+        self, rows: Sequence[int], cutouts: NDArray[np.float32], boxes: NDArray[np.int16]
+    ) -> dict[int, Damage]:
+        """Decodes the stamps of N records into their slots, [N, 3, S, S] and [N, 3, 4]. What is wrong, by row."""
+        formats = [self._walked[row].plan.layout.format for row in rows]
+        failed = decode_stamps(
+            [self._walked[row].body for row in rows],
+            self._spans[rows, STAMP : STAMP + len(CUTOUTS)],
+            np.array([each.stamps_centred for each in formats], dtype=np.bool_),
+            cutouts,
+            boxes,
+        )
+        return {rows[k]: (error.reason, f"{formats[k].cutouts[c]}: {error.detail}") for k, (c, error) in failed.items()}
 
     def schema_version(self, row: int) -> str:
         """As the record says it (in Fink's copies of LSST alerts: lsst.v10_0), else as its schema does."""
@@ -312,44 +328,27 @@ class _Columns:
         )
 
     def _record(self, row: int) -> Record:
-        item, spans = self._walked[row], self.spans[row]
+        item, spans = self._walked[row], self._span_lists[row]
         return Record(
-            item.body, item.plan.schema, tuple((spans[slot][0], spans[slot][1]) for slot in item.plan.cutouts)
+            item.body, item.plan.schema, tuple([(spans[slot][0], spans[slot][1]) for slot in item.plan.cutouts])
         )
 
     def _text(self, row: int, slot: int) -> str:
-        begin, end = self.spans[row][slot]
+        begin, end = self._span_lists[row][slot]
         return str(self._walked[row].body[begin:end], "utf-8", "replace") if begin >= 0 else ""
 
 
 def _walk_damage(status: Status, end: int, n_bytes: int, *, last: bool) -> Damage | None:
     """What is wrong with a record whose walk ended at `end` of a block of `n_bytes`, which its last record fills."""
-    match status:
-        case Status.TRUNCATED:
-            return RejectReason.TRUNCATED, f"the record ends after its block does, in a field at byte {end}"
-        case Status.CORRUPT:
-            return RejectReason.CORRUPT, f"an impossible number, length or union branch at byte {end}"
-        case Status.NO_ROOM:
-            return RejectReason.TOO_LARGE, f"a history of more than {MAX_POINTS} rows"
-    if last and end != n_bytes:
-        return RejectReason.CORRUPT, f"{n_bytes - end} bytes are left after the last record"
-    return None
-
-
-def _decode_stamps(
-    item: _Walked, spans: Sequence[Sequence[int]], slots: NDArray[np.float32], boxes: NDArray[np.int16]
-) -> Damage | None:
-    """Decodes an alert's stamps into its `slots` [3, S, S] and `boxes` [3, 4]."""
-    survey_format = item.plan.layout.format
-    for c, (begin, end) in enumerate(spans[STAMP : STAMP + len(CUTOUTS)]):
-        if begin < 0 or begin == end:
-            return RejectReason.MISSING_CUTOUT, f"{survey_format.cutouts[c]} is absent or empty"
-        stamp = item.body[begin:end]
-        try:
-            boxes[c] = decode_stamp(stamp, slots[c], centred=survey_format.stamps_centred)
-        except StampError as error:
-            return error.reason, f"{survey_format.cutouts[c]}: {error.detail}"
-    return None
+    if status is Status.DONE:
+        if last and end != n_bytes:
+            return RejectReason.CORRUPT, f"{n_bytes - end} bytes are left after the last record"
+        return None
+    if status is Status.TRUNCATED:
+        return RejectReason.TRUNCATED, f"the record ends after its block does, in a field at byte {end}"
+    if status is Status.CORRUPT:
+        return RejectReason.CORRUPT, f"an impossible number, length or union branch at byte {end}"
+    return RejectReason.TOO_LARGE, f"a history of more than {MAX_POINTS} rows"
 
 
 def _doubled(array: NDArray[_T]) -> NDArray[_T]:

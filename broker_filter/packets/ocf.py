@@ -38,8 +38,7 @@ class Block(NamedTuple):
     body: memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class Container:
+class Container(NamedTuple):
     """What could be read of a container: its sound blocks, and what is wrong after them, if anything.
 
     `schema` is None only where `error` tells of the header. `codec`: what its blocks were compressed with.
@@ -68,7 +67,7 @@ class _DamagedError(Exception):
         self.damage: Damage = (reason, detail)
 
 
-_known_headers: tuple[_Header, ...] = ()  # the latest first; replaced as a whole, so reading needs no lock
+_known_headers: tuple[_Header, ...] = ()  # the latest learnt first; replaced as a whole, so reading needs no lock
 _header_lock = Lock()
 
 
@@ -199,11 +198,8 @@ def _encode_bytes(value: bytes) -> bytes:
 
 def _header_of(data: bytes) -> _Header:
     """The header that `data` starts with, parsed once however often it comes."""
-    known = _known_headers
-    for header in known:
+    for header in _known_headers:
         if data.startswith(header.bytes):
-            if header is not known[0]:
-                _remember(header)
             return header
     end, metadata = _read_metadata(data)
     codec = metadata.get(b"avro.codec", b"null").decode("ascii", "replace")
@@ -217,12 +213,12 @@ def _header_of(data: bytes) -> _Header:
 
 
 def _remember(header: _Header) -> _Header:
-    """Puts a header first among those known, and returns it, or the one with the same bytes that was there before."""
+    """Puts a header first among those known, and returns it, or the one with the same bytes that is there already."""
     global _known_headers
     with _header_lock:
-        header = next((known for known in _known_headers if known.bytes == header.bytes), header)
-        others = tuple(known for known in _known_headers if known is not header)
-        _known_headers = (header, *others[: _KNOWN_HEADERS - 1])
+        if known := next((known for known in _known_headers if known.bytes == header.bytes), None):
+            return known
+        _known_headers = (header, *_known_headers[: _KNOWN_HEADERS - 1])
     return header
 
 

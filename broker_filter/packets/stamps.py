@@ -44,6 +44,31 @@ class StampError(Exception):
         self.detail = detail
 
 
+def decode_stamps(
+    bodies: list[memoryview],
+    spans: NDArray[np.int64],
+    centred: NDArray[np.bool_],
+    slots: NDArray[np.float32],
+    boxes: NDArray[np.int16],
+) -> dict[int, tuple[int, StampError]]:
+    """Decodes the stamps of N records as `decode_stamp` does, into `slots` [N, 3, S, S] and `boxes` [N, 3, 4].
+
+    Stamp c of record i is `bodies[i]` from `spans[i, c, 0]` to `spans[i, c, 1]`, both negative where there is none;
+    `centred` [N]. Returns the records that have one which cannot be used: which, and why.
+    """
+    taken = np.zeros(spans.shape[:2], np.bool_)
+    if compiled.decode_stamps is not None:
+        compiled.decode_stamps(bodies, spans, centred, slots, boxes, taken)
+    failed: dict[int, tuple[int, StampError]] = {}
+    for i, c in np.argwhere(~taken).tolist():
+        begin, end = spans[i, c].tolist()
+        try:
+            boxes[i, c] = decode_stamp(bodies[i][begin:end], slots[i, c], centred=bool(centred[i]))
+        except StampError as error:
+            failed.setdefault(i, (c, error))
+    return failed
+
+
 def decode_stamp(data: bytes | memoryview, out: NDArray[np.float32], *, centred: bool) -> tuple[int, int, int, int]:
     """Writes the pixels into `out`, a float32[S, S] slot, and zeros around them; returns their box in it, (y0, x0,
     height, width). After a StampError the slot holds anything.
@@ -55,15 +80,7 @@ def decode_stamp(data: bytes | memoryview, out: NDArray[np.float32], *, centred:
     Raises `StampError`: MISSING_CUTOUT for no bytes; BAD_CUTOUT for bytes that do not inflate, are no FITS image of two
     dimensions, end before it does, or exceed MAX_STAMP_BYTES; BLANK_CUTOUT where no pixel in the slot is finite.
     """
-    fits = _inflate(data)
-    return (compiled.place_image and compiled.place_image(fits, out, centred)) or place_image(fits, out, centred)
-
-
-def place_image(
-    fits: bytes | bytearray | memoryview, out: NDArray[np.float32], centred: bool
-) -> tuple[int, int, int, int]:
-    """As `decode_stamp`, for a FITS file's bytes, whatever its layout."""
-    image = _read_fits(fits)
+    image = _read_fits(_inflate(data))
     y0, top, height = _place(image.shape[0], out.shape[0], centred)
     x0, left, width = _place(image.shape[1], out.shape[1], centred)
     kept = image[top : top + height, left : left + width]
@@ -77,7 +94,7 @@ def place_image(
 def _inflate(data: bytes | memoryview) -> bytes | bytearray | memoryview:
     """The FITS file of a stamp."""
     if not data:
-        raise StampError(RejectReason.MISSING_CUTOUT, "the stamp has no bytes")
+        raise StampError(RejectReason.MISSING_CUTOUT, "absent or empty")
     if data[:2] != _GZIP:
         return data
     size = int.from_bytes(data[-4:], "little")  # gzip's trailer: libdeflate checks it, and writes no byte beyond it

@@ -9,6 +9,7 @@ non-zero on the first finding.
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import os
 import subprocess
@@ -54,9 +55,9 @@ def main(count: int) -> None:
     from broker_filter.packets.registry import open_registry
     from broker_filter.simulate import SCHEMAS, simulate_night
 
-    assert [walk.walk, compiled.place_image] == [
+    assert [walk.walk, compiled.decode_stamps] == [
         sys.modules["broker_filter.packets._walk"].walk,
-        sys.modules["broker_filter.packets._stamps"].place_image,
+        sys.modules["broker_filter.packets._stamps"].decode_stamps,
     ]
     if SHARED.is_dir():
         with tarfile.open(SHARED / "ztf" / "ztf_alerts.tar") as archive:
@@ -83,12 +84,16 @@ def main(count: int) -> None:
 
     draw = np.random.default_rng(SEED)
     placed = 0
-    slot = np.empty((63, 63), np.float32)
+    slots, boxes, taken = np.empty((1, 3, 63, 63), np.float32), np.empty((1, 3, 4), np.int16), np.empty((1, 3), bool)
+    stamps = [*FUZZED.values(), *(gzip.compress(stamp, 1) for stamp in FUZZED.values())]
     for k in range(count):
-        stamp = np.frombuffer(list(FUZZED.values())[k % len(FUZZED)], np.uint8).copy()
-        stamp[draw.integers(0, 800, draw.integers(0, 4))] = draw.integers(0, 256)
-        stamp = stamp[: draw.integers(len(stamp) + 1)].copy() if k % 2 else stamp
-        placed += compiled.place_image(stamp.data, slot, bool(k % 3)) is not None
+        stamp = np.frombuffer(stamps[k % len(stamps)], np.uint8).copy()
+        stamp[draw.integers(0, min(800, len(stamp)), draw.integers(0, 4))] = draw.integers(0, 256)
+        stamp = stamp[: draw.integers(len(stamp) + 1)].copy() if k % 4 == 1 else stamp
+        spans = np.array([[(0, len(stamp)), (0, len(stamp) + 1), (-1, -1)]])
+        compiled.decode_stamps([stamp.data], spans, np.array([bool(k % 3)]), slots, boxes, taken)
+        assert not taken[0, 1:].any()
+        placed += taken[0, 0]
     assert 0 < placed < count
     print(f"{count} stamps without a finding, {placed} of them placed")  # noqa: T201
 

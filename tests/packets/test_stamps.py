@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from broker_filter.packets import compiled
 from broker_filter.packets.rejects import RejectReason
-from broker_filter.packets.stamps import MAX_STAMP_BYTES, StampError, decode_stamp, place_image
+from broker_filter.packets.stamps import MAX_STAMP_BYTES, StampError, decode_stamp, decode_stamps
 
 FLT_MAX = np.finfo(np.float32).max
 LARGE = 200
@@ -240,23 +240,120 @@ def test_damaged_stamp_reads_as_astropy_reads_it_or_raises_stamp_error(
         assert bits(image) == bits(reference)
 
 
-@pytest.mark.skipif(compiled.place_image is None, reason="the compiled decoder is not built")
-@settings(max_examples=400, deadline=None)
-@given(stamp=st.sampled_from(sorted(FUZZED)), kept=KEPT, edits=EDITS, size=st.integers(1, 70), centred=st.booleans())
+Box = tuple[int, int, int, int]
+
+needs_compiled = pytest.mark.skipif(compiled.decode_stamps is None, reason="the compiled decoder is not built")
+
+
+def decode_compiled(stamp: bytes, size: int, centred: bool) -> tuple[Box | None, NDArray[np.float32]]:
+    """The box of a stamp in its slot and the slot, by the compiled code alone; no box where it left it to Python."""
+    assert compiled.decode_stamps is not None
+    slots, boxes, taken = (
+        np.full((1, 3, size, size), 7, np.float32),
+        np.zeros((1, 3, 4), np.int16),
+        np.zeros((1, 3), bool),
+    )
+    body = b"before" + stamp + b"after"
+    spans = np.full((1, 3, 2), -1)
+    spans[0, 1] = 6, 6 + len(stamp)
+    compiled.decode_stamps([memoryview(body)], spans, np.array([centred]), slots, boxes, taken)
+    assert not taken[0, 0]
+    assert not taken[0, 2]
+    y0, x0, height, width = boxes[0, 1].tolist()
+    return ((y0, x0, height, width) if taken[0, 1] else None), slots[0, 1]
+
+
+@needs_compiled
+@settings(max_examples=600, deadline=None)
+@given(
+    stamp=st.sampled_from(sorted(FUZZED)),
+    kept=KEPT,
+    edits=EDITS,
+    size=st.integers(1, 70),
+    centred=st.booleans(),
+    gzipped=st.booleans(),
+    gzip_kept=KEPT,
+    gzip_edits=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=2),
+)
 def test_compiled_code_takes_nothing_that_python_would_place_otherwise(
-    stamp: str, kept: float, edits: list[tuple[int, int]], size: int, centred: bool
+    stamp: str,
+    kept: float,
+    edits: list[tuple[int, int]],
+    size: int,
+    centred: bool,
+    gzipped: bool,
+    gzip_kept: float,
+    gzip_edits: list[tuple[int, int]],
 ) -> None:
     damaged = damage(FUZZED[stamp], kept, edits)
-    quick, slow = np.full((2, size, size), 7, np.float32)
-    assert compiled.place_image is not None
-    box = compiled.place_image(damaged, quick, centred)
+    if gzipped:
+        damaged = bytearray(gzip.compress(damaged, 1))
+        for at, value in gzip_edits:
+            damaged[at % len(damaged)] = value
+        del damaged[int(gzip_kept * len(damaged)) :]
+    box, quick = decode_compiled(bytes(damaged), size, centred)
     if box is not None:
-        assert box == place_image(damaged, slow, centred)
+        slow = np.full((size, size), 7, np.float32)
+        assert box == decode_stamp(bytes(damaged), slow, centred=centred)
         assert bits(quick) == bits(slow)
 
 
-@pytest.mark.skipif(compiled.place_image is None, reason="the compiled decoder is not built")
+@needs_compiled
+@pytest.mark.parametrize("gzipped", [True, False])
 @pytest.mark.parametrize("stamp", ["ztf", "lsst"])
-def test_compiled_code_takes_what_surveys_publish(stamp: str) -> None:
-    assert compiled.place_image is not None
-    assert compiled.place_image(FUZZED[stamp], np.empty((63, 63), np.float32), True) is not None
+def test_compiled_code_takes_what_surveys_publish(stamp: str, gzipped: bool) -> None:
+    data = gzip.compress(FUZZED[stamp]) if gzipped else FUZZED[stamp]
+    assert decode_compiled(data, 63, True)[0] is not None
+
+
+@needs_compiled
+def test_compiled_code_takes_every_shared_ztf_stamp_as_python_does(ztf_packets: list[tuple[int, bytes]]) -> None:
+    for _, packet in ztf_packets:
+        for alert in fastavro.reader(io.BytesIO(packet)):
+            for field in CUTOUT_FIELDS:
+                slot = np.empty((63, 63), np.float32)
+                box = decode_stamp(alert[field]["stampData"], slot, centred=False)
+                taken, quick = decode_compiled(alert[field]["stampData"], 63, False)
+                assert taken == box
+                assert bits(quick) == bits(slot)
+
+
+@needs_compiled
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [
+        (1, np.zeros((1, 3, 3), np.int64)),
+        (1, np.zeros((2, 3, 2), np.int64)),
+        (1, np.zeros((1, 3, 2), np.int32)),
+        (2, np.zeros((1, 1), bool)),
+        (3, np.zeros((1, 3, 9, 8), np.float32)),
+        (3, np.zeros((1, 3, 9, 9), np.float64)),
+        (4, np.zeros((1, 2, 4), np.int16)),
+        (5, np.zeros((1, 4), bool)),
+    ],
+)
+def test_compiled_code_refuses_arrays_that_do_not_fit(argument: int, wrong: NDArray[np.generic]) -> None:
+    assert compiled.decode_stamps is not None
+    arguments = [
+        [memoryview(PLAIN)],
+        np.zeros((1, 3, 2), np.int64),
+        np.zeros(1, bool),
+        np.zeros((1, 3, 9, 9), np.float32),
+        np.zeros((1, 3, 4), np.int16),
+        np.zeros((1, 3), bool),
+    ]
+    compiled.decode_stamps(*arguments)
+    arguments[argument] = wrong
+    with pytest.raises(ValueError, match="decode_stamps"):
+        compiled.decode_stamps(*arguments)
+
+
+def test_first_stamp_that_fails_is_named_for_each_record() -> None:
+    bodies = [memoryview(PLAIN + b"junk"), memoryview(PLAIN)]
+    whole, junk, none = (0, len(PLAIN)), (len(PLAIN), len(PLAIN) + 4), (-1, -1)
+    spans = np.array([[whole, junk, none], [whole, whole, whole]])
+    slots, boxes = np.empty((2, 3, 63, 63), np.float32), np.empty((2, 3, 4), np.int16)
+    failed = decode_stamps(bodies, spans, np.array([False, False]), slots, boxes)
+    assert {row: (c, error.reason) for row, (c, error) in failed.items()} == {0: (1, RejectReason.BAD_CUTOUT)}
+    assert (slots[1] == numbered(63, 63)).all()
+    assert boxes[1].tolist() == [[0, 0, 63, 63]] * 3
