@@ -2,7 +2,8 @@
 
 For every seed: simulates a set, pre-trains AstroM3 on all of its stars to train on without their labels, and trains
 each classifier twice on a class-capped subset, from random weights and from the pre-trained encoders, alike in all
-else. Every classifier is measured on the whole test split. What is done already is not repeated.
+else. Every classifier is measured on the whole test split, with all keys (`random_keys.py`). What is done already is
+not repeated.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 
 from broker_filter.config import Section
 from broker_filter.scoring.astrom3.checkpoint import load_network
+from broker_filter.scoring.astrom3.informer import PhotometryClassifier
+from broker_filter.scoring.astrom3.model import AstroM3
+from training.astrom3.random_keys import compare_keys
 from training.astrom3.recipe import AstroM3Run, Mode
 from training.astrom3.simulate import write_stars
 from training.astrom3.stars import Split, Subset, read_stars
@@ -29,6 +34,8 @@ from training.whole_file import write_whole
 
 TABLE, SUMMARY = "study.csv", "summary.md"
 STARS, RUNS = "stars", "runs"
+MODES: tuple[Mode, ...] = ("photo", "spectra", "meta", "all")
+"""Of classifiers."""
 SCRATCH, CLIP = "scratch", "clip"
 FIGURES = ("accuracy", "balanced_accuracy")
 
@@ -61,6 +68,12 @@ class Study(Section):
     learning_rate: dict[Mode, float] = Field(description="Of each mode's classifiers, whatever they begin with.")
     hardware: Hardware = Hardware()
 
+    @model_validator(mode="after")
+    def _has_every_rate(self) -> Self:
+        if self.learning_rate.keys() != set(MODES):
+            raise ValueError(f"learning_rate: must have {', '.join(MODES)}, not {', '.join(self.learning_rate)}")
+        return self
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `astrom3-study` takes."""
@@ -79,47 +92,33 @@ def study(config: Study) -> str:
     Raises TrainingError where `out` was begun with another study.
     """
     begin(config.out, config)
-    rows = [row for seed in config.seeds for row in _of_seed(config, seed)]
+    rows, keys = [], []
+    for seed in config.seeds:
+        rows += _train(config, seed)
+        keys.append(_compare_keys(config, seed))
     table = io.StringIO()
     writer = csv.DictWriter(table, rows[0])
     writer.writeheader()
     writer.writerows(rows)
     write_whole(config.out / TABLE, table.getvalue().encode())
-    summary = summarise(rows)
+    summary = f"{summarise(rows)}\n{summarise_keys(keys)}"
     write_whole(config.out / SUMMARY, summary.encode())
     return summary
 
 
-def _of_seed(config: Study, seed: int) -> list[dict[str, Any]]:
+def _train(config: Study, seed: int) -> list[dict[str, Any]]:
     """A row for each classifier."""
     stars = config.out / STARS
     subsets: tuple[Subset, ...] = ("full", config.subset) if config.subset != "full" else ("full",)
     write_stars(stars, seed, config.stars.by_split, subsets)
-
-    def configured(name: str, mode: Mode, **others: Any) -> AstroM3Run:
-        return AstroM3Run(
-            mode=mode,
-            stars=stars,
-            out=config.out / RUNS / f"{name}_{seed}",
-            seed=seed,
-            arguments=config.arguments,
-            hardware=config.hardware,
-            **others,
-        )
-
-    pretraining = configured("pretraining", "clip", recipe=config.pretraining)
     log.info("seed %d: pre-training", seed)
-    train(pretraining)
+    train(_pretraining(config, seed))
     test = read_stars(stars, "full", seed, "test")
     rows = []
-    for mode, learning_rate in config.learning_rate.items():
+    for mode in MODES:
         for beginning in (SCRATCH, CLIP):
             log.info("seed %d: %s from %s", seed, mode, beginning)
-            pretrained = pretraining.out / CHECKPOINT if beginning == CLIP else None
-            recipe = {**config.recipe, "learning_rate": learning_rate}
-            classifier = configured(
-                f"{mode}_{beginning}", mode, subset=config.subset, recipe=recipe, pretrained=pretrained
-            )
+            classifier = _classifier(config, seed, mode, beginning)
             trained = train(classifier)
             network = load_network(classifier.out / CHECKPOINT)
             figures = measure(test.label, predict(network, shown(test, classifier, "test")))
@@ -133,6 +132,44 @@ def _of_seed(config: Study, seed: int) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def _pretraining(config: Study, seed: int) -> AstroM3Run:
+    return _configured(config, seed, "pretraining", mode="clip", recipe=config.pretraining)
+
+
+def _classifier(config: Study, seed: int, mode: Mode, beginning: str) -> AstroM3Run:
+    return _configured(
+        config,
+        seed,
+        f"{mode}_{beginning}",
+        mode=mode,
+        subset=config.subset,
+        recipe={**config.recipe, "learning_rate": config.learning_rate[mode]},
+        pretrained=_pretraining(config, seed).out / CHECKPOINT if beginning == CLIP else None,
+    )
+
+
+def _configured(config: Study, seed: int, name: str, **others: Any) -> AstroM3Run:
+    return AstroM3Run(
+        stars=config.out / STARS,
+        out=config.out / RUNS / f"{name}_{seed}",
+        seed=seed,
+        arguments=config.arguments,
+        hardware=config.hardware,
+        **others,
+    )
+
+
+def _compare_keys(config: Study, seed: int) -> dict[str, float]:
+    """What random keys change for the pre-trained network and the photometry classifier that began with it."""
+    pretraining, classifier = _pretraining(config, seed), _classifier(config, seed, "photo", CLIP)
+    network, photometry = load_network(pretraining.out / CHECKPOINT), load_network(classifier.out / CHECKPOINT)
+    assert isinstance(network, AstroM3)
+    assert isinstance(photometry, PhotometryClassifier)
+    torch.manual_seed(seed)
+    test = read_stars(classifier.stars, "full", seed, "test")
+    return compare_keys(network, photometry, shown(test, classifier, "test"))
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> str:
@@ -152,4 +189,13 @@ def summarise(rows: Sequence[dict[str, Any]]) -> str:
             cells.append(f"{difference.mean():+.1f} ± {difference.std(ddof=1):.1f}")
             cells.append(f"{(difference > 0).sum()} of {len(difference)}")
             lines.append(f"| {mode} | {figure.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def summarise_keys(keys: Sequence[dict[str, float]]) -> str:
+    """A table in Markdown: means and standard deviations over the seeds of what `compare_keys` says."""
+    lines = ["| photometry, test split | mean over stars |", "| --- | --- |"]
+    for name in keys[0]:
+        values = np.array([figures[name] for figures in keys])
+        lines.append(f"| {name} | {values.mean():.2g} ± {values.std(ddof=1):.1g} |")
     return "\n".join(lines) + "\n"
