@@ -23,15 +23,17 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from broker_filter.cli.console import progress
-from broker_filter.packets.batch import AlertBatch, Survey
+from broker_filter.packets.batch import AlertBatch, LightCurves, Survey
 from broker_filter.packets.decode import DEFAULT_CUTOUT_SIZE, Decoder
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.packets.surveys import DEFAULT_COLUMNS
+from broker_filter.scoring.bundle import POINT_COLUMNS
 from broker_filter.streaming.archives import read_packets
 from training.datasets import (
     CARD,
     INDEX,
+    LIGHT_CURVES,
     PUBLISHED_SPLIT,
     SHARDS,
     SPLITS,
@@ -183,7 +185,7 @@ def _write_shards(directory: Path, packets: Iterator[Packet], decoder: Decoder, 
     seen = {alert for file in written for alert in open_shard(file)["alert_id"].tolist()}
     n_packets = _packets_up_to(written[-1]) if written else 0
     next(islice(packets, n_packets, n_packets), None)  # skips them
-    parts: list[dict[str, NDArray[Any]]] = []
+    parts: list[dict[str, Any]] = []
     n_alerts = 0
     with progress("Decoding", unit="packets") as advance:
         while some := list(islice(packets, PACKETS_AT_ONCE)):
@@ -198,8 +200,8 @@ def _write_shards(directory: Path, packets: Iterator[Packet], decoder: Decoder, 
         _write_shard(directory / f"{len(written):05}.arrow", parts, n_packets)
 
 
-def _labelled(alerts: AlertBatch, labels: Labels, seen: set[int]) -> dict[str, NDArray[Any]]:
-    """The arrays of a shard, of the alerts that have a label and were not `seen` yet."""
+def _labelled(alerts: AlertBatch, labels: Labels, seen: set[int]) -> dict[str, Any]:
+    """The columns of a shard, of the alerts that have a label and were not `seen` yet."""
     ids = alerts.alert_id.tolist()
     names = [name or f"alert {alert}" for alert, name in zip(ids, alerts.object_id, strict=True)]  # a source of its own
     rows = []
@@ -214,13 +216,18 @@ def _labelled(alerts: AlertBatch, labels: Labels, seen: set[int]) -> dict[str, N
         "cutouts": alerts.cutouts[rows],
         "cutout_box": alerts.cutout_box[rows],
         "metadata": alerts.metadata[rows],
+        "mjd": alerts.mjd[rows],
+        LIGHT_CURVES: alerts.light_curves[np.array(rows, np.int64)],
     }
 
 
-def _write_shard(file: Path, parts: Sequence[dict[str, NDArray[Any]]], n_packets: int) -> Path:
+def _write_shard(file: Path, parts: Sequence[dict[str, Any]], n_packets: int) -> Path:
     """One Arrow file of one record batch, which says how many packets were read up to its end."""
-    columns = {}
+    columns: dict[str, pa.Array] = {}
     for name in parts[0]:
+        if name == LIGHT_CURVES:
+            columns[name] = _points(LightCurves.join([part[name] for part in parts]))
+            continue
         array = np.concatenate([part[name] for part in parts])
         columns[name] = pa.array(array) if array.ndim == 1 else pa.FixedShapeTensorArray.from_numpy_ndarray(array)
     batch = pa.record_batch(columns).replace_schema_metadata({PACKETS: str(n_packets)})
@@ -231,6 +238,13 @@ def _write_shard(file: Path, parts: Sequence[dict[str, NDArray[Any]]], n_packets
 
     write_whole(file, write)
     return file
+
+
+def _points(light_curves: LightCurves) -> pa.ListArray:
+    """Light curves as lists of points."""
+    columns = [pa.array(getattr(light_curves, name)) for name in POINT_COLUMNS]
+    points = pa.StructArray.from_arrays(columns, names=list(POINT_COLUMNS))
+    return pa.ListArray.from_arrays(pa.array(light_curves.offsets, pa.int32()), points)
 
 
 def _packets_up_to(shard: Path) -> int:

@@ -22,16 +22,27 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 from pydantic import Field, ValidationError
 
-from broker_filter.packets.batch import Survey
+from broker_filter.packets.batch import LightCurves, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import open_registry
-from broker_filter.scoring.bundle import CardSection, FileName, ModelName, Sha256, describe_problems
+from broker_filter.scoring.alerts import RawAlerts
+from broker_filter.scoring.bundle import (
+    POINT_COLUMNS,
+    POINTS,
+    CardSection,
+    FileName,
+    ModelName,
+    Sha256,
+    describe_problems,
+)
 from broker_filter.streaming.archives import read_packets
 from training.errors import DatasetError
 
 CARD = "dataset.yaml"
 INDEX = "index.parquet"
 SHARDS = "shards"
+LIGHT_CURVES = "light_curves"
+"""A shard's column: lists of points."""
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -86,9 +97,16 @@ class LabelledAlerts:
     cutout_box: NDArray[np.int16]  # [N, 3, 4] y0, x0, height, width
     metadata: NDArray[np.float64]  # [N, F] NaN where missing
     columns: tuple[str, ...]  # F
+    mjd: NDArray[np.float64] | None  # [N]
+    light_curves: LightCurves | None  # None of a data set that was built before it kept them, as of `mjd`
 
     def __len__(self) -> int:
         return len(self.alert_id)
+
+    @property
+    def raw(self) -> RawAlerts:
+        """What models look at."""
+        return RawAlerts(self.cutouts, self.cutout_box, self.metadata, self.columns, self.mjd, self.light_curves)
 
 
 class Dataset:
@@ -147,9 +165,18 @@ class Dataset:
             self.column("cutout_box", rows),
             self.column("metadata", rows),
             self.card.columns,
+            self.column("mjd", rows) if self.has_light_curves else None,
+            self._light_curves(rows) if self.has_light_curves else None,
         )
 
-    def column(self, name: Literal["cutouts", "cutout_box", "metadata"], rows: NDArray[np.int64]) -> NDArray[Any]:
+    @property
+    def has_light_curves(self) -> bool:
+        """Whether it was built since data sets keep them."""
+        return all(f"{POINTS}offsets" in arrays for arrays in self._arrays)
+
+    def column(
+        self, name: Literal["cutouts", "cutout_box", "metadata", "mjd"], rows: NDArray[np.int64]
+    ) -> NDArray[Any]:
         """One array of the shards for the alerts in `rows`, in that order, copied into memory."""
         shard_of = np.searchsorted(self._starts, rows, side="right") - 1
         first = self._arrays[0][name]
@@ -158,6 +185,16 @@ class Dataset:
             here = shard_of == shard
             values[here] = self._arrays[shard][name][rows[here] - self._starts[shard]]
         return values
+
+    def _light_curves(self, rows: NDArray[np.int64]) -> LightCurves:
+        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
+        parts, places = [], []
+        for shard in np.unique(shard_of).tolist():
+            here = np.flatnonzero(shard_of == shard)
+            columns = {name: self._arrays[shard][f"{POINTS}{name}"] for name in ("offsets", *POINT_COLUMNS)}
+            parts.append(LightCurves(**columns)[rows[here] - self._starts[shard]])
+            places.append(here)
+        return LightCurves.join(parts)[np.argsort(np.concatenate(places))]
 
     @cached_property
     def _arrays(self) -> list[dict[str, NDArray[Any]]]:
@@ -218,12 +255,18 @@ def sources_by_class(
 
 
 def open_shard(file: Path) -> dict[str, NDArray[Any]]:
-    """A shard's arrays by name, read only and mapped from the file. Raises DatasetError where it is cut off."""
+    """A shard's arrays by name, read only and mapped from the file: light curves as `LightCurves` has them, behind
+    POINTS. Raises DatasetError where it is cut off."""
     try:
         batch = pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0)
     except (pa.ArrowInvalid, OSError) as error:
         raise DatasetError(f"{file}: no whole shard: {error}; remove it and run build-dataset again") from error
-    return {name: _as_array(batch.column(name)) for name in batch.schema.names}
+    arrays = {name: _as_array(batch.column(name)) for name in batch.schema.names if name != LIGHT_CURVES}
+    if LIGHT_CURVES in batch.schema.names:
+        points = batch.column(LIGHT_CURVES)
+        arrays[f"{POINTS}offsets"] = points.offsets.to_numpy()
+        arrays |= {f"{POINTS}{name}": points.values.field(name).to_numpy() for name in POINT_COLUMNS}
+    return arrays
 
 
 def _as_array(column: pa.Array) -> NDArray[Any]:

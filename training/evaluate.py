@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from broker_filter.cli.console import progress
 from broker_filter.config import Runtime
-from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import WEIGHTS, Architecture, Card, Training, describe_problems
 from broker_filter.scoring.scorer import Model, open_model
 from training.bootstrap import PERCENTILES, RESAMPLES, Estimate, resample
@@ -143,22 +142,31 @@ def predict(model: Model, dataset: Dataset, split: Split) -> Predictions:
     classes, truth = _in_terms_of(labels, dataset.card.classes, view.label)
     if absent := [name for name, n in zip(classes, np.bincount(truth, minlength=len(classes)), strict=True) if not n]:
         raise EvaluationError(f"{dataset.directory}: split {split} has no alert of class {', '.join(absent)}")
-    probabilities, magpsf = [], []
+    said, magpsf = [], []
     with progress(f"Scoring {split}", len(view)) as advance:
         for alerts in view.batches(ALERTS_AT_ONCE):
-            outputs = model.run(RawAlerts(alerts.cutouts, alerts.cutout_box, alerts.metadata, alerts.columns))
-            probabilities.append(outputs["probabilities"])
+            said.append(model.run(alerts.raw))
             magpsf.append(
                 alerts.metadata[:, alerts.columns.index(MAGNITUDE)]
                 if MAGNITUDE in alerts.columns
                 else np.full(len(alerts), np.nan)
             )
             advance(len(alerts))
-    scores = np.concatenate(probabilities)
+    scores = np.concatenate([outputs["probabilities"] for outputs in said])
     if broken := int((~np.isfinite(scores)).any(axis=1).sum()):
         raise EvaluationError(f"{model.bundle.directory}: {broken} of {len(scores)} scores are no numbers")
     threshold = model.bundle.card.outputs.thresholds.get(labels[0], DECIDED)
-    return Predictions(classes, view.alert_id, view.object_id, np.concatenate(magpsf), truth, scores, threshold)
+    embeds = model.bundle.card.outputs.embedding is not None
+    return Predictions(
+        classes,
+        view.alert_id,
+        view.object_id,
+        np.concatenate(magpsf),
+        truth,
+        scores,
+        threshold,
+        np.concatenate([outputs["embedding"] for outputs in said]) if embeds else None,
+    )
 
 
 def evaluate(
@@ -218,6 +226,10 @@ def _check_fit(model: Model, dataset: Dataset) -> None:
         raise EvaluationError(
             f"{dataset.directory}: its cutouts have {card.cutout_size} px and {directory} takes {size} px: "
             f"build it again with --cutout-size {size}"
+        )
+    if model.bundle.card.inputs.light_curve is not None and not dataset.has_light_curves:
+        raise EvaluationError(
+            f"{dataset.directory}: was built without light curves, which {directory} takes: build it again"
         )
     if missing := [name for name in model.columns if name not in card.columns]:
         raise EvaluationError(f"{dataset.directory}: lacks the columns {', '.join(missing)}, which {directory} takes")

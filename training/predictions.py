@@ -18,6 +18,7 @@ from training.errors import EvaluationError
 
 PROBABILITY = "probability."
 """Prefix of a label's column in a file."""
+EMBEDDING = "embedding"
 COLUMNS = ("alert_id", "object_id", "magpsf", "truth")
 
 
@@ -34,6 +35,7 @@ class Predictions:
     probabilities: NDArray[np.float32]  # [N, P] of the last P classes: of all, or of the second of two
     threshold: float
     """Above it, the answer is yes; several classes need none: the most probable one is taken."""
+    embedding: NDArray[np.float32] | None = None  # [N, D] where the model gives one
 
     def __len__(self) -> int:
         return len(self.alert_id)
@@ -55,10 +57,14 @@ class Predictions:
         return yes_or_most.astype(np.int64)
 
     def write(self, path: Path) -> None:
-        """Writes a Parquet file: ids, magnitude, the true class by name, a column of probabilities for each label."""
+        """Writes a Parquet file: ids, magnitude, the true class by name, a column of probabilities for each label, and
+        the embedding as lists of one length."""
         columns: dict[str, object] = {name: getattr(self, name) for name in COLUMNS[:-1]}
         columns["truth"] = np.array(self.classes)[self.truth]
         columns |= {PROBABILITY + label: self.probabilities[:, c] for c, label in enumerate(self.labels)}
+        if self.embedding is not None:
+            values = pa.array(self.embedding.ravel())
+            columns[EMBEDDING] = pa.FixedSizeListArray.from_arrays(values, self.embedding.shape[1])
         pq.write_table(pa.table(columns), path)
 
     @classmethod
@@ -71,7 +77,7 @@ class Predictions:
         labels = [name.removeprefix(PROBABILITY) for name in table.column_names if name.startswith(PROBABILITY)]
         if set(COLUMNS) - set(table.column_names) or not labels or labels != list(classes[-len(labels) :]):
             raise EvaluationError(f"{path}: columns {', '.join(table.column_names)}: evaluate the model again")
-        column = {name: table[name].to_numpy() for name in table.column_names}
+        column = {name: table[name].to_numpy() for name in table.column_names if name != EMBEDDING}
         if unknown := set(column["truth"]) - set(classes):
             raise EvaluationError(f"{path}: unknown classes {', '.join(sorted(unknown))}: evaluate the model again")
         return cls(
@@ -82,4 +88,5 @@ class Predictions:
             truth=np.array([classes.index(name) for name in column["truth"]], np.int64),
             probabilities=np.stack([column[PROBABILITY + label] for label in labels], axis=1),
             threshold=threshold,
+            embedding=np.stack(table[EMBEDDING].to_numpy()) if EMBEDDING in table.column_names else None,
         )

@@ -103,6 +103,18 @@ class LightCurves:
             offsets, self.mjd[points], self.band[points], self.flux[points], self.flux_err[points], self.kind[points]
         )
 
+    @classmethod
+    def join(cls, parts: Sequence[LightCurves]) -> LightCurves:
+        """Those of several batches, of which there is one at least, one after the other."""
+        return cls(
+            np.concatenate([[0], np.cumsum(np.concatenate([np.diff(part.offsets) for part in parts]))]),
+            np.concatenate([part.mjd for part in parts]),
+            np.concatenate([part.band for part in parts]),
+            np.concatenate([part.flux for part in parts]),
+            np.concatenate([part.flux_err for part in parts]),
+            np.concatenate([part.kind for part in parts]),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class AlertBatch:

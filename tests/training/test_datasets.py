@@ -14,7 +14,7 @@ import yaml
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.registry import open_registry
-from broker_filter.scoring.bundle import ImageInput, Inputs, MetadataColumn
+from broker_filter.scoring.bundle import POINT_COLUMNS, ImageInput, Inputs, MetadataColumn
 from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
 from broker_filter.simulate import SimulatedAlert
 from broker_filter.streaming.archives import read_packets
@@ -54,6 +54,24 @@ def assert_shown_as_served(dataset: Dataset, packets: list[Packet]) -> None:
 
 def test_a_network_is_shown_in_training_what_the_service_gives_it(night_packets: Path, night_dataset: Dataset) -> None:
     assert_shown_as_served(night_dataset, list(read_packets([night_packets])))
+
+
+def test_light_curves_are_kept_as_decoded_and_in_the_order_asked_for(
+    night_packets: Path, night_labels: Labels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "ALERTS_PER_SHARD", 20)
+    monkeypatch.setattr(building, "PACKETS_AT_ONCE", 20)
+    dataset = build_dataset([night_packets], night_labels, tmp_path / "set")
+    assert len(dataset.card.shards) == 3
+    decoded, _ = Decoder(open_registry(None)).decode(list(read_packets([night_packets])))
+    rows = np.random.default_rng(1).permutation(len(dataset.alert_id))[:40]
+    places = [decoded.alert_id.tolist().index(alert) for alert in dataset.alert_id[rows].tolist()]
+    alerts = dataset.read(rows)
+    assert alerts.light_curves is not None
+    for name in ("offsets", *POINT_COLUMNS):
+        expected = getattr(decoded.light_curves[np.array(places)], name)
+        np.testing.assert_array_equal(getattr(alerts.light_curves, name), expected)
+    np.testing.assert_array_equal(alerts.mjd, decoded.mjd[places])
 
 
 @pytest.mark.shared
