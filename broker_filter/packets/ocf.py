@@ -102,7 +102,8 @@ def count_records(container: bytes) -> int:
     """How many records a container's sound blocks claim to hold; inflates nothing and never raises."""
     records = 0
     try:
-        start, _ = _read_metadata(container)
+        known = next((header for header in _known_headers if container.startswith(header.bytes)), None)
+        start = len(known.bytes) if known else _read_metadata(container)[0]
         sync = container[start : start + SYNC_BYTES]
         start += SYNC_BYTES
         while start < len(container):

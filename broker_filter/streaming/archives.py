@@ -32,6 +32,8 @@ MAX_EXTENDED_HEADER_BYTES = 64 * 2**10
 _GZIP = b"\x1f\x8b\x08"
 _FILE_BUFFER = 256 * 1024
 _PACKET_BUFFER = 64 * 1024
+_WHOLE_MEMBER = 2**20
+"""Bytes of a tar's member that are read at once; packets are smaller, and a buffer would copy them three times."""
 _EXTENDED_HEADERS = frozenset((tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE))
 _TAR_ENDS = (tarfile.EOFHeaderError, tarfile.EmptyHeaderError)  # type: ignore[attr-defined]
 """At the mark of a tar's end, and at the end of one without it: real night archives have none."""
@@ -104,7 +106,7 @@ def _read_stream(
 
 def _read_container(stream: io.BufferedReader[Any], position: FilePosition, limit: int) -> Iterator[Packet]:
     data = _read_up_to(limit + 1, stream)
-    if len(data) <= limit and ocf.count_records(data) <= 1:  # as nearly all are
+    if _is_packet(data, limit):
         yield Packet(data, position)
         return
     record = 0
@@ -144,12 +146,14 @@ def _read_tar(stream: io.BufferedReader[Any], position: FilePosition, limit: int
         with tarfile.open(fileobj=stream, mode=mode, tarinfo=_Member, errors="replace") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # they would be a gigabyte in a night
-                if member.isfile():  # not a folder or a link
-                    content = io.BufferedReader(_Stored(cast(IO[bytes], archive.fileobj), member.size), _PACKET_BUFFER)
-                    if member.issparse():
-                        content = cast(io.BufferedReader[Any], archive.extractfile(member))
-                    name = f"{position.member}/{member.name}".lstrip("/")
-                    yield from _read_stream(content, replace(position, member=name), limit, depth + 1)
+                if not member.isfile():  # a folder or a link
+                    continue
+                place = FilePosition(position.path, f"{position.member}/{member.name}".lstrip("/"), position.record)
+                if member.issparse():
+                    content = cast(io.BufferedReader[Any], archive.extractfile(member))
+                    yield from _read_stream(content, place, limit, depth + 1)
+                else:
+                    yield from _read_member(cast(IO[bytes], archive.fileobj), member.size, place, limit, depth + 1)
         while stream.read(_FILE_BUFFER):  # padding: the checksum of a gzip around it stands behind that
             pass
         damage = getattr(stream.raw, "damage", None)
@@ -158,6 +162,24 @@ def _read_tar(stream: io.BufferedReader[Any], position: FilePosition, limit: int
     if damage:
         log.warning("%s: damaged tar, read as far as it goes: %s", position, damage)
         yield Packet(b"", position)
+
+
+def _read_member(archive: IO[bytes], size: int, position: FilePosition, limit: int, depth: int) -> Iterator[Packet]:
+    """The packets in a tar's member of `size` bytes, at which `archive` stands."""
+    if size > _WHOLE_MEMBER:
+        stored = io.BufferedReader(_Stored(archive, size), _PACKET_BUFFER)
+        yield from _read_stream(stored, position, limit, depth)
+        return
+    data = archive.read(size)
+    if data.startswith(ocf.MAGIC) and _is_packet(data, limit):
+        yield Packet(data, position)
+    else:
+        yield from _read_stream(io.BufferedReader(io.BytesIO(data)), position, limit, depth)
+
+
+def _is_packet(container: bytes, limit: int) -> bool:
+    """Whether a container is a packet as it is, as nearly all are: of one alert at most, and not too large."""
+    return len(container) <= limit and ocf.count_records(container) <= 1
 
 
 def _read_up_to(size: int, stream: io.BufferedReader[Any]) -> bytes:
