@@ -371,7 +371,7 @@ class Transaction(ServiceSection):
     """
 
     linger_ms: int = Field(
-        default=500, ge=0, description="How long a transaction stays open although nothing more is on its way."
+        default=10, ge=0, description="How long a transaction stays open although nothing more is on its way."
     )
     max_alerts: int = Field(default=1024, gt=0, description="Most alerts in a transaction.")
     max_ms: int = Field(default=500, gt=0, description="How long a transaction stays open while more is on its way.")

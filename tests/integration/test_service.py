@@ -242,7 +242,7 @@ def test_alert_that_comes_alone_does_not_wait_for_others(
     unique_name: Callable[[str], str],
 ) -> None:
     topic, prefix = make_topic(kafka_bootstrap, [ztf_packets[0][1]]), unique_name("filter")
-    patient = {"transaction": {"linger_ms": 10, "max_alerts": 100_000, "max_ms": 600_000}}
+    patient = {"transaction": {"max_alerts": 100_000, "max_ms": 600_000}}
     service = start_service(service_config(kafka_bootstrap, topic, prefix) | patient)
     service.wait_until(lambda: service.metric("scored_alerts_total") == 1)
     assert service.end() == 0
