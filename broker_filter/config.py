@@ -69,6 +69,10 @@ class Surroundings(ABC):
         """All models' outputs, `<model>.<label>`; None where a bundle cannot be read."""
 
     @abstractmethod
+    def check_reference(self, file: Path) -> None:
+        """A file must be a reference set, made with one of the models."""
+
+    @abstractmethod
     def check_filter(self, where: str, outputs: Sequence[str] | None) -> None:
         """An expression must compile against the alerts' fields and the models' outputs, where those are known."""
 
@@ -322,18 +326,36 @@ class Model(ServiceSection):
 
 
 class Anomalies(ServiceSection):
-    """Alerts whose model output is above a threshold go to `<prefix>.anomalies` too."""
+    """The alerts that are least like ordinary ones go to `<prefix>.anomalies` too."""
 
-    output: str = Field(description="A model output, `<model>.<label>`.")
-    above: float = Field(description="Alerts with more than this are anomalous.")
+    reference: ReadablePath = Field(
+        description="The ordinary ones: a file that `broker-filter reference build` made with one of the models."
+    )
+    rate: float = Field(
+        default=0.001,
+        gt=0,
+        le=0.1,
+        description="The share of the judged alerts that are flagged: the threshold follows the stream to keep it.",
+    )
+    where: str | None = Field(
+        default=None,
+        description="The alerts that are judged, an expression as a filter's (`real > 0.9`: bogus ones are strange, "
+        "too); the reference's own if absent.",
+    )
 
-    @field_validator("output")
+    @field_validator("reference")
     @classmethod
-    def _output_exists(cls, output: str, info: ValidationInfo) -> str:
-        known = surroundings.outputs() if (surroundings := _surroundings(info)) else None
-        if known is not None and output not in known:
-            raise ValueError(f"no model has an output {output!r}{suggestion(output, known)}")
-        return output
+    def _reference_is_of_a_model(cls, reference: Path, info: ValidationInfo) -> Path:
+        if surroundings := _surroundings(info):
+            surroundings.check_reference(reference)
+        return reference
+
+    @field_validator("where")
+    @classmethod
+    def _where_compiles(cls, where: str | None, info: ValidationInfo) -> str | None:
+        if where is not None and (surroundings := _surroundings(info)):
+            surroundings.check_filter(where, surroundings.outputs())
+        return where
 
 
 class Filter(ServiceSection):

@@ -33,6 +33,9 @@ class Account:
     consumed: int = 0
     scored: int = 0
     duplicates: int = 0
+    judged: int = 0
+    """Of those scored, the ones of which it was asked whether they are anomalies."""
+    anomalous: int = 0
     rejected: Tally[RejectReason] = field(default_factory=Tally)
     sent: list[float] = field(default_factory=list)
     """Unix seconds at which the producer sent the packets, of those that say so."""
@@ -54,6 +57,12 @@ class Metrics:
         self._unaccounted = self._gauge(
             "unaccounted_alerts", "Consumed less scored, rejected and duplicate alerts: anything but 0 is a fault."
         )
+        self._judged = self._counter("judged_alerts", "Scored alerts that passed the cut and could be anomalies.")
+        self._anomalous = self._counter("anomalous_alerts", "Those of them that were flagged as anomalies.")
+        self._anomaly_rate = self._gauge(
+            "anomaly_rate", "Share of the judged alerts that were flagged since the start."
+        )
+        self._so_far: Tally[str] = Tally()
         self._published = self._counter("published_records", "Records published.", "topic")
         self._dead_letters = self._counter("dead_letters", "Records published to the dead-letter topic.")
         self._transactions = self._counter("transactions", "Transactions by how they ended.", "outcome")
@@ -108,10 +117,15 @@ class Metrics:
                 self._consumed.inc(account.consumed)
                 self._scored.inc(account.scored)
                 self._duplicates.inc(account.duplicates)
+                self._judged.inc(account.judged)
+                self._anomalous.inc(account.anomalous)
+                self._so_far.update(judged=account.judged, anomalous=account.anomalous)
                 for reason, n in account.rejected.items():
                     self._rejected.labels(reason.value).inc(n)
                 rejected = account.rejected.total()
                 self._unaccounted.inc(account.consumed - account.scored - account.duplicates - rejected)
+            if self._so_far["judged"]:
+                self._anomaly_rate.set(self._so_far["anomalous"] / self._so_far["judged"])
             for topic, n in published.items():
                 self._published.labels(topic).inc(n)
             self._dead_letters.inc(published[dead_letter])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 from confluent_kafka import Consumer, KafkaException, Producer
 
 from broker_filter.config import KafkaValue, Section, Surroundings
 from broker_filter.scoring.bundle import Bundle, BundleError, load_bundle
+from broker_filter.scoring.reference import ReferenceSetError, check_made_with, read_card
 from broker_filter.streaming.expressions import FIELDS, compile_filter
 from broker_filter.streaming.kafka_client import RESERVED
 
@@ -43,6 +45,16 @@ class ThisMachine(Surroundings):
                 return None
             outputs += [f"{opened.card.name}.{label}" for label in opened.card.outputs.labels]
         return outputs
+
+    def check_reference(self, file: Path) -> None:
+        """See Surroundings. Reads its card alone, not what may be gigabytes."""
+        cards = [opened.card for name in self._bundles if isinstance(opened := self._open(name), Bundle)]
+        try:
+            reference = read_card(file)
+            if len(cards) == len(self._bundles):  # what is wrong with a bundle is said of the models
+                check_made_with(file, reference, cards)
+        except ReferenceSetError as error:
+            raise ValueError(str(error)) from None
 
     def check_filter(self, where: str, outputs: Sequence[str] | None) -> None:
         """See Surroundings."""

@@ -17,9 +17,13 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from broker_filter.local_kafka import KafkaCluster, embedded_broker, kafka_home
+from broker_filter.scoring.bundle import load_bundle
+from broker_filter.scoring.neighbours import normalise
+from broker_filter.scoring.reference import Ordinary, make_reference
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("BROKER_FILTER_SHARED", CHECKOUT.parent / "shared"))
@@ -143,6 +147,20 @@ def second_kafka_bootstrap(request: pytest.FixtureRequest) -> Iterator[str]:
     else:
         with tempfile.TemporaryDirectory(prefix="broker-") as directory, embedded_broker(Path(directory)) as bootstrap:
             yield bootstrap
+
+
+@pytest.fixture
+def reference_file(tmp_path: Path) -> Path:
+    """A reference set as if the default bundle gave embeddings: a hundred, and the scores of fifty others."""
+    rng = np.random.default_rng(0)
+    names = np.array([f"ZTF26a{i}" for i in range(100)])
+    embedding = normalise(rng.standard_normal((100, 8)))
+    alerts = Ordinary(embedding, np.empty((100, 0, 0), np.float16), np.arange(100), names)
+    scores = np.sort(rng.gamma(3, 0.1, 50).astype(np.float32))
+    file = tmp_path / "ordinary.safetensors"
+    card = load_bundle("default").card
+    make_reference(card, None, alerts, scores, np.empty((0, 2), np.float32)).write(file)
+    return file
 
 
 @pytest.fixture

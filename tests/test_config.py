@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from broker_filter.config import Input, Model, SecretFromEnvironment, SecretFromFile, Service
+from broker_filter.scoring.bundle import SHIPPED
 from broker_filter.service_file import MAX_FILE_BYTES, ConfigError, document_keys, load_service
 
 SMALLEST = """\
@@ -48,7 +50,7 @@ def test_every_error_is_said_at_once_with_its_path(tmp_path: Path) -> None:
         input: {bootstrap_servers: "survey:9092", group_id: 5, topics: [ztf], start: earlyest, tls: {key: /nope}}
         output: {prefix: me, payload: ful, sals: {}, schema_registry: ./schemas}
         models: [default, {bundel: x}]
-        anomalies: {output: default.real, above: yes}
+        anomalies: {reference: /nope, rate: yes}
         filters: [{name: scored, where: real > 0.5}, {name: bright, wher: real > 0.5}]
         batch: {max_size: "64", max_wait: 3}
         http: {port: true}
@@ -64,7 +66,8 @@ def test_every_error_is_said_at_once_with_its_path(tmp_path: Path) -> None:
         "output.schema_registry": "should be an http(s) URL: schemas are registered there",
         "models[1].bundle": "is required",
         "models[1].bundel": "unknown key; did you mean 'bundle'?",
-        "anomalies.above": "should be a valid number",
+        "anomalies.reference": "no file /nope that can be read",
+        "anomalies.rate": "should be a valid number",
         "filters[0].name": "'scored' is one of the service's own topics",
         "filters[1].where": "is required",
         "filters[1].wher": "unknown key; did you mean 'where'?",
@@ -86,7 +89,6 @@ def test_every_error_is_said_at_once_with_its_path(tmp_path: Path) -> None:
         ("filters: [{name: positions, where: sso}]", "filters[0].name", "one of the service's own topics"),
         ("filters: [{name: a b, where: sso}]", "filters[0].name", "should match pattern"),
         ("filters: [{name: a, where: true}]", "filters[0].where", "should be text; put it in quotes"),
-        ("anomalies: {output: default.reel, above: 0.5}", "anomalies.output", "did you mean 'default.real'?"),
         ("models: [default, default]", "models", "more than one bundle is called default"),
         ("models: [./not/there]", "models[0]", "no bundle.yaml"),
         ("models: []", "models", "at least 1 item"),
@@ -291,6 +293,28 @@ def test_every_key_is_documented() -> None:
         key for key, *_ in keys
     }
     assert all(meaning.endswith(".") for _, _, meaning in keys)
+
+
+def test_a_reference_must_be_of_one_of_the_models(tmp_path: Path, reference_file: Path) -> None:
+    service = load(tmp_path, f"{SMALLEST}anomalies: {{reference: {reference_file}, where: real > 0.5}}\n")
+    assert service.anomalies is not None
+    assert service.anomalies.rate == 0.001
+    unsuitable = {
+        f"reference: {reference_file}, rate: 0.5": ("anomalies.rate", "less than or equal to 0.1"),
+        f"reference: {reference_file}, where: reel > 0.5": ("anomalies.where", "did you mean 'real'?"),
+        f"reference: {tmp_path / 'service.yaml'}": ("anomalies.reference", "not a safetensors file"),
+    }
+    for section, (path, message) in unsuitable.items():
+        found = problems(tmp_path, f"{SMALLEST}anomalies: {{{section}}}\n")
+        assert list(found) == [path]
+        assert message in found[path]
+    other = tmp_path / "other"
+    shutil.copytree(SHIPPED / "default", other)
+    card = (other / "bundle.yaml").read_text().replace("version: ", "version: another-")
+    (other / "bundle.yaml").write_text(card)
+    text = SMALLEST.replace("default", str(other))
+    found = problems(tmp_path, f"{text}anomalies: {{reference: {reference_file}}}\n")
+    assert "build the reference again" in found["anomalies.reference"]
 
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def summary(service: Service) -> str:
         surveys = ", ".join(dict.fromkeys([*card.surveys, *model.also]))
         lines.append(f"model: {card.name} {card.version} ({', '.join(card.outputs.labels)}) for {surveys}")
     if service.anomalies:
-        lines.append(f"anomalies: {service.anomalies.output} > {service.anomalies.above}")
+        lines.append(f"anomalies: {service.anomalies.rate:g} of the alerts, by {service.anomalies.reference}")
     lines += [f"filter {one.name}: {one.where}" for one in service.filters]
     lines.append(f"duplicates: {service.duplicates} within {service.duplicate_window:,} alert ids")
     lines.append(f"http: {service.http.host}:{service.http.port}")

@@ -27,7 +27,9 @@ from broker_filter.packets.ocf import container_header, encode_long
 from broker_filter.packets.registry import RegistryUnavailable
 from broker_filter.packets.schema import WriterSchema, full_name, self_contained
 from broker_filter.packets.wire import frame
+from broker_filter.scoring.anomaly import Reason
 from broker_filter.scoring.scores import ModelScores
+from broker_filter.streaming.anomalies import Anomalies
 from broker_filter.streaming.filtering import ScoredBatch
 
 Payload = Literal["full", "no_cutouts", "scores"]
@@ -58,14 +60,6 @@ class OutputRecord:
     key: bytes | None
     value: bytes
     headers: list[tuple[str, bytes]]
-
-
-@dataclass(frozen=True, slots=True)
-class Anomalies:
-    """The configured model output over N alerts (NaN where its model does not take the alert), and where it is high."""
-
-    score: NDArray[np.float32]
-    flag: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,12 +138,10 @@ class Encoder:
     def __init__(self, payload: Payload) -> None:
         self._payload = payload
 
-    def encode(
-        self, scored: ScoredBatch, scored_at_ms: int, anomalies: Anomalies | None
-    ) -> list[tuple[OutputSchema, Body]]:
+    def encode(self, scored: ScoredBatch, scored_at_ms: int) -> list[tuple[OutputSchema, Body]]:
         """Schema and body of each alert in `scored.scored`, in that order. `scored_at_ms`: Unix milliseconds."""
         rows = scored.scored.tolist()
-        annotations = encode_annotations(scored, scored_at_ms, anomalies)
+        annotations = encode_annotations(scored, scored_at_ms)
         if self._payload == "scores":
             schema = scored_alert_schema()
             return [(schema, (encode_identity(scored.alerts, i), annotations[i])) for i in rows]
@@ -169,11 +161,11 @@ def _kept(record: Record, cutouts: bool) -> list[memoryview]:
     return [record.body[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
-def encode_annotations(scored: ScoredBatch, scored_at_ms: int, anomalies: Anomalies | None) -> list[bytes]:
+def encode_annotations(scored: ScoredBatch, scored_at_ms: int) -> list[bytes]:
     """The field `broker_filter` of every alert of the batch, as Avro."""
     head = _string(__version__) + encode_long(scored_at_ms)
     duplicate = [b"\1" if seen else b"\0" for seen in scored.duplicate.tolist()]
-    anomaly = [NULL] * len(duplicate) if anomalies is None else _encode_anomalies(anomalies)
+    anomaly = _encode_anomalies(scored.anomalies) if scored.anomalies else [NULL] * len(duplicate)
     models = [(model.taken.tolist(), _encode_model(model)) for model in scored.scores.models]
     annotations = []
     for i in range(len(duplicate)):
@@ -214,10 +206,29 @@ def _array(items: Sequence[bytes]) -> tuple[bytes, ...]:
 
 
 def _encode_anomalies(anomalies: Anomalies) -> list[bytes]:
-    return [
-        NULL if score != score else SECOND_BRANCH + struct.pack("<f?", score, flag)
-        for score, flag in zip(anomalies.score.tolist(), anomalies.flag.tolist(), strict=True)
+    """A null or an Anomaly record for each of the N rows; few of them have a reason."""
+    scores = np.stack([anomalies.score, anomalies.threshold], axis=1).astype("<f4")
+    model = SECOND_BRANCH + _string(anomalies.model)
+    encoded = []
+    for i, judged in enumerate(anomalies.judged.tolist()):
+        if not judged:
+            encoded.append(NULL)
+            continue
+        score, threshold = scores[i, :1].tobytes(), scores[i, 1:].tobytes()
+        reason = _encode_reason(anomalies.reasons[i]) if i in anomalies.reasons else NULL
+        flag = b"\1" if anomalies.flag[i] else b"\0"
+        encoded.append(b"".join((SECOND_BRANCH, score, flag, model, SECOND_BRANCH, threshold, reason)))
+    return encoded
+
+
+def _encode_reason(reason: Reason) -> bytes:
+    neighbours = [
+        encode_long(one.alert_id) + _string(one.object_id) + struct.pack("<f", one.distance)
+        for one in reason.neighbours
     ]
+    modalities = [_string(name) + struct.pack("<f", distance) for name, distance in reason.modalities.items()]
+    most = NULL if reason.most_unlike is None else SECOND_BRANCH + _string(reason.most_unlike)
+    return b"".join((SECOND_BRANCH, *_array(neighbours), *_array(modalities), most))
 
 
 def _encode_model(scores: ModelScores) -> list[bytes]:

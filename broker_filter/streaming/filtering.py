@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -17,6 +17,7 @@ from broker_filter.packets.packet import Packet
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.scoring.scorer import Scorer
 from broker_filter.scoring.scores import Scores
+from broker_filter.streaming.anomalies import Anomalies, AnomalyJudge
 from broker_filter.streaming.duplicates import DuplicateWindow
 
 
@@ -32,6 +33,7 @@ class ScoredBatch:
     scores: Scores
     duplicate: NDArray[np.bool_]  # [N] the alert id was seen before within the window
     rejects: Sequence[Reject]
+    anomalies: Anomalies | None = None  # where they are looked for
 
     @property
     def scored(self) -> NDArray[np.int64]:
@@ -39,8 +41,17 @@ class ScoredBatch:
         return np.flatnonzero(self.scores.taken)
 
 
-def score_alerts(alerts: AlertBatch, rejects: Sequence[Reject], scorer: Scorer, window: DuplicateWindow) -> ScoredBatch:
-    """Scores decoded alerts and marks the ones seen before. Must be called in the order in which packets arrived."""
+def score_alerts(
+    alerts: AlertBatch,
+    rejects: Sequence[Reject],
+    scorer: Scorer,
+    window: DuplicateWindow,
+    judge: AnomalyJudge | None = None,
+) -> ScoredBatch:
+    """Scores decoded alerts, marks the ones seen before, and judges which are anomalies where there is a `judge`.
+
+    Must be called once for each batch, in the order in which packets arrived.
+    """
     scores = scorer.score(alerts)
     unclaimed = [
         Reject(
@@ -54,7 +65,8 @@ def score_alerts(alerts: AlertBatch, rejects: Sequence[Reject], scorer: Scorer, 
         for i in np.flatnonzero(~scores.taken).tolist()
     ]
     duplicate = window.mark(alerts, scores.taken)
-    return ScoredBatch(alerts.packets, alerts, scores, duplicate, [*rejects, *unclaimed])
+    scored = ScoredBatch(alerts.packets, alerts, scores, duplicate, [*rejects, *unclaimed])
+    return replace(scored, anomalies=judge.judge(scored)) if judge else scored
 
 
 def score_packets(packets: Sequence[Packet], decoder: Decoder, scorer: Scorer, window: DuplicateWindow) -> ScoredBatch:
@@ -71,6 +83,7 @@ def score_stream(
     *,
     batch_size: int,
     threads: int,
+    judge: AnomalyJudge | None = None,
 ) -> Iterator[ScoredBatch]:
     """Scores packets batch by batch in the order in which they come, while `threads` threads decode the next ones."""
     decoded: deque[Future[tuple[AlertBatch, list[Reject]]]] = deque()
@@ -83,6 +96,6 @@ def score_stream(
                 if not decoded:
                     return
                 alerts, rejects = decoded.popleft().result()
-                yield score_alerts(alerts, rejects, scorer, window)
+                yield score_alerts(alerts, rejects, scorer, window, judge)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -55,6 +55,10 @@ def account_packets(scored: ScoredBatch) -> list[Account]:
             account.duplicates += 1
         else:
             account.scored += 1
+    if scored.anomalies:
+        for i in np.flatnonzero(scored.anomalies.judged & ~scored.duplicate).tolist():
+            accounts[packet_index[i]].judged += 1
+            accounts[packet_index[i]].anomalous += bool(scored.anomalies.flag[i])
     index_of = {id(packet): k for k, packet in enumerate(scored.packets)}
     for reject in scored.rejects:
         account = accounts[index_of[id(reject.packet)]]

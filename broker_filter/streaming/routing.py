@@ -1,8 +1,7 @@
 """Which topics an alert goes to. Turns a scored batch into Kafka records, and knows no Kafka.
 
-Every alert that a model scored goes to `<prefix>.scored`, to `<prefix>.anomalies` where the configured output is high,
-and to `<prefix>.<name>` of every filter that takes it; every rejected input to `<prefix>.dead-letter` with its original
-bytes.
+Every alert that a model scored goes to `<prefix>.scored`, to `<prefix>.anomalies` where it is flagged as one, and to
+`<prefix>.<name>` of every filter that takes it; every rejected input to `<prefix>.dead-letter` with its original bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from broker_filter.packets.packet import Packet
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.scoring.scorer import Scorer
 from broker_filter.streaming.encoding import (
-    Anomalies,
     ContainerFraming,
     Encoder,
     Framing,
@@ -58,19 +56,6 @@ class Routed:
         self.published[record.topic] += 1
 
 
-@dataclass(frozen=True, slots=True)
-class AnomalyRule:
-    """A model output, `<model>.<label>`, above which an alert is anomalous."""
-
-    output: str
-    above: float
-
-    def apply(self, scored: ScoredBatch) -> Anomalies:
-        """Score and flag of every alert of the batch; never flagged where the score is missing."""
-        score = scored.scores.columns()[self.output]
-        return Anomalies(score, score > self.above)
-
-
 class Router:
     """One rule for every batch; holds no state but caches of encoded schemas."""
 
@@ -81,12 +66,15 @@ class Router:
         models: Sequence[tuple[str, str]],
         encoder: Encoder,
         framing: Framing,
-        anomalies: AnomalyRule | None = None,
+        anomalies: bool = False,
         filters: Sequence[tuple[str, Expression]] = (),
         drop_duplicates: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`models`: name and version of each, for the `models` header. `clock`: Unix seconds, for `scored_at`."""
+        """`models`: name and version of each, for the `models` header. `anomalies`: whether batches come with them.
+
+        `clock`: Unix seconds, for `scored_at`.
+        """
         self._scored = f"{prefix}.{SCORED}"
         self._anomalous = f"{prefix}.{ANOMALIES}"
         self._dead_letter = f"{prefix}.{DEAD_LETTER}"
@@ -118,12 +106,11 @@ class Router:
             duplicates=duplicates,
             rejected=Counter(reject.reason for reject in scored.rejects),
         )
-        anomalies = self._anomalies.apply(scored) if self._anomalies else None
         chosen = [(self._scored, np.ones(len(alerts), dtype=np.bool_))]
-        if anomalies:
-            chosen.append((self._anomalous, anomalies.flag))
+        if scored.anomalies:
+            chosen.append((self._anomalous, scored.anomalies.flag))
         chosen += [(topic, expression.evaluate(scored)) for topic, expression in self._filters]
-        encoded = self._encoder.encode(scored, int(self._clock() * 1000), anomalies)
+        encoded = self._encoder.encode(scored, int(self._clock() * 1000))
         for i, (schema, body) in zip(rows.tolist(), encoded, strict=True):
             if self._drop_duplicates and scored.duplicate[i]:
                 continue
@@ -164,13 +151,13 @@ def _bounded(detail: str) -> bytes:
 def open_router(service: Service, scorer: Scorer) -> Router:
     """The router that a configuration asks for. Raises ExpressionError for a filter that does not compile."""
     outputs = [f"{model.name}.{label}" for model in scorer.models for label in model.labels]
-    rule, registry = service.anomalies, service.output.schema_registry
+    registry = service.output.schema_registry
     return Router(
         service.output.prefix,
         models=[(model.name, model.version) for model in scorer.models],
         encoder=Encoder(service.output.payload),
         framing=WireFraming(registry) if registry else ContainerFraming(),
-        anomalies=AnomalyRule(rule.output, rule.above) if rule else None,
+        anomalies=service.anomalies is not None,
         filters=[(one.name, compile_filter(one.where, FIELDS, outputs)) for one in service.filters],
         drop_duplicates=service.duplicates == "drop",
     )

@@ -28,6 +28,7 @@ from broker_filter.packets.registry import RegistryUnavailable, open_registry
 from broker_filter.packets.rejects import Reject
 from broker_filter.scoring.runtimes import available_cores
 from broker_filter.scoring.scorer import open_scorer
+from broker_filter.streaming.anomalies import open_judge
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.endpoints import Endpoints, connect
 from broker_filter.streaming.filtering import score_alerts
@@ -82,11 +83,13 @@ class FilterService:
             Stage(name, self._metrics) for name in ("read", "decode", "score", "route", "commit")
         ]
         self._scorer = open_scorer(config.models, config.runtime)
+        self._judge = open_judge(config.anomalies, self._scorer) if config.anomalies else None
         self._router = open_router(config, self._scorer)
+        judged_by = self._judge.columns if self._judge else ()
         self._decoder = Decoder(
             open_registry(config.input.schema_registry),
             cutout_size=self._scorer.cutout_size,
-            columns=tuple(dict.fromkeys((*self._scorer.columns, *self._router.columns))),
+            columns=tuple(dict.fromkeys((*self._scorer.columns, *self._router.columns, *judged_by))),
             max_packet_bytes=config.input.max_packet_bytes,
         )
         self._window = DuplicateWindow(config.duplicate_window)
@@ -149,7 +152,7 @@ class FilterService:
                 self._check()
             alerts, rejects = decoded.result()
             with self._scoring.working():
-                scored = score_alerts(alerts, rejects, self._scorer, self._window)
+                scored = score_alerts(alerts, rejects, self._scorer, self._window, self._judge)
             with self._routing.working():
                 routed = self._insist(lambda: self._router.route(scored), self._routing)  # noqa: B023 -- called at once
                 works = divide(delivery, scored, routed)

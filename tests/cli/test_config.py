@@ -17,23 +17,23 @@ input:
   start: earliest
   sasl: {username: me, password: {env: SURVEY_PASSWORD}}
 output: {prefix: me, bootstrap_servers: "ours:9092"}
-anomalies: {output: default.real, above: 0.9}
 filters: [{name: bright, where: real > 0.65 and magpsf < 18.5}]
 """
 
 
 def test_says_what_will_run_and_no_secret(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reference_file: Path
 ) -> None:
     monkeypatch.setenv("SURVEY_PASSWORD", "hunter2")
     file = tmp_path / "service.yaml"
-    file.write_text(SOUND)
+    file.write_text(f"{SOUND}anomalies: {{reference: {reference_file}, rate: 0.002}}\n")
     assert main(["config", "check", str(file)]) == 0
     output, errors = capsys.readouterr()
     assert errors == ""
     assert "ztf_%Y%m%d_programid1 from survey:9092" in output
     assert "me.scored, me.anomalies, me.bright, me.dead-letter to ours:9092" in output
     assert "model: default" in output
+    assert f"anomalies: 0.002 of the alerts, by {reference_file}" in output
     assert "hunter2" not in output
 
 

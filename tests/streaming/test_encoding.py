@@ -24,10 +24,11 @@ from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import RegistryUnavailable, open_registry
 from broker_filter.packets.schema import WriterSchema, parse_schema
 from broker_filter.packets.wire import unframe
+from broker_filter.scoring.anomaly import Neighbour, Reason
 from broker_filter.scoring.scores import ModelScores, Scores
+from broker_filter.streaming.anomalies import Anomalies
 from broker_filter.streaming.encoding import (
     CUTOUT_FIELDS,
-    Anomalies,
     ContainerFraming,
     Encoder,
     Payload,
@@ -64,9 +65,9 @@ def score(alerts: AlertBatch) -> ScoredBatch:
     return ScoredBatch(alerts.packets, alerts, Scores(models, everything), some, [])
 
 
-def values(scored: ScoredBatch, payload: Payload, anomalies: Anomalies | None = None) -> list[bytes]:
+def values(scored: ScoredBatch, payload: Payload) -> list[bytes]:
     framing = ContainerFraming()
-    encoded = Encoder(payload).encode(scored, SCORED_AT_MS, anomalies)
+    encoded = Encoder(payload).encode(scored, SCORED_AT_MS)
     return [framing.frame(schema, body, "me.scored") for schema, body in encoded]
 
 
@@ -151,15 +152,14 @@ def test_lsst_wire_packets_become_containers(
 
 def test_the_annotation_says_who_said_what_and_when(make_alerts: Callable[..., AlertBatch]) -> None:
     scored = score(make_alerts([1, 2]))
-    anomalies = Anomalies(np.array([0.75, np.nan], dtype=np.float32), np.array([True, False]))
-    first, second = (read(value)["broker_filter"] for value in values(scored, "full", anomalies))
+    first, second = (read(value)["broker_filter"] for value in values(scored, "full"))
     default, classes = scored.scores.models
     assert default.embedding is not None
     assert first == {
         "service_version": __version__,
         "scored_at": SCORED_AT,
         "duplicate": True,
-        "anomaly": {"score": 0.75, "flag": True},
+        "anomaly": None,
         "models": [
             {
                 "model": "default",
@@ -175,17 +175,63 @@ def test_the_annotation_says_who_said_what_and_when(make_alerts: Callable[..., A
             },
         ],
     }
-    assert second["anomaly"] is None
     assert [model["model"] for model in second["models"]] == ["default"]
+
+
+def anomalies_of(n: int) -> Anomalies:
+    """Of n alerts every third is flagged, every fifth not judged; one in six has modalities."""
+    rows = np.arange(n)
+    score = np.where(rows % 5 == 4, np.nan, rows / 64).astype(np.float32)
+    flag = (rows % 3 == 0) & (rows % 5 != 4)
+    seen = {0: ({"image": 0.5, "light_curve": 1.25}, "light_curve"), 3: ({}, None)}
+    near = (Neighbour(3224182880115015010, "ZTF26aaé", 0.25), Neighbour(-5, "7", 0.5))
+    reasons = {i: Reason(near, *seen[i % 6]) for i in np.flatnonzero(flag).tolist()}
+    return Anomalies("default", score, np.full(n, 0.125, np.float32), flag, reasons)
+
+
+def test_an_anomaly_says_which_ordinary_alerts_are_nearest_and_in_what_it_differs(
+    make_alerts: Callable[..., AlertBatch],
+) -> None:
+    scored = replace(score(make_alerts(list(range(5)))), anomalies=anomalies_of(5))
+    flagged, plain, _, alone, unjudged = (read(value)["broker_filter"]["anomaly"] for value in values(scored, "scores"))
+    assert flagged == {
+        "score": 0,
+        "flag": True,
+        "model": "default",
+        "threshold": 0.125,
+        "reason": {
+            "neighbours": [
+                {"alert_id": 3224182880115015010, "object_id": "ZTF26aaé", "distance": 0.25},
+                {"alert_id": -5, "object_id": "7", "distance": 0.5},
+            ],
+            "modalities": {"image": 0.5, "light_curve": 1.25},
+            "most_unlike": "light_curve",
+        },
+    }
+    assert plain == {"score": 0.015625, "flag": False, "model": "default", "threshold": 0.125, "reason": None}
+    assert (alone["reason"]["modalities"], alone["reason"]["most_unlike"]) == ({}, None)
+    assert unjudged is None
+
+
+def test_readers_of_the_first_anomalies_read_these(make_alerts: Callable[..., AlertBatch]) -> None:
+    scored = replace(score(make_alerts([1, 2])), anomalies=anomalies_of(2))
+    first = json.loads(scored_alert_schema().text)
+    anomaly = next(field for field in first["fields"][-1]["type"]["fields"] if field["name"] == "anomaly")["type"][1]
+    added = [field for field in anomaly["fields"] if field["name"] not in ("score", "flag")]
+    assert all(field["default"] is None for field in added)  # and so do today's readers what was written then
+    anomaly["fields"] = [field for field in anomaly["fields"] if field not in added]
+    for value in values(scored, "scores"):
+        [record] = fastavro.reader(io.BytesIO(value), first)
+        assert isinstance(record, dict)
+        assert set(record["broker_filter"]["anomaly"]) == {"score", "flag"}
 
 
 @pytest.mark.parametrize("anomalous", [True, False])
 def test_encodes_the_annotation_as_fastavro_does(make_alerts: Callable[..., AlertBatch], anomalous: bool) -> None:
     alerts = make_alerts(list(range(40)))
-    scored = score(alerts)
-    anomalies = Anomalies(scored.scores.models[1].probabilities[:, 2], np.arange(40) % 3 == 0) if anomalous else None
+    scored = replace(score(alerts), anomalies=anomalies_of(40) if anomalous else None)
     schema = fastavro.parse_schema(json.loads(scored_alert_schema().text)["fields"][-1]["type"])
-    for encoded in encode_annotations(scored, SCORED_AT_MS, anomalies):
+    for encoded in encode_annotations(scored, SCORED_AT_MS):
         record = fastavro.schemaless_reader(io.BytesIO(encoded), schema, None)
         again = io.BytesIO()
         fastavro.schemaless_writer(again, schema, record)
@@ -212,7 +258,7 @@ def test_scores_alone_say_which_alert_they_are_of(make_alerts: Callable[..., Ale
 
 def test_scores_of_real_packets_fit_in_a_kilobyte_of_body(ztf_packets: list[tuple[int, bytes]]) -> None:
     scored = score(decode([ztf_packets[0][1]]))
-    [(_, body)] = Encoder("scores").encode(scored, SCORED_AT_MS, None)
+    [(_, body)] = Encoder("scores").encode(scored, SCORED_AT_MS)
     assert sum(map(len, body)) < 1000
 
 
@@ -343,7 +389,7 @@ def test_wire_format_registers_each_topics_schema_once(registry: str, ztf_packet
     scored = score(decode([data for _, data in ztf_packets[:5]]))
     framing = WireFraming(registry)
     for topic in ("me.scored", "me.anomalies"):
-        for i, (schema, body) in enumerate(Encoder("full").encode(scored, SCORED_AT_MS, None)):
+        for i, (schema, body) in enumerate(Encoder("full").encode(scored, SCORED_AT_MS)):
             message = unframe(framing.frame(schema, body, topic))
             text = next(text for text, number in Registry.schemas.items() if number == message.schema_id)
             record = fastavro.schemaless_reader(io.BytesIO(message.body), json.loads(text), None)

@@ -18,12 +18,13 @@ from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.scoring.scorer import open_scorer
+from broker_filter.streaming.anomalies import Anomalies
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.encoding import ContainerFraming, Encoder, OutputRecord
 from broker_filter.streaming.expressions import FIELDS, compile_filter
 from broker_filter.streaming.filtering import ScoredBatch, score_packets
-from broker_filter.streaming.routing import MAX_DETAIL_BYTES, AnomalyRule, Router, open_router
+from broker_filter.streaming.routing import MAX_DETAIL_BYTES, Router, open_router
 
 NAN = float("nan")
 
@@ -34,7 +35,7 @@ def router(*, drop_duplicates: bool = False, filters: Sequence[tuple[str, str]] 
         models=[("default", "1"), ("other", "2.0")],
         encoder=Encoder("scores"),
         framing=ContainerFraming(),
-        anomalies=AnomalyRule("default.real", 0.75),
+        anomalies=True,
         filters=[(name, compile_filter(where, FIELDS, ["default.real"])) for name, where in filters],
         drop_duplicates=drop_duplicates,
         clock=lambda: 1771993800.1239,
@@ -58,7 +59,9 @@ def scored(make_alerts: Callable[..., AlertBatch], make_scored: Callable[..., Sc
         alert=batch.alerts.identity(3),
         schema=batch.alerts.records[3].schema.fingerprint,
     )
-    return replace(batch, rejects=[reject], duplicate=np.array([False, True, False, False]))
+    real = batch.scores.models[0].probabilities[:, 0]
+    anomalies = Anomalies("default", real, np.full(4, 0.75, np.float32), real > 0.75)
+    return replace(batch, rejects=[reject], duplicate=np.array([False, True, False, False]), anomalies=anomalies)
 
 
 def test_alerts_go_to_scored_anomalies_and_their_filters(scored: ScoredBatch) -> None:
@@ -148,7 +151,6 @@ def test_a_configuration_routes_real_packets(ztf_packets: list[tuple[int, bytes]
         {
             "input": {"bootstrap_servers": "a:1", "group_id": "g", "topics": ["ztf"]},
             "output": {"prefix": "me", "payload": "no_cutouts"},
-            "anomalies": {"output": "default.real", "above": 0.5},
             "filters": [{"name": "red", "where": 'band == "r" and real > 0.5 and magpsf < 99'}],
         }
     )
@@ -162,11 +164,11 @@ def test_a_configuration_routes_real_packets(ztf_packets: list[tuple[int, bytes]
     routed = router.route(scored)
     assert routed.published["me.scored"] == routed.scored == 40
     assert routed.rejected == {RejectReason.EMPTY: 1, RejectReason.NOT_AVRO: 1}
-    assert 0 < routed.published["me.red"] < routed.published["me.anomalies"] < 40
+    assert 0 < routed.published["me.red"] < 40
     for record in of_topic(routed.records, "me.red"):
         [alert] = fastavro.reader(io.BytesIO(record.value))
         assert alert["candidate"]["fid"] == 2
-        assert alert["broker_filter"]["anomaly"]["flag"]
+        assert alert["broker_filter"]["anomaly"] is None
         assert record.key == alert["objectId"].encode()
 
 

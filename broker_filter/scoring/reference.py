@@ -1,0 +1,188 @@
+"""Reference sets: the embeddings of ordinary alerts, in a file of their own, against which others are called strange.
+
+One safetensors file: the arrays, and in its metadata a card as JSON that says which bundle's embeddings these are, and
+the sha256 of the arrays. A reference made with another bundle is refused: distances from it would mean nothing. Nothing
+is ever unpickled, and sizes are checked before anything is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from broker_filter.scoring import bundle
+from broker_filter.scoring.bundle import WEIGHTS, CardSection, ModelName, Sha256, describe_problems
+from broker_filter.scoring.neighbours import Embeddings
+
+MAX_ALERTS = 1_000_000
+"""Of a reference: a night of ZTF."""
+MAX_BYTES = 2**33
+"""Of the file: MAX_ALERTS with 512 dimensions and five modalities fit."""
+MAX_OBJECT_ID_BYTES = 64
+"""Surveys' names of objects have 19 at most."""
+CARD = "card"
+"""Key of the card in the file's metadata."""
+
+
+class ReferenceSetError(Exception):
+    """A reference set that cannot be used or made: which, what is wrong with it, what to do."""
+
+
+class ReferenceCard(CardSection):
+    """What a reference is of."""
+
+    format: Literal[1] = 1
+    bundle: ModelName
+    version: str
+    weights_sha256: Sha256 = Field(description="Of the bundle: embeddings of other weights cannot be compared.")
+    modalities: tuple[ModelName, ...] = Field(default=(), description="M, in the order of the bundle's.")
+    where: str | None = Field(default=None, description="The filter that ordinary alerts passed; none: all were taken.")
+    data_sha256: Sha256 = Field(description="Of the arrays' bytes, by name.")
+
+
+@dataclass(frozen=True, slots=True)
+class Ordinary:
+    """K ordinary alerts; `ordinary[rows]` are some of them."""
+
+    embedding: Embeddings  # [K, D]
+    modalities: NDArray[np.float16]  # [K, M, S] each of length 1, zeros where an alert lacks it; M may be 0
+    alert_id: NDArray[np.int64]  # [K]
+    object_id: NDArray[np.str_]  # [K]
+
+    def __len__(self) -> int:
+        return len(self.alert_id)
+
+    def __getitem__(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Ordinary:
+        return Ordinary(self.embedding[rows], self.modalities[rows], self.alert_id[rows], self.object_id[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Ordinary alerts, and how strange others as ordinary look beside them."""
+
+    card: ReferenceCard
+    alerts: Ordinary
+    scores: NDArray[np.float32]  # [Q] ascending: of ordinary alerts of other objects
+    usual: NDArray[np.float32]  # [M, 2] mean and deviation of their distances from their neighbours, by modality
+
+    def write(self, file: Path) -> None:
+        """Writes the file, which appears only when it is whole."""
+        partial = file.with_name(f"{file.name}.partial")
+        save_file(_arrays(self.alerts, self.scores, self.usual), partial, metadata={CARD: self.card.model_dump_json()})
+        partial.replace(file)
+
+
+def make_reference(
+    card: bundle.Card,
+    where: str | None,
+    alerts: Ordinary,
+    scores: NDArray[np.float32],
+    usual: NDArray[np.float32],
+) -> Reference:
+    """A reference of the embeddings that the bundle with this card gave."""
+    described = ReferenceCard(
+        bundle=card.name,
+        version=card.version,
+        weights_sha256=card.files[WEIGHTS],
+        modalities=card.outputs.modalities,
+        where=where,
+        data_sha256=_sha256(_arrays(alerts, scores, usual)),
+    )
+    return Reference(described, alerts, scores, usual)
+
+
+def read_card(file: Path) -> ReferenceCard:
+    """What a reference is of, without reading it. Raises ReferenceSetError where the file is none."""
+    try:
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise ReferenceSetError(f"{file}: {size} bytes: no reference has more than {MAX_BYTES}")
+        with safe_open(file, framework="numpy") as opened:
+            metadata: Mapping[str, str] = opened.metadata() or {}
+    except OSError as error:
+        raise ReferenceSetError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise ReferenceSetError(f"{file}: not a safetensors file: {error}; build the reference again") from error
+    if CARD not in metadata:
+        raise ReferenceSetError(f"{file}: no reference set: `broker-filter reference build` writes one")
+    try:
+        return ReferenceCard.model_validate_json(metadata[CARD])
+    except ValidationError as error:
+        raise ReferenceSetError(f"{file}: {describe_problems(error)}; build the reference again") from error
+
+
+def read_reference(file: Path) -> Reference:
+    """Reads a reference into memory. Raises ReferenceSetError where the file is none, or is damaged."""
+    card = read_card(file)
+    arrays = load_file(file)
+    try:
+        (k, d), (_, m, s), (q,) = (arrays[name].shape for name in ("embedding", "modalities", "scores"))
+    except (KeyError, ValueError):
+        raise ReferenceSetError(f"{file}: holds {', '.join(sorted(arrays))}; build the reference again") from None
+    expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+        "embedding": ((k, d), np.float32),
+        "modalities": ((k, len(card.modalities), s), np.float16),
+        "alert_id": ((k,), np.int64),
+        "object_id": ((k, MAX_OBJECT_ID_BYTES), np.uint8),
+        "scores": ((q,), np.float32),
+        "usual": ((m, 2), np.float32),
+    }
+    found = {name: (array.shape, array.dtype.type) for name, array in arrays.items()}
+    if found != expected or not 0 < k <= MAX_ALERTS or not 0 < q <= MAX_ALERTS:
+        raise ReferenceSetError(f"{file}: holds {found}, its card asks for {expected}; build the reference again")
+    if _sha256(arrays) != card.data_sha256:
+        raise ReferenceSetError(f"{file}: its arrays are not the ones that its card names; build the reference again")
+    names = arrays["object_id"].view(f"S{MAX_OBJECT_ID_BYTES}")[:, 0]
+    try:
+        object_id = np.char.decode(names, "utf-8")
+    except UnicodeDecodeError as error:
+        raise ReferenceSetError(f"{file}: a name of an object is no UTF-8; build the reference again") from error
+    alerts = Ordinary(arrays["embedding"], arrays["modalities"], arrays["alert_id"], object_id)
+    return Reference(card, alerts, arrays["scores"], arrays["usual"])
+
+
+def check_made_with(file: Path, reference: ReferenceCard, cards: Sequence[bundle.Card]) -> None:
+    """Raises ReferenceSetError unless the embeddings in the reference are those of one of the bundles with these
+    cards."""
+    card = next((card for card in cards if card.name == reference.bundle), None)
+    if card is None:
+        raise ReferenceSetError(
+            f"{file}: made with the bundle {reference.bundle}, which is none of the models "
+            f"({', '.join(card.name for card in cards)}): add it, or build a reference with one of them"
+        )
+    made = (reference.version, reference.weights_sha256, reference.modalities)
+    if made != (card.version, card.files[WEIGHTS], card.outputs.modalities):
+        raise ReferenceSetError(
+            f"{file}: made with the bundle {reference.bundle} {reference.version} (weights "
+            f"{reference.weights_sha256[:12]}), and {card.name} {card.version} ({card.files[WEIGHTS][:12]}) is what "
+            "would be compared with it; build the reference again with `broker-filter reference build`"
+        )
+
+
+def _arrays(alerts: Ordinary, scores: NDArray[np.float32], usual: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    """A reference's arrays as they stand in its file."""
+    names = np.char.encode(alerts.object_id, "utf-8").astype(f"S{MAX_OBJECT_ID_BYTES}")
+    return {
+        "embedding": np.ascontiguousarray(alerts.embedding),
+        "modalities": np.ascontiguousarray(alerts.modalities),
+        "alert_id": alerts.alert_id,
+        "object_id": names[:, None].view(np.uint8),
+        "scores": scores,
+        "usual": usual,
+    }
+
+
+def _sha256(arrays: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()

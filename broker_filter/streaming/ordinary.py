@@ -1,0 +1,123 @@
+"""Archives into a reference set: which of their alerts stand for the ordinary, and how strange others of them look.
+
+Holds at most a few times the alerts that are kept, however many there are; which ones those are depends on their ids
+alone, not on the order in which they come. Knows no files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_filter.scoring.anomaly import NEIGHBOURS, modality_distances, neighbour_distance
+from broker_filter.scoring.neighbours import Neighbours, normalise
+from broker_filter.scoring.reference import Ordinary, Reference, ReferenceSetError, make_reference
+from broker_filter.scoring.scorer import Model
+from broker_filter.streaming.expressions import Expression
+from broker_filter.streaming.filtering import ScoredBatch
+
+HELD_OUT = 0.2
+"""Share of the objects that the reference is calibrated on: their alerts are as ordinary, and it does not know them."""
+MIN_HELD_OUT = 20
+"""Alerts: with fewer there is no tail to find a threshold in."""
+EXPLAINED_AT_ONCE = 256
+
+
+@dataclass
+class Sample:
+    """Up to `limit` of the alerts that are put in, drawn by their ids; each id once."""
+
+    limit: int
+    _parts: list[tuple[NDArray[np.uint64], Ordinary]] = field(default_factory=list)
+
+    def put(self, alerts: Ordinary) -> None:
+        """Adds alerts, and forgets those that the draw leaves out."""
+        self._parts.append((np.array([_draw(str(alert)) for alert in alerts.alert_id.tolist()], np.uint64), alerts))
+        if sum(len(part) for _, part in self._parts) > 2 * self.limit:
+            self._parts = [self._drawn()]
+
+    def take(self) -> Ordinary:
+        """The alerts, in the order of the draw. Raises ReferenceSetError where there are none."""
+        if not self._parts:
+            raise ReferenceSetError("no ordinary alert among the inputs")
+        return self._drawn()[1]
+
+    def _drawn(self) -> tuple[NDArray[np.uint64], Ordinary]:
+        draws = np.concatenate([draw for draw, _ in self._parts])
+        alerts = _concatenate([part for _, part in self._parts])
+        draws, first = np.unique(draws, return_index=True)
+        return draws[: self.limit], alerts[first[: self.limit]]
+
+
+def ordinary_alerts(scored: ScoredBatch, model: Model, where: Expression | None) -> Ordinary:
+    """The batch's alerts that may stand for the ordinary: those that pass `where`, all if None.
+
+    Raises ReferenceSetError for a model without an embedding.
+    """
+    scores = next(one for one in scored.scores.models if one.model == model.name)
+    if scores.embedding is None:
+        raise ReferenceSetError(f"the bundle {model.name} gives no embedding: build with one that does")
+    alerts = scored.alerts
+    rows = np.flatnonzero(scores.taken & (where.evaluate(scored) if where else True))
+    modalities = np.empty((len(alerts), 0, 0)) if scores.modalities is None else scores.modalities
+    return Ordinary(
+        normalise(scores.embedding[rows]),
+        modalities[rows].astype(np.float16),
+        alerts.alert_id[rows],
+        np.array(alerts.object_id, np.str_)[rows],
+    )
+
+
+def build_reference(batches: Iterable[ScoredBatch], model: Model, where: Expression | None, limit: int) -> Reference:
+    """A reference of up to `limit` of the batches' alerts, calibrated on those of other objects.
+
+    Raises ReferenceSetError where there are too few.
+    """
+    sample = Sample(limit)
+    for scored in batches:
+        sample.put(ordinary_alerts(scored, model, where))
+    alerts = sample.take()
+    objects, index = np.unique(alerts.object_id, return_inverse=True)
+    held_out = np.array([_draw(name) < HELD_OUT * 2**64 for name in objects.tolist()])[index]
+    kept, others = alerts[~held_out], alerts[held_out]
+    if len(others) < MIN_HELD_OUT or len(kept) < NEIGHBOURS:
+        raise ReferenceSetError(
+            f"{len(alerts)} ordinary alerts of {len(objects)} objects are too few to say what is strange: at least "
+            f"{MIN_HELD_OUT} of other objects than the rest are needed; give more inputs, or a wider filter"
+        )
+    neighbours = Neighbours(kept.embedding)
+    scores, usual = np.sort(neighbour_distance(neighbours, others.embedding)), _usual(neighbours, kept, others)
+    if scores[0] == scores[-1]:
+        raise ReferenceSetError("all ordinary alerts are equally strange: the model's embedding tells nothing")
+    return make_reference(model.bundle.card, where.text if where else None, kept, scores, usual)
+
+
+def _usual(neighbours: Neighbours, kept: Ordinary, others: Ordinary) -> NDArray[np.float32]:
+    """Mean and deviation of the distance of the others' modalities from those of their neighbours, [M, 2]."""
+    distances = []
+    for start in range(0, len(others), EXPLAINED_AT_ONCE):
+        some = slice(start, start + EXPLAINED_AT_ONCE)
+        _, rows = neighbours.nearest(others.embedding[some], NEIGHBOURS)
+        distances.append(modality_distances(others.modalities[some].astype(np.float32), kept.modalities[rows]))
+    of_modality = np.concatenate(distances).T
+    known = [one[np.isfinite(one)] for one in of_modality]
+    spread = [(one.mean(), one.std()) if len(set(one.tolist())) > 1 else (0, 1) for one in known]
+    return np.array(spread, np.float32).reshape(-1, 2)
+
+
+def _draw(name: str) -> int:
+    """A number below 2**64 that a name alone decides."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
+
+
+def _concatenate(parts: Sequence[Ordinary]) -> Ordinary:
+    return Ordinary(
+        np.concatenate([part.embedding for part in parts]),
+        np.concatenate([part.modalities for part in parts]),
+        np.concatenate([part.alert_id for part in parts]),
+        np.concatenate([part.object_id for part in parts]),
+    )

@@ -1,0 +1,53 @@
+"""The nearest embeddings are found, exactly among few and nearly always among many."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from broker_filter.scoring.neighbours import EXACT_LIMIT, Embeddings, Neighbours, normalise
+
+
+def embeddings(n: int, seed: int) -> Embeddings:
+    """On a surface of few dimensions, as a network's are."""
+    surface = np.random.default_rng(0).standard_normal((6, 32))
+    rng = np.random.default_rng(seed)
+    return normalise(np.tanh(rng.standard_normal((n, 6)) @ surface) + 0.05 * rng.standard_normal((n, 32)))
+
+
+def test_finds_the_nearest_exactly_among_few() -> None:
+    some, asked = embeddings(500, seed=1), embeddings(70, seed=2)
+    distances, rows = Neighbours(some).nearest(asked, 5)
+    truth = 1 - asked.astype(np.float64) @ some.T
+    np.testing.assert_array_equal(rows, np.argsort(truth, axis=1)[:, :5])
+    np.testing.assert_allclose(distances, np.sort(truth, axis=1)[:, :5], atol=1e-6)
+
+
+def test_finds_nearly_all_of_the_nearest_among_many() -> None:
+    many, asked = embeddings(EXACT_LIMIT + 5_000, seed=1), embeddings(200, seed=2)
+    distances, rows = Neighbours(many).nearest(asked, 5)
+    truth = 1 - asked @ many.T
+    nearest = np.argsort(truth, axis=1)[:, :5]
+    assert np.mean([len({*a} & {*b}) / 5 for a, b in zip(rows.tolist(), nearest.tolist(), strict=True)]) > 0.97
+    np.testing.assert_allclose(distances.mean(axis=1), np.sort(truth, axis=1)[:, :5].mean(axis=1), atol=0.01)
+
+
+@pytest.mark.parametrize("n", [300, EXACT_LIMIT + 1_000])
+def test_an_answer_does_not_depend_on_what_else_is_asked_nor_on_when_it_was_opened(n: int) -> None:
+    some, asked = embeddings(n, seed=1), embeddings(100, seed=2)
+    opened = Neighbours(some)
+    together, rows = opened.nearest(asked, 5)
+    alone = [opened.nearest(asked[i : i + 1], 5) for i in range(len(asked))]
+    np.testing.assert_allclose(np.concatenate([one for one, _ in alone]), together, atol=1e-6)
+    np.testing.assert_array_equal(Neighbours(some).nearest(asked, 5)[1], rows)
+
+
+def test_fewer_than_asked_for_are_infinitely_far() -> None:
+    distances, rows = Neighbours(embeddings(3, seed=1)).nearest(embeddings(1, seed=2), 5)
+    assert rows[0, 3:].tolist() == [-1, -1]
+    assert np.isinf(distances[0, 3:]).all()
+
+
+def test_what_is_not_there_stays_zero() -> None:
+    unit = normalise(np.array([[3.0, 4.0], [0.0, 0.0]]))
+    np.testing.assert_allclose(unit, [[0.6, 0.8], [0, 0]])

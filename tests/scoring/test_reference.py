@@ -1,0 +1,129 @@
+"""A reference set is itself again when it is read, and refused where it does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from broker_filter.scoring.anomaly import AnomalyScorer
+from broker_filter.scoring.bundle import WEIGHTS, Card, load_bundle
+from broker_filter.scoring.neighbours import normalise
+from broker_filter.scoring.reference import (
+    CARD,
+    Ordinary,
+    Reference,
+    ReferenceSetError,
+    check_made_with,
+    make_reference,
+    read_card,
+    read_reference,
+)
+
+MODALITIES = ("image", "light_curve")
+
+
+@pytest.fixture
+def card() -> Card:
+    """Of a model with two modalities."""
+    shipped = load_bundle("default").card
+    return shipped.model_copy(
+        update={"outputs": shipped.outputs.model_copy(update={"embedding": 8, "modalities": MODALITIES})}
+    )
+
+
+@pytest.fixture
+def reference(card: Card) -> Reference:
+    rng = np.random.default_rng(1)
+    modalities = normalise(rng.standard_normal((50, 2, 4)))
+    modalities[3, 1] = 0  # has no light curve
+    alerts = Ordinary(
+        normalise(modalities.reshape(50, 8)),
+        modalities.astype(np.float16),
+        np.arange(50) - 7,
+        np.array([f"ZTF26aaé{i}" for i in range(50)]),
+    )
+    usual = np.array([[0.2, 0.1], [0.2, 0.1]], np.float32)
+    return make_reference(card, "default.real > 0.5", alerts, np.linspace(0.1, 0.5, 30, dtype=np.float32), usual)
+
+
+@pytest.fixture
+def file(reference: Reference, tmp_path: Path) -> Path:
+    reference.write(tmp_path / "ordinary.safetensors")
+    return tmp_path / "ordinary.safetensors"
+
+
+def test_is_itself_again_when_it_is_read(reference: Reference, file: Path) -> None:
+    again = read_reference(file)
+    assert again.card == reference.card == read_card(file)
+    for name in ("embedding", "modalities", "alert_id", "object_id"):
+        np.testing.assert_array_equal(getattr(again.alerts, name), getattr(reference.alerts, name))
+    np.testing.assert_array_equal(again.scores, reference.scores)
+    np.testing.assert_array_equal(again.usual, reference.usual)
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_another_bundles_is_refused(reference: Reference, file: Path, card: Card) -> None:
+    check_made_with(file, reference.card, [card])
+    others = {
+        "none of the models": card.model_copy(update={"name": "other"}),
+        r"default 2\.0": card.model_copy(update={"version": "2.0"}),
+        "000000000000": card.model_copy(update={"files": card.files | {WEIGHTS: "0" * 64}}),
+        "build the reference again": load_bundle("default").card,  # without modalities
+    }
+    for message, other in others.items():
+        with pytest.raises(ReferenceSetError, match=message):
+            check_made_with(file, reference.card, [other])
+
+
+def test_damage_is_found(file: Path) -> None:
+    arrays, metadata = load_file(file), {CARD: read_card(file).model_dump_json()}
+    damaged = {
+        "not the ones that its card names": arrays | {"embedding": arrays["embedding"] * 2},
+        "its card asks for": arrays | {"alert_id": arrays["alert_id"][:-1]},
+        "build the reference again": {"embedding": arrays["embedding"]},
+    }
+    for message, some in damaged.items():
+        save_file(some, file, metadata=metadata)
+        with pytest.raises(ReferenceSetError, match=message):
+            read_reference(file)
+    save_file(arrays, file, metadata={CARD: '{"format": 2}'})
+    with pytest.raises(ReferenceSetError, match="format"):
+        read_reference(file)
+    save_file(arrays, file)
+    with pytest.raises(ReferenceSetError, match="no reference set"):
+        read_reference(file)
+    file.write_bytes(b"nonsense" * 10)
+    with pytest.raises(ReferenceSetError, match="not a safetensors file"):
+        read_reference(file)
+    with pytest.raises(ReferenceSetError, match="No such file"):
+        read_reference(file.with_name("absent"))
+
+
+def test_an_alert_of_the_reference_is_its_own_nearest(reference: Reference) -> None:
+    scorer = AnomalyScorer(reference)
+    for i, named in enumerate(scorer.nearest(3 * reference.alerts.embedding, 2)):
+        assert (named[0].alert_id, named[0].object_id) == (i - 7, f"ZTF26aaé{i}")
+        assert named[0].distance == pytest.approx(0, abs=1e-6)
+
+
+def test_a_score_does_not_depend_on_what_else_is_scored(reference: Reference) -> None:
+    scorer, asked = AnomalyScorer(reference), np.random.default_rng(2).standard_normal((60, 8)).astype(np.float32)
+    alone = np.concatenate([scorer.score(one[None]) for one in asked])
+    np.testing.assert_allclose(scorer.score(asked), alone, atol=1e-6)
+
+
+def test_the_stranger_alert_scores_higher_and_says_in_what_it_is_strange(reference: Reference) -> None:
+    scorer = AnomalyScorer(reference)
+    seen = reference.alerts.modalities[[10, 10, 3]].astype(np.float32)
+    seen[1, 1] *= -1  # the opposite light curve
+    embedding = seen.reshape(3, 8)
+    like, unlike, _ = scorer.score(embedding)
+    assert like < unlike
+    reasons = scorer.explain(embedding, seen)
+    assert reasons[1].most_unlike == "light_curve"
+    assert reasons[1].modalities["light_curve"] > reasons[0].modalities["light_curve"]
+    assert set(reasons[2].modalities) == {"image"}  # what an alert lacks is no reason
+    assert len(reasons[0].neighbours) == 5

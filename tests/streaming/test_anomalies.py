@@ -1,0 +1,153 @@
+"""The strangest alerts of a stream are flagged, at the rate that was asked for, with what makes them strange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from broker_filter import config
+from broker_filter.config import Runtime
+from broker_filter.packets.batch import AlertBatch
+from broker_filter.scoring.neighbours import Embeddings, normalise
+from broker_filter.scoring.reference import Reference, ReferenceSetError, read_reference
+from broker_filter.scoring.scorer import Model, open_model, open_scorer
+from broker_filter.streaming.anomalies import AnomalyJudge, open_judge
+from broker_filter.streaming.expressions import FIELDS, compile_filter
+from broker_filter.streaming.filtering import ScoredBatch
+from broker_filter.streaming.kafka_sink import account_packets
+from broker_filter.streaming.ordinary import build_reference
+
+Scored = Callable[..., ScoredBatch]
+PASSES = compile_filter("default.real > 0.5 and magpsf < 20", FIELDS, ["default.real"])
+
+
+def ordinary(n: int, seed: int) -> Embeddings:
+    """Near one direction of many."""
+    return normalise(np.eye(1, 8) + 0.2 * np.random.default_rng(seed).standard_normal((n, 8)))
+
+
+@pytest.fixture
+def make(make_alerts: Callable[..., AlertBatch], make_scored: Scored) -> Scored:
+    """Scored alerts with these embeddings [N, D]; two in a row are of one object."""
+
+    def make(
+        embedding: NDArray[np.float32], real: list[float] | None = None, first_id: int = 0, **fields: object
+    ) -> ScoredBatch:
+        n = len(embedding)
+        ids = list(range(first_id, first_id + n))
+        values = {"magpsf": [18.0] * n, "object_id": [f"ZTF{i // 2}" for i in ids]} | fields
+        scored = make_scored(make_alerts(ids, **values), {"default": real or [0.9] * n})
+        [model] = scored.scores.models
+        model = replace(model, embedding=embedding)
+        return replace(scored, scores=replace(scored.scores, models=(model,)))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return open_model("default", Runtime())
+
+
+@pytest.fixture
+def reference(make: Scored, model: Model) -> Reference:
+    batches = [make(ordinary(100, seed), first_id=100 * seed) for seed in range(20)]
+    return build_reference(batches, model, PASSES, limit=1500)
+
+
+def test_a_reference_is_of_the_alerts_that_pass_and_no_more_than_asked_for(make: Scored, model: Model) -> None:
+    real = [0.9, 0.1] * 100
+    batches = [
+        make(ordinary(200, 1), real, magpsf=[18.0] * 100 + [21.0] * 100),
+        make(ordinary(200, 1), real, magpsf=[18.0] * 100 + [21.0] * 100),  # the same again
+        make(ordinary(200, 2), first_id=200),
+    ]
+    every = build_reference(batches, model, PASSES, limit=1000)
+    kept = set(every.alerts.alert_id.tolist())
+    passing = {*range(0, 100, 2), *range(200, 400)}
+    assert kept < passing
+    assert len(every.scores) == len(passing) - len(kept) == pytest.approx(50, abs=25)
+    assert every.card.where == PASSES.text
+    some = build_reference(batches[::-1], model, PASSES, limit=200)
+    assert len(some.alerts) + len(some.scores) == 200
+    np.testing.assert_array_equal(
+        some.alerts.alert_id, build_reference(batches, model, PASSES, limit=200).alerts.alert_id
+    )
+
+
+def test_a_reference_is_calibrated_on_other_objects(make: Scored, model: Model, reference: Reference) -> None:
+    """An object's alerts are alike: beside its own others, every alert would look ordinary."""
+    alone = ordinary(400, 7)
+    pairs = make(np.repeat(alone, 2, axis=0))  # ids 2 i and 2 i + 1 are of one object, and the same
+    assert build_reference([pairs], model, None, limit=1000).scores.min() > 1e-3
+
+
+def test_too_few_alerts_are_no_reference(make: Scored, model: Model) -> None:
+    with pytest.raises(ReferenceSetError, match="20 ordinary alerts of 10 objects are too few"):
+        build_reference([make(ordinary(20, 0))], model, None, limit=100)
+    with pytest.raises(ReferenceSetError, match="no ordinary alert"):
+        build_reference([], model, None, limit=100)
+    without = make(ordinary(20, 0))
+    [scores] = without.scores.models
+    without = replace(without, scores=replace(without.scores, models=(replace(scores, embedding=None),)))
+    with pytest.raises(ReferenceSetError, match="gives no embedding"):
+        build_reference([without], model, None, limit=100)
+
+
+def test_flags_strange_alerts_that_pass_the_cut_and_says_why(make: Scored, reference: Reference) -> None:
+    judge = AnomalyJudge(reference, 0.01, PASSES)
+    strange = -ordinary(3, 5)
+    anomalies = judge.judge(make(np.concatenate([ordinary(5, 6), strange]), [0.9] * 6 + [0.1, np.nan]))
+    assert anomalies.flag.tolist() == [False] * 5 + [True, False, False]
+    assert anomalies.judged.tolist() == [True] * 6 + [False, False]  # one is bogus, one of another survey
+    assert list(anomalies.reasons) == [5]
+    neighbours = anomalies.reasons[5].neighbours
+    assert len(neighbours) == 5
+    assert {one.alert_id for one in neighbours} < set(reference.alerts.alert_id.tolist())
+    assert neighbours[0].distance > 1
+    assert judge.columns == ("magpsf",)
+
+
+def test_a_stream_of_ordinary_alerts_is_flagged_at_the_rate(make: Scored, reference: Reference) -> None:
+    judge = AnomalyJudge(reference, 0.02, None)
+    flags = np.concatenate([judge.judge(make(ordinary(500, seed))).flag for seed in range(100, 120)])
+    assert flags.mean() == pytest.approx(0.02, rel=0.2)
+
+
+def test_the_same_stream_is_flagged_alike_in_any_batches(make: Scored, reference: Reference) -> None:
+    stream = ordinary(300, 8)
+    whole = AnomalyJudge(reference, 0.05, None).judge(make(stream))
+    judge = AnomalyJudge(reference, 0.05, None)
+    parts = [judge.judge(make(part)) for part in np.split(stream, [1, 60, 61, 290])]
+    np.testing.assert_array_equal(np.concatenate([part.flag for part in parts]), whole.flag)
+    np.testing.assert_allclose(np.concatenate([part.score for part in parts]), whole.score, atol=1e-6)
+
+
+def test_duplicates_are_flagged_and_not_counted(make: Scored, reference: Reference) -> None:
+    judge = AnomalyJudge(reference, 0.01, None)
+    scored = replace(make(-ordinary(4, 5)), duplicate=np.array([False, True, True, False]))
+    anomalies = judge.judge(scored)
+    assert anomalies.flag.all()
+    assert anomalies.threshold[1] == anomalies.threshold[2] == anomalies.threshold[3] > anomalies.threshold[0]
+    accounts = account_packets(replace(scored, anomalies=anomalies))
+    assert [(account.judged, account.anomalous) for account in accounts] == [(1, 1), (0, 0), (0, 0), (1, 1)]
+
+
+def test_a_configuration_opens_a_judge_by_the_references_own_cut(
+    reference: Reference, tmp_path: Path, reference_file: Path
+) -> None:
+    file = tmp_path / "own.safetensors"
+    reference.write(file)
+    scorer = open_scorer(["default"], Runtime())
+    assert open_judge(config.Anomalies(reference=file), scorer).columns == ("magpsf",)
+    assert open_judge(config.Anomalies(reference=file, where="fwhm < 5"), scorer).columns == ("fwhm",)
+    assert open_judge(config.Anomalies(reference=reference_file), scorer).columns == ()
+    card = read_reference(file).card.model_copy(update={"bundle": "other"})
+    Reference(card, reference.alerts, reference.scores, reference.usual).write(file)
+    with pytest.raises(ReferenceSetError, match=r"other, which is none of the models \(default\)"):
+        open_judge(config.Anomalies(reference=file), scorer)
