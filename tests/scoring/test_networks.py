@@ -148,3 +148,15 @@ def test_other_networks_do_not_import_timm() -> None:
         "sys.exit('timm' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["vgg6", "btsbot_cnn"])
+def test_networks_made_with_keras_begin_as_keras_begins(name: str) -> None:
+    torch.manual_seed(0)
+    network = build_network(Architecture(name=name))
+    layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d)]
+    assert layers
+    for layer in layers:
+        fans = layer.kernel_size[0] * layer.kernel_size[1] * (layer.in_channels + layer.out_channels)
+        assert float(layer.weight.std()) == pytest.approx((2 / fans) ** 0.5, rel=0.15)
+        assert not layer.bias.any()

@@ -129,11 +129,13 @@ def test_an_encoder_learns_and_a_fit_begins_with_it(
         GalaxyZoo(kind="galaxy_zoo", images=folder, table=table),
         Simulated(kind="simulated", galaxies=40),
     )
-    recipe = Optimisation(epochs=4, warm_up_epochs=1, batch=16, learning_rate=3e-3, seed=1)
+    recipe = Optimisation(epochs=6, warm_up_epochs=1, batch=8, learning_rate=1e-2, seed=1)
     out = tmp_path / "encoder"
-    card = pretrain(Pretraining(out=out, architecture=TINY, galaxies=sources, recipe=recipe, hardware=ONE_CORE))
+    card = pretrain(
+        Pretraining(out=out, architecture=TINY, galaxies=sources, dropout=0.1, recipe=recipe, hardware=ONE_CORE)
+    )
     losses = [float(value) for value in (card["validation_loss"], card["baseline_loss"])]
-    assert losses[0] < 1.3 * losses[1]  # four epochs come near the mean answers, from random ones
+    assert losses[0] < 1.1 * losses[1], losses  # as good as the mean answers nearly, from random ones
     written = yaml.safe_load((out / ENCODER_CARD).read_text())
     assert "3 real galaxies of galaxies.csv; 40 galaxies simulated with GalSim" in written["galaxies"]
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from broker_filter.scoring.networks.fusion import Encoder, FusionNetwork
+from broker_filter.scoring.networks.initialisation import initialise_as_keras
 
 POOLED_SIZE = 63 // 2 // 4
 """Pixels a side that the two poolings leave of 63."""
@@ -38,6 +39,7 @@ class BTSbotEncoder(Encoder):
             nn.Flatten(),
         )
         self.features = second * POOLED_SIZE**2
+        initialise_as_keras(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from broker_filter.scoring.networks.initialisation import initialise_as_keras
+
 
 class VGG6(nn.Module):
     """Images [N, 3, 63, 63] -> logits [N, labels] and the embedding [N, 256] that they are read from."""
@@ -32,6 +34,7 @@ class VGG6(nn.Module):
             nn.ReLU(),
         )
         self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(256, labels))
+        initialise_as_keras(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """See the class."""
