@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from broker_filter.scoring.bundle import Inputs
 from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
 from training.datasets import View, sources_by_class
-from training.learner import Learner
+from training.learner import Learner, loader
 from training.recipe import Hardware, Optimisation, Recipe
 
 Shown = tuple[Tensor, Tensor, Tensor]
@@ -42,16 +42,11 @@ class ShownAlerts(torch.utils.data.Dataset[Shown]):
         return torch.from_numpy(images), torch.from_numpy(metadata), torch.from_numpy(alerts.label)
 
 
-def loader(view: View, inputs: Inputs, recipe: Recipe, hardware: Hardware, *, training: bool) -> DataLoader[Shown]:
-    """Batches of the view: shuffled and whole ones to train on, all of it in order otherwise."""
-    return DataLoader(
-        ShownAlerts(view, inputs),
-        batch_size=recipe.batch,
-        shuffle=training,
-        drop_last=training and len(view) >= recipe.batch,  # a last batch of one alert has no variance to normalise by
-        num_workers=hardware.workers,
-        collate_fn=_as_it_is,
-    )
+def alerts_loader(
+    view: View, inputs: Inputs, recipe: Recipe, hardware: Hardware, *, training: bool
+) -> DataLoader[Shown]:
+    """Batches of the view; see `learner.loader`."""
+    return loader(ShownAlerts(view, inputs), recipe, hardware, training=training, collate=_as_it_is)
 
 
 def _as_it_is(batch: Any) -> Any:

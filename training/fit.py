@@ -23,7 +23,7 @@ from broker_filter.scoring.encoders import load_encoder_weights
 from broker_filter.scoring.export import write_bundle
 from broker_filter.scoring.networks import build_network
 from broker_filter.scoring.scorer import open_model
-from training.classifier import Classifier, chosen_to_train, class_weights, loader
+from training.classifier import Classifier, alerts_loader, chosen_to_train, class_weights
 from training.datasets import Dataset, View
 from training.errors import DatasetError, TrainingError
 from training.evaluate import PREDICTIONS, predict
@@ -92,8 +92,8 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
     def train_network(part: nn.Module, directory: Path, frozen: Sequence[nn.Module] = ()) -> dict[str, Any]:
         return learn(
             Classifier(part, config.recipe, weights, frozen),
-            loader(train, inputs, config.recipe, config.hardware, training=True),
-            loader(validation, inputs, config.recipe, config.hardware, training=False),
+            alerts_loader(train, inputs, config.recipe, config.hardware, training=True),
+            alerts_loader(validation, inputs, config.recipe, config.hardware, training=False),
             directory,
             config.hardware,
             config.logs,

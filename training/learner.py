@@ -10,7 +10,7 @@ import pickle
 import sys
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from training.errors import TrainingError
 from training.recipe import Hardware, Optimisation
@@ -59,7 +59,8 @@ class Learner(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, ...], _: int) -> Tensor:
         """The loss of a batch, its images turned at random."""
         images, *rest = batch
-        loss = self.loss_of((orient(images) if self.optimisation.augment else images, *rest))
+        images = orient(images) if self.optimisation.augment else images
+        loss = self.loss_of((images.contiguous(memory_format=torch.channels_last), *rest))
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
         return loss
 
@@ -69,7 +70,7 @@ class Learner(lightning.LightningModule):
         self.log("val_loss", loss, on_epoch=True, batch_size=len(batch[0]), sync_dist=True, prog_bar=True)
 
     def on_train_epoch_start(self) -> None:
-        """Seeds by the epoch, so that training resumes with the order and the turns that it would have gone on with."""
+        """Seeds by the epoch, so that training resumes with the turns and dropout that it would have gone on with."""
         torch.manual_seed(self.optimisation.seed * EPOCHS_PER_SEED + self.current_epoch)
 
     def on_validation_epoch_end(self) -> None:
@@ -93,6 +94,52 @@ class Learner(lightning.LightningModule):
             rise = LinearLR(optimizer, start_factor=plan.least, total_iters=plan.warm_up_epochs)
             schedule = SequentialLR(optimizer, [rise, schedule], milestones=[plan.warm_up_epochs])
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+class OrderOfEpoch(Sampler[int]):
+    """All of `n` items in an order that the seed and the epoch alone decide; Lightning says which epoch it is.
+
+    torch's own shuffling draws from where augmentation and dropout draw too, and Lightning begins to read the epoch
+    that it resumes at another moment than it does otherwise: all draws of that epoch would be others.
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n = n
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.n
+
+    def set_epoch(self, epoch: int) -> None:
+        """What Lightning calls before every epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        draws = torch.Generator().manual_seed(self.seed * EPOCHS_PER_SEED + self.epoch)
+        yield from torch.randperm(self.n, generator=draws).tolist()
+
+
+def loader(
+    items: Dataset[Any],
+    optimisation: Optimisation,
+    hardware: Hardware,
+    *,
+    training: bool,
+    collate: Callable[[Any], Any] | None = None,
+) -> DataLoader[Any]:
+    """Batches of the items: shuffled and whole ones to train on, all of them in order otherwise."""
+    assert isinstance(items, Sized)
+    n = len(items)
+    return DataLoader(
+        items,
+        batch_size=optimisation.batch,
+        sampler=OrderOfEpoch(n, optimisation.seed) if training else None,
+        drop_last=training and n >= optimisation.batch,  # a last batch of one alert has no variance to normalise by
+        num_workers=hardware.workers,
+        collate_fn=collate,
+        generator=torch.Generator(),  # of its own: see `OrderOfEpoch`
+    )
 
 
 def orient(images: Tensor) -> Tensor:
@@ -127,7 +174,8 @@ def learn(
         rank_zero_only(write_whole)(learned, yaml.safe_dump(figures).encode())
     checkpoint = read_checkpoint(directory / BEST)
     weights = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(NETWORK)}
-    learner.network.cpu().load_state_dict({name.removeprefix(NETWORK): tensor for name, tensor in weights.items()})
+    learner.network.cpu().to(memory_format=torch.contiguous_format)  # as weights are stored
+    learner.network.load_state_dict({name.removeprefix(NETWORK): tensor for name, tensor in weights.items()})
     learner.network.eval()
     return figures
 
@@ -142,9 +190,9 @@ def _train(
 ) -> dict[str, float | int | str]:
     if hardware.threads:
         torch.set_num_threads(hardware.threads)
-    best = ModelCheckpoint(
-        directory, filename=Path(BEST).stem, monitor="val_loss", save_last=True, enable_version_counter=False
-    )
+    best = ModelCheckpoint(directory, Path(BEST).stem, monitor="val_loss", enable_version_counter=False)
+    # Not `save_last`, which writes only where there is a new best.
+    latest = ModelCheckpoint(directory, Path(LAST).stem, enable_version_counter=False)
     loggers: list[Logger] = []
     if "csv" in logs:
         loggers.append(CSVLogger(directory, name="log"))
@@ -155,13 +203,14 @@ def _train(
         devices=hardware.devices,
         precision=hardware.precision,
         max_epochs=learner.optimisation.epochs,
-        callbacks=[best, EarlyStopping("val_loss", patience=learner.optimisation.patience)],
+        callbacks=[best, latest, EarlyStopping("val_loss", patience=learner.optimisation.patience)],
         logger=loggers,
         default_root_dir=directory,
         num_sanity_val_steps=0,
         enable_model_summary=False,
         enable_progress_bar=sys.stderr.isatty(),
     )
+    learner.network.to(memory_format=torch.channels_last)  # convolutions of many channels run up to twice as fast
     last = directory / LAST
     if last.exists():
         read_checkpoint(last)  # says what is wrong with it, where Lightning would not

@@ -28,7 +28,7 @@ from broker_filter.scoring.networks import build_network, fusion
 from broker_filter.scoring.preprocess import prepare_images
 from training.errors import TrainingError
 from training.galaxies import Galaxies, read_galaxies, simulate_galaxies
-from training.learner import Learner, learn
+from training.learner import Learner, learn, loader
 from training.recipe import ENCODER_CARD, PUBLISHED_IMAGES, Hardware, Optimisation, begin, read_configuration
 from training.whole_file import write_whole
 
@@ -157,10 +157,5 @@ def _loader(
     size = galaxies.images.shape[-1]
     whole = np.broadcast_to(np.array([0, 0, size, size], np.int16), (len(rows), 3, 4))
     images = torch.from_numpy(prepare_images(galaxies.images[rows], whole, config.images))
-    return DataLoader(
-        TensorDataset(images, torch.from_numpy(galaxies.answers[rows])),
-        batch_size=config.recipe.batch,
-        shuffle=training,
-        drop_last=training and len(rows) >= config.recipe.batch,
-        num_workers=config.hardware.workers,
-    )
+    answers = torch.from_numpy(galaxies.answers[rows])
+    return loader(TensorDataset(images, answers), config.recipe, config.hardware, training=training)
