@@ -25,6 +25,7 @@ from training.learner import LAST, read_checkpoint
 
 from .conftest import ONE_CORE, SEED, SMALL
 
+README = Path(__file__).parents[3] / "README.md"
 QUICK = {"epochs": 3, "warm_up_epochs": 2, "batch": 16, "learning_rate": 0.01, "betas": (0.9, 0.999)}
 CLASSIFIERS: dict[Mode, type[torch.nn.Module]] = {
     "photo": PhotometryClassifier,
@@ -62,6 +63,13 @@ def test_every_published_training_can_be_named() -> None:
         assert (run.plan.warm_up_epochs, run.plan.patience, run.plan.plateau_patience) == (10, 6, 3)
         assert run.network.classification == (mode != "clip")
         assert run.network.photometry.features == 200 * 128
+
+
+def test_the_configuration_in_readme_is_one() -> None:
+    text = README.read_text()
+    block = text[text.index("mode: photo") :]
+    run = AstroM3Run.model_validate(yaml.safe_load(block[: block.index("```")]))
+    assert run.published == "photo-sub10-clip"
 
 
 def test_hyper_parameters_are_the_published_ones() -> None:
