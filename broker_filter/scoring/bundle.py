@@ -121,8 +121,8 @@ class Inputs(CardSection):
 class Outputs(CardSection):
     """What the network gives: float32 `probabilities` [N, C] and, where a size is named, `embedding` [N, D].
 
-    Where modalities are named, also `modalities` [N, M, D]: what the embedding is of, a vector of length 1 for each,
-    zeros where the alert lacks it. The embedding then has length 1, too.
+    Where modalities are named, also `modalities` [N, M, D / M]: what the embedding has side by side, a vector of length
+    1 for each, zeros where the alert lacks it. The embedding then has length 1, too.
     """
 
     labels: tuple[ModelName, ...] = Field(min_length=1)
@@ -137,13 +137,13 @@ class Outputs(CardSection):
         if self.embedding is not None:
             shapes["embedding"] = (self.embedding,)
             if self.modalities:
-                shapes["modalities"] = (len(self.modalities), self.embedding)
+                shapes["modalities"] = (len(self.modalities), self.embedding // len(self.modalities))
         return shapes
 
     @model_validator(mode="after")
-    def _modalities_have_a_size(self) -> Outputs:
-        if self.modalities and self.embedding is None:
-            raise ValueError("modalities without the size of their embedding")
+    def _modalities_are_side_by_side(self) -> Outputs:
+        if self.modalities and (self.embedding is None or self.embedding % len(self.modalities)):
+            raise ValueError(f"{len(self.modalities)} modalities of one size make no embedding of {self.embedding}")
         return self
 
     @model_validator(mode="after")

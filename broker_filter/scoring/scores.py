@@ -18,7 +18,7 @@ class ModelScores:
     probabilities: NDArray[np.float32]  # [N, C]
     embedding: NDArray[np.float32] | None  # [N, D]
     taken: NDArray[np.bool_]  # [N]
-    modalities: NDArray[np.float32] | None = None  # [N, M, D] what the embedding is of; zeros where an alert lacks one
+    modalities: NDArray[np.float32] | None = None  # [N, M, D / M] its parts; zeros: an alert lacks one
 
 
 @dataclass(frozen=True, slots=True)

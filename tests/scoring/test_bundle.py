@@ -182,3 +182,11 @@ def test_an_onnx_graph_that_is_not_the_cards_is_refused(own_bundle: Path) -> Non
     edit_card(own_bundle, lambda card: card["outputs"].update(labels=["real", "fake"], thresholds={}))
     with pytest.raises(BundleError, match=rf"{ONNX}: its inputs and outputs are .*'probabilities': \(1,\).*\(2,\)"):
         open_model(str(own_bundle), Runtime(engine="onnxruntime"))
+
+
+@pytest.mark.parametrize("embedding", [None, 31])
+def test_modalities_that_do_not_make_the_embedding_are_refused(own_bundle: Path, embedding: int | None) -> None:
+    modalities = {"embedding": embedding, "modalities": ["image", "light_curve", "metadata"]}
+    edit_card(own_bundle, lambda card: card["outputs"].update(modalities))
+    with pytest.raises(BundleError, match=f"3 modalities of one size make no embedding of {embedding}"):
+        load_bundle(own_bundle)

@@ -53,7 +53,7 @@ class Fusion(nn.Module):
 
 
 class Joined(nn.Module):
-    """Every input there is, and modalities besides the embedding."""
+    """Light curves, and modalities besides the embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Joined(nn.Module):
         seen = self.images(images.mean((2, 3)))
         past = (self.points(light_curve) * mask.unsqueeze(2)).sum(1)
         modalities = torch.nn.functional.normalize(torch.stack([seen, past], 1), dim=2)
-        return seen, torch.nn.functional.normalize(modalities.sum(1), dim=1), modalities
+        return seen, torch.nn.functional.normalize(modalities.flatten(1), dim=1), modalities
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_a_network_of_light_curves_and_modalities_is_served_alike_by_every_engin
                 images=description.inputs.images, light_curve=LightCurveInput(points=6, flux_scale=10, time_scale=1)
             ),
             "outputs": Outputs(
-                labels=("a", "b", "c", "d"), activation="softmax", embedding=4, modalities=("image", "light_curve")
+                labels=("a", "b", "c", "d"), activation="softmax", embedding=8, modalities=("image", "light_curve")
             ),
             "architecture": Architecture(name="joined"),
         }

@@ -2,7 +2,7 @@
 
 A network takes its inputs in the card's order (images, metadata, light curve and its mask, as far as there are) and
 gives logits [N, C] and the embedding [N, D]: one pass for both. One that joins modalities gives them as well,
-[N, M, D]. Importing this room imports torch.
+[N, M, D / M]. Importing this room imports torch.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from broker_filter.scoring.bundle import Architecture, BundleError, Outputs
+from broker_filter.scoring.networks.alert_embedder import AlertEmbedder
 from broker_filter.scoring.networks.btsbot_cnn import btsbot_cnn
 from broker_filter.scoring.networks.stampnet import StampNet
 from broker_filter.scoring.networks.timm_network import timm_network
 from broker_filter.scoring.networks.vgg6 import VGG6
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "alert_embedder": AlertEmbedder,
     "btsbot_cnn": btsbot_cnn,
     "stampnet": StampNet,
     "timm": timm_network,
