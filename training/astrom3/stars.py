@@ -74,12 +74,16 @@ class StarSet:
 
 
 class ShownStars(torch.utils.data.Dataset[Shown]):
-    """Stars as a network is shown them, a batch at a time: in training, long light curves are cut at random places."""
+    """Stars as a network is shown them, a batch at a time, long light curves cut to `length`: about their middle.
 
-    def __init__(self, stars: StarSet, length: int, *, training: bool) -> None:
+    To train on, with a `seed`, at random places, which the seed and the batch's stars decide: each epoch has batches of
+    its own, and a training that resumes has the places that it would have had.
+    """
+
+    def __init__(self, stars: StarSet, length: int, seed: int | None = None) -> None:
         self.stars = stars
         self.length = length
-        self.training = training
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.stars)
@@ -87,8 +91,7 @@ class ShownStars(torch.utils.data.Dataset[Shown]):
     def __getitems__(self, rows: Sequence[int]) -> Shown:
         """What torch's loader asks for: the batch of these rows."""
         stars = self.stars[np.array(rows)]
-        # torch is what is seeded at each epoch, so that training resumes with the places that it would have had
-        rng = np.random.default_rng(int(torch.randint(2**62, ()))) if self.training else None
+        rng = None if self.seed is None else np.random.default_rng([self.seed, *rows])
         cut = [to_length(light_curve, self.length, rng, stars.padding) for light_curve in stars.light_curves]
         photometry, mask = (np.stack(parts) for parts in zip(*cut, strict=True))
         arrays = (photometry, mask, stars.spectra, stars.metadata)

@@ -36,7 +36,7 @@ from broker_filter.scoring.astrom3.model import (
 from training.astrom3.recipe import AstroM3Run, Mode, Recipe
 from training.astrom3.stars import Shown, ShownStars, Split, StarSet, read_stars
 from training.errors import TrainingError
-from training.learner import Learner, learn
+from training.learner import Learner, learn, loader
 from training.recipe import begin, read_configuration
 from training.whole_file import write_whole
 
@@ -74,14 +74,14 @@ def train(config: AstroM3Run) -> dict[str, Any]:
         begin_with(network, config.pretrained)
     plan = config.plan
 
-    def loader(split: Split) -> DataLoader[Shown]:
+    def batches(split: Split) -> DataLoader[Shown]:
         return shown(read_stars(config.stars, config.subset, config.seed, split), config, split)
 
     figures: dict[str, Any] = learn(
-        StarLearner(network, plan), loader("train"), loader("validation"), config.out, config.hardware, config.logs
+        StarLearner(network, plan), batches("train"), batches("validation"), config.out, config.hardware, config.logs
     )
     if config.mode != "clip":
-        test = loader("test")
+        test = batches("test")
         figures |= measure(np.concatenate([label for *_, label in test]), predict(network, test))
     rank_zero_only(write_network)(config.out / CHECKPOINT, network)
     rank_zero_only(write_whole)(config.out / FIGURES, yaml.safe_dump(figures, sort_keys=False).encode())
@@ -194,9 +194,9 @@ class StarLearner(Learner):
 
 
 @torch.inference_mode()
-def predict(network: Network, loader: DataLoader[Shown]) -> NDArray[np.int64]:
+def predict(network: Network, batches: DataLoader[Shown]) -> NDArray[np.int64]:
     """The most probable class of every star, index into CLASSES."""
-    logits = [classify(network, Stars(*inputs)) for *inputs, _ in loader]
+    logits = [classify(network, Stars(*inputs)) for *inputs, _ in batches]
     classes: NDArray[np.int64] = torch.cat(logits).argmax(1).numpy()
     return classes
 
@@ -217,14 +217,8 @@ def shown(stars: StarSet, config: AstroM3Run, split: Split) -> DataLoader[Shown]
     """Batches of stars as a training is shown them: the split to train on shuffled and cut at random."""
     plan = config.plan
     training = split == "train"
-    return DataLoader(
-        ShownStars(stars, config.network.seq_len, training=training),
-        batch_size=plan.batch,
-        shuffle=training,
-        drop_last=training and len(stars) >= plan.batch,
-        num_workers=config.hardware.workers,
-        collate_fn=_as_it_is,
-    )
+    items = ShownStars(stars, config.network.seq_len, plan.seed if training else None)
+    return loader(items, plan, config.hardware, training=training, collate=_as_it_is)
 
 
 def _as_it_is(batch: Any) -> Any:
