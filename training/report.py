@@ -128,11 +128,12 @@ def _differences_table(contenders: Sequence[Contender]) -> Table:
         f"{first.title} less each other model, on the same objects (paired bootstrap). Marked with * where the "
         "interval leaves out 0 in its favour, with † where it does against it; one of twenty does by chance.",
         ["against", *FIGURES.values()],
-        [[other.title, *(_verdict(first.ahead_of(other, name), name) for name in FIGURES)] for other in others],
+        [[other.title, *(verdict(first.ahead_of(other, name), name) for name in FIGURES)] for other in others],
     )
 
 
-def _verdict(difference: Estimate, name: str) -> str:
+def verdict(difference: Estimate, name: str) -> str:
+    """The difference of a figure, marked with * where it is beyond chance and for the better, with † where worse."""
     if difference.low is None or difference.high is None or difference.low <= 0 <= difference.high:
         return str(difference)
     return f"{difference} {'*' if (difference.low > 0) != (name in SMALLER_IS_BETTER) else '†'}"
@@ -147,7 +148,7 @@ def _pairs_table(contenders: Sequence[Contender]) -> Table:
             [
                 row.title,
                 *(
-                    "" if row is column else _verdict(row.ahead_of(column, "roc_auc"), "roc_auc")
+                    "" if row is column else verdict(row.ahead_of(column, "roc_auc"), "roc_auc")
                     for column in contenders
                 ),
             ]

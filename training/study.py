@@ -1,7 +1,8 @@
 """`study`: a grid of networks, regimens, inputs, seeds and amounts of data, fitted one after another.
 
 `study.csv` has a row for each run that is finished; the same command goes on with the others, so a study may be stopped
-at any time, and its file may grow. A run that fails is told of and left for the next time.
+at any time, and its file may grow. A run that fails is told of and left for the next time. `study.md` says what the
+finished ones come to.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import csv
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -29,8 +30,11 @@ from training.fit import BUNDLE, THRESHOLD, fit
 from training.metrics import measure
 from training.predictions import Predictions
 from training.recipe import PUBLISHED_IMAGES, Encoder, Fit, Hardware, Recipe, read_configuration
+from training.study_report import Choice, as_markdown
+from training.whole_file import write_whole
 
 TABLE = "study.csv"
+REPORT = "study.md"
 RUNS = "runs"
 TRAINED = ("epoch", "validation_loss")
 """Of the card's evaluation, in the table."""
@@ -76,19 +80,16 @@ class Study(Section):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A cell of the grid."""
+    """A cell of the grid, and a seed."""
 
+    choice: Choice
     seed: int
-    fraction: float
-    inputs: str
-    dataset: str
-    regimen: str
-    model: str
 
     @property
     def name(self) -> str:
         """Its directory."""
-        return f"{self.dataset}_{self.model}_{self.regimen}_{self.inputs}_{self.fraction * 100:g}pct_seed{self.seed}"
+        of = self.choice
+        return f"{of.dataset}_{of.model}_{of.regimen}_{of.inputs}_{of.fraction * 100:g}pct_seed{self.seed}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,48 +104,50 @@ def run(arguments: argparse.Namespace) -> None:
     runs = list(plan(study))
     finished = _finished(study.out / TABLE)
     failed = []
-    for number, cell in enumerate(runs, 1):
-        if cell.name in finished:
+    for number, one in enumerate(runs, 1):
+        if one.name in finished:
             continue
-        log.info("run %d of %d: %s", number, len(runs), cell.name)
+        log.info("run %d of %d: %s", number, len(runs), one.name)
         started = time.monotonic()
         try:
-            config = configure(study, cell)
+            config = configure(study, one)
             fit(config)
-            _add_row(study.out / TABLE, cell, config, time.monotonic() - started)
+            _add_row(study.out / TABLE, one, config, time.monotonic() - started)
         except (TrainingError, DatasetError, BundleError, WeightsError) as error:
-            log.error("%s: %s", cell.name, error)
-            failed.append(cell.name)
+            log.error("%s: %s", one.name, error)
+            failed.append(one.name)
+    _write_report(study, runs)
     if failed:
         raise TrainingError(f"{len(failed)} of {len(runs)} runs failed, see the log: {', '.join(failed)}")
-    print(f"{study.out / TABLE}: {len(runs)} runs")
+    print(f"{study.out / TABLE}, {study.out / REPORT}: {len(runs)} runs")
 
 
 def plan(study: Study) -> Iterator[Run]:
     """The runs, in the order in which they are made: a study that was stopped early has something of everything."""
     grid = product(study.seeds, study.fractions, study.inputs, study.datasets, study.regimens, study.models)
-    for cell in (Run(*values) for values in grid):
-        encoders = study.regimens[cell.regimen].encoders
-        if encoders is not None and cell.model not in encoders:
+    for seed, fraction, inputs, dataset, regimen, model in grid:
+        encoders = study.regimens[regimen].encoders
+        if encoders is not None and model not in encoders:
             continue
-        if study.inputs[cell.inputs] and not study.models[cell.model].takes_metadata:
+        if study.inputs[inputs] and not study.models[model].takes_metadata:
             continue
-        yield cell
+        yield Run(Choice(dataset, model, regimen, inputs, fraction), seed)
 
 
-def configure(study: Study, cell: Run) -> Fit:
+def configure(study: Study, one: Run) -> Fit:
     """What `fit` is told for a run."""
-    regimen, model = study.regimens[cell.regimen], study.models[cell.model]
-    changes = {**model.recipe, **regimen.recipe, "seed": cell.seed, "fraction": cell.fraction}
-    encoder = Encoder(regimen=cell.regimen, source=regimen.encoders[cell.model]) if regimen.encoders else None
+    of = one.choice
+    regimen, model = study.regimens[of.regimen], study.models[of.model]
+    changes = {**model.recipe, **regimen.recipe, "seed": one.seed, "fraction": of.fraction}
+    encoder = Encoder(regimen=of.regimen, source=regimen.encoders[of.model]) if regimen.encoders else None
     return Fit(
-        name=f"{cell.model}_{cell.regimen}_{cell.inputs}",
-        version=f"{cell.dataset}, {cell.fraction:.0%} of the sources, seed {cell.seed}",
-        dataset=study.datasets[cell.dataset],
-        out=study.out / RUNS / cell.name,
+        name=f"{of.model}_{of.regimen}_{of.inputs}",
+        version=f"{of.dataset}, {of.fraction:.0%} of the sources, seed {one.seed}",
+        dataset=study.datasets[of.dataset],
+        out=study.out / RUNS / one.name,
         architecture=model.architecture,
         encoder=encoder,
-        metadata=study.inputs[cell.inputs],
+        metadata=study.inputs[of.inputs],
         images=study.images,
         recipe=Recipe(**{**study.recipe.model_dump(), **changes}),
         hardware=study.hardware,
@@ -158,15 +161,31 @@ def _finished(table: Path) -> set[str]:
         return {row["run"] for row in csv.DictReader(file)}
 
 
-def _add_row(table: Path, cell: Run, config: Fit, seconds: float) -> None:
+def _predictions(config: Fit) -> Predictions:
+    """What a finished run says of the test split."""
+    classes = Dataset.open(config.dataset).card.classes
+    return Predictions.read(config.out / PREDICTIONS, classes, THRESHOLD)
+
+
+def _write_report(study: Study, runs: Sequence[Run]) -> None:
+    """Of the runs that are finished."""
+    finished = _finished(study.out / TABLE)
+    found: dict[Choice, list[Predictions]] = {}
+    for one in runs:
+        if one.name in finished:
+            found.setdefault(one.choice, []).append(_predictions(configure(study, one)))
+    write_whole(study.out / REPORT, as_markdown(found, len(runs)).encode())
+
+
+def _add_row(table: Path, one: Run, config: Fit, seconds: float) -> None:
     """What the run was, how it went, and its figures on the test split."""
     card = load_bundle(config.out / BUNDLE).card
-    classes = Dataset.open(config.dataset).card.classes
-    predictions = Predictions.read(config.out / PREDICTIONS, classes, THRESHOLD)
+    predictions = _predictions(config)
     figures = measure(predictions, np.ones(len(predictions)))
     row: dict[str, object] = {
-        "run": cell.name,
-        **asdict(cell),
+        "run": one.name,
+        **asdict(one.choice),
+        "seed": one.seed,
         **{name: card.training.evaluation[name] for name in TRAINED},
         "seconds": round(seconds),
         **{name: f"{figures[name]:.4f}" for name in FIGURES},

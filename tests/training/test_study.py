@@ -11,7 +11,7 @@ import yaml
 
 from training.datasets import Dataset
 from training.errors import TrainingError
-from training.study import RUNS, TABLE, Study, configure, plan, run
+from training.study import REPORT, RUNS, TABLE, Study, configure, plan, run
 
 TINY = {"name": "btsbot_cnn", "arguments": {"channels": [4, 8], "kernel": 3, "hidden": [16, 8]}}
 
@@ -49,6 +49,9 @@ def test_a_study_goes_on_with_what_is_not_finished(study: dict[str, object], tmp
     assert both[0] == first[0]
     assert [row["seed"] for row in both] == ["1", "2"]
     assert predictions.stat().st_mtime_ns == written
+    report = (tmp_path / "study" / REPORT).read_text()
+    assert report.startswith("2 of 2 runs.")
+    assert "| tiny | scratch | images | 100% | 2 |" in report
 
 
 def test_a_run_that_fails_is_told_of_and_the_others_are_made(study: dict[str, object], tmp_path: Path) -> None:
