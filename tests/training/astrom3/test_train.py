@@ -13,13 +13,13 @@ from pydantic import ValidationError
 
 from broker_filter.scoring.astrom3.checkpoint import load_network
 from broker_filter.scoring.astrom3.galspecnet import SpectraClassifier
-from broker_filter.scoring.astrom3.informer import Informer, PhotometryClassifier
+from broker_filter.scoring.astrom3.informer import PhotometryClassifier
 from broker_filter.scoring.astrom3.metadata import MetadataClassifier
 from broker_filter.scoring.astrom3.model import AstroM3, AstroM3Classifier
 from training.__main__ import main
 from training.astrom3.recipe import PUBLISHED, AstroM3Run, Mode
 from training.astrom3.stars import DIVISORS
-from training.astrom3.train import CHECKPOINT, begin_with, build, measure, train
+from training.astrom3.train import CHECKPOINT, StarLearner, begin_with, build, measure, train
 from training.errors import TrainingError
 from training.learner import LAST, read_checkpoint
 
@@ -126,15 +126,27 @@ def test_a_classifier_begins_with_the_pre_trained_encoders(
     assert train(config) == figures  # and nothing is trained again
 
 
-def test_a_training_can_be_repeated(stars: Path, tmp_path: Path) -> None:
-    weights = []
-    for name in ("one", "other"):
-        train(configured(stars, tmp_path / name, "photo"))
-        weights.append(load_network(tmp_path / name / CHECKPOINT).state_dict())
-    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
-    network = load_network(tmp_path / "one" / CHECKPOINT)
-    assert isinstance(network, Informer)
-    assert not network.training
+def test_a_training_that_was_killed_ends_as_one_that_was_not(
+    stars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Light curves are cut, keys drawn and the learning rate led as they would have been."""
+    train(configured(stars, tmp_path / "whole", "photo"))
+    killed = configured(stars, tmp_path / "killed", "photo")
+    step = StarLearner.training_step
+
+    def killed_in_the_second_epoch(learner: StarLearner, batch: tuple[torch.Tensor, ...], i: int) -> torch.Tensor:
+        if learner.current_epoch == 1 and i == 1:
+            raise SystemExit
+        return step(learner, batch, i)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StarLearner, "training_step", killed_in_the_second_epoch)
+        with pytest.raises(SystemExit):
+            train(killed)
+    train(killed)
+    whole, resumed = (load_network(tmp_path / name / CHECKPOINT) for name in ("whole", "killed"))
+    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    assert not resumed.training
 
 
 def test_the_learning_rate_rises_and_then_falls_where_the_loss_stays(stars: Path, tmp_path: Path) -> None:
