@@ -41,12 +41,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="what the network wants divided by its L2 norm: every row (d6_m7 and before) or the whole image (d6_m9)",
     )
     braai.set_defaults(run=_import_braai)
+    acai = kinds.add_parser("acai", help="one of ACAI's five networks of ZTF alerts, from a Keras .h5 model")
+    acai.add_argument("weights", metavar="MODEL.h5", type=Path)
+    acai.add_argument(
+        "--class",
+        dest="letter",
+        choices=("h", "n", "v", "o", "b"),
+        required=True,
+        help="which of the five it is: hosted, nuclear, variable, orphan, bogus; `acai_h...h5` is h",
+    )
+    acai.set_defaults(run=_import_acai)
     btsbot = kinds.add_parser("btsbot", help="the Bright Transient Survey's networks, as published on Hugging Face")
     btsbot.add_argument(
         "folder", metavar="DIR", type=Path, help="a folder with pytorch_model.bin and train_config.json"
     )
     btsbot.set_defaults(run=_import_btsbot)
-    for kind in (braai, btsbot):
+    for kind in (braai, acai, btsbot):
         kind.add_argument("--name", required=True, help="the bundle's name, which prefixes its output columns")
         kind.add_argument("--out", metavar="DIR", type=Path, required=True, help="the new bundle's directory")
 
@@ -69,6 +79,14 @@ def _import_braai(arguments: argparse.Namespace) -> int:
     from broker_filter.scoring.braai import import_braai
 
     import_braai(arguments.weights, arguments.normalisation, arguments.name, arguments.out)
+    return _report_import(arguments)
+
+
+def _import_acai(arguments: argparse.Namespace) -> int:
+    _require_extra()
+    from broker_filter.scoring.acai import import_acai
+
+    import_acai(arguments.weights, arguments.letter, arguments.name, arguments.out)
     return _report_import(arguments)
 
 

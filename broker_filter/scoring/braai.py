@@ -9,10 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import h5py
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -27,10 +25,9 @@ from broker_filter.scoring.bundle import (
     describe_problems,
 )
 from broker_filter.scoring.export import write_bundle
+from broker_filter.scoring.keras_weights import read_keras_weights
 from broker_filter.scoring.networks import load_network
 
-MAX_WEIGHTS_BYTES = 16 * 2**20
-"""The published files have 1.3 MB, 3.8 MB with the optimizer's state."""
 PADDING = 1e-9
 """What short stamps were padded with when the network was trained (`make_triplet` in braai's repository)."""
 
@@ -81,20 +78,13 @@ def import_braai(weights: Path, normalisation: Literal["row", "image"], name: st
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The .h5 file's weights as `VGG6` names and orders them. Raises BundleError where it holds another network."""
-    if path.stat().st_size > MAX_WEIGHTS_BYTES:
-        raise BundleError(f"{path}: larger than {MAX_WEIGHTS_BYTES} bytes, which no braai network is")
-    try:
-        with h5py.File(path) as file:
-            # A saved model keeps its weights one level down, a file of weights at the top.
-            return _convert(path, file.get("model_weights", file))
-    except OSError as error:
-        raise BundleError(f"{path}: not a whole HDF5 file: {error}") from error
-
-
-def _convert(path: Path, layers: h5py.Group) -> dict[str, Tensor]:
+    expected = {
+        f"{layer}/{name}": size for layer, (_, shape) in LAYERS.items() for name, size in _of_a_layer(shape).items()
+    }
+    arrays = read_keras_weights(path, expected, "braai")
     weights = {}
     for layer, (place, shape) in LAYERS.items():
-        kernel = _read(path, layers, f"{layer}/{layer}/kernel:0", shape)
+        kernel = arrays[f"{layer}/kernel"]
         if len(shape) == 4:
             kernel = kernel.transpose(3, 2, 0, 1)
         elif layer == "fc_1":  # Keras flattens height, width, channel; torch channel, height, width
@@ -102,16 +92,9 @@ def _convert(path: Path, layers: h5py.Group) -> dict[str, Tensor]:
         else:
             kernel = kernel.T
         weights[f"{place}.weight"] = torch.from_numpy(np.ascontiguousarray(kernel))
-        weights[f"{place}.bias"] = torch.from_numpy(_read(path, layers, f"{layer}/{layer}/bias:0", shape[-1:]))
+        weights[f"{place}.bias"] = torch.from_numpy(arrays[f"{layer}/bias"])
     return weights
 
 
-def _read(path: Path, layers: h5py.Group, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    dataset = layers.get(name)
-    found = getattr(dataset, "shape", "absent")
-    if found != shape:
-        raise BundleError(f"{path}: not a braai network: {name} is {found}, expected {shape}")
-    array: NDArray[np.float32] = dataset[()].astype(np.float32)
-    if not np.isfinite(array).all():
-        raise BundleError(f"{path}: {name} holds NaN or infinite weights")
-    return array
+def _of_a_layer(kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return {"kernel": kernel, "bias": kernel[-1:]}

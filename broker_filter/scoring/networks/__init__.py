@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from broker_filter.scoring.bundle import Architecture, BundleError, Outputs
+from broker_filter.scoring.networks.acai import ACAI
 from broker_filter.scoring.networks.alert_embedder import AlertEmbedder
 from broker_filter.scoring.networks.btsbot_cnn import btsbot_cnn
 from broker_filter.scoring.networks.stampnet import StampNet
@@ -20,6 +21,7 @@ from broker_filter.scoring.networks.timm_network import timm_network
 from broker_filter.scoring.networks.vgg6 import VGG6
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "acai": ACAI,
     "alert_embedder": AlertEmbedder,
     "btsbot_cnn": btsbot_cnn,
     "stampnet": StampNet,

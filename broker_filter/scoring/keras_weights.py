@@ -1,0 +1,50 @@
+"""Files of weights that Keras wrote (.h5), for networks whose layers are known. Runs nothing of what a file holds.
+
+Every name and shape is checked; a file of any other network is refused. Needs the `train` extra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_filter.scoring.bundle import BundleError
+
+MAX_WEIGHTS_BYTES = 16 * 2**20
+"""braai's published files have 1.3 MB, 3.8 MB with the optimizer's state; ACAI's are smaller."""
+
+
+def read_keras_weights(
+    path: Path, expected: Mapping[str, tuple[int, ...]], network: str
+) -> dict[str, NDArray[np.float32]]:
+    """The arrays called `<layer>/<weight>`, such as `fc_1/kernel`, of the shapes in `expected`.
+
+    Reads a file of weights and one of a whole saved model alike. Raises BundleError where the file is neither, or is
+    not of the `network`.
+    """
+    if path.stat().st_size > MAX_WEIGHTS_BYTES:
+        raise BundleError(f"{path}: larger than {MAX_WEIGHTS_BYTES} bytes, which no {network} network is")
+    try:
+        with h5py.File(path) as file:
+            # A saved model keeps its weights one level down, a file of weights at the top.
+            layers = file.get("model_weights", file)
+            return {name: _read(path, layers, name, shape, network) for name, shape in expected.items()}
+    except OSError as error:
+        raise BundleError(f"{path}: not a whole HDF5 file: {error}") from error
+
+
+def _read(path: Path, layers: h5py.Group, name: str, shape: tuple[int, ...], network: str) -> NDArray[np.float32]:
+    layer, _, weight = name.partition("/")
+    stored = f"{layer}/{layer}/{weight}:0"
+    dataset = layers.get(stored)
+    found = getattr(dataset, "shape", "absent")
+    if found != shape:
+        raise BundleError(f"{path}: no {network} network: {stored} is {found}, expected {shape}")
+    array: NDArray[np.float32] = dataset[()].astype(np.float32)
+    if not np.isfinite(array).all():
+        raise BundleError(f"{path}: {stored} holds NaN or infinite weights")
+    return array
