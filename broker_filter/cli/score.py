@@ -49,6 +49,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="SURVEY",
         help="score this survey's alerts too, though the bundles were not trained for it; may be repeated",
     )
+    parser.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="POLICY=OUTPUT",
+        help="a column that says whether the alert's object had by then passed a policy of the Bright Transient Survey "
+        "(bts_p1, bts_p2, prod_p1, prod_p2) by the scores of an output, as in bts_p1=btsbot.bts; alerts must come in "
+        "order of time; may be repeated",
+    )
     parser.add_argument("--schema-registry", metavar="URL|DIR", help="schemas of alerts in Confluent wire format")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="what runs the networks")
     parser.add_argument("--fail-on-reject", action="store_true", help="end with status 1 if any input was rejected")
@@ -95,14 +104,18 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.streaming.archives import read_packets
     from broker_filter.streaming.duplicates import DuplicateWindow
     from broker_filter.streaming.filtering import score_stream
+    from broker_filter.streaming.policies import Policies
     from broker_filter.streaming.tables import open_table, partial_path, table_schema, to_rows
 
     packets = read_packets(arguments.inputs)
     models = [Model(bundle=bundle, also=arguments.also) for bundle in arguments.model or ["default"]]
     scorer = open_scorer(models, Runtime(device=arguments.device))
+    outputs = [f"{model.name}.{label}" for model in scorer.models for label in model.labels]
+    policies = Policies(arguments.policy, outputs)
     registry = open_registry(arguments.schema_registry)
-    decoder = Decoder(registry, cutout_size=scorer.cutout_size, columns=scorer.columns)
-    schema = table_schema([f"{model.name}.{label}" for model in scorer.models for label in model.labels])
+    columns = tuple(dict.fromkeys((*scorer.columns, *policies.columns)))
+    decoder = Decoder(registry, cutout_size=scorer.cutout_size, columns=columns)
+    schema = table_schema(outputs, policies.names)
     partial = partial_path(arguments.out)
     batches = score_stream(
         _not_of(packets, {arguments.out, partial}),
@@ -116,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         with open_table(arguments.out, schema) as table, progress("Scoring") as advance:
             for batch in batches:
-                table.write(to_rows(batch, schema))
+                table.write(to_rows(batch, schema, policies.judge(batch)))
                 advance(account.add(batch))
     except BaseException:
         if account.decoded:

@@ -7,10 +7,11 @@ there. If the work ends early, the partial file is closed properly and stays: wh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -42,7 +43,8 @@ FIXED_COLUMNS = pa.schema(
         ("source", pa.string()),
     ]
 )
-"""What every table has; a float32 column `<model>.<label>` for each model output follows. All may be null."""
+"""What every table has; a float32 column `<model>.<label>` for each model output follows, and a column for each policy
+that was asked for. All may be null."""
 
 IDENTITY = ("alert_id", "object_id", "survey", "schema_version", "mjd", "ra", "dec", "band")
 UNREAD = AlertIdentity(None, None, None, None, None, None, None, None)
@@ -66,13 +68,19 @@ class Table(Protocol):
         ...
 
 
-def table_schema(outputs: Sequence[str]) -> pa.Schema:
-    """The columns of a table with these model outputs, `<model>.<label>`."""
-    return pa.schema([*FIXED_COLUMNS, *((output, pa.float32()) for output in outputs)])
+def table_schema(outputs: Sequence[str], policies: Sequence[str] = ()) -> pa.Schema:
+    """The columns of a table with these model outputs, `<model>.<label>`, and policies."""
+    scores, passed = ((output, pa.float32()) for output in outputs), ((policy, pa.bool_()) for policy in policies)
+    return pa.schema([*FIXED_COLUMNS, *scores, *passed])
 
 
-def to_rows(scored: ScoredBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """A row for every alert and every reject of the batch, in the order in which they stood in its packets."""
+def to_rows(
+    scored: ScoredBatch, schema: pa.Schema, passed: Mapping[str, Sequence[bool | None]] = MappingProxyType({})
+) -> pa.RecordBatch:
+    """A row for every alert and every reject of the batch, in the order in which they stood in its packets.
+
+    `passed`: of each policy whether the object of each of the batch's N alerts had passed by then.
+    """
     alerts = scored.alerts
     place = {id(packet): index for index, packet in enumerate(scored.packets)}
     outputs = {name: values.tolist() for name, values in scored.scores.columns().items()}
@@ -82,6 +90,7 @@ def to_rows(scored: ScoredBatch, schema: pa.Schema) -> pa.RecordBatch:
         row = _row(alerts.identity(i), scored.packets[packet].position, record, status="scored")
         row["duplicate"] = bool(scored.duplicate[i])
         row |= {name: None if np.isnan(values[i]) else values[i] for name, values in outputs.items()}
+        row |= {name: values[i] for name, values in passed.items()}
         rows.append(((packet, record), row))
     for reject in scored.rejects:
         row = _row(reject.alert or UNREAD, reject.packet.position, reject.record, status="rejected")

@@ -14,11 +14,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from broker_filter.cli import INTERRUPTED, main
 from broker_filter.cli.score import BATCH_SIZE
+from broker_filter.scoring.policies import POLICIES
 
 
 @pytest.fixture
@@ -171,3 +173,45 @@ def test_an_interrupt_keeps_the_rows_so_far_under_another_name(
     assert f"the rows so far are in {partial}" in errors
     assert "Traceback" not in errors
     assert len([json.loads(line) for line in partial.read_text().splitlines()]) >= BATCH_SIZE
+
+
+@pytest.mark.shared
+def test_policies_judge_an_alert_with_its_objects_past(
+    shared_data: Path, ztf_packets: list[tuple[int, bytes]], tmp_path: Path
+) -> None:
+    labels = pq.read_table(shared_data / "ztf" / "labels.parquet", columns=["candid", "objectId", "magpsf"]).to_pylist()
+    alerts_of = Counter(row["objectId"] for row in labels)
+    magpsf = {row["candid"]: row["magpsf"] for row in labels if alerts_of[row["objectId"]] >= 4}
+    folder = tmp_path / "night"
+    folder.mkdir()
+    for candid, data in ztf_packets:
+        if candid in magpsf:
+            (folder / f"{candid}.avro").write_bytes(data)
+            last = data
+    (folder / "seen_before.avro").write_bytes(last)
+    asked = [argument for name in POLICIES for argument in ("--policy", f"{name}=default.real")]
+    assert score(folder, "--out", tmp_path / "scores.parquet", *asked) == 0
+    rows = pq.read_table(tmp_path / "scores.parquet").to_pylist()
+    assert [[row[name] for name in POLICIES] for row in rows if row["duplicate"]] == [[None] * len(POLICIES)]
+    judged = [row for row in rows if not row["duplicate"]]
+    for name, policy in POLICIES.items():
+        for i, row in enumerate(judged):
+            past = [earlier for earlier in judged[: i + 1] if earlier["object_id"] == row["object_id"]]
+            scores = np.array([earlier["default.real"] for earlier in past])
+            assert row[name] == policy(scores, np.array([magpsf[earlier["alert_id"]] for earlier in past]))
+        assert len({row[name] for row in judged}) == 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "complaint"),
+    [
+        ("bts_p3=default.real", "no policy is called 'bts_p3'; there are bts_p1, bts_p2, prod_p1, prod_p2"),
+        ("bts_p1=default.reel", "no output is called 'default.reel'; there are default.real"),
+        ("bts_p1", "no output is called ''"),
+    ],
+)
+def test_a_policy_that_cannot_be_is_said_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: str, complaint: str
+) -> None:
+    assert score(tmp_path, "--out", tmp_path / "scores.parquet", "--policy", policy) == 2
+    assert complaint in capsys.readouterr().err

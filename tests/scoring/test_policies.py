@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from broker_filter.scoring.policies import POLICIES, passed
+from broker_filter.scoring.policies import POLICIES, PolicyFilter
 
 Floats = NDArray[np.floating]
 
@@ -24,10 +24,12 @@ def test_an_alert_is_judged_with_its_objects_past_and_nothing_else(name: str) ->
     rng = np.random.default_rng(2)
     n = 300
     object_id = rng.integers(60, size=n).astype(str)
-    mjd, magpsf, score = rng.permutation(n) + 60000.0, rng.uniform(18, 19.5, n), rng.random(n).astype(np.float32)
-    result = passed(POLICIES[name], object_id, mjd, score, magpsf)
+    magpsf, score = rng.uniform(18, 19.5, n), rng.random(n).astype(np.float32)
+    policy = PolicyFilter(POLICIES[name])
+    batches = np.split(np.arange(n), [1, 100, 100, 250])
+    result = np.concatenate([policy.passed(object_id[rows], score[rows], magpsf[rows]) for rows in batches])
     for i in range(n):
-        past = (object_id == object_id[i]) & (mjd <= mjd[i])
+        past = (object_id == object_id[i]) & (np.arange(n) <= i)
         assert result[i] == expected(name, score[past], magpsf[past])
     assert 0.1 < result.mean() < 0.9
 
@@ -53,4 +55,4 @@ def test_a_score_at_the_threshold_is_not_above_it() -> None:
 
 def test_no_alerts_pass_nothing() -> None:
     nothing = np.zeros(0)
-    assert passed(POLICIES["bts_p1"], [], nothing, nothing, nothing).shape == (0,)
+    assert PolicyFilter(POLICIES["bts_p1"]).passed([], nothing, nothing).shape == (0,)
