@@ -382,7 +382,7 @@ class Filter(ServiceSection):
 class Batch(ServiceSection):
     """How many alerts are decoded and scored together."""
 
-    max_size: int = Field(default=64, gt=0, le=4096, description="Most packets in a batch.")
+    max_size: int = Field(default=128, gt=0, le=4096, description="Most packets in a batch.")
     max_wait_ms: int = Field(default=20, ge=0, description="How long a batch waits to be full.")
 
 

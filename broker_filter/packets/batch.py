@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,8 +59,7 @@ class AlertIdentity:
     band: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """An alert's bytes in its packet: the undecoded Avro body that output records are spliced from.
 
     `body` is a view into the packet's bytes (or into a decompressed block). `cutout_spans` are the [start, end) ranges

@@ -61,7 +61,9 @@ class Layout:
         }
         self._direct = list(direct)
         self._direct_slots = [self._scalars[source] for source in direct.values()]
-        self._computed = [(place, source) for place, source in enumerate(sources) if place not in direct]
+        self._computed = [
+            (place, source) for place, source in enumerate(sources) if source is not None and place not in direct
+        ]
         self._missing = np.full(len(sources), np.nan)
         for place, source in direct.items():
             self._missing[place] = np.nan if source.missing is None else source.missing
@@ -148,7 +150,7 @@ class Layout:
                 np.searchsorted(rows, history_rows[first_table]),
                 list(history[first_table, 1:].T),
             )
-        metadata = np.empty((len(scalars), len(self._missing)))
+        metadata = np.full((len(scalars), len(self._missing)), np.nan)
         metadata[:, self._direct] = scalars[:, self._direct_slots]
         metadata[metadata == self._missing] = np.nan
         for place, source in self._computed:
