@@ -71,7 +71,9 @@ class Study(Section):
     inputs: dict[str, tuple[str, ...]] = Field(
         default={"images": ()}, description="Metadata columns, by what to call them; none: images alone."
     )
-    fractions: tuple[float, ...] = (1.0,)
+    fractions: tuple[float, ...] = Field(
+        default=(1.0,), description="Of the training sources; of fewer there are more epochs, and as many steps."
+    )
     seeds: tuple[int, ...] = (1, 2, 3)
     images: ImageInput = PUBLISHED_IMAGES
     recipe: Recipe = Recipe()
@@ -138,7 +140,8 @@ def configure(study: Study, one: Run) -> Fit:
     """What `fit` is told for a run."""
     of = one.choice
     regimen, model = study.regimens[of.regimen], study.models[of.model]
-    changes = {**model.recipe, **regimen.recipe, "seed": one.seed, "fraction": of.fraction}
+    recipe = Recipe(**{**study.recipe.model_dump(), **model.recipe, **regimen.recipe})
+    often = round(1 / of.fraction)
     encoder = Encoder(regimen=of.regimen, source=regimen.encoders[of.model]) if regimen.encoders else None
     return Fit(
         name=f"{of.model}_{of.regimen}_{of.inputs}",
@@ -149,7 +152,15 @@ def configure(study: Study, one: Run) -> Fit:
         encoder=encoder,
         metadata=study.inputs[of.inputs],
         images=study.images,
-        recipe=Recipe(**{**study.recipe.model_dump(), **changes}),
+        recipe=recipe.model_copy(
+            update={
+                "seed": one.seed,
+                "fraction": of.fraction,
+                "epochs": often * recipe.epochs,
+                "warm_up_epochs": often * recipe.warm_up_epochs,
+                "patience": often * recipe.patience,
+            }
+        ),
         hardware=study.hardware,
     )
 

@@ -82,6 +82,7 @@ def test_one_seed_of_everything_comes_before_the_next(study: dict[str, object]) 
     assert len(cells) == len({cell.name for cell in cells}) == 20
     config = configure(whole, cells[-1])
     assert (config.recipe.seed, config.recipe.fraction, config.recipe.learning_rate) == (2, 0.1, 1e-4)
+    assert (config.recipe.epochs, config.recipe.warm_up_epochs) == (20, 10)  # ten times as often over a tenth
     assert config.metadata == ("magpsf",)
     assert config.encoder is not None
     assert config.encoder.regimen == "galaxies"
