@@ -115,7 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
     registry = open_registry(arguments.schema_registry)
     columns = tuple(dict.fromkeys((*scorer.columns, *policies.columns)))
     decoder = Decoder(registry, cutout_size=scorer.cutout_size, columns=columns)
-    schema = table_schema(outputs, policies.names)
+    embeddings = [model.name for model in scorer.models if model.bundle.card.outputs.embedding is not None]
+    schema = table_schema(outputs, policies.names, embeddings)
     partial = partial_path(arguments.out)
     batches = score_stream(
         _not_of(packets, {arguments.out, partial}),

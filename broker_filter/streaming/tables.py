@@ -43,8 +43,8 @@ FIXED_COLUMNS = pa.schema(
         ("source", pa.string()),
     ]
 )
-"""What every table has; a float32 column `<model>.<label>` for each model output follows, and a column for each policy
-that was asked for. All may be null."""
+"""What every table has; a float32 column `<model>.<label>` for each model output follows, a column for each policy that
+was asked for, and lists of float32 `<model>.embedding` for each model that gives one. All may be null."""
 
 IDENTITY = ("alert_id", "object_id", "survey", "schema_version", "mjd", "ra", "dec", "band")
 UNREAD = AlertIdentity(None, None, None, None, None, None, None, None)
@@ -68,10 +68,16 @@ class Table(Protocol):
         ...
 
 
-def table_schema(outputs: Sequence[str], policies: Sequence[str] = ()) -> pa.Schema:
-    """The columns of a table with these model outputs, `<model>.<label>`, and policies."""
+def table_schema(outputs: Sequence[str], policies: Sequence[str] = (), embeddings: Sequence[str] = ()) -> pa.Schema:
+    """The columns of a table with these model outputs, `<model>.<label>`, policies, and embeddings of these models."""
     scores, passed = ((output, pa.float32()) for output in outputs), ((policy, pa.bool_()) for policy in policies)
-    return pa.schema([*FIXED_COLUMNS, *scores, *passed])
+    vectors = ((embedding_column(model), pa.list_(pa.float32())) for model in embeddings)
+    return pa.schema([*FIXED_COLUMNS, *scores, *passed, *vectors])
+
+
+def embedding_column(model: str) -> str:
+    """What the column of a model's embeddings is called."""
+    return f"{model}.embedding"
 
 
 def to_rows(
@@ -84,13 +90,20 @@ def to_rows(
     alerts = scored.alerts
     place = {id(packet): index for index, packet in enumerate(scored.packets)}
     outputs = {name: values.tolist() for name, values in scored.scores.columns().items()}
+    vectors = {
+        embedding_column(scores.model): [
+            vector.tolist() if taken else None for vector, taken in zip(scores.embedding, scores.taken, strict=True)
+        ]
+        for scores in scored.scores.models
+        if scores.embedding is not None
+    }
     rows: list[tuple[tuple[int, int], dict[str, Any]]] = []
     for i in scored.scored.tolist():
         packet, record = int(alerts.packet_index[i]), int(alerts.record_index[i])
         row = _row(alerts.identity(i), scored.packets[packet].position, record, status="scored")
         row["duplicate"] = bool(scored.duplicate[i])
         row |= {name: None if np.isnan(values[i]) else values[i] for name, values in outputs.items()}
-        row |= {name: values[i] for name, values in passed.items()}
+        row |= {name: values[i] for name, values in (*passed.items(), *vectors.items())}
         rows.append(((packet, record), row))
     for reject in scored.rejects:
         row = _row(reject.alert or UNREAD, reject.packet.position, reject.record, status="rejected")
@@ -194,6 +207,7 @@ def _avro_schema(schema: pa.Schema) -> dict[str, Any]:
         pa.float32(): "float",
         pa.bool_(): "boolean",
         pa.string(): "string",
+        pa.list_(pa.float32()): {"type": "array", "items": "float"},
     }
     fields = [
         {

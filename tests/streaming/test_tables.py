@@ -159,3 +159,17 @@ def test_what_cannot_be_written_is_refused_before_any_row(tmp_path: Path, name: 
     (tmp_path / "folder.parquet").mkdir()
     with pytest.raises(error, match=str(tmp_path)), open_table(tmp_path / name, SCHEMA):
         raise AssertionError("work began")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".avro", ".jsonl"])
+def test_an_embedding_is_a_list_and_null_where_the_model_did_not_look(
+    tmp_path: Path, scored: ScoredBatch, suffix: str
+) -> None:
+    embedding = np.array([[0.5, -0.25, 1], [NAN, NAN, NAN]], np.float32)
+    default, other = scored.scores.models
+    models = (default, replace(other, embedding=embedding[::-1]))
+    path = tmp_path / f"table{suffix}"
+    schema = table_schema(["default.real", "d6_m7.real"], embeddings=["d6_m7"])
+    with open_table(path, schema) as table:
+        table.write(to_rows(replace(scored, scores=replace(scored.scores, models=models)), schema))
+    assert [row["d6_m7.embedding"] for row in read(path)] == [None, None, [0.5, -0.25, 1.0], None]

@@ -20,6 +20,8 @@ MODALITIES = ("image", "light_curve", "metadata")
 """What an alert is seen in, in the order of the embedder's outputs."""
 MAX_DEVIATION = 5.0
 """Standard deviations of a metadata column beyond which a value is only large."""
+LEAST_DEVIATION = 1e-3
+"""Lest a column that hardly varies be divided by nothing."""
 TAPPED = 8
 """Layers of StampNet up to its map of 32 channels and 15 px: what classes need is still there, and in what its answer
 is read from no longer is."""
@@ -49,14 +51,11 @@ class AlertEmbedder(nn.Module):
         """`trunk`: `stampnet`, or a backbone that timm knows; `metadata`: F, the number of columns; `width`, `layers`,
         `heads`: of the light curves' transformer; `hidden`: width of the layer before each projection."""
         super().__init__()
+        self.trunk: StampNetTrunk | TimmTrunk
         self.trunk = StampNetTrunk(labels) if trunk == "stampnet" else TimmTrunk(trunk, labels)
-        self.encoders = nn.ModuleDict(
-            {
-                "image": Standardise(self.trunk.features),
-                "light_curve": LightCurveEncoder(width, layers, heads),
-                "metadata": MetadataEncoder(metadata),
-            }
-        )
+        self.features = Standardise(self.trunk.features)
+        self.metadata = MetadataEncoder(metadata)
+        self.light_curve = LightCurveEncoder(width, layers, heads)
         widths = (self.trunk.features, width, 2 * metadata)
         self.projections = nn.ModuleDict(
             {name: projection(w, hidden, size) for name, w in zip(MODALITIES, widths, strict=True)}
@@ -73,9 +72,9 @@ class AlertEmbedder(nn.Module):
     def see(self, features: Tensor, metadata: Tensor, light_curve: Tensor, light_curve_mask: Tensor) -> Tensor:
         """The modalities [N, M, size], of the trunk's features [N, T] instead of the images."""
         seen = (
-            self.encoders["image"](features),
-            self.encoders["light_curve"](light_curve, light_curve_mask),
-            self.encoders["metadata"](metadata),
+            self.features(features),
+            self.light_curve(light_curve, light_curve_mask),
+            self.metadata(metadata),
         )
         there = (
             torch.ones_like(features[:, 0]),
@@ -143,6 +142,14 @@ class Standardise(nn.Module):
         """See the class."""
         return ((columns - self.mean) / self.deviation).clamp(-MAX_DEVIATION, MAX_DEVIATION)
 
+    @torch.no_grad()
+    def fit(self, columns: Tensor) -> None:
+        """Sets the constants: those of `columns` [N, F], where NaN is no value."""
+        mean = columns.nanmean(0)
+        self.mean.copy_(mean.nan_to_num(0.0))
+        deviation = (columns - mean).square().nanmean(0).sqrt()
+        self.deviation.copy_(deviation.nan_to_num(1.0).clamp(min=LEAST_DEVIATION))
+
 
 class MetadataEncoder(nn.Module):
     """Raw metadata [N, F] -> [N, 2 F]: the values' inverse hyperbolic sines, logarithms that zero and negative values
@@ -157,6 +164,10 @@ class MetadataEncoder(nn.Module):
         missing = metadata == NO_VALUE
         values = self.standardise(metadata.asinh()).masked_fill(missing, 0.0)
         return torch.cat([values, missing.to(values.dtype)], dim=1)
+
+    def fit(self, metadata: Tensor) -> None:
+        """Sets the constants: those of raw `metadata` [N, F]."""
+        self.standardise.fit(torch.where(metadata == NO_VALUE, torch.nan, metadata).asinh())
 
 
 class LightCurveEncoder(nn.Module):
