@@ -71,6 +71,8 @@ def ratios(report: Report) -> dict[str, float]:
         found["decode: 2 threads / 1"] = _rate(decode, SERVICE_2_THREADS) / _rate(decode, SERVICE)
     if archive := report.wholes.get(ARCHIVE):
         found["archive: floor / service"] = _cpu(archive, INFLATE, FLOPS) / _cpu(archive, SERVICE)
+        with_runtime = _cpu(archive, INFLATE, RUNTIME) / _cpu(archive, SERVICE)
+        found["archive: floor, the runtime's inference / service"] = with_runtime
         found["archive: naive / service"] = _cpu(archive, NAIVE) / _cpu(archive, SERVICE)
     if kafka := report.wholes.get(kafka_whole(models[0])):
         found["Kafka: service / naive"] = _rate(kafka, SERVICE) / _rate(kafka, NAIVE)

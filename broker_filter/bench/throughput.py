@@ -60,6 +60,8 @@ def measure_archive(
     write_night(naive_night, islice(cycle(packets), naive_alerts))
     bundle = load_bundle(model)
     broker = NaiveBroker(bundle)
+    alone = open_scorer([model], Runtime(device=device, inference_threads=1))
+    decoded, _ = open_decoder(alone).decode(in_batches(packets, len(packets))[0])
 
     def service(threads: int) -> Run:
         scorer = open_scorer([model], Runtime(device=device, inference_threads=threads))
@@ -86,6 +88,7 @@ def measure_archive(
         SERVICE_2_THREADS: partial(service, 2),
         INFLATE: partial(timed, inflate_stamps(packets, broker), len(packets)),
         FLOPS: flops_run(bundle),
+        RUNTIME: partial(timed, network_alone(alone.models[0].network, bundle, decoded, 1), len(packets)),
     }
     return {ARCHIVE: compete(contestants, repetitions)}
 
