@@ -47,7 +47,7 @@ TARGETS = (
     Target("archive: floor / service", 0.75),
     Target("archive: naive / service", 5.5),
     Target("Kafka: service / naive", 6, stretch=8),
-    Target("Kafka: service / floors", 0.65),
+    Target("Kafka: service / floors, the runtime's inference", 0.65),
     Target("latency p50, ms", 60, at_most=True),
     Target("latency p99, ms", 250, at_most=True),
     Target("burst, rebalances", 0, at_most=True),
