@@ -277,54 +277,62 @@ def _as_array(column: pa.Array) -> NDArray[Any]:
 
 
 PACKETS_AT_ONCE = 256
-NO_DRB = 0.0
-"""Stands, besides null, in packets of the weeks before ZTF had the network: exactly 0, and an empty drbversion."""
 
 
 @dataclass(frozen=True, slots=True)
 class Alerts:
-    """N alerts in memory; `alerts[rows]` are some of them."""
+    """N alerts in memory, as `AlertBatch` has them; `alerts[rows]` are some of them."""
 
     alert_id: NDArray[np.int64]  # [N]
     object_id: NDArray[np.str_]  # [N]
-    cutouts: NDArray[np.float32]  # [N, 3, S, S] as in AlertBatch
+    cutouts: NDArray[np.float32]  # [N, 3, S, S]
     cutout_box: NDArray[np.int16]  # [N, 3, 4]
-    drb: NDArray[np.float64]  # [N] the survey's own real/bogus score, NaN where the packet carries none
+    metadata: NDArray[np.float64]  # [N, F] NaN where missing
+    columns: tuple[str, ...]  # F
 
     def __len__(self) -> int:
         return len(self.alert_id)
 
-    def __getitem__(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Alerts:
+    def __getitem__(self, rows: NDArray[np.bool_] | NDArray[np.int64] | slice) -> Alerts:
         return Alerts(
-            self.alert_id[rows], self.object_id[rows], self.cutouts[rows], self.cutout_box[rows], self.drb[rows]
+            self.alert_id[rows],
+            self.object_id[rows],
+            self.cutouts[rows],
+            self.cutout_box[rows],
+            self.metadata[rows],
+            self.columns,
         )
 
+    @property
+    def raw(self) -> RawAlerts:
+        """What models look at."""
+        return RawAlerts(self.cutouts, self.cutout_box, self.metadata, self.columns)
 
-def load_alerts(inputs: Sequence[Path], cutout_size: int) -> Alerts:
-    """Every ZTF alert of files, folders and archives, each alert id once; what does not decode is left out."""
-    decoder = Decoder(open_registry(None), cutout_size=cutout_size, columns=("drb",))
+
+def load_alerts(inputs: Sequence[Path], cutout_size: int, columns: Sequence[str]) -> Alerts:
+    """Every ZTF alert of files, folders and archives, each alert id once; what does not decode is left out.
+
+    Raises DatasetError where there is none.
+    """
+    decoder = Decoder(open_registry(None), cutout_size=cutout_size, columns=columns)
     packets = read_packets(inputs)
-    parts = []
+    batches = []
     while some := list(islice(packets, PACKETS_AT_ONCE)):
         batch, _ = decoder.decode(some)
-        drb = batch.column("drb")
-        parts.append(
-            Alerts(
-                batch.alert_id,
-                np.array(batch.object_id, np.str_),
-                batch.cutouts,
-                batch.cutout_box,
-                np.where(drb == NO_DRB, np.nan, drb),
-            )[batch.survey == Survey.ZTF]
-        )
-    alerts = Alerts(
-        np.concatenate([part.alert_id for part in parts]),
-        np.concatenate([part.object_id for part in parts]),
-        np.concatenate([part.cutouts for part in parts]),
-        np.concatenate([part.cutout_box for part in parts]),
-        np.concatenate([part.drb for part in parts]),
+        objects = np.array(batch.object_id, np.str_)
+        alerts = Alerts(batch.alert_id, objects, batch.cutouts, batch.cutout_box, batch.metadata, batch.columns)
+        batches.append(alerts[batch.survey == Survey.ZTF])
+    if not sum(map(len, batches)):
+        raise DatasetError(f"{', '.join(map(str, inputs))}: no ZTF alert that decodes")
+    everything = Alerts(
+        np.concatenate([alerts.alert_id for alerts in batches]),
+        np.concatenate([alerts.object_id for alerts in batches]),
+        np.concatenate([alerts.cutouts for alerts in batches]),
+        np.concatenate([alerts.cutout_box for alerts in batches]),
+        np.concatenate([alerts.metadata for alerts in batches]),
+        tuple(columns),
     )
-    return alerts[np.unique(alerts.alert_id, return_index=True)[1]]
+    return everything[np.unique(everything.alert_id, return_index=True)[1]]
 
 
 def held_out(object_id: NDArray[np.str_], fraction: float, seed: int) -> NDArray[np.bool_]:

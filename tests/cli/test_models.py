@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from broker_filter.cli import main
-from broker_filter.scoring.bundle import SHIPPED
+from broker_filter.scoring.bundle import SHIPPED, shipped_bundles
 
 DEFAULT = SHIPPED / "default"
 
@@ -28,16 +28,16 @@ def test_lists_what_ships_and_what_is_in_a_directory(tmp_path: Path, capsys: pyt
     assert main(["models", "list", str(tmp_path)]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["NAME", "VERSION", "SURVEYS", "OUTPUTS", "TASK", "DIRECTORY"]
-    assert [row.split()[0] for row in rows] == ["default", "default"]
-    assert "default.real" in rows[0]
-    assert rows[1].endswith(str(tmp_path / "other"))
+    assert [row.split()[0] for row in rows] == [*shipped_bundles(), "default"]
+    assert "default.real" in rows[shipped_bundles().index("default")]
+    assert rows[-1].endswith(str(tmp_path / "other"))
 
 
 def test_lists_what_is_sound_beside_a_corrupted_bundle(corrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (corrupted.parent / "sound").symlink_to(DEFAULT)
     assert main(["models", "list", str(corrupted.parent)]) == 1
     out, complaint = capsys.readouterr()
-    assert [Path(row.split()[-1]).name for row in out.splitlines()[1:]] == ["default", "sound"]
+    assert [Path(row.split()[-1]).name for row in out.splitlines()[1:]] == [*shipped_bundles(), "sound"]
     assert str(corrupted / "weights.safetensors") in complaint
 
 

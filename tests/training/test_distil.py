@@ -8,19 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from broker_filter.config import Runtime
-from broker_filter.scoring.alerts import RawAlerts
-from broker_filter.scoring.bundle import Architecture, load_bundle
-from broker_filter.scoring.networks import build_network
-from broker_filter.scoring.runtimes import LoadedNetwork, Tensors
-from broker_filter.scoring.scorer import Model, open_model
+from broker_filter.scoring.bundle import WEIGHTS, Architecture, load_bundle
+from broker_filter.scoring.networks import build_network, load_network
+from broker_filter.scoring.scorer import open_model
 from training.augment import augment
 from training.datasets import Alerts, held_out, load_alerts
-from training.distil import Recipe, distil, make_images
-from training.evaluate import agreement, roc_auc
-from training.train_default import SPLIT_SEED, TEST_FRACTION
+from training.distil import Hint, Recipe, distil, make_images
+from training.errors import TrainingError
+from training.train_default import SPLIT_SEED, TEST_FRACTION, figures, published_score
+
+INPUTS = load_bundle("default").card.inputs.images
+MAP, EMBEDDING = Hint(student=11, teacher=11), Hint(student=18, teacher=18)
+"""Of StampNet by StampNet."""
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +36,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Model:
-    return open_model("default", Runtime(engine="onnxruntime", device="cpu", inference_threads=1))
+def teacher() -> nn.Module:
+    bundle = load_bundle("default")
+    return load_network(bundle.card.architecture, load_file(bundle.directory / WEIGHTS))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,8 @@ def alerts() -> Alerts:
         object_id=np.array([f"ZTF{i // 2}" for i in range(12)]),
         cutouts=answers.cutouts[rows],
         cutout_box=answers.cutout_box[rows],
-        drb=np.full(12, np.nan),
+        metadata=np.empty((12, 0)),
+        columns=(),
     )
 
 
@@ -70,45 +75,75 @@ def test_an_objects_side_does_not_depend_on_the_order_of_its_alerts() -> None:
     assert np.array_equal(held_out(object_id, 0.25, seed=3)[::-1], held_out(object_id[::-1], 0.25, seed=3))
 
 
-def test_training_goes_towards_the_teacher(teacher: Model, alerts: Alerts) -> None:
-    images = make_images(teacher, alerts, np.full(12, 1 / 12), 64, np.random.default_rng(99))
-    labels = torch.from_numpy(teacher.network.run({"images": images})["probabilities"])
+def test_training_goes_towards_the_teacher(teacher: nn.Module, alerts: Alerts) -> None:
+    images = torch.from_numpy(make_images(INPUTS, alerts, np.full(12, 1 / 12), 64, np.random.default_rng(99)))
 
     def distance(network: nn.Module) -> float:
         with torch.inference_mode():
-            logits, _ = network.eval()(torch.from_numpy(images))
-        return float((logits.sigmoid() - labels).abs().mean())
+            logits, truth = network.eval()(images)[0], teacher(images)[0]
+        return float((logits.sigmoid() - truth.sigmoid()).abs().mean())
 
-    trained = distil(student(), teacher, alerts, Recipe(steps=60, seed=1, batch=8))
+    trained = distil(student(), teacher, INPUTS, alerts, Recipe(steps=60, seed=1, batch=8))
     assert distance(trained) < 0.6 * distance(student())
 
 
-class Stopping:
+def test_a_hint_teaches_what_a_layer_of_the_teacher_tells(teacher: nn.Module, alerts: Alerts) -> None:
+    """The better the student's layer predicts the teacher's, the less of it a linear map leaves over."""
+    images = torch.from_numpy(make_images(INPUTS, alerts, np.full(12, 1 / 12), 256, np.random.default_rng(99)))
+
+    def told(network: nn.Module, depth: int) -> Tensor:
+        with torch.inference_mode():
+            return network.get_submodule("features")[:depth](images).movedim(1, -1).flatten(0, -2)
+
+    def left_over(network: nn.Module) -> float:
+        known, wanted = told(network, MAP.student), told(teacher, MAP.teacher)
+        known = torch.cat([known, torch.ones(len(known), 1)], dim=1)
+        return float((known @ torch.linalg.lstsq(known, wanted, driver="gelsd").solution - wanted).square().mean())
+
+    with_hint, without = (
+        distil(student(), teacher, INPUTS, alerts, Recipe(steps=60, seed=1, batch=8, hints=hints))
+        for hints in ((MAP,), ())
+    )
+    assert left_over(with_hint) < left_over(without)
+
+
+class Stopping(nn.Module):
     """A network that somebody stops at its nth run."""
 
-    def __init__(self, network: LoadedNetwork, runs: int) -> None:
-        self.provider = network.provider
-        self._network = network
-        self._left = runs
+    def __init__(self, network: nn.Module, runs: int) -> None:
+        super().__init__()
+        self.network = network
+        self.features = network.features
+        self.left = runs
 
-    def run(self, inputs: Tensors) -> Tensors:
-        self._left -= 1
-        if self._left == 0:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        self.left -= 1
+        if self.left == 0:
             raise KeyboardInterrupt
-        return self._network.run(inputs)
+        logits, embedding = self.network(images)
+        return logits, embedding
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
-    teacher: Model, alerts: Alerts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: nn.Module, alerts: Alerts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.distil.CHECKPOINT_EVERY", 3)
-    recipe = Recipe(steps=8, seed=1, batch=4)
-    whole = distil(student(), teacher, alerts, recipe).state_dict()
-    stopping = Model(teacher.bundle, Stopping(teacher.network, runs=6), teacher.surveys)
+    recipe = Recipe(steps=8, seed=1, batch=4, hints=(MAP, EMBEDDING))
+    whole = distil(student(), teacher, INPUTS, alerts, recipe).state_dict()
     with pytest.raises(KeyboardInterrupt):
-        distil(student(), stopping, alerts, recipe, tmp_path / "checkpoint.pt")
-    resumed = distil(student(), teacher, alerts, recipe, tmp_path / "checkpoint.pt").state_dict()
+        distil(student(), Stopping(teacher, runs=6), INPUTS, alerts, recipe, tmp_path / "checkpoint.pt")
+    resumed = distil(student(), teacher, INPUTS, alerts, recipe, tmp_path / "checkpoint.pt").state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(teacher: nn.Module, alerts: Alerts, tmp_path: Path) -> None:
+    recipe, checkpoint = Recipe(steps=1, seed=1, batch=4), tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(b"PK")
+    with pytest.raises(TrainingError, match="not a whole checkpoint"):
+        distil(student(), teacher, INPUTS, alerts, recipe, checkpoint)
+    torch.save({"recipe": "another"}, checkpoint)
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt: is of another training"):
+        distil(student(), teacher, INPUTS, alerts, recipe, checkpoint)
 
 
 def test_augmented_images_are_new_and_the_alerts_stay_as_they_are(alerts: Alerts) -> None:
@@ -121,25 +156,32 @@ def test_augmented_images_are_new_and_the_alerts_stay_as_they_are(alerts: Alerts
     assert sum(np.array_equal(image, cutouts, equal_nan=True) for image, cutouts in zip(made, before, strict=True)) < 4
 
 
-@pytest.mark.shared
-def test_loads_each_alert_of_an_archive_once(shared_data: Path) -> None:
-    archive = shared_data / "ztf" / "ztf_alerts.tar"
-    alerts = load_alerts([archive, archive], 63)
-    assert len(alerts) == len(np.unique(alerts.alert_id)) > 1900
-    rated = np.isfinite(alerts.drb)
-    assert 1300 < rated.sum() < len(alerts)
-    assert (alerts.drb[rated] > 0).all()
+@pytest.fixture(scope="module")
+def real_alerts(shared_data: Path) -> Alerts:
+    """Every shared ZTF alert, some given twice."""
+    archives = shared_data / "ztf" / "archives"
+    return load_alerts([shared_data / "ztf" / "ztf_alerts.tar", archives, archives], INPUTS.size, ("drb",))
 
 
 @pytest.mark.shared
-def test_the_default_bundles_card_says_what_the_bundle_does(shared_data: Path) -> None:
+def test_loads_each_alert_once(real_alerts: Alerts) -> None:
+    assert len(real_alerts) == len(np.unique(real_alerts.alert_id)) > 1900
+    rated = np.isfinite(published_score(real_alerts))
+    assert 1300 < rated.sum() < len(real_alerts)
+    assert (published_score(real_alerts)[rated] > 0).all()
+
+
+@pytest.mark.shared
+def test_the_default_bundles_card_says_what_the_bundle_does(real_alerts: Alerts) -> None:
     """The shipped bundle on the alerts of objects that it was not trained on, as its card's figures were taken."""
     model = open_model("default", Runtime(engine="onnxruntime", device="cpu"))
     card = model.bundle.card.training.evaluation
-    alerts = load_alerts([shared_data / "ztf" / "ztf_alerts.tar", shared_data / "ztf" / "archives"], 63)
-    test = alerts[held_out(alerts.object_id, TEST_FRACTION, SPLIT_SEED) & np.isfinite(alerts.drb)]
-    outputs = model.run(RawAlerts(test.cutouts, test.cutout_box, np.empty((len(test), 0)), ()))
-    score, real = outputs["probabilities"][:, 0].astype(np.float64), test.drb > 0.5
-    assert (len(test), int((~real).sum())) == (card["alerts"], card["bogus"])
-    assert roc_auc(real, score) == pytest.approx(card["roc_auc"], abs=1e-4)
-    assert agreement(real, score) == pytest.approx(card["agreement"], abs=1e-4)
+    test = real_alerts[held_out(real_alerts.object_id, TEST_FRACTION, SPLIT_SEED)]
+    test = test[np.isfinite(published_score(test))]
+    score = model.run(test.raw)["probabilities"][:, 0]
+    drb = published_score(test)
+    assert (len(test), int((drb <= 0.5).sum())) == (card["alerts"], card["bogus"])
+    with np.errstate(divide="ignore"):
+        logit = np.log(score) - np.log1p(-score)
+    for name, figure in figures(drb, logit, np.ones(len(test))).items():
+        assert figure == pytest.approx(card[name], abs=1e-4), name

@@ -16,7 +16,7 @@ from broker_filter.scoring.bundle import Architecture, BundleError, Outputs
 from broker_filter.scoring.networks.acai import ACAI
 from broker_filter.scoring.networks.alert_embedder import AlertEmbedder
 from broker_filter.scoring.networks.btsbot_cnn import btsbot_cnn
-from broker_filter.scoring.networks.stampnet import StampNet
+from broker_filter.scoring.networks.stampnet import StampNet, StampNetClasses
 from broker_filter.scoring.networks.timm_network import timm_network
 from broker_filter.scoring.networks.vgg6 import VGG6
 
@@ -25,6 +25,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "alert_embedder": AlertEmbedder,
     "btsbot_cnn": btsbot_cnn,
     "stampnet": StampNet,
+    "stampnet_classes": StampNetClasses,
     "timm": timm_network,
     "vgg6": VGG6,
 }

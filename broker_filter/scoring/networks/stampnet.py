@@ -6,7 +6,11 @@ alert is about what is at the centre.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+
+MAX_LOGIT = 8.0
+"""As far as the real/bogus logit speaks for or against a class: beyond it, it is only louder."""
 
 
 def _convolution(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
@@ -28,7 +32,7 @@ class _Residual(nn.Module):
 class StampNet(nn.Module):
     """Images [N, 3, 63, 63] -> logits [N, labels] and the embedding [N, 64] that they are read from."""
 
-    def __init__(self, labels: int = 1) -> None:
+    def __init__(self, labels: int = 1, dropout: float = 0.2) -> None:
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(3, 16, 3, bias=False),
@@ -46,7 +50,7 @@ class StampNet(nn.Module):
             nn.BatchNorm2d(16),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Dropout(0.2),
+            nn.Dropout(dropout),
             nn.Linear(16 * 8 * 8, 64),
             nn.ReLU(),
         )
@@ -56,3 +60,35 @@ class StampNet(nn.Module):
         """See the class."""
         embedding = self.features(images)
         return self.head(embedding), embedding
+
+
+class StampNetClasses(nn.Module):
+    """Images [N, 3, 63, 63] and metadata [N, F] -> logits [N, 1 + classes] and StampNet's embedding [N, 64].
+
+    The first logit is StampNet's own, real against bogus. The sigmoids of the others are the classes' softmax: they sum
+    to 1 beside it. What they are linear in is `evidence`.
+    """
+
+    def __init__(self, metadata: int, classes: int) -> None:
+        super().__init__()
+        self.stampnet = StampNet()
+        self.classes = nn.Linear(1 + metadata, classes)
+
+    def forward(self, images: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        real, embedding = self.stampnet(images)
+        scores = self.classes(evidence(real, metadata))
+        return torch.cat([real, log_odds(scores)], dim=1), embedding
+
+
+def log_odds(scores: Tensor) -> Tensor:
+    """Scores [N, C] whose softmax is the classes' probabilities -> logits [N, C] whose sigmoids are."""
+    own = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
+    rest = scores.unsqueeze(1).masked_fill(own, -torch.inf).logsumexp(dim=2)
+    return scores - rest
+
+
+def evidence(real: Tensor, metadata: Tensor) -> Tensor:
+    """What classes are told by, [N, 1 + F]: the real/bogus logit [N, 1], and the inverse hyperbolic sines of metadata
+    [N, F], logarithms that zero and negative values have too."""
+    return torch.cat([real.clamp(-MAX_LOGIT, MAX_LOGIT), metadata.asinh()], dim=1)
