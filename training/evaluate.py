@@ -7,7 +7,7 @@ neither the bundle nor the data set.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +19,11 @@ from broker_filter.cli.console import progress
 from broker_filter.config import Runtime
 from broker_filter.scoring.bundle import WEIGHTS, Architecture, Card, Training, describe_problems
 from broker_filter.scoring.scorer import Model, open_model
-from training.bootstrap import PERCENTILES, RESAMPLES, Estimate, resample
+from training.bootstrap import Estimate, resample
 from training.datasets import SPLITS, Dataset, DatasetCard, Split
 from training.errors import EvaluationError
 from training.histories import Histories
-from training.metrics import Reliability, Values, Weights, confusion_shares, measure, rank
+from training.metrics import Reliability, Values, Weights, confusion_shares, measure
 from training.predictions import Predictions
 from training.served_speed import BATCHES, ServedSpeed, measure_served
 
@@ -248,32 +248,3 @@ def _in_terms_of(
     if sorted(labels) == sorted(classes):
         return tuple(labels), np.array([labels.index(name) for name in classes])[label]
     raise EvaluationError(f"the model tells {', '.join(labels)} and the data set has {', '.join(classes)}")
-
-
-def roc_auc(real: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
-    """The chance that a real alert scores higher than a bogus one; NaN where one of the classes is empty."""
-    return float(rank(real, score, np.ones(len(real))).roc_auc)
-
-
-def agreement(real: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
-    """The share of alerts on whose side of 0.5 both are."""
-    return float(((score > 0.5) == real).mean())
-
-
-def interval_by_object(
-    figure: Callable[[NDArray[np.bool_], NDArray[np.float64]], float],
-    real: NDArray[np.bool_],
-    score: NDArray[np.float64],
-    object_id: NDArray[np.str_],
-    seed: int,
-) -> tuple[float, float]:
-    """The bootstrap interval of a figure, drawing objects, not alerts: an object's alerts are no independent trials."""
-    _, index = np.unique(object_id, return_inverse=True)
-    alerts_of = np.split(np.argsort(index, kind="stable"), np.cumsum(np.bincount(index))[:-1])
-    rng = np.random.default_rng(seed)
-    figures = []
-    for _ in range(RESAMPLES):
-        rows = np.concatenate([alerts_of[i] for i in rng.integers(len(alerts_of), size=len(alerts_of))])
-        figures.append(figure(real[rows], score[rows]))
-    low, high = np.nanpercentile(figures, PERCENTILES)
-    return float(low), float(high)
