@@ -41,8 +41,8 @@ FETCH_PARTITION_BYTES = 4 * 2**20
 """About fifty alerts of a partition at a time. A larger message still comes, alone."""
 QUEUE_FULL_BACKOFF_MS = 10
 """Before fetching on when the read-ahead was full: librdkafka's second would be a second's silence in a burst."""
-IDLE_S = 0.5
-"""How long to wait for a first message before looking at anything else."""
+IDLE_S = 0.1
+"""How long to wait for a first message before looking at anything else, as at what was assigned meanwhile."""
 RECLAIM_PAUSE_S = 2.0
 """Before claiming again what was fenced though it is ours: time for the group to say whose it is."""
 TIMESTAMP_HEADER = "producer_timestamp"
@@ -109,6 +109,7 @@ class KafkaSource:
         }
         self.consumer = Consumer({**defaults, **properties, **own}, logger=librdkafka_log)
         self._claims: dict[Key, Claim] = {}
+        self._unread: list[Claim] = []  # paused since they were claimed
         self._paused: set[Key] = set()
         self._subscribed: list[str] = []
         self._reclaim_after: float | None = None
@@ -211,7 +212,6 @@ class KafkaSource:
         claims = self._checkpoint.claim(partitions, self._start)
         if not claims:
             return
-        self._warn_of_expired(claims)
         placed = [TopicPartition(claim.topic, claim.partition, claim.committed) for claim in claims]
         self.consumer.incremental_assign(placed)
         # Paused until `take` resumes it, so that nothing fetched for an earlier claim passes for a message of this one.
@@ -219,6 +219,7 @@ class KafkaSource:
         for claim in claims:
             key = (claim.topic, claim.partition)
             self._claims[key] = claim
+            self._unread.append(claim)
             self._paused.add(key)
             log.info("reading %s from offset %d", claim, claim.committed)
 
@@ -245,6 +246,11 @@ class KafkaSource:
         if self._paused:
             self.consumer.resume([TopicPartition(*key) for key in self._paused])
             self._paused.clear()
+        if self._unread:
+            # Only now: the answer wakes librdkafka's thread for the broker. It would sleep for up to a second before it
+            # fetched what was resumed.
+            self._warn_of_expired(self._unread)
+            self._unread.clear()
 
     def _reclaim_fenced(self) -> None:
         """Claims again what the group still says is ours although a transaction of it was fenced.
