@@ -290,18 +290,18 @@ def _finish(
                 "file": file.name,
                 "alerts": len(part["alert_id"]),
                 "bytes": file.stat().st_size,
-                "sha256": _sha256(*open_shard(file).values()),
+                "sha256": sha256_of(*open_shard(file).values()),
             }
             for file, part in zip(files, ids, strict=True)
         ],
-        "index_sha256": _sha256(alert_id, object_id, label, split),
+        "index_sha256": sha256_of(alert_id, object_id, label, split),
     }
     version = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     card = DatasetCard(**content, sha256=version)
     write_whole(out / CARD, yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False).encode())
 
 
-def _sha256(*arrays: NDArray[Any]) -> str:
+def sha256_of(*arrays: NDArray[Any]) -> str:
     """Of the values' bytes; of strings, in UTF-8, a line each."""
     digest = hashlib.sha256()
     for array in arrays:

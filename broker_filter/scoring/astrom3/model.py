@@ -5,6 +5,7 @@ Rizhko & Bloom 2025 (arXiv:2411.08842). Names of parameters are those of the pub
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -138,12 +139,15 @@ class AstroM3Classifier(AstroM3):
         return logits
 
 
-def contrastive_losses(logits: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The loss of each pair of modalities, [3]; their sum is what is minimised.
+def contrastive_losses(logits: Sequence[Tensor]) -> Tensor:
+    """The loss of each of P pairs of modalities, [P], from its scaled cosines [N, N]; their sum is what is minimised.
 
-    The cross-entropy of finding a star's other modality among all N of the batch, over rows plus over columns: not
+    The cross-entropy of finding a star's other modality among all N that have both, over rows plus over columns: not
     halved, as published.
     """
-    stars = torch.arange(len(logits[0]), device=logits[0].device)
     cross_entropy = nn.functional.cross_entropy
-    return torch.stack([cross_entropy(pair, stars) + cross_entropy(pair.T, stars) for pair in logits])
+    losses = []
+    for pair in logits:
+        stars = torch.arange(len(pair), device=pair.device)
+        losses.append(cross_entropy(pair, stars) + cross_entropy(pair.T, stars))
+    return torch.stack(losses)
