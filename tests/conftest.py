@@ -155,12 +155,21 @@ def reference_file(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     names = np.array([f"ZTF26a{i}" for i in range(100)])
     embedding = normalise(rng.standard_normal((100, 8)))
-    alerts = Ordinary(embedding, np.empty((100, 0, 0), np.float16), np.arange(100), names)
+    alerts = Ordinary(embedding, np.arange(100), names)
     scores = np.sort(rng.gamma(3, 0.1, 50).astype(np.float32))
     file = tmp_path / "ordinary.safetensors"
     card = load_bundle("default").card
-    make_reference(card, None, alerts, scores, np.empty((0, 2), np.float32)).write(file)
+    make_reference(card, None, alerts, scores, np.array([[0.2, 0.1]], np.float32)).write(file)
     return file
+
+
+@pytest.fixture(scope="session")
+def embedding_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bundle that gives an embedding in three modalities: see `tests/embedding_bundle.py`."""
+    pytest.importorskip("onnx", reason="making a bundle needs the extra `train`")
+    from tests.embedding_bundle import write_embedding_bundle
+
+    return write_embedding_bundle(tmp_path_factory.mktemp("bundles") / "looks")
 
 
 @pytest.fixture

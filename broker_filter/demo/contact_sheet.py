@@ -8,23 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws to files; needs no display
-
 import matplotlib.pyplot as plt
 import numpy as np
 from astropy.io import fits
-from astropy.stats import mad_std
-from astropy.visualization import AsinhStretch, ImageNormalize
 from matplotlib.figure import SubFigure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from broker_filter.demo.results import Alert, real
+from broker_filter.pictures.cutouts import BACKGROUND, FAINT, NOTHING, PANEL, TEXT, draw_cutout
 
 CUTOUTS = ("Science", "Template", "Difference")
-BACKGROUND, PANEL, TEXT, FAINT = "#0d1117", "#161b22", "#e6edf3", "#7d8590"
 REAL, BOGUS = "#3fb950", "#f85149"
 ALERTS_PER_ROW = 4
 
@@ -62,12 +56,7 @@ def _draw_row(line: SubFigure, row: Row) -> None:
         line.add_artist(panel)  # below the images
         for k, cutout in enumerate(CUTOUTS):
             axes = line.add_axes((left + 0.004 + k * 0.0775, 0.24, 0.0745, 0.58))
-            pixels = _pixels(alert[f"cutout{cutout}"]["stampData"])
-            axes.imshow(pixels, origin="lower", cmap="magma", norm=_stretch(pixels), interpolation="nearest")
-            axes.set_facecolor("#30363d")  # what shows through where pixels are NaN
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_visible(False)
+            draw_cutout(axes, _pixels(alert[f"cutout{cutout}"]["stampData"]))
         _draw_caption(line, left, width, alert, kind)
 
 
@@ -79,7 +68,7 @@ def _draw_caption(line: SubFigure, left: float, width: float, alert: Alert, kind
     line.text(left + 0.082, 0.135, text, fontsize=9, color=FAINT, va="center")
     colour = REAL if score > 0.5 else BOGUS
     line.text(left + width - 0.005, 0.135, f"real {score:.3f}", fontsize=10, color=colour, ha="right", va="center")
-    for length, fill in ((1.0, "#30363d"), (max(score, 0.01), colour)):
+    for length, fill in ((1.0, NOTHING), (max(score, 0.01), colour)):
         bar = Rectangle((left + 0.005, 0.06), (width - 0.01) * length, 0.025, facecolor=fill)
         bar.set_transform(line.transSubfigure)
         line.add_artist(bar)
@@ -88,12 +77,3 @@ def _draw_caption(line: SubFigure, left: float, width: float, alert: Alert, kind
 def _pixels(stamp: bytes) -> NDArray[np.float32]:
     with fits.open(io.BytesIO(gzip.decompress(stamp))) as hdus:
         return np.asarray(hdus[0].data, dtype=np.float32)
-
-
-def _stretch(pixels: NDArray[np.float32]) -> ImageNormalize:
-    """From just below the sky to the brightest pixels but a few, compressed so that faint things show."""
-    finite = pixels[np.isfinite(pixels)]
-    sky = float(np.median(finite))
-    noise = float(mad_std(finite))
-    brightest = max(float(np.percentile(finite, 99.8)), sky + 10 * noise)
-    return ImageNormalize(vmin=sky - noise, vmax=brightest, stretch=AsinhStretch(0.2))

@@ -1,7 +1,9 @@
 """How strange an alert is beside a reference of ordinary ones, and what makes it strange.
 
-Works on embeddings alone; decides nothing: which scores are flagged is `threshold`'s affair. An alert's score does not
-depend on what else is scored with it.
+In each modality an alert has a distance from the ordinary ones that are most like it there; those distances, in
+deviations of what is usual, make the score. So a modality in which alerts are all much alike says as much as one in
+which they are not (`training anomalies` compares this with other measures). Works on embeddings alone, and decides
+nothing: which scores are flagged is `threshold`'s affair. An alert's score does not depend on what else is scored.
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ from broker_filter.scoring.neighbours import Embeddings, Neighbours, normalise
 from broker_filter.scoring.reference import Reference
 
 NEIGHBOURS = 5
-"""Whose mean distance is the score, and which are named in the reason."""
+"""Whose mean distance counts, and which are named in the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """An ordinary alert, and the cosine distance from it."""
+    """An ordinary alert, and the cosine distance of its embedding."""
 
     alert_id: int
     object_id: str
@@ -29,18 +31,47 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """What makes an alert strange: `modalities` has those that it has, with their mean cosine distance from the
-    neighbours' own; `most_unlike` is the one that is further off than usual by most deviations of ordinary alerts."""
+    """What makes an alert strange: the ordinary alerts most like it as a whole, the nearest first; its distance from
+    those most like it in each modality that it has; and the modality that adds most to its score."""
 
     neighbours: tuple[Neighbour, ...]
     modalities: dict[str, float]
     most_unlike: str | None
 
 
-def neighbour_distance(neighbours: Neighbours, embedding: Embeddings) -> NDArray[np.float32]:
-    """The mean cosine distance from the NEIGHBOURS nearest, [N]: Ramaswamy et al. 2000 (SIGMOD), the mean in place of
-    the last; on learnt embeddings, Sun et al. 2022 (arXiv:2204.06507)."""
-    return np.asarray(neighbours.nearest(embedding, NEIGHBOURS)[0].mean(axis=1))
+def apart(embedding: NDArray[np.float32], modalities: int) -> list[Embeddings]:
+    """What an embedding [N, D] has side by side: [N, D / M] for each of M modalities, of length 1, zeros where an alert
+    lacks it. Without modalities (0) it is all one."""
+    parts = normalise(embedding.reshape(len(embedding), modalities or 1, -1))
+    return [np.ascontiguousarray(parts[:, m]) for m in range(parts.shape[1])]
+
+
+class Surroundings:
+    """Ordinary alerts in each of their modalities."""
+
+    def __init__(self, embedding: Embeddings, modalities: int) -> None:
+        """`embedding` [K, D] of M `modalities`, 0 for one that is all one."""
+        self._modalities = modalities
+        self._neighbours = [Neighbours(part) for part in apart(embedding, modalities)]
+
+    def distances(self, embedding: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The mean cosine distance of each of [N, D] from the NEIGHBOURS nearest in each modality, [N, M or 1]; NaN
+        where it lacks one. Ramaswamy et al. 2000 (SIGMOD), the mean in place of the last; of learnt embeddings, Sun et
+        al. 2022 (arXiv:2204.06507)."""
+        columns = []
+        for part, neighbours in zip(apart(embedding, self._modalities), self._neighbours, strict=True):
+            distance = neighbours.nearest(part, NEIGHBOURS)[0].astype(np.float64).mean(axis=1)
+            columns.append(np.where(part.any(axis=1), distance, np.nan))
+        return np.stack(columns, axis=1)
+
+
+def strangeness(distances: NDArray[np.float64], usual: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The scores [N] of distances [N, M]: the mean of those there are, each in deviations of `usual` [M, 2]; NaN where
+    there is none."""
+    unusual = (distances - usual[:, 0]) / usual[:, 1]
+    known = np.isfinite(unusual)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(known, unusual, 0).sum(axis=1) / known.sum(axis=1), np.float32)
 
 
 class AnomalyScorer:
@@ -51,16 +82,17 @@ class AnomalyScorer:
         alerts = reference.alerts
         self._names = reference.card.modalities
         self._usual = reference.usual
-        self._modalities, self._alert_id, self._object_id = alerts.modalities, alerts.alert_id, alerts.object_id
-        self._neighbours = Neighbours(alerts.embedding)
+        self._alert_id, self._object_id = alerts.alert_id, alerts.object_id
+        self._surroundings = Surroundings(alerts.embedding, len(self._names))
+        self._whole = Neighbours(alerts.embedding)
 
     def score(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
-        """How strange each is, [N]; `embedding` [N, D] of any length but 0."""
-        return neighbour_distance(self._neighbours, normalise(embedding))
+        """How strange each of [N, D] is, [N]; NaN for one that is all zeros."""
+        return strangeness(self._surroundings.distances(embedding), self._usual)
 
     def nearest(self, embedding: NDArray[np.float32], k: int) -> list[tuple[Neighbour, ...]]:
-        """The k ordinary alerts nearest to each of [N, D], the nearest first."""
-        distances, rows = self._neighbours.nearest(normalise(embedding), k)
+        """The k ordinary alerts most like each of [N, D], the nearest first."""
+        distances, rows = self._whole.nearest(normalise(embedding), k)
         return [
             tuple(
                 Neighbour(int(self._alert_id[row]), str(self._object_id[row]), float(distance))
@@ -70,34 +102,18 @@ class AnomalyScorer:
             for i in range(len(embedding))
         ]
 
-    def explain(self, embedding: NDArray[np.float32], modalities: NDArray[np.float32] | None) -> list[Reason]:
-        """Why each of [N, D], with its modalities [N, M, S] where the model has any, is where it is."""
+    def explain(self, embedding: NDArray[np.float32]) -> list[Reason]:
+        """Why each of [N, D] is as strange as it is."""
         named = self.nearest(embedding, NEIGHBOURS)
-        if modalities is None:
+        if not self._names:
             return [Reason(neighbours, {}, None) for neighbours in named]
-        _, rows = self._neighbours.nearest(normalise(embedding), NEIGHBOURS)
-        distances = modality_distances(modalities, self._modalities[rows])
+        distances = self._surroundings.distances(embedding)
+        unusual = (distances - self._usual[:, 0]) / self._usual[:, 1]
         return [
-            Reason(neighbours, *self._unlike(distance)) for neighbours, distance in zip(named, distances, strict=True)
+            Reason(
+                neighbours,
+                {name: float(d) for name, d in zip(self._names, distance, strict=True) if np.isfinite(d)},
+                self._names[int(np.nanargmax(far))],
+            )
+            for neighbours, distance, far in zip(named, distances, unusual, strict=True)
         ]
-
-    def _unlike(self, distance: NDArray[np.float64]) -> tuple[dict[str, float], str | None]:
-        known = np.flatnonzero(np.isfinite(distance))
-        mean, deviation = self._usual.T
-        excess = (distance - mean) / deviation
-        most = self._names[known[np.argmax(excess[known])]] if len(known) else None
-        return {self._names[m]: float(distance[m]) for m in known.tolist()}, most
-
-
-def modality_distances(modalities: NDArray[np.float32], neighbours: NDArray[np.float16]) -> NDArray[np.float64]:
-    """The mean cosine distance of each modality [N, M, S] from those of the neighbours [N, k, M, S] that have it.
-
-    [N, M]; NaN where the alert or all its neighbours lack it.
-    """
-    others = neighbours.astype(np.float64)
-    has = (modalities != 0).any(axis=-1)
-    they_have = (others != 0).any(axis=-1)
-    cosine = np.einsum("nms,nkms->nkm", modalities, others)
-    n = np.where(has, they_have.sum(axis=1), 0)
-    mean = (cosine * they_have).sum(axis=1) / np.maximum(n, 1)
-    return np.where(n > 0, 1 - mean, np.nan)

@@ -26,7 +26,7 @@ from broker_filter.scoring.neighbours import Embeddings
 MAX_ALERTS = 1_000_000
 """Of a reference: a night of ZTF."""
 MAX_BYTES = 2**33
-"""Of the file: MAX_ALERTS with 512 dimensions and five modalities fit."""
+"""Of the file: MAX_ALERTS with 2,000 dimensions fit."""
 MAX_OBJECT_ID_BYTES = 64
 """Surveys' names of objects have 19 at most."""
 CARD = "card"
@@ -44,7 +44,7 @@ class ReferenceCard(CardSection):
     bundle: ModelName
     version: str
     weights_sha256: Sha256 = Field(description="Of the bundle: embeddings of other weights cannot be compared.")
-    modalities: tuple[ModelName, ...] = Field(default=(), description="M, in the order of the bundle's.")
+    modalities: tuple[ModelName, ...] = Field(default=(), description="M, which each embedding has side by side.")
     where: str | None = Field(default=None, description="The filter that ordinary alerts passed; none: all were taken.")
     data_sha256: Sha256 = Field(description="Of the arrays' bytes, by name.")
 
@@ -54,7 +54,6 @@ class Ordinary:
     """K ordinary alerts; `ordinary[rows]` are some of them."""
 
     embedding: Embeddings  # [K, D]
-    modalities: NDArray[np.float16]  # [K, M, S] each of length 1, zeros where an alert lacks it; M may be 0
     alert_id: NDArray[np.int64]  # [K]
     object_id: NDArray[np.str_]  # [K]
 
@@ -62,7 +61,7 @@ class Ordinary:
         return len(self.alert_id)
 
     def __getitem__(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Ordinary:
-        return Ordinary(self.embedding[rows], self.modalities[rows], self.alert_id[rows], self.object_id[rows])
+        return Ordinary(self.embedding[rows], self.alert_id[rows], self.object_id[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ class Reference:
     card: ReferenceCard
     alerts: Ordinary
     scores: NDArray[np.float32]  # [Q] ascending: of ordinary alerts of other objects
-    usual: NDArray[np.float32]  # [M, 2] mean and deviation of their distances from their neighbours, by modality
+    usual: NDArray[np.float32]  # [M or 1, 2] mean and deviation of their distances from what is nearest, by modality
 
     def write(self, file: Path) -> None:
         """Writes the file, which appears only when it is whole."""
@@ -124,16 +123,15 @@ def read_reference(file: Path) -> Reference:
     card = read_card(file)
     arrays = load_file(file)
     try:
-        (k, d), (_, m, s), (q,) = (arrays[name].shape for name in ("embedding", "modalities", "scores"))
+        (k, d), (q,) = arrays["embedding"].shape, arrays["scores"].shape
     except (KeyError, ValueError):
         raise ReferenceSetError(f"{file}: holds {', '.join(sorted(arrays))}; build the reference again") from None
     expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
         "embedding": ((k, d), np.float32),
-        "modalities": ((k, len(card.modalities), s), np.float16),
         "alert_id": ((k,), np.int64),
         "object_id": ((k, MAX_OBJECT_ID_BYTES), np.uint8),
         "scores": ((q,), np.float32),
-        "usual": ((m, 2), np.float32),
+        "usual": ((len(card.modalities) or 1, 2), np.float32),
     }
     found = {name: (array.shape, array.dtype.type) for name, array in arrays.items()}
     if found != expected or not 0 < k <= MAX_ALERTS or not 0 < q <= MAX_ALERTS:
@@ -145,7 +143,7 @@ def read_reference(file: Path) -> Reference:
         object_id = np.char.decode(names, "utf-8")
     except UnicodeDecodeError as error:
         raise ReferenceSetError(f"{file}: a name of an object is no UTF-8; build the reference again") from error
-    alerts = Ordinary(arrays["embedding"], arrays["modalities"], arrays["alert_id"], object_id)
+    alerts = Ordinary(arrays["embedding"], arrays["alert_id"], object_id)
     return Reference(card, alerts, arrays["scores"], arrays["usual"])
 
 
@@ -172,7 +170,6 @@ def _arrays(alerts: Ordinary, scores: NDArray[np.float32], usual: NDArray[np.flo
     names = np.char.encode(alerts.object_id, "utf-8").astype(f"S{MAX_OBJECT_ID_BYTES}")
     return {
         "embedding": np.ascontiguousarray(alerts.embedding),
-        "modalities": np.ascontiguousarray(alerts.modalities),
         "alert_id": alerts.alert_id,
         "object_id": names[:, None].view(np.uint8),
         "scores": scores,

@@ -68,8 +68,7 @@ class AnomalyJudge:
         threshold, flag = self._tracker.flag(score, ~scored.duplicate)
         reasons = {}
         if flag.any():
-            modalities = None if model.modalities is None else model.modalities[flag]
-            explained = self._scorer.explain(model.embedding[flag], modalities)
+            explained = self._scorer.explain(model.embedding[flag])
             reasons = dict(zip(np.flatnonzero(flag).tolist(), explained, strict=True))
         return Anomalies(self._model, score, threshold, flag, reasons)
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_filter.scoring.anomaly import NEIGHBOURS, modality_distances, neighbour_distance
-from broker_filter.scoring.neighbours import Neighbours, normalise
+from broker_filter.scoring.anomaly import NEIGHBOURS, Surroundings, strangeness
+from broker_filter.scoring.neighbours import normalise
 from broker_filter.scoring.reference import Ordinary, Reference, ReferenceSetError, make_reference
 from broker_filter.scoring.scorer import Model
 from broker_filter.streaming.expressions import Expression
@@ -24,7 +24,6 @@ HELD_OUT = 0.2
 """Share of the objects that the reference is calibrated on: their alerts are as ordinary, and it does not know them."""
 MIN_HELD_OUT = 20
 """Alerts: with fewer there is no tail to find a threshold in."""
-EXPLAINED_AT_ONCE = 256
 
 
 @dataclass
@@ -33,6 +32,9 @@ class Sample:
 
     limit: int
     _parts: list[tuple[NDArray[np.uint64], Ordinary]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self._drawn()[0]) if self._parts else 0
 
     def put(self, alerts: Ordinary) -> None:
         """Adds alerts, and forgets those that the draw leaves out."""
@@ -63,13 +65,8 @@ def ordinary_alerts(scored: ScoredBatch, model: Model, where: Expression | None)
         raise ReferenceSetError(f"the bundle {model.name} gives no embedding: build with one that does")
     alerts = scored.alerts
     rows = np.flatnonzero(scores.taken & (where.evaluate(scored) if where else True))
-    modalities = np.empty((len(alerts), 0, 0)) if scores.modalities is None else scores.modalities
-    return Ordinary(
-        normalise(scores.embedding[rows]),
-        modalities[rows].astype(np.float16),
-        alerts.alert_id[rows],
-        np.array(alerts.object_id, np.str_)[rows],
-    )
+    names = np.array(alerts.object_id, np.str_)
+    return Ordinary(normalise(scores.embedding[rows]), alerts.alert_id[rows], names[rows])
 
 
 def build_reference(batches: Iterable[ScoredBatch], model: Model, where: Expression | None, limit: int) -> Reference:
@@ -89,24 +86,13 @@ def build_reference(batches: Iterable[ScoredBatch], model: Model, where: Express
             f"{len(alerts)} ordinary alerts of {len(objects)} objects are too few to say what is strange: at least "
             f"{MIN_HELD_OUT} of other objects than the rest are needed; give more inputs, or a wider filter"
         )
-    neighbours = Neighbours(kept.embedding)
-    scores, usual = np.sort(neighbour_distance(neighbours, others.embedding)), _usual(neighbours, kept, others)
-    if scores[0] == scores[-1]:
-        raise ReferenceSetError("all ordinary alerts are equally strange: the model's embedding tells nothing")
-    return make_reference(model.bundle.card, where.text if where else None, kept, scores, usual)
-
-
-def _usual(neighbours: Neighbours, kept: Ordinary, others: Ordinary) -> NDArray[np.float32]:
-    """Mean and deviation of the distance of the others' modalities from those of their neighbours, [M, 2]."""
-    distances = []
-    for start in range(0, len(others), EXPLAINED_AT_ONCE):
-        some = slice(start, start + EXPLAINED_AT_ONCE)
-        _, rows = neighbours.nearest(others.embedding[some], NEIGHBOURS)
-        distances.append(modality_distances(others.modalities[some].astype(np.float32), kept.modalities[rows]))
-    of_modality = np.concatenate(distances).T
-    known = [one[np.isfinite(one)] for one in of_modality]
-    spread = [(one.mean(), one.std()) if len(set(one.tolist())) > 1 else (0, 1) for one in known]
-    return np.array(spread, np.float32).reshape(-1, 2)
+    card = model.bundle.card
+    surroundings = Surroundings(kept.embedding, len(card.outputs.modalities))
+    distances = surroundings.distances(others.embedding)
+    usual = np.stack([np.nanmean(distances, axis=0), np.nanstd(distances, axis=0)], axis=1).astype(np.float32)
+    if not (usual[:, 1] > 0).all():
+        raise ReferenceSetError("in some modality all alerts are equally strange: the embedding says nothing there")
+    return make_reference(card, where.text if where else None, kept, np.sort(strangeness(distances, usual)), usual)
 
 
 def _draw(name: str) -> int:
@@ -117,7 +103,6 @@ def _draw(name: str) -> int:
 def _concatenate(parts: Sequence[Ordinary]) -> Ordinary:
     return Ordinary(
         np.concatenate([part.embedding for part in parts]),
-        np.concatenate([part.modalities for part in parts]),
         np.concatenate([part.alert_id for part in parts]),
         np.concatenate([part.object_id for part in parts]),
     )

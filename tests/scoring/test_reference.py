@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from broker_filter.scoring.anomaly import AnomalyScorer
+from broker_filter.scoring.anomaly import AnomalyScorer, Surroundings, strangeness
 from broker_filter.scoring.bundle import WEIGHTS, Card, load_bundle
 from broker_filter.scoring.neighbours import normalise
 from broker_filter.scoring.reference import (
@@ -41,7 +41,6 @@ def reference(card: Card) -> Reference:
     modalities[3, 1] = 0  # has no light curve
     alerts = Ordinary(
         normalise(modalities.reshape(50, 8)),
-        modalities.astype(np.float16),
         np.arange(50) - 7,
         np.array([f"ZTF26aaé{i}" for i in range(50)]),
     )
@@ -58,7 +57,7 @@ def file(reference: Reference, tmp_path: Path) -> Path:
 def test_is_itself_again_when_it_is_read(reference: Reference, file: Path) -> None:
     again = read_reference(file)
     assert again.card == reference.card == read_card(file)
-    for name in ("embedding", "modalities", "alert_id", "object_id"):
+    for name in ("embedding", "alert_id", "object_id"):
         np.testing.assert_array_equal(getattr(again.alerts, name), getattr(reference.alerts, name))
     np.testing.assert_array_equal(again.scores, reference.scores)
     np.testing.assert_array_equal(again.usual, reference.usual)
@@ -69,7 +68,7 @@ def test_another_bundles_is_refused(reference: Reference, file: Path, card: Card
     check_made_with(file, reference.card, [card])
     others = {
         "none of the models": card.model_copy(update={"name": "other"}),
-        r"default 2\.0": card.model_copy(update={"version": "2.0"}),
+        r"default another\b": card.model_copy(update={"version": "another"}),
         "000000000000": card.model_copy(update={"files": card.files | {WEIGHTS: "0" * 64}}),
         "build the reference again": load_bundle("default").card,  # without modalities
     }
@@ -117,13 +116,23 @@ def test_a_score_does_not_depend_on_what_else_is_scored(reference: Reference) ->
 
 def test_the_stranger_alert_scores_higher_and_says_in_what_it_is_strange(reference: Reference) -> None:
     scorer = AnomalyScorer(reference)
-    seen = reference.alerts.modalities[[10, 10, 3]].astype(np.float32)
-    seen[1, 1] *= -1  # the opposite light curve
-    embedding = seen.reshape(3, 8)
-    like, unlike, _ = scorer.score(embedding)
+    embedding = reference.alerts.embedding[[10, 10, 3]]
+    embedding[1, 4:] *= -1  # the opposite light curve
+    like, unlike, lacking = scorer.score(embedding)
     assert like < unlike
-    reasons = scorer.explain(embedding, seen)
+    reasons = scorer.explain(embedding)
     assert reasons[1].most_unlike == "light_curve"
     assert reasons[1].modalities["light_curve"] > reasons[0].modalities["light_curve"]
-    assert set(reasons[2].modalities) == {"image"}  # what an alert lacks is no reason
     assert len(reasons[0].neighbours) == 5
+    assert set(reasons[2].modalities) == {"image"}  # what an alert lacks is no reason, and leaves its score alone
+    assert np.isfinite(lacking)
+
+
+def test_a_modality_counts_by_what_is_usual_in_it(reference: Reference) -> None:
+    """However near ordinary alerts are to each other there: a distance is strange when theirs are smaller."""
+    embedding = -reference.alerts.embedding[:20]
+    distances = Surroundings(reference.alerts.embedding, 2).distances(embedding)
+    usual = np.array([[0.2, 0.1], [0.02, 0.01]], np.float32)
+    expected = np.nanmean((distances - [0.2, 0.02]) / [0.1, 0.01], axis=1)
+    np.testing.assert_allclose(strangeness(distances, usual), expected, rtol=1e-5)
+    assert np.isnan(distances[3, 1])

@@ -84,7 +84,9 @@ def test_a_reference_is_calibrated_on_other_objects(make: Scored, model: Model, 
     """An object's alerts are alike: beside its own others, every alert would look ordinary."""
     alone = ordinary(400, 7)
     pairs = make(np.repeat(alone, 2, axis=0))  # ids 2 i and 2 i + 1 are of one object, and the same
-    assert build_reference([pairs], model, None, limit=1000).scores.min() > 1e-3
+    beside_others = build_reference([pairs], model, None, limit=1000)
+    assert set(np.unique(beside_others.alerts.object_id, return_counts=True)[1].tolist()) == {2}
+    assert len(beside_others.alerts) + len(beside_others.scores) == 800
 
 
 def test_too_few_alerts_are_no_reference(make: Scored, model: Model) -> None:

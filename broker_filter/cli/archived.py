@@ -1,0 +1,83 @@
+"""Archives through the models, for the commands that look at many embeddings."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from broker_filter.scoring.reference import Reference
+    from broker_filter.scoring.scorer import Scorer
+    from broker_filter.streaming.anomalies import AnomalyJudge
+    from broker_filter.streaming.filtering import ScoredBatch
+
+
+def add_scoring_options(parser: argparse.ArgumentParser) -> None:
+    """What every command that scores archives takes."""
+    parser.add_argument("--schema-registry", metavar="URL|DIR", help="schemas of alerts in Confluent wire format")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="what runs the network")
+
+
+def score_archives(
+    inputs: Sequence[str | Path],
+    scorer: Scorer,
+    *,
+    columns: Sequence[str] = (),
+    registry: str | None = None,
+    judge: AnomalyJudge | None = None,
+) -> Iterator[ScoredBatch]:
+    """Scores the alerts of files, folders and archives, with a bar; `columns`: to decode besides the models' own."""
+    from broker_filter.cli.console import progress
+    from broker_filter.cli.score import BATCH_SIZE, DUPLICATE_WINDOW
+    from broker_filter.packets.decode import Decoder
+    from broker_filter.packets.registry import open_registry
+    from broker_filter.scoring.runtimes import available_cores
+    from broker_filter.streaming.archives import read_packets
+    from broker_filter.streaming.duplicates import DuplicateWindow
+    from broker_filter.streaming.filtering import score_stream
+
+    wanted = tuple(dict.fromkeys((*scorer.columns, *columns)))
+    batches = score_stream(
+        read_packets(inputs),
+        Decoder(open_registry(registry), cutout_size=scorer.cutout_size, columns=wanted),
+        scorer,
+        DuplicateWindow(DUPLICATE_WINDOW),
+        batch_size=BATCH_SIZE,
+        threads=available_cores(),
+        judge=judge,
+    )
+    with progress("Scoring") as advance:
+        for scored in batches:
+            yield scored
+            advance(len(scored.packets))
+
+
+def open_reference(file: Path, bundle: str | None, device: str) -> tuple[Reference, Scorer]:
+    """A reference and the model that it was made with: `bundle`, or the one that ships by its name.
+
+    Raises ReferenceSetError where they do not belong together, and what opening a bundle raises.
+    """
+    from broker_filter.config import Runtime
+    from broker_filter.scoring.reference import check_made_with, read_reference
+    from broker_filter.scoring.scorer import open_scorer
+
+    reference = read_reference(file)
+    scorer = open_scorer([bundle or reference.card.bundle], Runtime.model_validate({"device": device}))
+    check_made_with(file, reference.card, [model.bundle.card for model in scorer.models])
+    return reference, scorer
+
+
+class MissingExtraError(Exception):
+    """The extra `explore` is not installed."""
+
+    exit_status = 2
+
+
+def require_extra(*modules: str) -> None:
+    """Raises MissingExtraError where a module is not installed that only pictures need."""
+    from importlib.util import find_spec
+
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise MissingExtraError(f"the picture needs {', '.join(missing)}: pip install 'broker-filter[explore]'")

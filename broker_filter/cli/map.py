@@ -1,0 +1,62 @@
+"""`broker-filter map`: a night's embeddings on a plane, coloured by how strange they are."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from broker_filter.cli.archived import add_scoring_options
+
+DEFAULT_LIMIT = 20_000
+"""Alerts: a minute of UMAP, and as many points as can be told apart."""
+
+
+class NothingToDrawError(Exception):
+    """Too few alerts for a map."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `map`."""
+    parser = subparsers.add_parser(
+        "map",
+        help="draw a night's alerts so that like ones stand together",
+        description="Embeds the alerts of files, folders and archives, lays them out with UMAP, and colours them by "
+        "their distance from a reference set's ordinary alerts. Of more than --limit it draws some by their ids.",
+    )
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder (read recursively) or archive")
+    parser.add_argument("--reference", type=Path, required=True, metavar="FILE", help="what `reference build` wrote")
+    parser.add_argument("--model", metavar="BUNDLE", help="the bundle it was made with (default: the one of that name)")
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture to write")
+    parser.add_argument(
+        "--limit", type=int, default=DEFAULT_LIMIT, metavar="N", help="alerts to draw at most (default: %(default)s)"
+    )
+    add_scoring_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draws the map and returns the exit status."""
+    from broker_filter.cli.archived import open_reference, require_extra, score_archives
+
+    require_extra("matplotlib", "umap")
+    from broker_filter.pictures.embedding_map import FEWEST, draw_map, lay_out
+    from broker_filter.scoring.anomaly import AnomalyScorer
+    from broker_filter.streaming.expressions import FIELDS, compile_filter
+    from broker_filter.streaming.ordinary import Sample, ordinary_alerts
+
+    reference, scorer = open_reference(arguments.reference, arguments.model, arguments.device)
+    [model] = scorer.models
+    outputs = [f"{model.name}.{label}" for label in model.labels]
+    cut = compile_filter(reference.card.where, FIELDS, outputs) if reference.card.where else None
+    night = Sample(arguments.limit)
+    columns = cut.columns if cut else []
+    for scored in score_archives(arguments.inputs, scorer, columns=columns, registry=arguments.schema_registry):
+        night.put(ordinary_alerts(scored, model, cut))
+    if len(night) < FEWEST:
+        raise NothingToDrawError(f"{len(night)} alerts pass `{reference.card.where}`: a map needs {FEWEST}")
+    alerts = night.take()
+    score = AnomalyScorer(reference).score(alerts.embedding)
+    title = f"{len(alerts):,} alerts beside {len(reference.alerts):,} ordinary ones"
+    draw_map(arguments.out, title, lay_out(alerts.embedding), score, alerts.object_id.tolist())
+    print(arguments.out)
+    return 0

@@ -1,0 +1,107 @@
+"""`broker-filter reference`: the ordinary alerts beside which others are called strange."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from broker_filter.cli.archived import add_scoring_options
+
+if TYPE_CHECKING:
+    from broker_filter.scoring.scorer import Model
+
+DEFAULT_MODEL = "embedder"
+DEFAULT_LIMIT = 100_000
+"""Alerts: enough to know the strangest in a thousand by, and searched in a twentieth of a millisecond."""
+REAL = "real"
+"""The output that says whether an alert is one."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `reference` with its parts."""
+    parser = subparsers.add_parser("reference", help="build a reference set of ordinary alerts, or show one")
+    parts = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    builder = parts.add_parser(
+        "build",
+        help="embeddings of archived alerts into a reference set",
+        description="Embeds the alerts of files, folders and archives, keeps some of those that pass a cut, drawn by "
+        "their ids, and finds out on those of other objects how strange ordinary alerts look.",
+    )
+    builder.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder (read recursively) or archive")
+    builder.add_argument("--out", type=Path, required=True, metavar="FILE", help="the reference to write")
+    builder.add_argument("--model", default=DEFAULT_MODEL, metavar="BUNDLE", help="what embeds (default: %(default)s)")
+    builder.add_argument(
+        "--where",
+        metavar="EXPRESSION",
+        help="the alerts to take, as a filter's (default: the model's output `real` above its recommended threshold, "
+        "where it has one)",
+    )
+    builder.add_argument(
+        "--limit", type=_limit, default=DEFAULT_LIMIT, metavar="N", help="alerts to keep (default: %(default)s)"
+    )
+    add_scoring_options(builder)
+    builder.set_defaults(run=_build)
+
+    shower = parts.add_parser("show", help="what a reference set is of")
+    shower.add_argument("file", metavar="FILE", type=Path)
+    shower.set_defaults(run=_show)
+
+
+def _limit(text: str) -> int:
+    from broker_filter.scoring.reference import MAX_ALERTS
+
+    if not 0 < (limit := int(text)) <= MAX_ALERTS:
+        raise argparse.ArgumentTypeError(f"between 1 and {MAX_ALERTS}, not {limit}")
+    return limit
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from broker_filter.cli.archived import score_archives
+    from broker_filter.config import Runtime
+    from broker_filter.scoring.scorer import open_scorer
+    from broker_filter.streaming.expressions import FIELDS, compile_filter
+    from broker_filter.streaming.ordinary import build_reference
+
+    scorer = open_scorer([arguments.model], Runtime(device=arguments.device))
+    [model] = scorer.models
+    where = arguments.where or _recommended_cut(model)
+    cut = compile_filter(where, FIELDS, [f"{model.name}.{label}" for label in model.labels]) if where else None
+    batches = score_archives(
+        arguments.inputs, scorer, columns=cut.columns if cut else (), registry=arguments.schema_registry
+    )
+    reference = build_reference(batches, model, cut, arguments.limit)
+    reference.write(arguments.out)
+    passing = f" that pass `{where}`" if where else ""
+    print(
+        f"{len(reference.alerts):,} ordinary alerts{passing}, calibrated on {len(reference.scores):,} of other objects "
+        f"-> {arguments.out}"
+    )
+    return 0
+
+
+def _recommended_cut(model: Model) -> str | None:
+    threshold = model.bundle.card.outputs.thresholds.get(REAL)
+    return None if threshold is None else f"{model.name}.{REAL} > {threshold:g}"
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from broker_filter.scoring.reference import read_reference
+
+    reference = read_reference(arguments.file)
+    card = reference.card
+    median, strange = (float(reference.scores[int(share * (len(reference.scores) - 1))]) for share in (0.5, 0.99))
+    entries = {
+        "made with": f"{card.bundle} {card.version}, weights {card.weights_sha256[:12]}",
+        "alerts": f"{len(reference.alerts):,} of {len(set(reference.alerts.object_id.tolist())):,} objects",
+        "that pass": card.where or "(all were taken)",
+        "modalities": ", ".join(card.modalities) or "none",
+        "dimensions": str(reference.alerts.embedding.shape[1]),
+        "calibrated on": f"{len(reference.scores):,} alerts of other objects",
+        "their scores": f"median {median:.4f}, one in a hundred above {strange:.4f}",
+        "data sha256": card.data_sha256,
+    }
+    for entry, text in entries.items():
+        print(f"{entry:14} {text}")
+    return 0

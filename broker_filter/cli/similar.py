@@ -1,0 +1,130 @@
+"""`broker-filter similar`: the ordinary alerts most like a given one, listed and drawn."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from broker_filter.cli.archived import add_scoring_options
+
+if TYPE_CHECKING:
+    from broker_filter.packets.batch import AlertBatch
+    from broker_filter.packets.decode import Decoder
+    from broker_filter.packets.packet import Packet
+    from broker_filter.scoring.anomaly import Neighbour
+
+DEFAULT_COUNT = 8
+MAX_COUNT = 100
+"""Rows of a picture that can still be looked at."""
+PACKETS_AT_A_TIME = 64
+
+log = logging.getLogger(__name__)
+
+
+class NothingToCompareError(Exception):
+    """No alert that was asked for."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `similar`."""
+    parser = subparsers.add_parser(
+        "similar",
+        help="list and draw the alerts of a reference set most like a given one",
+        description="Lists the ordinary alerts whose embeddings are nearest to an alert's. A reference holds no "
+        "packets: to draw them, say where they are.",
+    )
+    parser.add_argument("alert", metavar="ALERT", help="a packet; of an archive, its first alert, or the one of --id")
+    parser.add_argument("--id", type=int, metavar="ALERT_ID", help="which alert of ALERT is meant")
+    parser.add_argument("--reference", type=Path, required=True, metavar="FILE", help="what `reference build` wrote")
+    parser.add_argument("--model", metavar="BUNDLE", help="the bundle it was made with (default: the one of that name)")
+    parser.add_argument(
+        "--count", type=_count, default=DEFAULT_COUNT, metavar="N", help="how many alerts (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, metavar="PNG", help="draw the alert and those like it, a row each")
+    parser.add_argument(
+        "--packets", nargs="+", default=[], metavar="INPUT", help="where the packets of the reference's alerts are"
+    )
+    add_scoring_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _count(text: str) -> int:
+    if not 0 < (count := int(text)) <= MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"between 1 and {MAX_COUNT}, not {count}")
+    return count
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the list, draws the picture where one is asked for, and returns the exit status."""
+    from broker_filter.cli.archived import open_reference, require_extra
+    from broker_filter.packets.decode import Decoder
+    from broker_filter.packets.registry import open_registry
+    from broker_filter.scoring.anomaly import AnomalyScorer
+    from broker_filter.streaming.archives import read_packets
+
+    if arguments.out:
+        require_extra("matplotlib")
+    reference, scorer = open_reference(arguments.reference, arguments.model, arguments.device)
+    decoder = Decoder(open_registry(arguments.schema_registry), cutout_size=scorer.cutout_size, columns=scorer.columns)
+    found = _find(read_packets([arguments.alert]), decoder, None if arguments.id is None else {arguments.id})
+    if not found:
+        which = "no readable alert" if arguments.id is None else f"no alert {arguments.id}"
+        raise NothingToCompareError(f"{arguments.alert}: {which} there")
+    alerts, row = next(iter(found.values()))
+    [scores] = scorer.score(alerts).models
+    if not scores.taken[row] or scores.embedding is None:
+        raise NothingToCompareError(f"{arguments.alert}: the model {scores.model} does not take alerts of its survey")
+    anomaly = AnomalyScorer(reference)
+    embedding = scores.embedding[row : row + 1]
+    [score], [similar] = anomaly.score(embedding).tolist(), anomaly.nearest(embedding, arguments.count)
+    identity, stranger = alerts.identity(row), float((reference.scores > score).mean())
+    said = f"score {score:.4f}, {stranger:.1%} of ordinary alerts are stranger"
+    print(f"{identity.survey} {identity.alert_id} of {identity.object_id}: {said}")
+    print(f"{'distance':>8}  {'alert':20}  object")
+    for one in similar:
+        print(f"{one.distance:8.4f}  {one.alert_id:<20}  {one.object_id}")
+    if arguments.out:
+        packets = read_packets([*arguments.packets, arguments.alert])
+        packets_of = _find(packets, decoder, {one.alert_id for one in similar})
+        _draw(arguments.out, (alerts, row), said, similar, packets_of)
+        print(arguments.out)
+    return 0
+
+
+def _find(packets: Iterable[Packet], decoder: Decoder, wanted: set[int] | None) -> dict[int, tuple[AlertBatch, int]]:
+    """Where alerts are, batch and row, by id: until all `wanted` are found, or the first where none is named."""
+    found: dict[int, tuple[AlertBatch, int]] = {}
+    waiting = iter(packets)
+    while batch := list(islice(waiting, PACKETS_AT_A_TIME)):
+        alerts, _ = decoder.decode(batch)
+        for row, alert_id in enumerate(alerts.alert_id.tolist()):
+            if wanted is None or alert_id in wanted:
+                found.setdefault(alert_id, (alerts, row))
+            if len(found) == (1 if wanted is None else len(wanted)):
+                return found
+    return found
+
+
+def _draw(
+    file: Path,
+    asked: tuple[AlertBatch, int],
+    said: str,
+    similar: Sequence[Neighbour],
+    packets_of: Mapping[int, tuple[AlertBatch, int]],
+) -> None:
+    from broker_filter.pictures.similar_alerts import Shown, draw_similar
+
+    if absent := sum(one.alert_id not in packets_of for one in similar):
+        log.warning("%d of %d packets are not among --packets and the alert's own: not drawn", absent, len(similar))
+    rows = [Shown(*asked, said)]
+    rows += [
+        Shown(*packets_of[one.alert_id], f"distance {one.distance:.4f}")
+        for one in similar
+        if one.alert_id in packets_of
+    ]
+    identity = asked[0].identity(asked[1])
+    draw_similar(file, f"Ordinary alerts most like {identity.survey} {identity.alert_id}", rows)

@@ -1,0 +1,37 @@
+"""How a cutout is drawn, and the colours of every picture."""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws to files; needs no display
+
+import numpy as np
+from astropy.stats import mad_std
+from astropy.visualization import AsinhStretch, ImageNormalize
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+BACKGROUND, PANEL, TEXT, FAINT = "#0d1117", "#161b22", "#e6edf3", "#7d8590"
+NOTHING = "#30363d"
+"""What shows through where pixels are NaN."""
+
+
+def draw_cutout(axes: Axes, pixels: NDArray[np.float32]) -> None:
+    """Draws pixels [H, W], the first row at the bottom as in FITS."""
+    axes.imshow(pixels, origin="lower", cmap="magma", norm=_stretch(pixels), interpolation="nearest")
+    axes.set_facecolor(NOTHING)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+
+
+def _stretch(pixels: NDArray[np.float32]) -> ImageNormalize:
+    """From just below the sky to the brightest pixels but a few, compressed so that faint things show."""
+    finite = pixels[np.isfinite(pixels)]
+    if not len(finite):
+        return ImageNormalize(vmin=0, vmax=1)
+    sky = float(np.median(finite))
+    noise = float(mad_std(finite)) or 1.0
+    brightest = max(float(np.percentile(finite, 99.8)), sky + 10 * noise)
+    return ImageNormalize(vmin=sky - noise, vmax=brightest, stretch=AsinhStretch(0.2))

@@ -1,0 +1,63 @@
+"""A night on a plane: alerts that are alike stand together, the strange ones in bright colours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import PowerNorm
+from numpy.typing import NDArray
+
+from broker_filter.pictures.cutouts import BACKGROUND, FAINT, PANEL, TEXT
+
+NEIGHBOURS = 22
+"""As Rizhko & Bloom (arXiv:2411.08842) draw their embeddings, with cosine distances."""
+SEED = 22
+"""The same night gives the same map."""
+FEWEST = 30
+"""Alerts that make a map."""
+NAMED = 12
+"""The strangest, which are ringed and called by their names."""
+CROWDED, SPARSE = 3.0, 14.0
+"""Sizes of a point among very many and among few."""
+
+
+def lay_out(embedding: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Where each of [N, D] stands on the plane, [N, 2]: UMAP (McInnes et al. 2018, arXiv:1802.03426)."""
+    from umap import UMAP
+
+    layout = UMAP(n_neighbors=NEIGHBOURS, metric="cosine", random_state=SEED, n_jobs=1)
+    return np.asarray(layout.fit_transform(embedding), np.float32)
+
+
+def draw_map(
+    file: Path, title: str, place: NDArray[np.float32], score: NDArray[np.float32], names: Sequence[str]
+) -> None:
+    """Writes a PNG of N alerts at `place` [N, 2], coloured by `score` [N], the strangest on top."""
+    order = np.argsort(score)
+    size = float(np.clip(40_000 / len(place), CROWDED, SPARSE))
+    with plt.rc_context({"font.family": "DejaVu Sans", "text.color": TEXT, "savefig.facecolor": BACKGROUND}):
+        figure, axes = plt.subplots(figsize=(13, 10), facecolor=BACKGROUND, layout="constrained")
+        low, high = np.percentile(score, (1, 99.8))
+        norm = PowerNorm(0.6, low, high)
+        points = axes.scatter(
+            place[order, 0], place[order, 1], s=size, c=score[order], cmap="plasma", norm=norm, linewidths=0
+        )
+        for i in order[-NAMED:].tolist():
+            axes.scatter(place[i, 0], place[i, 1], s=90, facecolors="none", edgecolors=TEXT, linewidths=1.1)
+            axes.annotate(names[i], place[i], (6, 6), textcoords="offset points", fontsize=8, color=TEXT)
+        bar = figure.colorbar(points, ax=axes, fraction=0.03, pad=0.01, extend="max")
+        bar.set_label(
+            "how strange: distance from the ordinary alerts most like it, in deviations of what is usual", color=FAINT
+        )
+        bar.ax.tick_params(colors=FAINT)
+        bar.outline.set_visible(False)
+        axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=TEXT, pad=12)
+        axes.set_facecolor(PANEL)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+        figure.savefig(file, dpi=110)
+        plt.close(figure)

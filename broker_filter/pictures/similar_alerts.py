@@ -1,0 +1,104 @@
+"""An alert and the ones most like it, a row each: cutouts, light curve, what it is called and how far away it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter
+
+from broker_filter.packets.batch import BANDS, CUTOUTS, UNKNOWN_BAND, AlertBatch, Measurement
+from broker_filter.pictures.cutouts import BACKGROUND, FAINT, NOTHING, PANEL, TEXT, draw_cutout
+
+COLOURS = ("#a371f7", "#3fb950", "#f85149", "#d29922", "#db6d28", "#bf8700")
+"""Of BANDS; a band that is not known is drawn in FAINT."""
+ROW_INCHES, HEAD_INCHES = 2.3, 0.7
+LIMIT_SIGMAS = 5.0
+"""Where an upper limit is drawn, in its errors."""
+MARGIN = 0.25
+"""Above and below what an axis must show: the detections, and no other point, lest a wild one flatten them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Row `row` of a batch, and what is said of it."""
+
+    alerts: AlertBatch
+    row: int
+    caption: str
+
+
+def draw_similar(file: Path, title: str, shown: Sequence[Shown]) -> None:
+    """Writes a PNG with a row for each."""
+    with plt.rc_context({"font.family": "DejaVu Sans", "text.color": TEXT, "savefig.facecolor": BACKGROUND}):
+        figure = plt.figure(figsize=(14, HEAD_INCHES + ROW_INCHES * len(shown)), facecolor=BACKGROUND)
+        heights = [HEAD_INCHES, *[ROW_INCHES] * len(shown)]
+        top, *lines = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        top.set_facecolor(BACKGROUND)
+        top.text(0.012, 0.45, title, fontsize=16, fontweight="bold", va="center")
+        top.text(0.988, 0.45, "science   template   difference   light curve", fontsize=11, color=FAINT, ha="right")
+        for line, one in zip(lines, shown, strict=True):
+            _draw_row(line, one)
+        figure.savefig(file, dpi=110)
+        plt.close(figure)
+
+
+def _draw_row(line: SubFigure, one: Shown) -> None:
+    line.set_facecolor(BACKGROUND)
+    panel = Rectangle((0.01, 0.03), 0.98, 0.94, facecolor=PANEL, transform=line.transSubfigure, zorder=-1)
+    line.add_artist(panel)  # below the images
+    alerts, i = one.alerts, one.row
+    identity = alerts.identity(i)
+    line.text(0.02, 0.88, _printable(identity.object_id or "?"), fontsize=12, fontweight="bold", va="center")
+    line.text(0.02, 0.115, f"{identity.survey} {identity.alert_id}", fontsize=9, color=FAINT, va="center")
+    line.text(0.40, 0.88, one.caption, fontsize=12, ha="right", va="center")
+    for k in range(len(CUTOUTS)):
+        axes = line.add_axes((0.02 + 0.128 * k, 0.20, 0.124, 0.60))
+        y0, x0, height, width = alerts.cutout_box[i, k].tolist()
+        draw_cutout(axes, alerts.cutouts[i, k, y0 : y0 + height, x0 : x0 + width])
+    _draw_light_curve(line.add_axes((0.485, 0.22, 0.49, 0.70)), alerts, i)
+
+
+def _draw_light_curve(axes: Axes, alerts: AlertBatch, i: int) -> None:
+    """Difference flux in nJy against days before the alert, a colour a band."""
+    curves = alerts.light_curves
+    mine = slice(int(curves.offsets[i]), int(curves.offsets[i + 1]))
+    days, kind, band = curves.mjd[mine] - alerts.mjd[i], curves.kind[mine], curves.band[mine]
+    flux, error = curves.flux[mine].astype(np.float64), curves.flux_err[mine].astype(np.float64)
+    limit = kind == Measurement.UPPER_LIMIT
+    height = np.where(limit, LIMIT_SIGMAS * error, flux)
+    for code in np.unique(band).tolist():
+        colour, name = (FAINT, "?") if code == UNKNOWN_BAND else (COLOURS[code], BANDS[code])
+        of_band = band == code
+        for which, marker, size, filled in (
+            (of_band & (kind == Measurement.DETECTION), "o", 4.5, True),
+            (of_band & (kind == Measurement.FORCED), "s", 3.0, False),
+        ):
+            axes.errorbar(
+                days[which], flux[which], error[which], fmt=marker, markersize=size, color=colour, elinewidth=0.9,
+                markerfacecolor=colour if filled else "none", label=name if which.any() and filled else None,
+            )  # fmt: skip
+        axes.plot(days[of_band & limit], height[of_band & limit], "v", markersize=4, color=colour, alpha=0.35)
+    axes.axhline(0, color=NOTHING, linewidth=0.8, zorder=0)
+    detected = flux[kind == Measurement.DETECTION]
+    if len(detected):
+        low, high = min(detected.min(), 0.0), max(detected.max(), 0.0)
+        room = MARGIN * (high - low) or 1.0
+        axes.set_ylim(low - room, high + room)
+        axes.legend(loc="upper left", frameon=False, fontsize=9, labelcolor=TEXT, ncols=len(BANDS), handletextpad=0.2)
+    axes.set_facecolor(BACKGROUND)
+    axes.tick_params(colors=FAINT, labelsize=8)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.spines[:].set_color(NOTHING)
+    axes.set_xlabel("days before the alert" if len(days) else "no light curve", fontsize=8, color=FAINT, labelpad=1)
+    axes.set_ylabel("flux (nJy)", fontsize=8, color=FAINT)
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -1,0 +1,118 @@
+"""`reference`, `similar` and `map`: from archived packets to a list, a contact sheet and a map."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from broker_filter.cli import main
+from broker_filter.pictures.embedding_map import draw_map
+from broker_filter.scoring.reference import read_reference
+
+N = 200
+
+
+@pytest.fixture(scope="module")
+def night(ztf_packets: list[tuple[int, bytes]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("night")
+    for candid, data in ztf_packets[:N]:
+        (folder / f"{candid}.avro").write_bytes(data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(night: Path, embedding_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("references") / "ordinary.safetensors"
+    assert main(["reference", "build", str(night), "--model", str(embedding_bundle), "--out", str(file)]) == 0
+    return file
+
+
+def test_a_reference_is_built_and_shown(reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    built = read_reference(reference)
+    assert 100 < len(built.alerts) + len(built.scores) <= N
+    assert built.card.where == "looks.real > 0.5"  # as the bundle recommends
+    assert built.card.modalities == ("science", "template", "difference")
+    assert main(["reference", "show", str(reference)]) == 0
+    shown = capsys.readouterr().out
+    assert "looks.real > 0.5" in shown
+    assert built.card.data_sha256 in shown
+
+
+def test_a_limit_and_a_cut_of_ones_own(night: Path, embedding_bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "some.safetensors"
+    arguments = ["reference", "build", str(night), "--model", str(embedding_bundle), "--out", str(file)]
+    assert main([*arguments, "--where", "magpsf < 25", "--limit", "150"]) == 0
+    some = read_reference(file)
+    assert len(some.alerts) + len(some.scores) == 150
+    assert some.card.where == "magpsf < 25"
+    assert main([*arguments, "--where", "magpsf < 0"]) == 1
+
+
+def test_the_most_similar_are_listed_and_drawn(
+    reference: Path, night: Path, embedding_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alert = int(read_reference(reference).alerts.alert_id[7])
+    picture = tmp_path / "similar.png"
+    common = ["--reference", str(reference), "--model", str(embedding_bundle), "--count", "3"]
+    drawn = ["--out", str(picture), "--packets", str(night)]
+    assert main(["similar", str(night / f"{alert}.avro"), *common, *drawn]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"ztf {alert} of ZTF")
+    distances = [float(line.split()[0]) for line in lines[2:5]]
+    assert lines[2].split()[1] == str(alert)  # it is in the reference
+    assert distances[0] == pytest.approx(0, abs=1e-4)
+    assert distances == sorted(distances)
+    assert lines[5:] == [str(picture)]
+    image = imread(picture)
+    assert image.shape[:2] == (round(110 * (0.7 + 4 * 2.3)), 14 * 110)  # four rows
+    assert main(["similar", str(night), "--id", str(alert), *common]) == 0
+    assert capsys.readouterr().out.splitlines()[:5] == lines[:5]
+
+
+def test_without_packets_the_alert_alone_is_drawn(
+    reference: Path, night: Path, embedding_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alert = sorted(night.iterdir())[0]
+    picture = tmp_path / "alone.png"
+    common = ["--reference", str(reference), "--model", str(embedding_bundle), "--count", "3"]
+    assert main(["similar", str(alert), *common, "--out", str(picture)]) == 0
+    assert imread(picture).shape[0] < round(110 * (0.7 + 3 * 2.3))
+
+
+@pytest.mark.parametrize("change", ["id", "model"])
+def test_what_cannot_be_compared_is_an_error_in_a_line(
+    reference: Path, night: Path, embedding_bundle: Path, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    model = "default" if change == "model" else str(embedding_bundle)
+    which = ["--id", "5"] if change == "id" else []
+    assert main(["similar", str(night), "--reference", str(reference), "--model", model, *which]) == 1
+    complaint = capsys.readouterr().err.splitlines()[-1]
+    assert ("no alert 5 there" if change == "id" else "none of the models (default)") in complaint
+
+
+def test_a_map_without_umap_says_what_to_install(
+    reference: Path, night: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["map", str(night), "--reference", str(reference), "--out", str(tmp_path / "map.png")]) == 2
+    assert "pip install 'broker-filter[explore]'" in capsys.readouterr().err
+
+
+def test_a_map_names_the_strangest(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    place, score = rng.standard_normal((300, 2)).astype(np.float32), rng.gamma(2, 1, 300).astype(np.float32)
+    draw_map(tmp_path / "map.png", "A night", place, score, [f"ZTF26a{i}" for i in range(300)])
+    image = imread(tmp_path / "map.png")
+    assert image.shape[:2] == (1100, 1430)
+    assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 500  # colours of many scores
+
+
+def test_a_night_is_laid_out_and_drawn(reference: Path, night: Path, embedding_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("umap", reason="maps need the extra `explore`")
+    out = tmp_path / "map.png"
+    arguments = ["--reference", str(reference), "--model", str(embedding_bundle), "--out", str(out)]
+    assert main(["map", str(night), *arguments]) == 0
+    assert imread(out).shape[:2] == (1100, 1430)

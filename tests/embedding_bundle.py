@@ -1,0 +1,70 @@
+"""A bundle as small as can be that gives an embedding: what an alert looks like, shrunk to a few pixels a cutout.
+
+For tests of what is done with embeddings; its engine is onnxruntime alone, its weights are none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import yaml
+from onnx import TensorProto, helper
+from safetensors.numpy import save_file
+
+from broker_filter.scoring.bundle import CARD, ONNX, TEST_VECTOR, WEIGHTS, load_bundle
+from broker_filter.scoring.preprocess import prepare
+
+NAME = "looks"
+MODALITIES = ("science", "template", "difference")
+SIDE = 7
+"""Pixels: 63 shrink to them evenly."""
+
+
+def write_embedding_bundle(directory: Path) -> Path:
+    """Writes the bundle, its modalities the cutouts, and returns its directory."""
+    directory.mkdir()
+    card = load_bundle("default").card.model_dump(mode="json")
+    card |= {"name": NAME, "version": "1", "architecture": {"name": "none"}}
+    card["inputs"] |= {"metadata": []}
+    card["outputs"] |= {"embedding": len(MODALITIES) * SIDE * SIDE, "modalities": list(MODALITIES)}
+    onnx.save(_graph(), str(directory / ONNX))
+    save_file({"none": np.zeros(1, np.float32)}, directory / WEIGHTS)
+    vector = load_bundle("default").test_vector()
+    inputs = load_bundle("default").card.inputs
+    images = prepare(vector, inputs)["images"]
+    session = onnxruntime.InferenceSession(directory / ONNX)
+    names = ("probabilities", "embedding", "modalities")
+    outputs = dict(zip(names, session.run(names, {"images": images}), strict=True))
+    raw = {"cutouts": vector.cutouts, "cutout_box": vector.cutout_box, "metadata": np.zeros((len(images), 0))}
+    save_file(raw | outputs, directory / TEST_VECTOR)
+    files = (ONNX, WEIGHTS, TEST_VECTOR)
+    card["files"] = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in files}
+    (directory / CARD).write_text(yaml.safe_dump(card))
+    return directory
+
+
+def _graph() -> onnx.ModelProto:
+    size = len(MODALITIES) * SIDE * SIDE
+    nodes = [
+        helper.make_node("AveragePool", ["images"], ["small"], kernel_shape=[9, 9], strides=[9, 9]),
+        helper.make_node("Reshape", ["small", "apart"], ["looks"]),
+        helper.make_node("LpNormalization", ["looks"], ["modalities"], axis=2),
+        helper.make_node("Flatten", ["modalities"], ["together"]),
+        helper.make_node("LpNormalization", ["together"], ["embedding"], axis=1),
+        helper.make_node("ReduceMax", ["together"], ["brightest"], axes=[1], keepdims=1),
+        helper.make_node("Sigmoid", ["brightest"], ["probabilities"]),
+    ]
+    apart = helper.make_tensor("apart", TensorProto.INT64, [3], [-1, len(MODALITIES), SIDE * SIDE])
+    outputs = {"probabilities": [1], "embedding": [size], "modalities": [len(MODALITIES), SIDE * SIDE]}
+    graph = helper.make_graph(
+        nodes,
+        NAME,
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, 63, 63])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *shape]) for name, shape in outputs.items()],
+        [apart],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
