@@ -12,7 +12,7 @@ from broker_filter.bench.naive import NaiveBroker
 from broker_filter.scoring.bundle import load_bundle
 from broker_filter.streaming.kafka_client import MAX_RECORD_BYTES, MAX_RESPONSE_BYTES
 from broker_filter.streaming.kafka_source import FETCH_PARTITION_BYTES, PREFETCH_KBYTES, QUEUE_FULL_BACKOFF_MS
-from broker_filter.streaming.transactions import BATCH_BYTES
+from broker_filter.streaming.transactions import BATCH_BYTES, LINGER_MS
 
 NAIVE_TRANSACTION = 64
 """Alerts to a transaction of the naive loop; transactions of one would measure little but the broker's round trips."""
@@ -91,7 +91,13 @@ def no_work_loop(bootstrap_servers: str, topic: str, name: str, alerts: int) -> 
     )
     consumer.subscribe([topic])
     producer = Producer(
-        {**client, "transactional.id": name, "batch.size": BATCH_BYTES, "message.max.bytes": MAX_RECORD_BYTES}
+        {
+            **client,
+            "transactional.id": name,
+            "batch.size": BATCH_BYTES,
+            "linger.ms": LINGER_MS,
+            "message.max.bytes": MAX_RECORD_BYTES,
+        }
     )
     producer.init_transactions()
     done, transaction = 0, min(NO_WORK_TRANSACTION, alerts // LEAST_COMMITS)

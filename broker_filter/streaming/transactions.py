@@ -35,6 +35,8 @@ from broker_filter.streaming.watchdog import Stage
 
 BATCH_BYTES = 1_000_000
 """librdkafka's own: a batch of records is smaller, unless it is one record."""
+LINGER_MS = 50
+"""For a batch to fill: fewer requests cost both sides less. A transaction that ends waits for none, it flushes."""
 HELD_BYTES = 64 * 2**20
 """A transaction ends when so much output waits in it, whatever its count and time."""
 OPEN_TIMEOUT_S = 120.0
@@ -126,6 +128,8 @@ class Work:
     def fit(self, limits: RecordLimits) -> None:
         """Makes every record one that its topic takes: what is too large becomes a dead letter, at worst cut short."""
         refused = {i: record for i, record in self.records if _size(record) > limits.of(record.topic)}
+        if not refused:
+            return
         for i, record in refused.items():
             if record.topic != limits.dead_letter:
                 self._reject_too_large(i, record, limits)
@@ -193,6 +197,7 @@ class Writer:
         """Why the latest attempt to commit has failed; empty once one has not."""
         defaults = {
             "batch.size": min(BATCH_BYTES, limits.smallest),
+            "linger.ms": LINGER_MS,
             "message.max.bytes": MAX_RECORD_BYTES,
             # By the default, after all brokers were away, librdkafka 2.16 waits for ever in send_offsets_to_transaction
             # for a group coordinator among the brokers that it has just forgotten.
@@ -304,10 +309,10 @@ class Writer:
             for _, record in work.records:
                 self._insist(partial(self._send, record))
             self._produced += 1
+            self._producer.poll(0)  # not for every record: each time the interpreter is given away
 
     def _send(self, record: OutputRecord) -> None:
         self._producer.produce(record.topic, record.value, record.key, headers=record.headers)
-        self._producer.poll(0)
 
     def _insist(self, call: Callable[[], None]) -> None:
         """Makes a call until it succeeds: after a timeout the protocol allows only the same call again."""
