@@ -208,6 +208,12 @@ def _wants_cuda(device: Literal["auto", "cpu", "cuda"]) -> bool:
 def _check_graph(path: Path, session: Any, bundle: Bundle) -> None:
     """Raises BundleError where the graph's inputs and outputs are not the card's."""
     expected = bundle.card.inputs.shapes() | bundle.card.outputs.shapes()
-    found = {node.name: tuple(node.shape[1:]) for node in (*session.get_inputs(), *session.get_outputs())}
+    nodes = (*session.get_inputs(), *session.get_outputs())
+    found = {node.name: tuple(node.shape[1:]) for node in nodes}
     if found != expected:
         raise BundleError(f"{path}: its inputs and outputs are {found}, the card's {expected}; make the bundle anew")
+    if fixed := [node.name for node in nodes if isinstance(node.shape[0], int)]:
+        raise BundleError(
+            f"{path}: takes batches of one size only, by {', '.join(fixed)}: in the network, take sizes from `shape`, not "
+            "from `len`, and make the bundle anew"
+        )

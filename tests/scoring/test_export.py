@@ -161,6 +161,21 @@ def test_a_network_of_light_curves_and_modalities_is_served_alike_by_every_engin
         np.testing.assert_allclose(scores.embedding, vector.outputs["embedding"][rows], rtol=1e-5, atol=1e-5)
 
 
+def test_a_graph_that_takes_batches_of_one_size_alone_is_refused(
+    tmp_path: Path, description: Description, network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counting(Fusion):
+        def forward(self, images: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
+            logits, embedding = super().forward(images, metadata)
+            return logits + torch.zeros(1).expand(len(images), -1), embedding
+
+    monkeypatch.setitem(networks.NETWORKS, "fusion", Counting)
+    counting = Counting(width=8).eval()
+    counting.load_state_dict(network.state_dict())
+    with pytest.raises(BundleError, match="takes batches of one size only, by images"):
+        write_bundle(tmp_path / "classes", description, counting)
+
+
 def test_a_test_vector_whose_light_curves_do_not_add_up_is_refused(
     tmp_path: Path, description: Description, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,7 +183,7 @@ class LightCurveEncoder(nn.Module):
 
     def forward(self, points: Tensor, mask: Tensor) -> Tensor:
         """See the class."""
-        x = torch.cat([self.token.expand(len(points), -1, -1), self.embed(points)], dim=1)
+        x = torch.cat([self.token.expand(points.shape[0], -1, -1), self.embed(points)], dim=1)
         there = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1) > 0
         *all_but_last, last = self.layers
         for layer in all_but_last:
