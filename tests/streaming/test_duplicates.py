@@ -3,8 +3,10 @@
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 
 from broker_filter.packets.batch import AlertBatch, Survey
+from broker_filter.streaming import duplicates
 from broker_filter.streaming.duplicates import DuplicateWindow
 
 MakeAlerts = Callable[..., AlertBatch]
@@ -60,3 +62,21 @@ def test_the_oldest_ids_are_forgotten_first(make_alerts: MakeAlerts) -> None:
 
 def test_a_window_of_no_size_marks_nothing(make_alerts: MakeAlerts) -> None:
     assert mark(DuplicateWindow(0), make_alerts([1, 1])) == [False, False]
+
+
+@pytest.mark.parametrize("settle", [1, 2, 7, 1000])
+@pytest.mark.parametrize("size", [0, 1, 5, 40, 1000])
+def test_marks_are_those_of_a_plain_list_of_the_latest_ids(
+    make_alerts: MakeAlerts, monkeypatch: pytest.MonkeyPatch, size: int, settle: int
+) -> None:
+    monkeypatch.setattr(duplicates, "SETTLE", settle)
+    draw = np.random.default_rng(size)
+    window, latest = DuplicateWindow(size), list[int]()
+    for batch in range(40):
+        ids = draw.integers(-5, 60, draw.integers(1, 9)).tolist()
+        expected = []
+        for each in ids:
+            expected.append(each in latest[-size:] if size else False)
+            if not expected[-1]:
+                latest.append(each)
+        assert mark(window, make_alerts(ids, offset=10 * batch)) == expected
