@@ -24,6 +24,8 @@ COMMANDS = {
     "train-default": ("training.train_default", "distil the bundle that ships as `default`"),
     "train-classes": ("training.train_classes", "fit the bundle that ships as `classes`"),
     "train-embedder": ("training.train_embedder", "train the bundle that ships as `embedder`"),
+    "anomalies": ("training.anomalies", "how well classes that nothing has seen are found as strange"),
+    "suspects": ("training.suspects", "the alerts whose labels are most likely wrong"),
     "astrom3": ("training.astrom3.train", "train AstroM3, or a classifier of its modalities, as published"),
     "astrom3-simulate": ("training.astrom3.simulate", "variable stars of ten classes to train AstroM3 with"),
     "astrom3-study": ("training.astrom3.study", "what AstroM3's pre-training is worth with few labels"),

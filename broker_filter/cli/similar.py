@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out:
         packets = read_packets([*arguments.packets, arguments.alert])
         packets_of = _find(packets, decoder, {one.alert_id for one in similar})
-        _draw(arguments.out, (alerts, row), said, similar, packets_of)
+        _draw(arguments.out, (alerts, row), f"score {score:.2f}", similar, packets_of)
         print(arguments.out)
     return 0
 

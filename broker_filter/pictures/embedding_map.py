@@ -50,7 +50,7 @@ def draw_map(
             axes.annotate(names[i], place[i], (6, 6), textcoords="offset points", fontsize=8, color=TEXT)
         bar = figure.colorbar(points, ax=axes, fraction=0.03, pad=0.01, extend="max")
         bar.set_label(
-            "how strange: distance from the ordinary alerts most like it, in deviations of what is usual", color=FAINT
+            "how strange: distance from ordinary alerts, in deviations of what is usual", color=FAINT
         )
         bar.ax.tick_params(colors=FAINT)
         bar.outline.set_visible(False)

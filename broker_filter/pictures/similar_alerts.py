@@ -55,14 +55,14 @@ def _draw_row(line: SubFigure, one: Shown) -> None:
     line.add_artist(panel)  # below the images
     alerts, i = one.alerts, one.row
     identity = alerts.identity(i)
-    line.text(0.02, 0.88, _printable(identity.object_id or "?"), fontsize=12, fontweight="bold", va="center")
+    line.text(0.02, 0.90, _printable(identity.object_id or "?"), fontsize=12, fontweight="bold", va="center")
     line.text(0.02, 0.115, f"{identity.survey} {identity.alert_id}", fontsize=9, color=FAINT, va="center")
-    line.text(0.40, 0.88, one.caption, fontsize=12, ha="right", va="center")
+    line.text(0.362, 0.115, one.caption, fontsize=10, ha="right", va="center")
     for k in range(len(CUTOUTS)):
-        axes = line.add_axes((0.02 + 0.128 * k, 0.20, 0.124, 0.60))
+        axes = line.add_axes((0.02 + 0.115 * k, 0.175, 0.112, 0.66))
         y0, x0, height, width = alerts.cutout_box[i, k].tolist()
         draw_cutout(axes, alerts.cutouts[i, k, y0 : y0 + height, x0 : x0 + width])
-    _draw_light_curve(line.add_axes((0.485, 0.22, 0.49, 0.70)), alerts, i)
+    _draw_light_curve(line.add_axes((0.45, 0.22, 0.525, 0.70)), alerts, i)
 
 
 def _draw_light_curve(axes: Axes, alerts: AlertBatch, i: int) -> None:

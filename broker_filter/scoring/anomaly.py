@@ -1,9 +1,10 @@
 """How strange an alert is beside a reference of ordinary ones, and what makes it strange.
 
-In each modality an alert has a distance from the ordinary ones that are most like it there; those distances, in
-deviations of what is usual, make the score. So a modality in which alerts are all much alike says as much as one in
-which they are not (`training anomalies` compares this with other measures). Works on embeddings alone, and decides
-nothing: which scores are flagged is `threshold`'s affair. An alert's score does not depend on what else is scored.
+Ordinary embeddings are a cloud, and so is each modality that they have side by side. An alert has a distance from the
+middle of each cloud by the cloud's own shape; those distances, in deviations of what is usual, make the score. So what
+varies little among ordinary alerts counts as much as what varies a lot, and so does what never goes together
+(`training anomalies` compares this with other measures). Works on embeddings alone, and decides nothing: which scores
+are flagged is `threshold`'s affair. An alert's score does not depend on what else is scored.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.scoring.neighbours import Embeddings, Neighbours, normalise
-from broker_filter.scoring.reference import Reference
+from broker_filter.scoring.reference import Reference, ReferenceSetError
 
 NEIGHBOURS = 5
-"""Whose mean distance counts, and which are named in the reason."""
+"""Named in a reason."""
+SHRINKAGE = 0.003
+"""Of a covariance towards a sphere of the same mean variance: enough to invert it where a network's embeddings hardly
+vary in some directions, or the ordinary alerts are few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,42 +35,63 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """What makes an alert strange: the ordinary alerts most like it as a whole, the nearest first; its distance from
-    those most like it in each modality that it has; and the modality that adds most to its score."""
+    """What makes an alert strange: the ordinary alerts most like it, the nearest first; how strange each modality is
+    that it has, in deviations of what is usual; and the strangest of them."""
 
     neighbours: tuple[Neighbour, ...]
     modalities: dict[str, float]
     most_unlike: str | None
 
 
-def apart(embedding: NDArray[np.float32], modalities: int) -> list[Embeddings]:
-    """What an embedding [N, D] has side by side: [N, D / M] for each of M modalities, of length 1, zeros where an alert
-    lacks it. Without modalities (0) it is all one."""
-    parts = normalise(embedding.reshape(len(embedding), modalities or 1, -1))
-    return [np.ascontiguousarray(parts[:, m]) for m in range(parts.shape[1])]
+class Mahalanobis:
+    """The Mahalanobis distance from the mean: Lee et al. 2018 (arXiv:1807.03888), eq. 2, all being of one class."""
+
+    def __init__(self, ordinary: Embeddings) -> None:
+        """`ordinary`: [K, D], K of at least 2."""
+        wide = ordinary.astype(np.float64)
+        self._mean = wide.mean(axis=0)
+        covariance = np.cov(wide, rowvar=False)
+        sphere = np.eye(len(covariance)) * np.trace(covariance) / len(covariance)
+        self._whitening = np.linalg.cholesky(np.linalg.inv((1 - SHRINKAGE) * covariance + SHRINKAGE * sphere))
+
+    def __call__(self, embedding: Embeddings) -> NDArray[np.float64]:
+        """The distances [N] of embeddings [N, D]."""
+        return np.asarray(np.linalg.norm((embedding - self._mean) @ self._whitening, axis=1))
 
 
-class Surroundings:
-    """Ordinary alerts in each of their modalities."""
+def parts(embedding: NDArray[np.float32], modalities: int) -> list[Embeddings]:
+    """An embedding [N, D] as a whole, and each of the M modalities that it has side by side, [N, D / M]; each of length
+    1, zeros where an alert lacks it."""
+    whole = normalise(embedding)
+    if not modalities:
+        return [whole]
+    apart = normalise(embedding.reshape(len(embedding), modalities, -1))
+    return [whole] + [apart[:, m] for m in range(modalities)]
+
+
+class Cloud:
+    """Ordinary embeddings, as a whole and in each of their modalities."""
 
     def __init__(self, embedding: Embeddings, modalities: int) -> None:
-        """`embedding` [K, D] of M `modalities`, 0 for one that is all one."""
+        """`embedding` [K, D], of M `modalities`. Raises ReferenceSetError where one is had by fewer than two alerts."""
         self._modalities = modalities
-        self._neighbours = [Neighbours(part) for part in apart(embedding, modalities)]
+        known = [part[part.any(axis=1)] for part in parts(embedding, modalities)]
+        if min(map(len, known)) < 2:
+            raise ReferenceSetError("hardly an ordinary alert has all that the embedding is of: give more inputs")
+        self._distances = [Mahalanobis(part) for part in known]
 
     def distances(self, embedding: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The mean cosine distance of each of [N, D] from the NEIGHBOURS nearest in each modality, [N, M or 1]; NaN
-        where it lacks one. Ramaswamy et al. 2000 (SIGMOD), the mean in place of the last; of learnt embeddings, Sun et
-        al. 2022 (arXiv:2204.06507)."""
-        columns = []
-        for part, neighbours in zip(apart(embedding, self._modalities), self._neighbours, strict=True):
-            distance = neighbours.nearest(part, NEIGHBOURS)[0].astype(np.float64).mean(axis=1)
-            columns.append(np.where(part.any(axis=1), distance, np.nan))
+        """How far each of [N, D] is from the middle, as a whole and in each modality, [N, 1 + M]; NaN for what it
+        lacks."""
+        columns = [
+            np.where(part.any(axis=1), distance(part), np.nan)
+            for part, distance in zip(parts(embedding, self._modalities), self._distances, strict=True)
+        ]
         return np.stack(columns, axis=1)
 
 
 def strangeness(distances: NDArray[np.float64], usual: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The scores [N] of distances [N, M]: the mean of those there are, each in deviations of `usual` [M, 2]; NaN where
+    """The scores [N] of distances [N, P]: the mean of those there are, each in deviations of `usual` [P, 2]; NaN where
     there is none."""
     unusual = (distances - usual[:, 0]) / usual[:, 1]
     known = np.isfinite(unusual)
@@ -83,16 +108,16 @@ class AnomalyScorer:
         self._names = reference.card.modalities
         self._usual = reference.usual
         self._alert_id, self._object_id = alerts.alert_id, alerts.object_id
-        self._surroundings = Surroundings(alerts.embedding, len(self._names))
-        self._whole = Neighbours(alerts.embedding)
+        self._cloud = Cloud(alerts.embedding, len(self._names))
+        self._neighbours = Neighbours(alerts.embedding)
 
     def score(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
         """How strange each of [N, D] is, [N]; NaN for one that is all zeros."""
-        return strangeness(self._surroundings.distances(embedding), self._usual)
+        return strangeness(self._cloud.distances(embedding), self._usual)
 
     def nearest(self, embedding: NDArray[np.float32], k: int) -> list[tuple[Neighbour, ...]]:
         """The k ordinary alerts most like each of [N, D], the nearest first."""
-        distances, rows = self._whole.nearest(normalise(embedding), k)
+        distances, rows = self._neighbours.nearest(normalise(embedding), k)
         return [
             tuple(
                 Neighbour(int(self._alert_id[row]), str(self._object_id[row]), float(distance))
@@ -104,16 +129,9 @@ class AnomalyScorer:
 
     def explain(self, embedding: NDArray[np.float32]) -> list[Reason]:
         """Why each of [N, D] is as strange as it is."""
-        named = self.nearest(embedding, NEIGHBOURS)
-        if not self._names:
-            return [Reason(neighbours, {}, None) for neighbours in named]
-        distances = self._surroundings.distances(embedding)
-        unusual = (distances - self._usual[:, 0]) / self._usual[:, 1]
-        return [
-            Reason(
-                neighbours,
-                {name: float(d) for name, d in zip(self._names, distance, strict=True) if np.isfinite(d)},
-                self._names[int(np.nanargmax(far))],
-            )
-            for neighbours, distance, far in zip(named, distances, unusual, strict=True)
-        ]
+        unusual = ((self._cloud.distances(embedding) - self._usual[:, 0]) / self._usual[:, 1])[:, 1:]
+        reasons = []
+        for neighbours, far in zip(self.nearest(embedding, NEIGHBOURS), unusual, strict=True):
+            modalities = {name: float(d) for name, d in zip(self._names, far, strict=True) if np.isfinite(d)}
+            reasons.append(Reason(neighbours, modalities, max(modalities, key=modalities.__getitem__, default=None)))
+        return reasons

@@ -6,6 +6,7 @@ imported where it is used, so that a service without anomalies starts without it
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -41,6 +42,7 @@ class Neighbours:
 
     def __init__(self, embeddings: Embeddings) -> None:
         """Keeps a copy. Beyond EXACT_LIMIT it takes some seconds for each million."""
+        logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells of each build that it tries to load
         import faiss
 
         faiss.omp_set_num_threads(1)

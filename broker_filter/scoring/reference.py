@@ -71,7 +71,7 @@ class Reference:
     card: ReferenceCard
     alerts: Ordinary
     scores: NDArray[np.float32]  # [Q] ascending: of ordinary alerts of other objects
-    usual: NDArray[np.float32]  # [M or 1, 2] mean and deviation of their distances from what is nearest, by modality
+    usual: NDArray[np.float32]  # [1 + M, 2] mean and deviation of their distances, as a whole and in each modality
 
     def write(self, file: Path) -> None:
         """Writes the file, which appears only when it is whole."""
@@ -131,7 +131,7 @@ def read_reference(file: Path) -> Reference:
         "alert_id": ((k,), np.int64),
         "object_id": ((k, MAX_OBJECT_ID_BYTES), np.uint8),
         "scores": ((q,), np.float32),
-        "usual": ((len(card.modalities) or 1, 2), np.float32),
+        "usual": ((1 + len(card.modalities), 2), np.float32),
     }
     found = {name: (array.shape, array.dtype.type) for name, array in arrays.items()}
     if found != expected or not 0 < k <= MAX_ALERTS or not 0 < q <= MAX_ALERTS:

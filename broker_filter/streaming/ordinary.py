@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_filter.scoring.anomaly import NEIGHBOURS, Surroundings, strangeness
+from broker_filter.scoring.anomaly import NEIGHBOURS, Cloud, strangeness
 from broker_filter.scoring.neighbours import normalise
 from broker_filter.scoring.reference import Ordinary, Reference, ReferenceSetError, make_reference
 from broker_filter.scoring.scorer import Model
@@ -87,8 +87,7 @@ def build_reference(batches: Iterable[ScoredBatch], model: Model, where: Express
             f"{MIN_HELD_OUT} of other objects than the rest are needed; give more inputs, or a wider filter"
         )
     card = model.bundle.card
-    surroundings = Surroundings(kept.embedding, len(card.outputs.modalities))
-    distances = surroundings.distances(others.embedding)
+    distances = Cloud(kept.embedding, len(card.outputs.modalities)).distances(others.embedding)
     usual = np.stack([np.nanmean(distances, axis=0), np.nanstd(distances, axis=0)], axis=1).astype(np.float32)
     if not (usual[:, 1] > 0).all():
         raise ReferenceSetError("in some modality all alerts are equally strange: the embedding says nothing there")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from broker_filter.scoring.anomaly import AnomalyScorer, Surroundings, strangeness
+from broker_filter.scoring.anomaly import AnomalyScorer, Cloud, Mahalanobis, strangeness
 from broker_filter.scoring.bundle import WEIGHTS, Card, load_bundle
 from broker_filter.scoring.neighbours import normalise
 from broker_filter.scoring.reference import (
@@ -44,7 +44,7 @@ def reference(card: Card) -> Reference:
         np.arange(50) - 7,
         np.array([f"ZTF26aaé{i}" for i in range(50)]),
     )
-    usual = np.array([[0.2, 0.1], [0.2, 0.1]], np.float32)
+    usual = np.array([[2.8, 0.3], [1.7, 0.4], [1.7, 0.4]], np.float32)
     return make_reference(card, "default.real > 0.5", alerts, np.linspace(0.1, 0.5, 30, dtype=np.float32), usual)
 
 
@@ -117,22 +117,30 @@ def test_a_score_does_not_depend_on_what_else_is_scored(reference: Reference) ->
 def test_the_stranger_alert_scores_higher_and_says_in_what_it_is_strange(reference: Reference) -> None:
     scorer = AnomalyScorer(reference)
     embedding = reference.alerts.embedding[[10, 10, 3]]
-    embedding[1, 4:] *= -1  # the opposite light curve
+    embedding[1, 4:] = embedding[1, 4:][::-1] - reference.alerts.embedding[:, 4:].mean(axis=0) * 20  # far off all
     like, unlike, lacking = scorer.score(embedding)
     assert like < unlike
     reasons = scorer.explain(embedding)
     assert reasons[1].most_unlike == "light_curve"
     assert reasons[1].modalities["light_curve"] > reasons[0].modalities["light_curve"]
     assert len(reasons[0].neighbours) == 5
-    assert set(reasons[2].modalities) == {"image"}  # what an alert lacks is no reason, and leaves its score alone
+    assert set(reasons[2].modalities) == {"image"}  # what an alert lacks is no reason
     assert np.isfinite(lacking)
 
 
+def test_distances_are_in_the_shape_of_what_is_ordinary() -> None:
+    """A step in a direction in which ordinary alerts hardly vary is a long one."""
+    rng = np.random.default_rng(1)
+    ordinary = (rng.standard_normal((2000, 3)) * [1, 0.1, 1]).astype(np.float32)
+    steps = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0]], np.float32)
+    np.testing.assert_allclose(Mahalanobis(ordinary)(steps), [0, 1, 10], atol=0.8)
+
+
 def test_a_modality_counts_by_what_is_usual_in_it(reference: Reference) -> None:
-    """However near ordinary alerts are to each other there: a distance is strange when theirs are smaller."""
-    embedding = -reference.alerts.embedding[:20]
-    distances = Surroundings(reference.alerts.embedding, 2).distances(embedding)
-    usual = np.array([[0.2, 0.1], [0.02, 0.01]], np.float32)
-    expected = np.nanmean((distances - [0.2, 0.02]) / [0.1, 0.01], axis=1)
+    embedding = reference.alerts.embedding[:20]
+    distances = Cloud(reference.alerts.embedding, 2).distances(embedding)
+    usual = np.array([[0, 1], [0.2, 0.1], [0.02, 0.01]], np.float32)
+    expected = np.nanmean((distances - [0, 0.2, 0.02]) / [1, 0.1, 0.01], axis=1)
     np.testing.assert_allclose(strangeness(distances, usual), expected, rtol=1e-5)
-    assert np.isnan(distances[3, 1])
+    assert np.isnan(distances[3, 2])
+    assert np.isfinite(distances[3, :2]).all()
