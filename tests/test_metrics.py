@@ -39,6 +39,17 @@ def test_committed_transaction_is_counted_whole() -> None:
     assert found["broker_filter_exposure_latency_seconds_count",] == 1
 
 
+def test_the_realised_rate_of_anomalies_is_over_all_that_were_judged() -> None:
+    metrics = Metrics()
+    for judged, anomalous in ((6, 1), (4, 0), (0, 0)):
+        accounts = [Account(consumed=6, scored=6, judged=judged, anomalous=anomalous)]
+        metrics.commit(accounts, Counter(), "me.dead-letter")
+    found = samples(metrics)
+    assert found["broker_filter_judged_alerts_total",] == 10
+    assert found["broker_filter_anomalous_alerts_total",] == 1
+    assert found["broker_filter_anomaly_rate",] == 0.1
+
+
 def test_alert_without_an_outcome_shows() -> None:
     metrics = Metrics()
     metrics.commit([Account(consumed=2, scored=1)], Counter(), "me.dead-letter")

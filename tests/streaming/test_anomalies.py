@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import fastavro
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from broker_filter import config
-from broker_filter.config import Runtime
+from broker_filter.config import Runtime, Service
 from broker_filter.packets.batch import AlertBatch
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.packet import KafkaPosition, Packet
+from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.neighbours import Embeddings, normalise
 from broker_filter.scoring.reference import Reference, ReferenceSetError, read_reference
 from broker_filter.scoring.scorer import Model, open_model, open_scorer
 from broker_filter.streaming.anomalies import AnomalyJudge, open_judge
+from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.expressions import FIELDS, compile_filter
-from broker_filter.streaming.filtering import ScoredBatch
+from broker_filter.streaming.filtering import ScoredBatch, score_stream
 from broker_filter.streaming.kafka_sink import account_packets
 from broker_filter.streaming.ordinary import build_reference
+from broker_filter.streaming.routing import open_router
 
 Scored = Callable[..., ScoredBatch]
 PASSES = compile_filter("default.real > 0.5 and magpsf < 20", FIELDS, ["default.real"])
@@ -153,3 +160,44 @@ def test_a_configuration_opens_a_judge_by_the_references_own_cut(
     Reference(card, reference.alerts, reference.scores, reference.usual).write(file)
     with pytest.raises(ReferenceSetError, match=r"other, which is none of the models \(default\)"):
         open_judge(config.Anomalies(reference=file), scorer)
+
+
+def test_the_strangest_of_real_packets_go_to_their_topic_with_embedding_and_reason(
+    ztf_packets: list[tuple[int, bytes]], embedding_bundle: Path, tmp_path: Path
+) -> None:
+    """From bytes to records, as the service does it."""
+    packets = [Packet(data, KafkaPosition("c", "ztf", 0, i)) for i, (_, data) in enumerate(ztf_packets[:400])]
+    file, section = tmp_path / "ordinary.safetensors", {"bundle": str(embedding_bundle)}
+    scorer = open_scorer([config.Model.model_validate(section)], Runtime())
+    [looks] = scorer.models
+    decoder, window = Decoder(open_registry(None), cutout_size=63, columns=()), DuplicateWindow(1000)
+    batches = list(score_stream(packets[:250], decoder, scorer, window, batch_size=64, threads=1))
+    build_reference(batches, looks, None, limit=1000).write(file)
+    service = Service.model_validate(
+        {
+            "input": {"bootstrap_servers": "a:1", "group_id": "g", "topics": ["ztf"]},
+            "output": {"prefix": "me", "payload": "scores"},
+            "models": [section],
+            "anomalies": {"reference": str(file), "rate": 0.05, "where": "looks.real > 0.5"},
+        }
+    )
+    assert service.anomalies is not None
+    router, records, accounts = open_router(service, scorer), [], []
+    judge = open_judge(service.anomalies, scorer)
+    for scored in score_stream(packets, decoder, scorer, DuplicateWindow(0), batch_size=50, threads=1, judge=judge):
+        records += router.route(scored).records
+        accounts += account_packets(scored)
+    anomalous = [record for record in records if record.topic == "me.anomalies"]
+    assert 5 < len(anomalous) < 60
+    assert sum(account.anomalous for account in accounts) == len(anomalous)
+    assert sum(account.judged for account in accounts) <= 400
+    for record in anomalous:
+        [alert] = fastavro.reader(io.BytesIO(record.value))
+        assert isinstance(alert, dict)
+        anomaly, [model] = alert["broker_filter"]["anomaly"], alert["broker_filter"]["models"]
+        assert anomaly["score"] > anomaly["threshold"]
+        assert (anomaly["model"], len(model["embedding"])) == ("looks", looks.bundle.card.outputs.embedding)
+        assert len(anomaly["reason"]["neighbours"]) == 5
+        far = anomaly["reason"]["modalities"]
+        assert set(far) <= {"science", "template", "difference"}  # some have no template
+        assert far[anomaly["reason"]["most_unlike"]] == max(far.values())
