@@ -192,6 +192,7 @@ def encode_identity(alerts: AlertBatch, i: int) -> bytes:
 NULL = b"\0"
 SECOND_BRANCH = b"\2"
 """Union branches 0 and 1, as zigzag integers; `null` stands first in all unions of ours."""
+FLOAT_BYTES = 4
 END = b"\0"
 """Ends the blocks of an array or map."""
 
@@ -207,17 +208,17 @@ def _array(items: Sequence[bytes]) -> tuple[bytes, ...]:
 
 def _encode_anomalies(anomalies: Anomalies) -> list[bytes]:
     """A null or an Anomaly record for each of the N rows; few of them have a reason."""
-    scores = np.stack([anomalies.score, anomalies.threshold], axis=1).astype("<f4")
-    model = SECOND_BRANCH + _string(anomalies.model)
+    scores, thresholds = (values.astype("<f4").tobytes() for values in (anomalies.score, anomalies.threshold))
+    model = SECOND_BRANCH + _string(anomalies.model) + SECOND_BRANCH
     encoded = []
-    for i, judged in enumerate(anomalies.judged.tolist()):
+    for i, (judged, flag) in enumerate(zip(anomalies.judged.tolist(), anomalies.flag.tolist(), strict=True)):
         if not judged:
             encoded.append(NULL)
             continue
-        score, threshold = scores[i, :1].tobytes(), scores[i, 1:].tobytes()
+        value = slice(FLOAT_BYTES * i, FLOAT_BYTES * (i + 1))
+        flagged = b"\1" if flag else b"\0"
         reason = _encode_reason(anomalies.reasons[i]) if i in anomalies.reasons else NULL
-        flag = b"\1" if anomalies.flag[i] else b"\0"
-        encoded.append(b"".join((SECOND_BRANCH, score, flag, model, SECOND_BRANCH, threshold, reason)))
+        encoded.append(b"".join((SECOND_BRANCH, scores[value], flagged, model, thresholds[value], reason)))
     return encoded
 
 
