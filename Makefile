@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test lint bench bench-check chaos sanitize wheel clean
+.PHONY: help demo test lint bench bench-check study chaos sanitize wheel clean
 
 help:
 	@echo 'make demo      simulates a survey night, runs the service on it through an embedded broker, shows the result'
@@ -17,6 +17,7 @@ help:
 	@echo 'make lint      ruff and mypy --strict alone'
 	@echo 'make bench     measures the stages and the whole service beside a naive loop and the floors; writes bench.json'
 	@echo 'make bench-check   does so on simulated packets, and fails where a ratio is worse than the committed one'
+	@echo 'make study     the study of training/STUDY.md, which takes hours and may be stopped at any time'
 	@echo 'make chaos     kills the service at random, over and over, and counts what comes out'
 	@echo 'make sanitize  decodes damaged packets with the compiled code under AddressSanitizer (needs gcc)'
 	@echo 'make wheel     builds the wheel and the source archive into dist/'
@@ -42,6 +43,20 @@ bench-check: export KAFKA_HOME ?= $(wildcard ../shared/kafka)
 bench-check: $(VENV)/installed-demo
 	$(BIN)/broker-filter bench --parts stages,archive,kafka --check broker_filter/bench/ratios.json
 
+ZTF := ../shared/data/ztf
+GALAXIES := ../shared/data/galaxies/decals_rings_470_jpg128.tar
+TRAINING := $(BIN)/python -m training
+DATASET := $(TRAINING) build-dataset $(ZTF)/ztf_alerts.tar --labels $(ZTF)/labels.parquet --shares 0.09 0.25
+
+study: $(VENV)/installed-test
+	$(DATASET) --label drb --class bogus=-1..0.5 --class real=0.5..1 --out study/real_bogus
+	$(DATASET) --label weak_class --class VS=VS --class asteroid=asteroid --class bogus=bogus,likely_bogus \
+		--class SN=SN,SN_cand --class AGN=AGN --out study/classes
+	mkdir -p study/galaxies
+	tar xf $(GALAXIES) -C study/galaxies
+	for encoder in training/studies/galaxies_*.yaml; do $(TRAINING) pretrain $$encoder || exit 1; done
+	$(TRAINING) study training/studies/ztf.yaml
+
 chaos: $(VENV)/installed-test
 	$(BIN)/python tests/chaos.py
 
@@ -52,7 +67,7 @@ wheel: $(VENV)/installed-test
 	$(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf $(VENV) build dist demo-out bench.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist demo-out study bench.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find broker_filter -name '*.so' -delete
 
 # One stamp file for each set of extras; installed again when the package's description or its extension changes. Tests

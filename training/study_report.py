@@ -97,7 +97,7 @@ def _cells_table(dataset: str, cells: Mapping[Choice, Cell]) -> Table:
 
 def _differences_tables(dataset: str, cells: Mapping[Choice, Cell]) -> Iterator[Table]:
     """What another regimen, other inputs or another network is worth, everything else being the same."""
-    for changed, called in (("regimen", "regimen"), ("inputs", "inputs"), ("model", "network")):
+    for changed, called in (("regimen", "regimens"), ("inputs", "inputs"), ("model", "networks")):
         rows = [
             [_but_for(changed, one), f"{getattr(one, changed)} less {getattr(other, changed)}"]
             + [verdict(cells[one].ahead_of(cells[other], name), name) for name in COMPARED]
@@ -105,7 +105,7 @@ def _differences_tables(dataset: str, cells: Mapping[Choice, Cell]) -> Iterator[
         ]
         if rows:
             yield Table(
-                f"{dataset}: what the {called} changes",
+                f"{dataset}: {called} compared",
                 "Paired differences, marked with * where the interval leaves out 0 in favour of the first, with † "
                 "where it does against it; one of twenty does by chance.",
                 ["of", "difference", *(FIGURES[name] for name in COMPARED)],
