@@ -158,5 +158,5 @@ def test_networks_made_with_keras_begin_as_keras_begins(name: str) -> None:
     assert layers
     for layer in layers:
         fans = layer.kernel_size[0] * layer.kernel_size[1] * (layer.in_channels + layer.out_channels)
-        assert float(layer.weight.std()) == pytest.approx((2 / fans) ** 0.5, rel=0.15)
+        assert float(layer.weight.detach().std()) == pytest.approx((2 / fans) ** 0.5, rel=0.15)
         assert not layer.bias.any()
