@@ -2,8 +2,8 @@
 
 For every seed: simulates a set, pre-trains AstroM3 on all of its stars to train on without their labels, and trains
 each classifier twice on a class-capped subset, from random weights and from the pre-trained encoders, alike in all
-else. Every classifier is measured on the whole test split, with all keys (`random_keys.py`). What is done already is
-not repeated.
+but the learning rate. Every classifier is measured on the whole test split, with all keys (`random_keys.py`). What is
+done already is not repeated.
 """
 
 from __future__ import annotations
@@ -55,6 +55,13 @@ class Counts(Section):
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
+class Rates(Section):
+    """Learning rates by what a classifier begins with: each has its own best, as published."""
+
+    scratch: float = Field(gt=0)
+    clip: float = Field(gt=0)
+
+
 class Study(Section):
     """`STUDY.yaml`."""
 
@@ -65,7 +72,7 @@ class Study(Section):
     arguments: dict[str, Any] = Field(default={}, description="Keys of `AstroM3Arguments`, of all networks alike.")
     pretraining: dict[str, Any] = Field(default={}, description="Keys of `Recipe` of the pre-training.")
     recipe: dict[str, Any] = Field(default={}, description="Keys of `Recipe` of all classifiers alike.")
-    learning_rate: dict[Mode, float] = Field(description="Of each mode's classifiers, whatever they begin with.")
+    learning_rate: dict[Mode, Rates] = Field(description="Of each mode's classifiers.")
     hardware: Hardware = Hardware()
 
     @model_validator(mode="after")
@@ -145,7 +152,7 @@ def _classifier(config: Study, seed: int, mode: Mode, beginning: str) -> AstroM3
         f"{mode}_{beginning}",
         mode=mode,
         subset=config.subset,
-        recipe={**config.recipe, "learning_rate": config.learning_rate[mode]},
+        recipe={**config.recipe, "learning_rate": config.learning_rate[mode].model_dump()[beginning]},
         pretrained=_pretraining(config, seed).out / CHECKPOINT if beginning == CLIP else None,
     )
 

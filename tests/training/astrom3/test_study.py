@@ -29,7 +29,7 @@ def test_a_study_is_made_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
             "arguments": SMALL,
             "pretraining": QUICK,
             "recipe": QUICK,
-            "learning_rate": dict.fromkeys(MODES, 0.01),
+            "learning_rate": {mode: {"scratch": 0.01, "clip": 0.01} for mode in MODES},
             "hardware": ONE_CORE,
         }
     )
