@@ -191,7 +191,7 @@ def distil(
         logits, _ = student(images)
         loss = _distance(logits, truth, recipe.logit_weight) + recipe.hint_weight * hints()
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(step / recipe.steps, recipe.warm_up)
+            group["lr"] = recipe.learning_rate * schedule(step / recipe.steps, recipe.warm_up)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -258,7 +258,7 @@ def _distance(logits: Tensor, truth: Tensor, logit_weight: float) -> Tensor:
     return cross_entropy + logit_weight * apart
 
 
-def _schedule(progress: float, warm_up: float) -> float:
+def schedule(progress: float, warm_up: float) -> float:
     """The learning rate's share of its peak: a linear rise, then half a cosine."""
     if progress < warm_up:
         return progress / warm_up

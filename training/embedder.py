@@ -7,7 +7,6 @@ mixed in a batch: what is to be told apart are alerts, not telescopes. The same 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ from broker_filter.scoring.bundle import Inputs
 from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbedder, projection
 from broker_filter.scoring.preprocess import prepare
 from training.contrast import Contrast
+from training.distil import schedule
 from training.learner import SYMMETRIES
 
 AT_ONCE = 64
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 class Recipe:
     """What the embedder is trained with. Chosen by cross-validation on objects that it is trained on."""
 
-    steps: int = 1500
+    steps: int = 600
     seed: int = 1
     batch: int = 192
     learning_rate: float = 2e-3
@@ -134,7 +134,7 @@ def train(
         alerts = group[draw.choice(len(group), min(recipe.batch, len(group)), replace=False)]
         loss = contrast(_see(network, spectrum, alerts, recipe, generator))
         for parameters in optimizer.param_groups:
-            parameters["lr"] = recipe.learning_rate * _schedule(step / recipe.steps, recipe.warm_up)
+            parameters["lr"] = recipe.learning_rate * schedule(step / recipe.steps, recipe.warm_up)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, recipe.longest_gradient)
@@ -172,10 +172,3 @@ def _forget(mask: Tensor, generator: Generator) -> Tensor:
     left = torch.rand(mask.shape, generator=generator) < torch.rand(len(mask), 1, generator=generator)
     last = mask.cumsum(1) == mask.sum(1, keepdim=True)
     return mask * (left | last)
-
-
-def _schedule(progress: float, warm_up: float) -> float:
-    """The learning rate's share of its peak: a linear rise, then half a cosine."""
-    if progress < warm_up:
-        return progress / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
