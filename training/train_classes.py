@@ -81,14 +81,12 @@ def run(arguments: argparse.Namespace) -> None:
     unseen, label = held_out(alerts.object_id, TEST_FRACTION, SPLIT_SEED), classes_of(alerts, labels)
     known = label != UNLABELLED
     alerts, unseen, label = alerts[known], unseen[known], label[known]
-    for side, rows in (("to train on", ~unseen), ("to test with", unseen)):
-        if absent := set(range(len(CLASSES))) - set(label[rows].tolist()):
-            names = ", ".join(labels.classes[c] for c in sorted(absent))
-            raise DatasetError(f"{labels.table}: no object {side} is of class {names}: add alerts of more objects")
+    check_sides(labels, label, unseen)
 
     inputs = Inputs(images=images, metadata=_columns(alerts[~unseen]))
     network = StampNetClasses(len(METADATA), len(CLASSES)).eval()
-    network.stampnet = load_network(Architecture(name="stampnet"), load_file(real.directory / WEIGHTS))
+    stampnet = load_network(Architecture(name="stampnet"), load_file(real.directory / WEIGHTS))
+    network.stampnet.load_state_dict(stampnet.state_dict())
     logit, _ = run_over(network.stampnet, images, alerts)
     told = evidence(logit, torch.from_numpy(prepare_metadata(alerts.metadata, alerts.columns, inputs.metadata)))
     fit_classes(network.classes, told[torch.from_numpy(~unseen)], alerts.object_id[~unseen], label[~unseen])
@@ -120,6 +118,15 @@ def classes_of(alerts: Alerts, labels: Labels) -> NDArray[np.int64]:
             f"{labels.table}: none of its {len(labels.label_of)} labels is of an alert of the inputs, by {labels.key}"
         )
     return label
+
+
+def check_sides(labels: Labels, label: NDArray[np.int64], unseen: NDArray[np.bool_]) -> None:
+    """Raises DatasetError where a class has no alerts on a side of the split, as one with a single source has not."""
+    for side, rows in (("to train on", ~unseen), ("to test with", unseen)):
+        if absent := [name for c, name in enumerate(labels.classes) if c not in label[rows]]:
+            raise DatasetError(
+                f"{labels.table}: no object {side} is of class {', '.join(absent)}: add alerts of more objects"
+            )
 
 
 def fit_classes(layer: nn.Linear, told: Tensor, object_id: NDArray[np.str_], label: NDArray[np.int64]) -> None:

@@ -19,7 +19,7 @@ from training.datasets import Alerts, held_out, load_alerts
 from training.errors import DatasetError
 from training.labels import parse_rule, read_labels
 from training.metrics import rank
-from training.train_classes import CLASSES, COLUMN, METADATA, UNLABELLED, classes_of, fit_classes
+from training.train_classes import CLASSES, COLUMN, METADATA, UNLABELLED, check_sides, classes_of, fit_classes
 from training.train_default import SPLIT_SEED, TEST_FRACTION
 
 
@@ -71,6 +71,15 @@ def test_labels_of_no_alert_are_refused(tmp_path: Path) -> None:
         classes_of(alerts, read_labels(table, COLUMN))
 
 
+def test_a_class_with_one_source_is_refused(tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("candid,weak_class\n1,VS\n2,SN\n3,VS\n")
+    labels = read_labels(table, COLUMN)
+    label = np.array([labels.label_of[candid] for candid in "123"])
+    with pytest.raises(DatasetError, match="no object to test with is of class SN: add alerts of more objects"):
+        check_sides(labels, label, np.array([False, False, True]))
+
+
 @pytest.mark.shared
 def test_the_classes_bundles_card_says_what_the_bundle_does(shared_data: Path) -> None:
     """The shipped bundle on the labelled alerts of objects that it was not trained on; its `real` is the default's."""
@@ -86,8 +95,9 @@ def test_the_classes_bundles_card_says_what_the_bundle_does(shared_data: Path) -
     said = model.run(RawAlerts(test.cutouts, test.cutout_box, test.metadata, test.columns))["probabilities"]
     assert model.labels == ("real", *labels.classes)
     assert len(test) == card["alerts"]
-    for c, name in enumerate(labels.classes):
-        auc = rank(label == c, said[:, 1 + c], np.ones(len(test))).roc_auc
-        assert auc == pytest.approx(card[f"roc_auc_{name}"], abs=1e-3), name
+    auc = [rank(label == c, said[:, 1 + c], np.ones(len(test))).roc_auc for c in range(len(labels.classes))]
+    assert np.mean(auc) == pytest.approx(card["macro_roc_auc"], abs=1e-3)
+    for name, of_class in zip(labels.classes, auc, strict=True):
+        assert of_class == pytest.approx(card[f"roc_auc_{name}"], abs=1e-3), name
     alone = default.run(RawAlerts(test.cutouts, test.cutout_box, np.empty((len(test), 0)), ()))["probabilities"]
     np.testing.assert_allclose(said[:, :1], alone, atol=1e-6)
