@@ -176,9 +176,9 @@ def distil(
     score, _ = run_over(teacher, inputs, alerts)
     chance = _chance_to_be_drawn(score, recipe.bogus_share)
     torch.manual_seed(recipe.seed)
+    average = AveragedModel(student, avg_fn=_polynomial_decay(recipe.averaging), use_buffers=True)
     hints = _Hints(student.eval(), teacher, recipe.hints, _images(inputs, alerts[:CHUNK]))
     learner = nn.ModuleDict({"student": student, "hints": hints}).train()
-    average = AveragedModel(student, avg_fn=_polynomial_decay(recipe.averaging), use_buffers=True)
     optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=recipe.weight_decay)
     progress = _Progress(recipe, learner, average, optimizer)
     for step in range(progress.resume(checkpoint), recipe.steps):
