@@ -17,9 +17,9 @@ from broker_filter.packets.packet import FilePosition, Packet
 if TYPE_CHECKING:
     from broker_filter.streaming.filtering import ScoredBatch
 
-BATCH_SIZE = 64
-"""Packets decoded together: enough to fill a run of a network, few enough to keep every thread busy on a small
-archive."""
+BATCH_SIZE = 128
+"""Packets decoded together: enough that what a batch costs by itself is little, few enough that a small archive keeps
+every thread busy."""
 DUPLICATE_WINDOW = 2_000_000
 """Alert ids that are remembered: more than any night has."""
 
