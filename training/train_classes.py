@@ -42,7 +42,7 @@ from training.distil import run_over
 from training.errors import DatasetError
 from training.labels import Labels, parse_rule, read_labels
 from training.metrics import Values, Weights, rank
-from training.train_default import SPLIT_SEED, TEST_FRACTION, as_card
+from training.train_default import SPLIT_SEED, TEST_FRACTION, as_card, data_sha256
 
 VERSION = "1.0"
 COLUMN = "weak_class"
@@ -104,6 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
                 cross_validate(told, alerts.object_id, label), labels.classes, alerts.object_id, label
             ).items()
         },
+        "dataset_sha256": data_sha256(alerts[~unseen]),
     }
     log.info("on objects not trained on: %s", evaluation)
     write_bundle(arguments.out, describe(real, labels, inputs, alerts[~unseen], evaluation), network)

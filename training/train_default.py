@@ -33,6 +33,7 @@ from broker_filter.scoring.bundle import (
 from broker_filter.scoring.export import write_bundle
 from broker_filter.scoring.networks import build_network, load_network
 from training.bootstrap import Estimate, estimate
+from training.build_dataset import sha256_of
 from training.datasets import Alerts, held_out, load_alerts
 from training.distil import Hint, Recipe, distil, run_over
 from training.errors import TrainingError
@@ -91,9 +92,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     recipe = Recipe(steps=arguments.steps, seed=arguments.seed, hints=HINTS)
     network = distil(network, teacher, images, train, recipe, arguments.checkpoint)
-    evaluation = evaluate(network, teacher, images, train, test)
+    evaluation = evaluate(network, teacher, images, train, test) | {"dataset_sha256": data_sha256(train)}
     log.info("on objects not trained on: %s", evaluation)
     write_bundle(arguments.out, describe(bundle, begun, train, recipe, evaluation), network)
+
+
+def data_sha256(train: Alerts) -> str:
+    """Of what was trained on: the alerts' ids, pixels and metadata."""
+    return sha256_of(train.alert_id, train.cutouts, train.cutout_box, train.metadata)
 
 
 def published_score(alerts: Alerts) -> NDArray[np.float64]:

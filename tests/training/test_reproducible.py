@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,13 +18,15 @@ from broker_filter.config import Runtime
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.registry import open_registry
+from broker_filter.scoring.bundle import load_bundle, shipped_bundles
 from broker_filter.scoring.scorer import open_model, open_scorer
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.encoding import ContainerFraming, Encoder
 from broker_filter.streaming.filtering import score_packets
-from training.datasets import SPLITS, Dataset
+from training.datasets import SPLITS, Dataset, held_out, load_alerts
 from training.evaluate import predict
+from training.train_default import SPLIT_SEED, TEST_FRACTION, data_sha256
 
 MODEL = "embedder"
 Embeddings = dict[int, NDArray[np.float32]]
@@ -94,3 +97,15 @@ def test_company_order_and_engine_make_no_difference(
     packets = list(read_packets([night_packets]))
     np.random.default_rng(batch).shuffle(packets)
     assert_same(by_service(packets, batch, engine), expected)
+
+
+@pytest.mark.parametrize("bundle", shipped_bundles())
+def test_every_card_says_what_it_was_trained_on(bundle: str) -> None:
+    assert re.fullmatch("[0-9a-f]{64}", str(load_bundle(bundle).card.training.evaluation["dataset_sha256"]))
+
+
+@pytest.mark.shared
+def test_the_default_bundles_data_are_the_shared_ones(shared_data: Path) -> None:
+    alerts = load_alerts([shared_data / "ztf" / "ztf_alerts.tar", shared_data / "ztf" / "archives"], 63, ("drb",))
+    train = alerts[~held_out(alerts.object_id, TEST_FRACTION, SPLIT_SEED)]
+    assert data_sha256(train) == load_bundle("default").card.training.evaluation["dataset_sha256"]
