@@ -39,21 +39,24 @@ from training.train_classes import COLUMN, UNLABELLED
 from training.train_embedder import LIGHT_CURVE, METADATA, SIZE, TRUNK, Named, decode, side_by_side
 
 CLASSES = ("VS=VS", "asteroid=asteroid", "SN=SN,SN_cand", "AGN=AGN")
-"""Of the weak labels, those with a dozen real objects."""
+"""Of the weak labels, those with a dozen real objects: each is left out."""
+BOGUS = "bogus=bogus,likely_bogus"
+"""Trained on, as in the embedder that ships; what passes the cut of them stands for nothing ordinary."""
 VALIDATION, TEST = 0.2, 0.25
 """Shares of the objects; the first is of those that the second leaves."""
 SPLIT_SEEDS = {"test": 2026, "validation": 2027}
 STEPS = 250
 """Of training on a few hundred alerts; many more, and they are learnt by heart."""
-FORESTS = ("forest of features", "forest of pixels")
+FORESTS = ("forest of features", "forest of features, bogus ones too", "forest of pixels")
 INTRODUCTION = """\
 # Anomalies: classes that nothing had seen
 
 Written by `python -m training anomalies`. Each class in turn is left out of the embedder's training (self-supervised,
-on the labelled real alerts that are left, and no simulated ones), of the ordinary alerts that others are compared with,
-and of what the isolation forests are grown on. A cell has the ROC AUC of telling the class from ordinary alerts of
-unseen objects (95 %, bootstrap by object), and the recall at the threshold that {rate:.0%} of the ordinary alerts of
-other unseen objects are above. The trunk stays as it is: it has learnt real and bogus from alerts of all classes.
+on the labelled alerts that are left, bogus ones among them, and no simulated ones), of the ordinary alerts that others
+are compared with, and of what the isolation forests are grown on. A cell has the ROC AUC of telling the class from
+ordinary alerts of unseen objects (95 %, bootstrap by object), and the recall at the threshold that {rate:.0%} of the
+ordinary alerts of other unseen objects are above. The trunk stays as it is: it has learnt real and bogus from alerts of
+all classes.
 """
 TABLE, FIGURES = "anomalies.md", "anomalies.json"
 
@@ -90,13 +93,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Trains and judges once for each class, and prints the table."""
     torch.set_num_threads(1)
     trunk = open_model(arguments.trunk, Runtime(engine="onnxruntime", device="cpu", inference_threads=1))
-    labels = read_labels(arguments.labels, COLUMN, [parse_rule(rule) for rule in CLASSES])
+    labels = read_labels(arguments.labels, COLUMN, [parse_rule(rule) for rule in (*CLASSES, BOGUS)])
     alerts = decode(read_packets(arguments.inputs), trunk.bundle.card.inputs.images.size)
     label = np.array([labels.label_of.get(str(alert), UNLABELLED) for alert in alerts.alert_id.tolist()])
     threshold = trunk.bundle.card.outputs.thresholds[trunk.labels[0]]
-    known = (label != UNLABELLED) & (trunk.run(alerts.raw)["probabilities"][:, 0] > threshold)
-    alerts = Named(alerts.raw[known], alerts.alert_id[known], alerts.object_id[known])
-    cases = leave_out(trunk, alerts, label[known], labels.classes, Recipe(steps=arguments.steps))
+    known = label != UNLABELLED
+    alerts, label = Named(alerts.raw[known], alerts.alert_id[known], alerts.object_id[known]), label[known]
+    passes = (trunk.run(alerts.raw)["probabilities"][:, 0] > threshold) & (label < len(CLASSES))
+    cases = leave_out(trunk, alerts, label, passes, labels.classes[: len(CLASSES)], Recipe(steps=arguments.steps))
     chosen = choose(cases)
     figures, resampled = judge(cases, arguments.rate, alerts.object_id)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -108,9 +112,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def leave_out(
-    trunk: Model, alerts: Named, label: NDArray[np.int64], classes: Sequence[str], recipe: Recipe
+    trunk: Model,
+    alerts: Named,
+    label: NDArray[np.int64],
+    passes: NDArray[np.bool_],
+    classes: Sequence[str],
+    recipe: Recipe,
 ) -> list[LeftOut]:
-    """Leaves each of the classes out. `label` [N]: an index into them."""
+    """Leaves each of the classes out. `label` [N]: an index into them, or beyond; `passes` [N]: the cut, what does not
+    is trained on and not judged."""
     inputs = Inputs(
         images=trunk.bundle.card.inputs.images,
         metadata=tuple(MetadataColumn(name=name, fill=NO_VALUE) for name in METADATA),
@@ -124,18 +134,21 @@ def leave_out(
     images = prepare_images(alerts.raw.cutouts, alerts.raw.cutout_box, inputs.images)
     test = held_out(alerts.object_id, TEST, SPLIT_SEEDS["test"])
     validation = ~test & held_out(alerts.object_id, VALIDATION, SPLIT_SEEDS["validation"])
+    trained_on = ~test & ~validation
     cases = []
     for c, name in enumerate(classes):
-        seen = ~test & ~validation & (label != c)
+        rest = trained_on & (label != c)
+        seen = rest & passes
         network = new_network(trunk, recipe.seed)
-        train(network, [(shown[seen], 1.0)], recipe)
+        train(network, [(shown[rest], 1.0)], recipe)
         scores = {
-            **by_embedding(side_by_side(embed(network, shown)), seen, validation & (label != c), label),
+            **by_embedding(side_by_side(embed(network, shown)), seen, validation & passes & (label != c), label),
             FORESTS[0]: by_isolation_forest(features[seen], features),
-            FORESTS[1]: by_pixels(images[seen], images),
+            FORESTS[1]: by_isolation_forest(features[rest], features),
+            FORESTS[2]: by_pixels(images[seen], images),
         }
-        unseen = test | (~validation & (label == c))  # of what is left out, what would be trained on is unseen, too
-        cases.append(LeftOut(name, int(seen.sum()), label == c, validation, unseen, scores))
+        unseen = test | (trained_on & (label == c))  # of what is left out, what would be trained on is unseen, too
+        cases.append(LeftOut(name, int(seen.sum()), label == c, validation & passes, unseen & passes, scores))
         log.info("%s left out: %d ordinary alerts, %d of it to find", name, seen.sum(), (unseen & (label == c)).sum())
     return cases
 
