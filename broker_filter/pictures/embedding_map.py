@@ -49,9 +49,7 @@ def draw_map(
             axes.scatter(place[i, 0], place[i, 1], s=90, facecolors="none", edgecolors=TEXT, linewidths=1.1)
             axes.annotate(names[i], place[i], (6, 6), textcoords="offset points", fontsize=8, color=TEXT)
         bar = figure.colorbar(points, ax=axes, fraction=0.03, pad=0.01, extend="max")
-        bar.set_label(
-            "how strange: distance from ordinary alerts, in deviations of what is usual", color=FAINT
-        )
+        bar.set_label("how strange: distance from ordinary alerts, in deviations of what is usual", color=FAINT)
         bar.ax.tick_params(colors=FAINT)
         bar.outline.set_visible(False)
         axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=TEXT, pad=12)
