@@ -33,8 +33,8 @@ class RuntimeUnavailableError(Exception):
 
 
 CHUNK = 32
-"""Alerts to a run on a CPU: what a larger run computes outgrows the caches (braai's network takes 8 % longer at 64), and
-memory goes in proportion."""
+"""Alerts to a run on a CPU: what a larger run computes outgrows the caches (braai's network takes 8 % longer at 64),
+and memory goes in proportion."""
 TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
 """How far, absolutely or relatively, outputs may be from torch's in float32 on a CPU, by what computes them: some
 units of the last of 24, 11 or 8 bits, through a network's depth."""
@@ -214,6 +214,6 @@ def _check_graph(path: Path, session: Any, bundle: Bundle) -> None:
         raise BundleError(f"{path}: its inputs and outputs are {found}, the card's {expected}; make the bundle anew")
     if fixed := [node.name for node in nodes if isinstance(node.shape[0], int)]:
         raise BundleError(
-            f"{path}: takes batches of one size only, by {', '.join(fixed)}: in the network, take sizes from `shape`, not "
-            "from `len`, and make the bundle anew"
+            f"{path}: takes batches of one size only, by {', '.join(fixed)}: in the network, take sizes from `shape`, "
+            "not from `len`, and make the bundle anew"
         )
