@@ -67,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, type=Path, help="the new bundle's directory")
     parser.add_argument("--checkpoint", type=Path, help="file to save progress in and to continue from")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of the objects to train on: 0.25, for what more are worth"
+    )
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
@@ -88,6 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
     alerts = load_alerts(arguments.inputs, images.size, ("drb",))
     unseen = held_out(alerts.object_id, TEST_FRACTION, SPLIT_SEED)
     train, test = alerts[~unseen], alerts[unseen]
+    if arguments.share < 1:
+        train = train[held_out(train.object_id, arguments.share, SPLIT_SEED)]
     log.info("%d alerts to train on, %d to test with", len(train), len(test))
 
     recipe = Recipe(steps=arguments.steps, seed=arguments.seed, hints=HINTS)
