@@ -17,7 +17,7 @@ help:
 	@echo 'make lint      ruff and mypy --strict alone'
 	@echo 'make bench     measures the stages and the whole service beside a naive loop and the floors; writes bench.json'
 	@echo 'make bench-check   does so on simulated packets, and fails where a ratio is worse than the committed one'
-	@echo 'make study     the study of training/STUDY.md, which takes hours and may be stopped at any time'
+	@echo 'make study     the study of training/vision/STUDY.md, which takes hours and may be stopped at any time'
 	@echo 'make chaos     kills the service at random, over and over, and counts what comes out'
 	@echo 'make sanitize  decodes damaged packets with the compiled code under AddressSanitizer (needs gcc)'
 	@echo 'make wheel     builds the wheel and the source archive into dist/'
@@ -54,8 +54,8 @@ study: $(VENV)/installed-test
 		--class SN=SN,SN_cand --class AGN=AGN --out study/classes
 	mkdir -p study/galaxies
 	tar xf $(GALAXIES) -C study/galaxies
-	for encoder in training/studies/galaxies_*.yaml; do $(TRAINING) pretrain $$encoder || exit 1; done
-	$(TRAINING) study training/studies/ztf.yaml
+	for encoder in training/vision/studies/galaxies_*.yaml; do $(TRAINING) pretrain $$encoder || exit 1; done
+	$(TRAINING) study training/vision/studies/ztf.yaml
 
 chaos: $(VENV)/installed-test
 	$(BIN)/python tests/chaos.py

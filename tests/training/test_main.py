@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from training.__main__ import COMMANDS, main
-from training.datasets import Dataset
+from training.data.datasets import Dataset
 from training.recipe import Fit
 
 README = Path(__file__).parents[2] / "README.md"

@@ -1,0 +1,258 @@
+"""Data sets: what is read is what the service would be given, no source is on two sides, a kill loses nothing."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.packet import Packet
+from broker_filter.packets.registry import open_registry
+from broker_filter.scoring.bundle import POINT_COLUMNS, ImageInput, Inputs, MetadataColumn
+from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
+from broker_filter.simulate import SimulatedAlert
+from broker_filter.streaming.archives import read_packets
+from training.data import build_dataset as building
+from training.data.build_dataset import assign_splits, build_dataset
+from training.data.datasets import CARD, INDEX, SHARDS, SPLITS, Dataset, SplitRule
+from training.data.labels import Labels, parse_rule, read_labels
+from training.errors import DatasetError
+from training.recipe import Recipe
+from training.vision.classifier import ShownAlerts, chosen_to_train
+
+INPUTS = Inputs(
+    images=ImageInput(size=63, order=("science", "template", "difference"), normalisation="l2_image", padding=1e-9),
+    metadata=(MetadataColumn(name="magpsf", fill=0), MetadataColumn(name="distnr", fill=-1)),
+)
+
+
+def served_inputs(packets: list[Packet]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """What the service makes of packets before it runs a network, by alert id."""
+    columns = tuple(column.name for column in INPUTS.metadata)
+    alerts, _ = Decoder(open_registry(None), columns=columns).decode(packets)
+    images = prepare_images(alerts.cutouts, alerts.cutout_box, INPUTS.images)
+    metadata = prepare_metadata(alerts.metadata, alerts.columns, INPUTS.metadata)
+    return {alert: (images[i], metadata[i]) for i, alert in enumerate(alerts.alert_id.tolist())}
+
+
+def assert_shown_as_served(dataset: Dataset, packets: list[Packet]) -> None:
+    served = served_inputs(packets)
+    for split in SPLITS:
+        view = dataset[split]
+        images, metadata, label = ShownAlerts(view, INPUTS).__getitems__(range(len(view)))
+        for i, alert in enumerate(view.alert_id.tolist()):
+            assert np.array_equal(images[i].numpy(), served[alert][0])
+            assert np.array_equal(metadata[i].numpy(), served[alert][1])
+        assert np.array_equal(label.numpy(), view.label)
+
+
+def test_a_network_is_shown_in_training_what_the_service_gives_it(night_packets: Path, night_dataset: Dataset) -> None:
+    assert_shown_as_served(night_dataset, list(read_packets([night_packets])))
+
+
+def test_light_curves_are_kept_as_decoded_and_in_the_order_asked_for(
+    night_packets: Path, night_labels: Labels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "ALERTS_PER_SHARD", 20)
+    monkeypatch.setattr(building, "PACKETS_AT_ONCE", 20)
+    dataset = build_dataset([night_packets], night_labels, tmp_path / "set")
+    assert len(dataset.card.shards) == 3
+    decoded, _ = Decoder(open_registry(None)).decode(list(read_packets([night_packets])))
+    rows = np.random.default_rng(1).permutation(len(dataset.alert_id))[:40]
+    places = [decoded.alert_id.tolist().index(alert) for alert in dataset.alert_id[rows].tolist()]
+    alerts = dataset.read(rows)
+    assert alerts.light_curves is not None
+    for name in ("offsets", *POINT_COLUMNS):
+        expected = getattr(decoded.light_curves[np.array(places)], name)
+        np.testing.assert_array_equal(getattr(alerts.light_curves, name), expected)
+    np.testing.assert_array_equal(alerts.mjd, decoded.mjd[places])
+
+
+@pytest.mark.shared
+def test_real_alerts_are_shown_as_served(shared_data: Path, tmp_path: Path) -> None:
+    """A night's archive of 2018, labelled by the half of its sky."""
+    archive = next((shared_data / "ztf" / "archives").glob("ztf_public*.tar.gz"))
+    packets = list(read_packets([archive]))
+    alerts, _ = Decoder(open_registry(None)).decode(packets)
+    east = alerts.ra > np.median(alerts.ra)
+    rows = [f"{alert},{'east' if side else 'west'}" for alert, side in zip(alerts.alert_id, east, strict=True)]
+    (tmp_path / "labels.csv").write_text("\n".join(["candid,half", *rows]))
+    dataset = build_dataset([archive], read_labels(tmp_path / "labels.csv", "half"), tmp_path / "set")
+    assert len(dataset.alert_id) == len(alerts) > 20
+    assert_shown_as_served(dataset, packets)
+
+
+def test_labels_are_joined_by_alert_and_by_object(
+    night_packets: Path, alerts_of_the_night: list[SimulatedAlert], night_dataset: Dataset, tmp_path: Path
+) -> None:
+    truth = {alert.alert_id: alert.is_real for alert in alerts_of_the_night}
+    assert [truth[alert] for alert in night_dataset.alert_id.tolist()] == night_dataset.label.astype(bool).tolist()
+    by_object = tmp_path / "objects.csv"
+    names = sorted({alert.object_id for alert in alerts_of_the_night})
+    by_object.write_text("objectId,half\n" + "\n".join(f"{name},{'ab'[i % 2]}" for i, name in enumerate(names)))
+    dataset = build_dataset([night_packets], read_labels(by_object, "half"), tmp_path / "set")
+    expected = [names.index(name) % 2 for name in dataset.object_id.tolist()]
+    assert dataset.label.tolist() == expected
+    assert dataset.card.classes == ("a", "b")
+
+
+def test_a_killed_build_goes_on_and_ends_as_an_uninterrupted_one(
+    night_packets: Path, night_labels: Labels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "PACKETS_AT_ONCE", 8)
+    monkeypatch.setattr(building, "ALERTS_PER_SHARD", 16)
+    whole = build_dataset([night_packets], night_labels, tmp_path / "whole")
+    assert len(whole.card.shards) > 2
+
+    def cut_short(inputs: list[Path]) -> Iterator[Packet]:
+        for i, packet in enumerate(read_packets(inputs)):
+            if i == 40:
+                raise KeyboardInterrupt
+            yield packet
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "read_packets", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            build_dataset([night_packets], night_labels, tmp_path / "killed")
+    with pytest.raises(DatasetError, match="run the same build-dataset again"):
+        Dataset.open(tmp_path / "killed")
+    written = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed" / SHARDS).iterdir()}
+    assert written
+    resumed = build_dataset([night_packets], night_labels, tmp_path / "killed")
+    assert resumed.card == whole.card
+    assert all((tmp_path / "killed" / SHARDS / name).stat().st_mtime_ns == time for name, time in written.items())
+
+
+def test_the_pixels_stay_on_disk_until_they_are_read(night_dataset: Dataset) -> None:
+    alerts = night_dataset["train"].read()
+    assert len(pickle.dumps(night_dataset)) < 1000 < alerts.cutouts.nbytes
+    assert np.array_equal(
+        pickle.loads(pickle.dumps(night_dataset))["train"].read().cutouts, alerts.cutouts, equal_nan=True
+    )
+
+
+def objects_and_labels(n: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """Objects with up to three alerts each, a tenth of them of the rarer class."""
+    rng = np.random.default_rng(1)
+    object_id = np.repeat([f"ZTF{i}" for i in range(n)], rng.integers(1, 4, n))
+    return object_id, (np.array([int(name[3:]) for name in object_id]) % 10 == 0).astype(np.int64)
+
+
+def test_no_source_is_on_two_sides_and_every_class_is_on_each() -> None:
+    object_id, label = objects_and_labels()
+    split = assign_splits(object_id, label, ("a", "b"), SplitRule(seed=3))
+    sides = [set(object_id[split == side]) for side in range(3)]
+    assert sum(map(len, sides)) == 400
+    assert [len(side) for side in sides] == [324, 36, 40]
+    assert all(set(label[split == side]) == {0, 1} for side in range(3))
+
+
+def test_the_split_depends_on_the_seed_and_not_on_the_order() -> None:
+    object_id, label = objects_and_labels()
+    split = assign_splits(object_id, label, ("a", "b"), SplitRule(seed=3))
+    shuffled = np.random.default_rng(2).permutation(len(label))
+    assert np.array_equal(
+        assign_splits(object_id[shuffled], label[shuffled], ("a", "b"), SplitRule(seed=3)), split[shuffled]
+    )
+    assert not np.array_equal(assign_splits(object_id, label, ("a", "b"), SplitRule(seed=4)), split)
+
+
+def test_training_takes_few_alerts_of_a_source_and_less_is_a_part_of_more(night_dataset: Dataset) -> None:
+    night = Dataset.open(night_dataset.directory)
+    night.object_id = np.array([f"ZTF{i % 20}" for i in range(len(night.alert_id))])
+    night.split = np.zeros_like(night.split)
+    view = night["train"]
+    chosen = chosen_to_train(view, 2, Recipe(max_alerts_per_source=2))
+    assert np.unique(chosen.object_id, return_counts=True)[1].tolist() == [2] * 20
+    half, tenth = (set(chosen_to_train(view, 2, Recipe(fraction=share)).object_id) for share in (0.5, 0.1))
+    assert tenth < half < set(view.object_id)
+    assert len(half) in {10, 11}
+
+
+def test_unusable_labels_are_said_in_a_line(
+    night_packets: Path,
+    alerts_of_the_night: list[SimulatedAlert],
+    night_table: Path,
+    tmp_path: Path,
+) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("candid,class\n1,a\n2,b\n")
+    with pytest.raises(DatasetError, match="none of its 2 labels is of an alert"):
+        build_dataset([night_packets], read_labels(table, "class"), tmp_path / "none")
+    table.write_text(night_table.read_text() + "7,sky\n")
+    labels = read_labels(table, "truth", [parse_rule("bogus=detector"), parse_rule("real=sky")])
+    with pytest.raises(DatasetError, match=r"1 labels have no alert among the inputs, candid 7"):
+        build_dataset([night_packets], labels, tmp_path / "set")
+    assert len(build_dataset([night_packets], labels, tmp_path / "set", allow_unmatched=True).alert_id) == 60
+    lonely = read_labels(
+        night_table,
+        "candid",
+        [parse_rule(f"one={alerts_of_the_night[0].alert_id}"), parse_rule("rest=0..1e20")],
+    )
+    with pytest.raises(DatasetError, match="class one has 1 source, and each of train, validation, test needs one"):
+        build_dataset([night_packets], lonely, tmp_path / "lonely")
+
+
+@pytest.mark.parametrize(
+    ("content", "column", "message"),
+    [
+        ("name,class\nx,a\n", "class", "no column to join by"),
+        ("candid,class\n1,a\n", "kind", "no column 'kind'; there are candid, class"),
+        ("candid,class\n1,a\n2,a\n", "class", "makes 1 class"),
+        ("candid,class\n1,a\n1,b\n", "class", "candid 1 is labelled a and b"),
+        ("candid,class\n1,SN Ia\n2,b\n", "class", "is no class"),
+    ],
+)
+def test_a_table_that_does_not_do_is_refused(content: str, column: str, message: str, tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text(content)
+    with pytest.raises(DatasetError, match=message):
+        read_labels(table, column)
+
+
+def test_ranges_of_a_number_are_classes(tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("candid,drb\n1,0\n2,0.5\n3,0.51\n4,1\n5,\n")
+    labels = read_labels(table, "drb", [parse_rule("bogus=0..0.5"), parse_rule("real=0.5..1")])
+    assert labels.label_of == {"2": 0, "3": 1, "4": 1}
+    with pytest.raises(DatasetError, match=r"no row of 'drb' is of class huge"):
+        read_labels(table, "drb", [parse_rule("real=0..1"), parse_rule("huge=1..9")])
+    with pytest.raises(DatasetError, match="no number is above 2 and up to 1"):
+        parse_rule("wrong=2..1")
+
+
+def test_damage_and_other_arguments_are_said(
+    night_packets: Path, night_labels: Labels, night_dataset: Dataset, tmp_path: Path
+) -> None:
+    with pytest.raises(DatasetError, match="was begun with other arguments"):
+        build_dataset([night_packets], night_labels, night_dataset.directory, cutout_size=30)
+    with pytest.raises(DatasetError, match="no data set"):
+        Dataset.open(tmp_path)
+    dataset = build_dataset([night_packets], night_labels, tmp_path / "set")
+    shard = tmp_path / "set" / SHARDS / dataset.card.shards[0].file
+    os.truncate(shard, 1000)
+    with pytest.raises(DatasetError, match="has 1000 bytes of"):
+        Dataset.open(tmp_path / "set")
+    (tmp_path / "set" / CARD).unlink()
+    with pytest.raises(DatasetError, match="no whole shard"):
+        build_dataset([night_packets], night_labels, tmp_path / "set")
+    (night_dataset.directory / INDEX).rename(tmp_path / INDEX)
+    with pytest.raises(DatasetError, match="cannot be read"):
+        Dataset.open(night_dataset.directory)
+    (tmp_path / INDEX).rename(night_dataset.directory / INDEX)
+
+
+def test_the_version_is_of_the_content(
+    night_packets: Path, night_labels: Labels, night_dataset: Dataset, tmp_path: Path
+) -> None:
+    again = build_dataset([night_packets], night_labels, tmp_path / "again")
+    other = build_dataset([night_packets], night_labels, tmp_path / "other", split=SplitRule(seed=1))
+    assert again.card.sha256 == night_dataset.card.sha256 != other.card.sha256
+    card = yaml.safe_load((tmp_path / "again" / CARD).read_text())
+    assert card["counts"]["real"]["train"] == int(((again.label == 1) & (again.split == 0)).sum())

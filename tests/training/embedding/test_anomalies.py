@@ -1,0 +1,88 @@
+"""A class that is left out is found as strange where it is, and the page says how well, and by what."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from broker_filter.packets.batch import LightCurves, Measurement
+from broker_filter.scoring.neighbours import normalise
+from training.embedding.anomalies import FORESTS, LeftOut, as_markdown, by_embedding, choose, judge
+from training.embedding.light_curve_features import NAMES, light_curve_features
+from training.embedding.strangeness import by_centroids, by_isolation_forest, by_neighbours, by_pixels
+
+
+def case(name: str, seed: int, skill: dict[str, float]) -> LeftOut:
+    """Of 400 alerts a quarter are of the class; each measure puts them so many deviations above the others."""
+    rng = np.random.default_rng(seed)
+    anomalous, validation = rng.random(400) < 0.25, np.arange(400) % 2 == 0
+    scores = {measure: rng.standard_normal(400) + distance * anomalous for measure, distance in skill.items()}
+    return LeftOut(name, 100, anomalous, validation, ~validation, scores)
+
+
+@pytest.fixture
+def cases() -> list[LeftOut]:
+    skill = {"good": 3.0, "fair": 1.0, FORESTS[0]: 1.5, FORESTS[1]: 1.0, FORESTS[2]: 0.0}
+    return [case("SN", 1, skill), case("AGN", 2, skill)]
+
+
+def test_the_measure_that_finds_most_on_validation_is_chosen_and_judged_on_the_test(cases: list[LeftOut]) -> None:
+    objects = np.arange(400).astype(np.str_)
+    figures, resampled = judge(cases, 0.1, objects)
+    assert choose(cases) == "good"
+    assert figures["good/mean/roc_auc"] == pytest.approx(0.98, abs=0.02)
+    assert figures[f"{FORESTS[2]}/mean/roc_auc"] == pytest.approx(0.5, abs=0.1)
+    assert figures["good/SN/recall"] > 0.85
+    assert figures["good/SN/realised"] == pytest.approx(0.1, abs=0.08)
+    page = as_markdown(cases, "good", 0.1, figures, resampled)
+    assert "| **good** | 0.9" in page
+    assert f"of the {FORESTS[2]} by 0.4" in page or f"of the {FORESTS[2]} by 0.5" in page
+
+
+def test_a_test_that_is_hidden_from_the_choice_does_not_change_it(cases: list[LeftOut]) -> None:
+    for one in cases:
+        one.scores["good"][one.test] *= -1
+    assert choose(cases) == "good"
+
+
+def test_every_way_of_saying_strange_tells_a_far_cluster() -> None:
+    rng = np.random.default_rng(3)
+    middles = np.eye(2, 12)
+    ordinary = middles[rng.integers(2, size=300)] + 0.1 * rng.standard_normal((300, 12))
+    asked = np.concatenate([ordinary[:30] + 0.01, -middles[[0] * 30] + 0.1 * rng.standard_normal((30, 12))])
+    label = ordinary[:, 1].round().astype(np.int64)
+    known, embedding = normalise(ordinary), normalise(asked)
+    ways = {
+        "neighbours": by_neighbours(known, embedding, 0)[:, 0],
+        "centroids": by_centroids(known, label, embedding),
+        "features": by_isolation_forest(ordinary, asked),
+        "pixels": by_pixels(known.reshape(300, 3, 2, 2), embedding.reshape(60, 3, 2, 2)),
+    }
+    seen, others = np.arange(360) < 200, (np.arange(360) >= 200) & (np.arange(360) < 300)
+    everything = np.concatenate([known, embedding])
+    measures = by_embedding(everything, seen, others, np.concatenate([label, np.zeros(60, np.int64)]))
+    ways |= {name: scores[300:] for name, scores in measures.items()}
+    for name, scores in ways.items():
+        assert np.median(scores[30:]) > np.median(scores[:30]), name
+
+
+def test_features_are_of_a_bands_measurements_and_not_of_limits() -> None:
+    kind = np.array([Measurement.DETECTION] * 3 + [Measurement.UPPER_LIMIT, Measurement.FORCED], np.uint8)
+    curves = LightCurves(
+        offsets=np.array([0, 5, 5]),
+        mjd=np.array([0.0, 1, 2, 3, 1]),
+        band=np.array([1, 1, 1, 1, 2], np.uint8),
+        flux=np.array([10, 20, 30, 0, 7], np.float32),
+        flux_err=np.array([1, 1, 1, 50, 2], np.float32),
+        kind=kind,
+    )
+    features = light_curve_features(curves).reshape(2, 2, len(NAMES))
+    of = dict(zip(NAMES, features[0, 0].tolist(), strict=True))
+    assert of["points"] == 3
+    assert of["weighted_mean"] == pytest.approx(20)
+    assert of["amplitude"] == pytest.approx(10)
+    assert of["slope"] == pytest.approx(10)
+    assert of["reduced_chi2"] == pytest.approx(100)
+    assert features[0, 1, 0] == 1
+    assert features[1, :, 0].tolist() == [0, 0]
+    assert np.isnan(features[1, :, 1:]).all()

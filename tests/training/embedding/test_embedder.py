@@ -1,0 +1,114 @@
+"""The embedder in training: modalities find each other, whatever is missing; what is shown is what is served."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from broker_filter.packets.photometry import NO_VALUE
+from broker_filter.scoring.astrom3.preprocess import WAVELENGTHS
+from broker_filter.scoring.bundle import LIGHT_CURVE_FEATURES, ImageInput, Inputs, LightCurveInput, MetadataColumn
+from broker_filter.scoring.networks.alert_embedder import AlertEmbedder
+from broker_filter.scoring.preprocess import prepare
+from training.embedding.embedder import Recipe, Shown, SpectrumEncoder, embed, show, train
+from training.evaluation.served_speed import noise
+
+ALERTS, POINTS, COLUMNS, SIZE = 300, 6, 5, 16
+TRAINED = np.arange(ALERTS) < 200
+
+
+def make_embedder() -> AlertEmbedder:
+    torch.manual_seed(5)
+    return AlertEmbedder("stampnet", COLUMNS, SIZE, width=16, layers=1, hidden=32)
+
+
+@pytest.fixture
+def shown() -> Shown:
+    """Alerts that are three numbers each, which every modality shows in its own way; some lack one."""
+    draw = torch.Generator().manual_seed(6)
+    truth = torch.randn(ALERTS, 3, generator=draw)
+
+    def seen_as(*shape: int) -> Tensor:
+        made: Tensor = (truth @ torch.randn(3, int(np.prod(shape)), generator=draw)).reshape(ALERTS, *shape)
+        return made + 0.1 * torch.randn(made.shape, generator=draw)
+
+    mask = (torch.arange(POINTS) < torch.randint(POINTS + 1, (ALERTS, 1), generator=draw)).float()
+    metadata = seen_as(COLUMNS)
+    metadata[::10] = NO_VALUE
+    return Shown(
+        features=seen_as(8, AlertEmbedder("stampnet", COLUMNS).trunk.features),
+        metadata=metadata,
+        light_curve=seen_as(POINTS, LIGHT_CURVE_FEATURES) * mask.unsqueeze(2),
+        light_curve_mask=mask,
+    )
+
+
+def found(vectors: Tensor, i: int, j: int) -> float:
+    """How many unseen alerts' modality i is nearer to their own j than to nine in ten others'."""
+    both = vectors[~TRAINED][(vectors[~TRAINED][:, [i, j]] != 0).any(2).all(1)]
+    cosine = both[:, i] @ both[:, j].T
+    return float(((cosine > cosine.diagonal()[:, None]).float().mean(1) < 0.1).float().mean())
+
+
+def test_modalities_of_alerts_never_seen_find_each_other(shown: Shown) -> None:
+    network = make_embedder()
+    before = embed(network.eval(), shown)
+    trunk = {name: tensor.clone() for name, tensor in network.trunk.state_dict().items()}
+    train(network, [(shown[TRAINED], 1.0)], Recipe(steps=150, batch=64))
+    after = embed(network, shown)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert found(after, i, j) > max(0.5, 2 * found(before, i, j))
+    assert all(torch.equal(tensor, trunk[name]) for name, tensor in network.trunk.state_dict().items())
+    lacks_metadata = (shown.metadata == NO_VALUE).all(1)
+    assert (after[lacks_metadata, 2] == 0).all()
+
+
+def test_the_same_seed_gives_the_same_network(shown: Shown) -> None:
+    vectors = []
+    for _ in range(2):
+        network = make_embedder()
+        train(network, [(shown[TRAINED], 0.7), (shown[~TRAINED], 0.3)], Recipe(steps=5, batch=32))
+        vectors.append(embed(network, shown))
+    assert torch.equal(*vectors)
+
+
+def test_spectra_join_in_where_there_are(shown: Shown) -> None:
+    """A fourth modality that one alert in three has: of those alone the spectra learn, and the others are not lost."""
+    spectra = torch.full((ALERTS, 3, len(WAVELENGTHS)), torch.nan)
+    spectra[::3] = torch.randn(len(spectra[::3]), 3, 1) * torch.ones(len(WAVELENGTHS))
+    with_spectra = Shown(shown.features, shown.metadata, shown.light_curve, shown.light_curve_mask, spectra)
+    torch.manual_seed(7)
+    spectrum = SpectrumEncoder(SIZE)
+    begun = [parameter.clone() for parameter in spectrum.parameters()]
+    network = make_embedder()
+    train(network, [(with_spectra[TRAINED], 1.0)], Recipe(steps=3, batch=24), spectrum)
+    assert all(not torch.equal(*pair) for pair in zip(begun, spectrum.parameters(), strict=True))
+    with torch.inference_mode():
+        vectors = spectrum.eval()(spectra[:6])
+    torch.testing.assert_close(vectors.norm(dim=1), torch.tensor([1.0, 0, 0, 1, 0, 0]))
+    assert embed(network, shown).isfinite().all()
+
+
+def test_what_is_shown_in_training_is_what_is_served() -> None:
+    """The trunk's features computed beforehand give what the whole network gives of the images, turned or not."""
+    network, n = make_embedder().eval(), 5
+    inputs = Inputs(
+        images=ImageInput(size=63, order=("science", "template", "difference"), normalisation="l2_row", padding=0),
+        metadata=tuple(MetadataColumn(name=f"column{i}", fill=NO_VALUE) for i in range(COLUMNS)),
+        light_curve=LightCurveInput(points=POINTS, flux_scale=100, time_scale=1),
+    )
+    alerts = noise(n, inputs)
+    alerts.metadata[1, 2] = np.nan
+    shown = show(network, alerts, inputs)
+    assert shown.features.shape[:2] == (n, 8)
+    with torch.inference_mode():
+        for symmetry, turned in ((0, alerts.cutouts), (2, alerts.cutouts[..., ::-1, ::-1])):
+            prepared = prepare(replace(alerts, cutouts=np.ascontiguousarray(turned)), inputs)
+            _, _, expected = network(*map(torch.from_numpy, prepared.values()))
+            features = shown.features[:, symmetry]
+            found = network.see(features, shown.metadata, shown.light_curve, shown.light_curve_mask)
+            torch.testing.assert_close(found, expected, atol=1e-4 if symmetry else 1e-6, rtol=1e-5)

@@ -1,0 +1,48 @@
+"""Probes: classes that can be told are told, every class counts the same, and an object counts once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from training.embedding.probes import balanced_accuracy, linear_probe, nearest, object_weights
+from training.embedding.train_embedder import Classify
+
+PROBES = [linear_probe, nearest]
+CENTRES = np.eye(3, 5, dtype=np.float32)
+
+
+def around(label: NDArray[np.int64], seed: int) -> NDArray[np.float32]:
+    """Vectors near one direction a class."""
+    noise = np.random.default_rng(seed).normal(0, 0.15, (len(label), 5))
+    return (CENTRES[label] + noise).astype(np.float32)
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_directions_are_classes(probe: Classify) -> None:
+    label = np.arange(60) % 3
+    objects = np.arange(60).astype(np.str_)
+    said = probe(around(label, 1), label, objects, around(label, 2))
+    assert (said == label).mean() > 0.95
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_a_rare_class_is_found_as_well(probe: Classify) -> None:
+    label = np.repeat([0, 1, 2], [100, 100, 6])
+    said = probe(around(label, 1), label, np.arange(206).astype(np.str_), around(label, 2))
+    assert balanced_accuracy(said == label, label, np.ones(206)) > 0.9
+
+
+def test_alerts_of_one_object_have_one_vote_between_them() -> None:
+    label = np.array([1] * 10 + [0] * 3 + [1] * 2)
+    objects = np.array(["often"] * 10 + ["a", "b", "c", "d", "e"])
+    weights = object_weights(objects, label)
+    np.testing.assert_allclose([weights[label == c].sum() for c in (0, 1)], 1)
+    np.testing.assert_allclose(weights[:10].sum(), weights[-1])
+
+
+def test_balanced_accuracy_is_the_mean_recall_and_not_defined_without_a_class() -> None:
+    label, right = np.array([0, 0, 0, 1]), np.array([True, True, False, False])
+    weights = np.array([[1.0, 1, 1, 1], [0, 3, 1, 2], [1, 1, 1, 0]])
+    np.testing.assert_allclose(balanced_accuracy(right, label, weights), [1 / 3, 3 / 8, np.nan])

@@ -1,0 +1,155 @@
+"""Evaluating a bundle: its scores are the service's, its figures are whole, and what does not fit is said in a line."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("galsim", reason="simulated alerts need the extra `demo`")
+
+from broker_filter.config import Runtime
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.packet import FilePosition, Packet
+from broker_filter.packets.registry import open_registry
+from broker_filter.scoring.bundle import MetadataColumn
+from broker_filter.scoring.scorer import Model, Scorer, open_model
+from broker_filter.simulate import SimulatedAlert, simulate_night
+from training.data.build_dataset import build_dataset
+from training.data.datasets import Dataset
+from training.data.labels import parse_rule, read_labels
+from training.errors import EvaluationError
+from training.evaluation.evaluate import EVALUATION, PREDICTIONS, Evaluation, evaluate, predict
+from training.evaluation.predictions import Predictions
+from training.evaluation.served_speed import BATCHES
+
+CHECKOUT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return open_model("default", Runtime(engine="onnxruntime", device="cpu", inference_threads=1))
+
+
+@pytest.fixture(scope="module")
+def night() -> list[SimulatedAlert]:
+    return list(simulate_night(120, seed=11))
+
+
+def build_from(night: list[SimulatedAlert], directory: Path, cutout_size: int = 63) -> Dataset:
+    """The night as a data set, labelled by what it truly shows."""
+    packets = directory / "packets"
+    packets.mkdir()
+    with (directory / "labels.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["candid", "truth"])
+        for alert in night:
+            (packets / f"{alert.alert_id}.avro").write_bytes(alert.packet)
+            table.writerow([alert.alert_id, "sky" if alert.is_real else "detector"])
+    rules = [parse_rule("bogus=detector"), parse_rule("real=sky")]
+    labels = read_labels(directory / "labels.csv", "truth", rules)
+    return build_dataset([packets], labels, directory / "dataset", cutout_size=cutout_size)
+
+
+@pytest.fixture(scope="module")
+def dataset(night: list[SimulatedAlert], tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return build_from(night, tmp_path_factory.mktemp("night"))
+
+
+def test_its_scores_are_the_services_to_the_bit(model: Model, dataset: Dataset, night: list[SimulatedAlert]) -> None:
+    predictions = predict(model, dataset, "train")
+    packets = [Packet(alert.packet, FilePosition("night", record=i)) for i, alert in enumerate(night)]
+    scorer = Scorer((model,))
+    alerts, _ = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=("magpsf",)).decode(packets)
+    rows = [alerts.alert_id.tolist().index(one) for one in predictions.alert_id.tolist()]
+    assert np.array_equal(predictions.probabilities, scorer.score(alerts).models[0].probabilities[rows])
+    assert np.array_equal(predictions.magpsf, alerts.column("magpsf")[rows])
+    truly_real = {alert.alert_id for alert in night if alert.is_real}
+    assert [one in truly_real for one in predictions.alert_id.tolist()] == (predictions.truth == 1).tolist()
+
+
+def test_the_command_writes_what_reads_back_whole(dataset: Dataset, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "training", "evaluate", "default", "--split", "train"]
+    command += ["--dataset", str(dataset.directory), "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    evaluation = Evaluation.read(tmp_path)
+    assert evaluation.classes == ("bogus", "real")
+    assert sum(evaluation.alerts.values()) == len(dataset["train"]) == sum(b.alerts for b in evaluation.reliability)
+    assert evaluation.dataset_sha256 == dataset.card.sha256
+    for figure in evaluation.figures.values():
+        assert figure.value is not None
+        assert figure.low is not None
+        assert figure.high is not None
+        assert 0 <= figure.low <= figure.high <= 1
+    assert f"{'roc_auc':30} {evaluation.figures['roc_auc']}" in done.stdout
+    assert [speed.batch for speed in evaluation.speed] == list(BATCHES)
+    assert all(speed.alerts_per_second > 1 and speed.peak_megabytes > 10 for speed in evaluation.speed)
+    predictions = Predictions.read(tmp_path / PREDICTIONS, evaluation.classes, evaluation.threshold)
+    assert len(predictions) == len(dataset["train"])
+    assert (predictions.decided == predictions.truth).mean() == pytest.approx(evaluation.figures["accuracy"].value)
+
+
+def test_the_row_of_a_class_in_the_confusion_matrix_is_shares_of_it(model: Model, dataset: Dataset) -> None:
+    predictions = predict(model, dataset, "train")
+    evaluation = evaluate(model.bundle.card, dataset.card, "train", predictions, [])
+    recall = evaluation.confusion[1][1].value
+    assert recall == evaluation.figures["recall"].value
+    for row in evaluation.confusion:
+        assert sum(cell.value or 0 for cell in row) == pytest.approx(1)
+
+
+def test_smaller_cutouts_than_the_model_takes(model: Model, night: list[SimulatedAlert], tmp_path: Path) -> None:
+    small = build_from(night[:60], tmp_path, cutout_size=45)
+    with pytest.raises(EvaluationError, match=r"cutouts have 45 px and .* takes 63 px: build it again"):
+        predict(model, small, "test")
+
+
+def test_columns_that_the_data_set_lacks(model: Model, dataset: Dataset) -> None:
+    card = model.bundle.card
+    inputs = card.inputs.model_copy(update={"metadata": (MetadataColumn(name="seeing_of_tomorrow", fill=0),)})
+    thirsty = replace(model, bundle=replace(model.bundle, card=card.model_copy(update={"inputs": inputs})))
+    with pytest.raises(EvaluationError, match="lacks the columns seeing_of_tomorrow"):
+        predict(thirsty, dataset, "test")
+
+
+def test_a_split_without_a_class(model: Model, dataset: Dataset) -> None:
+    one_sided = Dataset.open(dataset.directory)
+    one_sided.label = np.ones_like(one_sided.label)
+    with pytest.raises(EvaluationError, match="split test has no alert of class bogus"):
+        predict(model, one_sided, "test")
+
+
+def test_a_data_set_of_other_classes(model: Model, dataset: Dataset) -> None:
+    other = Dataset.open(dataset.directory)
+    other.card = other.card.model_copy(update={"classes": ("VS", "SN")})
+    with pytest.raises(EvaluationError, match="the model tells real and the data set has VS, SN"):
+        predict(model, other, "test")
+
+
+def test_a_survey_that_the_model_is_not_for(model: Model, dataset: Dataset) -> None:
+    other = Dataset.open(dataset.directory)
+    other.card = other.card.model_copy(update={"surveys": ("lsst",)})
+    with pytest.raises(EvaluationError, match="alerts of lsst"):
+        predict(model, other, "test")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"model": "x"}'])
+def test_half_an_evaluation_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / EVALUATION).write_bytes(content)
+    with pytest.raises(EvaluationError, match=r"evaluation\.json: .*evaluate the model again"):
+        Evaluation.read(tmp_path)
+
+
+def test_predictions_that_are_cut_off(model: Model, dataset: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / PREDICTIONS
+    predict(model, dataset, "test").write(path)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(EvaluationError, match="no table of predictions"):
+        Predictions.read(path, ("bogus", "real"), 0.5)

@@ -1,0 +1,194 @@
+"""Fitting: from a data set to a bundle that scores as its predictions say; stopped, damaged and misconfigured runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pyarrow import parquet
+from safetensors.torch import load_file
+from torch import nn
+
+from broker_filter.config import Runtime
+from broker_filter.scoring.alerts import RawAlerts
+from broker_filter.scoring.bundle import WEIGHTS, Architecture, load_bundle
+from broker_filter.scoring.scorer import open_model
+from training import learner as learning
+from training.data.datasets import Dataset
+from training.errors import DatasetError, TrainingError
+from training.learner import BEST, LAST, Learner, orient, read_checkpoint
+from training.recipe import PUBLISHED_IMAGES, Fit, Hardware, Recipe, read_configuration
+from training.vision.classifier import Classifier, class_weights
+from training.vision.fit import BUNDLE, fit
+
+TINY = Architecture(name="btsbot_cnn", arguments={"channels": (4, 8), "kernel": 3, "hidden": (16, 8)})
+ONE_CORE = Hardware(accelerator="cpu", devices=1, threads=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small gain nothing from more, and lose much where other tests want the cores."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def config(night_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Fit]:
+    """A fit of a tiny network in three short epochs; `changes`: of its keys."""
+    runs = tmp_path_factory.mktemp("runs")
+
+    def make(name: str, **changes: object) -> Fit:
+        recipe = Recipe(epochs=3, warm_up_epochs=1, batch=16, learning_rate=3e-3, seed=1)
+        keys = {"dataset": night_dataset.directory, "out": runs / name, "architecture": TINY, "recipe": recipe}
+        return Fit(name=name, hardware=ONE_CORE, **{**keys, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def fitted(config: Callable[..., Fit]) -> Fit:
+    """One that has been fitted, with metadata and every log."""
+    wanted = config("fitted", metadata=("magpsf", "distnr"), logs=("csv", "tensorboard"))
+    fit(wanted)
+    return wanted
+
+
+def weights(config: Fit) -> dict[str, torch.Tensor]:
+    return load_file(config.out / BUNDLE / WEIGHTS)
+
+
+def test_ends_with_a_bundle_and_what_that_says_of_the_test_split(fitted: Fit, night_dataset: Dataset) -> None:
+    model = open_model(str(fitted.out / BUNDLE), Runtime(engine="torch", device="cpu", inference_threads=1))
+    test = night_dataset["test"].read()
+    scores = model.run(RawAlerts(test.cutouts, test.cutout_box, test.metadata, test.columns))["probabilities"]
+    predictions = parquet.read_table(fitted.out / "predictions.parquet")
+    assert predictions["alert_id"].to_pylist() == test.alert_id.tolist()
+    assert predictions["probability.real"].to_numpy() == pytest.approx(scores[:, 0], abs=1e-5)
+    card = load_bundle(fitted.out / BUNDLE).card
+    assert card.training.evaluation["dataset_sha256"] == night_dataset.card.sha256
+    assert (card.training.evaluation["seed"], card.training.evaluation["regimen"]) == (1, "random")
+    train = night_dataset["train"].metadata(["magpsf", "distnr"])
+    assert [column.fill for column in card.inputs.metadata] == pytest.approx(np.nanmedian(train, axis=0))
+
+
+def test_the_weights_of_the_lowest_validation_loss_are_served(fitted: Fit) -> None:
+    rows = next((fitted.out / "log").rglob("metrics.csv")).read_text().splitlines()
+    place = rows[0].split(",").index("val_loss")
+    losses = [float(row.split(",")[place]) for row in rows[1:] if row.split(",")[place]]
+    evaluation = load_bundle(fitted.out / BUNDLE).card.training.evaluation
+    assert len(losses) == 3
+    assert evaluation["epoch"] == int(np.argmin(losses)) + 1
+    assert evaluation["validation_loss"] == pytest.approx(min(losses), abs=1e-5)
+    best = read_checkpoint(fitted.out / BEST)["state_dict"]
+    assert all(torch.equal(tensor, best[f"network.{name}"]) for name, tensor in weights(fitted).items())
+    assert list((fitted.out / "tensorboard").rglob("events.*"))
+
+
+def test_a_run_that_was_killed_ends_as_one_that_was_not(
+    config: Callable[..., Fit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after an epoch that was not the best, which it must not begin again with."""
+    # After a first epoch at a hundredth of it, this learning rate spoils what was learnt.
+    recipe = Recipe(epochs=4, warm_up_epochs=1, batch=16, learning_rate=0.3, seed=1)
+    whole, killed = config("whole", recipe=recipe), config("killed", recipe=recipe)
+    fit(whole)
+    step = Learner.training_step
+
+    def killed_in_the_third_epoch(learner: Learner, batch: tuple[torch.Tensor, ...], i: int) -> torch.Tensor:
+        if learner.current_epoch == 2 and i == 1:
+            raise SystemExit
+        return step(learner, batch, i)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learning.Learner, "training_step", killed_in_the_third_epoch)
+        with pytest.raises(SystemExit):
+            fit(killed)
+    assert (read_checkpoint(killed.out / BEST)["epoch"], read_checkpoint(killed.out / LAST)["epoch"]) == (0, 1)
+    fit(killed)
+    for file in (BEST, LAST):
+        expected, found = (read_checkpoint(run.out / file) for run in (whole, killed))
+        assert found["epoch"] == expected["epoch"]
+        assert all(torch.equal(tensor, expected["state_dict"][name]) for name, tensor in found["state_dict"].items())
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_half_written_checkpoint_is_said(config: Callable[..., Fit], fitted: Fit, share: float) -> None:
+    wanted = config(f"half_{share}".replace(".", "_"))
+    wanted.out.mkdir()
+    whole = (fitted.out / LAST).read_bytes()
+    (wanted.out / LAST).write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(TrainingError, match=r"last\.ckpt: not a whole checkpoint .* remove it to begin again"):
+        fit(wanted)
+
+
+def test_a_file_that_would_run_code_is_no_checkpoint(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "epoch": Runtime}, tmp_path / "evil.ckpt")
+    with pytest.raises(TrainingError, match="not a whole checkpoint"):
+        read_checkpoint(tmp_path / "evil.ckpt")
+
+
+def test_frozen_fusion_trains_the_branches_apart_and_then_the_joint_head_alone(config: Callable[..., Fit]) -> None:
+    frozen = Architecture(name=TINY.name, arguments={**TINY.arguments, "fusion": "frozen", "metadata_hidden": (8, 4)})
+    wanted = config("frozen", architecture=frozen, metadata=("magpsf", "distnr"))
+    fit(wanted)
+    served = weights(wanted)
+    for directory, ours, theirs in (
+        ("image_branch", "encoder", "encoder"),
+        ("metadata_branch", "metadata_branch", "branch"),
+    ):
+        branch = read_checkpoint(wanted.out / directory / BEST)["state_dict"]
+        names = [name for name in served if name.startswith(f"{ours}.")]
+        assert names
+        assert all(torch.equal(served[name], branch[f"network.{theirs}{name.removeprefix(ours)}"]) for name in names)
+    assert served["head.0.weight"].shape == (16, 8 * 7 * 7 + 4)
+    with pytest.raises(TrainingError, match="needs a network of two branches"):
+        fit(config("no_metadata", architecture=frozen))
+
+
+def test_wrong_configurations_are_said(config: Callable[..., Fit], fitted: Fit, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="was begun with another configuration"):
+        fit(fitted.model_copy(update={"recipe": Recipe(epochs=4)}))
+    with pytest.raises(DatasetError, match="has no metadata columns nonsense"):
+        fit(config("columns", metadata=("nonsense",)))
+    with pytest.raises(DatasetError, match="its cutouts have 63 px, and the network is to take 64"):
+        fit(config("large", images=PUBLISHED_IMAGES.model_copy(update={"size": 64})))
+    with pytest.raises(TrainingError, match="no alert to train on has a value of reliability"):
+        fit(config("empty", metadata=("reliability",)))
+    file = tmp_path / "fit.yaml"
+    file.write_text("name: x\nepochs: 3\nrecipe: {warm_up_epochs: 30}\n")
+    with pytest.raises(TrainingError, match=r"dataset: Field required.*warm_up_epochs: 30 of 25.*epochs: Extra inputs"):
+        read_configuration(Fit, file)
+
+
+def test_flips_and_turns_keep_every_pixel_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    image = torch.arange(2 * 5 * 5, dtype=torch.float32).reshape(1, 2, 5, 5)
+    oriented = orient(image.expand(400, 2, 5, 5))
+    kinds = {tuple(one.flatten().tolist()) for one in oriented}
+    assert len(kinds) == 8
+    assert tuple(image.flatten().tolist()) in kinds
+    assert all(torch.equal(one.sort().values, image.flatten().sort().values) for one in oriented.flatten(1)[:20])
+
+
+def test_the_rare_class_counts_as_much_as_the_common_one() -> None:
+    label = np.array([0] * 30 + [1] * 10)
+    weight = class_weights(label, 2, balance=True)
+    assert float(weight[0] * 30) == pytest.approx(float(weight[1] * 10))
+    assert class_weights(label, 2, balance=False).tolist() == [1, 1]
+    logits = nn.Linear(1, 1)
+    loss = Classifier(logits, Recipe(), weight).loss
+    assert float(loss.pos_weight) == pytest.approx(3)
+
+
+def test_frozen_modules_keep_their_weights_and_statistics() -> None:
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+    classifier = Classifier(network, Recipe(), torch.ones(2), frozen=[network[0]]).train()
+    network(torch.randn(20, 3) + 5).sum().backward()
+    assert network[0].running_mean.tolist() == [0, 0, 0]
+    assert network[0].weight.grad is None
+    assert network[1].weight.grad is not None
+    assert classifier.training

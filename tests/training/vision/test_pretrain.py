@@ -1,0 +1,181 @@
+"""Pre-training: galaxies with what is known of them, an encoder that learns it, and a fit that begins with that."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+pytest.importorskip("galsim", reason="simulated galaxies need the extra `demo`")
+pytest.importorskip("timm", reason="its backbones need the extra `train`")
+
+from broker_filter.scoring.bundle import Architecture, load_bundle
+from broker_filter.scoring.encoders import load_encoder_weights
+from broker_filter.scoring.networks import build_network
+from broker_filter.scoring.weights import WeightsError
+from training.data.datasets import Dataset
+from training.errors import DatasetError, TrainingError
+from training.recipe import ENCODER_CARD, Encoder, Fit, Hardware, Optimisation, Recipe
+from training.vision.fit import BUNDLE, fit
+from training.vision.galaxies import QUESTIONS, Galaxies, read_galaxies, simulate_galaxies
+from training.vision.pretrain import WEIGHTS, GalaxyZoo, MorphologyLearner, Pretraining, Simulated, combine, pretrain
+
+TINY = Architecture(name="btsbot_cnn", arguments={"channels": (4, 8), "kernel": 3, "hidden": (16, 8)})
+TIMM = Architecture(name="timm", arguments={"backbone": "test_convnext"})
+ONE_CORE = Hardware(accelerator="cpu", devices=1, threads=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def galaxies() -> Galaxies:
+    return simulate_galaxies(40, seed=3)
+
+
+@pytest.fixture
+def galaxy_zoo(tmp_path: Path) -> tuple[Path, Path]:
+    """A folder of three images, and a table in Galaxy Zoo's format that describes them and one that is not there."""
+    for i in range(3):
+        Image.fromarray(np.full((128, 128, 3), (60 * i, 100, 200), np.uint8)).save(tmp_path / f"{i}.png")
+    rows = [f"elsewhere/{i}.png,{0.1 * i},{'' if i == 1 else 0.5},1" for i in range(4)]
+    table = tmp_path / "galaxies.csv"
+    table.write_text("\n".join(["file_loc,edge-on_yes_fraction,spiral_yes_fraction,ring", *rows]))
+    return tmp_path, table
+
+
+def test_simulated_galaxies_are_what_their_answers_say(galaxies: Galaxies) -> None:
+    """More extended ones are wider, edge-on ones flatter; a seed gives the same ones again, whatever their number."""
+    answers = dict(zip(galaxies.questions, galaxies.answers.T, strict=True))
+    y, x = np.mgrid[-31:32, -31:32]
+    light = np.clip(galaxies.images[:, 0], 0, None) * (np.hypot(x, y) < 15)
+    total = light.sum(axis=(1, 2))
+    width = np.sqrt((light * (x**2 + y**2)).sum(axis=(1, 2)) / total)
+    alone = answers["companion"] == 0
+    assert np.corrcoef(width[alone], answers["extended"][alone])[0, 1] > 0.3
+    xx, yy, xy = ((light * moment).sum(axis=(1, 2)) / total for moment in (x * x, y * y, x * y))
+    flattening = np.hypot(xx - yy, 2 * xy) / (xx + yy)
+    discs = alone & (answers["bulge"] < 0.5) & (answers["extended"] > 0.4)
+    assert np.corrcoef(flattening[discs], answers["edge_on"][discs])[0, 1] > 0.3
+    assert galaxies.questions == QUESTIONS
+    assert np.array_equal(simulate_galaxies(3, seed=3).images, galaxies.images[:3])
+
+
+def test_galaxy_zoos_format(galaxy_zoo: tuple[Path, Path]) -> None:
+    found = read_galaxies(*galaxy_zoo, size=21)
+    assert found.questions == ("edge-on_yes_fraction", "spiral_yes_fraction")
+    assert found.images.shape == (3, 3, 21, 21)
+    assert found.images[:, 0].mean(axis=(1, 2)).tolist() == [0, 60, 120]
+    assert np.allclose(found.answers, [[0, 0.5], [0.1, np.nan], [0.2, 0.5]], equal_nan=True)
+    assert read_galaxies(*galaxy_zoo, questions=("ring",)).answers.tolist() == [[1], [1], [1]]
+
+
+def test_galaxies_that_cannot_be_used_are_said(galaxy_zoo: tuple[Path, Path]) -> None:
+    folder, table = galaxy_zoo
+    with pytest.raises(DatasetError, match="no column nonsense"):
+        read_galaxies(folder, table, questions=("nonsense",))
+    with pytest.raises(DatasetError, match="none of the 4 images"):
+        read_galaxies(folder / "nowhere", table)
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    with pytest.raises(DatasetError, match=r"1\.png: not an image that can be read"):
+        read_galaxies(folder, table)
+    table.write_text("file_loc,votes_fraction\n0.png,3\n")
+    with pytest.raises(DatasetError, match="shares must be from 0 to 1"):
+        read_galaxies(folder, table)
+    table.write_text("file_loc,votes\n0.png,3\n")
+    with pytest.raises(DatasetError, match="no column of vote fractions"):
+        read_galaxies(folder, table)
+
+
+@pytest.mark.shared
+def test_reads_real_galaxies(shared_data: Path, tmp_path: Path) -> None:
+    with tarfile.open(shared_data / "galaxies" / "decals_rings_470_jpg128.tar") as archive:
+        members = archive.getmembers()[:5]
+        archive.extractall(tmp_path, members, filter="data")
+    found = read_galaxies(tmp_path, shared_data / "galaxies" / "example_ring_catalog_basic.csv")
+    assert len(found) == len([member for member in members if member.isfile()])
+    assert len(found.questions) == 3
+    assert found.images.std() > 5
+
+
+def test_what_was_not_asked_does_not_count(galaxies: Galaxies) -> None:
+    few = Galaxies(galaxies.images[:2], np.array([[1.0], [0.0]], np.float32), ("ring",), "others")
+    both = combine([galaxies, few])
+    assert both.questions == (*QUESTIONS, "ring")
+    assert np.isnan(both.answers[:40, 5]).all()
+    assert np.isnan(both.answers[40:, :5]).all()
+    learner = MorphologyLearner(torch.nn.Flatten(), Optimisation())
+    said, nan = torch.tensor([[0.0, 100.0]]), float("nan")
+    assert learner.loss_of((said, torch.tensor([[0.5, nan]]))).item() == 0
+    assert learner.loss_of((said, torch.tensor([[0.0, 1.0]]))).item() == pytest.approx(0.125)
+
+
+def test_an_encoder_learns_and_a_fit_begins_with_it(
+    galaxy_zoo: tuple[Path, Path], night_dataset: Dataset, tmp_path: Path
+) -> None:
+    folder, table = galaxy_zoo
+    sources = (
+        GalaxyZoo(kind="galaxy_zoo", images=folder, table=table),
+        Simulated(kind="simulated", galaxies=40),
+    )
+    recipe = Optimisation(epochs=6, warm_up_epochs=1, batch=8, learning_rate=1e-2, seed=1)
+    out = tmp_path / "encoder"
+    card = pretrain(
+        Pretraining(out=out, architecture=TINY, galaxies=sources, dropout=0.1, recipe=recipe, hardware=ONE_CORE)
+    )
+    losses = [float(value) for value in (card["validation_loss"], card["baseline_loss"])]
+    assert losses[0] < 1.1 * losses[1], losses  # as good as the mean answers nearly, from random ones
+    written = yaml.safe_load((out / ENCODER_CARD).read_text())
+    assert "3 real galaxies of galaxies.csv; 40 galaxies simulated with GalSim" in written["galaxies"]
+
+    source = str(out / WEIGHTS)
+    frozen = Recipe(epochs=2, warm_up_epochs=1, batch=16, learning_rate=1e-12, weight_decay=0, seed=1)
+    begun = Fit(
+        name="begun",
+        dataset=night_dataset.directory,
+        out=tmp_path / "begun",
+        architecture=TINY,
+        encoder=Encoder(regimen="galaxies", source=source),
+        recipe=frozen,
+        hardware=ONE_CORE,
+    )
+    fit(begun)
+    pretrained, served = load_file(source), load_file(tmp_path / "begun" / BUNDLE / "weights.safetensors")
+    assert len(pretrained) == 8
+    assert all(torch.allclose(served[f"encoder.{name}"], tensor, atol=1e-6) for name, tensor in pretrained.items())
+    training = load_bundle(tmp_path / "begun" / BUNDLE).card.training
+    assert training.evaluation["regimen"] == "galaxies"
+    assert "40 galaxies simulated with GalSim" in training.method
+    with pytest.raises(WeightsError, match="nowhere"):
+        fit(begun.model_copy(update={"encoder": Encoder(regimen="x", source="nowhere"), "out": tmp_path / "lost"}))
+
+
+def test_an_encoder_of_timms_is_kept_by_timms_names(tmp_path: Path) -> None:
+    recipe = Optimisation(epochs=2, warm_up_epochs=1, batch=4)
+    sources = (Simulated(kind="simulated", galaxies=8),)
+    pretrain(Pretraining(out=tmp_path, architecture=TIMM, galaxies=sources, recipe=recipe, hardware=ONE_CORE))
+    network = build_network(TIMM)
+    load_encoder_weights(network, str(tmp_path / WEIGHTS))
+    expected = load_file(tmp_path / WEIGHTS)
+    assert {name: tensor.shape for name, tensor in expected.items()} == {
+        name: tensor.shape for name, tensor in network.encoder.backbone.state_dict().items()
+    }
+    assert torch.equal(network.encoder.backbone.stem[0].weight, expected["stem.0.weight"])
+
+
+def test_a_network_without_an_encoder_is_refused(tmp_path: Path) -> None:
+    sources = (Simulated(kind="simulated", galaxies=4),)
+    assert not hasattr(build_network(Architecture(name="vgg6")), "encoder")
+    with pytest.raises(TrainingError, match="'vgg6' has no encoder"):
+        pretrain(Pretraining(out=tmp_path, architecture=Architecture(name="vgg6"), galaxies=sources))

@@ -1,0 +1,312 @@
+"""`build-dataset`: archives and packets, and a table of labels, into a data set that is trained on.
+
+Decodes as the service does, keeps the pixels as published (preprocessing is the network's affair), and may be killed at
+any time: the same command, on the same inputs, goes on after the last whole shard. Never holds more than a shard in
+memory, ids excepted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import yaml
+from numpy.typing import NDArray
+from pyarrow import parquet
+
+from broker_filter.cli.console import progress
+from broker_filter.packets.batch import AlertBatch, LightCurves, Survey
+from broker_filter.packets.decode import DEFAULT_CUTOUT_SIZE, Decoder
+from broker_filter.packets.packet import Packet
+from broker_filter.packets.registry import open_registry
+from broker_filter.packets.surveys import DEFAULT_COLUMNS
+from broker_filter.scoring.bundle import POINT_COLUMNS
+from broker_filter.streaming.archives import read_packets
+from training.data.datasets import (
+    CARD,
+    INDEX,
+    LIGHT_CURVES,
+    PUBLISHED_SPLIT,
+    SHARDS,
+    SPLITS,
+    Dataset,
+    DatasetCard,
+    SplitRule,
+    open_shard,
+    sources_by_class,
+)
+from training.data.labels import Labels, parse_rule, read_labels
+from training.errors import DatasetError
+from training.whole_file import write_whole
+
+PACKETS_AT_ONCE = 256
+PACKETS = b"packets"
+"""In a shard's schema: how many packets were read up to its end, where a build that was killed goes on."""
+ALERTS_PER_SHARD = 1024
+"""49 MB of ZTF cutouts: few files a night, and little to do again after a kill."""
+REQUEST = "build.yaml"
+"""What a directory was begun with: a build goes on only with the same."""
+SHOWN = 5
+"""Ids named in an error message."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `build-dataset` takes."""
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="file, folder or archive of alerts")
+    parser.add_argument(
+        "--labels", required=True, type=Path, metavar="TABLE", help=".csv or .parquet, by alert or object id"
+    )
+    parser.add_argument(
+        "--label", default="label", metavar="COLUMN", help="the table's column of labels (default: label)"
+    )
+    parser.add_argument(
+        "--class",
+        dest="classes",
+        action="append",
+        default=[],
+        metavar="NAME=VALUES",
+        help="values of the column that make a class, NAME=VALUE,... or NAME=LOW..HIGH (above LOW, up to HIGH); may be "
+        "repeated, rows of no class are left out; of two classes the second is what is scored (default: each value)",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the data set's directory")
+    parser.add_argument(
+        "--cutout-size", type=int, default=DEFAULT_CUTOUT_SIZE, metavar="PX", help="(default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the split by source (default: %(default)s)")
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs=2,
+        default=(PUBLISHED_SPLIT.validation, PUBLISHED_SPLIT.test),
+        metavar=("VALIDATION", "TEST"),
+        help="of the sources, the rest is to train on (default: 0.09 0.1)",
+    )
+    parser.add_argument("--schema-registry", metavar="URL|DIR", help="schemas of alerts in Confluent wire format")
+    parser.add_argument(
+        "--allow-unmatched", action="store_true", help="the table may label what is not among the inputs"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Builds the data set, or goes on building it, and says what is in it."""
+    labels = read_labels(arguments.labels, arguments.label, [parse_rule(text) for text in arguments.classes])
+    dataset = build_dataset(
+        arguments.inputs,
+        labels,
+        arguments.out,
+        cutout_size=arguments.cutout_size,
+        split=SplitRule(validation=arguments.shares[0], test=arguments.shares[1], seed=arguments.seed),
+        schema_registry=arguments.schema_registry,
+        allow_unmatched=arguments.allow_unmatched,
+    )
+    for name, counts in dataset.card.counts.items():
+        print(name, *(f"{split} {n:,}" for split, n in counts.items()), sep="  ")
+    print(f"{dataset.directory}: data set {dataset.card.sha256[:12]}, {len(dataset.alert_id):,} alerts")
+
+
+def build_dataset(
+    inputs: Sequence[Path],
+    labels: Labels,
+    out: Path,
+    *,
+    cutout_size: int = DEFAULT_CUTOUT_SIZE,
+    columns: Sequence[str] = DEFAULT_COLUMNS,
+    split: SplitRule = PUBLISHED_SPLIT,
+    schema_registry: str | None = None,
+    allow_unmatched: bool = False,
+) -> Dataset:
+    """Every labelled alert of `inputs`, each alert id once, as the data set `out`; goes on with one that was begun.
+
+    Raises DatasetError where labels match no alert (some of them may with `allow_unmatched`), a class has too few
+    sources to split, a shard is damaged, or `out` was begun with other arguments.
+    """
+    request = {
+        "inputs": [str(path.resolve()) for path in inputs],
+        "labels": {"sha256": labels.sha256, "column": labels.column, "classes": [str(rule) for rule in labels.rules]},
+        "cutout_size": cutout_size,
+        "columns": list(columns),
+        "split": split.model_dump(),
+    }
+    _begin(out, request)
+    if not (out / CARD).exists():
+        decoder = Decoder(open_registry(schema_registry), cutout_size=cutout_size, columns=columns)
+        _write_shards(out / SHARDS, read_packets(inputs), decoder, labels)
+        _finish(out, labels, split, cutout_size, tuple(columns), allow_unmatched)
+    return Dataset.open(out)
+
+
+def assign_splits(
+    object_id: NDArray[np.str_], label: NDArray[np.int64], classes: Sequence[str], rule: SplitRule
+) -> NDArray[np.int64]:
+    """Each alert's side, an index into SPLITS [N]: all of an object's on one, every class on each.
+
+    Does not depend on the order of the alerts. Raises DatasetError where a class has fewer sources than sides.
+    """
+    side_of: dict[str, int] = {}
+    for name, sources in zip(classes, sources_by_class(object_id, label, len(classes), rule.seed), strict=True):
+        n = len(sources)
+        if n < len(SPLITS):
+            raise DatasetError(
+                f"class {name} has {n} source{'s' * (n != 1)}, and each of {', '.join(SPLITS)} needs one: "
+                "add alerts of it, or leave it out by naming the others with --class"
+            )
+        n_test, n_validation = max(1, round(rule.test * n)), max(1, round(rule.validation * n))
+        sides = np.repeat(range(len(SPLITS)), (n - n_validation - n_test, n_validation, n_test))
+        side_of.update(zip(sources.tolist(), sides.tolist(), strict=True))
+    return np.array([side_of[name] for name in object_id.tolist()])
+
+
+def _begin(out: Path, request: dict[str, Any]) -> None:
+    """Makes the directory, or checks that it was made for the same request."""
+    path = out / REQUEST
+    if path.exists():
+        if yaml.safe_load(path.read_bytes()) != request:
+            raise DatasetError(
+                f"{out}: was begun with other arguments, see {path}: choose another directory, or remove it"
+            )
+        return
+    if out.exists() and any(out.iterdir()):
+        raise DatasetError(f"{out}: is not empty, and was not made by build-dataset: choose another directory")
+    (out / SHARDS).mkdir(parents=True)
+    write_whole(path, yaml.safe_dump(request, sort_keys=False).encode())
+
+
+def _write_shards(directory: Path, packets: Iterator[Packet], decoder: Decoder, labels: Labels) -> None:
+    """The labelled alerts of `packets` as shards, without those that earlier shards were made of."""
+    written = sorted(directory.glob("*.arrow"))
+    seen = {alert for file in written for alert in open_shard(file)["alert_id"].tolist()}
+    n_packets = _packets_up_to(written[-1]) if written else 0
+    next(islice(packets, n_packets, n_packets), None)  # skips them
+    parts: list[dict[str, Any]] = []
+    n_alerts = 0
+    with progress("Decoding", unit="packets") as advance:
+        while some := list(islice(packets, PACKETS_AT_ONCE)):
+            n_packets += len(some)
+            parts.append(_labelled(decoder.decode(some)[0], labels, seen))
+            n_alerts += len(parts[-1]["alert_id"])
+            if n_alerts >= ALERTS_PER_SHARD:
+                written.append(_write_shard(directory / f"{len(written):05}.arrow", parts, n_packets))
+                parts, n_alerts = [], 0
+            advance(len(some))
+    if n_alerts:
+        _write_shard(directory / f"{len(written):05}.arrow", parts, n_packets)
+
+
+def _labelled(alerts: AlertBatch, labels: Labels, seen: set[int]) -> dict[str, Any]:
+    """The columns of a shard, of the alerts that have a label and were not `seen` yet."""
+    ids = alerts.alert_id.tolist()
+    names = [name or f"alert {alert}" for alert, name in zip(ids, alerts.object_id, strict=True)]  # a source of its own
+    rows = []
+    for row, (alert, name) in enumerate(zip(ids, names, strict=True)):
+        if alert not in seen and labels.key_of(alert, name) in labels.label_of:
+            seen.add(alert)
+            rows.append(row)
+    return {
+        "alert_id": alerts.alert_id[rows],
+        "object_id": np.array(names, np.str_)[rows],
+        "survey": alerts.survey[rows],
+        "cutouts": alerts.cutouts[rows],
+        "cutout_box": alerts.cutout_box[rows],
+        "metadata": alerts.metadata[rows],
+        "mjd": alerts.mjd[rows],
+        LIGHT_CURVES: alerts.light_curves[np.array(rows, np.int64)],
+    }
+
+
+def _write_shard(file: Path, parts: Sequence[dict[str, Any]], n_packets: int) -> Path:
+    """One Arrow file of one record batch, which says how many packets were read up to its end."""
+    columns: dict[str, pa.Array] = {}
+    for name in parts[0]:
+        if name == LIGHT_CURVES:
+            columns[name] = _points(LightCurves.join([part[name] for part in parts]))
+            continue
+        array = np.concatenate([part[name] for part in parts])
+        columns[name] = pa.array(array) if array.ndim == 1 else pa.FixedShapeTensorArray.from_numpy_ndarray(array)
+    batch = pa.record_batch(columns).replace_schema_metadata({PACKETS: str(n_packets)})
+
+    def write(path: Path) -> None:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write(batch)
+
+    write_whole(file, write)
+    return file
+
+
+def _points(light_curves: LightCurves) -> pa.ListArray:
+    """Light curves as lists of points."""
+    columns = [pa.array(getattr(light_curves, name)) for name in POINT_COLUMNS]
+    points = pa.StructArray.from_arrays(columns, names=list(POINT_COLUMNS))
+    return pa.ListArray.from_arrays(pa.array(light_curves.offsets, pa.int32()), points)
+
+
+def _packets_up_to(shard: Path) -> int:
+    return int(pa.ipc.open_file(pa.memory_map(str(shard))).schema.metadata[PACKETS])
+
+
+def _finish(
+    out: Path, labels: Labels, rule: SplitRule, cutout_size: int, columns: tuple[str, ...], allow_unmatched: bool
+) -> None:
+    """Labels, splits and the card, from the shards."""
+    files = sorted((out / SHARDS).glob("*.arrow"))
+    if not files:
+        raise DatasetError(
+            f"{labels.table}: none of its {len(labels.label_of)} labels is of an alert of the inputs, by {labels.key}"
+        )
+    ids = [{name: arrays[name] for name in ("alert_id", "object_id", "survey")} for arrays in map(open_shard, files)]
+    alert_id, object_id, survey = (np.concatenate([part[name] for part in ids]) for name in ids[0])
+    object_id = object_id.astype(np.str_)
+    keys = [labels.key_of(alert, name) for alert, name in zip(alert_id.tolist(), object_id.tolist(), strict=True)]
+    if not allow_unmatched and (unmatched := sorted(labels.label_of.keys() - set(keys))):
+        raise DatasetError(
+            f"{labels.table}: {len(unmatched)} labels have no alert among the inputs, {labels.key} "
+            f"{', '.join(unmatched[:SHOWN])} among them: add their alerts, or pass --allow-unmatched"
+        )
+    label = np.array([labels.label_of[key] for key in keys])
+    split = assign_splits(object_id, label, labels.classes, rule)
+
+    index = pa.table({"alert_id": alert_id, "object_id": object_id, "label": label, "split": split})
+    write_whole(out / INDEX, partial(parquet.write_table, index))
+    content: dict[str, Any] = {
+        "surveys": [str(Survey(code)) for code in np.unique(survey).tolist()],
+        "cutout_size": cutout_size,
+        "columns": columns,
+        "classes": labels.classes,
+        "labels": f"{labels.column} of {labels.table.name}, by {labels.key}: {'; '.join(map(str, labels.rules))}",
+        "split": rule.model_dump(),
+        "counts": {
+            name: {side: int(((label == i) & (split == j)).sum()) for j, side in enumerate(SPLITS)}
+            for i, name in enumerate(labels.classes)
+        },
+        "shards": [
+            {
+                "file": file.name,
+                "alerts": len(part["alert_id"]),
+                "bytes": file.stat().st_size,
+                "sha256": sha256_of(*open_shard(file).values()),
+            }
+            for file, part in zip(files, ids, strict=True)
+        ],
+        "index_sha256": sha256_of(alert_id, object_id, label, split),
+    }
+    version = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    card = DatasetCard(**content, sha256=version)
+    write_whole(out / CARD, yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False).encode())
+
+
+def sha256_of(*arrays: NDArray[Any]) -> str:
+    """Of the values' bytes; of strings, in UTF-8, a line each."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        if array.dtype.kind in "OU":
+            digest.update("\n".join(array.tolist()).encode())
+        else:
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

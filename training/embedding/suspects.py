@@ -1,0 +1,114 @@
+"""`suspects`: the alerts whose labels are most likely wrong, for a person to look at. Changes no label.
+
+As AstroM3 finds misclassified stars (Rizhko & Bloom 2025, arXiv:2411.08842): by 1 less the cosine of an alert's
+embedding and the centroid of its own class. The embedding is the one that is served, and was made without labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+from numpy.typing import NDArray
+
+from broker_filter.cli.archived import score_archives
+from broker_filter.config import Runtime
+from broker_filter.scoring.neighbours import Embeddings, normalise
+from broker_filter.scoring.scorer import open_scorer
+from broker_filter.streaming.ordinary import Sample, ordinary_alerts
+from training.data.labels import Labels, parse_rule, read_labels
+from training.errors import DatasetError
+
+SHOWN = 20
+MOST = 1_000_000
+"""Alerts that are compared, as many as a reference holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspects:
+    """Labelled alerts, the most suspect first, and how far each is from the centroids."""
+
+    alert_id: NDArray[np.int64]  # [N]
+    object_id: NDArray[np.str_]  # [N]
+    label: NDArray[np.int64]  # [N] index into the classes
+    distance: NDArray[np.float64]  # [N] 1 - cosine to the centroid of its own class
+    nearest: NDArray[np.int64]  # [N] the class whose centroid is nearest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `suspects` takes."""
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="file, folder or archive of alerts")
+    parser.add_argument(
+        "--labels", required=True, type=Path, metavar="TABLE", help=".csv or .parquet, by alert or object id"
+    )
+    parser.add_argument("--label", default="label", metavar="COLUMN", help="its column of labels (default: label)")
+    parser.add_argument(
+        "--class", dest="classes", action="append", default=[], metavar="NAME=VALUES", help="as build-dataset takes it"
+    )
+    parser.add_argument("--model", default="embedder", metavar="BUNDLE", help="what embeds (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="CSV", help="all of them, the most suspect first")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the most suspect, and writes all where it is asked for."""
+    labels = read_labels(arguments.labels, arguments.label, [parse_rule(rule) for rule in arguments.classes])
+    scorer = open_scorer([arguments.model], Runtime())
+    sample = Sample(MOST)
+    for scored in score_archives(arguments.inputs, scorer):
+        sample.put(ordinary_alerts(scored, scorer.models[0], None))
+    alerts = sample.take()
+    label = label_of(labels, alerts.alert_id, alerts.object_id)
+    known = label >= 0
+    if not known.any():
+        raise DatasetError(f"{arguments.labels}: labels none of the {len(alerts)} alerts: is its {labels.key} theirs?")
+    some = alerts[known]
+    suspects = find_suspects(some.embedding, label[known], some.alert_id, some.object_id)
+    print(f"{'distance':>8}  {'alert':20}  {'object':20}  {'label':12}  nearest")
+    for i in range(min(SHOWN, len(some))):
+        row = f"{suspects.distance[i]:8.4f}  {suspects.alert_id[i]:<20}  {suspects.object_id[i]:20}"
+        print(f"{row}  {labels.classes[suspects.label[i]]:12}  {labels.classes[suspects.nearest[i]]}")
+    if arguments.out:
+        write_suspects(suspects, labels.classes, arguments.out)
+
+
+def label_of(labels: Labels, alert_id: NDArray[np.int64], object_id: NDArray[np.str_]) -> NDArray[np.int64]:
+    """The class of each of N alerts, -1 where it has no label."""
+    keys = (labels.key_of(*names) for names in zip(alert_id.tolist(), object_id.tolist(), strict=True))
+    return np.array([labels.label_of.get(key, -1) for key in keys])
+
+
+def find_suspects(
+    embedding: Embeddings, label: NDArray[np.int64], alert_id: NDArray[np.int64], object_id: NDArray[np.str_]
+) -> Suspects:
+    """The alerts with embeddings [N, D] and labels [N], the furthest from its own class's centroid first."""
+    cosine = embedding.astype(np.float64) @ centroids(embedding, label).T
+    distance = 1 - cosine[np.arange(len(label)), label]
+    order = np.argsort(-distance, kind="stable")
+    return Suspects(alert_id[order], object_id[order], label[order], distance[order], cosine.argmax(axis=1)[order])
+
+
+def centroids(embedding: Embeddings, label: NDArray[np.int64]) -> Embeddings:
+    """The mean embedding of each class, of length 1, [C, D]; zeros for a class without alerts."""
+    sums = np.zeros((int(label.max()) + 1, embedding.shape[1]))
+    np.add.at(sums, label, embedding)
+    return normalise(sums)
+
+
+def write_suspects(suspects: Suspects, classes: Sequence[str], file: Path) -> None:
+    """Writes a CSV with a row each."""
+    names = np.array(classes)
+    table = pa.table(
+        {
+            "alert_id": suspects.alert_id,
+            "object_id": suspects.object_id,
+            "label": names[suspects.label],
+            "distance": suspects.distance,
+            "nearest": names[suspects.nearest],
+        }
+    )
+    pyarrow.csv.write_csv(table, file)

@@ -1,0 +1,28 @@
+"""`compare`: evaluations side by side, as one HTML page with plots and as Markdown. Measures nothing anew."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from training.evaluation.contenders import read_contenders
+from training.evaluation.report import as_html, as_markdown
+
+HTML, MARKDOWN = "comparison.html", "comparison.md"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `compare` takes."""
+    parser.add_argument("evaluations", nargs="+", type=Path, metavar="EVALUATION", help="what evaluate wrote")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help=f"for {HTML} and {MARKDOWN}")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Writes the report and prints its table."""
+    contenders = read_contenders(arguments.evaluations)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    markdown = as_markdown(contenders)
+    (arguments.out / HTML).write_text(as_html(contenders), encoding="utf-8")
+    (arguments.out / MARKDOWN).write_text(markdown, encoding="utf-8")
+    print(markdown)
+    print(arguments.out / HTML)

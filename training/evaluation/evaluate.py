@@ -1,0 +1,250 @@
+"""`evaluate`: what a bundle, as it is served, says of a split's alerts, and every figure of it with its interval.
+
+Writes `evaluation.json` (an `Evaluation`) and `predictions.parquet` (its `Predictions`). Trains nothing, and alters
+neither the bundle nor the data set.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from broker_filter.cli.console import progress
+from broker_filter.config import Runtime
+from broker_filter.scoring.bundle import WEIGHTS, Architecture, Card, Training, describe_problems
+from broker_filter.scoring.scorer import Model, open_model
+from training.data.datasets import SPLITS, Dataset, DatasetCard, Split
+from training.errors import EvaluationError
+from training.evaluation.bootstrap import Estimate, resample
+from training.evaluation.histories import Histories
+from training.evaluation.metrics import Reliability, Values, Weights, confusion_shares, measure
+from training.evaluation.predictions import Predictions
+from training.evaluation.served_speed import BATCHES, ServedSpeed, measure_served
+
+EVALUATION = "evaluation.json"
+PREDICTIONS = "predictions.parquet"
+MAGNITUDE = "magpsf"
+DECIDED = 0.5
+"""The threshold where a bundle recommends none."""
+ALERTS_AT_ONCE = 256
+MAX_EVALUATION_BYTES = 2**24
+
+
+class Section(BaseModel):
+    """A part of `evaluation.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ReliabilityBin(Section):
+    """Alerts of which the model says about the same."""
+
+    alerts: int
+    said: float  # mean probability
+    happened: Estimate  # the share of which it holds
+
+
+class Evaluation(Section):
+    """`evaluation.json`: a model, what it was measured on, and all that was measured."""
+
+    model: str
+    version: str
+    weights_sha256: str
+    architecture: Architecture
+    training: Training
+    dataset_sha256: str
+    labels: str
+    split: Split
+    classes: tuple[str, ...]
+    threshold: float
+    alerts: dict[str, int]  # by true class
+    objects: int
+    figures: dict[str, Estimate]
+    confusion: tuple[tuple[Estimate, ...], ...]  # shares of each true class (rows) that are taken for each class
+    reliability: tuple[ReliabilityBin, ...]
+    judged: dict[str, int]  # objects with a history for policies to judge, by class
+    speed: tuple[ServedSpeed, ...]
+
+    @property
+    def series(self) -> str:
+        """What runs have in common that differ in seed and amount of data: network, regimen, inputs."""
+        network = self.architecture.arguments.get("backbone", self.architecture.name)
+        regimen = self.training.evaluation.get("regimen", self.model)
+        inputs = "images and metadata" if self.architecture.arguments.get("metadata") else "images"
+        return f"{network}, {regimen}, {inputs}"
+
+    @property
+    def fraction(self) -> float:
+        """Of the training sources that the model saw."""
+        return float(self.training.evaluation.get("fraction", 1))
+
+    @property
+    def unseen(self) -> bool:
+        """Whether the model is known to have been trained with this very split, and so without these objects."""
+        return self.training.evaluation.get("dataset_sha256") == self.dataset_sha256 and self.split == "test"
+
+    def microseconds(self, batch: int) -> float:
+        """CPU time an alert in batches of one of the sizes that were measured."""
+        return next(speed.cpu_microseconds for speed in self.speed if speed.batch == batch)
+
+    @classmethod
+    def read(cls, path: Path) -> Evaluation:
+        """Reads an evaluation's directory. Raises EvaluationError where it holds none."""
+        file = path / EVALUATION
+        try:
+            if file.stat().st_size > MAX_EVALUATION_BYTES:
+                raise EvaluationError(f"{file}: larger than {MAX_EVALUATION_BYTES} bytes, which no evaluation is")
+            return cls.model_validate_json(file.read_bytes())
+        except FileNotFoundError as error:
+            raise EvaluationError(f"{path}: no evaluation: no {EVALUATION} there") from error
+        except ValidationError as error:
+            raise EvaluationError(f"{file}: {describe_problems(error)}; evaluate the model again") from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `evaluate` takes."""
+    parser.add_argument("bundle", metavar="BUNDLE", help="name of a bundle that ships, or a bundle's directory")
+    parser.add_argument("--dataset", required=True, type=Path, metavar="DIR", help="what build-dataset wrote")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="that score, and are timed (default: %(default)s)")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the evaluation goes")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluates the bundle and prints its figures."""
+    runtime = Runtime(engine="onnxruntime", device="cpu", inference_threads=arguments.threads)
+    model = open_model(arguments.bundle, runtime)
+    dataset = Dataset.open(arguments.dataset)
+    predictions = predict(model, dataset, arguments.split)
+    directory = model.bundle.directory
+    speed = [measure_served(directory, batch, arguments.threads) for batch in BATCHES]
+    evaluation = evaluate(model.bundle.card, dataset.card, arguments.split, predictions, speed)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    predictions.write(arguments.out / PREDICTIONS)
+    (arguments.out / EVALUATION).write_text(evaluation.model_dump_json(indent=1), encoding="utf-8")
+    for name, figure in evaluation.figures.items():
+        print(f"{name:30} {figure}")
+
+
+def predict(model: Model, dataset: Dataset, split: Split) -> Predictions:
+    """The model's scores of a split, through the bundle's own preprocessing and runtime.
+
+    Raises EvaluationError where the two do not fit, the split lacks a class, or a score is no number.
+    """
+    _check_fit(model, dataset)
+    view, labels = dataset[split], model.labels
+    classes, truth = _in_terms_of(labels, dataset.card.classes, view.label)
+    if absent := [name for name, n in zip(classes, np.bincount(truth, minlength=len(classes)), strict=True) if not n]:
+        raise EvaluationError(f"{dataset.directory}: split {split} has no alert of class {', '.join(absent)}")
+    said, magpsf = [], []
+    with progress(f"Scoring {split}", len(view)) as advance:
+        for alerts in view.batches(ALERTS_AT_ONCE):
+            said.append(model.run(alerts.raw))
+            magpsf.append(
+                alerts.metadata[:, alerts.columns.index(MAGNITUDE)]
+                if MAGNITUDE in alerts.columns
+                else np.full(len(alerts), np.nan)
+            )
+            advance(len(alerts))
+    scores = np.concatenate([outputs["probabilities"] for outputs in said])
+    if broken := int((~np.isfinite(scores)).any(axis=1).sum()):
+        raise EvaluationError(f"{model.bundle.directory}: {broken} of {len(scores)} scores are no numbers")
+    threshold = model.bundle.card.outputs.thresholds.get(labels[0], DECIDED)
+    embeds = model.bundle.card.outputs.embedding is not None
+    return Predictions(
+        classes,
+        view.alert_id,
+        view.object_id,
+        np.concatenate(magpsf),
+        truth,
+        scores,
+        threshold,
+        np.concatenate([outputs["embedding"] for outputs in said]) if embeds else None,
+    )
+
+
+def evaluate(
+    card: Card, dataset: DatasetCard, split: Split, predictions: Predictions, speed: Sequence[ServedSpeed]
+) -> Evaluation:
+    """Every figure of the predictions, with intervals by object."""
+    histories = Histories.of(predictions)
+    measured = partial(_measure_all, predictions, histories)
+    whole, drawn = measured(np.ones(len(predictions))), resample(measured, predictions.object_id)
+    shares, drawn_shares = whole.pop("confusion"), drawn.pop("confusion")
+    happened, drawn_happened = whole.pop("reliability"), drawn.pop("reliability")
+    bins = Reliability.of(predictions, np.ones(len(predictions)))
+    n_classes = len(predictions.classes)
+    return Evaluation(
+        model=card.name,
+        version=card.version,
+        weights_sha256=card.files[WEIGHTS],
+        architecture=card.architecture,
+        training=card.training,
+        dataset_sha256=dataset.sha256,
+        labels=dataset.labels,
+        split=split,
+        classes=predictions.classes,
+        threshold=predictions.threshold,
+        alerts=dict(zip(predictions.classes, np.bincount(predictions.truth).tolist(), strict=True)),
+        objects=len(np.unique(predictions.object_id)),
+        figures={name: Estimate.of(figure, drawn[name]) for name, figure in whole.items()},
+        confusion=tuple(
+            tuple(Estimate.of(shares[t, d], drawn_shares[:, t, d]) for d in range(n_classes)) for t in range(n_classes)
+        ),
+        reliability=tuple(
+            ReliabilityBin(
+                alerts=int(bins.weight[b]), said=bins.said[b], happened=Estimate.of(happened[b], drawn_happened[:, b])
+            )
+            for b in np.flatnonzero(bins.weight).tolist()
+        ),
+        judged={name: int((histories.truth == c).sum()) for c, name in enumerate(predictions.classes)},
+        speed=tuple(speed),
+    )
+
+
+def _measure_all(predictions: Predictions, histories: Histories, weight: Weights) -> dict[str, Values]:
+    """The figures [...]; the shares of the confusion matrix [..., C, C] and the reliability curve [..., B]."""
+    return {
+        **measure(predictions, weight),
+        **histories.measure(weight),
+        "confusion": confusion_shares(predictions, weight),
+        "reliability": Reliability.of(predictions, weight).happened,
+    }
+
+
+def _check_fit(model: Model, dataset: Dataset) -> None:
+    """Raises EvaluationError where the data set's alerts cannot be given to the model."""
+    card, directory = dataset.card, model.bundle.directory
+    size = model.bundle.card.inputs.images.size
+    if card.cutout_size < size:
+        raise EvaluationError(
+            f"{dataset.directory}: its cutouts have {card.cutout_size} px and {directory} takes {size} px: "
+            f"build it again with --cutout-size {size}"
+        )
+    if model.bundle.card.inputs.light_curve is not None and not dataset.has_light_curves:
+        raise EvaluationError(
+            f"{dataset.directory}: was built without light curves, which {directory} takes: build it again"
+        )
+    if missing := [name for name in model.columns if name not in card.columns]:
+        raise EvaluationError(f"{dataset.directory}: lacks the columns {', '.join(missing)}, which {directory} takes")
+    if others := sorted(set(card.surveys) - set(map(str, model.surveys))):
+        raise EvaluationError(f"{dataset.directory}: holds alerts of {', '.join(others)}, which {directory} is not for")
+
+
+def _in_terms_of(
+    labels: Sequence[str], classes: Sequence[str], label: NDArray[np.int64]
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """A data set's classes and its alerts' class, `label` [N], as a model with these labels puts the question."""
+    if len(labels) == 1 and labels[0] in classes:
+        yes = classes.index(labels[0])
+        no = classes[1 - yes] if len(classes) == 2 else f"not_{labels[0]}"
+        return (no, labels[0]), (label == yes).astype(np.int64)
+    if sorted(labels) == sorted(classes):
+        return tuple(labels), np.array([labels.index(name) for name in classes])[label]
+    raise EvaluationError(f"the model tells {', '.join(labels)} and the data set has {', '.join(classes)}")

@@ -1,0 +1,170 @@
+"""The plots of a comparison, each an SVG. Draws what was measured; computes nothing but curves from predictions."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+from textwrap import fill
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from numpy.typing import NDArray
+
+from training.evaluation.bootstrap import Estimate
+from training.evaluation.contenders import Contender
+from training.evaluation.metrics import Ranking, rank
+
+COLOURS = mpl.color_sequences["tab10"]
+"""Of models: the curves of as many are drawn, the best ones. More cannot be told apart."""
+SERIES_COLOURS = mpl.color_sequences["tab20"]
+PANEL = 4.2
+"""Inches a side."""
+LEGEND_LINE = 0.21
+PANELS_IN_A_ROW = 3
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "broker-filter"}
+"""Text stays text; the same numbers give the same file."""
+TIMED_BATCH = 32
+TITLE_LETTERS = 40
+"""In a line above a panel."""
+
+
+def roc_curves(contenders: Sequence[Contender]) -> str:
+    """True- against false-positive rate, a panel a label."""
+
+    def draw(axes: Axes, ranking: Ranking, **line: Any) -> None:
+        axes.plot(ranking.false_positive_rate, ranking.recall, **line)
+
+    return _curves(contenders, draw, "false-positive rate", "true-positive rate")
+
+
+def precision_recall_curves(contenders: Sequence[Contender]) -> str:
+    """Precision against recall, a panel a label."""
+
+    def draw(axes: Axes, ranking: Ranking, **line: Any) -> None:
+        axes.step(ranking.recall, ranking.precision, where="pre", **line)
+
+    return _curves(contenders, draw, "recall", "precision")
+
+
+def reliability_diagram(contenders: Sequence[Contender]) -> str:
+    """What happens against what is said, with intervals."""
+    figure, [axes] = _panels(1)
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
+    for contender, colour in zip(contenders, COLOURS, strict=False):
+        bins = contender.evaluation.reliability
+        happened = [found.happened for found in bins]
+        axes.errorbar(
+            [found.said for found in bins],
+            np.array([found.value for found in happened], np.float64),
+            yerr=_bars(happened),
+            color=colour,
+            label=contender.title,
+            marker="o",
+            markersize=3,
+            linewidth=1,
+        )
+    axes.set(xlabel="probability that is said", ylabel="share that is so", xlim=(0, 1), ylim=(-0.02, 1.02))
+    _legend(figure, axes)
+    return _svg(figure)
+
+
+def confusion_matrices(contenders: Sequence[Contender]) -> str:
+    """The share of each true class that is taken for each class, a panel a model."""
+    figure, panels = _panels(min(len(contenders), len(COLOURS)))
+    for axes, contender in zip(panels, contenders, strict=False):
+        classes = contender.evaluation.classes
+        shares = np.array([[cell.value for cell in row] for row in contender.evaluation.confusion], np.float64)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for (t, d), share in np.ndenumerate(shares):
+            axes.text(d, t, f"{share:.1%}", ha="center", va="center", color="white" if share > 0.5 else "black")
+        axes.set_xticks(range(len(classes)), classes, rotation=30)
+        axes.set_yticks(range(len(classes)), classes)
+        axes.set(xlabel="taken for", ylabel="truly", title=fill(contender.title, TITLE_LETTERS))
+    return _svg(figure)
+
+
+def accuracy_against_time(series: Mapping[str, Sequence[Contender]]) -> str:
+    """ROC AUC against what an alert costs, with intervals: better models are higher up, cheaper ones further left."""
+    figure, [axes] = _panels(1, width=2 * PANEL)
+    for colour, (name, runs) in zip(cycle(SERIES_COLOURS), series.items(), strict=False):
+        auc = [run.figure("roc_auc") for run in runs]
+        axes.errorbar(
+            [run.evaluation.microseconds(TIMED_BATCH) for run in runs],
+            np.array([one.value for one in auc], np.float64),
+            yerr=_bars(auc),
+            color=colour,
+            label=name,
+            fmt="o",
+            linewidth=0.8,
+        )
+    axes.set(xlabel=f"CPU microseconds an alert, served in batches of {TIMED_BATCH}", ylabel="ROC AUC", xscale="log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("{x:,.0f}")
+    _legend(figure, axes)
+    return _svg(figure)
+
+
+def data_efficiency(series: Mapping[str, Sequence[Contender]]) -> str:
+    """ROC AUC against the share of the training sources: a dot a run, a line through the mean over seeds."""
+    figure, [axes] = _panels(1, width=2 * PANEL)
+    for colour, (name, runs) in zip(cycle(SERIES_COLOURS), series.items(), strict=False):
+        fraction = np.array([run.evaluation.fraction for run in runs])
+        auc = np.array([run.figure("roc_auc").value for run in runs], np.float64)
+        at = np.unique(fraction)
+        axes.plot(fraction, auc, "o", color=colour, markersize=3)
+        axes.plot(at, [auc[fraction == one].mean() for one in at], color=colour, label=name)
+    axes.set(xlabel="share of the training sources", ylabel="ROC AUC", xscale="log")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_minor_formatter("")
+    _legend(figure, axes)
+    return _svg(figure)
+
+
+def _curves(contenders: Sequence[Contender], draw: Callable[..., None], x: str, y: str) -> str:
+    """A panel a label, in it a line a model; `draw` puts a ranking of the label's alerts against the rest there."""
+    labels = contenders[0].predictions.labels
+    figure, panels = _panels(len(labels))
+    for axes, label in zip(panels, labels, strict=True):
+        for contender, colour in zip(contenders, COLOURS, strict=False):
+            predictions = contender.predictions
+            positive = predictions.truth == predictions.classes.index(label)
+            score = predictions.probabilities[:, predictions.labels.index(label)]
+            ranking = rank(positive, score, np.ones(len(predictions)))
+            draw(axes, ranking, color=colour, linewidth=1, label=contender.title)
+        axes.set(xlabel=x, ylabel=y, title=label, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    _legend(figure, panels[0])
+    return _svg(figure)
+
+
+def _panels(n: int, width: float = PANEL) -> tuple[Figure, list[Axes]]:
+    """A figure of n panels, up to three in a row."""
+    columns = min(n, PANELS_IN_A_ROW)
+    rows = -(-n // columns)
+    figure = Figure(figsize=(width * columns, PANEL * rows), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(n)]
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Below all panels, whose lines are the same as those of `axes`: names may be long."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * len(names))
+    figure.legend(handles, names, loc="outside lower center", frameon=False)
+
+
+def _bars(estimates: Sequence[Estimate]) -> NDArray[np.float64]:
+    """The lengths below and above of error bars, [2, N]; none where there is no interval."""
+    value, low, high = np.array([[one.value, one.low, one.high] for one in estimates], np.float64).T
+    # A resampled calibration may lie on one side of the figure itself.
+    return np.nan_to_num(np.maximum([value - low, high - value], 0))
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()

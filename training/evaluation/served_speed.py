@@ -1,0 +1,95 @@
+"""How fast a bundle is as it is served, and what memory that takes: preprocessing and network, on onnxruntime.
+
+Every batch size is measured in a process of its own, which does nothing else: a peak of memory never goes down again.
+What the pixels show makes no difference to the work, so they are noise.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from broker_filter.bench.measure import Spread, memory_megabytes, timed
+from broker_filter.config import Runtime
+from broker_filter.packets.batch import BANDS, CUTOUTS, LightCurves, Measurement
+from broker_filter.scoring.alerts import RawAlerts
+from broker_filter.scoring.bundle import Inputs
+from broker_filter.scoring.scorer import open_model
+from training.errors import EvaluationError
+
+BATCHES = (1, 32, 128)
+"""Alerts that are scored at a time."""
+REPETITIONS = 5
+CHECKOUT = Path(__file__).parents[2]
+
+
+class ServedSpeed(BaseModel):
+    """What was measured at one batch size, preprocessing included; of the repetitions the median."""
+
+    model_config = ConfigDict(frozen=True)
+
+    batch: int
+    alerts_per_second: float
+    cpu_microseconds: float  # an alert, of all threads
+    peak_megabytes: float  # resident, of the whole process: Python and onnxruntime are in it
+    provider: str
+    threads: int
+
+
+def measure_served(bundle: Path, batch: int, threads: int) -> ServedSpeed:
+    """Measures in a fresh process. Raises EvaluationError where that fails."""
+    command = [sys.executable, "-m", __name__, str(bundle.resolve()), str(batch), str(threads)]
+    child = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    if child.returncode:
+        reason = (child.stderr.strip() or f"status {child.returncode}").splitlines()[-1]
+        raise EvaluationError(f"{bundle}: its speed cannot be measured at batch {batch}: {reason}")
+    return ServedSpeed.model_validate_json(child.stdout)
+
+
+def measure_here(bundle: str, batch: int, threads: int) -> ServedSpeed:
+    """Measures in this process."""
+    model = open_model(bundle, Runtime(engine="onnxruntime", device="cpu", inference_threads=threads))
+    alerts = noise(batch, model.bundle.card.inputs)
+    runs = [timed(lambda: model.run(alerts), batch) for _ in range(1 + REPETITIONS)][1:]
+    return ServedSpeed(
+        batch=batch,
+        alerts_per_second=Spread.of([run.alerts_per_second for run in runs]).median,
+        cpu_microseconds=Spread.of([run.cpu_microseconds for run in runs]).median,
+        peak_megabytes=memory_megabytes(os.getpid(), peak=True),
+        provider=model.provider,
+        threads=threads,
+    )
+
+
+def noise(n: int, inputs: Inputs) -> RawAlerts:
+    """Alerts that fill whatever a network takes of them."""
+    size, rng = inputs.images.size, np.random.default_rng(0)
+    alerts = RawAlerts(
+        cutouts=rng.normal(200, 12, (n, len(CUTOUTS), size, size)).astype(np.float32),
+        cutout_box=np.tile(np.array([0, 0, size, size], np.int16), (n, len(CUTOUTS), 1)),
+        metadata=rng.normal(size=(n, len(inputs.metadata))),
+        columns=tuple(column.name for column in inputs.metadata),
+    )
+    if inputs.light_curve is None:
+        return alerts
+    each = inputs.light_curve.points
+    light_curves = LightCurves(
+        offsets=np.arange(n + 1) * each,
+        mjd=np.tile(np.arange(each, dtype=np.float64), n),
+        band=rng.integers(len(BANDS), size=n * each, dtype=np.uint8),
+        flux=rng.normal(0, 1e4, n * each).astype(np.float32),
+        flux_err=np.full(n * each, 1e3, np.float32),
+        kind=rng.integers(len(Measurement), size=n * each, dtype=np.uint8),
+    )
+    return replace(alerts, mjd=np.full(n, float(each)), light_curves=light_curves)
+
+
+if __name__ == "__main__":
+    bundle, batch, threads = sys.argv[1:]
+    print(measure_here(bundle, int(batch), int(threads)).model_dump_json())

@@ -1,0 +1,1 @@
+"""What makes the bundles `default` and `classes`, which ship."""

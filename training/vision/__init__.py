@@ -1,0 +1,1 @@
+"""Networks that classify cutouts: fitted as published, pre-trained on galaxies, compared in studies."""

@@ -1,0 +1,108 @@
+"""A classifier in training: which alerts it is shown, and what its answers cost.
+
+Shows a network exactly what serving would: the data set's raw cutouts through `scoring.preprocess`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from broker_filter.scoring.bundle import Inputs
+from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
+from training.data.datasets import View, sources_by_class
+from training.learner import Learner, loader
+from training.recipe import Hardware, Optimisation, Recipe
+
+Shown = tuple[Tensor, Tensor, Tensor]
+"""N alerts: images float32[N, C, S, S], metadata float32[N, F], classes int64[N]."""
+
+
+class ShownAlerts(torch.utils.data.Dataset[Shown]):
+    """A view's alerts as the network is shown them, a batch at a time."""
+
+    def __init__(self, view: View, inputs: Inputs) -> None:
+        self.view = view
+        self.inputs = inputs
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    def __getitems__(self, rows: Sequence[int]) -> Shown:
+        """What torch's loader asks for: the batch of these rows."""
+        alerts = self.view[np.array(rows)].read()
+        images = prepare_images(alerts.cutouts, alerts.cutout_box, self.inputs.images)
+        metadata = prepare_metadata(alerts.metadata, alerts.columns, self.inputs.metadata)
+        return torch.from_numpy(images), torch.from_numpy(metadata), torch.from_numpy(alerts.label)
+
+
+def alerts_loader(
+    view: View, inputs: Inputs, recipe: Recipe, hardware: Hardware, *, training: bool
+) -> DataLoader[Shown]:
+    """Batches of the view; see `learner.loader`."""
+    return loader(ShownAlerts(view, inputs), recipe, hardware, training=training, collate=_as_it_is)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def chosen_to_train(view: View, n_classes: int, recipe: Recipe) -> View:
+    """The alerts that the recipe trains on: of a fraction of each class's sources, N_max of each at most.
+
+    A smaller fraction of the same seed is a part of a larger one.
+    """
+    sources = sources_by_class(view.object_id, view.label, n_classes, recipe.seed)
+    kept = np.concatenate([names[: max(1, round(recipe.fraction * len(names)))] for names in sources])
+    rows = np.flatnonzero(np.isin(view.object_id, kept))
+    rows = np.random.default_rng(recipe.seed).permutation(rows)
+    order = rows[np.argsort(view.object_id[rows], kind="stable")]
+    _, first, count = np.unique(view.object_id[order], return_index=True, return_counts=True)
+    rank = np.arange(len(order)) - np.repeat(first, count)
+    return view[np.sort(order[rank < recipe.max_alerts_per_source])]
+
+
+def class_weights(label: NDArray[np.int64], n_classes: int, *, balance: bool) -> Tensor:
+    """What each class's alerts count, float32[C]: with `balance`, all of a class as much as all of another."""
+    count = np.bincount(label, minlength=n_classes)
+    weights = len(label) / (n_classes * np.maximum(count, 1)) if balance else np.ones(n_classes)
+    return torch.from_numpy(weights.astype(np.float32))
+
+
+class Classifier(Learner):
+    """Two classes: binary cross-entropy of the second, its alerts weighted; more: cross-entropy of weighted classes.
+
+    `frozen`: modules whose weights, and statistics, stay as they are.
+    """
+
+    def __init__(
+        self, network: nn.Module, optimisation: Optimisation, weights: Tensor, frozen: Sequence[nn.Module] = ()
+    ) -> None:
+        super().__init__(network, optimisation)
+        self.binary = len(weights) == 2
+        self.loss: nn.Module = (
+            nn.BCEWithLogitsLoss(pos_weight=weights[1] / weights[0]) if self.binary else nn.CrossEntropyLoss(weights)
+        )
+        self.frozen = tuple(frozen)
+        for module in self.frozen:
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Training mode, the frozen modules excepted."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
+    def loss_of(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """See `Shown`."""
+        images, metadata, label = batch
+        logits, _ = self.network(images, metadata) if metadata.shape[1] else self.network(images)
+        loss: Tensor = self.loss(logits[:, 0], label.to(logits.dtype)) if self.binary else self.loss(logits, label)
+        return loss

@@ -1,0 +1,163 @@
+"""`fit`: trains a network as a file says, writes the bundle that is served, and scores the test split with that.
+
+May be killed at any time: the same command goes on from the last epoch. Never looks at the test split before the
+bundle is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+
+from broker_filter.config import Runtime
+from broker_filter.scoring.bundle import Architecture, Description, Inputs, MetadataColumn, Outputs, Training
+from broker_filter.scoring.encoders import load_encoder_weights
+from broker_filter.scoring.export import write_bundle
+from broker_filter.scoring.networks import build_network
+from broker_filter.scoring.scorer import open_model
+from training.data.datasets import Dataset, View
+from training.errors import DatasetError, TrainingError
+from training.evaluation.evaluate import PREDICTIONS, predict
+from training.learner import learn
+from training.recipe import ENCODER_CARD, Encoder, Fit, begin, read_configuration
+from training.vision.classifier import Classifier, alerts_loader, chosen_to_train, class_weights
+from training.vision.frozen_fusion import is_frozen_fusion, train_branches
+from training.whole_file import write_whole
+
+BUNDLE = "bundle"
+THRESHOLD = 0.5
+"""The recommended cut of a yes or no."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `fit` takes."""
+    parser.add_argument("configuration", type=Path, metavar="CONFIG.yaml", help="what `training.recipe.Fit` documents")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Trains, or goes on training, and says where the bundle is."""
+    config = read_configuration(Fit, arguments.configuration)
+    fit(config)
+    rank_zero_only(print)(
+        f"{config.out / BUNDLE}: bundle {config.name} written and verified; {config.out / PREDICTIONS}"
+    )
+
+
+def fit(config: Fit) -> None:
+    """Trains a network, writes its bundle, and scores the test split with that; what is done already is not repeated.
+
+    Raises TrainingError where the directory was begun with another configuration or a checkpoint is damaged,
+    DatasetError where the data set cannot be used or lacks a column, WeightsError where the encoder cannot be had.
+    """
+    begin(config.out, config)
+    dataset = Dataset.open(config.dataset)
+    if dataset.card.cutout_size < config.images.size:
+        raise DatasetError(
+            f"{config.dataset}: its cutouts have {dataset.card.cutout_size} px, and the network is to take "
+            f"{config.images.size}: build it with --cutout-size {config.images.size}"
+        )
+    if not (config.out / BUNDLE).exists():
+        _train_and_write(config, dataset)
+    _score_test(config, dataset)
+
+
+@rank_zero_only  # where several devices train, each is a process that runs all of this
+def _score_test(config: Fit, dataset: Dataset) -> None:
+    if not (config.out / PREDICTIONS).exists():
+        model = open_model(str(config.out / BUNDLE), Runtime(engine="onnxruntime", device="cpu"))
+        write_whole(config.out / PREDICTIONS, predict(model, dataset, "test").write)
+
+
+def _train_and_write(config: Fit, dataset: Dataset) -> None:
+    classes = dataset.card.classes
+    labels = classes[1:] if len(classes) == 2 else classes
+    train, validation = chosen_to_train(dataset["train"], len(classes), config.recipe), dataset["validation"]
+    inputs = Inputs(images=config.images, metadata=_filled_columns(train, config.metadata))
+    extra = {"labels": len(labels)} | ({"metadata": len(config.metadata)} if config.metadata else {})
+    architecture = Architecture(name=config.architecture.name, arguments={**config.architecture.arguments, **extra})
+    torch.manual_seed(config.recipe.seed)
+    network = build_network(architecture)
+    if config.encoder:
+        load_encoder_weights(network, config.encoder.source)
+    weights = class_weights(train.label, len(classes), balance=config.recipe.balance)
+
+    def train_network(part: nn.Module, directory: Path, frozen: Sequence[nn.Module] = ()) -> dict[str, Any]:
+        return learn(
+            Classifier(part, config.recipe, weights, frozen),
+            alerts_loader(train, inputs, config.recipe, config.hardware, training=True),
+            alerts_loader(validation, inputs, config.recipe, config.hardware, training=False),
+            directory,
+            config.hardware,
+            config.logs,
+        )
+
+    frozen: Sequence[nn.Module] = ()
+    if is_frozen_fusion(architecture):
+        frozen = train_branches(network, architecture, len(labels), train_network, config.out)
+    evaluation = train_network(network, config.out, frozen)
+    description = Description(
+        name=config.name,
+        version=config.version,
+        task=f"classification: {', '.join(classes)}",
+        surveys=dataset.card.surveys,
+        inputs=inputs,
+        outputs=Outputs(
+            labels=labels,
+            activation="sigmoid" if len(labels) == 1 else "softmax",
+            thresholds={labels[0]: THRESHOLD} if len(labels) == 1 else {},
+        ),
+        architecture=architecture,
+        licence=config.licence,
+        source="python -m training fit, of broker-filter",
+        citation=config.citation,
+        training=_describe(config, dataset, train, evaluation),
+    )
+    rank_zero_only(write_bundle)(config.out / BUNDLE, description, network)
+
+
+def _filled_columns(train: View, columns: Sequence[str]) -> tuple[MetadataColumn, ...]:
+    """The columns, missing values filled with the median of the alerts that are trained on."""
+    metadata = train.metadata(columns)
+    if empty := [name for name, values in zip(columns, metadata.T, strict=True) if np.isnan(values).all()]:
+        raise TrainingError(f"{train.dataset.directory}: no alert to train on has a value of {', '.join(empty)}")
+    return tuple(
+        MetadataColumn(name=name, fill=float(fill))
+        for name, fill in zip(columns, np.nanmedian(metadata, axis=0), strict=True)
+    )
+
+
+def _describe(config: Fit, dataset: Dataset, train: View, evaluation: dict[str, float | int | str]) -> Training:
+    """What the card says of how the network came to be."""
+    recipe, card = config.recipe, dataset.card
+    return Training(
+        method=f"Trained from {_origin(config.encoder)}: AdamW, peak learning rate {recipe.learning_rate:g}, batches "
+        f"of {recipe.batch}, up to {recipe.epochs} epochs, the one with the lowest validation loss kept; "
+        f"{'images turned and flipped, ' if recipe.augment else ''}"
+        f"{'classes weighted, ' if recipe.balance else ''}seed {recipe.seed}.",
+        data=f"{len(train)} alerts of {len(np.unique(train.object_id))} objects ({recipe.fraction:.0%} of the training "
+        f"sources) of data set {card.sha256}: {card.labels}.",
+        evaluation={
+            "regimen": config.encoder.regimen if config.encoder else "random",
+            "fraction": recipe.fraction,
+            "seed": recipe.seed,
+            "dataset_sha256": card.sha256,
+            **evaluation,
+        },
+    )
+
+
+def _origin(encoder: Encoder | None) -> str:
+    """What the weights were before; of an encoder of `pretrain` what its card says it saw."""
+    if encoder is None:
+        return "random weights"
+    card = Path(encoder.source).with_name(ENCODER_CARD)
+    saw = yaml.safe_load(card.read_bytes())["galaxies"] if card.is_file() else Path(encoder.source).name
+    return f"an encoder ({encoder.regimen}: {saw})"
