@@ -13,6 +13,7 @@ from typing import Any
 import fastavro
 import pytest
 
+from broker_filter.cli import main
 from broker_filter.packets.rejects import RejectReason
 from broker_filter.streaming.transactions import TRUNCATED
 
@@ -31,8 +32,6 @@ def alert(value: bytes) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def d6_m7(shared_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The survey's own network as a bundle."""
-    from broker_filter.cli import main
-
     out = tmp_path_factory.mktemp("bundles") / "d6_m7"
     weights = next((shared_models / "braai").glob("*d6_m7*"))
     assert (
@@ -268,6 +267,44 @@ def test_duplicate_ids_are_counted_and_dropped_where_the_operator_says_so(
     assert service.metric("scored_alerts_total") == 30
     assert service.metric("unaccounted_alerts") == 0
     assert len(read_committed(kafka_bootstrap, [f"{prefix}.scored"], 30)) == 30
+    assert service.end() == 0
+
+
+@pytest.mark.kafka
+def test_the_strangest_alerts_are_published_as_anomalies_with_what_they_are_least_unlike(
+    kafka_bootstrap: str,
+    shared_data: Path,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+    tmp_path: Path,
+) -> None:
+    reference, archive = tmp_path / "ordinary.safetensors", shared_data / "ztf" / "ztf_alerts.tar"
+    assert main(["reference", "build", str(archive), "--out", str(reference)]) == 0
+    sent = [packet for _, packet in ztf_packets[::2]]
+    topic, prefix = make_topic(kafka_bootstrap, sent), unique_name("filter")
+    asked = {"models": ["embedder"], "anomalies": {"reference": str(reference), "rate": 0.1}}
+    service = start_service(service_config(kafka_bootstrap, topic, prefix) | asked)
+
+    scored = [alert(record.value()) for record in read_committed(kafka_bootstrap, [f"{prefix}.scored"], len(sent))]
+    judged = [one["alert_id"] for one in scored if one["broker_filter"]["anomaly"]]
+    flagged = {one["alert_id"] for one in scored if (one["broker_filter"]["anomaly"] or {}).get("flag")}
+    records = read_committed(kafka_bootstrap, [f"{prefix}.anomalies"], len(flagged))
+    anomalies = [alert(record.value()) for record in records]
+
+    assert 0.05 < len(flagged) / len(judged) < 0.2
+    assert sorted(one["alert_id"] for one in anomalies) == sorted(flagged)
+    for one in anomalies:
+        anomaly, [model] = one["broker_filter"]["anomaly"], one["broker_filter"]["models"]
+        assert anomaly["score"] > anomaly["threshold"]
+        assert len(anomaly["reason"]["neighbours"]) == 5
+        assert anomaly["reason"]["most_unlike"] in {"image", "light_curve", "metadata"}
+        assert len(model["embedding"]) == 96
+    service.wait_until(lambda: service.metric("judged_alerts_total") == len(judged))
+    assert service.metric("anomalous_alerts_total") == len(flagged)
+    assert service.metric("anomaly_rate") == pytest.approx(len(flagged) / len(judged))
     assert service.end() == 0
 
 
