@@ -1,7 +1,8 @@
 """A broker, a topic full of packets, and a clock for whoever reads it.
 
-What counts is what is committed: a run is measured between the first and the last commit of the consumer group, so that
-neither start-up nor a record that no reader may see yet is counted.
+What counts is what is committed: a run is measured up to the last commit of the consumer group, from its first one or
+from when the alerts came to a contestant that waited for them, so that neither start-up nor a record that no reader may
+see yet is counted.
 """
 
 from __future__ import annotations
@@ -124,10 +125,10 @@ class Arena:
         self.alerts = len(packets)
         return time.monotonic()
 
-    def watch(self, contestant: Contestant, alerts: int) -> Run:
-        """Measures a contestant until it has committed so many."""
+    def watch(self, contestant: Contestant, alerts: int, began: Moment | None = None) -> Run:
+        """Measures a contestant until it has committed so many: from when it `began`, else from its first commit."""
         moments = list(self.progress(contestant, alerts))
-        first, last = moments[0], moments[-1]
+        first, last = began or moments[0], moments[-1]
         if first is last:
             raise BenchmarkError(f"{contestant.group} committed {last.committed} alerts at once: measure with more")
         done = last.committed - first.committed
@@ -150,10 +151,15 @@ class Arena:
             now = min(self._committed(watcher), alerts)  # a position may be past the marker behind the last alert
             if now > committed:
                 committed, since = now, time.monotonic()
-                yield Moment(now, since, cpu_seconds(contestant.processes), cpu_seconds(self.broker.processes))
+                yield self.moment(contestant, committed)
             elif time.monotonic() - since > STALL_TIMEOUT_S:
                 raise BenchmarkError(f"{contestant.group} stalled after {committed} of {alerts} alerts")
         watcher.close()
+
+    def moment(self, contestant: Contestant, committed: int = 0) -> Moment:
+        """Now."""
+        cpu, broker_cpu = cpu_seconds(contestant.processes), cpu_seconds(self.broker.processes)
+        return Moment(committed, time.monotonic(), cpu, broker_cpu)
 
     def settle(self, contestant: Contestant, expected: int) -> None:
         """Counts what a read_committed reader finds of a contestant's output, and deletes it."""

@@ -132,7 +132,7 @@ def measure_scaling(
             with ServiceInstances(arena, Model(bundle=model), device=device, instances=instances) as service:
                 service.wait_until_joined()
                 arena.send(alerts)
-                measured = arena.watch(service, arena.alerts)
+                measured = arena.watch(service, arena.alerts, arena.moment(service))
             arena.settle(service, arena.alerts)
         return measured
 
