@@ -22,6 +22,8 @@ NEIGHBOURS = 5
 SHRINKAGE = 0.003
 """Of a covariance towards a sphere of the same mean variance: enough to invert it where a network's embeddings hardly
 vary in some directions, or the ordinary alerts are few."""
+LEAST_VARIANCE = 1e-12
+"""Of embeddings of length 1: below it they differ by no more than float32 rounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +49,12 @@ class Mahalanobis:
     """The Mahalanobis distance from the mean: Lee et al. 2018 (arXiv:1807.03888), eq. 2, all being of one class."""
 
     def __init__(self, ordinary: Embeddings) -> None:
-        """`ordinary`: [K, D], K of at least 2."""
+        """`ordinary`: [K, D], K of at least 2. Raises ReferenceSetError where all are the same."""
         wide = ordinary.astype(np.float64)
         self._mean = wide.mean(axis=0)
         covariance = np.cov(wide, rowvar=False)
+        if not np.trace(covariance) > LEAST_VARIANCE:
+            raise ReferenceSetError("the ordinary alerts all look the same: give more inputs")
         sphere = np.eye(len(covariance)) * np.trace(covariance) / len(covariance)
         self._whitening = np.linalg.cholesky(np.linalg.inv((1 - SHRINKAGE) * covariance + SHRINKAGE * sphere))
 

@@ -25,6 +25,8 @@ from broker_filter.scoring.neighbours import Embeddings
 
 MAX_ALERTS = 1_000_000
 """Of a reference: a night of ZTF."""
+MIN_ALERTS = 2
+"""Of a reference, and scores in it: one has no spread."""
 MAX_BYTES = 2**33
 """Of the file: MAX_ALERTS with 2,000 dimensions fit."""
 MAX_OBJECT_ID_BYTES = 64
@@ -134,10 +136,12 @@ def read_reference(file: Path) -> Reference:
         "usual": ((1 + len(card.modalities), 2), np.float32),
     }
     found = {name: (array.shape, array.dtype.type) for name, array in arrays.items()}
-    if found != expected or not 0 < k <= MAX_ALERTS or not 0 < q <= MAX_ALERTS:
+    if found != expected or not all(MIN_ALERTS <= n <= MAX_ALERTS for n in (k, q)):
         raise ReferenceSetError(f"{file}: holds {found}, its card asks for {expected}; build the reference again")
     if _sha256(arrays) != card.data_sha256:
         raise ReferenceSetError(f"{file}: its arrays are not the ones that its card names; build the reference again")
+    if problem := _unusable(arrays):
+        raise ReferenceSetError(f"{file}: {problem}; build the reference again")
     names = arrays["object_id"].view(f"S{MAX_OBJECT_ID_BYTES}")[:, 0]
     try:
         object_id = np.char.decode(names, "utf-8")
@@ -175,6 +179,17 @@ def _arrays(alerts: Ordinary, scores: NDArray[np.float32], usual: NDArray[np.flo
         "scores": scores,
         "usual": usual,
     }
+
+
+def _unusable(arrays: Mapping[str, NDArray[Any]]) -> str | None:
+    """What keeps alerts from being scored, or the scores from being flagged, by a reference's arrays."""
+    if bad := [name for name in ("embedding", "scores", "usual") if not np.isfinite(arrays[name]).all()]:
+        return f"its {bad[0]} holds NaN or infinite numbers"
+    if (np.diff(arrays["scores"]) < 0).any() or arrays["scores"][0] == arrays["scores"][-1]:
+        return "its scores do not ascend"
+    if not (arrays["usual"][:, 1] > 0).all():
+        return "its usual deviations are not above 0"
+    return None
 
 
 def _sha256(arrays: Mapping[str, NDArray[Any]]) -> str:

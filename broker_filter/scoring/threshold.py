@@ -33,7 +33,8 @@ class RateTracker:
         edge = float(ordinary[-1 - tail])
         scale = float(ordinary[-tail:].astype(np.float64).mean()) - edge
         self._rate = rate
-        self.step = STEP * max(scale, float(np.spacing(np.float32(ordinary[-1]))))
+        has_scale = scale > np.spacing(abs(ordinary[-1]))  # or the tail is all one score
+        self.step = STEP * (scale if has_scale else float(ordinary.std()))
         # Excesses over a high edge are about exponential (Pickands 1975): also beyond the strangest one known.
         self.threshold = edge + scale * math.log(tail / (rate * len(ordinary)))
 

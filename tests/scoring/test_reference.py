@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from broker_filter.scoring.anomaly import AnomalyScorer, Cloud, Mahalanobis, strangeness
@@ -99,6 +102,50 @@ def test_damage_is_found(file: Path) -> None:
         read_reference(file)
     with pytest.raises(ReferenceSetError, match="No such file"):
         read_reference(file.with_name("absent"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    {
+        "embedding": lambda values: np.where(np.arange(len(values))[:, None] == 5, np.float32(np.nan), values),
+        "scores": lambda values: values[::-1].copy(),
+        "usual": lambda values: values * np.float32(0),
+    }.items(),
+)
+def test_numbers_that_would_flag_nothing_are_refused(
+    reference: Reference, file: Path, name: str, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+) -> None:
+    """One NaN among the ordinary would make every alert's score one, and silence the service for good."""
+    arrays = load_file(file)
+    changed = arrays | {name: change(arrays[name])}
+    alerts = replace(reference.alerts, embedding=changed["embedding"])
+    rewrite(reference, alerts, changed["scores"], changed["usual"], file)
+    with pytest.raises(ReferenceSetError, match=f"ordinary.safetensors: its {name} .*; build the reference again"):
+        read_reference(file)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_one_alert_is_no_reference(reference: Reference, file: Path, kept: int) -> None:
+    """Neither has one a spread, nor do scores without a tail give a threshold."""
+    alerts, scores = (reference.alerts[np.arange(1)], reference.scores) if kept else (reference.alerts, np.ones(1))
+    rewrite(reference, alerts, scores.astype(np.float32), reference.usual, file)
+    with pytest.raises(ReferenceSetError, match="build the reference again"):
+        read_reference(file)
+
+
+def test_alerts_that_all_look_the_same_are_no_reference(reference: Reference) -> None:
+    same = np.repeat(reference.alerts.embedding[:1], 50, axis=0)
+    with pytest.raises(ReferenceSetError, match="look the same"):
+        Cloud(same, len(MODALITIES))
+
+
+def rewrite(
+    reference: Reference, alerts: Ordinary, scores: NDArray[np.float32], usual: NDArray[np.float32], file: Path
+) -> None:
+    """Other arrays in the place of a reference's, and their sha256 in its card."""
+    shipped = load_bundle("default").card
+    outputs = shipped.outputs.model_copy(update={"modalities": reference.card.modalities})
+    make_reference(shipped.model_copy(update={"outputs": outputs}), None, alerts, scores, usual).write(file)
 
 
 def test_an_alert_of_the_reference_is_its_own_nearest(reference: Reference) -> None:

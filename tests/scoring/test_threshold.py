@@ -45,6 +45,14 @@ def test_holds_the_rate_when_ever_stranger_alerts_come() -> None:
     assert flagged[-10_000:].mean() < 0.02
 
 
+def test_holds_the_rate_where_the_strangest_ordinary_alerts_score_alike() -> None:
+    """As when they are one alert, sent again and again: that tail has no scale to take steps in."""
+    alike = np.minimum(ordinary(1_000), np.float32(0.2))
+    stream = np.random.default_rng(5).gamma(3, 0.1, 50_000).astype(np.float32)
+    flagged = flags(RateTracker(alike, 0.01), stream)
+    assert flagged[10_000:].mean() == pytest.approx(0.01, rel=0.1)
+
+
 def test_flags_the_strangest_and_not_just_any() -> None:
     tracker = RateTracker(ordinary(5_000), 0.01)
     stream = np.random.default_rng(3).gamma(3, 0.1, 50_000).astype(np.float32)
