@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from broker_filter.local_kafka import KafkaCluster, embedded_broker, kafka_home
 from broker_filter.scoring.bundle import load_bundle
@@ -29,6 +30,10 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("BROKER_FILTER_SHARED", CHECKOUT.parent / "shared"))
 RUNNING_CLUSTER = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
 REQUIRE_KAFKA = os.environ.get("BROKER_FILTER_REQUIRE_KAFKA") == "1"
+
+# The same examples each time, and no limit to how slowly a busy machine comes by them.
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 def apache_kafka() -> Path | None:

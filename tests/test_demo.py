@@ -17,6 +17,8 @@ pytest.importorskip("noida_db", reason="the demonstration needs the extra `demo`
 pytest.importorskip("galsim", reason="the demonstration needs the extra `demo`")
 
 N = 240
+PATIENCE_S = 120
+"""For anything to happen at all, on a busy machine."""
 
 
 def processes_of(directory: Path) -> list[str]:
@@ -35,9 +37,7 @@ def processes_of(directory: Path) -> list[str]:
 def test_demo_shows_and_accounts_for_a_night(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "broker_filter", "demo", "--out", str(out), "--alerts", str(N), "--seed", "4"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env={**os.environ, "TMPDIR": str(tmp_path)}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     # Two damaged packets, one alert sent twice.
     assert "243 consumed = 240 scored + 2 rejected (not_avro 1, truncated 1) + 1 sent twice" in done.stdout
@@ -70,13 +70,13 @@ def test_demo_ends_its_broker_and_service_when_it_is_ended(tmp_path: Path, numbe
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(tmp_path)}
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while len(processes_of(tmp_path)) < 3:  # the demonstration, its broker, its service
             assert demo.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
         demo.send_signal(number)
-        output, _ = demo.communicate(timeout=30)
+        output, _ = demo.communicate(timeout=PATIENCE_S)
     finally:
         demo.kill()
     assert demo.returncode == 128 + number

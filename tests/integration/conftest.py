@@ -72,6 +72,10 @@ class RunningService:
     def end(self, how: signal.Signals = signal.SIGTERM) -> int:
         """Sends a signal and returns the exit status."""
         self.process.send_signal(how)
+        return self.wait_ended()
+
+    def wait_ended(self) -> int:
+        """The exit status, when it has ended by itself."""
         return self.process.wait(PATIENCE_S)
 
 

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,8 @@ pytestmark = pytest.mark.kafka
 
 Packets = list[tuple[int, bytes]]
 CHAOS = Path(__file__).resolve().parents[1] / "chaos.py"
-REGISTRATION_S = 1.0
-"""For a producer to ask the coordinator to take partitions into its transaction."""
+REGISTRATION = "AddPartitionsToTxn"
+"""What a producer asks the coordinator, before it sends the first record of a transaction to a partition."""
 
 
 def inputs(records: list[object]) -> Counter[str]:
@@ -191,13 +192,23 @@ class Harness:
     """Writers on one topic, as the service opens them."""
 
     def __init__(self, bootstrap: str, topic: str) -> None:
-        properties = {"bootstrap.servers": bootstrap, "transaction.timeout.ms": 10_000}
+        properties = {
+            "bootstrap.servers": bootstrap,
+            "transaction.timeout.ms": 10_000,
+            "statistics.interval.ms": 100,
+            "stats_cb": self._note_requests,
+        }
         metrics, complaints = Metrics(), Complaints("test brokers")
         limits = RecordLimits(AdminClient(properties), [topic], dead_letter=topic)
         self.topic = topic
+        self.registrations = 0
         self.stored: list[int] = []
         self.writers: list[Writer] = []
         self.open = partial(Writer, properties, limits, metrics, complaints, Stage("commit", metrics))
+
+    def _note_requests(self, statistics: str) -> None:
+        brokers = json.loads(statistics)["brokers"].values()
+        self.registrations = sum(broker["req"].get(REGISTRATION, 0) for broker in brokers)
 
     def claim(self, transactional_id: str) -> Claim:
         self.writers.append(self.open(transactional_id, lambda _, ends: self.stored.extend(ends.values())))
@@ -245,8 +256,11 @@ def test_transaction_that_the_coordinator_never_heard_of_is_given_up_as_if_fence
 
     admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
     admin.delete_topics([harness.topic])[harness.topic].result()  # so that its partitions are refused, and tried again
-    claim.writer.add(harness.work(claim, 1, b"in vain"))
-    time.sleep(REGISTRATION_S)
+    for position in count(1):
+        claim.writer.add(harness.work(claim, position, b"in vain"))
+        if harness.registrations > 1:
+            break
+        time.sleep(0.05)
     claim.ended = True
     with pytest.raises(FencedError, match=r"test brokers: .* invalid state"):
         claim.writer.commit()

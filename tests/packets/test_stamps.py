@@ -212,7 +212,7 @@ def damage(fits_file: bytes, kept: float, edits: list[tuple[int, int]]) -> bytea
     return damaged
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     stamp=st.sampled_from(sorted(FUZZED)),
     kept=KEPT,
@@ -264,7 +264,7 @@ def decode_compiled(stamp: bytes, size: int, centred: bool) -> tuple[Box | None,
 
 
 @needs_compiled
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(
     stamp=st.sampled_from(sorted(FUZZED)),
     kept=KEPT,

@@ -16,7 +16,7 @@ from typing import Any
 import fastavro
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -165,7 +165,7 @@ def expected_number(type_: Any, value: Any, letter: bool) -> float | None:
     return None
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(records())
 def test_reads_what_fastavro_wrote(drawn: tuple[Any, Any, Any, Any]) -> None:
     fields, record, wanted, readings = drawn
@@ -194,7 +194,7 @@ def test_reads_what_fastavro_wrote(drawn: tuple[Any, Any, Any, Any]) -> None:
         assert body[begin:end] == encoded([fields[slot]], {name: value})
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250)
 @given(records(), st.data())
 def test_walkers_agree_on_damaged_bytes(drawn: tuple[Any, Any, Any, Any], data: st.DataObject) -> None:
     fields, record, wanted, _ = drawn
@@ -206,7 +206,7 @@ def test_walkers_agree_on_damaged_bytes(drawn: tuple[Any, Any, Any, Any], data: 
     assert_same(compiled(fields, wanted), bytes(body[:cut]))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(records(), st.binary(max_size=200))
 def test_walkers_agree_on_any_bytes(drawn: tuple[Any, Any, Any, Any], body: bytes) -> None:
     fields, _, wanted, _ = drawn
@@ -360,7 +360,7 @@ def test_schemas_beyond_the_bounds_are_refused(definition: dict[str, Any]) -> No
 
 
 @pytest.mark.skipif(IMPLEMENTATION != "c", reason="the compiled walker is not built")
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=500)
 @given(
     st.lists(st.one_of(st.sampled_from(Op), st.integers(-3, 70), st.integers(-(2**31), 2**31 - 1)), max_size=12),
     st.binary(max_size=60),
