@@ -1,6 +1,6 @@
 """Kafka brokers on this machine's loopback, for the demonstration, the benchmark and the tests.
 
-Never for data that anybody wants to keep: a broker ends with the `with` block that started it.
+Never for data that anybody wants to keep: a broker ends with the `with` block that started it, or with its process.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
+
+from broker_filter.lifeline import Lifeline
 
 USER = "alice"
 """What clients of a secure cluster log in as; the password is made anew for each cluster."""
@@ -81,6 +83,7 @@ class KafkaCluster:
         self._internal_ports = {node: next(ports) for node in self.nodes}
         self._controller_ports = {node: next(ports) for node in self.nodes}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._lifelines: dict[int, Lifeline] = {}
 
     @property
     def bootstrap_servers(self) -> str:
@@ -140,6 +143,7 @@ class KafkaCluster:
     def kill(self, node: int, signal_number: int = signal.SIGKILL) -> None:
         """Ends a node: at once, or in good order with SIGTERM."""
         process = self._processes.pop(node)
+        self._lifelines.pop(node).cut()
         process.send_signal(signal_number)
         process.wait(READY_TIMEOUT_S)
 
@@ -239,6 +243,7 @@ class KafkaCluster:
             self._processes[node] = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=self._environment(), start_new_session=True
             )
+        self._lifelines[node] = Lifeline(self._processes[node].pid)
 
     def _log(self, node: int) -> Path:
         return self.directory / f"node-{node}.log"
@@ -266,10 +271,12 @@ def embedded_broker(directory: Path) -> Iterator[str]:
         process = subprocess.Popen(
             [str(program), "start", *options], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
+    lifeline = Lifeline(process.pid)
     try:
         wait_until_listening(port, process, log_path)
         yield f"127.0.0.1:{port}"
     finally:
+        lifeline.cut()
         process.kill()
         process.wait()
 

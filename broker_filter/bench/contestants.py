@@ -1,6 +1,6 @@
 """Who reads an arena's topic, in processes of their own: the service as it runs in production, and the loops beside it.
 
-Nothing of them outlives its `with` block.
+Nothing of them outlives its `with` block, nor the process.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from broker_filter.bench.arena import PARTITIONS, REQUEST_TIMEOUT_S, Arena
 from broker_filter.bench.loops import LEAST_COMMITS, Loop, naive_loop, no_work_loop
 from broker_filter.bench.measure import BenchmarkError, Run
 from broker_filter.config import SCORED, Model, Transaction
+from broker_filter.lifeline import Lifeline
 from broker_filter.scoring.bundle import load_bundle
 
 JOIN_TIMEOUT_S = 60.0
@@ -66,6 +67,7 @@ class ServiceInstances:
         self._configuration.write_text(yaml.safe_dump(service))
         self._logs = [arena.directory / f"{self.group}-{i}.log" for i in range(instances)]
         self._running: list[subprocess.Popen[bytes]] = []
+        self._lifelines: list[Lifeline] = []
 
     @property
     def processes(self) -> list[int]:
@@ -83,6 +85,7 @@ class ServiceInstances:
         for log in self._logs:
             with log.open("wb") as output:
                 self._running.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
+            self._lifelines.append(Lifeline(self._running[-1].pid))
         return self
 
     def __exit__(
@@ -95,6 +98,8 @@ class ServiceInstances:
                 for process in self._running:
                     process.wait(STOP_TIMEOUT_S)
         finally:
+            for lifeline in self._lifelines:
+                lifeline.cut()
             for process in self._running:
                 process.kill()
                 process.wait()
@@ -148,11 +153,13 @@ class LoopProcess:
 
     def __enter__(self) -> LoopProcess:
         self._process.start()
+        self._lifeline = Lifeline(self._process.pid)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._lifeline.cut()
         self._process.kill()
         self._process.join()
 
