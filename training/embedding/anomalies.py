@@ -186,10 +186,12 @@ def standardised(distances: NDArray[np.float64], ordinary: NDArray[np.float64]) 
 
 
 def choose(cases: Sequence[LeftOut]) -> str:
-    """The measure of the embedding that finds the classes best among the objects of the validation."""
+    """The measure of the embedding that finds the classes best among the objects of the validation, on the mean of
+    those that are there."""
     measures = [name for name in cases[0].scores if name not in FORESTS]
+    there = [case for case in cases if (case.validation & case.anomalous).any()]
     found = {
-        name: np.mean([roc_auc(case, name, case.validation, np.ones(len(case.validation))) for case in cases])
+        name: np.mean([roc_auc(case, name, case.validation, np.ones(len(case.validation))) for case in there])
         for name in measures
     }
     log.info("on validation: %s", ", ".join(f"{name} {float(auc):.3f}" for name, auc in found.items()))

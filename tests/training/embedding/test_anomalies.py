@@ -45,6 +45,14 @@ def test_a_test_that_is_hidden_from_the_choice_does_not_change_it(cases: list[Le
     assert choose(cases) == "good"
 
 
+def test_a_class_that_the_validation_lacks_has_no_say_in_the_choice() -> None:
+    """Nothing can be found of it there: the mean over all classes would be no number, and any measure the best."""
+    skill = {"fair": 1.0, "good": 3.0}
+    cases = [case("SN", 1, skill), case("AGN", 2, skill)]
+    cases[1].validation[cases[1].anomalous] = False
+    assert choose(cases) == "good"
+
+
 def test_every_way_of_saying_strange_tells_a_far_cluster() -> None:
     rng = np.random.default_rng(3)
     middles = np.eye(2, 12)
