@@ -36,6 +36,15 @@ def test_builds_a_data_set(night_packets: Path, night_table: Path, tmp_path: Pat
     assert (card.split.validation, card.split.test) == (0.1, 0.2)
 
 
+@pytest.mark.parametrize("options", [["--shares", "0.6", "0.3"], ["--shares", "nan", "0.1"], ["--cutout-size", "0"]])
+def test_what_a_data_set_cannot_be_is_bad_usage(
+    options: list[str], night_packets: Path, night_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["build-dataset", str(night_packets), "--labels", str(night_table), "--out", str(tmp_path), *options])
+    assert f"error: argument {options[0]}: " in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_an_error_is_one_line(night_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["build-dataset", str(tmp_path), "--labels", str(night_table), "--out", str(tmp_path / "set")]
     assert main(arguments) == 1

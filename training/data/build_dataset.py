@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -28,7 +30,7 @@ from broker_filter.packets.decode import DEFAULT_CUTOUT_SIZE, Decoder
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.packets.surveys import DEFAULT_COLUMNS
-from broker_filter.scoring.bundle import POINT_COLUMNS
+from broker_filter.scoring.bundle import MAX_CUTOUT_SIZE, POINT_COLUMNS
 from broker_filter.streaming.archives import read_packets
 from training.data.datasets import (
     CARD,
@@ -57,6 +59,8 @@ REQUEST = "build.yaml"
 SHOWN = 5
 """Ids named in an error message."""
 
+log = logging.getLogger(__name__)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `build-dataset` takes."""
@@ -78,12 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the data set's directory")
     parser.add_argument(
-        "--cutout-size", type=int, default=DEFAULT_CUTOUT_SIZE, metavar="PX", help="(default: %(default)s)"
+        "--cutout-size", type=_pixels, default=DEFAULT_CUTOUT_SIZE, metavar="PX", help="(default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the split by source (default: %(default)s)")
     parser.add_argument(
         "--shares",
-        type=float,
+        type=_share,
         nargs=2,
         default=(PUBLISHED_SPLIT.validation, PUBLISHED_SPLIT.test),
         metavar=("VALIDATION", "TEST"),
@@ -93,6 +97,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-unmatched", action="store_true", help="the table may label what is not among the inputs"
     )
+
+
+def _pixels(text: str) -> int:
+    """A cutout's side."""
+    if not 0 < (size := int(text)) <= MAX_CUTOUT_SIZE:
+        raise argparse.ArgumentTypeError(f"{size} is not from 1 to {MAX_CUTOUT_SIZE}")
+    return size
+
+
+def _share(text: str) -> float:
+    """Of the sources."""
+    if not 0 < (share := float(text)) < 0.5:
+        raise argparse.ArgumentTypeError(f"{share} is not between 0 and 0.5")
+    return share
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -158,7 +176,8 @@ def assign_splits(
                 f"class {name} has {n} source{'s' * (n != 1)}, and each of {', '.join(SPLITS)} needs one: "
                 "add alerts of it, or leave it out by naming the others with --class"
             )
-        n_test, n_validation = max(1, round(rule.test * n)), max(1, round(rule.validation * n))
+        n_test = max(1, round(rule.test * n))
+        n_validation = min(max(1, round(rule.validation * n)), n - n_test - 1)  # of few sources one is to train on
         sides = np.repeat(range(len(SPLITS)), (n - n_validation - n_test, n_validation, n_test))
         side_of.update(zip(sources.tolist(), sides.tolist(), strict=True))
     return np.array([side_of[name] for name in object_id.tolist()])
@@ -187,10 +206,13 @@ def _write_shards(directory: Path, packets: Iterator[Packet], decoder: Decoder, 
     next(islice(packets, n_packets, n_packets), None)  # skips them
     parts: list[dict[str, Any]] = []
     n_alerts = 0
+    left_out: Counter[str] = Counter()
     with progress("Decoding", unit="packets") as advance:
         while some := list(islice(packets, PACKETS_AT_ONCE)):
             n_packets += len(some)
-            parts.append(_labelled(decoder.decode(some)[0], labels, seen))
+            alerts, rejects = decoder.decode(some)
+            left_out.update(str(reject.reason) for reject in rejects)
+            parts.append(_labelled(alerts, labels, seen))
             n_alerts += len(parts[-1]["alert_id"])
             if n_alerts >= ALERTS_PER_SHARD:
                 written.append(_write_shard(directory / f"{len(written):05}.arrow", parts, n_packets))
@@ -198,6 +220,9 @@ def _write_shards(directory: Path, packets: Iterator[Packet], decoder: Decoder, 
             advance(len(some))
     if n_alerts:
         _write_shard(directory / f"{len(written):05}.arrow", parts, n_packets)
+    if left_out:
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in left_out.most_common())
+        log.warning("%s inputs that could not be decoded are left out: %s", f"{left_out.total():,}", reasons)
 
 
 def _labelled(alerts: AlertBatch, labels: Labels, seen: set[int]) -> dict[str, Any]:

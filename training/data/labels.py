@@ -86,9 +86,12 @@ class Labels:
 def read_labels(table: Path, column: str, rules: Sequence[ClassRule] = ()) -> Labels:
     """The labels in `column` of a table; without `rules` every value is a class of its own.
 
-    Rows whose label is null or of no class are left out. Raises DatasetError where the table cannot be read, lacks a
-    column, gives an id two classes, or has no row of a class.
+    Rows whose label is null, empty or of no class are left out. Raises DatasetError where the table cannot be read,
+    lacks a column, gives an id two classes, or has no row of a class, and where two rules are of one name.
     """
+    names = [rule.name for rule in rules]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise DatasetError(f"{table}: class {', '.join(twice)} is described more than once")
     try:
         rows = dataset.dataset(table, format=table.suffix.removeprefix("."))
         key = next((name for name in KEYS if name in rows.schema.names), None)
@@ -99,15 +102,16 @@ def read_labels(table: Path, column: str, rules: Sequence[ClassRule] = ()) -> La
         ids, values = (chunks.to_pylist() for chunks in rows.to_table(columns=[key, column]).columns)
     except (pa.ArrowInvalid, ValueError, OSError) as error:
         raise DatasetError(f"{table}: neither a .csv nor a .parquet that can be read: {error}") from error
-    rules = tuple(rules) or tuple(parse_rule(f"{value}={value}") for value in sorted({*map(str, values)} - {"None"}))
+    labelled = [(str(i), value) for i, value in zip(ids, values, strict=True) if _given(i) and _given(value)]
+    rules = tuple(rules) or tuple(_class_of(value, table, column) for value in sorted({str(v) for _, v in labelled}))
     if len(rules) < 2:
         raise DatasetError(f"{table}: {column!r} makes {len(rules)} class, and a classifier needs two")
     label_of: dict[str, int] = {}
-    for identifier, value in zip(ids, values, strict=True):
-        label = next((i for i, rule in enumerate(rules) if value is not None and rule.takes(value)), None)
-        if label is None or identifier is None:
+    for identifier, value in labelled:
+        label = next((i for i, rule in enumerate(rules) if rule.takes(value)), None)
+        if label is None:
             continue
-        if (other := label_of.setdefault(str(identifier), label)) != label:
+        if (other := label_of.setdefault(identifier, label)) != label:
             both = f"{rules[other].name} and {rules[label].name}"
             raise DatasetError(f"{table}: {key} {identifier} is labelled {both}; an id has one label")
     used = set(label_of.values())
@@ -116,3 +120,18 @@ def read_labels(table: Path, column: str, rules: Sequence[ClassRule] = ()) -> La
     with table.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return Labels(table, sha256, column, key, rules, label_of)
+
+
+def _given(value: object) -> bool:
+    """Whether a table's cell says anything: an empty one is null in Parquet, and may be text in CSV."""
+    return value is not None and value != "" and value == value  # NaN is not itself
+
+
+def _class_of(value: str, table: Path, column: str) -> ClassRule:
+    """The class that is called as its values are."""
+    if not CLASS_NAME.fullmatch(value):
+        raise DatasetError(
+            f"{table}: {value!r} of {column!r} is no class's name, which is an identifier: name it with "
+            f"--class NAME={value!r}, and the others"
+        )
+    return ClassRule(value, frozenset({value}))

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
+from pyarrow import parquet
 
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
@@ -153,6 +155,13 @@ def test_no_source_is_on_two_sides_and_every_class_is_on_each() -> None:
     assert all(set(label[split == side]) == {0, 1} for side in range(3))
 
 
+def test_of_few_sources_one_is_trained_on_whatever_the_shares() -> None:
+    for n in range(3, 12):
+        names = np.array([f"ZTF{i}" for i in range(2 * n)])
+        split = assign_splits(names, np.arange(2 * n) % 2, ("a", "b"), SplitRule(validation=0.49, test=0.49))
+        assert all(np.bincount(split[i::2], minlength=3).min() > 0 for i in (0, 1))
+
+
 def test_the_split_depends_on_the_seed_and_not_on_the_order() -> None:
     object_id, label = objects_and_labels()
     split = assign_splits(object_id, label, ("a", "b"), SplitRule(seed=3))
@@ -206,7 +215,8 @@ def test_unusable_labels_are_said_in_a_line(
         ("candid,class\n1,a\n", "kind", "no column 'kind'; there are candid, class"),
         ("candid,class\n1,a\n2,a\n", "class", "makes 1 class"),
         ("candid,class\n1,a\n1,b\n", "class", "candid 1 is labelled a and b"),
-        ("candid,class\n1,SN Ia\n2,b\n", "class", "is no class"),
+        ("candid,class\n1,SN Ia\n2,b\n", "class", "'SN Ia' of 'class' is no class's name.*--class NAME='SN Ia'"),
+        ("candid,class\n1,\n2,b\n", "class", "makes 1 class"),
     ],
 )
 def test_a_table_that_does_not_do_is_refused(content: str, column: str, message: str, tmp_path: Path) -> None:
@@ -214,6 +224,35 @@ def test_a_table_that_does_not_do_is_refused(content: str, column: str, message:
     table.write_text(content)
     with pytest.raises(DatasetError, match=message):
         read_labels(table, column)
+
+
+def test_rows_without_a_label_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("candid,class\n1,a\n2,\n3,b\n")
+    pandas_like = {"candid": ["1", "2", "3", ""], "class": ["a", None, "b", "a"], "number": [0.0, np.nan, 1.0, 1.0]}
+    parquet.write_table(pa.table(pandas_like), tmp_path / "labels.parquet")
+    for name in ("labels.csv", "labels.parquet"):
+        labels = read_labels(tmp_path / name, "class")
+        assert (labels.classes, labels.label_of) == (("a", "b"), {"1": 0, "3": 1})
+    rules = [parse_rule("no=-1..0.5"), parse_rule("yes=0.5..1")]
+    assert read_labels(tmp_path / "labels.parquet", "number", rules).label_of == {"1": 0, "3": 1}
+
+
+def test_a_class_is_described_once(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("candid,drb\n1,0.2\n2,0.8\n")
+    rules = [parse_rule("real=0..0.5"), parse_rule("real=0.5..1")]
+    with pytest.raises(DatasetError, match="class real is described more than once"):
+        read_labels(tmp_path / "labels.csv", "drb", rules)
+
+
+def test_what_does_not_decode_is_told(
+    night_packets: Path, night_labels: Labels, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "short.avro").write_bytes(next(night_packets.iterdir()).read_bytes()[:2000])
+    (damaged / "text.avro").write_bytes(b"no alert")
+    build_dataset([night_packets, damaged], night_labels, tmp_path / "set")
+    assert "2 inputs that could not be decoded are left out: " in caplog.text
 
 
 def test_ranges_of_a_number_are_classes(tmp_path: Path) -> None:
