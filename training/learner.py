@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from broker_filter.scoring.bundle import Inputs
 from training.errors import TrainingError
 from training.recipe import Hardware, Optimisation
 from training.whole_file import write_whole
@@ -153,6 +154,19 @@ def orient(images: Tensor) -> Tensor:
     return oriented
 
 
+def check_takes(network: nn.Module, inputs: Inputs) -> None:
+    """Raises TrainingError where the network does not take what it is to be shown."""
+    blank = [torch.zeros(2, *shape) for shape in inputs.shapes().values()]
+    try:
+        with torch.inference_mode():
+            network.eval()(*blank)  # in training mode it would learn their statistics
+    except Exception as error:  # a network may be anybody's, and says no in its own way
+        shapes = " and ".join(f"{name} {shape}" for name, shape in inputs.shapes().items())
+        reason = str(error).partition("\n")[0]
+        raise TrainingError(f"the network cannot take {shapes}: {reason}") from error
+    network.train()
+
+
 def learn(
     learner: Learner,
     train: DataLoader[Any],
@@ -164,7 +178,7 @@ def learn(
     """Trains, or goes on where `directory` has checkpoints; leaves the best weights in the network, on the CPU.
 
     Returns the epoch that they are of, and its validation loss: the lowest. Raises TrainingError where a checkpoint is
-    not whole, KeyboardInterrupt where somebody stopped it.
+    not whole or training diverged, KeyboardInterrupt where somebody stopped it.
     """
     learned = directory / LEARNED
     if learned.exists():
@@ -220,6 +234,10 @@ def _train(
     if trainer.interrupted:
         raise KeyboardInterrupt
     assert best.best_model_score is not None  # of one epoch at least
+    if not best.best_model_score.isfinite():
+        raise TrainingError(
+            f"{directory}: the validation loss was never a number: try a lower learning_rate, in another directory"
+        )
     epoch = int(read_checkpoint(directory / BEST)["epoch"]) + 1
     return {"epoch": epoch, "validation_loss": round(float(best.best_model_score), 5)}
 

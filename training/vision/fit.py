@@ -26,7 +26,7 @@ from broker_filter.scoring.scorer import open_model
 from training.data.datasets import Dataset, View
 from training.errors import DatasetError, TrainingError
 from training.evaluation.evaluate import PREDICTIONS, predict
-from training.learner import learn
+from training.learner import check_takes, learn
 from training.recipe import ENCODER_CARD, Encoder, Fit, begin, read_configuration
 from training.vision.classifier import Classifier, alerts_loader, chosen_to_train, class_weights
 from training.vision.frozen_fusion import is_frozen_fusion, train_branches
@@ -54,8 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
 def fit(config: Fit) -> None:
     """Trains a network, writes its bundle, and scores the test split with that; what is done already is not repeated.
 
-    Raises TrainingError where the directory was begun with another configuration or a checkpoint is damaged,
-    DatasetError where the data set cannot be used or lacks a column, WeightsError where the encoder cannot be had.
+    Raises TrainingError where the directory was begun with another configuration, the network does not take the data
+    set's alerts, a checkpoint is damaged or training diverges; DatasetError where the data set cannot be used or lacks
+    a column; WeightsError where the encoder cannot be had.
     """
     begin(config.out, config)
     dataset = Dataset.open(config.dataset)
@@ -85,6 +86,7 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
     architecture = Architecture(name=config.architecture.name, arguments={**config.architecture.arguments, **extra})
     torch.manual_seed(config.recipe.seed)
     network = build_network(architecture)
+    check_takes(network, inputs)
     if config.encoder:
         load_encoder_weights(network, config.encoder.source)
     weights = class_weights(train.label, len(classes), balance=config.recipe.balance)

@@ -59,7 +59,9 @@ def train_branches(
     arguments = {name: value for name, value in architecture.arguments.items() if name not in OF_THE_FUSION}
     images = build_network(Architecture(name=architecture.name, arguments=arguments))
     images.encoder = network.encoder
-    train(images, directory / IMAGE_BRANCH)
     active = ACTIVATIONS[str(arguments.get("activation", "gelu"))]()
-    train(MetadataClassifier(network.metadata_branch, active, labels), directory / METADATA_BRANCH)
+    metadata = MetadataClassifier(network.metadata_branch, active, labels)
+    # Not before both are there: training draws random numbers, and one that goes on after the first branch does not.
+    train(images, directory / IMAGE_BRANCH)
+    train(metadata, directory / METADATA_BRANCH)
     return network.encoder, network.metadata_branch

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from broker_filter.config import Section
-from broker_filter.scoring.bundle import Architecture, ImageInput
+from broker_filter.scoring.bundle import Architecture, ImageInput, Inputs
 from broker_filter.scoring.networks import build_network, fusion
 from broker_filter.scoring.preprocess import prepare_images
 from training.errors import TrainingError
-from training.learner import Learner, learn, loader
+from training.learner import Learner, check_takes, learn, loader
 from training.recipe import ENCODER_CARD, PUBLISHED_IMAGES, Hardware, Optimisation, begin, read_configuration
 from training.vision.galaxies import Galaxies, read_galaxies, simulate_galaxies
 from training.whole_file import write_whole
@@ -104,6 +104,7 @@ def pretrain(config: Pretraining) -> dict[str, object]:
         raise TrainingError(f"network {config.architecture.name!r} has no encoder that could be trained apart")
     galaxies = combine([_load(source, config.images.size) for source in config.galaxies])
     network = nn.Sequential(encoder, nn.Dropout(config.dropout), nn.Linear(encoder.features, len(galaxies.questions)))
+    check_takes(network, Inputs(images=config.images))
     order = np.random.default_rng(config.recipe.seed).permutation(len(galaxies))
     held_out = max(1, round(config.validation * len(galaxies)))
     figures = learn(

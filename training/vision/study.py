@@ -11,20 +11,20 @@ import argparse
 import csv
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
 
 from broker_filter.config import Section
-from broker_filter.scoring.bundle import Architecture, BundleError, ImageInput, load_bundle
+from broker_filter.scoring.bundle import Architecture, BundleError, ImageInput, describe_problems, load_bundle
 from broker_filter.scoring.weights import WeightsError
 from training.data.datasets import Dataset
-from training.errors import DatasetError, TrainingError
+from training.errors import DatasetError, EvaluationError, TrainingError
 from training.evaluation.evaluate import PREDICTIONS
 from training.evaluation.metrics import measure
 from training.evaluation.predictions import Predictions
@@ -79,6 +79,14 @@ class Study(Section):
     recipe: Recipe = Recipe()
     hardware: Hardware = Hardware()
 
+    @model_validator(mode="after")
+    def _encoders_are_of_its_models(self) -> Self:
+        for name, regimen in self.regimens.items():
+            if unknown := (regimen.encoders or {}).keys() - self.models.keys():
+                missing = ", ".join(sorted(unknown))
+                raise ValueError(f"regimens.{name}: encoders of models that are not in the study: {missing}")
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -100,25 +108,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Fits what is not fitted yet. Raises TrainingError at the end where runs failed."""
+    """Fits what is not fitted yet. Raises TrainingError where a run cannot be configured, and at the end where some
+    failed."""
     study = read_configuration(Study, arguments.study)
     study.out.mkdir(parents=True, exist_ok=True)
-    runs = list(plan(study))
+    runs = {one: configure(study, one) for one in plan(study)}
     finished = _finished(study.out / TABLE)
     failed = []
-    for number, one in enumerate(runs, 1):
+    for number, (one, config) in enumerate(runs.items(), 1):
         if one.name in finished:
             continue
         log.info("run %d of %d: %s", number, len(runs), one.name)
         started = time.monotonic()
         try:
-            config = configure(study, one)
             fit(config)
             _add_row(study.out / TABLE, one, config, time.monotonic() - started)
-        except (TrainingError, DatasetError, BundleError, WeightsError) as error:
+        except (TrainingError, DatasetError, EvaluationError, BundleError, WeightsError) as error:
             log.error("%s: %s", one.name, error)
             failed.append(one.name)
-    _write_report(study, runs)
+    _write_report(study.out, runs)
     if failed:
         raise TrainingError(f"{len(failed)} of {len(runs)} runs failed, see the log: {', '.join(failed)}")
     print(f"{study.out / TABLE}, {study.out / REPORT}: {len(runs)} runs")
@@ -137,7 +145,14 @@ def plan(study: Study) -> Iterator[Run]:
 
 
 def configure(study: Study, one: Run) -> Fit:
-    """What `fit` is told for a run."""
+    """What `fit` is told for a run. Raises TrainingError where the study's file says what cannot be."""
+    try:
+        return _configure(study, one)
+    except ValidationError as error:
+        raise TrainingError(f"{one.name}: {describe_problems(error)}") from error
+
+
+def _configure(study: Study, one: Run) -> Fit:
     of = one.choice
     regimen, model = study.regimens[of.regimen], study.models[of.model]
     recipe = Recipe(**{**study.recipe.model_dump(), **model.recipe, **regimen.recipe})
@@ -178,14 +193,14 @@ def _predictions(config: Fit) -> Predictions:
     return Predictions.read(config.out / PREDICTIONS, classes, THRESHOLD)
 
 
-def _write_report(study: Study, runs: Sequence[Run]) -> None:
+def _write_report(out: Path, runs: Mapping[Run, Fit]) -> None:
     """Of the runs that are finished."""
-    finished = _finished(study.out / TABLE)
+    finished = _finished(out / TABLE)
     found: dict[Choice, list[Predictions]] = {}
-    for one in runs:
+    for one, config in runs.items():
         if one.name in finished:
-            found.setdefault(one.choice, []).append(_predictions(configure(study, one)))
-    write_whole(study.out / REPORT, as_markdown(found, len(runs)).encode())
+            found.setdefault(one.choice, []).append(_predictions(config))
+    write_whole(out / REPORT, as_markdown(found, len(runs)).encode())
 
 
 def _add_row(table: Path, one: Run, config: Fit, seconds: float) -> None:

@@ -23,6 +23,7 @@ from training.learner import BEST, LAST, Learner, orient, read_checkpoint
 from training.recipe import PUBLISHED_IMAGES, Fit, Hardware, Recipe, read_configuration
 from training.vision.classifier import Classifier, class_weights
 from training.vision.fit import BUNDLE, fit
+from training.vision.frozen_fusion import MetadataClassifier
 
 TINY = Architecture(name="btsbot_cnn", arguments={"channels": (4, 8), "kernel": 3, "hidden": (16, 8)})
 ONE_CORE = Hardware(accelerator="cpu", devices=1, threads=1)
@@ -149,6 +150,28 @@ def test_frozen_fusion_trains_the_branches_apart_and_then_the_joint_head_alone(c
         fit(config("no_metadata", architecture=frozen))
 
 
+def test_frozen_fusion_that_was_killed_between_its_branches_ends_as_one_that_was_not(
+    config: Callable[..., Fit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = Architecture(name=TINY.name, arguments={**TINY.arguments, "fusion": "frozen", "metadata_hidden": (8, 4)})
+    of_both = {"architecture": frozen, "metadata": ("magpsf", "distnr")}
+    whole, killed = config("whole_fusion", **of_both), config("killed_fusion", **of_both)
+    fit(whole)
+    step = Learner.training_step
+
+    def killed_in_the_second_branch(learner: Learner, batch: tuple[torch.Tensor, ...], i: int) -> torch.Tensor:
+        if isinstance(learner.network, MetadataClassifier):
+            raise SystemExit
+        return step(learner, batch, i)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learning.Learner, "training_step", killed_in_the_second_branch)
+        with pytest.raises(SystemExit):
+            fit(killed)
+    fit(killed)
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(killed).items())
+
+
 def test_wrong_configurations_are_said(config: Callable[..., Fit], fitted: Fit, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="was begun with another configuration"):
         fit(fitted.model_copy(update={"recipe": Recipe(epochs=4)}))
@@ -158,10 +181,22 @@ def test_wrong_configurations_are_said(config: Callable[..., Fit], fitted: Fit, 
         fit(config("large", images=PUBLISHED_IMAGES.model_copy(update={"size": 64})))
     with pytest.raises(TrainingError, match="no alert to train on has a value of reliability"):
         fit(config("empty", metadata=("reliability",)))
+    narrow = PUBLISHED_IMAGES.model_copy(update={"size": 31})
+    two = PUBLISHED_IMAGES.model_copy(update={"order": ("science", "difference")})
+    for name, changes in (("narrow", {"images": narrow}), ("two", {"images": two})):
+        with pytest.raises(TrainingError, match=r"cannot take images \(\d, \d\d, \d\d\): ") as refused:
+            fit(config(name, **changes))
+        assert "\n" not in str(refused.value)
     file = tmp_path / "fit.yaml"
     file.write_text("name: x\nepochs: 3\nrecipe: {warm_up_epochs: 30}\n")
     with pytest.raises(TrainingError, match=r"dataset: Field required.*warm_up_epochs: 30 of 25.*epochs: Extra inputs"):
         read_configuration(Fit, file)
+
+
+def test_a_run_that_diverged_is_said(config: Callable[..., Fit]) -> None:
+    recipe = Recipe(epochs=2, warm_up_epochs=0, batch=16, learning_rate=1e30)
+    with pytest.raises(TrainingError, match="validation loss was never a number: try a lower learning_rate"):
+        fit(config("diverged", recipe=recipe))
 
 
 def test_flips_and_turns_keep_every_pixel_and_nothing_else() -> None:

@@ -22,7 +22,7 @@ from broker_filter.scoring.networks import build_network
 from broker_filter.scoring.weights import WeightsError
 from training.data.datasets import Dataset
 from training.errors import DatasetError, TrainingError
-from training.recipe import ENCODER_CARD, Encoder, Fit, Hardware, Optimisation, Recipe
+from training.recipe import ENCODER_CARD, PUBLISHED_IMAGES, Encoder, Fit, Hardware, Optimisation, Recipe
 from training.vision.fit import BUNDLE, fit
 from training.vision.galaxies import QUESTIONS, Galaxies, read_galaxies, simulate_galaxies
 from training.vision.pretrain import WEIGHTS, GalaxyZoo, MorphologyLearner, Pretraining, Simulated, combine, pretrain
@@ -178,4 +178,7 @@ def test_a_network_without_an_encoder_is_refused(tmp_path: Path) -> None:
     sources = (Simulated(kind="simulated", galaxies=4),)
     assert not hasattr(build_network(Architecture(name="vgg6")), "encoder")
     with pytest.raises(TrainingError, match="'vgg6' has no encoder"):
-        pretrain(Pretraining(out=tmp_path, architecture=Architecture(name="vgg6"), galaxies=sources))
+        pretrain(Pretraining(out=tmp_path / "vgg6", architecture=Architecture(name="vgg6"), galaxies=sources))
+    narrow = PUBLISHED_IMAGES.model_copy(update={"size": 31})
+    with pytest.raises(TrainingError, match="cannot take images"):
+        pretrain(Pretraining(out=tmp_path / "narrow", architecture=TINY, galaxies=sources, images=narrow))

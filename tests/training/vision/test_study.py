@@ -61,6 +61,24 @@ def test_a_run_that_fails_is_told_of_and_the_others_are_made(study: dict[str, ob
     assert "night_tiny_scratch_images_100pct_seed1" in (tmp_path / "study" / TABLE).read_text()
 
 
+def test_a_run_that_diverges_is_one_that_fails(study: dict[str, object], tmp_path: Path) -> None:
+    study["regimens"] = {"wild": {"recipe": {"learning_rate": 1e30, "warm_up_epochs": 0}}}
+    with pytest.raises(TrainingError, match="1 of 1 runs failed"):
+        begin(study, tmp_path)
+
+
+def test_what_is_misspelt_in_a_study_is_said_before_a_run_is_made(study: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"regimens\.galaxies: encoders of models that are not in the study: tinny"):
+        begin({**study, "regimens": {"scratch": {}, "galaxies": {"encoders": {"tinny": "x"}}}}, tmp_path)
+    for changes in (
+        {"regimens": {"scratch": {}, "wild": {"recipe": {"epoch": 3}}}},
+        {"models": {"a-b": {"architecture": TINY}}},
+    ):
+        with pytest.raises(TrainingError, match=r"night_(tiny_wild|a-b_scratch)_.*seed1: (recipe.)?(epoch|name)"):
+            begin({**study, **changes}, tmp_path)
+    assert not (tmp_path / "study" / RUNS).exists()
+
+
 def test_one_seed_of_everything_comes_before_the_next(study: dict[str, object]) -> None:
     study |= {
         "models": {"plain": {"architecture": TINY, "takes_metadata": False}, "wide": {"architecture": TINY}},
