@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, settings
 from broker_filter.local_kafka import KafkaCluster, embedded_broker, kafka_home
 from broker_filter.scoring.bundle import load_bundle
 from broker_filter.scoring.neighbours import normalise
-from broker_filter.scoring.reference import Ordinary, make_reference
+from broker_filter.scoring.reference import UNLABELLED, Ordinary, make_reference
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("BROKER_FILTER_SHARED", CHECKOUT.parent / "shared"))
@@ -164,7 +164,8 @@ def reference_file(tmp_path: Path) -> Path:
     scores = np.sort(rng.gamma(3, 0.1, 50).astype(np.float32))
     file = tmp_path / "ordinary.safetensors"
     card = load_bundle("default").card
-    make_reference(card, None, alerts, scores, np.array([[0.2, 0.1]], np.float32)).write(file)
+    usual, label = np.array([[0.2, 0.1]], np.float32), np.full(100, UNLABELLED)
+    make_reference(card, None, alerts, scores, usual, "mahalanobis", label).write(file)
     return file
 
 

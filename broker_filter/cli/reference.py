@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "embedder"
 DEFAULT_LIMIT = 100_000
 """Alerts: enough to know the strangest in a thousand by, and searched in a twentieth of a millisecond."""
+MEASURES = ("mahalanobis", "neighbours", "centroids")
 REAL = "real"
 """The output that says whether an alert is one."""
 
@@ -41,6 +42,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     builder.add_argument(
         "--limit", type=_limit, default=DEFAULT_LIMIT, metavar="N", help="alerts to keep (default: %(default)s)"
     )
+    builder.add_argument(
+        "--measure",
+        choices=MEASURES,
+        default=MEASURES[0],
+        help="of how far an alert is from the ordinary ones: from their middle, from the nearest of them, or from the "
+        "nearest centroid of the classes that --labels names (default: %(default)s)",
+    )
+    builder.add_argument("--labels", type=Path, metavar="TABLE", help=".csv or .parquet, by alert or object id")
+    builder.add_argument("--label", default="label", metavar="COLUMN", help="its column of labels (default: label)")
+    builder.add_argument(
+        "--class", dest="classes", action="append", default=[], metavar="NAME=VALUES", help="values of one class"
+    )
     add_scoring_options(builder)
     builder.set_defaults(run=_build)
 
@@ -60,10 +73,17 @@ def _limit(text: str) -> int:
 def _build(arguments: argparse.Namespace) -> int:
     from broker_filter.cli.archived import score_archives
     from broker_filter.config import Runtime
+    from broker_filter.scoring.labels import parse_rule, read_labels
+    from broker_filter.scoring.reference import ReferenceSetError
     from broker_filter.scoring.scorer import open_scorer
     from broker_filter.streaming.expressions import FIELDS, compile_filter
     from broker_filter.streaming.ordinary import build_reference
 
+    if (arguments.measure == "centroids") != (arguments.labels is not None):
+        raise ReferenceSetError("centroids are of classes, which --labels names; the other measures need none")
+    labels = None
+    if arguments.labels:
+        labels = read_labels(arguments.labels, arguments.label, [parse_rule(rule) for rule in arguments.classes])
     scorer = open_scorer([arguments.model], Runtime(device=arguments.device))
     [model] = scorer.models
     where = arguments.where or _recommended_cut(model)
@@ -71,7 +91,7 @@ def _build(arguments: argparse.Namespace) -> int:
     batches = score_archives(
         arguments.inputs, scorer, columns=cut.columns if cut else (), registry=arguments.schema_registry
     )
-    reference = build_reference(batches, model, cut, arguments.limit)
+    reference = build_reference(batches, model, cut, arguments.limit, arguments.measure, labels)
     reference.write(arguments.out)
     passing = f" that pass `{where}`" if where else ""
     print(
@@ -97,6 +117,7 @@ def _show(arguments: argparse.Namespace) -> int:
         "alerts": f"{len(reference.alerts):,} of {len(set(reference.alerts.object_id.tolist())):,} objects",
         "that pass": card.where or "(all were taken)",
         "modalities": ", ".join(card.modalities) or "none",
+        "measure": " of ".join((card.measure, *([", ".join(card.classes)] if card.classes else []))),
         "dimensions": str(reference.alerts.embedding.shape[1]),
         "calibrated on": f"{len(reference.scores):,} alerts of other objects",
         "their scores": f"median {median:.4f}, one in a hundred above {strange:.4f}",

@@ -1,24 +1,24 @@
 """How strange an alert is beside a reference of ordinary ones, and what makes it strange.
 
-Ordinary embeddings are a cloud, and so is each modality that they have side by side. An alert has a distance from the
-middle of each cloud by the cloud's own shape; those distances, in deviations of what is usual, make the score. So what
-varies little among ordinary alerts counts as much as what varies a lot, and so does what never goes together
-(`training anomalies` compares this with other measures). Works on embeddings alone, and decides nothing: which scores
-are flagged is `threshold`'s affair. An alert's score does not depend on what else is scored.
+Ordinary embeddings are a cloud, and so is each modality that they have side by side. An alert has a distance from each
+cloud by one of three measures; those distances, in deviations of what is usual, make the score. `training anomalies`
+says what each measure is worth. Works on embeddings alone, and decides nothing: which scores are flagged is
+`threshold`'s affair. An alert's score does not depend on what else is scored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.scoring.neighbours import Embeddings, Neighbours, normalise
-from broker_filter.scoring.reference import Reference, ReferenceSetError
+from broker_filter.scoring.reference import UNLABELLED, Measure, Reference, ReferenceSetError
 
 NEIGHBOURS = 5
-"""Named in a reason."""
+"""Named in a reason, and measured from."""
 SHRINKAGE = 0.003
 """Of a covariance towards a sphere of the same mean variance: enough to invert it where a network's embeddings hardly
 vary in some directions, or the ordinary alerts are few."""
@@ -46,7 +46,11 @@ class Reason:
 
 
 class Mahalanobis:
-    """The Mahalanobis distance from the mean: Lee et al. 2018 (arXiv:1807.03888), eq. 2, all being of one class."""
+    """The Mahalanobis distance from the mean: Lee et al. 2018 (arXiv:1807.03888), eq. 2, all being of one class.
+
+    By the cloud's own shape: what varies little among ordinary alerts counts as much as what varies a lot, and so does
+    what never goes together.
+    """
 
     def __init__(self, ordinary: Embeddings) -> None:
         """`ordinary`: [K, D], K of at least 2. Raises ReferenceSetError where all are the same."""
@@ -63,6 +67,42 @@ class Mahalanobis:
         return np.asarray(np.linalg.norm((embedding - self._mean) @ self._whitening, axis=1))
 
 
+class NeighbourDistance:
+    """The mean cosine distance from the NEIGHBOURS nearest: Ramaswamy et al. 2000 (SIGMOD), the mean in place of the
+    last; of learnt embeddings, Sun et al. 2022 (arXiv:2204.06507)."""
+
+    def __init__(self, ordinary: Embeddings) -> None:
+        """`ordinary`: [K, D], K of at least NEIGHBOURS."""
+        self._neighbours = Neighbours(ordinary)
+
+    def __call__(self, embedding: Embeddings) -> NDArray[np.float64]:
+        """The distances [N] of embeddings [N, D]."""
+        return np.asarray(self._neighbours.nearest(embedding, NEIGHBOURS)[0].mean(axis=1, dtype=np.float64))
+
+
+class CentroidDistance:
+    """The cosine distance from the nearest class's centroid: Rizhko & Bloom 2025 (arXiv:2411.08842)."""
+
+    def __init__(self, ordinary: Embeddings, label: NDArray[np.int64]) -> None:
+        """`ordinary`: [K, D], of the classes `label` [K]. Raises ReferenceSetError where none has a label."""
+        labelled = label != UNLABELLED
+        if not labelled.any():
+            raise ReferenceSetError("no ordinary alert has a label, and centroids are of classes")
+        _, label = np.unique(label[labelled], return_inverse=True)  # a class without alerts has no centroid
+        self._centroids = centroids(ordinary[labelled], label).astype(np.float64)
+
+    def __call__(self, embedding: Embeddings) -> NDArray[np.float64]:
+        """The distances [N] of embeddings [N, D]."""
+        return np.asarray(1 - (embedding.astype(np.float64) @ self._centroids.T).max(axis=1))
+
+
+def centroids(embedding: Embeddings, label: NDArray[np.int64]) -> Embeddings:
+    """The mean embedding of each class, of length 1, [C, D]; zeros for a class without alerts."""
+    sums = np.zeros((int(label.max()) + 1, embedding.shape[1]))
+    np.add.at(sums, label, embedding)
+    return normalise(sums)
+
+
 def parts(embedding: NDArray[np.float32], modalities: int) -> list[Embeddings]:
     """An embedding [N, D] as a whole, and each of the M modalities that it has side by side, [N, D / M]; each of length
     1, zeros where an alert lacks it."""
@@ -76,22 +116,40 @@ def parts(embedding: NDArray[np.float32], modalities: int) -> list[Embeddings]:
 class Cloud:
     """Ordinary embeddings, as a whole and in each of their modalities."""
 
-    def __init__(self, embedding: Embeddings, modalities: int) -> None:
-        """`embedding` [K, D], of M `modalities`. Raises ReferenceSetError where one is had by fewer than two alerts."""
+    def __init__(self, embedding: Embeddings, modalities: int, measure: Measure, label: NDArray[np.int64]) -> None:
+        """`embedding` [K, D], of M `modalities`; `label` [K], which `centroids` are of.
+
+        Raises ReferenceSetError where one is had by fewer than NEIGHBOURS alerts, or the measure cannot be made of
+        them.
+        """
         self._modalities = modalities
-        known = [part[part.any(axis=1)] for part in parts(embedding, modalities)]
-        if min(map(len, known)) < 2:
-            raise ReferenceSetError("hardly an ordinary alert has all that the embedding is of: give more inputs")
-        self._distances = [Mahalanobis(part) for part in known]
+        self._distances = []
+        for part in parts(embedding, modalities):
+            known = part.any(axis=1)
+            if known.sum() < NEIGHBOURS:
+                raise ReferenceSetError("hardly an ordinary alert has all that the embedding is of: give more inputs")
+            self._distances.append(_measured(measure, part[known], label[known]))
 
     def distances(self, embedding: NDArray[np.float32]) -> NDArray[np.float64]:
-        """How far each of [N, D] is from the middle, as a whole and in each modality, [N, 1 + M]; NaN for what it
-        lacks."""
+        """How far each of [N, D] is from the ordinary ones, as a whole and in each modality, [N, 1 + M]; NaN for what
+        it lacks."""
         columns = [
             np.where(part.any(axis=1), distance(part), np.nan)
             for part, distance in zip(parts(embedding, self._modalities), self._distances, strict=True)
         ]
         return np.stack(columns, axis=1)
+
+
+def _measured(
+    measure: Measure, ordinary: Embeddings, label: NDArray[np.int64]
+) -> Callable[[Embeddings], NDArray[np.float64]]:
+    match measure:
+        case "mahalanobis":
+            return Mahalanobis(ordinary)
+        case "neighbours":
+            return NeighbourDistance(ordinary)
+        case "centroids":
+            return CentroidDistance(ordinary, label)
 
 
 def strangeness(distances: NDArray[np.float64], usual: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -112,7 +170,7 @@ class AnomalyScorer:
         self._names = reference.card.modalities
         self._usual = reference.usual
         self._alert_id, self._object_id = alerts.alert_id, alerts.object_id
-        self._cloud = Cloud(alerts.embedding, len(self._names))
+        self._cloud = Cloud(alerts.embedding, len(self._names), reference.card.measure, reference.label)
         self._neighbours = Neighbours(alerts.embedding)
 
     def score(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -31,6 +31,9 @@ MAX_BYTES = 2**33
 """Of the file: MAX_ALERTS with 2,000 dimensions fit."""
 MAX_OBJECT_ID_BYTES = 64
 """Surveys' names of objects have 19 at most."""
+Measure = Literal["mahalanobis", "neighbours", "centroids"]
+"""How far from ordinary alerts is measured: see `anomaly`."""
+UNLABELLED = -1
 CARD = "card"
 """Key of the card in the file's metadata."""
 
@@ -48,6 +51,8 @@ class ReferenceCard(CardSection):
     weights_sha256: Sha256 = Field(description="Of the bundle: embeddings of other weights cannot be compared.")
     modalities: tuple[ModelName, ...] = Field(default=(), description="M, which each embedding has side by side.")
     where: str | None = Field(default=None, description="The filter that ordinary alerts passed; none: all were taken.")
+    measure: Measure = Field(default="mahalanobis", description="What scores by it are of.")
+    classes: tuple[ModelName, ...] = Field(default=(), description="C, which labels name; none: nothing is labelled.")
     data_sha256: Sha256 = Field(description="Of the arrays' bytes, by name.")
 
 
@@ -74,11 +79,13 @@ class Reference:
     alerts: Ordinary
     scores: NDArray[np.float32]  # [Q] ascending: of ordinary alerts of other objects
     usual: NDArray[np.float32]  # [1 + M, 2] mean and deviation of their distances, as a whole and in each modality
+    label: NDArray[np.int64]  # [K] which of the card's classes an alert is of, or UNLABELLED
 
     def write(self, file: Path) -> None:
         """Writes the file, which appears only when it is whole."""
         partial = file.with_name(f"{file.name}.partial")
-        save_file(_arrays(self.alerts, self.scores, self.usual), partial, metadata={CARD: self.card.model_dump_json()})
+        arrays = _arrays(self.alerts, self.scores, self.usual, self.label)
+        save_file(arrays, partial, metadata={CARD: self.card.model_dump_json()})
         partial.replace(file)
 
 
@@ -88,6 +95,9 @@ def make_reference(
     alerts: Ordinary,
     scores: NDArray[np.float32],
     usual: NDArray[np.float32],
+    measure: Measure,
+    label: NDArray[np.int64],
+    classes: tuple[str, ...] = (),
 ) -> Reference:
     """A reference of the embeddings that the bundle with this card gave."""
     described = ReferenceCard(
@@ -96,9 +106,11 @@ def make_reference(
         weights_sha256=card.files[WEIGHTS],
         modalities=card.outputs.modalities,
         where=where,
-        data_sha256=_sha256(_arrays(alerts, scores, usual)),
+        measure=measure,
+        classes=classes,
+        data_sha256=_sha256(_arrays(alerts, scores, usual, label)),
     )
-    return Reference(described, alerts, scores, usual)
+    return Reference(described, alerts, scores, usual, label)
 
 
 def read_card(file: Path) -> ReferenceCard:
@@ -134,13 +146,14 @@ def read_reference(file: Path) -> Reference:
         "object_id": ((k, MAX_OBJECT_ID_BYTES), np.uint8),
         "scores": ((q,), np.float32),
         "usual": ((1 + len(card.modalities), 2), np.float32),
+        "label": ((k,), np.int64),
     }
     found = {name: (array.shape, array.dtype.type) for name, array in arrays.items()}
     if found != expected or not all(MIN_ALERTS <= n <= MAX_ALERTS for n in (k, q)):
         raise ReferenceSetError(f"{file}: holds {found}, its card asks for {expected}; build the reference again")
     if _sha256(arrays) != card.data_sha256:
         raise ReferenceSetError(f"{file}: its arrays are not the ones that its card names; build the reference again")
-    if problem := _unusable(arrays):
+    if problem := _unusable(arrays, len(card.classes)):
         raise ReferenceSetError(f"{file}: {problem}; build the reference again")
     names = arrays["object_id"].view(f"S{MAX_OBJECT_ID_BYTES}")[:, 0]
     try:
@@ -148,7 +161,7 @@ def read_reference(file: Path) -> Reference:
     except UnicodeDecodeError as error:
         raise ReferenceSetError(f"{file}: a name of an object is no UTF-8; build the reference again") from error
     alerts = Ordinary(arrays["embedding"], arrays["alert_id"], object_id)
-    return Reference(card, alerts, arrays["scores"], arrays["usual"])
+    return Reference(card, alerts, arrays["scores"], arrays["usual"], arrays["label"])
 
 
 def check_made_with(file: Path, reference: ReferenceCard, cards: Sequence[bundle.Card]) -> None:
@@ -169,7 +182,9 @@ def check_made_with(file: Path, reference: ReferenceCard, cards: Sequence[bundle
         )
 
 
-def _arrays(alerts: Ordinary, scores: NDArray[np.float32], usual: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+def _arrays(
+    alerts: Ordinary, scores: NDArray[np.float32], usual: NDArray[np.float32], label: NDArray[np.int64]
+) -> dict[str, NDArray[Any]]:
     """A reference's arrays as they stand in its file."""
     names = np.char.encode(alerts.object_id, "utf-8").astype(f"S{MAX_OBJECT_ID_BYTES}")
     return {
@@ -178,10 +193,11 @@ def _arrays(alerts: Ordinary, scores: NDArray[np.float32], usual: NDArray[np.flo
         "object_id": names[:, None].view(np.uint8),
         "scores": scores,
         "usual": usual,
+        "label": label,
     }
 
 
-def _unusable(arrays: Mapping[str, NDArray[Any]]) -> str | None:
+def _unusable(arrays: Mapping[str, NDArray[Any]], classes: int) -> str | None:
     """What keeps alerts from being scored, or the scores from being flagged, by a reference's arrays."""
     if bad := [name for name in ("embedding", "scores", "usual") if not np.isfinite(arrays[name]).all()]:
         return f"its {bad[0]} holds NaN or infinite numbers"
@@ -189,6 +205,8 @@ def _unusable(arrays: Mapping[str, NDArray[Any]]) -> str | None:
         return "its scores do not ascend"
     if not (arrays["usual"][:, 1] > 0).all():
         return "its usual deviations are not above 0"
+    if not ((arrays["label"] >= UNLABELLED) & (arrays["label"] < classes)).all():
+        return "its label names a class that its card does not"
     return None
 
 

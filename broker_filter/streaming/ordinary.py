@@ -9,16 +9,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.scoring.anomaly import NEIGHBOURS, Cloud, strangeness
 from broker_filter.scoring.neighbours import normalise
-from broker_filter.scoring.reference import Ordinary, Reference, ReferenceSetError, make_reference
+from broker_filter.scoring.reference import (
+    UNLABELLED,
+    Measure,
+    Ordinary,
+    Reference,
+    ReferenceSetError,
+    make_reference,
+)
 from broker_filter.scoring.scorer import Model
 from broker_filter.streaming.expressions import Expression
 from broker_filter.streaming.filtering import ScoredBatch
+
+if TYPE_CHECKING:
+    from broker_filter.scoring.labels import Labels
 
 HELD_OUT = 0.2
 """Share of the objects that the reference is calibrated on: their alerts are as ordinary, and it does not know them."""
@@ -69,10 +80,17 @@ def ordinary_alerts(scored: ScoredBatch, model: Model, where: Expression | None)
     return Ordinary(normalise(scores.embedding[rows]), alerts.alert_id[rows], names[rows])
 
 
-def build_reference(batches: Iterable[ScoredBatch], model: Model, where: Expression | None, limit: int) -> Reference:
+def build_reference(
+    batches: Iterable[ScoredBatch],
+    model: Model,
+    where: Expression | None,
+    limit: int,
+    measure: Measure = "mahalanobis",
+    labels: Labels | None = None,
+) -> Reference:
     """A reference of up to `limit` of the batches' alerts, calibrated on those of other objects.
 
-    Raises ReferenceSetError where there are too few.
+    `labels`: of some of them, for the measure `centroids`. Raises ReferenceSetError where there are too few.
     """
     sample = Sample(limit)
     for scored in batches:
@@ -87,11 +105,14 @@ def build_reference(batches: Iterable[ScoredBatch], model: Model, where: Express
             f"{MIN_HELD_OUT} of other objects than the rest are needed; give more inputs, or a wider filter"
         )
     card = model.bundle.card
-    distances = Cloud(kept.embedding, len(card.outputs.modalities)).distances(others.embedding)
+    label = labels.of(kept.alert_id, kept.object_id) if labels else np.full(len(kept), UNLABELLED)
+    distances = Cloud(kept.embedding, len(card.outputs.modalities), measure, label).distances(others.embedding)
     usual = np.stack([np.nanmean(distances, axis=0), np.nanstd(distances, axis=0)], axis=1).astype(np.float32)
     if not (usual[:, 1] > 0).all():
         raise ReferenceSetError("in some modality all alerts are equally strange: the embedding says nothing there")
-    return make_reference(card, where.text if where else None, kept, np.sort(strangeness(distances, usual)), usual)
+    scores = np.sort(strangeness(distances, usual))
+    passed, classes = where.text if where else None, labels.classes if labels else ()
+    return make_reference(card, passed, kept, scores, usual, measure, label, classes)
 
 
 def _draw(name: str) -> int:

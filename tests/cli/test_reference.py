@@ -51,6 +51,26 @@ def test_a_limit_and_a_cut_of_ones_own(night: Path, embedding_bundle: Path, tmp_
     assert main([*arguments, "--where", "magpsf < 0"]) == 1
 
 
+def test_centroids_are_of_the_classes_of_a_table(
+    night: Path, embedding_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, table = tmp_path / "classes.safetensors", tmp_path / "labels.csv"
+    candids = sorted(int(packet.stem) for packet in night.iterdir())
+    rows = [f"{candid},{'early' if candid < candids[N // 2] else 'late'}" for candid in candids[::2]]
+    table.write_text("\n".join(["candid,when", *rows]))
+    arguments = ["reference", "build", str(night), "--model", str(embedding_bundle), "--out", str(file)]
+    assert main([*arguments, "--measure", "centroids"]) == 1
+    assert "which --labels names" in capsys.readouterr().err
+    assert main([*arguments, "--measure", "centroids", "--labels", str(table), "--label", "when"]) == 0
+    built = read_reference(file)
+    assert built.card.classes == ("early", "late")
+    early = dict(zip(built.alerts.alert_id.tolist(), built.label.tolist(), strict=True))
+    labelled = {candid: 0 if candid < candids[N // 2] else 1 for candid in candids[::2]}
+    assert early == {candid: labelled.get(candid, -1) for candid in early}
+    assert main(["reference", "show", str(file)]) == 0
+    assert "centroids of early, late" in capsys.readouterr().out
+
+
 def test_the_most_similar_are_listed_and_drawn(
     reference: Path, night: Path, embedding_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from broker_filter.scoring.bundle import WEIGHTS, Card, load_bundle
 from broker_filter.scoring.neighbours import normalise
 from broker_filter.scoring.reference import (
     CARD,
+    Measure,
     Ordinary,
     Reference,
     ReferenceSetError,
@@ -48,7 +50,8 @@ def reference(card: Card) -> Reference:
         np.array([f"ZTF26aaé{i}" for i in range(50)]),
     )
     usual = np.array([[2.8, 0.3], [1.7, 0.4], [1.7, 0.4]], np.float32)
-    return make_reference(card, "default.real > 0.5", alerts, np.linspace(0.1, 0.5, 30, dtype=np.float32), usual)
+    scores, label = np.linspace(0.1, 0.5, 30, dtype=np.float32), np.arange(50) % 3 - 1
+    return make_reference(card, "default.real > 0.5", alerts, scores, usual, "mahalanobis", label, ("VS", "SN"))
 
 
 @pytest.fixture
@@ -64,6 +67,7 @@ def test_is_itself_again_when_it_is_read(reference: Reference, file: Path) -> No
         np.testing.assert_array_equal(getattr(again.alerts, name), getattr(reference.alerts, name))
     np.testing.assert_array_equal(again.scores, reference.scores)
     np.testing.assert_array_equal(again.usual, reference.usual)
+    np.testing.assert_array_equal(again.label, reference.label)
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
@@ -110,16 +114,18 @@ def test_damage_is_found(file: Path) -> None:
         "embedding": lambda values: np.where(np.arange(len(values))[:, None] == 5, np.float32(np.nan), values),
         "scores": lambda values: values[::-1].copy(),
         "usual": lambda values: values * np.float32(0),
+        "label": lambda values: values + 1,
     }.items(),
 )
 def test_numbers_that_would_flag_nothing_are_refused(
-    reference: Reference, file: Path, name: str, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    reference: Reference, file: Path, name: str, change: Callable[[NDArray[np.generic]], NDArray[np.generic]]
 ) -> None:
     """One NaN among the ordinary would make every alert's score one, and silence the service for good."""
     arrays = load_file(file)
     changed = arrays | {name: change(arrays[name])}
     alerts = replace(reference.alerts, embedding=changed["embedding"])
-    rewrite(reference, alerts, changed["scores"], changed["usual"], file)
+    others = {name: changed[name] for name in ("scores", "usual", "label")}
+    rewrite(replace(reference, alerts=alerts, **others), file)
     with pytest.raises(ReferenceSetError, match=f"ordinary.safetensors: its {name} .*; build the reference again"):
         read_reference(file)
 
@@ -127,8 +133,8 @@ def test_numbers_that_would_flag_nothing_are_refused(
 @pytest.mark.parametrize("kept", [0, 1])
 def test_one_alert_is_no_reference(reference: Reference, file: Path, kept: int) -> None:
     """Neither has one a spread, nor do scores without a tail give a threshold."""
-    alerts, scores = (reference.alerts[np.arange(1)], reference.scores) if kept else (reference.alerts, np.ones(1))
-    rewrite(reference, alerts, scores.astype(np.float32), reference.usual, file)
+    one = {"alerts": reference.alerts[np.arange(1)], "label": reference.label[:1]}
+    rewrite(replace(reference, **(one if kept else {"scores": reference.scores[:1]})), file)
     with pytest.raises(ReferenceSetError, match="build the reference again"):
         read_reference(file)
 
@@ -136,16 +142,24 @@ def test_one_alert_is_no_reference(reference: Reference, file: Path, kept: int) 
 def test_alerts_that_all_look_the_same_are_no_reference(reference: Reference) -> None:
     same = np.repeat(reference.alerts.embedding[:1], 50, axis=0)
     with pytest.raises(ReferenceSetError, match="look the same"):
-        Cloud(same, len(MODALITIES))
+        Cloud(same, len(MODALITIES), "mahalanobis", reference.label)
 
 
-def rewrite(
-    reference: Reference, alerts: Ordinary, scores: NDArray[np.float32], usual: NDArray[np.float32], file: Path
-) -> None:
-    """Other arrays in the place of a reference's, and their sha256 in its card."""
-    shipped = load_bundle("default").card
-    outputs = shipped.outputs.model_copy(update={"modalities": reference.card.modalities})
-    make_reference(shipped.model_copy(update={"outputs": outputs}), None, alerts, scores, usual).write(file)
+def rewrite(changed: Reference, file: Path) -> None:
+    """A reference whose arrays were changed, their sha256 in its card."""
+    shipped, card = load_bundle("default").card, changed.card
+    outputs = shipped.outputs.model_copy(update={"modalities": card.modalities})
+    made = make_reference(
+        shipped.model_copy(update={"outputs": outputs}),
+        card.where,
+        changed.alerts,
+        changed.scores,
+        changed.usual,
+        card.measure,
+        changed.label,
+        card.classes,
+    )
+    made.write(file)
 
 
 def test_an_alert_of_the_reference_is_its_own_nearest(reference: Reference) -> None:
@@ -161,8 +175,11 @@ def test_a_score_does_not_depend_on_what_else_is_scored(reference: Reference) ->
     np.testing.assert_allclose(scorer.score(asked), alone, atol=1e-6)
 
 
-def test_the_stranger_alert_scores_higher_and_says_in_what_it_is_strange(reference: Reference) -> None:
-    scorer = AnomalyScorer(reference)
+@pytest.mark.parametrize("measure", get_args(Measure))
+def test_the_stranger_alert_scores_higher_and_says_in_what_it_is_strange(
+    reference: Reference, measure: Measure
+) -> None:
+    scorer = AnomalyScorer(replace(reference, card=reference.card.model_copy(update={"measure": measure})))
     embedding = reference.alerts.embedding[[10, 10, 3]]
     embedding[1, 4:] = embedding[1, 4:][::-1] - reference.alerts.embedding[:, 4:].mean(axis=0) * 20  # far off all
     like, unlike, lacking = scorer.score(embedding)
@@ -183,9 +200,27 @@ def test_distances_are_in_the_shape_of_what_is_ordinary() -> None:
     np.testing.assert_allclose(Mahalanobis(ordinary)(steps), [0, 1, 10], atol=0.8)
 
 
+def test_neighbours_and_centroids_are_measured_from_as_they_say(reference: Reference) -> None:
+    """As a whole and in each modality, which the fourth alert lacks one of."""
+    known, label, asked = reference.alerts.embedding, reference.label, reference.alerts.embedding[2:5]
+    near = Cloud(known, 2, "neighbours", label).distances(asked)
+    far = Cloud(known, 2, "centroids", label).distances(asked)
+    for column, axes in enumerate((slice(0, 8), slice(0, 4), slice(4, 8))):
+        there = known[:, axes].any(axis=1)
+        cosine = normalise(asked[:, axes]) @ normalise(known[:, axes]).T
+        nearest = np.sort(1 - cosine[:, there], axis=1)[:, :5].mean(axis=1)
+        middles = [normalise(normalise(known[:, axes])[there & (label == c)].mean(axis=0)) for c in (0, 1)]
+        to_nearest = 1 - (normalise(asked[:, axes]) @ np.stack(middles).T).max(axis=1)
+        rows = [0, 2] if column == 2 else [0, 1, 2]
+        np.testing.assert_allclose(near[rows, column], nearest[rows], atol=1e-6)
+        np.testing.assert_allclose(far[rows, column], to_nearest[rows], atol=1e-6)
+    assert np.isnan(near[1, 2])
+    assert np.isnan(far[1, 2])
+
+
 def test_a_modality_counts_by_what_is_usual_in_it(reference: Reference) -> None:
     embedding = reference.alerts.embedding[:20]
-    distances = Cloud(reference.alerts.embedding, 2).distances(embedding)
+    distances = Cloud(reference.alerts.embedding, 2, "mahalanobis", reference.label).distances(embedding)
     usual = np.array([[0, 1], [0.2, 0.1], [0.02, 0.01]], np.float32)
     expected = np.nanmean((distances - [0, 0.2, 0.02]) / [1, 0.1, 0.01], axis=1)
     np.testing.assert_allclose(strangeness(distances, usual), expected, rtol=1e-5)

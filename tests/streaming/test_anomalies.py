@@ -19,7 +19,7 @@ from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.neighbours import Embeddings, normalise
-from broker_filter.scoring.reference import Reference, ReferenceSetError, read_reference
+from broker_filter.scoring.reference import Measure, Reference, ReferenceSetError, read_reference
 from broker_filter.scoring.scorer import Model, open_model, open_scorer
 from broker_filter.streaming.anomalies import AnomalyJudge, open_judge
 from broker_filter.streaming.duplicates import DuplicateWindow
@@ -122,8 +122,10 @@ def test_flags_strange_alerts_that_pass_the_cut_and_says_why(make: Scored, refer
     assert judge.columns == ("magpsf",)
 
 
-def test_a_stream_of_ordinary_alerts_is_flagged_at_the_rate(make: Scored, reference: Reference) -> None:
-    judge = AnomalyJudge(reference, 0.02, None)
+@pytest.mark.parametrize("measure", ["mahalanobis", "neighbours"])
+def test_a_stream_of_ordinary_alerts_is_flagged_at_the_rate(make: Scored, model: Model, measure: Measure) -> None:
+    batches = [make(ordinary(100, seed), first_id=100 * seed) for seed in range(20)]
+    judge = AnomalyJudge(build_reference(batches, model, None, 1500, measure), 0.02, None)
     flags = np.concatenate([judge.judge(make(ordinary(500, seed))).flag for seed in range(100, 120)])
     assert flags.mean() == pytest.approx(0.02, rel=0.2)
 
@@ -157,7 +159,7 @@ def test_a_configuration_opens_a_judge_by_the_references_own_cut(
     assert open_judge(config.Anomalies(reference=file, where="fwhm < 5"), scorer).columns == ("fwhm",)
     assert open_judge(config.Anomalies(reference=reference_file), scorer).columns == ()
     card = read_reference(file).card.model_copy(update={"bundle": "other"})
-    Reference(card, reference.alerts, reference.scores, reference.usual).write(file)
+    replace(reference, card=card).write(file)
     with pytest.raises(ReferenceSetError, match=r"other, which is none of the models \(default\)"):
         open_judge(config.Anomalies(reference=file), scorer)
 

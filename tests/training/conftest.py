@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("galsim", reason="simulated alerts need the extra `demo`")
 
+from broker_filter.scoring.labels import Labels, parse_rule, read_labels
 from broker_filter.simulate import SimulatedAlert, simulate_night
 from training.data.build_dataset import build_dataset
 from training.data.datasets import Dataset
-from training.data.labels import Labels, parse_rule, read_labels
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ from broker_filter.packets.packet import Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.packets.surveys import DEFAULT_COLUMNS
 from broker_filter.scoring.bundle import MAX_CUTOUT_SIZE, POINT_COLUMNS
+from broker_filter.scoring.labels import Labels, parse_rule, read_labels
 from broker_filter.streaming.archives import read_packets
 from training.data.datasets import (
     CARD,
@@ -45,7 +46,6 @@ from training.data.datasets import (
     open_shard,
     sources_by_class,
 )
-from training.data.labels import Labels, parse_rule, read_labels
 from training.errors import DatasetError
 from training.whole_file import write_whole
 

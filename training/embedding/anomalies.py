@@ -2,7 +2,8 @@
 
 One class after another is left out: of the embedder's training, of the ordinary alerts that others are compared with,
 and of what the isolation forests are grown on. Objects are split, so that no ordinary alert that is judged has another
-of its object among those. The measure of the embedding that stands for it is chosen on objects that no figure is of.
+of its object among those. What measures of the embedding are worth on the validation is said of objects that no other
+figure is of.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -23,16 +25,17 @@ from broker_filter.config import Runtime
 from broker_filter.packets.photometry import NO_VALUE
 from broker_filter.scoring.anomaly import Cloud
 from broker_filter.scoring.bundle import WEIGHTS, Inputs, MetadataColumn
+from broker_filter.scoring.labels import parse_rule, read_labels
 from broker_filter.scoring.neighbours import Embeddings
 from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbedder
 from broker_filter.scoring.preprocess import prepare_images
+from broker_filter.scoring.reference import Measure
 from broker_filter.scoring.scorer import Model, open_model
 from broker_filter.streaming.archives import read_packets
 from training.data.datasets import held_out
-from training.data.labels import parse_rule, read_labels
 from training.embedding.embedder import Recipe, embed, show, train
 from training.embedding.light_curve_features import light_curve_features
-from training.embedding.strangeness import by_centroids, by_isolation_forest, by_neighbours, by_pixels
+from training.embedding.strangeness import by_isolation_forest, by_pixels
 from training.embedding.train_embedder import LIGHT_CURVE, METADATA, SIZE, TRUNK, Named, decode, side_by_side
 from training.evaluation.bootstrap import Estimate, resample
 from training.evaluation.metrics import Values, Weights, rank, ratio
@@ -47,6 +50,7 @@ VALIDATION, TEST = 0.2, 0.25
 SPLIT_SEEDS = {"test": 2026, "validation": 2027}
 STEPS = 250
 """Of training on a few hundred alerts; many more, and they are learnt by heart."""
+SERVED = "mahalanobis, whole and modalities"
 FORESTS = ("forest of features", "forest of features, bogus ones too", "forest of pixels")
 INTRODUCTION = """\
 # Anomalies: classes that nothing had seen
@@ -55,8 +59,8 @@ Written by `python -m training anomalies`. Each class in turn is left out of the
 on the labelled alerts that are left, bogus ones among them, and no simulated ones), of the ordinary alerts that others
 are compared with, and of what the isolation forests are grown on. A cell has the ROC AUC of telling the class from
 ordinary alerts of unseen objects (95 %, bootstrap by object), and the recall at the threshold that {rate:.0%} of the
-ordinary alerts of other unseen objects are above. The trunk stays as it is: it has learnt real and bogus from alerts of
-all classes.
+ordinary alerts of other unseen objects are above, the validation's; the last column has the ROC AUC among those.
+The trunk stays as it is: it has learnt real and bogus from alerts of all classes.
 """
 TABLE, FIGURES = "anomalies.md", "anomalies.json"
 
@@ -101,13 +105,13 @@ def run(arguments: argparse.Namespace) -> None:
     alerts, label = Named(alerts.raw[known], alerts.alert_id[known], alerts.object_id[known]), label[known]
     passes = (trunk.run(alerts.raw)["probabilities"][:, 0] > threshold) & (label < len(CLASSES))
     cases = leave_out(trunk, alerts, label, passes, labels.classes[: len(CLASSES)], Recipe(steps=arguments.steps))
-    chosen = choose(cases)
+    found = on_validation(cases)
     figures, resampled = judge(cases, arguments.rate, alerts.object_id)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    text = as_markdown(cases, chosen, arguments.rate, figures, resampled)
+    text = as_markdown(cases, found, arguments.rate, figures, resampled)
     (arguments.out / TABLE).write_text(text, encoding="utf-8")
     estimates = {name: Estimate.of(value, resampled[name]).model_dump() for name, value in figures.items()}
-    (arguments.out / FIGURES).write_text(json.dumps({"chosen": chosen, "figures": estimates}, indent=1))
+    (arguments.out / FIGURES).write_text(json.dumps({"validation": found, "figures": estimates}, indent=1))
     print(text)
 
 
@@ -133,7 +137,8 @@ def leave_out(
     features = np.concatenate([alerts.raw.metadata, light_curve_features(curves)], axis=1)
     images = prepare_images(alerts.raw.cutouts, alerts.raw.cutout_box, inputs.images)
     test = held_out(alerts.object_id, TEST, SPLIT_SEEDS["test"])
-    validation = ~test & held_out(alerts.object_id, VALIDATION, SPLIT_SEEDS["validation"])
+    rest = np.where(test, UNLABELLED, label)
+    validation = ~test & held_out_of_each(alerts.object_id, rest, VALIDATION, SPLIT_SEEDS["validation"])
     trained_on = ~test & ~validation
     cases = []
     for c, name in enumerate(classes):
@@ -153,6 +158,22 @@ def leave_out(
     return cases
 
 
+def held_out_of_each(
+    object_id: NDArray[np.str_], label: NDArray[np.int64], share: float, seed: int
+) -> NDArray[np.bool_]:
+    """True for the alerts [N] of a random share of the objects of each class: a rare one has objects there, too.
+
+    An object whose alerts have several labels is of the first one's class.
+    """
+    objects, first, index = np.unique(object_id, return_index=True, return_inverse=True)
+    chosen = np.zeros(len(objects), np.bool_)
+    for c in np.unique(label[first]).tolist():
+        of_class = label[first] == c
+        chosen[of_class] = held_out(objects[of_class], share, seed)
+    held: NDArray[np.bool_] = chosen[index]
+    return held
+
+
 def new_network(trunk: Model, seed: int) -> AlertEmbedder:
     """An embedder that is not trained, on the trunk."""
     torch.manual_seed(seed)
@@ -164,19 +185,18 @@ def new_network(trunk: Model, seed: int) -> AlertEmbedder:
 def by_embedding(
     embedding: Embeddings, seen: NDArray[np.bool_], others: NDArray[np.bool_], label: NDArray[np.int64]
 ) -> dict[str, NDArray[np.float64]]:
-    """The scores [N] by each measure of the embedding [N, D]; `seen` are the ordinary ones, `others` the ordinary ones
-    by which distances are put in units of what is usual."""
-    ordinary, m = embedding[seen], len(MODALITIES)
-    cloud, near = Cloud(ordinary, m).distances(embedding), by_neighbours(ordinary, embedding, m)
-    cloud, near = (standardised(distances, distances[others]) for distances in (cloud, near))
-    return {
-        "Mahalanobis, whole and modalities": cloud.mean(axis=1),
-        "Mahalanobis, modalities": cloud[:, 1:].mean(axis=1),
-        "Mahalanobis, whole": cloud[:, 0],
-        "neighbours, modalities": near[:, 1:].mean(axis=1),
-        "neighbours, whole": near[:, 0],
-        "nearest centroid": by_centroids(ordinary, label[seen], embedding),
-    }
+    """The scores [N] by each measure of the embedding [N, D], as they are served, and by its parts; `seen` are the
+    ordinary ones, `others` the ordinary ones by which distances are put in units of what is usual."""
+    scores: dict[str, NDArray[np.float64]] = {}
+    for measure in get_args(Measure):
+        distances = Cloud(embedding[seen], len(MODALITIES), measure, label[seen]).distances(embedding)
+        unusual = standardised(distances, distances[others])
+        scores |= {
+            f"{measure}, whole and modalities": unusual.mean(axis=1),
+            f"{measure}, modalities": unusual[:, 1:].mean(axis=1),
+            f"{measure}, whole": unusual[:, 0],
+        }
+    return scores
 
 
 def standardised(distances: NDArray[np.float64], ordinary: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -185,17 +205,14 @@ def standardised(distances: NDArray[np.float64], ordinary: NDArray[np.float64]) 
     return unusual
 
 
-def choose(cases: Sequence[LeftOut]) -> str:
-    """The measure of the embedding that finds the classes best among the objects of the validation, on the mean of
-    those that are there."""
-    measures = [name for name in cases[0].scores if name not in FORESTS]
+def on_validation(cases: Sequence[LeftOut]) -> dict[str, float]:
+    """How well each measure finds the classes among the objects of the validation: the mean over those that are
+    there."""
     there = [case for case in cases if (case.validation & case.anomalous).any()]
-    found = {
-        name: np.mean([roc_auc(case, name, case.validation, np.ones(len(case.validation))) for case in there])
-        for name in measures
+    return {
+        name: float(np.mean([roc_auc(case, name, case.validation, np.ones(len(case.validation))) for case in there]))
+        for name in cases[0].scores
     }
-    log.info("on validation: %s", ", ".join(f"{name} {float(auc):.3f}" for name, auc in found.items()))
-    return max(found, key=lambda name: float(found[name]))
 
 
 def roc_auc(case: LeftOut, measure: str, rows: NDArray[np.bool_], weight: Weights) -> Values:
@@ -235,12 +252,13 @@ def _figures(case: LeftOut, measure: str, rate: float, weight: Weights) -> dict[
 
 def as_markdown(
     cases: Sequence[LeftOut],
-    chosen: str,
+    found: Mapping[str, float],
     rate: float,
     figures: Mapping[str, float],
     resampled: Mapping[str, Values],
 ) -> str:
-    """The page: what was done, a table of how well each class is found, and what the chosen measure is ahead by."""
+    """The page: what was done, a table of how well each class is found, and what two measures are ahead by: the one
+    that is served, and the embedding's that is the best on validation, by `found`."""
     names = [case.name for case in cases]
 
     def cell(measure: str, class_: str) -> str:
@@ -248,27 +266,26 @@ def as_markdown(
         auc = Estimate.of(figures[f"{at}/roc_auc"], resampled[f"{at}/roc_auc"])
         return f"{auc.value:.3f} ({auc.low:.3f} to {auc.high:.3f}); {figures[f'{at}/recall']:.0%}"
 
-    to_find = [f"{case.ordinary}; {(case.test & case.anomalous).sum()}" for case in cases]
+    to_find = [
+        f"{case.ordinary}; {(case.test & case.anomalous).sum()}; {(case.validation & case.anomalous).sum()}"
+        for case in cases
+    ]
     lines = [
         INTRODUCTION.format(rate=rate),
-        " | ".join(["| left out", *names, "mean", "ordinary ones flagged |"]),
-        "|".join(["", *["---"] * (len(names) + 3), ""]),
-        " | ".join(["| alerts compared with; to find", *to_find, "", "|"]),
+        " | ".join(["| left out", *names, "mean", "ordinary ones flagged", "mean on validation |"]),
+        "|".join(["", *["---"] * (len(names) + 4), ""]),
+        " | ".join(["| alerts compared with; to find; on validation", *to_find, "", "", "|"]),
     ]
     for measure in cases[0].scores:
-        title = f"**{measure}**" if measure == chosen else measure
+        title = f"**{measure}**" if measure == SERVED else measure
         cells = [cell(measure, class_) for class_ in (*names, "mean")]
-        lines.append(" | ".join([f"| {title}", *cells, f"{figures[f'{measure}/mean/realised']:.1%} |"]))
-    lines += [
-        "",
-        f"`{chosen}` was chosen on the objects of the validation. On those of the test its mean ROC AUC is ahead",
-    ]
-    for forest in FORESTS:
-        mine, its = (f"{name}/mean/roc_auc" for name in (chosen, forest))
-        ahead = Estimate.of(figures[mine] - figures[its], resampled[mine] - resampled[its])
-        lines.append(f"of the {forest} by {ahead},")
-    return "\n".join(lines).rstrip(",") + ".\n"
-
-
-def _to_find(case: LeftOut) -> int:
-    return int((case.test & case.anomalous).sum())
+        cells += [f"{figures[f'{measure}/mean/realised']:.1%}", f"{found[measure]:.3f} |"]
+        lines.append(" | ".join([f"| {title}", *cells]))
+    best = max((measure for measure in found if measure not in FORESTS), key=found.__getitem__)
+    for measure, what in {SERVED: "what is served unless another is asked for", best: "best on validation"}.items():
+        lines += ["", f"The mean ROC AUC of `{measure}`, {what}, is ahead"]
+        for forest in FORESTS:
+            mine, its = (f"{name}/mean/roc_auc" for name in (measure, forest))
+            ahead = Estimate.of(figures[mine] - figures[its], resampled[mine] - resampled[its])
+            lines.append(f"of the {forest} by {ahead}{'.' if forest == FORESTS[-1] else ','}")
+    return "\n".join(lines) + "\n"

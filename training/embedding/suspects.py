@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 
 from broker_filter.cli.archived import score_archives
 from broker_filter.config import Runtime
-from broker_filter.scoring.neighbours import Embeddings, normalise
+from broker_filter.scoring.anomaly import centroids
+from broker_filter.scoring.labels import parse_rule, read_labels
+from broker_filter.scoring.neighbours import Embeddings
+from broker_filter.scoring.reference import UNLABELLED
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.streaming.ordinary import Sample, ordinary_alerts
-from training.data.labels import Labels, parse_rule, read_labels
 from training.errors import DatasetError
 
 SHOWN = 20
@@ -62,8 +64,8 @@ def run(arguments: argparse.Namespace) -> None:
     for scored in score_archives(arguments.inputs, scorer):
         sample.put(ordinary_alerts(scored, scorer.models[0], None))
     alerts = sample.take()
-    label = label_of(labels, alerts.alert_id, alerts.object_id)
-    known = label >= 0
+    label = labels.of(alerts.alert_id, alerts.object_id)
+    known = label != UNLABELLED
     if not known.any():
         raise DatasetError(f"{arguments.labels}: labels none of the {len(alerts)} alerts: is its {labels.key} theirs?")
     some = alerts[known]
@@ -76,12 +78,6 @@ def run(arguments: argparse.Namespace) -> None:
         write_suspects(suspects, labels.classes, arguments.out)
 
 
-def label_of(labels: Labels, alert_id: NDArray[np.int64], object_id: NDArray[np.str_]) -> NDArray[np.int64]:
-    """The class of each of N alerts, -1 where it has no label."""
-    keys = (labels.key_of(*names) for names in zip(alert_id.tolist(), object_id.tolist(), strict=True))
-    return np.array([labels.label_of.get(key, -1) for key in keys])
-
-
 def find_suspects(
     embedding: Embeddings, label: NDArray[np.int64], alert_id: NDArray[np.int64], object_id: NDArray[np.str_]
 ) -> Suspects:
@@ -90,13 +86,6 @@ def find_suspects(
     distance = 1 - cosine[np.arange(len(label)), label]
     order = np.argsort(-distance, kind="stable")
     return Suspects(alert_id[order], object_id[order], label[order], distance[order], cosine.argmax(axis=1)[order])
-
-
-def centroids(embedding: Embeddings, label: NDArray[np.int64]) -> Embeddings:
-    """The mean embedding of each class, of length 1, [C, D]; zeros for a class without alerts."""
-    sums = np.zeros((int(label.max()) + 1, embedding.shape[1]))
-    np.add.at(sums, label, embedding)
-    return normalise(sums)
 
 
 def write_suspects(suspects: Suspects, classes: Sequence[str], file: Path) -> None:

@@ -33,11 +33,11 @@ from broker_filter.scoring.bundle import (
     load_bundle,
 )
 from broker_filter.scoring.export import write_bundle
+from broker_filter.scoring.labels import Labels, parse_rule, read_labels
 from broker_filter.scoring.networks import load_network
 from broker_filter.scoring.networks.stampnet import StampNetClasses, evidence, log_odds
 from broker_filter.scoring.preprocess import prepare_metadata
 from training.data.datasets import Alerts, held_out, load_alerts
-from training.data.labels import Labels, parse_rule, read_labels
 from training.errors import DatasetError
 from training.evaluation.bootstrap import estimate
 from training.evaluation.metrics import Values, Weights, rank

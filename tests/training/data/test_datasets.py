@@ -17,13 +17,13 @@ from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.bundle import POINT_COLUMNS, ImageInput, Inputs, MetadataColumn
+from broker_filter.scoring.labels import Labels, LabelsError, parse_rule, read_labels
 from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
 from broker_filter.simulate import SimulatedAlert
 from broker_filter.streaming.archives import read_packets
 from training.data import build_dataset as building
 from training.data.build_dataset import assign_splits, build_dataset
 from training.data.datasets import CARD, INDEX, SHARDS, SPLITS, Dataset, SplitRule
-from training.data.labels import Labels, parse_rule, read_labels
 from training.errors import DatasetError
 from training.recipe import Recipe
 from training.vision.classifier import ShownAlerts, chosen_to_train
@@ -222,7 +222,7 @@ def test_unusable_labels_are_said_in_a_line(
 def test_a_table_that_does_not_do_is_refused(content: str, column: str, message: str, tmp_path: Path) -> None:
     table = tmp_path / "labels.csv"
     table.write_text(content)
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(LabelsError, match=message):
         read_labels(table, column)
 
 
@@ -240,7 +240,7 @@ def test_rows_without_a_label_are_left_out(tmp_path: Path) -> None:
 def test_a_class_is_described_once(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("candid,drb\n1,0.2\n2,0.8\n")
     rules = [parse_rule("real=0..0.5"), parse_rule("real=0.5..1")]
-    with pytest.raises(DatasetError, match="class real is described more than once"):
+    with pytest.raises(LabelsError, match="class real is described more than once"):
         read_labels(tmp_path / "labels.csv", "drb", rules)
 
 
@@ -260,9 +260,9 @@ def test_ranges_of_a_number_are_classes(tmp_path: Path) -> None:
     table.write_text("candid,drb\n1,0\n2,0.5\n3,0.51\n4,1\n5,\n")
     labels = read_labels(table, "drb", [parse_rule("bogus=0..0.5"), parse_rule("real=0.5..1")])
     assert labels.label_of == {"2": 0, "3": 1, "4": 1}
-    with pytest.raises(DatasetError, match=r"no row of 'drb' is of class huge"):
+    with pytest.raises(LabelsError, match=r"no row of 'drb' is of class huge"):
         read_labels(table, "drb", [parse_rule("real=0..1"), parse_rule("huge=1..9")])
-    with pytest.raises(DatasetError, match="no number is above 2 and up to 1"):
+    with pytest.raises(LabelsError, match="no number is above 2 and up to 1"):
         parse_rule("wrong=2..1")
 
 

@@ -13,13 +13,13 @@ from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
+from broker_filter.scoring.labels import parse_rule, read_labels
 from broker_filter.scoring.networks.alert_embedder import MODALITIES
 from broker_filter.scoring.scorer import Scorer, open_scorer
 from broker_filter.scoring.scores import ModelScores
 from broker_filter.simulate import SCHEMAS, simulate_night
 from broker_filter.streaming.archives import read_packets
 from training.data.datasets import held_out
-from training.data.labels import parse_rule, read_labels
 from training.embedding.probes import balanced_accuracy, nearest
 from training.shipped.train_classes import CLASSES, COLUMN, UNLABELLED
 from training.shipped.train_default import SPLIT_SEED, TEST_FRACTION

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from broker_filter.scoring.anomaly import centroids
 from broker_filter.scoring.neighbours import normalise
 from training.__main__ import main
-from training.embedding.suspects import centroids, find_suspects
+from training.embedding.suspects import find_suspects
 
 
 def test_planted_wrong_labels_come_first() -> None:

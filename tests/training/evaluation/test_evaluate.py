@@ -19,11 +19,11 @@ from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.bundle import MetadataColumn
+from broker_filter.scoring.labels import parse_rule, read_labels
 from broker_filter.scoring.scorer import Model, Scorer, open_model
 from broker_filter.simulate import SimulatedAlert, simulate_night
 from training.data.build_dataset import build_dataset
 from training.data.datasets import Dataset
-from training.data.labels import parse_rule, read_labels
 from training.errors import EvaluationError
 from training.evaluation.evaluate import EVALUATION, PREDICTIONS, Evaluation, evaluate, predict
 from training.evaluation.predictions import Predictions

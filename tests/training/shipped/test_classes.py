@@ -13,10 +13,10 @@ from torch import nn
 
 from broker_filter.config import Runtime
 from broker_filter.scoring.alerts import RawAlerts
+from broker_filter.scoring.labels import parse_rule, read_labels
 from broker_filter.scoring.networks.stampnet import StampNetClasses, evidence
 from broker_filter.scoring.scorer import open_model
 from training.data.datasets import Alerts, held_out, load_alerts
-from training.data.labels import parse_rule, read_labels
 from training.errors import DatasetError
 from training.evaluation.metrics import rank
 from training.shipped.train_classes import CLASSES, COLUMN, METADATA, UNLABELLED, check_sides, classes_of, fit_classes

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pyarrow import dataset
 
-from training.errors import DatasetError
+from broker_filter.scoring.reference import UNLABELLED
 
 KEYS: dict[str, Literal["alert", "object"]] = {
     "alert_id": "alert",
@@ -26,6 +28,10 @@ KEYS: dict[str, Literal["alert", "object"]] = {
 """Columns that labels are joined by, and whose id they hold; of several the first that the table has is taken."""
 CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 """A class becomes an output of the bundle, and outputs stand in filters."""
+
+
+class LabelsError(Exception):
+    """A table of labels, or a class, that cannot be used: which, what is wrong with it, what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +52,19 @@ class ClassRule:
 
 
 def parse_rule(text: str) -> ClassRule:
-    """`SN=SN Ia,SN II`: these values; `real=0.5..1`: numbers above 0.5 up to 1. Raises DatasetError else."""
+    """`SN=SN Ia,SN II`: these values; `real=0.5..1`: numbers above 0.5 up to 1. Raises LabelsError else."""
     name, _, given = text.partition("=")
     if not CLASS_NAME.fullmatch(name) or not given:
-        raise DatasetError(f"{text!r} is no class: NAME=VALUE,VALUE... or NAME=LOW..HIGH, the name an identifier")
+        raise LabelsError(f"{text!r} is no class: NAME=VALUE,VALUE... or NAME=LOW..HIGH, the name an identifier")
     low, dots, high = given.partition("..")
     if not dots:
         return ClassRule(name, frozenset(given.split(",")))
     try:
         rule = ClassRule(name, low=float(low), high=float(high))
     except ValueError as error:
-        raise DatasetError(f"{text!r} is no class: {given!r} is no pair of numbers") from error
+        raise LabelsError(f"{text!r} is no class: {given!r} is no pair of numbers") from error
     if not rule.low < rule.high:
-        raise DatasetError(f"{text!r} is no class: no number is above {rule.low:g} and up to {rule.high:g}")
+        raise LabelsError(f"{text!r} is no class: no number is above {rule.low:g} and up to {rule.high:g}")
     return rule
 
 
@@ -82,30 +88,35 @@ class Labels:
         """What an alert is looked up by in `label_of`."""
         return str(alert_id) if KEYS[self.key] == "alert" else object_id
 
+    def of(self, alert_id: NDArray[np.int64], object_id: NDArray[np.str_]) -> NDArray[np.int64]:
+        """The class of each of N alerts, UNLABELLED where it has no label."""
+        keys = (self.key_of(*names) for names in zip(alert_id.tolist(), object_id.tolist(), strict=True))
+        return np.array([self.label_of.get(key, UNLABELLED) for key in keys], np.int64)
+
 
 def read_labels(table: Path, column: str, rules: Sequence[ClassRule] = ()) -> Labels:
     """The labels in `column` of a table; without `rules` every value is a class of its own.
 
-    Rows whose label is null, empty or of no class are left out. Raises DatasetError where the table cannot be read,
+    Rows whose label is null, empty or of no class are left out. Raises LabelsError where the table cannot be read,
     lacks a column, gives an id two classes, or has no row of a class, and where two rules are of one name.
     """
     names = [rule.name for rule in rules]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise DatasetError(f"{table}: class {', '.join(twice)} is described more than once")
+        raise LabelsError(f"{table}: class {', '.join(twice)} is described more than once")
     try:
         rows = dataset.dataset(table, format=table.suffix.removeprefix("."))
         key = next((name for name in KEYS if name in rows.schema.names), None)
         if key is None:
-            raise DatasetError(f"{table}: no column to join by; there must be one of {', '.join(KEYS)}")
+            raise LabelsError(f"{table}: no column to join by; there must be one of {', '.join(KEYS)}")
         if column not in rows.schema.names:
-            raise DatasetError(f"{table}: no column {column!r}; there are {', '.join(rows.schema.names)}")
+            raise LabelsError(f"{table}: no column {column!r}; there are {', '.join(rows.schema.names)}")
         ids, values = (chunks.to_pylist() for chunks in rows.to_table(columns=[key, column]).columns)
     except (pa.ArrowInvalid, ValueError, OSError) as error:
-        raise DatasetError(f"{table}: neither a .csv nor a .parquet that can be read: {error}") from error
+        raise LabelsError(f"{table}: neither a .csv nor a .parquet that can be read: {error}") from error
     labelled = [(str(i), value) for i, value in zip(ids, values, strict=True) if _given(i) and _given(value)]
     rules = tuple(rules) or tuple(_class_of(value, table, column) for value in sorted({str(v) for _, v in labelled}))
     if len(rules) < 2:
-        raise DatasetError(f"{table}: {column!r} makes {len(rules)} class, and a classifier needs two")
+        raise LabelsError(f"{table}: {column!r} makes {len(rules)} class, and a classifier needs two")
     label_of: dict[str, int] = {}
     for identifier, value in labelled:
         label = next((i for i, rule in enumerate(rules) if rule.takes(value)), None)
@@ -113,10 +124,10 @@ def read_labels(table: Path, column: str, rules: Sequence[ClassRule] = ()) -> La
             continue
         if (other := label_of.setdefault(identifier, label)) != label:
             both = f"{rules[other].name} and {rules[label].name}"
-            raise DatasetError(f"{table}: {key} {identifier} is labelled {both}; an id has one label")
+            raise LabelsError(f"{table}: {key} {identifier} is labelled {both}; an id has one label")
     used = set(label_of.values())
     if absent := [rule.name for i, rule in enumerate(rules) if i not in used]:
-        raise DatasetError(f"{table}: no row of {column!r} is of class {', '.join(absent)}")
+        raise LabelsError(f"{table}: no row of {column!r} is of class {', '.join(absent)}")
     with table.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return Labels(table, sha256, column, key, rules, label_of)
@@ -130,7 +141,7 @@ def _given(value: object) -> bool:
 def _class_of(value: str, table: Path, column: str) -> ClassRule:
     """The class that is called as its values are."""
     if not CLASS_NAME.fullmatch(value):
-        raise DatasetError(
+        raise LabelsError(
             f"{table}: {value!r} of {column!r} is no class's name, which is an identifier: name it with "
             f"--class NAME={value!r}, and the others"
         )
