@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.resources import files
@@ -51,6 +50,11 @@ def free_ports(n: int) -> list[int]:
         if len(ports) == n:
             return ports
     raise BrokerError(f"no {n} free ports between {PORTS.start} and {PORTS.stop}")
+
+
+def new_cluster_id() -> str:
+    """16 bytes as Kafka writes them; the first is 0, for an id with a dash in front is an option to Kafka's scripts."""
+    return base64.urlsafe_b64encode(b"\0" + secrets.token_bytes(15)).decode().rstrip("=")
 
 
 class KafkaCluster:
@@ -156,7 +160,7 @@ class KafkaCluster:
         self.directory.mkdir(parents=True, exist_ok=True)
         if self.secure:
             self._make_certificate()
-        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        cluster = new_cluster_id()
         for node in self.nodes:
             properties = self.directory / f"node-{node}.properties"
             properties.write_text("".join(f"{key}={value}\n" for key, value in self._properties(node).items()))
