@@ -72,7 +72,7 @@ clean:
 
 # One stamp file for each set of extras; installed again when the package's description or its extension changes. Tests
 # compare with btsbot's code, which needs none of the database clients and plotting that the package asks for.
-$(VENV)/installed-%: pyproject.toml setup.py $(wildcard broker_filter/packets/*.c) | $(BIN)/python
+$(VENV)/installed-%: pyproject.toml setup.py $(wildcard broker_filter/packets/*.[ch]) | $(BIN)/python
 	@echo 'Installing broker-filter[$*] into $(VENV); the first time this takes some minutes ...'
 	@$(PIP) install --editable '.[$*]' >$(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 	@$(if $(filter test,$*),$(PIP) install --no-deps btsbot==2.0.7)

@@ -7,6 +7,7 @@ setup(
         Extension(
             f"broker_filter.packets.{name}",
             [f"broker_filter/packets/{name}.c"],
+            depends=["broker_filter/packets/_inflate.h"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             extra_compile_args=["-O3"],
             py_limited_api=True,

@@ -10,6 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "_inflate.h"
+
 #define CARD 80
 #define BLOCK 2880
 #define MAX_HEADER (4 * BLOCK)
@@ -17,11 +19,13 @@
 #define MAX_STAMP (4 << 20) /* bytes, inflated; `stamps.MAX_STAMP_BYTES` */
 #define CUTOUTS 3
 
+#define GZIP_HEADER 10
+#define GZIP_TRAILER 8 /* the checksum, and the size */
+#define GZIP_DEFLATE 8
+#define GZIP_NAMED 8
+
 /* libdeflate's, out of the library that `deflate` brought (see libdeflate.h): gzip-ed stamps are left alone without it. */
-typedef struct libdeflate_decompressor Decompressor;
-static Decompressor *(*alloc_decompressor)(void);
-static void (*free_decompressor)(Decompressor *);
-static int (*gzip_decompress)(Decompressor *, const void *, size_t, void *, size_t, size_t *);
+static uint32_t (*crc32)(uint32_t, const void *, size_t);
 
 static const char BLANKS[] = "                                                                                ";
 
@@ -138,35 +142,132 @@ static int place_image(const uint8_t *fits, int64_t n_bytes, uint32_t *slot, int
     return finite;
 }
 
-/* Memory that inflated stamps share, one after another. */
+/* Stamps of a batch, as `stamps.decode_stamps` takes them. */
 typedef struct {
-    Decompressor *decompressor;
-    uint8_t *bytes;
-    size_t size;
-} Scratch;
+    const Py_buffer *bodies;
+    const int64_t *spans;
+    const uint8_t *centred;
+    uint32_t *slots;
+    int64_t size;
+    int16_t *boxes;
+    uint8_t *taken; /* what stays 0 is left to Python */
+    int64_t n_stamps;
+    int64_t next; /* the first stamp that nobody has looked at */
+} Batch;
 
-/* As `place_image`, for a stamp that may be gzip-ed. */
-static int decode_stamp(const uint8_t *stamp, int64_t n_bytes, Scratch *scratch, uint32_t *slot, int64_t size, int centred,
-                        int16_t *box)
+/* A stamp that is being inflated, into `file`. */
+typedef struct {
+    int64_t stamp;
+    uint8_t *file;
+    int64_t room;
+} Inflating;
+
+static void place_stamp(const Batch *batch, int64_t stamp, const uint8_t *fits, int64_t n_bytes)
 {
-    if (n_bytes < 2 || stamp[0] != 0x1F || stamp[1] != 0x8B)
-        return place_image(stamp, n_bytes, slot, size, centred, box);
-    if (n_bytes < 18 || !scratch->decompressor)
+    batch->taken[stamp] = (uint8_t)place_image(fits, n_bytes, batch->slots + stamp * batch->size * batch->size, batch->size,
+                                               batch->centred[stamp / CUTOUTS], batch->boxes + 4 * stamp);
+}
+
+static uint32_t read_little_endian(const uint8_t *p)
+{
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+
+/* Where the deflate stream of a gzip file begins whose header holds no more than a name (RFC 1952, section 2.3), or 0. */
+static int64_t after_gzip_header(const uint8_t *gzip, int64_t n_bytes)
+{
+    if (n_bytes < GZIP_HEADER + GZIP_TRAILER || gzip[2] != GZIP_DEFLATE || gzip[3] & ~GZIP_NAMED)
         return 0;
-    const uint8_t *trailer = stamp + n_bytes - 4;
-    size_t n_inflated = (size_t)trailer[0] | (size_t)trailer[1] << 8 | (size_t)trailer[2] << 16 | (size_t)trailer[3] << 24;
+    if (!gzip[3])
+        return GZIP_HEADER;
+    const uint8_t *name = gzip + GZIP_HEADER;
+    const uint8_t *end = memchr(name, 0, (size_t)(n_bytes - GZIP_HEADER - GZIP_TRAILER));
+    return end ? end + 1 - gzip : 0;
+}
+
+/* Sets a stream to inflate a stamp; 0 where Python must. */
+static int open_stamp(Inflating *inflating, int64_t stamp, const uint8_t *gzip, int64_t n_bytes, Stream *stream)
+{
+    int64_t start = after_gzip_header(gzip, n_bytes);
+    if (!crc32 || !start)
+        return 0;
+    int64_t n_inflated = read_little_endian(gzip + n_bytes - 4);
     if (n_inflated > MAX_STAMP)
         return 0;
-    if (n_inflated > scratch->size) {
-        free(scratch->bytes);
-        scratch->bytes = malloc(n_inflated);
-        scratch->size = scratch->bytes ? n_inflated : 0;
-        if (!scratch->bytes)
+    if (n_inflated > inflating->room) {
+        free(inflating->file);
+        inflating->file = malloc((size_t)n_inflated);
+        inflating->room = inflating->file ? n_inflated : 0;
+        if (!inflating->file)
             return 0;
     }
-    /* Without a place for how many bytes it wrote, it fails unless they are as many as were asked for. */
-    return !gzip_decompress(scratch->decompressor, stamp, (size_t)n_bytes, scratch->bytes, n_inflated, NULL) &&
-           place_image(scratch->bytes, (int64_t)n_inflated, slot, size, centred, box);
+    inflating->stamp = stamp;
+    /* The trailer counts as input: the bits before it can be read as freely as all others. */
+    open_stream(stream, gzip + start, gzip + n_bytes, inflating->file, n_inflated);
+    return 1;
+}
+
+/* Begins the batch's next stamp that is gzip-ed, and places the plain ones before it; 0 where there is none any more. */
+static int begin_stamp(Batch *batch, Inflating *inflating, Stream *stream)
+{
+    while (batch->next < batch->n_stamps) {
+        int64_t stamp = batch->next++;
+        const Py_buffer *body = &batch->bodies[stamp / CUTOUTS];
+        int64_t begin = batch->spans[2 * stamp], end = batch->spans[2 * stamp + 1];
+        if (begin < 0 || end <= begin || end > body->len)
+            continue;
+        const uint8_t *bytes = (const uint8_t *)body->buf + begin;
+        if (end - begin < 2 || bytes[0] != 0x1F || bytes[1] != 0x8B)
+            place_stamp(batch, stamp, bytes, end - begin);
+        else if (open_stamp(inflating, stamp, bytes, end - begin, stream))
+            return 1;
+    }
+    return 0;
+}
+
+/* Whether a stream that has ended is all that was announced, and what was checked. */
+static int is_whole(const Stream *stream)
+{
+    const uint8_t *trailer = stream->in_end - GZIP_TRAILER;
+    return stream->out == stream->out_end && bytes_left(stream) == GZIP_TRAILER &&
+           crc32(0, stream->out_begin, (size_t)(stream->out - stream->out_begin)) == read_little_endian(trailer);
+}
+
+/* Takes a stream on that has stopped: into its next block or, placing what it has become, to the batch's next stamp; 0 where
+ * there is none any more. */
+static int go_on(Batch *batch, Inflating *inflating, Stream *stream, int status)
+{
+    while ((status = next_block(stream, status)) != GOING_ON) {
+        if (status == AT_END && is_whole(stream))
+            place_stamp(batch, inflating->stamp, stream->out_begin, stream->out - stream->out_begin);
+        if (!begin_stamp(batch, inflating, stream))
+            return 0;
+        status = AT_END;
+    }
+    return 1;
+}
+
+static void decode_batch(Batch *batch)
+{
+    Stream *streams = malloc(STREAMS * sizeof *streams);
+    Inflating inflating[STREAMS] = {{0, NULL, 0}};
+    Decode *decode_all = BEST(decode_four), *decode_last = BEST(decode_one);
+    int at_work[STREAMS] = {0}, n_at_work = 0, status;
+    for (int k = 0; streams && k < STREAMS; k++)
+        n_at_work += at_work[k] =
+            begin_stamp(batch, &inflating[k], &streams[k]) && go_on(batch, &inflating[k], &streams[k], AT_END);
+    while (n_at_work == STREAMS) {
+        int k = decode_all(streams, &status);
+        n_at_work -= !(at_work[k] = go_on(batch, &inflating[k], &streams[k], status));
+    }
+    for (int k = 0; k < STREAMS; k++)
+        while (at_work[k]) {
+            decode_last(&streams[k], &status);
+            at_work[k] = go_on(batch, &inflating[k], &streams[k], status);
+        }
+    for (int k = 0; k < STREAMS; k++)
+        free(inflating[k].file);
+    free(streams);
 }
 
 /* A C-contiguous array of this shape, where -1 is any length, with items of `itemsize`. */
@@ -219,18 +320,12 @@ static PyObject *decode_stamps(PyObject *module, PyObject *const *args, Py_ssize
         goto release_taken;
     }
 
+    Batch batch = {
+        .bodies = bodies, .spans = spans.buf, .centred = centred.buf, .slots = slots.buf, .size = size, .boxes = boxes.buf,
+        .taken = taken.buf, .n_stamps = n * CUTOUTS,
+    };
     Py_BEGIN_ALLOW_THREADS
-    Scratch scratch = {alloc_decompressor ? alloc_decompressor() : NULL, NULL, 0};
-    for (Py_ssize_t k = 0; k < n * CUTOUTS; k++) {
-        const Py_buffer *body = &bodies[k / CUTOUTS];
-        int64_t begin = ((const int64_t *)spans.buf)[2 * k], end = ((const int64_t *)spans.buf)[2 * k + 1];
-        ((uint8_t *)taken.buf)[k] = 0 <= begin && begin < end && end <= body->len &&
-            decode_stamp((const uint8_t *)body->buf + begin, end - begin, &scratch, (uint32_t *)slots.buf + k * size * size,
-                         size, ((const uint8_t *)centred.buf)[k / CUTOUTS], (int16_t *)boxes.buf + 4 * k);
-    }
-    free(scratch.bytes);
-    if (scratch.decompressor)
-        free_decompressor(scratch.decompressor);
+    decode_batch(&batch);
     Py_END_ALLOW_THREADS
     result = Py_NewRef(Py_None);
 
@@ -251,7 +346,7 @@ release_bodies:
     return result;
 }
 
-PyDoc_STRVAR(use_libdeflate_doc, "use_libdeflate(path) -> whether gzip-ed stamps are inflated by the library that is there.");
+PyDoc_STRVAR(use_libdeflate_doc, "use_libdeflate(path) -> whether the library that is there has the checksum of gzip.");
 
 static PyObject *use_libdeflate(PyObject *module, PyObject *path)
 {
@@ -261,16 +356,9 @@ static PyObject *use_libdeflate(PyObject *module, PyObject *path)
         return NULL;
     void *library = dlopen(PyBytes_AsString(encoded), RTLD_NOW); /* never closed: it stays for as long as the process */
     Py_DECREF(encoded);
-    /* POSIX: what dlsym gives may be stored as a function through a pointer to it. */
-    void *alloc = library ? dlsym(library, "libdeflate_alloc_decompressor") : NULL;
-    void *release = library ? dlsym(library, "libdeflate_free_decompressor") : NULL;
-    void *decompress = library ? dlsym(library, "libdeflate_gzip_decompress") : NULL;
-    if (!alloc || !release || !decompress)
-        Py_RETURN_FALSE;
-    *(void **)&alloc_decompressor = alloc;
-    *(void **)&free_decompressor = release;
-    *(void **)&gzip_decompress = decompress;
-    Py_RETURN_TRUE;
+    void *found = library ? dlsym(library, "libdeflate_crc32") : NULL;
+    *(void **)&crc32 = found; /* POSIX: what dlsym gives may be stored as a function through a pointer to it */
+    return PyBool_FromLong(found != NULL);
 }
 
 static PyMethodDef methods[] = {

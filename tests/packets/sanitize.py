@@ -24,6 +24,8 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "broker_filter" / "packets"
 MODULES = ("_walk", "_stamps")
 SHARED = HERE.parents[2] / "shared" / "data"
+TOGETHER = 12
+"""Stamps to a batch: more than are inflated in step, so that some follow others."""
 BUILD = "BROKER_FILTER_SANITIZED"
 
 
@@ -45,11 +47,12 @@ def main(count: int) -> None:
         assert spec.loader is not None
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    sys.path.insert(0, str(HERE))
+    sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
     import numpy as np
     from test_fuzz import SEED, mutants
-    from test_stamps import FUZZED
+    from test_inflate import ENCODERS, IMAGES
+    from test_stamps import FUZZED, fits_bytes
 
     from broker_filter.packets import compiled, decode, ocf, walk, wire
     from broker_filter.packets.registry import open_registry
@@ -84,16 +87,22 @@ def main(count: int) -> None:
 
     draw = np.random.default_rng(SEED)
     placed = 0
-    slots, boxes, taken = np.empty((1, 3, 63, 63), np.float32), np.empty((1, 3, 4), np.int16), np.empty((1, 3), bool)
+    slots, boxes = np.empty((TOGETHER, 3, 63, 63), np.float32), np.empty((TOGETHER, 3, 4), np.int16)
     stamps = [*FUZZED.values(), *(gzip.compress(stamp, 1) for stamp in FUZZED.values())]
-    for k in range(count):
-        stamp = np.frombuffer(stamps[k % len(stamps)], np.uint8).copy()
-        stamp[draw.integers(0, min(800, len(stamp)), draw.integers(0, 4))] = draw.integers(0, 256)
-        stamp = stamp[: draw.integers(len(stamp) + 1)].copy() if k % 4 == 1 else stamp
-        spans = np.array([[(0, len(stamp)), (0, len(stamp) + 1), (-1, -1)]])
-        compiled.decode_stamps([stamp.data], spans, np.array([bool(k % 3)]), slots, boxes, taken)
-        assert not taken[0, 1:].any()
-        placed += taken[0, 0]
+    stamps += [encode(fits_bytes(image)) for image in IMAGES.values() for encode in ENCODERS.values()]
+    for start in range(0, count, TOGETHER):
+        bodies = []
+        for k in range(start, start + TOGETHER):
+            stamp = np.frombuffer(stamps[draw.integers(len(stamps))], np.uint8).copy()
+            reach = len(stamp) if k % 2 else min(800, len(stamp))  # anywhere, or where the headers and codes are
+            stamp[draw.integers(0, reach, draw.integers(0, 4))] = draw.integers(0, 256)
+            bodies.append(stamp[: draw.integers(len(stamp) + 1)].copy() if k % 8 == 1 else stamp)
+        spans = np.array([[(0, len(body)), (0, len(body) + 1), (-1, -1)] for body in bodies])
+        taken = np.zeros((TOGETHER, 3), bool)
+        centred = draw.integers(0, 2, TOGETHER).astype(bool)
+        compiled.decode_stamps([body.data for body in bodies], spans, centred, slots, boxes, taken)
+        assert not taken[:, 1:].any()
+        placed += int(taken[:, 0].sum())
     assert 0 < placed < count
     print(f"{count} stamps without a finding, {placed} of them placed")  # noqa: T201
 
