@@ -140,15 +140,15 @@ def read_reference(file: Path) -> Reference:
         (k, d), (q,) = arrays["embedding"].shape, arrays["scores"].shape
     except (KeyError, ValueError):
         raise ReferenceSetError(f"{file}: holds {', '.join(sorted(arrays))}; build the reference again") from None
-    expected: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
-        "embedding": ((k, d), np.float32),
-        "alert_id": ((k,), np.int64),
-        "object_id": ((k, MAX_OBJECT_ID_BYTES), np.uint8),
-        "scores": ((q,), np.float32),
-        "usual": ((1 + len(card.modalities), 2), np.float32),
-        "label": ((k,), np.int64),
+    expected: dict[str, tuple[tuple[int, ...], str]] = {
+        "embedding": ((k, d), "float32"),
+        "alert_id": ((k,), "int64"),
+        "object_id": ((k, MAX_OBJECT_ID_BYTES), "uint8"),
+        "scores": ((q,), "float32"),
+        "usual": ((1 + len(card.modalities), 2), "float32"),
+        "label": ((k,), "int64"),
     }
-    found = {name: (array.shape, array.dtype.type) for name, array in arrays.items()}
+    found = {name: (array.shape, array.dtype.name) for name, array in arrays.items()}
     if found != expected or not all(MIN_ALERTS <= n <= MAX_ALERTS for n in (k, q)):
         raise ReferenceSetError(f"{file}: holds {found}, its card asks for {expected}; build the reference again")
     if _sha256(arrays) != card.data_sha256:
