@@ -199,6 +199,95 @@ def test_damaged_tar_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
     assert read(path) == [(f"{path}::{PACKETS[0][0]}", PACKETS[0][1]), (str(path), b"")]
 
 
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, layout: int = tarfile.GNU_FORMAT) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(layout)
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def attributes(*records: bytes, kind: bytes = tarfile.XHDTYPE) -> bytes:
+    """A pax header; of a record, its length in two digits, a blank and the end of the line are 4 bytes."""
+    body = b"".join(b"%d %s\n" % (len(record) + 4, record) for record in records)
+    return header("attributes", len(body), kind) + padded(body)
+
+
+PLAIN = header(PACKETS[0][0], len(PACKETS[0][1])) + padded(PACKETS[0][1])
+ASTRAY = {
+    "size below 0": attributes(b"size=-1") + PLAIN,
+    "size that leads back": attributes(b"size=-1536") + PLAIN,
+    "size that leads back in what is no file": attributes(b"size=-1536") + header("odd", 0, b"Z") + PLAIN,
+    "size of all that follow": attributes(b"size=-1", kind=tarfile.XGLTYPE) + PLAIN,
+    "size beyond any file": attributes(b"size=" + b"9" * 30) + PLAIN,
+    "attributes of attributes": attributes(b"path=name") * 2000 + PLAIN,
+    "names of names": (header("name", 5, tarfile.GNUTYPE_LONGNAME) + padded(b"name")) * 2000 + PLAIN,
+    "holes that are no numbers": attributes(b"GNU.sparse.map=0,x") + PLAIN,
+    "holes without a map": attributes(b"GNU.sparse.major=1", b"GNU.sparse.minor=0") + PLAIN,
+}
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bytes], ids=["tar.gz", "tar"])
+@pytest.mark.parametrize("astray", ASTRAY)
+def test_headers_that_lead_astray_are_damage(tmp_path: Path, astray: str, compress: type[bytes]) -> None:
+    path = save(tmp_path, "night.tar", compress(PLAIN + ASTRAY[astray] + PLAIN + bytes(1024)))
+    assert read(path) == [(f"{path}::{PACKETS[0][0]}", PACKETS[0][1]), (str(path), b"")]
+
+
+def test_members_stored_without_their_holes_are_passed_over(tmp_path: Path) -> None:
+    stored = padded(bytes(700))
+    members = [
+        attributes(b"GNU.sparse.size=9000", b"GNU.sparse.map=0,500,800,200") + header("pax", 700) + stored,
+        header("old", 700, tarfile.GNUTYPE_SPARSE) + stored,
+        PLAIN,
+    ]
+    path = save(tmp_path, "night.tar", b"".join(members) + bytes(1024))
+    assert read(path) == [(f"{path}::pax", b""), (f"{path}::old", b""), (f"{path}::{PACKETS[0][0]}", PACKETS[0][1])]
+
+
+def edited(member: bytes, edits: list[tuple[int, int]]) -> bytes:
+    """A member's header with other bytes, and the checksum that they have."""
+    block = bytearray(member)
+    for at, value in edits:
+        block[at] = value
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def as_tarfile_reads(archive: bytes) -> list[tuple[str, bytes]]:
+    members = []
+    try:
+        with tarfile.open(fileobj=io.BytesIO(archive), errors="replace") as opened:
+            for member in opened:
+                data = archive[member.offset_data : member.offset_data + member.size]
+                if member.isfile():
+                    members.append((member.name.lstrip("/"), b"" if member.issparse() else data))
+    except tarfile.ReadError:  # once the archive ends early
+        pass
+    return members
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["a", "night/a.avro", "/a", "a/", "x" * 100, f"{'d' * 60}/{'x' * 60}", "\xe9"]),
+    layout=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    edits=st.lists(st.tuples(st.integers(0, 511), st.sampled_from(b"\0 /0178xS\xe9")), max_size=3),
+)
+def test_any_header_is_read_as_tarfile_reads_it(
+    tmp_path: Path, name: str, layout: int, edits: list[tuple[int, int]]
+) -> None:
+    headers = header(name, 700, layout=layout)
+    last = edited(headers[-tarfile.BLOCKSIZE :], edits)
+    archive = PLAIN + headers[: -tarfile.BLOCKSIZE] + last + padded(b"x" * 700) + PLAIN + bytes(1024)
+    expected = as_tarfile_reads(archive)
+    packets = [(p.position.member, p.data) for p in read_packets([save(tmp_path, "night.tar", archive)])]
+    assert packets[: len(expected)] == expected
+    assert packets[len(expected) :] in ([], [("", b"")])
+
+
 def test_damaged_parquet_ends_with_a_packet_that_cannot_decode(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
