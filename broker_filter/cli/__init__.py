@@ -2,13 +2,14 @@
 
 Imports nothing heavy: a command's module imports what it needs inside its `run` function, so that `--help` answers at
 once. An error that a person can mend is one line on stderr, never a traceback. Exit status: 0 fine, 1 failed at work, 2
-bad usage or configuration, 130 interrupted, 141 where nobody reads on what it prints.
+bad usage or configuration, 130 interrupted, 143 terminated, 141 where nobody reads on what it prints.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -22,6 +23,8 @@ of the parsed arguments that returns the exit status."""
 
 INTERRUPTED = 130
 """What shells give for a process that SIGINT ended: 128 + 2."""
+SIGNALLED = 128
+"""Added to a signal's number for the exit status of what it ended."""
 UNREAD = 141
 """The same for SIGPIPE, 128 + 13: who read stdout has left, as `head` does."""
 
@@ -39,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_module(f"broker_filter.cli.{command}").add_parser(subparsers)
     arguments = parser.parse_args(argv)
     set_up_logging(verbose=arguments.verbose)
+    # Ended from outside, a command still closes its files and ends what it has started.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(SIGNALLED + number))
     try:
         status = int(arguments.run(arguments))
         sys.stdout.flush()

@@ -20,6 +20,19 @@ def add_scoring_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="what runs the network")
 
 
+class OverwriteError(Exception):
+    """What is to be written is what is to be read."""
+
+    exit_status = 2
+
+
+def keep_inputs(out: Path, inputs: Sequence[str | Path]) -> None:
+    """Raises OverwriteError where the file `out` is one of the inputs, whose alerts would be gone."""
+    for given in inputs:
+        if Path(given).resolve() == out.resolve():
+            raise OverwriteError(f"{given} is an input and would be overwritten: choose another --out")
+
+
 def score_archives(
     inputs: Sequence[str | Path],
     scorer: Scorer,

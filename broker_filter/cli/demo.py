@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,8 +36,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise MissingExtraError(f"the demo needs {', '.join(missing)}: pip install 'broker-filter[demo]'")
     from broker_filter.demo.demonstration import run_demo
 
-    # Ended from outside, it still ends its broker and its service.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     run_demo(arguments.out, arguments.alerts, arguments.seed)
     return 0
 

@@ -36,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Draws the map and returns the exit status."""
-    from broker_filter.cli.archived import open_reference, require_extra, score_archives
+    from broker_filter.cli.archived import keep_inputs, open_reference, require_extra, score_archives
 
     require_extra("matplotlib", "umap")
     from broker_filter.pictures.embedding_map import FEWEST, draw_map, lay_out
@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.streaming.expressions import FIELDS, compile_filter
     from broker_filter.streaming.ordinary import Sample, ordinary_alerts
 
+    keep_inputs(arguments.out, arguments.inputs)
     reference, scorer = open_reference(arguments.reference, arguments.model, arguments.device)
     [model] = scorer.models
     outputs = [f"{model.name}.{label}" for label in model.labels]

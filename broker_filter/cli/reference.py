@@ -71,7 +71,7 @@ def _limit(text: str) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from broker_filter.cli.archived import score_archives
+    from broker_filter.cli.archived import keep_inputs, score_archives
     from broker_filter.config import Runtime
     from broker_filter.scoring.labels import parse_rule, read_labels
     from broker_filter.scoring.reference import ReferenceSetError
@@ -84,6 +84,7 @@ def _build(arguments: argparse.Namespace) -> int:
     labels = None
     if arguments.labels:
         labels = read_labels(arguments.labels, arguments.label, [parse_rule(rule) for rule in arguments.classes])
+    keep_inputs(arguments.out, arguments.inputs)
     scorer = open_scorer([arguments.model], Runtime(device=arguments.device))
     [model] = scorer.models
     where = arguments.where or _recommended_cut(model)

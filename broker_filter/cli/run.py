@@ -8,9 +8,6 @@ import signal
 import threading
 from pathlib import Path
 
-SIGNALLED = 128
-"""Shells add a signal's number to this for the exit status of what it ended."""
-
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `run`."""
@@ -25,6 +22,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from broker_filter.cli import SIGNALLED
+
     stop = threading.Event()
     stopping = False
 

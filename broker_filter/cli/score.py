@@ -95,6 +95,7 @@ class Account:
 
 def run(arguments: argparse.Namespace) -> int:
     """Scores the inputs, prints the account and returns the exit status."""
+    from broker_filter.cli.archived import keep_inputs
     from broker_filter.cli.console import progress
     from broker_filter.config import Model, Runtime
     from broker_filter.packets.decode import Decoder
@@ -107,6 +108,9 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.streaming.policies import Policies
     from broker_filter.streaming.tables import open_table, partial_path, table_schema, to_rows
 
+    partial = partial_path(arguments.out)
+    for written in (arguments.out, partial):
+        keep_inputs(written, arguments.inputs)
     packets = read_packets(arguments.inputs)
     models = [Model(bundle=bundle, also=arguments.also) for bundle in arguments.model or ["default"]]
     scorer = open_scorer(models, Runtime(device=arguments.device))
@@ -117,7 +121,6 @@ def run(arguments: argparse.Namespace) -> int:
     decoder = Decoder(registry, cutout_size=scorer.cutout_size, columns=columns)
     embeddings = [model.name for model in scorer.models if model.bundle.card.outputs.embedding is not None]
     schema = table_schema(outputs, policies.names, embeddings)
-    partial = partial_path(arguments.out)
     batches = score_stream(
         _not_of(packets, {arguments.out, partial}),
         decoder,

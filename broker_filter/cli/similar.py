@@ -60,7 +60,7 @@ def _count(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the list, draws the picture where one is asked for, and returns the exit status."""
-    from broker_filter.cli.archived import open_reference, require_extra
+    from broker_filter.cli.archived import keep_inputs, open_reference, require_extra
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry
     from broker_filter.scoring.anomaly import AnomalyScorer
@@ -68,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.out:
         require_extra("matplotlib")
+        keep_inputs(arguments.out, [arguments.alert, *arguments.packets])
     reference, scorer = open_reference(arguments.reference, arguments.model, arguments.device)
     decoder = Decoder(open_registry(arguments.schema_registry), cutout_size=scorer.cutout_size, columns=scorer.columns)
     found = _find(read_packets([arguments.alert]), decoder, None if arguments.id is None else {arguments.id})

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from broker_filter.cli import INTERRUPTED, main
+from broker_filter.cli import main
 from broker_filter.cli.score import BATCH_SIZE
 from broker_filter.scoring.policies import POLICIES
 from broker_filter.scoring.runtimes import available_cores
@@ -145,8 +145,18 @@ def test_inputs_without_a_single_alert_are_a_failure(tmp_path: Path, capsys: pyt
     assert "no alert could be read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("written", ["night.parquet", "night.partial.parquet"])
+def test_an_input_is_never_overwritten(written: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    night = tmp_path / written
+    night.write_bytes(b"a night's alerts")
+    assert score(night, "--out", tmp_path / "night.parquet") == 2
+    assert f"{night} is an input and would be overwritten: choose another --out" in capsys.readouterr().err
+    assert night.read_bytes() == b"a night's alerts"
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_keeps_the_rows_so_far_under_another_name(
-    tmp_path: Path, ztf_packets: list[tuple[int, bytes]]
+    how: signal.Signals, tmp_path: Path, ztf_packets: list[tuple[int, bytes]]
 ) -> None:
     """Interrupted while it waits for more of a tar that comes through a pipe."""
     pipe, out, partial = tmp_path / "night", tmp_path / "scores.jsonl", tmp_path / "scores.partial.jsonl"
@@ -164,14 +174,14 @@ def test_an_interrupt_keeps_the_rows_so_far_under_another_name(
             while partial.read_text().count("\n") < BATCH_SIZE:
                 assert process.poll() is None
                 time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(how)
             _, errors = process.communicate()
             pipe.unlink()
     except BrokenPipeError:  # at closing the archive: its reader has gone
         pass
     finally:
         process.kill()
-    assert process.returncode == INTERRUPTED
+    assert process.returncode == 128 + how
     assert not out.exists()
     assert f"the rows so far are in {partial}" in errors
     assert "Traceback" not in errors
