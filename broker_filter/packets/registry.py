@@ -136,6 +136,17 @@ class DirectoryRegistry:
         return writer_schema(self_contained(definition, "", others, set()), schema_id)
 
 
+def registry_address(url: str) -> tuple[str, dict[str, str]]:
+    """A registry's URL without its credentials, which may be shown, and the header that carries them, which may not."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    shown = urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
+    if parts.username is None:
+        return shown, {}
+    credentials = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
+    return shown, {"Authorization": "Basic " + b64encode(credentials).decode()}
+
+
 class HttpRegistry:
     """A Confluent schema registry, read anonymously or with the credentials in its URL (`https://user:key@host`)."""
 
@@ -147,13 +158,9 @@ class HttpRegistry:
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
-        self._url = urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
-        self._headers = {"Accept": "application/vnd.schemaregistry.v1+json, application/json"}
-        if parts.username is not None:
-            credentials = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
-            self._headers["Authorization"] = "Basic " + b64encode(credentials).decode()
+        self._url, credentials = registry_address(url)
+        self._headers = {"Accept": "application/vnd.schemaregistry.v1+json, application/json", **credentials}
+        host = urlsplit(self._url).netloc
         # Another registry's ids mean other schemas.
         digest = hashlib.sha256(self._url.encode()).hexdigest()[:12]
         self._cache = cache_dir / f"{re.sub(r'[^A-Za-z0-9.-]', '_', host)}-{digest}"

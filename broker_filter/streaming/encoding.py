@@ -8,6 +8,7 @@ reader sees every field exactly as the survey wrote it.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import struct
 import urllib.error
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from broker_filter import __version__
 from broker_filter.packets.batch import AlertBatch, Record, Survey
 from broker_filter.packets.ocf import container_header, encode_long
-from broker_filter.packets.registry import RegistryUnavailable
+from broker_filter.packets.registry import RegistryUnavailable, registry_address
 from broker_filter.packets.schema import WriterSchema, full_name, self_contained
 from broker_filter.packets.wire import frame
 from broker_filter.scoring.anomaly import Reason
@@ -41,7 +42,10 @@ CUTOUT_FIELDS = frozenset({"cutoutScience", "cutoutTemplate", "cutoutDifference"
 CACHED_SCHEMAS = 256
 """Output schemas that are kept: a survey has one or two in use at a time, and packets from outside cannot make it
 grow."""
+REGISTERED_SCHEMAS = 10_000
+"""Ids that are kept: packets from outside cannot make them grow either."""
 REGISTRY_TIMEOUT_S = 10.0
+NOT_NOW = (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_MANY_REQUESTS)
 MAX_REGISTRY_ANSWER = 1 << 20
 """Bytes of a registry's answer: an id, or an error message."""
 NAMED = ("record", "error", "enum", "fixed")
@@ -100,34 +104,44 @@ class RegistryRefusalError(Exception):
 
 
 class WireFraming:
-    """Confluent wire format: each topic's schemas are registered under `<topic>-value` when they are first needed."""
+    """Confluent wire format: each topic's schemas are registered under `<topic>-value` when they are first needed.
+
+    Anonymously, or with the credentials in the registry's URL (`https://user:key@host`).
+    """
 
     def __init__(self, registry_url: str) -> None:
-        self._url = registry_url.rstrip("/")
-        self._ids: dict[tuple[OutputSchema, str], int] = {}
+        self._url, credentials = registry_address(registry_url)
+        self._headers = {"Content-Type": "application/vnd.schemaregistry.v1+json", **credentials}
+        self._ids: dict[tuple[bytes, str], int] = {}  # by what derives from the schema: its object is forgotten
 
     def frame(self, schema: OutputSchema, body: Body, topic: str) -> bytes:
         """The value to publish. Raises RegistryUnavailable (try again later) and RegistryRefusalError."""
-        if (schema, topic) not in self._ids:
-            self._ids[schema, topic] = self._register(schema, f"{topic}-value")
-        return frame(self._ids[schema, topic], b"".join(body))
+        if (schema.sync, topic) not in self._ids:
+            if len(self._ids) >= REGISTERED_SCHEMAS:
+                self._ids.clear()
+            self._ids[schema.sync, topic] = self._register(schema, f"{topic}-value")
+        return frame(self._ids[schema.sync, topic], b"".join(body))
 
     def _register(self, schema: OutputSchema, subject: str) -> int:
         request = urllib.request.Request(  # noqa: S310 -- the operator's own URL, its scheme checked with the configuration
             f"{self._url}/subjects/{subject}/versions",
             data=json.dumps({"schema": schema.text.decode()}).encode(),
-            headers={"Content-Type": "application/vnd.schemaregistry.v1+json"},
+            headers=self._headers,
         )
         try:
             with urllib.request.urlopen(request, timeout=REGISTRY_TIMEOUT_S) as response:  # noqa: S310
                 return int(json.loads(response.read(MAX_REGISTRY_ANSWER))["id"])
         except urllib.error.HTTPError as error:
             answer = f"{error.code} {error.read(MAX_REGISTRY_ANSWER).decode(errors='replace')}"
-            if error.code >= 500:
+            if error.code >= 500 or error.code in NOT_NOW:
                 raise RegistryUnavailable(f"schema registry {self._url}: {answer}") from None
-            raise RegistryRefusalError(f"schema registry {self._url} refuses subject {subject!r}: {answer}") from None
-        except OSError as error:
-            raise RegistryUnavailable(f"schema registry {self._url}: {error}") from None
+            # Surveys change their schemas without asking whether a registry calls that compatible.
+            advice = "; set the subject's compatibility to NONE" if error.code == http.HTTPStatus.CONFLICT else ""
+            raise RegistryRefusalError(
+                f"schema registry {self._url} refuses subject {subject!r}: {answer}{advice}"
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise RegistryUnavailable(f"schema registry {self._url}: {error or type(error).__name__}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise RegistryRefusalError(f"schema registry {self._url} gave no id for {subject!r}: {error!r}") from None
 

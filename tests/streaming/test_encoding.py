@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -351,9 +352,11 @@ class Registry(BaseHTTPRequestHandler):
 
     schemas: ClassVar[dict[str, int]] = {}
     asked: ClassVar[list[str]] = []
+    authorization: ClassVar[list[str | None]] = []
 
     def do_POST(self) -> None:
         self.asked.append(self.path)
+        self.authorization.append(self.headers["Authorization"])
         schema = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["schema"]
         fastavro.parse_schema(json.loads(schema))
         status, answer = 200, json.dumps({"id": self.schemas.setdefault(schema, 100 + len(self.schemas))})
@@ -363,6 +366,11 @@ class Registry(BaseHTTPRequestHandler):
             answer = "<html>"
         elif "outage" in self.path:
             status, answer = 503, "try again"
+        elif "flood" in self.path:
+            status, answer = 429, "too many requests"
+        elif "garbled" in self.path:
+            self.wfile.write(b"SMTP at your service\r\n")
+            return
         self.send_response(status)
         self.end_headers()
         self.wfile.write(answer.encode())
@@ -375,6 +383,7 @@ class Registry(BaseHTTPRequestHandler):
 def registry() -> Iterator[str]:
     Registry.schemas.clear()
     Registry.asked.clear()
+    Registry.authorization.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), Registry) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -402,9 +411,11 @@ def test_wire_format_registers_each_topics_schema_once(registry: str, ztf_packet
 @pytest.mark.parametrize(
     ("topic", "error", "message"),
     [
-        ("refuse", RegistryRefusalError, "refuses subject 'refuse-value': 409 .*incompatible"),
+        ("refuse", RegistryRefusalError, "refuses subject 'refuse-value': 409 .*incompatible.*compatibility to NONE"),
         ("broken", RegistryRefusalError, "gave no id for 'broken-value'"),
         ("outage", RegistryUnavailable, "503"),
+        ("flood", RegistryUnavailable, "429"),
+        ("garbled", RegistryUnavailable, "SMTP at your service"),
     ],
 )
 def test_a_registry_that_says_no_is_told_apart_from_one_that_is_down(
@@ -414,9 +425,17 @@ def test_a_registry_that_says_no_is_told_apart_from_one_that_is_down(
         WireFraming(registry).frame(scored_alert_schema(), [], topic)
 
 
-def test_a_registry_that_is_not_there_is_unavailable() -> None:
-    with pytest.raises(RegistryUnavailable, match=r"schema registry http://127\.0\.0\.1:1"):
-        WireFraming("http://127.0.0.1:1").frame(scored_alert_schema(), [], "topic")
+@pytest.mark.parametrize("credentials", ["", "me:secret@"])
+def test_a_registry_that_is_not_there_is_unavailable_and_its_credentials_are_not_shown(credentials: str) -> None:
+    with pytest.raises(RegistryUnavailable, match=r"schema registry http://127\.0\.0\.1:1: ") as raised:
+        WireFraming(f"http://{credentials}127.0.0.1:1").frame(scored_alert_schema(), [], "topic")
+    assert "secret" not in str(raised.value)
+
+
+def test_credentials_in_the_registrys_url_are_sent(registry: str) -> None:
+    url = registry.replace("//", "//me:one%2Ftwo@")
+    assert unframe(WireFraming(url).frame(scored_alert_schema(), [], "topic")).schema_id == 100
+    assert Registry.authorization == ["Basic " + b64encode(b"me:one/two").decode()]
 
 
 def test_alerts_that_no_model_takes_are_left_out(make_alerts: Callable[..., AlertBatch]) -> None:
