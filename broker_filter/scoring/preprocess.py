@@ -5,14 +5,15 @@ Never alters what it is given, and treats every alert alone: the rest of the bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from broker_filter.packets.batch import BANDS, CUTOUTS, LightCurves
+from broker_filter.packets.compiled import IMPLEMENTATION
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import LIGHT_CURVE_FEATURES, ImageInput, Inputs, LightCurveInput, MetadataColumn
 
@@ -51,13 +52,8 @@ def prepare_images(
     if cutouts.shape[-1] != images.size:
         cutouts, cutout_box = _crop(cutouts, cutout_box, images.size)
     prepared = np.empty(cutouts.shape, np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        norm = _normalise(cutouts, images.normalisation, out=prepared)
-        unclean = ~np.isfinite(norm).all(axis=(-2, -1))
-        if unclean.any():
-            clean = np.nan_to_num(cutouts[unclean], copy=False)  # of the copy that the choice makes
-            _normalise(clean, images.normalisation, out=clean)
-            prepared[unclean] = clean
+    length = images.size if images.normalisation == "l2_row" else images.size**2
+    normalise(np.ascontiguousarray(cutouts), prepared, length)
     _pad(prepared, cutout_box, images.padding)
     return prepared
 
@@ -108,19 +104,26 @@ def prepare_light_curves(
     return features, mask
 
 
-def _normalise(
-    images: NDArray[np.float32], normalisation: Literal["l2_row", "l2_image"], out: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """Images divided by their norms into `out`, which may be `images` itself; returns the norms.
+def normalise_numpy(images: NDArray[np.float32], normalised: NDArray[np.float32], length: int) -> None:
+    """Every `length` pixels of `images`, a row or an image, divided by their L2 norm, into `normalised`.
 
-    A norm of 0 becomes 1; one is NaN or infinite where pixels, or the sum of their squares, are.
+    Both are C-contiguous and of one shape. Where the norm is NaN or infinite, NaN becomes 0 and infinities the largest
+    float32 first; a norm of 0 becomes 1.
     """
+    rows, out = images.reshape(-1, length), normalised.reshape(-1, length)
+    with np.errstate(over="ignore", invalid="ignore"):
+        norm = _norm(rows)
+        unclean = ~np.isfinite(norm[:, 0])
+        np.divide(rows, norm, out=out)
+        if unclean.any():
+            clean = np.nan_to_num(rows[unclean])
+            out[unclean] = clean / _norm(clean)
+
+
+def _norm(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     # numpy's pairwise sum, as in the published training code: others differ by up to 1e-6 in `drb`.
-    axes = -1 if normalisation == "l2_row" else (-2, -1)
-    squares = np.square(images, out=None if out is images else out)
-    norm: NDArray[np.float32] = np.sqrt(squares.sum(axis=axes, keepdims=True))
+    norm: NDArray[np.float32] = np.sqrt(np.square(rows).sum(axis=-1, keepdims=True))
     norm[norm == 0] = 1
-    np.divide(images, norm, out=out)
     return norm
 
 
@@ -150,3 +153,9 @@ def _pad(images: NDArray[np.float32], box: NDArray[np.int16], padding: float) ->
         image = images[n, channel]
         image[:y0] = image[y0 + height :] = padding
         image[:, :x0] = image[:, x0 + width :] = padding
+
+
+normalise: Callable[[NDArray[np.float32], NDArray[np.float32], int], None] = normalise_numpy
+if IMPLEMENTATION == "c":
+    with suppress(ImportError):  # installed without a compiler
+        from broker_filter.scoring._normalise import normalise  # type: ignore[import-not-found, no-redef]

@@ -9,7 +9,14 @@ from numpy.typing import NDArray
 from broker_filter.packets.batch import BANDS, CUTOUTS, UNKNOWN_BAND, LightCurves, Measurement
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import LIGHT_CURVE_FEATURES, ImageInput, Inputs, LightCurveInput, MetadataColumn
-from broker_filter.scoring.preprocess import prepare, prepare_images, prepare_light_curves, prepare_metadata
+from broker_filter.scoring.preprocess import (
+    normalise,
+    normalise_numpy,
+    prepare,
+    prepare_images,
+    prepare_light_curves,
+    prepare_metadata,
+)
 
 FLT_MAX = np.finfo(np.float32).max
 PADDING = 1e-9
@@ -44,6 +51,31 @@ def test_agrees_with_the_plain_arithmetic_bit_for_bit() -> None:
     cutouts = random_cutouts(3)
     expected = cutouts / np.sqrt((cutouts**2).sum(axis=-1, keepdims=True))
     assert np.array_equal(prepare_images(cutouts, boxes(3, WHOLE), spec()), expected)
+
+
+@pytest.mark.skipif(normalise is normalise_numpy, reason="the compiled normalisation is not built")
+@pytest.mark.parametrize("length", [1, 7, 8, 15, 16, 63, 128, 129, 255, 63 * 63])
+def test_compiled_normalisation_is_numpys_to_the_bit(length: int) -> None:
+    rows = np.random.default_rng(length).normal(100, 1000, (16, length)).astype(np.float32)
+    rows[:8, length // 2] = [0, np.nan, np.inf, -np.inf, FLT_MAX, -FLT_MAX, 1e-40, 1e25]
+    rows[8], rows[9], rows[10] = 0, np.nan, 1e-30
+    expected, found = np.empty_like(rows), np.empty_like(rows)
+    normalise_numpy(rows, expected, length)
+    normalise(rows, found, length)
+    assert np.array_equal(found.view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.skipif(normalise is normalise_numpy, reason="the compiled normalisation is not built")
+def test_compiled_normalisation_refuses_what_does_not_fit() -> None:
+    rows = np.ones((4, 6), np.float32)
+    for images, normalised, length in [
+        (rows, rows[:2].copy(), 6),
+        (rows.astype(np.float64), rows.astype(np.float64), 6),
+        (rows, np.empty_like(rows), 0),
+        (rows, np.empty_like(rows), 7),
+    ]:
+        with pytest.raises(ValueError, match="wrong shape or type"):
+            normalise(images, normalised, length)
 
 
 def test_nan_pixels_count_as_zero_and_do_not_spread() -> None:
