@@ -39,7 +39,6 @@ class BTSbotEncoder(Encoder):
             nn.Flatten(),
         )
         self.features = second * POOLED_SIZE**2
-        initialise_as_keras(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
@@ -48,4 +47,6 @@ class BTSbotEncoder(Encoder):
 
 def btsbot_cnn(channels: tuple[int, int] = (32, 64), kernel: int = 5, **heads: Any) -> FusionNetwork:
     """The network of `BTSbotEncoder`'s arguments and of `FusionNetwork`'s, `heads`; ReLU throughout, as published."""
-    return FusionNetwork(BTSbotEncoder(channels, kernel), **{"activation": "relu", **heads})
+    network = FusionNetwork(BTSbotEncoder(channels, kernel), **{"activation": "relu", **heads})
+    initialise_as_keras(network)
+    return network
