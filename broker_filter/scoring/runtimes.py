@@ -32,9 +32,9 @@ class RuntimeUnavailableError(Exception):
     """The engine or device that was asked for does not run here."""
 
 
-CHUNK = 32
-"""Alerts to a run on a CPU: what a larger run computes outgrows the caches (braai's network takes 8 % longer at 64),
-and memory goes in proportion."""
+CHUNK = 16
+"""Alerts to a run on a CPU, for each of its threads: what a larger run computes outgrows the caches, its own and those
+of decoding beside it (with braai's network the whole takes 4 % longer at 32), a smaller one leaves threads waiting."""
 TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
 """How far, absolutely or relatively, outputs may be from torch's in float32 on a CPU, by what computes them: some
 units of the last of 24, 11 or 8 bits, through a network's depth."""
@@ -82,7 +82,6 @@ def open_network(bundle: Bundle, runtime: Runtime) -> LoadedNetwork:
 class OnnxNetwork:
     """`model.onnx` in onnxruntime."""
 
-    chunk = CHUNK
     tolerance = TOLERANCES["float32"]
 
     def __init__(self, bundle: Bundle, device: Literal["auto", "cpu", "cuda"], threads: int) -> None:
@@ -110,6 +109,7 @@ class OnnxNetwork:
         if device == "cuda" and running != cuda:
             raise RuntimeUnavailableError(f"CUDA was asked for and onnxruntime runs {running}: see its log for why")
         self.provider = f"onnxruntime/{running}"
+        self.chunk = threads * CHUNK
         self._outputs = tuple(bundle.card.outputs.shapes())
         _check_graph(path, self._session, bundle)
 
@@ -125,7 +125,6 @@ class OnnxNetwork:
 class TorchNetwork:
     """`weights.safetensors` in the architecture that the card names, in torch on the CPU: the fp32 reference."""
 
-    chunk = CHUNK
     provider = "torch/cpu"
     tolerance = TOLERANCES["float32"]
 
@@ -133,6 +132,7 @@ class TorchNetwork:
         import torch
 
         torch.set_num_threads(threads)
+        self.chunk = threads * CHUNK
         self._torch = torch
         self._served = served
         self._inputs = tuple(bundle.card.inputs.shapes())

@@ -78,7 +78,8 @@ def test_an_empty_batch_has_empty_scores(scorer: Scorer, make_batch: Callable[..
 def test_scores_do_not_depend_on_the_rest_of_the_batch(
     make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers, engine: str
 ) -> None:
-    scorer = open_scorer(["default"], Runtime.model_validate({"engine": engine, "device": "cpu"}))
+    runtime = Runtime.model_validate({"engine": engine, "device": "cpu", "inference_threads": 1})
+    scorer = open_scorer(["default"], runtime)
     rows = np.random.default_rng(5).integers(4, size=2 * CHUNK + 5)
 
     def score(chosen: np.ndarray) -> np.ndarray:
