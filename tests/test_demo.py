@@ -43,6 +43,7 @@ def test_demo_shows_and_accounts_for_a_night(tmp_path: Path) -> None:
     assert "243 consumed = 240 scored + 2 rejected (not_avro 1, truncated 1) + 1 sent twice" in done.stdout
     assert "Each of the 243 messages came out exactly once" in done.stdout
     assert "young supernova" in done.stdout
+    assert "furthest off" in done.stdout
     assert "GLIBC" not in done.stdout + done.stderr
 
     scores = pq.read_table(out / "scores.parquet").to_pylist()
@@ -71,10 +72,12 @@ def test_demo_ends_its_broker_and_service_when_it_is_ended(tmp_path: Path, numbe
     )
     try:
         deadline = time.monotonic() + PATIENCE_S
-        while len(processes_of(tmp_path)) < 3:  # the demonstration, its broker, its service
+        log = out / "service.log"
+        while not (log.exists() and log.stat().st_size):  # the service runs, and has begun to speak
             assert demo.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
+        assert len(processes_of(tmp_path)) == 3  # the demonstration, its broker, its service
         demo.send_signal(number)
         output, _ = demo.communicate(timeout=PATIENCE_S)
     finally:

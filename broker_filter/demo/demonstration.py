@@ -20,7 +20,15 @@ from broker_filter.cli.console import progress
 from broker_filter.demo.contact_sheet import draw_contact_sheet
 from broker_filter.demo.error import DemoError
 from broker_filter.demo.night import Night, write_night
-from broker_filter.demo.report import audit, contact_sheet_rows, interesting_table, kinds_table, write_scores
+from broker_filter.demo.ordinary import write_reference
+from broker_filter.demo.report import (
+    anomalies_table,
+    audit,
+    contact_sheet_rows,
+    interesting_table,
+    kinds_table,
+    write_scores,
+)
 from broker_filter.demo.results import read_results
 from broker_filter.demo.service import FILTERS, PREFIX, TOPIC, ServiceProcess, counts, write_config
 from broker_filter.local_kafka import embedded_broker, free_ports
@@ -58,7 +66,9 @@ def run_demo(out: Path, n: int, seed: int) -> None:
         topics = [NewTopic(TOPIC, num_partitions=PARTITIONS)]
         ensure_topics(admin_client(properties, Complaints(f"brokers {bootstrap}")), topics)
         (port,) = free_ports(1)
-        write_config(files["service.yaml"], bootstrap, port)
+        log.info("embedding the night before, so that there is something to be strange beside")
+        write_reference(files["ordinary.safetensors"], seed)
+        write_config(files["service.yaml"], bootstrap, files["ordinary.safetensors"], port)
         with ServiceProcess(files["service.yaml"], files["service.log"], port) as service:
             log.info("broker on %s; the service starts: http://127.0.0.1:%d/metrics", bootstrap, port)
             with progress("Simulating a night", n) as advance:  # while the service starts
@@ -74,7 +84,7 @@ def run_demo(out: Path, n: int, seed: int) -> None:
     title = f"A simulated night: {n:,} alerts, scored at {rate:,.0f} a second"
     draw_contact_sheet(files["contact-sheet.png"], title, contact_sheet_rows(results, night))
     screen = Console()
-    screen.print(kinds_table(results, night), interesting_table(results, night))
+    screen.print(kinds_table(results, night), interesting_table(results, night), anomalies_table(results, night))
     problems = audit(results, night, counts(files["metrics.txt"].read_text()), screen)
     for name, what in FILES.items():
         screen.print(f"  [bold]{files[name]}[/]  {what}", soft_wrap=True, highlight=False)
@@ -83,10 +93,11 @@ def run_demo(out: Path, n: int, seed: int) -> None:
 
 
 FILES = {
-    "contact-sheet.png": "the alerts that the filters took, and some that were called bogus",
+    "contact-sheet.png": "the alerts that the filters took, the anomalies, and some that were called bogus",
     "scores.parquet": "every alert's score, and what it truly was",
     "service.yaml": "what the service was told; put your own brokers into it",
     "service.log": "what it said",
+    "ordinary.safetensors": "what is ordinary: the reference set that anomalies are strange beside",
     "metrics.txt": "its metrics at the end",
     "night.tar": "the night: try `broker-filter score` or `inspect` on it",
 }

@@ -81,6 +81,25 @@ def interesting_table(results: Results, night: Night) -> Table:
     return table
 
 
+def anomalies_table(results: Results, night: Night) -> Table:
+    """The strangest alerts, and why: what is furthest off, and the ordinary alert that is still most like it."""
+    alerts = _strangest(results)
+    words, numbers = ("object", "truly", "furthest off", "most like"), ("distance", "score")
+    table = _table(f"Anomalies ({len(alerts)}): the strangest of what looks real", words, numbers)
+    for alert in alerts[:SHOWN_PER_FILTER]:
+        anomaly = alert["broker_filter"]["anomaly"]
+        [nearest, *_] = anomaly["reason"]["neighbours"]
+        table.add_row(
+            alert["objectId"],
+            _words(night.kinds[alert["candid"]]),
+            _words(anomaly["reason"]["most_unlike"]),
+            nearest["object_id"],
+            f"{nearest['distance']:.3f}",
+            f"{anomaly['score']:.2f}",
+        )
+    return table
+
+
 def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for heading in words:
@@ -91,8 +110,10 @@ def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Tabl
 
 
 def contact_sheet_rows(results: Results, night: Night) -> list[Row]:
-    """A row for each filter, one of variable stars, and two of what the model calls bogus, as different as may be."""
+    """A row for each filter, one of anomalies, one of variable stars, and two of what the model calls bogus, as
+    different as may be."""
     rows = [_row(_words(name), alerts, night) for name, alerts in _filtered(results).items()]
+    rows.append(_row("anomaly", _strangest(results), night))
     alerts = sorted((a for a in results.scored if not a["broker_filter"]["duplicate"]), key=_magnitude)
     stars = (alert for alert in alerts if night.kinds[alert["candid"]] == "variable_star")
     rows.append(_row("variable star", (star for star in stars if _magnitude(star) > WELL_EXPOSED), night))
@@ -139,6 +160,12 @@ def _filtered(results: Results) -> dict[str, list[Alert]]:
         name: sorted((by_id[alert_id] for alert_id in set(alert_ids)), key=_magnitude)
         for name, alert_ids in results.filtered.items()
     }
+
+
+def _strangest(results: Results) -> list[Alert]:
+    """The anomalies, strangest first, each once."""
+    by_id = {alert["candid"]: alert for alert in results.anomalies}
+    return sorted(by_id.values(), key=lambda alert: -float(alert["broker_filter"]["anomaly"]["score"]))
 
 
 def _row(title: str, alerts: Iterable[Alert], night: Night) -> Row:

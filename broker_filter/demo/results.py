@@ -27,6 +27,7 @@ class Results:
 
     scored: list[Alert] = field(default_factory=list)
     filtered: dict[str, list[int]] = field(default_factory=dict)  # alert ids by filter
+    anomalies: list[Alert] = field(default_factory=list)
     rejected: Counter[str] = field(default_factory=Counter)  # by reason
     inputs: Counter[bytes] = field(default_factory=Counter)  # how often each input message's position came out
 
@@ -44,6 +45,8 @@ def read_results(bootstrap: str, prefix: str, filters: list[str]) -> Results:
     for name, alert_ids in results.filtered.items():
         for message in _read_topic(bootstrap, f"{prefix}.{name}"):
             alert_ids.extend(alert["candid"] for alert in _alerts(message))
+    for message in _read_topic(bootstrap, f"{prefix}.anomalies"):
+        results.anomalies.extend(_alerts(message))
     return results
 
 

@@ -17,10 +17,11 @@ from broker_filter.lifeline import Lifeline
 TOPIC = "ztf_20260225_programid1"
 PREFIX = "demo"
 FILTERS = {
-    "young-supernova": "real > 0.65 and isdiffpos and not sso and distpsnr1 < 8 and sgscore1 < 0.5"
+    "young-supernova": "default.real > 0.65 and isdiffpos and not sso and distpsnr1 < 8 and sgscore1 < 0.5"
     " and 1 < ndethist < 10 and jdendhist - jdstarthist < 12",
-    "active-nucleus": "real > 0.65 and not sso and distpsnr1 < 1 and sgscore1 < 0.5 and jdendhist - jdstarthist > 100",
-    "fast-mover": "real > 0.65 and sso and elong > 1.2",
+    "active-nucleus": "default.real > 0.65 and not sso and distpsnr1 < 1 and sgscore1 < 0.5"
+    " and jdendhist - jdstarthist > 100",
+    "fast-mover": "default.real > 0.65 and sso and elong > 1.2",
 }
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
@@ -38,19 +39,19 @@ input:
 output:                      # no bootstrap_servers: the input's cluster
   prefix: {prefix}
   payload: full
-models: [default]
+models: [default, embedder]
+anomalies: {{reference: {reference}, rate: 0.01}}
 filters:
 {filters}
 http: {{host: 127.0.0.1, port: {port}}}
 """
 
 
-def write_config(file: Path, bootstrap: str, port: int) -> None:
+def write_config(file: Path, bootstrap: str, reference: Path, port: int) -> None:
     """Writes the service file."""
     filters = "\n".join(f'  - name: {name}\n    where: "{where}"' for name, where in FILTERS.items())
-    file.write_text(
-        CONFIG.format(name=file.name, bootstrap=bootstrap, topic=TOPIC, prefix=PREFIX, filters=filters, port=port)
-    )
+    places = {"bootstrap": bootstrap, "topic": TOPIC, "prefix": PREFIX, "reference": reference.resolve(), "port": port}
+    file.write_text(CONFIG.format(name=file.name, filters=filters, **places))
 
 
 class ServiceProcess:
@@ -71,7 +72,12 @@ class ServiceProcess:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        self._lifeline = Lifeline(self._process.pid)
+        try:
+            self._lifeline = Lifeline(self._process.pid)
+        except BaseException:  # as where the demonstration is ended just now
+            self._process.kill()
+            self._process.wait()
+            raise
         return self
 
     def __exit__(

@@ -1,0 +1,34 @@
+"""What is ordinary in the demonstration: the alerts of another simulated night, the one before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from broker_filter.config import Runtime
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.packet import FilePosition, Packet
+from broker_filter.packets.registry import open_registry
+from broker_filter.scoring.scorer import open_scorer
+from broker_filter.simulate import simulate_night
+from broker_filter.streaming.duplicates import DuplicateWindow
+from broker_filter.streaming.expressions import FIELDS, compile_filter
+from broker_filter.streaming.filtering import score_stream
+from broker_filter.streaming.ordinary import build_reference
+
+MODEL = "embedder"
+WHERE = f"{MODEL}.real > 0.5"
+"""Bogus alerts are strange, too."""
+ALERTS = 400
+"""Of the night before: some 320 of them look real, and a fifth of those are what others are called strange by."""
+BATCH = 64
+
+
+def write_reference(file: Path, seed: int) -> None:
+    """Simulates the night before the one of `seed`, and writes a reference set of its alerts."""
+    scorer = open_scorer([MODEL], Runtime())
+    [model] = scorer.models
+    where = compile_filter(WHERE, FIELDS, [f"{MODEL}.{label}" for label in model.labels])
+    decoder = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=scorer.columns)
+    packets = (Packet(alert.packet, FilePosition(str(alert.alert_id))) for alert in simulate_night(ALERTS, seed + 1))
+    scored = score_stream(packets, decoder, scorer, DuplicateWindow(0), batch_size=BATCH, threads=1)
+    build_reference(scored, model, where, ALERTS).write(file)
