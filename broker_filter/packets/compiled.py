@@ -17,8 +17,8 @@ IMPLEMENTATION = "python"
 walk: Walk | None = None
 """`walk.walk_python`, compiled."""
 decode_stamps: DecodeStamps | None = None
-"""`stamps.decode_stamps` for the layouts that surveys publish, compiled. Gzip-ed ones are checked by libdeflate's own code
-in the package `deflate`, and left to Python where it is not found there."""
+"""`stamps.decode_stamps` for the layouts that surveys publish, compiled. Gzip-ed ones are checked with libdeflate's
+checksum, out of the package `deflate`, and left to Python where it is not found there."""
 
 if os.environ.get("BROKER_FILTER_PURE_PYTHON") != "1":
     try:

@@ -24,6 +24,8 @@ MAX_HEADER_BYTES = MAX_SCHEMA_BYTES + (1 << 16)
 """The header is the schema and a few words; more is not a header."""
 _KNOWN_HEADERS = 64
 """Distinct headers kept: a survey has one per schema version, redistributors some dozens."""
+_HEADER_BEGINNING = 48
+"""Bytes that tell most of them apart: the schema's length is among them."""
 _READ_BYTES = 1 << 18
 """What a splitter reads of a file at a time: a few packets."""
 
@@ -67,7 +69,8 @@ class _DamagedError(Exception):
         self.damage: Damage = (reason, detail)
 
 
-_known_headers: tuple[_Header, ...] = ()  # the latest learnt first; replaced as a whole, so reading needs no lock
+_known_headers: tuple[_Header, ...] = ()  # the latest learnt first
+_headers_by_beginning: dict[bytes, list[_Header]] = {}  # the same; replaced as a whole, so reading needs no lock
 _header_lock = Lock()
 
 
@@ -102,7 +105,7 @@ def count_records(container: bytes) -> int:
     """How many records a container's sound blocks claim to hold; inflates nothing and never raises."""
     records = 0
     try:
-        known = next((header for header in _known_headers if container.startswith(header.bytes)), None)
+        known = _known_header(container)
         start = len(known.bytes) if known else _read_metadata(container)[0]
         sync = container[start : start + SYNC_BYTES]
         start += SYNC_BYTES
@@ -199,9 +202,8 @@ def _encode_bytes(value: bytes) -> bytes:
 
 def _header_of(data: bytes) -> _Header:
     """The header that `data` starts with, parsed once however often it comes."""
-    for header in _known_headers:
-        if data.startswith(header.bytes):
-            return header
+    if known := _known_header(data):
+        return known
     end, metadata = _read_metadata(data)
     codec = metadata.get(b"avro.codec", b"null").decode("ascii", "replace")
     if codec not in ("null", "deflate", "snappy"):
@@ -213,13 +215,25 @@ def _header_of(data: bytes) -> _Header:
     return _remember(_Header(data[:end], codec, schema))
 
 
+def _known_header(data: bytes) -> _Header | None:
+    """The header that `data` starts with, if it came before."""
+    for header in _headers_by_beginning.get(data[:_HEADER_BEGINNING], ()):
+        if data.startswith(header.bytes):
+            return header
+    return None
+
+
 def _remember(header: _Header) -> _Header:
     """Puts a header first among those known, and returns it, or the one with the same bytes that is there already."""
-    global _known_headers
+    global _known_headers, _headers_by_beginning
     with _header_lock:
         if known := next((known for known in _known_headers if known.bytes == header.bytes), None):
             return known
         _known_headers = (header, *_known_headers[: _KNOWN_HEADERS - 1])
+        by_beginning: dict[bytes, list[_Header]] = {}
+        for known in _known_headers:
+            by_beginning.setdefault(known.bytes[:_HEADER_BEGINNING], []).append(known)
+        _headers_by_beginning = by_beginning
     return header
 
 
