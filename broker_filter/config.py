@@ -219,7 +219,7 @@ class Input(ServiceSection):
     topics: list[str] = Field(
         min_length=1,
         description="Topic names. strftime directives stand for the UTC day (`ztf_%Y%m%d_programid1`) and roll over at "
-        "midnight.",
+        "midnight; what the group has left unread of the week before is read too.",
     )
     start: Start = Field(
         default="stored",

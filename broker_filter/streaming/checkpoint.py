@@ -24,6 +24,7 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from broker_filter.streaming.kafka_client import (
+    PROPAGATION_PAUSE_S,
     REQUEST_TIMEOUT_S,
     Complaints,
     KafkaSetupError,
@@ -59,8 +60,8 @@ class Checkpoint(Protocol):
         """Shuts earlier owners out, and only then reads where each partition goes on; what has no position gets one."""
         ...
 
-    def has_position(self, topic: str) -> bool:
-        """Whether any partition of the topic has a position."""
+    def stored(self, partitions: Sequence[TopicPartition]) -> list[int | None]:
+        """The positions that partitions have now, None where there is none. They need not be assigned."""
         ...
 
     def renew(self) -> None:
@@ -88,24 +89,29 @@ class GroupCheckpoint:
             return []
         if self._writer is None or self._writer.fenced:
             self._writer = self._open_writer(self._transactional_id, self._store)
-        # With read_committed the coordinator does not answer while a transaction holds an offset that may yet come.
+        claims, starts = [], []
+        for p, stored in zip(partitions, self.stored(partitions), strict=True):
+            claim = Claim(p.topic, p.partition, self._writer, start(p) if stored is None else stored)
+            if stored is None:
+                starts.append(TopicPartition(p.topic, p.partition, claim.committed))
+            claims.append(claim)
+        if starts:
+            self._store_starts(starts)
+        return claims
+
+    def stored(self, partitions: Sequence[TopicPartition]) -> list[int | None]:
+        """Asks the group's coordinator, which waits until no transaction holds an offset that may yet come."""
+        if not partitions:
+            return []
         try:
-            stored = self._consumer.committed(list(partitions), timeout=STABLE_TIMEOUT_S)
+            answer = self._consumer.committed(list(partitions), timeout=STABLE_TIMEOUT_S)
         except KafkaException as error:
             raise KafkaSetupError(f"the group's positions cannot be read: {explain(error.args[0])}") from None
-        new = [TopicPartition(p.topic, p.partition, start(p)) for p in stored if p.offset < 0]
-        if new:
-            self._store_starts(new)
-        known = [p for p in stored if p.offset >= 0]
-        return [Claim(p.topic, p.partition, self._writer, p.offset) for p in [*known, *new]]
-
-    def has_position(self, topic: str) -> bool:
-        """Asks the group's coordinator."""
-        known = self._consumer.list_topics(topic, timeout=REQUEST_TIMEOUT_S).topics[topic].partitions
-        partitions = [TopicPartition(topic, number) for number in known]
-        return bool(partitions) and any(
-            p.offset >= 0 for p in self._consumer.committed(partitions, timeout=STABLE_TIMEOUT_S)
-        )
+        for p in answer:
+            if p.error:  # is not the same as no position, from which reading would begin anew
+                raise KafkaSetupError(f"the group's position in {p.topic}/{p.partition}: {explain(p.error)}")
+        offsets = {(p.topic, p.partition): p.offset for p in answer}
+        return [offset if (offset := offsets[p.topic, p.partition]) >= 0 else None for p in partitions]
 
     def renew(self) -> None:
         """Takes the membership that the next positions are stored under."""
@@ -151,20 +157,18 @@ class PositionsCheckpoint:
         """Opens the partitions' writers, then reads the positions topic as it is after that."""
         with ThreadPoolExecutor(OPENING_THREADS, "open-writer") as pool:
             writers = list(pool.map(self._open, partitions))
-        positions = self._topic.read()
         claims = []
-        for partition, writer in zip(partitions, writers, strict=True):
-            stored = positions.get(self._key(partition.topic, partition.partition))
+        for partition, writer, stored in zip(partitions, writers, self.stored(partitions), strict=True):
             claim = Claim(partition.topic, partition.partition, writer, start(partition) if stored is None else stored)
             if stored is None:
                 writer.store_start(claim)
             claims.append(claim)
         return claims
 
-    def has_position(self, topic: str) -> bool:
-        """Looks at what was read when partitions were claimed."""
-        stem = {"cluster": self._cluster, "group": self._group, "topic": topic}
-        return any(stem.items() <= json.loads(key).items() for key in self._topic.read())
+    def stored(self, partitions: Sequence[TopicPartition]) -> list[int | None]:
+        """Reads the positions topic on to its end."""
+        positions = self._topic.read()
+        return [positions.get(self._key(p.topic, p.partition)) for p in partitions]
 
     def renew(self) -> None:
         """Nothing to do: positions are stored under the writers' transactional ids."""
@@ -215,8 +219,8 @@ class PositionsTopic:
 
         Raises KafkaSetupError where another producer's transaction hides that end for too long.
         """
-        end = self._end()
         deadline = time.monotonic() + STABLE_TIMEOUT_S
+        end = self._end(deadline)
         while self._reached < end:
             if time.monotonic() > deadline:
                 raise KafkaSetupError(
@@ -242,10 +246,16 @@ class PositionsTopic:
         except (ValueError, KeyError, TypeError) as error:
             raise KafkaSetupError(f"topic {self.name}: no position at offset {message.offset()}: {error!r}") from None
 
-    def _end(self) -> int:
+    def _end(self, deadline: float) -> int:
         # Uncommitted: the high watermark, past the markers of every transaction that has ended.
         request = {self._partition: OffsetSpec.latest()}
-        answer = self._admin.list_offsets(
-            request, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=REQUEST_TIMEOUT_S
-        )
-        return int(answer[self._partition].result().offset)
+        while True:
+            answer = self._admin.list_offsets(
+                request, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=REQUEST_TIMEOUT_S
+            )
+            try:
+                return int(answer[self._partition].result().offset)
+            except KafkaException as error:  # it has no leader while it is new, or while that moves
+                if time.monotonic() > deadline:
+                    raise KafkaSetupError(f"topic {self.name} cannot be read: {explain(error.args[0])}") from None
+            time.sleep(PROPAGATION_PAUSE_S)

@@ -17,12 +17,14 @@ from broker_filter.health import Health
 from broker_filter.metrics import Metrics
 from broker_filter.streaming.checkpoint import Checkpoint, GroupCheckpoint, PositionsCheckpoint, PositionsTopic
 from broker_filter.streaming.kafka_client import (
+    MAX_RECORD_BYTES,
     Complaints,
     RecordLimits,
     admin_client,
     client_properties,
     ensure_topics,
     output_section,
+    require_compaction,
     wait_for_cluster,
 )
 from broker_filter.streaming.kafka_sink import KafkaSink
@@ -87,8 +89,11 @@ def connect(
     admin = admin_client(out_properties, out_complaints)
     positions = [f"{output.prefix}.{POSITIONS}"] if elsewhere else []
     ensure_topics(admin, [*_alert_topics(output, topics), *_positions_topics(output, positions)])
+    for topic in positions:
+        require_compaction(admin, topic)
     dead_letter = f"{output.prefix}.{DEAD_LETTER}"
-    limits = RecordLimits(admin, topics, dead_letter)
+    largest = min(MAX_RECORD_BYTES, int(str(out_properties.get("message.max.bytes", MAX_RECORD_BYTES))))
+    limits = RecordLimits(admin, topics, dead_letter, largest)
     timeout = {"transaction.timeout.ms": config.transaction.max_ms + TRANSACTION_GRACE_MS}
     open_writer = partial(Writer, timeout | out_properties, limits, metrics, out_complaints, committing)
 
@@ -102,8 +107,10 @@ def connect(
     source = KafkaSource(config.input, in_properties, in_cluster, in_complaints, settle)
     checkpoint: Checkpoint
     if elsewhere:
-        topic = PositionsTopic(positions[0], out_properties, admin, out_complaints)
-        checkpoint = PositionsCheckpoint(topic, open_writer, output.prefix, config.input.group_id, in_cluster.id)
+        positions_topic = PositionsTopic(positions[0], out_properties, admin, out_complaints)
+        checkpoint = PositionsCheckpoint(
+            positions_topic, open_writer, output.prefix, config.input.group_id, in_cluster.id
+        )
     else:
         # An instance that is started again under its name goes on at once: it ends its own old transaction.
         instance = str(in_properties.get("group.instance.id", uuid.uuid4().hex))

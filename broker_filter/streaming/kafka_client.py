@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -38,10 +38,14 @@ MAX_RECORD_BYTES = 200_000_000
 REQUEST_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
 """Of an attempt to reach a cluster; a signal is heeded after it."""
+PROPAGATION_PAUSE_S = 0.1
+"""Before asking again of a topic that was made just now."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 """Between attempts: from a blink of the network to an outage of hours."""
 REPEAT_INTERVAL_S = 30.0
 """The same complaint is logged no more often: an outage says so, and does not fill the disk."""
+YESTERDAY_AND_TODAY = (1, 0)
+"""Days ago. Yesterday's topics too, because a night's last alerts are sent, and a backlog read, after midnight."""
 DEFAULT_MAX_MESSAGE_BYTES = 1_048_588
 """Kafka's own, for clusters that do not say."""
 RECORD_OVERHEAD_BYTES = 512
@@ -185,10 +189,11 @@ def pauses() -> Iterator[float]:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A cluster that has answered: what it calls itself (its brokers' addresses where it has no id), and its topics."""
+    """A cluster that has answered: what it calls itself (its brokers' addresses where it has no id), and how many
+    partitions each of its topics has."""
 
     id: str
-    topics: frozenset[str]
+    topics: Mapping[str, int]
 
 
 def wait_for_cluster(properties: Mapping[str, object], complaints: Complaints, stop: threading.Event) -> Cluster | None:
@@ -202,7 +207,8 @@ def wait_for_cluster(properties: Mapping[str, object], complaints: Complaints, s
             reason = complaints.latest or explain(error.args[0])
             log.warning("%s: %s; trying again in %.1f s", complaints.cluster, reason, pause)
         else:
-            return Cluster(metadata.cluster_id or str(properties["bootstrap.servers"]), frozenset(metadata.topics))
+            topics = {name: len(topic.partitions) for name, topic in metadata.topics.items()}
+            return Cluster(metadata.cluster_id or str(properties["bootstrap.servers"]), topics)
         if stop.wait(pause):
             break
     return None
@@ -231,45 +237,72 @@ def ensure_topics(admin: AdminClient, wanted: Sequence[NewTopic]) -> None:
         log.info("created topic %s", name)
 
 
+def topic_property(admin: AdminClient, topics: Collection[str], name: str) -> dict[str, str]:
+    """The property `name` of topics that are there, without those of which the cluster does not say it.
+
+    Waits for topics that were made just now: it takes a moment until every broker has heard of them.
+    """
+    values: dict[str, str] = {}
+    asked, deadline = set(topics), time.monotonic() + REQUEST_TIMEOUT_S
+    while asked:
+        resources = [ConfigResource(ResourceType.TOPIC, topic) for topic in asked]
+        for resource, answer in admin.describe_configs(resources, request_timeout=REQUEST_TIMEOUT_S).items():
+            try:
+                values[resource.name] = answer.result()[name].value
+            except KafkaException as error:
+                if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART and time.monotonic() < deadline:
+                    continue
+                log.warning("%s of topic %s is not known: %s", name, resource.name, explain(error.args[0]))
+            except KeyError:
+                log.warning("%s of topic %s is not known: the cluster does not say it", name, resource.name)
+            asked.discard(resource.name)
+        if asked:
+            time.sleep(PROPAGATION_PAUSE_S)
+    return values
+
+
+def require_compaction(admin: AdminClient, topic: str) -> None:
+    """Raises KafkaSetupError where a topic forgets more than what later records replace."""
+    for policy in topic_property(admin, [topic], "cleanup.policy").values():
+        if policy != "compact":
+            raise KafkaSetupError(
+                f"topic {topic} has cleanup.policy={policy}: the positions in it would expire, and alerts be lost or "
+                "repeated; set it to compact"
+            )
+
+
 class RecordLimits:
     """How large a record each topic takes. Kafka's default is assumed where the cluster does not say."""
 
-    def __init__(self, admin: AdminClient, topics: Sequence[str], dead_letter: str) -> None:
-        """`dead_letter`: the one of the topics that takes what fits into no other."""
+    def __init__(
+        self, admin: AdminClient, topics: Sequence[str], dead_letter: str, largest: int = MAX_RECORD_BYTES
+    ) -> None:
+        """`dead_letter`: the one of the topics that takes what fits into no other. `largest`: what the producer sends
+        at most, whatever a topic takes."""
         self.dead_letter = dead_letter
         self._admin = admin
+        self._largest = largest
         self._limits = dict.fromkeys(topics, DEFAULT_MAX_MESSAGE_BYTES)
         self.refresh()
 
     def refresh(self) -> None:
         """Reads the topics' configuration again."""
-        resources = [ConfigResource(ResourceType.TOPIC, topic) for topic in self._limits]
-        described = self._admin.describe_configs(resources, request_timeout=REQUEST_TIMEOUT_S)
-        for resource, configuration in described.items():
-            try:
-                self._limits[resource.name] = int(configuration.result()["max.message.bytes"].value)
-            except (KafkaException, KeyError) as error:
-                log.warning(
-                    "the largest record that topic %s takes is not known (%s): taking it for %d bytes",
-                    resource.name,
-                    error,
-                    self._limits[resource.name],
-                )
+        known = topic_property(self._admin, self._limits, "max.message.bytes")
+        self._limits |= {topic: int(size) for topic, size in known.items()}
+        for topic in self._limits.keys() - known.keys():
+            log.warning("topic %s gets records of at most %d bytes", topic, self._limits[topic])
 
     def of(self, topic: str) -> int:
         """The largest sum of key, value and headers in bytes."""
-        return min(self._limits[topic], MAX_RECORD_BYTES) - RECORD_OVERHEAD_BYTES
+        return min(self._limits[topic], self._largest) - RECORD_OVERHEAD_BYTES
 
     @property
     def smallest(self) -> int:
         """What a batch of records fits into, whichever topic it goes to."""
-        return min(self._limits.values())
+        return min(self._largest, *self._limits.values())
 
 
-def topic_names(templates: Sequence[str], now: datetime) -> list[str]:
-    """The topics to read at `now` (UTC): strftime directives stand for yesterday and today.
-
-    Yesterday's, because a night's last alerts are sent, and a backlog read, after midnight.
-    """
-    days = (now - timedelta(days=1), now)
+def topic_names(templates: Sequence[str], now: datetime, days_ago: Sequence[int] = YESTERDAY_AND_TODAY) -> list[str]:
+    """The topics of some days: what strftime directives stand for so many days before `now` (UTC)."""
+    days = [now - timedelta(days=n) for n in days_ago]
     return list(dict.fromkeys(day.strftime(template) for template in templates for day in days))

@@ -21,6 +21,7 @@ from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.streaming.checkpoint import Checkpoint
 from broker_filter.streaming.kafka_client import (
     REQUEST_TIMEOUT_S,
+    YESTERDAY_AND_TODAY,
     Cluster,
     Complaints,
     KafkaSetupError,
@@ -43,6 +44,8 @@ QUEUE_FULL_BACKOFF_MS = 10
 """Before fetching on when the read-ahead was full: librdkafka's second would be a second's silence in a burst."""
 IDLE_S = 0.1
 """How long to wait for a first message before looking at anything else, as at what was assigned meanwhile."""
+DAYS_BACK = (7, 6, 5, 4, 3, 2)
+"""Days of which something may be left to read, the first ones first: ZTF keeps a topic for a week."""
 RECLAIM_PAUSE_S = 2.0
 """Before claiming again what was fenced though it is ours: time for the group to say whose it is."""
 TIMESTAMP_HEADER = "producer_timestamp"
@@ -194,7 +197,8 @@ class KafkaSource:
             raise UnexpectedMessageError(f"{claim}: offset {offset} came although the partition is paused")
         if offset < claim.read:
             raise UnexpectedMessageError(
-                f"{claim}: offset {offset} came after {claim.read - 1}: was the topic made anew?"
+                f"{claim}: offset {offset} came after {claim.read - 1}: was the topic made anew? Its positions are of "
+                "the old one: choose another input.group_id"
             )
         claim.read = offset + 1
         position = KafkaPosition(self._cluster.id, claim.topic, claim.partition, offset)
@@ -270,21 +274,45 @@ class KafkaSource:
     # -- where to read
 
     def _follow_calendar(self) -> None:
-        """Subscribes to the day's topics. One that is still being read stays until it is read to its end."""
+        """Subscribes to the day's topics, and to earlier ones that are not read to their end."""
         names = topic_names(self._section.topics, self._clock())
         if not set(names) - set(self._subscribed) and self._subscribed:
             return
-        behind = {topic for (topic, _), lag in self.lags().items() if lag} - set(names)
-        self._subscribed = [*names, *sorted(behind)]
+        self._subscribed = [*names, *self._unfinished(names)]
         log.info("subscribed to %s", ", ".join(self._subscribed))
         self.consumer.subscribe(
             self._subscribed, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
 
+    def _unfinished(self, names: Sequence[str]) -> list[str]:
+        """Topics of days before those of `names` from the first one on that the group has begun, as far as they hold
+        what it has not read: it is far behind, or was away."""
+        unfinished = []
+        for template in self._section.topics:
+            begun = False
+            for topic in topic_names([template], self._clock(), DAYS_BACK):
+                if topic in names:
+                    continue
+                partitions = self._partitions(topic)
+                stored = self._checkpoint.stored(partitions)
+                begun = begun or any(position is not None for position in stored)
+                if begun and any(self._is_unread(*each) for each in zip(partitions, stored, strict=True)):
+                    unfinished.append(topic)
+        return unfinished
+
+    def _is_unread(self, partition: TopicPartition, position: int | None) -> bool:
+        low, high = self._watermarks(partition)
+        return max(low, position or 0) < high
+
+    def _partitions(self, topic: str) -> list[TopicPartition]:
+        """None where there is no such topic."""
+        known = self.consumer.list_topics(topic, timeout=REQUEST_TIMEOUT_S).topics[topic].partitions
+        return [TopicPartition(topic, number) for number in sorted(known)]
+
     def _start(self, partition: TopicPartition) -> int:
         """Where to begin a partition that has no position."""
         low, high = self._watermarks(partition)
-        if partition.topic not in self._cluster.topics or self._follows(partition.topic):
+        if partition.partition >= self._cluster.topics.get(partition.topic, 0) or self._follows(partition.topic):
             return low  # it was made after reading had begun: all of it is to come
         match self._section.start:
             case "earliest":
@@ -300,17 +328,20 @@ class KafkaSource:
                 return self._offset_at(partition, moment, high)
 
     def _follows(self, topic: str) -> bool:
-        """Whether it is a day's topic, and the group has been reading the day before's or after's."""
+        """Whether it is a day's topic, and the group has been reading another day's."""
         for template in self._section.topics:
-            days = topic_names([template], self._clock())
+            days = topic_names([template], self._clock(), (*YESTERDAY_AND_TODAY, *reversed(DAYS_BACK)))
             if topic in days:
-                return any(self._checkpoint.has_position(day) for day in days if day != topic)
+                others = (self._checkpoint.stored(self._partitions(day)) for day in days if day != topic)
+                return any(position is not None for stored in others for position in stored)
         return False
 
     def _offset_at(self, partition: TopicPartition, moment: datetime, high: int) -> int:
         milliseconds = int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
         wanted = TopicPartition(partition.topic, partition.partition, milliseconds)
         (found,) = self.consumer.offsets_for_times([wanted], timeout=REQUEST_TIMEOUT_S)
+        if found.error:
+            raise KafkaException(found.error)
         return int(found.offset) if found.offset >= 0 else high
 
     def _watermarks(self, partition: TopicPartition) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -154,6 +154,8 @@ def _cut(record: OutputRecord, limits: RecordLimits) -> OutputRecord:
     excess = _size(record) - limits.of(record.topic)
     if excess <= 0:
         return record
+    if record.key and excess > len(record.value):  # an object id that fills a record by itself
+        return _cut(replace(record, key=None), limits)
     headers = record.headers
     if TRUNCATED not in dict(headers):
         headers = [*headers, (TRUNCATED, str(len(record.value)).encode())]

@@ -214,9 +214,9 @@ class Harness:
         self.writers.append(self.open(transactional_id, lambda _, ends: self.stored.extend(ends.values())))
         return Claim("input", 0, self.writers[-1], 0)
 
-    def work(self, claim: Claim, start: int, value: bytes, n: int = 1) -> Work:
+    def work(self, claim: Claim, start: int, value: bytes, n: int = 1, key: bytes | None = None) -> Work:
         packets = [Packet(value, KafkaPosition("cluster", "input", 0, start + i)) for i in range(n)]
-        records = [(i, OutputRecord(self.topic, None, value, [])) for i in range(n)]
+        records = [(i, OutputRecord(self.topic, key, value, [])) for i in range(n)]
         return Work(claim, start, start + n, packets, [Account(consumed=1, scored=1) for _ in packets], records)
 
 
@@ -309,6 +309,19 @@ def test_aborted_transaction_is_produced_again_whole(
     assert len(large.value()) < 5_000
     assert headers(large)["truncated"] == "20000"
     assert claim.committed == 2
+
+
+def test_key_that_fills_a_record_by_itself_is_left_out(
+    harness: Harness, kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str]
+) -> None:
+    claim = harness.claim(unique_name("writer"))
+    set_max_message_bytes(AdminClient({"bootstrap.servers": kafka_bootstrap}), harness.topic, 5_000)
+    claim.writer.add(harness.work(claim, 0, b"small", key=bytes(20_000)))
+
+    assert len(claim.writer.commit()) == 1
+
+    (record,) = read_committed(kafka_bootstrap, [harness.topic], 1)
+    assert (record.key(), record.value()) == (None, b"small")
 
 
 def set_max_message_bytes(admin: AdminClient, topic: str, size: int) -> None:

@@ -204,6 +204,47 @@ def test_what_a_topic_refuses_by_size_is_cut_short_or_a_dead_letter(
 
 
 @pytest.mark.kafka
+def test_nothing_is_larger_than_the_operator_lets_the_producer_send(
+    kafka_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    huge = b"no Avro" * 100_000
+    topic, prefix = make_topic(kafka_bootstrap, [huge, ztf_packets[0][1]], partitions=1), unique_name("filter")
+    config = service_config(kafka_bootstrap, topic, prefix, kafka={"message.max.bytes": 200_000})
+    service = start_service(config)
+
+    letter, scored = read_committed(kafka_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], 2)
+    if letter.topic().endswith("scored"):
+        letter, scored = scored, letter
+
+    assert huge.startswith(letter.value())
+    assert headers(letter)[TRUNCATED] == str(len(huge))
+    assert scored.topic() == f"{prefix}.scored"
+    assert service.end() == 0
+
+
+@pytest.mark.kafka
+def test_positions_are_not_kept_where_they_would_expire(
+    kafka_bootstrap: str,
+    second_kafka_bootstrap: str,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    unique_name: Callable[[str], str],
+) -> None:
+    topic, prefix = make_topic(kafka_bootstrap), unique_name("filter")
+    make_topic(second_kafka_bootstrap, name=f"{prefix}.positions", partitions=1)  # by hand, as any other
+    service = start_service(service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=second_kafka_bootstrap))
+
+    assert service.wait_ended() == 1
+    assert f"topic {prefix}.positions has cleanup.policy=delete" in service.log
+    assert "set it to compact" in service.log
+
+
+@pytest.mark.kafka
 def test_sigterm_commits_what_was_read_and_the_next_start_goes_on(
     kafka_bootstrap: str,
     ztf_packets: Packets,

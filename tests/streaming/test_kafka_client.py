@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from confluent_kafka import KafkaError
+from confluent_kafka.admin import NewTopic
 
 from broker_filter.config import Input, Output, Sasl, SecretFromEnvironment, SecretFromFile, Tls
 from broker_filter.streaming.kafka_client import (
+    RECORD_OVERHEAD_BYTES,
     REPEAT_INTERVAL_S,
     Complaints,
     PropertyError,
+    RecordLimits,
+    admin_client,
     client_properties,
+    ensure_topics,
     output_section,
     topic_names,
 )
@@ -73,6 +79,18 @@ def test_output_without_brokers_of_its_own_is_reached_as_the_input_is(monkeypatc
     assert client_properties(here)["bootstrap.servers"] == "survey:9092"
     assert client_properties(elsewhere)["security.protocol"] == "PLAINTEXT"
     assert client_properties(elsewhere)["bootstrap.servers"] == "ours:9092"
+
+
+@pytest.mark.kafka
+def test_topic_that_was_made_just_now_gets_records_as_large_as_it_takes(
+    kafka_bootstrap: str, unique_name: Callable[[str], str]
+) -> None:
+    admin = admin_client({"bootstrap.servers": kafka_bootstrap}, Complaints("test brokers"))
+    for _ in range(5):  # brokers are not always so slow to hear of it
+        topics = [unique_name("new") for _ in range(5)]
+        ensure_topics(admin, [NewTopic(topic, 4, 1, config={"max.message.bytes": "32000000"}) for topic in topics])
+        limits = RecordLimits(admin, topics, topics[-1])
+        assert {limits.of(topic) for topic in topics} == {32_000_000 - RECORD_OVERHEAD_BYTES}
 
 
 def test_complaint_is_logged_once_and_again_when_it_lasts(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 from confluent_kafka import Producer
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
 from broker_filter.config import Input
 from broker_filter.metrics import Metrics
@@ -43,7 +43,7 @@ class Reader:
         self.now = now
         properties, complaints, metrics = client_properties(section), Complaints("test brokers"), Metrics()
         admin = AdminClient({"bootstrap.servers": bootstrap})
-        existing = frozenset(admin.list_topics(timeout=10).topics)
+        existing = {name: len(topic.partitions) for name, topic in admin.list_topics(timeout=10).topics.items()}
         if name not in existing:
             admin.create_topics([NewTopic(name, 1, -1)])[name].result()
         limits = RecordLimits(admin, [name], dead_letter=name)
@@ -146,6 +146,47 @@ def test_day_that_began_while_the_group_was_away_is_read_from_its_beginning(
     send(f"{night}_20260226", b"26th")
 
     assert start_reader(f"{night}_%Y%m%d", MIDNIGHT, group, start=start).read(1) == [b"26th"]
+
+
+@pytest.mark.parametrize("start", ["stored", "latest"])
+def test_days_that_passed_while_the_group_was_away_are_read(
+    start: str, send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
+) -> None:
+    night, group = unique_name("ztf"), unique_name("group")
+    for day, begin in ((20, "latest"), (21, "earliest")):  # the 20th is read to its end, the 21st is not
+        send(f"{night}_202602{day}", str(day).encode())
+        before = start_reader(f"{night}_%Y%m%d", datetime(2026, 2, day, 0, 5, tzinfo=UTC), group, start=begin)
+        while not before.source.claims:
+            before.source.take(1, 0.1)
+        before.source.close()
+    for day in ("18", "23", "24", "25", "26"):  # the 18th was there before the group
+        send(f"{night}_202602{day}", day.encode())
+
+    reader = start_reader(f"{night}_%Y%m%d", MIDNIGHT, group, start=start)
+
+    assert reader.read(5) == [b"21", b"23", b"24", b"25", b"26"]
+    assert {claim.topic[-2:] for claim in reader.source.claims} == {"21", "23", "24", "25", "26"}
+
+
+def test_partition_that_is_added_later_is_read_from_its_beginning(
+    kafka_bootstrap: str,
+    send: Callable[..., None],
+    start_reader: Callable[..., Reader],
+    unique_name: Callable[[str], str],
+) -> None:
+    topic = unique_name("ztf")
+    send(topic, b"before the start")
+    reader = start_reader(topic, start="latest")
+    while not reader.source.claims:
+        reader.source.take(1, 0.1)
+
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
+    admin.create_partitions([NewPartitions(topic, 2)])[topic].result()
+    producer = Producer({"bootstrap.servers": kafka_bootstrap})
+    producer.produce(topic, b"in the new one", partition=1)
+    assert producer.flush(PATIENCE_S) == 0
+
+    assert reader.read(1) == [b"in the new one"]
 
 
 def test_starts_from_a_time(
