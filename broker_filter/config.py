@@ -35,6 +35,9 @@ RESERVED_TOPICS = (SCORED, ANOMALIES, DEAD_LETTER, POSITIONS)
 TOPIC_NAME = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")
 """What Kafka takes for a topic's name."""
 
+SECRET_PROPERTIES = ("password", "secret", "passphrase", "key.pem")
+"""How the names of librdkafka's properties end that hold secrets."""
+
 SurveyName = Literal["ztf", "lsst"]
 
 
@@ -180,7 +183,7 @@ def _secrets_are_named(properties: dict[str, KafkaValue]) -> dict[str, KafkaValu
     if written := [
         name
         for name, value in properties.items()
-        if name.endswith(("password", "secret")) and not isinstance(value, Section)
+        if name.endswith(SECRET_PROPERTIES) and not isinstance(value, Section)
     ]:
         raise ValueError(
             f"secrets are named, not written down, {{env: VARIABLE}} or {{file: PATH}}: {', '.join(written)}"

@@ -12,7 +12,7 @@ from broker_filter.config import KafkaValue, Section, Surroundings
 from broker_filter.scoring.bundle import Bundle, BundleError, load_bundle
 from broker_filter.scoring.reference import ReferenceSetError, check_made_with, read_card
 from broker_filter.streaming.expressions import FIELDS, compile_filter
-from broker_filter.streaming.kafka_client import RESERVED
+from broker_filter.streaming.kafka_client import RESERVED, librdkafka_log
 
 
 class ThisMachine(Surroundings):
@@ -67,9 +67,9 @@ class ThisMachine(Surroundings):
         values = {name: value for name, value in properties.items() if not isinstance(value, Section)}
         try:
             if client == "consumer":
-                Consumer({"group.id": "-"} | values)
+                Consumer({"group.id": "-"} | values, logger=librdkafka_log)
             else:
-                Producer(values)
+                Producer({"transactional.id": "-"} | values, logger=librdkafka_log)
         except KafkaException as error:
             raise ValueError(error.args[0].str()) from None
 

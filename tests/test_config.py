@@ -118,6 +118,7 @@ def test_checks_filters_models_and_thresholds(tmp_path: Path, section: str, path
         ("schema_registry: ./not/there", "input.schema_registry", "neither an http(s) URL nor a directory"),
         ("kafka: {fetch.mn.bytes: 1}", "input.kafka", 'No such configuration property: "fetch.mn.bytes"'),
         ("kafka: {sasl.password: hunter2}", "input.kafka", "secrets are named, not written down"),
+        ("kafka: {ssl.key.pem: hunter2}", "input.kafka", "secrets are named, not written down"),
         ("kafka: {group.id: other}", "input.kafka", "set by the service itself: group.id (say it as `group_id`)"),
         ("kafka: {client.id: [a]}", "input.kafka.client.id", "should be text, a number"),
         ("kafka: {ssl.key.password: {env: NOT_SET}}", "input.kafka.ssl.key.password.env", "NOT_SET is not set"),
@@ -144,6 +145,15 @@ def test_checks_how_the_input_is_reached(tmp_path: Path, key: str, path: str, me
     found = problems(tmp_path, f"input: {{{source}}}\noutput: {{prefix: me}}\n")
     assert list(found) == [path]
     assert message in found[path]
+
+
+def test_properties_without_which_nothing_comes_exactly_once_are_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = problems(tmp_path, SMALLEST.replace("payload: full", "kafka: {acks: 1}"))
+    assert list(found) == ["output.kafka"]
+    assert "`acks` must be set to `all`" in found["output.kafka"]
+    assert capfd.readouterr().err == ""  # nothing of librdkafka's own
 
 
 @pytest.mark.parametrize(

@@ -151,10 +151,10 @@ class KafkaSink:
             return self._committed.wait_for(lambda: all(claim.settled for claim in claims), timeout_s)
 
     def close(self) -> None:
-        """Aborts what is open."""
+        """Aborts what is open, once no other thread commits any of it."""
+        self._pool.shutdown()
         for writer in self._writers:
             writer.close()
-        self._pool.shutdown()
 
     def _open_s(self, idle: bool) -> float:
         """How long a transaction stays open that is neither large nor long."""

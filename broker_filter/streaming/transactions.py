@@ -39,8 +39,9 @@ LINGER_MS = 50
 """For a batch to fill: fewer requests cost both sides less. A transaction that ends waits for none, it flushes."""
 HELD_BYTES = 64 * 2**20
 """A transaction ends when so much output waits in it, whatever its count and time."""
-OPEN_TIMEOUT_S = 120.0
-"""For a coordinator that is moving to another node, or that first has to end an earlier owner's transaction."""
+OPEN_TIMEOUT_S = 45.0
+"""For a coordinator that is moving to another node, or that first has to end an earlier owner's transaction. With what
+reading the positions may take, less than a stage may stand still."""
 CALL_TIMEOUT_S = 5.0
 """Of one call to the transaction coordinator. A call that timed out is made again, so this bounds only how long the
 watchdog hears nothing."""
@@ -219,7 +220,6 @@ class Writer:
                     raise KafkaSetupError(
                         f"{self._complaints.cluster}: no transactions as {transactional_id!r}: {explain(error.args[0])}"
                     ) from None
-                self._stage.beat()
             else:
                 return
 
