@@ -77,18 +77,20 @@ def read_galaxies(images: Path, table: Path, questions: tuple[str, ...] = (), si
         questions = questions or tuple(name for name in rows.schema.names if name.endswith(SHARE))
         if missing := {FILE, *questions} - set(rows.schema.names):
             raise DatasetError(f"{table}: no column {', '.join(sorted(missing))}")
+        if not questions:
+            raise DatasetError(f"{table}: no column of vote fractions (*{SHARE}), and none was named")
         columns = rows.to_table(columns=[FILE, *questions])
+        answers = np.stack([columns[name].to_numpy() for name in questions], axis=1).astype(np.float32)
     except (pa.ArrowInvalid, ValueError, OSError) as error:
         raise DatasetError(f"{table}: neither a .csv nor a .parquet that can be read: {error}") from error
-    if not questions:
-        raise DatasetError(f"{table}: no column of vote fractions (*{SHARE}), and none was named")
-    answers = np.stack([columns[name].to_numpy() for name in questions], axis=1).astype(np.float32)
     if ((answers < 0) | (answers > 1)).any():
         raise DatasetError(f"{table}: shares must be from 0 to 1")
-    files = [images / Path(name).name for name in columns[FILE].to_pylist()]
+    files = [images / Path(str(name)).name for name in columns[FILE].to_pylist()]
     there = np.array([file.is_file() for file in files])
     if not there.any():
         raise DatasetError(f"{images}: none of the {len(files)} images that {table} describes is there")
+    if unknown := [name for name, known in zip(questions, answers[there].T, strict=True) if np.isnan(known).all()]:
+        raise DatasetError(f"{table}: no image that is there has an answer of {', '.join(unknown)}")
     with progress("Reading galaxies", int(there.sum()), "images") as advance:
         pixels = np.empty((int(there.sum()), 3, size, size), np.float32)
         for i, row in enumerate(np.flatnonzero(there).tolist()):
@@ -104,7 +106,7 @@ def _read_image(file: Path, size: int) -> NDArray[np.float32]:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise DatasetError(f"{file}: {image.width} x {image.height} px is no cutout of a galaxy")
             scaled = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise DatasetError(f"{file}: not an image that can be read: {error}") from error
     return np.asarray(scaled, np.float32).transpose(2, 0, 1)
 

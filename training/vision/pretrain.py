@@ -26,13 +26,14 @@ from broker_filter.config import Section
 from broker_filter.scoring.bundle import Architecture, ImageInput, Inputs
 from broker_filter.scoring.networks import build_network, fusion
 from broker_filter.scoring.preprocess import prepare_images
-from training.errors import TrainingError
+from training.errors import DatasetError, TrainingError
 from training.learner import Learner, check_takes, learn, loader
 from training.recipe import ENCODER_CARD, PUBLISHED_IMAGES, Hardware, Optimisation, begin, read_configuration
 from training.vision.galaxies import Galaxies, read_galaxies, simulate_galaxies
 from training.whole_file import write_whole
 
 WEIGHTS = "encoder.safetensors"
+LEAST_GALAXIES = 2
 
 
 class GalaxyZoo(Section):
@@ -95,7 +96,7 @@ def pretrain(config: Pretraining) -> dict[str, object]:
     """Trains an encoder; writes its weights and what they come from, and returns that.
 
     Raises TrainingError where the network has no encoder or the directory was begun with another configuration,
-    DatasetError where galaxies cannot be read.
+    DatasetError where galaxies cannot be read or are too few.
     """
     begin(config.out, config)
     torch.manual_seed(config.recipe.seed)
@@ -103,6 +104,8 @@ def pretrain(config: Pretraining) -> dict[str, object]:
     if not isinstance(encoder, fusion.Encoder):
         raise TrainingError(f"network {config.architecture.name!r} has no encoder that could be trained apart")
     galaxies = combine([_load(source, config.images.size) for source in config.galaxies])
+    if len(galaxies) < LEAST_GALAXIES:
+        raise DatasetError(f"{len(galaxies)} galaxy: some are to train on, and some to stop by")
     network = nn.Sequential(encoder, nn.Dropout(config.dropout), nn.Linear(encoder.features, len(galaxies.questions)))
     check_takes(network, Inputs(images=config.images))
     order = np.random.default_rng(config.recipe.seed).permutation(len(galaxies))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,11 +92,24 @@ def test_galaxies_that_cannot_be_used_are_said(galaxy_zoo: tuple[Path, Path]) ->
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])
     with pytest.raises(DatasetError, match=r"1\.png: not an image that can be read"):
         read_galaxies(folder, table)
-    table.write_text("file_loc,votes_fraction\n0.png,3\n")
-    with pytest.raises(DatasetError, match="shares must be from 0 to 1"):
-        read_galaxies(folder, table)
-    table.write_text("file_loc,votes\n0.png,3\n")
-    with pytest.raises(DatasetError, match="no column of vote fractions"):
+    for content, message in (
+        ("file_loc,votes_fraction\n0.png,3\n", "shares must be from 0 to 1"),
+        ("file_loc,votes_fraction\n0.png,yes\n", "could not convert string to float: 'yes'"),
+        ("file_loc,votes_fraction\n0.png,\n", "no image that is there has an answer of votes_fraction"),
+        ("file_loc,votes\n0.png,3\n", "no column of vote fractions"),
+        ("file_loc,votes_fraction\n0,0.5\n", "none of the 1 images"),
+    ):
+        table.write_text(content)
+        with pytest.raises(DatasetError, match=message):
+            read_galaxies(folder, table)
+
+
+def test_an_image_that_claims_any_size_is_refused(galaxy_zoo: tuple[Path, Path]) -> None:
+    folder, table = galaxy_zoo
+    whole = (folder / "0.png").read_bytes()
+    header = whole[12:16] + struct.pack(">II", 60_000, 60_000) + whole[24:29]
+    (folder / "0.png").write_bytes(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
+    with pytest.raises(DatasetError, match=r"0\.png: .*decompression bomb"):
         read_galaxies(folder, table)
 
 
@@ -179,6 +194,9 @@ def test_a_network_without_an_encoder_is_refused(tmp_path: Path) -> None:
     assert not hasattr(build_network(Architecture(name="vgg6")), "encoder")
     with pytest.raises(TrainingError, match="'vgg6' has no encoder"):
         pretrain(Pretraining(out=tmp_path / "vgg6", architecture=Architecture(name="vgg6"), galaxies=sources))
+    alone = (Simulated(kind="simulated", galaxies=1),)
+    with pytest.raises(DatasetError, match="1 galaxy: some are to train on, and some to stop by"):
+        pretrain(Pretraining(out=tmp_path / "alone", architecture=TINY, galaxies=alone))
     narrow = PUBLISHED_IMAGES.model_copy(update={"size": 31})
     with pytest.raises(TrainingError, match="cannot take images"):
         pretrain(Pretraining(out=tmp_path / "narrow", architecture=TINY, galaxies=sources, images=narrow))
