@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import struct
+import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -45,6 +49,21 @@ def test_metrics_are_served_in_the_text_format() -> None:
         assert status == 200
         assert "# TYPE broker_filter_consumed_alerts_total counter" in text
         assert get(port, "/")[0] == 404
+
+
+def test_client_that_leaves_before_its_answer_is_no_news(capfd: pytest.CaptureFixture[str]) -> None:
+    health = Health()
+    health.set("group", "x" * 10_000_000)  # more than a socket holds
+    with serve(health, Metrics(), "127.0.0.1", 0) as port:
+        others = threading.active_count()
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not an end
+            client.sendall(b"GET /readyz HTTP/1.0\r\n\r\n")
+            client.recv(1)
+        while threading.active_count() > others:  # with the thread that answers
+            time.sleep(0.01)
+        assert get(port, "/livez") == (200, "ok\n")
+    assert capfd.readouterr().err == ""
 
 
 def test_address_that_is_taken_is_named() -> None:

@@ -128,6 +128,13 @@ class KafkaSource:
         """The living claims."""
         return [claim for claim in self._claims.values() if claim.alive]
 
+    @property
+    def waits_for(self) -> str:
+        """Why it is not in the group, as far as it is known; empty where it is."""
+        if self.joined:
+            return ""
+        return f"not joined yet: {self._complaints.latest}" if self._complaints.latest else "not joined yet"
+
     def take(self, max_packets: int, max_wait_s: float) -> Delivery | None:
         """Up to `max_packets`, or fewer where no more come within `max_wait_s` of the first; None where none come."""
         self._follow_calendar()
@@ -361,6 +368,7 @@ class KafkaSource:
         code = error.code()
         if error.fatal():
             raise KafkaSetupError(f"{self._complaints.cluster}: {explain(error)}")
+        self._complaints.note(error)
         if code == KafkaError.UNKNOWN_TOPIC_OR_PART:
             self._complaints.say(error.str(), "waiting for a topic: %s", error.str())
         elif code in AUTHORIZATION:

@@ -289,6 +289,6 @@ class FilterService:
 
     def _observe(self, endpoints: Endpoints) -> None:
         self._metrics.set_partitions(endpoints.source.lags())
-        self._health.set("group", None if endpoints.source.joined else "not joined yet")
+        self._health.set("group", endpoints.source.waits_for)
         self._health.set("output", endpoints.sink.trouble)
         endpoints.report_positions()

@@ -379,10 +379,12 @@ def test_topic_that_comes_later_is_waited_for_and_read_from_its_beginning(
     config["input"] |= {"start": "latest", "kafka": {"topic.metadata.refresh.interval.ms": 500}}
     service = start_service(config)
     service.wait_for_log(f"waiting for a topic: Subscribed topic not available: {topic}")
+    service.wait_until(lambda: f"not joined yet: Subscribed topic not available: {topic}" in service.get("/readyz")[1])
 
     make_topic(kafka_bootstrap, [packet for _, packet in ztf_packets[:20]], name=topic)
 
     assert len(read_committed(kafka_bootstrap, [f"{prefix}.scored"], 20)) == 20
+    service.wait_ready()
     assert service.end() == 0
 
 
