@@ -63,7 +63,8 @@ def read_packets(inputs: Sequence[str | Path], *, max_packet_bytes: int = MAX_PA
     Parquet file. At most a little more than `max_packet_bytes` of it is read, so that one that is too large is known.
 
     Damage loses what comes after it and no more. The packet that is cut off has the bytes that are there; a damaged tar
-    or Parquet file ends with an empty Packet for what is lost. Decoding rejects both, and the log says why.
+    or Parquet file ends with an empty Packet for what is lost, and a tar's sparse member is one. Decoding rejects them,
+    and the log says why.
 
     Raises `InputError`: at once where an input is not there, later where the system refuses to read one.
     """
@@ -161,7 +162,7 @@ def _read_tar(stream: io.BufferedReader[Any], position: FilePosition, limit: int
                     continue
                 place = FilePosition(position.path, f"{position.member}/{member.name}".lstrip("/"), position.record)
                 if member.issparse():
-                    log.warning("%s: stored without its holes, which is not read", place)
+                    log.warning("%s: sparse members of a tar are not read; pack it without --sparse", place)
                     yield Packet(b"", place)
                 else:
                     yield from _read_member(cast(IO[bytes], archive.fileobj), member.size, place, limit, depth + 1)
