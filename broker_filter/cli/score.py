@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import sys
 import time
@@ -129,6 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=BATCH_SIZE,
         threads=available_cores(),
     )
+    gc.freeze()  # as in `run`: full collections do not walk what start-up made
     account = Account()
     try:
         with open_table(arguments.out, schema) as table, progress("Scoring") as advance:
