@@ -45,6 +45,12 @@ def test_what_a_data_set_cannot_be_is_bad_usage(
     assert f"error: argument {options[0]}: " in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_no_threads_evaluate_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "default", "--dataset", str(tmp_path), "--out", str(tmp_path), "--threads", "0"])
+    assert "error: argument --threads: 0 is not a positive number" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_an_error_is_one_line(night_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["build-dataset", str(tmp_path), "--labels", str(night_table), "--out", str(tmp_path / "set")]
     assert main(arguments) == 1

@@ -112,8 +112,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", help="name of a bundle that ships, or a bundle's directory")
     parser.add_argument("--dataset", required=True, type=Path, metavar="DIR", help="what build-dataset wrote")
     parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="that score, and are timed (default: %(default)s)")
+    parser.add_argument("--threads", type=_positive, default=1, help="that score, and are timed (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the evaluation goes")
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -140,6 +146,7 @@ def predict(model: Model, dataset: Dataset, split: Split) -> Predictions:
     _check_fit(model, dataset)
     view, labels = dataset[split], model.labels
     classes, truth = _in_terms_of(labels, dataset.card.classes, view.label)
+    asked = [c for c, name in enumerate(labels) if name in classes]
     if absent := [name for name, n in zip(classes, np.bincount(truth, minlength=len(classes)), strict=True) if not n]:
         raise EvaluationError(f"{dataset.directory}: split {split} has no alert of class {', '.join(absent)}")
     said, magpsf = [], []
@@ -152,7 +159,7 @@ def predict(model: Model, dataset: Dataset, split: Split) -> Predictions:
                 else np.full(len(alerts), np.nan)
             )
             advance(len(alerts))
-    scores = np.concatenate([outputs["probabilities"] for outputs in said])
+    scores = np.concatenate([outputs["probabilities"][:, asked] for outputs in said])
     if broken := int((~np.isfinite(scores)).any(axis=1).sum()):
         raise EvaluationError(f"{model.bundle.directory}: {broken} of {len(scores)} scores are no numbers")
     threshold = model.bundle.card.outputs.thresholds.get(labels[0], DECIDED)
@@ -240,11 +247,15 @@ def _check_fit(model: Model, dataset: Dataset) -> None:
 def _in_terms_of(
     labels: Sequence[str], classes: Sequence[str], label: NDArray[np.int64]
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """A data set's classes and its alerts' class, `label` [N], as a model with these labels puts the question."""
+    """A data set's classes and its alerts' class, `label` [N], as a model with these labels puts the question.
+
+    Of a model that tells more than the data set has, such as the bundle `classes`, the data set's classes are asked.
+    """
     if len(labels) == 1 and labels[0] in classes:
         yes = classes.index(labels[0])
         no = classes[1 - yes] if len(classes) == 2 else f"not_{labels[0]}"
         return (no, labels[0]), (label == yes).astype(np.int64)
-    if sorted(labels) == sorted(classes):
-        return tuple(labels), np.array([labels.index(name) for name in classes])[label]
+    if set(classes) <= set(labels):
+        asked = tuple(name for name in labels if name in classes)
+        return asked, np.array([asked.index(name) for name in classes])[label]
     raise EvaluationError(f"the model tells {', '.join(labels)} and the data set has {', '.join(classes)}")

@@ -133,6 +133,17 @@ def test_a_data_set_of_other_classes(model: Model, dataset: Dataset) -> None:
         predict(model, other, "test")
 
 
+def test_of_a_model_that_tells_more_the_data_sets_classes_are_asked(dataset: Dataset) -> None:
+    model = open_model("classes", Runtime(engine="onnxruntime", device="cpu", inference_threads=1))
+    other = Dataset.open(dataset.directory)
+    other.card = other.card.model_copy(update={"classes": ("SN", "asteroid")})
+    predictions, view = predict(model, other, "test"), other["test"]
+    assert predictions.classes == predictions.labels == ("asteroid", "SN")
+    chosen = [model.labels.index(name) for name in predictions.labels]
+    assert np.array_equal(predictions.probabilities, model.run(view.read().raw)["probabilities"][:, chosen])
+    assert np.array_equal(predictions.truth, 1 - view.label)
+
+
 def test_a_survey_that_the_model_is_not_for(model: Model, dataset: Dataset) -> None:
     other = Dataset.open(dataset.directory)
     other.card = other.card.model_copy(update={"surveys": ("lsst",)})
