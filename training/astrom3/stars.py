@@ -120,7 +120,12 @@ def read_stars(directory: Path, subset: Subset, seed: int, split: Split) -> Star
         np.concatenate([part.label for part in parts]),
         parts[0].padding,
     )
-    return stars[class_capped(stars.label, DIVISORS[subset], seed)] if drawn else stars
+    if drawn:
+        rows = class_capped(stars.label, DIVISORS[subset], seed)
+        if not len(rows):
+            raise DatasetError(f"{folder}: {subset} leaves none of {len(stars)} stars of {split}: give more of each class")
+        stars = stars[rows]
+    return stars
 
 
 def class_capped(label: NDArray[np.int64], divisor: int, seed: int) -> NDArray[np.int64]:

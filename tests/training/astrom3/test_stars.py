@@ -216,6 +216,8 @@ def test_what_is_of_neither_layout_is_refused(tmp_path: Path, rows: Rows, compla
 def test_what_is_not_there_is_said(stars: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"full_8: no train\*.parquet"):
         read_stars(stars, "full", 8, "train")
+    with pytest.raises(DatasetError, match=r"full_7: sub10 leaves none of 20 stars of validation"):
+        read_stars(stars, "sub10", SEED, "validation")
     (tmp_path / "full_0").mkdir()
     (tmp_path / "full_0" / "train.parquet").write_bytes(b"PAR1")
     with pytest.raises(DatasetError, match=r"train.parquet: cannot be read as Parquet"):
