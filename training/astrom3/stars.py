@@ -123,7 +123,7 @@ def read_stars(directory: Path, subset: Subset, seed: int, split: Split) -> Star
     if drawn:
         rows = class_capped(stars.label, DIVISORS[subset], seed)
         if not len(rows):
-            raise DatasetError(f"{folder}: {subset} leaves none of {len(stars)} stars of {split}: give more of each class")
+            raise DatasetError(f"{folder}: {subset} leaves none of {len(stars)} stars of {split}: give more")
         stars = stars[rows]
     return stars
 
