@@ -108,6 +108,7 @@ def _recommended_cut(model: Model) -> str | None:
 
 
 def _show(arguments: argparse.Namespace) -> int:
+    from broker_filter.packets.batch import Survey
     from broker_filter.scoring.reference import read_reference
 
     reference = read_reference(arguments.file)
@@ -116,6 +117,7 @@ def _show(arguments: argparse.Namespace) -> int:
     entries = {
         "made with": f"{card.bundle} {card.version}, weights {card.weights_sha256[:12]}",
         "alerts": f"{len(reference.alerts):,} of {len(set(reference.alerts.object_id.tolist())):,} objects",
+        "surveys": ", ".join(str(Survey(code)) for code in sorted(set(reference.alerts.survey.tolist()))),
         "that pass": card.where or "(all were taken)",
         "modalities": ", ".join(card.modalities) or "none",
         "measure": " of ".join((card.measure, *([", ".join(card.classes)] if card.classes else []))),

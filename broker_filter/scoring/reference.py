@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from broker_filter.packets.batch import Survey
 from broker_filter.scoring import bundle
 from broker_filter.scoring.bundle import WEIGHTS, CardSection, ModelName, Sha256, describe_problems
 from broker_filter.scoring.neighbours import Embeddings
@@ -63,12 +64,13 @@ class Ordinary:
     embedding: Embeddings  # [K, D]
     alert_id: NDArray[np.int64]  # [K]
     object_id: NDArray[np.str_]  # [K]
+    survey: NDArray[np.uint8]  # [K] codes of Survey
 
     def __len__(self) -> int:
         return len(self.alert_id)
 
     def __getitem__(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Ordinary:
-        return Ordinary(self.embedding[rows], self.alert_id[rows], self.object_id[rows])
+        return Ordinary(self.embedding[rows], self.alert_id[rows], self.object_id[rows], self.survey[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,7 @@ def read_reference(file: Path) -> Reference:
         "embedding": ((k, d), "float32"),
         "alert_id": ((k,), "int64"),
         "object_id": ((k, MAX_OBJECT_ID_BYTES), "uint8"),
+        "survey": ((k,), "uint8"),
         "scores": ((q,), "float32"),
         "usual": ((1 + len(card.modalities), 2), "float32"),
         "label": ((k,), "int64"),
@@ -160,7 +163,7 @@ def read_reference(file: Path) -> Reference:
         object_id = np.char.decode(names, "utf-8")
     except UnicodeDecodeError as error:
         raise ReferenceSetError(f"{file}: a name of an object is no UTF-8; build the reference again") from error
-    alerts = Ordinary(arrays["embedding"], arrays["alert_id"], object_id)
+    alerts = Ordinary(arrays["embedding"], arrays["alert_id"], object_id, arrays["survey"])
     return Reference(card, alerts, arrays["scores"], arrays["usual"], arrays["label"])
 
 
@@ -191,6 +194,7 @@ def _arrays(
         "embedding": np.ascontiguousarray(alerts.embedding),
         "alert_id": alerts.alert_id,
         "object_id": names[:, None].view(np.uint8),
+        "survey": alerts.survey,
         "scores": scores,
         "usual": usual,
         "label": label,
@@ -205,6 +209,8 @@ def _unusable(arrays: Mapping[str, NDArray[Any]], classes: int) -> str | None:
         return "its scores do not ascend"
     if not (arrays["usual"][:, 1] > 0).all():
         return "its usual deviations are not above 0"
+    if not np.isin(arrays["survey"], list(Survey)).all():
+        return "its survey names one that is not known"
     if not ((arrays["label"] >= UNLABELLED) & (arrays["label"] < classes)).all():
         return "its label names a class that its card does not"
     return None

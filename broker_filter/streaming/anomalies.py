@@ -44,9 +44,10 @@ class AnomalyJudge:
     """Judges scored batches by a reference."""
 
     def __init__(self, reference: Reference, rate: float, where: Expression | None) -> None:
-        """`rate`: the share of the judged alerts to flag; `where`: which are judged, all that have an embedding if
-        None."""
+        """`rate`: the share of the judged alerts to flag; `where`: which are judged, all if None. Of those, the ones
+        that have an embedding, of surveys that the reference has alerts of."""
         self._model = reference.card.bundle
+        self._surveys = np.unique(reference.alerts.survey)
         self._scorer = AnomalyScorer(reference)
         self._tracker = RateTracker(reference.scores, rate)
         self._where = where
@@ -61,7 +62,9 @@ class AnomalyJudge:
         model = next(one for one in scored.scores.models if one.model == self._model)
         if model.embedding is None:
             raise ReferenceSetError(f"the model {self._model} gives no embedding")
-        judged = model.taken & (self._where.evaluate(scored) if self._where else True)
+        judged = model.taken & np.isin(scored.alerts.survey, self._surveys)
+        if self._where:
+            judged &= self._where.evaluate(scored)
         score = np.full(len(judged), np.nan, np.float32)
         if judged.any():
             score[judged] = self._scorer.score(model.embedding[judged])

@@ -77,7 +77,7 @@ def ordinary_alerts(scored: ScoredBatch, model: Model, where: Expression | None)
     alerts = scored.alerts
     rows = np.flatnonzero(scores.taken & (where.evaluate(scored) if where else True))
     names = np.array(alerts.object_id, np.str_)
-    return Ordinary(normalise(scores.embedding[rows]), alerts.alert_id[rows], names[rows])
+    return Ordinary(normalise(scores.embedding[rows]), alerts.alert_id[rows], names[rows], alerts.survey[rows])
 
 
 def build_reference(
@@ -125,4 +125,5 @@ def _concatenate(parts: Sequence[Ordinary]) -> Ordinary:
         np.concatenate([part.embedding for part in parts]),
         np.concatenate([part.alert_id for part in parts]),
         np.concatenate([part.object_id for part in parts]),
+        np.concatenate([part.survey for part in parts]),
     )

@@ -38,6 +38,7 @@ def test_a_reference_is_built_and_shown(reference: Path, capsys: pytest.CaptureF
     assert main(["reference", "show", str(reference)]) == 0
     shown = capsys.readouterr().out
     assert "looks.real > 0.5" in shown
+    assert "surveys        ztf\n" in shown
     assert built.card.data_sha256 in shown
 
 

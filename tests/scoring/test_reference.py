@@ -48,6 +48,7 @@ def reference(card: Card) -> Reference:
         normalise(modalities.reshape(50, 8)),
         np.arange(50) - 7,
         np.array([f"ZTF26aaé{i}" for i in range(50)]),
+        (np.arange(50) % 2).astype(np.uint8),
     )
     usual = np.array([[2.8, 0.3], [1.7, 0.4], [1.7, 0.4]], np.float32)
     scores, label = np.linspace(0.1, 0.5, 30, dtype=np.float32), np.arange(50) % 3 - 1
@@ -63,7 +64,7 @@ def file(reference: Reference, tmp_path: Path) -> Path:
 def test_is_itself_again_when_it_is_read(reference: Reference, file: Path) -> None:
     again = read_reference(file)
     assert again.card == reference.card == read_card(file)
-    for name in ("embedding", "alert_id", "object_id"):
+    for name in ("embedding", "alert_id", "object_id", "survey"):
         np.testing.assert_array_equal(getattr(again.alerts, name), getattr(reference.alerts, name))
     np.testing.assert_array_equal(again.scores, reference.scores)
     np.testing.assert_array_equal(again.usual, reference.usual)
@@ -115,6 +116,7 @@ def test_damage_is_found(file: Path) -> None:
         "scores": lambda values: values[::-1].copy(),
         "usual": lambda values: values * np.float32(0),
         "label": lambda values: values + 1,
+        "survey": lambda values: values + np.uint8(7),
     }.items(),
 )
 def test_numbers_that_would_flag_nothing_are_refused(
@@ -123,7 +125,7 @@ def test_numbers_that_would_flag_nothing_are_refused(
     """One NaN among the ordinary would make every alert's score one, and silence the service for good."""
     arrays = load_file(file)
     changed = arrays | {name: change(arrays[name])}
-    alerts = replace(reference.alerts, embedding=changed["embedding"])
+    alerts = replace(reference.alerts, embedding=changed["embedding"], survey=changed["survey"])
     others = {name: changed[name] for name in ("scores", "usual", "label")}
     rewrite(replace(reference, alerts=alerts, **others), file)
     with pytest.raises(ReferenceSetError, match=f"ordinary.safetensors: its {name} .*; build the reference again"):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from broker_filter import config
 from broker_filter.config import Runtime, Service
-from broker_filter.packets.batch import AlertBatch
+from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.registry import open_registry
@@ -120,6 +120,13 @@ def test_flags_strange_alerts_that_pass_the_cut_and_says_why(make: Scored, refer
     assert {one.alert_id for one in neighbours} < set(reference.alerts.alert_id.tolist())
     assert neighbours[0].distance > 1
     assert judge.columns == ("magpsf",)
+
+
+def test_alerts_of_a_survey_that_the_reference_lacks_are_not_judged(make: Scored, reference: Reference) -> None:
+    """Telescopes differ more than alerts do: all of another's would be strange, and all that is flagged."""
+    both = make(-ordinary(4, 5), survey=[Survey.ZTF, Survey.LSST] * 2)
+    anomalies = AnomalyJudge(reference, 0.01, None).judge(both)
+    assert anomalies.judged.tolist() == anomalies.flag.tolist() == [True, False] * 2
 
 
 @pytest.mark.parametrize("measure", ["mahalanobis", "neighbours"])
