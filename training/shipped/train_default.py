@@ -34,7 +34,7 @@ from broker_filter.scoring.export import write_bundle
 from broker_filter.scoring.networks import build_network, load_network
 from training.data.build_dataset import sha256_of
 from training.data.datasets import Alerts, held_out, load_alerts
-from training.errors import TrainingError
+from training.errors import DatasetError, TrainingError
 from training.evaluation.bootstrap import Estimate, estimate
 from training.evaluation.metrics import Values, Weights, rank, ratio
 from training.shipped.distil import Hint, Recipe, distil, run_over
@@ -68,15 +68,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="the new bundle's directory")
     parser.add_argument("--checkpoint", type=Path, help="file to save progress in and to continue from")
     parser.add_argument(
-        "--share", type=float, default=1.0, help="of the objects to train on: 0.25, for what more are worth"
+        "--share", type=_share, default=1.0, help="of the objects to train on: 0.25, for what more are worth"
     )
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=_positive, default=5000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=_positive, default=1)
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _share(text: str) -> float:
+    if not 0 < (share := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and up to 1")
+    return share
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains, evaluates, writes the bundle."""
+    """Trains, evaluates, writes the bundle. Raises TrainingError or DatasetError, before training, where that cannot
+    be."""
+    if arguments.out.exists():
+        raise TrainingError(f"{arguments.out}: exists already; choose another directory, or remove it first")
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     bundle = load_bundle(arguments.teacher)
@@ -91,6 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
     alerts = load_alerts(arguments.inputs, images.size, ("drb",))
     unseen = held_out(alerts.object_id, TEST_FRACTION, SPLIT_SEED)
     train, test = alerts[~unseen], alerts[unseen]
+    check_rated(test)
     if arguments.share < 1:
         train = train[held_out(train.object_id, arguments.share, SPLIT_SEED)]
     log.info("%d alerts to train on, %d to test with", len(train), len(test))
@@ -111,6 +127,12 @@ def published_score(alerts: Alerts) -> NDArray[np.float64]:
     """The survey's own real/bogus score [N], NaN where the packet carries none."""
     drb = alerts.metadata[:, alerts.columns.index("drb")]
     return np.where(drb == NO_DRB, np.nan, drb)
+
+
+def check_rated(test: Alerts) -> None:
+    """Raises DatasetError where no alert has the score that the network is judged by."""
+    if not np.isfinite(published_score(test)).any():
+        raise DatasetError(f"no alert of the objects to test with has a drb, of {len(test)}: add alerts since 2019")
 
 
 def evaluate(

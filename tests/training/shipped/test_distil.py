@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ from broker_filter.scoring.braai import read_weights
 from broker_filter.scoring.bundle import WEIGHTS, Architecture, load_bundle
 from broker_filter.scoring.networks import build_network, load_network
 from broker_filter.scoring.scorer import open_model
+from training.__main__ import main
 from training.data.datasets import Alerts, held_out, load_alerts
-from training.errors import TrainingError
+from training.errors import DatasetError, TrainingError
 from training.shipped.augment import augment
 from training.shipped.distil import Hint, Recipe, distil, make_images, run_over
-from training.shipped.train_default import SPLIT_SEED, TEST_FRACTION, figures, published_score
+from training.shipped.train_default import SPLIT_SEED, TEST_FRACTION, check_rated, figures, published_score
 
 INPUTS = load_bundle("default").card.inputs.images
 MAP, EMBEDDING = Hint(student=11, teacher=11), Hint(student=18, teacher=18)
@@ -145,6 +147,21 @@ def test_a_checkpoint_that_does_not_fit_is_refused(teacher: nn.Module, alerts: A
     torch.save({"recipe": "another"}, checkpoint)
     with pytest.raises(TrainingError, match=r"checkpoint\.pt: is of another training"):
         distil(student(), teacher, INPUTS, alerts, recipe, checkpoint)
+
+
+def test_what_cannot_be_distilled_is_said_before_training(
+    alerts: Alerts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train-default", str(tmp_path), "--teacher", "x", "--out", str(tmp_path)]
+    assert main(command) == 1
+    assert "exists already; choose another directory" in capsys.readouterr().err.splitlines()[-1]
+    for option in (["--share", "0"], ["--share", "1.5"], ["--steps", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, *option])
+        assert f"error: argument {option[0]}: " in capsys.readouterr().err.splitlines()[-1]
+    unrated = replace(alerts, columns=("drb",), metadata=np.full((len(alerts), 1), np.nan))
+    with pytest.raises(DatasetError, match="no alert of the objects to test with has a drb"):
+        check_rated(unrated)
 
 
 def test_augmented_images_are_new_and_the_alerts_stay_as_they_are(alerts: Alerts) -> None:
