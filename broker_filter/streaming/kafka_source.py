@@ -105,6 +105,7 @@ class KafkaSource:
         own = {
             "group.id": section.group_id,
             "enable.auto.commit": False,
+            "enable.partition.eof": True,
             "isolation.level": "read_committed",
             "partition.assignment.strategy": "cooperative-sticky",
             "auto.offset.reset": "earliest",  # only where a position has expired: every partition is placed explicitly
@@ -112,6 +113,7 @@ class KafkaSource:
         }
         self.consumer = Consumer({**defaults, **properties, **own}, logger=librdkafka_log)
         self._claims: dict[Key, Claim] = {}
+        self._ends: dict[Claim, tuple[int, int]] = {}  # the end that was reached, and what was to be read before it
         self._unread: list[Claim] = []  # paused since they were claimed
         self._paused: set[Key] = set()
         self._subscribed: list[str] = []
@@ -170,7 +172,9 @@ class KafkaSource:
         lags = {}
         for key, claim in self._claims.items():
             _, high = self.consumer.get_watermark_offsets(TopicPartition(*key), cached=True)
-            lags[key] = max(0, high - claim.committed)
+            end, last = self._ends.get(claim, (0, 0))
+            # Behind the last message there may be transactions' marks and what they aborted: nothing that is to come.
+            lags[key] = max(0, high - (end if claim.committed == last else claim.committed))
         return lags
 
     def report_positions(self, *, wait: bool = False) -> None:
@@ -193,10 +197,13 @@ class KafkaSource:
         return self._claims.get((message.topic(), message.partition()))
 
     def _admit(self, message: Any, delivery: Delivery) -> None:
-        if message.error():
-            self._judge(message.error())
-            return
         claim = self._claim_of(message)
+        if message.error():
+            if message.error().code() != KafkaError._PARTITION_EOF:
+                self._judge(message.error())
+            elif claim:
+                self._ends[claim] = message.offset(), claim.read
+            return
         if claim is None or not claim.alive:
             return  # its next owner reads it again
         offset = message.offset()
@@ -249,6 +256,7 @@ class KafkaSource:
             key = (partition.topic, partition.partition)
             if claim := self._claims.pop(key, None):
                 claim.ended = True
+                self._ends.pop(claim, None)
                 log.info("%s at offset %d %s", claim, claim.committed, how)
             self._paused.discard(key)
         consumer.incremental_unassign(list(partitions))

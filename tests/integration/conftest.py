@@ -21,7 +21,7 @@ from broker_filter.local_kafka import free_ports
 
 PATIENCE_S = 120.0
 """For anything to happen at all, on a busy machine."""
-QUIET_S = 2.0
+QUIET_S = 1.0
 """After so long without another record, none comes."""
 
 
