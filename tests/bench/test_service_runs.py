@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Consumer, TopicPartition
 
 from broker_filter.bench import endurance, latency, throughput
 from broker_filter.bench.arena import Arena, Broker
@@ -46,6 +48,29 @@ def test_loop_without_work_passes_every_alert_on(broker: Broker, packets: list[b
     with Arena(broker, directory) as arena:
         arena.send(packets * 40)  # more than two transactions of it
         assert run_no_work_loop(arena).alerts_per_second > 0  # which counts what came out
+
+
+class Group:
+    """A contestant of which nothing is seen but what it has committed."""
+
+    def __init__(self, name: str) -> None:
+        self.group = self.output = name
+        self.processes = [os.getpid()]
+
+    def check(self) -> None:
+        pass
+
+
+def test_run_that_is_committed_in_one_look_is_measured_from_the_look_before(
+    broker: Broker, packets: list[bytes], directory: Path
+) -> None:
+    with Arena(broker, directory) as arena:
+        arena.send(packets)
+        ends = [TopicPartition(p.topic, p.partition, len(packets) // len(arena.partitions)) for p in arena.partitions]
+        member = Consumer({"bootstrap.servers": broker.bootstrap_servers, "group.id": arena.topic})
+        member.commit(offsets=ends, asynchronous=False)
+        member.close()
+        assert arena.watch(Group(arena.topic), arena.alerts).alerts_per_second > 0
 
 
 def test_memory_is_looked_at_early_and_late(
