@@ -48,7 +48,7 @@ VERSION = "1.0"
 COLUMN = "weak_class"
 CLASSES = ("VS=VS", "asteroid=asteroid", "bogus=bogus,likely_bogus", "SN=SN,SN_cand", "AGN=AGN")
 """The five of ALeRCE's stamp classifier (Carrasco-Davis et al. 2021, arXiv:2008.03309); the labels have no other with
-enough objects. Each a rule of `training.data.labels`."""
+enough objects. Each a rule of `scoring.labels`."""
 METADATA = ("magpsf", "sigmapsf", "isdiffpos", "ndethist", "distnr", "magnr", "distpsnr1", "sgscore1", "nmtchps")
 """How bright, how often, next to what. Left out: what labels were made from (ssdistnr, drb, positions), and what tells
 when or by whom a packet was taken rather than what it shows (dates, fields, columns that older schemas lack)."""

@@ -1,0 +1,67 @@
+"""Tables of labels: what is a class is said, and what cannot be used is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from broker_filter.scoring.labels import LabelsError, parse_rule, read_labels
+
+
+@pytest.mark.parametrize(
+    ("content", "column", "message"),
+    [
+        ("name,class\nx,a\n", "class", "no column to join by"),
+        ("candid,class\n1,a\n", "kind", "no column 'kind'; there are candid, class"),
+        ("candid,class\n1,a\n2,a\n", "class", "makes 1 class"),
+        ("candid,class\n1,a\n1,b\n", "class", "candid 1 is labelled a and b"),
+        ("candid,class\n1,SN Ia\n2,b\n", "class", "'SN Ia' of 'class' is no class's name.*--class NAME='SN Ia'"),
+        ("candid,class\n1,\n2,b\n", "class", "makes 1 class"),
+    ],
+)
+def test_a_table_that_does_not_do_is_refused(content: str, column: str, message: str, tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text(content)
+    with pytest.raises(LabelsError, match=message):
+        read_labels(table, column)
+
+
+def test_rows_without_a_label_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("candid,class\n1,a\n2,\n3,b\n")
+    pandas_like = {"candid": ["1", "2", "3", ""], "class": ["a", None, "b", "a"], "number": [0.0, np.nan, 1.0, 1.0]}
+    parquet.write_table(pa.table(pandas_like), tmp_path / "labels.parquet")
+    for name in ("labels.csv", "labels.parquet"):
+        labels = read_labels(tmp_path / name, "class")
+        assert (labels.classes, labels.label_of) == (("a", "b"), {"1": 0, "3": 1})
+    rules = [parse_rule("no=-1..0.5"), parse_rule("yes=0.5..1")]
+    assert read_labels(tmp_path / "labels.parquet", "number", rules).label_of == {"1": 0, "3": 1}
+
+
+def test_a_class_is_described_once(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("candid,drb\n1,0.2\n2,0.8\n")
+    rules = [parse_rule("real=0..0.5"), parse_rule("real=0.5..1")]
+    with pytest.raises(LabelsError, match="class real is described more than once"):
+        read_labels(tmp_path / "labels.csv", "drb", rules)
+
+
+def test_ranges_of_a_number_are_classes(tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("candid,drb\n1,0\n2,0.5\n3,0.51\n4,1\n5,\n")
+    labels = read_labels(table, "drb", [parse_rule("bogus=0..0.5"), parse_rule("real=0.5..1")])
+    assert labels.label_of == {"2": 0, "3": 1, "4": 1}
+    with pytest.raises(LabelsError, match=r"no row of 'drb' is of class huge"):
+        read_labels(table, "drb", [parse_rule("real=0..1"), parse_rule("huge=1..9")])
+    with pytest.raises(LabelsError, match="no number is above 2 and up to 1"):
+        parse_rule("wrong=2..1")
+
+
+def test_alerts_are_looked_up_by_the_id_that_the_table_has(tmp_path: Path) -> None:
+    alert_id, object_id = np.array([1, 2, 3]), np.array(["ZTF1", "ZTF2", "ZTF2"])
+    (tmp_path / "alerts.csv").write_text("candid,class\n1,a\n3,b\n")
+    (tmp_path / "objects.csv").write_text("objectId,class\nZTF2,a\nZTF9,b\n")
+    assert read_labels(tmp_path / "alerts.csv", "class").of(alert_id, object_id).tolist() == [0, -1, 1]
+    assert read_labels(tmp_path / "objects.csv", "class").of(alert_id, object_id).tolist() == [-1, 0, 0]
