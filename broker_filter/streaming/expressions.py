@@ -6,8 +6,7 @@ Python.
 - Numbers: metadata columns, `alert_id`, `mjd`, `ra`, `dec`, model outputs, literals; `+ - * /`, `abs(x)`.
 - Text: `object_id`, `survey`, `band`, `schema_version`, literals; only `==`, `!=` and `in` compare it.
 - A model output is called `<model>.<label>`, or `<label>` where one model alone has it and no field is called so. A
-name
-  that is not made of Python identifiers is put in backquotes: `` `my-model.SN Ia` > 0.5 ``.
+  name that is not made of Python identifiers is put in backquotes: `` `my-model.SN Ia` > 0.5 ``.
 - `and`, `or`, `not`; comparisons, also chained (`0.3 < real <= 0.65`); `band in ("g", "r")`. A number stands for true
   where it is not zero, as in `not sso`.
 
