@@ -137,23 +137,25 @@ def read_card(file: Path) -> ReferenceCard:
 def read_reference(file: Path) -> Reference:
     """Reads a reference into memory. Raises ReferenceSetError where the file is none, or is damaged."""
     card = read_card(file)
-    arrays = load_file(file)
+    with safe_open(file, framework="numpy") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     try:
-        (k, d), (q,) = arrays["embedding"].shape, arrays["scores"].shape
+        ((k, d), _), ((q,), _) = found["embedding"], found["scores"]
     except (KeyError, ValueError):
-        raise ReferenceSetError(f"{file}: holds {', '.join(sorted(arrays))}; build the reference again") from None
-    expected: dict[str, tuple[tuple[int, ...], str]] = {
-        "embedding": ((k, d), "float32"),
-        "alert_id": ((k,), "int64"),
-        "object_id": ((k, MAX_OBJECT_ID_BYTES), "uint8"),
-        "survey": ((k,), "uint8"),
-        "scores": ((q,), "float32"),
-        "usual": ((1 + len(card.modalities), 2), "float32"),
-        "label": ((k,), "int64"),
+        raise ReferenceSetError(f"{file}: holds {', '.join(sorted(found))}; build the reference again") from None
+    expected = {
+        "embedding": ((k, d), "F32"),
+        "alert_id": ((k,), "I64"),
+        "object_id": ((k, MAX_OBJECT_ID_BYTES), "U8"),
+        "survey": ((k,), "U8"),
+        "scores": ((q,), "F32"),
+        "usual": ((1 + len(card.modalities), 2), "F32"),
+        "label": ((k,), "I64"),
     }
-    found = {name: (array.shape, array.dtype.name) for name, array in arrays.items()}
     if found != expected or not all(MIN_ALERTS <= n <= MAX_ALERTS for n in (k, q)):
         raise ReferenceSetError(f"{file}: holds {found}, its card asks for {expected}; build the reference again")
+    arrays = load_file(file)
     if _sha256(arrays) != card.data_sha256:
         raise ReferenceSetError(f"{file}: its arrays are not the ones that its card names; build the reference again")
     if problem := _unusable(arrays, len(card.classes)):

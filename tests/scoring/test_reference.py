@@ -9,8 +9,10 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as torch_save_file
 
 from broker_filter.scoring.anomaly import AnomalyScorer, Cloud, Mahalanobis, strangeness
 from broker_filter.scoring.bundle import WEIGHTS, Card, load_bundle
@@ -96,6 +98,10 @@ def test_damage_is_found(file: Path) -> None:
         save_file(some, file, metadata=metadata)
         with pytest.raises(ReferenceSetError, match=message):
             read_reference(file)
+    narrow = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    torch_save_file(narrow | {"embedding": narrow["embedding"].bfloat16()}, file, metadata=metadata)
+    with pytest.raises(ReferenceSetError, match="BF16"):  # which numpy does not know
+        read_reference(file)
     save_file(arrays, file, metadata={CARD: '{"format": 2}'})
     with pytest.raises(ReferenceSetError, match="format"):
         read_reference(file)
