@@ -95,3 +95,8 @@ def _terminal() -> Console:
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+def printable(text: str) -> str:
+    """`text` without what would command a terminal: packets are anybody's."""
+    return "".join(character if character.isprintable() else "?" for character in text)

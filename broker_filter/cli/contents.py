@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from broker_filter.cli.console import printable
 from broker_filter.packets import ocf, wire
 from broker_filter.packets.batch import BANDS, CUTOUTS, UNKNOWN_BAND, AlertBatch, AlertIdentity, Measurement, Survey
 from broker_filter.packets.decode import Decoder
@@ -85,7 +86,7 @@ def take_stock(packets: Iterable[Packet], decoder: Decoder) -> Contents:
 def _kind(alert: AlertIdentity | None) -> tuple[str, str]:
     if alert is None or alert.survey is None:
         return "?", "?"
-    return str(alert.survey), _printable(alert.schema_version or "?")
+    return str(alert.survey), printable(alert.schema_version or "?")
 
 
 def framing(data: bytes) -> str:
@@ -109,7 +110,7 @@ def print_counts(console: Console, contents: Contents, title: str) -> None:
     rows = [(*kind, str(n)) for kind, n in sorted(contents.kinds.items(), key=lambda item: (-item[1], item[0]))]
     _print_table(console, ("survey", "schema", "framing", "outcome", "count"), rows)
     for reason, reject in contents.examples.items():
-        console.print(f"{reason}, for one: {_printable(f'{reject.packet.position}: {reject.detail}')}")
+        console.print(f"{reason}, for one: {printable(f'{reject.packet.position}: {reject.detail}')}")
 
 
 def print_alert(console: Console, alerts: AlertBatch, *, every_field: bool) -> None:
@@ -118,7 +119,7 @@ def print_alert(console: Console, alerts: AlertBatch, *, every_field: bool) -> N
     packet = alerts.packets[alerts.packet_index[0]]
     survey = Survey(int(alerts.survey[0]))
     console.print(
-        f"\nfirst alert: {survey} {alert.alert_id} of object {_printable(alert.object_id or '?')}", style="bold"
+        f"\nfirst alert: {survey} {alert.alert_id} of object {printable(alert.object_id or '?')}", style="bold"
     )
     schema = alerts.records[0].schema
     scale = "start of exposure, UTC" if survey is Survey.ZTF else "middle of exposure, TAI"
@@ -131,7 +132,7 @@ def print_alert(console: Console, alerts: AlertBatch, *, every_field: bool) -> N
         ("band", alert.band or "?"),
         ("light curve", _light_curve(alerts)),
     ]
-    _print_table(console, (), [(key, _printable(value)) for key, value in facts])
+    _print_table(console, (), [(key, printable(value)) for key, value in facts])
     fields = [
         (column.name, f"{value:.0f}" if value.is_integer() else f"{value:.6g}", column.unit, column.meaning)
         for column in COLUMNS
@@ -202,8 +203,3 @@ def _date(mjd: float) -> str:
         return f"{MJD_EPOCH + timedelta(days=mjd):%Y-%m-%d %H:%M:%S}"
     except OverflowError:
         return "?"
-
-
-def _printable(text: str) -> str:
-    """`text` without what would command a terminal: packets are anybody's."""
-    return "".join(character if character.isprintable() else "?" for character in text)

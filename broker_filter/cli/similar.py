@@ -61,6 +61,7 @@ def _count(text: str) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the list, draws the picture where one is asked for, and returns the exit status."""
     from broker_filter.cli.archived import keep_inputs, open_reference, require_extra
+    from broker_filter.cli.console import printable
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry
     from broker_filter.scoring.anomaly import AnomalyScorer
@@ -84,10 +85,10 @@ def run(arguments: argparse.Namespace) -> int:
     [score], [similar] = anomaly.score(embedding).tolist(), anomaly.nearest(embedding, arguments.count)
     identity, stranger = alerts.identity(row), float((reference.scores > score).mean())
     said = f"score {score:.4f}, {stranger:.1%} of ordinary alerts are stranger"
-    print(f"{identity.survey} {identity.alert_id} of {identity.object_id}: {said}")
+    print(f"{identity.survey} {identity.alert_id} of {printable(identity.object_id or '?')}: {said}")
     print(f"{'distance':>8}  {'alert':20}  object")
     for one in similar:
-        print(f"{one.distance:8.4f}  {one.alert_id:<20}  {one.object_id}")
+        print(f"{one.distance:8.4f}  {one.alert_id:<20}  {printable(one.object_id)}")
     if arguments.out:
         packets = read_packets([*arguments.packets, arguments.alert])
         packets_of = _find(packets, decoder, {one.alert_id for one in similar})

@@ -26,6 +26,11 @@ def draw_cutout(axes: Axes, pixels: NDArray[np.float32]) -> None:
     axes.spines[:].set_visible(False)
 
 
+def printable(text: str) -> str:
+    """`text` of a packet, which is anybody's, without what no font has a sign for. Draw it with `parse_math=False`."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def _stretch(pixels: NDArray[np.float32]) -> ImageNormalize:
     """From just below the sky to the brightest pixels but a few, compressed so that faint things show."""
     finite = pixels[np.isfinite(pixels)]

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 from numpy.typing import NDArray
 
-from broker_filter.pictures.cutouts import BACKGROUND, FAINT, PANEL, TEXT
+from broker_filter.pictures.cutouts import BACKGROUND, FAINT, PANEL, TEXT, printable
 
 NEIGHBOURS = 22
 """As Rizhko & Bloom (arXiv:2411.08842) draw their embeddings, with cosine distances."""
@@ -47,7 +47,8 @@ def draw_map(
         )
         for i in order[-NAMED:].tolist():
             axes.scatter(place[i, 0], place[i, 1], s=90, facecolors="none", edgecolors=TEXT, linewidths=1.1)
-            axes.annotate(names[i], place[i], (6, 6), textcoords="offset points", fontsize=8, color=TEXT)
+            name = printable(names[i])
+            axes.annotate(name, place[i], (6, 6), textcoords="offset points", fontsize=8, color=TEXT, parse_math=False)
         bar = figure.colorbar(points, ax=axes, fraction=0.03, pad=0.01, extend="max")
         bar.set_label("how strange: distance from ordinary alerts, in deviations of what is usual", color=FAINT)
         bar.ax.tick_params(colors=FAINT)

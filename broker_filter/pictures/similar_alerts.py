@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
 from broker_filter.packets.batch import BANDS, CUTOUTS, UNKNOWN_BAND, AlertBatch, Measurement
-from broker_filter.pictures.cutouts import BACKGROUND, FAINT, NOTHING, PANEL, TEXT, draw_cutout
+from broker_filter.pictures.cutouts import BACKGROUND, FAINT, NOTHING, PANEL, TEXT, draw_cutout, printable
 
 COLOURS = ("#a371f7", "#3fb950", "#f85149", "#d29922", "#db6d28", "#bf8700")
 """Of BANDS; a band that is not known is drawn in FAINT."""
@@ -55,7 +55,8 @@ def _draw_row(line: SubFigure, one: Shown) -> None:
     line.add_artist(panel)  # below the images
     alerts, i = one.alerts, one.row
     identity = alerts.identity(i)
-    line.text(0.02, 0.90, _printable(identity.object_id or "?"), fontsize=12, fontweight="bold", va="center")
+    name = printable(identity.object_id or "?")
+    line.text(0.02, 0.90, name, fontsize=12, fontweight="bold", va="center", parse_math=False)
     line.text(0.02, 0.115, f"{identity.survey} {identity.alert_id}", fontsize=9, color=FAINT, va="center")
     line.text(0.362, 0.115, one.caption, fontsize=10, ha="right", va="center")
     for k in range(len(CUTOUTS)):
@@ -98,7 +99,3 @@ def _draw_light_curve(axes: Axes, alerts: AlertBatch, i: int) -> None:
     axes.spines[:].set_color(NOTHING)
     axes.set_xlabel("days before the alert" if len(days) else "no light curve", fontsize=8, color=FAINT, labelpad=1)
     axes.set_ylabel("flux (nJy)", fontsize=8, color=FAINT)
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)

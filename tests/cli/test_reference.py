@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,13 @@ import pytest
 from matplotlib.image import imread
 
 from broker_filter.cli import main
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.packet import FilePosition, Packet
+from broker_filter.packets.registry import open_registry
 from broker_filter.pictures.embedding_map import draw_map
-from broker_filter.scoring.reference import read_reference
+from broker_filter.pictures.similar_alerts import Shown, draw_similar
+from broker_filter.scoring.bundle import load_bundle
+from broker_filter.scoring.reference import make_reference, read_reference
 
 N = 200
 
@@ -120,6 +126,30 @@ def test_a_map_without_umap_says_what_to_install(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["map", str(night), "--reference", str(reference), "--out", str(tmp_path / "map.png")]) == 2
     assert "pip install 'broker-filter[explore]'" in capsys.readouterr().err
+
+
+NASTY = "\x1b]0;mine\x07$\\frac$"
+"""A name that commands a terminal, and that is no formula."""
+
+
+def test_names_of_objects_are_printed_and_drawn_whatever_they_hold(
+    reference: Path, night: Path, embedding_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built, file = read_reference(reference), tmp_path / "nasty.safetensors"
+    alerts = replace(built.alerts, object_id=np.full(len(built.alerts), NASTY))
+    card = load_bundle(str(embedding_bundle)).card
+    make_reference(card, None, alerts, built.scores, built.usual, "mahalanobis", built.label).write(file)
+    alert = next(night.iterdir())
+    assert main(["similar", str(alert), "--reference", str(file), "--model", str(embedding_bundle)]) == 0
+    shown = capsys.readouterr().out
+    assert "?]0;mine?$\\frac$" in shown
+    assert "\x1b" not in shown
+
+    batch, _ = Decoder(open_registry(None)).decode([Packet(alert.read_bytes(), FilePosition("one"))])
+    draw_similar(tmp_path / "similar.png", "One alert", [Shown(replace(batch, object_id=[NASTY]), 0, "")])
+    rng = np.random.default_rng(0)
+    place, score = rng.standard_normal((300, 2)).astype(np.float32), rng.gamma(2, 1, 300).astype(np.float32)
+    draw_map(tmp_path / "map.png", "A night", place, score, [NASTY] * 300)
 
 
 def test_a_map_names_the_strangest(tmp_path: Path) -> None:

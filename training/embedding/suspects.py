@@ -17,6 +17,7 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from broker_filter.cli.archived import score_archives
+from broker_filter.cli.console import printable
 from broker_filter.config import Runtime
 from broker_filter.scoring.anomaly import centroids
 from broker_filter.scoring.labels import parse_rule, read_labels
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     suspects = find_suspects(some.embedding, label[known], some.alert_id, some.object_id)
     print(f"{'distance':>8}  {'alert':20}  {'object':20}  {'label':12}  nearest")
     for i in range(min(SHOWN, len(some))):
-        row = f"{suspects.distance[i]:8.4f}  {suspects.alert_id[i]:<20}  {suspects.object_id[i]:20}"
+        row = f"{suspects.distance[i]:8.4f}  {suspects.alert_id[i]:<20}  {printable(suspects.object_id[i]):20}"
         print(f"{row}  {labels.classes[suspects.label[i]]:12}  {labels.classes[suspects.nearest[i]]}")
     if arguments.out:
         write_suspects(suspects, labels.classes, arguments.out)
