@@ -17,6 +17,7 @@ from typing import Any, Literal
 import lightning
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -178,7 +179,7 @@ def learn(
     """Trains, or goes on where `directory` has checkpoints; leaves the best weights in the network, on the CPU.
 
     Returns the epoch that they are of, and its validation loss: the lowest. Raises TrainingError where a checkpoint is
-    not whole or training diverged, KeyboardInterrupt where somebody stopped it.
+    not whole, the hardware is not there or training diverged, KeyboardInterrupt where somebody stopped it.
     """
     learned = directory / LEARNED
     if learned.exists():
@@ -212,18 +213,22 @@ def _train(
         loggers.append(CSVLogger(directory, name="log"))
     if "tensorboard" in logs:
         loggers.append(TensorBoardLogger(directory, name="tensorboard"))
-    trainer = lightning.Trainer(
-        accelerator=hardware.accelerator,
-        devices=hardware.devices,
-        precision=hardware.precision,
-        max_epochs=learner.optimisation.epochs,
-        callbacks=[best, latest, EarlyStopping("val_loss", patience=learner.optimisation.patience)],
-        logger=loggers,
-        default_root_dir=directory,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        enable_progress_bar=sys.stderr.isatty(),
-    )
+    try:
+        trainer = lightning.Trainer(
+            accelerator=hardware.accelerator,
+            devices=hardware.devices,
+            precision=hardware.precision,
+            max_epochs=learner.optimisation.epochs,
+            callbacks=[best, latest, EarlyStopping("val_loss", patience=learner.optimisation.patience)],
+            logger=loggers,
+            default_root_dir=directory,
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            enable_progress_bar=sys.stderr.isatty(),
+        )
+    except MisconfigurationException as error:  # devices that are not there
+        reason = str(error).partition("\n")[0]
+        raise TrainingError(f"hardware: {reason}: accelerator and devices must be this machine's, or auto") from error
     learner.network.to(memory_format=torch.channels_last)  # convolutions of many channels run up to twice as fast
     last = directory / LAST
     if last.exists():

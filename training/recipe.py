@@ -7,7 +7,7 @@ https://github.com/nabeelre/BTSbot.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -30,6 +30,7 @@ CONFIGURATION = "configuration.yaml"
 ENCODER_CARD = "encoder.yaml"
 """Beside the weights that `pretrain` writes: what they come from."""
 
+Rate = Annotated[float, Field(ge=0, lt=1)]
 Configuration = TypeVar("Configuration", bound=Section)
 
 
@@ -39,7 +40,7 @@ class Optimisation(Section):
     epochs: int = Field(default=25, gt=0)
     batch: int = Field(default=64, gt=1, description="Images a step, on each device.")
     learning_rate: float = Field(default=5e-6, gt=0, description="At its peak; made for pre-trained weights.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Of AdamW's two moments.")
+    betas: tuple[Rate, Rate] = Field(default=(0.9, 0.999), description="Of AdamW's two moments.")
     weight_decay: float = Field(default=0.01, ge=0, description="torch's default, as published.")
     warm_up_epochs: int = Field(default=2, ge=0, description="In which the learning rate rises.")
     least: float = Field(default=0.01, gt=0, le=1, description="Where the rise begins and the fall ends, of the peak.")
@@ -66,7 +67,7 @@ class Hardware(Section):
     """What trains. Several devices share each step, by distributed data parallelism."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: int | Literal["auto"] = "auto"
+    devices: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
     workers: int = Field(default=0, ge=0, description="Processes that read and prepare alerts.")
     threads: int | None = Field(default=None, gt=0, description="torch's, on a CPU; its own choice where absent.")

@@ -191,6 +191,16 @@ def test_wrong_configurations_are_said(config: Callable[..., Fit], fitted: Fit, 
     file.write_text("name: x\nepochs: 3\nrecipe: {warm_up_epochs: 30}\n")
     with pytest.raises(TrainingError, match=r"dataset: Field required.*warm_up_epochs: 30 of 25.*epochs: Extra inputs"):
         read_configuration(Fit, file)
+    file.write_text("recipe: {betas: [0.9, 1]}\nhardware: {devices: 0}\n")
+    with pytest.raises(TrainingError, match=r"recipe\.betas\.1: .*less than 1; hardware\.devices\..*greater than 0"):
+        read_configuration(Fit, file)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said(config: Callable[..., Fit]) -> None:
+    wanted = config("gpu").model_copy(update={"hardware": Hardware(accelerator="gpu", devices=2)})
+    with pytest.raises(TrainingError, match="hardware: No supported gpu backend found"):
+        fit(wanted)
 
 
 def test_a_run_that_diverged_is_said(config: Callable[..., Fit]) -> None:
