@@ -293,7 +293,14 @@ class KafkaSource:
         names = topic_names(self._section.topics, self._clock())
         if not set(names) - set(self._subscribed) and self._subscribed:
             return
-        self._subscribed = [*names, *self._unfinished(names)]
+        try:
+            unfinished = self._unfinished(names)
+        except KafkaException as error:
+            if not self._subscribed:
+                raise
+            self._complaints(error.args[0])  # midnight can wait until the brokers answer
+            return
+        self._subscribed = [*names, *unfinished]
         log.info("subscribed to %s", ", ".join(self._subscribed))
         self.consumer.subscribe(
             self._subscribed, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost

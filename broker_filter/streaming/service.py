@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import math
 import os
 import threading
 import time
@@ -34,7 +35,7 @@ from broker_filter.streaming.endpoints import Endpoints, connect
 from broker_filter.streaming.filtering import score_alerts
 from broker_filter.streaming.kafka_client import KafkaSetupError, explain, pauses
 from broker_filter.streaming.kafka_sink import KafkaSink, divide
-from broker_filter.streaming.kafka_source import Delivery, KafkaSource
+from broker_filter.streaming.kafka_source import Delivery
 from broker_filter.streaming.routing import open_router
 from broker_filter.streaming.transactions import Work
 from broker_filter.streaming.watchdog import Stage
@@ -97,6 +98,7 @@ class FilterService:
         self._decoders = ThreadPoolExecutor(threads, "decode")
         self._decoded: Queue[tuple[Delivery, Future[Decoded]] | None] = Queue(threads + 1)
         self._routed: Queue[list[Work] | None] = Queue(SCORED_BATCHES)
+        self._observed = -math.inf
         self._set_out = 0  # batches that were read; the reading thread counts them
         self._describe()
 
@@ -118,24 +120,21 @@ class FilterService:
 
     def _read(self, endpoints: Endpoints, committer: threading.Thread) -> None:
         source, batch = endpoints.source, self._config.batch
-        observed = -OBSERVE_INTERVAL_S
         try:
             while not self._stop.is_set():
                 self._check()
                 with self._reading.watched():
                     delivery = source.take(batch.max_size, batch.max_wait_ms / 1000)
-                if time.monotonic() - observed >= OBSERVE_INTERVAL_S:
-                    observed = time.monotonic()
-                    self._observe(endpoints)
+                self._observe(endpoints)
                 if delivery:
                     self._set_out += 1
                     self._metrics.batch_alerts.observe(len(delivery.packets))
-                    self._offer((delivery, self._decoders.submit(self._decode, delivery)), source)
+                    self._offer((delivery, self._decoders.submit(self._decode, delivery)), endpoints)
                     delivery.set_out()
             log.info("stopping: committing what was read")
-            self._offer(None, source)
+            self._offer(None, endpoints)
             while committer.is_alive():
-                self._serve_group(source)
+                self._serve_group(endpoints)
                 committer.join(TICK_S)
             endpoints.report_positions(wait=True)
         finally:
@@ -180,20 +179,21 @@ class FilterService:
 
     # -- between the stages
 
-    def _offer(self, item: tuple[Delivery, Future[Decoded]] | None, source: KafkaSource) -> None:
+    def _offer(self, item: tuple[Delivery, Future[Decoded]] | None, endpoints: Endpoints) -> None:
         """Puts what was read before the scorer, and stays in the group however long there is no room."""
         while True:
             try:
                 self._decoded.put(item, timeout=ROOM_S)
             except Full:
-                self._serve_group(source)
+                self._serve_group(endpoints)
             else:
                 return
 
-    def _serve_group(self, source: KafkaSource) -> None:
+    def _serve_group(self, endpoints: Endpoints) -> None:
         self._check()
         with self._reading.watched():
-            source.hold()
+            endpoints.source.hold()
+        self._observe(endpoints)
 
     def _put(self, works: list[Work] | None) -> None:
         while True:
@@ -288,6 +288,10 @@ class FilterService:
         self._metrics.queue_depth.labels("commit").set_function(self._routed.qsize)
 
     def _observe(self, endpoints: Endpoints) -> None:
+        """Looks, now and then, at what changes without an alert: also while there is no room for any."""
+        if time.monotonic() - self._observed < OBSERVE_INTERVAL_S:
+            return
+        self._observed = time.monotonic()
         self._metrics.set_partitions(endpoints.source.lags())
         self._health.set("group", endpoints.source.waits_for)
         self._health.set("output", endpoints.sink.trouble)

@@ -63,6 +63,28 @@ def test_waits_for_brokers_that_are_down_at_start_and_outlives_their_restart(
     assert service.end() == 0
 
 
+@pytest.mark.kafka
+def test_output_that_is_away_is_said_however_much_waits_for_it(
+    kafka_bootstrap: str,
+    start_cluster: Callable[..., KafkaCluster],
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    unique_name: Callable[[str], str],
+) -> None:
+    output, prefix = start_cluster(), unique_name("filter")
+    packets = [packet for _, packet in ztf_packets[:400]]
+    topic = make_topic(kafka_bootstrap, packets[:20])
+    config = service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=output.bootstrap_servers)
+    service = start_service(config | {"batch": {"max_size": 16}, "runtime": {"decode_threads": 1}})
+    service.wait_until(lambda: service.metric("consumed_alerts_total") == 20)
+
+    output.kill(1, signal.SIGTERM)
+    send({"bootstrap.servers": kafka_bootstrap}, topic, packets[20:])
+    service.wait_until(lambda: "output: " in service.get("/readyz")[1])
+    assert service.metric("consumed_alerts_total") == 20
+
+
 @contextmanager
 def toxiproxy(listen: int, upstream: str) -> Iterator[Callable[[str, dict[str, object]], None]]:
     """A proxy whose faults are set with `(path below /proxies/kafka, JSON)`."""
