@@ -55,6 +55,7 @@ study: $(VENV)/installed-test
 	mkdir -p study/galaxies
 	tar xf $(GALAXIES) -C study/galaxies
 	for encoder in training/vision/studies/galaxies_*.yaml; do $(TRAINING) pretrain $$encoder || exit 1; done
+	$(TRAINING) study training/vision/studies/ztf_dropout.yaml
 	$(TRAINING) study training/vision/studies/ztf.yaml
 
 chaos: $(VENV)/installed-test
