@@ -68,14 +68,17 @@ class PropertyError(ValueError):
 
 
 def read_secret(secret: Secret) -> str:
-    """The secret's text. Raises PropertyError where there is none."""
+    """The secret's text, without the newline that a file ends with, and a variable that was made of one.
+
+    Raises PropertyError where there is none.
+    """
     if isinstance(secret, SecretFromEnvironment):
         text = os.environ.get(secret.env)
         if text is None:
             raise PropertyError(
                 f"environment variable {secret.env}, which holds a secret of the configuration, is not set"
             )
-        return text
+        return text.removesuffix("\n")
     try:
         return secret.file.read_text().removesuffix("\n")
     except OSError as error:

@@ -41,7 +41,7 @@ def test_dated_topics_are_those_of_yesterday_and_today_in_utc() -> None:
 
 def test_secrets_come_from_files_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "password").write_text("from-file\n")
-    monkeypatch.setenv("KEY_PASSWORD", "from-environment")
+    monkeypatch.setenv("KEY_PASSWORD", "from-environment\n")  # as Kubernetes makes it of a file
     section = source(
         sasl=Sasl(username="alice", password=SecretFromFile(file=tmp_path / "password")),
         tls=Tls(key_password=SecretFromEnvironment(env="KEY_PASSWORD")),
