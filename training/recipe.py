@@ -113,12 +113,14 @@ def read_configuration(kind: type[Configuration], file: Path) -> Configuration:
 def begin(out: Path, config: Section) -> None:
     """Makes the directory of a training, or checks that it was made with the same configuration.
 
-    Raises TrainingError where it was another: what is there would be gone on with as if it were this one's.
+    Raises TrainingError where it was another and left anything: that would be gone on with as if it were this one's.
     """
     path = out / CONFIGURATION
     content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    if not path.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content.encode())
-    elif path.read_text(encoding="utf-8") != content:
-        raise TrainingError(f"{out}: was begun with another configuration, see {path}: choose another directory")
+    if path.exists():
+        if path.read_text(encoding="utf-8") == content:
+            return
+        if any(other != path for other in out.iterdir()):
+            raise TrainingError(f"{out}: was begun with another configuration, see {path}: choose another directory")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content.encode())

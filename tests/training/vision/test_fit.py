@@ -203,6 +203,15 @@ def test_a_gpu_that_is_not_there_is_said(config: Callable[..., Fit]) -> None:
         fit(wanted)
 
 
+def test_a_configuration_that_could_not_begin_is_mended_in_its_directory(config: Callable[..., Fit]) -> None:
+    wrong, right = config("mended", metadata=("nonsense",)), config("mended", metadata=("magpsf",))
+    with pytest.raises(DatasetError, match="has no metadata columns nonsense"):
+        fit(wrong)
+    fit(right)
+    with pytest.raises(TrainingError, match="was begun with another configuration"):
+        fit(wrong)
+
+
 def test_a_run_that_diverged_is_said(config: Callable[..., Fit]) -> None:
     recipe = Recipe(epochs=2, warm_up_epochs=0, batch=16, learning_rate=1e30)
     with pytest.raises(TrainingError, match="validation loss was never a number: try a lower learning_rate"):
