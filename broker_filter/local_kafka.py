@@ -27,7 +27,7 @@ HIGHEST_PACKET_BYTES = 128 * 2**20
 """A cluster takes messages far above what the service accepts, so that an oversized one can be sent to it."""
 PORTS = range(20000, 32000)
 """Below Linux's ephemeral range, so that no client's outgoing connection takes the port of a broker that is down."""
-READY_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 120.0
 
 
 class BrokerError(RuntimeError):

@@ -28,7 +28,7 @@ POLL_INTERVAL_S = 0.02
 REQUEST_TIMEOUT_S = 10.0
 STALL_TIMEOUT_S = 120.0
 READ_AT_A_TIME = 1000
-MISSING_S, SURPLUS_S = 10.0, 1.0
+MISSING_S, SURPLUS_S = 30.0, 1.0
 """How long a reader waits for records that are missing, and for any beyond what there must be."""
 QUEUED = 1000
 """Messages on their way to the broker at most: a night does not fit into librdkafka's queue."""

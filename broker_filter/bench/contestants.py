@@ -24,7 +24,7 @@ from broker_filter.config import SCORED, Model, Transaction
 from broker_filter.lifeline import Lifeline
 from broker_filter.scoring.bundle import load_bundle
 
-JOIN_TIMEOUT_S = 60.0
+JOIN_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
 LOOK_INTERVAL_S = 0.1
 LOG_TAIL = 2000

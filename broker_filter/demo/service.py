@@ -23,7 +23,7 @@ FILTERS = {
     " and jdendhist - jdstarthist > 100",
     "fast-mover": "default.real > 0.65 and sso and elong > 1.2",
 }
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
 LOOK_INTERVAL_S = 0.1
 LOG_TAIL = 2000
