@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 
 from confluent_kafka.admin import NewTopic
@@ -19,12 +20,14 @@ from broker_filter.streaming.checkpoint import Checkpoint, GroupCheckpoint, Posi
 from broker_filter.streaming.kafka_client import (
     MAX_RECORD_BYTES,
     Complaints,
+    KafkaSetupError,
     RecordLimits,
     admin_client,
     client_properties,
     ensure_topics,
     output_section,
     require_compaction,
+    topic_names,
     wait_for_cluster,
 )
 from broker_filter.streaming.kafka_sink import KafkaSink
@@ -86,6 +89,9 @@ def connect(
         return None
 
     elsewhere = in_cluster.id != out_cluster.id
+    read = topic_names(config.input.topics, datetime.now(UTC))
+    if not elsewhere and (loops := sorted(set(topics).intersection(read))):  # by whatever name the cluster is reached
+        raise KafkaSetupError(f"{', '.join(loops)} would be read and written; choose another output.prefix")
     admin = admin_client(out_properties, out_complaints)
     positions = [f"{output.prefix}.{POSITIONS}"] if elsewhere else []
     ensure_topics(admin, [*_alert_topics(output, topics), *_positions_topics(output, positions)])

@@ -407,6 +407,19 @@ def test_refuses_to_guess_where_to_start(
 
 
 @pytest.mark.kafka
+def test_refuses_to_read_what_it_writes_by_whatever_name_the_cluster_is_reached(
+    kafka_bootstrap: str, make_topic: MakeTopic, start_service: StartService, unique_name: Callable[[str], str]
+) -> None:
+    prefix = unique_name("filter")
+    topic = make_topic(kafka_bootstrap, name=f"{prefix}.scored")
+    twice = f"{kafka_bootstrap},{kafka_bootstrap}"
+    service = start_service(service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=twice))
+
+    assert service.wait_ended() == 1
+    assert f"{prefix}.scored would be read and written; choose another output.prefix" in service.log
+
+
+@pytest.mark.kafka
 def test_start_latest_reads_only_what_comes_after_even_if_killed_before_the_first_commit(
     kafka_bootstrap: str,
     ztf_packets: Packets,
