@@ -196,7 +196,7 @@ def test_wrong_configurations_are_said(config: Callable[..., Fit], fitted: Fit, 
         read_configuration(Fit, file)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_said(config: Callable[..., Fit]) -> None:
     wanted = config("gpu").model_copy(update={"hardware": Hardware(accelerator="gpu", devices=2)})
     with pytest.raises(TrainingError, match="hardware: No supported gpu backend found"):
