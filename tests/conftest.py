@@ -165,8 +165,8 @@ def reference_file(tmp_path: Path) -> Path:
     scores = np.sort(rng.gamma(3, 0.1, 50).astype(np.float32))
     file = tmp_path / "ordinary.safetensors"
     card = load_bundle("default").card
-    usual, label = np.array([[0.2, 0.1]], np.float32), np.full(100, UNLABELLED)
-    make_reference(card, None, alerts, scores, usual, "mahalanobis", label).write(file)
+    usual, apart = np.array([[0.2, 0.1]], np.float32), np.empty((0, 2), np.float32)
+    make_reference(card, None, alerts, scores, usual, apart, "mahalanobis", np.full(100, UNLABELLED)).write(file)
     return file
 
 

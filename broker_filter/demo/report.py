@@ -82,9 +82,9 @@ def interesting_table(results: Results, night: Night) -> Table:
 
 
 def anomalies_table(results: Results, night: Night) -> Table:
-    """The strangest alerts, and why: what is furthest off, and the ordinary alert that is still most like it."""
+    """The strangest alerts, and why: the ordinary alert that is most like it, and what is most unlike."""
     alerts = _strangest(results)
-    words, numbers = ("object", "truly", "furthest off", "most like"), ("distance", "score")
+    words, numbers = ("object", "truly", "most like", "most unlike in"), ("distance", "score")
     table = _table(f"Anomalies ({len(alerts)}): the strangest of what looks real", words, numbers)
     for alert in alerts[:SHOWN_PER_FILTER]:
         anomaly = alert["broker_filter"]["anomaly"]
@@ -92,8 +92,8 @@ def anomalies_table(results: Results, night: Night) -> Table:
         table.add_row(
             alert["objectId"],
             _words(night.kinds[alert["candid"]]),
-            _words(anomaly["reason"]["most_unlike"]),
             nearest["object_id"],
+            _words(anomaly["reason"]["most_unlike"]),
             f"{nearest['distance']:.3f}",
             f"{anomaly['score']:.2f}",
         )

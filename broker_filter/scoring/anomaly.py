@@ -37,8 +37,8 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """What makes an alert strange: the ordinary alerts most like it, the nearest first; how strange each modality is
-    that it has, in deviations of what is usual; and the strangest of them."""
+    """What makes an alert strange: the ordinary alerts most like it, the nearest first; how unlike theirs each modality
+    is that it has, in deviations of what is usual; and the one that is most unlike."""
 
     neighbours: tuple[Neighbour, ...]
     modalities: dict[str, float]
@@ -152,6 +152,21 @@ def _measured(
             return CentroidDistance(ordinary, label)
 
 
+def from_neighbours(
+    embedding: NDArray[np.float32], neighbours: NDArray[np.float32], modalities: int
+) -> NDArray[np.float64]:
+    """How far the modalities of each of [N, D] are from those of its neighbours [N, k, D], [N, M]: the mean cosine
+    distance from the neighbours that have it; NaN where it or all of them lack it."""
+    if not modalities:
+        return np.empty((len(embedding), 0))
+    own = normalise(embedding.reshape(len(embedding), 1, modalities, -1))
+    theirs = normalise(neighbours.reshape(*neighbours.shape[:2], modalities, -1))
+    distance = 1 - (own * theirs).sum(axis=3, dtype=np.float64)
+    there = own.any(axis=3) & theirs.any(axis=3)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(there, distance, 0).sum(axis=1) / there.sum(axis=1))
+
+
 def strangeness(distances: NDArray[np.float64], usual: NDArray[np.float32]) -> NDArray[np.float32]:
     """The scores [N] of distances [N, P]: the mean of those there are, each in deviations of `usual` [P, 2]; NaN where
     there is none."""
@@ -169,7 +184,8 @@ class AnomalyScorer:
         alerts = reference.alerts
         self._names = reference.card.modalities
         self._usual = reference.usual
-        self._alert_id, self._object_id = alerts.alert_id, alerts.object_id
+        self._apart = reference.apart
+        self._alerts = alerts
         self._cloud = Cloud(alerts.embedding, len(self._names), reference.card.measure, reference.label)
         self._neighbours = Neighbours(alerts.embedding)
 
@@ -179,21 +195,27 @@ class AnomalyScorer:
 
     def nearest(self, embedding: NDArray[np.float32], k: int) -> list[tuple[Neighbour, ...]]:
         """The k ordinary alerts most like each of [N, D], the nearest first."""
-        distances, rows = self._neighbours.nearest(normalise(embedding), k)
-        return [
-            tuple(
-                Neighbour(int(self._alert_id[row]), str(self._object_id[row]), float(distance))
-                for distance, row in zip(distances[i], rows[i], strict=True)
-                if row >= 0
-            )
-            for i in range(len(embedding))
-        ]
+        return self._named(*self._neighbours.nearest(normalise(embedding), k))
 
     def explain(self, embedding: NDArray[np.float32]) -> list[Reason]:
         """Why each of [N, D] is as strange as it is."""
-        unusual = ((self._cloud.distances(embedding) - self._usual[:, 0]) / self._usual[:, 1])[:, 1:]
+        distances, rows = self._neighbours.nearest(normalise(embedding), NEIGHBOURS)
+        theirs = np.where(rows[..., None] < 0, np.float32(0), self._alerts.embedding[rows])
+        unlike = (from_neighbours(embedding, theirs, len(self._names)) - self._apart[:, 0]) / self._apart[:, 1]
         reasons = []
-        for neighbours, far in zip(self.nearest(embedding, NEIGHBOURS), unusual, strict=True):
+        for neighbours, far in zip(self._named(distances, rows), unlike, strict=True):
             modalities = {name: float(d) for name, d in zip(self._names, far, strict=True) if np.isfinite(d)}
             reasons.append(Reason(neighbours, modalities, max(modalities, key=modalities.__getitem__, default=None)))
         return reasons
+
+    def _named(self, distances: NDArray[np.float32], rows: NDArray[np.int64]) -> list[tuple[Neighbour, ...]]:
+        """The alerts in rows [N, k], those that there are, and their distances [N, k]."""
+        alert_id, object_id = self._alerts.alert_id, self._alerts.object_id
+        return [
+            tuple(
+                Neighbour(int(alert_id[row]), str(object_id[row]), float(distance))
+                for distance, row in zip(distances[i], rows[i], strict=True)
+                if row >= 0
+            )
+            for i in range(len(rows))
+        ]

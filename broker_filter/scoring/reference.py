@@ -81,12 +81,13 @@ class Reference:
     alerts: Ordinary
     scores: NDArray[np.float32]  # [Q] ascending: of ordinary alerts of other objects
     usual: NDArray[np.float32]  # [1 + M, 2] mean and deviation of their distances, as a whole and in each modality
+    apart: NDArray[np.float32]  # [M, 2] the same of how far their modalities are from those of their neighbours
     label: NDArray[np.int64]  # [K] which of the card's classes an alert is of, or UNLABELLED
 
     def write(self, file: Path) -> None:
         """Writes the file, which appears only when it is whole."""
         partial = file.with_name(f"{file.name}.partial")
-        arrays = _arrays(self.alerts, self.scores, self.usual, self.label)
+        arrays = _arrays(self.alerts, self.scores, self.usual, self.apart, self.label)
         save_file(arrays, partial, metadata={CARD: self.card.model_dump_json()})
         partial.replace(file)
 
@@ -97,6 +98,7 @@ def make_reference(
     alerts: Ordinary,
     scores: NDArray[np.float32],
     usual: NDArray[np.float32],
+    apart: NDArray[np.float32],
     measure: Measure,
     label: NDArray[np.int64],
     classes: tuple[str, ...] = (),
@@ -110,9 +112,9 @@ def make_reference(
         where=where,
         measure=measure,
         classes=classes,
-        data_sha256=_sha256(_arrays(alerts, scores, usual, label)),
+        data_sha256=_sha256(_arrays(alerts, scores, usual, apart, label)),
     )
-    return Reference(described, alerts, scores, usual, label)
+    return Reference(described, alerts, scores, usual, apart, label)
 
 
 def read_card(file: Path) -> ReferenceCard:
@@ -151,6 +153,7 @@ def read_reference(file: Path) -> Reference:
         "survey": ((k,), "U8"),
         "scores": ((q,), "F32"),
         "usual": ((1 + len(card.modalities), 2), "F32"),
+        "apart": ((len(card.modalities), 2), "F32"),
         "label": ((k,), "I64"),
     }
     if found != expected or not all(MIN_ALERTS <= n <= MAX_ALERTS for n in (k, q)):
@@ -166,7 +169,7 @@ def read_reference(file: Path) -> Reference:
     except UnicodeDecodeError as error:
         raise ReferenceSetError(f"{file}: a name of an object is no UTF-8; build the reference again") from error
     alerts = Ordinary(arrays["embedding"], arrays["alert_id"], object_id, arrays["survey"])
-    return Reference(card, alerts, arrays["scores"], arrays["usual"], arrays["label"])
+    return Reference(card, alerts, arrays["scores"], arrays["usual"], arrays["apart"], arrays["label"])
 
 
 def check_made_with(file: Path, reference: ReferenceCard, cards: Sequence[bundle.Card]) -> None:
@@ -188,7 +191,11 @@ def check_made_with(file: Path, reference: ReferenceCard, cards: Sequence[bundle
 
 
 def _arrays(
-    alerts: Ordinary, scores: NDArray[np.float32], usual: NDArray[np.float32], label: NDArray[np.int64]
+    alerts: Ordinary,
+    scores: NDArray[np.float32],
+    usual: NDArray[np.float32],
+    apart: NDArray[np.float32],
+    label: NDArray[np.int64],
 ) -> dict[str, NDArray[Any]]:
     """A reference's arrays as they stand in its file."""
     names = np.char.encode(alerts.object_id, "utf-8").astype(f"S{MAX_OBJECT_ID_BYTES}")
@@ -199,18 +206,19 @@ def _arrays(
         "survey": alerts.survey,
         "scores": scores,
         "usual": usual,
+        "apart": apart,
         "label": label,
     }
 
 
 def _unusable(arrays: Mapping[str, NDArray[Any]], classes: int) -> str | None:
     """What keeps alerts from being scored, or the scores from being flagged, by a reference's arrays."""
-    if bad := [name for name in ("embedding", "scores", "usual") if not np.isfinite(arrays[name]).all()]:
+    if bad := [name for name in ("embedding", "scores", "usual", "apart") if not np.isfinite(arrays[name]).all()]:
         return f"its {bad[0]} holds NaN or infinite numbers"
     if (np.diff(arrays["scores"]) < 0).any() or arrays["scores"][0] == arrays["scores"][-1]:
         return "its scores do not ascend"
-    if not (arrays["usual"][:, 1] > 0).all():
-        return "its usual deviations are not above 0"
+    if bad := [name for name in ("usual", "apart") if not (arrays[name][:, 1] > 0).all()]:
+        return f"its {bad[0]} deviations are not above 0"
     if not np.isin(arrays["survey"], list(Survey)).all():
         return "its survey names one that is not known"
     if not ((arrays["label"] >= UNLABELLED) & (arrays["label"] < classes)).all():

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_filter.scoring.anomaly import NEIGHBOURS, Cloud, strangeness
-from broker_filter.scoring.neighbours import normalise
+from broker_filter.scoring.anomaly import NEIGHBOURS, Cloud, from_neighbours, strangeness
+from broker_filter.scoring.neighbours import Neighbours, normalise
 from broker_filter.scoring.reference import (
     UNLABELLED,
     Measure,
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 HELD_OUT = 0.2
 """Share of the objects that the reference is calibrated on: their alerts are as ordinary, and it does not know them."""
+MAX_COMPARED = 10_000
+"""Of those, to find out how unlike its neighbours an ordinary alert is: more would only take room."""
 MIN_HELD_OUT = 20
 """Alerts: with fewer there is no tail to find a threshold in."""
 
@@ -107,12 +109,20 @@ def build_reference(
     card = model.bundle.card
     label = labels.of(kept.alert_id, kept.object_id) if labels else np.full(len(kept), UNLABELLED)
     distances = Cloud(kept.embedding, len(card.outputs.modalities), measure, label).distances(others.embedding)
-    usual = np.stack([np.nanmean(distances, axis=0), np.nanstd(distances, axis=0)], axis=1).astype(np.float32)
-    if not (usual[:, 1] > 0).all():
+    few = others.embedding[:MAX_COMPARED]
+    theirs = kept.embedding[Neighbours(kept.embedding).nearest(few, NEIGHBOURS)[1]]
+    usual = _mean_and_deviation(distances)
+    apart = _mean_and_deviation(from_neighbours(few, theirs, len(card.outputs.modalities)))
+    if not ((usual[:, 1] > 0).all() and (apart[:, 1] > 0).all()):
         raise ReferenceSetError("in some modality all alerts are equally strange: the embedding says nothing there")
     scores = np.sort(strangeness(distances, usual))
     passed, classes = where.text if where else None, labels.classes if labels else ()
-    return make_reference(card, passed, kept, scores, usual, measure, label, classes)
+    return make_reference(card, passed, kept, scores, usual, apart, measure, label, classes)
+
+
+def _mean_and_deviation(distances: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Of the columns of [N, P], leaving out NaN, [P, 2]."""
+    return np.stack([np.nanmean(distances, axis=0), np.nanstd(distances, axis=0)], axis=1).astype(np.float32)
 
 
 def _draw(name: str) -> int:

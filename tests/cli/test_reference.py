@@ -138,7 +138,7 @@ def test_names_of_objects_are_printed_and_drawn_whatever_they_hold(
     built, file = read_reference(reference), tmp_path / "nasty.safetensors"
     alerts = replace(built.alerts, object_id=np.full(len(built.alerts), NASTY))
     card = load_bundle(str(embedding_bundle)).card
-    make_reference(card, None, alerts, built.scores, built.usual, "mahalanobis", built.label).write(file)
+    make_reference(card, None, alerts, built.scores, built.usual, built.apart, "mahalanobis", built.label).write(file)
     alert = next(night.iterdir())
     assert main(["similar", str(alert), "--reference", str(file), "--model", str(embedding_bundle)]) == 0
     shown = capsys.readouterr().out

@@ -53,8 +53,9 @@ def reference(card: Card) -> Reference:
         (np.arange(50) % 2).astype(np.uint8),
     )
     usual = np.array([[2.8, 0.3], [1.7, 0.4], [1.7, 0.4]], np.float32)
+    apart = np.array([[0.5, 0.1], [0.4, 0.2]], np.float32)
     scores, label = np.linspace(0.1, 0.5, 30, dtype=np.float32), np.arange(50) % 3 - 1
-    return make_reference(card, "default.real > 0.5", alerts, scores, usual, "mahalanobis", label, ("VS", "SN"))
+    return make_reference(card, "default.real > 0.5", alerts, scores, usual, apart, "mahalanobis", label, ("VS", "SN"))
 
 
 @pytest.fixture
@@ -70,6 +71,7 @@ def test_is_itself_again_when_it_is_read(reference: Reference, file: Path) -> No
         np.testing.assert_array_equal(getattr(again.alerts, name), getattr(reference.alerts, name))
     np.testing.assert_array_equal(again.scores, reference.scores)
     np.testing.assert_array_equal(again.usual, reference.usual)
+    np.testing.assert_array_equal(again.apart, reference.apart)
     np.testing.assert_array_equal(again.label, reference.label)
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
@@ -121,6 +123,7 @@ def test_damage_is_found(file: Path) -> None:
         "embedding": lambda values: np.where(np.arange(len(values))[:, None] == 5, np.float32(np.nan), values),
         "scores": lambda values: values[::-1].copy(),
         "usual": lambda values: values * np.float32(0),
+        "apart": lambda values: -values,
         "label": lambda values: values + 1,
         "survey": lambda values: values + np.uint8(7),
     }.items(),
@@ -132,7 +135,7 @@ def test_numbers_that_would_flag_nothing_are_refused(
     arrays = load_file(file)
     changed = arrays | {name: change(arrays[name])}
     alerts = replace(reference.alerts, embedding=changed["embedding"], survey=changed["survey"])
-    others = {name: changed[name] for name in ("scores", "usual", "label")}
+    others = {name: changed[name] for name in ("scores", "usual", "apart", "label")}
     rewrite(replace(reference, alerts=alerts, **others), file)
     with pytest.raises(ReferenceSetError, match=f"ordinary.safetensors: its {name} .*; build the reference again"):
         read_reference(file)
@@ -163,6 +166,7 @@ def rewrite(changed: Reference, file: Path) -> None:
         changed.alerts,
         changed.scores,
         changed.usual,
+        changed.apart,
         card.measure,
         changed.label,
         card.classes,
@@ -184,20 +188,44 @@ def test_a_score_does_not_depend_on_what_else_is_scored(reference: Reference) ->
 
 
 @pytest.mark.parametrize("measure", get_args(Measure))
-def test_the_stranger_alert_scores_higher_and_says_in_what_it_is_strange(
-    reference: Reference, measure: Measure
-) -> None:
+def test_the_stranger_alert_scores_higher(reference: Reference, measure: Measure) -> None:
     scorer = AnomalyScorer(replace(reference, card=reference.card.model_copy(update={"measure": measure})))
     embedding = reference.alerts.embedding[[10, 10, 3]]
     embedding[1, 4:] = embedding[1, 4:][::-1] - reference.alerts.embedding[:, 4:].mean(axis=0) * 20  # far off all
     like, unlike, lacking = scorer.score(embedding)
     assert like < unlike
-    reasons = scorer.explain(embedding)
+    assert np.isfinite(lacking)
+
+
+def test_what_is_strange_in_a_modality_alone_says_so(reference: Reference) -> None:
+    ordinary = normalise(np.eye(1, 4) + 0.2 * np.random.default_rng(4).standard_normal((50, 2, 4)))
+    alerts = replace(reference.alerts, embedding=normalise(ordinary.reshape(50, 8)))
+    asked = alerts.embedding[[10, 10, 10]]
+    asked[1, 4:] *= -1
+    asked[2, 4:] = 0
+    reasons = AnomalyScorer(replace(reference, alerts=alerts)).explain(asked)
     assert reasons[1].most_unlike == "light_curve"
     assert reasons[1].modalities["light_curve"] > reasons[0].modalities["light_curve"]
-    assert len(reasons[0].neighbours) == 5
+    assert [len(reason.neighbours) for reason in reasons] == [5, 5, 5]
     assert set(reasons[2].modalities) == {"image"}  # what an alert lacks is no reason
-    assert np.isfinite(lacking)
+
+
+def test_a_reason_is_what_the_neighbours_that_it_names_are_unlike_in(reference: Reference) -> None:
+    scorer, known = AnomalyScorer(reference), reference.alerts
+    asked = normalise(np.random.default_rng(3).standard_normal((20, 8)))
+    asked[4, :4] = 0
+    row_of = {alert_id: row for row, alert_id in enumerate(known.alert_id.tolist())}
+    for own, reason in zip(asked, scorer.explain(asked), strict=True):
+        theirs = known.embedding[[row_of[one.alert_id] for one in reason.neighbours]]
+        expected = {}
+        for m, name in enumerate(MODALITIES):
+            part = slice(4 * m, 4 * m + 4)
+            with_it = theirs[theirs[:, part].any(axis=1), part]
+            if own[part].any():
+                distance = (1 - normalise(with_it) @ normalise(own[part])).mean()
+                expected[name] = (distance - reference.apart[m, 0]) / reference.apart[m, 1]
+        assert reason.modalities == pytest.approx(expected, abs=1e-4)
+        assert reason.most_unlike == max(expected, key=expected.__getitem__)
 
 
 def test_distances_are_in_the_shape_of_what_is_ordinary() -> None:
