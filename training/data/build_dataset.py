@@ -44,6 +44,7 @@ from training.data.datasets import (
     DatasetCard,
     SplitRule,
     open_shard,
+    sha256_of,
     sources_by_class,
 )
 from training.errors import DatasetError
@@ -324,14 +325,3 @@ def _finish(
     version = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     card = DatasetCard(**content, sha256=version)
     write_whole(out / CARD, yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False).encode())
-
-
-def sha256_of(*arrays: NDArray[Any]) -> str:
-    """Of the values' bytes; of strings, in UTF-8, a line each."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        if array.dtype.kind in "OU":
-            digest.update("\n".join(array.tolist()).encode())
-        else:
-            digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()

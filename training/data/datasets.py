@@ -147,7 +147,10 @@ class Dataset:
                 raise DatasetError(f"{file}: has {size} bytes of {shard.bytes}: copy the data set again")
         if len(index) != sum(shard.alerts for shard in card.shards):
             raise DatasetError(f"{directory / INDEX}: {len(index)} rows do not fit the shards: copy the data set again")
-        return cls(directory, card, index)
+        dataset = cls(directory, card, index)
+        if sha256_of(dataset.alert_id, dataset.object_id, dataset.label, dataset.split) != card.index_sha256:
+            raise DatasetError(f"{directory / INDEX}: is not the one that {path} is of: copy the data set again")
+        return dataset
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Dataset.open, (self.directory,)  # to a worker process goes the path, never the pixels
@@ -252,6 +255,17 @@ def sources_by_class(
     draw = [hashlib.blake2b(f"{seed} {name}".encode()).digest() for name in names.tolist()]
     order = np.array(sorted(range(len(names)), key=draw.__getitem__))
     return [names[order][rarest_first[rarest[order]] == c] for c in range(n_classes)]
+
+
+def sha256_of(*arrays: NDArray[Any]) -> str:
+    """Of the values' bytes; of strings, in UTF-8, a line each."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        if array.dtype.kind in "OU":
+            digest.update("\n".join(array.tolist()).encode())
+        else:
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def open_shard(file: Path) -> dict[str, NDArray[Any]]:

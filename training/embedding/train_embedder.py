@@ -49,8 +49,7 @@ from broker_filter.scoring.labels import parse_rule, read_labels
 from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbedder
 from broker_filter.simulate import SCHEMAS, simulate_night
 from broker_filter.streaming.archives import read_packets
-from training.data.build_dataset import sha256_of
-from training.data.datasets import held_out
+from training.data.datasets import held_out, sha256_of
 from training.embedding.embedder import Recipe, embed, show, train
 from training.embedding.probes import balanced_accuracy, linear_probe, nearest
 from training.errors import TrainingError

@@ -32,8 +32,7 @@ from broker_filter.scoring.bundle import (
 )
 from broker_filter.scoring.export import write_bundle
 from broker_filter.scoring.networks import build_network, load_network
-from training.data.build_dataset import sha256_of
-from training.data.datasets import Alerts, held_out, load_alerts
+from training.data.datasets import Alerts, held_out, load_alerts, sha256_of
 from training.errors import DatasetError, TrainingError
 from training.evaluation.bootstrap import Estimate, estimate
 from training.evaluation.metrics import Values, Weights, rank, ratio

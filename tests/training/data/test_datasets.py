@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
+from pyarrow import parquet
 
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
@@ -232,10 +234,15 @@ def test_damage_and_other_arguments_are_said(
     (tmp_path / "set" / CARD).unlink()
     with pytest.raises(DatasetError, match="no whole shard"):
         build_dataset([night_packets], night_labels, tmp_path / "set")
-    (night_dataset.directory / INDEX).rename(tmp_path / INDEX)
+    index = night_dataset.directory / INDEX
+    index.rename(tmp_path / INDEX)
     with pytest.raises(DatasetError, match="cannot be read"):
         Dataset.open(night_dataset.directory)
-    (tmp_path / INDEX).rename(night_dataset.directory / INDEX)
+    table = parquet.read_table(tmp_path / INDEX)
+    parquet.write_table(table.set_column(2, "label", pa.array(1 - night_dataset.label)), index)
+    with pytest.raises(DatasetError, match=r"index\.parquet: is not the one that .*dataset\.yaml is of"):
+        Dataset.open(night_dataset.directory)
+    (tmp_path / INDEX).replace(index)
 
 
 def test_the_version_is_of_the_content(
