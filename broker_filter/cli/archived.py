@@ -33,6 +33,15 @@ def keep_inputs(out: Path, inputs: Sequence[str | Path]) -> None:
             raise OverwriteError(f"{given} is an input and would be overwritten: choose another --out")
 
 
+def alert_limit(text: str) -> int:
+    """How many alerts a command keeps: as many as a reference may have."""
+    from broker_filter.scoring.reference import MAX_ALERTS
+
+    if not 0 < (limit := int(text)) <= MAX_ALERTS:
+        raise argparse.ArgumentTypeError(f"between 1 and {MAX_ALERTS}, not {limit}")
+    return limit
+
+
 def score_archives(
     inputs: Sequence[str | Path],
     scorer: Scorer,

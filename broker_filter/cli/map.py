@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from broker_filter.cli.archived import add_scoring_options
+from broker_filter.cli.archived import add_scoring_options, alert_limit
 
 DEFAULT_LIMIT = 20_000
 """Alerts: a minute of UMAP, and as many points as can be told apart."""
@@ -28,7 +28,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--model", metavar="BUNDLE", help="the bundle it was made with (default: the one of that name)")
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture to write")
     parser.add_argument(
-        "--limit", type=int, default=DEFAULT_LIMIT, metavar="N", help="alerts to draw at most (default: %(default)s)"
+        "--limit",
+        type=alert_limit,
+        default=DEFAULT_LIMIT,
+        metavar="N",
+        help="alerts to draw at most (default: %(default)s)",
     )
     add_scoring_options(parser)
     parser.set_defaults(run=run)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from broker_filter.cli.archived import add_scoring_options
+from broker_filter.cli.archived import add_scoring_options, alert_limit
 
 if TYPE_CHECKING:
     from broker_filter.scoring.scorer import Model
@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "where it has one)",
     )
     builder.add_argument(
-        "--limit", type=_limit, default=DEFAULT_LIMIT, metavar="N", help="alerts to keep (default: %(default)s)"
+        "--limit", type=alert_limit, default=DEFAULT_LIMIT, metavar="N", help="alerts to keep (default: %(default)s)"
     )
     builder.add_argument(
         "--measure",
@@ -60,14 +60,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     shower = parts.add_parser("show", help="what a reference set is of")
     shower.add_argument("file", metavar="FILE", type=Path)
     shower.set_defaults(run=_show)
-
-
-def _limit(text: str) -> int:
-    from broker_filter.scoring.reference import MAX_ALERTS
-
-    if not 0 < (limit := int(text)) <= MAX_ALERTS:
-        raise argparse.ArgumentTypeError(f"between 1 and {MAX_ALERTS}, not {limit}")
-    return limit
 
 
 def _build(arguments: argparse.Namespace) -> int:

@@ -152,6 +152,13 @@ def test_names_of_objects_are_printed_and_drawn_whatever_they_hold(
     draw_map(tmp_path / "map.png", "A night", place, score, [NASTY] * 300)
 
 
+@pytest.mark.parametrize("command", [["map"], ["reference", "build"]])
+def test_some_alerts_are_kept(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, "night", "--out", "it", "--limit", "-5"])
+    assert "between 1 and 1000000, not -5" in capsys.readouterr().err
+
+
 def test_a_map_names_the_strangest(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     place, score = rng.standard_normal((300, 2)).astype(np.float32), rng.gamma(2, 1, 300).astype(np.float32)
