@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class DatasetError(Exception):
     """A data set, or what it is to be made of, that cannot be used."""
@@ -13,3 +15,9 @@ class TrainingError(Exception):
 
 class EvaluationError(Exception):
     """An evaluation or a comparison that cannot be made."""
+
+
+def refuse_existing(bundle: Path) -> None:
+    """To be called before training what is to become `bundle`. Raises TrainingError where something is there."""
+    if bundle.exists():
+        raise TrainingError(f"{bundle}: exists already; choose another directory, or remove it first")

@@ -52,7 +52,7 @@ from broker_filter.streaming.archives import read_packets
 from training.data.datasets import held_out, sha256_of
 from training.embedding.embedder import Recipe, embed, show, train
 from training.embedding.probes import balanced_accuracy, linear_probe, nearest
-from training.errors import TrainingError
+from training.errors import TrainingError, refuse_existing
 from training.evaluation.bootstrap import estimate
 from training.evaluation.metrics import Values, Weights
 from training.shipped.train_classes import CLASSES, COLUMN, UNLABELLED
@@ -116,7 +116,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains, evaluates, writes the bundle."""
+    """Trains, evaluates, writes the bundle. Raises TrainingError, before training, where that cannot be."""
+    refuse_existing(arguments.out)
     torch.set_num_threads(1)
     trunk = load_bundle(arguments.trunk)
     if trunk.card.architecture.name != TRUNK:

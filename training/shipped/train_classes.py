@@ -38,7 +38,7 @@ from broker_filter.scoring.networks import load_network
 from broker_filter.scoring.networks.stampnet import StampNetClasses, evidence, log_odds
 from broker_filter.scoring.preprocess import prepare_metadata
 from training.data.datasets import Alerts, held_out, load_alerts
-from training.errors import DatasetError
+from training.errors import DatasetError, refuse_existing
 from training.evaluation.bootstrap import estimate
 from training.evaluation.metrics import Values, Weights, rank
 from training.shipped.distil import run_over
@@ -72,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Fits, evaluates, writes the bundle."""
+    """Fits, evaluates, writes the bundle. Raises TrainingError, before fitting, where that cannot be."""
+    refuse_existing(arguments.out)
     torch.set_num_threads(1)
     real = load_bundle(arguments.real)
     images = real.card.inputs.images

@@ -33,7 +33,7 @@ from broker_filter.scoring.bundle import (
 from broker_filter.scoring.export import write_bundle
 from broker_filter.scoring.networks import build_network, load_network
 from training.data.datasets import Alerts, held_out, load_alerts, sha256_of
-from training.errors import DatasetError, TrainingError
+from training.errors import DatasetError, TrainingError, refuse_existing
 from training.evaluation.bootstrap import Estimate, estimate
 from training.evaluation.metrics import Values, Weights, rank, ratio
 from training.shipped.distil import Hint, Recipe, distil, run_over
@@ -89,8 +89,7 @@ def _share(text: str) -> float:
 def run(arguments: argparse.Namespace) -> None:
     """Trains, evaluates, writes the bundle. Raises TrainingError or DatasetError, before training, where that cannot
     be."""
-    if arguments.out.exists():
-        raise TrainingError(f"{arguments.out}: exists already; choose another directory, or remove it first")
+    refuse_existing(arguments.out)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     bundle = load_bundle(arguments.teacher)

@@ -149,12 +149,20 @@ def test_a_checkpoint_that_does_not_fit_is_refused(teacher: nn.Module, alerts: A
         distil(student(), teacher, INPUTS, alerts, recipe, checkpoint)
 
 
+@pytest.mark.parametrize(
+    "command", ["train-default --teacher x", "train-classes --labels x", "train-embedder --labels x"]
+)
+def test_a_bundle_that_exists_is_refused_before_training(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command.split(), "x", str(tmp_path), "--out", str(tmp_path)]) == 1
+    assert "exists already; choose another directory" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_what_cannot_be_distilled_is_said_before_training(
     alerts: Alerts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["train-default", str(tmp_path), "--teacher", "x", "--out", str(tmp_path)]
-    assert main(command) == 1
-    assert "exists already; choose another directory" in capsys.readouterr().err.splitlines()[-1]
     for option in (["--share", "0"], ["--share", "1.5"], ["--steps", "0"]):
         with pytest.raises(SystemExit, match="2"):
             main([*command, *option])
