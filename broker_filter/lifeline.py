@@ -6,6 +6,18 @@ Never for what should be ended in good order: whoever hangs on a lifeline is kil
 from __future__ import annotations
 
 import subprocess
+from typing import Protocol
+
+
+class Child(Protocol):
+    """A process that was started here."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its id."""
+
+    def kill(self) -> None:
+        """Ends it at once."""
 
 
 class Lifeline:
@@ -15,11 +27,14 @@ class Lifeline:
     that started the child, and threads come and go.
     """
 
-    def __init__(self, process_id: int) -> None:
-        # A session of its own: Ctrl-C at the terminal must not end it.
-        self._watcher = subprocess.Popen(
-            ["/bin/sh", "-c", "read _; kill -KILL $0", str(process_id)], stdin=subprocess.PIPE, start_new_session=True
-        )
+    def __init__(self, child: Child) -> None:
+        command = ["/bin/sh", "-c", "read _; kill -KILL $0", str(child.pid)]
+        try:
+            # A session of its own: Ctrl-C at the terminal must not end it.
+            self._watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        except BaseException:  # nobody holds the child yet: an interrupt would leave it alone
+            child.kill()
+            raise
 
     def cut(self) -> None:
         """Lets go of the child: to be called before it is waited for, after which its id may be anybody's."""

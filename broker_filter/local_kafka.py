@@ -244,10 +244,11 @@ class KafkaCluster:
     def _launch(self, node: int) -> None:
         command = [str(self.home / "bin" / "kafka-server-start.sh"), str(self.directory / f"node-{node}.properties")]
         with self._log(node).open("ab") as log:
-            self._processes[node] = subprocess.Popen(
+            process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=self._environment(), start_new_session=True
             )
-        self._lifelines[node] = Lifeline(self._processes[node].pid)
+        self._lifelines[node] = Lifeline(process)
+        self._processes[node] = process
 
     def _log(self, node: int) -> Path:
         return self.directory / f"node-{node}.log"
@@ -275,7 +276,7 @@ def embedded_broker(directory: Path) -> Iterator[str]:
         process = subprocess.Popen(
             [str(program), "start", *options], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    lifeline = Lifeline(process.pid)
+    lifeline = Lifeline(process)
     try:
         wait_until_listening(port, process, log_path)
         yield f"127.0.0.1:{port}"

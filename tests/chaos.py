@@ -95,7 +95,7 @@ class Chaos:
             self.instances[slot] = subprocess.Popen(
                 [sys.executable, "-m", "broker_filter", "run", "--config", str(path)], stdout=log, stderr=log
             )
-        self.lifelines[slot] = Lifeline(self.instances[slot].pid)
+        self.lifelines[slot] = Lifeline(self.instances[slot])
 
     def end(self, slot: int, how: signal.Signals) -> int:
         """Ends an instance and returns its exit status."""

@@ -59,7 +59,7 @@ def test_broker_ends_with_who_started_it_and_was_killed(kind: str, tmp_path: Pat
 
 def test_a_lifeline_that_is_cut_kills_nobody() -> None:
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
-        Lifeline(child.pid).cut()
+        Lifeline(child).cut()
         assert child.stdin is not None
         child.stdin.close()
         assert child.wait(PATIENCE_S) == 0

@@ -85,7 +85,7 @@ class ServiceInstances:
         for log in self._logs:
             with log.open("wb") as output:
                 self._running.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
-            self._lifelines.append(Lifeline(self._running[-1].pid))
+            self._lifelines.append(Lifeline(self._running[-1]))
         return self
 
     def __exit__(
@@ -153,7 +153,7 @@ class LoopProcess:
 
     def __enter__(self) -> LoopProcess:
         self._process.start()
-        self._lifeline = Lifeline(self._process.pid)
+        self._lifeline = Lifeline(self._process)
         return self
 
     def __exit__(

@@ -72,12 +72,7 @@ class ServiceProcess:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        try:
-            self._lifeline = Lifeline(self._process.pid)
-        except BaseException:  # as where the demonstration is ended just now
-            self._process.kill()
-            self._process.wait()
-            raise
+        self._lifeline = Lifeline(self._process)
         return self
 
     def __exit__(

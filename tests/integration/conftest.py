@@ -37,7 +37,7 @@ class RunningService:
         command = [sys.executable, "-m", "broker_filter", "run", "--config", str(path)]
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        self.lifeline = Lifeline(self.process.pid)
+        self.lifeline = Lifeline(self.process)
 
     @property
     def log(self) -> str:
