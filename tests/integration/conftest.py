@@ -140,7 +140,8 @@ def make_topic(unique_name: Callable[[str], str]) -> MakeTopic:
 def send(properties: Mapping[str, str], topic: str, messages: Sequence[bytes | None]) -> None:
     """Sends messages, spread over the partitions in turn."""
     producer = Producer({**properties, "message.max.bytes": 200_000_000})
-    partitions = len(producer.list_topics(topic, timeout=PATIENCE_S).topics[topic].partitions)
+    while not (partitions := len(producer.list_topics(topic, timeout=PATIENCE_S).topics[topic].partitions)):
+        time.sleep(0.1)  # the broker has not heard of it yet
     for i, message in enumerate(messages):
         producer.produce(topic, message, partition=i % partitions)
         producer.poll(0)
