@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Protocol
 
 from confluent_kafka import (
@@ -259,3 +260,6 @@ class PositionsTopic:
                 if time.monotonic() > deadline:
                     raise KafkaSetupError(f"topic {self.name} cannot be read: {explain(error.args[0])}") from None
             time.sleep(PROPAGATION_PAUSE_S)
+            # librdkafka may keep it for good that a new topic has no leader, and answer from that. This asks brokers.
+            with suppress(KafkaException):
+                self._admin.list_topics(self.name, timeout=REQUEST_TIMEOUT_S)
