@@ -87,7 +87,8 @@ def send(kafka_bootstrap: str) -> Callable[..., None]:
 
     def send(topic: str, *values: bytes, timestamp: datetime | None = None) -> None:
         if topic not in admin.list_topics(timeout=10).topics:
-            admin.create_topics([NewTopic(topic, 1, -1)])[topic].result()
+            # The night of these alerts may be long ago: brokers would delete them before they are read.
+            admin.create_topics([NewTopic(topic, 1, -1, config={"retention.ms": "-1"})])[topic].result()
         producer = Producer(properties)
         for value in values:
             producer.produce(topic, value, timestamp=int((timestamp or MIDNIGHT).timestamp() * 1000))
