@@ -117,6 +117,9 @@ class Decoder:
         self._layouts = {known.survey: Layout(known, self._columns) for known in FORMATS}
         self._plans: dict[WriterSchema, Plan | Damage] = {}
         self._plans_lock = Lock()
+        # Only stamps are decoded without the interpreter. Threads that shared it for the rest, call by call, would end
+        # that together, inflate together, and want it together again, for ever.
+        self._turn = Lock()
 
     def decode(self, packets: Sequence[Packet]) -> tuple[AlertBatch, list[Reject]]:
         """Decodes `packets`; every one of them is at least one alert of the batch or one of the rejects.
@@ -126,15 +129,16 @@ class Decoder:
         outputs = _Outputs(list(self._layouts.values()), max(1, len(packets)))
         walked: list[_Walked] = []
         rejects: list[Reject] = []
-        for index, packet in enumerate(packets):
-            container = self._frame(packet.data)
-            damage, record = self._walk_container(index, container, outputs, walked)
-            if damage is not None:
-                fingerprint = container.schema.fingerprint if container.schema else None
-                rejects.append(Reject(packet, *damage, record, schema=fingerprint))
-        columns = _Columns(self._layouts, len(self._columns), outputs, walked)
+        with self._turn:
+            for index, packet in enumerate(packets):
+                container = self._frame(packet.data)
+                damage, record = self._walk_container(index, container, outputs, walked)
+                if damage is not None:
+                    fingerprint = container.schema.fingerprint if container.schema else None
+                    rejects.append(Reject(packet, *damage, record, schema=fingerprint))
+            columns = _Columns(self._layouts, len(self._columns), outputs, walked)
+            sound = [row for row, item in enumerate(walked) if not (item.damage or columns.missing_field(row))]
 
-        sound = [row for row, item in enumerate(walked) if not (item.damage or columns.missing_field(row))]
         cutouts = np.empty((len(sound), len(CUTOUTS), self._cutout_size, self._cutout_size), dtype=np.float32)
         boxes = np.empty((len(sound), len(CUTOUTS), 4), dtype=np.int16)
         bad_stamps = columns.decode_stamps(sound, cutouts, boxes)
@@ -142,13 +146,14 @@ class Decoder:
             good = [k for k, row in enumerate(sound) if row not in bad_stamps]
             sound, cutouts, boxes = [sound[k] for k in good], cutouts[good], boxes[good]
         kept = set(sound)
-        for row, item in enumerate(walked):
-            if row in kept:
-                continue
-            damage = item.damage or columns.missing_field(row) or bad_stamps[row]
-            fingerprint = item.plan.schema.fingerprint
-            rejects.append(Reject(packets[item.packet], *damage, item.record, columns.identity(row), fingerprint))
-        return columns.batch(packets, sound, cutouts, boxes, self._columns), rejects
+        with self._turn:
+            for row, item in enumerate(walked):
+                if row in kept:
+                    continue
+                damage = item.damage or columns.missing_field(row) or bad_stamps[row]
+                fingerprint = item.plan.schema.fingerprint
+                rejects.append(Reject(packets[item.packet], *damage, item.record, columns.identity(row), fingerprint))
+            return columns.batch(packets, sound, cutouts, boxes, self._columns), rejects
 
     def _walk_container(
         self, index: int, container: Container, outputs: _Outputs, walked: list[_Walked]
