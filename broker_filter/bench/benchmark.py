@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
@@ -39,7 +38,6 @@ def run_benchmark(request: Request, announce: Callable[[str], None]) -> Report:
     if scorer.models[0].columns:
         raise BenchmarkError(f"{request.models[0]} takes more than images; name one first that the naive loop runs too")
     packets = choose_packets(request.inputs, min(request.alerts, DISTINCT_PACKETS))
-    gc.freeze()  # as `run` and `score` do
     report = Report(
         processor=processor(),
         cores=available_cores(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -81,6 +82,7 @@ Contest = Mapping[str, Figures]
 def compete(contestants: Mapping[str, Callable[[], Run]], repetitions: int) -> Contest:
     """Measures all in turns: a slow moment of the machine falls on all."""
     runs: dict[str, list[Run]] = {name: [] for name in contestants}
+    gc.freeze()  # as in `run` and `score`; what was made ready for the contestants, too, is none of their work
     for _ in range(repetitions):
         for name, contestant in contestants.items():
             runs[name].append(contestant())
