@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-import galsim
 import numpy as np
 from numpy.typing import NDArray
 
@@ -140,6 +139,8 @@ def draw_conditions(instrument: Instrument, rng: np.random.Generator) -> Conditi
 
 def draw_galaxies(instrument: Instrument, n: int, rng: np.random.Generator) -> list[Spectrum]:
     """Draws `n` galaxies of one count at the middle, before any point spread: discs, ellipticals and in between."""
+    import galsim
+
     grid, shapes = instrument.grid, []
     for _ in range(n):
         sersic = float(rng.choice((1.0, 2.0, 4.0), p=(0.55, 0.2, 0.25)))
@@ -154,6 +155,8 @@ def draw_galaxies(instrument: Instrument, n: int, rng: np.random.Generator) -> l
 
 
 def _draw_psf(instrument: Instrument, fwhm: float, rng: np.random.Generator) -> Spectrum:
+    import galsim
+
     grid = instrument.grid
     shear_1, shear_2 = rng.normal(0, 0.02, 2)
     optics = galsim.Moffat(beta=MOFFAT_BETA, fwhm=fwhm).shear(g1=float(shear_1), g2=float(shear_2))

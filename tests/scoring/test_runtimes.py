@@ -105,7 +105,7 @@ def test_half_precision_without_a_gpu_is_an_error(engine: str) -> None:
 
 
 def test_takes_as_many_threads_as_it_is_told() -> None:
-    open_network(load_bundle("default"), Runtime(engine="torch", inference_threads=1))
+    open_network(load_bundle("default"), Runtime(engine="torch", device="cpu", inference_threads=1))
     assert torch.get_num_threads() == 1
 
 
