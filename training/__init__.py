@@ -2,3 +2,5 @@
 
 Uses the service's own decoder and preprocessing: a network trains on the tensors that it will be served.
 """
+
+import broker_filter  # noqa: F401 -- first, because it turns off the telemetry of libraries that are imported later

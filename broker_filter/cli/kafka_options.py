@@ -27,8 +27,10 @@ def kafka_properties(arguments: argparse.Namespace, bootstrap_servers: str) -> d
 
     Raises PropertiesError, OSError where the file cannot be read.
     """
+    from broker_filter.streaming.kafka_client import NO_TELEMETRY
+
     lines = arguments.kafka_file.read_text().splitlines() if arguments.kafka_file else []
-    properties: dict[str, object] = {}
+    properties: dict[str, object] = {**NO_TELEMETRY}
     for line in [*lines, *arguments.kafka]:
         if line.strip() and not line.lstrip().startswith("#"):
             key, equals, value = line.partition("=")

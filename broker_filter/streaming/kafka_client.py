@@ -31,6 +31,9 @@ RESERVED = {
 }
 """Properties that exactly-once rests on, or that have a key of their own: why they cannot be passed through."""
 
+NO_TELEMETRY = {"enable.metrics.push": False}
+"""Set for every client that an operator configures, unless the operator sets it: by default, librdkafka sends metrics
+about itself to brokers that ask for them (KIP-714)."""
 MAX_RESPONSE_BYTES = 256 * 2**20
 """librdkafka refuses larger answers, and would stay before a message above its own default of 100 MB for ever."""
 MAX_RECORD_BYTES = 200_000_000
@@ -97,6 +100,7 @@ def client_properties(section: Input | Output) -> dict[str, object]:
     properties: dict[str, object] = {
         "bootstrap.servers": section.bootstrap_servers,
         "receive.message.max.bytes": MAX_RESPONSE_BYTES,
+        **NO_TELEMETRY,
         **_security_properties(section.sasl, section.tls),
     }
     return properties | {name: _plain(value) for name, value in section.kafka.items()}

@@ -70,6 +70,11 @@ def test_properties_that_exactly_once_rests_on_cannot_be_changed(name: str) -> N
         client_properties(source(kafka={name: "x"}))
 
 
+def test_clients_send_brokers_no_metrics_of_their_own_unless_the_operator_says_so() -> None:
+    assert client_properties(source())["enable.metrics.push"] is False
+    assert client_properties(source(kafka={"enable.metrics.push": True}))["enable.metrics.push"] is True
+
+
 def test_output_without_brokers_of_its_own_is_reached_as_the_input_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "s")
     sasl = Sasl(username="alice", password=SecretFromEnvironment(env="SECRET"))
