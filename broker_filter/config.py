@@ -80,8 +80,14 @@ class Surroundings(ABC):
         """An expression must compile against the alerts' fields and the models' outputs, where those are known."""
 
     @abstractmethod
-    def check_properties(self, client: Literal["consumer", "producer"], properties: Mapping[str, KafkaValue]) -> None:
-        """librdkafka must know the properties, and none of them be the service's own to set."""
+    def check_properties(
+        self,
+        client: Literal["consumer", "producer"],
+        properties: Mapping[str, KafkaValue],
+        sasl: Sasl | None,
+        tls: Tls | None,
+    ) -> None:
+        """librdkafka must accept the properties beside `sasl` and `tls`, and none may be the service's own to set."""
 
 
 def _surroundings(info: ValidationInfo) -> Surroundings | None:
@@ -264,7 +270,7 @@ class Input(ServiceSection):
     @classmethod
     def _properties_exist(cls, properties: dict[str, KafkaValue], info: ValidationInfo) -> dict[str, KafkaValue]:
         if surroundings := _surroundings(info):
-            surroundings.check_properties("consumer", properties)
+            surroundings.check_properties("consumer", properties, info.data.get("sasl"), info.data.get("tls"))
         return properties
 
 
@@ -305,7 +311,7 @@ class Output(ServiceSection):
     @classmethod
     def _properties_exist(cls, properties: dict[str, KafkaValue], info: ValidationInfo) -> dict[str, KafkaValue]:
         if surroundings := _surroundings(info):
-            surroundings.check_properties("producer", properties)
+            surroundings.check_properties("producer", properties, info.data.get("sasl"), info.data.get("tls"))
         return properties
 
 

@@ -8,11 +8,20 @@ from typing import Literal
 
 from confluent_kafka import Consumer, KafkaException, Producer
 
-from broker_filter.config import KafkaValue, Section, Surroundings
+from broker_filter.config import KafkaValue, Sasl, Section, Surroundings, Tls
 from broker_filter.scoring.bundle import Bundle, BundleError, load_bundle
 from broker_filter.scoring.reference import ReferenceSetError, check_made_with, read_card
 from broker_filter.streaming.expressions import FIELDS, compile_filter
-from broker_filter.streaming.kafka_client import RESERVED, librdkafka_log
+from broker_filter.streaming.kafka_client import (
+    librdkafka_log,
+    plain_properties,
+    refused_properties,
+    security_properties,
+)
+
+OIDC_ENDPOINT = "sasl.oauthbearer.token.endpoint.url"
+NO_ENDPOINT = "file:///dev/null"
+"""librdkafka asks for an OIDC token as soon as it makes a client. A check must not send the secret anywhere."""
 
 
 class ThisMachine(Surroundings):
@@ -60,18 +69,34 @@ class ThisMachine(Surroundings):
         """See Surroundings."""
         compile_filter(where, FIELDS, outputs)
 
-    def check_properties(self, client: Literal["consumer", "producer"], properties: Mapping[str, KafkaValue]) -> None:
-        """See Surroundings. A client without servers is made, and connects to nothing."""
-        if reserved := [f"{name} ({RESERVED[name]})" for name in properties if name in RESERVED]:
-            raise ValueError(f"set by the service itself: {', '.join(reserved)}")
-        values = {name: value for name, value in properties.items() if not isinstance(value, Section)}
+    def check_properties(
+        self,
+        client: Literal["consumer", "producer"],
+        properties: Mapping[str, KafkaValue],
+        sasl: Sasl | None,
+        tls: Tls | None,
+    ) -> None:
+        """See Surroundings. The check makes a client without servers, which connects to nothing.
+
+        The client gets the text of the secrets, because some properties are valid only beside a secret one.
+        """
+        named = {**security_properties(sasl, tls), **properties}
+        values = plain_properties(named, self._environment)
         try:
+            if refused := refused_properties(values):
+                raise ValueError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
+            if OIDC_ENDPOINT in values:
+                values[OIDC_ENDPOINT] = NO_ENDPOINT
             if client == "consumer":
                 Consumer({"group.id": "-"} | values, logger=librdkafka_log)
             else:
                 Producer({"transactional.id": "-"} | values, logger=librdkafka_log)
-        except KafkaException as error:
-            raise ValueError(error.args[0].str()) from None
+        except (KafkaException, ValueError) as error:
+            message = error.args[0].str() if isinstance(error, KafkaException) else str(error)
+            for name, value in named.items():
+                if isinstance(value, Section) and (secret := str(values[name])):
+                    message = message.replace(secret, f"<{name}>")
+            raise ValueError(message) from None
 
     def _open(self, name: str) -> Bundle | BundleError:
         """The bundle, or what is wrong with it: read once."""

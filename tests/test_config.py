@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -119,7 +121,13 @@ def test_checks_filters_models_and_thresholds(tmp_path: Path, section: str, path
         ("kafka: {fetch.mn.bytes: 1}", "input.kafka", 'No such configuration property: "fetch.mn.bytes"'),
         ("kafka: {sasl.password: hunter2}", "input.kafka", "secrets are named, not written down"),
         ("kafka: {ssl.key.pem: hunter2}", "input.kafka", "secrets are named, not written down"),
-        ("kafka: {group.id: other}", "input.kafka", "set by the service itself: group.id (say it as `group_id`)"),
+        (
+            "kafka: {group.id: other}",
+            "input.kafka",
+            "group.id: the service sets this property itself: say it as `group_id`",
+        ),
+        ("kafka: {group.protocol: consumer}", "input.kafka", "KIP-848 protocol accepts such a commit only with"),
+        ("kafka: {group.protocol: Consumer}", "input.kafka", "only 'classic' is supported"),
         ("kafka: {client.id: [a]}", "input.kafka.client.id", "should be text, a number"),
         ("kafka: {ssl.key.password: {env: NOT_SET}}", "input.kafka.ssl.key.password.env", "NOT_SET is not set"),
         ("kafka: {client.id: {file: /not/there}}", "input.kafka.client.id.file", "no file"),
@@ -145,6 +153,61 @@ def test_checks_how_the_input_is_reached(tmp_path: Path, key: str, path: str, me
     found = problems(tmp_path, f"input: {{{source}}}\noutput: {{prefix: me}}\n")
     assert list(found) == [path]
     assert message in found[path]
+
+
+OIDC = (
+    "security.protocol: sasl_ssl, sasl.mechanism: OAUTHBEARER, sasl.oauthbearer.method: oidc, "
+    "sasl.oauthbearer.client.id: me, sasl.oauthbearer.client.secret: {env: SECRET}"
+)
+PLAIN = "security.protocol: sasl_ssl, sasl.mechanism: PLAIN, sasl.username: me, sasl.password: {file: SECRET_FILE}"
+
+
+@pytest.mark.parametrize("section", ["input", "output"])
+@pytest.mark.parametrize("properties", [f"{OIDC}, sasl.oauthbearer.token.endpoint.url: TOKENS", PLAIN])
+def test_property_that_is_valid_only_beside_a_secret_is_accepted_and_nobody_is_asked(
+    tmp_path: Path, section: str, properties: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "secret").write_text("hunter2\n")
+    with socket.create_server(("127.0.0.1", 0)) as tokens:
+        properties = properties.replace("TOKENS", f"http://127.0.0.1:{tokens.getsockname()[1]}/token")
+        properties = properties.replace("SECRET_FILE", str(tmp_path / "secret"))
+        last = "start: earliest}" if section == "input" else "payload: full}"
+        load(tmp_path, SMALLEST.replace(last, f"{last[:-1]}, kafka: {{{properties}}}}}"), {"SECRET": "hunter2"})
+        tokens.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            tokens.accept()
+    assert capfd.readouterr().err == ""
+
+
+def test_key_is_opened_with_its_password_which_may_stand_among_the_properties(tmp_path: Path) -> None:
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl to make a key")
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    files, subject = ["-keyout", key, "-out", certificate], ["-passout", "pass:hunter2", "-subj", "/CN=me"]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", *files, *subject], check=True, capture_output=True
+    )
+    properties = f"ssl.certificate.location: {certificate}, ssl.key.location: {key}, ssl.key.password: {{env: SECRET}}"
+    text = SMALLEST.replace("earliest}", f"earliest, kafka: {{security.protocol: ssl, {properties}}}}}")
+    load(tmp_path, text, {"SECRET": "hunter2"})
+    found = problems(tmp_path, text, {"SECRET": "something-else"})
+    assert "ssl.key.location failed" in found["input.kafka"]
+    assert "something-else" not in str(found)
+
+
+def test_properties_are_checked_together_with_the_section_that_holds_the_password(tmp_path: Path) -> None:
+    sasl = "sasl: {mechanism: PLAIN, username: me, password: {env: SECRET}}"
+    load(
+        tmp_path, SMALLEST.replace("earliest}", f"earliest, {sasl}, kafka: {{client.id: me}}}}"), {"SECRET": "hunter2"}
+    )
+
+
+def test_what_librdkafka_says_of_a_property_does_not_show_a_secret(tmp_path: Path) -> None:
+    text = SMALLEST.replace("earliest}", "earliest, kafka: {security.protocol: {env: SECRET}}}")
+    found = problems(tmp_path, text, {"SECRET": "hunter2"})
+    assert found == {
+        "input.kafka": 'Invalid value "<security.protocol>" for configuration property "security.protocol"'
+    }
 
 
 def test_properties_without_which_nothing_comes_exactly_once_are_refused(

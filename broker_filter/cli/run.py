@@ -9,14 +9,19 @@ import signal
 import threading
 from pathlib import Path
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""The signals on which the service drains. SIGHUP comes when a terminal is closed or a supervisor reloads."""
+MEANINGLESS = (signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that other programs take as a command, as to reopen log files. By default they would end the process."""
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `run`."""
     parser = subparsers.add_parser(
         "run",
         help="the service: Kafka in, scored alerts out",
-        description="Runs until SIGTERM or SIGINT, then commits what it has read and ends with status 0; a second "
-        "signal ends it at once.",
+        description="The service runs until SIGTERM, SIGINT, SIGHUP or SIGQUIT. It then commits what it has read and "
+        "ends with status 0; a second signal ends it at once. SIGUSR1 and SIGUSR2 are ignored.",
     )
     parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="the service's YAML file")
     parser.set_defaults(run=_run)
@@ -36,8 +41,11 @@ def _run(arguments: argparse.Namespace) -> int:
         # Not here: the main thread may be within a lock that `set` takes.
         threading.Thread(target=stop.set, daemon=True).start()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    for number in STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, on_signal)
+    for number in MEANINGLESS:
+        signal.signal(number, signal.SIG_IGN)
 
     from broker_filter.service_file import load_service
     from broker_filter.streaming.service import FilterService

@@ -30,6 +30,12 @@ RESERVED = {
     "auto.offset.reset": "say it as `start`",
 }
 """Properties that exactly-once rests on, or that have a key of their own: why they cannot be passed through."""
+CLASSIC_PROTOCOL = "classic"
+"""The only `group.protocol` that is taken; librdkafka ignores the case of the value."""
+NOT_CLASSIC = (
+    f"only {CLASSIC_PROTOCOL!r} is supported: positions are committed in transactions, and the KIP-848 protocol "
+    "accepts such a commit only with the member's exact epoch, which changes with every rebalance"
+)
 
 NO_TELEMETRY = {"enable.metrics.push": False}
 """Set for every client that an operator configures, unless the operator sets it: by default, librdkafka sends metrics
@@ -70,13 +76,13 @@ class PropertyError(ValueError):
     exit_status = 2
 
 
-def read_secret(secret: Secret) -> str:
+def read_secret(secret: Secret, environment: Mapping[str, str] = os.environ) -> str:
     """The secret's text, without the newline that a file ends with, and a variable that was made of one.
 
     Raises PropertyError where there is none.
     """
     if isinstance(secret, SecretFromEnvironment):
-        text = os.environ.get(secret.env)
+        text = environment.get(secret.env)
         if text is None:
             raise PropertyError(
                 f"environment variable {secret.env}, which holds a secret of the configuration, is not set"
@@ -94,16 +100,16 @@ def client_properties(section: Input | Output) -> dict[str, object]:
     Raises PropertyError.
     """
     key = type(section).__name__.lower()
-    for name in section.kafka:
-        if name in RESERVED:
-            raise PropertyError(f"{key}.kafka.{name}: the service sets this property itself: {RESERVED[name]}")
+    given = plain_properties(section.kafka)
+    for name, reason in refused_properties(given).items():
+        raise PropertyError(f"{key}.kafka.{name}: {reason}")
     properties: dict[str, object] = {
         "bootstrap.servers": section.bootstrap_servers,
         "receive.message.max.bytes": MAX_RESPONSE_BYTES,
         **NO_TELEMETRY,
-        **_security_properties(section.sasl, section.tls),
+        **plain_properties(security_properties(section.sasl, section.tls)),
     }
-    return properties | {name: _plain(value) for name, value in section.kafka.items()}
+    return properties | given
 
 
 def output_section(source: Input, output: Output) -> Output:
@@ -116,19 +122,36 @@ def output_section(source: Input, output: Output) -> Output:
     return output.model_copy(update=connection)
 
 
-def _plain(value: KafkaValue) -> str | int | float | bool:
-    return read_secret(value) if isinstance(value, SecretFromEnvironment | SecretFromFile) else value
+def refused_properties(properties: Mapping[str, object]) -> dict[str, str]:
+    """Those of the properties that cannot be passed through, each with the reason."""
+    refused = {
+        name: f"the service sets this property itself: {why}" for name, why in RESERVED.items() if name in properties
+    }
+    if str(properties.get("group.protocol", CLASSIC_PROTOCOL)).lower() != CLASSIC_PROTOCOL:
+        refused["group.protocol"] = NOT_CLASSIC
+    return refused
 
 
-def _security_properties(sasl: Sasl | None, tls: Tls | None) -> dict[str, object]:
-    properties: dict[str, object] = {
+def plain_properties(
+    properties: Mapping[str, KafkaValue], environment: Mapping[str, str] = os.environ
+) -> dict[str, str | int | float | bool]:
+    """The properties with the text of each secret in the place of its name. Raises PropertyError."""
+    return {
+        name: read_secret(value, environment) if isinstance(value, SecretFromEnvironment | SecretFromFile) else value
+        for name, value in properties.items()
+    }
+
+
+def security_properties(sasl: Sasl | None, tls: Tls | None) -> dict[str, KafkaValue]:
+    """librdkafka's properties for the sections `sasl` and `tls`; secrets are still named."""
+    properties: dict[str, KafkaValue] = {
         "security.protocol": ("SASL_" if sasl else "") + ("SSL" if tls else "PLAINTEXT"),
     }
     if sasl:
         properties |= {
             "sasl.mechanism": sasl.mechanism,
             "sasl.username": sasl.username,
-            "sasl.password": read_secret(sasl.password),
+            "sasl.password": sasl.password,
         }
     if tls:
         files = {
@@ -138,7 +161,7 @@ def _security_properties(sasl: Sasl | None, tls: Tls | None) -> dict[str, object
         }
         properties |= {name: str(path) for name, path in files.items() if path}
         if tls.key_password:
-            properties["ssl.key.password"] = read_secret(tls.key_password)
+            properties["ssl.key.password"] = tls.key_password
     return properties
 
 

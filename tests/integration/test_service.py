@@ -459,3 +459,26 @@ def test_stage_without_progress_ends_the_process(
     assert service.wait_ended() == 1
     assert "stage read is stuck" in service.log
     assert "most recent call first" in service.log
+
+
+def test_hang_up_drains_and_a_user_signal_is_ignored(
+    kafka_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    packets = [packet for _, packet in ztf_packets[:20]]
+    topic, prefix = make_topic(kafka_bootstrap, packets[:10]), unique_name("filter")
+    service = start_service(service_config(kafka_bootstrap, topic, prefix))
+    service.wait_until(lambda: service.metric("consumed_alerts_total") == 10)
+
+    for ignored in (signal.SIGUSR1, signal.SIGUSR2):
+        service.process.send_signal(ignored)
+    send({"bootstrap.servers": kafka_bootstrap}, topic, packets[10:])
+    service.wait_until(lambda: service.metric("consumed_alerts_total") == 20)
+
+    assert service.end(signal.SIGHUP) == 0
+    assert "stopping: committing what was read" in service.log
+    assert len(read_committed(kafka_bootstrap, [f"{prefix}.scored"], 20)) == 20
