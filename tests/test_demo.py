@@ -48,7 +48,7 @@ def test_demo_shows_and_accounts_for_a_night(tmp_path: Path) -> None:
 
     scores = pq.read_table(out / "scores.parquet").to_pylist()
     assert len(scores) == N + 1
-    assert all(0 <= row["default.real"] <= 1 for row in scores)
+    assert all(0 <= row["default__real"] <= 1 for row in scores)
     assert sum(row["duplicate"] for row in scores) == 1
     height, width, _ = matplotlib.image.imread(out / "contact-sheet.png").shape
     assert width > 1500

@@ -91,7 +91,7 @@ def test_the_wheel_scores_real_packets(installed: Path, ztf_packets: list[tuple[
 
     rows = pq.read_table(tmp_path / "scores.parquet").to_pylist()
     assert {row["alert_id"] for row in rows} == {candid for candid, _ in chosen}
-    scored = [row["default.real"] for row in rows if row["status"] == "scored"]
+    scored = [row["default__real"] for row in rows if row["status"] == "scored"]
     assert len(scored) > 0.9 * len(chosen)
     assert all(0 <= score <= 1 for score in scored)
 

@@ -8,7 +8,8 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +17,12 @@ from typing import TYPE_CHECKING
 from broker_filter.packets.packet import FilePosition, Packet
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from broker_filter.streaming.filtering import ScoredBatch
 
+FORMATS = ("parquet", "avro", "jsonl", "csv", "ecsv", "fits")
+"""Those of `streaming.table_formats`, whose import would take longer than `--help` may."""
 BATCH_SIZE = 128
 """Packets decoded together: enough that what a batch costs by itself is little, few enough that a small archive keeps
 every thread busy."""
@@ -25,6 +30,12 @@ DUPLICATE_WINDOW = 2_000_000
 """Alert ids that are remembered: more than any night has."""
 
 log = logging.getLogger(__name__)
+
+
+class SameTableError(Exception):
+    """Two tables in one file."""
+
+    exit_status = 2
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -37,7 +48,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder (read recursively) or archive")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="table to write: .parquet, .avro or .jsonl"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=f"table to write: {', '.join(f'.{name}' for name in FORMATS)}; `-` for standard output",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="format of the table, where the name of --out does not say it (default for `-`: jsonl)",
+    )
+    parser.add_argument(
+        "--rejects",
+        type=Path,
+        metavar="FILE",
+        help="write the rows of rejected inputs to this table and not to --out, where no alert then lacks its id, time "
+        "or position",
     )
     parser.add_argument(
         "--model", action="append", metavar="BUNDLE", help="bundle to score with; may be repeated (default: `default`)"
@@ -107,11 +134,14 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.streaming.duplicates import DuplicateWindow
     from broker_filter.streaming.filtering import score_stream
     from broker_filter.streaming.policies import Policies
-    from broker_filter.streaming.tables import open_table, partial_path, table_schema, to_rows
+    from broker_filter.streaming.tables import STDOUT, check_format, partial_path, table_schema, to_rows
 
-    partial = partial_path(arguments.out)
-    for written in (arguments.out, partial):
-        keep_inputs(written, arguments.inputs)
+    written = _written_tables(arguments)
+    for path, kind in written.items():
+        check_format(path, kind)
+    own = {file for path in written if path != STDOUT for file in (path, partial_path(path))}
+    for file in own:
+        keep_inputs(file, arguments.inputs)
     packets = read_packets(arguments.inputs)
     models = [Model(bundle=bundle, also=arguments.also) for bundle in arguments.model or ["default"]]
     scorer = open_scorer(models, Runtime(device=arguments.device))
@@ -123,7 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
     embeddings = [model.name for model in scorer.models if model.bundle.card.outputs.embedding is not None]
     schema = table_schema(outputs, policies.names, embeddings)
     batches = score_stream(
-        _not_of(packets, {arguments.out, partial}),
+        _not_of(packets, own),
         decoder,
         scorer,
         DuplicateWindow(DUPLICATE_WINDOW),
@@ -133,19 +163,66 @@ def run(arguments: argparse.Namespace) -> int:
     gc.freeze()  # as in `run`: full collections do not walk what start-up made
     account = Account()
     try:
-        with open_table(arguments.out, schema) as table, progress("Scoring") as advance:
+        with _open_tables(written, schema) as write, progress("Scoring") as advance:
             for batch in batches:
-                table.write(to_rows(batch, schema, policies.judge(batch)))
+                write(to_rows(batch, schema, policies.judge(batch)))
                 advance(account.add(batch))
     except BaseException:
         if account.decoded:
-            log.warning("ended early; the rows so far are in %s", partial)
+            for path in written:
+                if path != STDOUT:
+                    log.warning("ended early; the rows so far are in %s", partial_path(path))
         raise
-    print(f"{account} -> {arguments.out}")
+    # The account is no row of the table.
+    print(
+        f"{account} -> {', '.join(str(path) for path in written)}",
+        file=sys.stderr if STDOUT in written else sys.stdout,
+    )
     if not account.decoded:
         print("broker-filter: no alert could be read", file=sys.stderr)
         return 1
     return 1 if arguments.fail_on_reject and account.rejected else 0
+
+
+def _written_tables(arguments: argparse.Namespace) -> dict[Path, str | None]:
+    """The tables to write, with their formats where the names do not say them: the scored rows', the rejected rows'.
+
+    Raises SameTableError.
+    """
+    if arguments.rejects == arguments.out:
+        raise SameTableError(f"--out and --rejects are both {arguments.out}: name two tables, or leave --rejects out")
+    written = {arguments.out: arguments.format}
+    return written | ({} if arguments.rejects is None else {arguments.rejects: None})
+
+
+@contextmanager
+def _open_tables(written: Mapping[Path, str | None], schema: pa.Schema) -> Iterator[Callable[[pa.RecordBatch], None]]:
+    """Opens one table for all rows, or one for those of scored alerts and one for the rejected; what writes to them."""
+    from broker_filter.streaming.tables import (
+        REJECTED_SCHEMA,
+        open_table,
+        rejected_rows,
+        scored_rows,
+        scored_schema,
+    )
+
+    (out, kind), *others = written.items()
+    if not others:
+        with open_table(out, schema, kind) as table:
+            yield table.write
+        return
+    [(rejects, rejects_kind)] = others
+    kept = scored_schema(schema)
+    with (
+        open_table(out, kept, kind) as table,
+        open_table(rejects, REJECTED_SCHEMA, rejects_kind) as rejects_table,
+    ):
+
+        def write(rows: pa.RecordBatch) -> None:
+            table.write(scored_rows(rows, kept))
+            rejects_table.write(rejected_rows(rows))
+
+        yield write
 
 
 def _not_of(packets: Iterable[Packet], own: set[Path]) -> Iterator[Packet]:

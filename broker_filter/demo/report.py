@@ -38,7 +38,7 @@ def write_scores(file: Path, results: Results, night: Night) -> None:
             "band": BANDS[alert["candidate"]["fid"]],
             "magpsf": alert["candidate"]["magpsf"],
             "duplicate": alert["broker_filter"]["duplicate"],
-            "default.real": real(alert),
+            "default__real": real(alert),
             "true_kind": night.kinds[alert["candid"]],
         }
         for alert in results.scored

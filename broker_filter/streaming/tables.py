@@ -1,4 +1,4 @@
-"""Rows of scored and rejected alerts in a file: Parquet, Avro or JSON lines. Holds no more than a row group in memory.
+"""Scored and rejected alerts as rows of a table, in a file of one of the formats of `table_formats` or on stdout.
 
 The rows grow in `NAME.partial.SUFFIX` beside the file that was asked for, which appears only when all of them are
 there. If the work ends early, the partial file is closed properly and stays: what it has can be read.
@@ -6,79 +6,115 @@ there. If the work ends early, the partial file is closed properly and stays: wh
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from fastavro.write import Writer as ContainerWriter
+import pyarrow.compute as pc
 
 from broker_filter.packets.batch import AlertIdentity
 from broker_filter.packets.packet import FilePosition, Position
 from broker_filter.streaming.filtering import ScoredBatch
+from broker_filter.streaming.table_formats import FORMATS, Table
 
-ROW_GROUP = 8_192
-"""Rows of a Parquet row group. They wait in memory, 2 kB each with embeddings; of far fewer, readers would spend their
-time on metadata."""
+STDOUT = Path("-")
+"""In the place of a file: the table goes to standard output."""
+STDOUT_FORMAT = "jsonl"
+"""What is written there unless another format is asked for: the one format that a person can read as it comes."""
+SCORED, REJECTED = "scored", "rejected"
 
-FIXED_COLUMNS = pa.schema(
-    [
-        ("alert_id", pa.int64()),
-        ("object_id", pa.string()),
-        ("survey", pa.string()),
-        ("schema_version", pa.string()),
-        ("mjd", pa.float64()),
-        ("ra", pa.float64()),
-        ("dec", pa.float64()),
-        ("band", pa.string()),
-        ("status", pa.string()),
-        ("reject_reason", pa.string()),
-        ("reject_detail", pa.string()),
-        ("duplicate", pa.bool_()),
-        ("source", pa.string()),
-    ]
+
+def _column(name: str, kind: pa.DataType, description: str, unit: str = "") -> pa.Field:
+    return pa.field(name, kind, metadata={"description": description, "unit": unit})
+
+
+FIXED_COLUMNS = (
+    _column("alert_id", pa.int64(), "id of the alert: candid (ZTF) or diaSourceId (LSST)"),
+    _column("object_id", pa.string(), "id of the object: objectId (ZTF); diaObjectId, else ssObjectId (LSST)"),
+    _column("survey", pa.string(), "survey: ztf or lsst"),
+    _column("schema_version", pa.string(), "version of the alert's schema, as the packet says it"),
+    _column("mjd", pa.float64(), "time: start of the exposure, UTC (ZTF); middle of the exposure, TAI (LSST)", "d"),
+    _column("ra", pa.float64(), "right ascension (ICRS)", "deg"),
+    _column("dec", pa.float64(), "declination (ICRS)", "deg"),
+    _column("band", pa.string(), "band: u, g, r, i, z or y"),
+    _column("status", pa.string(), f"what became of the alert: {SCORED} or {REJECTED}"),
+    _column("reject_reason", pa.string(), "why the alert was rejected, one word of a closed list"),
+    _column("reject_detail", pa.string(), "why the alert was rejected, in words"),
+    _column("duplicate", pa.bool_(), "whether an earlier row has the same alert_id"),
+    _column("source", pa.string(), "where the alert was read: FILE::MEMBER#RECORD"),
 )
-"""What every table has; a float32 column `<model>.<label>` for each model output follows, a column for each policy that
-was asked for, and lists of float32 `<model>.embedding` for each model that gives one. All may be null."""
+"""The columns of every table. A float32 column `<model>__<label>` for each model output follows, a column for each
+policy that was asked for, and lists of float32 `<model>__embedding` for each model that gives one."""
+REJECT_COLUMNS = ("reject_reason", "reject_detail")
+"""The columns that only rejected rows fill."""
+REJECTED_SCHEMA = pa.schema(FIXED_COLUMNS)
+"""The columns of a table of rejected rows alone."""
 
 IDENTITY = ("alert_id", "object_id", "survey", "schema_version", "mjd", "ra", "dec", "band")
 UNREAD = AlertIdentity(None, None, None, None, None, None, None, None)
 
 
 class TableError(ValueError):
-    """A file name that says no format that is known."""
+    """A table that cannot be: its name says no format that is known, or two of its columns would have one name."""
 
     exit_status = 2
 
 
-class Table(Protocol):
-    """A file that rows are put into."""
-
-    def write(self, rows: pa.RecordBatch) -> None:
-        """Appends rows of `table_schema`."""
-        ...
-
-    def close(self) -> None:
-        """Completes the file with the rows that it has."""
-        ...
-
-
-def table_schema(outputs: Sequence[str], policies: Sequence[str] = (), embeddings: Sequence[str] = ()) -> pa.Schema:
-    """The columns of a table with these model outputs, `<model>.<label>`, policies, and embeddings of these models."""
-    scores, passed = ((output, pa.float32()) for output in outputs), ((policy, pa.bool_()) for policy in policies)
-    vectors = ((embedding_column(model), pa.list_(pa.float32())) for model in embeddings)
-    return pa.schema([*FIXED_COLUMNS, *scores, *passed, *vectors])
+def column_name(output: str) -> str:
+    """The column of a model's output `<model>.<label>`. A dot in a name would mean a nested field to Spark and SQL."""
+    return output.replace(".", "__")
 
 
 def embedding_column(model: str) -> str:
-    """What the column of a model's embeddings is called."""
-    return f"{model}.embedding"
+    """The column of a model's embeddings."""
+    return f"{model}__embedding"
+
+
+def table_schema(outputs: Sequence[str], policies: Sequence[str] = (), embeddings: Sequence[str] = ()) -> pa.Schema:
+    """The columns of a table with these model outputs `<model>.<label>`, policies, and embeddings of these models.
+
+    Every column may be null. Raises TableError where two columns would have one name.
+    """
+    scores = (_column(column_name(output), pa.float32(), f"output {output}") for output in outputs)
+    passed = (_column(policy, pa.bool_(), f"the object had passed the policy {policy} by then") for policy in policies)
+    vectors = (
+        _column(embedding_column(model), pa.list_(pa.float32()), f"embedding by {model}") for model in embeddings
+    )
+    columns = [*FIXED_COLUMNS, *scores, *passed, *vectors]
+    names = [column.name for column in columns]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise TableError(f"two columns would be called {', '.join(twice)}: give a bundle another name")
+    return pa.schema(columns)
+
+
+def scored_schema(schema: pa.Schema) -> pa.Schema:
+    """The columns of a table without rejected rows: of FIXED_COLUMNS, none is null and REJECT_COLUMNS are not there."""
+    fixed = [column.with_nullable(False) for column in FIXED_COLUMNS if column.name not in REJECT_COLUMNS]
+    return pa.schema([*fixed, *list(schema)[len(FIXED_COLUMNS) :]])
+
+
+def scored_rows(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The scored ones of `to_rows`, with the columns of a `scored_schema`; a text that is not known is empty."""
+    kept = rows.filter(pc.equal(rows.column("status"), SCORED))
+    columns = [
+        kept.column(column.name)
+        if column.nullable or not pa.types.is_string(column.type)
+        else kept.column(column.name).fill_null("")
+        for column in schema
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def rejected_rows(rows: pa.RecordBatch) -> pa.RecordBatch:
+    """The rejected ones of `to_rows`, with the columns of REJECTED_SCHEMA."""
+    kept = rows.filter(pc.equal(rows.column("status"), REJECTED))
+    return pa.RecordBatch.from_arrays(kept.columns[: len(FIXED_COLUMNS)], schema=REJECTED_SCHEMA)
 
 
 def to_rows(
@@ -90,7 +126,7 @@ def to_rows(
     """
     alerts = scored.alerts
     place = {id(packet): index for index, packet in enumerate(scored.packets)}
-    outputs = {name: values.tolist() for name, values in scored.scores.columns().items()}
+    outputs = {column_name(name): values.tolist() for name, values in scored.scores.columns().items()}
     vectors = {
         embedding_column(scores.model): [
             vector.tolist() if taken else None for vector, taken in zip(scores.embedding, scores.taken, strict=True)
@@ -101,13 +137,13 @@ def to_rows(
     rows: list[tuple[tuple[int, int], dict[str, Any]]] = []
     for i in scored.scored.tolist():
         packet, record = int(alerts.packet_index[i]), int(alerts.record_index[i])
-        row = _row(alerts.identity(i), scored.packets[packet].position, record, status="scored")
+        row = _row(alerts.identity(i), scored.packets[packet].position, record, status=SCORED)
         row["duplicate"] = bool(scored.duplicate[i])
         row |= {name: None if np.isnan(values[i]) else values[i] for name, values in outputs.items()}
         row |= {name: values[i] for name, values in (*passed.items(), *vectors.items())}
         rows.append(((packet, record), row))
     for reject in scored.rejects:
-        row = _row(reject.alert or UNREAD, reject.packet.position, reject.record, status="rejected")
+        row = _row(reject.alert or UNREAD, reject.packet.position, reject.record, status=REJECTED)
         row |= {"reject_reason": reject.reason.value, "reject_detail": reject.detail}
         rows.append(((place[id(reject.packet)], reject.record), row))
     rows.sort(key=lambda placed: placed[0])
@@ -123,19 +159,23 @@ def _row(alert: AlertIdentity, position: Position, record: int, status: str) -> 
 
 
 @contextmanager
-def open_table(path: Path, schema: pa.Schema) -> Iterator[Table]:
-    """A table at `path`, its format by the suffix: .parquet, .avro or .jsonl.
+def open_table(path: Path, schema: pa.Schema, kind: str | None = None) -> Iterator[Table]:
+    """A table at `path`, or on stdout where it is STDOUT; `kind`: one of FORMATS, in the place of the name's suffix.
 
-    In Avro, whose names hold no dots, the column `<model>.<label>` is the field `<model>__<label>`. Raises TableError
-    for another suffix, and OSError where the file cannot be written: both at once, before any work.
+    Raises TableError for another kind or suffix, and OSError where the file cannot be written: both at once, before any
+    work.
     """
-    if path.suffix not in _FORMATS:
-        raise TableError(f"{path}: the name should end in {', '.join(_FORMATS)}")
+    open_format = FORMATS[check_format(path, kind)]
+    if path == STDOUT:
+        table = open_format(sys.stdout.buffer, schema)
+        yield table
+        table.close()
+        return
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder")
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
     partial = partial_path(path)
     with partial.open("wb") as stream:
-        table = _FORMATS[path.suffix](stream, schema)
+        table = open_format(stream, schema)
         try:
             yield table
         finally:
@@ -143,80 +183,14 @@ def open_table(path: Path, schema: pa.Schema) -> Iterator[Table]:
     partial.replace(path)
 
 
+def check_format(path: Path, kind: str | None = None) -> str:
+    """The format of the table at `path`: `kind`, else what the name's suffix says. Raises TableError."""
+    kind = kind or (STDOUT_FORMAT if path == STDOUT else path.suffix.removeprefix("."))
+    if kind not in FORMATS:
+        raise TableError(f"{path}: the name should end in {', '.join(f'.{name}' for name in FORMATS)}")
+    return kind
+
+
 def partial_path(path: Path) -> Path:
     """Where rows grow before the table is whole."""
     return path.with_name(f"{path.stem}.partial{path.suffix}")
-
-
-class _Parquet:
-    def __init__(self, stream: IO[bytes], schema: pa.Schema) -> None:
-        self._writer = pq.ParquetWriter(stream, schema, compression="zstd")
-        self._waiting: list[pa.RecordBatch] = []
-        self._rows = 0
-
-    def write(self, rows: pa.RecordBatch) -> None:
-        self._waiting.append(rows)
-        self._rows += len(rows)
-        if self._rows >= ROW_GROUP:
-            self._flush()
-
-    def close(self) -> None:
-        self._flush()
-        self._writer.close()
-
-    def _flush(self) -> None:
-        if self._rows:
-            self._writer.write_table(pa.Table.from_batches(self._waiting), row_group_size=self._rows)
-        self._waiting, self._rows = [], 0
-
-
-class _Avro:
-    def __init__(self, stream: IO[bytes], schema: pa.Schema) -> None:
-        self._names = [name.replace(".", "__") for name in schema.names]
-        self._writer = ContainerWriter(stream, _avro_schema(schema), codec="deflate")
-
-    def write(self, rows: pa.RecordBatch) -> None:
-        for row in rows.rename_columns(self._names).to_pylist():
-            self._writer.write(row)
-
-    def close(self) -> None:
-        self._writer.flush()
-
-
-class _JsonLines:
-    def __init__(self, stream: IO[bytes], schema: pa.Schema) -> None:  # noqa: ARG002 -- every line names its columns
-        self._stream = stream
-
-    def write(self, rows: pa.RecordBatch) -> None:
-        self._stream.writelines(json.dumps(row).encode() + b"\n" for row in rows.to_pylist())
-
-    def close(self) -> None:
-        pass
-
-
-_FORMATS: dict[str, Callable[[IO[bytes], pa.Schema], Table]] = {
-    ".parquet": _Parquet,
-    ".avro": _Avro,
-    ".jsonl": _JsonLines,
-}
-
-
-def _avro_schema(schema: pa.Schema) -> dict[str, Any]:
-    types = {
-        pa.int64(): "long",
-        pa.float64(): "double",
-        pa.float32(): "float",
-        pa.bool_(): "boolean",
-        pa.string(): "string",
-        pa.list_(pa.float32()): {"type": "array", "items": "float"},
-    }
-    fields = [
-        {
-            "name": column.name.replace(".", "__"),
-            "type": ["null", types[column.type]],
-            "default": None,
-            "doc": column.name,
-        }
-        for column in schema
-    ]
-    return {"type": "record", "name": "Row", "namespace": "broker_filter", "fields": fields}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -18,11 +19,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from astropy.table import Table
 
 from broker_filter.cli import main
-from broker_filter.cli.score import BATCH_SIZE
+from broker_filter.cli.score import BATCH_SIZE, FORMATS
 from broker_filter.scoring.policies import POLICIES
 from broker_filter.scoring.runtimes import available_cores
+from broker_filter.streaming import table_formats
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def test_writes_a_row_for_every_input_and_one_account(
         "empty": "empty",
         "not_avro": "notes.txt",
     }
-    assert all(0 <= row["default.real"] <= 1 for row in rows if row["status"] == "scored")
+    assert all(0 <= row["default__real"] <= 1 for row in rows if row["status"] == "scored")
     [account] = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
         r"read 9: scored 6, rejected 2 \(\w+ 1, \w+ 1\), duplicates 1; [\d,]+ alerts/s -> \S+",
@@ -82,6 +85,31 @@ def test_every_damaged_file_has_a_row_with_a_reason(shared_data: Path, tmp_path:
     assert all(row["reject_reason"] and row["reject_detail"] for row in rejected)
 
 
+def test_rejected_rows_go_to_their_own_table_where_one_is_asked_for(few: Path, tmp_path: Path) -> None:
+    out, rejects = tmp_path / "scores.parquet", tmp_path / "rejects.csv"
+    assert score(few, "--out", out, "--rejects", rejects) == 0
+    table = pq.read_table(out)
+    assert set(table["status"].to_pylist()) == {"scored"}
+    assert {name: table[name].null_count for name in table.column_names} == dict.fromkeys(table.column_names, 0)
+    with rejects.open(newline="") as file:
+        rejected = list(csv.DictReader(file))
+    assert {row["reject_reason"] for row in rejected} == {"empty", "not_avro"}
+    assert len(table) + len(rejected) == 9
+
+
+def test_the_table_goes_to_standard_output_and_the_account_does_not(few: Path) -> None:
+    command = [sys.executable, "-m", "broker_filter", "score", str(few), "--out", "-"]
+    lines = subprocess.run(command, check=True, capture_output=True).stdout.splitlines()
+    assert [json.loads(line)["status"] for line in lines].count("scored") == 7
+    done = subprocess.run([*command, "--format", "fits"], check=True, capture_output=True)
+    assert len(Table.read(io.BytesIO(done.stdout), format="fits")) == 9
+    assert b"read 9: scored 6" in done.stderr
+
+
+def test_formats_that_are_offered_are_those_that_are_written() -> None:
+    assert tuple(table_formats.FORMATS) == FORMATS
+
+
 def test_fails_on_rejects_where_it_is_told_to(few: Path, tmp_path: Path) -> None:
     assert score(few, "--out", tmp_path / "scores.jsonl", "--fail-on-reject") == 1
     assert score(few / "deeper", "--out", tmp_path / "scores.jsonl", "--fail-on-reject") == 0
@@ -94,13 +122,13 @@ def test_another_surveys_alerts_are_scored_only_where_the_operator_says_so(share
     rows = pq.read_table(out).to_pylist()
     unclaimed = [row for row in rows if row["reject_reason"] == "no_model_for_survey"]
     assert unclaimed
-    assert all(row["alert_id"] and row["survey"] == "lsst" and row["default.real"] is None for row in unclaimed)
+    assert all(row["alert_id"] and row["survey"] == "lsst" and row["default__real"] is None for row in unclaimed)
     assert score(archive, "--also", "lsst", "--out", out) == 0
     again = pq.read_table(out).to_pylist()
     assert len(again) == len(rows)
     scored = [row for row in again if row["status"] == "scored"]
     assert {row["alert_id"] for row in scored} == {row["alert_id"] for row in unclaimed}
-    assert all(row["default.real"] is not None for row in scored)
+    assert all(row["default__real"] is not None for row in scored)
 
 
 def test_wire_format_is_read_with_a_registry(shared_data: Path, lsst_schemas: Path, tmp_path: Path) -> None:
@@ -121,7 +149,9 @@ def test_a_folder_that_is_read_may_be_written_to(few: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{few}", "--out", "{tmp}/scores.csv"], "should end in .parquet, .avro, .jsonl"),
+        (["{few}", "--out", "{tmp}/scores.xlsx"], "should end in .parquet, .avro, .jsonl, .csv, .ecsv, .fits"),
+        (["{few}", "--out", "{tmp}/scores.fits", "--rejects", "{tmp}/rejects"], "should end in .parquet"),
+        (["{few}", "--out", "{tmp}/scores.fits", "--rejects", "{tmp}/scores.fits"], "name two tables"),
         (["{few}", "--out", "{tmp}/none/scores.avro"], "none/scores.partial.avro"),
         (["{tmp}/none", "--out", "{tmp}/scores.avro"], "none: no such file"),
         (["{few}", "--model", "{tmp}/none", "--out", "{tmp}/scores.avro"], "no bundle"),
@@ -210,7 +240,7 @@ def test_policies_judge_an_alert_with_its_objects_past(
     for name, policy in POLICIES.items():
         for i, row in enumerate(judged):
             past = [earlier for earlier in judged[: i + 1] if earlier["object_id"] == row["object_id"]]
-            scores = np.array([earlier["default.real"] for earlier in past])
+            scores = np.array([earlier["default__real"] for earlier in past])
             assert row[name] == policy(scores, np.array([magpsf[earlier["alert_id"]] for earlier in past]))
         assert len({row[name] for row in judged}) == 2
 

@@ -52,7 +52,7 @@ def by_service(packets: list[Packet], batch: int, engine: str = "onnxruntime") -
 def by_score(folder: Path, table: Path) -> Embeddings:
     """What `broker-filter score` writes."""
     assert main(["score", str(folder), "--model", MODEL, "--device", "cpu", "--out", str(table)]) == 0
-    return by_table(pq.read_table(table, columns=["alert_id", f"{MODEL}.embedding"]).to_pydict().values())
+    return by_table(pq.read_table(table, columns=["alert_id", f"{MODEL}__embedding"]).to_pydict().values())
 
 
 def by_evaluate(dataset: Dataset, directory: Path) -> Embeddings:
