@@ -53,10 +53,10 @@ from training.data.datasets import held_out, sha256_of
 from training.embedding.embedder import Recipe, embed, show, train
 from training.embedding.probes import balanced_accuracy, linear_probe, nearest
 from training.errors import TrainingError, refuse_existing
-from training.evaluation.bootstrap import estimate
+from training.evaluation.bootstrap import as_card, estimate
 from training.evaluation.metrics import Values, Weights
 from training.shipped.train_classes import CLASSES, COLUMN, UNLABELLED
-from training.shipped.train_default import SPLIT_SEED, TEST_FRACTION, as_card
+from training.shipped.train_default import SPLIT_SEED, TEST_FRACTION
 
 VERSION = "1.0"
 TRUNK = "stampnet"

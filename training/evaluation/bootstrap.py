@@ -6,7 +6,7 @@ resample is how often each object was drawn, so that thousands of them are one a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Self
 
 import numpy as np
@@ -72,3 +72,13 @@ def estimate(measure: Measure, object_id: NDArray[np.str_]) -> dict[str, Estimat
     """Each figure with its interval."""
     resampled = resample(measure, object_id)
     return {name: Estimate.of(value, resampled[name]) for name, value in measure(np.ones(len(object_id))).items()}
+
+
+def as_card(estimates: Mapping[str, Estimate]) -> dict[str, float | int | str]:
+    """Figures and their intervals as a card holds them."""
+    card: dict[str, float | int | str] = {}
+    for name, figure in estimates.items():
+        low, value, high = (np.nan if number is None else number for number in (figure.low, figure.value, figure.high))
+        card[name] = round(value, 4)
+        card[f"{name}_95"] = f"{low:.4f} to {high:.4f}"
+    return card

@@ -21,14 +21,23 @@ from broker_filter.scoring.bundle import WEIGHTS, Architecture, Card, Training, 
 from broker_filter.scoring.scorer import Model, open_model
 from training.data.datasets import SPLITS, Dataset, DatasetCard, Split
 from training.errors import EvaluationError
-from training.evaluation.bootstrap import Estimate, resample
+from training.evaluation.bootstrap import Estimate, estimate, resample
 from training.evaluation.histories import Histories
-from training.evaluation.metrics import Reliability, Values, Weights, confusion_shares, measure
+from training.evaluation.metrics import (
+    Reliability,
+    Values,
+    Weights,
+    confusion_shares,
+    errors_if_calibrated,
+    measure,
+    measure_calibration,
+)
 from training.evaluation.predictions import Predictions
 from training.evaluation.served_speed import BATCHES, ServedSpeed, measure_served
 
 EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.parquet"
+IF_CALIBRATED = "ece_if_calibrated"
 MAGNITUDE = "magpsf"
 DECIDED = 0.5
 """The threshold where a bundle recommends none."""
@@ -66,6 +75,7 @@ class Evaluation(Section):
     alerts: dict[str, int]  # by true class
     objects: int
     figures: dict[str, Estimate]
+    calibration: dict[str, Estimate]  # as `describe_calibration` names them
     confusion: tuple[tuple[Estimate, ...], ...]  # shares of each true class (rows) that are taken for each class
     reliability: tuple[ReliabilityBin, ...]
     judged: dict[str, int]  # objects with a history for policies to judge, by class
@@ -134,7 +144,7 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     predictions.write(arguments.out / PREDICTIONS)
     (arguments.out / EVALUATION).write_text(evaluation.model_dump_json(indent=1), encoding="utf-8")
-    for name, figure in evaluation.figures.items():
+    for name, figure in {**evaluation.figures, **evaluation.calibration}.items():
         print(f"{name:30} {figure}")
 
 
@@ -201,6 +211,7 @@ def evaluate(
         alerts=dict(zip(predictions.classes, np.bincount(predictions.truth).tolist(), strict=True)),
         objects=len(np.unique(predictions.object_id)),
         figures={name: Estimate.of(figure, drawn[name]) for name, figure in whole.items()},
+        calibration=describe_calibration(predictions),
         confusion=tuple(
             tuple(Estimate.of(shares[t, d], drawn_shares[:, t, d]) for d in range(n_classes)) for t in range(n_classes)
         ),
@@ -213,6 +224,16 @@ def evaluate(
         judged={name: int((histories.truth == c).sum()) for c, name in enumerate(predictions.classes)},
         speed=tuple(speed),
     )
+
+
+def describe_calibration(predictions: Predictions) -> dict[str, Estimate]:
+    """The figures of `measure_calibration` with intervals by object, and `ece_if_calibrated`: the ECE that a perfectly
+    calibrated model would show which says the same of as many alerts, its mean and the range of 95 % of its draws."""
+    errors = errors_if_calibrated(predictions)
+    return {
+        **estimate(partial(measure_calibration, predictions), predictions.object_id),
+        IF_CALIBRATED: Estimate.of(float(errors.mean()), errors),
+    }
 
 
 def _measure_all(predictions: Predictions, histories: Histories, weight: Weights) -> dict[str, Values]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from training.evaluation.calibration import logit_of, slope_and_intercept
 from training.evaluation.predictions import Predictions
 
 Weights = NDArray[np.float64]
@@ -19,6 +20,9 @@ Values = NDArray[np.float64]
 
 RELIABILITY_BINS = 15
 """Of equal width in probability, as in Guo et al. 2017 (arXiv 1706.04599), section 5."""
+CALIBRATED_DRAWS = 1000
+"""Of the outcomes that a perfectly calibrated model would have had."""
+CALIBRATED_SEED = 2026
 MISSED = (0.01, 0.05)
 """False-negative rates at which the false-positive rate is given."""
 
@@ -90,15 +94,34 @@ def measure(predictions: Predictions, weight: Weights) -> dict[str, Values]:
     for label, score in zip(predictions.labels, predictions.probabilities.T, strict=True):
         c = predictions.classes.index(label)
         of_label[label] = _one_against_the_rest(predictions.truth == c, score, decided == c, weight)
-    names = of_label[label]
-    figures = {name: np.mean([known[name] for known in of_label.values()], axis=0) for name in names}
-    if not predictions.binary:
-        figures |= {f"{label}.{name}": value for label, known in of_label.items() for name, value in known.items()}
+    figures = _over_labels(predictions, of_label)
     counts = confusion(predictions, weight)
     correct = np.diagonal(counts, axis1=-2, axis2=-1)
     figures["accuracy"] = ratio(correct.sum(axis=-1), counts.sum(axis=(-2, -1)))
     figures["balanced_accuracy"] = ratio(correct, counts.sum(axis=-1)).mean(axis=-1)
     figures["ece"] = Reliability.of(predictions, weight).expected_error
+    return figures
+
+
+def measure_calibration(predictions: Predictions, weight: Weights) -> dict[str, Values]:
+    """How well the probabilities are calibrated: `calibration_slope`, `calibration_intercept` and `ece`.
+
+    Of several labels: the former two for each label against the rest, and their mean over the labels.
+    """
+    of_label = {}
+    for label, score in zip(predictions.labels, predictions.probabilities.T, strict=True):
+        positive = predictions.truth == predictions.classes.index(label)
+        slope, intercept = slope_and_intercept(logit_of(score), positive, weight)
+        of_label[label] = {"calibration_slope": slope, "calibration_intercept": intercept}
+    return _over_labels(predictions, of_label) | {"ece": Reliability.of(predictions, weight).expected_error}
+
+
+def _over_labels(predictions: Predictions, of_label: dict[str, dict[str, Values]]) -> dict[str, Values]:
+    """The mean of each figure over the labels and, where there are several, each label's own."""
+    names = next(iter(of_label.values()))
+    figures = {name: np.mean([known[name] for known in of_label.values()], axis=0) for name in names}
+    if not predictions.binary:
+        figures |= {f"{label}.{name}": value for label, known in of_label.items() for name, value in known.items()}
     return figures
 
 
@@ -133,7 +156,7 @@ class Reliability:
         """Bins N alerts."""
         said = predictions.probabilities.max(axis=1).astype(np.float64)
         happened = predictions.truth == (1 if predictions.binary else predictions.decided)
-        inside = np.eye(RELIABILITY_BINS)[np.minimum((said * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)]
+        inside = _in_bins(said)
         total = weight @ inside
         return cls(
             total,
@@ -149,6 +172,31 @@ class Reliability:
         """
         distance = np.nan_to_num(np.abs(self.said - self.happened))
         return ratio((self.weight * distance).sum(axis=-1), self.weight.sum(axis=-1))
+
+
+def errors_if_calibrated(predictions: Predictions) -> Values:
+    """The expected calibration errors that a perfectly calibrated model would show, had it said the same of as many
+    alerts and objects: of CALIBRATED_DRAWS outcomes that are drawn with the probabilities that were said, [R].
+
+    All alerts of an object happen or do not by one draw, because an object is of one class.
+    """
+    said = predictions.probabilities.max(axis=1).astype(np.float64)
+    objects, index = np.unique(predictions.object_id, return_inverse=True)
+    rng, inside = np.random.default_rng(CALIBRATED_SEED), _in_bins(said)
+    expected, total = said @ inside, float(len(said))
+    errors = [
+        np.abs((rng.random(len(objects))[index] < said) @ inside - expected).sum() / total
+        for _ in range(CALIBRATED_DRAWS)
+    ]
+    return np.array(errors)
+
+
+def _in_bins(said: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 in the bin of each of N probabilities and 0 in the others, [N, RELIABILITY_BINS]."""
+    in_bins: NDArray[np.float64] = np.eye(RELIABILITY_BINS)[
+        np.minimum((said * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
+    ]
+    return in_bins
 
 
 def ratio(part: Values, whole: Values) -> Values:

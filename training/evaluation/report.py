@@ -13,6 +13,7 @@ from broker_filter.scoring.policies import POLICIES
 from training.evaluation import plots
 from training.evaluation.bootstrap import RESAMPLES, Estimate
 from training.evaluation.contenders import Contender
+from training.evaluation.evaluate import IF_CALIBRATED
 from training.evaluation.plots import COLOURS, TIMED_BATCH
 
 TEMPLATE = "report.html.jinja"
@@ -29,6 +30,13 @@ FIGURES = {
     "ece": "ECE",
 }
 """What the tables show, by figure."""
+CALIBRATION = {
+    "calibration_slope": "slope",
+    "calibration_intercept": "intercept",
+    "ece": "ECE",
+    IF_CALIBRATED: "ECE if it were calibrated",
+}
+"""What the table of calibration shows, by figure."""
 OF_A_CLASS = ("roc_auc", "average_precision", "precision", "recall", "f1")
 SMALLER_IS_BETTER = {"fpr_at_fnr_1", "fpr_at_fnr_5", "ece"}
 
@@ -95,7 +103,7 @@ def _summary(contenders: Sequence[Contender]) -> str:
 
 
 def _tables(contenders: Sequence[Contender]) -> list[Table]:
-    tables = [_figures_table(contenders)]
+    tables = [_figures_table(contenders), _calibration_table(contenders)]
     if len(contenders) > 1:
         tables += [_differences_table(contenders), _pairs_table(contenders)]
     if any(len(runs) > 1 for runs in _by_series(contenders).values()):
@@ -118,6 +126,16 @@ def _figures_table(contenders: Sequence[Contender]) -> Table:
         caption,
         ["model", *FIGURES.values()],
         [[c.title, *(str(c.figure(name)) for name in FIGURES)] for c in contenders],
+    )
+
+
+def _calibration_table(contenders: Sequence[Contender]) -> Table:
+    return Table(
+        "Calibration",
+        "A calibrated model has a slope of 1 and an intercept of 0; one with a slope below 1 is too sure of itself. "
+        "The last column is the ECE that a perfectly calibrated model would show for as many alerts.",
+        ["model", *CALIBRATION.values()],
+        [[c.title, *(str(c.evaluation.calibration[name]) for name in CALIBRATION)] for c in contenders],
     )
 
 

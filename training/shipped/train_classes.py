@@ -39,10 +39,10 @@ from broker_filter.scoring.networks.stampnet import StampNetClasses, evidence, l
 from broker_filter.scoring.preprocess import prepare_metadata
 from training.data.datasets import Alerts, held_out, load_alerts
 from training.errors import DatasetError, refuse_existing
-from training.evaluation.bootstrap import estimate
+from training.evaluation.bootstrap import as_card, estimate
 from training.evaluation.metrics import Values, Weights, rank
 from training.shipped.distil import run_over
-from training.shipped.train_default import SPLIT_SEED, TEST_FRACTION, as_card, data_sha256
+from training.shipped.train_default import SPLIT_SEED, TEST_FRACTION, data_sha256
 
 VERSION = "1.0"
 COLUMN = "weak_class"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from broker_filter.scoring.export import write_bundle
 from broker_filter.scoring.networks import build_network, load_network
 from training.data.datasets import Alerts, held_out, load_alerts, sha256_of
 from training.errors import DatasetError, TrainingError, refuse_existing
-from training.evaluation.bootstrap import Estimate, estimate
+from training.evaluation.bootstrap import as_card, estimate
 from training.evaluation.metrics import Values, Weights, rank, ratio
 from training.shipped.distil import Hint, Recipe, distil, run_over
 
@@ -195,16 +194,6 @@ def figures(score: NDArray[np.floating], logit: NDArray[np.float32], weight: Wei
 
 def _sigmoid(logit: NDArray[np.float32]) -> NDArray[np.float64]:
     return 1 / (1 + np.exp(-logit.astype(np.float64)))
-
-
-def as_card(estimates: Mapping[str, Estimate]) -> dict[str, float | int | str]:
-    """Figures and their intervals as a card holds them."""
-    card: dict[str, float | int | str] = {}
-    for name, figure in estimates.items():
-        low, value, high = (np.nan if number is None else number for number in (figure.low, figure.value, figure.high))
-        card[name] = round(value, 4)
-        card[f"{name}_95"] = f"{low:.4f} to {high:.4f}"
-    return card
 
 
 def describe(

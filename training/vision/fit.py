@@ -28,13 +28,14 @@ from training.errors import DatasetError, TrainingError
 from training.evaluation.evaluate import PREDICTIONS, predict
 from training.learner import check_takes, learn
 from training.recipe import ENCODER_CARD, Encoder, Fit, begin, read_configuration
+from training.vision.calibrate import calibrate, last_layer
 from training.vision.classifier import Classifier, alerts_loader, chosen_to_train, class_weights
 from training.vision.frozen_fusion import is_frozen_fusion, train_branches
 from training.whole_file import write_whole
 
 BUNDLE = "bundle"
 THRESHOLD = 0.5
-"""The recommended cut of a yes or no."""
+"""The recommended cut of a yes or no: above it, yes is the more probable answer."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +88,7 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
     torch.manual_seed(config.recipe.seed)
     network = build_network(architecture)
     check_takes(network, inputs)
+    last_layer(network)  # said before training, not after it
     if config.encoder:
         load_encoder_weights(network, config.encoder.source)
     weights = class_weights(train.label, len(classes), balance=config.recipe.balance)
@@ -105,6 +107,8 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
     if is_frozen_fusion(architecture):
         frozen = train_branches(network, architecture, len(labels), train_network, config.out)
     evaluation = train_network(network, config.out, frozen)
+    shown = alerts_loader(validation, inputs, config.recipe, config.hardware, training=False)
+    evaluation |= calibrate(network, shown, validation, classes, weights)
     description = Description(
         name=config.name,
         version=config.version,
@@ -143,7 +147,8 @@ def _describe(config: Fit, dataset: Dataset, train: View, evaluation: dict[str, 
         method=f"Trained from {_origin(config.encoder)}: AdamW, peak learning rate {recipe.learning_rate:g}, batches "
         f"of {recipe.batch}, up to {recipe.epochs} epochs, the one with the lowest validation loss kept; "
         f"{'images turned and flipped, ' if recipe.augment else ''}"
-        f"{'classes weighted, ' if recipe.balance else ''}seed {recipe.seed}.",
+        f"{'classes weighted, ' if recipe.balance else ''}seed {recipe.seed}. Calibrated on the validation split"
+        f"{', the class weights undone' if recipe.balance else ''}: see `calibration`.",
         data=f"{len(train)} alerts of {len(np.unique(train.object_id))} objects ({recipe.fraction:.0%} of the training "
         f"sources) of data set {card.sha256}: {card.labels}.",
         evaluation={

@@ -15,6 +15,8 @@ from torch import nn
 from broker_filter.config import Runtime
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import WEIGHTS, Architecture, load_bundle
+from broker_filter.scoring.networks import build_network
+from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.scorer import open_model
 from training import learner as learning
 from training.data.datasets import Dataset
@@ -85,8 +87,38 @@ def test_the_weights_of_the_lowest_validation_loss_are_served(fitted: Fit) -> No
     assert evaluation["epoch"] == int(np.argmin(losses)) + 1
     assert evaluation["validation_loss"] == pytest.approx(min(losses), abs=1e-5)
     best = read_checkpoint(fitted.out / BEST)["state_dict"]
-    assert all(torch.equal(tensor, best[f"network.{name}"]) for name, tensor in weights(fitted).items())
+    calibrated = {"head.5.weight", "head.5.bias"}
+    served = weights(fitted)
+    assert calibrated < served.keys()
+    assert all(torch.equal(served[name], best[f"network.{name}"]) for name in served.keys() - calibrated)
     assert list((fitted.out / "tensorboard").rglob("events.*"))
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+def test_the_network_that_is_served_gives_calibrated_probabilities(
+    fitted: Fit, night_dataset: Dataset, engine: str
+) -> None:
+    runtime = Runtime.model_validate({"engine": engine, "device": "cpu", "inference_threads": 1})
+    model = open_model(str(fitted.out / BUNDLE), runtime)
+    validation = night_dataset["validation"].read()
+    served = model.run(validation.raw)["probabilities"][:, 0]
+    card = model.bundle.card
+    trained = build_network(card.architecture)
+    best = read_checkpoint(fitted.out / BEST)["state_dict"]
+    trained.load_state_dict({name.removeprefix("network."): best[name] for name in best if "network." in name})
+    inputs = [torch.from_numpy(array) for array in prepare(validation.raw, card.inputs).values()]
+    with torch.inference_mode():
+        logit = trained.eval()(*inputs)[0][:, 0].double().numpy()
+    evaluation = card.training.evaluation
+    train = night_dataset["train"].label
+    assert evaluation["unweighted_real"] == pytest.approx(np.log((train == 1).sum() / (train == 0).sum()), abs=1e-4)
+    unweighted, scale, shift = (
+        float(evaluation[name]) for name in ("unweighted_real", "calibration_scale", "calibration_shift_real")
+    )
+    expected = 1 / (1 + np.exp(-(scale * (logit + unweighted) + shift)))
+    assert served == pytest.approx(expected, abs=1e-3)
+    assert abs(served.mean() - (validation.label == 1).mean()) < 0.1  # a calibrated mean is the share that is real
+    assert {"calibration_slope_95", "calibration_intercept_95", "ece_95", "ece_if_calibrated"} <= evaluation.keys()
 
 
 def test_a_run_that_was_killed_ends_as_one_that_was_not(

@@ -1,0 +1,93 @@
+"""How well probabilities are calibrated: the slope and the intercept of what happened against what was said.
+
+They are those of Cox 1958 (Biometrika 45, 562): a logistic regression of the outcomes on the logits of the
+probabilities. A calibrated model has 1 and 0; a slope below 1 means that it is too sure of itself, an
+intercept above 0 that what it asks about is more common than it says. The estimate is Firth's (1993, Biometrika 80,
+27), which is finite where the scores separate the classes (Heinze & Schemper 2002, Statistics in Medicine 21, 2409).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+LEAST = 1e-7
+"""A probability in float32 is not told from 0 or 1 beyond this: its logit ends at 16."""
+ITERATIONS = 60
+"""Of Newton's method: some ten are needed from the beginning, a few from the estimate of all alerts."""
+LARGEST_STEP = 2.0
+"""Of a coefficient, over logits of unit variance: longer steps can leave the region in which the method converges."""
+CONVERGED = 1e-6
+GROUPS = 128
+"""Of alerts with one outcome and about the same logit, which stand for all of them: so the cost of a resample does not
+grow with the number of alerts. The estimate changes in its fifth digit."""
+
+
+def logit_of(probability: NDArray[np.floating]) -> Floats:
+    """The logit of probabilities, of any shape."""
+    bounded = probability.astype(np.float64).clip(LEAST, 1 - LEAST)
+    logit: Floats = np.log(bounded / (1 - bounded))
+    return logit
+
+
+def slope_and_intercept(logit: Floats, happened: NDArray[np.bool_], weight: Floats) -> tuple[Floats, Floats]:
+    """The calibration slope and intercept, each [...], for N logits, outcomes and weights [..., N].
+
+    NaN where all outcomes are alike or all logits are equal.
+    """
+    logit, happened, weight = _grouped(logit, happened, weight)
+    mean, deviation = float(logit.mean()), float(logit.std())
+    undefined = np.full(weight.shape[:-1], np.nan)
+    if deviation <= LEAST:
+        return undefined, undefined
+    unit = (logit - mean) / deviation
+    start = _firth(unit, happened, np.ones((1, len(logit))), np.zeros((1, 2)))
+    coefficients = _firth(unit, happened, weight.reshape(-1, len(logit)), start)
+    slope = coefficients[:, 1].reshape(undefined.shape) / deviation
+    return slope, coefficients[:, 0].reshape(undefined.shape) - slope * mean
+
+
+def _grouped(logit: Floats, happened: NDArray[np.bool_], weight: Floats) -> tuple[Floats, NDArray[np.bool_], Floats]:
+    """At most GROUPS groups of each outcome: their mean logits [G], outcomes [G] and weights [..., G]."""
+    order = np.lexsort((logit, happened))
+    logit, happened = logit[order], happened[order]
+    parts = np.array_split(np.flatnonzero(~happened), GROUPS) + np.array_split(np.flatnonzero(happened), GROUPS)
+    starts = np.array([part[0] for part in parts if len(part)])
+    size = np.diff(np.append(starts, len(logit)))
+    return (
+        np.add.reduceat(logit, starts) / size,
+        happened[starts],
+        np.add.reduceat(weight[..., order], starts, axis=-1),
+    )
+
+
+def _firth(unit: Floats, happened: NDArray[np.bool_], weight: Floats, start: Floats) -> Floats:
+    """Intercept and slope [R, 2] of Firth's logistic regression for weights [R, N], from `start` [1, 2] on; NaN where
+    all outcomes with a weight are alike, or where Newton's method does not converge."""
+    found = np.full((len(weight), 2), np.nan)
+    rows = np.flatnonzero((weight @ happened > 0) & (weight @ ~happened > 0))
+    if np.isnan(start).any():
+        return found
+    beta = np.repeat(start, len(rows), axis=0)
+    powers = np.stack([np.ones_like(unit), unit, unit**2], axis=1)
+    for _ in range(ITERATIONS):
+        if not len(rows):
+            break
+        chosen = weight[rows] if len(rows) < len(weight) else weight
+        p = 1 / (1 + np.exp(-(beta[:, :1] + beta[:, 1:] * unit)))
+        variance = p * (1 - p)
+        s0, s1, s2 = ((chosen * variance) @ powers).T[:, :, None]
+        determinant = s0 * s2 - s1**2
+        with np.errstate(divide="ignore", invalid="ignore"):
+            leverage = variance * (s2 - 2 * s1 * unit + s0 * unit**2) / determinant
+            residual = chosen * (happened - p + leverage * (0.5 - p))
+            u0, u1 = (residual @ powers[:, :2]).T[:, :, None]
+            step = np.concatenate([s2 * u0 - s1 * u1, s0 * u1 - s1 * u0], axis=1) / determinant
+        beta = beta + step.clip(-LARGEST_STEP, LARGEST_STEP)
+        moving = ~(np.abs(step).max(axis=1) < CONVERGED)  # NaN moves, and is given up
+        found[rows[~moving]] = beta[~moving]
+        moving &= np.isfinite(beta).all(axis=1)
+        rows, beta = rows[moving], beta[moving]
+    return found
