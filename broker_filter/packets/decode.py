@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_filter.packets import wire
+from broker_filter.packets import foreign, wire
 from broker_filter.packets.batch import BANDS, CUTOUTS, UNKNOWN_BAND, AlertBatch, AlertIdentity, Record, Survey
 from broker_filter.packets.layout import (
     N_POINT_COLUMNS,
@@ -183,14 +183,19 @@ class Decoder:
         """The records of a packet, still encoded."""
         if not data:
             return Container(None, (), (RejectReason.EMPTY, "no bytes"))
+        is_container = data.startswith(MAGIC)
+        if not is_container and (kind := foreign.describe(data)):
+            return Container(None, (), (RejectReason.NOT_AVRO, kind))
         if len(data) > self._max_packet_bytes:
             return Container(
                 None, (), (RejectReason.TOO_LARGE, f"{len(data)} bytes, more than {self._max_packet_bytes}")
             )
-        if data.startswith(MAGIC):
+        if is_container:
             return read_container(data, self._max_packet_bytes)
         if not wire.is_wire_message(data):
-            return Container(None, (), (RejectReason.NOT_AVRO, "neither a container file nor wire format"))
+            return Container(
+                None, (), (RejectReason.NOT_AVRO, "neither an Avro container file nor Confluent wire format")
+            )
         message = wire.unframe(data)
         try:
             return Container(self._registry.get(message.schema_id), (Block(1, message.body),))

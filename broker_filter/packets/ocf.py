@@ -5,6 +5,8 @@ Knows blocks and schemas and never looks into a record. Must not raise on any by
 
 from __future__ import annotations
 
+import bz2
+import lzma
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from threading import Lock
 from typing import BinaryIO, NamedTuple
 
 import cramjam
+import pyarrow as pa
 
 from broker_filter.packets.rejects import RejectReason
 from broker_filter.packets.schema import MAX_SCHEMA_BYTES, SchemaError, WriterSchema, parse_schema
@@ -28,6 +31,13 @@ _HEADER_BEGINNING = 48
 """Bytes that tell most of them apart: the schema's length is among them."""
 _READ_BYTES = 1 << 18
 """What a splitter reads of a file at a time: a few packets."""
+
+CODECS = ("null", "deflate", "snappy", "zstandard", "bzip2", "xz")
+"""Those of the specification."""
+MAX_EXPANSION = 1032
+"""Bytes out of one: deflate's greatest ratio. The others could make a packet of 1 kB one of 16 MB."""
+XZ_MEMORY = 80 << 20
+"""Bytes: xz -9 needs 65 MiB for its dictionary; a file may ask for 4 GiB."""
 
 Damage = tuple[RejectReason, str]
 """Why bytes cannot be read, and in words."""
@@ -206,8 +216,10 @@ def _header_of(data: bytes) -> _Header:
         return known
     end, metadata = _read_metadata(data)
     codec = metadata.get(b"avro.codec", b"null").decode("ascii", "replace")
-    if codec not in ("null", "deflate", "snappy"):
-        raise _DamagedError(RejectReason.UNSUPPORTED_CODEC, f"codec {codec[:40]!r}")
+    if codec not in CODECS:
+        raise _DamagedError(
+            RejectReason.UNSUPPORTED_CODEC, f"codec {codec[:40]!r}: write the container with {' or '.join(CODECS)}"
+        )
     try:
         schema = parse_schema(metadata.get(b"avro.schema", b""))
     except SchemaError as error:
@@ -298,8 +310,11 @@ def _inflate(codec: str, stored: memoryview, limit: int) -> memoryview:
         body: memoryview | bytes = stored
     elif codec == "deflate":
         body = _inflate_deflate(stored, limit)
-    else:
+    elif codec == "snappy":
         body = _inflate_snappy(stored, limit)
+    else:
+        limit = min(limit, MAX_EXPANSION * len(stored))
+        body = _inflate_zstandard(stored, limit) if codec == "zstandard" else _inflate_stream(codec, stored, limit)
     if len(body) > limit:
         raise _DamagedError(RejectReason.TOO_LARGE, f"a block inflates to more than the {limit} bytes left for it")
     return memoryview(body)
@@ -329,4 +344,23 @@ def _inflate_snappy(stored: memoryview, limit: int) -> bytes:
         raise _DamagedError(RejectReason.CORRUPT, f"a block does not inflate: {error}") from error
     if zlib.crc32(body) != checksum:
         raise _DamagedError(RejectReason.CORRUPT, "a block's checksum is wrong")
+    return body
+
+
+def _inflate_zstandard(stored: memoryview, limit: int) -> bytes:
+    try:
+        with pa.CompressedInputStream(pa.BufferReader(pa.py_buffer(stored)), "zstd") as stream:
+            return bytes(stream.read(limit + 1))
+    except (OSError, pa.ArrowException) as error:
+        raise _DamagedError(RejectReason.CORRUPT, f"a block does not inflate: {error}") from error
+
+
+def _inflate_stream(codec: str, stored: memoryview, limit: int) -> bytes:
+    stream = bz2.BZ2Decompressor() if codec == "bzip2" else lzma.LZMADecompressor(memlimit=XZ_MEMORY)
+    try:
+        body = stream.decompress(stored, limit + 1)
+    except (OSError, lzma.LZMAError) as error:
+        raise _DamagedError(RejectReason.CORRUPT, f"a block does not inflate: {error}") from error
+    if not stream.eof and len(body) <= limit:
+        raise _DamagedError(RejectReason.TRUNCATED, f"a block's {codec} stream ends early")
     return body

@@ -7,18 +7,23 @@ is, for decoding to reject.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import logging
+import lzma
 import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal, cast
+from typing import IO, Any, BinaryIO, Literal, Protocol, cast
+
+import pyarrow as pa
 
 from broker_filter.packets import ocf, parquet
 from broker_filter.packets.packet import FilePosition, Packet
@@ -32,9 +37,14 @@ MAX_EXTENDED_HEADER_BYTES = 64 * 2**10
 MAX_MEMBER_BYTES = 2**40
 """Of a tar's member with its headers, ten times a night: past an archive's end tarfile goes on in steps of 10 kB."""
 
-_GZIP = b"\x1f\x8b\x08"
+MAX_TRAILING_BYTES = 64 * 2**20
+"""Of padding behind a tar's end, which real archives have 10 kB of. More of it is a bomb."""
+_EXPANSION_ALLOWANCE = 16 * 2**20
+"""Bytes that a compressed file may expand to whatever its ratio: a tar of few alerts has more padding than content."""
 _FILE_BUFFER = 256 * 1024
 _PACKET_BUFFER = 64 * 1024
+_PIECE = 32 * 1024
+"""Bytes that are decompressed at once: where the stream is damaged, so many may be lost before the damage."""
 _WHOLE_MEMBER = 2**20
 """Bytes of a tar's member that are read at once; packets are smaller, and a buffer would copy them three times."""
 _EXTENDED_HEADERS = frozenset((tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE))
@@ -48,6 +58,9 @@ _PLAIN_HEADER = re.compile(
 """The header that nearly every member of an archive has; anything about it that is less usual is left to tarfile."""
 _TAR_ENDS = (tarfile.EOFHeaderError, tarfile.EmptyHeaderError)  # type: ignore[attr-defined]
 """At the mark of a tar's end, and at the end of one without it: real night archives have none."""
+
+_OF_MACOS = re.compile(r"(.*/)?(\._[^/]*|\.DS_Store|__MACOSX/.*)", re.DOTALL)
+"""Files that macOS writes beside the user's own."""
 
 log = logging.getLogger(__name__)
 
@@ -106,14 +119,19 @@ def _read_stream(
     start = stream.peek(tarfile.BLOCKSIZE)[: tarfile.BLOCKSIZE]
     if start.startswith(ocf.MAGIC):
         yield from _read_container(stream, position, limit)
-    elif start.startswith(_GZIP) and depth < MAX_DEPTH:
-        yield from _read_gzip(stream, position, limit, depth)
+    elif (compression := _compression_of(start)) and depth < MAX_DEPTH:
+        yield from _read_compressed(compression, stream, position, limit, depth)
     elif start.startswith(parquet.MAGIC):
         yield from _read_parquet(stream, position, limit)
     elif _is_tar(start) and depth < MAX_DEPTH:
         yield from _read_tar(stream, position, limit, depth)
-    else:
+    elif not _is_of_macos(position.member or position.path, start):
         yield Packet(_read_up_to(limit + 1, stream), position)
+
+
+def _is_of_macos(name: str, start: bytes) -> bool:
+    """Whether this is a file that macOS writes beside another one: they begin with a zero byte, or are empty."""
+    return start[:1] in (b"", b"\0") and _OF_MACOS.fullmatch(name) is not None
 
 
 def _read_container(stream: io.BufferedReader[Any], position: FilePosition, limit: int) -> Iterator[Packet]:
@@ -127,11 +145,13 @@ def _read_container(stream: io.BufferedReader[Any], position: FilePosition, limi
         record += ocf.count_records(container)
 
 
-def _read_gzip(stream: io.BufferedReader[Any], position: FilePosition, limit: int, depth: int) -> Iterator[Packet]:
-    inflated = _Inflated(stream)
+def _read_compressed(
+    compression: _Compression, stream: io.BufferedReader[Any], position: FilePosition, limit: int, depth: int
+) -> Iterator[Packet]:
+    inflated = _Inflated(compression.open(stream))
     yield from _read_stream(io.BufferedReader(inflated, _FILE_BUFFER), position, limit, depth + 1)
     if inflated.damage:
-        log.warning("%s: damaged gzip, read as far as it goes: %s", position, inflated.damage)
+        log.warning("%s: damaged %s, read as far as it goes: %s", position, compression.name, inflated.damage)
 
 
 def _read_parquet(stream: io.BufferedReader[Any], position: FilePosition, limit: int) -> Iterator[Packet]:
@@ -166,9 +186,12 @@ def _read_tar(stream: io.BufferedReader[Any], position: FilePosition, limit: int
                     yield Packet(b"", place)
                 else:
                     yield from _read_member(cast(IO[bytes], archive.fileobj), member.size, place, limit, depth + 1)
-        while stream.read(_FILE_BUFFER):  # padding: the checksum of a gzip around it stands behind that
-            pass
+        trailing = 0  # padding: the checksum of a gzip around it stands behind that
+        while trailing <= MAX_TRAILING_BYTES and (padding := stream.read(_FILE_BUFFER)):
+            trailing += len(padding)
         damage = getattr(stream.raw, "damage", None)
+        if trailing > MAX_TRAILING_BYTES:
+            damage = tarfile.ReadError(f"more than {MAX_TRAILING_BYTES} bytes behind its end")
     except tarfile.ReadError as error:
         damage = error
     if damage:
@@ -214,11 +237,23 @@ class _Continued:
         return self._beginning.read(size) or self._rest.read(size)
 
 
-class _Inflated(io.RawIOBase):
-    """A gzip's content up to where it is damaged, and how it is damaged: what stands before that is still read."""
+class _Reader(Protocol):
+    """A compressed stream's content."""
 
-    def __init__(self, stream: io.BufferedReader[Any]) -> None:
-        self._gzip = gzip.GzipFile(fileobj=stream)
+    def read1(self, size: int, /) -> bytes:
+        """At most `size` bytes; none at the end. Raises one of `_DAMAGE`."""
+        ...
+
+
+_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, pa.ArrowException, OSError)
+"""How damage shows; an OSError with a number is the system's."""
+
+
+class _Inflated(io.RawIOBase):
+    """A compressed stream's content up to where it is damaged, and how: what stands before that is still read."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self._reader = reader
         self.damage: Exception | None = None
 
     def readable(self) -> bool:
@@ -228,8 +263,10 @@ class _Inflated(io.RawIOBase):
         filled = 0
         while filled < len(buffer) and self.damage is None:
             try:
-                piece = self._gzip.read1(len(buffer) - filled)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                piece = self._reader.read1(len(buffer) - filled)
+            except _DAMAGE as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
                 self.damage = error
                 break
             if not piece:
@@ -237,6 +274,108 @@ class _Inflated(io.RawIOBase):
             buffer[filled : filled + len(piece)] = piece
             filled += len(piece)
         return filled
+
+
+class _Source(io.RawIOBase):
+    """Compressed bytes, which counts how many were taken."""
+
+    def __init__(self, stream: io.BufferedReader[Any]) -> None:
+        self._stream = stream
+        self.taken = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._stream.read(size)
+        self.taken += len(data)
+        return data
+
+
+class _Bounded:
+    """A reader that ends where the content is more than `ocf.MAX_EXPANSION` times as long as what it was made of."""
+
+    def __init__(self, source: _Source, read: Callable[[int], bytes]) -> None:
+        self._source = source
+        self._read = read
+        self._given = 0
+
+    def read1(self, size: int, /) -> bytes:
+        piece = self._read(min(size, _PIECE))
+        self._given += len(piece)
+        if self._given > _EXPANSION_ALLOWANCE + ocf.MAX_EXPANSION * self._source.taken:
+            raise EOFError(f"it expands to more than {ocf.MAX_EXPANSION} times its size: a decompression bomb")
+        return piece
+
+
+_Decompressor = lzma.LZMADecompressor | bz2.BZ2Decompressor
+"""Of one stream."""
+
+
+class _Streams:
+    """The content of a file of compressed streams, one after the other, as xz and bzip2 have it."""
+
+    def __init__(self, source: _Source, new: Callable[[], _Decompressor]) -> None:
+        self._source = source
+        self._new = new
+        self._stream = new()
+
+    def read(self, size: int) -> bytes:
+        while True:
+            if self._stream.eof:
+                # Between streams xz may pad with zeros.
+                data = self._stream.unused_data.lstrip(b"\0") or self._source.read(_FILE_BUFFER).lstrip(b"\0")
+                if not data:
+                    return b""
+                self._stream = self._new()
+            else:
+                data = self._source.read(_FILE_BUFFER) if self._stream.needs_input else b""
+                if self._stream.needs_input and not data:
+                    raise EOFError("the compressed stream ends early")
+            if piece := self._stream.decompress(data, size):
+                return piece
+
+
+@dataclass(frozen=True, slots=True)
+class _Compression:
+    """A way of compressing: what it is called, how its files begin, and how their content is read."""
+
+    name: str
+    beginning: bytes
+    open: Callable[[io.BufferedReader[Any]], _Reader]
+
+
+def _open_gzip(stream: io.BufferedReader[Any]) -> _Reader:
+    return gzip.GzipFile(fileobj=stream)
+
+
+def _open_bzip2(stream: io.BufferedReader[Any]) -> _Reader:
+    source = _Source(stream)
+    return _Bounded(source, _Streams(source, bz2.BZ2Decompressor).read)
+
+
+def _open_xz(stream: io.BufferedReader[Any]) -> _Reader:
+    source = _Source(stream)
+    return _Bounded(source, _Streams(source, partial(lzma.LZMADecompressor, memlimit=ocf.XZ_MEMORY)).read)
+
+
+def _open_by_arrow(codec: str, stream: io.BufferedReader[Any]) -> _Reader:
+    source = _Source(stream)
+    return _Bounded(source, pa.CompressedInputStream(pa.PythonFile(source, mode="r"), codec).read)
+
+
+_COMPRESSIONS = (
+    _Compression("gzip", b"\x1f\x8b\x08", _open_gzip),
+    _Compression("xz", b"\xfd7zXZ\x00", _open_xz),
+    _Compression("bzip2", b"BZh", _open_bzip2),
+    _Compression("zstd", b"\x28\xb5\x2f\xfd", partial(_open_by_arrow, "zstd")),
+    _Compression("lz4", b"\x04\x22\x4d\x18", partial(_open_by_arrow, "lz4")),
+)
+
+
+def _compression_of(start: bytes) -> _Compression | None:
+    """How the file that begins with `start` is compressed; None where it is not."""
+    return next((known for known in _COMPRESSIONS if start.startswith(known.beginning)), None)
 
 
 class _Stored(io.RawIOBase):
