@@ -16,7 +16,11 @@ DEFAULT_LIMIT = 100_000
 """Alerts: enough to know the strangest in a thousand by, and searched in a twentieth of a millisecond."""
 MEASURES = ("mahalanobis", "neighbours", "centroids")
 REAL = "real"
-"""The output that says whether an alert is one."""
+"""The output that says how likely an alert is real."""
+SURVEYS_OWN = {"ztf": "drb", "lsst": "reliability"}
+"""The column of the survey's own real/bogus score, which decides where the model's `real` was not trained for it."""
+MORE_LIKELY_REAL = 0.5
+"""The cut in such a score."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -37,7 +41,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--where",
         metavar="EXPRESSION",
         help="the alerts to take, as a filter's (default: the model's output `real` above its recommended threshold, "
-        "where it has one)",
+        "where it has one; for a survey that `real` was not trained for, the survey's own `drb` or `reliability` above "
+        f"{MORE_LIKELY_REAL})",
     )
     builder.add_argument(
         "--limit", type=alert_limit, default=DEFAULT_LIMIT, metavar="N", help="alerts to keep (default: %(default)s)"
@@ -95,8 +100,17 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _recommended_cut(model: Model) -> str | None:
+    """The alerts that are likely real, as a filter; None where the model has no cut for that."""
     threshold = model.bundle.card.outputs.thresholds.get(REAL)
-    return None if threshold is None else f"{model.name}.{REAL} > {threshold:g}"
+    if threshold is None:
+        return None
+    cuts = [f"{model.name}.{REAL} > {threshold:g}"]
+    cuts += [
+        f"survey == '{survey}' and {SURVEYS_OWN[str(survey)]} > {MORE_LIKELY_REAL}"
+        for survey in model.surveys
+        if survey not in model.surveys_of(REAL)
+    ]
+    return " or ".join(cuts)
 
 
 def _show(arguments: argparse.Namespace) -> int:

@@ -41,6 +41,7 @@ from broker_filter.scoring.bundle import (
     LightCurveInput,
     MetadataColumn,
     Outputs,
+    SurveyName,
     Training,
     load_bundle,
 )
@@ -58,7 +59,9 @@ from training.evaluation.metrics import Values, Weights
 from training.shipped.train_classes import CLASSES, COLUMN, UNLABELLED
 from training.shipped.train_default import SPLIT_SEED, TEST_FRACTION
 
-VERSION = "1.0"
+VERSION = "1.1"
+SURVEYS: tuple[SurveyName, ...] = ("ztf", "lsst")
+"""Whose alerts the embedding is learnt from."""
 TRUNK = "stampnet"
 OF_BOTH = ("magpsf", "sigmapsf", "snr", "isdiffpos", "ndethist")
 OF_ZTF = (
@@ -307,11 +310,12 @@ def describe(
         name="embedder",
         version=VERSION,
         task="embedding of an alert's images, light curve and metadata, and real/bogus classification",
-        surveys=("ztf", "lsst"),
+        surveys=SURVEYS,
         inputs=inputs,
         outputs=Outputs(
             labels=card.outputs.labels,
             activation=card.outputs.activation,
+            surveys={label: surveys for label in card.outputs.labels if (surveys := card.surveys_of(label)) != SURVEYS},
             thresholds=card.outputs.thresholds,
             embedding=len(MODALITIES) * SIZE,
             modalities=MODALITIES,
@@ -324,10 +328,10 @@ def describe(
         citation=f"after Rizhko & Bloom 2025 (arXiv:2411.08842); of the trunk: {card.citation}",
         training=Training(
             method=f"The trunk, and {', '.join(card.outputs.labels)}, are the bundle {card.name} {card.version} "
-            f"unchanged, which was trained for {' and '.join(card.surveys)} alone. All else: contrastive, a view of "
-            f"{recipe.batch} alerts of one survey a step (symmetries, lost columns, forgotten points), {recipe.steps} "
-            f"steps, AdamW, peak learning rate {recipe.learning_rate:g}, seed {recipe.seed}. Chosen by "
-            "cross-validation on training objects.",
+            f"unchanged, which was trained for {' and '.join(card.surveys)} alone: it is null for other surveys. All "
+            f"else: contrastive, a view of {recipe.batch} alerts of one survey a step (symmetries, lost columns, "
+            f"forgotten points), {recipe.steps} steps, AdamW, peak learning rate {recipe.learning_rate:g}, seed "
+            f"{recipe.seed}. Chosen by cross-validation on training objects.",
             data=f"{len(trained_on)} public ZTF alerts of {len(np.unique(trained_on))} objects and {SIMULATED} "
             "simulated alerts of each survey; no labels. Real LSST alerts were none among them.",
             evaluation=evaluation,
