@@ -319,7 +319,9 @@ class Model(ServiceSection):
     """A bundle to score with; the bundle alone may be written in its place."""
 
     bundle: str = Field(description="A directory, or the name of a bundle that ships.")
-    also: list[SurveyName] = Field(default=[], description="Surveys whose alerts get every output although the bundle was not trained for them.")
+    also: list[SurveyName] = Field(
+        default=[], description="Surveys whose alerts get every output although the bundle was not trained for them."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from broker_filter.config import SurveyName
 from broker_filter.packets.batch import BANDS, LightCurves, Measurement
 from broker_filter.scoring.alerts import RawAlerts
 
@@ -55,7 +56,6 @@ ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 """A file beside the card: no separators, no leading dot, so that no name leads out of the bundle."""
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-SurveyName = Literal["ztf", "lsst"]
 
 
 class BundleError(Exception):

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from broker_filter.config import SurveyName
 from broker_filter.packets.batch import LightCurves
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
@@ -41,7 +42,6 @@ from broker_filter.scoring.bundle import (
     LightCurveInput,
     MetadataColumn,
     Outputs,
-    SurveyName,
     Training,
     load_bundle,
 )
