@@ -46,6 +46,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--all", action="store_true", help="show every field of the first alert that is known here")
     parser.add_argument("--schema-registry", metavar="URL|DIR", help="schemas of alerts in Confluent wire format")
+    parser.add_argument(
+        "--drop-schema-cache",
+        action="store_true",
+        help="first delete what earlier runs have kept of the registry's schemas: for a registry that was wiped",
+    )
     add_kafka_options(parser)
     parser.set_defaults(run=run)
 
@@ -60,7 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     # What packets say of themselves is neither markup nor emoji.
     console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    decoder = Decoder(open_registry(arguments.schema_registry), cutout_size=CUTOUT_SIZE)
+    decoder = Decoder(
+        open_registry(arguments.schema_registry, drop_cache=arguments.drop_schema_cache), cutout_size=CUTOUT_SIZE
+    )
     packets = _packets(arguments)
     contents = take_stock(islice(packets, arguments.limit or None), decoder)
     print_counts(console, contents, ", ".join(arguments.inputs))

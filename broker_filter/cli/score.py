@@ -87,6 +87,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "order of time; may be repeated",
     )
     parser.add_argument("--schema-registry", metavar="URL|DIR", help="schemas of alerts in Confluent wire format")
+    parser.add_argument(
+        "--drop-schema-cache",
+        action="store_true",
+        help="first delete what earlier runs have kept of the registry's schemas: for a registry that was wiped",
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="what runs the networks")
     parser.add_argument("--fail-on-reject", action="store_true", help="end with status 1 if any input was rejected")
     parser.set_defaults(run=run)
@@ -147,7 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
     scorer = open_scorer(models, Runtime(device=arguments.device))
     outputs = [f"{model.name}.{label}" for model in scorer.models for label in model.labels]
     policies = Policies(arguments.policy, outputs)
-    registry = open_registry(arguments.schema_registry)
+    registry = open_registry(arguments.schema_registry, drop_cache=arguments.drop_schema_cache)
     columns = tuple(dict.fromkeys((*scorer.columns, *policies.columns)))
     decoder = Decoder(registry, cutout_size=scorer.cutout_size, columns=columns)
     embeddings = [model.name for model in scorer.models if model.bundle.card.outputs.embedding is not None]

@@ -8,6 +8,7 @@ one alert or one reject. Only an unreachable schema registry escapes, because th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from threading import Lock
 from typing import NamedTuple, TypeVar
 
@@ -46,6 +47,22 @@ _MAX_PLANS = 256
 """Schemas kept compiled; a night has a few."""
 _POINTS_PER_PACKET = 64
 """Room for history at first; it doubles when full."""
+
+_DOUBTFUL = frozenset(
+    {
+        RejectReason.TOO_LARGE,
+        RejectReason.BAD_SCHEMA,
+        RejectReason.TRUNCATED,
+        RejectReason.CORRUPT,
+        RejectReason.UNKNOWN_SURVEY,
+        RejectReason.MISSING_FIELD,
+        RejectReason.BAD_CUTOUT,
+    }
+)
+"""What a sound alert in wire format may be rejected as that is decoded by another schema than it was written with."""
+
+NO_ID = -1
+"""No schema's id."""
 
 _T = TypeVar("_T", bound=np.generic)
 
@@ -126,12 +143,42 @@ class Decoder:
 
         Raises RegistryUnavailable where a schema is needed that cannot be had now; then nothing was decoded.
         """
+        schemas = self._look_up(packets)
+        alerts, rejects = self._decode(packets, schemas)
+        doubted = {schema_id for reject in rejects if (schema_id := _doubted_id(reject)) in schemas}
+        renewed = {i: self._registry.get(i, schema) for i in doubted if isinstance(schema := schemas[i], WriterSchema)}
+        if any(schemas[schema_id] is not schema for schema_id, schema in renewed.items()):
+            schemas |= renewed
+            alerts, rejects = self._decode(packets, schemas)
+        return alerts, [_with_origin(reject, schemas) for reject in rejects]
+
+    def _look_up(self, packets: Sequence[Packet]) -> dict[int, WriterSchema | Damage]:
+        """The schemas of wire format packets, or what is wrong with them, by id.
+
+        They are looked up before any packet is decoded, and outside of the thread's turn: a registry may be slow, and
+        other threads have packets whose schemas are at hand.
+        """
+        limit = self._max_packet_bytes
+        ids = {wire.unframe(p.data).schema_id for p in packets if wire.is_wire_message(p.data) and len(p.data) <= limit}
+        schemas: dict[int, WriterSchema | Damage] = {}
+        for schema_id in sorted(ids):
+            try:
+                schemas[schema_id] = self._registry.get(schema_id)
+            except UnknownSchemaId as error:
+                schemas[schema_id] = RejectReason.UNKNOWN_SCHEMA_ID, str(error)
+            except SchemaError as error:
+                schemas[schema_id] = RejectReason.BAD_SCHEMA, str(error)
+        return schemas
+
+    def _decode(
+        self, packets: Sequence[Packet], schemas: Mapping[int, WriterSchema | Damage]
+    ) -> tuple[AlertBatch, list[Reject]]:
         outputs = _Outputs(list(self._layouts.values()), max(1, len(packets)))
         walked: list[_Walked] = []
         rejects: list[Reject] = []
         with self._turn:
             for index, packet in enumerate(packets):
-                container = self._frame(packet.data)
+                container = self._frame(packet.data, schemas)
                 damage, record = self._walk_container(index, container, outputs, walked)
                 if damage is not None:
                     fingerprint = container.schema.fingerprint if container.schema else None
@@ -179,8 +226,8 @@ class Decoder:
             record = end_record
         return container.error or ((RejectReason.NO_RECORD, "no alert in it") if record == 0 else None), record
 
-    def _frame(self, data: bytes) -> Container:
-        """The records of a packet, still encoded."""
+    def _frame(self, data: bytes, schemas: Mapping[int, WriterSchema | Damage]) -> Container:
+        """The records of a packet, still encoded. `schemas`: those of wire format, by id."""
         if not data:
             return Container(None, (), (RejectReason.EMPTY, "no bytes"))
         is_container = data.startswith(MAGIC)
@@ -197,12 +244,10 @@ class Decoder:
                 None, (), (RejectReason.NOT_AVRO, "neither an Avro container file nor Confluent wire format")
             )
         message = wire.unframe(data)
-        try:
-            return Container(self._registry.get(message.schema_id), (Block(1, message.body),))
-        except UnknownSchemaId as error:
-            return Container(None, (), (RejectReason.UNKNOWN_SCHEMA_ID, str(error)))
-        except SchemaError as error:
-            return Container(None, (), (RejectReason.BAD_SCHEMA, str(error)))
+        schema = schemas[message.schema_id]
+        if not isinstance(schema, WriterSchema):
+            return Container(None, (), schema)
+        return Container(schema, (Block(1, message.body),))
 
     def _plan(self, schema: WriterSchema) -> Plan | Damage:
         """The plan for a schema, made once, or why there is none."""
@@ -346,6 +391,21 @@ class _Columns:
     def _text(self, row: int, slot: int) -> str:
         begin, end = self._span_lists[row][slot]
         return str(self._walked[row].body[begin:end], "utf-8", "replace") if begin >= 0 else ""
+
+
+def _doubted_id(reject: Reject) -> int:
+    """The schema id of a rejected packet in wire format that another schema might have decoded, else NO_ID."""
+    data = reject.packet.data
+    return wire.unframe(data).schema_id if reject.reason in _DOUBTFUL and wire.is_wire_message(data) else NO_ID
+
+
+def _with_origin(reject: Reject, schemas: Mapping[int, WriterSchema | Damage]) -> Reject:
+    """A reject whose detail names the file of the cache, if its schema was found in one and may be the wrong one."""
+    schema = schemas.get(_doubted_id(reject))
+    if not isinstance(schema, WriterSchema) or schema.cached is None:
+        return reject
+    origin = f"schema {schema.registry_id} was kept by an earlier run in {schema.cached}"
+    return replace(reject, detail=f"{reject.detail}; {origin}")
 
 
 def _walk_damage(status: Status, end: int, n_bytes: int, *, last: bool) -> Damage | None:

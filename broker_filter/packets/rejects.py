@@ -42,6 +42,8 @@ class RejectReason(StrEnum):
     """A cutout without a single finite pixel."""
     NO_MODEL_FOR_SURVEY = "no_model_for_survey"
     """No configured model was trained for the alert's survey, and none was told to take it also."""
+    SCHEMA_REFUSED = "schema_refused"
+    """The output's schema registry does not take the schema of the record that the scored alert would become."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastavro.schema import fingerprint
@@ -31,7 +32,8 @@ class WriterSchema:
     `definition`: the JSON as Python values, as the writer published it. `canonical`: its parsing canonical form,
     checked: types are primitives' names, full names of types defined within, lists (unions), or dicts whose type is
     record, enum, fixed, array or map. `fingerprint`: CRC-64-AVRO of the canonical form, 16 hex digits. `registry_id`:
-    the Confluent schema id, None for a schema embedded in a container file. Compared and hashed by identity: the
+    the Confluent schema id, None for a schema embedded in a container file. `cached`: the file of an earlier run in
+    which a registry's schema was found, None where it was fetched by this process. Compared and hashed by identity: the
     caches in `ocf` and `registry` hand out one object per schema.
     """
 
@@ -39,6 +41,7 @@ class WriterSchema:
     canonical: dict[str, Any]
     fingerprint: str
     registry_id: int | None = None
+    cached: Path | None = None
 
 
 def parse_schema(text: bytes | str, registry_id: int | None = None) -> WriterSchema:
@@ -132,6 +135,25 @@ def self_contained(type_: Any, namespace: str, definitions: Mapping[str, dict[st
         return copy
     inside = {"array": "items", "map": "values"}.get(kind, "type") if isinstance(kind, str) else "type"
     copy[inside] = self_contained(copy.get(inside), namespace, definitions, defined)
+    return copy
+
+
+def moved_to(new: str, old: str, type_: Any, namespace: str = "") -> Any:
+    """A copy of what `self_contained` returned, in which all types of the namespace `old` are in `new`."""
+    if isinstance(type_, list):
+        return [moved_to(new, old, branch, namespace) for branch in type_]
+    if isinstance(type_, str):
+        space, _, short = type_.rpartition(".")
+        return f"{new}.{short}" if space == old and type_ not in PRIMITIVES else type_
+    copy = dict(type_)
+    if copy["type"] in ("record", "enum", "fixed"):
+        space, _, short = full_name(copy, namespace).rpartition(".")
+        copy |= {"name": short, "namespace": new if space == old else space}
+        if "fields" in copy:
+            copy["fields"] = [{**field, "type": moved_to(new, old, field["type"], space)} for field in copy["fields"]]
+        return copy
+    inside = {"array": "items", "map": "values"}.get(copy["type"], "type") if isinstance(copy["type"], str) else "type"
+    copy[inside] = moved_to(new, old, copy[inside], namespace)
     return copy
 
 

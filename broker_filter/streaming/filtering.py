@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -39,6 +39,15 @@ class ScoredBatch:
     def scored(self) -> NDArray[np.int64]:
         """Indices of the alerts that at least one model scored."""
         return np.flatnonzero(self.scores.taken)
+
+    def less(self, refused: Mapping[int, Reject]) -> ScoredBatch:
+        """The batch with some of its scored rows as rejects instead."""
+        if not refused:
+            return self
+        taken = self.scores.taken.copy()
+        taken[list(refused)] = False
+        scores = replace(self.scores, taken=taken)
+        return replace(self, scores=scores, rejects=[*self.rejects, *refused.values()])
 
 
 def score_alerts(

@@ -85,10 +85,14 @@ class FilterService:
         ]
         self._scorer = open_scorer(config.models, config.runtime)
         self._judge = open_judge(config.anomalies, self._scorer) if config.anomalies else None
-        self._router = open_router(config, self._scorer)
+        self._router = open_router(config, self._scorer, self._routing.beat)
         judged_by = self._judge.columns if self._judge else ()
         self._decoder = Decoder(
-            open_registry(config.input.schema_registry),
+            open_registry(
+                config.input.schema_registry,
+                drop_cache=config.input.schema_cache == "drop",
+                waiting=self._decoding.beat,
+            ),
             cutout_size=self._scorer.cutout_size,
             columns=tuple(dict.fromkeys((*self._scorer.columns, *self._router.columns, *judged_by))),
             max_packet_bytes=config.input.max_packet_bytes,
@@ -154,6 +158,7 @@ class FilterService:
                 scored = score_alerts(alerts, rejects, self._scorer, self._window, self._judge)
             with self._routing.working():
                 routed = self._insist(lambda: self._router.route(scored), self._routing)  # noqa: B023 -- called at once
+                self._window.forget(alerts, [i for i in routed.refused if not scored.duplicate[i]])
                 works = divide(delivery, scored, routed)
             self._put(works)
         self._put(None)
@@ -213,16 +218,19 @@ class FilterService:
 
     def _insist(self, call: Callable[[], T], stage: Stage) -> T:
         """The answer of a call that may need the schema registry, however long that is away: no alert is at fault."""
+        failed = False
         for pause in pauses():
             try:
                 answer = call()
             except RegistryUnavailable as error:
+                failed = True
                 self._health.set("schema registry", str(error))
                 log.warning("%s; trying again in %.1f s", error, pause)
                 self._check()
                 stage.rest(pause)
             else:
-                self._health.set("schema registry", None)
+                if failed:  # another thread, whose schemas are at hand, knows nothing of the registry
+                    self._health.set("schema registry", None)
                 return answer
         raise AssertionError("pauses() does not end")
 
