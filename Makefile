@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test lint bench bench-check study chaos sanitize wheel clean
+.PHONY: help demo test lint bench bench-check study chaos sanitize wheel image clean
 
 help:
 	@echo 'make demo      simulates a survey night, runs the service on it through an embedded broker, shows the result'
@@ -21,6 +21,7 @@ help:
 	@echo 'make chaos     kills the service at random, over and over, and counts what comes out'
 	@echo 'make sanitize  decodes damaged packets with the compiled code under AddressSanitizer (needs gcc)'
 	@echo 'make wheel     builds the wheel and the source archive into dist/'
+	@echo 'make image     builds the container image with buildah, and runs the service in it; deploy/image.sh has the options'
 	@echo 'make clean     removes .venv and everything that was built'
 
 demo: $(VENV)/installed-demo
@@ -66,6 +67,9 @@ sanitize: $(VENV)/installed-test
 
 wheel: $(VENV)/installed-test
 	$(BIN)/python -m build --outdir dist
+
+image:
+	deploy/image.sh
 
 clean:
 	rm -rf $(VENV) build dist demo-out study bench.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

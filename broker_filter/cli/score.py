@@ -131,6 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.cli.archived import keep_inputs
     from broker_filter.cli.console import progress
     from broker_filter.config import Model, Runtime
+    from broker_filter.packets.compiled import why_python
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry
     from broker_filter.scoring.runtimes import available_cores
@@ -147,6 +148,8 @@ def run(arguments: argparse.Namespace) -> int:
     own = {file for path in written if path != STDOUT for file in (path, partial_path(path))}
     for file in own:
         keep_inputs(file, arguments.inputs)
+    if why_python:
+        log.warning("%s", why_python)
     packets = read_packets(arguments.inputs)
     models = [Model(bundle=bundle, also=arguments.also) for bundle in arguments.model or ["default"]]
     scorer = open_scorer(models, Runtime(device=arguments.device))

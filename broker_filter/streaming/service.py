@@ -23,7 +23,7 @@ from broker_filter.config import Service
 from broker_filter.health import Health, serve
 from broker_filter.metrics import Metrics
 from broker_filter.packets.batch import AlertBatch
-from broker_filter.packets.compiled import IMPLEMENTATION
+from broker_filter.packets.compiled import IMPLEMENTATION, why_python
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import RegistryUnavailable, open_registry
 from broker_filter.packets.rejects import Reject
@@ -288,6 +288,8 @@ class FilterService:
     # -- what it says of itself
 
     def _describe(self) -> None:
+        if why_python:
+            log.warning("%s", why_python)
         self._metrics.describe_build(IMPLEMENTATION)
         for model in self._scorer.models:
             self._metrics.describe_model(model.name, model.version, model.provider)
