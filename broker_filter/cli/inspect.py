@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     decoder = Decoder(
         open_registry(arguments.schema_registry, drop_cache=arguments.drop_schema_cache), cutout_size=CUTOUT_SIZE
     )
-    packets = _packets(arguments)
+    packets = _packets(arguments, decoder.fields)
     contents = take_stock(islice(packets, arguments.limit or None), decoder)
     print_counts(console, contents, ", ".join(arguments.inputs))
     if contents.n_packets == arguments.limit:
@@ -85,7 +85,7 @@ def _limit(text: str) -> int:
     return int(text)
 
 
-def _packets(arguments: argparse.Namespace) -> Iterator[Packet]:
+def _packets(arguments: argparse.Namespace, wanted: Collection[str]) -> Iterator[Packet]:
     from broker_filter.streaming.archives import read_packets
     from broker_filter.streaming.topic import read_topic
 
@@ -96,4 +96,4 @@ def _packets(arguments: argparse.Namespace) -> Iterator[Packet]:
                 raise AddressError(f"{given}: a topic is {TOPIC}HOST:PORT/TOPIC")
             yield from read_topic(kafka_properties(arguments, bootstrap_servers), topic)
         else:
-            yield from read_packets([given])
+            yield from read_packets([given], wanted=wanted)

@@ -136,7 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.packets.registry import open_registry
     from broker_filter.scoring.runtimes import available_cores
     from broker_filter.scoring.scorer import open_scorer
-    from broker_filter.streaming.archives import read_packets
+    from broker_filter.streaming.archives import check_inputs, read_packets
     from broker_filter.streaming.duplicates import DuplicateWindow
     from broker_filter.streaming.filtering import score_stream
     from broker_filter.streaming.policies import Policies
@@ -150,7 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
         keep_inputs(file, arguments.inputs)
     if why_python:
         log.warning("%s", why_python)
-    packets = read_packets(arguments.inputs)
+    check_inputs(arguments.inputs)
     models = [Model(bundle=bundle, also=arguments.also) for bundle in arguments.model or ["default"]]
     scorer = open_scorer(models, Runtime(device=arguments.device))
     outputs = [f"{model.name}.{label}" for model in scorer.models for label in model.labels]
@@ -158,6 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
     registry = open_registry(arguments.schema_registry, drop_cache=arguments.drop_schema_cache)
     columns = tuple(dict.fromkeys((*scorer.columns, *policies.columns)))
     decoder = Decoder(registry, cutout_size=scorer.cutout_size, columns=columns)
+    packets = read_packets(arguments.inputs, wanted=decoder.fields)
     embeddings = [model.name for model in scorer.models if model.bundle.card.outputs.embedding is not None]
     schema = table_schema(outputs, policies.names, embeddings)
     batches = score_stream(

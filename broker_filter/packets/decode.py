@@ -138,6 +138,11 @@ class Decoder:
         # that together, inflate together, and want it together again, for ever.
         self._turn = Lock()
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """The dotted paths of all fields that are read where a packet has them."""
+        return frozenset().union(*(layout.fields for layout in self._layouts.values()))
+
     def decode(self, packets: Sequence[Packet]) -> tuple[AlertBatch, list[Reject]]:
         """Decodes `packets`; every one of them is at least one alert of the batch or one of the rejects.
 

@@ -20,7 +20,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition
+from broker_filter.packets.registry import open_registry
 from broker_filter.streaming.archives import MAX_DEPTH, InputError, read_packets
 
 SCHEMA = {
@@ -387,6 +389,24 @@ def test_damaged_parquet_ends_with_a_packet_that_cannot_decode(
     path = save(tmp_path, "alerts.parquet", parquet([7, 8])[:-30])
     assert read(path) == [(str(path), b"")]
     assert f"{path}: damaged Parquet" in caplog.text
+
+
+def test_a_wanted_column_that_cannot_be_read_is_one_line_and_no_other_is_any(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wait = pa.array([1, 2], pa.duration("us"))
+    source = pa.StructArray.from_arrays(
+        [wait, wait, pa.array([1, 2])], ["psfFlux", "timeProcessedMjdTai", "diaSourceId"]
+    )
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"diaSource": source, "observation_reason": wait}), tmp_path / name)
+    assert len(read(tmp_path)) == 4
+    assert not caplog.records
+    wanted = Decoder(open_registry(None), columns=["psfFlux"]).fields
+    assert len(list(read_packets([tmp_path], wanted=wanted))) == 4
+    [line] = caplog.messages
+    assert "diaSource.psfFlux (duration[us])" in line
+    assert "Processed" not in line
 
 
 FUZZED = {
