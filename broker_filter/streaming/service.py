@@ -291,6 +291,7 @@ class FilterService:
         if why_python:
             log.warning("%s", why_python)
         self._metrics.describe_build(IMPLEMENTATION)
+        self._metrics.expect(topics=self._router.topics)
         for model in self._scorer.models:
             self._metrics.describe_model(model.name, model.version, model.provider)
             log.info("model %s %s on %s", model.name, model.version, model.provider)
