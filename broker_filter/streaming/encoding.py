@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from broker_filter import __version__
 from broker_filter.packets.batch import AlertBatch, Record, Survey
+from broker_filter.packets.defaults import without_invalid_defaults
 from broker_filter.packets.ocf import container_header, encode_long
 from broker_filter.packets.registry_client import Answer, RegistryClient, RegistryUnavailable, no_beat
 from broker_filter.packets.schema import WriterSchema, full_name, moved_to, self_contained
@@ -68,6 +69,9 @@ NAMED = ("record", "error", "enum", "fixed")
 """Kinds of types that have names."""
 
 
+HOP_FORMAT = ("_format", b"avro")
+"""The header by which hop-client knows that a message is an Avro object container file (hop.models.AvroBlob)."""
+
 Body = Sequence[bytes | memoryview]
 """An encoded record in pieces, which are joined once, when the whole value is known."""
 
@@ -101,6 +105,11 @@ class OutputSchema:
 class Framing(Protocol):
     """How a body becomes a record's value."""
 
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes]]:
+        """Kafka headers that say how the value is framed."""
+        ...
+
     def frame(self, schema: OutputSchema, body: Body, topic: str) -> bytes:
         """The value to publish to `topic`."""
         ...
@@ -108,6 +117,8 @@ class Framing(Protocol):
 
 class ContainerFraming:
     """An Avro object container file with one record: what `fastavro.reader` reads."""
+
+    headers = (HOP_FORMAT,)
 
     def frame(self, schema: OutputSchema, body: Body, topic: str) -> bytes:  # noqa: ARG002
         """The value to publish, the same for every topic."""
@@ -129,6 +140,8 @@ class WireFraming:
 
     `waiting`: see RegistryClient.
     """
+
+    headers = ()
 
     def __init__(
         self,
@@ -345,13 +358,24 @@ def _scored_alert_definition() -> dict[str, Any]:
 
 @cache
 def scored_alert_schema() -> OutputSchema:
-    """The schema of `payload: scores`: schemas/scored_alert.avsc."""
-    return OutputSchema.of(_scored_alert_definition())
+    """The schema of `payload: scores`: schemas/scored_alert.avsc without its documentation.
+
+    A container file repeats the schema with every record, and the documentation is half of its text.
+    """
+    return OutputSchema.of(_undocumented(_scored_alert_definition()))
+
+
+def _undocumented(part: Any) -> Any:
+    if isinstance(part, list):
+        return [_undocumented(each) for each in part]
+    if isinstance(part, dict):
+        return {key: _undocumented(value) for key, value in part.items() if key != "doc"}
+    return part
 
 
 @lru_cache(maxsize=CACHED_SCHEMAS)
 def annotated_schema(schema: WriterSchema, cutouts: bool) -> OutputSchema:
-    """The writer's schema with the annotation as its last field, with or without the cutouts."""
+    """The writer's schema with the annotation as its last field, with or without the cutouts and invalid defaults."""
     definitions = _named_types(schema.definition)
     number = 1
     while (field := FIELD if number == 1 else f"{FIELD}_{number}") in _taken_names(schema, definitions):
@@ -363,7 +387,7 @@ def annotated_schema(schema: WriterSchema, cutouts: bool) -> OutputSchema:
     annotation = dict(_scored_alert_definition()["fields"][-1])
     annotation["type"] = annotation["type"] | {"namespace": field}
     definition["fields"].append(annotation | {"name": field})
-    return OutputSchema.of(definition)
+    return OutputSchema.of(without_invalid_defaults(definition))
 
 
 def _taken_names(schema: WriterSchema, definitions: Mapping[str, Any]) -> set[str]:

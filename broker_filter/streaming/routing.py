@@ -116,7 +116,7 @@ class Router:
                 continue
             packet_index = int(alerts.packet_index[i])
             headers = self._headers(scored.packets[packet_index], int(alerts.record_index[i]))
-            headers.append(("schema", alerts.records[i].schema.fingerprint.encode()))
+            headers += [("schema", alerts.records[i].schema.fingerprint.encode()), *self._framing.headers]
             key = alerts.object_id[i].encode()
             try:  # an alert goes to all of its topics or to none: it is counted once
                 values = [(topic, self._framing.frame(schema, body, topic)) for topic, takes in chosen if takes[i]]

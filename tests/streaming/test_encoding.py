@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote, unquote
@@ -256,6 +257,16 @@ def test_scores_alone_say_which_alert_they_are_of(make_alerts: Callable[..., Ale
         "band": "r",
     }
     assert (second["alert_id"], second["band"]) == (-5, None)
+
+
+def test_scores_travel_without_the_documentation_of_their_schema(make_alerts: Callable[..., AlertBatch]) -> None:
+    documented = json.loads(files("broker_filter.schemas").joinpath("scored_alert.avsc").read_bytes())
+    assert b'"doc"' not in scored_alert_schema().text
+    canonical = fastavro.schema.to_parsing_canonical_form
+    assert canonical(json.loads(scored_alert_schema().text)) == canonical(documented)
+    [value] = values(score(make_alerts([1])), "scores")
+    [record] = fastavro.reader(io.BytesIO(value), documented)
+    assert record == read(value)
 
 
 def test_scores_of_real_packets_fit_in_a_kilobyte_of_body(ztf_packets: list[tuple[int, bytes]]) -> None:

@@ -115,9 +115,21 @@ def test_records_say_where_they_come_from(scored: ScoredBatch) -> None:
         "input": b"cluster/ztf/0/40",
         "models": b"default=1,other=2.0",
         "schema": scored.alerts.records[0].schema.fingerprint.encode(),
+        "_format": b"avro",
     }
     for record, index in zip(routed.records, routed.packet_index, strict=True):
         assert dict(record.headers)["input"].decode() == str(scored.packets[index].position)
+
+
+def test_only_container_files_are_marked_as_such_for_hop(scored: ScoredBatch) -> None:
+    """Dead letters are what came in, and wire format is not what hop-client reads."""
+    container, wire = router().route(scored), router(framing=Refusing()).route(scored)
+    assert {record.topic: dict(record.headers).get("_format") for record in container.records} == {
+        "me.scored": b"avro",
+        "me.anomalies": b"avro",
+        "me.dead-letter": None,
+    }
+    assert not any("_format" in dict(record.headers) for record in wire.records)
 
 
 def test_dead_letters_hold_the_original_bytes_and_why(scored: ScoredBatch) -> None:
@@ -149,7 +161,9 @@ def test_a_dead_letter_of_unreadable_bytes_has_no_key_and_a_bounded_detail(score
 
 
 class Refusing:
-    """A framing whose registry refuses the schema of every alert, or for some topics only."""
+    """A framing whose registry refuses the schemas of some topics."""
+
+    headers = ()
 
     def __init__(self, *topics: str) -> None:
         self._topics = topics
