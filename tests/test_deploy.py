@@ -35,8 +35,12 @@ def exported_metrics() -> set[str]:
     return set(re.findall(r"^# TYPE (\w+)", Metrics().exposition().decode(), re.MULTILINE))
 
 
+def panels() -> list[dict[str, Any]]:
+    return list(json.loads(DASHBOARD.read_text())["panels"])
+
+
 def panel_expressions() -> Iterator[str]:
-    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+    for panel in panels():
         for target in panel["targets"]:
             yield target["expr"]
 
@@ -57,6 +61,39 @@ def test_every_metric_of_the_service_is_on_the_dashboard() -> None:
     own = {name for name in exported_metrics() if name.startswith("broker_filter_")}
     # Dead letters are published records of one topic, and shown as that.
     assert own - named_metrics("\n".join(panel_expressions())) == {"broker_filter_dead_letters_total"}
+
+
+def test_the_dashboard_asks_for_its_data_source() -> None:
+    text = DASHBOARD.read_text()
+    variable, *_ = json.loads(text)["templating"]["list"]
+    assert (variable["name"], variable["type"], variable["query"]) == ("datasource", "datasource", "prometheus")
+    assert set(re.findall(r'"uid": "(.*)"', text)) == {"broker-filter", "${datasource}"}
+    assert all(panel["datasource"]["uid"] == "${datasource}" for panel in panels())
+
+
+@pytest.mark.parametrize("panel", panels(), ids=lambda panel: panel["title"])
+def test_a_panel_says_its_unit_and_what_it_shows_without_data(panel: dict[str, Any]) -> None:
+    defaults = panel["fieldConfig"]["defaults"]
+    assert defaults["noValue"]
+    counts_seconds = any("_seconds" in target["expr"] for target in panel["targets"])
+    if any("rate(" in target["expr"] for target in panel["targets"]) and not counts_seconds:
+        assert re.search(r"/s$|alerts$|percentunit", defaults["unit"])
+
+
+def test_a_panel_shows_the_limit_of_the_rule_that_watches_the_same() -> None:
+    limits = {
+        panel["title"]: [step["value"] for step in panel["fieldConfig"]["defaults"]["thresholds"]["steps"]]
+        for panel in panels()
+        if "thresholds" in panel["fieldConfig"]["defaults"]
+    }
+    conditions = "\n".join(rule_expressions())
+    for title, limit in (("Lag", 50000), ("Latency, 99 %", 60), ("Rejected", 0.02), ("Lag by partition", 50000)):
+        assert limits[title] == [None, limit]
+        assert f"> {limit}" in conditions
+    assert {"Unaccounted", "Instances", "Partitions by instance"} <= set(limits)
+    pod = documents(DEPLOY / "kubernetes" / "deployment.yaml")[0]["spec"]["template"]["spec"]
+    memory = pod["containers"][0]["resources"]["limits"]["memory"]
+    assert limits["Resident memory"] == [None, int(memory.removesuffix("Gi")) * 2**30]
 
 
 def test_every_alert_is_explained_for_who_is_woken_by_it() -> None:
