@@ -106,15 +106,52 @@ def test_rules_fire_in_trouble_and_only_then() -> None:
     promtool = shutil.which("promtool")
     if not promtool:
         pytest.skip("promtool (Debian: prometheus) is not installed")
-    for arguments in (["check", "config", "prometheus.yaml"], ["test", "rules", "rules_test.yaml"]):
+    for arguments in (
+        ["check", "config", "prometheus.yaml"],
+        ["check", "config", "prometheus-kubernetes.yaml"],
+        ["test", "rules", "rules_test.yaml"],
+    ):
         done = subprocess.run([promtool, *arguments], cwd=RULES.parent, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", ["service.yaml", "kubernetes/service.yaml"])
+@pytest.mark.parametrize("path", ["service.yaml", "kubernetes/config/service.yaml"])
 def test_service_files_are_valid_and_can_be_probed(path: str) -> None:
     service = load_service(DEPLOY / path, environment=SECRETS)
     assert (service.http.host, service.http.port) == ("0.0.0.0", 9108)
+
+
+def rendered_manifests() -> list[Any]:
+    """What `kubectl apply -k` sends to the cluster."""
+    kubectl = shutil.which("kubectl")
+    if not kubectl:
+        pytest.skip("kubectl is not installed")
+    command = [kubectl, "kustomize", str(DEPLOY / "kubernetes")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+@pytest.mark.parametrize("version", ["1.30", "1.37"])
+def test_every_file_beside_the_kustomization_is_a_valid_manifest(version: str) -> None:
+    validator = pytest.importorskip("kubernetes_validate", reason="it comes with the extra `test`")
+    paths = {path for path in (DEPLOY / "kubernetes").glob("*.yaml") if path.name != "kustomization.yaml"}
+    assert len(paths) >= 3
+    for manifest in (manifest for path in paths for manifest in documents(path)):
+        validator.validate(manifest, version, strict=True)
+
+
+def test_what_kustomize_makes_of_them_is_valid_and_mounts_the_configuration() -> None:
+    validator = pytest.importorskip("kubernetes_validate", reason="it comes with the extra `test`")
+    manifests = {manifest["kind"]: manifest for manifest in rendered_manifests()}
+    for manifest in manifests.values():
+        validator.validate(manifest, "1.37", strict=True)
+    configuration = manifests["ConfigMap"]
+    assert configuration["data"] == {
+        "service.yaml": (DEPLOY / "kubernetes" / "config" / "service.yaml").read_text(),
+    }
+    volumes = manifests["Deployment"]["spec"]["template"]["spec"]["volumes"]
+    assert {"name": "configuration", "configMap": {"name": configuration["metadata"]["name"]}} in volumes
 
 
 def test_kubernetes_manifests_fit_together() -> None:
