@@ -1,5 +1,7 @@
 """The compiled parts of the package; everything else is in pyproject.toml."""
 
+import os
+
 from setuptools import Extension, setup
 
 setup(
@@ -11,7 +13,8 @@ setup(
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno"],  # products are rounded, as in numpy
             py_limited_api=True,
-            optional=True,  # without a compiler the package works, in Python
+            # Without a compiler the package works in Python, more slowly; who must not have that says so.
+            optional=os.environ.get("BROKER_FILTER_REQUIRE_COMPILED") != "1",
         )
         for name in ("packets._walk", "packets._stamps", "scoring._normalise")
     ],

@@ -243,6 +243,11 @@ class Input(ServiceSection):
     schema_registry: str | None = Field(
         default=None, description="URL of a Confluent schema registry, or a directory of .avsc files."
     )
+    schema_cache: Literal["keep", "drop"] = Field(
+        default="keep",
+        description="`drop` deletes at the start what earlier runs have kept of the registry's schemas on this "
+        "machine's disk: for a registry that was wiped and gives its ids to other schemas.",
+    )
     max_packet_bytes: int = Field(
         default=16 * 2**20, gt=0, description="Larger packets are rejected as `too_large`, undecoded."
     )
@@ -290,6 +295,11 @@ class Output(ServiceSection):
         default=None,
         description="URL of a registry: records are then Confluent wire format instead of container files.",
     )
+    subject: Literal["topic", "record", "topic-record"] = Field(
+        default="topic-record",
+        description="Under which subject the registry gets a schema: `topic` (`<topic>-value`), `record` (the record's "
+        "full name) or `topic-record` (`<topic>-<full name>`).",
+    )
     sasl: Sasl | None = Field(default=None, description="SASL credentials.")
     tls: Tls | None = Field(
         default=None, description="TLS towards the brokers; `{}` for TLS with the system's authorities."
@@ -319,7 +329,9 @@ class Model(ServiceSection):
     """A bundle to score with; the bundle alone may be written in its place."""
 
     bundle: str = Field(description="A directory, or the name of a bundle that ships.")
-    also: list[SurveyName] = Field(default=[], description="Surveys to score that the bundle was not trained for.")
+    also: list[SurveyName] = Field(
+        default=[], description="Surveys whose alerts get every output although the bundle was not trained for them."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -14,6 +16,8 @@ TEXT = "text/plain; charset=utf-8"
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 REQUEST_TIMEOUT_S = 10.0
 """A client that sends no request, or reads no answer, is let go."""
+
+log = logging.getLogger(__name__)
 
 
 class Health:
@@ -35,6 +39,20 @@ class Health:
     def waiting(self) -> str:
         """All that is waited for; empty where the service is ready."""
         return "; ".join(f"{subject}: {reason}" for subject, reason in sorted(self._waiting.copy().items()))
+
+
+class _Server(ThreadingHTTPServer):
+    """An HTTP server for which a client that goes away, whenever it does, is no error."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
+        """Says in one line what ended a request."""
+        error = sys.exception()
+        if isinstance(error, OSError):
+            log.debug("HTTP client %s: %s", client_address, error)
+        else:
+            log.exception("an HTTP request of %s failed", client_address)
 
 
 @contextmanager
@@ -68,18 +86,16 @@ def serve(health: Health, metrics: Metrics, host: str, port: int) -> Iterator[in
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
-            with suppress(ConnectionError):  # a client that did not wait for its answer
-                self.end_headers()
-                self.wfile.write(body)
+            self.end_headers()
+            self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
             """Scrapes are no news."""
 
     try:
-        server = ThreadingHTTPServer((host, port), Request)
+        server = _Server((host, port), Request)
     except OSError as error:
         raise OSError(f"cannot serve metrics and health on {host}:{port}: {error.strerror}; see `http`") from None
-    server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, name="http", daemon=True)
     thread.start()
     try:

@@ -8,11 +8,19 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter as Tally
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from broker_filter import __version__
 from broker_filter.packets.rejects import RejectReason
@@ -24,6 +32,9 @@ PRODUCER_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 300, 1800, 7
 EXPOSURE_SECONDS = (5, 10, 20, 40, 60, 120, 300, 600, 1200, 3600, 7200, 21600, 86400)
 """Around the survey's own time to alert: 60 s for Rubin, some minutes for ZTF."""
 BATCH_ALERTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+# Each counter and histogram would have a series more, `..._created`, which no rule or panel reads.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 @dataclass(slots=True)
@@ -80,7 +91,19 @@ class Metrics:
         self._model = self._gauge("model_info", "A loaded model: always 1.", "model", "version", "provider")
         self._build = self._gauge("build_info", "The running program: always 1.", "version", "decoder")
         for outcome in ("committed", "aborted"):
-            self._transactions.labels(outcome)  # a rate over them needs the zero
+            self._transactions.labels(outcome)
+        for reason in RejectReason:
+            self._rejected.labels(reason.value)
+
+    def expect(self, *, topics: Iterable[str] = (), stages: Iterable[str] = ()) -> None:
+        """Lets the series of output topics and of stages begin at 0.
+
+        A series that begins with its first event does so at 1, and `rate()` and `increase()` do not show that event.
+        """
+        for topic in topics:
+            self._published.labels(topic)
+        for stage in stages:
+            self._stage.labels(stage)
 
     def describe_build(self, decoder: str) -> None:
         """Says which implementation decodes packets."""

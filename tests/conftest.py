@@ -25,7 +25,7 @@ from broker_filter.local_kafka import KafkaCluster, embedded_broker, kafka_home
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import load_bundle
 from broker_filter.scoring.neighbours import normalise
-from broker_filter.scoring.reference import UNLABELLED, Ordinary, make_reference
+from broker_filter.scoring.reference import UNLABELLED, Ordinary, SurveyCounts, SurveyReference, make_reference
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("BROKER_FILTER_SHARED", CHECKOUT.parent / "shared"))
@@ -166,7 +166,9 @@ def reference_file(tmp_path: Path) -> Path:
     file = tmp_path / "ordinary.safetensors"
     card = load_bundle("default").card
     usual, apart = np.array([[0.2, 0.1]], np.float32), np.empty((0, 2), np.float32)
-    make_reference(card, None, alerts, scores, usual, apart, "mahalanobis", np.full(100, UNLABELLED)).write(file)
+    part = SurveyReference(alerts, scores, usual, apart, np.full(100, UNLABELLED))
+    counts = SurveyCounts(read=200, passed=150, kept=100, held_out=50)
+    make_reference(card, None, {Survey.ZTF: part}, {Survey.ZTF: counts}, "mahalanobis").write(file)
     return file
 
 

@@ -35,8 +35,12 @@ def exported_metrics() -> set[str]:
     return set(re.findall(r"^# TYPE (\w+)", Metrics().exposition().decode(), re.MULTILINE))
 
 
+def panels() -> list[dict[str, Any]]:
+    return list(json.loads(DASHBOARD.read_text())["panels"])
+
+
 def panel_expressions() -> Iterator[str]:
-    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+    for panel in panels():
         for target in panel["targets"]:
             yield target["expr"]
 
@@ -54,9 +58,42 @@ def test_every_metric_in_rules_and_dashboard_exists() -> None:
 
 
 def test_every_metric_of_the_service_is_on_the_dashboard() -> None:
-    own = {name for name in exported_metrics() if name.startswith("broker_filter_") and not name.endswith("_created")}
+    own = {name for name in exported_metrics() if name.startswith("broker_filter_")}
     # Dead letters are published records of one topic, and shown as that.
     assert own - named_metrics("\n".join(panel_expressions())) == {"broker_filter_dead_letters_total"}
+
+
+def test_the_dashboard_asks_for_its_data_source() -> None:
+    text = DASHBOARD.read_text()
+    variable, *_ = json.loads(text)["templating"]["list"]
+    assert (variable["name"], variable["type"], variable["query"]) == ("datasource", "datasource", "prometheus")
+    assert set(re.findall(r'"uid": "(.*)"', text)) == {"broker-filter", "${datasource}"}
+    assert all(panel["datasource"]["uid"] == "${datasource}" for panel in panels())
+
+
+@pytest.mark.parametrize("panel", panels(), ids=lambda panel: panel["title"])
+def test_a_panel_says_its_unit_and_what_it_shows_without_data(panel: dict[str, Any]) -> None:
+    defaults = panel["fieldConfig"]["defaults"]
+    assert defaults["noValue"]
+    counts_seconds = any("_seconds" in target["expr"] for target in panel["targets"])
+    if any("rate(" in target["expr"] for target in panel["targets"]) and not counts_seconds:
+        assert re.search(r"/s$|alerts$|percentunit", defaults["unit"])
+
+
+def test_a_panel_shows_the_limit_of_the_rule_that_watches_the_same() -> None:
+    limits = {
+        panel["title"]: [step["value"] for step in panel["fieldConfig"]["defaults"]["thresholds"]["steps"]]
+        for panel in panels()
+        if "thresholds" in panel["fieldConfig"]["defaults"]
+    }
+    conditions = "\n".join(rule_expressions())
+    for title, limit in (("Lag", 50000), ("Latency, 99 %", 60), ("Rejected", 0.02), ("Lag by partition", 50000)):
+        assert limits[title] == [None, limit]
+        assert f"> {limit}" in conditions
+    assert {"Unaccounted", "Instances", "Partitions by instance"} <= set(limits)
+    pod = documents(DEPLOY / "kubernetes" / "deployment.yaml")[0]["spec"]["template"]["spec"]
+    memory = pod["containers"][0]["resources"]["limits"]["memory"]
+    assert limits["Resident memory"] == [None, int(memory.removesuffix("Gi")) * 2**30]
 
 
 def test_every_alert_is_explained_for_who_is_woken_by_it() -> None:
@@ -69,15 +106,52 @@ def test_rules_fire_in_trouble_and_only_then() -> None:
     promtool = shutil.which("promtool")
     if not promtool:
         pytest.skip("promtool (Debian: prometheus) is not installed")
-    for arguments in (["check", "config", "prometheus.yaml"], ["test", "rules", "rules_test.yaml"]):
+    for arguments in (
+        ["check", "config", "prometheus.yaml"],
+        ["check", "config", "prometheus-kubernetes.yaml"],
+        ["test", "rules", "rules_test.yaml"],
+    ):
         done = subprocess.run([promtool, *arguments], cwd=RULES.parent, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", ["service.yaml", "kubernetes/service.yaml"])
+@pytest.mark.parametrize("path", ["service.yaml", "kubernetes/config/service.yaml"])
 def test_service_files_are_valid_and_can_be_probed(path: str) -> None:
     service = load_service(DEPLOY / path, environment=SECRETS)
     assert (service.http.host, service.http.port) == ("0.0.0.0", 9108)
+
+
+def rendered_manifests() -> list[Any]:
+    """What `kubectl apply -k` sends to the cluster."""
+    kubectl = shutil.which("kubectl")
+    if not kubectl:
+        pytest.skip("kubectl is not installed")
+    command = [kubectl, "kustomize", str(DEPLOY / "kubernetes")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+@pytest.mark.parametrize("version", ["1.30", "1.37"])
+def test_every_file_beside_the_kustomization_is_a_valid_manifest(version: str) -> None:
+    validator = pytest.importorskip("kubernetes_validate", reason="it comes with the extra `test`")
+    paths = {path for path in (DEPLOY / "kubernetes").glob("*.yaml") if path.name != "kustomization.yaml"}
+    assert len(paths) >= 3
+    for manifest in (manifest for path in paths for manifest in documents(path)):
+        validator.validate(manifest, version, strict=True)
+
+
+def test_what_kustomize_makes_of_them_is_valid_and_mounts_the_configuration() -> None:
+    validator = pytest.importorskip("kubernetes_validate", reason="it comes with the extra `test`")
+    manifests = {manifest["kind"]: manifest for manifest in rendered_manifests()}
+    for manifest in manifests.values():
+        validator.validate(manifest, "1.37", strict=True)
+    configuration = manifests["ConfigMap"]
+    assert configuration["data"] == {
+        "service.yaml": (DEPLOY / "kubernetes" / "config" / "service.yaml").read_text(),
+    }
+    volumes = manifests["Deployment"]["spec"]["template"]["spec"]["volumes"]
+    assert {"name": "configuration", "configMap": {"name": configuration["metadata"]["name"]}} in volumes
 
 
 def test_kubernetes_manifests_fit_together() -> None:

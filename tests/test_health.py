@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import struct
 import threading
@@ -64,6 +65,26 @@ def test_client_that_leaves_before_its_answer_is_no_news(capfd: pytest.CaptureFi
             time.sleep(0.01)
         assert get(port, "/livez") == (200, "ok\n")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /met", b"GET /metrics HTTP/1.1\r\nHost: x\r\n"])
+def test_client_that_resets_its_connection_is_one_debug_line_at_most(
+    sent: bytes, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with serve(Health(), Metrics(), "127.0.0.1", 0) as port:
+        others = threading.active_count()
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(sent)
+            while threading.active_count() == others:  # until somebody reads what it sends
+                time.sleep(0.01)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not an end
+        while threading.active_count() > others:
+            time.sleep(0.01)
+        assert get(port, "/livez") == (200, "ok\n")
+    assert capfd.readouterr().err == ""
+    assert len(caplog.records) <= 1
+    assert all(record.levelno == logging.DEBUG and record.exc_info is None for record in caplog.records)
 
 
 def test_address_that_is_taken_is_named() -> None:

@@ -39,6 +39,23 @@ def test_committed_transaction_is_counted_whole() -> None:
     assert found["broker_filter_exposure_latency_seconds_count",] == 1
 
 
+def test_every_series_that_is_known_before_its_first_event_begins_at_zero() -> None:
+    metrics = Metrics()
+    metrics.expect(topics=["me.scored", "me.rare"], stages=["score"])
+    found = samples(metrics)
+    rejected = {labels[0]: value for (name, *labels), value in found.items() if name.endswith("rejected_alerts_total")}
+    assert rejected == dict.fromkeys(RejectReason, 0)
+    for topic in ("me.scored", "me.rare"):
+        assert found["broker_filter_published_records_total", topic] == 0
+    assert found["broker_filter_stage_seconds_count", "score"] == 0
+    metrics.commit([Account()], Counter({"me.rare": 1}), "me.dead-letter")
+    assert samples(metrics)["broker_filter_published_records_total", "me.rare"] == 1
+
+
+def test_no_series_says_when_another_was_created() -> None:
+    assert "_created" not in Metrics().exposition().decode()
+
+
 def test_the_realised_rate_of_anomalies_is_over_all_that_were_judged() -> None:
     metrics = Metrics()
     for judged, anomalous in ((6, 1), (4, 0), (0, 0)):

@@ -61,9 +61,10 @@ def score_archives(
     from broker_filter.streaming.filtering import score_stream
 
     wanted = tuple(dict.fromkeys((*scorer.columns, *columns)))
+    decoder = Decoder(open_registry(registry), cutout_size=scorer.cutout_size, columns=wanted)
     batches = score_stream(
-        read_packets(inputs),
-        Decoder(open_registry(registry), cutout_size=scorer.cutout_size, columns=wanted),
+        read_packets(inputs, wanted=decoder.fields),
+        decoder,
         scorer,
         DuplicateWindow(DUPLICATE_WINDOW),
         batch_size=BATCH_SIZE,

@@ -59,7 +59,10 @@ def summary(service: Service) -> str:
     for model in service.models:
         card = load_bundle(model.bundle).card
         surveys = ", ".join(dict.fromkeys([*card.surveys, *model.also]))
-        lines.append(f"model: {card.name} {card.version} ({', '.join(card.outputs.labels)}) for {surveys}")
+        line = f"model: {card.name} {card.version} ({', '.join(card.outputs.labels)}) for {surveys}"
+        for label, trained_for in card.outputs.surveys.items():
+            line += f"; {label} for {', '.join(dict.fromkeys([*trained_for, *model.also]))} alone"
+        lines.append(line)
     if service.anomalies:
         lines.append(f"anomalies: {service.anomalies.rate:g} of the alerts, by {service.anomalies.reference}")
     lines += [f"filter {one.name}: {one.where}" for one in service.filters]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--all", action="store_true", help="show every field of the first alert that is known here")
     parser.add_argument("--schema-registry", metavar="URL|DIR", help="schemas of alerts in Confluent wire format")
+    parser.add_argument(
+        "--drop-schema-cache",
+        action="store_true",
+        help="first delete what earlier runs have kept of the registry's schemas: for a registry that was wiped",
+    )
     add_kafka_options(parser)
     parser.set_defaults(run=run)
 
@@ -60,8 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     # What packets say of themselves is neither markup nor emoji.
     console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    decoder = Decoder(open_registry(arguments.schema_registry), cutout_size=CUTOUT_SIZE)
-    packets = _packets(arguments)
+    decoder = Decoder(
+        open_registry(arguments.schema_registry, drop_cache=arguments.drop_schema_cache), cutout_size=CUTOUT_SIZE
+    )
+    packets = _packets(arguments, decoder.fields)
     contents = take_stock(islice(packets, arguments.limit or None), decoder)
     print_counts(console, contents, ", ".join(arguments.inputs))
     if contents.n_packets == arguments.limit:
@@ -78,7 +85,7 @@ def _limit(text: str) -> int:
     return int(text)
 
 
-def _packets(arguments: argparse.Namespace) -> Iterator[Packet]:
+def _packets(arguments: argparse.Namespace, wanted: Collection[str]) -> Iterator[Packet]:
     from broker_filter.streaming.archives import read_packets
     from broker_filter.streaming.topic import read_topic
 
@@ -89,4 +96,4 @@ def _packets(arguments: argparse.Namespace) -> Iterator[Packet]:
                 raise AddressError(f"{given}: a topic is {TOPIC}HOST:PORT/TOPIC")
             yield from read_topic(kafka_properties(arguments, bootstrap_servers), topic)
         else:
-            yield from read_packets([given])
+            yield from read_packets([given], wanted=wanted)

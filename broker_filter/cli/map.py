@@ -21,7 +21,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "map",
         help="draw a night's alerts so that like ones stand together",
         description="Embeds the alerts of files, folders and archives, lays them out with UMAP, and colours them by "
-        "their distance from a reference set's ordinary alerts. Of more than --limit it draws some by their ids.",
+        "their distance from a reference set's ordinary alerts of the same survey. Of more than --limit it draws some "
+        "by their ids.",
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder (read recursively) or archive")
     parser.add_argument("--reference", type=Path, required=True, metavar="FILE", help="what `reference build` wrote")
@@ -43,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.cli.archived import keep_inputs, open_reference, require_extra, score_archives
 
     require_extra("matplotlib", "umap")
+    import numpy as np
+
     from broker_filter.pictures.embedding_map import FEWEST, draw_map, lay_out
     from broker_filter.scoring.anomaly import AnomalyScorer
     from broker_filter.streaming.expressions import FIELDS, compile_filter
@@ -56,12 +59,17 @@ def run(arguments: argparse.Namespace) -> int:
     night = Sample(arguments.limit)
     columns = cut.columns if cut else []
     for scored in score_archives(arguments.inputs, scorer, columns=columns, registry=arguments.schema_registry):
-        night.put(ordinary_alerts(scored, model, cut))
+        alerts = ordinary_alerts(scored, model, cut)
+        night.put(alerts[np.isin(alerts.survey, list(reference.surveys))])
     if len(night) < FEWEST:
         raise NothingToDrawError(f"{len(night)} alerts pass `{reference.card.where}`: a map needs {FEWEST}")
     alerts = night.take()
-    score = AnomalyScorer(reference).score(alerts.embedding)
-    title = f"{len(alerts):,} alerts beside {len(reference.alerts):,} ordinary ones"
+    score = np.empty(len(alerts), np.float32)
+    for survey, part in reference.surveys.items():
+        own = alerts.survey == survey
+        score[own] = AnomalyScorer(reference.card, part).score(alerts.embedding[own])
+    ordinary = sum(len(part.alerts) for part in reference.surveys.values())
+    title = f"{len(alerts):,} alerts beside {ordinary:,} ordinary ones"
     draw_map(arguments.out, title, lay_out(alerts.embedding), score, alerts.object_id.tolist())
     print(arguments.out)
     return 0

@@ -166,6 +166,9 @@ def _describe(bundle: Bundle) -> list[str]:
         "images": f"{', '.join(images.order)}; {images.size} px, {images.normalisation}, padding {images.padding:g}",
         "metadata": ", ".join(f"{column.name} ({column.fill:g} where missing)" for column in card.inputs.metadata),
         "outputs": ", ".join(f"{card.name}.{label}" for label in outputs.labels) + f" ({outputs.activation})",
+        "null": "; ".join(
+            f"{card.name}.{label} for all but {', '.join(surveys)}" for label, surveys in outputs.surveys.items()
+        ),
         "cuts": ", ".join(cuts),
         "embedding": str(outputs.embedding or ""),
         "network": f"{card.architecture.name}({', '.join(arguments)})",

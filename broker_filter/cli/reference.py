@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from broker_filter.cli.archived import add_scoring_options, alert_limit
 
 if TYPE_CHECKING:
+    from broker_filter.scoring.reference import SurveyCounts
     from broker_filter.scoring.scorer import Model
 
 DEFAULT_MODEL = "embedder"
@@ -16,7 +17,11 @@ DEFAULT_LIMIT = 100_000
 """Alerts: enough to know the strangest in a thousand by, and searched in a twentieth of a millisecond."""
 MEASURES = ("mahalanobis", "neighbours", "centroids")
 REAL = "real"
-"""The output that says whether an alert is one."""
+"""The output that says how likely an alert is real."""
+SURVEYS_OWN = {"ztf": "drb", "lsst": "reliability"}
+"""The column of the survey's own real/bogus score, which decides where the model's `real` was not trained for it."""
+MORE_LIKELY_REAL = 0.5
+"""The cut in such a score."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,8 +32,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     builder = parts.add_parser(
         "build",
         help="embeddings of archived alerts into a reference set",
-        description="Embeds the alerts of files, folders and archives, keeps some of those that pass a cut, drawn by "
-        "their ids, and finds out on those of other objects how strange ordinary alerts look.",
+        description="Embeds the alerts of files, folders and archives. Of each survey it keeps some of those that "
+        "pass a cut, drawn by their ids, and finds out on those of other objects how strange ordinary alerts look. It "
+        "prints how many alerts of each survey were read, passed and were kept; a survey with too few is left out.",
     )
     builder.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder (read recursively) or archive")
     builder.add_argument("--out", type=Path, required=True, metavar="FILE", help="the reference to write")
@@ -37,10 +43,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--where",
         metavar="EXPRESSION",
         help="the alerts to take, as a filter's (default: the model's output `real` above its recommended threshold, "
-        "where it has one)",
+        "where it has one; for a survey that `real` was not trained for, the survey's own `drb` or `reliability` above "
+        f"{MORE_LIKELY_REAL})",
     )
     builder.add_argument(
-        "--limit", type=alert_limit, default=DEFAULT_LIMIT, metavar="N", help="alerts to keep (default: %(default)s)"
+        "--limit",
+        type=alert_limit,
+        default=DEFAULT_LIMIT,
+        metavar="N",
+        help="alerts of each survey to take (default: %(default)s)",
     )
     builder.add_argument(
         "--measure",
@@ -86,38 +97,53 @@ def _build(arguments: argparse.Namespace) -> int:
     )
     reference = build_reference(batches, model, cut, arguments.limit, arguments.measure, labels)
     reference.write(arguments.out)
-    passing = f" that pass `{where}`" if where else ""
-    print(
-        f"{len(reference.alerts):,} ordinary alerts{passing}, calibrated on {len(reference.scores):,} of other objects "
-        f"-> {arguments.out}"
-    )
+    for survey, counts in reference.card.surveys.items():
+        print(f"{survey}: {_counted(counts)}")
+    print(f"ordinary: {where or 'all alerts'} -> {arguments.out}")
     return 0
 
 
 def _recommended_cut(model: Model) -> str | None:
+    """The alerts that are likely real, as a filter; None where the model has no cut for that."""
     threshold = model.bundle.card.outputs.thresholds.get(REAL)
-    return None if threshold is None else f"{model.name}.{REAL} > {threshold:g}"
+    if threshold is None:
+        return None
+    cuts = [f"{model.name}.{REAL} > {threshold:g}"]
+    cuts += [
+        f"survey == '{survey}' and {SURVEYS_OWN[str(survey)]} > {MORE_LIKELY_REAL}"
+        for survey in model.surveys
+        if survey not in model.surveys_of(REAL)
+    ]
+    return " or ".join(cuts)
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from broker_filter.packets.batch import Survey
     from broker_filter.scoring.reference import read_reference
 
     reference = read_reference(arguments.file)
-    card = reference.card
-    median, strange = (float(reference.scores[int(share * (len(reference.scores) - 1))]) for share in (0.5, 0.99))
+    card, parts = reference.card, reference.surveys
     entries = {
         "made with": f"{card.bundle} {card.version}, weights {card.weights_sha256[:12]}",
-        "alerts": f"{len(reference.alerts):,} of {len(set(reference.alerts.object_id.tolist())):,} objects",
-        "surveys": ", ".join(str(Survey(code)) for code in sorted(set(reference.alerts.survey.tolist()))),
+        "surveys": ", ".join(map(str, parts)),
         "that pass": card.where or "(all were taken)",
         "modalities": ", ".join(card.modalities) or "none",
         "measure": " of ".join((card.measure, *([", ".join(card.classes)] if card.classes else []))),
-        "dimensions": str(reference.alerts.embedding.shape[1]),
-        "calibrated on": f"{len(reference.scores):,} alerts of other objects",
-        "their scores": f"median {median:.4f}, one in a hundred above {strange:.4f}",
-        "data sha256": card.data_sha256,
+        **{survey: _counted(counts) for survey, counts in card.surveys.items()},
     }
+    for survey, part in parts.items():
+        median, strange = (float(part.scores[int(share * (len(part.scores) - 1))]) for share in (0.5, 0.99))
+        objects = len(set(part.alerts.object_id.tolist()))
+        entries[f"{survey} alerts"] = f"{objects:,} objects, {part.alerts.embedding.shape[1]} dimensions"
+        entries[f"{survey} scores"] = f"median {median:.4f}, one in a hundred above {strange:.4f}"
+    entries["data sha256"] = card.data_sha256
     for entry, text in entries.items():
         print(f"{entry:14} {text}")
     return 0
+
+
+def _counted(counts: SurveyCounts) -> str:
+    """What became of a survey's alerts, in words."""
+    said = f"{counts.read:,} alerts read, {counts.passed:,} passed, {counts.kept:,} kept"
+    if counts.kept:
+        return f"{said}, calibrated on {counts.held_out:,} of other objects"
+    return f"{said}: too few, not judged"

@@ -87,6 +87,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "order of time; may be repeated",
     )
     parser.add_argument("--schema-registry", metavar="URL|DIR", help="schemas of alerts in Confluent wire format")
+    parser.add_argument(
+        "--drop-schema-cache",
+        action="store_true",
+        help="first delete what earlier runs have kept of the registry's schemas: for a registry that was wiped",
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="what runs the networks")
     parser.add_argument("--fail-on-reject", action="store_true", help="end with status 1 if any input was rejected")
     parser.set_defaults(run=run)
@@ -126,11 +131,12 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.cli.archived import keep_inputs
     from broker_filter.cli.console import progress
     from broker_filter.config import Model, Runtime
+    from broker_filter.packets.compiled import why_python
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry
     from broker_filter.scoring.runtimes import available_cores
     from broker_filter.scoring.scorer import open_scorer
-    from broker_filter.streaming.archives import read_packets
+    from broker_filter.streaming.archives import check_inputs, read_packets
     from broker_filter.streaming.duplicates import DuplicateWindow
     from broker_filter.streaming.filtering import score_stream
     from broker_filter.streaming.policies import Policies
@@ -142,14 +148,17 @@ def run(arguments: argparse.Namespace) -> int:
     own = {file for path in written if path != STDOUT for file in (path, partial_path(path))}
     for file in own:
         keep_inputs(file, arguments.inputs)
-    packets = read_packets(arguments.inputs)
+    if why_python:
+        log.warning("%s", why_python)
+    check_inputs(arguments.inputs)
     models = [Model(bundle=bundle, also=arguments.also) for bundle in arguments.model or ["default"]]
     scorer = open_scorer(models, Runtime(device=arguments.device))
     outputs = [f"{model.name}.{label}" for model in scorer.models for label in model.labels]
     policies = Policies(arguments.policy, outputs)
-    registry = open_registry(arguments.schema_registry)
+    registry = open_registry(arguments.schema_registry, drop_cache=arguments.drop_schema_cache)
     columns = tuple(dict.fromkeys((*scorer.columns, *policies.columns)))
     decoder = Decoder(registry, cutout_size=scorer.cutout_size, columns=columns)
+    packets = read_packets(arguments.inputs, wanted=decoder.fields)
     embeddings = [model.name for model in scorer.models if model.bundle.card.outputs.embedding is not None]
     schema = table_schema(outputs, policies.names, embeddings)
     batches = score_stream(

@@ -34,8 +34,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "similar",
         help="list and draw the alerts of a reference set most like a given one",
-        description="Lists the ordinary alerts whose embeddings are nearest to an alert's. A reference holds no "
-        "packets: to draw them, say where they are.",
+        description="Lists the ordinary alerts of its survey whose embeddings are nearest to an alert's. A reference "
+        "holds no packets: to draw them, say where they are.",
     )
     parser.add_argument("alert", metavar="ALERT", help="a packet; of an archive, its first alert, or the one of --id")
     parser.add_argument("--id", type=int, metavar="ALERT_ID", help="which alert of ALERT is meant")
@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the list, draws the picture where one is asked for, and returns the exit status."""
     from broker_filter.cli.archived import keep_inputs, open_reference, require_extra
     from broker_filter.cli.console import printable
+    from broker_filter.packets.batch import Survey
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry
     from broker_filter.scoring.anomaly import AnomalyScorer
@@ -80,10 +81,14 @@ def run(arguments: argparse.Namespace) -> int:
     [scores] = scorer.score(alerts).models
     if not scores.taken[row] or scores.embedding is None:
         raise NothingToCompareError(f"{arguments.alert}: the model {scores.model} does not take alerts of its survey")
-    anomaly = AnomalyScorer(reference)
+    survey = Survey(int(alerts.survey[row]))
+    if survey not in reference.surveys:
+        raise NothingToCompareError(f"{arguments.reference}: has no alerts of {survey}, of which {arguments.alert} is")
+    ordinary = reference.surveys[survey]
+    anomaly = AnomalyScorer(reference.card, ordinary)
     embedding = scores.embedding[row : row + 1]
     [score], [similar] = anomaly.score(embedding).tolist(), anomaly.nearest(embedding, arguments.count)
-    identity, stranger = alerts.identity(row), float((reference.scores > score).mean())
+    identity, stranger = alerts.identity(row), float((ordinary.scores > score).mean())
     said = f"score {score:.4f}, {stranger:.1%} of ordinary alerts are stranger"
     print(f"{identity.survey} {identity.alert_id} of {printable(identity.object_id or '?')}: {said}")
     print(f"{'distance':>8}  {'alert':20}  object")

@@ -78,6 +78,16 @@ class Layout:
         """How many ids a record has."""
         return len(self._ids)
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """The dotted paths of all fields that are read where a packet has them."""
+        survey = self.format
+        stamps = [cutout if survey.stamp is None else f"{cutout}.{survey.stamp}" for cutout in survey.cutouts]
+        rows = [f"{table.name}.{path}" for table in survey.tables for field in table.fields for path in field.paths]
+        numbers = [path for field in self._scalars for path in field.paths]
+        texts = [survey.version] if survey.object_name is None else [survey.version, survey.object_name]
+        return frozenset([*numbers, *self._ids, *texts, *stamps, *rows])
+
     def plan(self, schema: WriterSchema, paths: frozenset[str]) -> Plan:
         """The plan for records of `schema`, whose fields are at `paths`. Raises SchemaError."""
         wanted: dict[str, Wanted] = {}

@@ -5,6 +5,8 @@ Knows blocks and schemas and never looks into a record. Must not raise on any by
 
 from __future__ import annotations
 
+import bz2
+import lzma
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,15 +14,10 @@ from threading import Lock
 from typing import BinaryIO, NamedTuple
 
 import cramjam
+import pyarrow as pa
 
 from broker_filter.packets.rejects import RejectReason
-from broker_filter.packets.schema import (
-    MAX_REMEMBERED_BYTES,
-    MAX_SCHEMA_BYTES,
-    SchemaError,
-    WriterSchema,
-    parse_schema,
-)
+from broker_filter.packets.schema import MAX_SCHEMA_BYTES, SchemaError, WriterSchema, parse_schema
 
 MAGIC = b"Obj\x01"
 SYNC_BYTES = 16
@@ -28,16 +25,19 @@ MAX_CONTAINER_BYTES = 16 << 20
 """Of a block's records, inflated, and of a container read whole; the largest real packets are 0.4 MB."""
 MAX_HEADER_BYTES = MAX_SCHEMA_BYTES + (1 << 16)
 """The header is the schema and a few words; more is not a header."""
-MAX_METADATA = 1_000
-"""Entries in the header; writers have two to a dozen."""
-MAX_BLOCKS = 10_000
-"""Of a container that is read whole; each costs some microseconds, however few bytes it has."""
 _KNOWN_HEADERS = 64
 """Distinct headers kept: a survey has one per schema version, redistributors some dozens."""
 _HEADER_BEGINNING = 48
 """Bytes that tell most of them apart: the schema's length is among them."""
 _READ_BYTES = 1 << 18
 """What a splitter reads of a file at a time: a few packets."""
+
+CODECS = ("null", "deflate", "snappy", "zstandard", "bzip2", "xz")
+"""Those of the specification."""
+MAX_EXPANSION = 1032
+"""Bytes out of one: deflate's greatest ratio. The others could make a packet of 1 kB one of 16 MB."""
+XZ_MEMORY = 80 << 20
+"""Bytes: xz -9 needs 65 MiB for its dictionary; a file may ask for 4 GiB."""
 
 Damage = tuple[RejectReason, str]
 """Why bytes cannot be read, and in words."""
@@ -106,8 +106,6 @@ def read_container(data: bytes, max_bytes: int = MAX_CONTAINER_BYTES) -> Contain
             left -= len(body)
             start = end + SYNC_BYTES
             blocks.append(Block(count, body))
-            if len(blocks) == MAX_BLOCKS and start < len(data):
-                raise _DamagedError(RejectReason.TOO_LARGE, f"more than {MAX_BLOCKS} blocks")
     except _DamagedError as error:
         return Container(header.schema, tuple(blocks), error.damage, header.codec)
     return Container(header.schema, tuple(blocks), None, header.codec)
@@ -218,8 +216,10 @@ def _header_of(data: bytes) -> _Header:
         return known
     end, metadata = _read_metadata(data)
     codec = metadata.get(b"avro.codec", b"null").decode("ascii", "replace")
-    if codec not in ("null", "deflate", "snappy"):
-        raise _DamagedError(RejectReason.UNSUPPORTED_CODEC, f"codec {codec[:40]!r}")
+    if codec not in CODECS:
+        raise _DamagedError(
+            RejectReason.UNSUPPORTED_CODEC, f"codec {codec[:40]!r}: write the container with {' or '.join(CODECS)}"
+        )
     try:
         schema = parse_schema(metadata.get(b"avro.schema", b""))
     except SchemaError as error:
@@ -241,12 +241,7 @@ def _remember(header: _Header) -> _Header:
     with _header_lock:
         if known := next((known for known in _known_headers if known.bytes == header.bytes), None):
             return known
-        kept, n_bytes = [header], len(header.bytes)
-        for known in _known_headers[: _KNOWN_HEADERS - 1]:
-            if (n_bytes := n_bytes + len(known.bytes)) > MAX_REMEMBERED_BYTES:
-                break
-            kept.append(known)
-        _known_headers = tuple(kept)
+        _known_headers = (header, *_known_headers[: _KNOWN_HEADERS - 1])
         by_beginning: dict[bytes, list[_Header]] = {}
         for known in _known_headers:
             by_beginning.setdefault(known.bytes[:_HEADER_BEGINNING], []).append(known)
@@ -259,20 +254,16 @@ def _read_metadata(data: bytes | bytearray) -> tuple[int, dict[bytes, bytes]]:
     if data[: len(MAGIC)] != MAGIC[: len(data)]:
         raise _DamagedError(RejectReason.NOT_AVRO, "does not start as a container file")
     metadata: dict[bytes, bytes] = {}
-    entries, position = 0, len(MAGIC)
+    position = len(MAGIC)
     while True:
         count, position = _read_long(data, position)
         if count == 0:
             return position, metadata
         if count < 0:  # then the block's size in bytes follows
             count, (_, position) = -count, _read_long(data, position)
-        if (entries := entries + count) > MAX_METADATA:
-            raise _DamagedError(RejectReason.CORRUPT, f"more than {MAX_METADATA} entries in the header")
         for _ in range(count):
             key, position = _read_bytes(data, position)
             metadata[key], position = _read_bytes(data, position)
-        if position > MAX_HEADER_BYTES:
-            raise _DamagedError(RejectReason.CORRUPT, f"a header of more than {MAX_HEADER_BYTES} bytes")
 
 
 def _read_block(data: bytes | bytearray, position: int, sync: bytes) -> tuple[int, int, int]:
@@ -319,8 +310,11 @@ def _inflate(codec: str, stored: memoryview, limit: int) -> memoryview:
         body: memoryview | bytes = stored
     elif codec == "deflate":
         body = _inflate_deflate(stored, limit)
-    else:
+    elif codec == "snappy":
         body = _inflate_snappy(stored, limit)
+    else:
+        limit = min(limit, MAX_EXPANSION * len(stored))
+        body = _inflate_zstandard(stored, limit) if codec == "zstandard" else _inflate_stream(codec, stored, limit)
     if len(body) > limit:
         raise _DamagedError(RejectReason.TOO_LARGE, f"a block inflates to more than the {limit} bytes left for it")
     return memoryview(body)
@@ -350,4 +344,23 @@ def _inflate_snappy(stored: memoryview, limit: int) -> bytes:
         raise _DamagedError(RejectReason.CORRUPT, f"a block does not inflate: {error}") from error
     if zlib.crc32(body) != checksum:
         raise _DamagedError(RejectReason.CORRUPT, "a block's checksum is wrong")
+    return body
+
+
+def _inflate_zstandard(stored: memoryview, limit: int) -> bytes:
+    try:
+        with pa.CompressedInputStream(pa.BufferReader(pa.py_buffer(stored)), "zstd") as stream:
+            return bytes(stream.read(limit + 1))
+    except (OSError, pa.ArrowException) as error:
+        raise _DamagedError(RejectReason.CORRUPT, f"a block does not inflate: {error}") from error
+
+
+def _inflate_stream(codec: str, stored: memoryview, limit: int) -> bytes:
+    stream = bz2.BZ2Decompressor() if codec == "bzip2" else lzma.LZMADecompressor(memlimit=XZ_MEMORY)
+    try:
+        body = stream.decompress(stored, limit + 1)
+    except (OSError, lzma.LZMAError) as error:
+        raise _DamagedError(RejectReason.CORRUPT, f"a block does not inflate: {error}") from error
+    if not stream.eof and len(body) <= limit:
+        raise _DamagedError(RejectReason.TRUNCATED, f"a block's {codec} stream ends early")
     return body

@@ -1,29 +1,37 @@
 """Avro schemas by id, for wire format: from a Confluent schema registry, or from a directory of .avsc files.
 
-What an id means never changes, so a schema is fetched once: it stays in memory, and on disk for the time when the
-registry does not answer. Must never let an outage look like an unknown id, nor write credentials to a log.
+What an id means does not change, so a schema is fetched once: it stays in memory, and on disk for later runs and for
+the time when the registry does not answer. Where alerts do not decode by it, the registry is asked once more, because
+one that was wiped gives its ids to other schemas. Must never let an outage look like an unknown id.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
+import http
 import json
 import logging
+import math
 import os
 import re
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from base64 import b64encode
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
+from broker_filter.packets.registry_client import (
+    DEADLINE_S,
+    RegistryClient,
+    no_beat,
+    wait_for,
+)
+from broker_filter.packets.registry_client import RegistryUnavailable as RegistryUnavailable
 from broker_filter.packets.schema import (
     MAX_SCHEMA_BYTES,
     SchemaError,
@@ -36,47 +44,60 @@ from broker_filter.packets.schema import (
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 10.0
-"""Of one request: a registry answers in milliseconds; one that does not in ten seconds is down."""
 ATTEMPTS = 4
 FIRST_PAUSE_S = 0.5
 """Doubled after each attempt: 3.5 s of pauses bridge a registry's restart behind a load balancer."""
 FORGET_UNKNOWN_S = 60.0
-"""How long an id stays unknown without asking again: a stray topic must not become a flood of requests."""
-_MAX_ANSWER_BYTES = 2 * MAX_SCHEMA_BYTES
-"""The registry sends the schema as a JSON string, which doubles its quotes."""
-_MAX_UNKNOWN = 10_000
+"""How long an id that has no schema of an alert is not asked for again: a stray topic must not become a flood of
+requests."""
+DOUBT_INTERVAL_S = 30.0
+"""Between two questions about a known id whose alerts do not decode: many corrupt ones must not become as many
+requests."""
+SCHEMA_NOT_FOUND = 40403
+"""Confluent's error code, which Karapace, Apicurio and Redpanda give too: the one answer that means an unknown id."""
+_MAX_VERDICTS = 10_000
+"""Ids: what a stray topic may name cannot fill the memory."""
 
 
 class UnknownSchemaId(Exception):  # noqa: N818 - it is an answer
     """The registry has no schema of this id."""
 
 
-class RegistryUnavailable(Exception):  # noqa: N818 - it is a state
-    """The registry cannot be asked now, and the schema is not at hand. Worth another try later."""
-
-
 class SchemaRegistry(Protocol):
     """Schemas by their Confluent id."""
 
-    def get(self, schema_id: int) -> WriterSchema:
+    def get(self, schema_id: int, doubted: WriterSchema | None = None) -> WriterSchema:
         """The schema, the same object each time.
+
+        `doubted`: what was given for the id before, by which an alert does not decode. A registry is then asked once
+        more, and the answer is another object only where the id means another schema now.
 
         Raises UnknownSchemaId, RegistryUnavailable, or SchemaError for one that is no alert's schema. Thread-safe.
         """
         ...
 
 
-def open_registry(location: str | None, cache_dir: Path | None = None) -> SchemaRegistry:
+def open_registry(
+    location: str | None,
+    cache_dir: Path | None = None,
+    *,
+    drop_cache: bool = False,
+    waiting: Callable[[], None] = no_beat,
+) -> SchemaRegistry:
     """The registry at `location`: a URL, a directory of .avsc files, or None, where every id is unknown.
 
     `cache_dir`: where a registry's schemas are kept, by default `~/.cache/broker-filter/schemas` (XDG_CACHE_HOME).
-    Raises NotADirectoryError for what is neither URL nor directory.
+    `drop_cache` deletes first what is kept there of this registry. `waiting`: see RegistryClient.
+
+    Raises NotADirectoryError for what is neither URL nor directory, and OSError.
     """
     if location is None:
         return NoRegistry()
     if location.startswith(("http://", "https://")):
-        return HttpRegistry(location, cache_dir or default_cache_dir())
+        registry = HttpRegistry(location, cache_dir or default_cache_dir(), waiting=waiting)
+        if drop_cache:
+            registry.drop_cache()
+        return registry
     if not Path(location).is_dir():
         raise NotADirectoryError(f"schema registry {location!r} is neither a URL (http, https) nor a directory")
     return DirectoryRegistry(Path(location))
@@ -90,7 +111,7 @@ def default_cache_dir() -> Path:
 class NoRegistry:
     """No registry: it knows no id."""
 
-    def get(self, schema_id: int) -> WriterSchema:
+    def get(self, schema_id: int, doubted: WriterSchema | None = None) -> WriterSchema:  # noqa: ARG002
         """Raises UnknownSchemaId."""
         raise UnknownSchemaId(f"schema id {schema_id}: no schema registry is configured")
 
@@ -116,7 +137,7 @@ class DirectoryRegistry:
             elif number := self._NUMBERED.fullmatch(path.name):
                 self._files[int(number[1])] = path
 
-    def get(self, schema_id: int) -> WriterSchema:
+    def get(self, schema_id: int, doubted: WriterSchema | None = None) -> WriterSchema:  # noqa: ARG002
         """See SchemaRegistry."""
         with self._lock:
             if schema_id not in self._schemas:
@@ -136,54 +157,97 @@ class DirectoryRegistry:
         return writer_schema(self_contained(definition, "", others, set()), schema_id)
 
 
-def registry_address(url: str) -> tuple[str, dict[str, str]]:
-    """A registry's URL without its credentials, which may be shown, and the header that carries them, which may not."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    shown = urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
-    if parts.username is None:
-        return shown, {}
-    credentials = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
-    return shown, {"Authorization": "Basic " + b64encode(credentials).decode()}
-
-
 class HttpRegistry:
-    """A Confluent schema registry, read anonymously or with the credentials in its URL (`https://user:key@host`)."""
+    """A Confluent schema registry, read anonymously or with the credentials in its URL (`https://user:key@host`).
+
+    `waiting`: see RegistryClient.
+    """
 
     def __init__(
         self,
         url: str,
         cache_dir: Path,
         *,
+        waiting: Callable[[], None] = no_beat,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._url, credentials = registry_address(url)
-        self._headers = {"Accept": "application/vnd.schemaregistry.v1+json, application/json", **credentials}
+        self._client = RegistryClient(url, waiting)
+        self._url = self._client.url
         host = urlsplit(self._url).netloc
         # Another registry's ids mean other schemas.
         digest = hashlib.sha256(self._url.encode()).hexdigest()[:12]
         self._cache = cache_dir / f"{re.sub(r'[^A-Za-z0-9.-]', '_', host)}-{digest}"
         self._schemas: dict[int, WriterSchema] = {}
-        self._unknown: dict[int, float] = {}  # when it was asked for
+        self._look_ups: dict[int, Future[WriterSchema]] = {}  # that have begun and not ended
+        self._verdicts: dict[int, tuple[float, UnknownSchemaId | SchemaError]] = {}  # when the registry said so, what
+        self._doubted: dict[int, float] = {}  # when the registry was asked once more
         self._lock = Lock()
         self._sleep = sleep
         self._clock = clock
 
-    def get(self, schema_id: int) -> WriterSchema:
+    def get(self, schema_id: int, doubted: WriterSchema | None = None) -> WriterSchema:
         """See SchemaRegistry."""
-        if (schema := self._schemas.get(schema_id)) is not None:
+        if schema := self._at_hand(schema_id, doubted):
             return schema
-        with self._lock:  # one request an id, however many threads want it
-            if (schema := self._schemas.get(schema_id)) is None:
-                schema = self._read_cached(schema_id) or self._fetch(schema_id)
-                self._schemas[schema_id] = schema
+        with self._lock:
+            if schema := self._at_hand(schema_id, doubted):
+                return schema
+            look_up = self._look_ups.get(schema_id)
+            if look_up is None:
+                mine = self._look_ups[schema_id] = Future[WriterSchema]()
+        if look_up is not None:  # one request for an id, however many threads want it
+            return wait_for(look_up, self._client.waiting)
+        try:
+            schema = self._confirmed(doubted) if doubted else self._read_cached(schema_id) or self._fetch(schema_id)
+            self._schemas[schema_id] = schema
+            mine.set_result(schema)
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        finally:
+            del self._look_ups[schema_id]
+        return schema
+
+    def drop_cache(self) -> None:
+        """Deletes what earlier runs have kept of this registry's schemas. Raises OSError."""
+        for file in self._cache.glob("*.avsc"):
+            file.unlink()
+
+    def _at_hand(self, schema_id: int, doubted: WriterSchema | None) -> WriterSchema | None:
+        """The schema in memory, if there is no need to ask the registry."""
+        schema = self._schemas.get(schema_id)
+        asked = self._doubted.get(schema_id)
+        just_asked = asked is not None and self._clock() - asked < DOUBT_INTERVAL_S
+        return schema if schema is not doubted or just_asked else None
+
+    def _confirmed(self, schema: WriterSchema) -> WriterSchema:
+        """What the id of a schema means now; the same object where that has not changed or the registry is away."""
+        schema_id = schema.registry_id
+        assert schema_id is not None
+        try:
+            fetched = self._fetch(schema_id)
+        except (RegistryUnavailable, UnknownSchemaId, SchemaError) as error:
+            log.warning("schema %d does not fit an alert, and cannot be fetched once more: %s", schema_id, error)
             return schema
+        finally:
+            self._doubted[schema_id] = self._clock()
+        if fetched.fingerprint == schema.fingerprint:
+            return schema
+        log.warning(
+            "schema id %d of %s means another schema than before (fingerprint %s, not %s): was the registry wiped?",
+            schema_id,
+            self._url,
+            fetched.fingerprint,
+            schema.fingerprint,
+        )
+        return fetched
 
     def _read_cached(self, schema_id: int) -> WriterSchema | None:
+        path = self._cache / f"{schema_id}.avsc"
         try:
-            with (self._cache / f"{schema_id}.avsc").open("rb") as file:
-                return parse_schema(file.read(MAX_SCHEMA_BYTES + 1), schema_id)
+            with path.open("rb") as file:
+                return replace(parse_schema(file.read(MAX_SCHEMA_BYTES + 1), schema_id), cached=path)
         except FileNotFoundError:
             return None
         except (OSError, SchemaError) as error:
@@ -191,45 +255,43 @@ class HttpRegistry:
             return None
 
     def _fetch(self, schema_id: int) -> WriterSchema:
-        asked = self._unknown.get(schema_id)
-        if asked is not None and self._clock() - asked < FORGET_UNKNOWN_S:
-            raise UnknownSchemaId(f"schema id {schema_id}: the registry at {self._url} does not know it")
-        answer = self._ask(schema_id)
+        asked, verdict = self._verdicts.get(schema_id, (-math.inf, None))
+        if verdict is not None and self._clock() - asked < FORGET_UNKNOWN_S:
+            raise verdict.with_traceback(None)  # it would grow with every time that it is raised
         try:
-            text = json.loads(answer)["schema"].encode()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise RegistryUnavailable(f"the schema registry at {self._url} gave no schema: {error!r}") from None
-        schema = parse_schema(text, schema_id)
+            text = self._ask(schema_id)
+            schema = parse_schema(text, schema_id)
+        except (UnknownSchemaId, SchemaError) as error:
+            if len(self._verdicts) >= _MAX_VERDICTS:
+                self._verdicts.clear()
+            self._verdicts[schema_id] = self._clock(), error
+            raise
         self._keep(schema_id, text)
         log.info("fetched schema %d (fingerprint %s) from %s", schema_id, schema.fingerprint, self._url)
         return schema
 
     def _ask(self, schema_id: int) -> bytes:
-        # The scheme was checked by open_registry.
-        request = urllib.request.Request(f"{self._url}/schemas/ids/{schema_id}", headers=self._headers)  # noqa: S310
+        """The schema's text, after as many attempts as it takes and DEADLINE_S allows."""
+        deadline = self._clock() + DEADLINE_S
         failure = ""
         for attempt in range(ATTEMPTS):
             if attempt:
                 self._sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
+            if (left := deadline - self._clock()) <= 0:
+                break
             try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310
-                    answer: bytes = response.read(_MAX_ANSWER_BYTES + 1)
-                if len(answer) > _MAX_ANSWER_BYTES:
-                    raise SchemaError(f"schema {schema_id} of {self._url} is larger than {_MAX_ANSWER_BYTES} bytes")
-                return answer
-            except urllib.error.HTTPError as error:
-                error.close()
-                if error.code == http.HTTPStatus.NOT_FOUND:
-                    if len(self._unknown) >= _MAX_UNKNOWN:
-                        self._unknown.clear()
-                    self._unknown[schema_id] = self._clock()
-                    raise UnknownSchemaId(
-                        f"schema id {schema_id}: the registry at {self._url} does not know it"
-                    ) from None
-                failure = f"HTTP {error.code} {error.reason}"
-            except (OSError, http.client.HTTPException) as error:
-                failure = str(error) or type(error).__name__
-        raise RegistryUnavailable(f"the schema registry at {self._url} does not answer: {failure}")
+                answer = self._client.ask(f"/schemas/ids/{schema_id}", timeout_s=left)
+            except RegistryUnavailable as error:
+                failure = str(error)
+                continue
+            if answer.status == http.HTTPStatus.NOT_FOUND and answer.error_code == SCHEMA_NOT_FOUND:
+                raise UnknownSchemaId(f"schema id {schema_id}: the registry at {self._url} does not know it")
+            text = answer.content.get("schema") if isinstance(answer.content, dict) else None
+            if answer.status == http.HTTPStatus.OK and isinstance(text, str):
+                return text.encode(errors="surrogatepass")
+            # A load balancer or a portal of the network answers so, whether or not the registry knows the id.
+            failure = f"schema registry {self._url} gives no schema for id {schema_id}: {answer}"
+        raise RegistryUnavailable(failure)
 
     def _keep(self, schema_id: int, text: bytes) -> None:
         """Writes to the cache, whole or not at all; without a cache the service goes on."""

@@ -15,7 +15,7 @@ class RejectReason(StrEnum):
     EMPTY = "empty"
     """No bytes at all (a Kafka tombstone included)."""
     TOO_LARGE = "too_large"
-    """More bytes than `max_packet_bytes`, also decompressed, or more alerts or history than a packet may have."""
+    """More bytes than `max_packet_bytes`, compressed or after decompression."""
     NOT_AVRO = "not_avro"
     """Neither an Avro object container file nor Confluent wire format."""
     BAD_SCHEMA = "bad_schema"
@@ -42,6 +42,8 @@ class RejectReason(StrEnum):
     """A cutout without a single finite pixel."""
     NO_MODEL_FOR_SURVEY = "no_model_for_survey"
     """No configured model was trained for the alert's survey, and none was told to take it also."""
+    SCHEMA_REFUSED = "schema_refused"
+    """The output's schema registry does not take the schema of the record that the scored alert would become."""
 
 
 @dataclass(frozen=True, slots=True)

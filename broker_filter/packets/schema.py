@@ -6,10 +6,10 @@ Must never trust a schema: it comes with the packet, so its size and its nesting
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from threading import Lock
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any
 
 from fastavro.schema import fingerprint
 
@@ -17,14 +17,6 @@ MAX_SCHEMA_BYTES = 2 << 20
 """An embedded LSST schema with all its documentation is 0.2 MB."""
 MAX_SCHEMA_DEPTH = 64
 """Nested types; the surveys' own schemas nest 5 deep."""
-MAX_JSON_DEPTH = 4 * MAX_SCHEMA_DEPTH
-"""Nested JSON, defaults and documentation included: what writes an output schema recurses as deep. A nested type takes
-three levels (its record, the list of fields, the field)."""
-
-MAX_REMEMBERED_SCHEMAS = 256
-MAX_REMEMBERED_BYTES = 4 << 20
-"""Of the JSON of schemas that a cache holds: as Python values they take some twenty times as much. A night has a few
-schemas; whoever sends others cannot make memory grow with them."""
 
 PRIMITIVES = frozenset({"null", "boolean", "int", "long", "float", "double", "bytes", "string"})
 
@@ -39,43 +31,17 @@ class WriterSchema:
 
     `definition`: the JSON as Python values, as the writer published it. `canonical`: its parsing canonical form,
     checked: types are primitives' names, full names of types defined within, lists (unions), or dicts whose type is
-    record, enum, fixed, array or map. `fingerprint`: CRC-64-AVRO of the canonical form, 16 hex digits. `n_bytes`: the
-    length of the JSON. `registry_id`: the Confluent schema id, None for a schema embedded in a container file. Compared
-    and hashed by identity: the caches in `ocf` and `registry` hand out one object per schema.
+    record, enum, fixed, array or map. `fingerprint`: CRC-64-AVRO of the canonical form, 16 hex digits. `registry_id`:
+    the Confluent schema id, None for a schema embedded in a container file. `cached`: the file of an earlier run in
+    which a registry's schema was found, None where it was fetched by this process. Compared and hashed by identity: the
+    caches in `ocf` and `registry` hand out one object per schema.
     """
 
     definition: dict[str, Any]
     canonical: dict[str, Any]
     fingerprint: str
-    n_bytes: int
     registry_id: int | None = None
-
-
-_T = TypeVar("_T")
-
-
-class BySchema(Generic[_T]):
-    """What `make` makes of each schema, made once and remembered; the oldest is forgotten when they are too many."""
-
-    def __init__(self, make: Callable[[WriterSchema], _T]) -> None:
-        self._make = make
-        self._made: dict[WriterSchema, _T] = {}
-        self._n_bytes = 0
-        self._lock = Lock()
-
-    def __call__(self, schema: WriterSchema) -> _T:
-        """What is made of `schema`. Raises what `make` raises."""
-        if (made := self._made.get(schema)) is not None:
-            return made
-        with self._lock:
-            if (made := self._made.get(schema)) is None:
-                made = self._made[schema] = self._make(schema)
-                self._n_bytes += schema.n_bytes
-                while len(self._made) > MAX_REMEMBERED_SCHEMAS or self._n_bytes > MAX_REMEMBERED_BYTES:
-                    oldest = next(iter(self._made))
-                    del self._made[oldest]
-                    self._n_bytes -= oldest.n_bytes
-            return made
+    cached: Path | None = None
 
 
 def parse_schema(text: bytes | str, registry_id: int | None = None) -> WriterSchema:
@@ -95,32 +61,14 @@ def parse_schema(text: bytes | str, registry_id: int | None = None) -> WriterSch
 
 def writer_schema(definition: Any, registry_id: int | None = None) -> WriterSchema:
     """As `parse_schema`, of JSON already read."""
-    if _is_deeper(definition, MAX_JSON_DEPTH):
-        raise SchemaError(f"the schema's JSON nests deeper than {MAX_JSON_DEPTH}")
     if not isinstance(definition, dict) or definition.get("type") != "record":
         raise SchemaError("the schema's top level is not a record")
     canonical = _canonical(definition, "", set(), 0)
     try:
         text = json.dumps(canonical, separators=(",", ":"), ensure_ascii=False)
-        n_bytes = len(json.dumps(definition, separators=(",", ":")))
-        return WriterSchema(definition, canonical, fingerprint(text, "CRC-64-AVRO"), n_bytes, registry_id)
+        return WriterSchema(definition, canonical, fingerprint(text, "CRC-64-AVRO"), registry_id)
     except UnicodeEncodeError as error:
         raise SchemaError("the schema's names are not Unicode text") from error
-
-
-def _is_deeper(value: Any, depth: int) -> bool:
-    """Whether a JSON value has lists and mappings more than `depth` deep in each other."""
-    level = [value]
-    for _ in range(depth + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
-            return False
-    return True
 
 
 def full_name(definition: dict[str, Any], namespace: str) -> str:
@@ -187,6 +135,25 @@ def self_contained(type_: Any, namespace: str, definitions: Mapping[str, dict[st
         return copy
     inside = {"array": "items", "map": "values"}.get(kind, "type") if isinstance(kind, str) else "type"
     copy[inside] = self_contained(copy.get(inside), namespace, definitions, defined)
+    return copy
+
+
+def moved_to(new: str, old: str, type_: Any, namespace: str = "") -> Any:
+    """A copy of what `self_contained` returned, in which all types of the namespace `old` are in `new`."""
+    if isinstance(type_, list):
+        return [moved_to(new, old, branch, namespace) for branch in type_]
+    if isinstance(type_, str):
+        space, _, short = type_.rpartition(".")
+        return f"{new}.{short}" if space == old and type_ not in PRIMITIVES else type_
+    copy = dict(type_)
+    if copy["type"] in ("record", "enum", "fixed"):
+        space, _, short = full_name(copy, namespace).rpartition(".")
+        copy |= {"name": short, "namespace": new if space == old else space}
+        if "fields" in copy:
+            copy["fields"] = [{**field, "type": moved_to(new, old, field["type"], space)} for field in copy["fields"]]
+        return copy
+    inside = {"array": "items", "map": "values"}.get(copy["type"], "type") if isinstance(copy["type"], str) else "type"
+    copy[inside] = moved_to(new, old, copy[inside], namespace)
     return copy
 
 

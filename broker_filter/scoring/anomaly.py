@@ -15,7 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.scoring.neighbours import Embeddings, Neighbours, normalise
-from broker_filter.scoring.reference import UNLABELLED, Measure, Reference, ReferenceSetError
+from broker_filter.scoring.reference import (
+    UNLABELLED,
+    Measure,
+    ReferenceCard,
+    ReferenceSetError,
+    SurveyReference,
+)
 
 NEIGHBOURS = 5
 """Named in a reason, and measured from."""
@@ -177,16 +183,16 @@ def strangeness(distances: NDArray[np.float64], usual: NDArray[np.float32]) -> N
 
 
 class AnomalyScorer:
-    """Scores and reasons by one reference. May be called from several threads."""
+    """Scores and reasons for alerts of one survey, by a reference's alerts of it. Several threads may call it."""
 
-    def __init__(self, reference: Reference) -> None:
+    def __init__(self, card: ReferenceCard, reference: SurveyReference) -> None:
         """Makes the search ready: some seconds for a million alerts."""
         alerts = reference.alerts
-        self._names = reference.card.modalities
+        self._names = card.modalities
         self._usual = reference.usual
         self._apart = reference.apart
         self._alerts = alerts
-        self._cloud = Cloud(alerts.embedding, len(self._names), reference.card.measure, reference.label)
+        self._cloud = Cloud(alerts.embedding, len(self._names), card.measure, reference.label)
         self._neighbours = Neighbours(alerts.embedding)
 
     def score(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from broker_filter.config import SurveyName
 from broker_filter.packets.batch import BANDS, LightCurves, Measurement
 from broker_filter.scoring.alerts import RawAlerts
 
@@ -127,6 +128,11 @@ class Outputs(CardSection):
 
     labels: tuple[ModelName, ...] = Field(min_length=1)
     activation: Literal["sigmoid", "softmax"]
+    surveys: dict[str, tuple[SurveyName, ...]] = Field(
+        default={},
+        description="By label, the surveys for which this output was trained, where the network takes the alerts of "
+        "more. The output is null for the alerts of the others.",
+    )
     thresholds: dict[str, float] = Field(default={}, description="Recommended cuts by label.")
     embedding: int | None = Field(default=None, gt=0)
     modalities: tuple[ModelName, ...] = Field(default=(), description="In order: image, light_curve, ...")
@@ -147,9 +153,10 @@ class Outputs(CardSection):
         return self
 
     @model_validator(mode="after")
-    def _thresholds_are_of_labels(self) -> Outputs:
-        if unknown := self.thresholds.keys() - set(self.labels):
-            raise ValueError(f"thresholds for labels that do not exist: {', '.join(sorted(unknown))}")
+    def _thresholds_and_surveys_are_of_labels(self) -> Outputs:
+        for what, by_label in (("thresholds", self.thresholds), ("surveys", self.surveys)):
+            if unknown := by_label.keys() - set(self.labels):
+                raise ValueError(f"{what} for labels that do not exist: {', '.join(sorted(unknown))}")
         return self
 
 
@@ -174,8 +181,8 @@ class Description(CardSection):
     name: ModelName
     version: str = Field(min_length=1)
     task: str
-    surveys: tuple[Literal["ztf", "lsst"], ...] = Field(
-        min_length=1, description="Whose alerts the model was trained for."
+    surveys: tuple[SurveyName, ...] = Field(
+        min_length=1, description="Whose alerts the model was trained for; `outputs.surveys` names outputs of fewer."
     )
     inputs: Inputs
     outputs: Outputs
@@ -184,6 +191,19 @@ class Description(CardSection):
     source: str
     citation: str
     training: Training
+
+    def surveys_of(self, label: str) -> tuple[SurveyName, ...]:
+        """The surveys for which the output `label` was trained."""
+        return self.outputs.surveys.get(label, self.surveys)
+
+    @model_validator(mode="after")
+    def _outputs_are_of_its_surveys(self) -> Description:
+        for label, surveys in self.outputs.surveys.items():
+            if unknown := set(surveys) - set(self.surveys):
+                raise ValueError(
+                    f"outputs.surveys: {label} is of {', '.join(sorted(unknown))}, which `surveys` does not name"
+                )
+        return self
 
 
 class Card(Description):

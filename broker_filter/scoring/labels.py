@@ -26,6 +26,11 @@ KEYS: dict[str, Literal["alert", "object"]] = {
     "diaObjectId": "object",
 }
 """Columns that labels are joined by, and whose id they hold; of several the first that the table has is taken."""
+UNLABELLED_TEXTS = frozenset(
+    ["", "nan", "NaN", "-nan", "-NaN", "NA", "N/A", "n/a", "<NA>", "#N/A", "#NA", "null", "NULL", "None", "NaT"]
+)
+"""What programs write for a missing value into a column of text: those that pandas reads as missing. A class has such a
+value only where a rule names it."""
 CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 """A class becomes an output of the bundle, and outputs stand in filters."""
 
@@ -97,8 +102,9 @@ class Labels:
 def read_labels(table: Path, column: str, rules: Sequence[ClassRule] = ()) -> Labels:
     """The labels in `column` of a table; without `rules` every value is a class of its own.
 
-    Rows whose label is null, empty or of no class are left out. Raises LabelsError where the table cannot be read,
-    lacks a column, gives an id two classes, or has no row of a class, and where two rules are of one name.
+    Rows whose id or label is missing (null, NaN, empty, or one of UNLABELLED_TEXTS) are left out, and so are those of
+    no class. Raises LabelsError where the table cannot be read or has no row, lacks a column, has ids that are rounded
+    (floating-point numbers), gives an id two classes, or has no row of a class, and where two rules are of one name.
     """
     names = [rule.name for rule in rules]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
@@ -110,13 +116,27 @@ def read_labels(table: Path, column: str, rules: Sequence[ClassRule] = ()) -> La
             raise LabelsError(f"{table}: no column to join by; there must be one of {', '.join(KEYS)}")
         if column not in rows.schema.names:
             raise LabelsError(f"{table}: no column {column!r}; there are {', '.join(rows.schema.names)}")
-        ids, values = (chunks.to_pylist() for chunks in rows.to_table(columns=[key, column]).columns)
-    except (pa.ArrowInvalid, ValueError, OSError) as error:
-        raise LabelsError(f"{table}: neither a .csv nor a .parquet that can be read: {error}") from error
-    labelled = [(str(i), value) for i, value in zip(ids, values, strict=True) if _given(i) and _given(value)]
+        columns = rows.to_table(columns=list(dict.fromkeys([key, column])))
+    except (pa.ArrowException, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise LabelsError(f"{table}: neither a .csv nor a .parquet that can be read: {reason}") from error
+    if not len(columns):
+        raise LabelsError(f"{table}: has no row: a table of labels has one for each alert or object")
+    if pa.types.is_floating(columns.schema.field(key).type):
+        raise LabelsError(
+            f"{table}: {key} holds floating-point numbers, which round ids above 2^53: write them as integers or text"
+        )
+    ids, values = (columns[name].to_pylist() for name in (key, column))
+    described = {value for rule in rules for value in rule.values}
+    labelled = [
+        (str(i), value)
+        for i, value in zip(ids, values, strict=True)
+        if _given(i) and (_given(value) or str(value) in described)
+    ]
     rules = tuple(rules) or tuple(_class_of(value, table, column) for value in sorted({str(v) for _, v in labelled}))
     if len(rules) < 2:
-        raise LabelsError(f"{table}: {column!r} makes {len(rules)} class, and a classifier needs two")
+        found = f" ({rules[0].name})" if rules else ": every label is missing"
+        raise LabelsError(f"{table}: {column!r} makes {len(rules)} class{found}; a classifier needs two")
     label_of: dict[str, int] = {}
     for identifier, value in labelled:
         label = next((i for i, rule in enumerate(rules) if rule.takes(value)), None)
@@ -134,8 +154,8 @@ def read_labels(table: Path, column: str, rules: Sequence[ClassRule] = ()) -> La
 
 
 def _given(value: object) -> bool:
-    """Whether a table's cell says anything: an empty one is null in Parquet, and may be text in CSV."""
-    return value is not None and value != "" and value == value  # NaN is not itself
+    """Whether a table's cell says anything."""
+    return value is not None and str(value).strip() not in UNLABELLED_TEXTS  # a number that is NaN is written nan
 
 
 def _class_of(value: str, table: Path, column: str) -> ClassRule:

@@ -1,8 +1,9 @@
 """Reference sets: the embeddings of ordinary alerts, in a file of their own, against which others are called strange.
 
-One safetensors file: the arrays, and in its metadata a card as JSON that says which bundle's embeddings these are, and
-the sha256 of the arrays. A reference made with another bundle is refused: distances from it would mean nothing. Nothing
-is ever unpickled, and sizes are checked before anything is read.
+One safetensors file: the arrays of each survey, and in its metadata a card as JSON that says which bundle's embeddings
+these are, and the sha256 of the arrays. Surveys are kept apart: an alert is compared with ordinary alerts of its own
+survey only, because telescopes differ more than alerts do. A reference made with another bundle is refused: distances
+from it would mean nothing. Nothing is ever unpickled, and sizes are checked before anything is read.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -25,15 +26,17 @@ from broker_filter.scoring.bundle import WEIGHTS, CardSection, ModelName, Sha256
 from broker_filter.scoring.neighbours import Embeddings
 
 MAX_ALERTS = 1_000_000
-"""Of a reference: a night of ZTF."""
+"""Of a survey in a reference: a night of ZTF."""
 MIN_ALERTS = 2
-"""Of a reference, and scores in it: one has no spread."""
+"""Of a survey in a reference, and scores of it: one has no spread."""
 MAX_BYTES = 2**33
 """Of the file: MAX_ALERTS with 2,000 dimensions fit."""
 MAX_OBJECT_ID_BYTES = 64
 """Surveys' names of objects have 19 at most."""
 Measure = Literal["mahalanobis", "neighbours", "centroids"]
 """How far from ordinary alerts is measured: see `anomaly`."""
+SurveyKey = Annotated[str, StringConstraints(pattern=f"^({'|'.join(map(str, Survey))})$")]
+"""The name of a survey that is known here."""
 UNLABELLED = -1
 CARD = "card"
 """Key of the card in the file's metadata."""
@@ -43,10 +46,19 @@ class ReferenceSetError(Exception):
     """A reference set that cannot be used or made: which, what is wrong with it, what to do."""
 
 
+class SurveyCounts(CardSection):
+    """What became of the alerts of a survey when a reference was built."""
+
+    read: int = Field(ge=0, description="Alerts that were decoded.")
+    passed: int = Field(ge=0, description="Those that the model takes and that passed the filter.")
+    kept: int = Field(ge=0, description="Those that are in the reference. 0: alerts of the survey are not judged.")
+    held_out: int = Field(ge=0, description="Alerts of other objects, on which the scores are calibrated.")
+
+
 class ReferenceCard(CardSection):
     """What a reference is of."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = Field(description="2: each survey has its own alerts and calibration.")
     bundle: ModelName
     version: str
     weights_sha256: Sha256 = Field(description="Of the bundle: embeddings of other weights cannot be compared.")
@@ -54,6 +66,7 @@ class ReferenceCard(CardSection):
     where: str | None = Field(default=None, description="The filter that ordinary alerts passed; none: all were taken.")
     measure: Measure = Field(default="mahalanobis", description="What scores by it are of.")
     classes: tuple[ModelName, ...] = Field(default=(), description="C, which labels name; none: nothing is labelled.")
+    surveys: dict[SurveyKey, SurveyCounts] = Field(min_length=1, description="Whose alerts it was built from.")
     data_sha256: Sha256 = Field(description="Of the arrays' bytes, by name.")
 
 
@@ -74,37 +87,42 @@ class Ordinary:
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """Ordinary alerts, and how strange others as ordinary look beside them."""
+class SurveyReference:
+    """Ordinary alerts of one survey, and how strange others of it that are as ordinary look beside them."""
 
-    card: ReferenceCard
-    alerts: Ordinary
+    alerts: Ordinary  # K
     scores: NDArray[np.float32]  # [Q] ascending: of ordinary alerts of other objects
     usual: NDArray[np.float32]  # [1 + M, 2] mean and deviation of their distances, as a whole and in each modality
     apart: NDArray[np.float32]  # [M, 2] the same of how far their modalities are from those of their neighbours
     label: NDArray[np.int64]  # [K] which of the card's classes an alert is of, or UNLABELLED
 
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Ordinary alerts of one or more surveys. Alerts of a survey that is not among them cannot be judged."""
+
+    card: ReferenceCard
+    surveys: Mapping[Survey, SurveyReference]
+
     def write(self, file: Path) -> None:
         """Writes the file, which appears only when it is whole."""
         partial = file.with_name(f"{file.name}.partial")
-        arrays = _arrays(self.alerts, self.scores, self.usual, self.apart, self.label)
-        save_file(arrays, partial, metadata={CARD: self.card.model_dump_json()})
+        save_file(_arrays(self.surveys), partial, metadata={CARD: self.card.model_dump_json()})
         partial.replace(file)
 
 
 def make_reference(
     card: bundle.Card,
     where: str | None,
-    alerts: Ordinary,
-    scores: NDArray[np.float32],
-    usual: NDArray[np.float32],
-    apart: NDArray[np.float32],
+    surveys: Mapping[Survey, SurveyReference],
+    counts: Mapping[Survey, SurveyCounts],
     measure: Measure,
-    label: NDArray[np.int64],
     classes: tuple[str, ...] = (),
 ) -> Reference:
-    """A reference of the embeddings that the bundle with this card gave."""
+    """A reference of the embeddings that the bundle with this card gave. `counts`: also of surveys that are not in it,
+    because too few of their alerts passed."""
     described = ReferenceCard(
+        format=2,
         bundle=card.name,
         version=card.version,
         weights_sha256=card.files[WEIGHTS],
@@ -112,9 +130,10 @@ def make_reference(
         where=where,
         measure=measure,
         classes=classes,
-        data_sha256=_sha256(_arrays(alerts, scores, usual, apart, label)),
+        surveys={str(survey): of_survey for survey, of_survey in counts.items()},
+        data_sha256=_sha256(_arrays(surveys)),
     )
-    return Reference(described, alerts, scores, usual, apart, label)
+    return Reference(described, surveys)
 
 
 def read_card(file: Path) -> ReferenceCard:
@@ -142,34 +161,48 @@ def read_reference(file: Path) -> Reference:
     with safe_open(file, framework="numpy") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    try:
-        ((k, d), _), ((q,), _) = found["embedding"], found["scores"]
-    except (KeyError, ValueError):
-        raise ReferenceSetError(f"{file}: holds {', '.join(sorted(found))}; build the reference again") from None
-    expected = {
-        "embedding": ((k, d), "F32"),
-        "alert_id": ((k,), "I64"),
-        "object_id": ((k, MAX_OBJECT_ID_BYTES), "U8"),
-        "survey": ((k,), "U8"),
-        "scores": ((q,), "F32"),
-        "usual": ((1 + len(card.modalities), 2), "F32"),
-        "apart": ((len(card.modalities), 2), "F32"),
-        "label": ((k,), "I64"),
-    }
-    if found != expected or not all(MIN_ALERTS <= n <= MAX_ALERTS for n in (k, q)):
+    surveys = [Survey[name.upper()] for name, counts in card.surveys.items() if counts.kept]
+    expected: dict[str, tuple[tuple[int, ...], str]] = {}
+    for survey in surveys:
+        try:
+            ((k, d), _), ((q,), _) = found[f"{survey}.embedding"], found[f"{survey}.scores"]
+        except (KeyError, ValueError):
+            raise ReferenceSetError(f"{file}: holds {', '.join(sorted(found))}; build the reference again") from None
+        if not all(MIN_ALERTS <= n <= MAX_ALERTS for n in (k, q)):
+            raise ReferenceSetError(
+                f"{file}: holds {k} alerts and {q} scores of {survey}, and between {MIN_ALERTS} and {MAX_ALERTS} of "
+                "each are allowed; build the reference again"
+            )
+        shapes = {
+            "embedding": ((k, d), "F32"),
+            "alert_id": ((k,), "I64"),
+            "object_id": ((k, MAX_OBJECT_ID_BYTES), "U8"),
+            "scores": ((q,), "F32"),
+            "usual": ((1 + len(card.modalities), 2), "F32"),
+            "apart": ((len(card.modalities), 2), "F32"),
+            "label": ((k,), "I64"),
+        }
+        expected |= {f"{survey}.{name}": shape for name, shape in shapes.items()}
+    if found != expected:
         raise ReferenceSetError(f"{file}: holds {found}, its card asks for {expected}; build the reference again")
     arrays = load_file(file)
     if _sha256(arrays) != card.data_sha256:
         raise ReferenceSetError(f"{file}: its arrays are not the ones that its card names; build the reference again")
-    if problem := _unusable(arrays, len(card.classes)):
-        raise ReferenceSetError(f"{file}: {problem}; build the reference again")
-    names = arrays["object_id"].view(f"S{MAX_OBJECT_ID_BYTES}")[:, 0]
+    return Reference(card, {survey: _of_survey(file, survey, arrays, len(card.classes)) for survey in surveys})
+
+
+def _of_survey(file: Path, survey: Survey, arrays: Mapping[str, NDArray[Any]], classes: int) -> SurveyReference:
+    """The arrays of one survey. Raises ReferenceSetError where alerts cannot be judged by them."""
+    own = {name.removeprefix(f"{survey}."): array for name, array in arrays.items() if name.startswith(f"{survey}.")}
+    if problem := _unusable(own, classes):
+        raise ReferenceSetError(f"{file}: of {survey}, {problem}; build the reference again")
+    names = own["object_id"].view(f"S{MAX_OBJECT_ID_BYTES}")[:, 0]
     try:
         object_id = np.char.decode(names, "utf-8")
     except UnicodeDecodeError as error:
         raise ReferenceSetError(f"{file}: a name of an object is no UTF-8; build the reference again") from error
-    alerts = Ordinary(arrays["embedding"], arrays["alert_id"], object_id, arrays["survey"])
-    return Reference(card, alerts, arrays["scores"], arrays["usual"], arrays["apart"], arrays["label"])
+    alerts = Ordinary(own["embedding"], own["alert_id"], object_id, np.full(len(names), survey, np.uint8))
+    return SurveyReference(alerts, own["scores"], own["usual"], own["apart"], own["label"])
 
 
 def check_made_with(file: Path, reference: ReferenceCard, cards: Sequence[bundle.Card]) -> None:
@@ -190,37 +223,32 @@ def check_made_with(file: Path, reference: ReferenceCard, cards: Sequence[bundle
         )
 
 
-def _arrays(
-    alerts: Ordinary,
-    scores: NDArray[np.float32],
-    usual: NDArray[np.float32],
-    apart: NDArray[np.float32],
-    label: NDArray[np.int64],
-) -> dict[str, NDArray[Any]]:
+def _arrays(surveys: Mapping[Survey, SurveyReference]) -> dict[str, NDArray[Any]]:
     """A reference's arrays as they stand in its file."""
-    names = np.char.encode(alerts.object_id, "utf-8").astype(f"S{MAX_OBJECT_ID_BYTES}")
-    return {
-        "embedding": np.ascontiguousarray(alerts.embedding),
-        "alert_id": alerts.alert_id,
-        "object_id": names[:, None].view(np.uint8),
-        "survey": alerts.survey,
-        "scores": scores,
-        "usual": usual,
-        "apart": apart,
-        "label": label,
-    }
+    arrays: dict[str, NDArray[Any]] = {}
+    for survey, part in surveys.items():
+        names = np.char.encode(part.alerts.object_id, "utf-8").astype(f"S{MAX_OBJECT_ID_BYTES}")
+        own: dict[str, NDArray[Any]] = {
+            "embedding": np.ascontiguousarray(part.alerts.embedding),
+            "alert_id": part.alerts.alert_id,
+            "object_id": names[:, None].view(np.uint8),
+            "scores": part.scores,
+            "usual": part.usual,
+            "apart": part.apart,
+            "label": part.label,
+        }
+        arrays |= {f"{survey}.{name}": array for name, array in own.items()}
+    return arrays
 
 
 def _unusable(arrays: Mapping[str, NDArray[Any]], classes: int) -> str | None:
-    """What keeps alerts from being scored, or the scores from being flagged, by a reference's arrays."""
+    """What keeps alerts from being scored, or the scores from being flagged, by a survey's arrays."""
     if bad := [name for name in ("embedding", "scores", "usual", "apart") if not np.isfinite(arrays[name]).all()]:
         return f"its {bad[0]} holds NaN or infinite numbers"
     if (np.diff(arrays["scores"]) < 0).any() or arrays["scores"][0] == arrays["scores"][-1]:
         return "its scores do not ascend"
     if bad := [name for name in ("usual", "apart") if not (arrays[name][:, 1] > 0).all()]:
         return f"its {bad[0]} deviations are not above 0"
-    if not np.isin(arrays["survey"], list(Survey)).all():
-        return "its survey names one that is not known"
     if not ((arrays["label"] >= UNLABELLED) & (arrays["label"] < classes)).all():
         return "its label names a class that its card does not"
     return None

@@ -22,8 +22,8 @@ class Model:
 
     bundle: Bundle
     network: LoadedNetwork
-    surveys: tuple[Survey, ...]
-    """Whose alerts it scores: those that it was trained for, and those that the operator added."""
+    also: tuple[Survey, ...] = ()
+    """The surveys that the operator added: their alerts are scored although the network was not trained for them."""
 
     @property
     def name(self) -> str:
@@ -41,6 +41,16 @@ class Model:
         return self.bundle.card.outputs.labels
 
     @property
+    def surveys(self) -> tuple[Survey, ...]:
+        """Whose alerts it takes: those that it was trained for, and those that the operator added."""
+        return self._and_also(self.bundle.card.surveys)
+
+    def surveys_of(self, label: str) -> tuple[Survey, ...]:
+        """For whose alerts it gives the output `label`: those that this was trained for, and those that the operator
+        added."""
+        return self._and_also(self.bundle.card.surveys_of(label))
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The metadata columns that it needs, in its order."""
         return tuple(column.name for column in self.bundle.card.inputs.metadata)
@@ -51,7 +61,8 @@ class Model:
         return self.network.provider
 
     def score(self, alerts: AlertBatch) -> ModelScores:
-        """Its outputs for the alerts of its surveys, NaN for the others.
+        """Its outputs for the alerts of its surveys, NaN for the others; each probability is NaN also for the alerts of
+        a survey that this output was not trained for.
 
         Raises as `preprocess.prepare` does.
         """
@@ -61,6 +72,9 @@ class Model:
         for name, values in self.run(raw_alerts(alerts)[rows]).items():
             columns[name] = np.full((len(alerts), *values.shape[1:]), np.nan, np.float32)
             columns[name][rows] = values
+        for c, label in enumerate(self.labels):
+            if (known := self.surveys_of(label)) != self.surveys:
+                columns["probabilities"][~np.isin(alerts.survey, known), c] = np.nan
         return ModelScores(
             self.name,
             self.version,
@@ -81,6 +95,9 @@ class Model:
             for name, values in results.items():
                 outputs[name][chunk] = values
         return outputs
+
+    def _and_also(self, surveys: Sequence[str]) -> tuple[Survey, ...]:
+        return tuple(dict.fromkeys([*(Survey[survey.upper()] for survey in surveys), *self.also]))
 
     def verify(self) -> None:
         """Raises BundleError where the network does not reproduce the bundle's test vector."""
@@ -125,8 +142,7 @@ def open_model(choice: config.Model | str, runtime: config.Runtime) -> Model:
     """
     name, also = (choice, []) if isinstance(choice, str) else (choice.bundle, choice.also)
     bundle = load_bundle(name)
-    surveys = tuple(Survey[survey.upper()] for survey in dict.fromkeys([*bundle.card.surveys, *also]))
-    model = Model(bundle, open_network(bundle, runtime), surveys)
+    model = Model(bundle, open_network(bundle, runtime), tuple(Survey[survey.upper()] for survey in also))
     model.verify()
     return model
 

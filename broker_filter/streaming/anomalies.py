@@ -1,12 +1,13 @@
 """Which scored alerts are anomalies: how strange each is, and which are the strangest share of them.
 
-Holds the threshold, which moves with every alert that is judged: batches must be judged once each, in their order. A
-start begins from the reference's own threshold, so that a message read again may be flagged otherwise than the first
-time, as far as the threshold has moved.
+Holds a threshold for each survey, which moves with every alert of it that is judged: batches must be judged once each,
+in their order. A start begins from the reference's own thresholds, so that a message read again may be flagged
+otherwise than the first time, as far as the threshold has moved.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ from broker_filter.streaming.expressions import FIELDS, Expression, compile_filt
 if TYPE_CHECKING:
     from broker_filter.streaming.filtering import ScoredBatch
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Anomalies:
@@ -30,7 +33,7 @@ class Anomalies:
 
     model: str
     score: NDArray[np.float32]  # [N]
-    threshold: NDArray[np.float32]  # [N] what the score met
+    threshold: NDArray[np.float32]  # [N] of its survey, what the score met
     flag: NDArray[np.bool_]  # [N]
     reasons: dict[int, Reason] = field(default_factory=dict)  # of the rows that are flagged
 
@@ -41,15 +44,16 @@ class Anomalies:
 
 
 class AnomalyJudge:
-    """Judges scored batches by a reference."""
+    """Judges scored batches by a reference, the alerts of each survey by the reference's alerts of that survey."""
 
     def __init__(self, reference: Reference, rate: float, where: Expression | None) -> None:
-        """`rate`: the share of the judged alerts to flag; `where`: which are judged, all if None. Of those, the ones
-        that have an embedding, of surveys that the reference has alerts of."""
+        """`rate`: the share of each survey's judged alerts to flag; `where`: which are judged, all if None. Of those,
+        the ones that have an embedding, of surveys that the reference has alerts of."""
         self._model = reference.card.bundle
-        self._surveys = np.unique(reference.alerts.survey)
-        self._scorer = AnomalyScorer(reference)
-        self._tracker = RateTracker(reference.scores, rate)
+        self._surveys = {
+            survey: (AnomalyScorer(reference.card, part), RateTracker(part.scores, rate))
+            for survey, part in reference.surveys.items()
+        }
         self._where = where
 
     @property
@@ -62,28 +66,40 @@ class AnomalyJudge:
         model = next(one for one in scored.scores.models if one.model == self._model)
         if model.embedding is None:
             raise ReferenceSetError(f"the model {self._model} gives no embedding")
-        judged = model.taken & np.isin(scored.alerts.survey, self._surveys)
-        if self._where:
-            judged &= self._where.evaluate(scored)
-        score = np.full(len(judged), np.nan, np.float32)
-        if judged.any():
-            score[judged] = self._scorer.score(model.embedding[judged])
-        threshold, flag = self._tracker.flag(score, ~scored.duplicate)
-        reasons = {}
-        if flag.any():
-            explained = self._scorer.explain(model.embedding[flag])
-            reasons = dict(zip(np.flatnonzero(flag).tolist(), explained, strict=True))
+        judged = model.taken & self._where.evaluate(scored) if self._where else model.taken
+        n = len(judged)
+        score, threshold = np.full(n, np.nan, np.float32), np.full(n, np.nan, np.float32)
+        flag = np.zeros(n, np.bool_)
+        reasons: dict[int, Reason] = {}
+        for survey, (scorer, tracker) in self._surveys.items():
+            rows = np.flatnonzero(judged & (scored.alerts.survey == survey))
+            if not len(rows):
+                continue
+            score[rows] = scorer.score(model.embedding[rows])
+            threshold[rows], flag[rows] = tracker.flag(score[rows], ~scored.duplicate[rows])
+            if len(flagged := rows[flag[rows]]):
+                reasons |= dict(zip(flagged.tolist(), scorer.explain(model.embedding[flagged]), strict=True))
         return Anomalies(self._model, score, threshold, flag, reasons)
 
 
 def open_judge(asked: config.Anomalies, scorer: Scorer) -> AnomalyJudge:
-    """What a configuration asks for.
+    """What a configuration asks for. Logs which surveys' alerts the model takes and the reference cannot judge.
 
     Raises ReferenceSetError where the reference cannot be used with the models, ExpressionError for a filter that does
     not compile.
     """
     reference = read_reference(asked.reference)
     check_made_with(asked.reference, reference.card, [model.bundle.card for model in scorer.models])
+    model = next(model for model in scorer.models if model.name == reference.card.bundle)
+    for survey in model.surveys:
+        if counts := None if survey in reference.surveys else reference.card.surveys.get(str(survey)):
+            log.warning(
+                "%s: alerts of %s are not judged: of %d that the reference was built from %d passed its filter, which "
+                "are too few",
+                *(asked.reference, survey, counts.read, counts.passed),
+            )
+        elif survey not in reference.surveys:
+            log.info("%s: alerts of %s are not judged: the reference was built from none", asked.reference, survey)
     where = asked.where if asked.where is not None else reference.card.where
     outputs = [f"{model.name}.{label}" for model in scorer.models for label in model.labels]
     return AnomalyJudge(reference, asked.rate, compile_filter(where, FIELDS, outputs) if where else None)

@@ -1,4 +1,4 @@
-"""INPUT... -> Packets: files, folders and archives, nested as they come, as one forward stream.
+"""INPUT... -> Packets: files, folders, archives and standard input, nested as they come, as one forward stream.
 
 What a file holds is told from its bytes, never from its name. Memory stays flat whatever the size: nothing is extracted
 to disk, and no archive is ever held whole. Decides nothing about alerts: what is not understood becomes a Packet as it
@@ -7,18 +7,24 @@ is, for decoding to reject.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import logging
+import lzma
 import os
 import re
+import stat
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal, cast
+from typing import IO, Any, BinaryIO, Literal, Protocol, cast
+
+import pyarrow as pa
 
 from broker_filter.packets import ocf, parquet
 from broker_filter.packets.packet import FilePosition, Packet
@@ -32,9 +38,18 @@ MAX_EXTENDED_HEADER_BYTES = 64 * 2**10
 MAX_MEMBER_BYTES = 2**40
 """Of a tar's member with its headers, ten times a night: past an archive's end tarfile goes on in steps of 10 kB."""
 
-_GZIP = b"\x1f\x8b\x08"
+MAX_TRAILING_BYTES = 64 * 2**20
+"""Of padding behind a tar's end, which real archives have 10 kB of. More of it is a bomb."""
+_EXPANSION_ALLOWANCE = 16 * 2**20
+"""Bytes that a compressed file may expand to whatever its ratio: a tar of few alerts has more padding than content."""
+STDIN = "-"
+"""In the place of a file: standard input."""
+_STDIN_DESCRIPTOR = 0
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _FILE_BUFFER = 256 * 1024
 _PACKET_BUFFER = 64 * 1024
+_PIECE = 32 * 1024
+"""Bytes that are decompressed at once: where the stream is damaged, so many may be lost before the damage."""
 _WHOLE_MEMBER = 2**20
 """Bytes of a tar's member that are read at once; packets are smaller, and a buffer would copy them three times."""
 _EXTENDED_HEADERS = frozenset((tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE))
@@ -49,33 +64,227 @@ _PLAIN_HEADER = re.compile(
 _TAR_ENDS = (tarfile.EOFHeaderError, tarfile.EmptyHeaderError)  # type: ignore[attr-defined]
 """At the mark of a tar's end, and at the end of one without it: real night archives have none."""
 
+_OF_MACOS = re.compile(r"(.*/)?(\._[^/]*|\.DS_Store|__MACOSX/.*)", re.DOTALL)
+"""Files that macOS writes beside the user's own."""
+
 log = logging.getLogger(__name__)
 
 
 class InputError(OSError):
-    """An input that is not there or cannot be read; the message names it."""
+    """An input that the system refuses to read; the message names it."""
 
 
-def read_packets(inputs: Sequence[str | Path], *, max_packet_bytes: int = MAX_PACKET_BYTES) -> Iterator[Packet]:
-    """Yields the packets of every input in the order given; a folder's files, recursively, in the order of their names.
+class NoInputError(InputError):
+    """An input that is not there, or is of a kind that is not read; the message names it and says what to do."""
 
-    A file or member is a Packet, except that each block of a container file of several alerts is one, and each row of a
-    Parquet file. At most a little more than `max_packet_bytes` of it is read, so that one that is too large is known.
+    exit_status = 2
+
+
+def read_packets(
+    inputs: Sequence[str | Path], *, max_packet_bytes: int = MAX_PACKET_BYTES, wanted: Collection[str] = ()
+) -> Packets:
+    """The packets of every input in the order given; a folder's files, recursively, in the order of their names.
+
+    An input is a file, a folder, or STDIN for standard input. A file or member is a Packet, except that each block of a
+    container file of several alerts is one, and each row of a Parquet file. At most a little more than
+    `max_packet_bytes` of it is read, so that one that is too large is known. Of the `wanted` fields (dotted paths), a
+    warning names those that a Parquet file has in a type that cannot be read.
 
     Damage loses what comes after it and no more. The packet that is cut off has the bytes that are there; a damaged tar
     or Parquet file ends with an empty Packet for what is lost, and a tar's sparse member is one. Decoding rejects them,
     and the log says why.
 
-    Raises `InputError`: at once where an input is not there, later where the system refuses to read one.
+    Raises `NoInputError` at once where an input is not there; reading raises `InputError` where the system refuses.
     """
-    for given in inputs:
-        if not Path(given).exists():
-            raise InputError(f"{given}: no such file or folder")
-    return chain.from_iterable(_read_file(path, max_packet_bytes) for given in inputs for path in _files(Path(given)))
+    check_inputs(inputs)
+    return Packets(inputs, max_packet_bytes, wanted)
 
 
-def _files(given: Path) -> Iterator[Path]:
-    if not given.is_dir():
+def check_inputs(inputs: Sequence[str | Path]) -> None:
+    """Raises `NoInputError` where an input is not there, or is of a kind that is not read."""
+    for i, given in enumerate(inputs):
+        if _is_stdin(given):
+            if any(map(_is_stdin, inputs[:i])):
+                raise NoInputError(f"{STDIN}: standard input can be read once only")
+        elif match := _URL.match(str(given)):
+            raise NoInputError(f"{given}: {_fetch(match[1], str(given))}")
+        elif not Path(given).exists():
+            raise NoInputError(f"{given}: no such file or folder")
+
+
+def _is_stdin(given: str | Path) -> bool:
+    return str(given) == STDIN
+
+
+def _fetch(scheme: str, url: str) -> str:
+    """What to do about an input that is no file of this machine."""
+    if scheme == "kafka":
+        return "a topic is read by `inspect` and `run` only"
+    fetch = f"aws s3 cp {url} -" if scheme == "s3" else f"curl -L {url}"
+    return f"{scheme}:// is not read: fetch it first, or pipe it: {fetch} | broker-filter COMMAND {STDIN} ..."
+
+
+class Packets(Iterator[Packet]):
+    """The packets of inputs, as `read_packets` describes them."""
+
+    def __init__(self, inputs: Sequence[str | Path], max_packet_bytes: int, wanted: Collection[str]) -> None:
+        self._inputs = inputs
+        self._limit = max_packet_bytes
+        self._wanted = wanted
+        self._told: set[str] = set()
+        self._read_bytes = 0  # of the files that were read to their ends
+        self._current: io.FileIO | None = None
+        self._packets = chain.from_iterable(map(self._read_file, chain.from_iterable(map(_files, inputs))))
+
+    def __next__(self) -> Packet:
+        return next(self._packets)
+
+    def share_read(self) -> float | None:
+        """The share of the inputs' bytes that was read so far; None where nobody knows how many there will be.
+
+        Must be called by the thread that reads. The first call looks at every file of the inputs.
+        """
+        if self._total_bytes is None:
+            return None
+        current = 0 if self._current is None else self._current.tell()
+        return min(1.0, (self._read_bytes + current) / max(1, self._total_bytes))
+
+    @cached_property
+    def _total_bytes(self) -> int | None:
+        total = 0
+        for given in self._inputs:
+            for file in _files(given):
+                status = os.fstat(_STDIN_DESCRIPTOR) if _is_stdin(file) else Path(file).stat()
+                if not stat.S_ISREG(status.st_mode):
+                    return None
+                total += status.st_size
+        return total
+
+    def _read_file(self, file: str | Path) -> Iterator[Packet]:
+        name = "<stdin>" if _is_stdin(file) else str(file)
+        readable_name = name.encode(errors="replace").decode()  # names on disk may be no Unicode, outputs must be
+        try:
+            raw = io.FileIO(_STDIN_DESCRIPTOR, closefd=False) if _is_stdin(file) else io.FileIO(file)
+            with io.BufferedReader(raw, _FILE_BUFFER) as stream:
+                self._current = raw if raw.seekable() else None
+                yield from self._read_stream(stream, FilePosition(readable_name))
+                self._read_bytes += os.fstat(raw.fileno()).st_size
+        except OSError as error:
+            raise InputError(f"{readable_name}: {error.strerror or error}") from error
+        finally:
+            self._current = None
+
+    def _read_stream(self, stream: io.BufferedReader[Any], position: FilePosition, depth: int = 0) -> Iterator[Packet]:
+        """The packets in a file or member, told by its first bytes."""
+        start = stream.peek(tarfile.BLOCKSIZE)[: tarfile.BLOCKSIZE]
+        if start.startswith(ocf.MAGIC):
+            yield from self._read_container(stream, position)
+        elif (compression := _compression_of(start)) and depth < MAX_DEPTH:
+            yield from self._read_compressed(compression, stream, position, depth)
+        elif start.startswith(parquet.MAGIC):
+            yield from self._read_parquet(stream, position)
+        elif _is_tar(start) and depth < MAX_DEPTH:
+            yield from self._read_tar(stream, position, depth)
+        elif not _is_of_macos(position.member or position.path, start):
+            yield Packet(_read_up_to(self._limit + 1, stream), position)
+
+    def _read_container(self, stream: io.BufferedReader[Any], position: FilePosition) -> Iterator[Packet]:
+        data = _read_up_to(self._limit + 1, stream)
+        if _is_packet(data, self._limit):
+            yield Packet(data, position)
+            return
+        record = 0
+        for container in ocf.split_container(cast(BinaryIO, _Continued(data, stream)), self._limit):
+            yield Packet(container, replace(position, record=record))
+            record += ocf.count_records(container)
+
+    def _read_compressed(
+        self, compression: _Compression, stream: io.BufferedReader[Any], position: FilePosition, depth: int
+    ) -> Iterator[Packet]:
+        inflated = _Inflated(compression.open(stream))
+        yield from self._read_stream(io.BufferedReader(inflated, _FILE_BUFFER), position, depth + 1)
+        if inflated.damage:
+            log.warning("%s: damaged %s, read as far as it goes: %s", position, compression.name, inflated.damage)
+
+    def _read_parquet(self, stream: io.BufferedReader[Any], position: FilePosition) -> Iterator[Packet]:
+        file: IO[bytes] = stream
+        if not stream.seekable():  # in an archive or a pipe; Parquet is read from its end
+            data = _read_up_to(self._limit + 1, stream)
+            if len(data) > self._limit:
+                log.warning(
+                    "%s: Parquet of more than %d bytes is only read from a file of its own", position, self._limit
+                )
+                yield Packet(data, position)
+                return
+            file = io.BytesIO(data)
+        row = 0
+        try:
+            rows = parquet.Rows(file)
+            self._tell_left_out(rows.left_out, position)
+            for row, container in enumerate(rows):
+                yield Packet(container, replace(position, record=row))
+        except parquet.ParquetError as error:
+            log.warning("%s: damaged Parquet, read as far as it goes: %s", position, error)
+            yield Packet(b"", replace(position, record=row))
+
+    def _tell_left_out(self, left_out: Mapping[str, object], position: FilePosition) -> None:
+        """Warns, once for all files that lack the same, of wanted columns that cannot be read."""
+        columns = [
+            f"{path} ({kind})"
+            for path, kind in left_out.items()
+            if any(field == path or field.startswith(f"{path}.") for field in self._wanted)
+        ]
+        text = ", ".join(columns)
+        if columns and text not in self._told:
+            self._told.add(text)
+            log.warning(
+                "%s: columns that cannot be read count as missing: %s; write them as numbers, strings or bytes",
+                position,
+                text,
+            )
+
+    def _read_tar(self, stream: io.BufferedReader[Any], position: FilePosition, depth: int) -> Iterator[Packet]:
+        try:
+            mode: Literal["r:", "r|"] = "r:" if stream.seekable() else "r|"
+            with tarfile.open(fileobj=stream, mode=mode, tarinfo=_Member, errors="replace") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members.clear()  # type: ignore[attr-defined]  # they would be a gigabyte in a night
+                    if not member.isfile():  # a folder or a link
+                        continue
+                    place = FilePosition(position.path, f"{position.member}/{member.name}".lstrip("/"), position.record)
+                    if member.issparse():
+                        log.warning("%s: sparse members of a tar are not read; pack it without --sparse", place)
+                        yield Packet(b"", place)
+                    else:
+                        yield from self._read_member(cast(IO[bytes], archive.fileobj), member.size, place, depth + 1)
+            trailing = 0  # padding: the checksum of a gzip around it stands behind that
+            while trailing <= MAX_TRAILING_BYTES and (padding := stream.read(_FILE_BUFFER)):
+                trailing += len(padding)
+            damage = getattr(stream.raw, "damage", None)
+            if trailing > MAX_TRAILING_BYTES:
+                damage = tarfile.ReadError(f"more than {MAX_TRAILING_BYTES} bytes behind its end")
+        except tarfile.ReadError as error:
+            damage = error
+        if damage:
+            log.warning("%s: damaged tar, read as far as it goes: %s", position, damage)
+            yield Packet(b"", position)
+
+    def _read_member(self, archive: IO[bytes], size: int, position: FilePosition, depth: int) -> Iterator[Packet]:
+        """The packets in a tar's member of `size` bytes, at which `archive` stands."""
+        if size > _WHOLE_MEMBER:
+            stored = io.BufferedReader(_Stored(archive, size), _PACKET_BUFFER)
+            yield from self._read_stream(stored, position, depth)
+            return
+        data = archive.read(size)
+        if data.startswith(ocf.MAGIC) and _is_packet(data, self._limit):
+            yield Packet(data, position)
+        else:
+            yield from self._read_stream(io.BufferedReader(io.BytesIO(data)), position, depth)
+
+
+def _files(given: str | Path) -> Iterator[str | Path]:
+    """An input's files."""
+    if _is_stdin(given) or not Path(given).is_dir():
         yield given
         return
 
@@ -90,103 +299,9 @@ def _files(given: Path) -> Iterator[Path]:
                 yield path
 
 
-def _read_file(path: Path, limit: int) -> Iterator[Packet]:
-    readable_name = str(path).encode(errors="replace").decode()  # names on disk may be no Unicode, outputs must be
-    try:
-        with io.BufferedReader(io.FileIO(path), _FILE_BUFFER) as stream:
-            yield from _read_stream(stream, FilePosition(readable_name), limit)
-    except OSError as error:
-        raise InputError(f"{readable_name}: {error.strerror or error}") from error
-
-
-def _read_stream(
-    stream: io.BufferedReader[Any], position: FilePosition, limit: int, depth: int = 0
-) -> Iterator[Packet]:
-    """The packets in a file or member, told by its first bytes."""
-    start = stream.peek(tarfile.BLOCKSIZE)[: tarfile.BLOCKSIZE]
-    if start.startswith(ocf.MAGIC):
-        yield from _read_container(stream, position, limit)
-    elif start.startswith(_GZIP) and depth < MAX_DEPTH:
-        yield from _read_gzip(stream, position, limit, depth)
-    elif start.startswith(parquet.MAGIC):
-        yield from _read_parquet(stream, position, limit)
-    elif _is_tar(start) and depth < MAX_DEPTH:
-        yield from _read_tar(stream, position, limit, depth)
-    else:
-        yield Packet(_read_up_to(limit + 1, stream), position)
-
-
-def _read_container(stream: io.BufferedReader[Any], position: FilePosition, limit: int) -> Iterator[Packet]:
-    data = _read_up_to(limit + 1, stream)
-    if _is_packet(data, limit):
-        yield Packet(data, position)
-        return
-    record = 0
-    for container in ocf.split_container(cast(BinaryIO, _Continued(data, stream)), limit):
-        yield Packet(container, replace(position, record=record))
-        record += ocf.count_records(container)
-
-
-def _read_gzip(stream: io.BufferedReader[Any], position: FilePosition, limit: int, depth: int) -> Iterator[Packet]:
-    inflated = _Inflated(stream)
-    yield from _read_stream(io.BufferedReader(inflated, _FILE_BUFFER), position, limit, depth + 1)
-    if inflated.damage:
-        log.warning("%s: damaged gzip, read as far as it goes: %s", position, inflated.damage)
-
-
-def _read_parquet(stream: io.BufferedReader[Any], position: FilePosition, limit: int) -> Iterator[Packet]:
-    file: IO[bytes] = stream
-    if not stream.seekable():  # in an archive; Parquet is read from its end
-        data = _read_up_to(limit + 1, stream)
-        if len(data) > limit:
-            log.warning("%s: Parquet of more than %d bytes is only read from a file of its own", position, limit)
-            yield Packet(data, position)
-            return
-        file = io.BytesIO(data)
-    row = 0
-    try:
-        for row, container in enumerate(parquet.read_rows(file)):
-            yield Packet(container, replace(position, record=row))
-    except parquet.ParquetError as error:
-        log.warning("%s: damaged Parquet, read as far as it goes: %s", position, error)
-        yield Packet(b"", replace(position, record=row))
-
-
-def _read_tar(stream: io.BufferedReader[Any], position: FilePosition, limit: int, depth: int) -> Iterator[Packet]:
-    try:
-        mode: Literal["r:", "r|"] = "r:" if stream.seekable() else "r|"
-        with tarfile.open(fileobj=stream, mode=mode, tarinfo=_Member, errors="replace") as archive:
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # they would be a gigabyte in a night
-                if not member.isfile():  # a folder or a link
-                    continue
-                place = FilePosition(position.path, f"{position.member}/{member.name}".lstrip("/"), position.record)
-                if member.issparse():
-                    log.warning("%s: sparse members of a tar are not read; pack it without --sparse", place)
-                    yield Packet(b"", place)
-                else:
-                    yield from _read_member(cast(IO[bytes], archive.fileobj), member.size, place, limit, depth + 1)
-        while stream.read(_FILE_BUFFER):  # padding: the checksum of a gzip around it stands behind that
-            pass
-        damage = getattr(stream.raw, "damage", None)
-    except tarfile.ReadError as error:
-        damage = error
-    if damage:
-        log.warning("%s: damaged tar, read as far as it goes: %s", position, damage)
-        yield Packet(b"", position)
-
-
-def _read_member(archive: IO[bytes], size: int, position: FilePosition, limit: int, depth: int) -> Iterator[Packet]:
-    """The packets in a tar's member of `size` bytes, at which `archive` stands."""
-    if size > _WHOLE_MEMBER:
-        stored = io.BufferedReader(_Stored(archive, size), _PACKET_BUFFER)
-        yield from _read_stream(stored, position, limit, depth)
-        return
-    data = archive.read(size)
-    if data.startswith(ocf.MAGIC) and _is_packet(data, limit):
-        yield Packet(data, position)
-    else:
-        yield from _read_stream(io.BufferedReader(io.BytesIO(data)), position, limit, depth)
+def _is_of_macos(name: str, start: bytes) -> bool:
+    """Whether this is a file that macOS writes beside another one: they begin with a zero byte, or are empty."""
+    return start[:1] in (b"", b"\0") and _OF_MACOS.fullmatch(name) is not None
 
 
 def _is_packet(container: bytes, limit: int) -> bool:
@@ -214,11 +329,23 @@ class _Continued:
         return self._beginning.read(size) or self._rest.read(size)
 
 
-class _Inflated(io.RawIOBase):
-    """A gzip's content up to where it is damaged, and how it is damaged: what stands before that is still read."""
+class _Reader(Protocol):
+    """A compressed stream's content."""
 
-    def __init__(self, stream: io.BufferedReader[Any]) -> None:
-        self._gzip = gzip.GzipFile(fileobj=stream)
+    def read1(self, size: int, /) -> bytes:
+        """At most `size` bytes; none at the end. Raises one of `_DAMAGE`."""
+        ...
+
+
+_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, pa.ArrowException, OSError)
+"""How damage shows; an OSError with a number is the system's."""
+
+
+class _Inflated(io.RawIOBase):
+    """A compressed stream's content up to where it is damaged, and how: what stands before that is still read."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self._reader = reader
         self.damage: Exception | None = None
 
     def readable(self) -> bool:
@@ -228,8 +355,10 @@ class _Inflated(io.RawIOBase):
         filled = 0
         while filled < len(buffer) and self.damage is None:
             try:
-                piece = self._gzip.read1(len(buffer) - filled)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                piece = self._reader.read1(len(buffer) - filled)
+            except _DAMAGE as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
                 self.damage = error
                 break
             if not piece:
@@ -237,6 +366,108 @@ class _Inflated(io.RawIOBase):
             buffer[filled : filled + len(piece)] = piece
             filled += len(piece)
         return filled
+
+
+class _Source(io.RawIOBase):
+    """Compressed bytes, which counts how many were taken."""
+
+    def __init__(self, stream: io.BufferedReader[Any]) -> None:
+        self._stream = stream
+        self.taken = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._stream.read(size)
+        self.taken += len(data)
+        return data
+
+
+class _Bounded:
+    """A reader that ends where the content is more than `ocf.MAX_EXPANSION` times as long as what it was made of."""
+
+    def __init__(self, source: _Source, read: Callable[[int], bytes]) -> None:
+        self._source = source
+        self._read = read
+        self._given = 0
+
+    def read1(self, size: int, /) -> bytes:
+        piece = self._read(min(size, _PIECE))
+        self._given += len(piece)
+        if self._given > _EXPANSION_ALLOWANCE + ocf.MAX_EXPANSION * self._source.taken:
+            raise EOFError(f"it expands to more than {ocf.MAX_EXPANSION} times its size: a decompression bomb")
+        return piece
+
+
+_Decompressor = lzma.LZMADecompressor | bz2.BZ2Decompressor
+"""Of one stream."""
+
+
+class _Streams:
+    """The content of a file of compressed streams, one after the other, as xz and bzip2 have it."""
+
+    def __init__(self, source: _Source, new: Callable[[], _Decompressor]) -> None:
+        self._source = source
+        self._new = new
+        self._stream = new()
+
+    def read(self, size: int) -> bytes:
+        while True:
+            if self._stream.eof:
+                # Between streams xz may pad with zeros.
+                data = self._stream.unused_data.lstrip(b"\0") or self._source.read(_FILE_BUFFER).lstrip(b"\0")
+                if not data:
+                    return b""
+                self._stream = self._new()
+            else:
+                data = self._source.read(_FILE_BUFFER) if self._stream.needs_input else b""
+                if self._stream.needs_input and not data:
+                    raise EOFError("the compressed stream ends early")
+            if piece := self._stream.decompress(data, size):
+                return piece
+
+
+@dataclass(frozen=True, slots=True)
+class _Compression:
+    """A way of compressing: what it is called, how its files begin, and how their content is read."""
+
+    name: str
+    beginning: bytes
+    open: Callable[[io.BufferedReader[Any]], _Reader]
+
+
+def _open_gzip(stream: io.BufferedReader[Any]) -> _Reader:
+    return gzip.GzipFile(fileobj=stream)
+
+
+def _open_bzip2(stream: io.BufferedReader[Any]) -> _Reader:
+    source = _Source(stream)
+    return _Bounded(source, _Streams(source, bz2.BZ2Decompressor).read)
+
+
+def _open_xz(stream: io.BufferedReader[Any]) -> _Reader:
+    source = _Source(stream)
+    return _Bounded(source, _Streams(source, partial(lzma.LZMADecompressor, memlimit=ocf.XZ_MEMORY)).read)
+
+
+def _open_by_arrow(codec: str, stream: io.BufferedReader[Any]) -> _Reader:
+    source = _Source(stream)
+    return _Bounded(source, pa.CompressedInputStream(pa.PythonFile(source, mode="r"), codec).read)
+
+
+_COMPRESSIONS = (
+    _Compression("gzip", b"\x1f\x8b\x08", _open_gzip),
+    _Compression("xz", b"\xfd7zXZ\x00", _open_xz),
+    _Compression("bzip2", b"BZh", _open_bzip2),
+    _Compression("zstd", b"\x28\xb5\x2f\xfd", partial(_open_by_arrow, "zstd")),
+    _Compression("lz4", b"\x04\x22\x4d\x18", partial(_open_by_arrow, "lz4")),
+)
+
+
+def _compression_of(start: bytes) -> _Compression | None:
+    """How the file that begins with `start` is compressed; None where it is not."""
+    return next((known for known in _COMPRESSIONS if start.startswith(known.beginning)), None)
 
 
 class _Stored(io.RawIOBase):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,6 +11,9 @@ from broker_filter.packets.batch import AlertBatch
 
 SETTLE = 8_192
 """Ids that are gathered before they are put among the others, which moves all of those: some 20 ms for a million."""
+
+FORGOTTEN = np.iinfo(np.int64).min
+"""The number of an id that is in no window, however large that is."""
 
 
 class DuplicateWindow:
@@ -32,8 +37,7 @@ class DuplicateWindow:
     def mark(self, alerts: AlertBatch, taken: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which of the `taken` rows repeat an id, bool[N]; remembers those that do not. Other rows are passed over."""
         duplicate = np.zeros(len(alerts), dtype=np.bool_)
-        # The highest bit tells the two surveys apart: no survey's ids use it.
-        identities = alerts.alert_id.view(np.uint64) ^ (alerts.survey.astype(np.uint64) << np.uint64(63))
+        identities = _identities(alerts)
         settled = self._find(identities)
         packet_index, record_index = alerts.packet_index.tolist(), alerts.record_index.tolist()
         for i, identity in enumerate(identities.tolist()):
@@ -50,6 +54,15 @@ class DuplicateWindow:
         if len(self._latest) >= SETTLE:
             self._settle()
         return duplicate
+
+    def forget(self, alerts: AlertBatch, rows: Iterable[int]) -> None:
+        """Takes back that some rows were seen: alerts that were not published, and are new when they come again."""
+        identities = _identities(alerts)
+        for i in rows:
+            self._latest.pop(int(identities[i]), None)
+            at = np.searchsorted(self._identities, identities[i])
+            if at < len(self._identities) and self._identities[at] == identities[i]:
+                self._numbers[at] = FORGOTTEN
 
     def _find(self, identities: NDArray[np.uint64]) -> dict[int, tuple[int, int]]:
         """Number and place by identity, of those that have settled."""
@@ -70,3 +83,8 @@ class DuplicateWindow:
         self._identities = np.insert(self._identities[stays], at, identities[order])
         self._numbers = np.insert(self._numbers[stays], at, numbers[order])
         self._places = np.insert(self._places[stays], at, places[order])
+
+
+def _identities(alerts: AlertBatch) -> NDArray[np.uint64]:
+    """What tells alerts apart, uint64[N]: the id, and the survey in the highest bit, which no survey's ids use."""
+    return alerts.alert_id.view(np.uint64) ^ (alerts.survey.astype(np.uint64) << np.uint64(63))

@@ -8,25 +8,27 @@ reader sees every field exactly as the survey wrote it.
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
+import math
 import struct
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache
+from http import HTTPStatus
 from importlib.resources import files
 from typing import Any, Literal, Protocol
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter import __version__
 from broker_filter.packets.batch import AlertBatch, Record, Survey
+from broker_filter.packets.defaults import without_invalid_defaults
 from broker_filter.packets.ocf import container_header, encode_long
-from broker_filter.packets.registry import RegistryUnavailable, registry_address
-from broker_filter.packets.schema import BySchema, WriterSchema, full_name, self_contained
+from broker_filter.packets.registry_client import Answer, RegistryClient, RegistryUnavailable, no_beat
+from broker_filter.packets.schema import WriterSchema, full_name, moved_to, self_contained
 from broker_filter.packets.wire import frame
 from broker_filter.scoring.anomaly import Reason
 from broker_filter.scoring.scores import ModelScores
@@ -34,20 +36,41 @@ from broker_filter.streaming.anomalies import Anomalies
 from broker_filter.streaming.filtering import ScoredBatch
 
 Payload = Literal["full", "no_cutouts", "scores"]
+SubjectStrategy = Literal["topic", "record", "topic-record"]
 
 FIELD = "broker_filter"
 """The added field, and the namespace of its types. Where the packet has been through broker-filter before and carries
 that field already, the new one is `broker_filter_2` (3, ...): the highest number is the newest."""
 CUTOUT_FIELDS = frozenset({"cutoutScience", "cutoutTemplate", "cutoutDifference"})
+CACHED_SCHEMAS = 256
+"""Output schemas that are kept: a survey has one or two in use at a time, and packets from outside cannot make it
+grow."""
 REGISTERED_SCHEMAS = 10_000
-"""Ids that are kept: packets from outside cannot make them grow either."""
-REGISTRY_TIMEOUT_S = 10.0
-NOT_NOW = (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_MANY_REQUESTS)
-MAX_REGISTRY_ANSWER = 1 << 20
-"""Bytes of a registry's answer: an id, or an error message."""
+"""Ids and refusals that are kept: packets from outside cannot make them grow either."""
+FORGET_REFUSAL_S = 60.0
+"""How long a refused schema is not offered again: not with every alert, but soon after the registry's rules change."""
+REFUSALS = frozenset(
+    {
+        HTTPStatus.CONFLICT,
+        HTTPStatus.UNPROCESSABLE_ENTITY,
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        HTTPStatus.REQUEST_URI_TOO_LONG,
+        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    }
+)
+"""Answers that are about the schema: it is incompatible, invalid, or too large, and will be tomorrow."""
+NOT_WRITABLE = 42205
+"""Confluent's error code for a registry that takes no schema at present: a state, and no answer about the schema."""
+MAX_SUBJECT_CHARACTERS = 1000
+"""A name comes with a packet, and goes into a URL; servers take some thousands of characters there."""
+MAX_SCHEMA_ID = 2**32 - 1
+"""Wire format has four bytes for it."""
 NAMED = ("record", "error", "enum", "fixed")
 """Kinds of types that have names."""
 
+
+HOP_FORMAT = ("_format", b"avro")
+"""The header by which hop-client knows that a message is an Avro object container file (hop.models.AvroBlob)."""
 
 Body = Sequence[bytes | memoryview]
 """An encoded record in pieces, which are joined once, when the whole value is known."""
@@ -82,6 +105,11 @@ class OutputSchema:
 class Framing(Protocol):
     """How a body becomes a record's value."""
 
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes]]:
+        """Kafka headers that say how the value is framed."""
+        ...
+
     def frame(self, schema: OutputSchema, body: Body, topic: str) -> bytes:
         """The value to publish to `topic`."""
         ...
@@ -89,6 +117,8 @@ class Framing(Protocol):
 
 class ContainerFraming:
     """An Avro object container file with one record: what `fastavro.reader` reads."""
+
+    headers = (HOP_FORMAT,)
 
     def frame(self, schema: OutputSchema, body: Body, topic: str) -> bytes:  # noqa: ARG002
         """The value to publish, the same for every topic."""
@@ -101,46 +131,95 @@ class RegistryRefusalError(Exception):
 
 
 class WireFraming:
-    """Confluent wire format: each topic's schemas are registered under `<topic>-value` when they are first needed.
+    """Confluent wire format: schemas are registered when they are first needed, under a subject for each `strategy`.
 
-    Anonymously, or with the credentials in the registry's URL (`https://user:key@host`).
+    `topic` (Confluent's TopicNameStrategy): `<topic>-value`. `record` (RecordNameStrategy): the record's full name.
+    `topic-record` (TopicRecordNameStrategy): `<topic>-<full name>`. Many versions of a survey's schema share one full
+    name and are not compatible with each other. Where the registry refuses one for that, it is registered under a
+    name of its own: `name_of_its_own`.
+
+    `waiting`: see RegistryClient.
     """
 
-    def __init__(self, registry_url: str) -> None:
-        self._url, credentials = registry_address(registry_url)
-        self._headers = {"Content-Type": "application/vnd.schemaregistry.v1+json", **credentials}
-        self._ids: dict[tuple[bytes, str], int] = {}  # by what derives from the schema: its object is forgotten
+    headers = ()
+
+    def __init__(
+        self,
+        registry_url: str,
+        strategy: SubjectStrategy = "topic-record",
+        waiting: Callable[[], None] = no_beat,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client = RegistryClient(registry_url, waiting)
+        self._strategy = strategy
+        self._clock = clock
+        # By what derives from the schema, and by topic: the schema's object is forgotten.
+        self._ids: dict[tuple[bytes, str], int] = {}
+        self._refusals: dict[tuple[bytes, str], tuple[float, RegistryRefusalError]] = {}  # when, and what it answered
 
     def frame(self, schema: OutputSchema, body: Body, topic: str) -> bytes:
         """The value to publish. Raises RegistryUnavailable (try again later) and RegistryRefusalError."""
-        if (schema.sync, topic) not in self._ids:
-            if len(self._ids) >= REGISTERED_SCHEMAS:
-                self._ids.clear()
-            self._ids[schema.sync, topic] = self._register(schema, f"{topic}-value")
-        return frame(self._ids[schema.sync, topic], b"".join(body))
+        schema_id = self._ids.get((schema.sync, topic))
+        if schema_id is None:
+            schema_id = self._registered(schema, topic)
+        return frame(schema_id, b"".join(body))
 
-    def _register(self, schema: OutputSchema, subject: str) -> int:
-        request = urllib.request.Request(  # noqa: S310 -- the operator's own URL, its scheme checked with the configuration
-            f"{self._url}/subjects/{subject}/versions",
-            data=json.dumps({"schema": schema.text.decode()}).encode(),
-            headers=self._headers,
-        )
+    def _registered(self, schema: OutputSchema, topic: str) -> int:
+        key = schema.sync, topic
+        refused, refusal = self._refusals.get(key, (-math.inf, None))
+        if refusal is not None and self._clock() - refused < FORGET_REFUSAL_S:
+            raise refusal.with_traceback(None)  # it would grow with every time that it is raised
+        for cached in (self._ids, self._refusals):
+            if len(cached) >= REGISTERED_SCHEMAS:
+                cached.clear()
         try:
-            with urllib.request.urlopen(request, timeout=REGISTRY_TIMEOUT_S) as response:  # noqa: S310
-                return int(json.loads(response.read(MAX_REGISTRY_ANSWER))["id"])
-        except urllib.error.HTTPError as error:
-            answer = f"{error.code} {error.read(MAX_REGISTRY_ANSWER).decode(errors='replace')}"
-            if error.code >= 500 or error.code in NOT_NOW:
-                raise RegistryUnavailable(f"schema registry {self._url}: {answer}") from None
-            # Surveys change their schemas without asking whether a registry calls that compatible.
-            advice = "; set the subject's compatibility to NONE" if error.code == http.HTTPStatus.CONFLICT else ""
-            raise RegistryRefusalError(
-                f"schema registry {self._url} refuses subject {subject!r}: {answer}{advice}"
-            ) from None
-        except (OSError, http.client.HTTPException) as error:
-            raise RegistryUnavailable(f"schema registry {self._url}: {error or type(error).__name__}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise RegistryRefusalError(f"schema registry {self._url} gave no id for {subject!r}: {error!r}") from None
+            self._ids[key] = self._register(schema, topic)
+        except RegistryRefusalError as error:
+            self._refusals[key] = self._clock(), error
+            raise
+        return self._ids[key]
+
+    def _register(self, schema: OutputSchema, topic: str) -> int:
+        definition = json.loads(schema.text)
+        answer = self._ask(definition, topic)
+        if answer.status == HTTPStatus.CONFLICT and self._strategy != "topic":
+            definition = name_of_its_own(definition, schema.sync)
+            answer = self._ask(definition, topic)
+        subject = self._subject(definition, topic)
+        if answer.status == HTTPStatus.OK and isinstance(answer.content, dict):
+            schema_id = answer.content.get("id")
+            if isinstance(schema_id, int) and 0 <= schema_id <= MAX_SCHEMA_ID:
+                return schema_id
+        if answer.status in REFUSALS and answer.error_code != NOT_WRITABLE:
+            raise RegistryRefusalError(f"schema registry {self._client.url} refuses subject {subject!r}: {answer}")
+        raise RegistryUnavailable(f"schema registry {self._client.url} gives no id for {subject!r}: {answer}")
+
+    def _ask(self, definition: dict[str, Any], topic: str) -> Answer:
+        subject = self._subject(definition, topic)
+        if len(subject) > MAX_SUBJECT_CHARACTERS:
+            raise RegistryRefusalError(f"the name of a schema has {len(subject)} characters: {subject[:80]!r}...")
+        document = {"schema": json.dumps(definition, separators=(",", ":"))}
+        return self._client.ask(f"/subjects/{quote(subject, safe='')}/versions", document)
+
+    def _subject(self, definition: dict[str, Any], topic: str) -> str:
+        match self._strategy:
+            case "topic":
+                return f"{topic}-value"
+            case "record":
+                return full_name(definition, "")
+            case "topic-record":
+                return f"{topic}-{full_name(definition, '')}"
+
+
+def name_of_its_own(definition: dict[str, Any], sync: bytes) -> dict[str, Any]:
+    """A record's schema in a namespace that no other schema has: `ztf.alert` becomes `ztf.v1a2b3c4d5e6f7081.alert`.
+
+    Avro matches a reader's record with a writer's by the name without its namespace, and bodies hold no names. So
+    readers and bytes are the same as without it. `sync`: what derives from the schema.
+    """
+    space = full_name(definition, "").rpartition(".")[0]
+    moved: dict[str, Any] = moved_to(f"{space}.v{sync.hex()[:16]}".lstrip("."), space, definition)
+    return moved
 
 
 class Encoder:
@@ -279,20 +358,27 @@ def _scored_alert_definition() -> dict[str, Any]:
 
 @cache
 def scored_alert_schema() -> OutputSchema:
-    """The schema of `payload: scores`: schemas/scored_alert.avsc."""
-    return OutputSchema.of(_scored_alert_definition())
+    """The schema of `payload: scores`: schemas/scored_alert.avsc without its documentation.
+
+    A container file repeats the schema with every record, and the documentation is half of its text.
+    """
+    return OutputSchema.of(_undocumented(_scored_alert_definition()))
 
 
+def _undocumented(part: Any) -> Any:
+    if isinstance(part, list):
+        return [_undocumented(each) for each in part]
+    if isinstance(part, dict):
+        return {key: _undocumented(value) for key, value in part.items() if key != "doc"}
+    return part
+
+
+@lru_cache(maxsize=CACHED_SCHEMAS)
 def annotated_schema(schema: WriterSchema, cutouts: bool) -> OutputSchema:
-    """The writer's schema with the annotation as its last field, with or without the cutouts."""
-    return _with_cutouts(schema) if cutouts else _without_cutouts(schema)
-
-
-def _annotate(schema: WriterSchema, cutouts: bool) -> OutputSchema:
+    """The writer's schema with the annotation as its last field, with or without the cutouts and invalid defaults."""
     definitions = _named_types(schema.definition)
-    taken = _taken_names(schema, definitions)
     number = 1
-    while (field := FIELD if number == 1 else f"{FIELD}_{number}") in taken:
+    while (field := FIELD if number == 1 else f"{FIELD}_{number}") in _taken_names(schema, definitions):
         number += 1
     definition = dict(schema.definition)
     if not cutouts:
@@ -301,11 +387,7 @@ def _annotate(schema: WriterSchema, cutouts: bool) -> OutputSchema:
     annotation = dict(_scored_alert_definition()["fields"][-1])
     annotation["type"] = annotation["type"] | {"namespace": field}
     definition["fields"].append(annotation | {"name": field})
-    return OutputSchema.of(definition)
-
-
-_with_cutouts = BySchema(partial(_annotate, cutouts=True))
-_without_cutouts = BySchema(partial(_annotate, cutouts=False))
+    return OutputSchema.of(without_invalid_defaults(definition))
 
 
 def _taken_names(schema: WriterSchema, definitions: Mapping[str, Any]) -> set[str]:

@@ -91,11 +91,14 @@ class Expression:
 
     def evaluate(self, scored: ScoredBatch) -> NDArray[np.bool_]:
         """For which alerts the filter is true, bool[N]."""
-        outputs = scored.scores.columns()
-        values = {name: outputs[name] if name in outputs else field(scored.alerts, name) for name in self.names}
+        return self.holds(scored.alerts, scored.scores.columns())
+
+    def holds(self, alerts: AlertBatch, outputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.bool_]:
+        """For which alerts the filter is true, bool[N]. `outputs`: the models' outputs [N] by name."""
+        values = {name: outputs[name] if name in outputs else field(alerts, name) for name in self.names}
         with np.errstate(all="ignore"):
             true = self._evaluate(values).true
-        return np.broadcast_to(true, len(scored.alerts)).copy()
+        return np.broadcast_to(true, len(alerts)).copy()
 
 
 def field(alerts: AlertBatch, name: str) -> NDArray[Any]:

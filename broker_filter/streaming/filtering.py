@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -39,6 +39,15 @@ class ScoredBatch:
     def scored(self) -> NDArray[np.int64]:
         """Indices of the alerts that at least one model scored."""
         return np.flatnonzero(self.scores.taken)
+
+    def less(self, refused: Mapping[int, Reject]) -> ScoredBatch:
+        """The batch with some of its scored rows as rejects instead."""
+        if not refused:
+            return self
+        taken = self.scores.taken.copy()
+        taken[list(refused)] = False
+        scores = replace(self.scores, taken=taken)
+        return replace(self, scores=scores, rejects=[*self.rejects, *refused.values()])
 
 
 def score_alerts(
@@ -86,20 +95,16 @@ def score_stream(
     judge: AnomalyJudge | None = None,
 ) -> Iterator[ScoredBatch]:
     """Scores packets batch by batch in the order in which they come, while `threads` threads decode the next ones."""
-    decoded: deque[tuple[list[Packet], Future[tuple[AlertBatch, list[Reject]]]]] = deque()
+    decoded: deque[Future[tuple[AlertBatch, list[Reject]]]] = deque()
     waiting = iter(packets)
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
             while True:
                 while len(decoded) <= threads and (batch := list(islice(waiting, batch_size))):
-                    decoded.append((batch, pool.submit(decoder.decode_some, batch)))
+                    decoded.append(pool.submit(decoder.decode, batch))
                 if not decoded:
                     return
-                batch, future = decoded.popleft()
-                alerts, rejects = future.result()
+                alerts, rejects = decoded.popleft().result()
                 yield score_alerts(alerts, rejects, scorer, window, judge)
-                while batch := batch[len(alerts.packets) :]:  # what would have taken too much memory at a time
-                    alerts, rejects = decoder.decode_some(batch)
-                    yield score_alerts(alerts, rejects, scorer, window, judge)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

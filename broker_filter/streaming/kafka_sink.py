@@ -27,6 +27,8 @@ MJD_OF_UNIX_EPOCH = 40_587.0
 SECONDS_PER_DAY = 86_400.0
 TAI_MINUS_UTC_S = 37.0
 """Since 2017-01-01 (IERS Bulletin C 52)."""
+DECODED = frozenset({RejectReason.NO_MODEL_FOR_SURVEY, RejectReason.SCHEMA_REFUSED})
+"""Reasons of rejects that were decoded, and counted then."""
 COMMITTING_THREADS = 8
 """Writers that commit at a time: each mostly waits for the coordinator."""
 
@@ -56,14 +58,14 @@ def account_packets(scored: ScoredBatch) -> list[Account]:
         else:
             account.scored += 1
     if scored.anomalies:
-        for i in np.flatnonzero(scored.anomalies.judged & ~scored.duplicate).tolist():
+        for i in np.flatnonzero(scored.anomalies.judged & scored.scores.taken & ~scored.duplicate).tolist():
             accounts[packet_index[i]].judged += 1
             accounts[packet_index[i]].anomalous += bool(scored.anomalies.flag[i])
     index_of = {id(packet): k for k, packet in enumerate(scored.packets)}
     for reject in scored.rejects:
         account = accounts[index_of[id(reject.packet)]]
         account.rejected[reject.reason] += 1
-        account.consumed += reject.reason is not RejectReason.NO_MODEL_FOR_SURVEY  # that one was decoded
+        account.consumed += reject.reason not in DECODED
     for packet, account in zip(scored.packets, accounts, strict=True):
         if packet.timestamp_ms is not None:
             account.sent.append(packet.timestamp_ms / 1000)
@@ -81,14 +83,13 @@ def divide(delivery: Delivery, scored: ScoredBatch, routed: Routed) -> list[Work
 
     Raises UnaccountedError for a packet without an outcome, or with an outcome that has no record.
     """
-    accounts = account_packets(scored)
+    accounts = account_packets(scored.less(routed.refused))
     published = Counter(routed.packet_index)
     works: dict[Claim, Work] = {}
     place: dict[int, tuple[Work, int]] = {}
     for k, (packet, offset, claim) in enumerate(zip(delivery.packets, delivery.offsets, delivery.claims, strict=True)):
         account = accounts[k]
-        letters = 1 if account.rejected else 0  # however many of the packet's alerts were rejected
-        due = account.scored + letters
+        due = account.scored + account.rejected.total()
         if published[k] < due or not due + account.duplicates:
             raise UnaccountedError(f"{packet.position}: {published[k]} records for {account}")
         if not claim.alive:

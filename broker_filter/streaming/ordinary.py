@@ -1,12 +1,14 @@
 """Archives into a reference set: which of their alerts stand for the ordinary, and how strange others of them look.
 
-Holds at most a few times the alerts that are kept, however many there are; which ones those are depends on their ids
-alone, not on the order in which they come. Knows no files.
+Each survey has a sample and a calibration of its own. Holds at most a few times the alerts that are kept, however many
+there are; which ones those are depends on their ids alone, not on the order in which they come. Knows no files.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from broker_filter.packets.batch import Survey
 from broker_filter.scoring.anomaly import NEIGHBOURS, Cloud, from_neighbours, strangeness
 from broker_filter.scoring.neighbours import Neighbours, normalise
 from broker_filter.scoring.reference import (
@@ -22,6 +25,8 @@ from broker_filter.scoring.reference import (
     Ordinary,
     Reference,
     ReferenceSetError,
+    SurveyCounts,
+    SurveyReference,
     make_reference,
 )
 from broker_filter.scoring.scorer import Model
@@ -35,8 +40,12 @@ HELD_OUT = 0.2
 """Share of the objects that the reference is calibrated on: their alerts are as ordinary, and it does not know them."""
 MAX_COMPARED = 10_000
 """Of those, to find out how unlike its neighbours an ordinary alert is: more would only take room."""
-MIN_HELD_OUT = 20
-"""Alerts: with fewer there is no tail to find a threshold in."""
+MIN_ALERTS = 20
+"""Of a survey, in its reference and for its calibration: with fewer there is no tail to find a threshold in."""
+FEW_PASS = 0.1
+"""Share of a survey's alerts: where fewer pass the filter, it most likely does not suit the survey."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -69,7 +78,7 @@ class Sample:
 
 
 def ordinary_alerts(scored: ScoredBatch, model: Model, where: Expression | None) -> Ordinary:
-    """The batch's alerts that may stand for the ordinary: those that pass `where`, all if None.
+    """The batch's alerts that may stand for the ordinary: those that pass `where`, all if None; none seen before.
 
     Raises ReferenceSetError for a model without an embedding.
     """
@@ -77,7 +86,7 @@ def ordinary_alerts(scored: ScoredBatch, model: Model, where: Expression | None)
     if scores.embedding is None:
         raise ReferenceSetError(f"the bundle {model.name} gives no embedding: build with one that does")
     alerts = scored.alerts
-    rows = np.flatnonzero(scores.taken & (where.evaluate(scored) if where else True))
+    rows = np.flatnonzero(scores.taken & ~scored.duplicate & (where.evaluate(scored) if where else True))
     names = np.array(alerts.object_id, np.str_)
     return Ordinary(normalise(scores.embedding[rows]), alerts.alert_id[rows], names[rows], alerts.survey[rows])
 
@@ -90,34 +99,76 @@ def build_reference(
     measure: Measure = "mahalanobis",
     labels: Labels | None = None,
 ) -> Reference:
-    """A reference of up to `limit` of the batches' alerts, calibrated on those of other objects.
+    """A reference of up to `limit` of the batches' alerts of each survey, calibrated on those of other objects.
 
-    `labels`: of some of them, for the measure `centroids`. Raises ReferenceSetError where there are too few.
+    `labels`: of some of them, for the measure `centroids`. A survey with too few alerts is left out, which is logged;
+    so is a survey of which hardly an alert passes. Raises ReferenceSetError where no survey has enough.
     """
-    sample = Sample(limit)
+    samples = {survey: Sample(limit) for survey in Survey}
+    read: Counter[int] = Counter()
+    passed: Counter[int] = Counter()
     for scored in batches:
-        sample.put(ordinary_alerts(scored, model, where))
-    alerts = sample.take()
-    objects, index = np.unique(alerts.object_id, return_inverse=True)
-    held_out = np.array([_draw(name) < HELD_OUT * 2**64 for name in objects.tolist()])[index]
+        read.update(scored.alerts.survey[~scored.duplicate].tolist())
+        ordinary = ordinary_alerts(scored, model, where)
+        passed.update(ordinary.survey.tolist())
+        for survey, sample in samples.items():
+            if (own := ordinary.survey == survey).any():
+                sample.put(ordinary[own])
+    parts: dict[Survey, SurveyReference] = {}
+    counts: dict[Survey, SurveyCounts] = {}
+    problems: dict[Survey, ReferenceSetError] = {}
+    for survey in (survey for survey in Survey if read[survey]):
+        try:
+            parts[survey] = part = _calibrate(samples[survey].take(), model, measure, labels)
+            kept, held_out = len(part.alerts), len(part.scores)
+        except ReferenceSetError as error:
+            problems[survey], kept, held_out = error, 0, 0
+        counts[survey] = SurveyCounts(read=read[survey], passed=passed[survey], kept=kept, held_out=held_out)
+        if passed[survey] < FEW_PASS * read[survey]:
+            log.warning(
+                "%s: only %d of %d alerts are taken by %s and pass `%s`; choose a filter that suits the survey",
+                *(survey, passed[survey], read[survey], model.name, where.text if where else ""),
+            )
+    if not parts:
+        said = "; ".join(f"{survey}: {problem}" for survey, problem in problems.items())
+        raise ReferenceSetError(said or "no ordinary alert among the inputs")
+    for survey, problem in problems.items():
+        log.warning("%s: %s. The reference is made without it, and its alerts will not be judged", survey, problem)
+    passing, classes = where.text if where else None, labels.classes if labels else ()
+    return make_reference(model.bundle.card, passing, parts, counts, measure, classes)
+
+
+def _calibrate(alerts: Ordinary, model: Model, measure: Measure, labels: Labels | None) -> SurveyReference:
+    """Some of a survey's alerts as its reference, calibrated on the others. Raises ReferenceSetError for too few."""
+    held_out = _held_out(alerts.object_id)
     kept, others = alerts[~held_out], alerts[held_out]
-    if len(others) < MIN_HELD_OUT or len(kept) < NEIGHBOURS:
+    if len(kept) < MIN_ALERTS or len(others) < MIN_ALERTS:
         raise ReferenceSetError(
-            f"{len(alerts)} ordinary alerts of {len(objects)} objects are too few to say what is strange: at least "
-            f"{MIN_HELD_OUT} of other objects than the rest are needed; give more inputs, or a wider filter"
+            f"{len(alerts)} ordinary alerts of {len(np.unique(alerts.object_id))} objects are too few to say what is "
+            f"strange: at least {MIN_ALERTS} are needed, and {MIN_ALERTS} of other objects; give more inputs, or a "
+            "wider filter"
         )
-    card = model.bundle.card
+    modalities = len(model.bundle.card.outputs.modalities)
     label = labels.of(kept.alert_id, kept.object_id) if labels else np.full(len(kept), UNLABELLED)
-    distances = Cloud(kept.embedding, len(card.outputs.modalities), measure, label).distances(others.embedding)
+    distances = Cloud(kept.embedding, modalities, measure, label).distances(others.embedding)
     few = others.embedding[:MAX_COMPARED]
     theirs = kept.embedding[Neighbours(kept.embedding).nearest(few, NEIGHBOURS)[1]]
     usual = _mean_and_deviation(distances)
-    apart = _mean_and_deviation(from_neighbours(few, theirs, len(card.outputs.modalities)))
+    apart = _mean_and_deviation(from_neighbours(few, theirs, modalities))
     if not ((usual[:, 1] > 0).all() and (apart[:, 1] > 0).all()):
         raise ReferenceSetError("in some modality all alerts are equally strange: the embedding says nothing there")
-    scores = np.sort(strangeness(distances, usual))
-    passed, classes = where.text if where else None, labels.classes if labels else ()
-    return make_reference(card, passed, kept, scores, usual, apart, measure, label, classes)
+    return SurveyReference(kept, np.sort(strangeness(distances, usual)), usual, apart, label)
+
+
+def _held_out(object_id: NDArray[np.str_]) -> NDArray[np.bool_]:
+    """Which alerts [N] the scores are calibrated on: those of a share of the objects, and of as many as are needed."""
+    objects, index, alerts_of = np.unique(object_id, return_inverse=True, return_counts=True)
+    draw = np.array([_draw(name) for name in objects.tolist()], np.uint64)
+    order = np.argsort(draw)
+    enough = int(np.searchsorted(alerts_of[order].cumsum(), MIN_ALERTS)) + 1
+    chosen = np.zeros(len(objects), np.bool_)
+    chosen[order[: max(enough, int((draw < HELD_OUT * 2**64).sum()))]] = True
+    return chosen[index]
 
 
 def _mean_and_deviation(distances: NDArray[np.float64]) -> NDArray[np.float32]:

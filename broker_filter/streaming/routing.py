@@ -1,21 +1,21 @@
 """Which topics an alert goes to. Turns a scored batch into Kafka records, and knows no Kafka.
 
 Every alert that a model scored goes to `<prefix>.scored`, to `<prefix>.anomalies` where it is flagged as one, and to
-`<prefix>.<name>` of every filter that takes it. A message of which something was rejected goes to
-`<prefix>.dead-letter` once, with its original bytes, however many alerts it holds: output must never multiply input.
+`<prefix>.<name>` of every filter that takes it; every rejected input to `<prefix>.dead-letter` with its original bytes.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from broker_filter.config import ANOMALIES, DEAD_LETTER, SCORED, Service
 from broker_filter.packets.packet import Packet
+from broker_filter.packets.registry_client import no_beat
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.scoring.scorer import Scorer
 from broker_filter.streaming.encoding import (
@@ -23,6 +23,7 @@ from broker_filter.streaming.encoding import (
     Encoder,
     Framing,
     OutputRecord,
+    RegistryRefusalError,
     WireFraming,
 )
 from broker_filter.streaming.expressions import FIELDS, Expression, compile_filter
@@ -40,12 +41,14 @@ class Routed:
     once.
 
     `packet_index[k]` says which packet of the batch record k comes from. `duplicates` counts alerts whose id was seen
-    before, published or not; they are not among `scored`.
+    before, published or not; they are not among `scored`. `refused`: rejects of scored rows of the batch, whose output
+    schema the registry does not take, by row; they are counted in `rejected` alone.
     """
 
     scored: int
     duplicates: int
     rejected: Counter[RejectReason]
+    refused: Mapping[int, Reject] = field(default_factory=dict)
     records: list[OutputRecord] = field(default_factory=list)
     packet_index: list[int] = field(default_factory=list)
     published: Counter[str] = field(default_factory=Counter)  # records by topic
@@ -99,52 +102,52 @@ class Router:
         return tuple(dict.fromkeys(column for _, expression in self._filters for column in expression.columns))
 
     def route(self, scored: ScoredBatch) -> Routed:
-        """Makes the batch's records. Raises what the framing raises."""
+        """Makes the batch's records. Raises RegistryUnavailable where a schema cannot be registered at present."""
         alerts, rows = scored.alerts, scored.scored
-        duplicates = int(np.count_nonzero(scored.duplicate[rows]))
-        routed = Routed(
-            scored=len(rows) - duplicates,
-            duplicates=duplicates,
-            rejected=Counter(reject.reason for reject in scored.rejects),
-        )
         chosen = [(self._scored, np.ones(len(alerts), dtype=np.bool_))]
         if scored.anomalies:
             chosen.append((self._anomalous, scored.anomalies.flag))
         chosen += [(topic, expression.evaluate(scored)) for topic, expression in self._filters]
         encoded = self._encoder.encode(scored, int(self._clock() * 1000))
+        published: list[tuple[OutputRecord, int]] = []
+        refused: dict[int, Reject] = {}
         for i, (schema, body) in zip(rows.tolist(), encoded, strict=True):
             if self._drop_duplicates and scored.duplicate[i]:
                 continue
             packet_index = int(alerts.packet_index[i])
             headers = self._headers(scored.packets[packet_index], int(alerts.record_index[i]))
-            headers.append(("schema", alerts.records[i].schema.fingerprint.encode()))
+            headers += [("schema", alerts.records[i].schema.fingerprint.encode()), *self._framing.headers]
             key = alerts.object_id[i].encode()
-            for topic, takes in chosen:
-                if takes[i]:
-                    value = self._framing.frame(schema, body, topic)
-                    routed.add(OutputRecord(topic, key, value, headers), packet_index)
+            try:  # an alert goes to all of its topics or to none: it is counted once
+                values = [(topic, self._framing.frame(schema, body, topic)) for topic, takes in chosen if takes[i]]
+            except RegistryRefusalError as error:
+                refused[i] = _refused(scored, i, str(error))
+                continue
+            published += [(OutputRecord(topic, key, value, headers), packet_index) for topic, value in values]
+        scored = scored.less(refused)
+        duplicates = int(np.count_nonzero(scored.duplicate[scored.scored]))
+        routed = Routed(
+            scored=len(scored.scored) - duplicates,
+            duplicates=duplicates,
+            rejected=Counter(reject.reason for reject in scored.rejects),
+            refused=refused,
+        )
+        for record, packet_index in published:
+            routed.add(record, packet_index)
         packet_indices = {id(packet): index for index, packet in enumerate(scored.packets)}
-        rejects: dict[int, list[Reject]] = {}
         for reject in scored.rejects:
-            rejects.setdefault(packet_indices[id(reject.packet)], []).append(reject)
-        for packet_index, of_packet in rejects.items():
-            routed.add(self._dead_letter_record(of_packet), packet_index)
+            routed.add(self._dead_letter_record(reject), packet_indices[id(reject.packet)])
         return routed
 
-    def _dead_letter_record(self, rejects: Sequence[Reject]) -> OutputRecord:
-        """The dead letter of a packet with these `rejects`, which says the first of them, and how many there are."""
-        first = min(rejects, key=lambda reject: reject.record)
-        object_id = first.alert.object_id if first.alert else None
+    def _dead_letter_record(self, reject: Reject) -> OutputRecord:
+        object_id = reject.alert.object_id if reject.alert else None
         headers = [
-            *self._headers(first.packet, first.record),
-            ("schema", (first.schema or "").encode()),
-            ("reason", first.reason.encode()),
-            ("detail", _bounded(first.detail)),
+            *self._headers(reject.packet, reject.record),
+            ("schema", (reject.schema or "").encode()),
+            ("reason", reject.reason.encode()),
+            ("detail", _bounded(reject.detail)),
         ]
-        if len(rejects) > 1:
-            counts = Counter(reject.reason.value for reject in rejects)
-            headers.append(("rejected", ",".join(f"{reason}={n}" for reason, n in sorted(counts.items())).encode()))
-        return OutputRecord(self._dead_letter, object_id.encode() if object_id else None, first.packet.data, headers)
+        return OutputRecord(self._dead_letter, object_id.encode() if object_id else None, reject.packet.data, headers)
 
     def _headers(self, packet: Packet, record: int) -> list[Header]:
         """What every output record says; `record` where it is not the packet's first."""
@@ -152,20 +155,35 @@ class Router:
         return [("input", str(packet.position).encode()), *which, self._models]
 
 
+def _refused(scored: ScoredBatch, i: int, detail: str) -> Reject:
+    alerts = scored.alerts
+    return Reject(
+        packet=scored.packets[alerts.packet_index[i]],
+        reason=RejectReason.SCHEMA_REFUSED,
+        detail=detail,
+        record=int(alerts.record_index[i]),
+        alert=alerts.identity(i),
+        schema=alerts.records[i].schema.fingerprint,
+    )
+
+
 def _bounded(detail: str) -> bytes:
     cut = detail.encode(errors="replace")[:MAX_DETAIL_BYTES]
     return cut.decode(errors="ignore").encode()  # without half a character at the end
 
 
-def open_router(service: Service, scorer: Scorer) -> Router:
-    """The router that a configuration asks for. Raises ExpressionError for a filter that does not compile."""
+def open_router(service: Service, scorer: Scorer, waiting: Callable[[], None] = no_beat) -> Router:
+    """The router that a configuration asks for. Raises ExpressionError for a filter that does not compile.
+
+    `waiting`: see RegistryClient.
+    """
     outputs = [f"{model.name}.{label}" for model in scorer.models for label in model.labels]
     registry = service.output.schema_registry
     return Router(
         service.output.prefix,
         models=[(model.name, model.version) for model in scorer.models],
         encoder=Encoder(service.output.payload),
-        framing=WireFraming(registry) if registry else ContainerFraming(),
+        framing=WireFraming(registry, service.output.subject, waiting) if registry else ContainerFraming(),
         anomalies=service.anomalies is not None,
         filters=[(one.name, compile_filter(one.where, FIELDS, outputs)) for one in service.filters],
         drop_duplicates=service.duplicates == "drop",

@@ -23,7 +23,7 @@ from broker_filter.config import Service
 from broker_filter.health import Health, serve
 from broker_filter.metrics import Metrics
 from broker_filter.packets.batch import AlertBatch
-from broker_filter.packets.compiled import IMPLEMENTATION
+from broker_filter.packets.compiled import IMPLEMENTATION, why_python
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import RegistryUnavailable, open_registry
 from broker_filter.packets.rejects import Reject
@@ -57,8 +57,6 @@ EXIT_FAILED = 1
 log = logging.getLogger(__name__)
 
 Decoded = tuple[AlertBatch, list[Reject]]
-Routed = tuple[list[Work], bool]
-"""Work for the committing thread, and whether it is the last of what was read together."""
 T = TypeVar("T")
 
 
@@ -87,10 +85,14 @@ class FilterService:
         ]
         self._scorer = open_scorer(config.models, config.runtime)
         self._judge = open_judge(config.anomalies, self._scorer) if config.anomalies else None
-        self._router = open_router(config, self._scorer)
+        self._router = open_router(config, self._scorer, self._routing.beat)
         judged_by = self._judge.columns if self._judge else ()
         self._decoder = Decoder(
-            open_registry(config.input.schema_registry),
+            open_registry(
+                config.input.schema_registry,
+                drop_cache=config.input.schema_cache == "drop",
+                waiting=self._decoding.beat,
+            ),
             cutout_size=self._scorer.cutout_size,
             columns=tuple(dict.fromkeys((*self._scorer.columns, *self._router.columns, *judged_by))),
             max_packet_bytes=config.input.max_packet_bytes,
@@ -99,7 +101,7 @@ class FilterService:
         threads = config.runtime.decode_threads or available_cores()
         self._decoders = ThreadPoolExecutor(threads, "decode")
         self._decoded: Queue[tuple[Delivery, Future[Decoded]] | None] = Queue(threads + 1)
-        self._routed: Queue[Routed | None] = Queue(SCORED_BATCHES)
+        self._routed: Queue[list[Work] | None] = Queue(SCORED_BATCHES)
         self._observed = -math.inf
         self._set_out = 0  # batches that were read; the reading thread counts them
         self._describe()
@@ -144,7 +146,7 @@ class FilterService:
 
     def _decode(self, delivery: Delivery) -> Decoded:
         with self._decoding.working():
-            return self._insist(lambda: self._decoder.decode_some(delivery.packets), self._decoding)
+            return self._insist(lambda: self._decoder.decode(delivery.packets), self._decoding)
 
     def _score(self) -> None:
         while (item := self._next(self._decoded)) is not None:
@@ -152,18 +154,13 @@ class FilterService:
             while not wait([decoded], TICK_S).done:
                 self._check()
             alerts, rejects = decoded.result()
-            while True:
-                part, delivery = delivery.split(len(alerts.packets))
-                with self._scoring.working():
-                    scored = score_alerts(alerts, rejects, self._scorer, self._window, self._judge)
-                with self._routing.working():
-                    routed = self._insist(lambda: self._router.route(scored), self._routing)  # noqa: B023 -- called at once
-                    works = divide(part, scored, routed)
-                self._put((works, not delivery.packets))
-                if not delivery.packets:
-                    break
-                # The rest would have taken too much memory at a time: it is decoded when this is on its way.
-                alerts, rejects = self._decode(delivery)
+            with self._scoring.working():
+                scored = score_alerts(alerts, rejects, self._scorer, self._window, self._judge)
+            with self._routing.working():
+                routed = self._insist(lambda: self._router.route(scored), self._routing)  # noqa: B023 -- called at once
+                self._window.forget(alerts, [i for i in routed.refused if not scored.duplicate[i]])
+                works = divide(delivery, scored, routed)
+            self._put(works)
         self._put(None)
 
     def _commit(self, sink: KafkaSink) -> None:
@@ -171,16 +168,15 @@ class FilterService:
         try:
             while True:
                 try:
-                    item = self._routed.get(timeout=min(TICK_S, sink.seconds_left(idle=arrived == self._set_out)))
+                    works = self._routed.get(timeout=min(TICK_S, sink.seconds_left(idle=arrived == self._set_out)))
                 except Empty:
                     self._check()
                 else:
-                    if item is None:
+                    if works is None:
                         break
-                    works, whole = item
                     with self._committing.watched():
                         sink.put(works)
-                    arrived += whole
+                    arrived += 1
                 sink.commit(idle=arrived == self._set_out)
             sink.commit_everything()
         finally:
@@ -204,10 +200,10 @@ class FilterService:
             endpoints.source.hold()
         self._observe(endpoints)
 
-    def _put(self, routed: Routed | None) -> None:
+    def _put(self, works: list[Work] | None) -> None:
         while True:
             try:
-                self._routed.put(routed, timeout=TICK_S)
+                self._routed.put(works, timeout=TICK_S)
             except Full:
                 self._check()
             else:
@@ -222,16 +218,19 @@ class FilterService:
 
     def _insist(self, call: Callable[[], T], stage: Stage) -> T:
         """The answer of a call that may need the schema registry, however long that is away: no alert is at fault."""
+        failed = False
         for pause in pauses():
             try:
                 answer = call()
             except RegistryUnavailable as error:
+                failed = True
                 self._health.set("schema registry", str(error))
                 log.warning("%s; trying again in %.1f s", error, pause)
                 self._check()
                 stage.rest(pause)
             else:
-                self._health.set("schema registry", None)
+                if failed:  # another thread, whose schemas are at hand, knows nothing of the registry
+                    self._health.set("schema registry", None)
                 return answer
         raise AssertionError("pauses() does not end")
 
@@ -289,7 +288,10 @@ class FilterService:
     # -- what it says of itself
 
     def _describe(self) -> None:
+        if why_python:
+            log.warning("%s", why_python)
         self._metrics.describe_build(IMPLEMENTATION)
+        self._metrics.expect(topics=self._router.topics)
         for model in self._scorer.models:
             self._metrics.describe_model(model.name, model.version, model.provider)
             log.info("model %s %s on %s", model.name, model.version, model.provider)

@@ -23,6 +23,7 @@ class Stage:
         self.name = name
         self._metrics = metrics
         self._since: dict[int, float] = {}
+        metrics.expect(stages=[name])
 
     @contextmanager
     def watched(self) -> Iterator[None]:

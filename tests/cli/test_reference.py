@@ -10,6 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from broker_filter.cli import main
+from broker_filter.packets.batch import Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
@@ -38,7 +39,8 @@ def reference(night: Path, embedding_bundle: Path, tmp_path_factory: pytest.Temp
 
 def test_a_reference_is_built_and_shown(reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
     built = read_reference(reference)
-    assert 100 < len(built.alerts) + len(built.scores) <= N
+    part = built.surveys[Survey.ZTF]
+    assert 100 < len(part.alerts) + len(part.scores) <= N
     assert built.card.where == "looks.real > 0.5"  # as the bundle recommends
     assert built.card.modalities == ("science", "template", "difference")
     assert main(["reference", "show", str(reference)]) == 0
@@ -48,12 +50,38 @@ def test_a_reference_is_built_and_shown(reference: Path, capsys: pytest.CaptureF
     assert built.card.data_sha256 in shown
 
 
+@pytest.mark.shared
+def test_real_lsst_alerts_are_ordinary_by_the_surveys_own_score(
+    shared_data: Path, lsst_schemas: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The embedder's `real` was trained on ZTF alone: cut by it, 3 of 98 alerts were left."""
+    lsst = shared_data / "lsst" / "more"
+    inputs, file = [str(lsst / "parquet"), str(lsst / "wire")], tmp_path / "lsst.safetensors"
+    arguments = ["reference", "build", *inputs, "--schema-registry", str(lsst_schemas), "--out", str(file)]
+    assert main(arguments) == 0
+    built = read_reference(file)
+    counts = built.card.surveys["lsst"]
+    assert built.card.where == "embedder.real > 0.5 or survey == 'lsst' and reliability > 0.5"
+    assert counts.read > counts.passed > 0.5 * counts.read
+    assert len(built.surveys[Survey.LSST].alerts) == counts.kept
+    said = f"lsst: {counts.read} alerts read, {counts.passed} passed, {counts.kept} kept, calibrated on"
+    printed = capsys.readouterr()
+    assert said in printed.out
+    assert "lsst: only" not in printed.err
+    assert main(["reference", "show", str(file)]) == 0
+    assert f"{counts.read} alerts read" in capsys.readouterr().out
+
+    assert main([*arguments, "--where", "embedder.real > 0.5"]) == 1  # null for each of them
+    assert f"lsst: only 0 of {counts.read} alerts" in capsys.readouterr().err
+
+
 def test_a_limit_and_a_cut_of_ones_own(night: Path, embedding_bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "some.safetensors"
     arguments = ["reference", "build", str(night), "--model", str(embedding_bundle), "--out", str(file)]
     assert main([*arguments, "--where", "magpsf < 25", "--limit", "150"]) == 0
     some = read_reference(file)
-    assert len(some.alerts) + len(some.scores) == 150
+    part = some.surveys[Survey.ZTF]
+    assert len(part.alerts) + len(part.scores) == 150
     assert some.card.where == "magpsf < 25"
     assert main([*arguments, "--where", "magpsf < 0"]) == 1
 
@@ -71,7 +99,8 @@ def test_centroids_are_of_the_classes_of_a_table(
     assert main([*arguments, "--measure", "centroids", "--labels", str(table), "--label", "when"]) == 0
     built = read_reference(file)
     assert built.card.classes == ("early", "late")
-    early = dict(zip(built.alerts.alert_id.tolist(), built.label.tolist(), strict=True))
+    part = built.surveys[Survey.ZTF]
+    early = dict(zip(part.alerts.alert_id.tolist(), part.label.tolist(), strict=True))
     labelled = {candid: 0 if candid < candids[N // 2] else 1 for candid in candids[::2]}
     assert early == {candid: labelled.get(candid, -1) for candid in early}
     assert main(["reference", "show", str(file)]) == 0
@@ -81,7 +110,7 @@ def test_centroids_are_of_the_classes_of_a_table(
 def test_the_most_similar_are_listed_and_drawn(
     reference: Path, night: Path, embedding_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    alert = int(read_reference(reference).alerts.alert_id[7])
+    alert = int(read_reference(reference).surveys[Survey.ZTF].alerts.alert_id[7])
     picture = tmp_path / "similar.png"
     common = ["--reference", str(reference), "--model", str(embedding_bundle), "--count", "3"]
     drawn = ["--out", str(picture), "--packets", str(night)]
@@ -136,9 +165,11 @@ def test_names_of_objects_are_printed_and_drawn_whatever_they_hold(
     reference: Path, night: Path, embedding_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     built, file = read_reference(reference), tmp_path / "nasty.safetensors"
-    alerts = replace(built.alerts, object_id=np.full(len(built.alerts), NASTY))
+    part = built.surveys[Survey.ZTF]
+    named = replace(part, alerts=replace(part.alerts, object_id=np.full(len(part.alerts), NASTY)))
+    counts = {Survey.ZTF: built.card.surveys["ztf"]}
     card = load_bundle(str(embedding_bundle)).card
-    make_reference(card, None, alerts, built.scores, built.usual, built.apart, "mahalanobis", built.label).write(file)
+    make_reference(card, None, {Survey.ZTF: named}, counts, "mahalanobis").write(file)
     alert = next(night.iterdir())
     assert main(["similar", str(alert), "--reference", str(file), "--model", str(embedding_bundle)]) == 0
     shown = capsys.readouterr().out

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
@@ -182,10 +184,21 @@ def test_wrong_password_is_said_plainly_and_never_shown(
     assert "Traceback" not in service.log
 
 
+class SchemaFiles(SimpleHTTPRequestHandler):
+    """Serves the files `schemas/ids/<id>` of a directory, and says as a schema registry does where there is none."""
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        body = json.dumps({"error_code": 40403, "message": "Schema not found"}).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
 @contextmanager
 def schema_registry(directory: Path, port: int) -> Iterator[None]:
     """A registry that serves the files `schemas/ids/<id>` of a directory."""
-    server = ThreadingHTTPServer(("127.0.0.1", port), partial(SimpleHTTPRequestHandler, directory=str(directory)))
+    server = ThreadingHTTPServer(("127.0.0.1", port), partial(SchemaFiles, directory=str(directory)))
     thread = Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -230,3 +243,99 @@ def test_no_alert_is_rejected_because_the_schema_registry_is_away(
     assert reasons.count("unknown_schema_id") == 1
     assert reasons.count("missing_cutout") == 5
     assert service.end() == 0
+
+
+def test_a_silent_schema_registry_ends_nothing_and_holds_up_no_alert_that_does_not_need_it(
+    kafka_bootstrap: str,
+    ztf_packets: Packets,
+    lsst_packets: list[tuple[str, bytes]],
+    lsst_schemas: Path,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+    tmp_path: Path,
+) -> None:
+    """It takes connections and never answers, for longer than a stage may be stuck."""
+    (port,) = free_ports(1)
+    topic, prefix = make_topic(kafka_bootstrap, [packet for _, packet in ztf_packets[:10]]), unique_name("filter")
+    config = service_config(kafka_bootstrap, topic, prefix)
+    config["input"]["schema_registry"] = f"http://127.0.0.1:{port}"
+    config["models"] = [{"bundle": "default", "also": ["lsst"]}]
+    config["stall_timeout_s"] = 4
+    config["runtime"] = {"decode_threads": 4}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    wire = [packet for _, packet in lsst_packets if packet[:5] == b"\0\0\0\x02\xc0"]
+    with socket.create_server(("127.0.0.1", port)):
+        service = start_service(config, environment)
+        assert len(read_committed(kafka_bootstrap, [f"{prefix}.scored"], 10)) == 10
+        for packet in wire:
+            send({"bootstrap.servers": kafka_bootstrap}, topic, [packet])
+        service.wait_for_log("no complete answer within")
+        service.wait_until(lambda: service.log.count("trying again") >= 2)
+        assert service.get("/livez") == (200, "ok\n")
+        assert "schema registry" in service.get("/readyz")[1]
+
+    ids = tmp_path / "registry" / "schemas" / "ids"
+    ids.mkdir(parents=True)
+    definition = open_registry(str(lsst_schemas)).get(704).definition
+    (ids / "704").write_text(json.dumps({"schema": json.dumps(definition)}))
+    with schema_registry(tmp_path / "registry", port):
+        records = read_committed(kafka_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], 10 + len(wire))
+        service.wait_ready()
+    assert {headers(record).get("reason", "scored") for record in records} <= {"scored", "missing_cutout"}
+    assert service.end() == 0
+
+
+@pytest.mark.parametrize("subject", ["topic", None])
+def test_a_schema_that_the_output_registry_refuses_is_a_dead_letter_and_ends_nothing(
+    kafka_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+    subject: str | None,
+) -> None:
+    """A registry that takes one schema a subject: each further one is incompatible."""
+    packets = [packet for _, packet in ztf_packets[::40]]
+    topic, subjects = make_topic(kafka_bootstrap, packets), dict[str, str]()
+
+    class OneSchemaEach(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            schema = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["schema"]
+            status, body = 200, {"id": 1 + zlib.crc32(schema.encode()) % 1000}
+            if subjects.setdefault(self.path, schema) != schema:
+                status, body = 409, {"error_code": 409, "message": "incompatible"}
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), OneSchemaEach)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        prefix = unique_name("filter")
+        output = {"payload": "full", "schema_registry": f"http://127.0.0.1:{server.server_port}"}
+        config = service_config(kafka_bootstrap, topic, prefix, **output, **({"subject": subject} if subject else {}))
+        service = start_service(config)
+        topics = [f"{prefix}.scored", f"{prefix}.dead-letter"]
+        records = read_committed(kafka_bootstrap, topics, len(packets))
+        letters = [record for record in records if record.topic() == topics[1]]
+        if subject:
+            assert 0 < len(letters) < len(packets)
+            assert {headers(letter)["reason"] for letter in letters} == {"schema_refused"}
+            assert {letter.value() for letter in letters} < set(packets)
+            refused = 'rejected_alerts_total{reason="schema_refused"}'
+            service.wait_until(lambda: service.metric(refused) == len(letters))
+            assert service.metric("unaccounted_alerts") == 0
+        else:
+            assert letters == []
+        assert service.end() == 0
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

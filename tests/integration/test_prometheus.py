@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import time
@@ -21,7 +22,9 @@ from broker_filter.simulate import simulate_night
 
 from .conftest import MakeTopic, ReadCommitted, StartService, service_config
 
-RULES = Path(__file__).resolve().parents[2] / "deploy" / "prometheus" / "rules.yaml"
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+RULES = DEPLOY / "prometheus" / "rules.yaml"
+DASHBOARD = DEPLOY / "grafana" / "dashboards" / "broker-filter.json"
 ALERTS = 300
 DAMAGED = 20
 PATIENCE_S = 120.0
@@ -83,6 +86,26 @@ def prometheus(target: str, directory: Path) -> Iterator[Prometheus]:
     finally:
         process.terminate()
         process.wait(PATIENCE_S)
+
+
+def test_no_panel_shows_a_number_that_is_none_in_a_night_without_alerts(
+    start_service: StartService, tmp_path: Path
+) -> None:
+    service = start_service(service_config("127.0.0.1:1", "night", "me"))  # no broker is there: nothing is ever read
+    service.wait_until(lambda: service.get("/metrics")[0] == 200)
+    expressions = [
+        target["expr"] for panel in json.loads(DASHBOARD.read_text())["panels"] for target in panel["targets"]
+    ]
+    with prometheus(f"127.0.0.1:{service.port}", tmp_path) as server:
+        server.wait_for("count_over_time(broker_filter_consumed_alerts_total[10s]) > 3")
+        answers = [
+            server.query(expression.replace("$__rate_interval", "10s").replace("$job", "broker-filter"))
+            for expression in expressions
+        ]
+    assert sum(map(len, answers)) > len(answers) / 2
+    assert [
+        one for one, answer in zip(expressions, answers, strict=True) if any(map(math.isnan, answer.values()))
+    ] == []
 
 
 @pytest.mark.kafka

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -41,6 +42,28 @@ def d6_m7(shared_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         == 0
     )
     return out
+
+
+def test_before_the_first_alert_every_counter_of_a_topic_a_reason_or_an_outcome_is_zero(
+    start_service: StartService,
+) -> None:
+    config = service_config("127.0.0.1:1", "night", "me")  # no broker is there: nothing is ever read
+    service = start_service(config | {"filters": [{"name": "rare", "where": "real > 0.999"}]})
+    service.wait_until(lambda: service.get("/metrics")[0] == 200)
+
+    text = service.get("/metrics")[1]
+    counted = {}
+    for name, label in (("rejected_alerts", "reason"), ("published_records", "topic"), ("transactions", "outcome")):
+        found = re.findall(rf'^broker_filter_{name}_total{{{label}="(.*)"}} (\S+)$', text, re.MULTILINE)
+        assert {value for _, value in found} == {"0.0"}
+        counted[label] = {series for series, _ in found}
+    assert counted == {
+        "reason": set(RejectReason),
+        "topic": {"me.scored", "me.rare", "me.dead-letter"},
+        "outcome": {"committed", "aborted"},
+    }
+    assert "_created" not in text
+    assert service.end() == 0
 
 
 def test_scores_read_back_from_kafka_are_the_surveys_own(

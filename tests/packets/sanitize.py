@@ -55,6 +55,7 @@ def main(count: int) -> None:
     from test_stamps import FUZZED, fits_bytes
 
     from broker_filter.packets import compiled, decode, ocf, walk, wire
+    from broker_filter.packets.packet import FilePosition, Packet
     from broker_filter.packets.registry import open_registry
     from broker_filter.simulate import SCHEMAS, simulate_night
 
@@ -73,7 +74,9 @@ def main(count: int) -> None:
     decoder = decode.Decoder(registry)
     seen: Counter[str] = Counter()
     for data in mutants(files, count, reseal=True):
-        container = decoder._frame(data) if data.startswith(ocf.MAGIC) or wire.is_wire_message(data) else None
+        schemas = decoder._look_up([Packet(data, FilePosition("mutant"))])
+        known = data.startswith(ocf.MAGIC) or wire.is_wire_message(data)
+        container = decoder._frame(data, schemas) if known else None
         if container is None or container.schema is None:
             continue
         plan = decoder._plan(container.schema)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
 import io
 import json
+import lzma
+import tracemalloc
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fastavro
+import pyarrow as pa
 import pytest
 
 from broker_filter.packets import ocf
@@ -57,6 +61,63 @@ def header_with(**metadata: bytes) -> bytes:
     return ocf.MAGIC + ocf.encode_long(len(metadata)) + b"".join(encoded) + ocf.encode_long(0) + SYNC
 
 
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "zstandard": lambda data: bytes(pa.compress(data, codec="zstd", asbytes=True)),
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
+}
+XZ_DICTIONARY = 8 << 20
+"""Bytes of it at the usual level, which Python's decoder sets aside."""
+
+
+def recoded(codec: str) -> bytes:
+    """RECORDS in a container whose blocks are compressed with a codec that fastavro may lack a package for."""
+    plain = container()
+    header = header_with(avro_codec=codec.encode(), avro_schema=json.dumps(SCHEMA).encode())
+    blocks = []
+    for block in read_container(plain).blocks:
+        stored = COMPRESS[codec](bytes(block.body))
+        blocks.append(ocf.encode_block(block.n_records, stored, SYNC))
+    return header + b"".join(blocks)
+
+
+@pytest.mark.parametrize("codec", ["zstandard", "bzip2", "xz"])
+def test_every_codec_of_the_specification_is_read(codec: str) -> None:
+    found = read_container(recoded(codec))
+    assert found.error is None
+    assert found.codec == codec
+    assert records(found) == RECORDS
+
+
+@pytest.mark.parametrize("codec", ["zstandard", "bzip2", "xz"])
+def test_a_damaged_block_of_any_codec_is_a_rejection(codec: str) -> None:
+    data = bytearray(recoded(codec))
+    for at in range(300, len(data), 7):
+        damaged = bytes(data[:at]) + bytes([data[at] ^ 0xFF]) + bytes(data[at + 1 :])
+        read_container(damaged)  # never raises
+    block = {"zstandard": b"\x28\xb5\x2f\xfd", "bzip2": b"BZh", "xz": b"\xfd7zXZ\x00"}[codec]
+    body = ocf.encode_block(1, block + b"no more of it", SYNC)
+    header = header_with(avro_codec=codec.encode(), avro_schema=json.dumps(SCHEMA).encode())
+    error = read_container(header + body).error
+    assert error is not None
+    assert error[0] in (RejectReason.CORRUPT, RejectReason.TRUNCATED)
+
+
+@pytest.mark.parametrize("codec", ["zstandard", "bzip2", "xz"])
+def test_no_codec_expands_further_than_deflate_can(codec: str) -> None:
+    bomb = COMPRESS[codec](bytes(15 << 20))
+    assert len(bomb) * ocf.MAX_EXPANSION < 15 << 20
+    header = header_with(avro_codec=codec.encode(), avro_schema=json.dumps(SCHEMA).encode())
+    tracemalloc.start()
+    try:
+        error = read_container(header + ocf.encode_block(1, bomb, SYNC)).error
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(bomb) * ocf.MAX_EXPANSION + XZ_DICTIONARY + (1 << 20)
+    finally:
+        tracemalloc.stop()
+    assert error is not None
+    assert error[0] is RejectReason.TOO_LARGE
+
+
 @pytest.mark.parametrize("codec", ["null", "deflate", "snappy"])
 def test_reads_every_record_of_every_block(codec: str) -> None:
     read = read_container(container(codec))
@@ -65,7 +126,7 @@ def test_reads_every_record_of_every_block(codec: str) -> None:
     assert records(read) == RECORDS
 
 
-@pytest.mark.parametrize("codec", ["bzip2", "xz", "zstandard", "no-such"])
+@pytest.mark.parametrize("codec", ["lz4", "no-such"])
 def test_names_a_codec_that_it_does_not_read(codec: str) -> None:
     data = header_with(avro_schema=json.dumps(SCHEMA).encode(), avro_codec=codec.encode())
     reason, detail = read_container(data).error or (None, "")

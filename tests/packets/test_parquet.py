@@ -16,7 +16,7 @@ import pytest
 
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.parquet import ROWS_AT_A_TIME, ParquetError, read_rows
+from broker_filter.packets.parquet import ROWS_AT_A_TIME, ParquetError, Rows, read_rows
 from broker_filter.packets.registry import open_registry
 
 
@@ -145,11 +145,64 @@ def test_arrow_types_have_avro_counterparts() -> None:
     assert rows_of(pa.Table.from_pylist([row], schema=schema)) == [row]
 
 
-def test_columns_that_avro_cannot_express_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
-    table = pa.table({"candid": [1], "i:mag": [2.0], "price": pa.array([1], pa.decimal128(5, 2))})
-    assert rows_of(table) == [{"candid": 1}]
-    assert "alert.i:mag" in caplog.text
-    assert "alert.price (decimal128(5, 2))" in caplog.text
+@pytest.mark.parametrize(
+    ("kind", "value", "read"),
+    [
+        (pa.string_view(), "ZTF26a", "ZTF26a"),
+        (pa.binary_view(), b"\x00\xff", b"\x00\xff"),
+        (pa.list_view(pa.float32()), [1.0, None], [1.0, None]),
+        (pa.large_list_view(pa.string_view()), ["a"], ["a"]),
+        (pa.list_(pa.float64(), 3), [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]),
+        (pa.list_view(pa.struct({"band": pa.string()})), [{"band": "r"}], [{"band": "r"}]),
+        (pa.binary(4), b"abcd", b"abcd"),
+        (pa.dictionary(pa.int32(), pa.string()), "r", "r"),
+        (pa.list_(pa.dictionary(pa.int8(), pa.string())), ["g", "r"], ["g", "r"]),
+        (pa.map_(pa.large_string(), pa.float64()), {"real": 0.5}, {"real": 0.5}),
+        (pa.null(), None, None),
+        (pa.list_(pa.null()), [None, None], [None, None]),
+        (pa.struct({"ssnamenr": pa.null(), "fid": pa.int8()}), {"fid": 1}, {"ssnamenr": None, "fid": 1}),
+    ],
+    ids=str,
+)
+def test_types_that_other_writers_choose_are_read(kind: pa.DataType, value: Any, read: Any) -> None:
+    schema = pa.schema({"id": pa.int64(), "x": kind})
+    table = pa.Table.from_pylist([{"id": 1, "x": value}, {"id": 2, "x": None}], schema=schema)
+    assert rows_of(table) == [{"id": 1, "x": read}, {"id": 2, "x": None}]
+
+
+def test_columns_that_avro_cannot_express_are_left_out_and_known(caplog: pytest.LogCaptureFixture) -> None:
+    table = pa.table({"candid": [1], "i:mag": [2.0], "wait": pa.array([1], pa.duration("us"))})
+    table = table.append_column(
+        "candidate", pa.array([{"fid": 1, "at": 1}], pa.struct({"fid": pa.int8(), "at": pa.time64("us")}))
+    )
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    rows = Rows(file)
+    assert [record(container) for container in rows] == [{"candid": 1, "candidate": {"fid": 1}}]
+    assert {path: str(kind) for path, kind in rows.left_out.items()} == {
+        "i:mag": "double",
+        "wait": "duration[us]",
+        "candidate.at": "time64[us]",
+    }
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("view", [pa.string_view(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_ztf_alerts_decode_alike_whatever_their_texts_are_written_as(
+    ztf_packets: list[tuple[int, bytes]], view: pa.DataType
+) -> None:
+    schema = fastavro.reader(io.BytesIO(ztf_packets[0][1])).writer_schema
+    named = {**PRIMITIVES, "string": view, "bytes": pa.binary_view() if view == pa.string_view() else pa.large_binary()}
+    table = pa.Table.from_pylist([record(ztf_packets[0][1])], schema=pa.schema(arrow_type(schema, named).fields))
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    decoder = Decoder(open_registry(None))
+    expected, _ = decoder.decode([Packet(ztf_packets[0][1], FilePosition("avro"))])
+    alerts, rejects = decoder.decode([Packet(data, FilePosition("parquet")) for data in read_rows(file)])
+    assert not rejects
+    assert list(alerts.object_id) == list(expected.object_id)
+    np.testing.assert_array_equal(alerts.cutouts.view(np.uint32), expected.cutouts.view(np.uint32))
+    np.testing.assert_array_equal(alerts.metadata, expected.metadata)
 
 
 def test_rows_come_in_order_over_row_groups() -> None:

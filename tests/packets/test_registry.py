@@ -6,15 +6,21 @@ import json
 import logging
 import re
 import shutil
+import socket
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fastavro
 import pytest
 
-from broker_filter.packets import registry
+from broker_filter.packets import registry, wire
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import (
     DirectoryRegistry,
     HttpRegistry,
@@ -22,17 +28,21 @@ from broker_filter.packets.registry import (
     UnknownSchemaId,
     open_registry,
 )
-from broker_filter.packets.schema import SchemaError
+from broker_filter.packets.registry_client import RegistryClient
+from broker_filter.packets.rejects import RejectReason
+from broker_filter.packets.schema import SchemaError, WriterSchema
 
 SCHEMA = json.dumps({"type": "record", "name": "lsst.v7_4.alert", "fields": [{"name": "diaSourceId", "type": "long"}]})
 VERSIONS = (700, 701, 702, 703, 704, 800, 900, 1000, 1100)
 
 
 class Registry:
-    """A Confluent registry that holds schema 704, on a real socket; `status` makes it fail."""
+    """A Confluent registry that holds schema 704, on a real socket; `status` makes it fail, `redirect` sends away."""
 
     def __init__(self) -> None:
         self.status: int | None = None
+        self.redirect: str | None = None
+        self.error = b'{"error_code": 40403, "message": "Schema not found"}'
         self.answer = json.dumps({"schema": SCHEMA}).encode()
         self.requests: list[str] = []
         self.authorization: str | None = None
@@ -42,9 +52,15 @@ class Registry:
             def do_GET(self) -> None:
                 outer.requests.append(self.path)
                 outer.authorization = self.headers["Authorization"]
-                known = self.path == "/schemas/ids/704"
+                if outer.redirect is not None and not self.path.startswith("/moved"):
+                    self.send_response(307)
+                    self.send_header("Location", outer.redirect + self.path)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                known = self.path.endswith("/schemas/ids/704")
                 status = outer.status or (200 if known else 404)
-                body = outer.answer if status == 200 else b'{"error_code": 40403, "message": "Schema not found"}'
+                body = outer.answer if status == 200 else outer.error
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -119,6 +135,101 @@ def test_a_damaged_cache_file_is_fetched_again(
     assert "not usable" in caplog.text
 
 
+OTHER_SCHEMA = SCHEMA.replace("long", "string")
+
+
+def test_a_doubted_schema_is_asked_for_once_more(server: Registry, tmp_path: Path) -> None:
+    client(server, tmp_path).get(704)
+    server.answer = json.dumps({"schema": OTHER_SCHEMA}).encode()
+    now = 0.0
+    schemas = HttpRegistry(server.url, tmp_path, clock=lambda: now)
+    kept = schemas.get(704)
+    (file,) = tmp_path.rglob("704.avsc")
+    assert (kept.definition, kept.cached, len(server.requests)) == (json.loads(SCHEMA), file, 1)
+    renewed = schemas.get(704, kept)
+    assert (renewed.definition, renewed.cached) == (json.loads(OTHER_SCHEMA), None)
+    assert schemas.get(704) is schemas.get(704, kept) is renewed
+    assert file.read_text() == OTHER_SCHEMA
+    for _ in range(3):  # corrupt packets, one after the other
+        assert schemas.get(704, renewed) is renewed
+    assert len(server.requests) == 2
+    now = registry.DOUBT_INTERVAL_S + 1
+    assert schemas.get(704, renewed) is renewed
+    assert len(server.requests) == 3
+
+
+def test_a_doubted_schema_stays_while_the_registry_is_away(server: Registry, tmp_path: Path) -> None:
+    client(server, tmp_path).get(704)
+    server.status = 503
+    schemas = client(server, tmp_path)
+    kept = schemas.get(704)
+    assert schemas.get(704, kept) is kept
+    server.status = 404
+    schemas = client(server, tmp_path)
+    kept = schemas.get(704)
+    assert schemas.get(704, kept) is kept
+
+
+def test_alerts_decode_although_a_wiped_registry_gave_their_id_to_another_schema(
+    server: Registry, tmp_path: Path, lsst_schemas: Path, lsst_packets: list[tuple[str, bytes]]
+) -> None:
+    """First the id of the cache means another schema than now, then the id in memory."""
+    sound, _ = Decoder(DirectoryRegistry(lsst_schemas)).decode(
+        [Packet(data, FilePosition(name)) for name, data in lsst_packets]
+    )
+    first, second = sorted({record.schema for record in sound.records}, key=lambda schema: schema.fingerprint)[:2]
+    alerts = {
+        schema: [
+            Packet(wire.frame(704, bytes(record.body)), FilePosition(str(k)))
+            for k, record in enumerate(sound.records)
+            if record.schema is schema
+        ]
+        for schema in (first, second)
+    }
+
+    def mean(schema: WriterSchema) -> None:
+        server.answer = json.dumps({"schema": json.dumps(schema.definition)}).encode()
+
+    mean(first)
+    client(server, tmp_path).get(704)
+
+    now = 0.0
+    decoder = Decoder(HttpRegistry(server.url, tmp_path, clock=lambda: now))
+    for schema in (second, first):
+        mean(schema)
+        batch, rejects = decoder.decode(alerts[schema])
+        assert (len(batch), rejects) == (len(alerts[schema]), [])
+        now += registry.DOUBT_INTERVAL_S + 1
+    assert len(server.requests) == 3
+
+
+def test_a_reject_names_the_cached_file_that_it_was_decoded_by(
+    server: Registry, tmp_path: Path, lsst_schemas: Path
+) -> None:
+    server.answer = json.dumps({"schema": json.dumps(DirectoryRegistry(lsst_schemas).get(704).definition)}).encode()
+    client(server, tmp_path).get(704)
+    (file,) = tmp_path.rglob("704.avsc")
+    packet = Packet(wire.frame(704, b"\xff" * 1000), FilePosition("damaged"))
+    for status in (None, 503, 404):  # the registry says the same again, is away, or has forgotten the id
+        server.status = status
+        _, [reject] = Decoder(client(server, tmp_path)).decode([packet])
+        assert reject.reason is RejectReason.CORRUPT
+        assert reject.detail.endswith(f"schema 704 was kept by an earlier run in {file}")
+        file.write_text(json.loads(server.answer)["schema"])
+    server.status = None
+    file.unlink()
+    _, [reject] = Decoder(client(server, tmp_path)).decode([packet])
+    assert str(tmp_path) not in reject.detail
+
+
+def test_what_earlier_runs_have_kept_can_be_dropped(server: Registry, tmp_path: Path) -> None:
+    client(server, tmp_path).get(704)
+    HttpRegistry("http://127.0.0.1:9", tmp_path)
+    server.answer = json.dumps({"schema": OTHER_SCHEMA}).encode()
+    assert open_registry(server.url, tmp_path).get(704).definition == json.loads(SCHEMA)
+    assert open_registry(server.url, tmp_path, drop_cache=True).get(704).definition == json.loads(OTHER_SCHEMA)
+
+
 def test_an_unwritable_cache_is_a_warning(server: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "cache").write_text("a file where the directory should be")
     assert client(server, tmp_path / "cache").get(704).registry_id == 704
@@ -161,10 +272,135 @@ def test_an_invalid_schema_is_an_error_and_not_kept(server: Registry, tmp_path: 
     assert not list(tmp_path.rglob("*.avsc"))
 
 
-def test_an_endless_answer_is_cut_off(server: Registry, tmp_path: Path) -> None:
+def test_an_invalid_schema_is_not_asked_for_again_at_once(server: Registry, tmp_path: Path) -> None:
+    server.answer = json.dumps({"schema": '"long"'}).encode()
+    schemas = client(server, tmp_path)
+    for _ in range(3):
+        with pytest.raises(SchemaError):
+            schemas.get(704)
+    assert len(server.requests) == 1
+
+
+def test_an_endless_answer_is_cut_off_and_says_nothing_of_the_schema(server: Registry, tmp_path: Path) -> None:
     server.answer = bytes(10 << 20)
-    with pytest.raises(SchemaError, match="larger"):
+    with pytest.raises(RegistryUnavailable, match="more than"):
         client(server, tmp_path).get(704)
+
+
+@pytest.mark.parametrize(
+    "error", [b"<html>no such page</html>", b"", b"[]", b'{"message": "no route"}', b'{"error_code": 404}']
+)
+def test_only_a_registrys_own_error_code_means_an_unknown_id(server: Registry, tmp_path: Path, error: bytes) -> None:
+    server.status, server.error = 404, error
+    with pytest.raises(RegistryUnavailable, match="404"):
+        client(server, tmp_path).get(704)
+    server.status = None
+    assert client(server, tmp_path).get(704).registry_id == 704
+
+
+class Tarpit:
+    """A server that answers so slowly that no single read ever times out, or not at all."""
+
+    def __init__(self, drips: bytes) -> None:
+        self.connections = 0
+        self._drips = drips
+        self._end = threading.Event()
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = self._socket.accept()
+                self.connections += 1
+                threading.Thread(target=self._drip, args=(connection,), daemon=True).start()
+
+    def _drip(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            for byte in self._drips:
+                connection.sendall(bytes([byte]))
+                if self._end.wait(0.05):
+                    return
+            self._end.wait()
+
+    def close(self) -> None:
+        self._end.set()
+        self._socket.close()
+
+
+@pytest.mark.parametrize(
+    "drips",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\n" + b"X-Slow: yes\r\n" * 1000,
+        b"HTTP/1.0 200 OK\r\n\r\n" + b" " * 10_000,
+        b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n" + b" " * 10_000,
+        b"HTTP/1.1 404 Not Found\r\nContent-Length: 10000\r\n\r\n" + b" " * 10_000,
+    ],
+    ids=["silent", "headers", "body", "counted body", "error"],
+)
+def test_a_look_up_has_a_total_deadline_that_all_threads_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drips: bytes
+) -> None:
+    monkeypatch.setattr(registry, "DEADLINE_S", 2.0)
+    tarpit, beats, failures = Tarpit(drips), Counter[int](), list[str]()
+    before = threading.active_count()
+    schemas = HttpRegistry(tarpit.url, tmp_path, waiting=lambda: beats.update([threading.get_ident()]))
+
+    def look_up() -> None:
+        try:
+            schemas.get(704)
+        except RegistryUnavailable as error:
+            failures.append(str(error))
+
+    threads = [threading.Thread(target=look_up) for _ in range(4)]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    elapsed = time.monotonic() - began
+    try:
+        assert len(failures) == 4
+        assert elapsed < 4 * 2.0  # not one deadline after another
+        assert tarpit.connections == 1
+        assert set(beats) == {thread.ident for thread in threads}
+        while threading.active_count() > before + 1 + tarpit.connections:  # the thread that asks ends, too
+            time.sleep(0.05)
+    finally:
+        tarpit.close()
+
+
+def test_credentials_stay_with_the_registrys_own_address(server: Registry, tmp_path: Path) -> None:
+    other = Registry()
+    url = f"http://me:secret@127.0.0.1:{server.port}"
+    try:
+        for target in (other.url, f"http://localhost:{server.port}/moved"):
+            server.redirect = target
+            assert HttpRegistry(url, tmp_path / target[-5:], sleep=lambda _: None).get(704).registry_id == 704
+            last = other if target == other.url else server
+            assert last.requests[-1].endswith("/schemas/ids/704")
+            assert last.authorization is None
+        server.redirect = f"{server.url}/moved"
+        assert HttpRegistry(url, tmp_path / "same", sleep=lambda _: None).get(704).registry_id == 704
+        assert server.requests[-1] == "/moved/schemas/ids/704"
+        assert server.authorization is not None
+        server.redirect = "ftp://127.0.0.1"
+        with pytest.raises(RegistryUnavailable, match="307"):
+            HttpRegistry(url, tmp_path / "ftp", sleep=lambda _: None).get(704)
+    finally:
+        other.stop()
+
+
+def test_a_registration_is_redirected_nowhere(server: Registry) -> None:
+    other = Registry()
+    try:
+        server.redirect = other.url
+        assert RegistryClient(server.url).ask("/subjects/x/versions", {"schema": "{}"}).status >= 400
+        assert other.requests == []
+    finally:
+        other.stop()
 
 
 def test_credentials_are_sent_and_never_shown(

@@ -96,6 +96,8 @@ def test_a_file_name_cannot_lead_out_of_the_bundle(own_bundle: Path, name: str) 
         (lambda card: card["inputs"]["images"].update(normalisation="zscore"), "inputs.images.normalisation"),
         (lambda card: card["inputs"]["images"].update(size=10**6), "inputs.images.size"),
         (lambda card: card["outputs"].update(thresholds={"fake": 0.5}), "labels that do not exist: fake"),
+        (lambda card: card["outputs"].update(surveys={"fake": ["ztf"]}), "labels that do not exist: fake"),
+        (lambda card: card["outputs"].update(surveys={"real": ["lsst"]}), "real is of lsst, which `surveys` does not"),
         (lambda card: card.update(name="d6-m7"), "name: String should match pattern"),
         (lambda card: card.update(surveys=["decam"]), "surveys"),
         (lambda card: card.update(format=2), "format"),

@@ -21,6 +21,11 @@ from broker_filter.scoring.labels import LabelsError, parse_rule, read_labels
         ("candid,class\n1,a\n1,b\n", "class", "candid 1 is labelled a and b"),
         ("candid,class\n1,SN Ia\n2,b\n", "class", "'SN Ia' of 'class' is no class's name.*--class NAME='SN Ia'"),
         ("candid,class\n1,\n2,b\n", "class", "makes 1 class"),
+        ("candid,class\n1,nan\n2,NaN\n", "class", "makes 0 class: every label is missing"),
+        ("candid,class\n", "class", "has no row"),
+        ("", "class", r"neither a \.csv nor a \.parquet that can be read"),
+        ("candid,class\n1.5e18,a\n2,b\n", "class", "candid holds floating-point numbers, which round ids"),
+        ("candid,class,class\n1,a,b\n2,b,a\n", "class", r"neither a \.csv nor a \.parquet that can be read"),
     ],
 )
 def test_a_table_that_does_not_do_is_refused(content: str, column: str, message: str, tmp_path: Path) -> None:
@@ -39,6 +44,21 @@ def test_rows_without_a_label_are_left_out(tmp_path: Path) -> None:
         assert (labels.classes, labels.label_of) == (("a", "b"), {"1": 0, "3": 1})
     rules = [parse_rule("no=-1..0.5"), parse_rule("yes=0.5..1")]
     assert read_labels(tmp_path / "labels.parquet", "number", rules).label_of == {"1": 0, "3": 1}
+
+
+@pytest.mark.parametrize("missing", ["nan", "NaN", "NA", "N/A", "null", "None", "<NA>", " "])
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_missing_label_is_no_class_however_it_is_written(missing: str, kind: str, tmp_path: Path) -> None:
+    columns = {"candid": ["1", "2", "3"], "class": ["a", missing, "b"]}
+    if kind == "csv":
+        (tmp_path / "labels.csv").write_text(f"candid,class\n1,a\n2,{missing}\n3,b\n")
+    else:
+        parquet.write_table(pa.table(columns), tmp_path / "labels.parquet")
+    labels = read_labels(tmp_path / f"labels.{kind}", "class")
+    assert (labels.classes, labels.label_of) == (("a", "b"), {"1": 0, "3": 1})
+    if missing.strip():
+        rules = [parse_rule("a=a"), parse_rule(f"nothing={missing}")]
+        assert read_labels(tmp_path / f"labels.{kind}", "class", rules).label_of == {"1": 0, "2": 1}
 
 
 def test_a_class_is_described_once(tmp_path: Path) -> None:

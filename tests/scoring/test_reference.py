@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as torch_save_file
 
+from broker_filter.packets.batch import Survey
 from broker_filter.scoring.anomaly import AnomalyScorer, Cloud, Mahalanobis, strangeness
 from broker_filter.scoring.bundle import WEIGHTS, Card, load_bundle
 from broker_filter.scoring.neighbours import normalise
@@ -23,6 +24,8 @@ from broker_filter.scoring.reference import (
     Ordinary,
     Reference,
     ReferenceSetError,
+    SurveyCounts,
+    SurveyReference,
     check_made_with,
     make_reference,
     read_card,
@@ -42,7 +45,7 @@ def card() -> Card:
 
 
 @pytest.fixture
-def reference(card: Card) -> Reference:
+def part() -> SurveyReference:
     rng = np.random.default_rng(1)
     modalities = normalise(rng.standard_normal((50, 2, 4)))
     modalities[3, 1] = 0  # has no light curve
@@ -50,12 +53,33 @@ def reference(card: Card) -> Reference:
         normalise(modalities.reshape(50, 8)),
         np.arange(50) - 7,
         np.array([f"ZTF26aaé{i}" for i in range(50)]),
-        (np.arange(50) % 2).astype(np.uint8),
+        np.full(50, Survey.ZTF, np.uint8),
     )
     usual = np.array([[2.8, 0.3], [1.7, 0.4], [1.7, 0.4]], np.float32)
     apart = np.array([[0.5, 0.1], [0.4, 0.2]], np.float32)
     scores, label = np.linspace(0.1, 0.5, 30, dtype=np.float32), np.arange(50) % 3 - 1
-    return make_reference(card, "default.real > 0.5", alerts, scores, usual, apart, "mahalanobis", label, ("VS", "SN"))
+    return SurveyReference(alerts, scores, usual, apart, label)
+
+
+@pytest.fixture
+def reference(card: Card, part: SurveyReference) -> Reference:
+    """Of two surveys that differ."""
+    few = np.arange(40)
+    lsst = replace(
+        part,
+        alerts=replace(part.alerts[few], survey=np.full(40, Survey.LSST, np.uint8)),
+        label=part.label[few],
+        usual=part.usual * 2,
+    )
+    counts = SurveyCounts(read=200, passed=80, kept=50, held_out=30)
+    return make_reference(
+        card,
+        "default.real > 0.5",
+        {Survey.ZTF: part, Survey.LSST: lsst},
+        {Survey.ZTF: counts, Survey.LSST: counts},
+        "mahalanobis",
+        ("VS", "SN"),
+    )
 
 
 @pytest.fixture
@@ -67,12 +91,13 @@ def file(reference: Reference, tmp_path: Path) -> Path:
 def test_is_itself_again_when_it_is_read(reference: Reference, file: Path) -> None:
     again = read_reference(file)
     assert again.card == reference.card == read_card(file)
-    for name in ("embedding", "alert_id", "object_id", "survey"):
-        np.testing.assert_array_equal(getattr(again.alerts, name), getattr(reference.alerts, name))
-    np.testing.assert_array_equal(again.scores, reference.scores)
-    np.testing.assert_array_equal(again.usual, reference.usual)
-    np.testing.assert_array_equal(again.apart, reference.apart)
-    np.testing.assert_array_equal(again.label, reference.label)
+    assert list(again.surveys) == [Survey.ZTF, Survey.LSST]
+    for survey, written in reference.surveys.items():
+        read = again.surveys[survey]
+        for name in ("embedding", "alert_id", "object_id", "survey"):
+            np.testing.assert_array_equal(getattr(read.alerts, name), getattr(written.alerts, name))
+        for name in ("scores", "usual", "apart", "label"):
+            np.testing.assert_array_equal(getattr(read, name), getattr(written, name))
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
@@ -92,19 +117,19 @@ def test_another_bundles_is_refused(reference: Reference, file: Path, card: Card
 def test_damage_is_found(file: Path) -> None:
     arrays, metadata = load_file(file), {CARD: read_card(file).model_dump_json()}
     damaged = {
-        "not the ones that its card names": arrays | {"embedding": arrays["embedding"] * 2},
-        "its card asks for": arrays | {"alert_id": arrays["alert_id"][:-1]},
-        "build the reference again": {"embedding": arrays["embedding"]},
+        "not the ones that its card names": arrays | {"lsst.embedding": arrays["lsst.embedding"] * 2},
+        "its card asks for": arrays | {"ztf.alert_id": arrays["ztf.alert_id"][:-1]},
+        "build the reference again": {"ztf.embedding": arrays["ztf.embedding"]},
     }
     for message, some in damaged.items():
         save_file(some, file, metadata=metadata)
         with pytest.raises(ReferenceSetError, match=message):
             read_reference(file)
     narrow = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    torch_save_file(narrow | {"embedding": narrow["embedding"].bfloat16()}, file, metadata=metadata)
+    torch_save_file(narrow | {"ztf.embedding": narrow["ztf.embedding"].bfloat16()}, file, metadata=metadata)
     with pytest.raises(ReferenceSetError, match="BF16"):  # which numpy does not know
         read_reference(file)
-    save_file(arrays, file, metadata={CARD: '{"format": 2}'})
+    save_file(arrays, file, metadata={CARD: '{"format": 1}'})
     with pytest.raises(ReferenceSetError, match="format"):
         read_reference(file)
     save_file(arrays, file)
@@ -125,93 +150,95 @@ def test_damage_is_found(file: Path) -> None:
         "usual": lambda values: values * np.float32(0),
         "apart": lambda values: -values,
         "label": lambda values: values + 1,
-        "survey": lambda values: values + np.uint8(7),
     }.items(),
 )
 def test_numbers_that_would_flag_nothing_are_refused(
     reference: Reference, file: Path, name: str, change: Callable[[NDArray[np.generic]], NDArray[np.generic]]
 ) -> None:
     """One NaN among the ordinary would make every alert's score one, and silence the service for good."""
-    arrays = load_file(file)
-    changed = arrays | {name: change(arrays[name])}
-    alerts = replace(reference.alerts, embedding=changed["embedding"], survey=changed["survey"])
-    others = {name: changed[name] for name in ("scores", "usual", "apart", "label")}
-    rewrite(replace(reference, alerts=alerts, **others), file)
-    with pytest.raises(ReferenceSetError, match=f"ordinary.safetensors: its {name} .*; build the reference again"):
+    part = reference.surveys[Survey.LSST]
+    if name == "embedding":
+        changed = replace(part, alerts=replace(part.alerts, embedding=change(part.alerts.embedding)))
+    else:
+        changed = replace(part, **{name: change(getattr(part, name))})
+    rewrite(reference, changed, file)
+    with pytest.raises(ReferenceSetError, match=f"ordinary.safetensors: of lsst, its {name} .*; build the reference"):
         read_reference(file)
 
 
 @pytest.mark.parametrize("kept", [0, 1])
 def test_one_alert_is_no_reference(reference: Reference, file: Path, kept: int) -> None:
     """Neither has one a spread, nor do scores without a tail give a threshold."""
-    one = {"alerts": reference.alerts[np.arange(1)], "label": reference.label[:1]}
-    rewrite(replace(reference, **(one if kept else {"scores": reference.scores[:1]})), file)
+    part = reference.surveys[Survey.LSST]
+    one = replace(part, alerts=part.alerts[np.arange(1)], label=part.label[:1])
+    rewrite(reference, one if kept else replace(part, scores=part.scores[:1]), file)
     with pytest.raises(ReferenceSetError, match="build the reference again"):
         read_reference(file)
 
 
-def test_alerts_that_all_look_the_same_are_no_reference(reference: Reference) -> None:
-    same = np.repeat(reference.alerts.embedding[:1], 50, axis=0)
+def test_alerts_that_all_look_the_same_are_no_reference(part: SurveyReference) -> None:
+    same = np.repeat(part.alerts.embedding[:1], 50, axis=0)
     with pytest.raises(ReferenceSetError, match="look the same"):
-        Cloud(same, len(MODALITIES), "mahalanobis", reference.label)
+        Cloud(same, len(MODALITIES), "mahalanobis", part.label)
 
 
-def rewrite(changed: Reference, file: Path) -> None:
-    """A reference whose arrays were changed, their sha256 in its card."""
-    shipped, card = load_bundle("default").card, changed.card
-    outputs = shipped.outputs.model_copy(update={"modalities": card.modalities})
+def rewrite(reference: Reference, lsst: SurveyReference, file: Path) -> None:
+    """A reference of which a survey's arrays were changed, their sha256 in its card."""
+    shipped, card = load_bundle("default").card, reference.card
     made = make_reference(
-        shipped.model_copy(update={"outputs": outputs}),
+        shipped.model_copy(update={"outputs": shipped.outputs.model_copy(update={"modalities": card.modalities})}),
         card.where,
-        changed.alerts,
-        changed.scores,
-        changed.usual,
-        changed.apart,
+        {**reference.surveys, Survey.LSST: lsst},
+        {Survey[name.upper()]: counts for name, counts in card.surveys.items()},
         card.measure,
-        changed.label,
         card.classes,
     )
     made.write(file)
 
 
-def test_an_alert_of_the_reference_is_its_own_nearest(reference: Reference) -> None:
-    scorer = AnomalyScorer(reference)
-    for i, named in enumerate(scorer.nearest(3 * reference.alerts.embedding, 2)):
+def test_an_alert_of_the_reference_is_its_own_nearest(reference: Reference, part: SurveyReference) -> None:
+    scorer = AnomalyScorer(reference.card, part)
+    for i, named in enumerate(scorer.nearest(3 * part.alerts.embedding, 2)):
         assert (named[0].alert_id, named[0].object_id) == (i - 7, f"ZTF26aaé{i}")
         assert named[0].distance == pytest.approx(0, abs=1e-6)
 
 
-def test_a_score_does_not_depend_on_what_else_is_scored(reference: Reference) -> None:
-    scorer, asked = AnomalyScorer(reference), np.random.default_rng(2).standard_normal((60, 8)).astype(np.float32)
+def test_a_score_does_not_depend_on_what_else_is_scored(reference: Reference, part: SurveyReference) -> None:
+    scorer, asked = (
+        AnomalyScorer(reference.card, part),
+        np.random.default_rng(2).standard_normal((60, 8)).astype(np.float32),
+    )
     alone = np.concatenate([scorer.score(one[None]) for one in asked])
     np.testing.assert_allclose(scorer.score(asked), alone, atol=1e-6)
 
 
 @pytest.mark.parametrize("measure", get_args(Measure))
-def test_the_stranger_alert_scores_higher(reference: Reference, measure: Measure) -> None:
-    scorer = AnomalyScorer(replace(reference, card=reference.card.model_copy(update={"measure": measure})))
-    embedding = reference.alerts.embedding[[10, 10, 3]]
-    embedding[1, 4:] = embedding[1, 4:][::-1] - reference.alerts.embedding[:, 4:].mean(axis=0) * 20  # far off all
+def test_the_stranger_alert_scores_higher(reference: Reference, part: SurveyReference, measure: Measure) -> None:
+    scorer = AnomalyScorer(reference.card.model_copy(update={"measure": measure}), part)
+    embedding = part.alerts.embedding[[10, 10, 3]]
+    embedding[1, 4:] = embedding[1, 4:][::-1] - part.alerts.embedding[:, 4:].mean(axis=0) * 20  # far off all
     like, unlike, lacking = scorer.score(embedding)
     assert like < unlike
     assert np.isfinite(lacking)
 
 
-def test_what_is_strange_in_a_modality_alone_says_so(reference: Reference) -> None:
+def test_what_is_strange_in_a_modality_alone_says_so(reference: Reference, part: SurveyReference) -> None:
     ordinary = normalise(np.eye(1, 4) + 0.2 * np.random.default_rng(4).standard_normal((50, 2, 4)))
-    alerts = replace(reference.alerts, embedding=normalise(ordinary.reshape(50, 8)))
+    alerts = replace(part.alerts, embedding=normalise(ordinary.reshape(50, 8)))
     asked = alerts.embedding[[10, 10, 10]]
     asked[1, 4:] *= -1
     asked[2, 4:] = 0
-    reasons = AnomalyScorer(replace(reference, alerts=alerts)).explain(asked)
+    reasons = AnomalyScorer(reference.card, replace(part, alerts=alerts)).explain(asked)
     assert reasons[1].most_unlike == "light_curve"
     assert reasons[1].modalities["light_curve"] > reasons[0].modalities["light_curve"]
     assert [len(reason.neighbours) for reason in reasons] == [5, 5, 5]
     assert set(reasons[2].modalities) == {"image"}  # what an alert lacks is no reason
 
 
-def test_a_reason_is_what_the_neighbours_that_it_names_are_unlike_in(reference: Reference) -> None:
-    scorer, known = AnomalyScorer(reference), reference.alerts
+def test_a_reason_is_what_the_neighbours_that_it_names_are_unlike_in(
+    reference: Reference, part: SurveyReference
+) -> None:
+    scorer, known = AnomalyScorer(reference.card, part), part.alerts
     asked = normalise(np.random.default_rng(3).standard_normal((20, 8)))
     asked[4, :4] = 0
     row_of = {alert_id: row for row, alert_id in enumerate(known.alert_id.tolist())}
@@ -219,11 +246,11 @@ def test_a_reason_is_what_the_neighbours_that_it_names_are_unlike_in(reference: 
         theirs = known.embedding[[row_of[one.alert_id] for one in reason.neighbours]]
         expected = {}
         for m, name in enumerate(MODALITIES):
-            part = slice(4 * m, 4 * m + 4)
-            with_it = theirs[theirs[:, part].any(axis=1), part]
-            if own[part].any():
-                distance = (1 - normalise(with_it) @ normalise(own[part])).mean()
-                expected[name] = (distance - reference.apart[m, 0]) / reference.apart[m, 1]
+            axes = slice(4 * m, 4 * m + 4)
+            with_it = theirs[theirs[:, axes].any(axis=1), axes]
+            if own[axes].any():
+                distance = (1 - normalise(with_it) @ normalise(own[axes])).mean()
+                expected[name] = (distance - part.apart[m, 0]) / part.apart[m, 1]
         assert reason.modalities == pytest.approx(expected, abs=1e-4)
         assert reason.most_unlike == max(expected, key=expected.__getitem__)
 
@@ -236,9 +263,9 @@ def test_distances_are_in_the_shape_of_what_is_ordinary() -> None:
     np.testing.assert_allclose(Mahalanobis(ordinary)(steps), [0, 1, 10], atol=0.8)
 
 
-def test_neighbours_and_centroids_are_measured_from_as_they_say(reference: Reference) -> None:
+def test_neighbours_and_centroids_are_measured_from_as_they_say(part: SurveyReference) -> None:
     """As a whole and in each modality, which the fourth alert lacks one of."""
-    known, label, asked = reference.alerts.embedding, reference.label, reference.alerts.embedding[2:5]
+    known, label, asked = part.alerts.embedding, part.label, part.alerts.embedding[2:5]
     near = Cloud(known, 2, "neighbours", label).distances(asked)
     far = Cloud(known, 2, "centroids", label).distances(asked)
     for column, axes in enumerate((slice(0, 8), slice(0, 4), slice(4, 8))):
@@ -254,9 +281,9 @@ def test_neighbours_and_centroids_are_measured_from_as_they_say(reference: Refer
     assert np.isnan(far[1, 2])
 
 
-def test_a_modality_counts_by_what_is_usual_in_it(reference: Reference) -> None:
-    embedding = reference.alerts.embedding[:20]
-    distances = Cloud(reference.alerts.embedding, 2, "mahalanobis", reference.label).distances(embedding)
+def test_a_modality_counts_by_what_is_usual_in_it(part: SurveyReference) -> None:
+    embedding = part.alerts.embedding[:20]
+    distances = Cloud(part.alerts.embedding, 2, "mahalanobis", part.label).distances(embedding)
     usual = np.array([[0, 1], [0.2, 0.1], [0.02, 0.01]], np.float32)
     expected = np.nanmean((distances - [0, 0.2, 0.02]) / [1, 0.1, 0.01], axis=1)
     np.testing.assert_allclose(strangeness(distances, usual), expected, rtol=1e-5)

@@ -62,6 +62,24 @@ def test_the_operator_can_add_a_survey(make_batch: Callable[..., AlertBatch], te
     assert scorer.models[0].surveys == (Survey.ZTF, Survey.LSST)
 
 
+@pytest.mark.parametrize("also", [[], ["lsst"]])
+def test_an_output_is_null_for_a_survey_that_it_was_not_trained_for(
+    own_bundle: Path, make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers, also: list[str]
+) -> None:
+    path = own_bundle / CARD
+    card = yaml.safe_load(path.read_text())
+    card["surveys"] = ["ztf", "lsst"]
+    card["outputs"]["surveys"] = {"real": ["ztf"]}
+    path.write_text(yaml.safe_dump(card))
+    scorer = open_scorer([Model.model_validate({"bundle": str(own_bundle), "also": also})], CPU)
+    surveys = [Survey.ZTF, Survey.LSST, Survey.LSST, Survey.ZTF]
+    scores = scorer.score(make_batch(test_vector.cutouts, test_vector.cutout_box, surveys))
+    assert scores.taken.all()
+    assert np.isfinite(scores.columns()["default.real"]).tolist() == (
+        [True] * 4 if also else [True, False, False, True]
+    )
+
+
 def test_an_alert_that_no_model_takes_is_not_taken(
     scorer: Scorer, make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers
 ) -> None:

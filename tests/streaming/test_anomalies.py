@@ -19,7 +19,7 @@ from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.neighbours import Embeddings, normalise
-from broker_filter.scoring.reference import Measure, Reference, ReferenceSetError, read_reference
+from broker_filter.scoring.reference import Measure, Reference, ReferenceSetError, SurveyCounts, read_reference
 from broker_filter.scoring.scorer import Model, open_model, open_scorer
 from broker_filter.streaming.anomalies import AnomalyJudge, open_judge
 from broker_filter.streaming.duplicates import DuplicateWindow
@@ -74,16 +74,17 @@ def test_a_reference_is_of_the_alerts_that_pass_and_no_more_than_asked_for(make:
         make(ordinary(200, 1), real, magpsf=[18.0] * 100 + [21.0] * 100),  # the same again
         make(ordinary(200, 2), first_id=200),
     ]
-    every = build_reference(batches, model, PASSES, limit=1000)
+    built = build_reference(batches, model, PASSES, limit=1000)
+    every = built.surveys[Survey.ZTF]
     kept = set(every.alerts.alert_id.tolist())
     passing = {*range(0, 100, 2), *range(200, 400)}
     assert kept < passing
     assert len(every.scores) == len(passing) - len(kept) == pytest.approx(50, abs=25)
-    assert every.card.where == PASSES.text
-    some = build_reference(batches[::-1], model, PASSES, limit=200)
+    assert built.card.where == PASSES.text
+    some = build_reference(batches[::-1], model, PASSES, limit=200).surveys[Survey.ZTF]
     assert len(some.alerts) + len(some.scores) == 200
     np.testing.assert_array_equal(
-        some.alerts.alert_id, build_reference(batches, model, PASSES, limit=200).alerts.alert_id
+        some.alerts.alert_id, build_reference(batches, model, PASSES, limit=200).surveys[Survey.ZTF].alerts.alert_id
     )
 
 
@@ -91,7 +92,7 @@ def test_a_reference_is_calibrated_on_other_objects(make: Scored, model: Model, 
     """An object's alerts are alike: beside its own others, every alert would look ordinary."""
     alone = ordinary(400, 7)
     pairs = make(np.repeat(alone, 2, axis=0))  # ids 2 i and 2 i + 1 are of one object, and the same
-    beside_others = build_reference([pairs], model, None, limit=1000)
+    beside_others = build_reference([pairs], model, None, limit=1000).surveys[Survey.ZTF]
     assert set(np.unique(beside_others.alerts.object_id, return_counts=True)[1].tolist()) == {2}
     assert len(beside_others.alerts) + len(beside_others.scores) == 800
 
@@ -117,7 +118,7 @@ def test_flags_strange_alerts_that_pass_the_cut_and_says_why(make: Scored, refer
     assert list(anomalies.reasons) == [5]
     neighbours = anomalies.reasons[5].neighbours
     assert len(neighbours) == 5
-    assert {one.alert_id for one in neighbours} < set(reference.alerts.alert_id.tolist())
+    assert {one.alert_id for one in neighbours} < set(reference.surveys[Survey.ZTF].alerts.alert_id.tolist())
     assert neighbours[0].distance > 1
     assert judge.columns == ("magpsf",)
 
@@ -127,6 +128,71 @@ def test_alerts_of_a_survey_that_the_reference_lacks_are_not_judged(make: Scored
     both = make(-ordinary(4, 5), survey=[Survey.ZTF, Survey.LSST] * 2)
     anomalies = AnomalyJudge(reference, 0.01, None).judge(both)
     assert anomalies.judged.tolist() == anomalies.flag.tolist() == [True, False] * 2
+
+
+@pytest.fixture
+def model_of_both(model: Model) -> Model:
+    return replace(model, also=(Survey.LSST,))
+
+
+def of_lsst(n: int, seed: int) -> Embeddings:
+    """Near another direction, and further apart: another telescope's."""
+    return normalise(np.roll(np.eye(1, 8), 4) + 0.4 * np.random.default_rng(seed).standard_normal((n, 8)))
+
+
+def two_surveys(make: Scored, seed: int, n_ztf: int, n_lsst: int) -> ScoredBatch:
+    return make(
+        np.concatenate([ordinary(n_ztf, seed), of_lsst(n_lsst, seed)]),
+        survey=[Survey.ZTF] * n_ztf + [Survey.LSST] * n_lsst,
+        first_id=seed * (n_ztf + n_lsst),
+    )
+
+
+def test_each_survey_is_judged_beside_its_own_at_the_same_rate(make: Scored, model_of_both: Model) -> None:
+    batches = [two_surveys(make, seed, 90, 10) for seed in range(20)]
+    reference = build_reference(batches, model_of_both, None, limit=2000)
+    assert reference.card.surveys["lsst"].read == reference.card.surveys["lsst"].passed == 200
+    judge = AnomalyJudge(reference, 0.02, None)
+    judged = [two_surveys(make, seed, 250, 250) for seed in range(100, 120)]
+    flags = np.concatenate([judge.judge(scored).flag for scored in judged]).reshape(20, 2, 250)
+    np.testing.assert_allclose(flags.mean(axis=(0, 2)), [0.02, 0.02], atol=0.006)
+
+
+def test_a_survey_scores_the_same_whoever_else_is_in_the_reference(make: Scored, model_of_both: Model) -> None:
+    both = build_reference([two_surveys(make, 3, 300, 300)], model_of_both, None, limit=2000)
+    alone = build_reference([make(ordinary(300, 3), first_id=1800)], model_of_both, None, limit=2000)
+    asked = make(ordinary(20, 9))
+    first, second = (AnomalyJudge(reference, 0.1, None).judge(asked) for reference in (both, alone))
+    np.testing.assert_array_equal(first.score, second.score)
+    np.testing.assert_array_equal(first.flag, second.flag)
+
+
+def test_a_survey_with_too_few_in_the_reference_is_not_judged_and_this_is_said(
+    make: Scored, model_of_both: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = [two_surveys(make, 0, 300, 2)]
+    reference = build_reference(batches, model_of_both, None, limit=1000)
+    assert "lsst: 2 ordinary alerts" in caplog.text
+    assert "will not be judged" in caplog.text
+    assert list(reference.surveys) == [Survey.ZTF]
+    assert reference.card.surveys["lsst"] == SurveyCounts(read=2, passed=2, kept=0, held_out=0)
+    file = tmp_path / "mixed.safetensors"
+    reference.write(file)
+    caplog.clear()
+    scorer = open_scorer([config.Model(bundle="default", also=["lsst"])], Runtime())
+    anomalies = open_judge(config.Anomalies(reference=file), scorer).judge(two_surveys(make, 7, 10, 10))
+    assert "alerts of lsst are not judged" in caplog.text
+    assert anomalies.judged.tolist() == [True] * 10 + [False] * 10
+    assert not anomalies.flag[10:].any()
+
+
+def test_a_filter_that_hardly_an_alert_of_a_survey_passes_is_warned_of(
+    make: Scored, model_of_both: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    bogus = make(of_lsst(98, 1), [0.9] * 3 + [0.01] * 95, survey=[Survey.LSST] * 98, first_id=1000)
+    build_reference([make(ordinary(300, 0)), bogus], model_of_both, PASSES, limit=1000)
+    assert "lsst: only 3 of 98 alerts are taken by default and pass `default.real > 0.5" in caplog.text
+    assert "ztf: only" not in caplog.text
 
 
 @pytest.mark.parametrize("measure", ["mahalanobis", "neighbours"])

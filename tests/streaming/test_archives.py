@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import random
 import tarfile
 import tracemalloc
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import fastavro
@@ -18,7 +20,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition
+from broker_filter.packets.registry import open_registry
 from broker_filter.streaming.archives import MAX_DEPTH, InputError, read_packets
 
 SCHEMA = {
@@ -113,6 +117,97 @@ def test_archives_nest(tmp_path: Path) -> None:
     path = save(tmp_path, "season.tar.gz", season)
     expected = [(f"{path}::20180819.tar.gz/night/{name}", data) for name, data in PACKETS]
     assert read(path)[1:] == [*expected, (f"{path}::one.avro.gz", PACKETS[0][1])]
+
+
+def zstd(data: bytes) -> bytes:
+    return bytes(pa.compress(data, codec="zstd", asbytes=True))
+
+
+def lz4(data: bytes) -> bytes:
+    return bytes(pa.compress(data, codec="lz4", asbytes=True))
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "xz": lzma.compress,
+    "bz2": bz2.compress,
+    "zst": zstd,
+    "lz4": lz4,
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_every_compression_is_read_alone_in_a_tar_and_around_one(tmp_path: Path, suffix: str) -> None:
+    compress = COMPRESS[suffix]
+    packet = PACKETS[0][1]
+    alone = save(tmp_path, f"1.avro.{suffix}", compress(packet))
+    night = save(tmp_path, f"night.tar.{suffix}", compress(tar([*PACKETS, ("8.avro", compress(packet))])))
+    assert read(alone) == [(str(alone), packet)]
+    expected = [(f"{night}::{name}", data) for name, data in [*PACKETS, ("8.avro", packet)]]
+    assert read(night) == expected
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_streams_that_were_joined_are_read_to_the_end(tmp_path: Path, suffix: str) -> None:
+    archive, compress = tar(PACKETS), COMPRESS[suffix]
+    parts = [archive[i : i + 5000] for i in range(0, len(archive), 5000)]
+    path = save(tmp_path, "night", b"".join(compress(part) for part in parts))
+    assert [data for _, data in read(path)] == [data for _, data in PACKETS]
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_damage_to_any_compression_is_a_packet_that_cannot_decode(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str
+) -> None:
+    many = [(f"{candid}.avro", container(candid)) for candid in range(200)]
+    whole = COMPRESS[suffix](tar(many))
+    path = save(tmp_path, "night", whole[: len(whole) // 2])
+    *packets, (last, rest) = read(path)
+    assert (last, rest) == (str(path), b"")
+    assert f"{path}: damaged" in caplog.text
+    # Random bytes do not compress: half of the file is half of the packets, less a block of the compression's.
+    complete = [data for (_, data), (_, original) in zip(packets, many, strict=False) if data == original]
+    if suffix != "bz2":  # whose blocks are 900 kB
+        assert len(complete) > 50
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 0xFF
+    assert read(save(tmp_path, "night", bytes(damaged)))
+
+
+@pytest.mark.parametrize("suffix", ["xz", "bz2", "zst"])
+def test_a_decompression_bomb_ends_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str) -> None:
+    bombs = {
+        "one large member": header("huge", 1 << 30) + bytes(40 << 20),
+        "padding": tar(PACKETS[:1]) + bytes(40 << 20),
+        "one large packet": b"x" * (40 << 20),
+    }
+    for content in bombs.values():
+        path = save(tmp_path, "bomb", COMPRESS[suffix](content))
+        tracemalloc.start()
+        try:
+            packets = read(path, max_packet_bytes=1 << 20)
+            assert tracemalloc.get_traced_memory()[1] < 16 << 20
+        finally:
+            tracemalloc.stop()
+        assert len(packets) <= 2
+    assert "decompression bomb" in caplog.text or "behind its end" in caplog.text
+
+
+def test_files_that_macos_writes_are_passed_over(tmp_path: Path) -> None:
+    apple_double = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(100)
+    members = [
+        ("._night", apple_double),
+        ("night/._1.avro", apple_double),
+        (f"night/{PACKETS[0][0]}", PACKETS[0][1]),
+        ("__MACOSX/night/._1.avro", apple_double),
+        ("night/.DS_Store", b"\x00\x00\x00\x01Bud1"),
+        ("night/._2.avro", PACKETS[1][1]),  # an alert for all that: bytes tell, not names
+    ]
+    path = save(tmp_path / "archive", "night.tar", tar(members))
+    assert [data for _, data in read(path)] == [PACKETS[0][1], PACKETS[1][1]]
+    for name, data in members:
+        save(tmp_path / "folder", name, data)
+    assert sorted(data for _, data in read(tmp_path / "folder")) == sorted([PACKETS[0][1], PACKETS[1][1]])
 
 
 def test_folders_are_read_recursively_in_order_of_names_and_inputs_in_the_order_given(tmp_path: Path) -> None:
@@ -296,9 +391,31 @@ def test_damaged_parquet_ends_with_a_packet_that_cannot_decode(
     assert f"{path}: damaged Parquet" in caplog.text
 
 
+def test_a_wanted_column_that_cannot_be_read_is_one_line_and_no_other_is_any(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wait = pa.array([1, 2], pa.duration("us"))
+    source = pa.StructArray.from_arrays(
+        [wait, wait, pa.array([1, 2])], ["psfFlux", "timeProcessedMjdTai", "diaSourceId"]
+    )
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"diaSource": source, "observation_reason": wait}), tmp_path / name)
+    assert len(read(tmp_path)) == 4
+    assert not caplog.records
+    wanted = Decoder(open_registry(None), columns=["psfFlux"]).fields
+    assert len(list(read_packets([tmp_path], wanted=wanted))) == 4
+    [line] = caplog.messages
+    assert "diaSource.psfFlux (duration[us])" in line
+    assert "Processed" not in line
+
+
 FUZZED = {
     "tar": tar(PACKETS[:3]),
     "tar.gz": gzip.compress(tar(PACKETS[:3])),
+    "tar.xz": lzma.compress(tar(PACKETS[:3])),
+    "tar.bz2": bz2.compress(tar(PACKETS[:3])),
+    "tar.zst": zstd(tar(PACKETS[:3])),
+    "tar.lz4": lz4(tar(PACKETS[:3])),
     "tar in tar": tar([("inner", tar([("a" * 200, PACKETS[0][1]), PACKETS[1]]))]),
     "container": container(*range(30), block_bytes=20_000),
     "parquet": parquet([7, 8]),

@@ -80,3 +80,16 @@ def test_marks_are_those_of_a_plain_list_of_the_latest_ids(
             if not expected[-1]:
                 latest.append(each)
         assert mark(window, make_alerts(ids, offset=10 * batch)) == expected
+
+
+@pytest.mark.parametrize("settle", [1, 8192])
+def test_an_alert_that_was_not_published_is_new_when_it_comes_again(
+    make_alerts: MakeAlerts, monkeypatch: pytest.MonkeyPatch, settle: int
+) -> None:
+    monkeypatch.setattr(duplicates, "SETTLE", settle)
+    window = DuplicateWindow(10)
+    alerts = make_alerts([1, 2, 3])
+    mark(window, alerts)
+    window.forget(alerts, [1])
+    assert mark(window, make_alerts([1, 2, 3, 2], offset=10)) == [True, False, True, True]
+    assert mark(window, make_alerts([2], offset=11)) == [False]

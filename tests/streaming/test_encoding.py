@@ -6,12 +6,15 @@ import io
 import json
 import threading
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import quote, unquote
 
 import fastavro
 import numpy as np
@@ -23,20 +26,23 @@ from broker_filter.packets.decode import Decoder
 from broker_filter.packets.ocf import container_header, encode_block
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import RegistryUnavailable, open_registry
-from broker_filter.packets.schema import WriterSchema, parse_schema
+from broker_filter.packets.schema import WriterSchema, parse_schema, self_contained
 from broker_filter.packets.wire import unframe
 from broker_filter.scoring.anomaly import Neighbour, Reason
 from broker_filter.scoring.scores import ModelScores, Scores
 from broker_filter.streaming.anomalies import Anomalies
 from broker_filter.streaming.encoding import (
     CUTOUT_FIELDS,
+    FORGET_REFUSAL_S,
     ContainerFraming,
     Encoder,
     Payload,
     RegistryRefusalError,
+    SubjectStrategy,
     WireFraming,
     annotated_schema,
     encode_annotations,
+    name_of_its_own,
     scored_alert_schema,
 )
 from broker_filter.streaming.filtering import ScoredBatch
@@ -104,11 +110,7 @@ def test_every_ztf_packet_travels_on_with_one_more_field(ztf_packets: list[tuple
 
 
 def test_without_cutouts_all_other_fields_travel_on(ztf_packets: list[tuple[int, bytes]]) -> None:
-    by_schema: dict[WriterSchema, bytes] = {}
-    for some in chunks([data for _, data in ztf_packets]):
-        for record, data in zip(decode(some).records, some, strict=True):
-            by_schema.setdefault(record.schema, data)
-    some = list(by_schema.values())
+    some = [packet.data for packet in alerts_of_many_schemas(ztf_packets).packets]
     assert len(some) > 20
     for sent, value in zip(some, values(score(decode(some)), "no_cutouts"), strict=True):
         original, record = read(sent), read(value)
@@ -257,6 +259,16 @@ def test_scores_alone_say_which_alert_they_are_of(make_alerts: Callable[..., Ale
     assert (second["alert_id"], second["band"]) == (-5, None)
 
 
+def test_scores_travel_without_the_documentation_of_their_schema(make_alerts: Callable[..., AlertBatch]) -> None:
+    documented = json.loads(files("broker_filter.schemas").joinpath("scored_alert.avsc").read_bytes())
+    assert b'"doc"' not in scored_alert_schema().text
+    canonical = fastavro.schema.to_parsing_canonical_form
+    assert canonical(json.loads(scored_alert_schema().text)) == canonical(documented)
+    [value] = values(score(make_alerts([1])), "scores")
+    [record] = fastavro.reader(io.BytesIO(value), documented)
+    assert record == read(value)
+
+
 def test_scores_of_real_packets_fit_in_a_kilobyte_of_body(ztf_packets: list[tuple[int, bytes]]) -> None:
     scored = score(decode([ztf_packets[0][1]]))
     [(_, body)] = Encoder("scores").encode(scored, SCORED_AT_MS)
@@ -348,26 +360,39 @@ def test_names_of_the_survey_are_left_to_it() -> None:
 
 
 class Registry(BaseHTTPRequestHandler):
-    """A schema registry as small as can be: gives ids by schema, and fails for some subjects."""
+    """A schema registry as small as can be: gives ids by schema, and fails for some subjects.
+
+    With `strict` it takes one schema a subject, as a registry does whose schemas are incompatible.
+    """
 
     schemas: ClassVar[dict[str, int]] = {}
+    subjects: ClassVar[dict[str, str]] = {}
     asked: ClassVar[list[str]] = []
     authorization: ClassVar[list[str | None]] = []
+    strict: ClassVar[bool] = False
 
     def do_POST(self) -> None:
-        self.asked.append(self.path)
+        subject = unquote(self.path.split("/")[2])
+        assert self.path == f"/subjects/{quote(subject, safe='')}/versions"
+        self.asked.append(subject)
         self.authorization.append(self.headers["Authorization"])
         schema = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["schema"]
         fastavro.parse_schema(json.loads(schema))
         status, answer = 200, json.dumps({"id": self.schemas.setdefault(schema, 100 + len(self.schemas))})
-        if "refuse" in self.path:
+        if "refuse" in self.path or (self.strict and self.subjects.setdefault(subject, schema) != schema):
             status, answer = 409, '{"error_code": 409, "message": "Schema being registered is incompatible"}'
+        elif "invalid" in self.path:
+            status, answer = 422, '{"error_code": 42201, "message": "Invalid schema"}'
+        elif "readonly" in self.path:
+            status, answer = 422, '{"error_code": 42205, "message": "Subject is in read-only mode"}'
         elif "broken" in self.path:
             answer = "<html>"
         elif "outage" in self.path:
             status, answer = 503, "try again"
         elif "flood" in self.path:
             status, answer = 429, "too many requests"
+        elif "misrouted" in self.path:
+            status, answer = 404, "no such page"
         elif "garbled" in self.path:
             self.wfile.write(b"SMTP at your service\r\n")
             return
@@ -380,10 +405,10 @@ class Registry(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def registry() -> Iterator[str]:
-    Registry.schemas.clear()
-    Registry.asked.clear()
-    Registry.authorization.clear()
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(Registry, "strict", False)
+    for kept in (Registry.schemas, Registry.subjects, Registry.asked, Registry.authorization):
+        kept.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), Registry) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -394,27 +419,101 @@ def registry() -> Iterator[str]:
             thread.join()
 
 
+def registered(value: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The schema that a wire format message names, and the record in it."""
+    message = unframe(value)
+    text = next(text for text, number in Registry.schemas.items() if number == message.schema_id)
+    record = fastavro.schemaless_reader(io.BytesIO(message.body), json.loads(text), None)
+    assert isinstance(record, dict)
+    return json.loads(text), record
+
+
 def test_wire_format_registers_each_topics_schema_once(registry: str, ztf_packets: list[tuple[int, bytes]]) -> None:
     scored = score(decode([data for _, data in ztf_packets[:5]]))
-    framing = WireFraming(registry)
+    framing = WireFraming(registry, "topic")
     for topic in ("me.scored", "me.anomalies"):
         for i, (schema, body) in enumerate(Encoder("full").encode(scored, SCORED_AT_MS)):
-            message = unframe(framing.frame(schema, body, topic))
-            text = next(text for text, number in Registry.schemas.items() if number == message.schema_id)
-            record = fastavro.schemaless_reader(io.BytesIO(message.body), json.loads(text), None)
-            assert isinstance(record, dict)
+            _, record = registered(framing.frame(schema, body, topic))
             assert record["candidate"]["ra"] == scored.alerts.ra[i]
-    assert set(Registry.asked) == {"/subjects/me.scored-value/versions", "/subjects/me.anomalies-value/versions"}
+    assert set(Registry.asked) == {"me.scored-value", "me.anomalies-value"}
     assert len(Registry.asked) == 2 * len(Registry.schemas)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "subject"),
+    [("topic", "me.scored-value"), ("record", "ztf.alert"), ("topic-record", "me.scored-ztf.alert")],
+)
+def test_subjects_are_named_as_confluents_strategies_name_them(
+    registry: str, ztf_packets: list[tuple[int, bytes]], strategy: SubjectStrategy, subject: str
+) -> None:
+    scored = score(decode([ztf_packets[0][1]]))
+    [(schema, body)] = Encoder("full").encode(scored, SCORED_AT_MS)
+    WireFraming(registry, strategy).frame(schema, body, "me.scored")
+    assert Registry.asked == [subject]
+
+
+def alerts_of_many_schemas(ztf_packets: list[tuple[int, bytes]]) -> AlertBatch:
+    by_schema: dict[WriterSchema, bytes] = {}
+    for some in chunks([data for _, data in ztf_packets]):
+        for record, data in zip(decode(some).records, some, strict=True):
+            by_schema.setdefault(record.schema, data)
+    return decode(list(by_schema.values()))
+
+
+@pytest.mark.parametrize("strategy", ["record", "topic-record"])
+def test_every_schema_of_a_mixed_topic_is_registered_where_none_is_compatible_with_another(
+    registry: str, ztf_packets: list[tuple[int, bytes]], strategy: SubjectStrategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Registry, "strict", True)
+    alerts = alerts_of_many_schemas(ztf_packets)
+    names = Counter(record.schema.canonical["name"] for record in alerts.records)
+    assert len(names) < len(alerts)
+    for payload in ("full", "no_cutouts"):
+        framing = WireFraming(registry, strategy)
+        for i, (schema, body) in enumerate(Encoder(payload).encode(score(alerts), SCORED_AT_MS)):
+            definition, record = registered(framing.frame(schema, body, "me.scored"))
+            assert record["candidate"]["ra"] == alerts.ra[i]
+            # A reader with the schema as it is in a container file reads it: names match by Avro's rules.
+            message = framing.frame(schema, body, "me.scored")
+            again = fastavro.schemaless_reader(io.BytesIO(unframe(message).body), definition, json.loads(schema.text))
+            assert same(again, record)
+
+
+def test_an_incompatible_schema_is_refused_under_the_topics_name(
+    registry: str, ztf_packets: list[tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Registry, "strict", True)
+    encoded = Encoder("full").encode(score(alerts_of_many_schemas(ztf_packets)), SCORED_AT_MS)
+    framing = WireFraming(registry, "topic")
+    framing.frame(*encoded[0], "me.scored")
+    for schema, body in encoded[1:]:
+        with pytest.raises(RegistryRefusalError, match=r"refuses subject 'me.scored-value': HTTP 409 .*incompatible"):
+            framing.frame(schema, body, "me.scored")
+
+
+def test_a_refused_schema_is_offered_again_after_a_while(registry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    framing = WireFraming(registry, "topic", clock=lambda: now)
+    for _ in range(3):
+        with pytest.raises(RegistryRefusalError):
+            framing.frame(scored_alert_schema(), [], "refuse")
+    assert len(Registry.asked) == 1
+    now = FORGET_REFUSAL_S + 1
+    with pytest.raises(RegistryRefusalError):
+        framing.frame(scored_alert_schema(), [], "refuse")
+    assert len(Registry.asked) == 2
 
 
 @pytest.mark.parametrize(
     ("topic", "error", "message"),
     [
-        ("refuse", RegistryRefusalError, "refuses subject 'refuse-value': 409 .*incompatible.*compatibility to NONE"),
-        ("broken", RegistryRefusalError, "gave no id for 'broken-value'"),
+        ("refuse", RegistryRefusalError, "refuses subject 'refuse-value': HTTP 409 .*incompatible"),
+        ("invalid", RegistryRefusalError, "refuses subject 'invalid-value': HTTP 422 Invalid schema"),
+        ("readonly", RegistryUnavailable, "read-only mode"),
+        ("broken", RegistryUnavailable, "gives no id for 'broken-value'"),
         ("outage", RegistryUnavailable, "503"),
         ("flood", RegistryUnavailable, "429"),
+        ("misrouted", RegistryUnavailable, "404"),
         ("garbled", RegistryUnavailable, "SMTP at your service"),
     ],
 )
@@ -422,7 +521,41 @@ def test_a_registry_that_says_no_is_told_apart_from_one_that_is_down(
     registry: str, topic: str, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        WireFraming(registry).frame(scored_alert_schema(), [], topic)
+        WireFraming(registry, "topic").frame(scored_alert_schema(), [], topic)
+
+
+def test_a_name_that_fits_in_no_url_is_refused() -> None:
+    definition = {"type": "record", "name": "a" * 100_000, "fields": [{"name": "x", "type": "long"}]}
+    schema = annotated_schema(parse_schema(json.dumps(definition)), True)
+    with pytest.raises(RegistryRefusalError, match="100010 characters"):
+        WireFraming("http://127.0.0.1:1", "topic-record").frame(schema, [], "me.scored")
+
+
+@pytest.mark.parametrize("later", ["other.kind", "kind", "digest"])
+def test_a_schema_in_a_namespace_of_its_own_means_the_same(later: str) -> None:
+    definition = {
+        "type": "record",
+        "name": "alert",
+        "namespace": "survey",
+        "fields": [
+            {"name": "kind", "type": {"type": "enum", "name": "kind", "symbols": ["a", "b"]}},
+            {"name": "other", "type": {"type": "enum", "name": "other.kind", "symbols": ["b", "c"]}},
+            {"name": "digest", "type": ["null", {"type": "fixed", "name": "digest", "size": 2}]},
+            {"name": "later", "type": {"type": "array", "items": later}},
+            {"name": "parents", "type": {"type": "map", "values": ["null", "alert"]}},
+        ],
+    }
+    schema = parse_schema(json.dumps(definition))
+    moved = name_of_its_own(self_contained(schema.definition, "", {}, set()), bytes(range(16)))
+    assert (moved["namespace"], moved["name"]) == ("survey.v0001020304050607", "alert")
+    value: Any = {"other.kind": "c", "kind": "a", "digest": b"12"}[later]
+    alert = {"kind": "b", "other": "c", "digest": b"xy", "later": [value], "parents": {"none": None}}
+    record = alert | {"parents": {"one": alert}}
+    stream = io.BytesIO()
+    fastavro.schemaless_writer(stream, moved, record)
+    for reader in (moved, definition):
+        assert fastavro.schemaless_reader(io.BytesIO(stream.getvalue()), moved, reader) == record
+    assert fastavro.schemaless_reader(io.BytesIO(stream.getvalue()), definition, None) == record
 
 
 @pytest.mark.parametrize("credentials", ["", "me:secret@"])

@@ -21,20 +21,31 @@ from broker_filter.scoring.scorer import open_scorer
 from broker_filter.streaming.anomalies import Anomalies
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.duplicates import DuplicateWindow
-from broker_filter.streaming.encoding import ContainerFraming, Encoder, OutputRecord
+from broker_filter.streaming.encoding import (
+    Body,
+    ContainerFraming,
+    Encoder,
+    Framing,
+    OutputRecord,
+    OutputSchema,
+    RegistryRefusalError,
+)
 from broker_filter.streaming.expressions import FIELDS, compile_filter
 from broker_filter.streaming.filtering import ScoredBatch, score_packets
+from broker_filter.streaming.kafka_sink import account_packets
 from broker_filter.streaming.routing import MAX_DETAIL_BYTES, Router, open_router
 
 NAN = float("nan")
 
 
-def router(*, drop_duplicates: bool = False, filters: Sequence[tuple[str, str]] = ()) -> Router:
+def router(
+    *, drop_duplicates: bool = False, filters: Sequence[tuple[str, str]] = (), framing: Framing | None = None
+) -> Router:
     return Router(
         "me",
         models=[("default", "1"), ("other", "2.0")],
         encoder=Encoder("scores"),
-        framing=ContainerFraming(),
+        framing=framing or ContainerFraming(),
         anomalies=True,
         filters=[(name, compile_filter(where, FIELDS, ["default.real"])) for name, where in filters],
         drop_duplicates=drop_duplicates,
@@ -104,9 +115,21 @@ def test_records_say_where_they_come_from(scored: ScoredBatch) -> None:
         "input": b"cluster/ztf/0/40",
         "models": b"default=1,other=2.0",
         "schema": scored.alerts.records[0].schema.fingerprint.encode(),
+        "_format": b"avro",
     }
     for record, index in zip(routed.records, routed.packet_index, strict=True):
         assert dict(record.headers)["input"].decode() == str(scored.packets[index].position)
+
+
+def test_only_container_files_are_marked_as_such_for_hop(scored: ScoredBatch) -> None:
+    """Dead letters are what came in, and wire format is not what hop-client reads."""
+    container, wire = router().route(scored), router(framing=Refusing()).route(scored)
+    assert {record.topic: dict(record.headers).get("_format") for record in container.records} == {
+        "me.scored": b"avro",
+        "me.anomalies": b"avro",
+        "me.dead-letter": None,
+    }
+    assert not any("_format" in dict(record.headers) for record in wire.records)
 
 
 def test_dead_letters_hold_the_original_bytes_and_why(scored: ScoredBatch) -> None:
@@ -137,20 +160,38 @@ def test_a_dead_letter_of_unreadable_bytes_has_no_key_and_a_bounded_detail(score
         assert headers["record"] == b"2"
 
 
-def test_a_message_is_one_dead_letter_however_many_of_its_alerts_were_rejected(scored: ScoredBatch) -> None:
-    def rejected(reason: RejectReason, record: int) -> Reject:
-        return Reject(scored.packets[3], reason, f"alert {record}", record=record)
+class Refusing:
+    """A framing whose registry refuses the schemas of some topics."""
 
-    rejects = [rejected(RejectReason.TRUNCATED, 5000), *(rejected(RejectReason.BAD_CUTOUT, k) for k in range(1, 5000))]
-    routed = router().route(replace(scored, rejects=rejects))
-    [letter] = of_topic(routed.records, "me.dead-letter")
-    assert routed.rejected.total() == 5000
-    assert letter.value is scored.packets[3].data
-    headers = dict(letter.headers)
-    assert headers["reason"] == b"bad_cutout"
-    assert headers["record"] == b"1"
-    assert headers["detail"] == b"alert 1"
-    assert headers["rejected"] == b"bad_cutout=4999,truncated=1"
+    headers = ()
+
+    def __init__(self, *topics: str) -> None:
+        self._topics = topics
+
+    def frame(self, schema: OutputSchema, body: Body, topic: str) -> bytes:
+        if topic in self._topics:
+            raise RegistryRefusalError(f"refuses subject '{topic}-value': HTTP 409 incompatible")
+        return ContainerFraming().frame(schema, body, topic)
+
+
+def test_an_alert_whose_schema_is_refused_is_a_dead_letter_and_goes_to_no_other_topic(scored: ScoredBatch) -> None:
+    refusing = router(framing=Refusing("me.anomalies"))
+    routed = refusing.route(scored)
+    letters = of_topic(routed.records, "me.dead-letter")
+    assert [(dict(letter.headers)["reason"], letter.key) for letter in letters] == [
+        (b"no_model_for_survey", b"ZTF26a3"),
+        (b"schema_refused", b"ZTF26a0"),
+        (b"schema_refused", b"ZTF26a1"),
+    ]
+    assert letters[1].value is scored.packets[0].data
+    assert dict(letters[1].headers)["detail"] == b"refuses subject 'me.anomalies-value': HTTP 409 incompatible"
+    assert [dict(record.headers)["input"] for record in of_topic(routed.records, "me.scored")] == [b"cluster/ztf/0/42"]
+    assert (routed.scored, routed.duplicates) == (1, 0)
+    assert routed.rejected == {RejectReason.NO_MODEL_FOR_SURVEY: 1, RejectReason.SCHEMA_REFUSED: 2}
+    for account in account_packets(scored.less(routed.refused)):
+        assert account.consumed == account.scored + account.rejected.total() + account.duplicates == 1
+    dropping = router(framing=Refusing("me.scored"), drop_duplicates=True).route(scored)
+    assert (dropping.duplicates, dropping.rejected[RejectReason.SCHEMA_REFUSED]) == (1, 2)
 
 
 def test_knows_its_topics_before_any_alert_comes() -> None:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,12 +27,12 @@ from pyarrow import parquet
 from broker_filter.cli.console import progress
 from broker_filter.packets.batch import AlertBatch, LightCurves, Survey
 from broker_filter.packets.decode import DEFAULT_CUTOUT_SIZE, Decoder
-from broker_filter.packets.packet import Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.packets.surveys import DEFAULT_COLUMNS
 from broker_filter.scoring.bundle import MAX_CUTOUT_SIZE, POINT_COLUMNS
 from broker_filter.scoring.labels import Labels, parse_rule, read_labels
 from broker_filter.streaming.archives import read_packets
+from broker_filter.streaming.expressions import FIELDS, Expression, compile_filter
 from training.data.datasets import (
     CARD,
     INDEX,
@@ -98,6 +98,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-unmatched", action="store_true", help="the table may label what is not among the inputs"
     )
+    parser.add_argument(
+        "--where",
+        metavar="EXPRESSION",
+        help="keep only the alerts for which this is true, in the language of the service's filters; implies "
+        '--allow-unmatched. BTSbot\'s published cuts: \'isdiffpos and band in ("g", "r") and (sgscore1 >= 0 or '
+        "sgscore2 >= 0)'",
+    )
 
 
 def _pixels(text: str) -> int:
@@ -125,6 +132,7 @@ def run(arguments: argparse.Namespace) -> None:
         split=SplitRule(validation=arguments.shares[0], test=arguments.shares[1], seed=arguments.seed),
         schema_registry=arguments.schema_registry,
         allow_unmatched=arguments.allow_unmatched,
+        where=arguments.where,
     )
     for name, counts in dataset.card.counts.items():
         print(name, *(f"{split} {n:,}" for split, n in counts.items()), sep="  ")
@@ -141,24 +149,30 @@ def build_dataset(
     split: SplitRule = PUBLISHED_SPLIT,
     schema_registry: str | None = None,
     allow_unmatched: bool = False,
+    where: str | None = None,
 ) -> Dataset:
     """Every labelled alert of `inputs`, each alert id once, as the data set `out`; goes on with one that was begun.
 
-    Raises DatasetError where labels match no alert (some of them may with `allow_unmatched`), a class has too few
-    sources to split, a shard is damaged, or `out` was begun with other arguments.
+    `where`: a filter over the fields of alerts (`streaming.expressions`); only alerts for which it is true are kept,
+    and labels of others are passed over, as with `allow_unmatched`. Raises DatasetError where no alert was read, none
+    passes the filter, labels match no alert (some of them may with `allow_unmatched`), a class has too few sources to
+    split, a shard is damaged, or `out` was begun with other arguments; ExpressionError where the filter is none.
     """
+    chosen = None if where is None else compile_filter(where, FIELDS, ())
+    columns = tuple(dict.fromkeys((*columns, *(chosen.columns if chosen else ()))))
     request = {
         "inputs": [str(path.resolve()) for path in inputs],
         "labels": {"sha256": labels.sha256, "column": labels.column, "classes": [str(rule) for rule in labels.rules]},
         "cutout_size": cutout_size,
         "columns": list(columns),
         "split": split.model_dump(),
+        **({"where": where} if where is not None else {}),
     }
     _begin(out, request)
     if not (out / CARD).exists():
         decoder = Decoder(open_registry(schema_registry), cutout_size=cutout_size, columns=columns)
-        _write_shards(out / SHARDS, read_packets(inputs), decoder, labels)
-        _finish(out, labels, split, cutout_size, tuple(columns), allow_unmatched)
+        _write_shards(out / SHARDS, inputs, decoder, labels, chosen)
+        _finish(out, labels, split, cutout_size, columns, allow_unmatched, where)
     return Dataset.open(out)
 
 
@@ -187,52 +201,72 @@ def assign_splits(
 def _begin(out: Path, request: dict[str, Any]) -> None:
     """Makes the directory, or checks that it was made for the same request."""
     path = out / REQUEST
-    if path.exists():
+    if path.exists() and any((out / SHARDS).iterdir()):  # before the first shard, there is nothing to go on with
         if yaml.safe_load(path.read_bytes()) != request:
             raise DatasetError(
                 f"{out}: was begun with other arguments, see {path}: choose another directory, or remove it"
             )
         return
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and not path.exists() and any(out.iterdir()):
         raise DatasetError(f"{out}: is not empty, and was not made by build-dataset: choose another directory")
-    (out / SHARDS).mkdir(parents=True)
+    (out / SHARDS).mkdir(parents=True, exist_ok=True)
     write_whole(path, yaml.safe_dump(request, sort_keys=False).encode())
 
 
-def _write_shards(directory: Path, packets: Iterator[Packet], decoder: Decoder, labels: Labels) -> None:
-    """The labelled alerts of `packets` as shards, without those that earlier shards were made of."""
+def _write_shards(
+    directory: Path, inputs: Sequence[Path], decoder: Decoder, labels: Labels, chosen: Expression | None
+) -> None:
+    """The labelled alerts of `inputs` for which `chosen` is true as shards, without those that earlier shards were made
+    of. Raises DatasetError where there is none."""
     written = sorted(directory.glob("*.arrow"))
     seen = {alert for file in written for alert in open_shard(file)["alert_id"].tolist()}
     n_packets = _packets_up_to(written[-1]) if written else 0
+    packets = read_packets(inputs)
     next(islice(packets, n_packets, n_packets), None)  # skips them
     parts: list[dict[str, Any]] = []
-    n_alerts = 0
+    n_alerts = n_decoded = n_chosen = 0
     left_out: Counter[str] = Counter()
     with progress("Decoding", unit="packets") as advance:
         while some := list(islice(packets, PACKETS_AT_ONCE)):
             n_packets += len(some)
             alerts, rejects = decoder.decode(some)
             left_out.update(str(reject.reason) for reject in rejects)
-            parts.append(_labelled(alerts, labels, seen))
+            rows = chosen.holds(alerts, {}) if chosen else np.ones(len(alerts), np.bool_)
+            n_decoded, n_chosen = n_decoded + len(alerts), n_chosen + int(rows.sum())
+            parts.append(_labelled(alerts, rows, labels, seen))
             n_alerts += len(parts[-1]["alert_id"])
             if n_alerts >= ALERTS_PER_SHARD:
                 written.append(_write_shard(directory / f"{len(written):05}.arrow", parts, n_packets))
                 parts, n_alerts = [], 0
             advance(len(some))
     if n_alerts:
-        _write_shard(directory / f"{len(written):05}.arrow", parts, n_packets)
+        written.append(_write_shard(directory / f"{len(written):05}.arrow", parts, n_packets))
+    reasons = ", ".join(f"{reason} {n:,}" for reason, n in left_out.most_common())
     if left_out:
-        reasons = ", ".join(f"{reason} {n:,}" for reason, n in left_out.most_common())
         log.warning("%s inputs that could not be decoded are left out: %s", f"{left_out.total():,}", reasons)
+    if chosen:
+        log.info("%s of %s alerts that were decoded do not pass --where", f"{n_decoded - n_chosen:,}", f"{n_decoded:,}")
+    if written:
+        return
+    names = ", ".join(map(str, inputs))
+    if not n_packets:
+        raise DatasetError(f"{names}: no alert was read: there is none in it")
+    if not n_decoded:
+        raise DatasetError(f"{names}: no alert was read: none of {n_packets:,} inputs could be decoded ({reasons})")
+    if chosen and not n_chosen:
+        raise DatasetError(f"{names}: none of the {n_decoded:,} alerts passes --where {chosen.text!r}")
+    raise DatasetError(
+        f"{labels.table}: none of its {len(labels.label_of)} labels is of an alert of the inputs, by {labels.key}"
+    )
 
 
-def _labelled(alerts: AlertBatch, labels: Labels, seen: set[int]) -> dict[str, Any]:
-    """The columns of a shard, of the alerts that have a label and were not `seen` yet."""
+def _labelled(alerts: AlertBatch, chosen: NDArray[np.bool_], labels: Labels, seen: set[int]) -> dict[str, Any]:
+    """The columns of a shard, of the alerts that are `chosen` [N], have a label and were not `seen` yet."""
     ids = alerts.alert_id.tolist()
     names = [name or f"alert {alert}" for alert, name in zip(ids, alerts.object_id, strict=True)]  # a source of its own
     rows = []
     for row, (alert, name) in enumerate(zip(ids, names, strict=True)):
-        if alert not in seen and labels.key_of(alert, name) in labels.label_of:
+        if chosen[row] and alert not in seen and labels.key_of(alert, name) in labels.label_of:
             seen.add(alert)
             rows.append(row)
     return {
@@ -278,19 +312,21 @@ def _packets_up_to(shard: Path) -> int:
 
 
 def _finish(
-    out: Path, labels: Labels, rule: SplitRule, cutout_size: int, columns: tuple[str, ...], allow_unmatched: bool
+    out: Path,
+    labels: Labels,
+    rule: SplitRule,
+    cutout_size: int,
+    columns: tuple[str, ...],
+    allow_unmatched: bool,
+    where: str | None,
 ) -> None:
     """Labels, splits and the card, from the shards."""
     files = sorted((out / SHARDS).glob("*.arrow"))
-    if not files:
-        raise DatasetError(
-            f"{labels.table}: none of its {len(labels.label_of)} labels is of an alert of the inputs, by {labels.key}"
-        )
     ids = [{name: arrays[name] for name in ("alert_id", "object_id", "survey")} for arrays in map(open_shard, files)]
     alert_id, object_id, survey = (np.concatenate([part[name] for part in ids]) for name in ids[0])
     object_id = object_id.astype(np.str_)
     keys = [labels.key_of(alert, name) for alert, name in zip(alert_id.tolist(), object_id.tolist(), strict=True)]
-    if not allow_unmatched and (unmatched := sorted(labels.label_of.keys() - set(keys))):
+    if not allow_unmatched and where is None and (unmatched := sorted(labels.label_of.keys() - set(keys))):
         raise DatasetError(
             f"{labels.table}: {len(unmatched)} labels have no alert among the inputs, {labels.key} "
             f"{', '.join(unmatched[:SHOWN])} among them: add their alerts, or pass --allow-unmatched"
@@ -306,6 +342,7 @@ def _finish(
         "columns": columns,
         "classes": labels.classes,
         "labels": f"{labels.column} of {labels.table.name}, by {labels.key}: {'; '.join(map(str, labels.rules))}",
+        **({"where": where} if where is not None else {}),
         "split": rule.model_dump(),
         "counts": {
             name: {side: int(((label == i) & (split == j)).sum()) for j, side in enumerate(SPLITS)}

@@ -79,6 +79,7 @@ class DatasetCard(CardSection):
     columns: tuple[str, ...] = Field(description="The metadata columns, in order.")
     classes: tuple[ModelName, ...] = Field(min_length=2)
     labels: str = Field(description="Where the labels come from, and which values make which class.")
+    where: str | None = Field(default=None, description="The filter that alerts had to pass, where there was one.")
     split: SplitRule
     counts: dict[str, dict[str, int]] = Field(description="Alerts by class and split.")
     shards: tuple[Shard, ...]

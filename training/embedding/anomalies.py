@@ -32,7 +32,7 @@ from broker_filter.scoring.preprocess import prepare_images
 from broker_filter.scoring.reference import Measure
 from broker_filter.scoring.scorer import Model, open_model
 from broker_filter.streaming.archives import read_packets
-from training.data.datasets import held_out
+from training.data.datasets import held_out, sha256_of
 from training.embedding.embedder import Recipe, embed, show, train
 from training.embedding.light_curve_features import light_curve_features
 from training.embedding.strangeness import by_isolation_forest, by_pixels
@@ -104,7 +104,9 @@ def run(arguments: argparse.Namespace) -> None:
     known = label != UNLABELLED
     alerts, label = Named(alerts.raw[known], alerts.alert_id[known], alerts.object_id[known]), label[known]
     passes = (trunk.run(alerts.raw)["probabilities"][:, 0] > threshold) & (label < len(CLASSES))
-    cases = leave_out(trunk, alerts, label, passes, labels.classes[: len(CLASSES)], Recipe(steps=arguments.steps))
+    cases = leave_out(
+        trunk, alerts, label, passes, labels.classes[: len(CLASSES)], Recipe(steps=arguments.steps), arguments.out
+    )
     found = on_validation(cases)
     figures, resampled = judge(cases, arguments.rate, alerts.object_id)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -113,6 +115,13 @@ def run(arguments: argparse.Namespace) -> None:
     estimates = {name: Estimate.of(value, resampled[name]).model_dump() for name, value in figures.items()}
     (arguments.out / FIGURES).write_text(json.dumps({"validation": found, "figures": estimates}, indent=1))
     print(text)
+    for case in cases:
+        checkpoint_of(arguments.out, case.name).unlink(missing_ok=True)
+
+
+def checkpoint_of(out: Path, class_: str) -> Path:
+    """Where the training that a class is left out of keeps what it has come to."""
+    return out / f"{class_}.ckpt"
 
 
 def leave_out(
@@ -122,9 +131,10 @@ def leave_out(
     passes: NDArray[np.bool_],
     classes: Sequence[str],
     recipe: Recipe,
+    out: Path,
 ) -> list[LeftOut]:
     """Leaves each of the classes out. `label` [N]: an index into them, or beyond; `passes` [N]: the cut, what does not
-    is trained on and not judged."""
+    is trained on and not judged. `out`: where each training keeps a checkpoint, to go on from."""
     inputs = Inputs(
         images=trunk.bundle.card.inputs.images,
         metadata=tuple(MetadataColumn(name=name, fill=NO_VALUE) for name in METADATA),
@@ -145,7 +155,8 @@ def leave_out(
         rest = trained_on & (label != c)
         seen = rest & passes
         network = new_network(trunk, recipe.seed)
-        train(network, [(shown[rest], 1.0)], recipe)
+        of = f"{name} left out of {sha256_of(alerts.alert_id[rest])}, on {trunk.bundle.card.files[WEIGHTS]}"
+        train(network, [(shown[rest], 1.0)], recipe, checkpoint=checkpoint_of(out, name), of=of)
         scores = {
             **by_embedding(side_by_side(embed(network, shown)), seen, validation & passes & (label != c), label),
             FORESTS[0]: by_isolation_forest(features[seen], features),

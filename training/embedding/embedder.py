@@ -6,9 +6,12 @@ mixed in a batch: what is to be told apart are alerts, not telescopes. The same 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +25,7 @@ from broker_filter.scoring.astrom3.galspecnet import GalSpecNet, GalSpecNetArgum
 from broker_filter.scoring.bundle import Inputs
 from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbedder, projection
 from broker_filter.scoring.preprocess import prepare
+from training.checkpoint import Checkpoint, Part
 from training.embedding.contrast import Contrast
 from training.learner import SYMMETRIES
 from training.shipped.distil import schedule
@@ -29,6 +33,8 @@ from training.shipped.distil import schedule
 AT_ONCE = 64
 """Alerts to a run of the trunk."""
 LOG_EVERY = 100
+CHECKPOINT_EVERY = 50
+"""Steps: some ten seconds."""
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +80,26 @@ class Shown:
         )
 
 
+class Draws:
+    """The random numbers of a training: which alerts are shown, how they are turned and what they lose, and dropout's,
+    which torch keeps itself."""
+
+    def __init__(self, seed: int) -> None:
+        self.alerts = np.random.default_rng(seed)
+        self.views = Generator().manual_seed(seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As a checkpoint keeps it."""
+        alerts = json.dumps(self.alerts.bit_generator.state)
+        return {"alerts": alerts, "views": self.views.get_state(), "dropout": torch.get_rng_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Goes on where `state_dict` was taken."""
+        self.alerts.bit_generator.state = json.loads(state_dict["alerts"])
+        self.views.set_state(state_dict["views"])
+        torch.set_rng_state(state_dict["dropout"])
+
+
 class SpectrumEncoder(nn.Module):
     """Spectra [N, 3, S], NaN where there is none -> vectors of length 1 in the embedder's space, or 0, [N, size].
 
@@ -112,11 +138,15 @@ def train(
     groups: Sequence[tuple[Shown, float]],
     recipe: Recipe,
     spectrum: SpectrumEncoder | None = None,
+    checkpoint: Path | None = None,
+    of: str = "",
 ) -> None:
     """Trains all of `network` but its trunk. `groups`: alerts of a survey each, and their share of the batches;
-    `spectrum` joins in where alerts have spectra.
+    `spectrum` joins in where alerts have spectra. `checkpoint`: a file to save progress in, and to continue from where
+    it exists; `of` says what the alerts are, so that a file of others is refused.
 
-    Its parameters are as they were made: seed torch before making it.
+    Its parameters are as they were made: seed torch before making it. Raises TrainingError where the checkpoint is not
+    whole, or of another training.
     """
     network.features.fit(torch.cat([group.features.flatten(0, 1) for group, _ in groups]))
     network.metadata.fit(torch.cat([group.metadata for group, _ in groups]))
@@ -128,11 +158,14 @@ def train(
     optimizer = torch.optim.AdamW(trained, weight_decay=recipe.weight_decay)
     optimizer.add_param_group({"params": list(contrast.parameters()), "weight_decay": 0.0})
     chance = np.array([share for _, share in groups]) / sum(share for _, share in groups)
-    draw, generator = np.random.default_rng(recipe.seed), torch.Generator().manual_seed(recipe.seed)
-    for step in range(recipe.steps):
-        group = groups[draw.choice(len(groups), p=chance)][0]
-        alerts = group[draw.choice(len(group), min(recipe.batch, len(group)), replace=False)]
-        loss = contrast(_see(network, spectrum, alerts, recipe, generator))
+    draws = Draws(recipe.seed)
+    parts: dict[str, Part] = {"network": network, "contrast": contrast, "optimizer": optimizer, "draws": draws}
+    parts |= {"spectrum": spectrum} if spectrum else {}
+    progress = Checkpoint(checkpoint, f"{recipe} {of}", CHECKPOINT_EVERY, parts)
+    for step in range(progress.resume(), recipe.steps):
+        group = groups[draws.alerts.choice(len(groups), p=chance)][0]
+        alerts = group[draws.alerts.choice(len(group), min(recipe.batch, len(group)), replace=False)]
+        loss = contrast(_see(network, spectrum, alerts, recipe, draws.views))
         for parameters in optimizer.param_groups:
             parameters["lr"] = recipe.learning_rate * schedule(step / recipe.steps, recipe.warm_up)
         optimizer.zero_grad()
@@ -141,6 +174,7 @@ def train(
         optimizer.step()
         if (step + 1) % LOG_EVERY == 0:
             log.info("step %d of %d: loss %.3f", step + 1, recipe.steps, loss.item())
+        progress.passed(step + 1, recipe.steps)
     network.eval()
 
 

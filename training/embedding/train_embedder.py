@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from broker_filter.config import SurveyName
 from broker_filter.packets.batch import LightCurves
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
@@ -49,16 +50,19 @@ from broker_filter.scoring.labels import parse_rule, read_labels
 from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbedder
 from broker_filter.simulate import SCHEMAS, simulate_night
 from broker_filter.streaming.archives import read_packets
+from training.checkpoint import beside
 from training.data.datasets import held_out, sha256_of
 from training.embedding.embedder import Recipe, embed, show, train
 from training.embedding.probes import balanced_accuracy, linear_probe, nearest
-from training.errors import TrainingError, refuse_existing
+from training.errors import DatasetError, TrainingError, refuse_existing
 from training.evaluation.bootstrap import as_card, estimate
 from training.evaluation.metrics import Values, Weights
 from training.shipped.train_classes import CLASSES, COLUMN, UNLABELLED
 from training.shipped.train_default import SPLIT_SEED, TEST_FRACTION
 
-VERSION = "1.0"
+VERSION = "1.1"
+SURVEYS: tuple[SurveyName, ...] = ("ztf", "lsst")
+"""Whose alerts the embedding is learnt from."""
 TRUNK = "stampnet"
 OF_BOTH = ("magpsf", "sigmapsf", "snr", "isdiffpos", "ndethist")
 OF_ZTF = (
@@ -140,7 +144,11 @@ def run(arguments: argparse.Namespace) -> None:
     shown = show(network, alerts.raw, inputs)
     groups = {"real": shown[~unseen]}
     groups |= {name: show(network, made.raw, inputs, SYMMETRIES_OF_SIMULATED) for name, made in simulated.items()}
-    train(network, [(group, SHARES[name]) for name, group in groups.items()], recipe)
+    everything = [(alerts, ~unseen), *((made, np.ones(len(made.raw), bool)) for made in simulated.values())]
+    of = {"dataset_sha256": data_sha256(everything), "trunk_sha256": trunk.card.files[WEIGHTS]}
+    checkpoint = beside(arguments.out)
+    shares = [(group, SHARES[name]) for name, group in groups.items()]
+    train(network, shares, recipe, checkpoint=checkpoint, of=str(of))
 
     label_of = read_labels(arguments.labels, COLUMN, [parse_rule(rule) for rule in CLASSES]).label_of
     label = np.array([label_of.get(str(alert), UNLABELLED) for alert in alerts.alert_id.tolist()])
@@ -150,18 +158,21 @@ def run(arguments: argparse.Namespace) -> None:
     embeddings["untrained"] = [untrained(seed, alerts.raw, inputs, unseen) for seed in range(UNTRAINED)]
     evaluation = evaluate(embeddings, label, alerts.object_id, unseen)
     print(table(evaluation))
-    everything = [(alerts, ~unseen), *((made, np.ones(len(made.raw), bool)) for made in simulated.values())]
-    evaluation |= {"dataset_sha256": data_sha256(everything)}
+    evaluation |= {"dataset_sha256": of["dataset_sha256"]}
     description = describe(trunk, inputs, recipe, alerts.object_id[~unseen], evaluation)
     write_bundle(arguments.out, description, network)
+    checkpoint.unlink(missing_ok=True)
 
 
 def decode(packets: Iterator[Packet], size: int) -> Named:
-    """Every alert of the packets, each alert id once; what does not decode is left out."""
+    """Every alert of the packets, each alert id once; what does not decode is left out. Raises DatasetError where there
+    is none."""
     decoder = Decoder(open_registry(str(SCHEMAS)), cutout_size=size, columns=METADATA)
     batches = []
     while some := list(islice(packets, PACKETS_AT_ONCE)):
         batches.append(decoder.decode(some)[0])
+    if not sum(map(len, batches)):
+        raise DatasetError("no alert was read from the inputs: give files or archives of alerts")
     alert_id, first = np.unique(np.concatenate([batch.alert_id for batch in batches]), return_index=True)
     raw = RawAlerts(
         np.concatenate([batch.cutouts for batch in batches])[first],
@@ -307,11 +318,12 @@ def describe(
         name="embedder",
         version=VERSION,
         task="embedding of an alert's images, light curve and metadata, and real/bogus classification",
-        surveys=("ztf", "lsst"),
+        surveys=SURVEYS,
         inputs=inputs,
         outputs=Outputs(
             labels=card.outputs.labels,
             activation=card.outputs.activation,
+            surveys={label: surveys for label in card.outputs.labels if (surveys := card.surveys_of(label)) != SURVEYS},
             thresholds=card.outputs.thresholds,
             embedding=len(MODALITIES) * SIZE,
             modalities=MODALITIES,
@@ -324,10 +336,10 @@ def describe(
         citation=f"after Rizhko & Bloom 2025 (arXiv:2411.08842); of the trunk: {card.citation}",
         training=Training(
             method=f"The trunk, and {', '.join(card.outputs.labels)}, are the bundle {card.name} {card.version} "
-            f"unchanged, which was trained for {' and '.join(card.surveys)} alone. All else: contrastive, a view of "
-            f"{recipe.batch} alerts of one survey a step (symmetries, lost columns, forgotten points), {recipe.steps} "
-            f"steps, AdamW, peak learning rate {recipe.learning_rate:g}, seed {recipe.seed}. Chosen by "
-            "cross-validation on training objects.",
+            f"unchanged, which was trained for {' and '.join(card.surveys)} alone: it is null for other surveys. All "
+            f"else: contrastive, a view of {recipe.batch} alerts of one survey a step (symmetries, lost columns, "
+            f"forgotten points), {recipe.steps} steps, AdamW, peak learning rate {recipe.learning_rate:g}, seed "
+            f"{recipe.seed}. Chosen by cross-validation on training objects.",
             data=f"{len(trained_on)} public ZTF alerts of {len(np.unique(trained_on))} objects and {SIMULATED} "
             "simulated alerts of each survey; no labels. Real LSST alerts were none among them.",
             evaluation=evaluation,

@@ -263,6 +263,12 @@ def _check_fit(model: Model, dataset: Dataset) -> None:
         raise EvaluationError(f"{dataset.directory}: lacks the columns {', '.join(missing)}, which {directory} takes")
     if others := sorted(set(card.surveys) - set(map(str, model.surveys))):
         raise EvaluationError(f"{dataset.directory}: holds alerts of {', '.join(others)}, which {directory} is not for")
+    for label in model.labels:
+        if others := sorted(set(card.surveys) - set(map(str, model.surveys_of(label)))):
+            raise EvaluationError(
+                f"{dataset.directory}: holds alerts of {', '.join(others)}, for which {label} of {directory} was not "
+                "trained: evaluate it on a data set of the others"
+            )
 
 
 def _in_terms_of(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from broker_filter.scoring.bundle import ImageInput
 from broker_filter.scoring.preprocess import prepare_images
+from training.checkpoint import Checkpoint, Part
 from training.data.datasets import Alerts
-from training.errors import TrainingError
 from training.shipped.augment import augment
-from training.whole_file import write_whole
 
 MAX_LOGIT = 8.0
 """How sure of an alert one is beyond it (1 in 3,000 would be wrong) is of no use to know."""
@@ -70,44 +68,6 @@ class Recipe:
     """Of the alerts that images start from: far fewer are bogus, by the teacher, and they are what is to be learnt."""
     averaging: float = 8
     """The result is an average of the weights, over about the last 1 / (1 + averaging) of the steps."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Progress:
-    """What training has come to, as a file keeps it."""
-
-    recipe: Recipe
-    learner: nn.Module
-    average: nn.Module
-    optimizer: torch.optim.Optimizer
-
-    def save(self, step: int, checkpoint: Path) -> None:
-        content = {
-            "recipe": repr(self.recipe),
-            "step": step,
-            "learner": self.learner.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        write_whole(checkpoint, lambda path: torch.save(content, path))
-
-    def resume(self, checkpoint: Path | None) -> int:
-        """Restores what was saved; returns how many steps that were."""
-        if checkpoint is None or not checkpoint.exists():
-            return 0
-        try:
-            saved = torch.load(checkpoint, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise TrainingError(f"{checkpoint}: not a whole checkpoint: remove it to begin again") from error
-        if saved.get("recipe") != repr(self.recipe):
-            raise TrainingError(
-                f"{checkpoint}: is of another training: remove it, or give the arguments that it was begun with"
-            )
-        self.learner.load_state_dict(saved["learner"])
-        self.average.load_state_dict(saved["average"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        log.info("continuing from %s after step %d", checkpoint, saved["step"])
-        return int(saved["step"])
 
 
 class _Hints(nn.Module):
@@ -180,8 +140,9 @@ def distil(
     hints = _Hints(student.eval(), teacher, recipe.hints, _images(inputs, alerts[:CHUNK]))
     learner = nn.ModuleDict({"student": student, "hints": hints}).train()
     optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=recipe.weight_decay)
-    progress = _Progress(recipe, learner, average, optimizer)
-    for step in range(progress.resume(checkpoint), recipe.steps):
+    parts: dict[str, Part] = {"learner": learner, "average": average, "optimizer": optimizer}
+    progress = Checkpoint(checkpoint, repr(recipe), CHECKPOINT_EVERY, parts)
+    for step in range(progress.resume(), recipe.steps):
         # Seeded by the step, so that training resumes on the images that it would have gone on with.
         made = make_images(inputs, alerts, chance, recipe.batch, np.random.default_rng([recipe.seed, step]))
         torch.manual_seed((recipe.seed << 32) + step)
@@ -198,8 +159,7 @@ def distil(
         average.update_parameters(student)
         if (step + 1) % LOG_EVERY == 0:
             log.info("step %d of %d: loss %.3f", step + 1, recipe.steps, loss.item())
-        if checkpoint and (step + 1) % CHECKPOINT_EVERY == 0:
-            progress.save(step + 1, checkpoint)
+        progress.passed(step + 1, recipe.steps)
     network: nn.Module = average.module.to(memory_format=torch.contiguous_format)
     return network.eval()
 

@@ -31,6 +31,7 @@ from broker_filter.scoring.bundle import (
 )
 from broker_filter.scoring.export import write_bundle
 from broker_filter.scoring.networks import build_network, load_network
+from training.checkpoint import beside
 from training.data.datasets import Alerts, held_out, load_alerts, sha256_of
 from training.errors import DatasetError, TrainingError, refuse_existing
 from training.evaluation.bootstrap import as_card, estimate
@@ -64,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--begin-with", metavar="BUNDLE", help="of StampNet: whose weights to begin with, not random ones"
     )
     parser.add_argument("--out", required=True, type=Path, help="the new bundle's directory")
-    parser.add_argument("--checkpoint", type=Path, help="file to save progress in and to continue from")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="file to save progress in and to continue from (default: OUT.ckpt, beside OUT)"
+    )
     parser.add_argument(
         "--share", type=_share, default=1.0, help="of the objects to train on: 0.25, for what more are worth"
     )
@@ -109,10 +112,12 @@ def run(arguments: argparse.Namespace) -> None:
     log.info("%d alerts to train on, %d to test with", len(train), len(test))
 
     recipe = Recipe(steps=arguments.steps, seed=arguments.seed, hints=HINTS)
-    network = distil(network, teacher, images, train, recipe, arguments.checkpoint)
+    checkpoint = arguments.checkpoint or beside(arguments.out)
+    network = distil(network, teacher, images, train, recipe, checkpoint)
     evaluation = evaluate(network, teacher, images, train, test) | {"dataset_sha256": data_sha256(train)}
     log.info("on objects not trained on: %s", evaluation)
     write_bundle(arguments.out, describe(bundle, begun, train, recipe, evaluation), network)
+    checkpoint.unlink(missing_ok=True)
 
 
 def data_sha256(train: Alerts) -> str:

@@ -21,7 +21,7 @@ from broker_filter.config import Runtime
 from broker_filter.scoring.bundle import Architecture, Description, Inputs, MetadataColumn, Outputs, Training
 from broker_filter.scoring.encoders import load_encoder_weights
 from broker_filter.scoring.export import write_bundle
-from broker_filter.scoring.networks import build_network
+from broker_filter.scoring.networks import NETWORKS, arguments_of, build_network
 from broker_filter.scoring.scorer import open_model
 from training.data.datasets import Dataset, View
 from training.errors import DatasetError, TrainingError
@@ -82,6 +82,7 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
     classes = dataset.card.classes
     labels = classes[1:] if len(classes) == 2 else classes
     train, validation = chosen_to_train(dataset["train"], len(classes), config.recipe), dataset["validation"]
+    _check_arguments(config)
     inputs = Inputs(images=config.images, metadata=_filled_columns(train, config.metadata))
     extra = {"labels": len(labels)} | ({"metadata": len(config.metadata)} if config.metadata else {})
     architecture = Architecture(name=config.architecture.name, arguments={**config.architecture.arguments, **extra})
@@ -127,6 +128,21 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
         training=_describe(config, dataset, train, evaluation),
     )
     rank_zero_only(write_bundle)(config.out / BUNDLE, description, network)
+
+
+def _check_arguments(config: Fit) -> None:
+    """Raises TrainingError where the network cannot be given the labels and the metadata of the data set."""
+    name = config.architecture.name
+    if name not in NETWORKS:
+        return  # which `build_network` says
+    taken = arguments_of(name)
+    if "labels" not in taken:
+        raise TrainingError(f"network {name!r} has labels of its own and cannot be fitted: choose another architecture")
+    if config.metadata and "metadata" not in taken:
+        with_metadata = [other for other in NETWORKS if {"labels", "metadata"} <= arguments_of(other).keys()]
+        raise TrainingError(
+            f"network {name!r} takes images alone: leave `metadata` out, or choose one of {', '.join(with_metadata)}"
+        )
 
 
 def _filled_columns(train: View, columns: Sequence[str]) -> tuple[MetadataColumn, ...]:

@@ -8,6 +8,7 @@ gives logits [N, C] and the embedding [N, D]: one pass for both. One that joins 
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import Parameter, signature
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from broker_filter.scoring.bundle import Architecture, BundleError, Outputs
 from broker_filter.scoring.networks.acai import ACAI
 from broker_filter.scoring.networks.alert_embedder import AlertEmbedder
 from broker_filter.scoring.networks.btsbot_cnn import btsbot_cnn
+from broker_filter.scoring.networks.fusion import FusionNetwork
 from broker_filter.scoring.networks.stampnet import StampNet, StampNetClasses
 from broker_filter.scoring.networks.timm_network import timm_network
 from broker_filter.scoring.networks.vgg6 import VGG6
@@ -51,14 +53,32 @@ def build_network(architecture: Architecture) -> nn.Module:
     """The network that a card names, its parameters as initialised. Raises BundleError where there is none such."""
     if architecture.name not in NETWORKS:
         raise BundleError(f"no network is called {architecture.name!r}; there are {', '.join(NETWORKS)}")
+    given, taken = set(architecture.arguments), arguments_of(architecture.name)
+    if unknown := sorted(given - taken.keys()):
+        raise BundleError(
+            f"network {architecture.name!r} does not take {', '.join(unknown)}: its arguments are {', '.join(taken)}"
+        )
+    if absent := [name for name, needed in taken.items() if needed and name not in given]:
+        raise BundleError(
+            f"network {architecture.name!r} does not take {architecture.arguments}: it needs {', '.join(absent)} too"
+        )
     try:
         return NETWORKS[architecture.name](**architecture.arguments)
     except ModuleNotFoundError as error:
         raise BundleError(
             f"network {architecture.name!r} in torch needs {error.name}: pip install 'broker-filter[train]'"
         ) from error
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise BundleError(f"network {architecture.name!r} does not take {architecture.arguments}: {error}") from error
+    except Exception as error:  # what torch and timm raise where a value is of no use to them, is of any type
+        reason = str(error).partition("\n")[0]
+        raise BundleError(f"network {architecture.name!r} does not take {architecture.arguments}: {reason}") from error
+
+
+def arguments_of(network: str) -> dict[str, bool]:
+    """The arguments of one of NETWORKS by name, and whether each must be given."""
+    parameters = dict(signature(NETWORKS[network]).parameters)
+    if parameters.pop("heads", None) is not None:  # what is handed on to FusionNetwork, besides the encoder
+        parameters |= {name: each for name, each in signature(FusionNetwork).parameters.items() if name != "encoder"}
+    return {name: each.default is Parameter.empty for name, each in parameters.items()}
 
 
 def load_network(architecture: Architecture, weights: dict[str, Tensor]) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from broker_filter.scoring.labels import Labels, parse_rule, read_labels
 from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
 from broker_filter.simulate import SimulatedAlert
 from broker_filter.streaming.archives import read_packets
+from broker_filter.streaming.expressions import ExpressionError
+from training.__main__ import main
 from training.data import build_dataset as building
 from training.data.build_dataset import assign_splits, build_dataset
 from training.data.datasets import CARD, INDEX, SHARDS, SPLITS, Dataset, SplitRule
@@ -206,6 +209,45 @@ def test_unusable_labels_are_said_in_a_line(
     )
     with pytest.raises(DatasetError, match="class one has 1 source, and each of train, validation, test needs one"):
         build_dataset([night_packets], lonely, tmp_path / "lonely")
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_inputs_without_an_alert_are_said_to_have_none(kind: str, night_labels: Labels, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    if kind == "folder":
+        empty.mkdir()
+    else:
+        with tarfile.open(empty, "w:gz"):
+            pass
+    with pytest.raises(DatasetError, match=r"empty: no alert was read: "):
+        build_dataset([empty], night_labels, tmp_path / "set")
+    no_alert = tmp_path / "notes.txt"
+    no_alert.write_text("no alert")
+    with pytest.raises(DatasetError, match=r"no alert was read: none of 1 inputs could be decoded \(\w+ 1\)"):
+        build_dataset([no_alert], night_labels, tmp_path / "set")  # nothing was begun there that could be gone on with
+
+
+def test_alerts_are_chosen_by_a_filter(
+    night_packets: Path, night_labels: Labels, night_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alerts, _ = Decoder(open_registry(None)).decode(list(read_packets([night_packets])))
+    wanted = (alerts.column("magpsf") < 19) & (alerts.column("isdiffpos") == 1)
+    assert 10 < wanted.sum() < 50
+    where = "magpsf < 19 and isdiffpos == 1"
+    monkeypatch.setattr(building, "ALERTS_PER_SHARD", 8)
+    monkeypatch.setattr(building, "PACKETS_AT_ONCE", 8)
+    arguments = ["build-dataset", str(night_packets), "--labels", str(night_table), "--label", "truth"]
+    classes = ["--class", "bogus=detector", "--class", "real=sky"]
+    assert main([*arguments, *classes, "--where", where, "--out", str(tmp_path / "set")]) == 0
+    dataset = Dataset.open(tmp_path / "set")
+    assert set(dataset.alert_id.tolist()) == set(alerts.alert_id[wanted].tolist())
+    assert dataset.card.where == where
+    with pytest.raises(DatasetError, match="was begun with other arguments"):
+        build_dataset([night_packets], night_labels, tmp_path / "set", where="magpsf < 18")
+    with pytest.raises(DatasetError, match=r"none of the 60 alerts passes --where 'magpsf < 0'"):
+        build_dataset([night_packets], night_labels, tmp_path / "none", where="magpsf < 0")
+    with pytest.raises(ExpressionError, match="unknown name 'magpfs'; did you mean 'magpsf'"):
+        build_dataset([night_packets], night_labels, tmp_path / "misspelt", where="magpfs < 18")
 
 
 def test_what_does_not_decode_is_told(

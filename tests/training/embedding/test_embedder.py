@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from broker_filter.packets.photometry import NO_VALUE
@@ -15,6 +17,7 @@ from broker_filter.scoring.bundle import LIGHT_CURVE_FEATURES, ImageInput, Input
 from broker_filter.scoring.networks.alert_embedder import AlertEmbedder
 from broker_filter.scoring.preprocess import prepare
 from training.embedding.embedder import Recipe, Shown, SpectrumEncoder, embed, show, train
+from training.errors import TrainingError
 from training.evaluation.served_speed import noise
 
 ALERTS, POINTS, COLUMNS, SIZE = 300, 6, 5, 16
@@ -112,3 +115,47 @@ def test_what_is_shown_in_training_is_what_is_served() -> None:
             features = shown.features[:, symmetry]
             found = network.see(features, shown.metadata, shown.light_curve, shown.light_curve_mask)
             torch.testing.assert_close(found, expected, atol=1e-4 if symmetry else 1e-6, rtol=1e-5)
+
+
+class Stopping(Shown):
+    """Alerts that end a training when they are asked for the fourth time."""
+
+    asked = 0
+
+    def __getitem__(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Shown:
+        Stopping.asked += 1
+        if Stopping.asked == 4:
+            raise KeyboardInterrupt
+        return super().__getitem__(rows)
+
+
+@pytest.mark.parametrize("with_spectra", [False, True])
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(
+    shown: Shown, with_spectra: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.embedding.embedder.CHECKPOINT_EVERY", 2)
+    recipe = Recipe(steps=5, batch=4)
+    if with_spectra:
+        shown = replace(shown, spectra=torch.randn(ALERTS, 3, len(WAVELENGTHS)))
+
+    def trained(alerts: Shown, checkpoint: Path | None) -> dict[str, Tensor]:
+        network = make_embedder()
+        spectrum = SpectrumEncoder(SIZE) if with_spectra else None  # whose dropout draws too
+        train(network, [(alerts, 1.0)], recipe, spectrum, checkpoint, of="these")
+        return network.state_dict()
+
+    whole = trained(shown, None)
+    checkpoint = tmp_path / "last.ckpt"
+    monkeypatch.setattr(Stopping, "asked", 0)
+    stopping = Stopping(**{field.name: getattr(shown, field.name) for field in fields(shown)})
+    with pytest.raises(KeyboardInterrupt):
+        trained(stopping, checkpoint)
+    assert torch.load(checkpoint, weights_only=True)["step"] == 2
+    torch.manual_seed(99)  # as another process begins
+    resumed = trained(shown, checkpoint)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
+    with pytest.raises(TrainingError, match="is of another training"):
+        train(make_embedder(), [(shown, 1.0)], recipe, None, checkpoint, of="others")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    with pytest.raises(TrainingError, match="not a whole checkpoint: remove it to begin again"):
+        train(make_embedder(), [(shown, 1.0)], recipe, None, checkpoint, of="these")

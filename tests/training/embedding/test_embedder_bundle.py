@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from broker_filter.config import Runtime
+from broker_filter.config import Model, Runtime
 from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
@@ -45,7 +45,10 @@ def embedded(scorer: Scorer, alerts: AlertBatch) -> ModelScores:
     assert scores.modalities.shape == (len(alerts), len(MODALITIES), 32)
     np.testing.assert_allclose(np.linalg.norm(scores.embedding, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(scores.modalities, axis=2), 1, rtol=1e-5)
-    assert ((scores.probabilities >= 0) & (scores.probabilities <= 1)).all()
+    trained_for = alerts.survey == Survey.ZTF
+    real = scores.probabilities[:, 0]
+    assert ((real >= 0) & (real <= 1))[trained_for].all()
+    assert np.isnan(real[~trained_for]).all()
     return scores
 
 
@@ -69,6 +72,12 @@ def test_embeds_real_lsst_alerts_first_ones_too(scorer: Scorer, shared_data: Pat
     assert (points == 1).sum() > 10
     assert points.max() > 1000
     embedded(scorer, alerts)
+
+
+def test_real_is_given_for_lsst_where_the_operator_asks_for_it() -> None:
+    asked = open_scorer([Model(bundle="embedder", also=["lsst"])], Runtime(engine="onnxruntime", device="cpu"))
+    alerts = decode(asked, [Packet(one.packet, FilePosition("")) for one in simulate_night(5, 3, "lsst")])
+    assert np.isfinite(asked.score(alerts).columns()["embedder.real"]).all()
 
 
 @pytest.mark.shared

@@ -14,7 +14,7 @@ from torch import nn
 
 from broker_filter.config import Runtime
 from broker_filter.scoring.alerts import RawAlerts
-from broker_filter.scoring.bundle import WEIGHTS, Architecture, load_bundle
+from broker_filter.scoring.bundle import WEIGHTS, Architecture, BundleError, load_bundle
 from broker_filter.scoring.networks import build_network
 from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.scorer import open_model
@@ -213,6 +213,16 @@ def test_wrong_configurations_are_said(config: Callable[..., Fit], fitted: Fit, 
         fit(config("large", images=PUBLISHED_IMAGES.model_copy(update={"size": 64})))
     with pytest.raises(TrainingError, match="no alert to train on has a value of reliability"):
         fit(config("empty", metadata=("reliability",)))
+    with pytest.raises(
+        TrainingError, match=r"'vgg6' takes images alone: leave `metadata` out, or choose one of .*timm"
+    ):
+        fit(config("vgg6", architecture=Architecture(name="vgg6"), metadata=("magpsf",)))
+    with pytest.raises(TrainingError, match="network 'acai' has labels of its own and cannot be fitted"):
+        fit(config("acai", architecture=Architecture(name="acai"), metadata=("magpsf",)))
+    with pytest.raises(BundleError, match="'vgg6' does not take depth: its arguments are labels"):
+        fit(config("depth", architecture=Architecture(name="vgg6", arguments={"depth": 3})))
+    with pytest.raises(BundleError, match=r"'btsbot_cnn' does not take .*: float division by zero"):
+        fit(config("kernel", architecture=Architecture(name="btsbot_cnn", arguments={"kernel": 0})))
     narrow = PUBLISHED_IMAGES.model_copy(update={"size": 31})
     two = PUBLISHED_IMAGES.model_copy(update={"order": ("science", "difference")})
     for name, changes in (("narrow", {"images": narrow}), ("two", {"images": two})):

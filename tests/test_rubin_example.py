@@ -1,0 +1,86 @@
+"""The README's example for Rubin does on real alerts what it says: its reference, its filters, its anomalies."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from broker_filter.cli import main
+from broker_filter.config import Runtime, Service
+from broker_filter.packets.batch import Survey
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.registry import open_registry
+from broker_filter.scoring.reference import read_reference
+from broker_filter.scoring.scorer import open_scorer
+from broker_filter.streaming.anomalies import open_judge
+from broker_filter.streaming.archives import read_packets
+from broker_filter.streaming.duplicates import DuplicateWindow
+from broker_filter.streaming.filtering import score_stream
+from broker_filter.streaming.routing import open_router
+
+README = Path(__file__).parents[1] / "README.md"
+LARGE_ENOUGH = 100
+"""Real alerts of LSSTCam, at the least, for the shares below to mean something."""
+
+
+def example() -> str:
+    """The service file for Rubin."""
+    files = re.findall(r"```yaml\n(input:.*?)```", README.read_text(), re.DOTALL)
+    [rubin] = [text for text in files if "lsst-alerts" in text]
+    return str(rubin)
+
+
+def test_names_the_surveys_brokers() -> None:
+    file = Service.model_validate(yaml.safe_load(example()))
+    assert file.input.bootstrap_servers == "rubin-alert-stream-bootstrap.slac.stanford.edu:9094"
+    assert file.input.topics == ["lsst-alerts-v11"]
+    assert file.input.schema_registry == "https://rubin-alert-schemas.slac.stanford.edu/schema-registry"
+    assert file.input.sasl is not None
+    assert file.input.sasl.mechanism == "SCRAM-SHA-512"
+    assert file.input.group_id.startswith(file.input.sasl.username)
+
+
+@pytest.mark.shared
+def test_the_example_works_on_real_alerts(
+    shared_data: Path,
+    lsst_schemas: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SURVEY_PASSWORD", "secret")
+    nights = [shared_data / "lsst" / "more" / "parquet", shared_data / "lsst" / "more" / "wire"]
+    Path("service.yaml").write_text(example())
+    service = Service.model_validate(yaml.safe_load(example()))
+    assert service.anomalies is not None
+    out = str(service.anomalies.reference)
+    built = main(["reference", "build", *map(str, nights), "--out", out, "--schema-registry", str(lsst_schemas)])
+    assert built == 0
+    assert main(["config", "check", "service.yaml"]) == 0
+    counts = read_reference(Path(out)).card.surveys["lsst"]
+    assert counts.read > LARGE_ENOUGH
+    assert counts.passed > 0.5 * counts.read
+
+    scorer = open_scorer(service.models, Runtime(device="cpu"))
+    router, judge = open_router(service, scorer), open_judge(service.anomalies, scorer)
+    columns = tuple(dict.fromkeys((*scorer.columns, *router.columns, *judge.columns)))
+    decoder = Decoder(open_registry(str(lsst_schemas)), cutout_size=scorer.cutout_size, columns=columns)
+    records: Counter[str] = Counter()
+    judged = 0
+    batches = score_stream(
+        read_packets(nights), decoder, scorer, DuplicateWindow(1000), batch_size=64, threads=1, judge=judge
+    )
+    for scored in batches:
+        assert (scored.alerts.survey == Survey.LSST).all()
+        assert scored.anomalies is not None
+        judged += int(scored.anomalies.judged.sum())
+        records.update(record.topic.removeprefix("me.") for record in router.route(scored).records)
+    assert judged >= counts.passed
+    assert records["scored"] >= counts.read
+    for rule in service.filters:
+        assert 0.05 * records["scored"] < records[rule.name] < 0.9 * records["scored"], rule.name

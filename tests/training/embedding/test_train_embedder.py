@@ -1,0 +1,96 @@
+"""`train-embedder` as a command: it goes on where it was killed, and its errors are a line each."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from broker_filter.scoring.bundle import load_bundle
+from broker_filter.simulate import SimulatedAlert
+from training.__main__ import main
+from training.embedding import embedder, train_embedder
+from training.shipped.train_classes import CLASSES, COLUMN
+
+CHECKOUT = Path(__file__).parents[3]
+STEPS = 60
+SMALL = {"SIMULATED": 24, "UNTRAINED": 1}
+CHILD = f"""
+import sys
+from training.__main__ import main
+from training.embedding import embedder, train_embedder
+embedder.CHECKPOINT_EVERY = 2
+for name, value in {SMALL!r}.items():
+    setattr(train_embedder, name, value)
+sys.exit(main(sys.argv[1:]))
+"""
+LONGEST_WAIT = 120
+"""Seconds for a child to have made its first steps, on a machine that is busy."""
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Few simulated alerts, and the thread count as it was afterwards."""
+    threads = torch.get_num_threads()
+    for name, value in SMALL.items():
+        monkeypatch.setattr(train_embedder, name, value)
+    monkeypatch.setattr(embedder, "CHECKPOINT_EVERY", 2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def arguments(night_packets: Path, alerts_of_the_night: list[SimulatedAlert], tmp_path: Path) -> list[str]:
+    """Of the command, but for `--out`."""
+    names = [rule.partition("=")[0] for rule in CLASSES]
+    with (tmp_path / "labels.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["candid", COLUMN])
+        table.writerows((alert.alert_id, names[i % len(names)]) for i, alert in enumerate(alerts_of_the_night))
+    labels = str(tmp_path / "labels.csv")
+    return ["train-embedder", str(night_packets), "--labels", labels, "--steps", str(STEPS)]
+
+
+def test_a_killed_training_goes_on_where_it_was(
+    arguments: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-c", CHILD, *arguments, "--out", str(killed)]
+    child = subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.DEVNULL)
+    checkpoint, deadline = tmp_path / "killed.ckpt", time.monotonic() + LONGEST_WAIT
+    while not checkpoint.exists() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    step = torch.load(checkpoint, weights_only=True)["step"]
+    assert 0 < step < STEPS
+    assert not killed.exists()
+    assert main([*arguments, "--seed", "2", "--out", str(killed)]) == 1  # the checkpoint is of another training
+    caplog.set_level("INFO")
+    assert main([*arguments, "--out", str(killed)]) == 0
+    assert f"killed.ckpt after step {step}" in caplog.text
+    assert load_bundle(killed).card.name == "embedder"
+    assert not list(tmp_path.glob("*.ckpt*"))
+
+
+def test_what_cannot_be_trained_with_is_said_in_a_line(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for change, message in (
+        ({1: str(empty)}, "no alert was read from the inputs"),
+        ({1: str(tmp_path / "absent")}, "absent: no such file or folder"),
+        ({3: str(tmp_path / "absent.csv")}, "neither a .csv nor a .parquet that can be read"),
+    ):
+        changed = [change.get(i, argument) for i, argument in enumerate(arguments)]
+        assert main([*changed, "--out", str(tmp_path / "out")]) == 1
+        assert message in capsys.readouterr().err.splitlines()[-1]
