@@ -8,22 +8,15 @@ from collections.abc import Collection, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from broker_filter.cli.kafka_options import add_kafka_options, kafka_properties
+from broker_filter.cli.kafka_options import TOPIC, add_kafka_options, kafka_properties, split_address
 
 if TYPE_CHECKING:
     from broker_filter.packets.packet import Packet
 
-TOPIC = "kafka://"
 DEFAULT_LIMIT = 1000
 """Packets that are looked at: a second or two of work, and enough to know an archive by."""
 PLAIN_WIDTH = 160
 """Columns of the account where it is not written to a terminal."""
-
-
-class AddressError(Exception):
-    """A topic's address that is none."""
-
-    exit_status = 2
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -91,9 +84,7 @@ def _packets(arguments: argparse.Namespace, wanted: Collection[str]) -> Iterator
 
     for given in arguments.inputs:
         if given.startswith(TOPIC):
-            bootstrap_servers, _, topic = given.removeprefix(TOPIC).partition("/")
-            if not bootstrap_servers or not topic:
-                raise AddressError(f"{given}: a topic is {TOPIC}HOST:PORT/TOPIC")
+            bootstrap_servers, topic = split_address(given)
             yield from read_topic(kafka_properties(arguments, bootstrap_servers), topic)
         else:
             yield from read_packets([given], wanted=wanted)

@@ -5,6 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+TOPIC = "kafka://"
+"""How the address of a topic begins: `kafka://HOST:PORT[,HOST:PORT]/TOPIC`."""
+
+
+class AddressError(Exception):
+    """A topic's address that is none."""
+
+    exit_status = 2
+
 
 class PropertiesError(Exception):
     """Kafka properties that are no properties."""
@@ -20,6 +29,14 @@ def add_kafka_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kafka-file", type=Path, metavar="FILE", help="librdkafka properties, one KEY=VALUE a line: for secrets"
     )
+
+
+def split_address(address: str) -> tuple[str, str]:
+    """The bootstrap servers and the topic of an address that begins with TOPIC. Raises AddressError."""
+    bootstrap_servers, _, topic = address.removeprefix(TOPIC).partition("/")
+    if not bootstrap_servers or not topic:
+        raise AddressError(f"{address}: a topic is {TOPIC}HOST:PORT/TOPIC")
+    return bootstrap_servers, topic
 
 
 def kafka_properties(arguments: argparse.Namespace, bootstrap_servers: str) -> dict[str, object]:

@@ -7,9 +7,24 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING
 
-from broker_filter.cli.kafka_options import add_kafka_options, kafka_properties
+from broker_filter.cli.kafka_options import TOPIC, AddressError, add_kafka_options, kafka_properties, split_address
+
+if TYPE_CHECKING:
+    from broker_filter.packets.packet import Packet
+
+DEAD_LETTERS = ".dead-letter"
+"""How the name of a service's topic of dead letters ends."""
+
+
+class ReasonError(Exception):
+    """A reason for which nothing is rejected."""
+
+    exit_status = 2
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -18,9 +33,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "replay",
         help="send archived alerts to a Kafka topic",
         description="Sends every alert of files, folders and archives to a topic, one message each, with the object id "
-        "as its key and the time of sending in the header `producer_timestamp`. Creates the topic where it is absent.",
+        "as its key and the time of sending in the header `producer_timestamp`. Creates the topic where it is absent. "
+        f"Of a service's dead letters ({TOPIC}HOST:PORT/PREFIX{DEAD_LETTERS}) it sends the original messages again.",
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder (read recursively) or archive")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help=f"file, folder (read recursively), archive, or {TOPIC}HOST:PORT[,HOST:PORT]/PREFIX{DEAD_LETTERS}",
+    )
+    parser.add_argument(
+        "--reason",
+        action="append",
+        metavar="REASON",
+        help="of dead letters only those that were rejected for it, as unknown_schema_id; may be repeated "
+        "(default: all dead letters)",
+    )
     parser.add_argument("--bootstrap-servers", required=True, metavar="HOST:PORT", help="brokers, comma-separated")
     parser.add_argument("--topic", required=True)
     parser.add_argument(
@@ -46,11 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.cli.console import progress
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry
-    from broker_filter.streaming.archives import read_packets
     from broker_filter.streaming.kafka_client import Complaints, admin_client, ensure_topics, wait_for_cluster
     from broker_filter.streaming.replay import Replayer, as_fast_as_possible, at_rate, at_speed
 
-    packets = read_packets(arguments.inputs)
+    packets = _packets(arguments)
     new_pace = as_fast_as_possible
     if arguments.rate:
         new_pace = partial(at_rate, arguments.rate)
@@ -77,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
             replayer.replay(packets, new_pace())
             if stop.is_set() or not arguments.repeat or account.sent == sent_before:
                 break
-            packets = read_packets(arguments.inputs)
+            packets = _packets(arguments)
     seconds = time.monotonic() - started
     print(
         f"sent {account.sent} alerts ({account.sent_bytes / 1e6:.1f} MB) to {arguments.topic} in {seconds:.1f} s, "
@@ -86,6 +113,26 @@ def run(arguments: argparse.Namespace) -> int:
     if stop.is_set():
         return INTERRUPTED
     return 1 if account.failed else 0
+
+
+def _packets(arguments: argparse.Namespace) -> Iterator[Packet]:
+    from broker_filter.packets.rejects import RejectReason
+    from broker_filter.streaming.archives import read_packets
+    from broker_filter.streaming.topic import read_dead_letters
+
+    reasons = set(arguments.reason or RejectReason)
+    if unknown := sorted(reasons.difference(RejectReason)):
+        raise ReasonError(f"--reason {unknown[0]}: the reasons are {', '.join(RejectReason)}")
+    packets: list[Iterator[Packet]] = []
+    for given in arguments.inputs:
+        if not given.startswith(TOPIC):
+            packets.append(read_packets([given]))
+            continue
+        bootstrap_servers, topic = split_address(given)
+        if not topic.endswith(DEAD_LETTERS):
+            raise AddressError(f"{given}: only a topic of dead letters, PREFIX{DEAD_LETTERS}, can be sent again")
+        packets.append(read_dead_letters(kafka_properties(arguments, bootstrap_servers), topic, reasons))
+    return chain.from_iterable(packets)
 
 
 def _positive(text: str) -> float:

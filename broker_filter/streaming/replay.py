@@ -17,7 +17,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from broker_filter.packets.batch import AlertIdentity
 from broker_filter.packets.decode import Decoder
-from broker_filter.packets.packet import Packet
+from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.schema import WriterSchema
 from broker_filter.streaming.archives import MAX_PACKET_BYTES
 from broker_filter.streaming.encoding import ContainerFraming, OutputSchema
@@ -79,7 +79,7 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class _Alert:
-    """A message to send: one alert, or a packet as it is where not all of its alerts can be read."""
+    """A message to send: one alert, or a packet as it is where it was a message or holds what cannot be read."""
 
     value: bytes
     identity: AlertIdentity | None
@@ -161,7 +161,7 @@ class Replayer:
                 if not 0 < len(packet.data) <= MAX_PACKET_BYTES:  # archives may hold more of it than was read
                     log.warning("%s: not sent: %s", packet.position, "too large" if packet.data else "empty")
                     self.account.unsendable += 1
-                elif reject or len(own) == 1:
+                elif reject or len(own) == 1 or isinstance(packet.position, KafkaPosition):
                     read = alerts.identity(own[0]) if own else None
                     yield _Alert(packet.data, read or (reject.alert if reject else None), packet)
                 else:

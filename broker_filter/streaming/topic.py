@@ -1,11 +1,15 @@
-"""A Kafka topic as Packets, from its start to where it ends now: for looking at it. Joins no group, commits nothing."""
+"""A Kafka topic as Packets, from its start to where it ends now: for looking at it, and for sending dead letters again.
+
+Joins no group and commits nothing.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.streaming.kafka_client import (
@@ -16,17 +20,47 @@ from broker_filter.streaming.kafka_client import (
     explain,
     librdkafka_log,
 )
+from broker_filter.streaming.transactions import TRUNCATED
 
 PATIENCE_S = 30.0
 """Without a message for so long, and not at the end: the brokers do not answer any more."""
 
+log = logging.getLogger(__name__)
+
 
 def read_topic(properties: Mapping[str, object], topic: str) -> Iterator[Packet]:
-    """Yields the committed messages of every partition.
+    """Yields the committed messages of every partition. Never looks at their headers.
 
     `properties`: librdkafka's, `bootstrap.servers` among them. Raises KafkaSetupError where the brokers do not answer
     or the topic is not there.
     """
+    for packet, _ in _read(properties, topic):
+        yield packet
+
+
+def read_dead_letters(properties: Mapping[str, object], topic: str, reasons: Collection[str]) -> Iterator[Packet]:
+    """Yields the messages that a service has rejected for one of the `reasons`, as they came in, each once.
+
+    Those that no longer hold all of their bytes are left out, and counted in a warning. `topic`: a service's dead
+    letters; headers of a foreign topic must not be read (a malformed one crashes the client). Otherwise as read_topic.
+    """
+    seen: set[int] = set()
+    shortened = 0
+    for packet, message in _read(properties, topic):
+        headers = dict(message.headers() or ())
+        if (headers.get("reason") or b"").decode(errors="replace") not in reasons:
+            continue
+        message_id = hash(headers.get("input"))  # several records of one message may have been rejected
+        if TRUNCATED in headers:
+            shortened += 1
+        elif message_id not in seen:
+            seen.add(message_id)
+            yield packet
+    if shortened:
+        log.warning("%s: dead letters that were cut short to fit into the topic, are left out: %d", topic, shortened)
+
+
+def _read(properties: Mapping[str, object], topic: str) -> Iterator[tuple[Packet, Message]]:
     complaints = Complaints(f"brokers {properties['bootstrap.servers']}")
     consumer = Consumer(
         {
@@ -49,6 +83,10 @@ def read_topic(properties: Mapping[str, object], topic: str) -> Iterator[Packet]
         if metadata.topics[topic].error is not None:
             raise KafkaSetupError(f"{complaints.cluster}: topic {topic}: {metadata.topics[topic].error.str()}")
         unfinished = set(metadata.topics[topic].partitions)
+        ends = {
+            partition: consumer.get_watermark_offsets(TopicPartition(topic, partition), REQUEST_TIMEOUT_S)[1]
+            for partition in unfinished
+        }
         consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for partition in unfinished])
         cluster = metadata.cluster_id or str(properties["bootstrap.servers"])
         last_answer = time.monotonic()
@@ -59,8 +97,11 @@ def read_topic(properties: Mapping[str, object], topic: str) -> Iterator[Packet]
                     raise KafkaSetupError(f"{complaints.cluster}: {complaints.latest or 'no answer'}")
                 continue
             if message.error() is None:
-                position = KafkaPosition(cluster, topic, message.partition(), message.offset())
-                yield Packet(message.value() or b"", position)
+                if message.offset() < ends[message.partition()]:  # what has come since is not read: it may never end
+                    position = KafkaPosition(cluster, topic, message.partition(), message.offset())
+                    yield Packet(message.value() or b"", position), message
+                if message.offset() + 1 >= ends[message.partition()]:
+                    unfinished.discard(message.partition())
             elif message.error().code() == KafkaError._PARTITION_EOF:
                 unfinished.discard(message.partition())
             else:

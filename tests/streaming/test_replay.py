@@ -16,15 +16,18 @@ from pathlib import Path
 
 import fastavro
 import pytest
-from confluent_kafka import Consumer, Message, TopicPartition
+from confluent_kafka import Consumer, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from broker_filter.cli import main
 from broker_filter.local_kafka import KafkaCluster
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
+from broker_filter.packets.rejects import RejectReason
 from broker_filter.streaming.archives import MAX_PACKET_BYTES, read_packets
 from broker_filter.streaming.replay import Replayer, as_fast_as_possible, at_rate, at_speed
+from broker_filter.streaming.topic import read_dead_letters
 
 NIGHT = Path("ztf/archives/ztf_public_20180819_mod1000.tar.gz")
 
@@ -111,6 +114,75 @@ def test_what_was_not_read_whole_is_not_sent_and_is_counted(kafka_bootstrap: str
     replay.replay([Packet(value, FilePosition("night.tar.gz")) for value in values], as_fast_as_possible())
     assert (replay.account.sent, replay.account.unsendable) == (1, 2)
     assert [message.value() for message in messages_in(kafka_bootstrap, topic)] == [b"no alert"]
+
+
+def test_dead_letters_are_sent_again_as_they_came_in(
+    kafka_bootstrap: str, ztf_packets: list[tuple[int, bytes]], unique_name: Callable[[str], str]
+) -> None:
+    letters, again = f"{unique_name('filter')}.dead-letter", unique_name("again")
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
+    admin.create_topics([NewTopic(letters, 2, 1)])[letters].result()
+    first = fastavro.reader(io.BytesIO(ztf_packets[0][1]))
+    several = io.BytesIO()
+    fastavro.writer(several, first.writer_schema, [alert(ztf_packets[0][1])] * 3)
+    producer = Producer({"bootstrap.servers": kafka_bootstrap})
+    for value, reason, source, more in (
+        (b"\0\0\0\0\7 wire format", "unknown_schema_id", "a/t/0/1", {}),
+        (several.getvalue(), "unknown_schema_id", "a/t/0/2", {}),
+        (several.getvalue(), "unknown_schema_id", "a/t/0/2", {"record": "1"}),
+        (b"half", "unknown_schema_id", "a/t/0/3", {"truncated": "8"}),
+        (b"no alert", "not_avro", "a/t/0/4", {}),
+        (b"schema", "schema_refused", "a/t/0/5", {}),
+        (b"no reason", None, "a/t/0/6", {}),
+    ):
+        producer.produce(letters, value, headers={"input": source, **({"reason": reason} if reason else {}), **more})
+    producer.flush()
+    address = f"kafka://{kafka_bootstrap}/{letters}"
+    command = [sys.executable, "-m", "broker_filter", "replay", address, "--bootstrap-servers", kafka_bootstrap]
+    reasons = ["--reason", "unknown_schema_id", "--reason", "schema_refused"]
+    ended = subprocess.run([*command, "--topic", again, *reasons], capture_output=True, text=True, check=True)
+    assert "cut short to fit into the topic, are left out: 1" in ended.stderr
+    expected = [b"\0\0\0\0\7 wire format", several.getvalue(), b"schema"]
+    assert sorted(message.value() for message in messages_in(kafka_bootstrap, again)) == sorted(expected)
+    everything = read_dead_letters({"bootstrap.servers": kafka_bootstrap}, letters, set(RejectReason))
+    assert sorted(packet.data for packet in everything) == sorted([*expected, b"no alert"])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (["kafka://there:1/me.dead-letter", "--reason", "nonsense"], "--reason nonsense: the reasons are empty, "),
+        (["kafka://there:1/me.scored"], "only a topic of dead letters, PREFIX.dead-letter, can be sent again"),
+        (["kafka://nowhere"], "a topic is kafka://HOST:PORT/TOPIC"),
+    ],
+)
+def test_what_cannot_be_sent_again_is_one_clear_line(
+    source: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", *source, "--bootstrap-servers", "127.0.0.1:1", "--topic", "again"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_dead_letters_that_come_while_they_are_sent_again_are_left_for_the_next_time(
+    kafka_bootstrap: str, unique_name: Callable[[str], str]
+) -> None:
+    """They are rejected once more, and would come round for ever."""
+    letters = f"{unique_name('filter')}.dead-letter"
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
+    admin.create_topics([NewTopic(letters, 1, 1)])[letters].result()
+    producer = Producer({"bootstrap.servers": kafka_bootstrap})
+
+    def reject(i: int) -> None:
+        producer.produce(letters, b"%d" % i, headers={"input": f"a/t/0/{i}", "reason": "not_avro"})
+        producer.flush()
+
+    for i in range(5):
+        reject(i)
+    values = []
+    for packet in read_dead_letters({"bootstrap.servers": kafka_bootstrap}, letters, {"not_avro"}):
+        values.append(packet.data)
+        reject(100 + len(values))
+    assert values == [b"0", b"1", b"2", b"3", b"4"]
 
 
 @pytest.mark.kafka
