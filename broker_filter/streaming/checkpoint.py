@@ -32,6 +32,7 @@ from broker_filter.streaming.kafka_client import (
     explain,
     librdkafka_log,
 )
+from broker_filter.streaming.rights import REFUSED
 from broker_filter.streaming.transactions import Claim, ClaimEndedError, Store, Writer
 
 STABLE_TIMEOUT_S = 60.0
@@ -126,9 +127,10 @@ class GroupCheckpoint:
         try:
             self._consumer.commit(offsets=starts, asynchronous=False)
         except KafkaException as error:
-            if error.args[0].code() not in NOT_A_MEMBER:
+            if error.args[0].code() not in (*NOT_A_MEMBER, *REFUSED):
                 raise
-            # The group has moved on: these partitions are about to be taken away again.
+            # The group has moved on, and these partitions are about to be taken away again; or they may not be read,
+            # which is said when that is tried.
 
     def _store(self, producer: Any, ends: Mapping[Claim, int]) -> None:
         # In this order: a membership is renewed only when the claims that it cost have ended. So what is alive after

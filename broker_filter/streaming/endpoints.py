@@ -32,8 +32,10 @@ from broker_filter.streaming.kafka_client import (
 )
 from broker_filter.streaming.kafka_sink import KafkaSink
 from broker_filter.streaming.kafka_source import KafkaSource
-from broker_filter.streaming.transactions import Claim, Writer
+from broker_filter.streaming.rights import account_of
+from broker_filter.streaming.transactions import GRACE_S, Claim, Refusals, Writer
 from broker_filter.streaming.watchdog import Stage
+from broker_filter.streaming.window import Window
 
 ALERT_BYTES = 32 * 2**20
 """Largest record of the topics that are created: twice the largest packet that is decoded."""
@@ -41,9 +43,6 @@ DEAD_LETTER_BYTES = 128 * 2**20
 """A dead letter is whatever the input's brokers took: 100 MiB, unless they were told otherwise."""
 POSITIONS_CONFIG = {"cleanup.policy": "compact", "segment.bytes": str(16 * 2**20), "min.cleanable.dirty.ratio": "0.1"}
 """Small segments, compacted early: the topic is read whole at every start."""
-TRANSACTION_GRACE_MS = 15_000
-"""When a transaction is so late, the coordinator aborts it: its instance is gone, and others wait for its partitions.
-Longer than a cluster needs to move a coordinator from a node that died (6 to 10 s)."""
 SETTLE_TIMEOUT_S = 30.0
 """For the output of a partition that is handed over; what comes later is done again by the new owner."""
 
@@ -79,8 +78,9 @@ def connect(
     """
     output = output_section(config.input, config.output)
     in_properties, out_properties = client_properties(config.input), client_properties(output)
-    in_complaints = Complaints(f"input brokers {config.input.bootstrap_servers}")
-    out_complaints = Complaints(f"output brokers {output.bootstrap_servers}")
+    account = account_of(output)
+    in_complaints = Complaints(f"input brokers {config.input.bootstrap_servers}", account=account_of(config.input))
+    out_complaints = Complaints(f"output brokers {output.bootstrap_servers}", account=account)
     with _waiting(health, in_complaints):
         in_cluster = wait_for_cluster(in_properties, in_complaints, stop)
     with _waiting(health, out_complaints):
@@ -94,16 +94,21 @@ def connect(
         raise KafkaSetupError(f"{', '.join(loops)} would be read and written; choose another output.prefix")
     admin = admin_client(out_properties, out_complaints)
     positions = [f"{output.prefix}.{POSITIONS}"] if elsewhere else []
-    ensure_topics(admin, [*_alert_topics(output, topics), *_positions_topics(output, positions)])
+    ensure_topics(admin, [*_alert_topics(output, topics), *_positions_topics(output, positions)], account)
     for topic in positions:
-        require_compaction(admin, topic)
+        require_compaction(admin, topic, account)
     dead_letter = f"{output.prefix}.{DEAD_LETTER}"
     largest = min(MAX_RECORD_BYTES, int(str(out_properties.get("message.max.bytes", MAX_RECORD_BYTES))))
-    limits = RecordLimits(admin, topics, dead_letter, largest)
-    timeout = {"transaction.timeout.ms": config.transaction.max_ms + TRANSACTION_GRACE_MS}
-    open_writer = partial(Writer, timeout | out_properties, limits, metrics, out_complaints, committing)
+    limits = RecordLimits(admin, topics, dead_letter, largest, account, positions)
+    open_s = config.transaction.max_ms / 1000
+    properties = {"transaction.timeout.ms": int(1000 * (open_s + GRACE_S)), **out_properties}
+    refusals: Refusals = {}
+    window = Window(float(str(properties["transaction.timeout.ms"])) / 1000 - open_s)
+    open_writer = partial(
+        Writer, properties, limits, metrics, out_complaints, committing, window=window, stop=stop, refusals=refusals
+    )
 
-    sink = KafkaSink(config.transaction, dead_letter, metrics, committing)
+    sink = KafkaSink(config.transaction, dead_letter, metrics, committing, refusals)
 
     def settle(claims: Collection[Claim]) -> None:
         if not sink.settle(claims, SETTLE_TIMEOUT_S):

@@ -13,10 +13,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
 from broker_filter.config import Input, KafkaValue, Output, Sasl, Secret, SecretFromEnvironment, SecretFromFile, Tls
+from broker_filter.streaming.rights import REFUSED, Account, Right, not_among
 
 RESERVED = {
     "bootstrap.servers": "say it as `bootstrap_servers`",
@@ -171,9 +172,13 @@ class Complaints:
     An `error_cb` of librdkafka: there alone it says that a password is wrong.
     """
 
-    def __init__(self, cluster: str, clock: Callable[[], float] = time.monotonic) -> None:
-        """`cluster`: what it is called in messages, as `input brokers survey:9092`."""
+    def __init__(
+        self, cluster: str, clock: Callable[[], float] = time.monotonic, account: Account | None = None
+    ) -> None:
+        """`cluster`: what it is called in messages, as `input brokers survey:9092`. `account`: the service's account
+        there, where messages shall say what to grant."""
         self.cluster = cluster
+        self.account = account
         self._clock = clock
         self._logged: dict[object, float] = {}
         self.latest = ""
@@ -249,8 +254,11 @@ def admin_client(properties: Mapping[str, object], complaints: Complaints) -> Ad
     return AdminClient({**properties, "error_cb": complaints.note}, logger=librdkafka_log)
 
 
-def ensure_topics(admin: AdminClient, wanted: Sequence[NewTopic]) -> None:
-    """Creates the topics that are absent. Raises KafkaSetupError where the cluster does not allow it."""
+def ensure_topics(admin: AdminClient, wanted: Sequence[NewTopic], account: Account | None = None) -> None:
+    """Creates the topics that are absent. Raises KafkaSetupError where the cluster does not allow it.
+
+    `account`: who asks, for what is said of a missing right.
+    """
     present = admin.list_topics(timeout=REQUEST_TIMEOUT_S).topics
     absent = [topic for topic in wanted if topic.topic not in present]
     if not absent:
@@ -261,16 +269,24 @@ def ensure_topics(admin: AdminClient, wanted: Sequence[NewTopic]) -> None:
         except KafkaException as error:
             if error.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:  # another instance was faster
                 continue
+            if account and error.args[0].code() in REFUSED:
+                raise KafkaSetupError(
+                    f"topic {name} cannot be seen or does not exist, and may not be created: "
+                    f"{account.lacks(Right(('Describe', 'Create'), 'topic', name))}"
+                ) from None
             raise KafkaSetupError(
                 f"topic {name} does not exist and cannot be created here ({error.args[0].str()}): create it"
             ) from None
         log.info("created topic %s", name)
 
 
-def topic_property(admin: AdminClient, topics: Collection[str], name: str) -> dict[str, str]:
+def topic_property(
+    admin: AdminClient, topics: Collection[str], name: str, account: Account | None = None
+) -> dict[str, str]:
     """The property `name` of topics that are there, without those of which the cluster does not say it.
 
-    Waits for topics that were made just now: it takes a moment until every broker has heard of them.
+    Waits for topics that were made just now: it takes a moment until every broker has heard of them. With an
+    `account`, raises KafkaSetupError where that may not ask.
     """
     values: dict[str, str] = {}
     asked, deadline = set(topics), time.monotonic() + REQUEST_TIMEOUT_S
@@ -282,6 +298,9 @@ def topic_property(admin: AdminClient, topics: Collection[str], name: str) -> di
             except KafkaException as error:
                 if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART and time.monotonic() < deadline:
                     continue
+                if account and error.args[0].code() in REFUSED:
+                    lacks = account.lacks(Right(("DescribeConfigs",), "topic", resource.name))
+                    raise KafkaSetupError(f"{name} of topic {resource.name} must be known: {lacks}") from None
                 log.warning("%s of topic %s is not known: %s", name, resource.name, explain(error.args[0]))
             except KeyError:
                 log.warning("%s of topic %s is not known: the cluster does not say it", name, resource.name)
@@ -291,9 +310,31 @@ def topic_property(admin: AdminClient, topics: Collection[str], name: str) -> di
     return values
 
 
-def require_compaction(admin: AdminClient, topic: str) -> None:
+def missing_on_topics(admin: AdminClient, wanted: Mapping[str, Sequence[str]]) -> list[Right]:
+    """Which of the operations (as kafka-acls.sh calls them) on topics are not allowed, as far as the cluster says it.
+
+    A topic that does not exist lacks nothing.
+    """
+    missing = []
+    question = TopicCollection(list(wanted))
+    answers = admin.describe_topics(question, include_authorized_operations=True, request_timeout=REQUEST_TIMEOUT_S)
+    for topic, answer in answers.items():
+        try:
+            allowed = answer.result().authorized_operations
+        except KafkaException as error:
+            if error.args[0].code() in REFUSED:
+                missing.append(Right((*wanted[topic], "Describe"), "topic", topic))
+            elif error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                log.warning("the rights on topic %s are not known: %s", topic, explain(error.args[0]))
+        else:
+            if lacking := not_among(wanted[topic], allowed):
+                missing.append(Right(lacking, "topic", topic))
+    return missing
+
+
+def require_compaction(admin: AdminClient, topic: str, account: Account | None = None) -> None:
     """Raises KafkaSetupError where a topic forgets more than what later records replace."""
-    for policy in topic_property(admin, [topic], "cleanup.policy").values():
+    for policy in topic_property(admin, [topic], "cleanup.policy", account).values():
         if policy != "compact":
             raise KafkaSetupError(
                 f"topic {topic} has cleanup.policy={policy}: the positions in it would expire, and alerts be lost or "
@@ -305,11 +346,20 @@ class RecordLimits:
     """How large a record each topic takes. Kafka's default is assumed where the cluster does not say."""
 
     def __init__(
-        self, admin: AdminClient, topics: Sequence[str], dead_letter: str, largest: int = MAX_RECORD_BYTES
+        self,
+        admin: AdminClient,
+        topics: Sequence[str],
+        dead_letter: str,
+        largest: int = MAX_RECORD_BYTES,
+        account: Account | None = None,
+        positions: Sequence[str] = (),
     ) -> None:
         """`dead_letter`: the one of the topics that takes what fits into no other. `largest`: what the producer sends
-        at most, whatever a topic takes."""
+        at most, whatever a topic takes. `account`: who asks; then KafkaSetupError is raised where it may not, since an
+        assumed limit would reject alerts. `positions`: topics that are written too, with small records."""
         self.dead_letter = dead_letter
+        self._account = account
+        self._written = [*topics, *positions]
         self._admin = admin
         self._largest = largest
         self._limits = dict.fromkeys(topics, DEFAULT_MAX_MESSAGE_BYTES)
@@ -317,10 +367,14 @@ class RecordLimits:
 
     def refresh(self) -> None:
         """Reads the topics' configuration again."""
-        known = topic_property(self._admin, self._limits, "max.message.bytes")
+        known = topic_property(self._admin, self._limits, "max.message.bytes", self._account)
         self._limits |= {topic: int(size) for topic, size in known.items()}
         for topic in self._limits.keys() - known.keys():
             log.warning("topic %s gets records of at most %d bytes", topic, self._limits[topic])
+
+    def unwritable(self) -> list[Right]:
+        """The rights that are missing to write the topics, as far as the cluster says it."""
+        return missing_on_topics(self._admin, dict.fromkeys(self._written, ("Write",)))
 
     def of(self, topic: str) -> int:
         """The largest sum of key, value and headers in bytes."""

@@ -20,7 +20,7 @@ from broker_filter.packets.rejects import RejectReason
 from broker_filter.streaming.filtering import ScoredBatch
 from broker_filter.streaming.kafka_source import Delivery
 from broker_filter.streaming.routing import Routed
-from broker_filter.streaming.transactions import Claim, FencedError, Work, Writer
+from broker_filter.streaming.transactions import Claim, FencedError, Refusals, Work, Writer
 from broker_filter.streaming.watchdog import Stage
 
 MJD_OF_UNIX_EPOCH = 40_587.0
@@ -109,13 +109,16 @@ def divide(delivery: Delivery, scored: ScoredBatch, routed: Routed) -> list[Work
 class KafkaSink:
     """The open transactions. `put` and `commit` are for one thread; `settle` for another."""
 
-    def __init__(self, limits: Transaction, dead_letter: str, metrics: Metrics, stage: Stage) -> None:
-        """`dead_letter`: the topic whose records are counted as dead letters."""
+    def __init__(
+        self, limits: Transaction, dead_letter: str, metrics: Metrics, stage: Stage, refusals: Refusals
+    ) -> None:
+        """`dead_letter`: the topic whose records are counted as dead letters. `refusals`: kept by the writers."""
         self._limits = limits
         self._dead_letter = dead_letter
         self._metrics = metrics
         self._stage = stage
         self._writers: set[Writer] = set()
+        self._refusals = refusals
         self._committed = threading.Condition()
         self._pool = ThreadPoolExecutor(COMMITTING_THREADS, "commit")
 
@@ -131,21 +134,27 @@ class KafkaSink:
         begun = [since for writer in self._writers if (since := writer.waiting_since) is not None]
         return max(0.0, min(begun, default=math.inf) + self._open_s(idle) - time.monotonic())
 
-    @property
-    def trouble(self) -> str:
-        """Why transactions are not committed at present; empty where they are."""
-        return "; ".join(writer.trouble for writer in self._writers.copy() if writer.trouble)
+    def trouble(self, partitions: Collection[tuple[str, int]]) -> str:
+        """Why transactions are not committed at present; empty where they are.
+
+        `partitions`: those of the input that this instance has. What was refused of another is no longer its trouble.
+        """
+        refused = [reason for key, reason in self._refusals.copy().items() if key in partitions]
+        troubles = [writer.trouble for writer in self._writers.copy() if writer.trouble]
+        return "; ".join(dict.fromkeys([*troubles, *refused]))
 
     def commit(self, *, idle: bool) -> None:
         """Commits the transactions that are due; lets go of writers that have nothing left.
 
         `idle`: nothing more is on its way.
         """
-        self._commit_all([writer for writer in self._writers if self._is_due(writer, self._open_s(idle))])
+        while due := self._due(self._open_s(idle)):
+            self._commit_all(due)
 
     def commit_everything(self) -> None:
-        """Commits all transactions."""
-        self._commit_all(list(self._writers))
+        """Commits all that was put."""
+        while self._writers:
+            self._commit_all(list(self._writers))
 
     def settle(self, claims: Collection[Claim], timeout_s: float) -> bool:
         """Waits until all that was taken under the claims is committed; False where that takes too long."""
@@ -162,10 +171,16 @@ class KafkaSink:
         """How long a transaction stays open that is neither large nor long."""
         return (min(self._limits.linger_ms, self._limits.max_ms) if idle else self._limits.max_ms) / 1000
 
+    def _due(self, open_s: float) -> list[Writer]:
+        """The writers whose transactions have to end: all of them, where the window has no room for one."""
+        if any(writer.crowded for writer in self._writers):
+            return list(self._writers)
+        return [writer for writer in self._writers if self._is_due(writer, open_s)]
+
     def _is_due(self, writer: Writer, open_s: float) -> bool:
         since = writer.waiting_since
         return since is not None and (
-            time.monotonic() - since >= open_s or writer.held_packets >= self._limits.max_alerts or writer.full
+            time.monotonic() - since >= open_s or writer.held_packets >= self._limits.max_alerts
         )
 
     def _commit_all(self, writers: list[Writer]) -> None:
@@ -181,7 +196,11 @@ class KafkaSink:
             try:
                 return writer.commit()
             except FencedError as error:
-                log.warning("fenced, to be read again from the committed positions: %s", error)
+                log.log(
+                    logging.DEBUG if writer.refused else logging.WARNING,  # a refusal is said by the writer
+                    "fenced, to be read again from the committed positions: %s",
+                    error,
+                )
                 writer.close()
                 return []
 

@@ -29,6 +29,7 @@ from broker_filter.streaming.kafka_client import (
     librdkafka_log,
     topic_names,
 )
+from broker_filter.streaming.rights import REFUSED, Right
 from broker_filter.streaming.transactions import Claim
 
 SESSION_TIMEOUT_MS = 10_000
@@ -51,7 +52,6 @@ RECLAIM_PAUSE_S = 2.0
 TIMESTAMP_HEADER = "producer_timestamp"
 """Rubin's header with the time of sending, Unix milliseconds in decimal."""
 MAX_TIMESTAMP_DIGITS = 15
-AUTHORIZATION = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED)
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +114,7 @@ class KafkaSource:
         self.consumer = Consumer({**defaults, **properties, **own}, logger=librdkafka_log)
         self._claims: dict[Key, Claim] = {}
         self._ends: dict[Claim, tuple[int, int]] = {}  # the end that was reached, and what was to be read before it
+        self._refused: dict[Claim, str] = {}  # may not be read, until something of them comes
         self._unread: list[Claim] = []  # paused since they were claimed
         self._paused: set[Key] = set()
         self._subscribed: list[str] = []
@@ -132,9 +133,9 @@ class KafkaSource:
 
     @property
     def waits_for(self) -> str:
-        """Why it is not in the group, as far as it is known; empty where it is."""
+        """Why it is not in the group, or may not read a partition, as far as it is known; empty where it does both."""
         if self.joined:
-            return ""
+            return "; ".join(dict.fromkeys(self._refused.values()))
         return f"not joined yet: {self._complaints.latest}" if self._complaints.latest else "not joined yet"
 
     def take(self, max_packets: int, max_wait_s: float) -> Delivery | None:
@@ -200,9 +201,12 @@ class KafkaSource:
         claim = self._claim_of(message)
         if message.error():
             if message.error().code() != KafkaError._PARTITION_EOF:
-                self._judge(message.error())
+                reason = self._judge(message.error(), message.topic())
+                if claim and message.error().code() in REFUSED:
+                    self._refused[claim] = reason
             elif claim:
                 self._ends[claim] = message.offset(), claim.read
+                self._refused.pop(claim, None)
             return
         if claim is None or not claim.alive:
             return  # its next owner reads it again
@@ -215,6 +219,8 @@ class KafkaSource:
                 "the old one: choose another input.group_id"
             )
         claim.read = offset + 1
+        if self._refused:
+            self._refused.pop(claim, None)
         position = KafkaPosition(self._cluster.id, claim.topic, claim.partition, offset)
         delivery.packets.append(Packet(message.value() or b"", position, _timestamp_ms(message)))
         delivery.offsets.append(offset)
@@ -224,9 +230,12 @@ class KafkaSource:
 
     def _on_assign(self, _: Consumer, partitions: Sequence[TopicPartition]) -> None:
         self.joined = True
-        self._claim(partitions)
+        try:
+            self._claim(partitions)
+        except KafkaException as error:  # as it is, it would lose its type on its way through librdkafka
+            raise KafkaSetupError(f"{self._complaints.cluster}: {explain(error.args[0])}") from None
 
-    def _claim(self, partitions: Sequence[TopicPartition]) -> None:
+    def _claim(self, partitions: Sequence[TopicPartition], level: int = logging.INFO) -> None:
         claims = self._checkpoint.claim(partitions, self._start)
         if not claims:
             return
@@ -239,7 +248,7 @@ class KafkaSource:
             self._claims[key] = claim
             self._unread.append(claim)
             self._paused.add(key)
-            log.info("reading %s from offset %d", claim, claim.committed)
+            log.log(level, "reading %s from offset %d", claim, claim.committed)
 
     def _on_revoke(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         claims = [self._claims[key] for p in partitions if (key := (p.topic, p.partition)) in self._claims]
@@ -251,13 +260,16 @@ class KafkaSource:
         self.joined = False
         self._end(consumer, partitions, "lost: the group took this instance for dead")
 
-    def _end(self, consumer: Consumer, partitions: Sequence[TopicPartition], how: str) -> None:
+    def _end(
+        self, consumer: Consumer, partitions: Sequence[TopicPartition], how: str, level: int = logging.INFO
+    ) -> None:
         for partition in partitions:
             key = (partition.topic, partition.partition)
             if claim := self._claims.pop(key, None):
                 claim.ended = True
                 self._ends.pop(claim, None)
-                log.info("%s at offset %d %s", claim, claim.committed, how)
+                self._refused.pop(claim, None)
+                log.log(level, "%s at offset %d %s", claim, claim.committed, how)
             self._paused.discard(key)
         consumer.incremental_unassign(list(partitions))
 
@@ -283,8 +295,8 @@ class KafkaSource:
             self._reclaim_after = time.monotonic() + RECLAIM_PAUSE_S
         elif time.monotonic() > self._reclaim_after:
             self._reclaim_after = None
-            self._end(self.consumer, fenced, "fenced")
-            self._claim(fenced)
+            self._end(self.consumer, fenced, "fenced", logging.DEBUG)
+            self._claim(fenced, logging.DEBUG)
 
     # -- where to read
 
@@ -379,17 +391,29 @@ class KafkaSource:
 
     # -- what comes
 
-    def _judge(self, error: KafkaError) -> None:
+    def _judge(self, error: KafkaError, topic: str | None) -> str:
+        """Logs an error of `topic`, or of the group without one, and returns what it says. Raises where it is fatal."""
         code = error.code()
         if error.fatal():
             raise KafkaSetupError(f"{self._complaints.cluster}: {explain(error)}")
         self._complaints.note(error)
         if code == KafkaError.UNKNOWN_TOPIC_OR_PART:
             self._complaints.say(error.str(), "waiting for a topic: %s", error.str())
-        elif code in AUTHORIZATION:
-            self._complaints.say(error.str(), "%s: %s: ask for access", self._complaints.cluster, error.str())
+        elif code in REFUSED:
+            return self._refusal(error, topic)
         else:
             self._complaints(error)
+        return self._complaints.latest
+
+    def _refusal(self, error: KafkaError, topic: str | None) -> str:
+        """Logs what the account may not do, and how that is granted."""
+        right = (
+            Right(("Read", "Describe"), "topic", topic) if topic else Right(("Read",), "group", self._section.group_id)
+        )
+        account = self._complaints.account
+        self._complaints.latest = account.lacks(right) if account else f"{error.str()}: ask for access"
+        self._complaints.say(right, "%s: %s", self._complaints.cluster, self._complaints.latest)
+        return self._complaints.latest
 
 
 def _timestamp_ms(message: Any) -> int | None:

@@ -303,7 +303,8 @@ class FilterService:
         if time.monotonic() - self._observed < OBSERVE_INTERVAL_S:
             return
         self._observed = time.monotonic()
-        self._metrics.set_partitions(endpoints.source.lags())
+        lags = endpoints.source.lags()
+        self._metrics.set_partitions(lags)
         self._health.set("group", endpoints.source.waits_for)
-        self._health.set("output", endpoints.sink.trouble)
+        self._health.set("output", endpoints.sink.trouble(lags.keys()))
         endpoints.report_positions()

@@ -47,12 +47,11 @@ class Stage:
         if thread in self._since:
             self._since[thread] = time.monotonic()
 
-    def rest(self, seconds: float) -> None:
-        """Waits for somebody outside."""
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
+    def rest(self, seconds: float, until: threading.Event | None = None) -> None:
+        """Waits for somebody outside: so many seconds, or until the event is set."""
+        end, until = time.monotonic() + seconds, until or threading.Event()
+        while (left := end - time.monotonic()) > 0 and not until.wait(min(left, BEAT_S)):
             self.beat()
-            time.sleep(min(left, BEAT_S))
 
     def busy_s(self) -> float:
         """How long the slowest thread has been at its present piece of work, in seconds; 0 where none is at work."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -309,6 +310,25 @@ def test_aborted_transaction_is_produced_again_whole(
     assert len(large.value()) < 5_000
     assert headers(large)["truncated"] == "20000"
     assert claim.committed == 2
+
+
+def test_records_that_fit_pass_although_the_batches_that_they_were_in_no_longer_do(
+    harness: Harness, kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str]
+) -> None:
+    name, value = unique_name("writer"), os.urandom(8_000)
+    old = harness.claim(name)
+    set_max_message_bytes(AdminClient({"bootstrap.servers": kafka_bootstrap}), harness.topic, 20_000)
+    old.writer.add(harness.work(old, 0, value, n=40))
+    assert len(old.writer.commit()) == 1
+    assert old.committed == 40
+    assert not old.alive  # for the next producer, whose batches fit
+
+    new = harness.claim(name)
+    new.writer.add(harness.work(new, 40, value, n=40))
+    new.writer.commit()
+    assert new.alive
+    records = read_committed(kafka_bootstrap, [harness.topic], 80)
+    assert [record.value() for record in records] == [value] * 80
 
 
 def test_key_that_fills_a_record_by_itself_is_left_out(

@@ -21,6 +21,7 @@ import pytest
 
 from broker_filter.local_kafka import USER, KafkaCluster, free_ports, wait_until_listening
 from broker_filter.packets.registry import open_registry
+from broker_filter.streaming.transactions import GRACE_S
 
 from ..conftest import SHARED, require
 from .conftest import MakeTopic, ReadCommitted, StartService, headers, send, service_config
@@ -136,6 +137,37 @@ def test_slow_network_and_a_cut_of_five_seconds_lose_and_repeat_nothing(
         records = read_committed(bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], len(packets))
         assert len({headers(record)["input"] for record in records}) == len(records) == len(packets), service.log
         assert service.end() == 0
+
+
+SLOW_KB_PER_S = 200
+"""The slowest link to the output that deploy/README.md promises something for."""
+
+
+@pytest.mark.kafka
+@pytest.mark.shared
+def test_backlog_passes_a_link_on_which_it_lasts_longer_than_a_transaction_may(
+    start_cluster: Callable[..., KafkaCluster],
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    (port,) = free_ports(1)
+    cluster, prefix = start_cluster(proxy_port=port), unique_name("filter")
+    packets = [packet for _, packet in ztf_packets[:55]]
+    assert sum(map(len, packets)) > 1000 * SLOW_KB_PER_S * (GRACE_S + 1)  # one transaction of them all would fail
+    with toxiproxy(port, cluster.listener) as fault:
+        bootstrap, topic = cluster.bootstrap_servers, make_topic(cluster.bootstrap_servers, packets, partitions=1)
+        slow = {"type": "bandwidth", "stream": "upstream", "attributes": {"rate": SLOW_KB_PER_S}}
+        fault("/toxics", slow)
+        service = start_service(service_config(bootstrap, topic, prefix, payload="full"))
+
+        service.wait_until(lambda: service.metric("consumed_alerts_total") == len(packets))
+        assert service.metric('transactions_total{outcome="aborted"}') == 0, service.log
+        assert service.end() == 0
+        records = read_committed(bootstrap, [f"{prefix}.scored"], len(packets))
+        assert len({headers(record)["input"] for record in records}) == len(records) == len(packets)
 
 
 @pytest.mark.kafka
