@@ -1,13 +1,12 @@
 """The command line: one module a command.
 
 Imports nothing heavy: a command's module imports what it needs inside its `run` function, so that `--help` answers at
-once. An error that a person can mend is one line on stderr, never a traceback. Exit status: 0 fine, 1 failed at work, 2
-bad usage or configuration, 130 interrupted, 143 terminated, 141 where nobody reads on what it prints.
+once. An error that a person can mend is one line on stderr, never a traceback. The exit status is one for each kind of
+end: see EXIT_STATUS.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from importlib import import_module
 
 from broker_filter import __version__
 from broker_filter.cli.console import set_up_logging
+from broker_filter.cli.parser import CommandParser
 
 COMMANDS = ("score", "run", "replay", "inspect", "models", "reference", "similar", "map", "config", "bench", "demo")
 """Modules of this package in the order of `--help`; each has `add_parser(subparsers)`, which sets `run` to a function
@@ -25,23 +25,28 @@ INTERRUPTED = 130
 """What shells give for a process that SIGINT ended: 128 + 2."""
 SIGNALLED = 128
 """Added to a signal's number for the exit status of what it ended."""
-UNREAD = 141
-"""The same for SIGPIPE, 128 + 13: who read stdout has left, as `head` does."""
+UNREAD = 0
+"""Where the reader of stdout has left, as `head` does: it has what it wanted."""
+EXIT_STATUS = (
+    "exit status: 0 done; 1 failed at work, as where no alert could be read or no broker answered; 2 the command line "
+    "or the service file is wrong, or names an input or a bundle that is not there; 130 interrupted; 143 terminated"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="broker-filter",
         description="Kafka or archived nights in, scored and anomaly-flagged astronomical alerts out.",
+        epilog=EXIT_STATUS,
     )
+    parser.set_defaults(verbose=False, quiet=False)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="debug lines in the log, tracebacks with errors")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         import_module(f"broker_filter.cli.{command}").add_parser(subparsers)
     arguments = parser.parse_args(argv)
-    set_up_logging(verbose=arguments.verbose)
+    set_up_logging(verbose=arguments.verbose, quiet=arguments.quiet)
     # Ended from outside, a command still closes its files and ends what it has started.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(SIGNALLED + number))
     try:

@@ -7,11 +7,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from broker_filter.cli.parser import UsageError
+
 if TYPE_CHECKING:
     from broker_filter.scoring.reference import Reference
     from broker_filter.scoring.scorer import Scorer
     from broker_filter.streaming.anomalies import AnomalyJudge
     from broker_filter.streaming.filtering import ScoredBatch
+
+
+STDIN = "-"
+"""In the place of an input: standard input, as in `streaming.archives`."""
+INPUT_HELP = f"file, folder (read recursively) or archive; `{STDIN}` for standard input"
 
 
 def add_scoring_options(parser: argparse.ArgumentParser) -> None:
@@ -20,16 +27,14 @@ def add_scoring_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="what runs the network")
 
 
-class OverwriteError(Exception):
+class OverwriteError(UsageError):
     """What is to be written is what is to be read."""
-
-    exit_status = 2
 
 
 def keep_inputs(out: Path, inputs: Sequence[str | Path]) -> None:
     """Raises OverwriteError where the file `out` is one of the inputs, whose alerts would be gone."""
     for given in inputs:
-        if Path(given).resolve() == out.resolve():
+        if str(given) != STDIN and Path(given).resolve() == out.resolve():
             raise OverwriteError(f"{given} is an input and would be overwritten: choose another --out")
 
 
@@ -62,8 +67,9 @@ def score_archives(
 
     wanted = tuple(dict.fromkeys((*scorer.columns, *columns)))
     decoder = Decoder(open_registry(registry), cutout_size=scorer.cutout_size, columns=wanted)
+    packets = read_packets(inputs, wanted=decoder.fields)
     batches = score_stream(
-        read_packets(inputs, wanted=decoder.fields),
+        packets,
         decoder,
         scorer,
         DuplicateWindow(DUPLICATE_WINDOW),
@@ -71,7 +77,7 @@ def score_archives(
         threads=available_cores(),
         judge=judge,
     )
-    with progress("Scoring") as advance:
+    with progress("Scoring", share=packets.share_read) as advance:
         for scored in batches:
             yield scored
             advance(len(scored.packets))
@@ -92,10 +98,8 @@ def open_reference(file: Path, bundle: str | None, device: str) -> tuple[Referen
     return reference, scorer
 
 
-class MissingExtraError(Exception):
+class MissingExtraError(UsageError):
     """The extra `explore` is not installed."""
-
-    exit_status = 2
 
 
 def require_extra(*modules: str) -> None:

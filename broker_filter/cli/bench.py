@@ -27,6 +27,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "bench",
         help="measure stages and throughput beside a naive loop and the floors",
+        examples=(
+            "broker-filter bench",
+            "broker-filter bench night.tar.gz --model default --parts stages,archive --out bench.json",
+        ),
         description="Measures the service beside a naive loop (fastavro, astropy, torch, one alert at a time) and the "
         "floors (inflating, the network's operations, a Kafka loop without work), in one run on the same packets.",
     )

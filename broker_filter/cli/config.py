@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `config` with its two parts."""
-    parser = subparsers.add_parser("config", help="check a service file, or list its keys")
+    parser = subparsers.add_parser(
+        "config",
+        help="check a service file, or list its keys",
+        examples=("broker-filter config check service.yaml", "broker-filter config keys"),
+    )
     parts = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     checker = parts.add_parser(

@@ -7,8 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,8 +20,11 @@ LOG_INTERVAL_S = 10.0
 log = logging.getLogger(__name__)
 
 
-def set_up_logging(*, verbose: bool = False) -> None:
-    """Sends the log to stderr: with rich on a terminal (above a progress bar), plain lines with UTC times elsewhere."""
+def set_up_logging(*, verbose: bool = False, quiet: bool = False) -> None:
+    """Sends the log to stderr: with rich on a terminal (above a progress bar), plain lines with UTC times elsewhere.
+
+    `quiet`: warnings and errors only.
+    """
     handler: logging.Handler
     if sys.stderr.isatty():
         from rich.logging import RichHandler
@@ -32,29 +36,47 @@ def set_up_logging(*, verbose: bool = False) -> None:
         formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
         formatter.converter = time.gmtime
         handler.setFormatter(formatter)
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
 @contextmanager
-def progress(description: str, total: int | None = None, unit: str = "alerts") -> Iterator[Callable[[int], None]]:
-    """Shows how far work has come: `with progress("Scoring", n) as advance: ... advance(64)`.
+def progress(
+    description: str, total: int | None = None, unit: str = "alerts", share: Callable[[], float | None] | None = None
+) -> Iterator[Callable[[int], None]]:
+    """Shows how far work has come, and how long it will take: `with progress("Scoring", n) as advance: advance(64)`.
 
-    A bar on a terminal, a log line every ten seconds elsewhere. `total`: how many units there will be, None where
-    nobody knows.
+    A bar on a terminal, a log line every ten seconds elsewhere, nothing where the log is quiet. `total`: how many units
+    there will be, None where nobody knows; `share` then says how much of the work is done, from 0 to 1, or None.
     """
-    if sys.stderr.isatty():
-        with _bar(description, total, unit) as advance:
-            yield advance
-    else:
-        yield _lines(description, total, unit)
+    if not log.isEnabledFor(logging.INFO):
+        yield lambda _: None
+        return
+    done = 0
+
+    def share_done() -> float | None:
+        return done / total if total else share() if share else None
+
+    with _bar(description, unit) if sys.stderr.isatty() else _lines(description, unit) as show:
+
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            show(done, total, share_done)
+
+        yield advance
+
+
+_Show = Callable[[int, int | None, Callable[[], float | None]], None]
+"""Shows how many units are done, of how many, and asks for the share where it needs it."""
 
 
 @contextmanager
-def _bar(description: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
+def _bar(description: str, unit: str) -> Iterator[_Show]:
     from rich.progress import (
         BarColumn,
-        MofNCompleteColumn,
         Progress,
+        TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
@@ -63,30 +85,54 @@ def _bar(description: str, total: int | None, unit: str) -> Iterator[Callable[[i
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[count]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     ]
     with Progress(*columns, console=_terminal()) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda n: bar.advance(task, n)
+        task = bar.add_task(description, total=None, count=f"0 {unit}")
+
+        def show(done: int, total: int | None, share: Callable[[], float | None]) -> None:
+            known = share()
+            count = f"{_count(done, total)} {unit}"
+            bar.update(task, completed=known or 0.0, total=None if known is None else 1.0, count=count)
+
+        yield show
 
 
-def _lines(description: str, total: int | None, unit: str) -> Callable[[int], None]:
+@contextmanager
+def _lines(description: str, unit: str) -> Iterator[_Show]:
     started = last = time.monotonic()
-    done = 0
 
-    def advance(n: int) -> None:
-        nonlocal done, last
-        done += n
+    def show(done: int, total: int | None, share: Callable[[], float | None]) -> None:
+        nonlocal last
         now = time.monotonic()
-        if now - last >= LOG_INTERVAL_S:
-            last = now
-            of = f" of {total:,}" if total is not None else ""
-            log.info("%s: %s%s %s, %.0f/s", description, f"{done:,}", of, unit, done / (now - started))
+        if now - last < LOG_INTERVAL_S:
+            return
+        last = now
+        known = share()
+        percent = f" ({known:.0%})" if known is not None and total is None else ""
+        left = f", {timedelta(seconds=round((now - started) * (1 - known) / known))} left" if known else ""
+        speed = done / (now - started)
+        log.info("%s: %s %s%s, %.0f/s%s", description, _count(done, total), unit, percent, speed, left)
 
-    return advance
+    yield show
+
+
+def _count(done: int, total: int | None) -> str:
+    return f"{done:,}" if total is None else f"{done:,} of {total:,}"
+
+
+def stdout_console(**options: Any) -> Console:
+    """A rich console for results. Where the reader of stdout has left, it raises BrokenPipeError, as `print` does."""
+    from rich.console import Console
+
+    class ResultConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return ResultConsole(**options)
 
 
 @cache

@@ -6,14 +6,14 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
+from broker_filter.cli.parser import UsageError
+
 EXTRA = ("galsim", "matplotlib", "noida_db")
 """What the extra `demo` installs."""
 
 
-class MissingExtraError(Exception):
+class MissingExtraError(UsageError):
     """The extra `demo` is not installed."""
-
-    exit_status = 2
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,6 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "demo",
         help="the service on a simulated night, on this machine",
+        examples=("broker-filter demo --out demo-out", "broker-filter demo --out demo-out --alerts 5000 --seed 2"),
         description="Simulates a survey night, starts a small broker and the service, replays the night into it, and "
         "shows what came out: throughput, what filters found, a contact sheet. Needs neither a network nor Kafka.",
     )

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from broker_filter.cli.archived import INPUT_HELP
 from broker_filter.cli.kafka_options import TOPIC, add_kafka_options, kafka_properties, split_address
 
 if TYPE_CHECKING:
@@ -26,9 +27,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="show what is in a packet, archive or topic",
         description="Counts what is in files, folders, archives or a topic, and shows the first alert. "
         "Ends with status 1 where there is none.",
+        examples=(
+            "broker-filter inspect ztf_public_20260225.tar.gz",
+            "broker-filter inspect --limit 0 --all nights/",
+            "broker-filter inspect kafka://localhost:9092/me.scored",
+            "kcat -b localhost:9092 -t me.scored -C -c 1 -D '' | broker-filter inspect -",
+        ),
     )
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help=f"file, folder, archive, or {TOPIC}HOST:PORT[,HOST:PORT]/TOPIC"
+        "inputs", nargs="+", metavar="INPUT", help=f"{INPUT_HELP}; or {TOPIC}HOST:PORT[,HOST:PORT]/TOPIC"
     )
     parser.add_argument(
         "--limit",
@@ -50,14 +57,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the account; status 1 where there is no readable alert."""
-    from rich.console import Console
-
+    from broker_filter.cli.console import stdout_console
     from broker_filter.cli.contents import CUTOUT_SIZE, print_alert, print_counts, take_stock
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry
 
     # What packets say of themselves is neither markup nor emoji.
-    console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console = stdout_console(
+        markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH
+    )
     decoder = Decoder(
         open_registry(arguments.schema_registry, drop_cache=arguments.drop_schema_cache), cutout_size=CUTOUT_SIZE
     )
@@ -79,9 +87,10 @@ def _limit(text: str) -> int:
 
 
 def _packets(arguments: argparse.Namespace, wanted: Collection[str]) -> Iterator[Packet]:
-    from broker_filter.streaming.archives import read_packets
+    from broker_filter.streaming.archives import check_inputs, read_packets
     from broker_filter.streaming.topic import read_topic
 
+    check_inputs([given for given in arguments.inputs if not given.startswith(TOPIC)])
     for given in arguments.inputs:
         if given.startswith(TOPIC):
             bootstrap_servers, topic = split_address(given)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from broker_filter.cli.parser import UsageError
+
 TOPIC = "kafka://"
 """How the address of a topic begins: `kafka://HOST:PORT[,HOST:PORT]/TOPIC`."""
 
 
-class AddressError(Exception):
+class AddressError(UsageError):
     """A topic's address that is none."""
 
-    exit_status = 2
 
-
-class PropertiesError(Exception):
+class PropertiesError(UsageError):
     """Kafka properties that are no properties."""
-
-    exit_status = 2
 
 
 def add_kafka_options(parser: argparse.ArgumentParser) -> None:

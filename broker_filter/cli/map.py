@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from broker_filter.cli.archived import add_scoring_options, alert_limit
+from broker_filter.cli.archived import INPUT_HELP, add_scoring_options, alert_limit
 
 DEFAULT_LIMIT = 20_000
 """Alerts: a minute of UMAP, and as many points as can be told apart."""
@@ -20,11 +20,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "map",
         help="draw a night's alerts so that like ones stand together",
+        examples=("broker-filter map night.tar.gz --reference ordinary.safetensors --out night.png",),
         description="Embeds the alerts of files, folders and archives, lays them out with UMAP, and colours them by "
         "their distance from a reference set's ordinary alerts of the same survey. Of more than --limit it draws some "
         "by their ids.",
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder (read recursively) or archive")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUT_HELP)
     parser.add_argument("--reference", type=Path, required=True, metavar="FILE", help="what `reference build` wrote")
     parser.add_argument("--model", metavar="BUNDLE", help="the bundle it was made with (default: the one of that name)")
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture to write")

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from broker_filter.cli.parser import UsageError
+
 if TYPE_CHECKING:
     from broker_filter.scoring.bundle import Bundle
 
@@ -21,13 +23,21 @@ TRAIN_EXTRA = ("h5py", "onnx", "onnxscript", "timm")
 """What importing needs beyond what serving needs."""
 
 
-class MissingExtraError(Exception):
+class MissingExtraError(UsageError):
     """The installation lacks what this command needs."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command with its four parts."""
-    parser = subparsers.add_parser("models", help="import, list, show and verify model bundles")
+    parser = subparsers.add_parser(
+        "models",
+        help="import, list, show and verify model bundles",
+        examples=(
+            "broker-filter models list bundles/",
+            "broker-filter models show default",
+            "broker-filter models import braai d6_m7.weights.h5 --normalisation row --name d6_m7 --out bundles/d6_m7",
+        ),
+    )
     parts = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     importer = parts.add_parser("import", help="published weights into a bundle")

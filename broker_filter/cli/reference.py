@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from broker_filter.cli.archived import add_scoring_options, alert_limit
+from broker_filter.cli.archived import INPUT_HELP, add_scoring_options, alert_limit
+from broker_filter.cli.parser import UsageError
 
 if TYPE_CHECKING:
     from broker_filter.scoring.reference import SurveyCounts
@@ -26,7 +27,14 @@ MORE_LIKELY_REAL = 0.5
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `reference` with its parts."""
-    parser = subparsers.add_parser("reference", help="build a reference set of ordinary alerts, or show one")
+    parser = subparsers.add_parser(
+        "reference",
+        help="build a reference set of ordinary alerts, or show one",
+        examples=(
+            "broker-filter reference build nights/ --out ordinary.safetensors",
+            "broker-filter reference show ordinary.safetensors",
+        ),
+    )
     parts = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     builder = parts.add_parser(
@@ -35,8 +43,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Embeds the alerts of files, folders and archives. Of each survey it keeps some of those that "
         "pass a cut, drawn by their ids, and finds out on those of other objects how strange ordinary alerts look. It "
         "prints how many alerts of each survey were read, passed and were kept; a survey with too few is left out.",
+        examples=(
+            "broker-filter reference build nights/ --out ordinary.safetensors",
+            "broker-filter reference build nights/ --where 'drb > 0.9 and magpsf < 20' --out ordinary.safetensors",
+            "broker-filter reference build nights/ --measure centroids --labels labels.csv --out ordinary.safetensors",
+        ),
     )
-    builder.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder (read recursively) or archive")
+    builder.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUT_HELP)
     builder.add_argument("--out", type=Path, required=True, metavar="FILE", help="the reference to write")
     builder.add_argument("--model", default=DEFAULT_MODEL, metavar="BUNDLE", help="what embeds (default: %(default)s)")
     builder.add_argument(
@@ -77,16 +90,17 @@ def _build(arguments: argparse.Namespace) -> int:
     from broker_filter.cli.archived import keep_inputs, score_archives
     from broker_filter.config import Runtime
     from broker_filter.scoring.labels import parse_rule, read_labels
-    from broker_filter.scoring.reference import ReferenceSetError
     from broker_filter.scoring.scorer import open_scorer
+    from broker_filter.streaming.archives import check_inputs
     from broker_filter.streaming.expressions import FIELDS, compile_filter
     from broker_filter.streaming.ordinary import build_reference
 
     if (arguments.measure == "centroids") != (arguments.labels is not None):
-        raise ReferenceSetError("centroids are of classes, which --labels names; the other measures need none")
+        raise UsageError("centroids are of classes, which --labels names; the other measures need none")
     labels = None
     if arguments.labels:
         labels = read_labels(arguments.labels, arguments.label, [parse_rule(rule) for rule in arguments.classes])
+    check_inputs(arguments.inputs)
     keep_inputs(arguments.out, arguments.inputs)
     scorer = open_scorer([arguments.model], Runtime(device=arguments.device))
     [model] = scorer.models
@@ -97,9 +111,10 @@ def _build(arguments: argparse.Namespace) -> int:
     )
     reference = build_reference(batches, model, cut, arguments.limit, arguments.measure, labels)
     reference.write(arguments.out)
-    for survey, counts in reference.card.surveys.items():
-        print(f"{survey}: {_counted(counts)}")
-    print(f"ordinary: {where or 'all alerts'} -> {arguments.out}")
+    if not arguments.quiet:
+        for survey, counts in reference.card.surveys.items():
+            print(f"{survey}: {_counted(counts)}")
+        print(f"ordinary: {where or 'all alerts'} -> {arguments.out}")
     return 0
 
 

@@ -12,19 +12,21 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from broker_filter.cli.archived import INPUT_HELP, STDIN
 from broker_filter.cli.kafka_options import TOPIC, AddressError, add_kafka_options, kafka_properties, split_address
+from broker_filter.cli.parser import UsageError
 
 if TYPE_CHECKING:
     from broker_filter.packets.packet import Packet
 
 DEAD_LETTERS = ".dead-letter"
 """How the name of a service's topic of dead letters ends."""
+PATIENCE_S = 20.0
+"""For brokers that do not answer: an address that is wrong is as silent as one that is down."""
 
 
-class ReasonError(Exception):
+class ReasonError(UsageError):
     """A reason for which nothing is rejected."""
-
-    exit_status = 2
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,12 +37,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Sends every alert of files, folders and archives to a topic, one message each, with the object id "
         "as its key and the time of sending in the header `producer_timestamp`. Creates the topic where it is absent. "
         f"Of a service's dead letters ({TOPIC}HOST:PORT/PREFIX{DEAD_LETTERS}) it sends the original messages again.",
+        examples=(
+            "broker-filter replay night.tar.gz --bootstrap-servers localhost:9092 --topic rehearsal --rate 300/s",
+            "broker-filter replay night.tar.gz --bootstrap-servers localhost:9092 --topic rehearsal --speed 10",
+        ),
     )
     parser.add_argument(
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help=f"file, folder (read recursively), archive, or {TOPIC}HOST:PORT[,HOST:PORT]/PREFIX{DEAD_LETTERS}",
+        help=f"{INPUT_HELP}; or {TOPIC}HOST:PORT[,HOST:PORT]/PREFIX{DEAD_LETTERS}",
     )
     parser.add_argument(
         "--reason",
@@ -77,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.streaming.kafka_client import Complaints, admin_client, ensure_topics, wait_for_cluster
     from broker_filter.streaming.replay import Replayer, as_fast_as_possible, at_rate, at_speed
 
+    if arguments.repeat and STDIN in arguments.inputs:
+        raise UsageError(f"--repeat cannot begin {STDIN} again: standard input is read once")
     packets = _packets(arguments)
     new_pace = as_fast_as_possible
     if arguments.rate:
@@ -90,13 +98,13 @@ def run(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
 
     complaints = Complaints(f"brokers {arguments.bootstrap_servers}")
-    if wait_for_cluster(properties, complaints, stop) is None:
+    if wait_for_cluster(properties, complaints, stop, PATIENCE_S) is None:
         return INTERRUPTED
     ensure_topics(
         admin_client(properties, complaints), [NewTopic(arguments.topic, num_partitions=arguments.partitions)]
     )
     started = time.monotonic()
-    with progress("Replaying") as advance:
+    with progress("Replaying", share=lambda: _share_read(packets)) as advance:
         replayer = Replayer(properties, arguments.topic, decoder, stop, advance)
         account = replayer.account
         while True:
@@ -106,10 +114,12 @@ def run(arguments: argparse.Namespace) -> int:
                 break
             packets = _packets(arguments)
     seconds = time.monotonic() - started
-    print(
+    account_line = (
         f"sent {account.sent} alerts ({account.sent_bytes / 1e6:.1f} MB) to {arguments.topic} in {seconds:.1f} s, "
         f"{account.sent / seconds:.0f}/s; failed {account.failed}, not sendable {account.unsendable}"
     )
+    if not arguments.quiet:
+        print(account_line)
     if stop.is_set():
         return INTERRUPTED
     return 1 if account.failed else 0
@@ -117,12 +127,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _packets(arguments: argparse.Namespace) -> Iterator[Packet]:
     from broker_filter.packets.rejects import RejectReason
-    from broker_filter.streaming.archives import read_packets
+    from broker_filter.streaming.archives import check_inputs, read_packets
     from broker_filter.streaming.topic import read_dead_letters
 
     reasons = set(arguments.reason or RejectReason)
     if unknown := sorted(reasons.difference(RejectReason)):
         raise ReasonError(f"--reason {unknown[0]}: the reasons are {', '.join(RejectReason)}")
+    archives = [given for given in arguments.inputs if not given.startswith(TOPIC)]
+    if archives == arguments.inputs:
+        return read_packets(archives)
+    check_inputs(archives)
     packets: list[Iterator[Packet]] = []
     for given in arguments.inputs:
         if not given.startswith(TOPIC):
@@ -133,6 +147,12 @@ def _packets(arguments: argparse.Namespace) -> Iterator[Packet]:
             raise AddressError(f"{given}: only a topic of dead letters, PREFIX{DEAD_LETTERS}, can be sent again")
         packets.append(read_dead_letters(kafka_properties(arguments, bootstrap_servers), topic, reasons))
     return chain.from_iterable(packets)
+
+
+def _share_read(packets: Iterator[Packet]) -> float | None:
+    from broker_filter.streaming.archives import Packets
+
+    return packets.share_read() if isinstance(packets, Packets) else None
 
 
 def _positive(text: str) -> float:

@@ -20,6 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "run",
         help="the service: Kafka in, scored alerts out",
+        examples=("broker-filter config check service.yaml && broker-filter run --config service.yaml",),
         description="The service runs until SIGTERM, SIGINT, SIGHUP or SIGQUIT. It then commits what it has read and "
         "ends with status 0; a second signal ends it at once. SIGUSR1 and SIGUSR2 are ignored.",
     )

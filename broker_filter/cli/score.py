@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from broker_filter.cli.archived import INPUT_HELP
+from broker_filter.cli.parser import UsageError
 from broker_filter.packets.packet import FilePosition, Packet
 
 if TYPE_CHECKING:
@@ -32,12 +34,6 @@ DUPLICATE_WINDOW = 2_000_000
 log = logging.getLogger(__name__)
 
 
-class SameTableError(Exception):
-    """Two tables in one file."""
-
-    exit_status = 2
-
-
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `score`."""
     parser = subparsers.add_parser(
@@ -45,11 +41,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="score archived alerts into a table",
         description="Scores every alert of files, folders and archives; writes one row an alert, rejected ones too. "
         "Ends with status 0 unless no alert could be read.",
+        examples=(
+            "broker-filter score ztf_public_20260225.tar.gz --out night.parquet",
+            "broker-filter score nights/ --model default --model ./mine --out nights.fits --rejects rejects.csv",
+            "curl -L URL | broker-filter score - --out - | jq 'select(.default__real > 0.9)'",
+        ),
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder (read recursively) or archive")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUT_HELP)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=_table,
         required=True,
         metavar="FILE",
         help=f"table to write: {', '.join(f'.{name}' for name in FORMATS)}; `-` for standard output",
@@ -61,7 +62,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--rejects",
-        type=Path,
+        type=_table,
         metavar="FILE",
         help="write the rows of rejected inputs to this table and not to --out, where no alert then lacks its id, time "
         "or position",
@@ -95,6 +96,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="what runs the networks")
     parser.add_argument("--fail-on-reject", action="store_true", help="end with status 1 if any input was rejected")
     parser.set_defaults(run=run)
+
+
+def _table(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text}: tables are written to files; write one and copy it there")
+    return Path(text)
 
 
 @dataclass
@@ -172,7 +179,7 @@ def run(arguments: argparse.Namespace) -> int:
     gc.freeze()  # as in `run`: full collections do not walk what start-up made
     account = Account()
     try:
-        with _open_tables(written, schema) as write, progress("Scoring") as advance:
+        with _open_tables(written, schema) as write, progress("Scoring", share=packets.share_read) as advance:
             for batch in batches:
                 write(to_rows(batch, schema, policies.judge(batch)))
                 advance(account.add(batch))
@@ -182,11 +189,9 @@ def run(arguments: argparse.Namespace) -> int:
                 if path != STDOUT:
                     log.warning("ended early; the rows so far are in %s", partial_path(path))
         raise
-    # The account is no row of the table.
-    print(
-        f"{account} -> {', '.join(str(path) for path in written)}",
-        file=sys.stderr if STDOUT in written else sys.stdout,
-    )
+    if not arguments.quiet:
+        files = ", ".join(str(path) for path in written)
+        print(f"{account} -> {files}", file=sys.stderr if STDOUT in written else sys.stdout)
     if not account.decoded:
         print("broker-filter: no alert could be read", file=sys.stderr)
         return 1
@@ -196,10 +201,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _written_tables(arguments: argparse.Namespace) -> dict[Path, str | None]:
     """The tables to write, with their formats where the names do not say them: the scored rows', the rejected rows'.
 
-    Raises SameTableError.
+    Raises UsageError.
     """
     if arguments.rejects == arguments.out:
-        raise SameTableError(f"--out and --rejects are both {arguments.out}: name two tables, or leave --rejects out")
+        raise UsageError(f"--out and --rejects are both {arguments.out}: name two tables, or leave --rejects out")
     written = {arguments.out: arguments.format}
     return written | ({} if arguments.rejects is None else {arguments.rejects: None})
 

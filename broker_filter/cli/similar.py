@@ -36,6 +36,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="list and draw the alerts of a reference set most like a given one",
         description="Lists the ordinary alerts of its survey whose embeddings are nearest to an alert's. A reference "
         "holds no packets: to draw them, say where they are.",
+        examples=(
+            "broker-filter similar alert.avro --reference ordinary.safetensors",
+            "broker-filter similar night.tar.gz --id 3224182880115015010 --reference ordinary.safetensors "
+            "--out like.png --packets nights/",
+        ),
     )
     parser.add_argument("alert", metavar="ALERT", help="a packet; of an archive, its first alert, or the one of --id")
     parser.add_argument("--id", type=int, metavar="ALERT_ID", help="which alert of ALERT is meant")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,6 +61,12 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 class BundleError(Exception):
     """A bundle that cannot be used: which file, what is wrong with it, what to do."""
+
+
+class NoBundleError(BundleError):
+    """A bundle that is not there."""
+
+    exit_status = 2
 
 
 class CardSection(BaseModel):
@@ -305,8 +312,11 @@ def shipped_bundles() -> list[str]:
 def _read_card(directory: Path) -> Card:
     path = directory / CARD
     if not path.is_file():
-        shipped = ", ".join(shipped_bundles()) or "none"
-        raise BundleError(f"{directory}: no bundle: no {CARD} there, nor is it the name of one that ships ({shipped})")
+        shipped = shipped_bundles()
+        close = get_close_matches(str(directory), shipped, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        ships = f"nor is it the name of one that ships ({', '.join(shipped)})"
+        raise NoBundleError(f"{directory}: no bundle: no {CARD} there, {ships}{hint}")
     if path.stat().st_size > MAX_CARD_BYTES:
         raise BundleError(f"{path}: larger than {MAX_CARD_BYTES} bytes, which no card is")
     try:

@@ -55,6 +55,8 @@ FIELDS = tuple(dict.fromkeys((*IDENTITY_FIELDS, *(column.name for column in COLU
 class ExpressionError(ValueError):
     """A filter that cannot be compiled: what is wrong, in which column of its text, and what was probably meant."""
 
+    exit_status = 2
+
 
 class Kind(Enum):
     """What a part of an expression stands for."""

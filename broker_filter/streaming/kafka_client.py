@@ -6,6 +6,7 @@ Secrets are read here, when a client is made, and go nowhere but into its proper
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -231,8 +232,14 @@ class Cluster:
     topics: Mapping[str, int]
 
 
-def wait_for_cluster(properties: Mapping[str, object], complaints: Complaints, stop: threading.Event) -> Cluster | None:
-    """Asks the cluster who it is until it answers, however long that takes; None once `stop` is set."""
+def wait_for_cluster(
+    properties: Mapping[str, object], complaints: Complaints, stop: threading.Event, patience_s: float = math.inf
+) -> Cluster | None:
+    """Asks the cluster who it is until it answers; None once `stop` is set.
+
+    Raises KafkaSetupError where it has not answered within `patience_s` seconds.
+    """
+    deadline = time.monotonic() + patience_s
     admin = admin_client(properties, complaints)
     for pause in pauses():
         try:
@@ -240,6 +247,9 @@ def wait_for_cluster(properties: Mapping[str, object], complaints: Complaints, s
         except KafkaException as error:
             admin.poll(0)  # serves error_cb, which knows more than the request that timed out
             reason = complaints.latest or explain(error.args[0])
+            if time.monotonic() + pause > deadline:
+                silence = f"no answer within {patience_s:.0f} s: is the address right, and do the brokers run?"
+                raise KafkaSetupError(f"{complaints.cluster}: {reason}; {silence}") from None
             log.warning("%s: %s; trying again in %.1f s", complaints.cluster, reason, pause)
         else:
             topics = {name: len(topic.partitions) for name, topic in metadata.topics.items()}

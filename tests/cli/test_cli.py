@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +48,74 @@ def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.Cap
     assert "usage: broker-filter" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "usage", "message"),
+    [
+        (["scoer", "x"], "broker-filter [", "did you mean 'score'?"),
+        (["score", "x", "--out", "y", "--modle", "z"], "broker-filter score [", "did you mean '--model'?"),
+        (["models", "shw"], "broker-filter models [", "did you mean 'show'?"),
+        (["reference", "build", "x", "--out", "y", "--measure", "neighbour"], "build [", "did you mean 'neighbours'?"),
+        (["replay", "x", "--topic", "t"], "broker-filter replay [", "--bootstrap-servers"),
+        (["score", "x", "--out", "s3://bucket/night.parquet"], "broker-filter score [", "written to files"),
+    ],
+)
+def test_wrong_arguments_show_the_usage_of_their_command_and_what_was_meant(
+    arguments: list[str], usage: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert usage in error
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "https://example.org/night.tar.gz", "--out", "x.csv"], "curl -L https://example.org/night.tar.gz |"),
+        (["inspect", "s3://bucket/night.tar.gz"], "aws s3 cp s3://bucket/night.tar.gz - |"),
+        (["score", "kafka://localhost:9092/topic", "--out", "x.csv"], "`inspect` and `run`"),
+        (["score", "-", "-", "--out", "x.csv"], "read once only"),
+        (["models", "show", "defualt"], "did you mean 'default'?"),
+        (["inspect", "/no/such/night"], "no such file or folder"),
+        (["replay", "-", "--repeat", "--topic", "t", "--bootstrap-servers", "localhost:1"], "read once"),
+    ],
+)
+def test_what_is_not_there_or_not_read_is_one_line_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_that_the_parser_takes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    _, _, examples = capsys.readouterr().out.partition("examples:\n")
+    lines = [part for line in examples.splitlines() for part in re.findall(r"broker-filter [^|&]*", line)]
+    assert lines
+    for line in lines:
+        names = shlex.split(line)[1:]
+        with pytest.raises(SystemExit) as end:
+            main([*names, "--help"])
+        assert end.value.code == 0
+
+
+def test_quiet_stands_before_or_after_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packet = tmp_path / "night"
+    packet.write_bytes(b"clouds")
+    for arguments in (["-q", "score"], ["score", "--quiet"]):
+        assert main([*arguments, str(packet), "--out", str(tmp_path / "x.csv")]) == 1
+        output, errors = capsys.readouterr()
+        assert output == ""
+        assert errors.splitlines()[-1] == "broker-filter: no alert could be read"
+        assert not logging.getLogger().isEnabledFor(logging.INFO)
+        assert logging.getLogger().isEnabledFor(logging.WARNING)
+
+
 def test_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
@@ -78,7 +149,24 @@ def test_progress_without_a_terminal_is_a_log_line_now_and_then(
             now += 1.0
             advance(100)
     assert [record.message for record in caplog.records] == [
-        "Scoring: 1,000 of 3,000 alerts, 100/s",
-        "Scoring: 2,000 of 3,000 alerts, 100/s",
-        "Scoring: 3,000 of 3,000 alerts, 100/s",
+        "Scoring: 1,000 of 3,000 alerts, 100/s, 0:00:20 left",
+        "Scoring: 2,000 of 3,000 alerts, 100/s, 0:00:10 left",
+        "Scoring: 3,000 of 3,000 alerts, 100/s, 0:00:00 left",
+    ]
+
+
+def test_progress_without_a_total_goes_by_the_share_of_the_bytes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    shares = iter([0.25, 0.5, None])
+    with caplog.at_level(logging.INFO), console.progress("Scoring", share=lambda: next(shares)) as advance:
+        for _ in range(30):
+            now += 1.0
+            advance(100)
+    assert [record.message for record in caplog.records] == [
+        "Scoring: 1,000 alerts (25%), 100/s, 0:00:30 left",
+        "Scoring: 2,000 alerts (50%), 100/s, 0:00:20 left",
+        "Scoring: 3,000 alerts, 100/s",
     ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +49,26 @@ def test_every_reason_for_rejection_is_counted_with_an_example(
     assert any(line.startswith("unknown_schema_id, for one: ") for line in lines)
     counts = [re.search(r"schema id \d+ \w+ (\d+)$", line) for line in lines]
     assert sum(int(count[1]) for count in counts if count) == len(list(wire.iterdir()))
+
+
+@pytest.mark.parametrize("piped", [True, False])
+def test_standard_input_is_read_as_a_file_is(shared_data: Path, piped: bool) -> None:
+    command = [sys.executable, "-m", "broker_filter", "inspect", "-"]
+    with (shared_data / NIGHT).open("rb") as night:
+        content = {"input": night.read()} if piped else {"stdin": night}
+        done = subprocess.run(command, check=True, capture_output=True, **content)
+    assert done.stdout.startswith(b"-: 30 readable alerts in 30 packets, 2.1 MB")
+    assert b"<stdin>::" in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure(shared_data: Path) -> None:
+    command = [sys.executable, "-m", "broker_filter", "inspect", str(shared_data / NIGHT)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 def test_nothing_readable_is_said_and_ends_with_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

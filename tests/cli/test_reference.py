@@ -94,7 +94,7 @@ def test_centroids_are_of_the_classes_of_a_table(
     rows = [f"{candid},{'early' if candid < candids[N // 2] else 'late'}" for candid in candids[::2]]
     table.write_text("\n".join(["candid,when", *rows]))
     arguments = ["reference", "build", str(night), "--model", str(embedding_bundle), "--out", str(file)]
-    assert main([*arguments, "--measure", "centroids"]) == 1
+    assert main([*arguments, "--measure", "centroids"]) == 2
     assert "which --labels names" in capsys.readouterr().err
     assert main([*arguments, "--measure", "centroids", "--labels", str(table), "--label", "when"]) == 0
     built = read_reference(file)

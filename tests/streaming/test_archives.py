@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import random
 import tarfile
 import tracemalloc
@@ -461,6 +462,26 @@ def test_memory_is_flat_over_an_archive_of_many_packets(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 2_000_000
     finally:
         tracemalloc.stop()
+
+
+def test_the_share_that_was_read_grows_from_0_to_1(tmp_path: Path) -> None:
+    folder = tmp_path / "nights"
+    for night in ("1.tar", "2.tar.gz"):
+        content = tar((f"{i}.avro", random.Random(i).randbytes(20_000)) for i in range(100))
+        save(folder, night, gzip.compress(content) if night.endswith("gz") else content)
+    packets = read_packets([folder])
+    shares = [packets.share_read() for _ in packets]
+    assert len(shares) == 200
+    assert shares == sorted(shares)
+    assert shares[0] < 0.2
+    assert 0.4 < shares[100] < 0.7
+    assert packets.share_read() == 1.0
+
+
+def test_nobody_knows_the_share_of_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "night"
+    os.mkfifo(pipe)
+    assert read_packets([pipe]).share_read() is None
 
 
 def test_missing_input_is_named_before_anything_is_read(tmp_path: Path) -> None:
