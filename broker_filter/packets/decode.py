@@ -3,10 +3,14 @@
 Frames each packet, walks each record once by a plan compiled for its schema, decodes the stamps into their slots, and
 makes the columns of all alerts at once. Must never raise on any bytes, and never lose a packet: each becomes at least
 one alert or one reject. Only an unreachable schema registry escapes, because the packet is not at fault.
+
+A packet is untrusted input, and what it costs is bounded: time, memory and output are at most in proportion to
+min(`GREATEST_RATIO` x its bytes, `max_packet_bytes`), beside a constant. `tests/packets/test_costs.py` measures that.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from threading import Lock
@@ -32,8 +36,8 @@ from broker_filter.packets.photometry import NO_ALERT, Points, light_curves
 from broker_filter.packets.plan import field_paths
 from broker_filter.packets.registry import SchemaRegistry, UnknownSchemaId
 from broker_filter.packets.rejects import Reject, RejectReason
-from broker_filter.packets.schema import SchemaError, WriterSchema
-from broker_filter.packets.stamps import decode_stamps
+from broker_filter.packets.schema import BySchema, SchemaError, WriterSchema
+from broker_filter.packets.stamps import decode_stamps, inflated_bytes
 from broker_filter.packets.surveys import DEFAULT_COLUMNS, FORMATS, recognise
 from broker_filter.packets.walk import MISSING_ID, Status, walk
 
@@ -42,9 +46,20 @@ DEFAULT_CUTOUT_SIZE = 63
 MAX_RECORDS = 10_000
 """Alerts in one packet: a message holds one, a block of an archive dozens; a lying block must not become a million."""
 MAX_POINTS = 100_000
-"""Rows of one alert's history; ten years of LSST are some thousands."""
-_MAX_PLANS = 256
-"""Schemas kept compiled; a night has a few."""
+"""Rows of history in one packet; ten years of LSST are some thousands."""
+GREATEST_RATIO = 1032
+"""Bytes that one byte of deflate can become (RFC 1951): a repetition of 258 bytes takes two bits at least."""
+MAX_UNPACKING = 4
+"""What the alerts of a packet may take in all, as a multiple of min(GREATEST_RATIO x its bytes, max_packet_bytes): of
+each its body, its schema, the slots of its cutouts, and its stamps inflated. A ZTF alert takes three times its bytes.
+A packet's first alert is always decoded."""
+RECORD_BYTES = 4096
+"""Memory that a record takes at most, beside its body, schema and cutouts, also one that is rejected."""
+ROW_BYTES = 400
+"""Memory that a row of history takes at most, until the light curves are made."""
+BATCH_BYTES_PER_PACKET = 512 << 10
+"""Memory that the packets of a batch may take on average: what is beyond is decoded in a batch of its own. A ZTF alert
+takes 0.1 MB, an LSST alert 0.3 MB."""
 _POINTS_PER_PACKET = 64
 """Room for history at first; it doubles when full."""
 
@@ -91,8 +106,11 @@ class _Outputs:
         self.n_points: list[int] = []  # of each row
         self.points_end = 0
 
-    def walk(self, plan: Plan, body: memoryview, start: int) -> tuple[Status, int]:
-        """Walks the record at `start` of `body` into the next row. Where it ended, or failed."""
+    def walk(self, plan: Plan, body: memoryview, start: int, max_points: int = MAX_POINTS) -> tuple[Status, int]:
+        """Walks the record at `start` of `body` into the next row. Where it ended, or failed.
+
+        Status.NO_ROOM: its history has more than `max_points` rows.
+        """
         row = len(self.n_points)
         if row == len(self.scalars):
             self.scalars, self.ids, self.spans = _doubled(self.scalars), _doubled(self.ids), _doubled(self.spans)
@@ -100,7 +118,7 @@ class _Outputs:
             status, position, points_end = walk(
                 plan.program, body, start, row, self.scalars, self.ids, self.spans, self.points, self.points_end
             )
-            if points_end - self.points_end > MAX_POINTS:
+            if points_end - self.points_end > max_points:
                 status = Status.NO_ROOM
                 break
             if status != Status.NO_ROOM:
@@ -111,6 +129,11 @@ class _Outputs:
         self.n_points.append(points_end - self.points_end)
         self.points_end = points_end
         return Status.DONE if status == Status.DONE else Status(status), position
+
+    def forget(self, n_rows: int) -> None:
+        """Drops all rows but the first `n_rows`."""
+        self.points_end -= sum(self.n_points[n_rows:])
+        del self.n_points[n_rows:]
 
 
 class Decoder:
@@ -129,11 +152,11 @@ class Decoder:
     ) -> None:
         self._registry = registry
         self._cutout_size = cutout_size
+        self._slot_bytes = len(CUTOUTS) * cutout_size**2 * np.dtype(np.float32).itemsize
         self._columns = tuple(columns)
         self._max_packet_bytes = max_packet_bytes
         self._layouts = {known.survey: Layout(known, self._columns) for known in FORMATS}
-        self._plans: dict[WriterSchema, Plan | Damage] = {}
-        self._plans_lock = Lock()
+        self._plan = BySchema(self._make_plan)
         # Only stamps are decoded without the interpreter. Threads that shared it for the rest, call by call, would end
         # that together, inflate together, and want it together again, for ever.
         self._turn = Lock()
@@ -148,13 +171,23 @@ class Decoder:
 
         Raises RegistryUnavailable where a schema is needed that cannot be had now; then nothing was decoded.
         """
+        return self._decode(packets, math.inf)
+
+    def decode_some(self, packets: Sequence[Packet]) -> tuple[AlertBatch, list[Reject]]:
+        """As `decode`, of the first packets only where all would take too much memory at a time, and of one at least.
+
+        The batch's `packets` are those that were decoded; the others are for the next call.
+        """
+        return self._decode(packets, BATCH_BYTES_PER_PACKET * len(packets))
+
+    def _decode(self, packets: Sequence[Packet], max_bytes: float) -> tuple[AlertBatch, list[Reject]]:
         schemas = self._look_up(packets)
-        alerts, rejects = self._decode(packets, schemas)
+        alerts, rejects = self._decode_with(schemas, packets, max_bytes)
         doubted = {schema_id for reject in rejects if (schema_id := _doubted_id(reject)) in schemas}
         renewed = {i: self._registry.get(i, schema) for i in doubted if isinstance(schema := schemas[i], WriterSchema)}
         if any(schemas[schema_id] is not schema for schema_id, schema in renewed.items()):
             schemas |= renewed
-            alerts, rejects = self._decode(packets, schemas)
+            alerts, rejects = self._decode_with(schemas, packets, max_bytes)
         return alerts, [_with_origin(reject, schemas) for reject in rejects]
 
     def _look_up(self, packets: Sequence[Packet]) -> dict[int, WriterSchema | Damage]:
@@ -175,21 +208,32 @@ class Decoder:
                 schemas[schema_id] = RejectReason.BAD_SCHEMA, str(error)
         return schemas
 
-    def _decode(
-        self, packets: Sequence[Packet], schemas: Mapping[int, WriterSchema | Damage]
+    def _decode_with(
+        self, schemas: Mapping[int, WriterSchema | Damage], packets: Sequence[Packet], max_bytes: float
     ) -> tuple[AlertBatch, list[Reject]]:
         outputs = _Outputs(list(self._layouts.values()), max(1, len(packets)))
         walked: list[_Walked] = []
         rejects: list[Reject] = []
         with self._turn:
+            n_bytes = 0
             for index, packet in enumerate(packets):
+                n_rows = len(walked)
                 container = self._frame(packet.data, schemas)
-                damage, record = self._walk_container(index, container, outputs, walked)
+                damage, record = self._walk_container(index, self._allowance(packet), container, outputs, walked)
+                n_bytes += self._size(packet, container, walked[n_rows:], outputs.n_points[n_rows:])
+                if n_bytes > max_bytes and index:
+                    del walked[n_rows:]
+                    outputs.forget(n_rows)
+                    packets = packets[:index]
+                    break
                 if damage is not None:
                     fingerprint = container.schema.fingerprint if container.schema else None
                     rejects.append(Reject(packet, *damage, record, schema=fingerprint))
             columns = _Columns(self._layouts, len(self._columns), outputs, walked)
             sound = [row for row, item in enumerate(walked) if not (item.damage or columns.missing_field(row))]
+            too_large = self._too_large(packets, walked, sound, columns)
+            if too_large:
+                sound = [row for row in sound if row not in too_large]
 
         cutouts = np.empty((len(sound), len(CUTOUTS), self._cutout_size, self._cutout_size), dtype=np.float32)
         boxes = np.empty((len(sound), len(CUTOUTS), 4), dtype=np.int16)
@@ -202,34 +246,77 @@ class Decoder:
             for row, item in enumerate(walked):
                 if row in kept:
                     continue
-                damage = item.damage or columns.missing_field(row) or bad_stamps[row]
+                damage = item.damage or columns.missing_field(row) or too_large.get(row) or bad_stamps[row]
                 fingerprint = item.plan.schema.fingerprint
                 rejects.append(Reject(packets[item.packet], *damage, item.record, columns.identity(row), fingerprint))
             return columns.batch(packets, sound, cutouts, boxes, self._columns), rejects
 
     def _walk_container(
-        self, index: int, container: Container, outputs: _Outputs, walked: list[_Walked]
+        self, index: int, allowance: int, container: Container, outputs: _Outputs, walked: list[_Walked]
     ) -> tuple[Damage | None, int]:
         """Walks the records of a packet. What is wrong with it beyond them, if anything, and after how many records."""
         if container.schema is None:
             return container.error, 0
         record = 0
+        max_records, max_points = min(MAX_RECORDS, allowance // RECORD_BYTES), min(MAX_POINTS, allowance // ROW_BYTES)
+        points_left = max_points
         for block in container.blocks:
             plan = self._plan(container.schema)
             if not isinstance(plan, Plan):
                 return plan, 0
             start, end_record = 0, record + block.n_records
             while record < end_record:
-                if record == MAX_RECORDS:
-                    return (RejectReason.TOO_LARGE, f"more than {MAX_RECORDS} alerts"), record
-                status, end = outputs.walk(plan, block.body, start)
-                damage = _walk_damage(status, end, len(block.body), last=record == end_record - 1)
+                if record and record >= max_records:
+                    return (RejectReason.TOO_LARGE, f"more than {max_records} alerts"), record
+                status, end = outputs.walk(plan, block.body, start, points_left)
+                damage = _walk_damage(status, start, end, len(block.body), last=record == end_record - 1)
+                if status is Status.NO_ROOM:
+                    damage = (
+                        RejectReason.TOO_LARGE,
+                        f"the packet's alerts have a history of more than {max_points} rows",
+                    )
                 walked.append(_Walked(index, record, plan, block.body[start:end], start, damage))
+                if status is Status.NO_ROOM:
+                    return None, record  # the rest of the packet is not looked at
                 if damage is not None:
                     break  # nobody knows where the block's next record begins
+                points_left -= outputs.n_points[-1]
                 start, record = end, record + 1
             record = end_record
         return container.error or ((RejectReason.NO_RECORD, "no alert in it") if record == 0 else None), record
+
+    def _allowance(self, packet: Packet) -> int:
+        """Bytes that the alerts of a packet may take in all."""
+        return MAX_UNPACKING * min(GREATEST_RATIO * len(packet.data), self._max_packet_bytes)
+
+    def _size(self, packet: Packet, container: Container, walked: Sequence[_Walked], n_points: Sequence[int]) -> int:
+        """Bytes that a packet takes in memory at most, with its `walked` records and the rows of their histories."""
+        if container.schema is None:
+            return 0
+        alerts = len(walked) * (self._slot_bytes + container.schema.n_bytes)
+        if len(walked) > 1:
+            alerts = min(alerts, self._allowance(packet))
+        bodies = sum(len(block.body) for block in container.blocks)
+        return alerts + bodies + RECORD_BYTES * len(walked) + ROW_BYTES * sum(n_points)
+
+    def _too_large(
+        self, packets: Sequence[Packet], walked: Sequence[_Walked], sound: Sequence[int], columns: _Columns
+    ) -> dict[int, Damage]:
+        """The sound alerts that are beyond what their packet may take, by row."""
+        owners = [walked[row].packet for row in sound]
+        if len(set(owners)) == len(owners):  # nearly always: one alert a packet
+            return {}
+        taken: dict[int, int] = {}
+        too_large: dict[int, Damage] = {}
+        for row, owner in zip(sound, owners, strict=True):
+            item, allowance = walked[row], self._allowance(packets[owner])
+            before = taken.get(owner, 0)
+            stamps = columns.inflated_bytes(row)
+            taken[owner] = before + self._slot_bytes + item.plan.schema.n_bytes + len(item.body) + stamps
+            if before and taken[owner] > allowance:
+                detail = f"the packet's alerts take more than {allowance} bytes, unpacked: put fewer into a packet"
+                too_large[row] = RejectReason.TOO_LARGE, detail
+        return too_large
 
     def _frame(self, data: bytes, schemas: Mapping[int, WriterSchema | Damage]) -> Container:
         """The records of a packet, still encoded. `schemas`: those of wire format, by id."""
@@ -254,17 +341,8 @@ class Decoder:
             return Container(None, (), schema)
         return Container(schema, (Block(1, message.body),))
 
-    def _plan(self, schema: WriterSchema) -> Plan | Damage:
-        """The plan for a schema, made once, or why there is none."""
-        plan = self._plans.get(schema)
-        if plan is None:
-            with self._plans_lock:
-                if len(self._plans) >= _MAX_PLANS:
-                    self._plans.pop(next(iter(self._plans)))
-                plan = self._plans[schema] = self._make_plan(schema)
-        return plan
-
     def _make_plan(self, schema: WriterSchema) -> Plan | Damage:
+        """The plan for a schema, or why there is none."""
         paths = field_paths(schema)
         known = recognise(paths)
         if known is None:
@@ -334,6 +412,12 @@ class _Columns:
         )
         return {rows[k]: (error.reason, f"{formats[k].cutouts[c]}: {error.detail}") for k, (c, error) in failed.items()}
 
+    def inflated_bytes(self, row: int) -> int:
+        """How many bytes reading the stamps of a record inflates at most."""
+        body = self._walked[row].body
+        spans = self._span_lists[row][STAMP : STAMP + len(CUTOUTS)]
+        return sum(inflated_bytes(body[begin:end]) for begin, end in spans if begin >= 0)
+
     def schema_version(self, row: int) -> str:
         """As the record says it (in Fink's copies of LSST alerts: lsst.v10_0), else as its schema does."""
         return self._text(row, VERSION).removeprefix("lsst.v").replace("_", ".") or self._walked[row].plan.version
@@ -347,9 +431,9 @@ class _Columns:
             object_id=self._object_id[row] or None,
             survey=self._walked[row].plan.layout.format.survey,
             schema_version=self.schema_version(row),
-            mjd=None if np.isnan(mjd) else mjd,
-            ra=None if np.isnan(ra) else ra,
-            dec=None if np.isnan(dec) else dec,
+            mjd=mjd if math.isfinite(mjd) else None,
+            ra=ra if math.isfinite(ra) else None,
+            dec=dec if math.isfinite(dec) else None,
             band=None if band == UNKNOWN_BAND else BANDS[int(band)],
         )
 
@@ -413,17 +497,17 @@ def _with_origin(reject: Reject, schemas: Mapping[int, WriterSchema | Damage]) -
     return replace(reject, detail=f"{reject.detail}; {origin}")
 
 
-def _walk_damage(status: Status, end: int, n_bytes: int, *, last: bool) -> Damage | None:
-    """What is wrong with a record whose walk ended at `end` of a block of `n_bytes`, which its last record fills."""
+def _walk_damage(status: Status, start: int, end: int, n_bytes: int, *, last: bool) -> Damage | None:
+    """What is wrong with a record walked from `start` to `end` of a block of `n_bytes`, which its last record fills."""
     if status is Status.DONE:
+        if start == end:
+            return RejectReason.MISSING_FIELD, "the record has no bytes, and so no id"
         if last and end != n_bytes:
             return RejectReason.CORRUPT, f"{n_bytes - end} bytes are left after the last record"
         return None
     if status is Status.TRUNCATED:
         return RejectReason.TRUNCATED, f"the record ends after its block does, in a field at byte {end}"
-    if status is Status.CORRUPT:
-        return RejectReason.CORRUPT, f"an impossible number, length or union branch at byte {end}"
-    return RejectReason.TOO_LARGE, f"a history of more than {MAX_POINTS} rows"
+    return RejectReason.CORRUPT, f"an impossible number, length or union branch at byte {end}"
 
 
 def _doubled(array: NDArray[_T]) -> NDArray[_T]:

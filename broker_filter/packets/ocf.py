@@ -17,7 +17,13 @@ import cramjam
 import pyarrow as pa
 
 from broker_filter.packets.rejects import RejectReason
-from broker_filter.packets.schema import MAX_SCHEMA_BYTES, SchemaError, WriterSchema, parse_schema
+from broker_filter.packets.schema import (
+    MAX_REMEMBERED_BYTES,
+    MAX_SCHEMA_BYTES,
+    SchemaError,
+    WriterSchema,
+    parse_schema,
+)
 
 MAGIC = b"Obj\x01"
 SYNC_BYTES = 16
@@ -25,6 +31,10 @@ MAX_CONTAINER_BYTES = 16 << 20
 """Of a block's records, inflated, and of a container read whole; the largest real packets are 0.4 MB."""
 MAX_HEADER_BYTES = MAX_SCHEMA_BYTES + (1 << 16)
 """The header is the schema and a few words; more is not a header."""
+MAX_METADATA = 1_000
+"""Entries in the header; writers have two to a dozen."""
+MAX_BLOCKS = 10_000
+"""Of a container that is read whole; each costs some microseconds, however few bytes it has."""
 _KNOWN_HEADERS = 64
 """Distinct headers kept: a survey has one per schema version, redistributors some dozens."""
 _HEADER_BEGINNING = 48
@@ -106,6 +116,8 @@ def read_container(data: bytes, max_bytes: int = MAX_CONTAINER_BYTES) -> Contain
             left -= len(body)
             start = end + SYNC_BYTES
             blocks.append(Block(count, body))
+            if len(blocks) == MAX_BLOCKS and start < len(data):
+                raise _DamagedError(RejectReason.TOO_LARGE, f"more than {MAX_BLOCKS} blocks")
     except _DamagedError as error:
         return Container(header.schema, tuple(blocks), error.damage, header.codec)
     return Container(header.schema, tuple(blocks), None, header.codec)
@@ -241,7 +253,12 @@ def _remember(header: _Header) -> _Header:
     with _header_lock:
         if known := next((known for known in _known_headers if known.bytes == header.bytes), None):
             return known
-        _known_headers = (header, *_known_headers[: _KNOWN_HEADERS - 1])
+        kept, n_bytes = [header], len(header.bytes)
+        for known in _known_headers[: _KNOWN_HEADERS - 1]:
+            if (n_bytes := n_bytes + len(known.bytes)) > MAX_REMEMBERED_BYTES:
+                break
+            kept.append(known)
+        _known_headers = tuple(kept)
         by_beginning: dict[bytes, list[_Header]] = {}
         for known in _known_headers:
             by_beginning.setdefault(known.bytes[:_HEADER_BEGINNING], []).append(known)
@@ -254,16 +271,20 @@ def _read_metadata(data: bytes | bytearray) -> tuple[int, dict[bytes, bytes]]:
     if data[: len(MAGIC)] != MAGIC[: len(data)]:
         raise _DamagedError(RejectReason.NOT_AVRO, "does not start as a container file")
     metadata: dict[bytes, bytes] = {}
-    position = len(MAGIC)
+    entries, position = 0, len(MAGIC)
     while True:
         count, position = _read_long(data, position)
         if count == 0:
             return position, metadata
         if count < 0:  # then the block's size in bytes follows
             count, (_, position) = -count, _read_long(data, position)
+        if (entries := entries + count) > MAX_METADATA:
+            raise _DamagedError(RejectReason.CORRUPT, f"more than {MAX_METADATA} entries in the header")
         for _ in range(count):
             key, position = _read_bytes(data, position)
             metadata[key], position = _read_bytes(data, position)
+        if position > MAX_HEADER_BYTES:
+            raise _DamagedError(RejectReason.CORRUPT, f"a header of more than {MAX_HEADER_BYTES} bytes")
 
 
 def _read_block(data: bytes | bytearray, position: int, sync: bytes) -> tuple[int, int, int]:

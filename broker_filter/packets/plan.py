@@ -22,8 +22,8 @@ A program is an int32 array of instructions, an operation and its operands:
     ARRAY n, MAP n         the item's n words follow, done as often as the blocks say (a map's item begins with its key)
     ROW t                  begin a row of points for table t: scalars are columns of that row until the array ends
 
-Jumps go forward only, and an item that takes no bytes (n = 0) is not iterated: a walk's work is bounded by the body's
-length and the room for rows.
+Jumps go forward only, an item that takes no bytes (n = 0) is not iterated, and a row of points that takes none is a
+type without values: a walk's work is bounded by the body's length.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from broker_filter.packets.schema import MAX_SCHEMA_DEPTH, PRIMITIVES, SchemaError, WriterSchema
 
-MAX_TYPES = 1 << 16
+MAX_TYPES = 1 << 14
 """Named types are compiled where they are used: a small schema can mean a vast program. LSST's widest has 3,000."""
 MAX_LOOPS = 16
 """Arrays and maps within each other; the depth of the walkers' stacks. The surveys' own schemas nest one."""
@@ -177,7 +177,9 @@ class _Compiler:
                     item = self.code(type_["items"], _NOTHING, depth + 1, loops + 1)
                 else:
                     columns = Wanted(fields=wanted.fields)
-                    item = [Op.ROW, wanted.table, *self.code(type_["items"], columns, depth + 1, loops + 1)]
+                    row = self.code(type_["items"], columns, depth + 1, loops + 1)
+                    # A row that takes no bytes has no time either; as many as a number says would take all memory.
+                    item = [Op.ROW, wanted.table, *row] if row else _branch([])
                 return [Op.ARRAY, len(item), *item]
             case _:  # a map
                 item = self.code(type_["values"], _NOTHING, depth + 1, loops + 1)

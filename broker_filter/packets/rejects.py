@@ -15,7 +15,7 @@ class RejectReason(StrEnum):
     EMPTY = "empty"
     """No bytes at all (a Kafka tombstone included)."""
     TOO_LARGE = "too_large"
-    """More bytes than `max_packet_bytes`, compressed or after decompression."""
+    """More bytes than `max_packet_bytes`, also decompressed, or more alerts or history than a packet may have."""
     NOT_AVRO = "not_avro"
     """Neither an Avro object container file nor Confluent wire format."""
     BAD_SCHEMA = "bad_schema"

@@ -6,10 +6,11 @@ Must never trust a schema: it comes with the packet, so its size and its nesting
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, Generic, TypeVar
 
 from fastavro.schema import fingerprint
 
@@ -17,6 +18,14 @@ MAX_SCHEMA_BYTES = 2 << 20
 """An embedded LSST schema with all its documentation is 0.2 MB."""
 MAX_SCHEMA_DEPTH = 64
 """Nested types; the surveys' own schemas nest 5 deep."""
+MAX_JSON_DEPTH = 4 * MAX_SCHEMA_DEPTH
+"""Nested JSON, defaults and documentation included: what writes an output schema recurses as deep. A nested type takes
+three levels (its record, the list of fields, the field)."""
+
+MAX_REMEMBERED_SCHEMAS = 256
+MAX_REMEMBERED_BYTES = 4 << 20
+"""Of the JSON of schemas that a cache holds: as Python values they take some twenty times as much. A night has a few
+schemas; whoever sends others cannot make memory grow with them."""
 
 PRIMITIVES = frozenset({"null", "boolean", "int", "long", "float", "double", "bytes", "string"})
 
@@ -31,17 +40,45 @@ class WriterSchema:
 
     `definition`: the JSON as Python values, as the writer published it. `canonical`: its parsing canonical form,
     checked: types are primitives' names, full names of types defined within, lists (unions), or dicts whose type is
-    record, enum, fixed, array or map. `fingerprint`: CRC-64-AVRO of the canonical form, 16 hex digits. `registry_id`:
-    the Confluent schema id, None for a schema embedded in a container file. `cached`: the file of an earlier run in
-    which a registry's schema was found, None where it was fetched by this process. Compared and hashed by identity: the
-    caches in `ocf` and `registry` hand out one object per schema.
+    record, enum, fixed, array or map. `fingerprint`: CRC-64-AVRO of the canonical form, 16 hex digits. `n_bytes`: the
+    length of the JSON. `registry_id`: the Confluent schema id, None for a schema embedded in a container file.
+    `cached`: the file of an earlier run in which a registry's schema was found, None where it was fetched by this
+    process. Compared and hashed by identity: the caches in `ocf` and `registry` hand out one object per schema.
     """
 
     definition: dict[str, Any]
     canonical: dict[str, Any]
     fingerprint: str
+    n_bytes: int
     registry_id: int | None = None
     cached: Path | None = None
+
+
+_T = TypeVar("_T")
+
+
+class BySchema(Generic[_T]):
+    """What `make` makes of each schema, made once and remembered; the oldest is forgotten when they are too many."""
+
+    def __init__(self, make: Callable[[WriterSchema], _T]) -> None:
+        self._make = make
+        self._made: dict[WriterSchema, _T] = {}
+        self._n_bytes = 0
+        self._lock = Lock()
+
+    def __call__(self, schema: WriterSchema) -> _T:
+        """What is made of `schema`. Raises what `make` raises."""
+        if (made := self._made.get(schema)) is not None:
+            return made
+        with self._lock:
+            if (made := self._made.get(schema)) is None:
+                made = self._made[schema] = self._make(schema)
+                self._n_bytes += schema.n_bytes
+                while len(self._made) > MAX_REMEMBERED_SCHEMAS or self._n_bytes > MAX_REMEMBERED_BYTES:
+                    oldest = next(iter(self._made))
+                    del self._made[oldest]
+                    self._n_bytes -= oldest.n_bytes
+            return made
 
 
 def parse_schema(text: bytes | str, registry_id: int | None = None) -> WriterSchema:
@@ -61,14 +98,32 @@ def parse_schema(text: bytes | str, registry_id: int | None = None) -> WriterSch
 
 def writer_schema(definition: Any, registry_id: int | None = None) -> WriterSchema:
     """As `parse_schema`, of JSON already read."""
+    if _is_deeper(definition, MAX_JSON_DEPTH):
+        raise SchemaError(f"the schema's JSON nests deeper than {MAX_JSON_DEPTH}")
     if not isinstance(definition, dict) or definition.get("type") != "record":
         raise SchemaError("the schema's top level is not a record")
     canonical = _canonical(definition, "", set(), 0)
     try:
         text = json.dumps(canonical, separators=(",", ":"), ensure_ascii=False)
-        return WriterSchema(definition, canonical, fingerprint(text, "CRC-64-AVRO"), registry_id)
+        n_bytes = len(json.dumps(definition, separators=(",", ":")))
+        return WriterSchema(definition, canonical, fingerprint(text, "CRC-64-AVRO"), n_bytes, registry_id)
     except UnicodeEncodeError as error:
         raise SchemaError("the schema's names are not Unicode text") from error
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Whether a JSON value has lists and mappings more than `depth` deep in each other."""
+    level = [value]
+    for _ in range(depth + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def full_name(definition: dict[str, Any], namespace: str) -> str:

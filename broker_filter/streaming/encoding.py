@@ -14,7 +14,7 @@ import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, partial
 from http import HTTPStatus
 from importlib.resources import files
 from typing import Any, Literal, Protocol
@@ -28,7 +28,7 @@ from broker_filter.packets.batch import AlertBatch, Record, Survey
 from broker_filter.packets.defaults import without_invalid_defaults
 from broker_filter.packets.ocf import container_header, encode_long
 from broker_filter.packets.registry_client import Answer, RegistryClient, RegistryUnavailable, no_beat
-from broker_filter.packets.schema import WriterSchema, full_name, moved_to, self_contained
+from broker_filter.packets.schema import BySchema, WriterSchema, full_name, moved_to, self_contained
 from broker_filter.packets.wire import frame
 from broker_filter.scoring.anomaly import Reason
 from broker_filter.scoring.scores import ModelScores
@@ -42,9 +42,6 @@ FIELD = "broker_filter"
 """The added field, and the namespace of its types. Where the packet has been through broker-filter before and carries
 that field already, the new one is `broker_filter_2` (3, ...): the highest number is the newest."""
 CUTOUT_FIELDS = frozenset({"cutoutScience", "cutoutTemplate", "cutoutDifference"})
-CACHED_SCHEMAS = 256
-"""Output schemas that are kept: a survey has one or two in use at a time, and packets from outside cannot make it
-grow."""
 REGISTERED_SCHEMAS = 10_000
 """Ids and refusals that are kept: packets from outside cannot make them grow either."""
 FORGET_REFUSAL_S = 60.0
@@ -373,12 +370,16 @@ def _undocumented(part: Any) -> Any:
     return part
 
 
-@lru_cache(maxsize=CACHED_SCHEMAS)
 def annotated_schema(schema: WriterSchema, cutouts: bool) -> OutputSchema:
-    """The writer's schema with the annotation as its last field, with or without the cutouts and invalid defaults."""
+    """The writer's schema with the annotation as its last field, with or without cutouts, and no invalid defaults."""
+    return _with_cutouts(schema) if cutouts else _without_cutouts(schema)
+
+
+def _annotate(schema: WriterSchema, cutouts: bool) -> OutputSchema:
     definitions = _named_types(schema.definition)
+    taken = _taken_names(schema, definitions)
     number = 1
-    while (field := FIELD if number == 1 else f"{FIELD}_{number}") in _taken_names(schema, definitions):
+    while (field := FIELD if number == 1 else f"{FIELD}_{number}") in taken:
         number += 1
     definition = dict(schema.definition)
     if not cutouts:
@@ -388,6 +389,10 @@ def annotated_schema(schema: WriterSchema, cutouts: bool) -> OutputSchema:
     annotation["type"] = annotation["type"] | {"namespace": field}
     definition["fields"].append(annotation | {"name": field})
     return OutputSchema.of(without_invalid_defaults(definition))
+
+
+_with_cutouts = BySchema(partial(_annotate, cutouts=True))
+_without_cutouts = BySchema(partial(_annotate, cutouts=False))
 
 
 def _taken_names(schema: WriterSchema, definitions: Mapping[str, Any]) -> set[str]:

@@ -95,16 +95,20 @@ def score_stream(
     judge: AnomalyJudge | None = None,
 ) -> Iterator[ScoredBatch]:
     """Scores packets batch by batch in the order in which they come, while `threads` threads decode the next ones."""
-    decoded: deque[Future[tuple[AlertBatch, list[Reject]]]] = deque()
+    decoded: deque[tuple[list[Packet], Future[tuple[AlertBatch, list[Reject]]]]] = deque()
     waiting = iter(packets)
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
             while True:
                 while len(decoded) <= threads and (batch := list(islice(waiting, batch_size))):
-                    decoded.append(pool.submit(decoder.decode, batch))
+                    decoded.append((batch, pool.submit(decoder.decode_some, batch)))
                 if not decoded:
                     return
-                alerts, rejects = decoded.popleft().result()
+                batch, future = decoded.popleft()
+                alerts, rejects = future.result()
                 yield score_alerts(alerts, rejects, scorer, window, judge)
+                while batch := batch[len(alerts.packets) :]:  # what would have taken too much memory at a time
+                    alerts, rejects = decoder.decode_some(batch)
+                    yield score_alerts(alerts, rejects, scorer, window, judge)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -89,7 +89,8 @@ def divide(delivery: Delivery, scored: ScoredBatch, routed: Routed) -> list[Work
     place: dict[int, tuple[Work, int]] = {}
     for k, (packet, offset, claim) in enumerate(zip(delivery.packets, delivery.offsets, delivery.claims, strict=True)):
         account = accounts[k]
-        due = account.scored + account.rejected.total()
+        letters = 1 if account.rejected else 0  # however many of the packet's alerts were rejected
+        due = account.scored + letters
         if published[k] < due or not due + account.duplicates:
             raise UnaccountedError(f"{packet.position}: {published[k]} records for {account}")
         if not claim.alive:

@@ -75,6 +75,14 @@ class Delivery:
         for offset, claim in zip(self.offsets, self.claims, strict=True):
             claim.taken = offset + 1
 
+    def split(self, n_packets: int) -> tuple[Delivery, Delivery]:
+        """The first `n_packets`, and the others."""
+        first, rest = slice(n_packets), slice(n_packets, None)
+        return (
+            Delivery(self.packets[first], self.offsets[first], self.claims[first]),
+            Delivery(self.packets[rest], self.offsets[rest], self.claims[rest]),
+        )
+
 
 class KafkaSource:
     """A member of the consumer group, and the claims on the partitions that it was given."""

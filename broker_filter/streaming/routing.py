@@ -1,7 +1,8 @@
 """Which topics an alert goes to. Turns a scored batch into Kafka records, and knows no Kafka.
 
 Every alert that a model scored goes to `<prefix>.scored`, to `<prefix>.anomalies` where it is flagged as one, and to
-`<prefix>.<name>` of every filter that takes it; every rejected input to `<prefix>.dead-letter` with its original bytes.
+`<prefix>.<name>` of every filter that takes it. A message of which something was rejected goes to
+`<prefix>.dead-letter` once, with its original bytes, however many alerts it holds: output must never multiply input.
 """
 
 from __future__ import annotations
@@ -135,19 +136,27 @@ class Router:
         for record, packet_index in published:
             routed.add(record, packet_index)
         packet_indices = {id(packet): index for index, packet in enumerate(scored.packets)}
+        rejects: dict[int, list[Reject]] = {}
         for reject in scored.rejects:
-            routed.add(self._dead_letter_record(reject), packet_indices[id(reject.packet)])
+            rejects.setdefault(packet_indices[id(reject.packet)], []).append(reject)
+        for packet_index, of_packet in rejects.items():
+            routed.add(self._dead_letter_record(of_packet), packet_index)
         return routed
 
-    def _dead_letter_record(self, reject: Reject) -> OutputRecord:
-        object_id = reject.alert.object_id if reject.alert else None
+    def _dead_letter_record(self, rejects: Sequence[Reject]) -> OutputRecord:
+        """The dead letter of a packet with these `rejects`, which says the first of them, and how many there are."""
+        first = min(rejects, key=lambda reject: reject.record)
+        object_id = first.alert.object_id if first.alert else None
         headers = [
-            *self._headers(reject.packet, reject.record),
-            ("schema", (reject.schema or "").encode()),
-            ("reason", reject.reason.encode()),
-            ("detail", _bounded(reject.detail)),
+            *self._headers(first.packet, first.record),
+            ("schema", (first.schema or "").encode()),
+            ("reason", first.reason.encode()),
+            ("detail", _bounded(first.detail)),
         ]
-        return OutputRecord(self._dead_letter, object_id.encode() if object_id else None, reject.packet.data, headers)
+        if len(rejects) > 1:
+            counts = Counter(reject.reason.value for reject in rejects)
+            headers.append(("rejected", ",".join(f"{reason}={n}" for reason, n in sorted(counts.items())).encode()))
+        return OutputRecord(self._dead_letter, object_id.encode() if object_id else None, first.packet.data, headers)
 
     def _headers(self, packet: Packet, record: int) -> list[Header]:
         """What every output record says; `record` where it is not the packet's first."""

@@ -57,6 +57,8 @@ EXIT_FAILED = 1
 log = logging.getLogger(__name__)
 
 Decoded = tuple[AlertBatch, list[Reject]]
+Routed = tuple[list[Work], bool]
+"""Work for the committing thread, and whether it is the last of what was read together."""
 T = TypeVar("T")
 
 
@@ -101,7 +103,7 @@ class FilterService:
         threads = config.runtime.decode_threads or available_cores()
         self._decoders = ThreadPoolExecutor(threads, "decode")
         self._decoded: Queue[tuple[Delivery, Future[Decoded]] | None] = Queue(threads + 1)
-        self._routed: Queue[list[Work] | None] = Queue(SCORED_BATCHES)
+        self._routed: Queue[Routed | None] = Queue(SCORED_BATCHES)
         self._observed = -math.inf
         self._set_out = 0  # batches that were read; the reading thread counts them
         self._describe()
@@ -146,7 +148,7 @@ class FilterService:
 
     def _decode(self, delivery: Delivery) -> Decoded:
         with self._decoding.working():
-            return self._insist(lambda: self._decoder.decode(delivery.packets), self._decoding)
+            return self._insist(lambda: self._decoder.decode_some(delivery.packets), self._decoding)
 
     def _score(self) -> None:
         while (item := self._next(self._decoded)) is not None:
@@ -154,13 +156,19 @@ class FilterService:
             while not wait([decoded], TICK_S).done:
                 self._check()
             alerts, rejects = decoded.result()
-            with self._scoring.working():
-                scored = score_alerts(alerts, rejects, self._scorer, self._window, self._judge)
-            with self._routing.working():
-                routed = self._insist(lambda: self._router.route(scored), self._routing)  # noqa: B023 -- called at once
-                self._window.forget(alerts, [i for i in routed.refused if not scored.duplicate[i]])
-                works = divide(delivery, scored, routed)
-            self._put(works)
+            while True:
+                part, delivery = delivery.split(len(alerts.packets))
+                with self._scoring.working():
+                    scored = score_alerts(alerts, rejects, self._scorer, self._window, self._judge)
+                with self._routing.working():
+                    routed = self._insist(lambda: self._router.route(scored), self._routing)  # noqa: B023 -- called at once
+                    self._window.forget(alerts, [i for i in routed.refused if not scored.duplicate[i]])
+                    works = divide(part, scored, routed)
+                self._put((works, not delivery.packets))
+                if not delivery.packets:
+                    break
+                # The rest would have taken too much memory at a time: it is decoded when this is on its way.
+                alerts, rejects = self._decode(delivery)
         self._put(None)
 
     def _commit(self, sink: KafkaSink) -> None:
@@ -168,15 +176,16 @@ class FilterService:
         try:
             while True:
                 try:
-                    works = self._routed.get(timeout=min(TICK_S, sink.seconds_left(idle=arrived == self._set_out)))
+                    item = self._routed.get(timeout=min(TICK_S, sink.seconds_left(idle=arrived == self._set_out)))
                 except Empty:
                     self._check()
                 else:
-                    if works is None:
+                    if item is None:
                         break
+                    works, whole = item
                     with self._committing.watched():
                         sink.put(works)
-                    arrived += 1
+                    arrived += whole
                 sink.commit(idle=arrived == self._set_out)
             sink.commit_everything()
         finally:
@@ -200,10 +209,10 @@ class FilterService:
             endpoints.source.hold()
         self._observe(endpoints)
 
-    def _put(self, works: list[Work] | None) -> None:
+    def _put(self, routed: Routed | None) -> None:
         while True:
             try:
-                self._routed.put(works, timeout=TICK_S)
+                self._routed.put(routed, timeout=TICK_S)
             except Full:
                 self._check()
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import struct
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from broker_filter.packets import compiled
 from broker_filter.packets.rejects import RejectReason
-from broker_filter.packets.stamps import MAX_STAMP_BYTES, StampError, decode_stamp, decode_stamps
+from broker_filter.packets.stamps import MAX_STAMP_BYTES, StampError, decode_stamp, decode_stamps, inflated_bytes
 
 FLT_MAX = np.finfo(np.float32).max
 LARGE = 200
@@ -32,6 +33,12 @@ def fits_bytes(image: NDArray[np.generic], **cards: object) -> bytes:
     hdu.header.update(cards)
     buffer = io.BytesIO()
     hdu.writeto(buffer)
+    return buffer.getvalue()
+
+
+def fits_bytes_of(*hdus: object) -> bytes:
+    buffer = io.BytesIO()
+    fits.HDUList(list(hdus)).writeto(buffer)
     return buffer.getvalue()
 
 
@@ -156,10 +163,20 @@ def test_stamp_without_a_finite_pixel_in_the_slot_is_blank() -> None:
         fits_bytes(numbered(63, 63).astype(np.int16)),
         fits_bytes(numbered(63, 63).astype(np.uint16)),  # BZERO 32768
         fits_bytes(numbered(63, 63), BSCALE=2.0, BZERO=10.0),
+        fits_bytes(numbered(63, 63).astype(np.float64), BSCALE=2.0, BZERO=-1e-3),
+        fits_bytes(numbered(63, 63).astype(np.int16), BSCALE=0.1, BLANK=63),
+        fits_bytes(numbered(63, 63).astype(np.int32), BZERO=1.5, BLANK=-7),
+        fits_bytes(numbered(63, 63).astype(np.int64) << 40),
+        fits_bytes(numbered(63, 63).astype(np.uint8), BLANK=63),
+        fits_bytes(numbered(63, 63).astype(np.uint32)),
         fits_bytes(numbered(63, 63), **{f"CARD{i}": i for i in range(200)}),
+        fits_bytes(numbered(63, 63), LONG="x" * 300, **{"HIERARCH a very long keyword": 1}),
     ],
-    ids=["float64", "int16", "uint16", "scaled", "long-header"],
-)
+    ids=[
+        "float64", "int16", "uint16", "scaled", "scaled-float64", "int16-with-blanks", "int32-with-blanks", "int64",
+        "bytes-with-blanks", "uint32", "long-header", "continued-cards",
+    ],
+)  # fmt: skip
 def test_layouts_that_surveys_do_not_publish_are_read_as_astropy_reads_them(stamp: bytes) -> None:
     assert bits(pixels(stamp)) == bits(astropy_image(stamp))
 
@@ -192,6 +209,62 @@ PLAIN = fits_bytes(numbered(63, 63))
 )  # fmt: skip
 def test_what_is_no_stamp_is_rejected_with_its_reason(stamp: bytes, reason: RejectReason) -> None:
     assert rejection(stamp) is reason
+
+
+def fits_header(*cards: bytes) -> bytes:
+    content = b"".join(card.ljust(80) for card in cards)
+    return content.ljust(-(-len(content) // 2880) * 2880)
+
+
+MANDATORY = (b"SIMPLE  = T", b"BITPIX  = -32", b"NAXIS   = 2", b"NAXIS1  = 63", b"NAXIS2  = 63")
+CONTINUED = [b"LONG    = 'x&'", *[b"CONTINUE  'x&'"] * 50_000]
+TABLE = fits.BinTableHDU.from_columns([fits.Column("flux", "D", array=np.arange(3.0))])
+
+
+@pytest.mark.parametrize(
+    "stamp",
+    [
+        fits_header(*MANDATORY[:2], b"NAXIS   = 1000000000", b"NAXIS1  = 63", b"NAXIS2  = 63", b"END"),
+        fits_header(*MANDATORY[:3], b"NAXIS1  = 999999999", b"NAXIS2  = 999999999", b"END"),
+        fits_header(*MANDATORY[:3], b"NAXIS1  = -63", b"NAXIS2  = 63", b"END"),
+        fits_header(*MANDATORY[:3], b"NAXIS1  = 1", b"NAXIS2  = " + b"9" * 70, b"END"),
+        fits_header(*MANDATORY, *CONTINUED, b"END") + bytes(4 * 63 * 63),
+        fits_header(*MANDATORY, *[b"HIERARCH a b = 1"] * 50_000),
+        fits_header(*MANDATORY, b"BSCALE  = 'one'", b"END") + bytes(4 * 63 * 63),
+        fits_header(b"SIMPLE  = T", b"BITPIX  = 8", b"NAXIS   = 0", b"END") + fits_header(b"XTENSION= 'IMAGE'", b"END"),
+        fits_bytes_of(fits.PrimaryHDU(), TABLE),
+        fits_bytes_of(fits.PrimaryHDU(), fits.CompImageHDU(np.ones((63, 63), np.float32))),
+    ],
+    ids=[
+        "a-billion-axes", "huge-axes", "negative-axis", "endless-number", "deep-card", "no-end", "scale-is-text",
+        "image-in-an-extension", "table", "compressed-image",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_headers_that_ask_for_much_work_are_refused_at_once(stamp: bytes, gzipped: bool) -> None:
+    began = time.process_time()
+    assert rejection(gzip.compress(stamp) if gzipped else stamp) is RejectReason.BAD_CUTOUT
+    assert time.process_time() - began < 1  # astropy took seconds, or never came back
+
+
+@pytest.mark.parametrize("zeros", [1, 2, 3, 4, 5, 2880])
+@pytest.mark.parametrize("side", [5, 63, 102, 150])
+def test_a_gzip_ed_stamp_that_is_filled_up_with_zeros_is_read(zeros: int, side: int) -> None:
+    stamp = gzip.compress(fits_bytes(numbered(side, side))) + bytes(zeros)
+    assert bits(pixels(stamp)) == bits(numbered(side, side))
+    assert inflated_bytes(stamp) >= len(fits_bytes(numbered(side, side)))
+    slots = np.empty((1, 3, 63, 63), np.float32)
+    spans = np.array([[(0, len(stamp))] * 3])
+    failed = decode_stamps([memoryview(stamp)], spans, np.array([True]), slots, np.empty((1, 3, 4), np.int16))
+    assert not failed
+    assert slots[0, 0, 31, 31] == numbered(side, side)[side // 2, side // 2]
+
+
+def test_what_reading_a_stamp_inflates_is_known_before() -> None:
+    assert inflated_bytes(PLAIN) == len(PLAIN)
+    assert inflated_bytes(gzip.compress(PLAIN)) == len(PLAIN)
+    assert inflated_bytes(gzip.compress(bytes(MAX_STAMP_BYTES))) == MAX_STAMP_BYTES
+    assert inflated_bytes(gzip.compress(bytes(MAX_STAMP_BYTES + 1))) == 0  # refused
 
 
 FUZZED = {

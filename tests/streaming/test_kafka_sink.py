@@ -83,6 +83,14 @@ def test_packet_without_any_outcome_stops_the_work(scored: ScoredBatch) -> None:
         divide(delivery, replace(scored, rejects=[]), routed([0, 1, 2, 3]))
 
 
+def test_one_dead_letter_is_the_output_of_all_of_a_packets_rejected_alerts(scored: ScoredBatch) -> None:
+    delivery = Delivery(list(scored.packets), [0, 1, 2, 3], [claim(0)] * 4)
+    more = [Reject(scored.packets[2], RejectReason.CORRUPT, "damaged", record=k) for k in range(1, 100)]
+    (work,) = divide(delivery, replace(scored, rejects=[*scored.rejects, *more]), routed([0, 1, 2, 3]))
+    assert work.accounts[2].rejected.total() == work.accounts[2].consumed == 100
+    assert [k for k, _ in work.records] == [0, 1, 2, 3]
+
+
 def test_exposure_times_are_utc_although_rubin_publishes_tai(make_alerts: MakeAlerts) -> None:
     ztf, lsst = (exposure_times(make_alerts([1], survey=survey))[0] for survey in (Survey.ZTF, Survey.LSST))
     assert ztf == pytest.approx((61096.25 - 40587) * 86400)

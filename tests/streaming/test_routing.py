@@ -194,6 +194,22 @@ def test_an_alert_whose_schema_is_refused_is_a_dead_letter_and_goes_to_no_other_
     assert (dropping.duplicates, dropping.rejected[RejectReason.SCHEMA_REFUSED]) == (1, 2)
 
 
+def test_a_message_is_one_dead_letter_however_many_of_its_alerts_were_rejected(scored: ScoredBatch) -> None:
+    def rejected(reason: RejectReason, record: int) -> Reject:
+        return Reject(scored.packets[3], reason, f"alert {record}", record=record)
+
+    rejects = [rejected(RejectReason.TRUNCATED, 5000), *(rejected(RejectReason.BAD_CUTOUT, k) for k in range(1, 5000))]
+    routed = router().route(replace(scored, rejects=rejects))
+    [letter] = of_topic(routed.records, "me.dead-letter")
+    assert routed.rejected.total() == 5000
+    assert letter.value is scored.packets[3].data
+    headers = dict(letter.headers)
+    assert headers["reason"] == b"bad_cutout"
+    assert headers["record"] == b"1"
+    assert headers["detail"] == b"alert 1"
+    assert headers["rejected"] == b"bad_cutout=4999,truncated=1"
+
+
 def test_knows_its_topics_before_any_alert_comes() -> None:
     assert router(filters=[("bright", "magpsf < 18.5")]).topics == [
         "me.scored",

@@ -1,0 +1,373 @@
+"""Packets made to cost as much as they can, and a measurement of what they do cost: time, memory and output.
+
+    python tests/packets/hostile.py [packets, 2000 unless told otherwise] [seed]
+
+The packets are drawn at random from the ways to make few bytes mean much: schemas that are long, deep or of types
+without bytes, blocks and records without bytes, histories, compression within compression, FITS headers that lie,
+stamps that each go the slow way. Each packet goes the whole way: decoded, scored by the default bundle, and made into
+output records. Prints the dearest, and exits non-zero where one costs more than its bytes allow.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import gzip
+import io
+import json
+import random
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from astropy.io import fits
+
+from broker_filter.config import Runtime
+from broker_filter.packets import ocf
+from broker_filter.packets.decode import GREATEST_RATIO, Decoder
+from broker_filter.packets.ocf import MAX_CONTAINER_BYTES
+from broker_filter.packets.packet import FilePosition, Packet
+from broker_filter.packets.registry import open_registry
+from broker_filter.scoring.scorer import open_scorer
+from broker_filter.streaming.duplicates import DuplicateWindow
+from broker_filter.streaming.encoding import ContainerFraming, Encoder
+from broker_filter.streaming.filtering import score_packets
+from broker_filter.streaming.routing import Router
+
+SEED = 20261127
+SYNC = b"hostile packets!"
+CARD = 80
+
+Type = Any  # of an Avro schema, as JSON
+
+# -- what packets are made of
+
+
+def card(keyword: str, value: object) -> bytes:
+    return f"{keyword:<8}= {value!s:>20}".ljust(CARD).encode()
+
+
+def header(*cards: bytes, end: bool = True) -> bytes:
+    content = b"".join(cards) + (b"END".ljust(CARD) if end else b"")
+    return content.ljust(-(-len(content) // 2880) * 2880)
+
+
+def plain_stamp(side: int = 1, more: tuple[bytes, ...] = (), bitpix: int = -32) -> bytes:
+    size = [card("SIMPLE", "T"), card("BITPIX", bitpix), card("NAXIS", 2), card("NAXIS1", side), card("NAXIS2", side)]
+    pixels = bytes(abs(bitpix) // 8 * side * side)
+    return header(*size, *more) + pixels.ljust(-(-len(pixels) // 2880) * 2880, b"\0")
+
+
+TINY_STAMP = gzip.compress(plain_stamp())
+
+
+def fits_file(hdu: Any) -> bytes:
+    file = io.BytesIO()
+    fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(file)
+    return file.getvalue()
+
+
+def number(draw: random.Random) -> int:
+    return draw.choice((0, 1, -1, 2, 63, 999, 10**9, 2**31 - 1, 2**31, 2**63, -(2**63), 10**30))
+
+
+def any_header(draw: random.Random) -> bytes:
+    """Mandatory cards with impossible values, and what follows them."""
+    cards = [
+        card("SIMPLE", draw.choice("TTTF")),
+        card("BITPIX", draw.choice((8, 16, 32, 64, -32, -64, 0, 7, number(draw)))),
+        card("NAXIS", draw.choice((0, 1, 2, 2, 2, 3, 999, number(draw)))),
+        card("NAXIS1", draw.choice((1, 63, number(draw)))),
+        card("NAXIS2", draw.choice((1, 63, number(draw)))),
+        card(draw.choice(("PCOUNT", "GCOUNT", "BLANK", "NAXIS3")), number(draw)),
+        card(draw.choice(("BSCALE", "BZERO", "TFIELDS")), draw.choice((number(draw), "1D308", "1E999", "NAN", "'x'"))),
+        card(draw.choice(("EXTEND", "GROUPS", "ZIMAGE")), "T"),
+    ]
+    return header(*cards) + bytes(draw.choice((0, 2880, 28800)))
+
+
+def stamp(draw: random.Random) -> bytes:
+    """A stamp, valid or not, that takes much to read for its bytes."""
+    many = draw.choice((10, 1000, 1151, 5000, 50_000))
+    continued = b"".join([b"CONTINUE  'x&'".ljust(CARD)] * (many - 1))
+    kinds: tuple[Callable[[], bytes], ...] = (
+        plain_stamp,
+        lambda: plain_stamp(draw.choice((63, 102, 1000))),
+        lambda: plain_stamp(63, (card("BSCALE", 2.0), card("BLANK", 0)), draw.choice((8, 16, 32, 64))),
+        lambda: plain_stamp(2, tuple(card(f"K{k}", k) for k in range(many))),
+        lambda: plain_stamp(2, (b"HIERARCH " + b"A " * 35 + b"= 1", card("BSCALE", 1.5))),
+        lambda: plain_stamp(2, (b"LONGCARD= 'x&'".ljust(CARD), continued)),
+        lambda: header(card("SIMPLE", "T"), *[b" " * CARD] * many, end=False),
+        lambda: any_header(draw),
+        lambda: fits_file(fits.CompImageHDU(np.zeros((63, 63), np.float32))),
+        lambda: fits_file(fits.BinTableHDU.from_columns([fits.Column("a", "D", array=np.zeros(3))])),
+        lambda: bytes(draw.choice((1, 2880, 4 << 20))),
+        lambda: plain_stamp(draw.choice((500, 1023))),
+    )
+    data = draw.choice(kinds)()
+    match draw.randrange(6):
+        case 0:
+            return data
+        case 1:
+            return gzip.compress(data) + bytes(draw.choice((1, 3, 8, 4096)))
+        case 2:
+            return gzip.compress(data)[:-4] + draw.choice((2880, len(data) + 1, 4 << 20)).to_bytes(4, "little")
+        case _:
+            return gzip.compress(data, draw.choice((1, 9)))
+
+
+def long_text(draw: random.Random) -> str:
+    return draw.choice(("", "d" * 100_000, "\N{SNOWMAN}" * 300_000, "d" * 1_900_000))
+
+
+def schema(rows: list[dict[str, Type]], more: list[dict[str, Type]], **about: Type) -> dict[str, Type]:
+    """A schema that is recognised as ZTF's, with such rows of history and further fields."""
+    cutout = {
+        "type": "record",
+        "name": "cutout",
+        "fields": [{"name": "fileName", "type": "string"}, {"name": "stampData", "type": "bytes"}],
+    }
+    names = ("jd", "fid", "rcid", "ra", "dec", "magpsf", "sigmapsf")
+    candidate = {"type": "record", "name": "c", "fields": [{"name": name, "type": "double"} for name in names]}
+    history = {"type": "array", "items": {"type": "record", "name": "row", "fields": rows}}
+    fields = [
+        {"name": "objectId", "type": "string"},
+        {"name": "candid", "type": "long"},
+        {"name": "candidate", "type": candidate},
+        {"name": "prv_candidates", "type": history},
+        {"name": "cutoutScience", "type": cutout},
+        {"name": "cutoutTemplate", "type": "cutout"},
+        {"name": "cutoutDifference", "type": "cutout"},
+        *more,
+    ]
+    return {"type": "record", "name": "alert", "namespace": "ztf", **about, "fields": fields}
+
+
+def rows(draw: random.Random) -> tuple[list[dict[str, Type]], bytes]:
+    """Fields of a row of history, and such a row."""
+    return draw.choice(
+        (
+            ([{"name": "jd", "type": "null"}], b""),
+            ([{"name": "jd", "type": {"type": "fixed", "name": "none", "size": 0}}], b""),
+            ([], b""),
+            ([{"name": "jd", "type": "boolean"}], b"\1"),
+            ([{"name": "jd", "type": "double"}, {"name": "magpsf", "type": "float"}], bytes(12)),
+        )
+    )
+
+
+def field(draw: random.Random) -> tuple[list[dict[str, Type]], bytes]:
+    """Fields that cost much for their bytes, and a value of them."""
+    many = draw.choice((1, 1000, 100_000, 1_000_000))
+    of_arrays = {"type": "array", "items": {"type": "array", "items": "null"}}
+    of_maps = {"type": "map", "values": {"type": "map", "values": "null"}}
+    symbols = [f"s{k}" for k in range(draw.choice((10, 200_000)))]
+    kinds: tuple[Callable[[], tuple[list[dict[str, Type]], bytes]], ...] = (
+        lambda: ([], b""),
+        lambda: ([{"name": "x", "type": of_arrays}], ocf.encode_long(many) + bytes(many + 1)),
+        lambda: ([{"name": "x", "type": of_arrays}], b"\2" + (ocf.encode_long(1 << 62) * many) + b"\0\0"),
+        lambda: ([{"name": "x", "type": of_maps}], ocf.encode_long(many) + bytes(2 * many + 1)),
+        lambda: ([{"name": f"n{k}", "type": "null"} for k in range(draw.choice((10, 12_000, 70_000)))], b""),
+        lambda: ([{"name": f"broker_filter_{k}", "type": "null"} for k in range(50_000)], b""),
+        lambda: ([{"name": "e", "type": {"type": "enum", "name": "e", "symbols": symbols}}], b"\0"),
+        lambda: ([{"name": "d", "type": "null", "default": nested(draw.choice((50, 250, 300, 900)))}], b""),
+        lambda: ([{"name": "deep", "type": deep(draw.choice((10, 60, 70)))}], b""),
+        lambda: ([{"name": "wide", "type": doubling(draw.choice((5, 10, 13, 14, 30)))}], b""),
+    )
+    return draw.choice(kinds)()
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def deep(depth: int) -> Type:
+    inner: Type = "null"
+    for k in range(depth):
+        inner = {"type": "record", "name": f"deep{k}", "fields": [{"name": "f", "type": inner}]}
+    return inner
+
+
+def doubling(depth: int) -> Type:
+    """Types that mean twice as much at each name."""
+    inner: Type = {"type": "record", "name": "two0", "fields": [{"name": "a", "type": "null"}]}
+    for k in range(1, depth):
+        fields = [{"name": "a", "type": inner}, {"name": "b", "type": f"two{k - 1}"}]
+        inner = {"type": "record", "name": f"two{k}", "fields": fields}
+    return inner
+
+
+NUMBERS = np.array([2460000.5, 1, 2, 10.0, 10.0, 18.0, 0.1]).tobytes()
+"""The candidate of a sound alert."""
+NO_ROWS = b"\0"
+
+
+def history(row: bytes, count: int) -> bytes:
+    """So many rows of history."""
+    return ocf.encode_long(count) + row * count + NO_ROWS if count else NO_ROWS
+
+
+def alert(candid: int, stamps: list[bytes], rows: bytes = NO_ROWS, more: bytes = b"", name: bytes = b"ZTF1") -> bytes:
+    """A record of `schema`."""
+    parts = [ocf.encode_long(len(name)), name, ocf.encode_long(candid), NUMBERS, rows]
+    for one in stamps:
+        parts += [b"\0", ocf.encode_long(len(one)), one]
+    return b"".join((*parts, more))
+
+
+def container(
+    definition: dict[str, Type],
+    blocks: list[tuple[int, bytes]],
+    codec: str = "deflate",
+    more: dict[bytes, bytes] | None = None,
+) -> bytes:
+    """A container file of blocks, each with the number of records that it claims and their bytes."""
+    metadata = {b"avro.schema": json.dumps(definition).encode(), b"avro.codec": codec.encode(), **(more or {})}
+    pieces = [ocf.MAGIC, ocf.encode_long(len(metadata))]
+    for pair in metadata.items():
+        pieces += [part for text in pair for part in (ocf.encode_long(len(text)), text)]
+    pieces += [b"\0", SYNC]
+    packed: dict[tuple[int, bytes], bytes] = {}
+    for count, body in blocks:
+        if (count, body) not in packed:
+            packed[count, body] = ocf.encode_block(count, compressed(body, codec), SYNC)
+        pieces.append(packed[count, body])
+    return b"".join(pieces)
+
+
+def any_container(draw: random.Random) -> bytes:
+    """A container file with some of everything, which mostly is what it says it is."""
+    row_fields, row = rows(draw)
+    more, more_value = field(draw) if draw.random() < 0.5 else ([], b"")
+    doc = draw.choice(("", "", "", "d" * 100_000, "\N{SNOWMAN}" * 300_000, "d" * 1_900_000))
+    of_history = history(row, draw.choice((0, 0, 0, 5, 1000, 99_999, 200_000, 5_000_000)))
+    one = stamp(draw)
+    stamps = draw.choice(([one] * 3, [one] * 3, [one, one, stamp(draw)], [TINY_STAMP] * 3, [b""] * 3))
+    count = draw.choice((1, 1, 3, 100, 2000, 12_000))
+    limit = draw.choice((1 << 16, 1 << 20, (16 << 20) - 1))
+    name = b"ZTF" * draw.choice((1, 1, 1, 1_000_000))
+    records = [alert(0, stamps, of_history, more_value, name)]
+    while len(records) < min(count, limit // len(records[0])):
+        records.append(alert(len(records), stamps, of_history, more_value, name))
+    if draw.random() < 0.1:
+        records = draw.choice(([b""] * 12_000, [], [records[0][:-1]]))
+    of_a_block = draw.choice((1, len(records), len(records))) or 1
+    bodies = [records[k : k + of_a_block] for k in range(0, len(records), of_a_block)]
+    bodies += [[]] * draw.choice((0, 0, 0, 9_000, 300_000))
+    blocks = [(len(body), b"".join(body)) for body in bodies]
+    if blocks and draw.random() < 0.1:
+        blocks[0] = draw.choice((1, blocks[0][0] + 1, 1 << 40)), blocks[0][1]
+    entries = {b"m%d" % k: b"" for k in range(draw.choice((0, 0, 0, 0, 0, 0, 900, 300_000)))}
+    codec = draw.choice(("null", "deflate", "deflate", "deflate"))
+    return container(schema(row_fields, more, doc=doc), blocks, codec, entries)
+
+
+def compressed(data: bytes, codec: str) -> bytes:
+    if codec == "null":
+        return data
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(data) + packer.flush()
+
+
+def packets(count: int, seed: int = SEED) -> Iterator[bytes]:
+    """`count` hostile packets, the same for the same seed."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        yield any_container(draw)
+
+
+# -- what they cost
+
+
+LEAST_BYTES = 1 << 20
+SECONDS_A_BYTE = 200e-9
+MEMORY_A_BYTE = 8
+OUTPUT_A_BYTE = 8
+"""What a packet of n bytes may cost at most (CPU time, memory, bytes to each topic), by the byte of
+min(GREATEST_RATIO x n, max_packet_bytes), and as much as for LEAST_BYTES always."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a packet of `n_bytes` did cost: CPU seconds, bytes of memory at most, bytes of output to each topic."""
+
+    n_bytes: int
+    seconds: float
+    memory: int
+    output: int
+    outcome: dict[str, int]
+    """How many alerts were scored, and how many rejected for what."""
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of what it may cost: more than 1 is too much."""
+        size = max(LEAST_BYTES, min(GREATEST_RATIO * self.n_bytes, MAX_CONTAINER_BYTES))
+        return {
+            "time": self.seconds / (SECONDS_A_BYTE * size),
+            "memory": self.memory / (MEMORY_A_BYTE * size),
+            "output": self.output / max(OUTPUT_A_BYTE * size, self.n_bytes),  # a dead letter is the packet
+        }
+
+
+class Measure:
+    """The whole way of a packet, on one thread."""
+
+    def __init__(self) -> None:
+        self._scorer = open_scorer(["default"], Runtime())
+        self._router = Router(
+            "hostile",
+            models=[("default", "1")],
+            encoder=Encoder("full"),
+            framing=ContainerFraming(),
+        )
+
+    def cost(self, data: bytes) -> Cost:
+        """What one packet costs that nothing is known of before."""
+        decoder = Decoder(open_registry(None), columns=self._scorer.columns, cutout_size=self._scorer.cutout_size)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what was used before is not there to be used again
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before, start = memory("VmRSS"), time.process_time()
+        scored = score_packets([Packet(data, FilePosition("hostile"))], decoder, self._scorer, DuplicateWindow(1000))
+        routed = self._router.route(scored)
+        seconds = time.process_time() - start
+        output = sum(len(each.value) + len(each.key or b"") for each in routed.records)
+        outcome = {"scored": routed.scored, **{reason.value: n for reason, n in routed.rejected.items()}}
+        return Cost(len(data), seconds, max(0, memory("VmHWM") - before), output, outcome)
+
+
+def memory(name: str) -> int:
+    """Bytes of memory by /proc."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+def main(count: int, seed: int) -> None:
+    """Measures `count` packets, prints the dearest of each kind, and exits non-zero where one is too dear."""
+    measure = Measure()
+    measure.cost(b"nothing has to be loaded any more")
+    dearest: dict[str, tuple[float, int, Cost]] = {}
+    outcomes: Counter[str] = Counter()
+    for k, data in enumerate(packets(count, seed)):
+        cost = measure.cost(data)
+        outcomes.update(cost.outcome)
+        for kind, share in cost.shares.items():
+            dearest[kind] = max(dearest.get(kind, (0.0, k, cost)), (share, k, cost), key=lambda one: one[0])
+    for kind, (share, k, cost) in dearest.items():
+        print(f"{kind}: {share:.2f} of the bound by packet {k}: {cost}")  # noqa: T201
+    print(f"{count} packets: {dict(outcomes)}")  # noqa: T201
+    if max(share for share, _, _ in dearest.values()) > 1:
+        raise SystemExit("a packet costs more than its bytes allow")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2000, int(sys.argv[2]) if len(sys.argv) > 2 else SEED)

@@ -1,0 +1,161 @@
+"""What a hostile packet costs is bounded by its bytes: time, memory and output, alone and in a batch of others.
+
+`python tests/packets/hostile.py` (`make fuzz`) measures more of them for longer.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from broker_filter.packets.decode import (
+    BATCH_BYTES_PER_PACKET,
+    MAX_POINTS,
+    MAX_RECORDS,
+    MAX_UNPACKING,
+    Decoder,
+)
+from broker_filter.packets.ocf import MAX_BLOCKS, MAX_CONTAINER_BYTES
+from broker_filter.packets.packet import FilePosition, Packet
+from broker_filter.packets.registry import open_registry
+from broker_filter.packets.rejects import RejectReason
+from tests.packets import hostile
+
+BOOLEAN_ROW = [{"name": "jd", "type": "boolean"}]
+NULL_ROW = [{"name": "jd", "type": "null"}]
+STAMPS = [hostile.TINY_STAMP] * 3
+PLAIN = hostile.schema(BOOLEAN_ROW, [])
+BOMB = gzip.compress(hostile.plain_stamp(1023))
+LONG_HEADER = gzip.compress(hostile.plain_stamp(2, tuple(hostile.card(f"K{k}", k) for k in range(1000))))
+SLOW = gzip.compress(hostile.plain_stamp(63, (hostile.card("BSCALE", 2),), 64))
+
+
+def alerts(count: int, stamps: list[bytes] = STAMPS, rows: bytes = hostile.NO_ROWS) -> tuple[int, bytes]:
+    return count, b"".join(hostile.alert(k, stamps, rows) for k in range(count))
+
+
+HOLLOW = {
+    "type": "record",
+    "name": "alert",
+    "fields": [
+        {"name": "objectId", "type": "null"},
+        {
+            "name": "candidate",
+            "type": {
+                "type": "record",
+                "name": "c",
+                "fields": [{"name": name, "type": "null"} for name in ("jd", "fid", "rcid", "ra", "dec", "magpsf")],
+            },
+        },
+    ],
+}
+"""A schema of ZTF alerts that take no bytes."""
+
+CASES: dict[str, Callable[[], bytes]] = {
+    "rows without bytes": lambda: hostile.container(
+        hostile.schema(NULL_ROW, []), [alerts(1000, rows=hostile.history(b"", 100_000))]
+    ),
+    "many rows": lambda: hostile.container(PLAIN, [alerts(100, rows=hostile.history(b"\1", MAX_POINTS))]),
+    "records without bytes": lambda: hostile.container(HOLLOW, [(1 << 40, b"")] * MAX_BLOCKS),
+    "many alerts": lambda: hostile.container(PLAIN, [alerts(MAX_RECORDS + 1)]),
+    "alerts with a long schema": lambda: hostile.container(
+        hostile.schema(BOOLEAN_ROW, [], doc="d" * 1_900_000), [alerts(MAX_RECORDS)]
+    ),
+    "bombs in a bomb": lambda: hostile.container(PLAIN, [alerts(2000, [BOMB] * 3)]),
+    "bombs that fail at their end": lambda: hostile.container(PLAIN, [alerts(2000, [BOMB[:-8] + b"12345678"] * 3)]),
+    "long FITS headers": lambda: hostile.container(PLAIN, [alerts(2000, [LONG_HEADER] * 3)]),
+    "stamps that go the slow way": lambda: hostile.container(PLAIN, [alerts(2000, [SLOW] * 3)]),
+    "many blocks": lambda: hostile.container(PLAIN, [alerts(1)] * 200_000, "null"),
+    "many metadata": lambda: hostile.container(PLAIN, [], more={b"m%d" % k: b"" for k in range(50_000)}),
+    "names that mean more names": lambda: hostile.container(
+        hostile.schema(BOOLEAN_ROW, [{"name": "wide", "type": hostile.doubling(30)}]), [alerts(1)]
+    ),
+    "names that are taken": lambda: hostile.container(
+        hostile.schema(BOOLEAN_ROW, [{"name": f"broker_filter_{k}", "type": "null"} for k in range(50_000)]),
+        [(2, alerts(2)[1])],
+    ),
+    "deep defaults": lambda: hostile.container(
+        hostile.schema(BOOLEAN_ROW, [{"name": "d", "type": "null", "default": hostile.nested(900)}]), [alerts(1)]
+    ),
+}
+"""Each abuses one thing, as much as it can."""
+
+
+@pytest.fixture(scope="module")
+def measure() -> hostile.Measure:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("measures memory as Linux says it")
+    measure = hostile.Measure()
+    measure.cost(b"nothing has to be loaded any more")
+    return measure
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_packet_costs_no_more_than_its_bytes_allow(measure: hostile.Measure, name: str) -> None:
+    cost = measure.cost(CASES[name]())
+    assert max(cost.shares.values()) < 1, cost
+
+
+def test_random_hostile_packets_cost_no_more_than_their_bytes_allow(measure: hostile.Measure) -> None:
+    for data in hostile.packets(30):
+        cost = measure.cost(data)
+        assert max(cost.shares.values()) < 1, cost
+
+
+def decoded(data: bytes) -> tuple[int, Counter[RejectReason]]:
+    """How many alerts came of a packet, and why others did not."""
+    batch, rejects = Decoder(open_registry(None)).decode([Packet(data, FilePosition("one"))])
+    return len(batch), Counter(reject.reason for reject in rejects)
+
+
+def test_a_history_of_rows_without_bytes_is_rejected() -> None:
+    assert decoded(CASES["rows without bytes"]()) == (0, {RejectReason.CORRUPT: 1})
+    no_rows = hostile.container(hostile.schema(NULL_ROW, []), [alerts(3)])
+    assert decoded(no_rows) == (3, {})  # a column of nulls is a table without rows
+
+
+def test_rows_of_history_are_bounded_by_packet_and_not_by_alert() -> None:
+    rows = hostile.history(b"\1", MAX_POINTS // 10)
+    assert decoded(hostile.container(PLAIN, [alerts(10, rows=rows)], "null")) == (10, {})
+    assert decoded(hostile.container(PLAIN, [alerts(12, rows=rows)], "null")) == (10, {RejectReason.TOO_LARGE: 1})
+
+
+def test_a_record_without_bytes_ends_its_block() -> None:
+    assert decoded(hostile.container(HOLLOW, [(1 << 40, b"")])) == (0, {RejectReason.MISSING_FIELD: 1})
+
+
+def test_alerts_beyond_what_a_packet_may_unpack_to_are_too_large() -> None:
+    long = hostile.schema(BOOLEAN_ROW, [], doc="d" * 1_000_000)
+    held, rejects = decoded(hostile.container(long, [alerts(200)]))
+    assert 50 < held <= MAX_UNPACKING * MAX_CONTAINER_BYTES // 1_000_000
+    assert rejects == {RejectReason.TOO_LARGE: 200 - held}
+    assert decoded(hostile.container(PLAIN, [alerts(200)], "null")) == (200, {})
+
+
+def test_a_batch_of_hostile_packets_is_decoded_in_parts_that_fit_into_memory() -> None:
+    data = hostile.container(PLAIN, [alerts(200)], "null")
+    packets = [Packet(data, FilePosition(f"{k}")) for k in range(8)]
+    decoder = Decoder(open_registry(None))
+    whole, _ = decoder.decode(packets)
+    parts, left = [], packets
+    while left:
+        batch, _ = decoder.decode_some(left)
+        assert batch.cutouts.nbytes <= max(BATCH_BYTES_PER_PACKET * len(left), 200 * batch.cutouts[0].nbytes)
+        parts.append(batch)
+        left = left[len(batch.packets) :]
+    assert len(parts) == 8
+    assert [packet for batch in parts for packet in batch.packets] == packets
+    assert sum(map(len, parts)) == len(whole) == 8 * 200
+    assert [int(alert_id) for batch in parts for alert_id in batch.alert_id] == whole.alert_id.tolist()
+
+
+def test_packets_of_surveys_are_decoded_in_one_batch(
+    ztf_packets: list[tuple[int, bytes]], lsst_packets: list[tuple[str, bytes]], lsst_schemas: Path
+) -> None:
+    packets = [Packet(data, FilePosition("one")) for _, data in (*ztf_packets[:128], *lsst_packets)]
+    batch, _ = Decoder(open_registry(str(lsst_schemas))).decode_some(packets)
+    assert len(batch.packets) == len(packets)
