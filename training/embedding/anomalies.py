@@ -37,8 +37,8 @@ from training.embedding.embedder import Recipe, embed, show, train
 from training.embedding.light_curve_features import light_curve_features
 from training.embedding.strangeness import by_isolation_forest, by_pixels
 from training.embedding.train_embedder import LIGHT_CURVE, METADATA, SIZE, TRUNK, Named, decode, side_by_side
-from training.evaluation.bootstrap import Estimate, resample
-from training.evaluation.metrics import Values, Weights, rank, ratio
+from training.evaluation.bootstrap import Estimate, resample, weights_by_object
+from training.evaluation.metrics import Values, Weights, harmonic_mean, rank, ratio
 from training.shipped.train_classes import COLUMN, UNLABELLED
 
 CLASSES = ("VS=VS", "asteroid=asteroid", "SN=SN,SN_cand", "AGN=AGN")
@@ -110,9 +110,10 @@ def run(arguments: argparse.Namespace) -> None:
     found = on_validation(cases)
     figures, resampled = judge(cases, arguments.rate, alerts.object_id)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    text = as_markdown(cases, found, arguments.rate, figures, resampled)
+    known = trials(cases, alerts.object_id)
+    text = as_markdown(cases, found, arguments.rate, figures, resampled, known)
     (arguments.out / TABLE).write_text(text, encoding="utf-8")
-    estimates = {name: Estimate.of(value, resampled[name]).model_dump() for name, value in figures.items()}
+    estimates = {name: Estimate.of(value, resampled[name], known[name]).model_dump() for name, value in figures.items()}
     (arguments.out / FIGURES).write_text(json.dumps({"validation": found, "figures": estimates}, indent=1))
     print(text)
     for case in cases:
@@ -251,6 +252,22 @@ def judge(
     return whole, resample(figures, object_id)
 
 
+def trials(cases: Sequence[LeftOut], object_id: NDArray[np.str_]) -> dict[str, float]:
+    """How many objects each figure of `judge` is of."""
+    each = weights_by_object(object_id)
+    found: dict[str, float] = {}
+    for measure in cases[0].scores:
+        of_case = []
+        for case in cases:
+            anomalous, ordinary = (float(each @ (case.test & side)) for side in (case.anomalous, ~case.anomalous))
+            of_case.append({"roc_auc": min(anomalous, ordinary), "recall": anomalous, "realised": ordinary})
+        for case, known in zip(cases, of_case, strict=True):
+            found |= {f"{measure}/{case.name}/{name}": value for name, value in known.items()}
+        for name in of_case[0]:
+            found[f"{measure}/mean/{name}"] = float(harmonic_mean([np.asarray(known[name]) for known in of_case]))
+    return found
+
+
 def _figures(case: LeftOut, measure: str, rate: float, weight: Weights) -> dict[str, Values]:
     rows, flagged = case.test, case.scores[measure] > case.threshold(measure, rate)
     weight_of = {True: weight[..., rows & case.anomalous], False: weight[..., rows & ~case.anomalous]}
@@ -267,14 +284,16 @@ def as_markdown(
     rate: float,
     figures: Mapping[str, float],
     resampled: Mapping[str, Values],
+    known: Mapping[str, float] | None = None,
 ) -> str:
     """The page: what was done, a table of how well each class is found, and what two measures are ahead by: the one
-    that is served, and the embedding's that is the best on validation, by `found`."""
+    that is served, and the embedding's that is the best on validation, by `found`. `known`: what `trials` gave."""
     names = [case.name for case in cases]
 
     def cell(measure: str, class_: str) -> str:
         at = f"{measure}/{class_}"
-        auc = Estimate.of(figures[f"{at}/roc_auc"], resampled[f"{at}/roc_auc"])
+        name = f"{at}/roc_auc"
+        auc = Estimate.of(figures[name], resampled[name], (known or {}).get(name))
         return f"{auc.value:.3f} ({auc.low:.3f} to {auc.high:.3f}); {figures[f'{at}/recall']:.0%}"
 
     to_find = [

@@ -55,8 +55,8 @@ from training.data.datasets import held_out, sha256_of
 from training.embedding.embedder import Recipe, embed, show, train
 from training.embedding.probes import balanced_accuracy, linear_probe, nearest
 from training.errors import DatasetError, TrainingError, refuse_existing
-from training.evaluation.bootstrap import as_card, estimate
-from training.evaluation.metrics import Values, Weights
+from training.evaluation.bootstrap import INTERVALS, as_card, estimate
+from training.evaluation.metrics import Values, Weights, harmonic_mean
 from training.shipped.train_classes import CLASSES, COLUMN, UNLABELLED
 from training.shipped.train_default import SPLIT_SEED, TEST_FRACTION
 
@@ -225,7 +225,7 @@ def evaluate(
         "truth": f"{COLUMN}: weak labels, which training never saw",
         "figures": "balanced accuracy over the classes; all_: of all objects, each classified by other folds'",
         "split": f"{TEST_FRACTION:.0%} of the objects, seed {SPLIT_SEED}: none of their alerts were trained on",
-        "intervals": "95 %, bootstrap by object",
+        "intervals": INTERVALS,
         "alerts": int(unseen.sum()),
         "objects": len(np.unique(object_id[unseen])),
         "all_alerts": len(label),
@@ -239,7 +239,11 @@ def evaluate(
                 name: [classified(classify, each, label, object_id, sides)[judged] == label[judged] for each in several]
                 for name, several in embeddings.items()
             }
-            found = estimate(partial(figures, f"{prefix}{probe}", right, label[judged]), object_id[judged])
+            found = estimate(
+                partial(figures, f"{prefix}{probe}", right, label[judged]),
+                object_id[judged],
+                partial(trials, f"{prefix}{probe}", right, label[judged]),
+            )
             card |= as_card(found)
     return card
 
@@ -255,6 +259,14 @@ def figures(
     whole = accuracy.pop("embedding")
     ahead = {f"{prefix}_ahead_of_{name}": whole - figure for name, figure in accuracy.items()}
     return {prefix: whole, **{f"{prefix}_{name}": figure for name, figure in accuracy.items()}, **ahead}
+
+
+def trials(
+    prefix: str, right: dict[str, list[NDArray[np.bool_]]], label: NDArray[np.int64], weight: Weights
+) -> dict[str, Values]:
+    """How many objects each of the `figures` that are shares is of; differences are none."""
+    objects = harmonic_mean([weight @ (label == c) for c in np.unique(label).tolist()])
+    return {prefix: objects} | {f"{prefix}_{name}": objects for name in right}
 
 
 def classified(

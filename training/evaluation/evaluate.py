@@ -21,16 +21,18 @@ from broker_filter.scoring.bundle import WEIGHTS, Architecture, Card, Training, 
 from broker_filter.scoring.scorer import Model, open_model
 from training.data.datasets import SPLITS, Dataset, DatasetCard, Split
 from training.errors import EvaluationError
-from training.evaluation.bootstrap import Estimate, estimate, resample
+from training.evaluation.bootstrap import Estimate, estimate, resample, weights_by_object
 from training.evaluation.histories import Histories
 from training.evaluation.metrics import (
     Reliability,
     Values,
     Weights,
+    confusion,
     confusion_shares,
     errors_if_calibrated,
     measure,
     measure_calibration,
+    trials,
 )
 from training.evaluation.predictions import Predictions
 from training.evaluation.served_speed import BATCHES, ServedSpeed, measure_served
@@ -196,6 +198,9 @@ def evaluate(
     shares, drawn_shares = whole.pop("confusion"), drawn.pop("confusion")
     happened, drawn_happened = whole.pop("reliability"), drawn.pop("reliability")
     bins = Reliability.of(predictions, np.ones(len(predictions)))
+    each = weights_by_object(predictions.object_id)
+    known: dict[str, float | Values] = {**trials(predictions, each), **histories.trials()}
+    of_class, of_bin = confusion(predictions, each).sum(axis=-1), Reliability.of(predictions, each).weight
     n_classes = len(predictions.classes)
     return Evaluation(
         model=card.name,
@@ -210,14 +215,17 @@ def evaluate(
         threshold=predictions.threshold,
         alerts=dict(zip(predictions.classes, np.bincount(predictions.truth).tolist(), strict=True)),
         objects=len(np.unique(predictions.object_id)),
-        figures={name: Estimate.of(figure, drawn[name]) for name, figure in whole.items()},
+        figures={name: Estimate.of(figure, drawn[name], known[name]) for name, figure in whole.items()},
         calibration=describe_calibration(predictions),
         confusion=tuple(
-            tuple(Estimate.of(shares[t, d], drawn_shares[:, t, d]) for d in range(n_classes)) for t in range(n_classes)
+            tuple(Estimate.of(shares[t, d], drawn_shares[:, t, d], of_class[t]) for d in range(n_classes))
+            for t in range(n_classes)
         ),
         reliability=tuple(
             ReliabilityBin(
-                alerts=int(bins.weight[b]), said=bins.said[b], happened=Estimate.of(happened[b], drawn_happened[:, b])
+                alerts=int(bins.weight[b]),
+                said=bins.said[b],
+                happened=Estimate.of(happened[b], drawn_happened[:, b], of_bin[b]),
             )
             for b in np.flatnonzero(bins.weight).tolist()
         ),
@@ -231,7 +239,7 @@ def describe_calibration(predictions: Predictions) -> dict[str, Estimate]:
     calibrated model would show which says the same of as many alerts, its mean and the range of 95 % of its draws."""
     errors = errors_if_calibrated(predictions)
     return {
-        **estimate(partial(measure_calibration, predictions), predictions.object_id),
+        **estimate(partial(measure_calibration, predictions), predictions.object_id, partial(trials, predictions)),
         IF_CALIBRATED: Estimate.of(float(errors.mean()), errors),
     }
 

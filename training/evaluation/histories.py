@@ -60,6 +60,11 @@ class Histories:
             figures[f"{name}.completeness"] = ratio(found, weight @ true)
         return figures
 
+    def trials(self) -> dict[str, int]:
+        """How many objects each figure of `measure` is of."""
+        saved = {f"{name}.purity": int(saved.sum()) for name, saved in self.saved.items()}
+        return saved | {f"{name}.completeness": int((self.truth == 1).sum()) for name in self.saved}
+
 
 def _faint(predictions: Predictions, rows: NDArray[np.int64]) -> bool:
     return bool(predictions.truth[rows[0]] == 1 and predictions.magpsf[rows].min() > BRIGHT)

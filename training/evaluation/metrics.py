@@ -7,6 +7,7 @@ Never draws a resample, never rounds.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ CALIBRATED_DRAWS = 1000
 CALIBRATED_SEED = 2026
 MISSED = (0.01, 0.05)
 """False-negative rates at which the false-positive rate is given."""
+_MISSED_NAMES = tuple(f"fpr_at_fnr_{share * 100:.0f}" for share in MISSED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,40 @@ def measure(predictions: Predictions, weight: Weights) -> dict[str, Values]:
     return figures
 
 
+def trials(predictions: Predictions, weight: Weights) -> dict[str, Values]:
+    """How many objects each figure of `measure` is of, for weights [..., N] that sum to 1 over each object; of a mean
+    over the classes, the harmonic mean of theirs."""
+    decided = predictions.decided
+    of_label = {}
+    for label in predictions.labels:
+        c = predictions.classes.index(label)
+        positive = weight @ (predictions.truth == c)
+        negative = weight.sum(axis=-1) - positive
+        pairs = np.minimum(positive, negative)
+        of_label[label] = {
+            "roc_auc": pairs,
+            "average_precision": pairs,
+            "precision": weight @ (decided == c),
+            "recall": positive,
+            "f1": positive,
+            **dict.fromkeys(_MISSED_NAMES, negative),
+        }
+    figures = _over_labels(predictions, of_label, harmonic_mean)
+    existing = [weight @ (predictions.truth == c) for c in range(len(predictions.classes))]
+    return figures | {
+        "accuracy": weight.sum(axis=-1),
+        "balanced_accuracy": harmonic_mean(existing),
+        "ece": weight.sum(axis=-1),
+    }
+
+
+def harmonic_mean(trials: Sequence[Values]) -> Values:
+    """Of numbers of trials. A mean of shares, each without a failure, is as uncertain as a share of so many trials; 0
+    where one of them has no trial."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(len(trials) / np.sum([np.divide(1.0, each) for each in trials], axis=0))
+
+
 def measure_calibration(predictions: Predictions, weight: Weights) -> dict[str, Values]:
     """How well the probabilities are calibrated: `calibration_slope`, `calibration_intercept` and `ece`.
 
@@ -116,10 +152,18 @@ def measure_calibration(predictions: Predictions, weight: Weights) -> dict[str, 
     return _over_labels(predictions, of_label) | {"ece": Reliability.of(predictions, weight).expected_error}
 
 
-def _over_labels(predictions: Predictions, of_label: dict[str, dict[str, Values]]) -> dict[str, Values]:
+def _mean(figures: Sequence[Values]) -> Values:
+    return np.asarray(np.mean(figures, axis=0))
+
+
+def _over_labels(
+    predictions: Predictions,
+    of_label: dict[str, dict[str, Values]],
+    mean: Callable[[Sequence[Values]], Values] = _mean,
+) -> dict[str, Values]:
     """The mean of each figure over the labels and, where there are several, each label's own."""
     names = next(iter(of_label.values()))
-    figures = {name: np.mean([known[name] for known in of_label.values()], axis=0) for name in names}
+    figures = {name: mean([known[name] for known in of_label.values()]) for name in names}
     if not predictions.binary:
         figures |= {f"{label}.{name}": value for label, known in of_label.items() for name, value in known.items()}
     return figures
@@ -217,5 +261,5 @@ def _one_against_the_rest(
         "precision": np.where((claimed == 0) & (existing > 0), 0, ratio(found, claimed)),
         "recall": ratio(found, existing),
         "f1": ratio(2 * found, claimed + existing),
-        **{f"fpr_at_fnr_{share:.0%}".removesuffix("%"): ranking.false_positive_rate_missing(share) for share in MISSED},
+        **{name: ranking.false_positive_rate_missing(share) for name, share in zip(_MISSED_NAMES, MISSED, strict=True)},
     }

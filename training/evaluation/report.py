@@ -98,7 +98,8 @@ def _summary(contenders: Sequence[Contender]) -> str:
     return (
         f"Split {evaluation.split} of data set {evaluation.dataset_sha256[:12]}: {counts} alerts of "
         f"{evaluation.objects:,} objects. Labels: {evaluation.labels}. In parentheses 95 % intervals: percentiles of "
-        f"{RESAMPLES:,} resamples of the objects, each with all its alerts."
+        f"{RESAMPLES:,} resamples of the objects, each with all its alerts; where all of these are alike, "
+        "Clopper-Pearson intervals with an object a trial."
     )
 
 

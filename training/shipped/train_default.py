@@ -34,7 +34,7 @@ from broker_filter.scoring.networks import build_network, load_network
 from training.checkpoint import beside
 from training.data.datasets import Alerts, held_out, load_alerts, sha256_of
 from training.errors import DatasetError, TrainingError, refuse_existing
-from training.evaluation.bootstrap import as_card, estimate
+from training.evaluation.bootstrap import INTERVALS, as_card, estimate
 from training.evaluation.metrics import Values, Weights, rank, ratio
 from training.shipped.distil import Hint, Recipe, distil, run_over
 
@@ -155,10 +155,10 @@ def evaluate(
     }
     card: dict[str, float | int | str] = {
         "split": f"{TEST_FRACTION:.0%} of the objects, seed {SPLIT_SEED}: none of their alerts were trained on",
-        "intervals": "95 %, bootstrap by object",
+        "intervals": INTERVALS,
     }
     for prefix, (truth, alerts, score, said) in sides.items():
-        found = estimate(partial(figures, score, said), alerts.object_id)
+        found = estimate(partial(figures, score, said), alerts.object_id, partial(trials, score, said))
         about: dict[str, float | int | str] = {
             "truth": truth,
             "alerts": len(alerts),
@@ -184,17 +184,35 @@ def figures(score: NDArray[np.floating], logit: NDArray[np.float32], weight: Wei
     gives more than 0.8 so many are real; `completeness_above_0.8`: so many of the real ones are among them.
     """
     real = score > 0.5
+    shares = _shares(score, logit)
+    return {"roc_auc": rank(real, logit, weight).roc_auc} | {
+        name: ratio(weight @ part, weight @ whole) for name, (part, whole) in shares.items()
+    }
+
+
+def trials(score: NDArray[np.floating], logit: NDArray[np.float32], weight: Weights) -> dict[str, Values]:
+    """How many objects each of the `figures` is of, for weights [N] that sum to 1 over each object."""
+    real = score > 0.5
+    return {"roc_auc": np.minimum(weight @ real, weight @ ~real)} | {
+        name: weight @ whole for name, (_, whole) in _shares(score, logit).items()
+    }
+
+
+def _shares(
+    score: NDArray[np.floating], logit: NDArray[np.float32]
+) -> dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
+    """The figures that are shares: of which alerts [N], and of them which [N] count."""
+    real = score > 0.5
     agree, sure = (logit > 0) == real, (score < UNSURE[0]) | (score > UNSURE[1])
-    values = {
-        "roc_auc": rank(real, logit, weight).roc_auc,
-        "agreement": ratio(weight @ agree, weight.sum(axis=-1)),
-        "agreement_where_truth_is_sure": ratio(weight @ (agree & sure), weight @ sure),
+    shares = {
+        "agreement": (agree, np.ones_like(agree)),
+        "agreement_where_truth_is_sure": (agree & sure, sure),
     }
     for threshold in THRESHOLDS:
         above = _sigmoid(logit) > threshold
-        values[f"purity_above_{threshold}"] = ratio(weight @ (above & real), weight @ above)
-        values[f"completeness_above_{threshold}"] = ratio(weight @ (above & real), weight @ real)
-    return values
+        shares[f"purity_above_{threshold}"] = (above & real, above)
+        shares[f"completeness_above_{threshold}"] = (above & real, real)
+    return shares
 
 
 def _sigmoid(logit: NDArray[np.float32]) -> NDArray[np.float64]:

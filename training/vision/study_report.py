@@ -12,8 +12,8 @@ from functools import partial
 
 import numpy as np
 
-from training.evaluation.bootstrap import RESAMPLES, Estimate, resample
-from training.evaluation.metrics import Values, measure
+from training.evaluation.bootstrap import RESAMPLES, Estimate, resample, weights_by_object
+from training.evaluation.metrics import Values, measure, trials
 from training.evaluation.predictions import Predictions
 from training.evaluation.report import FIGURES, Table, verdict
 
@@ -39,21 +39,24 @@ class Cell:
     roc_auc: tuple[float, ...]  # of each seed
     figures: Mapping[str, float]  # means over the seeds
     resampled: Mapping[str, Values]  # [R] the same in every resample of the objects
+    trials: Mapping[str, float]  # objects that each figure is of, of the seeds the fewest
 
     @classmethod
     def of(cls, runs: Sequence[Predictions]) -> Cell:
         """From what each seed's run says of the test split."""
         each = [measure(run, np.ones(len(run))) for run in runs]
+        known = [trials(run, weights_by_object(run.object_id)) for run in runs]
         drawn = [resample(partial(measure, run), run.object_id) for run in runs]
         return cls(
             tuple(float(figures["roc_auc"]) for figures in each),
             {name: float(np.mean([figures[name] for figures in each])) for name in FIGURES},
             {name: np.mean([figures[name] for figures in drawn], axis=0) for name in FIGURES},
+            {name: min(float(figures[name]) for figures in known) for name in FIGURES},
         )
 
     def estimate(self, name: str) -> Estimate:
         """A figure with its interval."""
-        return Estimate.of(self.figures[name], self.resampled[name])
+        return Estimate.of(self.figures[name], self.resampled[name], self.trials[name])
 
     def ahead_of(self, other: Cell, name: str) -> Estimate:
         """By how much this cell's figure is larger."""
@@ -66,7 +69,8 @@ def as_markdown(runs: Mapping[Choice, Sequence[Predictions]], planned: int) -> s
     finished = sum(map(len, runs.values()))
     intro = (
         f"{finished} of {planned} runs. Means over the seeds; in parentheses 95 % intervals, percentiles of "
-        f"{RESAMPLES:,} resamples of the test split's objects, each with all its alerts."
+        f"{RESAMPLES:,} resamples of the test split's objects, each with all its alerts; where all of these "
+        "are alike, Clopper-Pearson intervals with an object a trial."
     )
     tables = []
     for dataset in dict.fromkeys(choice.dataset for choice in cells):

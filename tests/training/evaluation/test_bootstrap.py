@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from training.evaluation import bootstrap
-from training.evaluation.bootstrap import Estimate, estimate, resample
+from training.evaluation.bootstrap import Estimate, estimate, exact_interval, resample
 from training.evaluation.metrics import Values, Weights
 
 
@@ -71,3 +71,41 @@ def test_draws_are_the_same_whatever_the_order_of_alerts_and_the_number_held_at_
 def test_resamples_without_a_figure_are_left_out_and_a_figure_without_a_value_has_no_interval() -> None:
     assert Estimate.of(0.5, np.array([0.4, np.nan, 0.4])) == Estimate(value=0.5, low=0.4, high=0.4)
     assert Estimate.of(np.nan, np.full(3, np.nan)) == Estimate(value=None, low=None, high=None)
+
+
+@pytest.mark.parametrize(
+    ("share", "trials", "low", "high"),
+    [
+        (1.0, 39, 0.0252 ** (1 / 39), 1.0),  # 0.9097: what Clopper and Pearson's tables have for 39 of 39
+        (0.0, 39, 0.0, 1 - 0.0252 ** (1 / 39)),
+        (0.5, 10, 0.1871, 0.8129),  # 5 of 10
+        (1.0, 0, 0.0, 1.0),
+    ],
+)
+def test_exact_intervals_are_those_of_the_binomial_distribution(
+    share: float, trials: float, low: float, high: float
+) -> None:
+    assert exact_interval(share, trials) == pytest.approx((low, high), abs=5e-4)
+
+
+def test_a_share_that_all_objects_agree_on_has_an_interval_of_as_many_trials_as_there_are_objects() -> None:
+    objects = np.array([f"object {i // 4}" for i in range(80)])  # twenty of them
+    right = np.ones(80)
+    found = estimate(partial(mean, right), objects)["mean"]
+    assert (found.value, found.high) == (1, 1)
+    assert found.low == pytest.approx(0.025 ** (1 / 20))
+    wrong = estimate(partial(mean, 0 * right), objects)["mean"]
+    assert (wrong.value, wrong.low) == (0, 0)
+    assert wrong.high == pytest.approx(1 - 0.025 ** (1 / 20))
+
+
+def test_exact_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """Of 30 objects and a purity of 0.97, two of five samples have no failure, and a bootstrap of those no width."""
+    rng = np.random.default_rng(8)
+    objects = np.array([f"object {i}" for i in range(30)])
+    perfect = [sample for sample in rng.random((40, 30)) < 0.97 if sample.all()]
+    assert len(perfect) > 5
+    for sample in perfect:
+        found = estimate(partial(mean, sample.astype(np.float64)), objects)["mean"]
+        assert found.low is not None
+        assert found.low < 0.97 < 1 == found.high

@@ -164,3 +164,25 @@ def test_predictions_that_are_cut_off(model: Model, dataset: Dataset, tmp_path: 
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(EvaluationError, match="no table of predictions"):
         Predictions.read(path, ("bogus", "real"), 0.5)
+
+
+def test_no_interval_of_a_model_without_a_mistake_is_a_point(dataset: Dataset) -> None:
+    view = dataset["train"]
+    scores = np.where(view.label == 1, 0.99, 0.01).astype(np.float32)[:, None]
+    perfect = Predictions(
+        ("bogus", "real"), view.alert_id, view.object_id, np.full(len(view), 18.0), view.label, scores, threshold=0.5
+    )
+    card = open_model("default", Runtime(engine="onnxruntime", device="cpu")).bundle.card
+    evaluation = evaluate(card, dataset.card, "train", perfect, [])
+    bogus = len(np.unique(view.object_id[view.label == 0]))
+    real = len(np.unique(view.object_id[view.label == 1]))
+    shares = {**evaluation.figures, **{f"bin {i}": found.happened for i, found in enumerate(evaluation.reliability)}}
+    shares |= {f"confusion {i}": share for i, share in enumerate(np.array(evaluation.confusion).ravel().tolist())}
+    for name, figure in shares.items():
+        assert figure.low is not None, name
+        assert figure.high is not None, name
+        assert figure.high > figure.low, name
+    auc, recall = evaluation.figures["roc_auc"], evaluation.figures["recall"]
+    assert (auc.value, auc.high, recall.value, recall.high) == (1, 1, 1, 1)
+    assert auc.low == pytest.approx(0.025 ** (1 / min(bogus, real)))
+    assert recall.low == pytest.approx(0.025 ** (1 / real))
