@@ -14,7 +14,6 @@ from threading import Lock
 from typing import BinaryIO, NamedTuple
 
 import cramjam
-import pyarrow as pa
 
 from broker_filter.packets.rejects import RejectReason
 from broker_filter.packets.schema import (
@@ -369,6 +368,8 @@ def _inflate_snappy(stored: memoryview, limit: int) -> bytes:
 
 
 def _inflate_zstandard(stored: memoryview, limit: int) -> bytes:
+    import pyarrow as pa  # a tenth of a second at every start, for a codec that few use
+
     try:
         with pa.CompressedInputStream(pa.BufferReader(pa.py_buffer(stored)), "zstd") as stream:
             return bytes(stream.read(limit + 1))

@@ -53,7 +53,7 @@ MAX_POINTS = 1024
 """Of a light curve: attention looks from each at each, and the bound keeps a bad card from asking for gigabytes."""
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
-"""An identifier, because it prefixes output columns (`d6_m7.real`) and stands in filters."""
+"""An identifier: output columns of tables (`d6_m7__real`) and names in filters (`d6_m7.real`) begin with it."""
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 """A file beside the card: no separators, no leading dot, so that no name leads out of the bundle."""
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

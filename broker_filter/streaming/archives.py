@@ -461,6 +461,7 @@ _COMPRESSIONS = (
     _Compression("xz", b"\xfd7zXZ\x00", _open_xz),
     _Compression("bzip2", b"BZh", _open_bzip2),
     _Compression("zstd", b"\x28\xb5\x2f\xfd", partial(_open_by_arrow, "zstd")),
+    _Compression("zstd", b"\x50\x2a\x4d\x18", partial(_open_by_arrow, "zstd")),  # pzstd begins with an empty frame
     _Compression("lz4", b"\x04\x22\x4d\x18", partial(_open_by_arrow, "lz4")),
 )
 

@@ -148,6 +148,12 @@ def test_every_compression_is_read_alone_in_a_tar_and_around_one(tmp_path: Path,
     assert read(night) == expected
 
 
+def test_what_pzstd_writes_is_read(tmp_path: Path) -> None:
+    size_of_the_next_frame = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + bytes(4)
+    path = save(tmp_path, "night.tar.zst", size_of_the_next_frame + zstd(tar(PACKETS)))
+    assert [data for _, data in read(path)] == [data for _, data in PACKETS]
+
+
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_streams_that_were_joined_are_read_to_the_end(tmp_path: Path, suffix: str) -> None:
     archive, compress = tar(PACKETS), COMPRESS[suffix]
