@@ -12,6 +12,10 @@ image=localhost/broker-filter
 debian_base=localhost/broker-filter-base
 debian=bookworm  # the first with Python 3.11
 read -ra build_flags <<<"${BUILD_FLAGS:-}"
+# This machine's certificate authorities and its configuration of pip hold during the build: a proxy may need them.
+for path in /etc/ssl/certs /etc/pip.conf /etc/xdg/pip; do
+    [ ! -e "$path" ] || build_flags+=(--volume "$path:$path:ro")
+done
 export BUILDAH_ISOLATION=chroot  # needs no more rights than chroot: it works inside a container, too
 
 command -v buildah >/dev/null || { echo 'buildah is needed (Debian: apt-get install buildah)' >&2; exit 1; }
