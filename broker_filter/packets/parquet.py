@@ -22,6 +22,13 @@ from broker_filter.packets import ocf
 MAGIC = b"PAR1"
 ROWS_AT_A_TIME = 32
 """A few megabytes of LSST alerts."""
+MAX_RATIO = 1032
+"""What a file's rows may take for each of its bytes. Repeated values take hardly any bytes in Parquet, so that there is
+no greatest ratio as there is of deflate, whose is this; a file of different alerts does not reach 10."""
+ALWAYS_ALLOWED_BYTES = 64 << 20
+"""What the rows of a small file may take, which may well hold an alert some hundred times."""
+VALUE_BYTES = 8
+"""What a value takes at least when it is read."""
 
 _AVRO_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _NULL = "null"
@@ -54,13 +61,17 @@ class Rows:
 
     Structs become records, lists of every kind Avro arrays, maps Avro maps, timestamps and dates
     Avro's logical types. `left_out`: the columns whose type or name Avro cannot express, by dotted path, with their
-    types. Raises `ParquetError` where the file is damaged, when it is opened and while it is read.
+    types. Raises `ParquetError` where the file is damaged, when it is opened and while it is read, and where its rows
+    take more than MAX_RATIO times its bytes and more than ALWAYS_ALLOWED_BYTES.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self.left_out: dict[str, pa.DataType] = {}
+        self._allowed = max(ALWAYS_ALLOWED_BYTES, MAX_RATIO * file.seek(0, io.SEEK_END))
+        file.seek(0)
         with _damage_as_parquet_error():
             self._file = pq.ParquetFile(file, coerce_int96_timestamp_unit="us")
+            self._check_claims(self._file.metadata)
             self._schema = self._record(self._file.schema_arrow, "alert", "")
 
     def __iter__(self) -> Iterator[bytes]:
@@ -70,11 +81,23 @@ class Rows:
             header = ocf.container_header(schema_json, sync)
             encodable = fastavro.parse_schema(self._schema)
             columns = [field["name"] for field in self._schema["fields"]]
+            left = self._allowed
             for batch in self._file.iter_batches(ROWS_AT_A_TIME, columns=columns, use_threads=False):
                 for row in batch.to_pylist(maps_as_pydicts="lossy"):
                     body = io.BytesIO()
                     fastavro.schemaless_writer(body, encodable, row)
-                    yield header + ocf.encode_block(1, body.getvalue(), sync)
+                    container = header + ocf.encode_block(1, body.getvalue(), sync)
+                    left -= len(container)
+                    if left < 0:
+                        raise ParquetError(f"its rows take more than {self._allowed} bytes, too many for its size")
+                    yield container
+
+    def _check_claims(self, metadata: pq.FileMetaData) -> None:
+        """Raises ParquetError where a column claims to hold more values, or bytes, than are allowed."""
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            for column in map(group.column, range(group.num_columns)):
+                if max(column.num_values * VALUE_BYTES, column.total_uncompressed_size) > self._allowed:
+                    raise ParquetError(f"column {column.path_in_schema} claims more than {self._allowed} bytes")
 
     def _record(self, fields: Iterable[pa.Field], name: str, path: str) -> dict[str, Any]:
         """An Avro record of those fields that Avro can express. `name` is unique by the fields that lead to it."""

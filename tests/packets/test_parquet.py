@@ -16,7 +16,7 @@ import pytest
 
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.parquet import ROWS_AT_A_TIME, ParquetError, Rows, read_rows
+from broker_filter.packets.parquet import ALWAYS_ALLOWED_BYTES, ROWS_AT_A_TIME, ParquetError, Rows, read_rows
 from broker_filter.packets.registry import open_registry
 
 
@@ -214,3 +214,24 @@ def test_rows_come_in_order_over_row_groups() -> None:
 def test_damaged_file_raises_parquet_error(damaged: bytes) -> None:
     with pytest.raises(ParquetError):
         list(read_rows(io.BytesIO(damaged)))
+
+
+def test_a_few_kilobytes_that_mean_gigabytes_are_read_until_they_are_too_many() -> None:
+    file = io.BytesIO()
+    same = pa.DictionaryArray.from_arrays(pa.array(np.zeros(200_000, np.int32)), pa.array(["x" * 100_000]))
+    pq.write_table(pa.table({"text": same}), file, compression="zstd")
+    assert file.tell() < 20_000
+    sizes = []
+    with pytest.raises(ParquetError, match="more than"):
+        sizes.extend(len(container) for container in read_rows(file))
+    assert 0 < max(sizes) < 101_000
+    assert sum(sizes) <= ALWAYS_ALLOWED_BYTES
+
+
+def test_a_row_with_more_values_than_memory_holds_is_not_read() -> None:
+    values = pa.ListArray.from_arrays(pa.array([0, 20_000_000], pa.int32()), pa.nulls(20_000_000, pa.bool_()))
+    file = io.BytesIO()
+    pq.write_table(pa.table({"many": values}), file, compression="zstd")
+    assert file.tell() < 50_000
+    with pytest.raises(ParquetError, match="many"):
+        next(read_rows(file))
