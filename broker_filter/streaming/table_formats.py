@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -30,6 +30,8 @@ NULL_TEXT = "None"
 """What astropy makes of a null among texts; a narrower column would cut it off."""
 FITS_BLOCK = 2880
 """Bytes: every part of a FITS file is padded to a multiple of them (FITS standard 4.0, section 3.1)."""
+FITS_COMMENT = 70
+"""Characters of a COMMENT card that astropy fills."""
 FITS_NULL = np.iinfo(np.int64).min
 """The integer that stands for null in FITS (TNULLn)."""
 _YAML_WIDTH = 1 << 16
@@ -190,7 +192,9 @@ class _Fits:
         header = fits.BinTableHDU.from_columns(columns, nrows=0).header
         header["NAXIS2"] = self._rows
         for number, field in enumerate(self._schema, start=1):
-            header[f"TCOMM{number}"] = _said(field, "description").encode("ascii", "replace").decode()
+            header[f"TCOMM{number}"] = _said(field, "description").encode("ascii", "replace").decode()  # for TOPCAT
+        for comment in _astropy_comments(self._schema):
+            header.add_comment(comment)
         self._stream.write(fits.PrimaryHDU().header.tostring().encode() + header.tostring().encode())
         dtype = np.dtype([(field.name, kind) for field, (_, kind) in zip(self._schema, formats, strict=True)])
         with self._waiting:
@@ -293,6 +297,17 @@ def _astropy_header(schema: pa.Schema) -> str:
         entry["description"] = _said(field, "description")
         entries.append({key: value for key, value in entry.items() if value})
     return yaml.safe_dump({"datatype": entries}, sort_keys=False, default_flow_style=None, width=_YAML_WIDTH)
+
+
+def _astropy_comments(schema: pa.Schema) -> Iterator[str]:
+    """The same as COMMENT cards of FITS: lines of FITS_COMMENT characters, with a backslash where one goes on."""
+    header = _astropy_header(schema).encode("ascii", "replace").decode()
+    yield "--BEGIN-ASTROPY-SERIALIZED-COLUMNS--"
+    for line in [*header.splitlines(), "meta:", "  __serialized_columns__: {}"]:
+        pieces = [line[start : start + FITS_COMMENT] for start in range(0, len(line), FITS_COMMENT)]
+        yield from (f"{piece}\\" for piece in pieces[:-1])
+        yield pieces[-1]
+    yield "--END-ASTROPY-SERIALIZED-COLUMNS--"
 
 
 def _avro_schema(schema: pa.Schema) -> dict[str, Any]:

@@ -268,8 +268,8 @@ def test_astropy_reads_ids_units_and_descriptions(clean: Callable[[str], Path], 
     assert [str(table[name].unit) for name in ("mjd", "ra", "dec")] == ["d", "deg", "deg"]
     assert [str(name) for name in table["status"]] == ["scored", "scored"]
     assert list(table["duplicate"]) == [False, True]
-    if suffix != ".fits":
-        assert table["ra"].description == "right ascension (ICRS)"
+    assert table["ra"].description == "right ascension (ICRS)"
+    assert table["mjd"].description.startswith("time: start of the exposure, UTC (ZTF); middle of the exposure, TAI")
 
 
 def test_astropy_opens_a_table_with_rejects(tmp_path: Path, scored: ScoredBatch) -> None:
