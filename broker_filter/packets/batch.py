@@ -123,7 +123,7 @@ class AlertBatch:
     `cutouts` holds each stamp's pixels bit for bit as published (NaN and 3.4e38 included), zero outside `cutout_box`,
     the rectangle (y0, x0, height, width) of real pixels: ZTF's short stamps stand at the top left, LSST's are centred,
     cropped where larger than S. `metadata` is float64 because times and positions need it; a value that is missing
-    (null, or the survey's sentinel) is NaN.
+    (null, infinite, or the survey's sentinel) is NaN.
     """
 
     packets: Sequence[Packet]

@@ -10,6 +10,7 @@ min(`GREATEST_RATIO` x its bytes, `max_packet_bytes`), beside a constant. `tests
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +33,7 @@ from broker_filter.packets.layout import (
 )
 from broker_filter.packets.ocf import MAGIC, MAX_CONTAINER_BYTES, Block, Container, Damage, read_container
 from broker_filter.packets.packet import Packet
-from broker_filter.packets.photometry import NO_ALERT, Points, light_curves
+from broker_filter.packets.photometry import NO_ALERT, Points, detections_without_flux, light_curves
 from broker_filter.packets.plan import field_paths
 from broker_filter.packets.registry import SchemaRegistry, UnknownSchemaId
 from broker_filter.packets.rejects import Reject, RejectReason
@@ -79,6 +80,11 @@ _DOUBTFUL = frozenset(
 NO_ID = -1
 """No schema's id."""
 
+_MAX_SAID = 100
+"""Schemas of which a warning is given: packets bring their own, and must not fill the log."""
+
+log = logging.getLogger(__name__)
+_said: set[str] = set()
 _T = TypeVar("_T", bound=np.generic)
 
 
@@ -451,6 +457,7 @@ class _Columns:
         alert_of_row[rows] = np.arange(len(rows))
         pieces = [points._replace(alert=alert_of_row[points.alert]) for points in self._points]
         walked = [self._walked[row] for row in kept]
+        self._say_lost(detections_without_flux(pieces), walked)
         return AlertBatch(
             packets=packets,
             packet_index=np.array([item.packet for item in walked], dtype=np.int32),
@@ -470,6 +477,17 @@ class _Columns:
             metadata=self._metadata[rows],
             light_curves=light_curves(len(rows), pieces),
         )
+
+    def _say_lost(self, lost: NDArray[np.int64], walked: Sequence[_Walked]) -> None:
+        """Says, once for a schema, that detections in the `lost` rows of the batch have no flux."""
+        for fingerprint in dict.fromkeys(walked[row].plan.schema.fingerprint for row in lost.tolist()):
+            if fingerprint not in _said and len(_said) < _MAX_SAID:
+                _said.add(fingerprint)
+                log.warning(
+                    "detections without a flux are left out of light curves: `isdiffpos` (ZTF) is none of t, f, 1, 0, "
+                    "true, false, or `psfFlux` (LSST) is missing; first seen with schema %s",
+                    fingerprint,
+                )
 
     def _record(self, row: int) -> Record:
         item, spans = self._walked[row], self._span_lists[row]

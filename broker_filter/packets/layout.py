@@ -165,6 +165,7 @@ class Layout:
         metadata[metadata == self._missing] = np.nan
         for place, source in self._computed:
             metadata[:, place] = self.column(source, scalars, ids, so_far)
+        metadata[np.isinf(metadata)] = np.nan  # infinity is no measurement: models and filters take it for missing
         return metadata
 
     def alert_ids(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:

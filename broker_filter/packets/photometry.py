@@ -1,6 +1,7 @@
 """Magnitudes, fluxes and bands in the units of an AlertBatch, and the light curves made of them.
 
-Works on the columns of a whole batch; NaN stands for no value. Must never drop a point that has a time and a flux.
+Works on the columns of a whole batch; NaN stands for no value. Must never drop a point that has a time and a flux, nor
+a detection in silence: `detections_without_flux` names those that cannot be kept.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ LIMIT_SIGMAS = 5.0
 _BAND_OF_LETTER = np.full(256, float(UNKNOWN_BAND))
 _BAND_OF_LETTER[[ord(band) for band in BANDS]] = range(len(BANDS))
 
+_TRUE = (1.0, *map(ord, "1tT+"))
+_FALSE = (0.0, -1.0, *map(ord, "0fF-"))
+_FILTERS = {1.0: tuple(map(ord, "1g")), 2.0: tuple(map(ord, "2r")), 3.0: tuple(map(ord, "3i"))}
+
 NO_ALERT = -1
 """The row of an alert that did not come to be: its points are left out."""
 
@@ -63,16 +68,38 @@ def nanojansky(magnitude: Values) -> Values:
     return flux
 
 
+def flag(values: Values) -> Values:
+    """1 where a boolean says true, 0 where it says false, NaN where it says neither.
+
+    Redistributors write booleans, and ZTF's `isdiffpos`, as numbers or as text, of which `values` has the first
+    letter's code: true, True, t, 1, 1.0, +1; false, False, f, 0, 0.0, -1.
+    """
+    return np.where(_is_one_of(values, _TRUE), 1.0, np.where(_is_one_of(values, _FALSE), 0.0, np.nan))
+
+
 def sign(isdiffpos: Values) -> Values:
-    """+1 where ZTF's `isdiffpos` says positive ('t', '1', 1 or true), -1 where negative ('f', '0', 0, -1 or false)."""
-    positive = (isdiffpos == ord("t")) | (isdiffpos == ord("1")) | (isdiffpos == 1)
-    negative = (isdiffpos == ord("f")) | (isdiffpos == ord("0")) | (isdiffpos == 0) | (isdiffpos == -1)
-    return np.where(positive, 1.0, np.where(negative, -1.0, np.nan))
+    """+1 where ZTF's `isdiffpos` says positive, -1 where negative; see `flag` for how it is spelled."""
+    return 2 * flag(isdiffpos) - 1
+
+
+def ztf_filter(fid: Values) -> Values:
+    """ZTF's filter id (1 g, 2 r, 3 i), also of text that gives the number or the filter's letter."""
+    for number, spellings in _FILTERS.items():
+        fid = np.where(_is_one_of(fid, spellings), number, fid)
+    return fid
 
 
 def ztf_band(fid: Values) -> Values:
-    """ZTF's filter id (1 g, 2 r, 3 i) as an index into BANDS, where it begins with u."""
+    """ZTF's filter id, as `ztf_filter` takes it, as an index into BANDS, where it begins with u."""
+    fid = ztf_filter(fid)
     return np.where((fid == 1) | (fid == 2) | (fid == 3), fid, float(UNKNOWN_BAND))
+
+
+def _is_one_of(values: Values, spellings: Sequence[float]) -> NDArray[np.bool_]:
+    found = np.zeros(values.shape, np.bool_)
+    for spelling in spellings:
+        found |= values == spelling
+    return found
 
 
 def letter_band(letter: Values) -> Values:
@@ -138,6 +165,23 @@ def lsst_forced(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
     return lsst_detections(alert, values)._replace(kind=np.full(len(alert), float(Measurement.FORCED)))
 
 
+def detections_without_flux(pieces: Sequence[Points]) -> NDArray[np.int64]:
+    """The alert of each detection that has a time and no finite flux, and is left out of the light curves for that.
+
+    The sign of a ZTF detection may not be understood (`isdiffpos`), or an LSST one have no `psfFlux`.
+    """
+    lost = [
+        points.alert[
+            (points.kind == Measurement.DETECTION)
+            & (points.alert != NO_ALERT)
+            & np.isfinite(points.mjd)
+            & ~np.isfinite(points.flux)
+        ]
+        for points in pieces
+    ]
+    return np.concatenate(lost) if lost else np.empty(0, np.int64)
+
+
 def light_curves(n_alerts: int, pieces: Sequence[Points]) -> LightCurves:
     """The light curves of `n_alerts` from their points in any order; one without finite time and flux is left out."""
     columns = [np.concatenate(column) for column in zip(*pieces, strict=True)] if pieces else [np.empty(0)] * 6
@@ -148,6 +192,7 @@ def light_curves(n_alerts: int, pieces: Sequence[Points]) -> LightCurves:
     order = order[((alert != NO_ALERT) & np.isfinite(mjd) & np.isfinite(narrow))[order]]
     offsets = np.zeros(n_alerts + 1, dtype=np.int64)
     np.cumsum(np.bincount(alert[order].astype(np.int64), minlength=n_alerts), out=offsets[1:])
+    narrow_err[np.isinf(narrow_err)] = np.nan  # an infinite error is no measurement either
     return LightCurves(
         offsets=offsets,
         mjd=mjd[order],

@@ -24,6 +24,7 @@ from broker_filter.packets.photometry import (
     DetectionsSoFar,
     Points,
     Values,
+    flag,
     letter_band,
     lsst_detections,
     lsst_forced,
@@ -32,6 +33,7 @@ from broker_filter.packets.photometry import (
     ztf_band,
     ztf_detections,
     ztf_detections_so_far,
+    ztf_filter,
     ztf_forced,
 )
 
@@ -133,8 +135,12 @@ def _lsst(*names: str) -> Field:
     return Field(tuple(f"diaSource.{name}" for name in names))
 
 
+def _flag(*names: str) -> Derived:
+    return Derived(flag, (Field(tuple(f"diaSource.{name}" for name in names), letter=True),))
+
+
 ZTF_JD = _ztf("jd")
-ZTF_FID = _ztf("fid")
+ZTF_FID = _ztf("fid", letter=True)
 ZTF_RA = _ztf("ra", NO_VALUE)
 ZTF_DEC = _ztf("dec", NO_VALUE)
 ZTF_MAGPSF = _ztf("magpsf", NO_VALUE)
@@ -208,7 +214,7 @@ COLUMNS: tuple[Column, ...] = (
         "isdiffpos",
         "1 or 0",
         "brighter (1) or fainter (0) than the template",
-        Derived(lambda letter: (sign(letter) + 1) / 2, (ZTF_ISDIFFPOS,)),
+        Derived(flag, (ZTF_ISDIFFPOS,)),
         Derived(_positive, (LSST_FLUX,)),
     ),
     Column(
@@ -228,7 +234,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("rb", "0 to 1", "real-bogus score of the survey's random forest", _ztf("rb", NO_VALUE)),
     Column("classtar", "0 to 1", "star/galaxy score of SExtractor", _ztf("classtar", NO_VALUE)),
     # ZTF: the exposure.
-    Column("fid", "", "filter: 1 g, 2 r, 3 i", ZTF_FID),
+    Column("fid", "", "filter: 1 g, 2 r, 3 i", Derived(ztf_filter, (ZTF_FID,))),
     Column("programid", "", "1 public, 2 partnership, 3 Caltech", _ztf("programid")),
     Column("field", "", "field of the sky grid", _ztf("field")),
     Column("rcid", "", "readout channel, 0 to 63", _ztf("rcid")),
@@ -337,7 +343,7 @@ COLUMNS: tuple[Column, ...] = (
     # LSST.
     Column("reliability", "0 to 1", "real-bogus score of the survey's network", lsst=_lsst("reliability")),
     Column("extendedness", "0 to 1", "point-like (0) or extended (1)", lsst=_lsst("extendedness")),
-    Column("isNegative", "1 or 0", "detected as a negative source", lsst=_lsst("isNegative", "is_negative")),
+    Column("isNegative", "1 or 0", "detected as a negative source", lsst=_flag("isNegative", "is_negative")),
     Column("visit", "", "exposure", lsst=_lsst("visit")),
     Column("detector", "", "detector, 0 to 188", lsst=_lsst("detector")),
     Column("apFlux", "nJy", "aperture difference flux", lsst=_lsst("apFlux")),
@@ -358,14 +364,14 @@ COLUMNS: tuple[Column, ...] = (
     Column("trailFlux", "nJy", "flux of the trail fitted", lsst=_lsst("trailFlux")),
     Column("dipoleLength", "arcsec", "separation of the dipole fitted", lsst=_lsst("dipoleLength")),
     Column("dipoleMeanFlux", "nJy", "mean flux of its lobes", lsst=_lsst("dipoleMeanFlux")),
-    Column("isDipole", "1 or 0", "is a dipole", lsst=_lsst("isDipole")),
-    Column("glint_trail", "1 or 0", "belongs to a trail of glints", lsst=_lsst("glint_trail")),
-    Column("pixelFlags", "1 or 0", "pixel flags could not be read", lsst=_lsst("pixelFlags")),
-    Column("pixelFlags_edge", "1 or 0", "reaches off the detector", lsst=_lsst("pixelFlags_edge")),
-    Column("pixelFlags_bad", "1 or 0", "covers bad pixels", lsst=_lsst("pixelFlags_bad")),
-    Column("pixelFlags_cr", "1 or 0", "covers a cosmic ray", lsst=_lsst("pixelFlags_cr")),
-    Column("pixelFlags_saturated", "1 or 0", "covers saturated pixels", lsst=_lsst("pixelFlags_saturated")),
-    Column("pixelFlags_streak", "1 or 0", "covers a satellite's streak", lsst=_lsst("pixelFlags_streak")),
+    Column("isDipole", "1 or 0", "is a dipole", lsst=_flag("isDipole")),
+    Column("glint_trail", "1 or 0", "belongs to a trail of glints", lsst=_flag("glint_trail")),
+    Column("pixelFlags", "1 or 0", "pixel flags could not be read", lsst=_flag("pixelFlags")),
+    Column("pixelFlags_edge", "1 or 0", "reaches off the detector", lsst=_flag("pixelFlags_edge")),
+    Column("pixelFlags_bad", "1 or 0", "covers bad pixels", lsst=_flag("pixelFlags_bad")),
+    Column("pixelFlags_cr", "1 or 0", "covers a cosmic ray", lsst=_flag("pixelFlags_cr")),
+    Column("pixelFlags_saturated", "1 or 0", "covers saturated pixels", lsst=_flag("pixelFlags_saturated")),
+    Column("pixelFlags_streak", "1 or 0", "covers a satellite's streak", lsst=_flag("pixelFlags_streak")),
     Column("firstDiaSourceMjdTai", "d", "MJD of the first detection", lsst=Field(("diaObject.firstDiaSourceMjdTai",))),
     Column("lastDiaSourceMjdTai", "d", "MJD of the last detection", lsst=Field(("diaObject.lastDiaSourceMjdTai",))),
 )
@@ -405,7 +411,7 @@ ZTF = SurveyFormat(
             "prv_candidates",
             (
                 Field(("jd",)),
-                Field(("fid",)),
+                Field(("fid",), letter=True),
                 Field(("magpsf",)),
                 Field(("sigmapsf",)),
                 Field(("isdiffpos",), letter=True),
@@ -417,7 +423,7 @@ ZTF = SurveyFormat(
             "fp_hists",
             (
                 Field(("jd",)),
-                Field(("fid",)),
+                Field(("fid",), letter=True),
                 Field(("forcediffimflux",)),
                 Field(("forcediffimfluxunc",)),
                 Field(("magzpsci",)),

@@ -16,6 +16,8 @@ from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.photometry import Points, letter_band, light_curves, nanojansky, sign, ztf_band
 from broker_filter.packets.registry import open_registry
+from broker_filter.packets.rejects import Reject, RejectReason
+from tests.packets.test_stamps import fits_bytes, numbered
 
 
 class Point(NamedTuple):
@@ -134,8 +136,101 @@ def test_a_magnitude_of_the_zero_point_is_one_nanojansky() -> None:
 
 
 def test_every_spelling_of_isdiffpos_has_a_sign() -> None:
-    spelt = [ord("t"), ord("1"), 1, ord("f"), ord("0"), 0, -1, ord("x"), math.nan]
-    np.testing.assert_equal(sign(np.array(spelt, dtype=float)), [1, 1, 1, -1, -1, -1, -1, math.nan, math.nan])
+    spelt = [*map(ord, "tT1+"), 1, *map(ord, "fF0-"), 0, -1, *map(ord, "xn"), math.nan]
+    expected = [*[1] * 5, *[-1] * 6, *[math.nan] * 3]
+    np.testing.assert_equal(sign(np.array(spelt, dtype=float)), expected)
+
+
+def ztf_alert(text: Any, points: list[Any], infinite: str | None = None) -> tuple[AlertBatch, list[Reject]]:
+    """An alert whose `isdiffpos` and `fid` are of the Avro type `text`, and a history of a detection for each value."""
+    numbers = [{"name": name, "type": "double"} for name in ("jd", "ra", "dec", "magpsf", "sigmapsf", "rb")]
+    again = text["name"] if isinstance(text, dict) else text
+    texts = [{"name": "fid", "type": ["null", text]}, {"name": "isdiffpos", "type": ["null", again]}]
+    candidate = {"type": "record", "name": "c", "fields": [*numbers, *texts, {"name": "rcid", "type": "int"}]}
+    cutout = {"type": "record", "name": "cutout", "fields": [{"name": "stampData", "type": "bytes"}]}
+    schema = {
+        "type": "record",
+        "name": "alert",
+        "fields": [
+            {"name": "objectId", "type": "string"},
+            {"name": "candid", "type": "long"},
+            {"name": "candidate", "type": candidate},
+            {"name": "prv_candidates", "type": {"type": "array", "items": "c"}},
+            {"name": "cutoutScience", "type": cutout},
+            {"name": "cutoutTemplate", "type": "cutout"},
+            {"name": "cutoutDifference", "type": "cutout"},
+        ],
+    }
+    row = {"jd": 2460000.5, "ra": 1.0, "dec": 2.0, "magpsf": 18.0, "sigmapsf": 0.1, "rb": 0.5, "rcid": 1}
+    own = row | {"fid": points[0], "isdiffpos": points[0]} | ({infinite: -math.inf} if infinite else {})
+    stamp = {"stampData": fits_bytes(numbered(63, 63))}
+    alert = {
+        "objectId": "ZTF1",
+        "candid": 1,
+        "candidate": own,
+        "prv_candidates": [row | {"jd": 2459000.5 + k, "fid": p, "isdiffpos": p} for k, p in enumerate(points)],
+        **dict.fromkeys(("cutoutScience", "cutoutTemplate", "cutoutDifference"), stamp),
+    }
+    file = io.BytesIO()
+    fastavro.writer(file, schema, [alert])
+    return Decoder(open_registry(None)).decode([Packet(file.getvalue(), FilePosition("one"))])
+
+
+@pytest.mark.parametrize(
+    ("kind", "positive", "negative"),
+    [
+        ("string", ["t", "T", "true", "True", "TRUE", "1", "1.0", "+1"], ["f", "False", "0", "0.0", "-1", "-1.0"]),
+        ("int", [1], [0, -1]),
+        ("double", [1.0], [0.0, -1.0]),
+        ("boolean", [True], [False]),
+        ({"type": "enum", "name": "sign", "symbols": ["t", "f", "True", "False"]}, ["t", "True"], ["f", "False"]),
+    ],
+)
+def test_isdiffpos_is_understood_however_pandas_and_csv_spell_it(
+    kind: Any, positive: list[Any], negative: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    for spelt, expected in ((positive, 1), (negative, -1)):
+        alerts, rejects = ztf_alert(kind, spelt)
+        assert not rejects
+        assert len(alerts.light_curves.flux) == 1 + len(spelt)
+        assert (np.sign(alerts.light_curves.flux) == expected).all()
+        assert alerts.column("isdiffpos").tolist() == [max(expected, 0)]
+    assert not caplog.records
+
+
+def test_a_detection_whose_sign_is_not_understood_is_not_dropped_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    alerts, _ = ztf_alert("string", ["t", "perhaps", "1", None])
+    assert len(alerts.light_curves.flux) == 3
+    assert "isdiffpos" in caplog.text
+    alerts, _ = ztf_alert("string", ["t", "perhaps"])
+    assert len(caplog.records) == 1
+
+
+def test_a_filter_is_understood_as_number_and_as_text() -> None:
+    for kind, spelt in (("string", ["1", "2", "3", "g", "r", "i"]), ("double", [1.0, 2.0, 3.0] * 2)):
+        points = [BANDS.index(band) for band in "gri"] * 2
+        for value, band in zip(spelt, points, strict=True):
+            alerts, _ = ztf_alert(kind, [value])
+            assert alerts.band.tolist() == [band]
+            assert alerts.column("fid").tolist() == [band]
+
+
+@pytest.mark.parametrize("name", ["jd", "ra", "dec"])
+def test_an_alert_at_an_infinite_place_or_time_is_rejected(name: str) -> None:
+    alerts, (reject,) = ztf_alert("int", [1], infinite=name)
+    assert len(alerts) == 0
+    assert reject.reason is RejectReason.MISSING_FIELD
+    assert reject.alert is not None
+    assert None in (reject.alert.mjd, reject.alert.ra, reject.alert.dec)
+    assert all(value is None or math.isfinite(value) for value in (reject.alert.mjd, reject.alert.ra, reject.alert.dec))
+
+
+def test_infinite_metadata_are_missing() -> None:
+    alerts, _ = ztf_alert("int", [1], infinite="rb")
+    assert math.isnan(alerts.column("rb")[0])
+    alerts, _ = ztf_alert("int", [1], infinite="sigmapsf")
+    assert math.isnan(alerts.light_curves.flux_err[-1])
+    assert np.isfinite(alerts.light_curves.flux).all()
 
 
 def test_bands_are_indices_or_unknown() -> None:
