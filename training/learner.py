@@ -6,6 +6,7 @@ Lightning runs it. A run that was killed and goes on ends as one that was not; n
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 import sys
 import warnings
@@ -37,6 +38,8 @@ EPOCHS_PER_SEED = 2**20
 LAST, BEST = "last.ckpt", "best.ckpt"
 LEARNED = "learned.yaml"
 """There when training has ended: what came of it."""
+IMPROVED = "improved_val_loss"
+"""The validation loss of the best epoch so far, in the logs: it stays where an epoch is not better."""
 NETWORK = "network."
 """Prefix of the network's weights in a checkpoint."""
 
@@ -49,10 +52,16 @@ log = logging.getLogger(__name__)
 class Learner(lightning.LightningModule):
     """A network, and what is asked of it. Batches are tuples whose first item is the images [N, C, S, S]."""
 
+    lowest_loss: Tensor
+    improved_loss: Tensor
+
     def __init__(self, network: nn.Module, optimisation: Optimisation) -> None:
         super().__init__()
         self.network = network
         self.optimisation = optimisation
+        # Of all epochs so far; of the last one that was better by `least_improvement`. Checkpoints keep them.
+        self.register_buffer("lowest_loss", torch.tensor(torch.inf))
+        self.register_buffer("improved_loss", torch.tensor(torch.inf))
 
     @abstractmethod
     def loss_of(self, batch: tuple[Tensor, ...]) -> Tensor:
@@ -76,8 +85,12 @@ class Learner(lightning.LightningModule):
         torch.manual_seed(self.optimisation.seed * EPOCHS_PER_SEED + self.current_epoch)
 
     def on_validation_epoch_end(self) -> None:
-        """Says how far training has come."""
+        """Says how far training has come, and logs the loss by which it is decided what is kept and when to stop."""
         loss, epoch = float(self.trainer.callback_metrics["val_loss"]), self.current_epoch + 1
+        if loss * (1 + self.optimisation.least_improvement) < float(self.lowest_loss):
+            self.improved_loss.fill_(loss)
+        self.lowest_loss.fill_(min(loss, float(self.lowest_loss)))
+        self.log(IMPROVED, self.improved_loss if math.isfinite(loss) else loss)
         if self.trainer.is_global_zero:
             log.info("epoch %d of %d: validation loss %.4f", epoch, self.optimisation.epochs, loss)
 
@@ -178,8 +191,9 @@ def learn(
 ) -> dict[str, float | int | str]:
     """Trains, or goes on where `directory` has checkpoints; leaves the best weights in the network, on the CPU.
 
-    Returns the epoch that they are of, and its validation loss: the lowest. Raises TrainingError where a checkpoint is
-    not whole, the hardware is not there or training diverged, KeyboardInterrupt where somebody stopped it.
+    Returns the epoch that they are of, and its validation loss: the lowest, but for `least_improvement`. Raises
+    TrainingError where a checkpoint is not whole, the hardware is not there or training diverged, KeyboardInterrupt
+    where somebody stopped it.
     """
     learned = directory / LEARNED
     if learned.exists():
@@ -205,7 +219,7 @@ def _train(
 ) -> dict[str, float | int | str]:
     if hardware.threads:
         torch.set_num_threads(hardware.threads)
-    best = ModelCheckpoint(directory, Path(BEST).stem, monitor="val_loss", enable_version_counter=False)
+    best = ModelCheckpoint(directory, Path(BEST).stem, monitor=IMPROVED, enable_version_counter=False)
     # Not `save_last`, which writes only where there is a new best.
     latest = ModelCheckpoint(directory, Path(LAST).stem, enable_version_counter=False)
     loggers: list[Logger] = []
@@ -219,7 +233,7 @@ def _train(
             devices=hardware.devices,
             precision=hardware.precision,
             max_epochs=learner.optimisation.epochs,
-            callbacks=[best, latest, EarlyStopping("val_loss", patience=learner.optimisation.patience)],
+            callbacks=[best, latest, EarlyStopping(IMPROVED, patience=learner.optimisation.patience)],
             logger=loggers,
             default_root_dir=directory,
             num_sanity_val_steps=0,

@@ -1,7 +1,17 @@
-"""What a network is trained with: every value, in a file. Defaults are the published ones; a misspelt key is an error.
+"""What a network is trained with: every value, in a file. A misspelt key is an error.
 
-Rehemtulla et al. 2025 (arXiv:2512.11957), fine-tuning ConvNeXt: `train_configs/convnext.json` and `btsbot/train.py` of
-https://github.com/nabeelre/BTSbot.
+Defaults are the published ones of Rehemtulla et al. 2025 (arXiv:2512.11957), fine-tuning ConvNeXt:
+`train_configs/convnext.json` and `btsbot/train.py` of https://github.com/nabeelre/BTSbot. Where a default is not, the
+key's description gives the published value: `least_improvement`, `frozen_branches` and `corrupt`. Other differences:
+
+- Which alerts: BTSbot keeps positive differences in g and r with a Pan-STARRS source, here `build-dataset --where
+  'isdiffpos and band in ("g", "r") and (sgscore1 >= 0 or sgscore2 >= 0)'`.
+- The split is by source there too, but not within each class; see `SplitRule`.
+- Of variable stars and known junk BTSbot takes the latest N_max alerts of a source, in every split; here N_max are
+  drawn at random, of the split to train on alone, as it does for all other sources.
+- Its frozen fusion has ReLU in the metadata branch and in the head over both, whatever the image network has: here
+  `activation: relu` in the arguments.
+- What `fit` does after training (`vision/calibrate.py`): BTSbot's probabilities keep the shift of the class weights.
 """
 
 from __future__ import annotations
@@ -45,6 +55,11 @@ class Optimisation(Section):
     warm_up_epochs: int = Field(default=2, ge=0, description="In which the learning rate rises.")
     least: float = Field(default=0.01, gt=0, le=1, description="Where the rise begins and the fall ends, of the peak.")
     patience: int = Field(default=5, gt=0, description="Epochs without a lower validation loss before training stops.")
+    least_improvement: Rate = Field(
+        default=0,
+        description="By which share the validation loss must be below the lowest of all earlier epochs for an epoch to "
+        "count as better: else its weights are not kept, and patience runs out. BTSbot's code has 0.005.",
+    )
     augment: bool = Field(default=True, description="Flip and turn every image at random, by right angles.")
     seed: int = Field(default=2, ge=0)
 
@@ -61,6 +76,17 @@ class Recipe(Optimisation):
     balance: bool = Field(default=True, description="Weigh the classes as if they had as many alerts each.")
     max_alerts_per_source: int = Field(default=100, gt=0, description="N_max: of an object's, chosen at random.")
     fraction: float = Field(default=1, gt=0, le=1, description="Of the training sources of each class.")
+    corrupt: Literal["kept", "dropped"] = Field(
+        default="kept",
+        description="Alerts to train on and to stop by with a cutout whose median is infinite or whose pixels are all "
+        "zero or missing. BTSbot drops such alerts from every split; here the test split keeps them, because the "
+        "service scores them.",
+    )
+    frozen_branches: Literal["evaluation", "training"] = Field(
+        default="evaluation",
+        description="The mode of the branches under frozen fusion while the head is trained. In training mode, which "
+        "BTSbot leaves them in, dropout is active and batch normalisation goes on learning means and variances.",
+    )
 
 
 class Hardware(Section):

@@ -6,7 +6,7 @@ Shows a network exactly what serving would: the data set's raw cutouts through `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
 from training.data.datasets import View, sources_by_class
 from training.learner import Learner, loader
 from training.recipe import Hardware, Optimisation, Recipe
+
+ALERTS_AT_ONCE = 256
 
 Shown = tuple[Tensor, Tensor, Tensor]
 """N alerts: images float32[N, C, S, S], metadata float32[N, F], classes int64[N]."""
@@ -68,6 +70,20 @@ def chosen_to_train(view: View, n_classes: int, recipe: Recipe) -> View:
     return view[np.sort(order[rank < recipe.max_alerts_per_source])]
 
 
+def corrupt(view: View) -> NDArray[np.bool_]:
+    """Which alerts [N] have a cutout that BTSbot takes for corrupt: with an infinite median, or nothing but zeros and
+    missing pixels (`make_triplet` in its `alert_utils.py`)."""
+    found = [np.zeros(0, np.bool_)]
+    for alerts in view.batches(ALERTS_AT_ONCE):
+        cutouts, boxes = alerts.cutouts, alerts.cutout_box
+        bad = ~(np.nan_to_num(cutouts) != 0).any(axis=(2, 3))
+        for n, channel in np.argwhere(np.isinf(cutouts).any(axis=(2, 3))).tolist():
+            y0, x0, height, width = boxes[n, channel].tolist()
+            bad[n, channel] |= np.isinf(np.nanmedian(cutouts[n, channel, y0 : y0 + height, x0 : x0 + width]))
+        found.append(bad.any(axis=1))
+    return np.concatenate(found)
+
+
 def class_weights(label: NDArray[np.int64], n_classes: int, *, balance: bool) -> Tensor:
     """What each class's alerts count, float32[C]: with `balance`, all of a class as much as all of another."""
     count = np.bincount(label, minlength=n_classes)
@@ -78,13 +94,20 @@ def class_weights(label: NDArray[np.int64], n_classes: int, *, balance: bool) ->
 class Classifier(Learner):
     """Two classes: binary cross-entropy of the second, its alerts weighted; more: cross-entropy of weighted classes.
 
-    `frozen`: modules whose weights, and statistics, stay as they are.
+    `frozen`: modules whose weights stay as they are; `frozen_mode`: that of these modules while the others are trained.
+    In evaluation mode their statistics stay as they are, too.
     """
 
     def __init__(
-        self, network: nn.Module, optimisation: Optimisation, weights: Tensor, frozen: Sequence[nn.Module] = ()
+        self,
+        network: nn.Module,
+        optimisation: Optimisation,
+        weights: Tensor,
+        frozen: Sequence[nn.Module] = (),
+        frozen_mode: Literal["evaluation", "training"] = "evaluation",
     ) -> None:
         super().__init__(network, optimisation)
+        self.frozen_mode = frozen_mode
         self.binary = len(weights) == 2
         self.loss: nn.Module = (
             nn.BCEWithLogitsLoss(pos_weight=weights[1] / weights[0]) if self.binary else nn.CrossEntropyLoss(weights)
@@ -94,10 +117,11 @@ class Classifier(Learner):
             module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Classifier:
-        """Training mode, the frozen modules excepted."""
+        """Training mode, but for the frozen modules that keep to evaluation mode."""
         super().train(mode)
-        for module in self.frozen:
-            module.eval()
+        if self.frozen_mode == "evaluation":
+            for module in self.frozen:
+                module.eval()
         return self
 
     def loss_of(self, batch: tuple[Tensor, ...]) -> Tensor:

@@ -29,7 +29,7 @@ from training.evaluation.evaluate import PREDICTIONS, predict
 from training.learner import check_takes, learn
 from training.recipe import ENCODER_CARD, Encoder, Fit, begin, read_configuration
 from training.vision.calibrate import calibrate, last_layer
-from training.vision.classifier import Classifier, alerts_loader, chosen_to_train, class_weights
+from training.vision.classifier import Classifier, alerts_loader, chosen_to_train, class_weights, corrupt
 from training.vision.frozen_fusion import is_frozen_fusion, train_branches
 from training.whole_file import write_whole
 
@@ -81,7 +81,13 @@ def _score_test(config: Fit, dataset: Dataset) -> None:
 def _train_and_write(config: Fit, dataset: Dataset) -> None:
     classes = dataset.card.classes
     labels = classes[1:] if len(classes) == 2 else classes
-    train, validation = chosen_to_train(dataset["train"], len(classes), config.recipe), dataset["validation"]
+    train, validation = dataset["train"], dataset["validation"]
+    if config.recipe.corrupt == "dropped":
+        train, validation = train[~corrupt(train)], validation[~corrupt(validation)]
+        for c, name in enumerate(classes):
+            if c not in train.label or c not in validation.label:
+                raise TrainingError(f"{config.dataset}: every alert of class {name} on a side of the split is corrupt")
+    train = chosen_to_train(train, len(classes), config.recipe)
     _check_arguments(config)
     inputs = Inputs(images=config.images, metadata=_filled_columns(train, config.metadata))
     extra = {"labels": len(labels)} | ({"metadata": len(config.metadata)} if config.metadata else {})
@@ -96,7 +102,7 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
 
     def train_network(part: nn.Module, directory: Path, frozen: Sequence[nn.Module] = ()) -> dict[str, Any]:
         return learn(
-            Classifier(part, config.recipe, weights, frozen),
+            Classifier(part, config.recipe, weights, frozen, config.recipe.frozen_branches),
             alerts_loader(train, inputs, config.recipe, config.hardware, training=True),
             alerts_loader(validation, inputs, config.recipe, config.hardware, training=False),
             directory,
@@ -162,7 +168,9 @@ def _describe(config: Fit, dataset: Dataset, train: View, evaluation: dict[str, 
     return Training(
         method=f"Trained from {_origin(config.encoder)}: AdamW, peak learning rate {recipe.learning_rate:g}, batches "
         f"of {recipe.batch}, up to {recipe.epochs} epochs, the one with the lowest validation loss kept; "
+        f"{f'if lower by {recipe.least_improvement:.2%}, ' if recipe.least_improvement else ''}"
         f"{'images turned and flipped, ' if recipe.augment else ''}"
+        f"{'corrupt cutouts left out, ' if recipe.corrupt == 'dropped' else ''}"
         f"{'classes weighted, ' if recipe.balance else ''}seed {recipe.seed}. Calibrated on the validation split"
         f"{', the class weights undone' if recipe.balance else ''}: see `calibration`.",
         data=f"{len(train)} alerts of {len(np.unique(train.object_id))} objects ({recipe.fraction:.0%} of the training "
