@@ -29,7 +29,7 @@ UNREAD = 0
 """Where the reader of stdout has left, as `head` does: it has what it wanted."""
 EXIT_STATUS = (
     "exit status: 0 done; 1 failed at work, as where no alert could be read or no broker answered; 2 the command line "
-    "or the service file is wrong, or names an input or a bundle that is not there; 130 interrupted; 143 terminated"
+    "or the service file is wrong, or names a file or a bundle that is not there; 130 interrupted; 143 terminated"
 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from broker_filter.cli.parser import UsageError
+from broker_filter.cli.parser import UsageError, require_files
 
 if TYPE_CHECKING:
     from broker_filter.scoring.reference import Reference
@@ -92,6 +92,7 @@ def open_reference(file: Path, bundle: str | None, device: str) -> tuple[Referen
     from broker_filter.scoring.reference import check_made_with, read_reference
     from broker_filter.scoring.scorer import open_scorer
 
+    require_files(file)
     reference = read_reference(file)
     scorer = open_scorer([bundle or reference.card.bundle], Runtime.model_validate({"device": device}))
     check_made_with(file, reference.card, [model.bundle.card for model in scorer.models])

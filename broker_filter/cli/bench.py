@@ -75,11 +75,10 @@ def _parts(text: str) -> tuple[str, ...]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures, prints the tables, writes the figures, compares the ratios."""
-    from rich.console import Console
-
     from broker_filter.bench.benchmark import run_benchmark
     from broker_filter.bench.tables import show
     from broker_filter.bench.targets import check, judge, ratios
+    from broker_filter.cli.console import stdout_console
 
     if arguments.alerts < LEAST_ALERTS or arguments.repetitions < 1:
         print(f"broker-filter bench: --alerts from {LEAST_ALERTS}, --repetitions from 1", file=sys.stderr)
@@ -99,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         targets = {one.target.name: {**asdict(one), "met": one.met} for one in judge(report)}
         figures = {**asdict(report), "ratios": ratios(report), "targets": targets}
         arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
-    show(report, Console())
+    show(report, stdout_console())
     worse = check(ratios(report), arguments.check) if arguments.check else []
     for line in worse:
         print(f"broker-filter bench: {line}", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from broker_filter.cli.parser import UsageError
+from broker_filter.cli.parser import UsageError, require_files
 
 TOPIC = "kafka://"
 """How the address of a topic begins: `kafka://HOST:PORT[,HOST:PORT]/TOPIC`."""
@@ -40,10 +40,11 @@ def split_address(address: str) -> tuple[str, str]:
 def kafka_properties(arguments: argparse.Namespace, bootstrap_servers: str) -> dict[str, object]:
     """librdkafka's properties: those in the file, and over them those of the command line.
 
-    Raises PropertiesError, OSError where the file cannot be read.
+    Raises UsageError, OSError where the file cannot be read.
     """
     from broker_filter.streaming.kafka_client import NO_TELEMETRY
 
+    require_files(arguments.kafka_file)
     lines = arguments.kafka_file.read_text().splitlines() if arguments.kafka_file else []
     properties: dict[str, object] = {**NO_TELEMETRY}
     for line in [*lines, *arguments.kafka]:

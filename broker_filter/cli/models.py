@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from broker_filter.cli.parser import UsageError
+from broker_filter.cli.parser import UsageError, require_files
 
 if TYPE_CHECKING:
     from broker_filter.scoring.bundle import Bundle
@@ -86,6 +86,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _import_braai(arguments: argparse.Namespace) -> int:
     _require_extra()
+    require_files(arguments.weights)
     from broker_filter.scoring.braai import import_braai
 
     import_braai(arguments.weights, arguments.normalisation, arguments.name, arguments.out)
@@ -94,6 +95,7 @@ def _import_braai(arguments: argparse.Namespace) -> int:
 
 def _import_acai(arguments: argparse.Namespace) -> int:
     _require_extra()
+    require_files(arguments.weights)
     from broker_filter.scoring.acai import import_acai
 
     import_acai(arguments.weights, arguments.letter, arguments.name, arguments.out)
@@ -102,6 +104,7 @@ def _import_acai(arguments: argparse.Namespace) -> int:
 
 def _import_btsbot(arguments: argparse.Namespace) -> int:
     _require_extra()
+    require_files(arguments.folder)
     from broker_filter.scoring.btsbot import import_btsbot
 
     import_btsbot(arguments.folder, arguments.name, arguments.out)
@@ -123,6 +126,7 @@ def _report_import(arguments: argparse.Namespace) -> int:
 def _list(arguments: argparse.Namespace) -> int:
     from broker_filter.scoring.bundle import CARD, BundleError, load_bundle, shipped_bundles
 
+    require_files(*arguments.directories)
     found: list[str | Path] = [*shipped_bundles()]
     for directory in arguments.directories:
         inside = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 USAGE = 2
@@ -19,6 +20,13 @@ class UsageError(Exception):
     """Arguments that do not go together, or name what is not there."""
 
     exit_status = USAGE
+
+
+def require_files(*named: Path | None) -> None:
+    """Raises UsageError where a file or folder that the command line names is not there; None stands for none named."""
+    for path in named:
+        if path is not None and not path.exists():
+            raise UsageError(f"{path}: no such file or folder")
 
 
 class _Help(argparse.HelpFormatter):

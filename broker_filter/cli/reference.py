@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from broker_filter.cli.archived import INPUT_HELP, add_scoring_options, alert_limit
-from broker_filter.cli.parser import UsageError
+from broker_filter.cli.parser import UsageError, require_files
 
 if TYPE_CHECKING:
     from broker_filter.scoring.reference import SurveyCounts
@@ -97,6 +97,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
     if (arguments.measure == "centroids") != (arguments.labels is not None):
         raise UsageError("centroids are of classes, which --labels names; the other measures need none")
+    require_files(arguments.labels)
     labels = None
     if arguments.labels:
         labels = read_labels(arguments.labels, arguments.label, [parse_rule(rule) for rule in arguments.classes])
@@ -135,6 +136,7 @@ def _recommended_cut(model: Model) -> str | None:
 def _show(arguments: argparse.Namespace) -> int:
     from broker_filter.scoring.reference import read_reference
 
+    require_files(arguments.file)
     reference = read_reference(arguments.file)
     card, parts = reference.card, reference.surveys
     entries = {

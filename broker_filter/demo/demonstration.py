@@ -16,7 +16,7 @@ from confluent_kafka.admin import NewTopic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from broker_filter.cli.console import progress
+from broker_filter.cli.console import progress, stdout_console
 from broker_filter.demo.contact_sheet import draw_contact_sheet
 from broker_filter.demo.error import DemoError
 from broker_filter.demo.night import Night, write_night
@@ -83,7 +83,7 @@ def run_demo(out: Path, n: int, seed: int) -> None:
     write_scores(files["scores.parquet"], results, night)
     title = f"A simulated night: {n:,} alerts, scored at {rate:,.0f} a second"
     draw_contact_sheet(files["contact-sheet.png"], title, contact_sheet_rows(results, night))
-    screen = Console()
+    screen = stdout_console()
     screen.print(kinds_table(results, night), interesting_table(results, night), anomalies_table(results, night))
     problems = audit(results, night, counts(files["metrics.txt"].read_text()), screen)
     for name, what in FILES.items():

@@ -78,7 +78,7 @@ def test_imports_published_weights(shared_models: Path, tmp_path: Path, capsys: 
 def test_weights_that_are_not_there_are_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     arguments = ["models", "import", "braai", str(tmp_path / "no.h5"), "--normalisation", "row", "--name", "x"]
-    assert main([*arguments, "--out", str(out)]) == 1
+    assert main([*arguments, "--out", str(out)]) == 2
     complaint = capsys.readouterr().err
     assert "no.h5" in complaint
     assert complaint.count("\n") == 1
