@@ -173,6 +173,14 @@ def test_kubernetes_manifests_fit_together() -> None:
     assert {variable["name"] for variable in container["env"]} == set(SECRETS)
 
 
+def test_the_pods_threads_are_bounded_as_its_memory_is() -> None:
+    pod = documents(DEPLOY / "kubernetes" / "deployment.yaml")[0]["spec"]["template"]["spec"]
+    resources = pod["containers"][0]["resources"]
+    assert resources["limits"]["cpu"] == resources["requests"]["cpu"]  # `available_cores` reads it as the quota
+    memory = f"{resources['limits']['memory'].removesuffix('Gi')} GiB"
+    assert f"{resources['limits']['cpu']} CPUs and {memory}" in (DEPLOY / "README.md").read_text()
+
+
 def test_compose_stack_fits_together() -> None:
     compose = documents(DEPLOY / "compose.yaml")[0]
     for name, service in compose["services"].items():
