@@ -293,7 +293,11 @@ class Decoder:
 
     def _allowance(self, packet: Packet) -> int:
         """Bytes that the alerts of a packet may take in all."""
-        return MAX_UNPACKING * min(GREATEST_RATIO * len(packet.data), self._max_packet_bytes)
+        return MAX_UNPACKING * self._most_bytes(packet.data)
+
+    def _most_bytes(self, data: bytes) -> int:
+        """Bytes that a packet may inflate to."""
+        return min(GREATEST_RATIO * len(data), self._max_packet_bytes)
 
     def _size(self, packet: Packet, container: Container, walked: Sequence[_Walked], n_points: Sequence[int]) -> int:
         """Bytes that a packet takes in memory at most, with its `walked` records and the rows of their histories."""
@@ -336,7 +340,7 @@ class Decoder:
                 None, (), (RejectReason.TOO_LARGE, f"{len(data)} bytes, more than {self._max_packet_bytes}")
             )
         if is_container:
-            return read_container(data, self._max_packet_bytes)
+            return read_container(data, self._most_bytes(data))
         if not wire.is_wire_message(data):
             return Container(
                 None, (), (RejectReason.NOT_AVRO, "neither an Avro container file nor Confluent wire format")

@@ -45,6 +45,10 @@ QUEUE_FULL_BACKOFF_MS = 10
 """Before fetching on when the read-ahead was full: librdkafka's second would be a second's silence in a burst."""
 IDLE_S = 0.1
 """How long to wait for a first message before looking at anything else, as at what was assigned meanwhile."""
+DELIVERY_BYTES = 32 * 2**20
+"""Messages that are taken at a time end here: a dozen such batches are on their way. 128 LSST alerts have 18 MB."""
+MESSAGES_AT_A_TIME = 16
+"""How many are asked of librdkafka before their bytes are counted."""
 DAYS_BACK = (7, 6, 5, 4, 3, 2)
 """Days of which something may be left to read, the first ones first: ZTF keeps a topic for a week."""
 RECLAIM_PAUSE_S = 2.0
@@ -147,7 +151,10 @@ class KafkaSource:
         return f"not joined yet: {self._complaints.latest}" if self._complaints.latest else "not joined yet"
 
     def take(self, max_packets: int, max_wait_s: float) -> Delivery | None:
-        """Up to `max_packets`, or fewer where no more come within `max_wait_s` of the first; None where none come."""
+        """Up to `max_packets`, or fewer where no more come within `max_wait_s` of the first; None where none come.
+
+        Also fewer where they have DELIVERY_BYTES already.
+        """
         self._follow_calendar()
         self._reclaim_fenced()
         self._resume()
@@ -156,13 +163,20 @@ class KafkaSource:
         if first is None:
             self._checkpoint.renew()
             return None
-        claim = self._claim_of(first)
-        rest = self.consumer.consume(max_packets - 1, max_wait_s) if max_packets > 1 else []
+        messages, n_bytes = [(first, self._claim_of(first))], len(first)
+        deadline = time.monotonic() + max_wait_s
+        while len(messages) < max_packets and n_bytes < DELIVERY_BYTES:
+            some = self.consumer.consume(
+                min(max_packets - len(messages), MESSAGES_AT_A_TIME), max(0.0, deadline - time.monotonic())
+            )
+            if not some:
+                break
+            messages += [(message, self._claim_of(message)) for message in some]
+            n_bytes += sum(map(len, some))
         self._checkpoint.renew()
-        if claim is self._claim_of(first):  # the group may have been served in between
-            self._admit(first, delivery)
-        for message in rest:
-            self._admit(message, delivery)
+        for message, claim in messages:
+            if claim is self._claim_of(message):  # the group may have been served in between
+                self._admit(message, delivery)
         return delivery if delivery.packets else None
 
     def hold(self) -> None:

@@ -158,12 +158,12 @@ class Work:
 
     def fit(self, limits: RecordLimits) -> None:
         """Makes every record one that its topic takes: what is too large becomes a dead letter, at worst cut short."""
-        refused = {i: record for i, record in self.records if _size(record) > limits.of(record.topic)}
-        if not refused:
+        too_large = [(i, record) for i, record in self.records if _size(record) > limits.of(record.topic)]
+        if not too_large:
             return
+        refused = {i: record for i, record in too_large if record.topic != limits.dead_letter}
         for i, record in refused.items():
-            if record.topic != limits.dead_letter:
-                self._reject_too_large(i, record, limits)
+            self._reject_too_large(i, record, limits)
         self.records = [(i, _cut(record, limits)) for i, record in self.records]
 
     def _reject_too_large(self, i: int, record: OutputRecord, limits: RecordLimits) -> None:

@@ -322,23 +322,31 @@ class Measure:
     """The whole way of a packet, on one thread."""
 
     def __init__(self) -> None:
-        self._scorer = open_scorer(["default"], Runtime())
-        self._router = Router(
+        self.scorer = open_scorer(["default"], Runtime())
+        self.router = Router(
             "hostile",
             models=[("default", "1")],
             encoder=Encoder("full"),
             framing=ContainerFraming(),
         )
 
+    def decoder(self) -> Decoder:
+        """One that has decoded nothing yet."""
+        return Decoder(open_registry(None), columns=self.scorer.columns, cutout_size=self.scorer.cutout_size)
+
+    def forget_peak(self) -> None:
+        """Lets the peak of this process's memory begin anew, and leaves nothing free that could be used again."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
     def cost(self, data: bytes) -> Cost:
         """What one packet costs that nothing is known of before."""
-        decoder = Decoder(open_registry(None), columns=self._scorer.columns, cutout_size=self._scorer.cutout_size)
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what was used before is not there to be used again
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        decoder = self.decoder()
+        self.forget_peak()
         before, start = memory("VmRSS"), time.process_time()
-        scored = score_packets([Packet(data, FilePosition("hostile"))], decoder, self._scorer, DuplicateWindow(1000))
-        routed = self._router.route(scored)
+        scored = score_packets([Packet(data, FilePosition("hostile"))], decoder, self.scorer, DuplicateWindow(1000))
+        routed = self.router.route(scored)
         seconds = time.process_time() - start
         output = sum(len(each.value) + len(each.key or b"") for each in routed.records)
         outcome = {"scored": routed.scored, **{reason.value: n for reason, n in routed.rejected.items()}}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import gzip
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,10 +23,16 @@ from broker_filter.packets.ocf import MAX_BLOCKS, MAX_CONTAINER_BYTES
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.packets.rejects import RejectReason
+from broker_filter.streaming.duplicates import DuplicateWindow
+from broker_filter.streaming.filtering import score_stream
+from broker_filter.streaming.routing import Routed
+from broker_filter.streaming.service import SCORED_BATCHES
 from tests.packets import hostile
 
 BOOLEAN_ROW = [{"name": "jd", "type": "boolean"}]
 NULL_ROW = [{"name": "jd", "type": "null"}]
+POD_BYTES = 2 << 30
+"""The memory limit in deploy/kubernetes."""
 STAMPS = [hostile.TINY_STAMP] * 3
 PLAIN = hostile.schema(BOOLEAN_ROW, [])
 BOMB = gzip.compress(hostile.plain_stamp(1023))
@@ -101,9 +107,21 @@ def test_a_packet_costs_no_more_than_its_bytes_allow(measure: hostile.Measure, n
 
 
 def test_random_hostile_packets_cost_no_more_than_their_bytes_allow(measure: hostile.Measure) -> None:
-    for data in hostile.packets(30):
+    for data in hostile.packets(20):
         cost = measure.cost(data)
         assert max(cost.shares.values()) < 1, cost
+
+
+def test_hostile_packets_in_several_threads_leave_a_pod_its_memory(measure: hostile.Measure) -> None:
+    kinds = ("many alerts", "alerts with a long schema", "many rows", "bombs in a bomb")
+    packets = [Packet(CASES[name](), FilePosition(name)) for name in kinds] * 3
+    on_their_way: deque[Routed] = deque(maxlen=SCORED_BATCHES + 1)
+    measure.forget_peak()
+    before = hostile.memory("VmRSS")
+    for scored in score_stream(packets, measure.decoder(), measure.scorer, DuplicateWindow(1), batch_size=4, threads=4):
+        on_their_way.append(measure.router.route(scored))
+    assert sum(sum(routed.published.values()) for routed in on_their_way) > 100
+    assert hostile.memory("VmHWM") - before < POD_BYTES / 2  # the rest is for models, libraries and Kafka's queues
 
 
 def decoded(data: bytes) -> tuple[int, Counter[RejectReason]]:

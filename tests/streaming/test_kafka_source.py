@@ -13,6 +13,7 @@ from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
 from broker_filter.config import Input
 from broker_filter.metrics import Metrics
+from broker_filter.streaming import kafka_source
 from broker_filter.streaming.checkpoint import GroupCheckpoint
 from broker_filter.streaming.kafka_client import Cluster, Complaints, RecordLimits, client_properties
 from broker_filter.streaming.kafka_source import KafkaSource
@@ -115,6 +116,26 @@ def test_topics_roll_over_at_midnight_utc_and_new_ones_are_read_from_their_begin
     assert reader.read(2) == [b"25th", b"26th, unseen as yet"]
     send(f"{night}_20260225", b"25th, after midnight")
     assert len(reader.read(3)) == 3
+
+
+def test_no_more_is_taken_at_a_time_than_memory_is_for(
+    send: Callable[..., None],
+    start_reader: Callable[..., Reader],
+    unique_name: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    topic = unique_name("ztf")
+    send(topic, *[bytes([k]) * 100_000 for k in range(60)])
+    monkeypatch.setattr(kafka_source, "DELIVERY_BYTES", 1_000_000)
+    reader = start_reader(topic, start="earliest")
+    sizes, values = [], []
+    deadline = time.monotonic() + PATIENCE_S
+    while len(values) < 60 and time.monotonic() < deadline:
+        if delivery := reader.source.take(1000, 5.0):
+            sizes.append(sum(len(packet.data) for packet in delivery.packets))
+            values += [packet.data[0] for packet in delivery.packets]
+    assert values == list(range(60))
+    assert max(sizes) <= 1_000_000 + 100_000 * kafka_source.MESSAGES_AT_A_TIME
 
 
 def test_day_that_is_still_being_read_is_kept(
