@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test lint bench bench-check study chaos fuzz sanitize wheel image clean
+.PHONY: help demo test lint bench bench-check study chaos fuzz slow-link sanitize wheel image clean
 
 help:
 	@echo 'make demo      simulates a survey night, runs the service on it through an embedded broker, shows the result'
@@ -20,6 +20,7 @@ help:
 	@echo 'make study     the study of training/vision/STUDY.md, which takes hours and may be stopped at any time'
 	@echo 'make chaos     kills the service at random, over and over, and counts what comes out'
 	@echo 'make fuzz      measures what hostile packets cost, some minutes long (FUZZ="packets seed" for others)'
+	@echo 'make slow-link makes the link to the output slow while a backlog passes (SLOW="--rate 1000 --elsewhere" for others)'
 	@echo 'make sanitize  decodes damaged packets with the compiled code under AddressSanitizer (needs gcc)'
 	@echo 'make wheel     builds the wheel and the source archive into dist/'
 	@echo 'make image     builds the container image with buildah, and runs the service in it; deploy/image.sh has the options'
@@ -67,6 +68,9 @@ FUZZ ?= 2000 20261127
 
 fuzz: $(VENV)/installed-test
 	$(BIN)/python tests/packets/hostile.py $(FUZZ)
+
+slow-link: $(VENV)/installed-test
+	PYTHONPATH=. $(BIN)/python tests/slow_link.py $(SLOW)
 
 sanitize: $(VENV)/installed-test
 	$(BIN)/python tests/packets/sanitize.py

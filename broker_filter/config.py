@@ -473,6 +473,13 @@ class Service(ServiceSection):
         default=120, gt=0, description="A stage without progress for so long ends the process, non-zero."
     )
 
+    @property
+    def output_topics(self) -> list[str]:
+        """Every topic that alerts and dead letters go to."""
+        anomalous = [ANOMALIES] if self.anomalies else []
+        names = [SCORED, *anomalous, *(one.name for one in self.filters), DEAD_LETTER]
+        return [f"{self.output.prefix}.{name}" for name in names]
+
     @field_validator("filters")
     @classmethod
     def _filters_differ(cls, filters: list[Filter]) -> list[Filter]:

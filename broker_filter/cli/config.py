@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from broker_filter.config import Service
+
+FAILED = 1
+"""The exit status where a cluster is not reached or refuses something: the file is sound."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -15,7 +19,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "config",
         help="check a service file, or list its keys",
-        examples=("broker-filter config check service.yaml", "broker-filter config keys"),
+        examples=(
+            "broker-filter config check service.yaml",
+            "broker-filter config check --connect service.yaml",
+            "broker-filter config keys",
+        ),
     )
     parts = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -25,6 +33,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Prints every error with the path of its key and ends with status 2; or says what would run.",
     )
     checker.add_argument("file", metavar="FILE", type=Path)
+    checker.add_argument(
+        "--connect",
+        action="store_true",
+        help="also reach the clusters and try every right that the service needs there; makes the topics that are "
+        "absent, as `run` does, and writes nothing into them",
+    )
     checker.set_defaults(run=_check)
 
     lister = parts.add_parser("keys", help="every key of a service file, with its default and meaning, as Markdown")
@@ -34,8 +48,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _check(arguments: argparse.Namespace) -> int:
     from broker_filter.service_file import load_service
 
-    print(summary(load_service(arguments.file)))
-    return 0
+    service = load_service(arguments.file)
+    print(summary(service))
+    return _connect(service) if arguments.connect else 0
+
+
+def _connect(service: Service) -> int:
+    from broker_filter.streaming.preflight import problems
+
+    found = list(problems(service))
+    for problem in found:
+        print(f"broker-filter: {problem}", file=sys.stderr)
+    if not found:
+        print("clusters: reached, and every right is there that the service needs")
+    return FAILED if found else 0
 
 
 def _keys(_: argparse.Namespace) -> int:
@@ -49,15 +75,13 @@ def _keys(_: argparse.Namespace) -> int:
 
 def summary(service: Service) -> str:
     """What a sound configuration will run; names no secret."""
-    from broker_filter.config import ANOMALIES, DEAD_LETTER, SCORED
     from broker_filter.scoring.bundle import load_bundle
 
     source, output = service.input, service.output
-    names = [SCORED, *([ANOMALIES] if service.anomalies else []), *(one.name for one in service.filters), DEAD_LETTER]
     lines = [
         f"input: {', '.join(source.topics)} from {source.bootstrap_servers} as group {source.group_id}, "
         f"start {source.start}",
-        f"output: {', '.join(f'{output.prefix}.{name}' for name in names)} to "
+        f"output: {', '.join(service.output_topics)} to "
         f"{output.bootstrap_servers or source.bootstrap_servers}, payload {output.payload}",
     ]
     for model in service.models:

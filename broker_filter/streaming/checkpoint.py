@@ -32,7 +32,7 @@ from broker_filter.streaming.kafka_client import (
     explain,
     librdkafka_log,
 )
-from broker_filter.streaming.rights import REFUSED
+from broker_filter.streaming.rights import REFUSED, Right
 from broker_filter.streaming.transactions import Claim, ClaimEndedError, Store, Writer
 
 STABLE_TIMEOUT_S = 60.0
@@ -203,6 +203,7 @@ class PositionsTopic:
         """`properties`: of the output's cluster."""
         self.name = name
         self._admin = admin
+        self._account = complaints.account
         self._partition = TopicPartition(name, 0, OFFSET_BEGINNING)
         self._positions: dict[bytes, int] = {}
         self._reached = 0
@@ -220,7 +221,8 @@ class PositionsTopic:
     def read(self) -> dict[bytes, int]:
         """Reads on to the end that the topic has now: everything committed before this call is in the answer.
 
-        Raises KafkaSetupError where another producer's transaction hides that end for too long.
+        Raises KafkaSetupError where another producer's transaction hides that end for too long, and where the topic may
+        not be read.
         """
         deadline = time.monotonic() + STABLE_TIMEOUT_S
         end = self._end(deadline)
@@ -236,6 +238,8 @@ class PositionsTopic:
                 elif message.error().code() == KafkaError._PARTITION_EOF:
                     # The end of what is committed, which an open transaction holds back.
                     self._reached = message.offset()
+                elif self._account and message.error().code() in REFUSED:
+                    raise KafkaSetupError(self._account.lacks(Right(("Read",), "topic", self.name)))
                 elif not message.error().retriable():
                     log.warning("topic %s: %s", self.name, explain(message.error()))
         return self._positions

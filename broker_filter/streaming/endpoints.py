@@ -94,7 +94,7 @@ def connect(
         raise KafkaSetupError(f"{', '.join(loops)} would be read and written; choose another output.prefix")
     admin = admin_client(out_properties, out_complaints)
     positions = [f"{output.prefix}.{POSITIONS}"] if elsewhere else []
-    ensure_topics(admin, [*_alert_topics(output, topics), *_positions_topics(output, positions)], account)
+    ensure_topics(admin, output_topics(output, topics, elsewhere=elsewhere), account)
     for topic in positions:
         require_compaction(admin, topic, account)
     dead_letter = f"{output.prefix}.{DEAD_LETTER}"
@@ -138,14 +138,12 @@ def _waiting(health: Health, complaints: Complaints) -> Iterator[None]:
     health.set(complaints.cluster, None)
 
 
-def _alert_topics(output: Output, names: Sequence[str]) -> list[NewTopic]:
+def output_topics(output: Output, names: Sequence[str], *, elsewhere: bool) -> list[NewTopic]:
+    """The topics `names`, and the one of the positions where the input is on another cluster, as they are created."""
     dead_letter = f"{output.prefix}.{DEAD_LETTER}"
     sizes = {name: DEAD_LETTER_BYTES if name == dead_letter else ALERT_BYTES for name in names}
-    return [_topic(output, name, output.partitions, {"max.message.bytes": str(size)}) for name, size in sizes.items()]
-
-
-def _positions_topics(output: Output, names: Sequence[str]) -> list[NewTopic]:
-    return [_topic(output, name, 1, POSITIONS_CONFIG) for name in names]
+    alerts = [_topic(output, name, output.partitions, {"max.message.bytes": str(size)}) for name, size in sizes.items()]
+    return [*alerts, _topic(output, f"{output.prefix}.{POSITIONS}", 1, POSITIONS_CONFIG)] if elsewhere else alerts
 
 
 def _topic(output: Output, name: str, partitions: int, configuration: Mapping[str, str]) -> NewTopic:

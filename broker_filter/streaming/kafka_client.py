@@ -243,20 +243,26 @@ def wait_for_cluster(
     admin = admin_client(properties, complaints)
     for pause in pauses():
         try:
-            metadata = admin.list_topics(timeout=CONNECT_TIMEOUT_S)
-        except KafkaException as error:
-            admin.poll(0)  # serves error_cb, which knows more than the request that timed out
-            reason = complaints.latest or explain(error.args[0])
+            return ask_cluster(admin, properties, complaints)
+        except KafkaSetupError as error:
             if time.monotonic() + pause > deadline:
                 silence = f"no answer within {patience_s:.0f} s: is the address right, and do the brokers run?"
-                raise KafkaSetupError(f"{complaints.cluster}: {reason}; {silence}") from None
-            log.warning("%s: %s; trying again in %.1f s", complaints.cluster, reason, pause)
-        else:
-            topics = {name: len(topic.partitions) for name, topic in metadata.topics.items()}
-            return Cluster(metadata.cluster_id or str(properties["bootstrap.servers"]), topics)
+                raise KafkaSetupError(f"{error}; {silence}") from None
+            log.warning("%s; trying again in %.1f s", error, pause)
         if stop.wait(pause):
             break
     return None
+
+
+def ask_cluster(admin: AdminClient, properties: Mapping[str, object], complaints: Complaints) -> Cluster:
+    """Asks the cluster once who it is. Raises KafkaSetupError where it does not answer."""
+    try:
+        metadata = admin.list_topics(timeout=CONNECT_TIMEOUT_S)
+    except KafkaException as error:
+        admin.poll(0)  # serves error_cb, which knows more than the request that timed out
+        raise KafkaSetupError(f"{complaints.cluster}: {complaints.latest or explain(error.args[0])}") from None
+    topics = {name: len(topic.partitions) for name, topic in metadata.topics.items()}
+    return Cluster(metadata.cluster_id or str(properties["bootstrap.servers"]), topics)
 
 
 def admin_client(properties: Mapping[str, object], complaints: Complaints) -> AdminClient:
@@ -333,7 +339,7 @@ def missing_on_topics(admin: AdminClient, wanted: Mapping[str, Sequence[str]]) -
             allowed = answer.result().authorized_operations
         except KafkaException as error:
             if error.args[0].code() in REFUSED:
-                missing.append(Right((*wanted[topic], "Describe"), "topic", topic))
+                missing.append(Right(tuple(dict.fromkeys((*wanted[topic], "Describe"))), "topic", topic))
             elif error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                 log.warning("the rights on topic %s are not known: %s", topic, explain(error.args[0]))
         else:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from confluent_kafka.admin import (
     AclBinding,
     AclBindingFilter,
@@ -20,8 +22,10 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 
+from broker_filter.cli import main
 from broker_filter.local_kafka import KafkaCluster
 
+from ..conftest import CHECKOUT
 from .conftest import MakeTopic, ReadCommitted, RunningService, StartService, headers, service_config
 
 USER, PASSWORD = "alice", "the password of alice"
@@ -35,6 +39,7 @@ ACCESS_RULES = {
     ),
 }
 ENVIRONMENT = {**os.environ, "PASSWORD": PASSWORD}
+KINDS = {"--topic", "--group", "--transactional-id"}
 SOON_S = 15.0
 """The end of a service that drains nothing. Kubernetes kills after 30 s."""
 
@@ -83,11 +88,11 @@ class Grants:
         """Does what a kafka-acls.sh command does that a message recommends."""
         words = shlex.split(command)
         assert words[0] == "kafka-acls.sh"
-        given = {words[i]: words[i + 1] for i in range(1, len(words) - 1) if words[i].startswith("--")}
+        given = dict(pairwise(words))
         assert given["--allow-principal"] == f"User:{USER}"
-        (kind,) = {"--topic", "--group", "--transactional-id"}.intersection(given)
+        (kind,) = KINDS.intersection(given)
         star = "*" if given.get("--resource-pattern-type") == "prefixed" else ""
-        operations = [words[i + 1] for i, word in enumerate(words) if word == "--operation"]
+        operations = [value for option, value in pairwise(words) if option == "--operation"]
         self.allow(*((operation, kind.removeprefix("--"), given[kind] + star) for operation in operations))
 
     @staticmethod
@@ -111,10 +116,20 @@ def grants(admin_properties: dict[str, str]) -> Grants:
 
 def documented(topic: str | None, group: str, prefix: str) -> list[Rule]:
     """The rights that deploy/README.md grants; `topic` is None where the input is on another cluster."""
-    source = [("Read", "topic", topic), ("Describe", "topic", topic), ("Read", "group", group)] if topic else []
-    elsewhere = [] if topic else [("Read", "topic", f"{prefix}.positions")]
-    output = [(operation, "topic", f"{prefix}.*") for operation in ("Write", "Describe", "Create", "DescribeConfigs")]
-    return [*source, *elsewhere, *output, ("Write", "transactional-id", f"{prefix}/*")]
+    text = (CHECKOUT / "deploy" / "README.md").read_text()
+    commands = [line.split()[1:] for line in text.splitlines() if line.startswith("    $acl ")]
+    assert len(commands) == 5
+    first = 0 if topic else 2
+    last = 4 if topic else 5
+    names = {"ztf_": topic or "", "me-filter": group, "me.": f"{prefix}.*", "me/": f"{prefix}/*"}
+    names["me.positions"] = f"{prefix}.positions"
+    rules = []
+    for words in commands[first:last]:
+        given = dict(pairwise(words))
+        (kind,) = KINDS.intersection(given)
+        operations = [value for option, value in pairwise(words) if option == "--operation"]
+        rules += [(operation, kind.removeprefix("--"), names[given[kind]]) for operation in operations]
+    return rules
 
 
 def config_of(guarded: KafkaCluster, plain: str | None, topic: str, prefix: str) -> dict[str, Any]:
@@ -133,12 +148,6 @@ def end_soon(service: RunningService) -> int:
     status = service.end()
     assert time.monotonic() - began < SOON_S, service.log
     return status
-
-
-@contextmanager
-def withdrawn(grants: Grants, *rules: Rule) -> Iterator[None]:
-    grants.remove(*rules)
-    yield
 
 
 @pytest.fixture(params=["one cluster", "two clusters"])
@@ -168,7 +177,7 @@ def test_missing_write_is_said_until_it_is_granted_and_holds_up_no_end(
 
     service = start_service(config, ENVIRONMENT)
     service.wait_until(lambda: "kafka-acls.sh" in service.get("/readyz")[1])
-    for _ in range(15):  # through several attempts
+    for _ in range(13):  # through several attempts
         status, reason = service.get("/readyz")
         assert status == 503
         assert f"User:{USER} lacks Write on topic {prefix}.scored" in reason
@@ -192,3 +201,128 @@ def test_missing_write_is_said_until_it_is_granted_and_holds_up_no_end(
     assert service.end() == 0
     records = read_committed(admin_properties, [f"{prefix}.scored"], len(packets))
     assert len({headers(record)["input"] for record in records}) == len(records) == len(packets)
+
+
+IMPLIED = ("Describe", "Create")
+"""Describe is part of Read and of Write, and Create is not needed where the topics are there."""
+
+
+def test_check_names_each_missing_right_with_the_command_that_grants_it_and_leaves_no_record(
+    guarded: KafkaCluster,
+    plain: str | None,
+    admin_properties: dict[str, str],
+    grants: Grants,
+    make_topic: MakeTopic,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    topic = make_topic({"bootstrap.servers": plain} if plain else admin_properties)
+    group, prefix = unique_name("group"), unique_name("filter")
+    config, file = config_of(guarded, plain, topic, prefix), tmp_path / "service.yaml"
+    config["input"]["group_id"] = group
+    file.write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("PASSWORD", PASSWORD)
+
+    def check() -> list[str]:
+        status = main(["config", "check", "--connect", str(file)])
+        output, errors = capsys.readouterr()
+        assert PASSWORD not in output + errors
+        found = [line for line in errors.splitlines() if line.startswith("broker-filter: ")]
+        assert status == (1 if found else 0)
+        assert ("every right is there" in output) == (not found)
+        return found
+
+    rules = documented(None if plain else topic, group, prefix)
+    grants.allow(*rules)
+    assert check() == []
+    for rule in rules:
+        operation, _, name = rule
+        if operation in IMPLIED:
+            continue
+        grants.remove(rule)
+        missing = check()
+        assert missing
+        for sentence in missing:
+            lacks, _, command = sentence.partition("; grant it with: ")
+            assert f"User:{USER} lacks {operation}" in lacks
+            assert name.removesuffix("*") in lacks
+            grants.run(command)
+        assert check() == []
+    topics = [f"{prefix}.{name}" for name in ("scored", "dead-letter", *(["positions"] if plain else []))]
+    assert read_committed(admin_properties, topics, 0) == []
+
+
+def test_check_says_that_a_cluster_is_not_reached_or_the_password_wrong(
+    guarded: KafkaCluster,
+    unique_name: Callable[[str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "service.yaml"
+    file.write_text(yaml.safe_dump(config_of(guarded, "127.0.0.1:1", "ztf", unique_name("filter"))))
+    monkeypatch.setenv("PASSWORD", "another password")
+    assert main(["config", "check", "--connect", str(file)]) == 1
+    errors = capsys.readouterr().err
+    assert "input brokers 127.0.0.1:1: " in errors
+    assert f"output brokers {guarded.bootstrap_servers}: authentication failed, check `sasl`" in errors
+    assert "another password" not in errors
+
+
+@pytest.mark.parametrize(
+    ("withheld", "right"),
+    [
+        (("Write", "transactional-id"), "Write on every transactional-id that begins with {prefix}/"),
+        (("DescribeConfigs", "topic"), "DescribeConfigs on topic {prefix}."),
+        (("Create", "topic"), "Describe and Create on topic {prefix}."),
+    ],
+)
+def test_service_that_cannot_begin_ends_and_says_what_to_grant(
+    guarded: KafkaCluster,
+    plain: str | None,
+    admin_properties: dict[str, str],
+    grants: Grants,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    unique_name: Callable[[str], str],
+    withheld: tuple[str, str],
+    right: str,
+) -> None:
+    topic = make_topic({"bootstrap.servers": plain} if plain else admin_properties)
+    prefix = unique_name("filter")
+    grants.allow(*(rule for rule in documented(None if plain else topic, prefix, prefix) if rule[:2] != withheld))
+
+    service = start_service(config_of(guarded, plain, topic, prefix), ENVIRONMENT)
+    assert service.wait_ended() == 1
+    assert f"User:{USER} lacks {right.format(prefix=prefix)}" in service.log
+    assert "grant it with: kafka-acls.sh" in service.log
+    assert "Traceback" not in service.log
+
+
+@pytest.mark.parametrize("kind", ["topic", "group"])
+def test_missing_read_is_said_until_it_is_granted(
+    guarded: KafkaCluster,
+    admin_properties: dict[str, str],
+    grants: Grants,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    unique_name: Callable[[str], str],
+    kind: str,
+) -> None:
+    topic, prefix = make_topic(admin_properties, [packet for _, packet in ztf_packets[:10]]), unique_name("filter")
+    rules = documented(topic, prefix, prefix)
+    missing = next(rule for rule in rules if rule[:2] == ("Read", kind))
+    grants.allow(*(rule for rule in rules if rule != missing))
+
+    service = start_service(config_of(guarded, None, topic, prefix), ENVIRONMENT)
+    service.wait_until(lambda: f"User:{USER} lacks Read" in service.get("/readyz")[1])
+    assert service.get("/readyz")[0] == 503
+    assert f"on {kind} {missing[2]}; grant it with: kafka-acls.sh" in service.log
+    grants.allow(missing)
+    service.wait_until(lambda: service.metric("consumed_alerts_total") == 10)
+    service.wait_ready()
+    assert service.end() == 0
