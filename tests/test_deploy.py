@@ -74,6 +74,7 @@ def test_the_dashboard_asks_for_its_data_source() -> None:
 @pytest.mark.parametrize("panel", panels(), ids=lambda panel: panel["title"])
 def test_a_panel_says_its_unit_and_what_it_shows_without_data(panel: dict[str, Any]) -> None:
     defaults = panel["fieldConfig"]["defaults"]
+    assert panel["description"]
     assert defaults["noValue"]
     counts_seconds = any("_seconds" in target["expr"] for target in panel["targets"])
     if any("rate(" in target["expr"] for target in panel["targets"]) and not counts_seconds:
