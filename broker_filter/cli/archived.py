@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from broker_filter.cli.parser import UsageError, require_files
 
 if TYPE_CHECKING:
+    from broker_filter.packets.packet import Packet
     from broker_filter.scoring.reference import Reference
     from broker_filter.scoring.scorer import Scorer
     from broker_filter.streaming.anomalies import AnomalyJudge
@@ -36,6 +37,13 @@ def keep_inputs(out: Path, inputs: Sequence[str | Path]) -> None:
     for given in inputs:
         if str(given) != STDIN and Path(given).resolve() == out.resolve():
             raise OverwriteError(f"{given} is an input and would be overwritten: choose another --out")
+
+
+def share_read(packets: Iterator[Packet]) -> float | None:
+    """The share of the inputs that was read so far, where all of them are archives whose sizes are known."""
+    from broker_filter.streaming.archives import Packets
+
+    return packets.share_read() if isinstance(packets, Packets) else None
 
 
 def alert_limit(text: str) -> int:

@@ -6,7 +6,7 @@ Shows nothing of what a packet says of itself before it is made harmless: packet
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import islice
@@ -59,13 +59,17 @@ class Contents:
     first: AlertBatch | None = None
 
 
-def take_stock(packets: Iterable[Packet], decoder: Decoder) -> Contents:
-    """Decodes `packets` and counts what they are; keeps the batch whose first row is the first readable alert."""
+def take_stock(packets: Iterable[Packet], decoder: Decoder, advance: Callable[[int], None]) -> Contents:
+    """Decodes `packets` and counts what they are; keeps the batch whose first row is the first readable alert.
+
+    `advance` is told how many more packets were read.
+    """
     contents = Contents()
     waiting = iter(packets)
     while batch := list(islice(waiting, PACKETS_AT_A_TIME)):
         alerts, rejects = decoder.decode(batch)
         contents.n_packets += len(batch)
+        advance(len(batch))
         contents.n_bytes += sum(len(packet.data) for packet in batch)
         framings = [framing(packet.data) for packet in batch]
         for row in range(len(alerts)):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Collection, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from broker_filter.cli.archived import INPUT_HELP
+from broker_filter.cli.archived import INPUT_HELP, share_read
 from broker_filter.cli.kafka_options import TOPIC, add_kafka_options, kafka_properties, split_address
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the account; status 1 where there is no readable alert."""
-    from broker_filter.cli.console import stdout_console
+    from broker_filter.cli.console import progress, stdout_console
     from broker_filter.cli.contents import CUTOUT_SIZE, print_alert, print_counts, take_stock
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry
@@ -70,7 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
         open_registry(arguments.schema_registry, drop_cache=arguments.drop_schema_cache), cutout_size=CUTOUT_SIZE
     )
     packets = _packets(arguments, decoder.fields)
-    contents = take_stock(islice(packets, arguments.limit or None), decoder)
+    limit = arguments.limit or None
+    with progress("Reading", limit, "packets", lambda: share_read(packets)) as advance:
+        contents = take_stock(islice(packets, limit), decoder, advance)
     print_counts(console, contents, ", ".join(arguments.inputs))
     if contents.n_packets == arguments.limit:
         console.print(f"these are the first {arguments.limit} packets: --limit 0 looks at all")
@@ -90,10 +92,15 @@ def _packets(arguments: argparse.Namespace, wanted: Collection[str]) -> Iterator
     from broker_filter.streaming.archives import check_inputs, read_packets
     from broker_filter.streaming.topic import read_topic
 
-    check_inputs([given for given in arguments.inputs if not given.startswith(TOPIC)])
+    archives = [given for given in arguments.inputs if not given.startswith(TOPIC)]
+    if archives == arguments.inputs:
+        return read_packets(archives, wanted=wanted)
+    check_inputs(archives)
+    packets: list[Iterator[Packet]] = []
     for given in arguments.inputs:
         if given.startswith(TOPIC):
             bootstrap_servers, topic = split_address(given)
-            yield from read_topic(kafka_properties(arguments, bootstrap_servers), topic)
+            packets.append(read_topic(kafka_properties(arguments, bootstrap_servers), topic))
         else:
-            yield from read_packets([given], wanted=wanted)
+            packets.append(read_packets([given], wanted=wanted))
+    return chain.from_iterable(packets)

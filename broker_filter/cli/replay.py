@@ -12,7 +12,7 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from broker_filter.cli.archived import INPUT_HELP, STDIN
+from broker_filter.cli.archived import INPUT_HELP, STDIN, share_read
 from broker_filter.cli.kafka_options import TOPIC, AddressError, add_kafka_options, kafka_properties, split_address
 from broker_filter.cli.parser import UsageError
 
@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         admin_client(properties, complaints), [NewTopic(arguments.topic, num_partitions=arguments.partitions)]
     )
     started = time.monotonic()
-    with progress("Replaying", share=lambda: _share_read(packets)) as advance:
+    with progress("Replaying", share=lambda: share_read(packets)) as advance:
         replayer = Replayer(properties, arguments.topic, decoder, stop, advance)
         account = replayer.account
         while True:
@@ -147,12 +147,6 @@ def _packets(arguments: argparse.Namespace) -> Iterator[Packet]:
             raise AddressError(f"{given}: only a topic of dead letters, PREFIX{DEAD_LETTERS}, can be sent again")
         packets.append(read_dead_letters(kafka_properties(arguments, bootstrap_servers), topic, reasons))
     return chain.from_iterable(packets)
-
-
-def _share_read(packets: Iterator[Packet]) -> float | None:
-    from broker_filter.streaming.archives import Packets
-
-    return packets.share_read() if isinstance(packets, Packets) else None
 
 
 def _positive(text: str) -> float:
