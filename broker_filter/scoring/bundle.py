@@ -37,6 +37,10 @@ MAX_FILE_BYTES = 2**31
 MAX_CUTOUT_SIZE = 512
 """Pixels a side. The largest stamps published have 102; the bound keeps a bad card from asking for gigabytes."""
 MAX_TEST_ALERTS = 64
+PROBABILITIES = "probabilities"
+"""The first of a network's outputs."""
+MAX_TOLERANCE = 0.1
+"""Of log-odds, 2.5 % of a probability at most: a network that rounding moves further is of no use."""
 POINTS = "light_curves."
 """Prefix of what `LightCurves` holds, in a test vector."""
 POINT_COLUMNS: dict[str, type[np.generic]] = {
@@ -146,7 +150,7 @@ class Outputs(CardSection):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of an alert's outputs, by name, in the order in which the network gives them."""
-        shapes: dict[str, tuple[int, ...]] = {"probabilities": (len(self.labels),)}
+        shapes: dict[str, tuple[int, ...]] = {PROBABILITIES: (len(self.labels),)}
         if self.embedding is not None:
             shapes["embedding"] = (self.embedding,)
             if self.modalities:
@@ -225,6 +229,12 @@ class Card(Description):
             raise ValueError(f"files: {', '.join(sorted(missing))} not listed")
         return self
 
+    tolerances: dict[str, Annotated[float, Field(ge=0, le=MAX_TOLERANCE)]] = Field(
+        default={},
+        description="By output, how far float32 arithmetic may put it from the test vector, beyond what is allowed of "
+        "every network (`runtimes.TOLERANCES`): `probabilities` in log-odds, the others as a share of the largest "
+        "value. From a run of the network in float64; absent in bundles that were made before there was one.",
+    )
 
 @dataclass(frozen=True, slots=True)
 class KnownAnswers(RawAlerts):

@@ -5,6 +5,7 @@ The bundle's directory appears whole or not at all, and never replaces another.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import tempfile
@@ -28,22 +29,33 @@ from broker_filter.packets.batch import CUTOUTS, UNKNOWN_BAND, LightCurves, Meas
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import (
     CARD,
+    MAX_TOLERANCE,
     ONNX,
     POINT_COLUMNS,
     POINTS,
+    PROBABILITIES,
     TEST_VECTOR,
     WEIGHTS,
     BundleError,
     Card,
     Description,
     Inputs,
+    Outputs,
 )
 from broker_filter.scoring.networks import ServedNetwork
+from broker_filter.scoring.networks.stampnet import log_odds
 from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.scorer import open_model
 
 ENGINES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")
 """What a bundle must run on."""
+NOISE_FACTOR = 16
+"""Between float32's distance from float64 in this run, of few alerts, and what other engines and machines are allowed:
+they add in another order, and round as much but not the same."""
+SMALLEST = float(np.finfo(np.float32).tiny)
+"""Lest outputs that are all zeros be divided by."""
+SATURATED = 12.0
+"""Log-odds: beyond, a probability is nearer to 0 or 1 than any runtime must come to it."""
 TEST_SEED = 63
 TEST_MJD = 61000.0
 
@@ -66,10 +78,8 @@ def write_bundle(directory: Path, description: Description, network: nn.Module) 
         alerts = _test_alerts(description.inputs)
         inputs = [torch.from_numpy(array) for array in prepare(alerts, description.inputs).values()]
         served = ServedNetwork(network, description.outputs).eval()
-        with torch.inference_mode():
-            outputs = dict(zip(description.outputs.shapes(), served(*inputs), strict=True))
-        arrays = _arrays(alerts)
-        arrays |= {name: output.contiguous().numpy() for name, output in outputs.items()}  # safetensors saves buffers
+        outputs, tolerances = _exact_outputs(served, inputs, description.outputs)
+        arrays = _arrays(alerts) | outputs
 
         (bundle / WEIGHTS).write_bytes(weights_to_bytes(network.state_dict()))
         (bundle / ONNX).write_bytes(_to_onnx(served, inputs, description))
@@ -77,13 +87,60 @@ def write_bundle(directory: Path, description: Description, network: nn.Module) 
         files = {
             name: hashlib.sha256((bundle / name).read_bytes()).hexdigest() for name in (WEIGHTS, ONNX, TEST_VECTOR)
         }
-        card = Card(**dict(description), files=files)
+        card = Card(**dict(description), files=files, tolerances=tolerances)
         text = yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
         (bundle / CARD).write_text(text, encoding="utf-8")
 
         for engine in ENGINES:
             open_model(str(bundle), Runtime(engine=engine, device="cpu"))
         bundle.rename(directory)
+
+
+def _exact_outputs(
+    served: ServedNetwork, inputs: list[torch.Tensor], outputs: Outputs
+) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
+    """The outputs as float64 arithmetic gives them, rounded to float32; and by output, what `Card.tolerances` says.
+
+    Raises BundleError where float32 arithmetic gives something else.
+    """
+    with torch.inference_mode():
+        # Alone, an alert is computed in another order than among others: each is a sample of what rounding does.
+        together = _log_odds_and_others(served.network(*inputs), outputs)
+        alone = [
+            _log_odds_and_others(served.network(*one), outputs)
+            for one in zip(*(torch.split(tensor, 1) for tensor in inputs), strict=True)
+        ]
+        in_float64 = copy.deepcopy(served).double()
+        doubles = [tensor.double() for tensor in inputs]
+        exact = _log_odds_and_others(in_float64.network(*doubles), outputs)
+        expected = in_float64(*doubles)
+    tolerances = {}
+    for name in outputs.shapes():
+        rounded = torch.stack([together[name], torch.cat([one[name] for one in alone])])
+        noise = float((rounded.double() - exact[name]).abs().max())
+        largest = 1.0 if name == PROBABILITIES else float(exact[name].abs().max())
+        tolerances[name] = NOISE_FACTOR * noise / max(largest, SMALLEST)
+        if not tolerances[name] <= MAX_TOLERANCE:  # nor where it is NaN
+            raise BundleError(
+                f"the network's {name} in float32 are up to {noise:.2g} from those in float64"
+                f"{', in log-odds' if name == PROBABILITIES else ''}: rounding alone changes what it says, so that no "
+                f"other machine would reproduce it (at most {MAX_TOLERANCE / NOISE_FACTOR * largest:.2g} is allowed); "
+                "look for NaN, or for very large numbers that are subtracted from each other"
+            )
+    arrays = {
+        name: output.float().contiguous().numpy()  # safetensors saves buffers
+        for name, output in zip(outputs.shapes(), expected, strict=True)
+    }
+    return arrays, tolerances
+
+
+def _log_odds_and_others(given: tuple[torch.Tensor, ...], outputs: Outputs) -> dict[str, torch.Tensor]:
+    """A network's outputs by name, the log-odds of its probabilities, up to SATURATED, in the place of these."""
+    logits, *others = given
+    odds = logits if outputs.activation == "sigmoid" else log_odds(logits)
+    return dict(
+        zip(outputs.shapes(), (odds.clamp(-SATURATED, SATURATED), *others), strict=False)
+    )  # some embeddings are not served
 
 
 def _to_onnx(served: nn.Module, inputs: list[torch.Tensor], description: Description) -> bytes:

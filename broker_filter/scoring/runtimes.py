@@ -36,8 +36,8 @@ CHUNK = 16
 """Alerts to a run on a CPU, for each of its threads: what a larger run computes outgrows the caches, its own and those
 of decoding beside it (with braai's network the whole takes 4 % longer at 32), a smaller one leaves threads waiting."""
 TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
-"""How far, absolutely or relatively, outputs may be from torch's in float32 on a CPU, by what computes them: some
-units of the last of 24, 11 or 8 bits, through a network's depth."""
+"""How far, absolutely or relatively, outputs of any network may be from its test vector, by what computes them: some
+units of the last of 24, 11 or 8 bits, through some layers. A deep network's card allows more (`tolerances`)."""
 
 
 class LoadedNetwork(Protocol):
@@ -49,7 +49,7 @@ class LoadedNetwork(Protocol):
 
     @property
     def tolerance(self) -> float:
-        """How far its outputs may be from torch's in float32 on a CPU; see TOLERANCES."""
+        """How far its outputs may be from the test vector's; see TOLERANCES."""
 
     @property
     def chunk(self) -> int:

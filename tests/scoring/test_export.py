@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save as arrays_to_bytes
 from torch import Tensor, nn
 
 from broker_filter.config import Runtime
@@ -19,8 +21,10 @@ from broker_filter.scoring import networks
 from broker_filter.scoring.bundle import (
     CARD,
     LIGHT_CURVE_FEATURES,
+    MAX_TOLERANCE,
     ONNX,
     TEST_VECTOR,
+    WEIGHTS,
     Architecture,
     BundleError,
     Description,
@@ -32,7 +36,9 @@ from broker_filter.scoring.bundle import (
     Training,
     load_bundle,
 )
-from broker_filter.scoring.export import write_bundle
+from broker_filter.scoring.export import _test_alerts, write_bundle
+from broker_filter.scoring.networks.stampnet import StampNet
+from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.scorer import open_scorer
 
 
@@ -222,3 +228,79 @@ def test_the_graph_tells_nothing_of_the_machine_that_made_it(
     graph = (load_bundle(tmp_path / "classes").directory / ONNX).read_bytes()
     assert b"/" + b"test_export.py" not in graph
     assert str(Path.home()).encode() not in graph
+
+
+def differences_of_large_numbers(size: float) -> StampNet:
+    """A network whose answers to the test alerts, of about 1, are small differences of large numbers: a `size` of 3e5
+    makes rounding move them by some 1e-3, as those of a network of a hundred layers."""
+    inputs = load_bundle("default").card.inputs
+    images = torch.from_numpy(prepare(_test_alerts(inputs), inputs)["images"])
+    torch.manual_seed(5)
+    network = StampNet(dropout=0).eval()
+    with torch.inference_mode():
+        embedding = network.features(images).double()
+        active = embedding.any(0)
+        _, _, directions = torch.linalg.svd(embedding[:, active], full_matrices=True)
+        weight = (
+            size * directions[-1] + torch.linalg.pinv(embedding[:, active]) @ torch.tensor([-1.0, 0.5, 1, 0.1]).double()
+        )
+        network.head.weight.zero_()[:, active] = weight.float()
+        # What float32 made of the weights moves every logit: a constant brings them back.
+        network.head.bias.copy_(-network.head(network.features(images)).mean())
+    return network
+
+
+def of_stampnet() -> Description:
+    """A bundle of StampNet: the default one's inputs, and its embedding besides."""
+    card = load_bundle("default").card
+    outputs = card.outputs.model_copy(update={"embedding": 64})
+    fields = {name: getattr(card, name) for name in Description.model_fields}
+    return Description(**fields | {"outputs": outputs})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bundles") / "deep"
+    write_bundle(directory, of_stampnet(), differences_of_large_numbers(3e5))
+    return directory
+
+
+@pytest.fixture
+def deep(made: Path, tmp_path: Path) -> Path:
+    """The bundle of such a network, to be damaged."""
+    return Path(shutil.copytree(made, tmp_path / "deep"))
+
+
+def test_a_network_is_allowed_what_rounding_makes_of_it(deep: Path) -> None:
+    """Measured by the network itself, in float64, and written in its card."""
+    tolerances = load_bundle(deep).card.tolerances
+    assert 1e-4 < tolerances["probabilities"] < MAX_TOLERANCE
+    assert tolerances["embedding"] < 1e-4
+    for engine in ("onnxruntime", "torch"):
+        open_scorer([str(deep)], Runtime.model_validate({"engine": engine, "device": "cpu"}))
+
+
+@pytest.mark.parametrize("name", ["head.bias", "features.0.weight", "features.10.body.0.1.running_mean"])
+def test_a_damaged_network_is_refused_all_the_same(deep: Path, name: str) -> None:
+    weights = load_file(deep / WEIGHTS)
+    damaged = arrays_to_bytes(weights | {name: weights[name] * np.float32(0.95) + np.float32(0.05)})
+    (deep / WEIGHTS).write_bytes(damaged)
+    card = yaml.safe_load((deep / CARD).read_text())
+    card["files"][WEIGHTS] = hashlib.sha256(damaged).hexdigest()
+    (deep / CARD).write_text(yaml.safe_dump(card))
+    with pytest.raises(BundleError, match="does not reproduce it: probabilities is off by"):
+        open_scorer([str(deep)], Runtime(engine="torch", device="cpu"))
+
+
+def test_a_bundle_of_before_is_checked_as_before(deep: Path) -> None:
+    card = yaml.safe_load((deep / CARD).read_text())
+    del card["tolerances"]
+    (deep / CARD).write_text(yaml.safe_dump(card))
+    with pytest.raises(BundleError, match="does not reproduce it: probabilities is off by"):
+        open_scorer([str(deep)], Runtime(engine="onnxruntime", device="cpu"))
+
+
+def test_a_network_that_rounding_decides_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="rounding alone changes what it says"):
+        write_bundle(tmp_path / "noise", of_stampnet(), differences_of_large_numbers(1e8))
+    assert not (tmp_path / "noise").exists()
