@@ -115,7 +115,9 @@ class Fit(Section):
     out: Path = Field(description="Checkpoints, logs, the bundle and its predictions go here.")
     architecture: Architecture = Field(description="Without `labels` and `metadata`, which are counted here.")
     encoder: Encoder | None = Field(default=None, description="Absent: random weights.")
-    metadata: tuple[str, ...] = Field(default=(), description="Columns that the network takes besides the images.")
+    metadata: tuple[str, ...] = Field(
+        default=(), description="Columns that the network takes besides the images; a missing value is -999."
+    )
     images: ImageInput = PUBLISHED_IMAGES
     recipe: Recipe = Recipe()
     hardware: Hardware = Hardware()

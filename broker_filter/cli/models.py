@@ -178,7 +178,10 @@ def _describe(bundle: Bundle) -> list[str]:
         "directory": str(bundle.directory),
         "surveys": ", ".join(card.surveys),
         "images": f"{', '.join(images.order)}; {images.size} px, {images.normalisation}, padding {images.padding:g}",
-        "metadata": ", ".join(f"{column.name} ({column.fill:g} where missing)" for column in card.inputs.metadata),
+        "metadata": ", ".join(
+            f"{column.name} ({column.fill:g}{', and a flag,' * column.flag} where missing)"
+            for column in card.inputs.metadata
+        ),
         "outputs": ", ".join(f"{card.name}.{label}" for label in outputs.labels) + f" ({outputs.activation})",
         "null": "; ".join(
             f"{card.name}.{label} for all but {', '.join(surveys)}" for label, surveys in outputs.surveys.items()

@@ -97,7 +97,14 @@ class MetadataColumn(CardSection):
     """A metadata column as the network was trained on it."""
 
     name: str
-    fill: float = Field(description="What stands for a missing value.")
+    fill: float = Field(
+        description="The constant that stands for a missing value: one that no value has, such as -999, or any where a "
+        "`flag` tells the network that the value is missing."
+    )
+    flag: bool = Field(
+        default=False,
+        description="The network takes another column, 1 where the value is missing and 0 where it is not.",
+    )
 
 
 class LightCurveInput(CardSection):
@@ -115,7 +122,8 @@ class Inputs(CardSection):
     images: ImageInput
     metadata: tuple[MetadataColumn, ...] = Field(
         default=(),
-        description="The columns of the float32 input `metadata` [N, F], in order; none: there is no such input.",
+        description="The columns of the float32 input `metadata` [N, F], in order, and after them their flags, in the "
+        "same order; none: there is no such input.",
     )
     light_curve: LightCurveInput | None = Field(default=None, description="None: there are no such inputs.")
 
@@ -123,7 +131,7 @@ class Inputs(CardSection):
         """Of an alert's inputs, by name, in the order in which the network takes them."""
         shapes: dict[str, tuple[int, ...]] = {"images": (len(self.images.order), self.images.size, self.images.size)}
         if self.metadata:
-            shapes["metadata"] = (len(self.metadata),)
+            shapes["metadata"] = (len(self.metadata) + sum(column.flag for column in self.metadata),)
         if self.light_curve is not None:
             shapes["light_curve"] = (self.light_curve.points, LIGHT_CURVE_FEATURES)
             shapes["light_curve_mask"] = (self.light_curve.points,)
@@ -221,6 +229,12 @@ class Card(Description):
     """`bundle.yaml`: the description, and the files that it is of."""
 
     format: Literal[1] = 1
+    tolerances: dict[str, Annotated[float, Field(ge=0, le=MAX_TOLERANCE)]] = Field(
+        default={},
+        description="By output, how far float32 arithmetic may put it from the test vector, beyond what is allowed of "
+        "every network (`runtimes.TOLERANCES`): `probabilities` in log-odds, the others as a share of the largest "
+        "value. From a run of the network in float64; absent in bundles that were made before there was one.",
+    )
     files: dict[FileName, Sha256]
 
     @model_validator(mode="after")
@@ -229,12 +243,6 @@ class Card(Description):
             raise ValueError(f"files: {', '.join(sorted(missing))} not listed")
         return self
 
-    tolerances: dict[str, Annotated[float, Field(ge=0, le=MAX_TOLERANCE)]] = Field(
-        default={},
-        description="By output, how far float32 arithmetic may put it from the test vector, beyond what is allowed of "
-        "every network (`runtimes.TOLERANCES`): `probabilities` in log-odds, the others as a share of the largest "
-        "value. From a run of the network in float64; absent in bundles that were made before there was one.",
-    )
 
 @dataclass(frozen=True, slots=True)
 class KnownAnswers(RawAlerts):

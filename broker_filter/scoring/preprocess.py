@@ -61,15 +61,18 @@ def prepare_images(
 def prepare_metadata(
     metadata: NDArray[np.float64], columns: Sequence[str], wanted: Sequence[MetadataColumn]
 ) -> NDArray[np.float32]:
-    """The columns that the network was trained on, in its order, float32[N, F], missing values filled.
+    """The columns that the network was trained on, in its order, missing values filled, and after them the flags of
+    those that have one, 1 where the value is missing and else 0: float32[N, F].
 
     `metadata` float64[N, len(columns)], NaN where missing. Raises KeyError with the names that `columns` lacks.
     """
     if missing := {column.name for column in wanted} - set(columns):
         raise KeyError(f"metadata columns {', '.join(sorted(missing))} are needed and were not decoded")
     chosen = metadata[:, [columns.index(column.name) for column in wanted]]
-    fill = np.array([column.fill for column in wanted])
-    return np.where(np.isnan(chosen), fill, chosen).astype(np.float32)
+    absent = np.isnan(chosen)
+    filled = np.where(absent, np.array([column.fill for column in wanted]), chosen)
+    flagged = [i for i, column in enumerate(wanted) if column.flag]
+    return np.concatenate([filled, absent[:, flagged]], axis=1, dtype=np.float32)
 
 
 def prepare_light_curves(

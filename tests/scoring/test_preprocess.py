@@ -172,6 +172,22 @@ def test_no_alerts_give_no_images() -> None:
     assert prepare_images(random_cutouts(0), boxes(0, WHOLE), spec()).shape == (0, 3, 63, 63)
 
 
+def test_a_flag_says_which_values_are_missing() -> None:
+    metadata = np.array([[0.69, 0.0], [np.nan, 3.0], [np.nan, np.nan]])
+    wanted = [
+        MetadataColumn(name="nmtchps", fill=8, flag=True),
+        MetadataColumn(name="magpsf", fill=-999),
+        MetadataColumn(name="distpsnr1", fill=0.5, flag=True),
+    ]
+    columns = ("distpsnr1", "nmtchps", "magpsf")
+    prepared = prepare_metadata(np.concatenate([metadata, np.full((3, 1), 18)], axis=1), columns, wanted)
+    assert prepared.dtype == np.float32
+    expected = [[0, 18, 0.69, 0, 0], [3, 18, 0.5, 0, 1], [8, 18, 0.5, 1, 1]]
+    np.testing.assert_allclose(prepared, expected, rtol=1e-6)
+    inputs = Inputs(images=spec(), metadata=tuple(wanted))
+    assert inputs.shapes()["metadata"] == prepared.shape[1:]
+
+
 def test_metadata_comes_in_the_networks_order_with_its_fills() -> None:
     metadata = np.array([[1.0, 2.0, 3.0], [4.0, np.nan, np.nan]])
     wanted = [MetadataColumn(name="c", fill=-1), MetadataColumn(name="a", fill=0)]

@@ -44,7 +44,7 @@ from training.evaluation.metrics import Values, Weights, harmonic_mean, rank
 from training.shipped.distil import run_over
 from training.shipped.train_default import SPLIT_SEED, TEST_FRACTION, data_sha256
 
-VERSION = "1.0"
+VERSION = "2.0"
 COLUMN = "weak_class"
 CLASSES = ("VS=VS", "asteroid=asteroid", "bogus=bogus,likely_bogus", "SN=SN,SN_cand", "AGN=AGN")
 """The five of ALeRCE's stamp classifier (Carrasco-Davis et al. 2021, arXiv:2008.03309); the labels have no other with
@@ -52,6 +52,24 @@ enough objects. Each a rule of `scoring.labels`."""
 METADATA = ("magpsf", "sigmapsf", "isdiffpos", "ndethist", "distnr", "magnr", "distpsnr1", "sgscore1", "nmtchps")
 """How bright, how often, next to what. Left out: what labels were made from (ssdistnr, drb, positions), and what tells
 when or by whom a packet was taken rather than what it shows (dates, fields, columns that older schemas lack)."""
+LOST_TOGETHER = (
+    ("magpsf", "sigmapsf"),
+    ("isdiffpos",),
+    ("ndethist",),
+    ("distnr", "magnr"),
+    ("distpsnr1", "sgscore1"),
+    ("nmtchps",),
+)
+"""Columns that a packet lacks together. Few packets do: a network learns what is left to go by from copies of alerts
+that lack some."""
+LOSS = 0.3
+"""Share of the copies that lack a group of columns."""
+COPIES = 4
+"""Of each alert, beside as many that lack nothing."""
+HOST = ("distnr", "magnr", "distpsnr1", "sgscore1", "nmtchps")
+"""What is known of the sources near an alert: nothing, of a supernova in a galaxy too faint for the catalogues."""
+NO_SOURCE = ("distpsnr1", "nmtchps")
+"""Where Pan-STARRS has no source near an alert, packets lack the first and most have 0 of the second."""
 L2 = 1e-3
 """Weight of the squared coefficients, over columns of unit variance; chosen by cross-validation, and hardly matters."""
 ITERATIONS = 300
@@ -85,24 +103,38 @@ def run(arguments: argparse.Namespace) -> None:
     check_sides(labels, label, unseen)
 
     inputs = Inputs(images=images, metadata=_columns(alerts[~unseen]))
-    network = StampNetClasses(len(METADATA), len(CLASSES)).eval()
+    network = StampNetClasses(inputs.shapes()["metadata"][0], len(CLASSES)).eval()
     stampnet = load_network(Architecture(name="stampnet"), load_file(real.directory / WEIGHTS))
     network.stampnet.load_state_dict(stampnet.state_dict())
     logit, _ = run_over(network.stampnet, images, alerts)
-    told = evidence(logit, torch.from_numpy(prepare_metadata(alerts.metadata, alerts.columns, inputs.metadata)))
-    fit_classes(network.classes, told[torch.from_numpy(~unseen)], alerts.object_id[~unseen], label[~unseen])
+
+    def told_by(metadata: NDArray[np.float64]) -> Tensor:
+        return evidence(logit, torch.from_numpy(prepare_metadata(metadata, METADATA, inputs.metadata)))
+
+    told = told_by(alerts.metadata)
+    copies = torch.stack([told] * COPIES + [told_by(lacking) for lacking in lose_columns(alerts.metadata)])
+    fit_copies(network.classes, copies[:, torch.from_numpy(~unseen)], alerts.object_id[~unseen], label[~unseen])
+    hostless = alerts.metadata.copy()
+    hostless[:, [METADATA.index(name) for name in HOST]] = np.nan
     with torch.inference_mode():
-        scores = log_odds(network.classes(told)).double().numpy()
+        scores, without_host = (log_odds(network.classes(seen)).double().numpy() for seen in (told, told_by(hostless)))
     evaluation = {
         "truth": f"{COLUMN}: weak labels",
         "split": f"{TEST_FRACTION:.0%} of the objects, seed {SPLIT_SEED}: none of their alerts were trained on",
         "intervals": INTERVALS,
         **evaluate(scores[unseen], labels.classes, alerts.object_id[unseen], label[unseen]),
+        "without_host": f"the same alerts, {', '.join(HOST)} taken from them",
+        **{
+            f"without_host_{name}": figure
+            for name, figure in evaluate(
+                without_host[unseen], labels.classes, alerts.object_id[unseen], label[unseen]
+            ).items()
+        },
         "cross_validation": f"{FOLDS} folds of all objects; what tells real from bogus was trained on most of them",
         **{
             f"cross_validation_{name}": figure
             for name, figure in evaluate(
-                cross_validate(told, alerts.object_id, label), labels.classes, alerts.object_id, label
+                cross_validate(copies, alerts.object_id, label), labels.classes, alerts.object_id, label
             ).items()
         },
         "dataset_sha256": data_sha256(alerts[~unseen]),
@@ -129,6 +161,28 @@ def check_sides(labels: Labels, label: NDArray[np.int64], unseen: NDArray[np.boo
             raise DatasetError(
                 f"{labels.table}: no object {side} is of class {', '.join(absent)}: add alerts of more objects"
             )
+
+
+def lose_columns(metadata: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """COPIES of the METADATA [N, F] of alerts, each without some groups of its columns, which are NaN."""
+    rng = np.random.default_rng(SPLIT_SEED)
+    distance, sources = (METADATA.index(name) for name in NO_SOURCE)
+    copies = []
+    for _ in range(COPIES):
+        copy = metadata.copy()
+        for group in LOST_TOGETHER:
+            lost = rng.random(len(metadata)) < LOSS
+            for name in group:
+                copy[lost, METADATA.index(name)] = np.nan
+        copy[np.isnan(copy[:, distance]) & ~np.isnan(copy[:, sources]), sources] = 0
+        copies.append(copy)
+    return copies
+
+
+def fit_copies(layer: nn.Linear, copies: Tensor, object_id: NDArray[np.str_], label: NDArray[np.int64]) -> None:
+    """`fit_classes` to several copies of N alerts, [copies, N, D]."""
+    n = len(copies)
+    fit_classes(layer, copies.flatten(0, 1), np.tile(object_id, n), np.tile(label, n))
 
 
 def fit_classes(layer: nn.Linear, told: Tensor, object_id: NDArray[np.str_], label: NDArray[np.int64]) -> None:
@@ -160,17 +214,20 @@ def fit_classes(layer: nn.Linear, told: Tensor, object_id: NDArray[np.str_], lab
         layer.bias.copy_(fitted.bias - fitted.weight @ (mean / deviation))
 
 
-def cross_validate(told: Tensor, object_id: NDArray[np.str_], label: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Log-odds of the classes [N, C], each alert's by a layer that was fitted without its object and others."""
+def cross_validate(copies: Tensor, object_id: NDArray[np.str_], label: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Log-odds of the classes [N, C], each alert's by a layer that was fitted without its object and others.
+
+    `copies` [copies, N, D]: all are fitted to; the first, which lacks nothing, is judged.
+    """
     objects, index = np.unique(object_id, return_inverse=True)
     fold = (np.random.default_rng(SPLIT_SEED).permutation(len(objects)) % FOLDS)[index]
     scores = np.empty((len(label), len(CLASSES)))
     for left_out in range(FOLDS):
         rows = torch.from_numpy(fold == left_out)
-        layer = nn.Linear(told.shape[1], len(CLASSES))
-        fit_classes(layer, told[~rows], object_id[fold != left_out], label[fold != left_out])
+        layer = nn.Linear(copies.shape[2], len(CLASSES))
+        fit_copies(layer, copies[:, ~rows], object_id[fold != left_out], label[fold != left_out])
         with torch.inference_mode():
-            scores[fold == left_out] = log_odds(layer(told[rows])).numpy()
+            scores[fold == left_out] = log_odds(layer(copies[0, rows])).numpy()
     return scores
 
 
@@ -211,16 +268,19 @@ def describe(
         inputs=inputs,
         outputs=Outputs(labels=("real", *labels.classes), activation="sigmoid", thresholds=card.outputs.thresholds),
         architecture=Architecture(
-            name="stampnet_classes", arguments={"metadata": len(METADATA), "classes": len(labels.classes)}
+            name="stampnet_classes",
+            arguments={"metadata": inputs.shapes()["metadata"][0], "classes": len(labels.classes)},
         ),
         licence="BSD-3-Clause",
         source="training/shipped/train_classes.py of broker-filter",
         citation=card.citation,
         training=Training(
             method=f"`real` is the bundle {card.name} {card.version} unchanged. The classes: multinomial logistic "
-            "regression, balanced by class and object, on its logit and the metadata. No column is read that a label "
-            "was made from (ssdistnr, drb, coordinates), nor one that tells when a packet was taken. Two labels are "
-            "near what is read: bogus is the teacher's score, and known asteroids have few detections.",
+            "regression, balanced by class and object, on its logit, the metadata, and which of them are missing. It "
+            "is fitted to the alerts and to as many copies that lack groups of columns, each with a chance of "
+            f"{LOSS:.0%}. No column is read that a label was made from (ssdistnr, drb, coordinates), nor one that "
+            "tells when a packet was taken. Two labels are near what is read: bogus is the teacher's score, and known "
+            "asteroids have few detections.",
             data=f"{len(train)} public ZTF alerts of {len(np.unique(train.object_id))} objects with weak labels: VS by "
             "a match in position with VSX, GCVS or SIMBAD, asteroid by a known one's predicted position, bogus by "
             "drb < 0.5, SN by TNS or Fink's candidates, AGN by SIMBAD. Probabilities are as if every class were "
@@ -231,6 +291,8 @@ def describe(
 
 
 def _columns(train: Alerts) -> tuple[MetadataColumn, ...]:
-    """The columns, a missing value being the median."""
+    """The columns, each with a flag that says where it is missing; there it has the median, which tells nothing."""
     medians = np.nanmedian(train.metadata, axis=0)
-    return tuple(MetadataColumn(name=name, fill=float(fill)) for name, fill in zip(METADATA, medians, strict=True))
+    return tuple(
+        MetadataColumn(name=name, fill=float(fill), flag=True) for name, fill in zip(METADATA, medians, strict=True)
+    )

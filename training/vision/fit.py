@@ -7,6 +7,7 @@ bundle is written.
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from broker_filter.config import Runtime
+from broker_filter.packets.photometry import NO_VALUE
 from broker_filter.scoring.bundle import Architecture, Description, Inputs, MetadataColumn, Outputs, Training
 from broker_filter.scoring.encoders import load_encoder_weights
 from broker_filter.scoring.export import write_bundle
@@ -36,6 +38,8 @@ from training.whole_file import write_whole
 BUNDLE = "bundle"
 THRESHOLD = 0.5
 """The recommended cut of a yes or no: above it, yes is the more probable answer."""
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,8 +93,8 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
                 raise TrainingError(f"{config.dataset}: every alert of class {name} on a side of the split is corrupt")
     train = chosen_to_train(train, len(classes), config.recipe)
     _check_arguments(config)
-    inputs = Inputs(images=config.images, metadata=_filled_columns(train, config.metadata))
-    extra = {"labels": len(labels)} | ({"metadata": len(config.metadata)} if config.metadata else {})
+    inputs = Inputs(images=config.images, metadata=_columns(train, config.metadata))
+    extra = {"labels": len(labels)} | ({"metadata": inputs.shapes()["metadata"][0]} if config.metadata else {})
     architecture = Architecture(name=config.architecture.name, arguments={**config.architecture.arguments, **extra})
     torch.manual_seed(config.recipe.seed)
     network = build_network(architecture)
@@ -151,15 +155,18 @@ def _check_arguments(config: Fit) -> None:
         )
 
 
-def _filled_columns(train: View, columns: Sequence[str]) -> tuple[MetadataColumn, ...]:
-    """The columns, missing values filled with the median of the alerts that are trained on."""
+def _columns(train: View, columns: Sequence[str]) -> tuple[MetadataColumn, ...]:
+    """The columns, a missing value being NO_VALUE, as for BTSbot: what is not there must not look like what is."""
     metadata = train.metadata(columns)
-    if empty := [name for name, values in zip(columns, metadata.T, strict=True) if np.isnan(values).all()]:
+    missing = np.isnan(metadata).mean(axis=0)
+    if empty := [name for name, share in zip(columns, missing, strict=True) if share == 1]:
         raise TrainingError(f"{train.dataset.directory}: no alert to train on has a value of {', '.join(empty)}")
-    return tuple(
-        MetadataColumn(name=name, fill=float(fill))
-        for name, fill in zip(columns, np.nanmedian(metadata, axis=0), strict=True)
-    )
+    if whole := [name for name, share in zip(columns, missing, strict=True) if share == 0]:
+        log.warning(
+            "every alert to train on has a value of %s: what the network says where one is missing is untried",
+            ", ".join(whole),
+        )
+    return tuple(MetadataColumn(name=name, fill=NO_VALUE) for name in columns)
 
 
 def _describe(config: Fit, dataset: Dataset, train: View, evaluation: dict[str, float | int | str]) -> Training:

@@ -80,6 +80,33 @@ def test_a_class_with_one_source_is_refused(tmp_path: Path) -> None:
         check_sides(labels, label, np.array([False, False, True]))
 
 
+NO_PAN_STARRS: tuple[dict[str, float], ...] = (
+    {"distpsnr1": np.nan, "sgscore1": np.nan, "nmtchps": 0},
+    {"distpsnr1": np.nan, "sgscore1": np.nan, "nmtchps": np.nan},
+)
+"""How a packet says that Pan-STARRS has no source near, and one that does not have the columns."""
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("lacking", NO_PAN_STARRS)
+def test_a_supernova_without_a_known_host_stays_one(shared_data: Path, lacking: dict[str, float]) -> None:
+    """It was a variable star: a median stood for what was missing, and that is a star at 0.69 arcsec."""
+    model = open_model("classes", Runtime(engine="onnxruntime", device="cpu"))
+    alerts = load_alerts([shared_data / "ztf" / "ztf_alerts.tar"], 63, METADATA)
+    labels = read_labels(shared_data / "ztf" / "labels.parquet", COLUMN, [parse_rule(rule) for rule in CLASSES])
+    supernovae = alerts[classes_of(alerts, labels) == labels.classes.index("SN")]
+    hostless = supernovae.metadata.copy()
+    for name, value in lacking.items():
+        hostless[:, METADATA.index(name)] = value
+    kept = []
+    for metadata in (supernovae.metadata, hostless):
+        raw = RawAlerts(supernovae.cutouts, supernovae.cutout_box, metadata, METADATA)
+        said = model.run(raw)["probabilities"][:, 1:]
+        kept.append(said.argmax(axis=1) == labels.classes.index("SN"))
+    assert kept[0].sum() > 20
+    assert (kept[0] & kept[1]).sum() > 0.7 * kept[0].sum()
+
+
 @pytest.mark.shared
 def test_the_classes_bundles_card_says_what_the_bundle_does(shared_data: Path) -> None:
     """The shipped bundle on the labelled alerts of objects that it was not trained on; its `real` is the default's."""
