@@ -34,6 +34,8 @@ MAX_METADATA = 1_000
 """Entries in the header; writers have two to a dozen."""
 MAX_BLOCKS = 10_000
 """Of a container that is read whole; each costs some microseconds, however few bytes it has."""
+MAX_REPETITION = 64
+"""How many times its length a file that is split may become: a block of an LSST alert is as long as its header."""
 _KNOWN_HEADERS = 64
 """Distinct headers kept: a survey has one per schema version, redistributors some dozens."""
 _HEADER_BEGINNING = 48
@@ -123,14 +125,16 @@ def read_container(data: bytes, max_bytes: int = MAX_CONTAINER_BYTES) -> Contain
 
 
 def count_records(container: bytes) -> int:
-    """How many records a container's sound blocks claim to hold; inflates nothing and never raises."""
+    """How many records a container's first MAX_BLOCKS sound blocks claim to hold; inflates nothing and never raises."""
     records = 0
     try:
         known = _known_header(container)
         start = len(known.bytes) if known else _read_metadata(container)[0]
         sync = container[start : start + SYNC_BYTES]
         start += SYNC_BYTES
-        while start < len(container):
+        for _ in range(MAX_BLOCKS):
+            if start >= len(container):
+                break
             count, _, end = _read_block(container, start, sync)
             records += count
             start = end + SYNC_BYTES
@@ -141,6 +145,8 @@ def count_records(container: bytes) -> int:
 
 def split_container(stream: BinaryIO, max_block_bytes: int = MAX_CONTAINER_BYTES) -> Iterator[bytes]:
     """Yields each block of a container file as a container of its own, whatever the file's size, in flat memory.
+
+    Blocks that are tiny beside the header, as those without records are, come together: each container repeats it.
 
     Where the file is damaged, or a block does not end within `max_block_bytes`, the last item is the header with as
     much of the rest as was read: decoding rejects it with the reason. A file that is no container, or has no blocks,
@@ -172,6 +178,7 @@ def split_container(stream: BinaryIO, max_block_bytes: int = MAX_CONTAINER_BYTES
     if not fill(1):
         yield header
         return
+    blocks = bytearray()
     while fill(1):
         try:
             end = _read_block(buffer, 0, sync)[2] + SYNC_BYTES
@@ -179,10 +186,15 @@ def split_container(stream: BinaryIO, max_block_bytes: int = MAX_CONTAINER_BYTES
             short = error.damage[0] is RejectReason.TRUNCATED and len(buffer) < max_block_bytes
             if short and fill(len(buffer) + 1):
                 continue
-            yield header + bytes(buffer)
+            yield header + bytes(blocks + buffer)
             return
-        yield header + bytes(buffer[:end])
+        blocks += buffer[:end]
         del buffer[:end]
+        if len(blocks) * MAX_REPETITION >= len(header):
+            yield header + bytes(blocks)
+            blocks.clear()
+    if blocks:
+        yield header + bytes(blocks)
 
 
 def container_header(schema_json: bytes, sync: bytes) -> bytes:

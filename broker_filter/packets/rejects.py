@@ -46,12 +46,16 @@ class RejectReason(StrEnum):
     """The output's schema registry does not take the schema of the record that the scored alert would become."""
 
 
+MAX_DETAIL_CHARACTERS = 1_000
+"""Of a reject's detail, which may quote what a packet says."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reject:
     """An input that cannot be scored.
 
-    `record` counts within the packet; `alert` is what could still be read of it; `schema` is the fingerprint of its
-    writer's schema, None where that could not be read.
+    `detail` says what is wrong, and is cut to MAX_DETAIL_CHARACTERS. `record` counts within the packet; `alert` is what
+    could still be read of it; `schema` is the fingerprint of its writer's schema, None where that could not be read.
     """
 
     packet: Packet
@@ -60,3 +64,7 @@ class Reject:
     record: int = 0
     alert: AlertIdentity | None = None
     schema: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.detail) > MAX_DETAIL_CHARACTERS:
+            object.__setattr__(self, "detail", f"{self.detail[:MAX_DETAIL_CHARACTERS]}...")

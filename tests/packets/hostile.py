@@ -15,6 +15,7 @@ import gc
 import gzip
 import io
 import json
+import logging
 import random
 import sys
 import time
@@ -361,6 +362,7 @@ def memory(name: str) -> int:
 
 def main(count: int, seed: int) -> None:
     """Measures `count` packets, prints the dearest of each kind, and exits non-zero where one is too dear."""
+    logging.disable()
     measure = Measure()
     measure.cost(b"nothing has to be loaded any more")
     dearest: dict[str, tuple[float, int, Cost]] = {}

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from broker_filter.packets import ocf
 from broker_filter.packets.decode import (
     BATCH_BYTES_PER_PACKET,
     MAX_POINTS,
@@ -22,7 +24,7 @@ from broker_filter.packets.decode import (
 from broker_filter.packets.ocf import MAX_BLOCKS, MAX_CONTAINER_BYTES
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
-from broker_filter.packets.rejects import RejectReason
+from broker_filter.packets.rejects import MAX_DETAIL_CHARACTERS, Reject, RejectReason
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_stream
 from broker_filter.streaming.routing import Routed
@@ -177,3 +179,24 @@ def test_packets_of_surveys_are_decoded_in_one_batch(
     packets = [Packet(data, FilePosition("one")) for _, data in (*ztf_packets[:128], *lsst_packets)]
     batch, _ = Decoder(open_registry(str(lsst_schemas))).decode_some(packets)
     assert len(batch.packets) == len(packets)
+
+
+def test_a_file_of_empty_blocks_is_split_without_repeating_its_header_for_each() -> None:
+    long = hostile.schema(BOOLEAN_ROW, [], doc="d" * 1_000_000)
+    count = 3
+    blocks = [(0, b"")] * 5_000 + [(1, hostile.alert(k, STAMPS)) for k in range(count)]
+    pieces = list(ocf.split_container(io.BytesIO(hostile.container(long, blocks, "null"))))
+    assert sum(map(len, pieces)) < 20_000_000
+    assert sum(map(ocf.count_records, pieces)) == count
+    assert sum(decoded(piece)[0] for piece in pieces) == count
+
+
+def test_what_a_reject_quotes_of_its_packet_is_bounded() -> None:
+    packet = Packet(b"", FilePosition("one"))
+    assert len(Reject(packet, RejectReason.BAD_SCHEMA, "x" * 1_000_000).detail) <= MAX_DETAIL_CHARACTERS + 3
+    named = hostile.schema(BOOLEAN_ROW, [{"name": "y", "type": "y" * 1_000_000}])
+    _, (reject,) = Decoder(open_registry(None)).decode(
+        [Packet(hostile.container(named, [alerts(1)]), FilePosition("a"))]
+    )
+    assert "yyy" in reject.detail
+    assert len(reject.detail) <= MAX_DETAIL_CHARACTERS + 3
