@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -191,6 +192,79 @@ def test_tls_and_scram_with_the_password_from_the_environment(
     assert len(read_committed(properties, [f"{prefix}.scored"], 20)) == 20
     assert service.end() == 0
     assert secure_cluster.password not in service.log
+
+
+OAUTH = {
+    "listener.security.protocol.map": "CLIENT:SASL_PLAINTEXT,INTERNAL:PLAINTEXT,CONTROLLER:PLAINTEXT",
+    "sasl.enabled.mechanisms": "OAUTHBEARER",
+    "listener.name.client.oauthbearer.sasl.jaas.config": (
+        "org.apache.kafka.common.security.oauthbearer.OAuthBearerLoginModule required "
+        'unsecuredLoginStringClaim_sub="broker";'
+    ),
+}
+
+
+@contextmanager
+def token_endpoint(secret: str) -> Iterator[str]:
+    """An OpenID Connect provider that gives unsigned tokens to whoever knows the secret; yields its URL."""
+
+    def part(content: dict[str, object]) -> str:
+        return base64.urlsafe_b64encode(json.dumps(content).encode()).decode().rstrip("=")
+
+    class Tokens(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            expected = base64.b64encode(f"{USER}:{secret}".encode()).decode()
+            known = self.headers["Authorization"] == f"Basic {expected}"
+            now = int(time.time())
+            token = f"{part({'alg': 'none'})}.{part({'sub': USER, 'iat': now, 'exp': now + 3600})}."
+            self.send_response(200 if known else 401)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            if known:
+                self.wfile.write(json.dumps({"access_token": token, "expires_in": 3600}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Tokens)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/token"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.kafka
+@pytest.mark.shared
+def test_openid_connect_with_the_secret_from_the_environment(
+    start_cluster: Callable[..., KafkaCluster],
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    unique_name: Callable[[str], str],
+) -> None:
+    cluster, prefix, secret = start_cluster(overrides=OAUTH), unique_name("filter"), "a-secret-of-alice"
+    with token_endpoint(secret) as url:
+        properties = {
+            "security.protocol": "sasl_plaintext",
+            "sasl.mechanism": "OAUTHBEARER",
+            "sasl.oauthbearer.method": "oidc",
+            "sasl.oauthbearer.client.id": USER,
+            "sasl.oauthbearer.token.endpoint.url": url,
+        }
+        known = {**properties, "sasl.oauthbearer.client.secret": secret, "bootstrap.servers": cluster.bootstrap_servers}
+        topic = make_topic(known, [packet for _, packet in ztf_packets[:10]])
+        config = service_config(cluster.bootstrap_servers, topic, prefix)
+        named = {**properties, "sasl.oauthbearer.client.secret": {"env": "CLIENT_SECRET"}}
+        config["input"]["kafka"], config["output"]["kafka"] = named, named
+
+        service = start_service(config, {**os.environ, "CLIENT_SECRET": secret})
+        service.wait_until(lambda: service.metric("consumed_alerts_total") == 10)
+        assert service.end() == 0
+        assert secret not in service.log
 
 
 @pytest.mark.kafka
