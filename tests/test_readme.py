@@ -28,7 +28,7 @@ def rows(head: str) -> set[str]:
     [
         ("reason", {reason.value for reason in RejectReason}),
         ("column", {column.name for column in COLUMNS}),
-        ("in a row", {*FIXED_COLUMNS.names, "<model>.<label>", "<model>.embedding", "<policy>"}),
+        ("in a row", {*FIXED_COLUMNS.names, "<model>__<label>", "<model>__embedding", "<policy>"}),
     ],
 )
 def test_every_reason_and_column_is_documented_and_no_other(head: str, expected: set[str]) -> None:

@@ -213,7 +213,7 @@ def _written_tables(arguments: argparse.Namespace) -> dict[Path, str | None]:
 def _open_tables(written: Mapping[Path, str | None], schema: pa.Schema) -> Iterator[Callable[[pa.RecordBatch], None]]:
     """Opens one table for all rows, or one for those of scored alerts and one for the rejected; what writes to them."""
     from broker_filter.streaming.tables import (
-        REJECTED_SCHEMA,
+        FIXED_COLUMNS,
         open_table,
         rejected_rows,
         scored_rows,
@@ -229,7 +229,7 @@ def _open_tables(written: Mapping[Path, str | None], schema: pa.Schema) -> Itera
     kept = scored_schema(schema)
     with (
         open_table(out, kept, kind) as table,
-        open_table(rejects, REJECTED_SCHEMA, rejects_kind) as rejects_table,
+        open_table(rejects, FIXED_COLUMNS, rejects_kind) as rejects_table,
     ):
 
         def write(rows: pa.RecordBatch) -> None:

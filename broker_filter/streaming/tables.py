@@ -34,27 +34,27 @@ def _column(name: str, kind: pa.DataType, description: str, unit: str = "") -> p
     return pa.field(name, kind, metadata={"description": description, "unit": unit})
 
 
-FIXED_COLUMNS = (
-    _column("alert_id", pa.int64(), "id of the alert: candid (ZTF) or diaSourceId (LSST)"),
-    _column("object_id", pa.string(), "id of the object: objectId (ZTF); diaObjectId, else ssObjectId (LSST)"),
-    _column("survey", pa.string(), "survey: ztf or lsst"),
-    _column("schema_version", pa.string(), "version of the alert's schema, as the packet says it"),
-    _column("mjd", pa.float64(), "time: start of the exposure, UTC (ZTF); middle of the exposure, TAI (LSST)", "d"),
-    _column("ra", pa.float64(), "right ascension (ICRS)", "deg"),
-    _column("dec", pa.float64(), "declination (ICRS)", "deg"),
-    _column("band", pa.string(), "band: u, g, r, i, z or y"),
-    _column("status", pa.string(), f"what became of the alert: {SCORED} or {REJECTED}"),
-    _column("reject_reason", pa.string(), "why the alert was rejected, one word of a closed list"),
-    _column("reject_detail", pa.string(), "why the alert was rejected, in words"),
-    _column("duplicate", pa.bool_(), "whether an earlier row has the same alert_id"),
-    _column("source", pa.string(), "where the alert was read: FILE::MEMBER#RECORD"),
+FIXED_COLUMNS = pa.schema(
+    [
+        _column("alert_id", pa.int64(), "id of the alert: candid (ZTF) or diaSourceId (LSST)"),
+        _column("object_id", pa.string(), "id of the object: objectId (ZTF); diaObjectId, else ssObjectId (LSST)"),
+        _column("survey", pa.string(), "survey: ztf or lsst"),
+        _column("schema_version", pa.string(), "version of the alert's schema, as the packet says it"),
+        _column("mjd", pa.float64(), "time: start of the exposure, UTC (ZTF); middle of the exposure, TAI (LSST)", "d"),
+        _column("ra", pa.float64(), "right ascension (ICRS)", "deg"),
+        _column("dec", pa.float64(), "declination (ICRS)", "deg"),
+        _column("band", pa.string(), "band: u, g, r, i, z or y"),
+        _column("status", pa.string(), f"what became of the alert: {SCORED} or {REJECTED}"),
+        _column("reject_reason", pa.string(), "why the alert was rejected, one word of a closed list"),
+        _column("reject_detail", pa.string(), "why the alert was rejected, in words"),
+        _column("duplicate", pa.bool_(), "whether an earlier row has the same alert_id"),
+        _column("source", pa.string(), "where the alert was read: FILE::MEMBER#RECORD"),
+    ]
 )
 """The columns of every table. A float32 column `<model>__<label>` for each model output follows, a column for each
 policy that was asked for, and lists of float32 `<model>__embedding` for each model that gives one."""
 REJECT_COLUMNS = ("reject_reason", "reject_detail")
 """The columns that only rejected rows fill."""
-REJECTED_SCHEMA = pa.schema(FIXED_COLUMNS)
-"""The columns of a table of rejected rows alone."""
 
 IDENTITY = ("alert_id", "object_id", "survey", "schema_version", "mjd", "ra", "dec", "band")
 UNREAD = AlertIdentity(None, None, None, None, None, None, None, None)
@@ -112,9 +112,9 @@ def scored_rows(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def rejected_rows(rows: pa.RecordBatch) -> pa.RecordBatch:
-    """The rejected ones of `to_rows`, with the columns of REJECTED_SCHEMA."""
+    """The rejected ones of `to_rows`, with FIXED_COLUMNS alone."""
     kept = rows.filter(pc.equal(rows.column("status"), REJECTED))
-    return pa.RecordBatch.from_arrays(kept.columns[: len(FIXED_COLUMNS)], schema=REJECTED_SCHEMA)
+    return pa.RecordBatch.from_arrays(kept.columns[: len(FIXED_COLUMNS)], schema=FIXED_COLUMNS)
 
 
 def to_rows(

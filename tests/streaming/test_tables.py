@@ -24,7 +24,7 @@ from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.streaming.filtering import ScoredBatch
 from broker_filter.streaming.table_formats import FORMATS, ROW_GROUP
 from broker_filter.streaming.tables import (
-    REJECTED_SCHEMA,
+    FIXED_COLUMNS,
     TableError,
     open_table,
     partial_path,
@@ -253,7 +253,7 @@ def test_a_table_without_rejects_has_no_null_but_where_a_model_said_nothing(
     frame = pandas.read_parquet(path)
     assert (str(frame["alert_id"].dtype), frame["alert_id"].tolist()) == ("int64", IDS)
     rejects = rejected_rows(to_rows(scored, SCHEMA))
-    assert rejects.schema == REJECTED_SCHEMA
+    assert rejects.schema == FIXED_COLUMNS
     assert rejects["reject_reason"].to_pylist() == ["blank_cutout", "truncated"]
 
 
