@@ -211,6 +211,7 @@ def explain(error: KafkaError) -> str:
         KafkaError._SSL: "no TLS connection, check `tls`",
         KafkaError._RESOLVE: "the host's name is not known, check `bootstrap_servers`",
         KafkaError._TRANSPORT: "cannot be reached",
+        **dict.fromkeys(REFUSED, "a right is missing, which `broker-filter config check --connect` names"),
     }.get(error.code())
     return f"{advice} ({error.str()})" if advice else str(error.str())
 

@@ -126,7 +126,7 @@ class KafkaSource:
         self.consumer = Consumer({**defaults, **properties, **own}, logger=librdkafka_log)
         self._claims: dict[Key, Claim] = {}
         self._ends: dict[Claim, tuple[int, int]] = {}  # the end that was reached, and what was to be read before it
-        self._refused: dict[Claim, str] = {}  # may not be read, until something of them comes
+        self._refused: dict[str, str] = {}  # topics that may not be read, until something of them comes: why
         self._unread: list[Claim] = []  # paused since they were claimed
         self._paused: set[Key] = set()
         self._subscribed: list[str] = []
@@ -145,9 +145,9 @@ class KafkaSource:
 
     @property
     def waits_for(self) -> str:
-        """Why it is not in the group, or may not read a partition, as far as it is known; empty where it does both."""
+        """Why it is not in the group, or may not read a topic, as far as it is known; empty where it does both."""
         if self.joined:
-            return "; ".join(dict.fromkeys(self._refused.values()))
+            return "; ".join(reason for topic, reason in self._refused.items() if topic in self._subscribed)
         return f"not joined yet: {self._complaints.latest}" if self._complaints.latest else "not joined yet"
 
     def take(self, max_packets: int, max_wait_s: float) -> Delivery | None:
@@ -224,11 +224,11 @@ class KafkaSource:
         if message.error():
             if message.error().code() != KafkaError._PARTITION_EOF:
                 reason = self._judge(message.error(), message.topic())
-                if claim and message.error().code() in REFUSED:
-                    self._refused[claim] = reason
+                if message.topic() and message.error().code() in REFUSED:
+                    self._refused[message.topic()] = reason
             elif claim:
                 self._ends[claim] = message.offset(), claim.read
-                self._refused.pop(claim, None)
+                self._refused.pop(claim.topic, None)
             return
         if claim is None or not claim.alive:
             return  # its next owner reads it again
@@ -242,7 +242,7 @@ class KafkaSource:
             )
         claim.read = offset + 1
         if self._refused:
-            self._refused.pop(claim, None)
+            self._refused.pop(claim.topic, None)
         position = KafkaPosition(self._cluster.id, claim.topic, claim.partition, offset)
         delivery.packets.append(Packet(message.value() or b"", position, _timestamp_ms(message)))
         delivery.offsets.append(offset)
@@ -290,7 +290,7 @@ class KafkaSource:
             if claim := self._claims.pop(key, None):
                 claim.ended = True
                 self._ends.pop(claim, None)
-                self._refused.pop(claim, None)
+                self._refused.pop(claim.topic, None)
                 log.log(level, "%s at offset %d %s", claim, claim.committed, how)
             self._paused.discard(key)
         consumer.incremental_unassign(list(partitions))

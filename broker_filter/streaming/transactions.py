@@ -381,17 +381,18 @@ class Writer:
         """Produces what is held as far as the window has room, but works until `least` are in the transaction."""
         while self._produced < len(self._held):
             work = self._held[self._produced]
-            if not self._window.take(work.size):
+            size = work.size
+            if not self._window.take(size):
                 if self._produced:
                     return
                 room = max(self._window.room, self._window.share if least else 0)
-                first, *rest = work.split(room)
-                if first.size > room and not least:
+                work, *rest = work.split(room)
+                size = work.size
+                if size > room and not least:
                     return
-                self._window.overdraw(first.size)
-                self._held[:1] = [first, *rest]
-                work = first
-            self._in_flight += work.size
+                self._window.overdraw(size)
+                self._held[:1] = [work, *rest]
+            self._in_flight += size
             if not self._open:
                 self._producer.begin_transaction()
                 self._open, self._opened = True, time.monotonic()

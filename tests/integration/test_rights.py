@@ -302,7 +302,11 @@ def test_service_that_cannot_begin_ends_and_says_what_to_grant(
     assert "Traceback" not in service.log
 
 
-@pytest.mark.parametrize("kind", ["topic", "group"])
+@pytest.mark.parametrize(
+    "withheld",
+    [("topic", ["Read"]), ("topic", ["Read", "Describe"]), ("group", ["Read"])],
+    ids=["Read on the topic", "Read and Describe on the topic", "Read on the group"],
+)
 def test_missing_read_is_said_until_it_is_granted(
     guarded: KafkaCluster,
     admin_properties: dict[str, str],
@@ -311,18 +315,20 @@ def test_missing_read_is_said_until_it_is_granted(
     make_topic: MakeTopic,
     start_service: StartService,
     unique_name: Callable[[str], str],
-    kind: str,
+    withheld: tuple[str, list[str]],
 ) -> None:
+    kind, operations = withheld
     topic, prefix = make_topic(admin_properties, [packet for _, packet in ztf_packets[:10]]), unique_name("filter")
     rules = documented(topic, prefix, prefix)
-    missing = next(rule for rule in rules if rule[:2] == ("Read", kind))
-    grants.allow(*(rule for rule in rules if rule != missing))
+    missing = [rule for rule in rules if rule[1] == kind and rule[2] in (topic, prefix) and rule[0] in operations]
+    assert len(missing) == len(operations)
+    grants.allow(*(rule for rule in rules if rule not in missing))
 
     service = start_service(config_of(guarded, None, topic, prefix), ENVIRONMENT)
     service.wait_until(lambda: f"User:{USER} lacks Read" in service.get("/readyz")[1])
     assert service.get("/readyz")[0] == 503
-    assert f"on {kind} {missing[2]}; grant it with: kafka-acls.sh" in service.log
-    grants.allow(missing)
+    assert f"on {kind} {missing[0][2]}; grant it with: kafka-acls.sh" in service.log
+    grants.allow(*missing)
     service.wait_until(lambda: service.metric("consumed_alerts_total") == 10)
     service.wait_ready()
     assert service.end() == 0
