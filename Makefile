@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test lint bench bench-check study chaos fuzz slow-link sanitize wheel image clean
+.PHONY: help demo test lint bench bench-check study chaos deep fuzz slow-link sanitize wheel image clean
 
 help:
 	@echo 'make demo      simulates a survey night, runs the service on it through an embedded broker, shows the result'
@@ -21,6 +21,7 @@ help:
 	@echo 'make chaos     kills the service at random, over and over, and counts what comes out'
 	@echo 'make fuzz      measures what hostile packets cost, some minutes long (FUZZ="packets seed" for others)'
 	@echo 'make slow-link makes the link to the output slow while a backlog passes (SLOW="--rate 1000 --elsewhere" for others)'
+	@echo 'make deep      imports whole MaxViT-tiny networks with random weights, and damages them; takes minutes'
 	@echo 'make sanitize  decodes damaged packets with the compiled code under AddressSanitizer (needs gcc)'
 	@echo 'make wheel     builds the wheel and the source archive into dist/'
 	@echo 'make image     builds the container image with buildah, and runs the service in it; deploy/image.sh has the options'
@@ -71,6 +72,9 @@ fuzz: $(VENV)/installed-test
 
 slow-link: $(VENV)/installed-test
 	PYTHONPATH=. $(BIN)/python tests/slow_link.py $(SLOW)
+
+deep: $(VENV)/installed-test
+	$(BIN)/pytest -s -p no:logging --timeout 0 tests/deep_networks.py
 
 sanitize: $(VENV)/installed-test
 	$(BIN)/python tests/packets/sanitize.py

@@ -23,6 +23,7 @@ from prometheus_client import (
 )
 
 from broker_filter import __version__
+from broker_filter.packets.batch import Survey
 from broker_filter.packets.rejects import RejectReason
 
 STAGE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -47,6 +48,8 @@ class Account:
     judged: int = 0
     """Of those scored, the ones of which it was asked whether they are anomalies."""
     anomalous: int = 0
+    unjudged: Tally[Survey] = field(default_factory=Tally)
+    """Of those scored, by survey, the ones that would have been judged if the reference had more alerts of it."""
     rejected: Tally[RejectReason] = field(default_factory=Tally)
     sent: list[float] = field(default_factory=list)
     """Unix seconds at which the producer sent the packets, of those that say so."""
@@ -70,6 +73,11 @@ class Metrics:
         )
         self._judged = self._counter("judged_alerts", "Scored alerts that passed the cut and could be anomalies.")
         self._anomalous = self._counter("anomalous_alerts", "Those of them that were flagged as anomalies.")
+        self._unjudged = self._counter(
+            "unjudged_alerts",
+            "Scored alerts that passed the cut and were not judged: the reference has too few of their survey.",
+            "survey",
+        )
         self._anomaly_rate = self._gauge(
             "anomaly_rate", "Share of the judged alerts that were flagged since the start."
         )
@@ -94,6 +102,8 @@ class Metrics:
             self._transactions.labels(outcome)
         for reason in RejectReason:
             self._rejected.labels(reason.value)
+        for survey in Survey:
+            self._unjudged.labels(str(survey))
 
     def expect(self, *, topics: Iterable[str] = (), stages: Iterable[str] = ()) -> None:
         """Lets the series of output topics and of stages begin at 0.
@@ -142,6 +152,8 @@ class Metrics:
                 self._duplicates.inc(account.duplicates)
                 self._judged.inc(account.judged)
                 self._anomalous.inc(account.anomalous)
+                for survey, n in account.unjudged.items():
+                    self._unjudged.labels(str(survey)).inc(n)
                 self._so_far.update(judged=account.judged, anomalous=account.anomalous)
                 for reason, n in account.rejected.items():
                     self._rejected.labels(reason.value).inc(n)

@@ -36,6 +36,8 @@ class Anomalies:
     threshold: NDArray[np.float32]  # [N] of its survey, what the score met
     flag: NDArray[np.bool_]  # [N]
     reasons: dict[int, Reason] = field(default_factory=dict)  # of the rows that are flagged
+    unjudged: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """Rows that passed the cut, of surveys that the reference has too few alerts of."""
 
     @property
     def judged(self) -> NDArray[np.bool_]:
@@ -79,7 +81,8 @@ class AnomalyJudge:
             threshold[rows], flag[rows] = tracker.flag(score[rows], ~scored.duplicate[rows])
             if len(flagged := rows[flag[rows]]):
                 reasons |= dict(zip(flagged.tolist(), scorer.explain(model.embedding[flagged]), strict=True))
-        return Anomalies(self._model, score, threshold, flag, reasons)
+        unjudged = np.flatnonzero(judged & ~np.isin(scored.alerts.survey, list(self._surveys)))
+        return Anomalies(self._model, score, threshold, flag, reasons, unjudged)
 
 
 def open_judge(asked: config.Anomalies, scorer: Scorer) -> AnomalyJudge:

@@ -61,6 +61,9 @@ def account_packets(scored: ScoredBatch) -> list[Account]:
         for i in np.flatnonzero(scored.anomalies.judged & scored.scores.taken & ~scored.duplicate).tolist():
             accounts[packet_index[i]].judged += 1
             accounts[packet_index[i]].anomalous += bool(scored.anomalies.flag[i])
+        unjudged = scored.anomalies.unjudged
+        for i in unjudged[~scored.duplicate[unjudged]].tolist():
+            accounts[packet_index[i]].unjudged[Survey(int(scored.alerts.survey[i]))] += 1
     index_of = {id(packet): k for k, packet in enumerate(scored.packets)}
     for reject in scored.rejects:
         account = accounts[index_of[id(reject.packet)]]

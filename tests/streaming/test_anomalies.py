@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,11 @@ import fastavro
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
 
 from broker_filter import config
 from broker_filter.config import Runtime, Service
+from broker_filter.metrics import Metrics
 from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import KafkaPosition, Packet
@@ -180,10 +183,17 @@ def test_a_survey_with_too_few_in_the_reference_is_not_judged_and_this_is_said(
     reference.write(file)
     caplog.clear()
     scorer = open_scorer([config.Model(bundle="default", also=["lsst"])], Runtime())
-    anomalies = open_judge(config.Anomalies(reference=file), scorer).judge(two_surveys(make, 7, 10, 10))
+    scored = two_surveys(make, 7, 10, 10)
+    anomalies = open_judge(config.Anomalies(reference=file), scorer).judge(scored)
     assert "alerts of lsst are not judged" in caplog.text
     assert anomalies.judged.tolist() == [True] * 10 + [False] * 10
     assert not anomalies.flag[10:].any()
+    metrics = Metrics(CollectorRegistry())
+    metrics.commit(account_packets(replace(scored, anomalies=anomalies)), Counter(), "me.dead-letter")
+    exposed = metrics.exposition().decode()
+    assert 'broker_filter_unjudged_alerts_total{survey="lsst"} 10.0' in exposed
+    assert 'broker_filter_unjudged_alerts_total{survey="ztf"} 0.0' in exposed
+    assert "broker_filter_judged_alerts_total 10.0" in exposed
 
 
 def test_a_filter_that_hardly_an_alert_of_a_survey_passes_is_warned_of(
