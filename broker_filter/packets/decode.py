@@ -223,10 +223,10 @@ class Decoder:
         with self._turn:
             n_bytes = 0
             for index, packet in enumerate(packets):
-                n_rows = len(walked)
-                container = self._frame(packet.data, schemas)
-                damage, record = self._walk_container(index, self._allowance(packet), container, outputs, walked)
-                n_bytes += self._size(packet, container, walked[n_rows:], outputs.n_points[n_rows:])
+                n_rows, n_points = len(walked), outputs.points_end
+                container, allowance = self._frame(packet.data, schemas), self._allowance(packet)
+                damage, record = self._walk_container(index, allowance, container, outputs, walked)
+                n_bytes += self._size(container, allowance, len(walked) - n_rows, outputs.points_end - n_points)
                 if n_bytes > max_bytes and index:
                     del walked[n_rows:]
                     outputs.forget(n_rows)
@@ -264,23 +264,22 @@ class Decoder:
         if container.schema is None:
             return container.error, 0
         record = 0
-        max_records, max_points = min(MAX_RECORDS, allowance // RECORD_BYTES), min(MAX_POINTS, allowance // ROW_BYTES)
-        points_left = max_points
+        damage: Damage | None
+        points_left = max_points = min(MAX_POINTS, allowance // ROW_BYTES)
         for block in container.blocks:
             plan = self._plan(container.schema)
             if not isinstance(plan, Plan):
                 return plan, 0
             start, end_record = 0, record + block.n_records
             while record < end_record:
-                if record and record >= max_records:
+                if record and record >= (max_records := min(MAX_RECORDS, allowance // RECORD_BYTES)):
                     return (RejectReason.TOO_LARGE, f"more than {max_records} alerts"), record
                 status, end = outputs.walk(plan, block.body, start, points_left)
-                damage = _walk_damage(status, start, end, len(block.body), last=record == end_record - 1)
                 if status is Status.NO_ROOM:
-                    damage = (
-                        RejectReason.TOO_LARGE,
-                        f"the packet's alerts have a history of more than {max_points} rows",
-                    )
+                    detail = f"the packet's alerts have a history of more than {max_points} rows"
+                    damage = RejectReason.TOO_LARGE, detail
+                else:
+                    damage = _walk_damage(status, start, end, len(block.body), last=record == end_record - 1)
                 walked.append(_Walked(index, record, plan, block.body[start:end], start, damage))
                 if status is Status.NO_ROOM:
                     return None, record  # the rest of the packet is not looked at
@@ -299,15 +298,15 @@ class Decoder:
         """Bytes that a packet may inflate to."""
         return min(GREATEST_RATIO * len(data), self._max_packet_bytes)
 
-    def _size(self, packet: Packet, container: Container, walked: Sequence[_Walked], n_points: Sequence[int]) -> int:
-        """Bytes that a packet takes in memory at most, with its `walked` records and the rows of their histories."""
+    def _size(self, container: Container, allowance: int, n_records: int, n_points: int) -> int:
+        """Bytes that a packet takes in memory at most, of which so many records and rows of history were walked."""
         if container.schema is None:
             return 0
-        alerts = len(walked) * (self._slot_bytes + container.schema.n_bytes)
-        if len(walked) > 1:
-            alerts = min(alerts, self._allowance(packet))
-        bodies = sum(len(block.body) for block in container.blocks)
-        return alerts + bodies + RECORD_BYTES * len(walked) + ROW_BYTES * sum(n_points)
+        alerts = n_records * (self._slot_bytes + container.schema.n_bytes)
+        if n_records > 1:
+            alerts = min(alerts, allowance)
+        bodies = sum([len(block.body) for block in container.blocks])
+        return alerts + bodies + RECORD_BYTES * n_records + ROW_BYTES * n_points
 
     def _too_large(
         self, packets: Sequence[Packet], walked: Sequence[_Walked], sound: Sequence[int], columns: _Columns

@@ -34,6 +34,7 @@ LIMIT_SIGMAS = 5.0
 _BAND_OF_LETTER = np.full(256, float(UNKNOWN_BAND))
 _BAND_OF_LETTER[[ord(band) for band in BANDS]] = range(len(BANDS))
 
+LAST_FILTER = 3
 _TRUE = (1.0, *map(ord, "1tT+"))
 _FALSE = (0.0, -1.0, *map(ord, "0fF-"))
 _FILTERS = {1.0: tuple(map(ord, "1g")), 2.0: tuple(map(ord, "2r")), 3.0: tuple(map(ord, "3i"))}
@@ -84,8 +85,9 @@ def sign(isdiffpos: Values) -> Values:
 
 def ztf_filter(fid: Values) -> Values:
     """ZTF's filter id (1 g, 2 r, 3 i), also of text that gives the number or the filter's letter."""
-    for number, spellings in _FILTERS.items():
-        fid = np.where(_is_one_of(fid, spellings), number, fid)
+    if np.any(fid > LAST_FILTER):  # which no number is
+        for number, spellings in _FILTERS.items():
+            fid = np.where(_is_one_of(fid, spellings), number, fid)
     return fid
 
 
@@ -170,15 +172,12 @@ def detections_without_flux(pieces: Sequence[Points]) -> NDArray[np.int64]:
 
     The sign of a ZTF detection may not be understood (`isdiffpos`), or an LSST one have no `psfFlux`.
     """
-    lost = [
-        points.alert[
-            (points.kind == Measurement.DETECTION)
-            & (points.alert != NO_ALERT)
-            & np.isfinite(points.mjd)
-            & ~np.isfinite(points.flux)
-        ]
-        for points in pieces
-    ]
+    lost = []
+    for points in pieces:
+        rows = np.flatnonzero(~np.isfinite(points.flux))  # few, so that the rest is not looked at
+        alert = points.alert[rows]
+        kept = (points.kind[rows] == Measurement.DETECTION) & (alert != NO_ALERT) & np.isfinite(points.mjd[rows])
+        lost.append(alert[kept])
     return np.concatenate(lost) if lost else np.empty(0, np.int64)
 
 

@@ -505,3 +505,37 @@ def test_hang_up_drains_and_a_user_signal_is_ignored(
     assert service.end(signal.SIGHUP) == 0
     assert "stopping: committing what was read" in service.log
     assert len(read_committed(kafka_bootstrap, [f"{prefix}.scored"], 20)) == 20
+
+
+@pytest.mark.kafka
+def test_a_message_of_many_bad_alerts_is_one_dead_letter_and_each_is_counted(
+    kafka_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> None:
+    reader = fastavro.reader(io.BytesIO(ztf_packets[-1][1]))
+    (good,) = reader
+    assert isinstance(good, dict)
+    assert isinstance(reader.writer_schema, dict)
+    bad = [good | {"candid": k, "cutoutTemplate": None} for k in range(1, 301)]
+    many = io.BytesIO()
+    fastavro.writer(many, reader.writer_schema, [good, *bad, good | {"candid": 1000}])
+    messages = [many.getvalue(), ztf_packets[-2][1]]
+    topic, prefix = make_topic(kafka_bootstrap, messages), unique_name("filter")
+    service = start_service(service_config(kafka_bootstrap, topic, prefix))
+
+    records = read_committed(kafka_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], 4)
+
+    (letter,) = [record for record in records if record.topic().endswith("dead-letter")]
+    assert letter.value() == messages[0]
+    assert headers(letter)["rejected"] == "missing_cutout=300"
+    assert headers(letter)["record"] == "1"
+    service.wait_until(lambda: service.metric("consumed_alerts_total") == 303)
+    assert service.metric("scored_alerts_total") == 3
+    assert service.metric('rejected_alerts_total{reason="missing_cutout"}') == 300
+    assert service.metric("dead_letters_total") == 1
+    assert service.metric("unaccounted_alerts") == 0
+    assert service.end() == 0
