@@ -48,7 +48,7 @@ def read_dead_letters(properties: Mapping[str, object], topic: str, reasons: Col
     shortened = 0
     for packet, message in _read(properties, topic):
         headers = dict(message.headers() or ())
-        if (headers.get("reason") or b"").decode(errors="replace") not in reasons:
+        if not _reasons(headers).intersection(reasons):
             continue
         message_id = hash(headers.get("input"))  # several records of one message may have been rejected
         if TRUNCATED in headers:
@@ -58,6 +58,12 @@ def read_dead_letters(properties: Mapping[str, object], topic: str, reasons: Col
             yield packet
     if shortened:
         log.warning("%s: dead letters that were cut short to fit into the topic, are left out: %d", topic, shortened)
+
+
+def _reasons(headers: Mapping[str, bytes | None]) -> set[str]:
+    """Why a dead letter's alerts were rejected: the first one's `reason`, and those in `rejected` (`corrupt=3,...`)."""
+    counts = (headers.get("rejected") or b"").decode(errors="replace").split(",")
+    return {(headers.get("reason") or b"").decode(errors="replace"), *(count.partition("=")[0] for count in counts)}
 
 
 def _read(properties: Mapping[str, object], topic: str) -> Iterator[tuple[Packet, Message]]:

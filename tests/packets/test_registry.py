@@ -372,6 +372,17 @@ def test_a_look_up_has_a_total_deadline_that_all_threads_share(
         tarpit.close()
 
 
+def test_a_registration_has_a_total_deadline_too() -> None:
+    tarpit, beats = Tarpit(b"HTTP/1.1 200 OK\r\n" + b"X-Slow: yes\r\n" * 1000), list[float]()
+    client = RegistryClient(tarpit.url, lambda: beats.append(time.monotonic()))
+    try:
+        with pytest.raises(RegistryUnavailable, match="no complete answer within 2 s"):
+            client.ask("/subjects/me.scored-value/versions", {"schema": "x" * 5_000_000}, timeout_s=2)
+        assert len(beats) >= 2
+    finally:
+        tarpit.close()
+
+
 def test_credentials_stay_with_the_registrys_own_address(server: Registry, tmp_path: Path) -> None:
     other = Registry()
     url = f"http://me:secret@127.0.0.1:{server.port}"

@@ -132,7 +132,7 @@ def test_dead_letters_are_sent_again_as_they_came_in(
         (several.getvalue(), "unknown_schema_id", "a/t/0/2", {"record": "1"}),
         (b"half", "unknown_schema_id", "a/t/0/3", {"truncated": "8"}),
         (b"no alert", "not_avro", "a/t/0/4", {}),
-        (b"schema", "schema_refused", "a/t/0/5", {}),
+        (b"schema", "missing_cutout", "a/t/0/5", {"rejected": "missing_cutout=1,schema_refused=2"}),
         (b"no reason", None, "a/t/0/6", {}),
     ):
         producer.produce(letters, value, headers={"input": source, **({"reason": reason} if reason else {}), **more})
