@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,9 +64,8 @@ def take_stock(packets: Iterable[Packet], decoder: Decoder, advance: Callable[[i
     `advance` is told how many more packets were read.
     """
     contents = Contents()
-    waiting = iter(packets)
-    while batch := list(islice(waiting, PACKETS_AT_A_TIME)):
-        alerts, rejects = decoder.decode(batch)
+    for alerts, rejects in decoder.decode_stream(packets, PACKETS_AT_A_TIME):
+        batch = alerts.packets
         contents.n_packets += len(batch)
         advance(len(batch))
         contents.n_bytes += sum(len(packet.data) for packet in batch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,9 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _find(packets: Iterable[Packet], decoder: Decoder, wanted: set[int] | None) -> dict[int, tuple[AlertBatch, int]]:
     """Where alerts are, batch and row, by id: until all `wanted` are found, or the first where none is named."""
     found: dict[int, tuple[AlertBatch, int]] = {}
-    waiting = iter(packets)
-    while batch := list(islice(waiting, PACKETS_AT_A_TIME)):
-        alerts, _ = decoder.decode(batch)
+    for alerts, _ in decoder.decode_stream(packets, PACKETS_AT_A_TIME):
         for row, alert_id in enumerate(alerts.alert_id.tolist()):
             if wanted is None or alert_id in wanted:
                 found.setdefault(alert_id, (alerts, row))

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from threading import Lock
 from typing import NamedTuple, TypeVar
 
@@ -185,6 +186,15 @@ class Decoder:
         The batch's `packets` are those that were decoded; the others are for the next call.
         """
         return self._decode(packets, BATCH_BYTES_PER_PACKET * len(packets))
+
+    def decode_stream(self, packets: Iterable[Packet], at_a_time: int) -> Iterator[tuple[AlertBatch, list[Reject]]]:
+        """Decodes a stream of packets in its order, in batches of at most so many, in flat memory."""
+        waiting = iter(packets)
+        while batch := list(islice(waiting, at_a_time)):
+            while batch:
+                alerts, rejects = self.decode_some(batch)
+                yield alerts, rejects
+                batch = batch[len(alerts.packets) :]
 
     def _decode(self, packets: Sequence[Packet], max_bytes: float) -> tuple[AlertBatch, list[Reject]]:
         schemas = self._look_up(packets)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
@@ -149,9 +148,8 @@ class Replayer:
             log.warning("the brokers have not taken the last %d messages: %s", left, self._complaints.latest)
 
     def _alerts(self, packets: Iterable[Packet]) -> Iterator[_Alert]:
-        waiting = iter(packets)
-        while batch := list(islice(waiting, PACKETS_AT_A_TIME)):
-            alerts, rejects = self._decoder.decode(batch)
+        for alerts, rejects in self._decoder.decode_stream(packets, PACKETS_AT_A_TIME):
+            batch = alerts.packets
             rejected = {id(reject.packet): reject for reject in rejects}
             rows: list[list[int]] = [[] for _ in batch]
             for row, packet_index in enumerate(alerts.packet_index):

@@ -170,6 +170,7 @@ def test_a_batch_of_hostile_packets_is_decoded_in_parts_that_fit_into_memory() -
     assert len(parts) == 8
     assert [packet for batch in parts for packet in batch.packets] == packets
     assert sum(map(len, parts)) == len(whole) == 8 * 200
+    assert [len(batch) for batch, _ in decoder.decode_stream(iter(packets), 3)] == [200] * 8
     assert [int(alert_id) for batch in parts for alert_id in batch.alert_id] == whole.alert_id.tolist()
 
 
