@@ -55,7 +55,10 @@ def main(argv: Sequence[str]) -> int:
     except Exception as error:
         if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in OURS:
             raise
-        print(f"training {command}: {error}", file=sys.stderr)
+        said = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            said = f"{error.filename}: {error.strerror}"
+        print(f"training {command}: {said}", file=sys.stderr)
         return 1
     return 0
 

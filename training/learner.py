@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from broker_filter.scoring.bundle import Inputs
+from broker_filter.scoring.runtimes import available_cores
 from training.errors import TrainingError
 from training.recipe import Hardware, Optimisation
 from training.whole_file import write_whole
@@ -219,6 +220,12 @@ def _train(
 ) -> dict[str, float | int | str]:
     if hardware.threads:
         torch.set_num_threads(hardware.threads)
+    on_cpu = hardware.accelerator == "cpu" or (hardware.accelerator == "auto" and not torch.accelerator.is_available())
+    if on_cpu and isinstance(hardware.devices, int) and hardware.devices > available_cores():
+        raise TrainingError(
+            f"hardware: {hardware.devices} devices on a CPU are so many processes, and there are {available_cores()} "
+            "cores: give fewer devices"
+        )
     best = ModelCheckpoint(directory, Path(BEST).stem, monitor=IMPROVED, enable_version_counter=False)
     # Not `save_last`, which writes only where there is a new best.
     latest = ModelCheckpoint(directory, Path(LAST).stem, enable_version_counter=False)

@@ -41,6 +41,8 @@ ENCODER_CARD = "encoder.yaml"
 """Beside the weights that `pretrain` writes: what they come from."""
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""Learners multiply it by 2^20, and torch takes 64 bits."""
 Configuration = TypeVar("Configuration", bound=Section)
 
 
@@ -61,7 +63,7 @@ class Optimisation(Section):
         "count as better: else its weights are not kept, and patience runs out. BTSbot's code has 0.005.",
     )
     augment: bool = Field(default=True, description="Flip and turn every image at random, by right angles.")
-    seed: int = Field(default=2, ge=0)
+    seed: Seed = 2
 
     @model_validator(mode="after")
     def _ends_after_warming_up(self) -> Self:

@@ -109,6 +109,8 @@ def read_labels(table: Path, column: str, rules: Sequence[ClassRule] = ()) -> La
     names = [rule.name for rule in rules]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise LabelsError(f"{table}: class {', '.join(twice)} is described more than once")
+    if not table.is_file():
+        raise LabelsError(f"{table}: no such file")
     try:
         rows = dataset.dataset(table, format=table.suffix.removeprefix("."))
         key = next((name for name in KEYS if name in rows.schema.names), None)
@@ -122,6 +124,8 @@ def read_labels(table: Path, column: str, rules: Sequence[ClassRule] = ()) -> La
         raise LabelsError(f"{table}: neither a .csv nor a .parquet that can be read: {reason}") from error
     if not len(columns):
         raise LabelsError(f"{table}: has no row: a table of labels has one for each alert or object")
+    if binary := [name for name in (key, column) if pa.types.is_binary(columns.schema.field(name).type)]:
+        raise LabelsError(f"{table}: {binary[0]!r} holds bytes that are no text in UTF-8: save the table as UTF-8")
     if pa.types.is_floating(columns.schema.field(key).type):
         raise LabelsError(
             f"{table}: {key} holds floating-point numbers, which round ids above 2^53: write them as integers or text"

@@ -46,6 +46,14 @@ def test_rows_without_a_label_are_left_out(tmp_path: Path) -> None:
     assert read_labels(tmp_path / "labels.parquet", "number", rules).label_of == {"1": 0, "3": 1}
 
 
+def test_a_table_that_is_not_there_or_of_another_encoding_is_said(tmp_path: Path) -> None:
+    with pytest.raises(LabelsError, match=r"absent\.csv: no such file"):
+        read_labels(tmp_path / "absent.csv", "class")
+    (tmp_path / "labels.csv").write_bytes("candid,class\n1,café\n2,b\n".encode("latin1"))
+    with pytest.raises(LabelsError, match=r"'class' holds bytes that are no text in UTF-8"):
+        read_labels(tmp_path / "labels.csv", "class")
+
+
 @pytest.mark.parametrize("missing", ["nan", "NaN", "NA", "N/A", "null", "None", "<NA>", " "])
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_a_missing_label_is_no_class_however_it_is_written(missing: str, kind: str, tmp_path: Path) -> None:

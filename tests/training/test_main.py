@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from broker_filter.scoring.bundle import Architecture, Description, load_bundle
+from broker_filter.scoring.export import write_bundle
+from broker_filter.scoring.networks import build_network
 from training.__main__ import COMMANDS, main
 from training.data.datasets import Dataset
 from training.recipe import Fit
@@ -58,6 +62,68 @@ def test_an_error_is_one_line(night_table: Path, tmp_path: Path, capsys: pytest.
     assert error == f"training build-dataset: {night_table}: no column 'label'; there are candid, truth"
     assert main(["fit", str(tmp_path / "absent.yaml")]) == 1
     assert "absent.yaml" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of VGG6 with random weights."""
+    card = load_bundle("default").card
+    described = {name: getattr(card, name) for name in Description.model_fields}
+    vgg6 = Architecture(name="vgg6")
+    bundle = tmp_path_factory.mktemp("bundles") / "vgg6"
+    write_bundle(bundle, Description(**described | {"architecture": vgg6}), build_network(vgg6))
+    return bundle
+
+
+@pytest.mark.parametrize("command", ["train-default", "train-classes", "train-embedder", "anomalies", "suspects"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("folder", "no .*alert"), ("bytes", "no .*alert"), ("absent", "absent: no such file or folder")],
+)
+def test_inputs_without_an_alert_are_an_error_in_one_line(
+    command: str, given: str, message: str, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "bytes").write_bytes(bytes(range(256)))
+    (tmp_path / "labels.csv").write_text("candid,weak_class\n1,VS\n2,SN\n3,asteroid\n4,bogus\n5,AGN\n")
+    arguments = [command, str(tmp_path / given), "--out", str(tmp_path / "out")]
+    if command == "train-default":
+        arguments += ["--teacher", str(teacher)]
+    else:
+        arguments += ["--labels", str(tmp_path / "labels.csv")]
+    arguments += ["--label", "weak_class"] if command == "suspects" else []
+    assert main(arguments) == 1
+    assert re.search(f"^training {command}: .*{message}", capsys.readouterr().err.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train-embedder", "x", "--labels", "x", "--out", "x", "--steps", "0"], "--steps: 0 is not a positive number"),
+        (["anomalies", "x", "--labels", "x", "--out", "x", "--rate", "4"], "--rate: 4 is not above 0 and up to 1"),
+        (["astrom3-simulate", "x", "--stars", "1", "-1", "1"], "--stars: -1 is not a positive number"),
+        (["astrom3-simulate", "x", "--seed", "-1"], "--seed: -1 is not from 0 to"),
+        (["build-dataset", "x", "--labels", "x", "--out", "x", "--seed", "-1"], "--seed: -1 is not from 0 to"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_bad_usage(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["fit", "pretrain", "study", "astrom3", "astrom3-study"])
+@pytest.mark.parametrize("content", [b"", b"- 1\n", b"a: [1", bytes(range(256)), None])
+def test_a_configuration_that_is_none_is_an_error_in_one_line(
+    command: str, content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "configuration.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    assert main([command, str(file)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"training {command}: {file}: ")
 
 
 def test_the_configuration_in_readme_is_one() -> None:

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from broker_filter.config import Section
 from broker_filter.scoring.astrom3.model import AstroM3Arguments
 from training.astrom3.stars import Subset
-from training.recipe import Hardware, Optimisation
+from training.recipe import Hardware, Optimisation, Seed
 
 Mode = Literal["clip", "photo", "spectra", "meta", "all"]
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(
@@ -43,7 +43,7 @@ class AstroM3Run(Section):
     pretrained: Path | None = Field(default=None, description="A checkpoint of mode clip; absent: random weights.")
     stars: Path = Field(description="A directory in one of the layouts that `training.astrom3.stars` reads.")
     out: Path
-    seed: int = Field(default=42, ge=0, description="Of the split and of the weights; published: 42, 0, 66, 12, 123.")
+    seed: Seed = Field(default=42, description="Of the split and of the weights; published: 42, 0, 66, 12, 123.")
     recipe: dict[str, Any] = Field(default={}, description="Keys of `Recipe` with other values than published.")
     arguments: dict[str, Any] = Field(default={}, description="Keys of `AstroM3Arguments` with other values.")
     hardware: Hardware = Hardware()

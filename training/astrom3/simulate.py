@@ -17,6 +17,7 @@ from pyarrow import parquet
 from broker_filter.cli.console import progress
 from broker_filter.scoring.astrom3.model import CLASSES
 from broker_filter.scoring.astrom3.preprocess import METADATA_COLUMNS, PHOTOMETRY_FEATURES
+from training import arguments as kinds
 from training.astrom3.simulation import SimulatedStar, simulate_star
 from training.astrom3.stars import DIVISORS, Split, Subset, class_capped
 from training.whole_file import write_whole
@@ -43,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `astrom3-simulate` takes."""
     parser.add_argument("out", type=Path, metavar="DIRECTORY", help="where the set's folders go")
     parser.add_argument(
-        "--stars", type=int, nargs=3, default=(2000, 400, 2000), metavar=("TRAIN", "VALIDATION", "TEST")
+        "--stars", type=kinds.positive, nargs=3, default=(2000, 400, 2000), metavar=("TRAIN", "VALIDATION", "TEST")
     )
-    parser.add_argument("--seed", type=int, nargs="+", default=[42], help="a set each (default: 42)")
+    parser.add_argument("--seed", type=kinds.seed, nargs="+", default=[42], help="a set each (default: 42)")
     parser.add_argument(
         "--subset", choices=DIVISORS, nargs="+", default=["full"], help="folders to write (default: full)"
     )

@@ -33,6 +33,7 @@ from broker_filter.scoring.bundle import MAX_CUTOUT_SIZE, POINT_COLUMNS
 from broker_filter.scoring.labels import Labels, parse_rule, read_labels
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.expressions import FIELDS, Expression, compile_filter
+from training.arguments import seed
 from training.data.datasets import (
     CARD,
     INDEX,
@@ -85,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cutout-size", type=_pixels, default=DEFAULT_CUTOUT_SIZE, metavar="PX", help="(default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the split by source (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the split by source (default: %(default)s)")
     parser.add_argument(
         "--shares",
         type=_share,

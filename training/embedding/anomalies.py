@@ -32,11 +32,13 @@ from broker_filter.scoring.preprocess import prepare_images
 from broker_filter.scoring.reference import Measure
 from broker_filter.scoring.scorer import Model, open_model
 from broker_filter.streaming.archives import read_packets
+from training.arguments import positive, share
 from training.data.datasets import held_out, sha256_of
 from training.embedding.embedder import Recipe, embed, show, train
 from training.embedding.light_curve_features import light_curve_features
 from training.embedding.strangeness import by_isolation_forest, by_pixels
 from training.embedding.train_embedder import LIGHT_CURVE, METADATA, SIZE, TRUNK, Named, decode, side_by_side
+from training.errors import DatasetError, TrainingError
 from training.evaluation.bootstrap import Estimate, resample, weights_by_object
 from training.evaluation.metrics import Values, Weights, harmonic_mean, rank, ratio
 from training.shipped.train_classes import COLUMN, UNLABELLED
@@ -88,8 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="ZTF alerts: files, folders, archives")
     parser.add_argument("--labels", required=True, type=Path, help=f"table with the column {COLUMN}, by candid")
     parser.add_argument("--trunk", default="default", help="bundle of StampNet (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of each training (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=0.05, help="share to flag (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=STEPS, help="of each training (default: %(default)s)")
+    parser.add_argument("--rate", type=share, default=0.05, help="share to flag (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help=f"for {TABLE} and {FIGURES}")
 
 
@@ -97,13 +99,20 @@ def run(arguments: argparse.Namespace) -> None:
     """Trains and judges once for each class, and prints the table."""
     torch.set_num_threads(1)
     trunk = open_model(arguments.trunk, Runtime(engine="onnxruntime", device="cpu", inference_threads=1))
+    if trunk.bundle.card.architecture.name != TRUNK:
+        raise TrainingError(f"{arguments.trunk}: is no {TRUNK}: its network cannot be the trunk")
     labels = read_labels(arguments.labels, COLUMN, [parse_rule(rule) for rule in (*CLASSES, BOGUS)])
     alerts = decode(read_packets(arguments.inputs), trunk.bundle.card.inputs.images.size)
-    label = np.array([labels.label_of.get(str(alert), UNLABELLED) for alert in alerts.alert_id.tolist()])
+    label = labels.of(alerts.alert_id, alerts.object_id)
     threshold = trunk.bundle.card.outputs.thresholds[trunk.labels[0]]
     known = label != UNLABELLED
+    if not known.any():
+        raise DatasetError(f"{arguments.labels}: none of its labels is of one of the {len(label)} alerts of the inputs")
     alerts, label = Named(alerts.raw[known], alerts.alert_id[known], alerts.object_id[known]), label[known]
     passes = (trunk.run(alerts.raw)["probabilities"][:, 0] > threshold) & (label < len(CLASSES))
+    for c, name in enumerate(labels.classes[: len(CLASSES)]):
+        if not (passes & (label == c)).any():
+            raise DatasetError(f"{arguments.labels}: no alert of class {name} passes the cut, so it cannot be left out")
     cases = leave_out(
         trunk, alerts, label, passes, labels.classes[: len(CLASSES)], Recipe(steps=arguments.steps), arguments.out
     )

@@ -65,6 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
     for scored in score_archives(arguments.inputs, scorer):
         sample.put(ordinary_alerts(scored, scorer.models[0], None))
     alerts = sample.take()
+    if not len(alerts):
+        raise DatasetError(f"{', '.join(map(str, arguments.inputs))}: no alert was read that {arguments.model} takes")
     label = labels.of(alerts.alert_id, alerts.object_id)
     known = label != UNLABELLED
     if not known.any():

@@ -50,6 +50,7 @@ from broker_filter.scoring.labels import parse_rule, read_labels
 from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbedder
 from broker_filter.simulate import SCHEMAS, simulate_night
 from broker_filter.streaming.archives import read_packets
+from training.arguments import positive, seed
 from training.checkpoint import beside
 from training.data.datasets import held_out, sha256_of
 from training.embedding.embedder import Recipe, embed, show, train
@@ -115,8 +116,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", required=True, type=Path, help=f"table with the column {COLUMN}, by candid")
     parser.add_argument("--trunk", default="default", help="bundle of StampNet (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, help="the new bundle's directory")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--steps", type=positive, default=Recipe.steps)
+    parser.add_argument("--seed", type=seed, default=Recipe.seed)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -126,6 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
     trunk = load_bundle(arguments.trunk)
     if trunk.card.architecture.name != TRUNK:
         raise TrainingError(f"{arguments.trunk}: is no {TRUNK}: its network cannot be the trunk")
+    labels = read_labels(arguments.labels, COLUMN, [parse_rule(rule) for rule in CLASSES])
     inputs = Inputs(
         images=trunk.card.inputs.images,
         metadata=tuple(MetadataColumn(name=name, fill=NO_VALUE) for name in METADATA),
@@ -150,8 +152,7 @@ def run(arguments: argparse.Namespace) -> None:
     shares = [(group, SHARES[name]) for name, group in groups.items()]
     train(network, shares, recipe, checkpoint=checkpoint, of=str(of))
 
-    label_of = read_labels(arguments.labels, COLUMN, [parse_rule(rule) for rule in CLASSES]).label_of
-    label = np.array([label_of.get(str(alert), UNLABELLED) for alert in alerts.alert_id.tolist()])
+    label = labels.of(alerts.alert_id, alerts.object_id)
     modalities = embed(network, shown)
     embeddings = {"embedding": [side_by_side(modalities)]}
     embeddings |= {name: [modalities[:, m].numpy()] for m, name in enumerate(MODALITIES)}

@@ -19,6 +19,7 @@ from broker_filter.cli.console import progress
 from broker_filter.config import Runtime
 from broker_filter.scoring.bundle import WEIGHTS, Architecture, Card, Training, describe_problems
 from broker_filter.scoring.scorer import Model, open_model
+from training.arguments import positive
 from training.data.datasets import SPLITS, Dataset, DatasetCard, Split
 from training.errors import EvaluationError
 from training.evaluation.bootstrap import Estimate, estimate, resample, weights_by_object
@@ -124,14 +125,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", help="name of a bundle that ships, or a bundle's directory")
     parser.add_argument("--dataset", required=True, type=Path, metavar="DIR", help="what build-dataset wrote")
     parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
-    parser.add_argument("--threads", type=_positive, default=1, help="that score, and are timed (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=1, help="that score, and are timed (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the evaluation goes")
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -31,6 +31,7 @@ from broker_filter.scoring.bundle import (
 )
 from broker_filter.scoring.export import write_bundle
 from broker_filter.scoring.networks import build_network, load_network
+from training.arguments import positive, seed, share
 from training.checkpoint import beside
 from training.data.datasets import Alerts, held_out, load_alerts, sha256_of
 from training.errors import DatasetError, TrainingError, refuse_existing
@@ -69,23 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", type=Path, help="file to save progress in and to continue from (default: OUT.ckpt, beside OUT)"
     )
     parser.add_argument(
-        "--share", type=_share, default=1.0, help="of the objects to train on: 0.25, for what more are worth"
+        "--share", type=share, default=1.0, help="of the objects to train on: 0.25, for what more are worth"
     )
-    parser.add_argument("--steps", type=_positive, default=5000)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=_positive, default=1)
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def _share(text: str) -> float:
-    if not 0 < (share := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and up to 1")
-    return share
+    parser.add_argument("--steps", type=positive, default=5000)
+    parser.add_argument("--seed", type=seed, default=1)
+    parser.add_argument("--threads", type=positive, default=1)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -42,6 +42,11 @@ THRESHOLD = 0.5
 log = logging.getLogger(__name__)
 
 
+FITTED = ("btsbot_cnn", "stampnet", "timm", "vgg6")
+"""Networks of images, and of metadata where they take them, for any labels; the others have labels or inputs of their
+own."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `fit` takes."""
     parser.add_argument("configuration", type=Path, metavar="CONFIG.yaml", help="what `training.recipe.Fit` documents")
@@ -145,14 +150,11 @@ def _check_arguments(config: Fit) -> None:
     name = config.architecture.name
     if name not in NETWORKS:
         return  # which `build_network` says
-    taken = arguments_of(name)
-    if "labels" not in taken:
-        raise TrainingError(f"network {name!r} has labels of its own and cannot be fitted: choose another architecture")
-    if config.metadata and "metadata" not in taken:
-        with_metadata = [other for other in NETWORKS if {"labels", "metadata"} <= arguments_of(other).keys()]
-        raise TrainingError(
-            f"network {name!r} takes images alone: leave `metadata` out, or choose one of {', '.join(with_metadata)}"
-        )
+    if name not in FITTED:
+        raise TrainingError(f"network {name!r} cannot be fitted to labels: choose one of {', '.join(FITTED)}")
+    if config.metadata and "metadata" not in arguments_of(name):
+        others = ", ".join(other for other in FITTED if "metadata" in arguments_of(other))
+        raise TrainingError(f"network {name!r} takes images alone: leave `metadata` out, or choose one of {others}")
 
 
 def _columns(train: View, columns: Sequence[str]) -> tuple[MetadataColumn, ...]:

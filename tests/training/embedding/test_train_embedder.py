@@ -22,7 +22,7 @@ from training.shipped.train_classes import CLASSES, COLUMN
 
 CHECKOUT = Path(__file__).parents[3]
 STEPS = 60
-SMALL = {"SIMULATED": 24, "UNTRAINED": 1}
+SMALL = {"SIMULATED": 12, "UNTRAINED": 1}
 CHILD = f"""
 import sys
 from training.__main__ import main
@@ -87,7 +87,7 @@ def test_what_cannot_be_trained_with_is_said_in_a_line(
     for change, message in (
         ({1: str(empty)}, "no alert was read from the inputs"),
         ({1: str(tmp_path / "absent")}, "absent: no such file or folder"),
-        ({3: str(tmp_path / "absent.csv")}, "neither a .csv nor a .parquet that can be read"),
+        ({3: str(tmp_path / "absent.csv")}, "absent.csv: no such file"),
     ):
         changed = [change.get(i, argument) for i, argument in enumerate(arguments)]
         assert main([*changed, "--out", str(tmp_path / "out")]) == 1

@@ -261,12 +261,14 @@ def test_wrong_configurations_are_said(config: Callable[..., Fit], fitted: Fit, 
         TrainingError, match=r"'vgg6' takes images alone: leave `metadata` out, or choose one of .*timm"
     ):
         fit(config("vgg6", architecture=Architecture(name="vgg6"), metadata=("magpsf",)))
-    with pytest.raises(TrainingError, match="network 'acai' has labels of its own and cannot be fitted"):
+    with pytest.raises(TrainingError, match="'acai' cannot be fitted to labels: choose one of btsbot_cnn"):
         fit(config("acai", architecture=Architecture(name="acai"), metadata=("magpsf",)))
     with pytest.raises(BundleError, match="'vgg6' does not take depth: its arguments are labels"):
         fit(config("depth", architecture=Architecture(name="vgg6", arguments={"depth": 3})))
     with pytest.raises(BundleError, match=r"'btsbot_cnn' does not take .*: float division by zero"):
         fit(config("kernel", architecture=Architecture(name="btsbot_cnn", arguments={"kernel": 0})))
+    with pytest.raises(TrainingError, match=r"hardware: 999 devices on a CPU are so many processes"):
+        fit(config("devices", hardware=Hardware(accelerator="cpu", devices=999)))
     narrow = PUBLISHED_IMAGES.model_copy(update={"size": 31})
     two = PUBLISHED_IMAGES.model_copy(update={"order": ("science", "difference")})
     for name, changes in (("narrow", {"images": narrow}), ("two", {"images": two})):
