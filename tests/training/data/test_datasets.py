@@ -33,7 +33,7 @@ from training.vision.classifier import ShownAlerts, chosen_to_train
 
 INPUTS = Inputs(
     images=ImageInput(size=63, order=("science", "template", "difference"), normalisation="l2_image", padding=1e-9),
-    metadata=(MetadataColumn(name="magpsf", fill=0), MetadataColumn(name="distnr", fill=-1)),
+    metadata=(MetadataColumn(name="magpsf", fill=0), MetadataColumn(name="distnr", fill=-1, flag=True)),
 )
 
 
