@@ -60,7 +60,7 @@ def _connect(service: Service) -> int:
     for problem in found:
         print(f"broker-filter: {problem}", file=sys.stderr)
     if not found:
-        print("clusters: reached, and every right is there that the service needs")
+        print("clusters: reached, and no right is missing")
     return FAILED if found else 0
 
 

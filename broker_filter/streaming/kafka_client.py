@@ -344,6 +344,8 @@ def missing_on_topics(admin: AdminClient, wanted: Mapping[str, Sequence[str]]) -
             elif error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                 log.warning("the rights on topic %s are not known: %s", topic, explain(error.args[0]))
         else:
+            if not allowed:
+                log.warning("the cluster does not say what is allowed on topic %s", topic)
             if lacking := not_among(wanted[topic], allowed):
                 missing.append(Right(lacking, "topic", topic))
     return missing

@@ -199,17 +199,24 @@ class Harness:
             "statistics.interval.ms": 100,
             "stats_cb": self._note_requests,
         }
-        metrics, complaints = Metrics(), Complaints("test brokers")
+        self.metrics, complaints = Metrics(), Complaints("test brokers")
         limits = RecordLimits(AdminClient(properties), [topic], dead_letter=topic)
         self.topic = topic
         self.registrations = 0
         self.stored: list[int] = []
         self.writers: list[Writer] = []
-        self.open = partial(Writer, properties, limits, metrics, complaints, Stage("commit", metrics))
+        self.open = partial(Writer, properties, limits, self.metrics, complaints, Stage("commit", self.metrics))
 
     def _note_requests(self, statistics: str) -> None:
         brokers = json.loads(statistics)["brokers"].values()
         self.registrations = sum(broker["req"].get(REGISTRATION, 0) for broker in brokers)
+
+    @property
+    def aborted(self) -> float:
+        """How many transactions are counted as aborted."""
+        lines = self.metrics.exposition().decode().splitlines()
+        name = 'broker_filter_transactions_total{outcome="aborted"} '
+        return next(float(line.removeprefix(name)) for line in lines if line.startswith(name))
 
     def claim(self, transactional_id: str) -> Claim:
         self.writers.append(self.open(transactional_id, lambda _, ends: self.stored.extend(ends.values())))
@@ -241,6 +248,7 @@ def test_fenced_owner_cannot_commit(
         old.writer.commit()
     assert not old.alive
     assert old.committed == 0
+    assert harness.aborted == 1
 
     new.writer.add(harness.work(new, 0, b"new"))
     new.writer.commit()
@@ -268,6 +276,7 @@ def test_transaction_that_the_coordinator_never_heard_of_is_given_up_as_if_fence
 
     assert claim.writer.fenced
     assert claim.committed == 1
+    assert harness.aborted == 1
     assert harness.claim(name).alive
 
 
