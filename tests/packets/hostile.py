@@ -291,7 +291,7 @@ def packets(count: int, seed: int = SEED) -> Iterator[bytes]:
 
 LEAST_BYTES = 1 << 20
 SECONDS_A_BYTE = 200e-9
-MEMORY_A_BYTE = 8
+MEMORY_A_BYTE = 12
 OUTPUT_A_BYTE = 8
 """What a packet of n bytes may cost at most (CPU time, memory, bytes to each topic), by the byte of
 min(GREATEST_RATIO x n, max_packet_bytes), and as much as for LEAST_BYTES always."""
