@@ -348,5 +348,6 @@ def _read_card(directory: Path) -> Card:
 def describe_problems(error: ValidationError) -> str:
     """All that is wrong with a card, in one line, without repeating its values."""
     return "; ".join(
-        f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ") for problem in error.errors()
+        f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+        for problem in error.errors()
     )

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -38,6 +38,8 @@ Measure = Literal["mahalanobis", "neighbours", "centroids"]
 SurveyKey = Annotated[str, StringConstraints(pattern=f"^({'|'.join(map(str, Survey))})$")]
 """The name of a survey that is known here."""
 UNLABELLED = -1
+FORMAT: Literal[2] = 2
+"""Of the file. In format 1 all surveys had one calibration."""
 CARD = "card"
 """Key of the card in the file's metadata."""
 
@@ -58,7 +60,7 @@ class SurveyCounts(CardSection):
 class ReferenceCard(CardSection):
     """What a reference is of."""
 
-    format: Literal[2] = Field(description="2: each survey has its own alerts and calibration.")
+    format: Literal[2]
     bundle: ModelName
     version: str
     weights_sha256: Sha256 = Field(description="Of the bundle: embeddings of other weights cannot be compared.")
@@ -68,6 +70,16 @@ class ReferenceCard(CardSection):
     classes: tuple[ModelName, ...] = Field(default=(), description="C, which labels name; none: nothing is labelled.")
     surveys: dict[SurveyKey, SurveyCounts] = Field(min_length=1, description="Whose alerts it was built from.")
     data_sha256: Sha256 = Field(description="Of the arrays' bytes, by name.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_of_this_format(cls, card: Any) -> Any:
+        if isinstance(card, dict) and card.get("format") != FORMAT:
+            raise ValueError(
+                f"another version of broker-filter wrote it, in format {card.get('format')!r}: this one reads format "
+                f"{FORMAT}, in which each survey has its own alerts and calibration"
+            )
+        return card
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +134,7 @@ def make_reference(
     """A reference of the embeddings that the bundle with this card gave. `counts`: also of surveys that are not in it,
     because too few of their alerts passed."""
     described = ReferenceCard(
-        format=2,
+        format=FORMAT,
         bundle=card.name,
         version=card.version,
         weights_sha256=card.files[WEIGHTS],

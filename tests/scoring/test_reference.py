@@ -130,7 +130,7 @@ def test_damage_is_found(file: Path) -> None:
     with pytest.raises(ReferenceSetError, match="BF16"):  # which numpy does not know
         read_reference(file)
     save_file(arrays, file, metadata={CARD: '{"format": 1}'})
-    with pytest.raises(ReferenceSetError, match="format"):
+    with pytest.raises(ReferenceSetError, match=r"another version of broker-filter wrote it, in format 1.*; build the"):
         read_reference(file)
     save_file(arrays, file)
     with pytest.raises(ReferenceSetError, match="no reference set"):
