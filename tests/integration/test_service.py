@@ -17,10 +17,14 @@ import pytest
 from broker_filter.cli import main
 from broker_filter.packets.rejects import RejectReason
 from broker_filter.streaming.transactions import TRUNCATED
+from tests.packets import hostile
+from tests.packets.test_costs import BOOLEAN_ROW, CASES, POD_BYTES, alerts
 
 from .conftest import MakeTopic, ReadCommitted, StartService, headers, send, service_config
 
 Packets = list[tuple[int, bytes]]
+BROKER_TAKES = 1_000_000
+"""Bytes of a message, unless a broker is told otherwise."""
 
 
 def alert(value: bytes) -> dict[str, Any]:
@@ -538,4 +542,34 @@ def test_a_message_of_many_bad_alerts_is_one_dead_letter_and_each_is_counted(
     assert service.metric('rejected_alerts_total{reason="missing_cutout"}') == 300
     assert service.metric("dead_letters_total") == 1
     assert service.metric("unaccounted_alerts") == 0
+    assert service.end() == 0
+
+
+@pytest.mark.kafka
+def test_hostile_messages_neither_stop_the_service_nor_take_its_memory(
+    kafka_bootstrap: str,
+    ztf_packets: Packets,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    unique_name: Callable[[str], str],
+) -> None:
+    long = hostile.schema(BOOLEAN_ROW, [], doc="d" * 500_000)
+    made = [*(make() for make in CASES.values()), hostile.container(long, [alerts(300)]), *hostile.packets(10)]
+    messages = [message for message in made if len(message) < BROKER_TAKES]
+    good = [packet for _, packet in ztf_packets[-4:]]
+    topic, prefix = make_topic(kafka_bootstrap, [*messages, *good], partitions=1), unique_name("filter")
+    service = start_service(service_config(kafka_bootstrap, topic, prefix, payload="full"))
+
+    service.wait_until(lambda: service.metric("consumed_alerts_total") > 1000)
+    lag = f'consumer_lag_messages{{partition="0",topic="{topic}"}}'
+    service.wait_until(lambda: service.metric(lag) == 0)
+
+    assert len(messages) > 15
+    assert service.metric("scored_alerts_total") > 1000 + len(good)
+    assert len(messages) / 2 < service.metric("dead_letters_total") <= len(messages)
+    assert service.metric("unaccounted_alerts") == 0
+    peak = next(
+        line for line in Path(f"/proc/{service.process.pid}/status").read_text().splitlines() if "VmHWM" in line
+    )
+    assert int(peak.split()[1]) << 10 < POD_BYTES
     assert service.end() == 0
