@@ -228,12 +228,19 @@ class Input(ServiceSection):
     topics: list[str] = Field(
         min_length=1,
         description="Topic names. strftime directives stand for the UTC day (`ztf_%Y%m%d_programid1`) and roll over at "
-        "midnight; what the group has left unread of the week before is read too.",
+        "midnight. Topics of earlier days are read too as far as they hold unread messages: all days with `start: "
+        "earliest`, the days since a time, otherwise the days since the first one that the group has read. A topic "
+        "that appears days late is found within a minute.",
     )
     start: Start = Field(
         default="stored",
         description="Where to start in a partition without a stored position: `earliest`, `latest`, or an ISO time "
         "(UTC); `stored` refuses to start without one.",
+    )
+    remade: Literal["refuse", "read"] = Field(
+        default="refuse",
+        description="What to do where a topic was deleted and made anew, so that the stored position belongs to the "
+        "deleted topic: `refuse` ends the service, at every start; `read` reads the new topic from its beginning.",
     )
     sasl: Sasl | None = Field(default=None, description="SASL credentials.")
     tls: Tls | None = Field(
@@ -460,10 +467,15 @@ class Service(ServiceSection):
     anomalies: Anomalies | None = Field(default=None, description="What is an anomaly; nothing if absent.")
     filters: list[Filter] = Field(default=[], description="Topics of chosen alerts.")
     duplicates: Literal["mark", "drop"] = Field(
-        default="mark", description="An alert id seen before is published marked, or dropped; it is counted either way."
+        default="mark",
+        description="An alert whose id was seen before is published with a mark (`mark`) or not at all (`drop`), and "
+        "counted as a duplicate. Ids are remembered in memory: an instance does not know the ids that it saw before "
+        "a restart or that another instance saw.",
     )
     duplicate_window: int = Field(
-        default=1_000_000, ge=0, description="How many of the latest alert ids are remembered."
+        default=1_000_000,
+        ge=0,
+        description="How many of the latest alert ids an instance remembers; a restart forgets them all.",
     )
     batch: Batch = Field(default=Batch(), description="How many alerts are decoded and scored together.")
     transaction: Transaction = Field(default=Transaction(), description="How long a transaction is.")

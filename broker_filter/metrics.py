@@ -11,6 +11,7 @@ from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from prometheus_client import (
     CollectorRegistry,
@@ -36,6 +37,15 @@ BATCH_ALERTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # Each counter and histogram would have a series more, `..._created`, which no rule or panel reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class LossReason(StrEnum):
+    """Why messages of an input topic are gone before they were read: the closed list of the metric's reasons."""
+
+    EXPIRED = "expired"
+    """The topic's retention, or an operator, has deleted them."""
+    TRUNCATED = "truncated"
+    """An election of a leader that was behind (an unclean one) has cut them off the end of the log."""
 
 
 @dataclass(slots=True)
@@ -71,6 +81,12 @@ class Metrics:
         self._unaccounted = self._gauge(
             "unaccounted_alerts", "Consumed less scored, rejected and duplicate alerts: anything but 0 is a fault."
         )
+        self._lost = self._counter(
+            "lost_messages",
+            "Offsets of the input that were gone before they were read, by reason: they expired, or were truncated.",
+            "topic",
+            "reason",
+        )
         self._judged = self._counter("judged_alerts", "Scored alerts that passed the cut and could be anomalies.")
         self._anomalous = self._counter("anomalous_alerts", "Those of them that were flagged as anomalies.")
         self._unjudged = self._counter(
@@ -91,7 +107,9 @@ class Metrics:
         self.batch_alerts = self._histogram("batch_alerts", "Messages taken from Kafka at a time.", BATCH_ALERTS)
         self._stage = self._histogram("stage_seconds", "Time of one batch in a stage.", STAGE_SECONDS, "stage")
         self._since_producer = self._histogram(
-            "producer_latency_seconds", "From the producer's timestamp to the committed output.", PRODUCER_SECONDS
+            "producer_latency_seconds",
+            "From the input message's Kafka timestamp to the committed output.",
+            PRODUCER_SECONDS,
         )
         self._since_exposure = self._histogram(
             "exposure_latency_seconds", "From the exposure to the committed output.", EXPOSURE_SECONDS
@@ -136,6 +154,15 @@ class Metrics:
             self._lag.clear()
             for (topic, partition), lag in lags.items():
                 self._lag.labels(topic, str(partition)).set(lag)
+
+    def expect_losses(self, topic: str) -> None:
+        """Lets a topic's counters of lost messages start at zero, so that a rate shows the first loss."""
+        for reason in LossReason:
+            self._lost.labels(topic, reason.value)
+
+    def lose(self, topic: str, reason: LossReason, n: int) -> None:
+        """Counts messages of an input topic that were gone before they were read."""
+        self._lost.labels(topic, reason.value).inc(n)
 
     def abort(self) -> None:
         """Counts a transaction that was aborted."""

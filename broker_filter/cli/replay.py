@@ -35,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "replay",
         help="send archived alerts to a Kafka topic",
         description="Sends every alert of files, folders and archives to a topic, one message each, with the object id "
-        "as its key and the time of sending in the header `producer_timestamp`. Creates the topic where it is absent. "
+        "as its key and the time of sending as its Kafka timestamp. Creates the topic where it is absent. "
         f"Of a service's dead letters ({TOPIC}HOST:PORT/PREFIX{DEAD_LETTERS}) it sends the original messages again.",
         examples=(
             "broker-filter replay night.tar.gz --bootstrap-servers localhost:9092 --topic rehearsal --rate 300/s",

@@ -41,7 +41,7 @@ Position = KafkaPosition | FilePosition
 class Packet:
     """One Kafka message, or one piece of an archive that holds whole alerts: any bytes at all until they are decoded.
 
-    `timestamp_ms`: when the producer sent it (Unix milliseconds), None where nobody said.
+    `timestamp_ms`: the message's Kafka timestamp (Unix milliseconds), None where it has none.
     """
 
     data: bytes

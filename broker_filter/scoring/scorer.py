@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +14,6 @@ from broker_filter.scoring.bundle import PROBABILITIES, TEST_VECTOR, Bundle, Bun
 from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.runtimes import LoadedNetwork, Tensors, open_network
 from broker_filter.scoring.scores import ModelScores, Scores
-
-Progress = Callable[[], None]
-"""Is called when some alerts more are done: many alerts in one message are no standstill."""
-
-
-def no_progress() -> None:
-    """In the place of a `progress` that nobody looks at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +60,7 @@ class Model:
         """What really runs its network, `engine/device`."""
         return self.network.provider
 
-    def score(self, alerts: AlertBatch, progress: Progress = no_progress) -> ModelScores:
+    def score(self, alerts: AlertBatch) -> ModelScores:
         """Its outputs for the alerts of its surveys, NaN for the others; each probability is NaN also for the alerts of
         a survey that this output was not trained for.
 
@@ -76,7 +69,7 @@ class Model:
         taken = np.isin(alerts.survey, self.surveys)
         rows = slice(None) if taken.all() else taken  # a view where it can be, a copy where it must
         columns = {}
-        for name, values in self.run(raw_alerts(alerts)[rows], progress).items():
+        for name, values in self.run(raw_alerts(alerts)[rows]).items():
             columns[name] = np.full((len(alerts), *values.shape[1:]), np.nan, np.float32)
             columns[name][rows] = values
         for c, label in enumerate(self.labels):
@@ -92,7 +85,7 @@ class Model:
             columns.get("modalities"),
         )
 
-    def run(self, alerts: RawAlerts, progress: Progress = no_progress) -> Tensors:
+    def run(self, alerts: RawAlerts) -> Tensors:
         """The network's outputs by name, float32[N, ...]; raises as `score` does."""
         card, n, step = self.bundle.card, len(alerts), self.network.chunk
         outputs = {name: np.empty((n, *shape), np.float32) for name, shape in card.outputs.shapes().items()}
@@ -101,7 +94,6 @@ class Model:
         for chunk, results in zip(chunks, self.network.run_all(prepared), strict=True):
             for name, values in results.items():
                 outputs[name][chunk] = values
-            progress()
         return outputs
 
     def _and_also(self, surveys: Sequence[str]) -> tuple[Survey, ...]:
@@ -145,9 +137,9 @@ class Scorer:
         """The metadata columns that must be decoded for the models."""
         return tuple(dict.fromkeys(column for model in self.models for column in model.columns))
 
-    def score(self, alerts: AlertBatch, progress: Progress = no_progress) -> Scores:
-        """Every model's outputs, in the models' order. `progress` is called whenever some alerts more are done."""
-        scores = tuple(model.score(alerts, progress) for model in self.models)
+    def score(self, alerts: AlertBatch) -> Scores:
+        """Every model's outputs, in the models' order."""
+        scores = tuple(model.score(alerts) for model in self.models)
         return Scores(scores, np.logical_or.reduce([model.taken for model in scores]))
 
 

@@ -31,7 +31,7 @@ from broker_filter.streaming.kafka_client import (
     wait_for_cluster,
 )
 from broker_filter.streaming.kafka_sink import KafkaSink
-from broker_filter.streaming.kafka_source import KafkaSource
+from broker_filter.streaming.kafka_source import KafkaSource, group_observer
 from broker_filter.streaming.rights import account_of
 from broker_filter.streaming.transactions import GRACE_S, Claim, Refusals, Writer
 from broker_filter.streaming.watchdog import Stage
@@ -115,7 +115,7 @@ def connect(
             unsettled = ", ".join(str(claim) for claim in claims if not claim.settled)
             log.warning("handed over before all that was read is committed, and read again: %s", unsettled)
 
-    source = KafkaSource(config.input, in_properties, in_cluster, in_complaints, settle)
+    source = KafkaSource(config.input, in_properties, in_cluster, in_complaints, settle, metrics)
     checkpoint: Checkpoint
     if elsewhere:
         positions_topic = PositionsTopic(positions[0], out_properties, admin, out_complaints)
@@ -126,7 +126,9 @@ def connect(
         # An instance that is started again under its name goes on at once: it ends its own old transaction.
         instance = str(in_properties.get("group.instance.id", uuid.uuid4().hex))
         transactional_id = f"{output.prefix}/{config.input.group_id}/{instance}"
-        checkpoint = GroupCheckpoint(source.consumer, open_writer, transactional_id)
+        checkpoint = GroupCheckpoint(
+            source.consumer, open_writer, transactional_id, group_observer(in_properties, config.input.group_id)
+        )
     source.subscribe(checkpoint)
     return Endpoints(source, sink, elsewhere)
 

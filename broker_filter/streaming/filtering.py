@@ -15,7 +15,7 @@ from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.rejects import Reject, RejectReason
-from broker_filter.scoring.scorer import Progress, Scorer, no_progress
+from broker_filter.scoring.scorer import Scorer
 from broker_filter.scoring.scores import Scores
 from broker_filter.streaming.anomalies import Anomalies, AnomalyJudge
 from broker_filter.streaming.duplicates import DuplicateWindow
@@ -56,13 +56,12 @@ def score_alerts(
     scorer: Scorer,
     window: DuplicateWindow,
     judge: AnomalyJudge | None = None,
-    progress: Progress = no_progress,
 ) -> ScoredBatch:
     """Scores decoded alerts, marks the ones seen before, and judges which are anomalies where there is a `judge`.
 
-    `progress`: as `Scorer.score` takes it. Must be called once for each batch, in the order in which packets arrived.
+    Must be called once for each batch, in the order in which packets arrived.
     """
-    scores = scorer.score(alerts, progress)
+    scores = scorer.score(alerts)
     unclaimed = [
         Reject(
             packet=alerts.packets[alerts.packet_index[i]],

@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from confluent_kafka import KafkaError, KafkaException, TopicCollection
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
+from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
 
 from broker_filter.config import Input, KafkaValue, Output, Sasl, Secret, SecretFromEnvironment, SecretFromFile, Tls
 from broker_filter.streaming.rights import REFUSED, Account, Right, not_among
@@ -62,6 +62,9 @@ DEFAULT_MAX_MESSAGE_BYTES = 1_048_588
 RECORD_OVERHEAD_BYTES = 512
 """What framing adds to key, value and headers in a batch of one record; generous."""
 
+NO_TOPIC_ID = "A" * 22
+"""Sixteen zero bytes: what is read from brokers that give topics no ids (Kafka before 2.8, the embedded broker)."""
+
 log = logging.getLogger(__name__)
 librdkafka_log = logging.getLogger("librdkafka")
 # It repeats what `Complaints` says, at length and without advice: for `--verbose` only.
@@ -70,6 +73,10 @@ librdkafka_log.addFilter(lambda _: log.isEnabledFor(logging.DEBUG))
 
 class KafkaSetupError(RuntimeError):
     """Kafka, or the account that is used there, does not allow what the service needs. The message says what to do."""
+
+
+class KafkaAwayError(KafkaSetupError):
+    """Brokers have not answered in time. The same request may succeed later."""
 
 
 class PropertyError(ValueError):
@@ -269,6 +276,30 @@ def ask_cluster(admin: AdminClient, properties: Mapping[str, object], complaints
 def admin_client(properties: Mapping[str, object], complaints: Complaints) -> AdminClient:
     """A client for topics and their configuration."""
     return AdminClient({**properties, "error_cb": complaints.note}, logger=librdkafka_log)
+
+
+def topic_ids(admin: AdminClient, topics: Collection[str]) -> dict[str, str | None]:
+    """The ids of topics, in one request; None where the cluster gives none. Raises KafkaException."""
+    if not topics:
+        return {}
+    answer = admin.describe_topics(TopicCollection(list(topics)), request_timeout=REQUEST_TIMEOUT_S)
+    ids = {topic: str(found.result().topic_id) for topic, found in answer.items()}
+    return {topic: None if id_ == NO_TOPIC_ID else id_ for topic, id_ in ids.items()}
+
+
+def list_offsets(
+    admin: AdminClient, partitions: Collection[tuple[str, int]], spec: OffsetSpec, *, committed: bool = False
+) -> dict[tuple[str, int], int]:
+    """The offset that `spec` stands for in each partition, all in one request to each broker; -1 where there is none.
+
+    `committed`: the latest offset is the end of what is committed, and not the end of the log. Raises KafkaException.
+    """
+    if not partitions:
+        return {}
+    isolation = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
+    request = {TopicPartition(*partition): spec for partition in partitions}
+    answer = admin.list_offsets(request, isolation_level=isolation, request_timeout=REQUEST_TIMEOUT_S)
+    return {(p.topic, p.partition): int(found.result().offset) for p, found in answer.items()}
 
 
 def ensure_topics(admin: AdminClient, wanted: Sequence[NewTopic], account: Account | None = None) -> None:

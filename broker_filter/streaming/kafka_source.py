@@ -1,12 +1,14 @@
 """The consumer: messages in, as packets with the claim that they were read under. All its methods are for one thread.
 
 Never commits a position: that is for the transaction that holds the output. Never waits long without serving the group:
-whoever does is taken for dead, and its partitions are given away.
+whoever does is taken for dead, and its partitions are given away. Never reads the headers of a message, which may be
+anybody's: confluent-kafka 2.16.1 ends the process with a segmentation fault where a header's key is not UTF-8.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -17,18 +19,21 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from broker_filter.config import Input
+from broker_filter.metrics import Metrics
 from broker_filter.packets.packet import KafkaPosition, Packet
-from broker_filter.streaming.checkpoint import Checkpoint
+from broker_filter.streaming.checkpoint import Checkpoint, claim_offset
+from broker_filter.streaming.days import Days, Found
 from broker_filter.streaming.kafka_client import (
     REQUEST_TIMEOUT_S,
-    YESTERDAY_AND_TODAY,
     Cluster,
     Complaints,
+    KafkaAwayError,
     KafkaSetupError,
+    admin_client,
     explain,
     librdkafka_log,
-    topic_names,
 )
+from broker_filter.streaming.placement import Placement
 from broker_filter.streaming.rights import REFUSED, Right
 from broker_filter.streaming.transactions import Claim
 
@@ -49,13 +54,13 @@ DELIVERY_BYTES = 32 * 2**20
 """Messages that are taken at a time end here: a dozen such batches are on their way. 128 LSST alerts have 18 MB."""
 MESSAGES_AT_A_TIME = 16
 """How many are asked of librdkafka before their bytes are counted."""
-DAYS_BACK = (7, 6, 5, 4, 3, 2)
-"""Days of which something may be left to read, the first ones first: ZTF keeps a topic for a week."""
-RECLAIM_PAUSE_S = 2.0
-"""Before claiming again what was fenced though it is ours: time for the group to say whose it is."""
-TIMESTAMP_HEADER = "producer_timestamp"
-"""Rubin's header with the time of sending, Unix milliseconds in decimal."""
-MAX_TIMESTAMP_DIGITS = 15
+CLAIM_PAUSE_S = 2.0
+"""Before claiming again what the group says is ours: time for the group to say whose it is, or for brokers to come
+back."""
+FENCED = "fenced"
+"""Why a partition is claimed again whose transaction was fenced: routine, and logged as that."""
+TRUNCATED = re.compile(r"broker end offset is (\d+)")
+"""How librdkafka says where a log that was truncated departs from what was read (its rdkafka_offset.c)."""
 
 log = logging.getLogger(__name__)
 
@@ -98,13 +103,16 @@ class KafkaSource:
         cluster: Cluster,
         complaints: Complaints,
         settle: Callable[[Collection[Claim]], None],
+        metrics: Metrics,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """`settle` waits, not for ever, until what was read under the claims is committed. `clock`: the time in UTC."""
+        """`settle` waits, not for ever, until what was read under the claims is committed. `metrics`: where lost
+        messages are counted. `clock`: the time in UTC."""
         self._section = section
         self._cluster = cluster
         self._complaints = complaints
         self._settle = settle
+        self._metrics = metrics
         self._clock = clock
         defaults = {
             "session.timeout.ms": SESSION_TIMEOUT_MS,
@@ -120,23 +128,30 @@ class KafkaSource:
             "enable.partition.eof": True,
             "isolation.level": "read_committed",
             "partition.assignment.strategy": "cooperative-sticky",
-            "auto.offset.reset": "earliest",  # only where a position has expired: every partition is placed explicitly
+            "auto.offset.reset": "error",  # a position that the log no longer holds is a loss: see `Placement`
             "error_cb": complaints,
         }
         self.consumer = Consumer({**defaults, **properties, **own}, logger=librdkafka_log)
+        self._admin = admin_client(properties, complaints)
         self._claims: dict[Key, Claim] = {}
+        self._highs: dict[Key, int] = {}  # the ends of logs as they were seen while messages of them were on their way
         self._ends: dict[Claim, tuple[int, int]] = {}  # the end that was reached, and what was to be read before it
         self._refused: dict[str, str] = {}  # topics that may not be read, until something of them comes: why
         self._unread: list[Claim] = []  # paused since they were claimed
         self._paused: set[Key] = set()
+        self._adrift: dict[Key, str] = {}  # ours, but not read until they are claimed again, and why
+        self._claim_after: float | None = None
         self._subscribed: list[str] = []
-        self._reclaim_after: float | None = None
+        self._found: Found | None = None
         self.joined = False
 
     def subscribe(self, checkpoint: Checkpoint) -> None:
         """Joins the group. Partitions are claimed through `checkpoint`."""
         self._checkpoint = checkpoint
-        self._follow_calendar()
+        self._days = Days(self._section, self._admin, self._cluster, checkpoint, self._complaints, self._clock)
+        self._days.start()
+        self._placement = Placement(self._section, self._admin, self._cluster, self._days, self._metrics)
+        self._follow_topics()
 
     @property
     def claims(self) -> list[Claim]:
@@ -147,7 +162,10 @@ class KafkaSource:
     def waits_for(self) -> str:
         """Why it is not in the group, or may not read a topic, as far as it is known; empty where it does both."""
         if self.joined:
-            return "; ".join(reason for topic, reason in self._refused.items() if topic in self._subscribed)
+            unclaimed = len(self._adrift.keys() - self._claims.keys())
+            away = f"{unclaimed} partitions cannot be claimed yet: {self._complaints.latest}" if unclaimed else ""
+            refused = [reason for topic, reason in self._refused.items() if topic in self._subscribed]
+            return "; ".join(filter(None, [away, *refused]))
         return f"not joined yet: {self._complaints.latest}" if self._complaints.latest else "not joined yet"
 
     def take(self, max_packets: int, max_wait_s: float) -> Delivery | None:
@@ -155,8 +173,8 @@ class KafkaSource:
 
         Also fewer where they have DELIVERY_BYTES already.
         """
-        self._follow_calendar()
-        self._reclaim_fenced()
+        self._follow_topics()
+        self._claim_again()
         self._resume()
         delivery = Delivery()
         first = self.consumer.poll(IDLE_S)
@@ -195,6 +213,8 @@ class KafkaSource:
         lags = {}
         for key, claim in self._claims.items():
             _, high = self.consumer.get_watermark_offsets(TopicPartition(*key), cached=True)
+            if claim.read > claim.committed and key not in self._adrift:  # the log is the one that was read
+                self._highs[key] = high
             end, last = self._ends.get(claim, (0, 0))
             # Behind the last message there may be transactions' marks and what they aborted: nothing that is to come.
             lags[key] = max(0, high - (end if claim.committed == last else claim.committed))
@@ -214,6 +234,7 @@ class KafkaSource:
         """Leaves the group. What was read and is not committed is left to the next owner."""
         for claim in self._claims.values():
             claim.ended = not claim.settled
+        self._days.stop()
         self.consumer.close()
 
     def _claim_of(self, message: Any) -> Claim | None:
@@ -222,13 +243,18 @@ class KafkaSource:
     def _admit(self, message: Any, delivery: Delivery) -> None:
         claim = self._claim_of(message)
         if message.error():
-            if message.error().code() != KafkaError._PARTITION_EOF:
-                reason = self._judge(message.error(), message.topic())
-                if message.topic() and message.error().code() in REFUSED:
-                    self._refused[message.topic()] = reason
-            elif claim:
-                self._ends[claim] = message.offset(), claim.read
-                self._refused.pop(claim.topic, None)
+            match message.error().code():
+                case KafkaError._PARTITION_EOF:
+                    if claim:
+                        self._ends[claim] = message.offset(), claim.read
+                        self._refused.pop(claim.topic, None)
+                case KafkaError._AUTO_OFFSET_RESET:
+                    if claim:
+                        self._leave(claim, message.error())
+                case code:
+                    reason = self._judge(message.error(), message.topic())
+                    if message.topic() and code in REFUSED:
+                        self._refused[message.topic()] = reason
             return
         if claim is None or not claim.alive:
             return  # its next owner reads it again
@@ -237,10 +263,11 @@ class KafkaSource:
             raise UnexpectedMessageError(f"{claim}: offset {offset} came although the partition is paused")
         if offset < claim.read:
             raise UnexpectedMessageError(
-                f"{claim}: offset {offset} came after {claim.read - 1}: was the topic made anew? Its positions are of "
-                "the old one: choose another input.group_id"
+                f"{claim}: offset {offset} came after {claim.read - 1}: was the topic deleted and made anew? "
+                "Start again: the stored position is compared with the topic then"
             )
         claim.read = offset + 1
+        claim.leader_epoch = message.leader_epoch()
         if self._refused:
             self._refused.pop(claim.topic, None)
         position = KafkaPosition(self._cluster.id, claim.topic, claim.partition, offset)
@@ -258,10 +285,14 @@ class KafkaSource:
             raise KafkaSetupError(f"{self._complaints.cluster}: {explain(error.args[0])}") from None
 
     def _claim(self, partitions: Sequence[TopicPartition], level: int = logging.INFO) -> None:
-        claims = self._checkpoint.claim(partitions, self._start)
+        try:
+            claims = self._checkpoint.claim(partitions, self._placement)
+        except (KafkaAwayError, KafkaException) as error:
+            self._put_off(partitions, error)
+            return
         if not claims:
             return
-        placed = [TopicPartition(claim.topic, claim.partition, claim.committed) for claim in claims]
+        placed = [claim_offset(claim, claim.committed) for claim in claims]
         self.consumer.incremental_assign(placed)
         # Paused until `take` resumes it, so that nothing fetched for an earlier claim passes for a message of this one.
         self.consumer.pause(placed)
@@ -271,6 +302,19 @@ class KafkaSource:
             self._unread.append(claim)
             self._paused.add(key)
             log.log(level, "reading %s from offset %d", claim, claim.committed)
+
+    def _put_off(self, partitions: Sequence[TopicPartition], error: KafkaAwayError | KafkaException) -> None:
+        """Takes partitions that cannot be claimed while brokers are away, so that the group is served meanwhile."""
+        if isinstance(error, KafkaException):
+            if error.args[0].fatal() or error.args[0].code() in REFUSED:
+                raise error
+            self._complaints(error.args[0])
+        else:
+            self._complaints.say("claim", "%s", error)
+        taken = [TopicPartition(p.topic, p.partition, 0) for p in partitions]
+        self.consumer.incremental_assign(taken)
+        self.consumer.pause(taken)
+        self._adrift |= {(p.topic, p.partition): "put off" for p in partitions}
 
     def _on_revoke(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         claims = [self._claims[key] for p in partitions if (key := (p.topic, p.partition)) in self._claims]
@@ -291,8 +335,10 @@ class KafkaSource:
                 claim.ended = True
                 self._ends.pop(claim, None)
                 self._refused.pop(claim.topic, None)
+                self._unread = [other for other in self._unread if other is not claim]
                 log.log(level, "%s at offset %d %s", claim, claim.committed, how)
             self._paused.discard(key)
+            self._adrift.pop(key, None)
         consumer.incremental_unassign(list(partitions))
 
     def _resume(self) -> None:
@@ -300,116 +346,61 @@ class KafkaSource:
             self.consumer.resume([TopicPartition(*key) for key in self._paused])
             self._paused.clear()
         if self._unread:
-            # Only now: the answer wakes librdkafka's thread for the broker. It would sleep for up to a second before it
-            # fetched what was resumed.
-            self._warn_of_expired(self._unread)
+            with suppress(KafkaException):  # reading can begin without either
+                # librdkafka compares the epoch of a position that is sought, but not always of one that is assigned.
+                for claim in self._unread:
+                    if claim.leader_epoch is not None:
+                        self.consumer.seek(claim_offset(claim, claim.committed))
+                # Only now: the answers wake librdkafka's threads for the brokers. They would sleep for up to a second
+                # before they fetched what was resumed.
+                times = [TopicPartition(claim.topic, claim.partition, 0) for claim in self._unread]
+                self.consumer.offsets_for_times(times, timeout=REQUEST_TIMEOUT_S)
             self._unread.clear()
 
-    def _reclaim_fenced(self) -> None:
-        """Claims again what the group still says is ours although a transaction of it was fenced.
+    def _leave(self, claim: Claim, error: KafkaError) -> None:
+        """Puts a partition aside whose next offset is gone, until what was read of it before is committed."""
+        key = (claim.topic, claim.partition)
+        truncated = TRUNCATED.search(error.str())
+        self._placement.note_out_of_range(key, int(truncated[1]) if truncated else None, self._highs.pop(key, 0))
+        self._adrift[key] = f"left: {error.str()}"
 
-        Somebody who had been away for long may have fenced it, not knowing that the partition was no longer theirs.
+    def _claim_again(self) -> None:
+        """Claims again what the group still says is ours and no living claim reads.
+
+        A claim was fenced by somebody who had been away for long and did not know that the partition was no longer
+        theirs; the log no longer holds the next offset; or brokers were away when the partition was to be claimed.
         """
-        fenced = [TopicPartition(*key) for key, claim in self._claims.items() if not claim.alive]
-        if not fenced:
-            self._reclaim_after = None
-        elif self._reclaim_after is None:
-            self._reclaim_after = time.monotonic() + RECLAIM_PAUSE_S
-        elif time.monotonic() > self._reclaim_after:
-            self._reclaim_after = None
-            self._end(self.consumer, fenced, "fenced", logging.DEBUG)
-            self._claim(fenced, logging.DEBUG)
+        self._adrift |= {key: FENCED for key, claim in self._claims.items() if not claim.alive}
+        if not self._adrift:
+            self._claim_after = None
+        elif self._claim_after is None:
+            self._claim_after = time.monotonic() + CLAIM_PAUSE_S
+        elif time.monotonic() > self._claim_after:
+            self._claim_after = None
+            ready = {
+                key: why for key, why in self._adrift.items() if not (claim := self._claims.get(key)) or claim.settled
+            }
+            for key, why in ready.items():
+                self._end(self.consumer, [TopicPartition(*key)], why, logging.DEBUG if why == FENCED else logging.INFO)
+            if ready:
+                level = logging.DEBUG if set(ready.values()) == {FENCED} else logging.INFO
+                self._claim([TopicPartition(*key) for key in ready], level)
 
-    # -- where to read
-
-    def _follow_calendar(self) -> None:
-        """Subscribes to the day's topics, and to earlier ones that are not read to their end."""
-        names = topic_names(self._section.topics, self._clock())
-        if not set(names) - set(self._subscribed) and self._subscribed:
+    def _follow_topics(self) -> None:
+        """Subscribes to the topics that are to be read, and leaves partitions of topics that were made anew."""
+        found = self._days.found
+        if found is self._found:
             return
-        try:
-            unfinished = self._unfinished(names)
-        except KafkaException as error:
-            if not self._subscribed:
-                raise
-            self._complaints(error.args[0])  # midnight can wait until the brokers answer
-            return
-        self._subscribed = [*names, *unfinished]
-        log.info("subscribed to %s", ", ".join(self._subscribed))
-        self.consumer.subscribe(
-            self._subscribed, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
-        )
-
-    def _unfinished(self, names: Sequence[str]) -> list[str]:
-        """Topics of days before those of `names` from the first one on that the group has begun, as far as they hold
-        what it has not read: it is far behind, or was away."""
-        unfinished = []
-        for template in self._section.topics:
-            begun = False
-            for topic in topic_names([template], self._clock(), DAYS_BACK):
-                if topic in names:
-                    continue
-                partitions = self._partitions(topic)
-                stored = self._checkpoint.stored(partitions)
-                begun = begun or any(position is not None for position in stored)
-                if begun and any(self._is_unread(*each) for each in zip(partitions, stored, strict=True)):
-                    unfinished.append(topic)
-        return unfinished
-
-    def _is_unread(self, partition: TopicPartition, position: int | None) -> bool:
-        low, high = self._watermarks(partition)
-        return max(low, position or 0) < high
-
-    def _partitions(self, topic: str) -> list[TopicPartition]:
-        """None where there is no such topic."""
-        known = self.consumer.list_topics(topic, timeout=REQUEST_TIMEOUT_S).topics[topic].partitions
-        return [TopicPartition(topic, number) for number in sorted(known)]
-
-    def _start(self, partition: TopicPartition) -> int:
-        """Where to begin a partition that has no position."""
-        low, high = self._watermarks(partition)
-        if partition.partition >= self._cluster.topics.get(partition.topic, 0) or self._follows(partition.topic):
-            return low  # it was made after reading had begun: all of it is to come
-        match self._section.start:
-            case "earliest":
-                return low
-            case "latest":
-                return high
-            case "stored":
-                raise KafkaSetupError(
-                    f"{partition.topic}/{partition.partition} has no stored position for group "
-                    f"{self._section.group_id}: set input.start to earliest, latest or a time"
-                )
-            case moment:
-                return self._offset_at(partition, moment, high)
-
-    def _follows(self, topic: str) -> bool:
-        """Whether it is a day's topic, and the group has been reading another day's."""
-        for template in self._section.topics:
-            days = topic_names([template], self._clock(), (*YESTERDAY_AND_TODAY, *reversed(DAYS_BACK)))
-            if topic in days:
-                others = (self._checkpoint.stored(self._partitions(day)) for day in days if day != topic)
-                return any(position is not None for stored in others for position in stored)
-        return False
-
-    def _offset_at(self, partition: TopicPartition, moment: datetime, high: int) -> int:
-        milliseconds = int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
-        wanted = TopicPartition(partition.topic, partition.partition, milliseconds)
-        (found,) = self.consumer.offsets_for_times([wanted], timeout=REQUEST_TIMEOUT_S)
-        if found.error:
-            raise KafkaException(found.error)
-        return int(found.offset) if found.offset >= 0 else high
-
-    def _watermarks(self, partition: TopicPartition) -> tuple[int, int]:
-        low, high = self.consumer.get_watermark_offsets(partition, timeout=REQUEST_TIMEOUT_S)
-        return int(low), int(high)
-
-    def _warn_of_expired(self, claims: Sequence[Claim]) -> None:
-        with suppress(KafkaException):  # reading can begin without knowing
-            for claim in claims:
-                low, _ = self._watermarks(TopicPartition(claim.topic, claim.partition))
-                if claim.committed < low:
-                    log.error("%s: offsets %d to %d expired before they were read", claim, claim.committed, low - 1)
+        self._found = found
+        for key, claim in self._claims.items():
+            if claim.topic_id and found.ids.get(claim.topic, claim.topic_id) not in (claim.topic_id, None):
+                self._adrift[key] = "left: its topic was made anew"
+        if found.topics != self._subscribed:
+            self._subscribed = found.topics
+            log.info("subscribed to %s", ", ".join(self._subscribed))
+            self.consumer.subscribe(
+                self._subscribed, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+            )
 
     # -- what comes
 
@@ -438,10 +429,13 @@ class KafkaSource:
         return self._complaints.latest
 
 
+def group_observer(properties: Mapping[str, object], group: str) -> Consumer:
+    """A client that reads a group's positions without being a member, for another thread than the member's own."""
+    own = {"group.id": group, "enable.auto.commit": False, "isolation.level": "read_uncommitted"}
+    return Consumer({**properties, **own}, logger=librdkafka_log)
+
+
 def _timestamp_ms(message: Any) -> int | None:
-    """The producer's own word, else Kafka's timestamp."""
-    for name, value in message.headers() or ():
-        if name == TIMESTAMP_HEADER and value and value.isdigit() and len(value) <= MAX_TIMESTAMP_DIGITS:
-            return int(value)
+    """Kafka's timestamp: when the producer sent the message or, where the topic says so, when the broker took it."""
     kind, milliseconds = message.timestamp()
     return int(milliseconds) if kind else None

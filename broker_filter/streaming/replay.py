@@ -175,14 +175,12 @@ class Replayer:
 
     def _send(self, alert: _Alert) -> None:
         while not self._stop.is_set():
-            now_ms = time.time_ns() // 1_000_000
             try:
                 self._producer.produce(
                     self._topic,
                     alert.value,
                     alert.key,
-                    timestamp=now_ms,
-                    headers=[("producer_timestamp", str(now_ms).encode())],
+                    timestamp=time.time_ns() // 1_000_000,  # of the first attempt, however long it has to be repeated
                     on_delivery=lambda error, message: self._delivered(error, message, alert.packet),
                 )
             except BufferError:

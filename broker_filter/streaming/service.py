@@ -159,7 +159,7 @@ class FilterService:
             while True:
                 part, delivery = delivery.split(len(alerts.packets))
                 with self._scoring.working():
-                    scored = score_alerts(alerts, rejects, self._scorer, self._window, self._judge, self._scoring.beat)
+                    scored = score_alerts(alerts, rejects, self._scorer, self._window, self._judge)
                 with self._routing.working():
                     routed = self._insist(lambda: self._router.route(scored), self._routing)  # noqa: B023 -- called at once
                     self._window.forget(alerts, [i for i in routed.refused if not scored.duplicate[i]])

@@ -76,6 +76,7 @@ def _read(properties: Mapping[str, object], topic: str) -> Iterator[tuple[Packet
             "enable.auto.commit": False,
             "enable.partition.eof": True,
             "isolation.level": "read_committed",
+            "auto.offset.reset": "earliest",  # where messages expire while they are read, the rest is still shown
             "error_cb": complaints.note,
         },
         logger=librdkafka_log,

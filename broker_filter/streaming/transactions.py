@@ -27,6 +27,7 @@ from broker_filter.streaming.encoding import OutputRecord
 from broker_filter.streaming.kafka_client import (
     MAX_RECORD_BYTES,
     Complaints,
+    KafkaAwayError,
     KafkaSetupError,
     RecordLimits,
     explain,
@@ -95,6 +96,10 @@ class Claim:
     """The next offset after the last packet whose output was handed to the writer."""
     ended: bool = False
     """The group has taken the partition away."""
+    topic_id: str | None = None
+    """The id of the topic that the offsets belong to; None where it is not known. It is stored with each position."""
+    leader_epoch: int | None = None
+    """The partition's leader epoch when its latest message was written, stored likewise: it tells a truncated log."""
 
     def __post_init__(self) -> None:
         self.read = self.taken = self.produced = self.committed
@@ -219,7 +224,7 @@ class Writer:
         """Fences whoever had `transactional_id` before. `stage` hears that a wait is no standstill.
 
         `window` and `refusals` are shared by the writers of one cluster. Once `stop` is set, a writer that is refused
-        raises KafkaSetupError. Raises KafkaSetupError where the coordinator does not answer.
+        raises KafkaSetupError. Raises KafkaAwayError where the coordinator does not answer.
         """
         self._limits = limits
         self._metrics = metrics
@@ -262,7 +267,8 @@ class Writer:
                 self._producer.init_transactions(CALL_TIMEOUT_S)
             except KafkaException as error:
                 if not error.args[0].retriable() or time.monotonic() > deadline:
-                    raise KafkaSetupError(
+                    failure = KafkaAwayError if error.args[0].retriable() else KafkaSetupError
+                    raise failure(
                         f"{self._complaints.cluster}: no transactions as {self._transactional_id!r}: "
                         f"{self._explain(error.args[0])}"
                     ) from None

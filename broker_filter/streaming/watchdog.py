@@ -42,7 +42,7 @@ class Stage:
             yield
 
     def beat(self) -> None:
-        """Says that the calling thread is not stuck: it makes progress, or waits for somebody outside."""
+        """Says that the calling thread is waiting for somebody outside, and not stuck."""
         thread = threading.get_ident()
         if thread in self._since:
             self._since[thread] = time.monotonic()

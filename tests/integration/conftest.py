@@ -137,13 +137,13 @@ def make_topic(unique_name: Callable[[str], str]) -> MakeTopic:
     return make
 
 
-def send(properties: Mapping[str, str], topic: str, messages: Sequence[bytes | None]) -> None:
+def send(properties: Mapping[str, str], topic: str, messages: Sequence[bytes | None], key: bytes | None = None) -> None:
     """Sends messages, spread over the partitions in turn."""
     producer = Producer({**properties, "message.max.bytes": 200_000_000})
     while not (partitions := len(producer.list_topics(topic, timeout=PATIENCE_S).topics[topic].partitions)):
         time.sleep(0.1)  # the broker has not heard of it yet
     for i, message in enumerate(messages):
-        producer.produce(topic, message, partition=i % partitions)
+        producer.produce(topic, message, key, partition=i % partitions)
         producer.poll(0)
     assert producer.flush(PATIENCE_S) == 0
 

@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, Producer, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from broker_filter.metrics import Account, Metrics
@@ -143,9 +143,12 @@ def test_across_clusters_the_positions_topic_is_the_truth(
     assert first.end() == 0
 
     positions = read_committed(second_kafka_bootstrap, [f"{prefix}.positions"], 2)
-    cluster = AdminClient({"bootstrap.servers": kafka_bootstrap}).list_topics(timeout=10).cluster_id
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
+    cluster = admin.list_topics(timeout=10).cluster_id
     latest = {record.key(): json.loads(record.value()) for record in positions}
-    assert latest == {position_key(cluster, prefix, topic, p): {"next_offset": len(sent) // 2} for p in (0, 1)}
+    topic_id = admin.describe_topics(TopicCollection([topic]))[topic].result().topic_id
+    position = {"next_offset": len(sent) // 2, "topic_id": str(topic_id), "leader_epoch": 0}
+    assert latest == {position_key(cluster, prefix, topic, p): position for p in (0, 1)}
 
     member = Consumer({"bootstrap.servers": kafka_bootstrap, "group.id": prefix})
     shown = member.committed([TopicPartition(topic, p) for p in (0, 1)], timeout=10)

@@ -36,17 +36,6 @@ def test_gives_the_scores_that_the_bundle_promises(
     assert scores.taken.all()
 
 
-def test_says_that_it_goes_on_however_many_alerts_there_are(
-    scorer: Scorer, make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers
-) -> None:
-    step = scorer.models[0].network.chunk
-    rows = np.arange(3 * step + 1) % len(test_vector)
-    calls: list[None] = []
-    batch = make_batch(test_vector.cutouts[rows], test_vector.cutout_box[rows])
-    scorer.score(batch, lambda: calls.append(None))
-    assert len(calls) == 4
-
-
 def test_says_what_it_is_made_of(scorer: Scorer) -> None:
     (model,) = scorer.models
     assert (model.name, model.labels, model.surveys) == ("default", ("real",), (Survey.ZTF,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from broker_filter.scoring.bundle import load_bundle
 from broker_filter.simulate import SimulatedAlert
 from training.__main__ import main
 from training.embedding import embedder, train_embedder
@@ -57,21 +59,24 @@ def arguments(night_packets: Path, alerts_of_the_night: list[SimulatedAlert], tm
     return ["train-embedder", str(night_packets), "--labels", labels, "--steps", str(STEPS)]
 
 
-def test_a_killed_training_goes_on_where_it_was(arguments: list[str], tmp_path: Path) -> None:
-    """That it ends as one that was not killed, `test_embedder` says."""
-    command = [sys.executable, "-c", CHILD, *arguments, "--out", str(tmp_path / "bundle")]
+def test_a_killed_training_goes_on_where_it_was(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-c", CHILD, *arguments, "--out", str(killed)]
     child = subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.DEVNULL)
-    checkpoint, deadline = tmp_path / "bundle.ckpt", time.monotonic() + LONGEST_WAIT
+    checkpoint, deadline = tmp_path / "killed.ckpt", time.monotonic() + LONGEST_WAIT
     while not checkpoint.exists() and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    child.kill()
+    os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     step = torch.load(checkpoint, weights_only=True)["step"]
     assert 0 < step < STEPS
-    with subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.PIPE, text=True) as again:
-        assert again.stderr
-        assert any(f"continuing from {checkpoint} after step {step}" in line for line in again.stderr)
-        again.kill()
+    assert not killed.exists()
+    assert main([*arguments, "--out", str(killed)]) == 0
+    assert f"killed.ckpt after step {step}" in capsys.readouterr().err
+    assert load_bundle(killed).card.name == "embedder"
+    assert not list(tmp_path.glob("*.ckpt*"))
 
 
 def test_what_cannot_be_trained_with_is_said_in_a_line(
