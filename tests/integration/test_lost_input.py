@@ -11,6 +11,7 @@ from confluent_kafka import Message, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from broker_filter.streaming.checkpoint import Position, position_key, position_value
+from broker_filter.streaming.topic import read_topic
 from tests.foreign_messages import send_with_header
 
 from .conftest import MakeTopic, ReadCommitted, StartService, headers, send, service_config
@@ -219,6 +220,7 @@ def test_header_whose_key_is_not_text_stops_nothing(
 
     service = start_service(service_config(kafka_bootstrap, topic, prefix))
 
+    assert len(list(read_topic({"bootstrap.servers": kafka_bootstrap}, topic))) == 2
     assert len(read_committed(kafka_bootstrap, [f"{prefix}.scored"], 2)) == 2
     assert service.metric("producer_latency_seconds_count") == 2
     assert service.end() == 0
