@@ -64,9 +64,9 @@ def last_layer(network: nn.Module) -> nn.Linear:
 
 def calibrate(
     network: nn.Module, batches: DataLoader[Shown], view: View, classes: Sequence[str], weights: Tensor
-) -> dict[str, float | int | str]:
-    """Calibrates a trained network on the alerts of `view`, which `batches` show it in order; returns what the card
-    says of it.
+) -> tuple[Calibration, dict[str, float | int | str]]:
+    """Calibrates a trained network on the alerts of `view`, which `batches` show it in order; returns how, and what the
+    card says of it.
 
     `weights` [C]: of the classes in the loss that it was trained with.
     """
@@ -90,7 +90,7 @@ def calibrate(
     for stage, values in said.items():
         predictions = _as_predictions(view, classes, values)
         figures |= {f"{stage}{name}": figure for name, figure in describe_calibration(predictions).items()}
-    return {
+    return chosen, {
         "calibration": "Part of the network's last layer: to a logit, unweighted is added, which undoes the class "
         "weights; the sum is multiplied by calibration_scale, and calibration_shift is added. Scale and shift were "
         "fitted on the validation split, of which all these figures are: those with the prefix trained_ of the logits "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,21 +31,20 @@ from training.errors import DatasetError, TrainingError
 from training.evaluation.evaluate import PREDICTIONS, predict
 from training.learner import check_takes, learn
 from training.recipe import ENCODER_CARD, Encoder, Fit, begin, read_configuration
-from training.vision.calibrate import calibrate, last_layer
+from training.vision.calibrate import Calibration, calibrate, last_layer
 from training.vision.classifier import Classifier, alerts_loader, chosen_to_train, class_weights, corrupt
 from training.vision.frozen_fusion import is_frozen_fusion, train_branches
 from training.whole_file import write_whole
 
 BUNDLE = "bundle"
 THRESHOLD = 0.5
-"""The recommended cut of a yes or no: above it, yes is the more probable answer."""
-
-log = logging.getLogger(__name__)
-
-
+"""The recommended cut of a yes or no that was trained without class weights: above it, yes is the more probable
+answer."""
 FITTED = ("btsbot_cnn", "stampnet", "timm", "vgg6")
 """Networks of images, and of metadata where they take them, for any labels; the others have labels or inputs of their
 own."""
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +124,8 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
         frozen = train_branches(network, architecture, len(labels), train_network, config.out)
     evaluation = train_network(network, config.out, frozen)
     shown = alerts_loader(validation, inputs, config.recipe, config.hardware, training=False)
-    evaluation |= calibrate(network, shown, validation, classes, weights)
+    calibration, figures = calibrate(network, shown, validation, classes, weights)
+    cut = _cut(calibration) if config.recipe.balance else THRESHOLD
     description = Description(
         name=config.name,
         version=config.version,
@@ -134,15 +135,22 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
         outputs=Outputs(
             labels=labels,
             activation="sigmoid" if len(labels) == 1 else "softmax",
-            thresholds={labels[0]: THRESHOLD} if len(labels) == 1 else {},
+            thresholds={labels[0]: cut} if len(labels) == 1 else {},
         ),
         architecture=architecture,
         licence=config.licence,
         source="python -m training fit, of broker-filter",
         citation=config.citation,
-        training=_describe(config, dataset, train, evaluation),
+        training=_describe(config, dataset, train, evaluation | figures),
     )
     rank_zero_only(write_bundle)(config.out / BUNDLE, description, network)
+
+
+def _cut(calibration: Calibration) -> float:
+    """The calibrated probability of a yes at which a network that was trained with class weights said 0.5: a cut there
+    decides as it did, by the rates at which the two classes are mistaken and not by how common they are."""
+    [logit] = calibration(np.zeros((1, 1)))[0].tolist()
+    return 1 / (1 + math.exp(-logit))
 
 
 def _check_arguments(config: Fit) -> None:

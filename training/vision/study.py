@@ -25,11 +25,11 @@ from broker_filter.scoring.bundle import Architecture, BundleError, ImageInput, 
 from broker_filter.scoring.weights import WeightsError
 from training.data.datasets import Dataset
 from training.errors import DatasetError, EvaluationError, TrainingError
-from training.evaluation.evaluate import PREDICTIONS
+from training.evaluation.evaluate import DECIDED, PREDICTIONS
 from training.evaluation.metrics import measure
 from training.evaluation.predictions import Predictions
 from training.recipe import PUBLISHED_IMAGES, Encoder, Fit, Hardware, Recipe, read_configuration
-from training.vision.fit import BUNDLE, THRESHOLD, fit
+from training.vision.fit import BUNDLE, fit
 from training.vision.study_report import Choice, as_markdown
 from training.whole_file import write_whole
 
@@ -190,7 +190,8 @@ def _finished(table: Path) -> set[str]:
 def _predictions(config: Fit) -> Predictions:
     """What a finished run says of the test split."""
     classes = Dataset.open(config.dataset).card.classes
-    return Predictions.read(config.out / PREDICTIONS, classes, THRESHOLD)
+    thresholds = load_bundle(config.out / BUNDLE).card.outputs.thresholds
+    return Predictions.read(config.out / PREDICTIONS, classes, thresholds.get(classes[-1], DECIDED))
 
 
 def _write_report(out: Path, runs: Mapping[Run, Fit]) -> None:

@@ -119,6 +119,7 @@ def test_the_network_that_is_served_gives_calibrated_probabilities(
     expected = 1 / (1 + np.exp(-(scale * (logit + unweighted) + shift)))
     assert served == pytest.approx(expected, abs=1e-3)
     assert abs(served.mean() - (validation.label == 1).mean()) < 0.1  # a calibrated mean is the share that is real
+    assert ((served > card.outputs.thresholds["real"]) == (logit > 0)).mean() > 0.99  # decides as it was trained to
     assert {"calibration_slope_95", "calibration_intercept_95", "ece_95", "ece_if_calibrated"} <= evaluation.keys()
 
 
