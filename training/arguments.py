@@ -1,4 +1,4 @@
-"""Values of commands' arguments: what is none is bad usage, and never reaches the work."""
+"""Argparse types for the training commands: a value that cannot be used is reported as wrong usage, before any work."""
 
 from __future__ import annotations
 
