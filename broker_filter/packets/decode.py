@@ -32,7 +32,15 @@ from broker_filter.packets.layout import (
     Layout,
     Plan,
 )
-from broker_filter.packets.ocf import MAGIC, MAX_CONTAINER_BYTES, Block, Container, Damage, read_container
+from broker_filter.packets.ocf import (
+    GREATEST_RATIO,
+    MAGIC,
+    MAX_CONTAINER_BYTES,
+    Block,
+    Container,
+    Damage,
+    read_container,
+)
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.photometry import NO_ALERT, Points, detections_without_flux, light_curves
 from broker_filter.packets.plan import field_paths
@@ -49,8 +57,6 @@ MAX_RECORDS = 10_000
 """Alerts in one packet: a message holds one, a block of an archive dozens; a lying block must not become a million."""
 MAX_POINTS = 100_000
 """Rows of history in one packet; ten years of LSST are some thousands."""
-GREATEST_RATIO = 1032
-"""Bytes that one byte of deflate can become (RFC 1951): a repetition of 258 bytes takes two bits at least."""
 MAX_UNPACKING = 4
 """What the alerts of a packet may take in all, as a multiple of min(GREATEST_RATIO x its bytes, max_packet_bytes): of
 each its body, its schema, the slots of its cutouts, and its stamps inflated. A ZTF alert takes three times its bytes.

@@ -45,8 +45,9 @@ _READ_BYTES = 1 << 18
 
 CODECS = ("null", "deflate", "snappy", "zstandard", "bzip2", "xz")
 """Those of the specification."""
-MAX_EXPANSION = 1032
-"""Bytes out of one: deflate's greatest ratio. The others could make a packet of 1 kB one of 16 MB."""
+GREATEST_RATIO = 1032
+"""Bytes that one byte of deflate can become (RFC 1951): a repetition of 258 bytes takes two bits at least. Formats that
+have no such limit are held to this one."""
 XZ_MEMORY = 80 << 20
 """Bytes: xz -9 needs 65 MiB for its dictionary; a file may ask for 4 GiB."""
 
@@ -345,7 +346,7 @@ def _inflate(codec: str, stored: memoryview, limit: int) -> memoryview:
     elif codec == "snappy":
         body = _inflate_snappy(stored, limit)
     else:
-        limit = min(limit, MAX_EXPANSION * len(stored))
+        limit = min(limit, GREATEST_RATIO * len(stored))
         body = _inflate_zstandard(stored, limit) if codec == "zstandard" else _inflate_stream(codec, stored, limit)
     if len(body) > limit:
         raise _DamagedError(RejectReason.TOO_LARGE, f"a block inflates to more than the {limit} bytes left for it")

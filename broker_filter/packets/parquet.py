@@ -22,11 +22,10 @@ from broker_filter.packets import ocf
 MAGIC = b"PAR1"
 ROWS_AT_A_TIME = 32
 """A few megabytes of LSST alerts."""
-MAX_RATIO = 1032
-"""What a file's rows may take for each of its bytes. Repeated values take hardly any bytes in Parquet, so that there is
-no greatest ratio as there is of deflate, whose is this; a file of different alerts does not reach 10."""
 ALWAYS_ALLOWED_BYTES = 64 << 20
 """What the rows of a small file may take, which may well hold an alert some hundred times."""
+LEAST_ROW_BYTES = 4096
+"""What a row counts as at least: to decode and to report one takes as long, however few bytes it has."""
 VALUE_BYTES = 8
 """What a value takes at least when it is read."""
 
@@ -62,12 +61,13 @@ class Rows:
     Structs become records, lists of every kind Avro arrays, maps Avro maps, timestamps and dates
     Avro's logical types. `left_out`: the columns whose type or name Avro cannot express, by dotted path, with their
     types. Raises `ParquetError` where the file is damaged, when it is opened and while it is read, and where its rows
-    take more than MAX_RATIO times its bytes and more than ALWAYS_ALLOWED_BYTES.
+    take more than `ocf.GREATEST_RATIO` times its bytes and more than ALWAYS_ALLOWED_BYTES: repeated values take hardly
+    any bytes in Parquet. The rows of a file of different alerts take less than ten times its bytes.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self.left_out: dict[str, pa.DataType] = {}
-        self._allowed = max(ALWAYS_ALLOWED_BYTES, MAX_RATIO * file.seek(0, io.SEEK_END))
+        self._allowed = max(ALWAYS_ALLOWED_BYTES, ocf.GREATEST_RATIO * file.seek(0, io.SEEK_END))
         file.seek(0)
         with _damage_as_parquet_error():
             self._file = pq.ParquetFile(file, coerce_int96_timestamp_unit="us")
@@ -87,7 +87,7 @@ class Rows:
                     body = io.BytesIO()
                     fastavro.schemaless_writer(body, encodable, row)
                     container = header + ocf.encode_block(1, body.getvalue(), sync)
-                    left -= len(container)
+                    left -= max(len(container), LEAST_ROW_BYTES)
                     if left < 0:
                         raise ParquetError(f"its rows take more than {self._allowed} bytes, too many for its size")
                     yield container
@@ -128,11 +128,6 @@ class Rows:
         if pa.types.is_fixed_size_binary(kind):
             return "bytes"
         return _PRIMITIVES.get(kind)
-
-
-def read_rows(file: IO[bytes]) -> Iterator[bytes]:
-    """Yields each row of a seekable Parquet file as an Avro container, as `Rows` does. Raises `ParquetError`."""
-    yield from Rows(file)
 
 
 def _nullable(schema: str | dict[str, Any]) -> str | dict[str, Any] | list[str | dict[str, Any]]:

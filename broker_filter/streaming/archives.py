@@ -119,7 +119,7 @@ def _is_stdin(given: str | Path) -> bool:
 def _fetch(scheme: str, url: str) -> str:
     """What to do about an input that is no file of this machine."""
     if scheme == "kafka":
-        return "a topic is read by `inspect` and `run` only"
+        return "a topic is read by `run`, `inspect` and `replay` only"
     fetch = f"aws s3 cp {url} -" if scheme == "s3" else f"curl -L {url}"
     return f"{scheme}:// is not read: fetch it first, or pipe it: {fetch} | broker-filter COMMAND {STDIN} ..."
 
@@ -385,7 +385,7 @@ class _Source(io.RawIOBase):
 
 
 class _Bounded:
-    """A reader that ends where the content is more than `ocf.MAX_EXPANSION` times as long as what it was made of."""
+    """A reader that ends where the content is more than `ocf.GREATEST_RATIO` times as long as what it was made of."""
 
     def __init__(self, source: _Source, read: Callable[[int], bytes]) -> None:
         self._source = source
@@ -395,8 +395,8 @@ class _Bounded:
     def read1(self, size: int, /) -> bytes:
         piece = self._read(min(size, _PIECE))
         self._given += len(piece)
-        if self._given > _EXPANSION_ALLOWANCE + ocf.MAX_EXPANSION * self._source.taken:
-            raise EOFError(f"it expands to more than {ocf.MAX_EXPANSION} times its size: a decompression bomb")
+        if self._given > _EXPANSION_ALLOWANCE + ocf.GREATEST_RATIO * self._source.taken:
+            raise EOFError(f"it expands to more than {ocf.GREATEST_RATIO} times its size: a decompression bomb")
         return piece
 
 

@@ -31,8 +31,8 @@ from astropy.io import fits
 
 from broker_filter.config import Runtime
 from broker_filter.packets import ocf
-from broker_filter.packets.decode import GREATEST_RATIO, Decoder
-from broker_filter.packets.ocf import MAX_CONTAINER_BYTES
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.ocf import GREATEST_RATIO, MAX_CONTAINER_BYTES
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.scorer import open_scorer

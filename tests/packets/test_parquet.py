@@ -16,14 +16,14 @@ import pytest
 
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.parquet import ALWAYS_ALLOWED_BYTES, ROWS_AT_A_TIME, ParquetError, Rows, read_rows
+from broker_filter.packets.parquet import ALWAYS_ALLOWED_BYTES, LEAST_ROW_BYTES, ROWS_AT_A_TIME, ParquetError, Rows
 from broker_filter.packets.registry import open_registry
 
 
 def rows_of(table: pa.Table, **options: Any) -> list[dict[str, Any]]:
     file = io.BytesIO()
     pq.write_table(table, file, **options)
-    return [record(container) for container in read_rows(file)]
+    return [record(container) for container in Rows(file)]
 
 
 def record(container: bytes) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def test_records_hold_every_value_of_the_shared_lsst_rows(shared_data: Path) -> 
     paths = sorted((shared_data / "lsst" / "parquet").glob("*.parquet"))
     for path in paths:
         with path.open("rb") as file:
-            records = [record(container) for container in read_rows(file)]
+            records = [record(container) for container in Rows(file)]
         assert same(records, pq.read_table(path).to_pylist(maps_as_pydicts="strict"))
     assert len(paths) == 4
 
@@ -54,7 +54,7 @@ def test_lsst_rows_decode_to_their_own_values(shared_data: Path) -> None:
     packets = []
     for path in paths:
         with path.open("rb") as file:
-            packets += [Packet(data, FilePosition(str(path), record=row)) for row, data in enumerate(read_rows(file))]
+            packets += [Packet(data, FilePosition(str(path), record=row)) for row, data in enumerate(Rows(file))]
     alerts, rejects = Decoder(open_registry(None)).decode(packets)
     assert not rejects
     rows = pq.ParquetDataset(paths).read(["diaSource"]).to_pylist()
@@ -98,7 +98,7 @@ def test_ztf_rows_in_the_layout_of_fink_decode_as_the_packets_do(ztf_packets: li
     pq.write_table(table, file)
     decoder = Decoder(open_registry(None))
     expected, _ = decoder.decode([Packet(data, FilePosition(str(i))) for i, data in enumerate(packets)])
-    alerts, rejects = decoder.decode([Packet(data, FilePosition(str(i))) for i, data in enumerate(read_rows(file))])
+    alerts, rejects = decoder.decode([Packet(data, FilePosition(str(i))) for i, data in enumerate(Rows(file))])
     assert not rejects
     assert len(alerts) == len(expected) == len(packets) > 1
     assert alerts.alert_id.tolist() == expected.alert_id.tolist()
@@ -198,7 +198,7 @@ def test_ztf_alerts_decode_alike_whatever_their_texts_are_written_as(
     pq.write_table(table, file)
     decoder = Decoder(open_registry(None))
     expected, _ = decoder.decode([Packet(ztf_packets[0][1], FilePosition("avro"))])
-    alerts, rejects = decoder.decode([Packet(data, FilePosition("parquet")) for data in read_rows(file)])
+    alerts, rejects = decoder.decode([Packet(data, FilePosition("parquet")) for data in Rows(file)])
     assert not rejects
     assert list(alerts.object_id) == list(expected.object_id)
     np.testing.assert_array_equal(alerts.cutouts.view(np.uint32), expected.cutouts.view(np.uint32))
@@ -213,7 +213,7 @@ def test_rows_come_in_order_over_row_groups() -> None:
 @pytest.mark.parametrize("damaged", [b"PAR1", b"PAR1 but nothing more PAR1", b""])
 def test_damaged_file_raises_parquet_error(damaged: bytes) -> None:
     with pytest.raises(ParquetError):
-        list(read_rows(io.BytesIO(damaged)))
+        list(Rows(io.BytesIO(damaged)))
 
 
 def test_a_few_kilobytes_that_mean_gigabytes_are_read_until_they_are_too_many() -> None:
@@ -223,7 +223,7 @@ def test_a_few_kilobytes_that_mean_gigabytes_are_read_until_they_are_too_many() 
     assert file.tell() < 20_000
     sizes = []
     with pytest.raises(ParquetError, match="more than"):
-        sizes.extend(len(container) for container in read_rows(file))
+        sizes.extend(len(container) for container in Rows(file))
     assert 0 < max(sizes) < 101_000
     assert sum(sizes) <= ALWAYS_ALLOWED_BYTES
 
@@ -234,4 +234,14 @@ def test_a_row_with_more_values_than_memory_holds_is_not_read() -> None:
     pq.write_table(pa.table({"many": values}), file, compression="zstd")
     assert file.tell() < 50_000
     with pytest.raises(ParquetError, match="many"):
-        next(read_rows(file))
+        Rows(file)
+
+
+def test_rows_of_hardly_any_bytes_are_read_until_they_are_too_many() -> None:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"same": np.zeros(100_000, np.int8)}), file, compression="zstd")
+    assert file.tell() < 5_000
+    rows: list[int] = []
+    with pytest.raises(ParquetError, match="more than"):
+        rows.extend(len(container) for container in Rows(file))
+    assert len(rows) == ALWAYS_ALLOWED_BYTES // LEAST_ROW_BYTES
