@@ -13,6 +13,7 @@ from importlib import import_module
 
 from broker_filter.cli import INTERRUPTED
 from broker_filter.cli.console import set_up_logging
+from broker_filter.cli.parser import USAGE, did_you_mean
 
 COMMANDS = {
     "build-dataset": ("training.data.build_dataset", "archives and labels into a data set"),
@@ -38,9 +39,12 @@ OURS = ("training", "broker_filter")
 def main(argv: Sequence[str]) -> int:
     """Runs one command and returns its exit status."""
     if not argv or argv[0] not in COMMANDS:
+        asked = argv[:1] in (["-h"], ["--help"])
         lines = [f"  {name:17} {purpose}" for name, (_, purpose) in COMMANDS.items()]
-        print("usage: python -m training COMMAND ...", *lines, sep="\n", file=sys.stderr)
-        return 2
+        if argv and not asked:
+            lines.append(f"training: no command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}")
+        print("usage: python -m training COMMAND ...", *lines, sep="\n", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else USAGE
     command = argv[0]
     module, purpose = COMMANDS[command]
     implementation = import_module(module)

@@ -31,6 +31,19 @@ def test_without_a_command_they_are_listed(capsys: pytest.CaptureFixture[str]) -
     assert all(f"  {command} " in listed for command in COMMANDS)
 
 
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_is_output_and_no_error(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([option]) == 0
+    printed = capsys.readouterr()
+    assert all(f"  {command} " in printed.out for command in COMMANDS)
+    assert not printed.err
+
+
+def test_a_mistyped_command_is_named_with_what_may_have_been_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evalute"]) == 2
+    assert capsys.readouterr().err.endswith("training: no command 'evalute'; did you mean 'evaluate'?\n")
+
+
 def test_builds_a_data_set(night_packets: Path, night_table: Path, tmp_path: Path) -> None:
     arguments = ["build-dataset", str(night_packets), "--labels", str(night_table), "--label", "truth"]
     classes = ["--class", "bogus=detector", "--class", "real=sky", "--shares", "0.1", "0.2"]
