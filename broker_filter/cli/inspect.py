@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection, Iterator
-from itertools import chain, islice
-from typing import TYPE_CHECKING
+from itertools import islice
 
 from broker_filter.cli.archived import INPUT_HELP, share_read
-from broker_filter.cli.kafka_options import TOPIC, add_kafka_options, kafka_properties, split_address
-
-if TYPE_CHECKING:
-    from broker_filter.packets.packet import Packet
+from broker_filter.cli.kafka_options import TOPIC, add_kafka_options, read_inputs
 
 DEFAULT_LIMIT = 1000
 """Packets that are looked at: a second or two of work, and enough to know an archive by."""
@@ -61,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.cli.contents import CUTOUT_SIZE, print_alert, print_counts, take_stock
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry
+    from broker_filter.streaming.topic import read_topic
 
     # What packets say of themselves is neither markup nor emoji.
     console = stdout_console(
@@ -69,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     decoder = Decoder(
         open_registry(arguments.schema_registry, drop_cache=arguments.drop_schema_cache), cutout_size=CUTOUT_SIZE
     )
-    packets = _packets(arguments, decoder.fields)
+    packets = read_inputs(arguments, read_topic, decoder.fields)
     limit = arguments.limit or None
     with progress("Reading", limit, "packets", lambda: share_read(packets)) as advance:
         contents = take_stock(islice(packets, limit), decoder, advance)
@@ -86,21 +82,3 @@ def _limit(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is not a number of packets")
     return int(text)
-
-
-def _packets(arguments: argparse.Namespace, wanted: Collection[str]) -> Iterator[Packet]:
-    from broker_filter.streaming.archives import check_inputs, read_packets
-    from broker_filter.streaming.topic import read_topic
-
-    archives = [given for given in arguments.inputs if not given.startswith(TOPIC)]
-    if archives == arguments.inputs:
-        return read_packets(archives, wanted=wanted)
-    check_inputs(archives)
-    packets: list[Iterator[Packet]] = []
-    for given in arguments.inputs:
-        if given.startswith(TOPIC):
-            bootstrap_servers, topic = split_address(given)
-            packets.append(read_topic(kafka_properties(arguments, bootstrap_servers), topic))
-        else:
-            packets.append(read_packets([given], wanted=wanted))
-    return chain.from_iterable(packets)

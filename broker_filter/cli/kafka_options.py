@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Collection, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from broker_filter.cli.parser import UsageError, require_files
+
+if TYPE_CHECKING:
+    from broker_filter.packets.packet import Packet
 
 TOPIC = "kafka://"
 """How the address of a topic begins: `kafka://HOST:PORT[,HOST:PORT]/TOPIC`."""
@@ -35,6 +41,32 @@ def split_address(address: str) -> tuple[str, str]:
     if not bootstrap_servers or not topic:
         raise AddressError(f"{address}: a topic is {TOPIC}HOST:PORT/TOPIC")
     return bootstrap_servers, topic
+
+
+def read_inputs(
+    arguments: argparse.Namespace,
+    read: Callable[[dict[str, object], str], Iterator[Packet]],
+    wanted: Collection[str] = (),
+) -> Iterator[Packet]:
+    """The packets of `arguments.inputs`: archives (as `read_packets` reads them, with the `wanted` fields) and topics.
+
+    `read` returns the packets of a topic, given librdkafka's properties and the topic's name. Raises AddressError and
+    NoInputError before anything is read.
+    """
+    from broker_filter.streaming.archives import check_inputs, read_packets
+
+    archives = [given for given in arguments.inputs if not given.startswith(TOPIC)]
+    if archives == arguments.inputs:
+        return read_packets(archives, wanted=wanted)
+    check_inputs(archives)
+    packets: list[Iterator[Packet]] = []
+    for given in arguments.inputs:
+        if given.startswith(TOPIC):
+            bootstrap_servers, topic = split_address(given)
+            packets.append(read(kafka_properties(arguments, bootstrap_servers), topic))
+        else:
+            packets.append(read_packets([given], wanted=wanted))
+    return chain.from_iterable(packets)
 
 
 def kafka_properties(arguments: argparse.Namespace, bootstrap_servers: str) -> dict[str, object]:

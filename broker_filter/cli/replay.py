@@ -9,11 +9,10 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from broker_filter.cli.archived import INPUT_HELP, STDIN, share_read
-from broker_filter.cli.kafka_options import TOPIC, AddressError, add_kafka_options, kafka_properties, split_address
+from broker_filter.cli.kafka_options import TOPIC, AddressError, add_kafka_options, kafka_properties, read_inputs
 from broker_filter.cli.parser import UsageError
 
 if TYPE_CHECKING:
@@ -127,26 +126,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _packets(arguments: argparse.Namespace) -> Iterator[Packet]:
     from broker_filter.packets.rejects import RejectReason
-    from broker_filter.streaming.archives import check_inputs, read_packets
     from broker_filter.streaming.topic import read_dead_letters
 
     reasons = set(arguments.reason or RejectReason)
     if unknown := sorted(reasons.difference(RejectReason)):
         raise ReasonError(f"--reason {unknown[0]}: the reasons are {', '.join(RejectReason)}")
-    archives = [given for given in arguments.inputs if not given.startswith(TOPIC)]
-    if archives == arguments.inputs:
-        return read_packets(archives)
-    check_inputs(archives)
-    packets: list[Iterator[Packet]] = []
-    for given in arguments.inputs:
-        if not given.startswith(TOPIC):
-            packets.append(read_packets([given]))
-            continue
-        bootstrap_servers, topic = split_address(given)
+
+    def read(properties: dict[str, object], topic: str) -> Iterator[Packet]:
         if not topic.endswith(DEAD_LETTERS):
-            raise AddressError(f"{given}: only a topic of dead letters, PREFIX{DEAD_LETTERS}, can be sent again")
-        packets.append(read_dead_letters(kafka_properties(arguments, bootstrap_servers), topic, reasons))
-    return chain.from_iterable(packets)
+            raise AddressError(f"{topic}: only a topic of dead letters, PREFIX{DEAD_LETTERS}, can be sent again")
+        return read_dead_letters(properties, topic, reasons)
+
+    return read_inputs(arguments, read)
 
 
 def _positive(text: str) -> float:
