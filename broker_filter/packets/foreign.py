@@ -30,6 +30,8 @@ _KNOWN = (
     ((b"%PDF-",), "a PDF document"),
     ((b"<!DOCTYPE", b"<!doctype", b"<html", b"<HTML", b"<?xml"), "a web page: the download may have failed"),
     ((b"{", b"["), "JSON: alerts are read in Avro or Parquet"),
+    # A tar ends with two blocks of 512 zero bytes.
+    ((bytes(1024),), "zero bytes: a tar archive without members, or a file that was allocated and never written"),
 )
 """Beginnings, and what they say. Those that `streaming.archives` reads are here too: a Kafka message is no archive."""
 _BY_FIRST_BYTE: dict[int, list[tuple[bytes, str]]] = {}

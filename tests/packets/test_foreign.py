@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 import zipfile
 
 import pytest
@@ -21,6 +22,12 @@ def zipped(data: bytes) -> bytes:
     return file.getvalue()
 
 
+def empty_tar() -> bytes:
+    file = io.BytesIO()
+    tarfile.open(fileobj=file, mode="w").close()
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("data", "word"),
     [
@@ -32,6 +39,7 @@ def zipped(data: bytes) -> bytes:
         (b"\x28\xb5\x2f\xfd\x00", "zstd-compressed"),
         (b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X", "AppleDouble"),
         (b'{"candid": 1}', "JSON"),
+        (empty_tar(), "tar archive without members"),
         (b"clouds after midnight", "neither an Avro container file nor Confluent wire format"),
     ],
 )
