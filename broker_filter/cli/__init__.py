@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def describe_error(error: Exception) -> str:
     """What to tell the person at the terminal: our own errors and the system's say enough, any other is a bug."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     if type(error).__module__.startswith("broker_filter") or isinstance(error, OSError):
         return str(error)
     return f"unexpected {type(error).__name__}: {error} (`broker-filter --verbose ...` shows where)"

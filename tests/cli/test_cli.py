@@ -131,9 +131,7 @@ def test_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_error_of_the_system_is_told_as_it_is_and_a_bug_as_one() -> None:
-    assert describe_error(FileNotFoundError(2, "No such file or directory", "x")) == (
-        "[Errno 2] No such file or directory: 'x'"
-    )
+    assert describe_error(FileNotFoundError(2, "No such file or directory", "x")) == "x: No such file or directory"
     assert describe_error(KeyError("x")).startswith("unexpected KeyError: 'x'")
 
 
