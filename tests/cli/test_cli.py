@@ -75,7 +75,7 @@ def test_wrong_arguments_show_the_usage_of_their_command_and_what_was_meant(
     [
         (["score", "https://example.org/night.tar.gz", "--out", "x.csv"], "curl -L https://example.org/night.tar.gz |"),
         (["inspect", "s3://bucket/night.tar.gz"], "aws s3 cp s3://bucket/night.tar.gz - |"),
-        (["score", "kafka://localhost:9092/topic", "--out", "x.csv"], "`inspect` and `run`"),
+        (["score", "kafka://localhost:9092/topic", "--out", "x.csv"], "`run`, `inspect` and `replay`"),
         (["score", "-", "-", "--out", "x.csv"], "read once only"),
         (["models", "show", "defualt"], "did you mean 'default'?"),
         (["inspect", "/no/such/night"], "no such file or folder"),
