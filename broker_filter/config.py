@@ -204,7 +204,7 @@ StartName = Literal["earliest", "latest", "stored"]
 
 
 def _utc(value: Any) -> Any:
-    """Times without a zone are UTC."""
+    """A time in UTC, whatever zone it was given in. Times without a zone are UTC."""
     if isinstance(value, str) and value not in get_args(StartName):
         try:
             value = datetime.fromisoformat(value)
@@ -214,7 +214,9 @@ def _utc(value: Any) -> Any:
         value = datetime(value.year, value.month, value.day, tzinfo=UTC)
     if not isinstance(value, str | datetime):
         raise ValueError("should be earliest, latest, stored or an ISO time")
-    return value.replace(tzinfo=UTC) if isinstance(value, datetime) and value.tzinfo is None else value
+    if isinstance(value, datetime):
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    return value
 
 
 Start = Annotated[StartName | datetime, BeforeValidator(_utc)]

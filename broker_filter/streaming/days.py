@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
 
 from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
@@ -180,6 +180,6 @@ class Days:
             case "earliest":
                 return date.min
             case datetime() as moment:
-                return moment.astimezone(UTC).date() - timedelta(days=1)
+                return moment.date() - timedelta(days=1)
             case _:
                 return date.max

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC
 
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
@@ -98,8 +97,7 @@ class Placement:
         end = list_offsets(self._admin, partitions, OffsetSpec.latest(), committed=True)
         if start == "latest":
             return end
-        moment = start if start.tzinfo else start.replace(tzinfo=UTC)
-        found = list_offsets(self._admin, partitions, OffsetSpec.for_timestamp(int(moment.timestamp() * 1000)))
+        found = list_offsets(self._admin, partitions, OffsetSpec.for_timestamp(int(start.timestamp() * 1000)))
         return end | {key: offset for key, offset in found.items() if offset >= 0}
 
     def _is_remade(self, key: Key, position: Position, topic_id: str | None, high: int) -> bool:
