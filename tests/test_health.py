@@ -69,8 +69,13 @@ def test_client_that_leaves_before_its_answer_is_no_news(capfd: pytest.CaptureFi
 
 @pytest.mark.parametrize("sent", [b"", b"GET /met", b"GET /metrics HTTP/1.1\r\nHost: x\r\n"])
 def test_client_that_resets_its_connection_is_one_debug_line_at_most(
-    sent: bytes, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    sent: bytes,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # A command that ran in this process before may have left a handler whose stream is closed.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])
     caplog.set_level(logging.DEBUG)
     with serve(Health(), Metrics(), "127.0.0.1", 0) as port:
         others = threading.active_count()

@@ -269,7 +269,7 @@ def test_wrong_configurations_are_said(config: Callable[..., Fit], fitted: Fit, 
     with pytest.raises(BundleError, match=r"'btsbot_cnn' does not take .*: float division by zero"):
         fit(config("kernel", architecture=Architecture(name="btsbot_cnn", arguments={"kernel": 0})))
     with pytest.raises(TrainingError, match=r"hardware: 999 devices on a CPU are so many processes"):
-        fit(config("devices", hardware=Hardware(accelerator="cpu", devices=999)))
+        fit(config("devices").model_copy(update={"hardware": Hardware(accelerator="cpu", devices=999)}))
     narrow = PUBLISHED_IMAGES.model_copy(update={"size": 31})
     two = PUBLISHED_IMAGES.model_copy(update={"order": ("science", "difference")})
     for name, changes in (("narrow", {"images": narrow}), ("two", {"images": two})):
