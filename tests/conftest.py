@@ -103,9 +103,13 @@ def lsst_packets(shared_data: Path) -> list[tuple[str, bytes]]:
     ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def start_cluster() -> Iterator[Callable[..., KafkaCluster]]:
-    """Starts Apache Kafka with KafkaCluster's options (`nodes`, `secure`, `overrides`); it ends with the session."""
+    """Starts Apache Kafka with KafkaCluster's options (`nodes`, `secure`, `overrides`); it ends with the module.
+
+    A module has brokers of its own: a network thread of a broker was seen to spin for good after many tests, and would
+    hold up the tests of every module after it.
+    """
     home = apache_kafka()
     if home is None:
         pytest.skip("needs an Apache Kafka to start: KAFKA_HOME (or ../shared/kafka) and Java")
@@ -119,19 +123,19 @@ def start_cluster() -> Iterator[Callable[..., KafkaCluster]]:
         yield start
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kafka_cluster(start_cluster: Callable[..., KafkaCluster]) -> KafkaCluster:
     """One node of Apache Kafka, shared by the session: stop it in no test."""
     return start_cluster()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def secure_cluster(start_cluster: Callable[..., KafkaCluster]) -> KafkaCluster:
     """One node of Apache Kafka that asks for TLS and SCRAM-SHA-512."""
     return start_cluster(secure=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kafka_bootstrap(request: pytest.FixtureRequest) -> Iterator[str]:
     """`host:port` of a broker; Apache Kafka for every test marked `kafka`."""
     if RUNNING_CLUSTER:
@@ -143,7 +147,7 @@ def kafka_bootstrap(request: pytest.FixtureRequest) -> Iterator[str]:
             yield bootstrap
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def second_kafka_bootstrap(request: pytest.FixtureRequest) -> Iterator[str]:
     """`host:port` of another cluster than `kafka_bootstrap`: one's own, beside the survey's."""
     if apache_kafka():
