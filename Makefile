@@ -9,12 +9,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test lint bench bench-check study chaos deep fuzz slow-link sanitize wheel image clean
+.PHONY: help demo test lint docs bench bench-check study chaos deep fuzz slow-link sanitize wheel image clean
 
 help:
 	@echo 'make demo      simulates a survey night, runs the service on it through an embedded broker, shows the result'
 	@echo 'make test      ruff, mypy --strict and the whole test suite'
 	@echo 'make lint      ruff and mypy --strict alone'
+	@echo 'make docs      builds the documentation site into docs/_build/html, and runs the tutorials in it'
 	@echo 'make bench     measures the stages and the whole service beside a naive loop and the floors; writes bench.json'
 	@echo 'make bench-check   does so on simulated packets, and fails where a ratio is worse than the committed one'
 	@echo 'make study     the study of training/vision/STUDY.md, which takes hours and may be stopped at any time'
@@ -38,6 +39,12 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# From nothing, so that no page of an earlier build hides an error; every warning is an error.
+docs: $(VENV)/installed-docs
+	rm -rf docs/_build
+	$(BIN)/sphinx-build --jobs 2 --fail-on-warning --keep-going --quiet docs docs/_build/html
+	@echo 'The site: docs/_build/html/index.html'
 
 bench: export KAFKA_HOME ?= $(wildcard ../shared/kafka)
 bench: $(VENV)/installed-demo
@@ -86,7 +93,7 @@ image:
 	deploy/image.sh
 
 clean:
-	rm -rf $(VENV) build dist demo-out study bench.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build demo-out study bench.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find broker_filter -name '*.so' -delete
 
 # One stamp file for each set of extras; installed again when the package's description or its extension changes. Tests
