@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
@@ -22,14 +23,19 @@ from broker_filter.streaming.kafka_client import (
     REQUEST_TIMEOUT_S,
     Cluster,
     Complaints,
+    KafkaAwayError,
     KafkaSetupError,
     list_offsets,
+    pauses,
     topic_ids,
     topic_names,
 )
+from broker_filter.streaming.rights import REFUSED
 
 LOOK_INTERVAL_S = 10.0
 """Between looks for topics that are new, were made anew, or hold new messages of an earlier day."""
+FIRST_LOOK_S = 60.0
+"""How long the first look is tried: a cluster that has just started may not have chosen the group's coordinator yet."""
 RETRY_PAUSE_S = 2.0
 """Before brokers are asked again that have not answered."""
 HORIZON_DAYS = 3660
@@ -87,8 +93,20 @@ class Days:
         self._thread = threading.Thread(target=self._keep_looking, name="days", daemon=True)
 
     def start(self) -> None:
-        """Looks for the first time, and from then on in the background. Raises KafkaException, KafkaSetupError."""
-        self._found = self._look()
+        """Looks for the first time, and from then on in the background.
+
+        Raises KafkaException or KafkaSetupError where the brokers refuse the look, or do not answer for `FIRST_LOOK_S`.
+        """
+        deadline = time.monotonic() + FIRST_LOOK_S
+        for pause in pauses():
+            try:
+                self._found = self._look()
+            except (KafkaException, KafkaAwayError) as error:
+                if time.monotonic() + pause > deadline or not self._may_pass(error):
+                    raise
+                time.sleep(pause)
+            else:
+                break
         self._thread.start()
 
     def stop(self) -> None:
@@ -113,6 +131,14 @@ class Days:
             if topic in dates and not (isinstance(start, datetime) and dates[topic] <= start.date()):
                 return any(other in dates for other in found.begun - {topic})
         return False
+
+    def _may_pass(self, error: KafkaException | KafkaAwayError) -> bool:
+        """Logs why a look has failed, and returns whether another look may succeed."""
+        if isinstance(error, KafkaAwayError):
+            self._complaints.say("days", "%s", error)
+            return True
+        self._complaints(error.args[0])
+        return not error.args[0].fatal() and error.args[0].code() not in REFUSED
 
     def _keep_looking(self) -> None:
         while not self._stop.is_set():

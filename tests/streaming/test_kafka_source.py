@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Producer, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
 from broker_filter.config import Input
@@ -21,13 +20,15 @@ from broker_filter.streaming import kafka_source
 from broker_filter.streaming.checkpoint import (
     Checkpoint,
     GroupCheckpoint,
+    Position,
     PositionsCheckpoint,
     PositionsTopic,
     claim_offset,
 )
+from broker_filter.streaming.days import Days
 from broker_filter.streaming.kafka_client import Cluster, Complaints, RecordLimits, client_properties
 from broker_filter.streaming.kafka_source import KafkaSource, group_observer
-from broker_filter.streaming.transactions import Writer
+from broker_filter.streaming.transactions import Store, Writer
 from broker_filter.streaming.watchdog import Stage
 from tests.integration.test_outages import toxiproxy
 
@@ -70,7 +71,13 @@ class Reader:
         if name not in admin.list_topics(timeout=10).topics:
             admin.create_topics([NewTopic(name, 1, -1, config={"cleanup.policy": "compact"})])[name].result()
         limits = RecordLimits(admin, [name], dead_letter=name)
-        open_writer = partial(Writer, outputs, limits, metrics, complaints, Stage("commit", metrics))
+        self._writers: list[Writer] = []
+
+        def open_writer(transactional_id: str, store: Store) -> Writer:
+            stage = Stage("commit", metrics)
+            self._writers.append(Writer(outputs, limits, metrics, complaints, stage, transactional_id, store))
+            return self._writers[-1]
+
         self.source = KafkaSource(
             section, properties, Cluster("cluster", existing), complaints, lambda _: None, metrics, lambda: self.now
         )
@@ -82,6 +89,12 @@ class Reader:
             checkpoint = GroupCheckpoint(self.source.consumer, open_writer, name, group_observer(properties, name))
         self.source.subscribe(checkpoint)
         self.values: list[bytes] = []
+
+    def close(self) -> None:
+        """Leaves the group and ends the producers. Closing twice does no harm."""
+        self.source.close()
+        for writer in self._writers:
+            writer.close()
 
     def lost(self, topic: str, reason: LossReason) -> float:
         """What is counted as lost of a topic."""
@@ -119,7 +132,7 @@ def start_reader(
 
     yield start
     for reader in readers:
-        reader.source.close()  # closing twice does no harm
+        reader.close()
 
 
 @pytest.fixture
@@ -197,6 +210,42 @@ def test_day_that_is_still_being_read_is_kept(
     assert {claim.topic[-2:] for claim in reader.source.claims} == {"25", "26", "27"}
 
 
+class ForgetfulCoordinator:
+    """A checkpoint without positions, whose coordinator is not chosen yet at the first glances."""
+
+    def __init__(self, *errors: int) -> None:
+        self.errors = list(errors)
+
+    def glance(self, partitions: Sequence[TopicPartition]) -> list[Position | None]:
+        if self.errors:
+            raise KafkaException(KafkaError(self.errors.pop(0)))
+        return [None] * len(partitions)
+
+
+def days_with(coordinator: ForgetfulCoordinator, bootstrap: str, template: str) -> Days:
+    section = Input(bootstrap_servers=bootstrap, group_id="group", topics=[template], start="earliest")
+    admin, complaints = AdminClient(client_properties(section)), Complaints("test brokers")
+    return Days(section, admin, Cluster("cluster", {}), coordinator, complaints, lambda: MIDNIGHT)  # type: ignore[arg-type]
+
+
+def test_first_look_waits_until_the_coordinator_of_the_group_is_chosen(
+    kafka_bootstrap: str, send: Callable[..., None], unique_name: Callable[[str], str]
+) -> None:
+    night = unique_name("ztf")
+    send(f"{night}_20260220", b"20th")
+    coordinator = ForgetfulCoordinator(KafkaError.NOT_COORDINATOR, KafkaError.COORDINATOR_LOAD_IN_PROGRESS)
+    days = days_with(coordinator, kafka_bootstrap, f"{night}_%Y%m%d")
+    days.start()
+    assert days.found.earlier == [f"{night}_20260220"]
+    days.stop()
+
+
+def test_first_look_that_the_access_rules_refuse_ends_at_once(kafka_bootstrap: str) -> None:
+    days = days_with(ForgetfulCoordinator(KafkaError.GROUP_AUTHORIZATION_FAILED), kafka_bootstrap, "ztf_%Y%m%d")
+    with pytest.raises(KafkaException):
+        days.start()
+
+
 @pytest.mark.parametrize("start", ["stored", "latest"])
 def test_day_that_began_while_the_group_was_away_is_read_from_its_beginning(
     start: str, send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
@@ -206,7 +255,7 @@ def test_day_that_began_while_the_group_was_away_is_read_from_its_beginning(
     before = start_reader(f"{night}_%Y%m%d", MIDNIGHT - timedelta(minutes=5), group, start="earliest")
     while not before.source.claims:
         before.source.take(1, 0.1)
-    before.source.close()
+    before.close()
     send(f"{night}_20260226", b"26th")
 
     assert start_reader(f"{night}_%Y%m%d", MIDNIGHT, group, start=start).read(1) == [b"26th"]
@@ -221,7 +270,7 @@ def test_days_that_passed_while_the_group_was_away_are_read(
         before = start_reader(f"{night}_%Y%m%d", datetime(2026, 2, day, 0, 5, tzinfo=UTC), group, start=begin)
         while not before.source.claims:
             before.source.take(1, 0.1)
-        before.source.close()
+        before.close()
     for day in ("18", "23", "24", "25", "26"):  # the 18th was there before the group
         send(f"{night}_202602{day}", day.encode())
 
@@ -447,7 +496,7 @@ def test_log_that_was_truncated_is_read_from_where_it_departs(
     assert {str(value).encode() for value in range(100, 100 + more)} < set(reader.values)
     assert f"{topic}/0: the log was truncated to offset 6" in caplog.text
     assert reader.lost(topic, LossReason.TRUNCATED) == 0  # what was cut off had been read
-    reader.source.close()
+    reader.close()
 
 
 def test_reading_goes_on_at_midnight_while_the_positions_cannot_be_read(
@@ -474,7 +523,7 @@ def test_reading_goes_on_at_midnight_while_the_positions_cannot_be_read(
 
     output.start(1)
     assert reader.read(3) == [b"25", b"25, after midnight", b"26"]
-    reader.source.close()
+    reader.close()
 
 
 @pytest.mark.shared
@@ -503,4 +552,4 @@ def test_midnight_far_from_the_brokers_is_no_pause(
 
         logging.getLogger(__name__).info("the longest pause was %.1f s", longest)
         assert longest < 15  # one look-up after another took 33 s
-        reader.source.close()
+        reader.close()
