@@ -1,4 +1,4 @@
-"""The service's configuration: what a service file may say, and what each key means. `service_file` reads one.
+"""The service's configuration: what a service file may say, and what each key means. `config_file` reads one.
 
 Every key is documented where it is declared; a misspelt key is an error. Secrets are named (`{env: NAME}` or `{file:
 PATH}`), never written down in the file, never logged.

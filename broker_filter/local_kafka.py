@@ -19,7 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
 
-from broker_filter.lifeline import Lifeline
+from broker_filter.kill_with_parent import Lifeline
 
 USER = "alice"
 """What clients of a secure cluster log in as; the password is made anew for each cluster."""

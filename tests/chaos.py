@@ -26,7 +26,7 @@ import yaml
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from broker_filter.lifeline import Lifeline
+from broker_filter.kill_with_parent import Lifeline
 from broker_filter.local_kafka import KafkaCluster, free_ports, kafka_home
 
 SHARED = Path(os.environ.get("BROKER_FILTER_SHARED", Path(__file__).resolve().parents[2] / "shared"))

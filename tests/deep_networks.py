@@ -18,10 +18,10 @@ from torch import nn
 
 from broker_filter.cli import main
 from broker_filter.config import Runtime
-from broker_filter.scoring.btsbot import CONFIG, PARTS, WEIGHTS
+from broker_filter.importers.btsbot import CONFIG, PARTS, WEIGHTS
+from broker_filter.importers.write_bundle import _test_alerts
 from broker_filter.scoring.bundle import CARD, Architecture, BundleError, load_bundle
 from broker_filter.scoring.bundle import WEIGHTS as BUNDLED_WEIGHTS
-from broker_filter.scoring.export import _test_alerts
 from broker_filter.scoring.networks import build_network
 from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.scorer import open_model

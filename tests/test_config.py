@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from broker_filter.config import Input, Model, SecretFromEnvironment, SecretFromFile, Service
+from broker_filter.config_file import MAX_FILE_BYTES, ConfigError, document_keys, load_service
 from broker_filter.scoring.bundle import SHIPPED
-from broker_filter.service_file import MAX_FILE_BYTES, ConfigError, document_keys, load_service
 
 SMALLEST = """\
 input:  {bootstrap_servers: "survey:9092", group_id: "me-filter", topics: ["ztf_20260225_programid1"], start: earliest}

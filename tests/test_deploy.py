@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from broker_filter.config_file import load_service
 from broker_filter.metrics import Metrics
-from broker_filter.service_file import load_service
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "broker-filter.json"

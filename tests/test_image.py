@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from broker_filter.lifeline import Lifeline
+from broker_filter.kill_with_parent import Lifeline
 from broker_filter.local_kafka import free_ports
 
 CHECKOUT = Path(__file__).resolve().parents[1]

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from broker_filter.cli import INTERRUPTED
-from broker_filter.cli.console import set_up_logging
 from broker_filter.cli.parser import USAGE, did_you_mean
+from broker_filter.console import set_up_logging
 
 COMMANDS = {
     "build-dataset": ("training.data.build_dataset", "archives and labels into a data set"),
@@ -22,8 +22,8 @@ COMMANDS = {
     "compare": ("training.evaluation.compare", "evaluations side by side: tables, plots, which difference is real"),
     "pretrain": ("training.vision.pretrain", "train an encoder on galaxy images"),
     "study": ("training.vision.study", "fit a grid of networks, regimens, seeds and amounts of data"),
-    "train-default": ("training.shipped.train_default", "distil the bundle that ships as `default`"),
-    "train-classes": ("training.shipped.train_classes", "fit the bundle that ships as `classes`"),
+    "train-default": ("training.bundles.train_default", "distil the bundle that ships as `default`"),
+    "train-classes": ("training.bundles.train_classes", "fit the bundle that ships as `classes`"),
     "train-embedder": ("training.embedding.train_embedder", "train the bundle that ships as `embedder`"),
     "anomalies": ("training.embedding.anomalies", "how well classes that nothing has seen are found as strange"),
     "suspects": ("training.embedding.suspects", "the alerts whose labels are most likely wrong"),

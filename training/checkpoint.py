@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from training.atomic_write import write_whole
 from training.errors import TrainingError
-from training.whole_file import write_whole
 
 log = logging.getLogger(__name__)
 

@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from broker_filter.scoring.bundle import Inputs
 from broker_filter.scoring.runtimes import available_cores
+from training.atomic_write import write_whole
 from training.errors import TrainingError
 from training.recipe import Hardware, Optimisation
-from training.whole_file import write_whole
 
 SYMMETRIES = 8
 """Of the square: four turns, each with and without a flip."""

@@ -24,8 +24,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from broker_filter.config import Section
 from broker_filter.scoring.bundle import Architecture, ImageInput, ModelName, describe_problems
+from training.atomic_write import write_whole
 from training.errors import TrainingError
-from training.whole_file import write_whole
 
 MAX_FILE_BYTES = 2**20
 """A file of configuration has some dozens of lines; anything near this is another file, named by mistake."""
@@ -105,7 +105,7 @@ class Encoder(Section):
     """Weights that the encoder begins with, instead of random ones."""
 
     regimen: str = Field(description="What to call the pre-training, in the card and in tables: imagenet, galaxies.")
-    source: str = Field(description="What `broker_filter.scoring.encoders` reads: a file, a folder or a hub's name.")
+    source: str = Field(description="What `broker_filter.importers.encoders` reads: a file, a folder or a hub's name.")
 
 
 class Fit(Section):

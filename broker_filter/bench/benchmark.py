@@ -9,15 +9,15 @@ from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
 
-from broker_filter.bench.arena import Arena, Broker, open_broker
-from broker_filter.bench.ends import measure_ends
-from broker_filter.bench.endurance import measure_memory, measure_startup
+from broker_filter.bench.kafka_io import measure_ends
 from broker_filter.bench.latency import measure_burst, measure_latency
 from broker_filter.bench.measure import BenchmarkError
+from broker_filter.bench.memory import measure_memory, measure_startup
+from broker_filter.bench.options import THROUGH_BROKER, Request
 from broker_filter.bench.report import Report
-from broker_filter.bench.request import THROUGH_BROKER, Request
 from broker_filter.bench.sample import choose_packets
 from broker_filter.bench.stages import measure_stages
+from broker_filter.bench.testbed import Arena, Broker, open_broker
 from broker_filter.bench.throughput import measure_archive, measure_kafka, measure_scaling
 from broker_filter.config import Runtime
 from broker_filter.scoring.runtimes import available_cores

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from confluent_kafka import KafkaError, Message, Producer
 
-from broker_filter.bench.arena import Arena, Broker
-from broker_filter.bench.contestants import ServiceInstances
+from broker_filter.bench.competitors import ServiceInstances
 from broker_filter.bench.measure import BenchmarkError, Spread
-from broker_filter.bench.request import Device
+from broker_filter.bench.options import Device
 from broker_filter.bench.sample import choose_packets
+from broker_filter.bench.testbed import Arena, Broker
 from broker_filter.config import Model
 from broker_filter.packets.batch import Survey
 from broker_filter.simulate import SCHEMAS

@@ -27,7 +27,7 @@ from broker_filter.bench.measure import (
     timed,
 )
 from broker_filter.bench.naive import NaiveBroker
-from broker_filter.bench.request import Device
+from broker_filter.bench.options import Device
 from broker_filter.bench.sample import in_batches
 from broker_filter.config import Batch, Input, Output, Runtime, Service
 from broker_filter.packets.batch import CUTOUTS

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from broker_filter.bench.endurance import EARLY, LATE, resident_at
 from broker_filter.bench.measure import (
     FLOPS,
     INFLATE,
@@ -23,6 +22,7 @@ from broker_filter.bench.measure import (
     BenchmarkError,
     Contest,
 )
+from broker_filter.bench.memory import EARLY, LATE, resident_at
 from broker_filter.bench.report import Report
 from broker_filter.bench.stages import DECODE, score_stage
 from broker_filter.bench.throughput import ARCHIVE, kafka_whole

@@ -8,10 +8,9 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
-from broker_filter.bench.arena import Arena, Broker
-from broker_filter.bench.contestants import ServiceInstances, run_naive_loop, run_no_work_loop, run_service
+from broker_filter.bench.baselines import NAIVE_TRANSACTION
+from broker_filter.bench.competitors import ServiceInstances, run_naive_loop, run_no_work_loop, run_service
 from broker_filter.bench.floors import flops_run, inflate_stamps, network_alone
-from broker_filter.bench.loops import NAIVE_TRANSACTION
 from broker_filter.bench.measure import (
     FLOPS,
     INFLATE,
@@ -26,9 +25,10 @@ from broker_filter.bench.measure import (
     timed,
 )
 from broker_filter.bench.naive import NaiveBroker
-from broker_filter.bench.request import Device
+from broker_filter.bench.options import Device
 from broker_filter.bench.sample import in_batches, write_night
 from broker_filter.bench.stages import BATCH, open_decoder
+from broker_filter.bench.testbed import Arena, Broker
 from broker_filter.config import Model, Runtime
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import open_registry

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from broker_filter import __version__
-from broker_filter.cli.console import set_up_logging
 from broker_filter.cli.parser import CommandParser
+from broker_filter.console import set_up_logging
 
 COMMANDS = ("score", "run", "replay", "inspect", "models", "reference", "similar", "map", "config", "bench", "demo")
 """Modules of this package in the order of `--help`; each has `add_parser(subparsers)`, which sets `run` to a function

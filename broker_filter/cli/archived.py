@@ -64,8 +64,8 @@ def score_archives(
     judge: AnomalyJudge | None = None,
 ) -> Iterator[ScoredBatch]:
     """Scores the alerts of files, folders and archives, with a bar; `columns`: to decode besides the models' own."""
-    from broker_filter.cli.console import progress
     from broker_filter.cli.score import BATCH_SIZE, DUPLICATE_WINDOW
+    from broker_filter.console import progress
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry
     from broker_filter.scoring.runtimes import available_cores

@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from broker_filter.bench.request import PARTS, Request
+from broker_filter.bench.options import PARTS, Request
 
 DEFAULT_PARTS = ("stages", "archive", "kafka", "latency", "startup")
 """Some minutes; the others take as long again, each."""
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.bench.benchmark import run_benchmark
     from broker_filter.bench.tables import show
     from broker_filter.bench.targets import check, judge, ratios
-    from broker_filter.cli.console import stdout_console
+    from broker_filter.console import stdout_console
 
     if arguments.alerts < LEAST_ALERTS or arguments.repetitions < 1:
         print(f"broker-filter bench: --alerts from {LEAST_ALERTS}, --repetitions from 1", file=sys.stderr)
@@ -92,7 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
         repetitions=arguments.repetitions,
         bootstrap_servers=arguments.bootstrap_servers,
     )
-    logging.getLogger("broker_filter.streaming").setLevel(logging.WARNING)  # the service's ends run in this process too
+    for package in ("kafka", "streaming"):  # parts of the service run in this process too, and would log each step
+        logging.getLogger(f"broker_filter.{package}").setLevel(logging.WARNING)
     report = run_benchmark(request, log.info)
     if arguments.out:
         targets = {one.target.name: {**asdict(one), "met": one.met} for one in judge(report)}

@@ -46,7 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from broker_filter.service_file import load_service
+    from broker_filter.config_file import load_service
 
     service = load_service(arguments.file)
     print(summary(service))
@@ -54,7 +54,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _connect(service: Service) -> int:
-    from broker_filter.streaming.preflight import problems
+    from broker_filter.kafka.preflight import problems
 
     found = list(problems(service))
     for problem in found:
@@ -65,7 +65,7 @@ def _connect(service: Service) -> int:
 
 
 def _keys(_: argparse.Namespace) -> int:
-    from broker_filter.service_file import document_keys
+    from broker_filter.config_file import document_keys
 
     print("| key | default | meaning |", "|---|---|---|", sep="\n")
     for path, default, meaning in document_keys():

@@ -52,11 +52,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the account; status 1 where there is no readable alert."""
-    from broker_filter.cli.console import progress, stdout_console
-    from broker_filter.cli.contents import CUTOUT_SIZE, print_alert, print_counts, take_stock
+    from broker_filter.cli.packet_summary import CUTOUT_SIZE, print_alert, print_counts, take_stock
+    from broker_filter.console import progress, stdout_console
+    from broker_filter.kafka.topic_reader import read_topic
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry
-    from broker_filter.streaming.topic import read_topic
 
     # What packets say of themselves is neither markup nor emoji.
     console = stdout_console(

@@ -74,7 +74,7 @@ def kafka_properties(arguments: argparse.Namespace, bootstrap_servers: str) -> d
 
     Raises UsageError, OSError where the file cannot be read.
     """
-    from broker_filter.streaming.kafka_client import NO_TELEMETRY
+    from broker_filter.kafka.client import NO_TELEMETRY
 
     require_files(arguments.kafka_file)
     lines = arguments.kafka_file.read_text().splitlines() if arguments.kafka_file else []

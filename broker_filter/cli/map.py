@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from broker_filter.pictures.embedding_map import FEWEST, draw_map, lay_out
     from broker_filter.scoring.anomaly import AnomalyScorer
+    from broker_filter.streaming.build_reference import Sample, ordinary_alerts
     from broker_filter.streaming.expressions import FIELDS, compile_filter
-    from broker_filter.streaming.ordinary import Sample, ordinary_alerts
 
     keep_inputs(arguments.out, arguments.inputs)
     reference, scorer = open_reference(arguments.reference, arguments.model, arguments.device)

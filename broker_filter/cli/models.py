@@ -87,7 +87,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _import_braai(arguments: argparse.Namespace) -> int:
     _require_extra()
     require_files(arguments.weights)
-    from broker_filter.scoring.braai import import_braai
+    from broker_filter.importers.braai import import_braai
 
     import_braai(arguments.weights, arguments.normalisation, arguments.name, arguments.out)
     return _report_import(arguments)
@@ -96,7 +96,7 @@ def _import_braai(arguments: argparse.Namespace) -> int:
 def _import_acai(arguments: argparse.Namespace) -> int:
     _require_extra()
     require_files(arguments.weights)
-    from broker_filter.scoring.acai import import_acai
+    from broker_filter.importers.acai import import_acai
 
     import_acai(arguments.weights, arguments.letter, arguments.name, arguments.out)
     return _report_import(arguments)
@@ -105,7 +105,7 @@ def _import_acai(arguments: argparse.Namespace) -> int:
 def _import_btsbot(arguments: argparse.Namespace) -> int:
     _require_extra()
     require_files(arguments.folder)
-    from broker_filter.scoring.btsbot import import_btsbot
+    from broker_filter.importers.btsbot import import_btsbot
 
     import_btsbot(arguments.folder, arguments.name, arguments.out)
     return _report_import(arguments)

@@ -92,8 +92,8 @@ def _build(arguments: argparse.Namespace) -> int:
     from broker_filter.scoring.labels import parse_rule, read_labels
     from broker_filter.scoring.scorer import open_scorer
     from broker_filter.streaming.archives import check_inputs
+    from broker_filter.streaming.build_reference import build_reference
     from broker_filter.streaming.expressions import FIELDS, compile_filter
-    from broker_filter.streaming.ordinary import build_reference
 
     if (arguments.measure == "centroids") != (arguments.labels is not None):
         raise UsageError("centroids are of classes, which --labels names; the other measures need none")

@@ -76,11 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
     from confluent_kafka.admin import NewTopic
 
     from broker_filter.cli import INTERRUPTED
-    from broker_filter.cli.console import progress
+    from broker_filter.console import progress
+    from broker_filter.kafka.client import Complaints, admin_client, ensure_topics, wait_for_cluster
+    from broker_filter.kafka.replay import Replayer, as_fast_as_possible, at_rate, at_speed
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry
-    from broker_filter.streaming.kafka_client import Complaints, admin_client, ensure_topics, wait_for_cluster
-    from broker_filter.streaming.replay import Replayer, as_fast_as_possible, at_rate, at_speed
 
     if arguments.repeat and STDIN in arguments.inputs:
         raise UsageError(f"--repeat cannot begin {STDIN} again: standard input is read once")
@@ -125,8 +125,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _packets(arguments: argparse.Namespace) -> Iterator[Packet]:
+    from broker_filter.kafka.topic_reader import read_dead_letters
     from broker_filter.packets.rejects import RejectReason
-    from broker_filter.streaming.topic import read_dead_letters
 
     reasons = set(arguments.reason or RejectReason)
     if unknown := sorted(reasons.difference(RejectReason)):

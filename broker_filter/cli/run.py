@@ -48,8 +48,8 @@ def _run(arguments: argparse.Namespace) -> int:
     for number in MEANINGLESS:
         signal.signal(number, signal.SIG_IGN)
 
-    from broker_filter.service_file import load_service
-    from broker_filter.streaming.service import FilterService
+    from broker_filter.config_file import load_service
+    from broker_filter.service import FilterService
 
     service = FilterService(load_service(arguments.config), stop)
     gc.freeze()  # What start-up made stays. Else a full collection walks it all: a quarter of a second, in all threads.

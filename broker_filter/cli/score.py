@@ -136,8 +136,8 @@ class Account:
 def run(arguments: argparse.Namespace) -> int:
     """Scores the inputs, prints the account and returns the exit status."""
     from broker_filter.cli.archived import keep_inputs
-    from broker_filter.cli.console import progress
     from broker_filter.config import Model, Runtime
+    from broker_filter.console import progress
     from broker_filter.packets.compiled import why_python
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry
@@ -146,7 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.streaming.archives import check_inputs, read_packets
     from broker_filter.streaming.duplicates import DuplicateWindow
     from broker_filter.streaming.filtering import score_stream
-    from broker_filter.streaming.policies import Policies
+    from broker_filter.streaming.policy_columns import Policies
     from broker_filter.streaming.tables import STDOUT, check_format, partial_path, table_schema, to_rows
 
     written = _written_tables(arguments)

@@ -65,7 +65,7 @@ def _count(text: str) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the list, draws the picture where one is asked for, and returns the exit status."""
     from broker_filter.cli.archived import keep_inputs, open_reference, require_extra
-    from broker_filter.cli.console import printable
+    from broker_filter.console import printable
     from broker_filter.packets.batch import Survey
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry

@@ -16,7 +16,7 @@ from confluent_kafka.admin import NewTopic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from broker_filter.cli.console import progress, stdout_console
+from broker_filter.console import progress, stdout_console
 from broker_filter.demo.contact_sheet import draw_contact_sheet
 from broker_filter.demo.error import DemoError
 from broker_filter.demo.night import Night, write_night
@@ -31,12 +31,12 @@ from broker_filter.demo.report import (
 )
 from broker_filter.demo.results import read_results
 from broker_filter.demo.service import FILTERS, PREFIX, TOPIC, ServiceProcess, counts, write_config
+from broker_filter.kafka.client import Complaints, admin_client, ensure_topics
+from broker_filter.kafka.replay import Replayer, as_fast_as_possible
 from broker_filter.local_kafka import embedded_broker, free_ports
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import open_registry
 from broker_filter.streaming.archives import read_packets
-from broker_filter.streaming.kafka_client import Complaints, admin_client, ensure_topics
-from broker_filter.streaming.replay import Replayer, as_fast_as_possible
 
 PARTITIONS = 4
 LOOK_INTERVAL_S = 0.2

@@ -10,10 +10,10 @@ from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.simulate import simulate_night
+from broker_filter.streaming.build_reference import build_reference
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.expressions import FIELDS, compile_filter
 from broker_filter.streaming.filtering import score_stream
-from broker_filter.streaming.ordinary import build_reference
 
 MODEL = "embedder"
 WHERE = f"{MODEL}.real > 0.5"

@@ -12,7 +12,7 @@ from types import TracebackType
 from prometheus_client.parser import text_string_to_metric_families
 
 from broker_filter.demo.error import DemoError
-from broker_filter.lifeline import Lifeline
+from broker_filter.kill_with_parent import Lifeline
 
 TOPIC = "ztf_20260225_programid1"
 PREFIX = "demo"

@@ -154,8 +154,8 @@ def _open_torch(bundle: Bundle, runtime: Runtime, threads: int) -> LoadedNetwork
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from broker_filter.scoring.cuda_graphs import StagedNetwork
     from broker_filter.scoring.networks import ServedNetwork, load_network
-    from broker_filter.scoring.staged import StagedNetwork
 
     if runtime.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeUnavailableError("torch sees no CUDA device: see its driver and build, or do not ask for cuda")

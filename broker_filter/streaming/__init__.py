@@ -1,1 +1,1 @@
-"""From packets to published alerts: sources, the one path through decoding and scoring, routing, sinks."""
+"""From packets to output records and tables: archives are read, alerts scored, filtered and encoded. Knows no Kafka."""

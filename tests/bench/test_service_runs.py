@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from broker_filter.bench import endurance, latency, throughput
-from broker_filter.bench.arena import Arena, Broker
-from broker_filter.bench.contestants import run_no_work_loop
+from broker_filter.bench import latency, memory, throughput
+from broker_filter.bench.competitors import run_no_work_loop
 from broker_filter.bench.sample import in_batches
+from broker_filter.bench.testbed import Arena, Broker
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import open_registry
 
@@ -76,16 +76,16 @@ def test_run_that_is_committed_in_one_look_is_measured_from_the_look_before(
 def test_memory_is_looked_at_early_and_late(
     packets: list[bytes], directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endurance, "EARLY", 200)
-    monkeypatch.setattr(endurance, "LATE", 600)
-    monkeypatch.setattr(endurance, "WINDOW", 100)
-    found = endurance.measure_memory(packets, "default", "cpu", directory)
+    monkeypatch.setattr(memory, "EARLY", 200)
+    monkeypatch.setattr(memory, "LATE", 600)
+    monkeypatch.setattr(memory, "WINDOW", 100)
+    found = memory.measure_memory(packets, "default", "cpu", directory)
     assert set(found) == {"resident at alert 200, MB", "resident at alert 600, MB"}
     assert all(spread.median > 10 for spread in found.values())
 
 
 def test_an_endless_night_never_repeats_an_alert(packets: list[bytes]) -> None:
-    night = endurance.distinct_alerts(packets)
+    night = memory.distinct_alerts(packets)
     decoder = Decoder(open_registry(None))
     (first,), (second,) = (in_batches([next(night) for _ in packets], len(packets)) for _ in range(2))
     first_turn, second_turn = decoder.decode(first)[0], decoder.decode(second)[0]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from broker_filter import __version__
-from broker_filter.cli import COMMANDS, UNREAD, console, describe_error, main
+from broker_filter import __version__, console
+from broker_filter.cli import COMMANDS, UNREAD, describe_error, main
 
 
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:

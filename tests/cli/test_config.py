@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from broker_filter.cli import main
-from broker_filter.service_file import document_keys
+from broker_filter.config_file import document_keys
 
 SOUND = """\
 input:

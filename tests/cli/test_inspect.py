@@ -15,7 +15,7 @@ import pytest
 from confluent_kafka import Producer
 
 from broker_filter.cli import main
-from broker_filter.cli.contents import PICTURE_SIZE, picture
+from broker_filter.cli.packet_summary import PICTURE_SIZE, picture
 
 NIGHT = Path("ztf/archives/ztf_public_20180819_mod1000.tar.gz")
 

@@ -17,7 +17,7 @@ import yaml
 from confluent_kafka import Consumer, Message, Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from broker_filter.lifeline import Lifeline
+from broker_filter.kill_with_parent import Lifeline
 from broker_filter.local_kafka import free_ports
 
 PATIENCE_S = 120.0

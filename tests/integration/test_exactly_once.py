@@ -18,13 +18,13 @@ import pytest
 from confluent_kafka import Consumer, Producer, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from broker_filter.kafka.checkpoint import position_key
+from broker_filter.kafka.client import Complaints, RecordLimits
+from broker_filter.kafka.transactions import Claim, FencedError, PositionError, Work, Writer
+from broker_filter.kafka.watchdog import Stage
 from broker_filter.metrics import Account, Metrics
 from broker_filter.packets.packet import KafkaPosition, Packet
-from broker_filter.streaming.checkpoint import position_key
 from broker_filter.streaming.encoding import OutputRecord
-from broker_filter.streaming.kafka_client import Complaints, RecordLimits
-from broker_filter.streaming.transactions import Claim, FencedError, PositionError, Work, Writer
-from broker_filter.streaming.watchdog import Stage
 
 from .conftest import MakeTopic, ReadCommitted, StartService, headers, send, service_config
 

@@ -10,8 +10,8 @@ import pytest
 from confluent_kafka import Message, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from broker_filter.streaming.checkpoint import Position, position_key, position_value
-from broker_filter.streaming.topic import read_topic
+from broker_filter.kafka.checkpoint import Position, position_key, position_value
+from broker_filter.kafka.topic_reader import read_topic
 from tests.foreign_messages import send_with_header
 
 from .conftest import MakeTopic, ReadCommitted, StartService, headers, send, service_config

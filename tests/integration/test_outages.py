@@ -20,9 +20,9 @@ from threading import Thread
 
 import pytest
 
+from broker_filter.kafka.transactions import GRACE_S
 from broker_filter.local_kafka import USER, KafkaCluster, free_ports, wait_until_listening
 from broker_filter.packets.registry import open_registry
-from broker_filter.streaming.transactions import GRACE_S
 
 from ..conftest import SHARED, require
 from .conftest import MakeTopic, ReadCommitted, StartService, headers, send, service_config

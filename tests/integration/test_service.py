@@ -15,8 +15,8 @@ import fastavro
 import pytest
 
 from broker_filter.cli import main
+from broker_filter.kafka.transactions import TRUNCATED
 from broker_filter.packets.rejects import RejectReason
-from broker_filter.streaming.transactions import TRUNCATED
 
 from .conftest import MakeTopic, ReadCommitted, StartService, headers, send, service_config
 

@@ -25,10 +25,10 @@ from broker_filter.packets.ocf import MAX_BLOCKS, MAX_CONTAINER_BYTES
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.packets.rejects import MAX_DETAIL_CHARACTERS, Reject, RejectReason
+from broker_filter.service import SCORED_BATCHES
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_stream
 from broker_filter.streaming.routing import Routed
-from broker_filter.streaming.service import SCORED_BATCHES
 from tests.packets import hostile
 
 BOOLEAN_ROW = [{"name": "jd", "type": "boolean"}]

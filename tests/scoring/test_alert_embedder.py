@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from broker_filter.importers.write_bundle import write_bundle
 from broker_filter.packets.photometry import NO_VALUE
 from broker_filter.scoring.bundle import (
     LIGHT_CURVE_FEATURES,
@@ -20,7 +21,6 @@ from broker_filter.scoring.bundle import (
     Outputs,
     Training,
 )
-from broker_filter.scoring.export import write_bundle
 from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbedder
 
 POINTS, COLUMNS, SIZE = 7, 3, 8

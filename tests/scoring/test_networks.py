@@ -15,6 +15,7 @@ import timm
 import torch
 
 from broker_filter.config import Runtime
+from broker_filter.importers.write_bundle import write_bundle
 from broker_filter.packets.batch import AlertBatch
 from broker_filter.scoring.bundle import (
     Architecture,
@@ -26,7 +27,6 @@ from broker_filter.scoring.bundle import (
     Outputs,
     Training,
 )
-from broker_filter.scoring.export import write_bundle
 from broker_filter.scoring.networks import build_network, load_network
 from broker_filter.scoring.scorer import open_scorer
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from broker_filter.config import Runtime
 from broker_filter.scoring.bundle import WEIGHTS, KnownAnswers, load_bundle
+from broker_filter.scoring.cuda_graphs import StagedNetwork
 from broker_filter.scoring.networks import ServedNetwork, load_network
 from broker_filter.scoring.preprocess import prepare_images
 from broker_filter.scoring.runtimes import RuntimeUnavailableError, available_cores, open_network
 from broker_filter.scoring.scorer import open_model
-from broker_filter.scoring.staged import StagedNetwork
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")

@@ -9,10 +9,10 @@ import pytest
 from numpy.typing import NDArray
 
 from broker_filter.config import Runtime
+from broker_filter.importers.braai import import_braai
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
-from broker_filter.scoring.braai import import_braai
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.simulate import SimulatedAlert
 

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from broker_filter import config
 from broker_filter.config import Runtime, Service
+from broker_filter.kafka.sink import account_packets
 from broker_filter.metrics import Metrics
 from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
@@ -25,11 +26,10 @@ from broker_filter.scoring.neighbours import Embeddings, normalise
 from broker_filter.scoring.reference import Measure, Reference, ReferenceSetError, SurveyCounts, read_reference
 from broker_filter.scoring.scorer import Model, open_model, open_scorer
 from broker_filter.streaming.anomalies import AnomalyJudge, open_judge
+from broker_filter.streaming.build_reference import build_reference
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.expressions import FIELDS, compile_filter
 from broker_filter.streaming.filtering import ScoredBatch, score_stream
-from broker_filter.streaming.kafka_sink import account_packets
-from broker_filter.streaming.ordinary import build_reference
 from broker_filter.streaming.routing import open_router
 
 Scored = Callable[..., ScoredBatch]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from broker_filter.config import Runtime, Service
+from broker_filter.kafka.sink import account_packets
 from broker_filter.packets.batch import AlertBatch, AlertIdentity
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import KafkaPosition, Packet
@@ -32,7 +33,6 @@ from broker_filter.streaming.encoding import (
 )
 from broker_filter.streaming.expressions import FIELDS, compile_filter
 from broker_filter.streaming.filtering import ScoredBatch, score_packets
-from broker_filter.streaming.kafka_sink import account_packets
 from broker_filter.streaming.routing import MAX_DETAIL_BYTES, Router, open_router
 
 NAN = float("nan")

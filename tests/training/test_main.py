@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from broker_filter.importers.write_bundle import write_bundle
 from broker_filter.scoring.bundle import Architecture, Description, load_bundle
-from broker_filter.scoring.export import write_bundle
 from broker_filter.scoring.networks import build_network
 from training.__main__ import COMMANDS, main
 from training.data.datasets import Dataset

@@ -1,6 +1,6 @@
 """How far the random keys of published ProbSparse attention move what AstroM3 says of a star, beside all keys.
 
-The published model samples keys anew at each call (`broker_filter.scoring.astrom3.informer`), so that its embedding of
+The published model samples keys anew at each call (`training.astrom3.model.informer`), so that its embedding of
 a star is another each time; all keys, as served, give one.
 """
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from broker_filter.scoring.astrom3.informer import PhotometryClassifier
-from broker_filter.scoring.astrom3.model import AstroM3, Stars
+from training.astrom3.model.informer import PhotometryClassifier
+from training.astrom3.model.network import AstroM3, Stars
 from training.astrom3.stars import Shown
 
 

@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from broker_filter.config import Section
-from broker_filter.scoring.astrom3.model import AstroM3Arguments
+from training.astrom3.model.network import AstroM3Arguments
 from training.astrom3.stars import Subset
 from training.recipe import Hardware, Optimisation, Seed
 

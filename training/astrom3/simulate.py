@@ -14,13 +14,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from broker_filter.cli.console import progress
-from broker_filter.scoring.astrom3.model import CLASSES
-from broker_filter.scoring.astrom3.preprocess import METADATA_COLUMNS, PHOTOMETRY_FEATURES
+from broker_filter.console import progress
 from training import arguments as kinds
+from training.astrom3.model.network import CLASSES
+from training.astrom3.model.preprocess import METADATA_COLUMNS, PHOTOMETRY_FEATURES
 from training.astrom3.simulation import SimulatedStar, simulate_star
 from training.astrom3.stars import DIVISORS, Split, Subset, class_capped
-from training.whole_file import write_whole
+from training.atomic_write import write_whole
 
 SHARES: Mapping[str, float] = {
     "EW": 0.28,

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from pyarrow import compute, parquet
 from torch import Tensor
 
-from broker_filter.scoring.astrom3.model import CLASSES
-from broker_filter.scoring.astrom3.preprocess import (
+from training.astrom3.model.network import CLASSES
+from training.astrom3.model.preprocess import (
     CHANNELS,
     METADATA_COLUMNS,
     PHOTOMETRY_FEATURES,

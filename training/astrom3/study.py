@@ -21,16 +21,16 @@ import torch
 from pydantic import Field, model_validator
 
 from broker_filter.config import Section
-from broker_filter.scoring.astrom3.checkpoint import load_network
-from broker_filter.scoring.astrom3.informer import PhotometryClassifier
-from broker_filter.scoring.astrom3.model import AstroM3
+from training.astrom3.model.checkpoint import load_network
+from training.astrom3.model.informer import PhotometryClassifier
+from training.astrom3.model.network import AstroM3
 from training.astrom3.random_keys import compare_keys
 from training.astrom3.recipe import AstroM3Run, Mode
 from training.astrom3.simulate import write_stars
 from training.astrom3.stars import Split, Subset, read_stars
 from training.astrom3.train import CHECKPOINT, measure, predict, shown, train
+from training.atomic_write import write_whole
 from training.recipe import Hardware, begin, read_configuration
-from training.whole_file import write_whole
 
 TABLE, SUMMARY = "study.csv", "summary.md"
 STARS, RUNS = "stars", "runs"

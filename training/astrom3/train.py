@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from broker_filter.scoring.astrom3.checkpoint import Network, load_network, write_network
-from broker_filter.scoring.astrom3.galspecnet import SpectraClassifier
-from broker_filter.scoring.astrom3.informer import Informer, PhotometryClassifier
-from broker_filter.scoring.astrom3.metadata import MetadataClassifier
-from broker_filter.scoring.astrom3.model import (
+from training.astrom3.model.checkpoint import Network, load_network, write_network
+from training.astrom3.model.galspecnet import SpectraClassifier
+from training.astrom3.model.informer import Informer, PhotometryClassifier
+from training.astrom3.model.metadata import MetadataClassifier
+from training.astrom3.model.network import (
     CLASSES,
     AstroM3,
     AstroM3Arguments,
@@ -35,10 +35,10 @@ from broker_filter.scoring.astrom3.model import (
 )
 from training.astrom3.recipe import AstroM3Run, Mode, Recipe
 from training.astrom3.stars import Shown, ShownStars, Split, StarSet, read_stars
+from training.atomic_write import write_whole
 from training.errors import TrainingError
 from training.learner import Learner, learn, loader
 from training.recipe import begin, read_configuration
-from training.whole_file import write_whole
 
 CHECKPOINT = "checkpoint"
 FIGURES = "figures.yaml"

@@ -24,7 +24,7 @@ import yaml
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from broker_filter.cli.console import progress
+from broker_filter.console import progress
 from broker_filter.packets.batch import AlertBatch, LightCurves, Survey
 from broker_filter.packets.decode import DEFAULT_CUTOUT_SIZE, Decoder
 from broker_filter.packets.registry import open_registry
@@ -34,6 +34,7 @@ from broker_filter.scoring.labels import Labels, parse_rule, read_labels
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.expressions import FIELDS, Expression, compile_filter
 from training.arguments import seed
+from training.atomic_write import write_whole
 from training.data.datasets import (
     CARD,
     INDEX,
@@ -49,7 +50,6 @@ from training.data.datasets import (
     sources_by_class,
 )
 from training.errors import DatasetError
-from training.whole_file import write_whole
 
 PACKETS_AT_ONCE = 256
 PACKETS = b"packets"

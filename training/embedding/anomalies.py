@@ -33,15 +33,15 @@ from broker_filter.scoring.reference import Measure
 from broker_filter.scoring.scorer import Model, open_model
 from broker_filter.streaming.archives import read_packets
 from training.arguments import positive, share
+from training.bundles.train_classes import COLUMN, UNLABELLED
 from training.data.datasets import held_out, sha256_of
+from training.embedding.baselines import by_isolation_forest, by_pixels
 from training.embedding.embedder import Recipe, embed, show, train
 from training.embedding.light_curve_features import light_curve_features
-from training.embedding.strangeness import by_isolation_forest, by_pixels
 from training.embedding.train_embedder import LIGHT_CURVE, METADATA, SIZE, TRUNK, Named, decode, side_by_side
 from training.errors import DatasetError, TrainingError
 from training.evaluation.bootstrap import Estimate, resample, weights_by_object
 from training.evaluation.metrics import Values, Weights, harmonic_mean, rank, ratio
-from training.shipped.train_classes import COLUMN, UNLABELLED
 
 CLASSES = ("VS=VS", "asteroid=asteroid", "SN=SN,SN_cand", "AGN=AGN")
 """Of the weak labels, those with a dozen real objects: each is left out."""

@@ -11,7 +11,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from broker_filter.scoring.astrom3.model import MAX_LOGIT_SCALE, contrastive_losses
+from training.astrom3.model.network import MAX_LOGIT_SCALE, contrastive_losses
 
 FEWEST = 2
 """Alerts that have both of a pair: among one there is nothing to find."""

@@ -21,14 +21,14 @@ from torch.nn.functional import normalize
 
 from broker_filter.packets.photometry import NO_VALUE
 from broker_filter.scoring.alerts import RawAlerts
-from broker_filter.scoring.astrom3.galspecnet import GalSpecNet, GalSpecNetArguments
 from broker_filter.scoring.bundle import Inputs
 from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbedder, projection
 from broker_filter.scoring.preprocess import prepare
+from training.astrom3.model.galspecnet import GalSpecNet, GalSpecNetArguments
+from training.bundles.distil import schedule
 from training.checkpoint import Checkpoint, Part
 from training.embedding.contrast import Contrast
 from training.learner import SYMMETRIES
-from training.shipped.distil import schedule
 
 AT_ONCE = 64
 """Alerts to a run of the trunk."""

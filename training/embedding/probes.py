@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from training.bundles.train_classes import fit_classes
 from training.evaluation.metrics import Values, Weights, ratio
-from training.shipped.train_classes import fit_classes
 
 NEIGHBOURS = 5
 """Whose votes count: of 5, 10 and 20 the best on training objects, whatever the embedding."""

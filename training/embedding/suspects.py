@@ -17,14 +17,14 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from broker_filter.cli.archived import score_archives
-from broker_filter.cli.console import printable
 from broker_filter.config import Runtime
+from broker_filter.console import printable
 from broker_filter.scoring.anomaly import centroids
 from broker_filter.scoring.labels import parse_rule, read_labels
 from broker_filter.scoring.neighbours import Embeddings
 from broker_filter.scoring.reference import UNLABELLED
 from broker_filter.scoring.scorer import open_scorer
-from broker_filter.streaming.ordinary import Sample, ordinary_alerts
+from broker_filter.streaming.build_reference import Sample, ordinary_alerts
 from training.errors import DatasetError
 
 SHOWN = 20

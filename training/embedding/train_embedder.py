@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from broker_filter.config import SurveyName
+from broker_filter.importers.write_bundle import write_bundle
 from broker_filter.packets.batch import LightCurves
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
@@ -45,12 +46,13 @@ from broker_filter.scoring.bundle import (
     Training,
     load_bundle,
 )
-from broker_filter.scoring.export import write_bundle
 from broker_filter.scoring.labels import parse_rule, read_labels
 from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbedder
 from broker_filter.simulate import SCHEMAS, simulate_night
 from broker_filter.streaming.archives import read_packets
 from training.arguments import positive, seed
+from training.bundles.train_classes import CLASSES, COLUMN, UNLABELLED
+from training.bundles.train_default import SPLIT_SEED, TEST_FRACTION
 from training.checkpoint import beside
 from training.data.datasets import held_out, sha256_of
 from training.embedding.embedder import Recipe, embed, show, train
@@ -58,8 +60,6 @@ from training.embedding.probes import balanced_accuracy, linear_probe, nearest
 from training.errors import DatasetError, TrainingError, refuse_existing
 from training.evaluation.bootstrap import INTERVALS, as_card, estimate
 from training.evaluation.metrics import Values, Weights, harmonic_mean
-from training.shipped.train_classes import CLASSES, COLUMN, UNLABELLED
-from training.shipped.train_default import SPLIT_SEED, TEST_FRACTION
 
 VERSION = "1.1"
 SURVEYS: tuple[SurveyName, ...] = ("ztf", "lsst")

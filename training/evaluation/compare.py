@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from training.evaluation.contenders import read_contenders
+from training.evaluation.evaluations import read_contenders
 from training.evaluation.report import as_html, as_markdown
 
 HTML, MARKDOWN = "comparison.html", "comparison.md"

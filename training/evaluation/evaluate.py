@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from broker_filter.cli.console import progress
 from broker_filter.config import Runtime
+from broker_filter.console import progress
 from broker_filter.scoring.bundle import WEIGHTS, Architecture, Card, Training, describe_problems
 from broker_filter.scoring.scorer import Model, open_model
 from training.arguments import positive

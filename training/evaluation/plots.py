@@ -16,7 +16,7 @@ from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 from training.evaluation.bootstrap import Estimate
-from training.evaluation.contenders import Contender
+from training.evaluation.evaluations import Contender
 from training.evaluation.metrics import Ranking, rank
 
 COLOURS = mpl.color_sequences["tab10"]

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from broker_filter.scoring.policies import POLICIES
+from broker_filter.scoring.bts_policies import POLICIES
 from training.evaluation import plots
 from training.evaluation.bootstrap import RESAMPLES, Estimate
-from training.evaluation.contenders import Contender
 from training.evaluation.evaluate import IF_CALIBRATED
+from training.evaluation.evaluations import Contender
 from training.evaluation.plots import COLOURS, TIMED_BATCH
 
 TEMPLATE = "report.html.jinja"

@@ -20,12 +20,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from broker_filter.config import Runtime
+from broker_filter.importers.encoders import load_encoder_weights
+from broker_filter.importers.write_bundle import write_bundle
 from broker_filter.packets.photometry import NO_VALUE
 from broker_filter.scoring.bundle import Architecture, Description, Inputs, MetadataColumn, Outputs, Training
-from broker_filter.scoring.encoders import load_encoder_weights
-from broker_filter.scoring.export import write_bundle
 from broker_filter.scoring.networks import NETWORKS, arguments_of, build_network
 from broker_filter.scoring.scorer import open_model
+from training.atomic_write import write_whole
 from training.data.datasets import Dataset, View
 from training.errors import DatasetError, TrainingError
 from training.evaluation.evaluate import PREDICTIONS, predict
@@ -34,7 +35,6 @@ from training.recipe import ENCODER_CARD, Encoder, Fit, begin, read_configuratio
 from training.vision.calibrate import Calibration, calibrate, last_layer
 from training.vision.classifier import Classifier, alerts_loader, chosen_to_train, class_weights, corrupt
 from training.vision.frozen_fusion import is_frozen_fusion, train_branches
-from training.whole_file import write_whole
 
 BUNDLE = "bundle"
 THRESHOLD = 0.5

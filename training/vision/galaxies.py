@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from pyarrow import dataset
 
-from broker_filter.cli.console import progress
+from broker_filter.console import progress
 from training.errors import DatasetError
 
 FILE = "file_loc"

@@ -26,11 +26,11 @@ from broker_filter.config import Section
 from broker_filter.scoring.bundle import Architecture, ImageInput, Inputs
 from broker_filter.scoring.networks import build_network, fusion
 from broker_filter.scoring.preprocess import prepare_images
+from training.atomic_write import write_whole
 from training.errors import DatasetError, TrainingError
 from training.learner import Learner, check_takes, learn, loader
 from training.recipe import ENCODER_CARD, PUBLISHED_IMAGES, Hardware, Optimisation, begin, read_configuration
 from training.vision.galaxies import Galaxies, read_galaxies, simulate_galaxies
-from training.whole_file import write_whole
 
 WEIGHTS = "encoder.safetensors"
 LEAST_GALAXIES = 2

@@ -21,8 +21,9 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from broker_filter.config import Section
+from broker_filter.importers.weights import WeightsError
 from broker_filter.scoring.bundle import Architecture, BundleError, ImageInput, describe_problems, load_bundle
-from broker_filter.scoring.weights import WeightsError
+from training.atomic_write import write_whole
 from training.data.datasets import Dataset
 from training.errors import DatasetError, EvaluationError, TrainingError
 from training.evaluation.evaluate import DECIDED, PREDICTIONS
@@ -31,7 +32,6 @@ from training.evaluation.predictions import Predictions
 from training.recipe import PUBLISHED_IMAGES, Encoder, Fit, Hardware, Recipe, read_configuration
 from training.vision.fit import BUNDLE, fit
 from training.vision.study_report import Choice, as_markdown
-from training.whole_file import write_whole
 
 TABLE = "study.csv"
 REPORT = "study.md"

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from broker_filter.scoring.astrom3.lamost import read_spectrum
-from broker_filter.scoring.astrom3.model import CLASSES
-from broker_filter.scoring.astrom3.preprocess import METADATA_COLUMNS, WAVELENGTHS, prepare_spectrum
+from training.astrom3.model.lamost import read_spectrum
+from training.astrom3.model.network import CLASSES
+from training.astrom3.model.preprocess import METADATA_COLUMNS, WAVELENGTHS, prepare_spectrum
 from training.astrom3.simulation import SimulatedStar, simulate_star
 from training.astrom3.simulation.photometry import features
 from training.astrom3.simulation.spectra import observe_spectrum

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from broker_filter.scoring.astrom3.lamost import read_spectrum
-from broker_filter.scoring.astrom3.model import CLASSES
-from broker_filter.scoring.astrom3.preprocess import (
+from training.astrom3.model.lamost import read_spectrum
+from training.astrom3.model.network import CLASSES
+from training.astrom3.model.preprocess import (
     METADATA_COLUMNS,
     PHOTOMETRY_FEATURES,
     prepare_light_curve,

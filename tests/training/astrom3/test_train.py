@@ -11,12 +11,12 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from broker_filter.scoring.astrom3.checkpoint import load_network
-from broker_filter.scoring.astrom3.galspecnet import SpectraClassifier
-from broker_filter.scoring.astrom3.informer import PhotometryClassifier
-from broker_filter.scoring.astrom3.metadata import MetadataClassifier
-from broker_filter.scoring.astrom3.model import AstroM3, AstroM3Classifier
 from training.__main__ import main
+from training.astrom3.model.checkpoint import load_network
+from training.astrom3.model.galspecnet import SpectraClassifier
+from training.astrom3.model.informer import PhotometryClassifier
+from training.astrom3.model.metadata import MetadataClassifier
+from training.astrom3.model.network import AstroM3, AstroM3Classifier
 from training.astrom3.recipe import PUBLISHED, AstroM3Run, Mode
 from training.astrom3.stars import DIVISORS
 from training.astrom3.train import CHECKPOINT, StarLearner, begin_with, build, measure, train

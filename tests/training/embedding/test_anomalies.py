@@ -17,8 +17,8 @@ from training.embedding.anomalies import (
     judge,
     on_validation,
 )
+from training.embedding.baselines import by_isolation_forest, by_pixels
 from training.embedding.light_curve_features import NAMES, light_curve_features
-from training.embedding.strangeness import by_isolation_forest, by_pixels
 
 
 def case(name: str, seed: int, skill: dict[str, float]) -> LeftOut:

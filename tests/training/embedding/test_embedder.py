@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from broker_filter.packets.photometry import NO_VALUE
-from broker_filter.scoring.astrom3.preprocess import WAVELENGTHS
 from broker_filter.scoring.bundle import LIGHT_CURVE_FEATURES, ImageInput, Inputs, LightCurveInput, MetadataColumn
 from broker_filter.scoring.networks.alert_embedder import AlertEmbedder
 from broker_filter.scoring.preprocess import prepare
+from training.astrom3.model.preprocess import WAVELENGTHS
 from training.embedding.embedder import Recipe, Shown, SpectrumEncoder, embed, show, train
 from training.errors import TrainingError
 from training.evaluation.served_speed import noise

@@ -24,9 +24,9 @@ from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.encoding import ContainerFraming, Encoder
 from broker_filter.streaming.filtering import score_packets
+from training.bundles.train_default import SPLIT_SEED, TEST_FRACTION, data_sha256
 from training.data.datasets import SPLITS, Dataset, held_out, load_alerts
 from training.evaluation.evaluate import predict
-from training.shipped.train_default import SPLIT_SEED, TEST_FRACTION, data_sha256
 
 MODEL = "embedder"
 Embeddings = dict[int, NDArray[np.float32]]

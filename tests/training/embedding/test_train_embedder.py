@@ -17,8 +17,8 @@ import torch
 from broker_filter.scoring.bundle import load_bundle
 from broker_filter.simulate import SimulatedAlert
 from training.__main__ import main
+from training.bundles.train_classes import CLASSES, COLUMN
 from training.embedding import embedder, train_embedder
-from training.shipped.train_classes import CLASSES, COLUMN
 
 CHECKOUT = Path(__file__).parents[3]
 STEPS = 60

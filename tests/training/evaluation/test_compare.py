@@ -16,8 +16,8 @@ from training.data.datasets import DatasetCard
 from training.errors import EvaluationError
 from training.evaluation import compare
 from training.evaluation.bootstrap import Estimate
-from training.evaluation.contenders import read_contenders
 from training.evaluation.evaluate import EVALUATION, PREDICTIONS, evaluate
+from training.evaluation.evaluations import read_contenders
 from training.evaluation.predictions import Predictions
 from training.evaluation.report import as_html, as_markdown
 from training.evaluation.served_speed import BATCHES, ServedSpeed

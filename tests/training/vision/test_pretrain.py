@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 pytest.importorskip("galsim", reason="simulated galaxies need the extra `demo`")
 pytest.importorskip("timm", reason="its backbones need the extra `train`")
 
+from broker_filter.importers.encoders import load_encoder_weights
+from broker_filter.importers.weights import WeightsError
 from broker_filter.scoring.bundle import Architecture, load_bundle
-from broker_filter.scoring.encoders import load_encoder_weights
 from broker_filter.scoring.networks import build_network
-from broker_filter.scoring.weights import WeightsError
 from training.data.datasets import Dataset
 from training.errors import DatasetError, TrainingError
 from training.recipe import ENCODER_CARD, PUBLISHED_IMAGES, Encoder, Fit, Hardware, Optimisation, Recipe

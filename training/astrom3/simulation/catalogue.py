@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.random import Generator
 
-from broker_filter.scoring.astrom3.preprocess import METADATA_COLUMNS
+from training.astrom3.model.preprocess import METADATA_COLUMNS
 from training.astrom3.simulation.variables import TEMPERATURES, Variable
 
 BP_RP = (3.30, 2.20, 1.72, 1.40, 1.12, 0.90, 0.75, 0.58, 0.43, 0.22, 0.00, -0.08)

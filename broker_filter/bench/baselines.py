@@ -1,0 +1,128 @@
+"""Loops from topic to topic, exactly once, for processes of their own: the naive one, and one that does no work."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from confluent_kafka import Consumer, Producer
+
+from broker_filter.bench.naive import NaiveBroker
+from broker_filter.kafka.client import MAX_RECORD_BYTES, MAX_RESPONSE_BYTES
+from broker_filter.kafka.source import FETCH_PARTITION_BYTES, PREFETCH_KBYTES, QUEUE_FULL_BACKOFF_MS
+from broker_filter.kafka.transactions import BATCH_BYTES, LINGER_MS
+from broker_filter.scoring.bundle import load_bundle
+
+NAIVE_TRANSACTION = 64
+"""Alerts to a transaction of the naive loop; transactions of one would measure little but the broker's round trips."""
+NO_WORK_TRANSACTION = 512
+"""As the service's: larger ones are no faster."""
+LEAST_COMMITS = 8
+"""In one run: short runs have smaller transactions, or there would be nothing between two commits."""
+SILENT = {"log_level": 0}
+"""librdkafka prints what it recovers from by itself: a coordinator that loads, a broker that was stopped in the end."""
+WAIT_S = 1.0
+
+Loop = Callable[[str, str, str, int], None]
+"""Takes bootstrap servers, the topic to read, the name of the topic to write and of the group, and how many alerts."""
+
+
+def naive_consumer(bootstrap_servers: str, topic: str, group: str) -> Any:
+    """As examples show it, but that positions are committed with the output."""
+    consumer = Consumer(
+        {
+            "bootstrap.servers": bootstrap_servers,
+            **SILENT,
+            "group.id": group,
+            "auto.offset.reset": "earliest",
+            "enable.auto.commit": False,
+            "isolation.level": "read_committed",
+        }
+    )
+    consumer.subscribe([topic])
+    return consumer
+
+
+def naive_producer(bootstrap_servers: str, name: str) -> Any:
+    """Transactional, and otherwise as it comes; ready to begin."""
+    producer = Producer(
+        {"bootstrap.servers": bootstrap_servers, **SILENT, "transactional.id": name, "message.max.bytes": 2**24}
+    )
+    producer.init_transactions()
+    return producer
+
+
+def naive_loop(bootstrap_servers: str, topic: str, name: str, alerts: int, model: str) -> None:
+    """Consumes, scores and produces one alert after another: a transaction for each few."""
+    broker = NaiveBroker(load_bundle(model))
+    consumer, producer = naive_consumer(bootstrap_servers, topic, name), naive_producer(bootstrap_servers, name)
+    done = 0
+    while done < alerts:
+        producer.begin_transaction()
+        pending = min(NAIVE_TRANSACTION, alerts - done)
+        while pending:
+            message = consumer.poll(WAIT_S)
+            if message is not None and message.error() is None:
+                producer.produce(name, broker.process(message.value()))
+                pending -= 1
+                done += 1
+        commit(consumer, producer)
+    wait_to_be_killed(consumer)
+
+
+def no_work_loop(bootstrap_servers: str, topic: str, name: str, alerts: int) -> None:
+    """What is consumed is produced as it is, with the service's settings: the floor of any loop through these brokers.
+
+    librdkafka's own way, without the service's claims and accounts.
+    """
+    client = {"bootstrap.servers": bootstrap_servers, **SILENT, "receive.message.max.bytes": MAX_RESPONSE_BYTES}
+    consumer = Consumer(
+        {
+            **client,
+            "group.id": name,
+            "auto.offset.reset": "earliest",
+            "enable.auto.commit": False,
+            "isolation.level": "read_committed",
+            "queued.max.messages.kbytes": PREFETCH_KBYTES,
+            "max.partition.fetch.bytes": FETCH_PARTITION_BYTES,
+            "fetch.queue.backoff.ms": QUEUE_FULL_BACKOFF_MS,
+        }
+    )
+    consumer.subscribe([topic])
+    producer = Producer(
+        {
+            **client,
+            "transactional.id": name,
+            "batch.size": BATCH_BYTES,
+            "linger.ms": LINGER_MS,
+            "message.max.bytes": MAX_RECORD_BYTES,
+        }
+    )
+    producer.init_transactions()
+    done, transaction = 0, min(NO_WORK_TRANSACTION, alerts // LEAST_COMMITS)
+    while done < alerts:
+        producer.begin_transaction()
+        pending = min(transaction, alerts - done)
+        while pending:
+            for message in consumer.consume(pending, WAIT_S):
+                if message.error() is None:
+                    producer.produce(name, message.value())
+                    pending -= 1
+                    done += 1
+            producer.poll(0)
+        commit(consumer, producer)
+    wait_to_be_killed(consumer)
+
+
+def commit(consumer: Any, producer: Any) -> None:
+    """Ends the transaction with what was consumed so far."""
+    positions = consumer.position(consumer.assignment())
+    producer.send_offsets_to_transaction(positions, consumer.consumer_group_metadata())
+    producer.commit_transaction()
+
+
+def wait_to_be_killed(consumer: Any) -> None:
+    """The CPU time of a process that has ended cannot be read."""
+    consumer.close()
+    signal.pause()

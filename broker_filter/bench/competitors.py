@@ -1,0 +1,194 @@
+"""Who reads an arena's topic, in processes of their own: the service as it runs in production, and the loops beside it.
+
+Nothing of them outlives its `with` block, nor the process.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import time
+import uuid
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import yaml
+from confluent_kafka import ConsumerGroupState, KafkaException
+
+from broker_filter.bench.baselines import LEAST_COMMITS, Loop, naive_loop, no_work_loop
+from broker_filter.bench.measure import BenchmarkError, Run
+from broker_filter.bench.testbed import PARTITIONS, REQUEST_TIMEOUT_S, Arena
+from broker_filter.config import SCORED, Model, Transaction
+from broker_filter.kill_with_parent import Lifeline
+from broker_filter.scoring.bundle import load_bundle
+
+JOIN_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 60.0
+LOOK_INTERVAL_S = 0.1
+LOG_TAIL = 2000
+"""Characters of a log that an error shows."""
+
+
+class ServiceInstances:
+    """`broker-filter run`, full payload, exactly once, in so many processes of one group."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        model: Model,
+        *,
+        device: str,
+        instances: int = 1,
+        schema_registry: str | None = None,
+    ) -> None:
+        self.group = f"service-{uuid.uuid4().hex[:8]}"
+        self.output = f"{self.group}.{SCORED}"
+        self._arena = arena
+        self._instances = instances
+        most = Transaction().max_alerts
+        bundle = str(load_bundle(model.bundle).directory.resolve())
+        service = {
+            "input": {
+                "bootstrap_servers": arena.broker.bootstrap_servers,
+                "group_id": self.group,
+                "topics": [arena.topic],
+                "start": "earliest",
+                "schema_registry": schema_registry,
+            },
+            "output": {"prefix": self.group},
+            "transaction": {"max_alerts": min(most, arena.alerts // LEAST_COMMITS or most)},
+            "models": [{"bundle": bundle, "also": model.also}],
+            "runtime": {"device": device},
+            "http": {"port": 0},
+        }
+        self._configuration = arena.directory / f"{self.group}.yaml"
+        self._configuration.write_text(yaml.safe_dump(service))
+        self._logs = [arena.directory / f"{self.group}-{i}.log" for i in range(instances)]
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._lifelines: list[Lifeline] = []
+
+    @property
+    def processes(self) -> list[int]:
+        """Their ids."""
+        return [process.pid for process in self._running]
+
+    @property
+    def rebalances(self) -> int:
+        """How often a partition went to another instance, or was claimed again, by what the instances say."""
+        claims = sum(log.read_text().count(f"reading {self._arena.topic}/") for log in self._logs)
+        return claims - len(self._arena.partitions)
+
+    def __enter__(self) -> ServiceInstances:
+        command = [sys.executable, "-m", "broker_filter", "run", "--config", str(self._configuration)]
+        for log in self._logs:
+            with log.open("wb") as output:
+                self._running.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
+            self._lifelines.append(Lifeline(self._running[-1]))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                for process in self._running:
+                    process.terminate()
+                for process in self._running:
+                    process.wait(STOP_TIMEOUT_S)
+        finally:
+            for lifeline in self._lifelines:
+                lifeline.cut()
+            for process in self._running:
+                process.kill()
+                process.wait()
+
+    def check(self) -> None:
+        """Raises BenchmarkError where an instance has ended."""
+        for process, log in zip(self._running, self._logs, strict=True):
+            if process.poll() is not None:
+                raise BenchmarkError(
+                    f"the service ended with {process.returncode} and says: "
+                    f"{log.read_text(errors='replace')[-LOG_TAIL:]}"
+                )
+
+    def wait_until_joined(self) -> None:
+        """Returns once all are in the group and every partition is somebody's."""
+        deadline = time.monotonic() + JOIN_TIMEOUT_S
+        while not self._joined():
+            self.check()
+            if time.monotonic() > deadline:
+                raise BenchmarkError(f"{self.group} has not joined its group within {JOIN_TIMEOUT_S:.0f} s")
+            time.sleep(LOOK_INTERVAL_S)
+
+    def _joined(self) -> bool:
+        described = self._arena.admin.describe_consumer_groups([self.group], request_timeout=REQUEST_TIMEOUT_S)
+        try:
+            group = described[self.group].result()
+        except KafkaException:
+            return False  # the group's coordinator is found, or loads
+        assigned = sum(len(member.assignment.topic_partitions) for member in group.members)
+        return (group.state, len(group.members), assigned) == (
+            ConsumerGroupState.STABLE,
+            self._instances,
+            len(self._arena.partitions),
+        )
+
+
+class LoopProcess:
+    """One of the loops of `baselines`, over so many of the topic's alerts, into a topic with the name of its group."""
+
+    def __init__(self, arena: Arena, loop: Loop, alerts: int, partitions: int) -> None:
+        self.group = self.output = f"loop-{uuid.uuid4().hex[:8]}"
+        arena.create(self.output, partitions)
+        arguments = (arena.broker.bootstrap_servers, arena.topic, self.group, alerts)
+        # Spawned: a fork would inherit librdkafka without its threads.
+        self._process: Any = multiprocessing.get_context("spawn").Process(target=loop, args=arguments)
+
+    @property
+    def processes(self) -> list[int]:
+        """Its id."""
+        return [self._process.pid]
+
+    def __enter__(self) -> LoopProcess:
+        self._process.start()
+        self._lifeline = Lifeline(self._process)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lifeline.cut()
+        self._process.kill()
+        self._process.join()
+
+    def check(self) -> None:
+        """Raises BenchmarkError where it has ended."""
+        if self._process.exitcode is not None:
+            raise BenchmarkError(f"{self.group} ended with {self._process.exitcode}")
+
+
+def run_service(arena: Arena, model: str, device: str) -> Run:
+    """The service over the whole topic."""
+    with ServiceInstances(arena, Model(bundle=model), device=device) as service:
+        run = arena.watch(service, arena.alerts)
+    arena.settle(service, arena.alerts)
+    return run
+
+
+def run_naive_loop(arena: Arena, model: str, alerts: int) -> Run:
+    """The naive loop over `alerts` of the topic's alerts."""
+    return _run_loop(arena, partial(naive_loop, model=model), alerts, partitions=1)
+
+
+def run_no_work_loop(arena: Arena) -> Run:
+    """The loop without work over the whole topic, into as many partitions as the service's."""
+    return _run_loop(arena, no_work_loop, arena.alerts, PARTITIONS)
+
+
+def _run_loop(arena: Arena, loop: Loop, alerts: int, partitions: int) -> Run:
+    with LoopProcess(arena, loop, alerts, partitions) as process:
+        run = arena.watch(process, alerts)
+    arena.settle(process, alerts)
+    return run

@@ -1,0 +1,138 @@
+"""The two ends of the loop without what is between them: CPU time to take messages and to publish them.
+
+This process's, librdkafka's threads included; the broker is on the same machine, and its own is not counted.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from broker_filter.bench.baselines import NAIVE_TRANSACTION, WAIT_S, naive_consumer, naive_producer
+from broker_filter.bench.measure import NAIVE, SERVICE, Contest, Run, Stopwatch, compete
+from broker_filter.bench.naive import NaiveBroker
+from broker_filter.bench.stages import open_decoder
+from broker_filter.bench.testbed import Arena
+from broker_filter.config import Batch, Input, Output, Runtime, Service
+from broker_filter.health import Health
+from broker_filter.kafka.connect import Endpoints, connect
+from broker_filter.kafka.sink import divide
+from broker_filter.kafka.source import Delivery
+from broker_filter.kafka.transactions import Work
+from broker_filter.kafka.watchdog import Stage
+from broker_filter.metrics import Metrics
+from broker_filter.scoring.bundle import load_bundle
+from broker_filter.scoring.scorer import open_scorer
+from broker_filter.streaming.duplicates import DuplicateWindow
+from broker_filter.streaming.filtering import score_packets
+from broker_filter.streaming.routing import Router, open_router
+
+PUBLISHED = 1024
+"""Alerts: they are held in memory, decoded, scored and encoded, before the clock starts."""
+
+
+def measure_ends(arena: Arena, packets: Sequence[bytes], model: str, repetitions: int) -> dict[str, Contest]:
+    """Kafka in and Kafka out. `packets`: the distinct ones among the arena's alerts."""
+    naive, service = NaiveEnds(arena, packets, model), ServiceEnds(arena, model)
+    return {
+        "Kafka in": compete({NAIVE: naive.take, SERVICE: service.take}, repetitions),
+        "Kafka out": compete({NAIVE: naive.publish, SERVICE: service.publish}, repetitions),
+    }
+
+
+class NaiveEnds:
+    """The naive loop's: a message at a time."""
+
+    def __init__(self, arena: Arena, packets: Sequence[bytes], model: str) -> None:
+        self._arena = arena
+        broker = NaiveBroker(load_bundle(model))
+        self._records = [broker.process(packet) for packet in packets]
+
+    def take(self) -> Run:
+        """All of the arena's alerts."""
+        watch, taken = Stopwatch(), 0
+        consumer = naive_consumer(self._arena.broker.bootstrap_servers, self._arena.topic, _name("naive"))
+        while taken < self._arena.alerts:
+            message = consumer.poll(WAIT_S)
+            taken += message is not None and message.error() is None
+        run = watch.run(taken)
+        consumer.close()
+        return run
+
+    def publish(self) -> Run:
+        """One record a distinct packet."""
+        name = _name("naive")
+        self._arena.create(name, partitions=1)
+        producer = naive_producer(self._arena.broker.bootstrap_servers, name)
+        watch = Stopwatch()
+        for start in range(0, len(self._records), NAIVE_TRANSACTION):
+            producer.begin_transaction()
+            for record in self._records[start : start + NAIVE_TRANSACTION]:
+                producer.produce(name, record)
+            producer.commit_transaction()
+        run = watch.run(len(self._records))
+        self._arena.delete(name)
+        return run
+
+
+class ServiceEnds:
+    """The service's source and sink, joined to the group and to the broker as the service does it."""
+
+    def __init__(self, arena: Arena, model: str) -> None:
+        self._arena = arena
+        self._scorer = open_scorer([model], Runtime())
+        self._decoder = open_decoder(self._scorer)
+
+    def take(self) -> Run:
+        """All of the arena's alerts."""
+        watch = Stopwatch()
+        with self._joined(_name("service")) as (endpoints, _):
+            taken = sum(len(delivery.packets) for delivery in _deliveries(endpoints, self._arena.alerts))
+            return watch.run(taken)
+
+    def publish(self) -> Run:
+        """PUBLISHED of them, in the service's transactions."""
+        window = DuplicateWindow(PUBLISHED)
+        with self._joined(_name("service")) as (endpoints, router):
+            works: list[list[Work]] = []
+            for delivery in _deliveries(endpoints, min(PUBLISHED, self._arena.alerts)):
+                scored = score_packets(delivery.packets, self._decoder, self._scorer, window)
+                works.append(divide(delivery, scored, router.route(scored)))
+            watch = Stopwatch()
+            for each in works:
+                endpoints.sink.put(each)
+                endpoints.sink.commit(idle=False)
+            endpoints.sink.commit_everything()
+            return watch.run(sum(len(work.packets) for each in works for work in each))
+
+    @contextmanager
+    def _joined(self, name: str) -> Iterator[tuple[Endpoints, Router]]:
+        metrics = Metrics()
+        servers = self._arena.broker.bootstrap_servers
+        source = Input(bootstrap_servers=servers, group_id=name, topics=[self._arena.topic], start="earliest")
+        config = Service(input=source, output=Output(prefix=name))
+        router = open_router(config, self._scorer)
+        endpoints = connect(config, router.topics, metrics, Health(), Stage("commit", metrics), threading.Event())
+        assert endpoints is not None  # it is only where a signal ended the waiting for the brokers
+        try:
+            yield endpoints, router
+        finally:
+            endpoints.sink.close()
+            endpoints.source.close()
+            for topic in router.topics:
+                self._arena.delete(topic)
+
+
+def _deliveries(endpoints: Endpoints, alerts: int) -> Iterator[Delivery]:
+    taken, batch = 0, Batch()
+    while taken < alerts:
+        if delivery := endpoints.source.take(batch.max_size, batch.max_wait_ms / 1000):
+            delivery.set_out()
+            taken += len(delivery.packets)
+            yield delivery
+
+
+def _name(contestant: str) -> str:
+    return f"{contestant}-ends-{uuid.uuid4().hex[:8]}"

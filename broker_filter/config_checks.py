@@ -1,0 +1,108 @@
+"""What a service file is checked against besides itself: environment, bundles, models' outputs, librdkafka."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from confluent_kafka import Consumer, KafkaException, Producer
+
+from broker_filter.config import KafkaValue, Sasl, Section, Surroundings, Tls
+from broker_filter.kafka.client import (
+    librdkafka_log,
+    plain_properties,
+    refused_properties,
+    security_properties,
+)
+from broker_filter.scoring.bundle import Bundle, BundleError, load_bundle
+from broker_filter.scoring.reference import ReferenceSetError, check_made_with, read_card
+from broker_filter.streaming.expressions import FIELDS, compile_filter
+
+OIDC_ENDPOINT = "sasl.oauthbearer.token.endpoint.url"
+NO_ENDPOINT = "file:///dev/null"
+"""librdkafka asks for an OIDC token as soon as it makes a client. A check must not send the secret anywhere."""
+
+
+class ThisMachine(Surroundings):
+    """The surroundings of a service that is to run here."""
+
+    def __init__(self, environment: Mapping[str, str], bundles: Sequence[str]) -> None:
+        """`bundles`: those that the file names, sound or not."""
+        self._environment = environment
+        self._bundles = bundles
+        self._opened: dict[str, Bundle | BundleError] = {}
+
+    def check_variable(self, name: str) -> None:
+        """See Surroundings."""
+        if name not in self._environment:
+            raise ValueError(f"the environment variable {name} is not set")
+
+    def model_name(self, bundle: str) -> str:
+        """See Surroundings."""
+        opened = self._open(bundle)
+        if isinstance(opened, BundleError):
+            raise ValueError(str(opened))
+        return opened.card.name
+
+    def outputs(self) -> list[str] | None:
+        """See Surroundings."""
+        outputs = []
+        for name in self._bundles:
+            opened = self._open(name)
+            if isinstance(opened, BundleError):
+                return None
+            outputs += [f"{opened.card.name}.{label}" for label in opened.card.outputs.labels]
+        return outputs
+
+    def check_reference(self, file: Path) -> None:
+        """See Surroundings. Reads its card alone, not what may be gigabytes."""
+        cards = [opened.card for name in self._bundles if isinstance(opened := self._open(name), Bundle)]
+        try:
+            reference = read_card(file)
+            if len(cards) == len(self._bundles):  # what is wrong with a bundle is said of the models
+                check_made_with(file, reference, cards)
+        except ReferenceSetError as error:
+            raise ValueError(str(error)) from None
+
+    def check_filter(self, where: str, outputs: Sequence[str] | None) -> None:
+        """See Surroundings."""
+        compile_filter(where, FIELDS, outputs)
+
+    def check_properties(
+        self,
+        client: Literal["consumer", "producer"],
+        properties: Mapping[str, KafkaValue],
+        sasl: Sasl | None,
+        tls: Tls | None,
+    ) -> None:
+        """See Surroundings. The check makes a client without servers, which connects to nothing.
+
+        The client gets the text of the secrets, because some properties are valid only beside a secret one.
+        """
+        named = {**security_properties(sasl, tls), **properties}
+        values = plain_properties(named, self._environment)
+        try:
+            if refused := refused_properties(values):
+                raise ValueError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
+            if OIDC_ENDPOINT in values:
+                values[OIDC_ENDPOINT] = NO_ENDPOINT
+            if client == "consumer":
+                Consumer({"group.id": "-"} | values, logger=librdkafka_log)
+            else:
+                Producer({"transactional.id": "-"} | values, logger=librdkafka_log)
+        except (KafkaException, ValueError) as error:
+            message = error.args[0].str() if isinstance(error, KafkaException) else str(error)
+            for name, value in named.items():
+                if isinstance(value, Section) and (secret := str(values[name])):
+                    message = message.replace(secret, f"<{name}>")
+            raise ValueError(message) from None
+
+    def _open(self, name: str) -> Bundle | BundleError:
+        """The bundle, or what is wrong with it: read once."""
+        if name not in self._opened:
+            try:
+                self._opened[name] = load_bundle(name)
+            except BundleError as error:
+                self._opened[name] = error
+        return self._opened[name]

@@ -1,0 +1,185 @@
+"""A service file: reads it, checks it against its surroundings, and says everything that is wrong with it at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from broker_filter.config import SecretFromEnvironment, SecretFromFile, Section, Service, suggestion
+from broker_filter.config_checks import ThisMachine
+
+MAX_FILE_BYTES = 1 << 20
+"""A service file has some dozens of lines; anything near this is another file, named by mistake."""
+ENVIRONMENT_PREFIX = "BROKER_FILTER__"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong with a service file: the path of its key (`filters[0].where`), and what."""
+
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+
+class ConfigError(Exception):
+    """A service file that cannot be used, with everything that is wrong with it."""
+
+    exit_status = 2
+
+    def __init__(self, file: Path, problems: Sequence[Problem]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n  ".join((f"{file} cannot be used:", *map(str, problems))))
+
+
+def load_service(file: Path, environment: Mapping[str, str] = os.environ) -> Service:
+    """Reads a service file and checks all of it against its surroundings.
+
+    `environment`: `BROKER_FILTER__INPUT__GROUP_ID=me` overrides the key input.group_id; values are YAML, and one for a
+    whole section replaces it. Raises ConfigError with every problem.
+    """
+    try:
+        document = _read_yaml(file)
+        _override(document, environment)
+    except _UnreadableError as error:
+        raise ConfigError(file, [Problem("", str(error))]) from None
+    surroundings = ThisMachine(environment, _bundles(document))
+    try:
+        return Service.model_validate(document, context=surroundings)
+    except ValidationError as error:
+        raise ConfigError(file, list(_describe(error, document))) from None
+
+
+class _UnreadableError(Exception):
+    """A file that cannot be read or is no YAML mapping, or an override that fits nowhere."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain values only, and no key twice in a mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen:
+                raise _UnreadableError(f"line {key_node.start_mark.line + 1}: the key {key!r} is there twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 -- a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise _UnreadableError(f"{line}not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _UnreadableError(f"not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise _UnreadableError(str(error.strerror)) from None
+    if len(content) > MAX_FILE_BYTES:
+        raise _UnreadableError(f"more than {MAX_FILE_BYTES} bytes: not a service file")
+    try:
+        document = _parse_yaml(content.decode())
+    except UnicodeDecodeError:
+        raise _UnreadableError("not UTF-8 text") from None
+    if not isinstance(document, dict):
+        raise _UnreadableError("not a mapping with keys `input` and `output`")
+    return document
+
+
+def _override(document: dict[str, Any], environment: Mapping[str, str]) -> None:
+    """Puts the values of BROKER_FILTER__... variables into the document."""
+    for variable in sorted(environment):
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        *sections, key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+        target = document
+        for section in sections:
+            if target.get(section) is None:
+                target[section] = {}
+            target = target[section]
+            if not isinstance(target, dict):
+                raise _UnreadableError(f"{variable}: {section} is not a mapping; override it as a whole")
+        try:
+            target[key] = _parse_yaml(environment[variable])
+        except _UnreadableError as error:
+            raise _UnreadableError(f"{variable}: {error}") from None
+
+
+def _bundles(document: dict[str, Any]) -> list[str]:
+    """The bundles that a document names, which is not checked yet."""
+    models = document.get("models", ["default"])
+    entries = models if isinstance(models, list) else []
+    named = [entry.get("bundle") if isinstance(entry, dict) else entry for entry in entries]
+    return [bundle for bundle in named if isinstance(bundle, str)]
+
+
+def _describe(error: ValidationError, document: Any) -> Iterator[Problem]:
+    """Pydantic's errors, each with the path of its key and in plain words."""
+    for detail in error.errors(include_url=False, include_input=False):
+        keys = list(_keys(detail["loc"], document))
+        path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
+        message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        match detail["type"]:
+            case "extra_forbidden":
+                message = "unknown key" + suggestion(str(keys[-1]), _known_keys(keys[:-1]))
+            case "missing":
+                message = "is required"
+            case "model_type":
+                message = "should be a mapping"
+            case "string_type":
+                message = "should be text; put it in quotes"
+        yield Problem(path, message)
+
+
+def _keys(location: Sequence[int | str], document: Any) -> Iterator[int | str]:
+    """The parts of pydantic's location that are keys: it also names the members of unions there."""
+    for part in location:
+        if isinstance(document, list) and isinstance(part, int):
+            document = document[part]
+        elif isinstance(document, dict) and (part in document or part == location[-1]):
+            document = document.get(part)
+        else:
+            continue
+        yield part
+
+
+def _known_keys(path: Sequence[int | str]) -> list[str]:
+    section: type[Section] = Service
+    for key in path:
+        if key in section.model_fields:
+            section = next(_sections(section.model_fields[str(key)].annotation), section)
+    return list(section.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[Section]]:
+    """The sections that a field's type holds: itself, in a list, or among alternatives."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections(argument)
+
+
+def document_keys(section: type[Section] = Service, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every key of a service file: its path, its default (empty where absence means absence), and what it means."""
+    for name, key in section.model_fields.items():
+        default = "" if key.default is None or isinstance(key.default, Section | list) else str(key.default)
+        yield f"{prefix}{name}", "required" if key.is_required() else default, str(key.description)
+        inside = next(_sections(key.annotation), None)
+        if inside and inside not in (SecretFromEnvironment, SecretFromFile):
+            yield from document_keys(inside, f"{prefix}{name}{'[]' if get_origin(key.annotation) is list else ''}.")

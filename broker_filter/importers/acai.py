@@ -1,0 +1,112 @@
+"""Importer of ACAI, five networks that say what an alert of ZTF is: hosted, nuclear, variable, orphan, bogus.
+
+Reads the Keras .h5 models of https://github.com/dmitryduev/acai (MIT) of November 2020, `acai_h.d1_dnn_20201130.h5` and
+its siblings, checking every name and shape; any other network is refused. A file does not say which of the five it is.
+Needs the `train` extra.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from broker_filter.importers.keras_weights import read_keras_weights
+from broker_filter.importers.write_bundle import write_bundle
+from broker_filter.scoring.bundle import (
+    Architecture,
+    BundleError,
+    Description,
+    ImageInput,
+    Inputs,
+    MetadataColumn,
+    Outputs,
+    Training,
+    describe_problems,
+)
+from broker_filter.scoring.networks import load_network
+
+CLASSES = {"h": "hosted", "n": "nuclear", "v": "variable", "o": "orphan", "b": "bogus"}
+"""What each of the five says, by the letter in its file's name."""
+COLUMNS = (
+    *("drb", "diffmaglim", "ra", "dec", "magpsf", "sigmapsf", "chipsf", "fwhm", "sky", "chinr", "sharpnr"),
+    *("sgscore1", "distpsnr1", "sgscore2", "distpsnr2", "sgscore3", "distpsnr3", "ndethist", "ncovhist", "scorr"),
+    *("nmtchps", "clrcoeff", "clrcounc", "neargaia", "neargaiabright"),
+)
+"""The features of version 20201130 in ACAI's configuration, raw, in order."""
+FILL = -999.0
+"""What ZTF writes for a missing value, and what the networks have therefore seen for one in training."""
+FILLS = {"drb": 0.5}
+"""ACAI runs braai where an alert has no drb, as those of before the survey had one; here nothing is known."""
+IMAGES = ImageInput(size=63, order=("science", "template", "difference"), normalisation="l2_image", padding=1e-9)
+"""What `make_triplet` of ACAI's `utils.py` makes of the cutouts."""
+
+CONVOLUTIONS = {
+    "conv_conv_1": ("images.0", 3, 16),
+    "conv_conv_2": ("images.1", 16, 16),
+    "conv_conv_3": ("images.4", 16, 32),
+    "conv_conv_4": ("images.5", 32, 32),
+}
+"""Keras layer: its place in our network, channels in, channels out."""
+DENSE = {
+    "dense_fc_1": ("metadata.0", len(COLUMNS), 64),
+    "dense_fc_2": ("metadata.3", 64, 32),
+    "fc_1": ("joint.0", 32 + 32, 16),
+    "score": ("head", 16, 1),
+}
+"""Likewise: units in, units out."""
+
+
+def import_acai(weights: Path, letter: str, name: str, out: Path) -> None:
+    """Writes the bundle `name` into the new directory `out`. `letter`: which of the five it is, of `CLASSES`.
+
+    Raises BundleError where the file is not such a network.
+    """
+    label = CLASSES[letter]
+    try:
+        description = Description(
+            name=name,
+            version=weights.name.removesuffix(".h5"),
+            task=f"{label} or not",
+            surveys=("ztf",),
+            inputs=Inputs(
+                images=IMAGES,
+                metadata=tuple(MetadataColumn(name=column, fill=FILLS.get(column, FILL)) for column in COLUMNS),
+            ),
+            outputs=Outputs(labels=(label,), activation="sigmoid", thresholds={label: 0.5}),
+            architecture=Architecture(name="acai", arguments={"metadata": len(COLUMNS)}),
+            licence="MIT",
+            source="https://github.com/dmitryduev/acai",
+            citation="Duev & van der Walt 2021 (arXiv:2111.12142)",
+            training=Training(
+                method="by its authors; see the citation", data="ZTF alerts labelled by eye; see the citation"
+            ),
+        )
+    except ValidationError as error:
+        raise BundleError(f"no bundle can be called {name!r}: {describe_problems(error)}") from error
+    write_bundle(out, description, load_network(description.architecture, read_weights(weights)))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The .h5 file's weights as `ACAI` names and orders them. Raises BundleError where it holds another network."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for layer, (_, channels_in, channels_out) in CONVOLUTIONS.items():
+        expected[f"{layer}/depthwise_kernel"] = (3, 3, channels_in, 1)
+        expected[f"{layer}/pointwise_kernel"] = (1, 1, channels_in, channels_out)
+        expected[f"{layer}/bias"] = (channels_out,)
+    for layer, (_, units_in, units_out) in DENSE.items():
+        expected[f"{layer}/kernel"] = (units_in, units_out)
+        expected[f"{layer}/bias"] = (units_out,)
+    arrays = read_keras_weights(path, expected, "ACAI")
+    weights = {}
+    for layer, (place, *_) in CONVOLUTIONS.items():
+        weights[f"{place}.0.weight"] = arrays[f"{layer}/depthwise_kernel"].transpose(2, 3, 0, 1)
+        weights[f"{place}.1.weight"] = arrays[f"{layer}/pointwise_kernel"].transpose(3, 2, 0, 1)
+        weights[f"{place}.1.bias"] = arrays[f"{layer}/bias"]
+    for layer, (place, *_) in DENSE.items():
+        weights[f"{place}.weight"] = arrays[f"{layer}/kernel"].T
+        weights[f"{place}.bias"] = arrays[f"{layer}/bias"]
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in weights.items()}

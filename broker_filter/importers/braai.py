@@ -1,0 +1,100 @@
+"""Importer of braai, the real/bogus networks that ZTF publishes with its alerts (`drb`).
+
+Reads the Keras .h5 weights of https://github.com/dmitryduev/braai (MIT), checking every name and shape; any other
+network is refused. Needs the `train` extra.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from broker_filter.importers.keras_weights import read_keras_weights
+from broker_filter.importers.write_bundle import write_bundle
+from broker_filter.scoring.bundle import (
+    Architecture,
+    BundleError,
+    Description,
+    ImageInput,
+    Inputs,
+    Outputs,
+    Training,
+    describe_problems,
+)
+from broker_filter.scoring.networks import load_network
+
+PADDING = 1e-9
+"""What short stamps were padded with when the network was trained (`make_triplet` in braai's repository)."""
+
+LAYERS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "conv1": ("features.0", (3, 3, 3, 16)),
+    "conv2": ("features.2", (3, 3, 16, 16)),
+    "conv3": ("features.6", (3, 3, 16, 32)),
+    "conv4": ("features.8", (3, 3, 32, 32)),
+    "fc_1": ("features.13", (6 * 6 * 32, 256)),
+    "fc_out": ("head.1", (256, 1)),
+}
+"""Keras layer: its place in `VGG6`, and the shape of its kernel (height, width, in, out; or in, out)."""
+
+
+def import_braai(weights: Path, normalisation: Literal["row", "image"], name: str, out: Path) -> None:
+    """Writes the bundle `name` into the new directory `out`.
+
+    `normalisation`: what of the images was divided by its L2 norm when the network was trained: each row (d6_m7 and
+    before) or the whole image (d6_m9). Raises BundleError where the file is not such a network.
+    """
+    images = ImageInput(
+        size=63,
+        order=("science", "template", "difference"),
+        normalisation="l2_row" if normalisation == "row" else "l2_image",
+        padding=PADDING,
+    )
+    try:
+        description = Description(
+            name=name,
+            version=weights.name.removesuffix(".h5").removesuffix(".weights"),
+            task="real/bogus classification",
+            surveys=("ztf",),
+            inputs=Inputs(images=images),
+            outputs=Outputs(labels=("real",), activation="sigmoid", thresholds={"real": 0.5}),
+            architecture=Architecture(name="vgg6"),
+            licence="MIT",
+            source="https://github.com/dmitryduev/braai",
+            citation="Duev et al. 2019, MNRAS 489, 3582 (arXiv:1907.11259)",
+            training=Training(
+                method="by its authors; see the citation", data="ZTF alerts labelled by eye; see the citation"
+            ),
+        )
+    except ValidationError as error:
+        raise BundleError(f"no bundle can be called {name!r}: {describe_problems(error)}") from error
+    network = load_network(description.architecture, read_weights(weights))
+    write_bundle(out, description, network)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The .h5 file's weights as `VGG6` names and orders them. Raises BundleError where it holds another network."""
+    expected = {
+        f"{layer}/{name}": size for layer, (_, shape) in LAYERS.items() for name, size in _of_a_layer(shape).items()
+    }
+    arrays = read_keras_weights(path, expected, "braai")
+    weights = {}
+    for layer, (place, shape) in LAYERS.items():
+        kernel = arrays[f"{layer}/kernel"]
+        if len(shape) == 4:
+            kernel = kernel.transpose(3, 2, 0, 1)
+        elif layer == "fc_1":  # Keras flattens height, width, channel; torch channel, height, width
+            kernel = kernel.reshape(6, 6, 32, 256).transpose(3, 2, 0, 1).reshape(256, -1)
+        else:
+            kernel = kernel.T
+        weights[f"{place}.weight"] = torch.from_numpy(np.ascontiguousarray(kernel))
+        weights[f"{place}.bias"] = torch.from_numpy(arrays[f"{layer}/bias"])
+    return weights
+
+
+def _of_a_layer(kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return {"kernel": kernel, "bias": kernel[-1:]}

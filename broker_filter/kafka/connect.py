@@ -1,0 +1,152 @@
+"""The service's two ends, connected: which cluster is which, its topics made, positions kept where the output is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+
+from confluent_kafka.admin import NewTopic
+
+from broker_filter.config import DEAD_LETTER, POSITIONS, Output, Service
+from broker_filter.health import Health
+from broker_filter.kafka.checkpoint import Checkpoint, GroupCheckpoint, PositionsCheckpoint, PositionsTopic
+from broker_filter.kafka.client import (
+    MAX_RECORD_BYTES,
+    Complaints,
+    KafkaSetupError,
+    RecordLimits,
+    admin_client,
+    client_properties,
+    ensure_topics,
+    output_section,
+    require_compaction,
+    topic_names,
+    wait_for_cluster,
+)
+from broker_filter.kafka.rights import account_of
+from broker_filter.kafka.sink import KafkaSink
+from broker_filter.kafka.source import KafkaSource, group_observer
+from broker_filter.kafka.transactions import GRACE_S, Claim, Refusals, Writer
+from broker_filter.kafka.watchdog import Stage
+from broker_filter.kafka.window import Window
+from broker_filter.metrics import Metrics
+
+ALERT_BYTES = 32 * 2**20
+"""Largest record of the topics that are created: twice the largest packet that is decoded."""
+DEAD_LETTER_BYTES = 128 * 2**20
+"""A dead letter is whatever the input's brokers took: 100 MiB, unless they were told otherwise."""
+POSITIONS_CONFIG = {"cleanup.policy": "compact", "segment.bytes": str(16 * 2**20), "min.cleanable.dirty.ratio": "0.1"}
+"""Small segments, compacted early: the topic is read whole at every start."""
+SETTLE_TIMEOUT_S = 30.0
+"""For the output of a partition that is handed over; what comes later is done again by the new owner."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where alerts come from and go to."""
+
+    source: KafkaSource
+    sink: KafkaSink
+    elsewhere: bool
+    """They are on two clusters: positions are not kept in the input's group."""
+
+    def report_positions(self, *, wait: bool = False) -> None:
+        """Shows the positions in the input's group too, for the tools that look there for a lag."""
+        if self.elsewhere:
+            self.source.report_positions(wait=wait)
+
+
+def connect(
+    config: Service,
+    topics: Sequence[str],
+    metrics: Metrics,
+    health: Health,
+    committing: Stage,
+    stop: threading.Event,
+) -> Endpoints | None:
+    """Waits for the clusters, makes the output `topics` and joins the group; None once `stop` is set.
+
+    Raises PropertyError and KafkaSetupError.
+    """
+    output = output_section(config.input, config.output)
+    in_properties, out_properties = client_properties(config.input), client_properties(output)
+    account = account_of(output)
+    in_complaints = Complaints(f"input brokers {config.input.bootstrap_servers}", account=account_of(config.input))
+    out_complaints = Complaints(f"output brokers {output.bootstrap_servers}", account=account)
+    with _waiting(health, in_complaints):
+        in_cluster = wait_for_cluster(in_properties, in_complaints, stop)
+    with _waiting(health, out_complaints):
+        out_cluster = wait_for_cluster(out_properties, out_complaints, stop)
+    if in_cluster is None or out_cluster is None:
+        return None
+
+    elsewhere = in_cluster.id != out_cluster.id
+    read = topic_names(config.input.topics, datetime.now(UTC))
+    if not elsewhere and (loops := sorted(set(topics).intersection(read))):  # by whatever name the cluster is reached
+        raise KafkaSetupError(f"{', '.join(loops)} would be read and written; choose another output.prefix")
+    admin = admin_client(out_properties, out_complaints)
+    positions = [f"{output.prefix}.{POSITIONS}"] if elsewhere else []
+    ensure_topics(admin, output_topics(output, topics, elsewhere=elsewhere), account)
+    for topic in positions:
+        require_compaction(admin, topic, account)
+    dead_letter = f"{output.prefix}.{DEAD_LETTER}"
+    largest = min(MAX_RECORD_BYTES, int(str(out_properties.get("message.max.bytes", MAX_RECORD_BYTES))))
+    limits = RecordLimits(admin, topics, dead_letter, largest, account, positions)
+    open_s = config.transaction.max_ms / 1000
+    properties = {"transaction.timeout.ms": int(1000 * (open_s + GRACE_S)), **out_properties}
+    refusals: Refusals = {}
+    window = Window(float(str(properties["transaction.timeout.ms"])) / 1000 - open_s)
+    open_writer = partial(
+        Writer, properties, limits, metrics, out_complaints, committing, window=window, stop=stop, refusals=refusals
+    )
+
+    sink = KafkaSink(config.transaction, dead_letter, metrics, committing, refusals)
+
+    def settle(claims: Collection[Claim]) -> None:
+        if not sink.settle(claims, SETTLE_TIMEOUT_S):
+            unsettled = ", ".join(str(claim) for claim in claims if not claim.settled)
+            log.warning("handed over before all that was read is committed, and read again: %s", unsettled)
+
+    source = KafkaSource(config.input, in_properties, in_cluster, in_complaints, settle, metrics)
+    checkpoint: Checkpoint
+    if elsewhere:
+        positions_topic = PositionsTopic(positions[0], out_properties, admin, out_complaints)
+        checkpoint = PositionsCheckpoint(
+            positions_topic, open_writer, output.prefix, config.input.group_id, in_cluster.id
+        )
+    else:
+        # An instance that is started again under its name goes on at once: it ends its own old transaction.
+        instance = str(in_properties.get("group.instance.id", uuid.uuid4().hex))
+        transactional_id = f"{output.prefix}/{config.input.group_id}/{instance}"
+        checkpoint = GroupCheckpoint(
+            source.consumer, open_writer, transactional_id, group_observer(in_properties, config.input.group_id)
+        )
+    source.subscribe(checkpoint)
+    return Endpoints(source, sink, elsewhere)
+
+
+@contextmanager
+def _waiting(health: Health, complaints: Complaints) -> Iterator[None]:
+    health.set(complaints.cluster, "not reached yet")
+    yield
+    health.set(complaints.cluster, None)
+
+
+def output_topics(output: Output, names: Sequence[str], *, elsewhere: bool) -> list[NewTopic]:
+    """The topics `names`, and the one of the positions where the input is on another cluster, as they are created."""
+    dead_letter = f"{output.prefix}.{DEAD_LETTER}"
+    sizes = {name: DEAD_LETTER_BYTES if name == dead_letter else ALERT_BYTES for name in names}
+    alerts = [_topic(output, name, output.partitions, {"max.message.bytes": str(size)}) for name, size in sizes.items()]
+    return [*alerts, _topic(output, f"{output.prefix}.{POSITIONS}", 1, POSITIONS_CONFIG)] if elsewhere else alerts
+
+
+def _topic(output: Output, name: str, partitions: int, configuration: Mapping[str, str]) -> NewTopic:
+    return NewTopic(name, partitions, output.replication_factor, config=dict(configuration))

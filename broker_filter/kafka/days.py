@@ -1,0 +1,211 @@
+"""Which topics are read: those of today and yesterday, and those of earlier days that hold unread messages.
+
+Brokers are asked in a thread of its own, about all topics at once, so that reading never waits for an answer. Brokers
+that do not answer never end the service: the topics stay as they are, and the brokers are asked again. The ids of the
+topics are looked up with them: librdkafka may go on at the old offset, and say nothing, where a topic is made anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+
+from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
+
+from broker_filter.config import Input
+from broker_filter.kafka.checkpoint import Checkpoint
+from broker_filter.kafka.client import (
+    REQUEST_TIMEOUT_S,
+    Cluster,
+    Complaints,
+    KafkaAwayError,
+    KafkaSetupError,
+    list_offsets,
+    pauses,
+    topic_ids,
+    topic_names,
+)
+from broker_filter.kafka.rights import REFUSED
+
+LOOK_INTERVAL_S = 10.0
+"""Between looks for topics that are new, were made anew, or hold new messages of an earlier day."""
+FIRST_LOOK_S = 60.0
+"""How long the first look is tried: a cluster that has just started may not have chosen the group's coordinator yet."""
+RETRY_PAUSE_S = 2.0
+"""Before brokers are asked again that have not answered."""
+HORIZON_DAYS = 3660
+"""Topics of earlier days are recognised by their names, for ten years back: longer than a day's topic is kept."""
+END_TIMEOUT_S = 1.0
+"""For a look that is in flight when the service ends; after that it is left to end with the process."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a look at the brokers has found."""
+
+    current: list[str] = field(default_factory=list)
+    """The topics of today and yesterday, whether or not they exist."""
+    earlier: list[str] = field(default_factory=list)
+    """The topics of earlier days that are to be read, the oldest first."""
+    dates: Mapping[str, Mapping[str, date]] = field(default_factory=dict)
+    """The day of each topic that exists, by template."""
+    begun: frozenset[str] = frozenset()
+    """Those of them in which the group has a position."""
+    ids: Mapping[str, str | None] = field(default_factory=dict)
+    """The ids of the topics that are to be read and exist; None where the cluster gives none."""
+
+    @property
+    def topics(self) -> list[str]:
+        """The topics to subscribe to."""
+        return [*self.current, *self.earlier]
+
+
+class Days:
+    """The topics to subscribe to, found by one look at the brokers after another."""
+
+    def __init__(
+        self,
+        section: Input,
+        admin: AdminClient,
+        cluster: Cluster,
+        checkpoint: Checkpoint,
+        complaints: Complaints,
+        clock: Callable[[], datetime],
+    ) -> None:
+        """`admin`: of the input's cluster; `cluster`: as it was before reading began. `clock`: the time in UTC."""
+        self._section = section
+        self._admin = admin
+        self._cluster = cluster
+        self._checkpoint = checkpoint
+        self._complaints = complaints
+        self._clock = clock
+        self._templates = [template for template in section.topics if "%" in template]
+        self._found = Found()
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep_looking, name="days", daemon=True)
+
+    def start(self) -> None:
+        """Looks for the first time, and from then on in the background.
+
+        Raises KafkaException or KafkaSetupError where the brokers refuse the look, or do not answer for `FIRST_LOOK_S`.
+        """
+        deadline = time.monotonic() + FIRST_LOOK_S
+        for pause in pauses():
+            try:
+                self._found = self._look()
+            except (KafkaException, KafkaAwayError) as error:
+                if time.monotonic() + pause > deadline or not self._may_pass(error):
+                    raise
+                time.sleep(pause)
+            else:
+                break
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the looks in the background."""
+        self._stop.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(END_TIMEOUT_S)
+
+    @property
+    def found(self) -> Found:
+        """What the latest look has found, another object after each look. Never waits: a change of the day wakes the
+        thread that looks."""
+        if self._found.current != topic_names(self._section.topics, self._clock()):
+            self._wake.set()
+        return self._found
+
+    def follows(self, topic: str) -> bool:
+        """Whether the group has begun to read another day's topic, so that all of this day's topic is to be read."""
+        found, start = self._found, self._section.start
+        for dates in found.dates.values():
+            if topic in dates and not (isinstance(start, datetime) and dates[topic] <= start.date()):
+                return any(other in dates for other in found.begun - {topic})
+        return False
+
+    def _may_pass(self, error: KafkaException | KafkaAwayError) -> bool:
+        """Logs why a look has failed, and returns whether another look may succeed."""
+        if isinstance(error, KafkaAwayError):
+            self._complaints.say("days", "%s", error)
+            return True
+        self._complaints(error.args[0])
+        return not error.args[0].fatal() and error.args[0].code() not in REFUSED
+
+    def _keep_looking(self) -> None:
+        while not self._stop.is_set():
+            self._wake.wait(LOOK_INTERVAL_S)
+            self._wake.clear()
+            if self._stop.is_set():
+                return
+            try:
+                self._found = self._look()
+            except KafkaException as error:
+                self._complaints(error.args[0])
+            except KafkaSetupError as error:
+                self._complaints.say("days", "%s", error)
+            except Exception:  # whatever it is, without this thread no topic would be found after midnight
+                log.exception("the topics of earlier days could not be looked up")
+            else:
+                continue
+            self._stop.wait(RETRY_PAUSE_S)
+
+    def _look(self) -> Found:
+        now, before = self._clock(), self._found
+        current = topic_names(self._section.topics, now)
+        existing = self._admin.list_topics(timeout=REQUEST_TIMEOUT_S).topics
+        dates = {template: self._existing_days(template, now, existing) for template in self._templates}
+        partitions = {
+            topic: [(topic, number) for number in sorted(existing[topic].partitions)]
+            for of_template in dates.values()
+            for topic in of_template
+        }
+        keys = [key for of_topic in partitions.values() for key in of_topic]
+        stored = dict(zip(keys, self._checkpoint.glance([TopicPartition(*key) for key in keys]), strict=True))
+        begun = frozenset(topic for (topic, _), position in stored.items() if position is not None)
+
+        wanted = self._wanted(dates, begun) - set(current)
+        asked = [key for topic in wanted for key in partitions[topic]]
+        low = list_offsets(self._admin, asked, OffsetSpec.earliest())
+        high = list_offsets(self._admin, asked, OffsetSpec.latest())
+        read = {key: position.offset if (position := stored[key]) else 0 for key in asked}
+        unread = {key[0] for key in asked if max(low[key], read[key]) < high[key]}
+        if current == before.current:  # until midnight a topic stays that is read to its end: leaving it is a rebalance
+            unread |= set(before.earlier).intersection(existing)
+        days = {topic: day for of_template in dates.values() for topic, day in of_template.items()}
+        earlier = sorted(unread, key=lambda topic: (days[topic], topic))
+        return Found(current, earlier, dates, begun, topic_ids(self._admin, {*current, *earlier} & existing.keys()))
+
+    def _existing_days(self, template: str, now: datetime, existing: Mapping[str, object]) -> dict[str, date]:
+        """The days of a template's topics that exist."""
+        days = (now - timedelta(days=n) for n in range(HORIZON_DAYS))
+        return {topic: day.date() for day in days if (topic := day.strftime(template)) in existing}
+
+    def _wanted(self, dates: Mapping[str, Mapping[str, date]], begun: frozenset[str]) -> set[str]:
+        """Topics that are to be read, as far as they are not: those since the day that the configuration says or that
+        the group has begun first, and those that were made after reading began."""
+        wanted = set()
+        for of_template in dates.values():
+            first = min((day for topic, day in of_template.items() if topic in begun), default=date.max)
+            since = min(first, self._start_day())
+            wanted |= {topic for topic, day in of_template.items() if day >= since or topic not in self._cluster.topics}
+        return wanted
+
+    def _start_day(self) -> date:
+        """The first day that the configuration asks for: the one before `input.start`, since a night's last alerts are
+        sent after midnight."""
+        match self._section.start:
+            case "earliest":
+                return date.min
+            case datetime() as moment:
+                return moment.date() - timedelta(days=1)
+            case _:
+                return date.max

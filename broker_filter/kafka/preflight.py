@@ -1,0 +1,143 @@
+"""What a service would be refused, tried before it runs: the clusters reached, and each right that it needs.
+
+Makes the topics that are absent, as the service does when it starts, and writes nothing into any topic. Joins no group,
+so that a service that is running is not disturbed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+
+from confluent_kafka import KafkaException, Producer
+from confluent_kafka.admin import AdminClient
+
+from broker_filter.config import Input, Output, Service
+from broker_filter.kafka.client import (
+    CONNECT_TIMEOUT_S,
+    PROPAGATION_PAUSE_S,
+    REQUEST_TIMEOUT_S,
+    Cluster,
+    Complaints,
+    KafkaSetupError,
+    admin_client,
+    ask_cluster,
+    client_properties,
+    ensure_topics,
+    explain,
+    librdkafka_log,
+    missing_on_topics,
+    output_section,
+    topic_names,
+)
+from broker_filter.kafka.connect import output_topics
+from broker_filter.kafka.rights import REFUSED, Right, account_of, not_among
+
+OUTPUT_RIGHTS = ("Write", "Describe", "DescribeConfigs")
+POSITIONS_RIGHTS = ("Read", *OUTPUT_RIGHTS)
+LAST_DAYS = range(8)
+"""Days ago whose topics are looked at. A survey keeps a topic for a week, and makes a day's with its first alert."""
+
+log = logging.getLogger(__name__)
+
+
+def problems(service: Service) -> Iterator[str]:
+    """Everything that would keep the service from its work, a sentence each; nothing where all was tried with success.
+
+    Raises PropertyError.
+    """
+    source, output = service.input, output_section(service.input, service.output)
+    input_end = _End(source, f"input brokers {source.bootstrap_servers}")
+    output_end = _End(output, f"output brokers {output.bootstrap_servers}")
+    yield from (end.trouble for end in (input_end, output_end) if end.trouble)
+    if input_end.cluster:
+        for right in (*input_end.missing_on_input(source), *input_end.missing_on_group(source.group_id)):
+            yield f"{input_end.name}: {input_end.account.lacks(right)}"
+    if input_end.cluster and output_end.cluster:
+        elsewhere = input_end.cluster.id != output_end.cluster.id
+        for problem in output_end.problems_of_output(service, elsewhere=elsewhere):
+            yield f"{output_end.name}: {problem}"
+
+
+class _End:
+    """One of the two clusters, asked as the service's account."""
+
+    def __init__(self, section: Input | Output, name: str) -> None:
+        """`name`: what the cluster is called in messages."""
+        self.name = name
+        self.account = account_of(section)
+        self._properties = client_properties(section)
+        complaints = Complaints(name)
+        self._admin: AdminClient = admin_client(self._properties, complaints)
+        self.cluster: Cluster | None = None
+        self.trouble = ""
+        """Why there is no `cluster`."""
+        try:
+            self.cluster = ask_cluster(self._admin, self._properties, complaints)
+        except KafkaSetupError as error:
+            self.trouble = str(error)
+
+    def missing_on_input(self, source: Input) -> Iterator[Right]:
+        """Rights on the input's topics. A template's days are one right, on the names' common beginning."""
+        for template in source.topics:
+            names = topic_names([template], datetime.now(UTC), LAST_DAYS)
+            missing = missing_on_topics(self._admin, dict.fromkeys(names, ("Read", "Describe")))
+            if missing and len(names) > 1:
+                operations = tuple(dict.fromkeys(operation for right in missing for operation in right.operations))
+                yield Right(operations, "topic", template.partition("%")[0], prefixed=True)
+            else:
+                yield from missing
+            if not missing and self.cluster and not self.cluster.topics.keys() & names:
+                log.warning("no topic %s exists yet: whether it may be read can be tried only when it does", template)
+
+    def missing_on_group(self, group: str) -> list[Right]:
+        """The right to be a member of the group, where it is missing."""
+        deadline = time.monotonic() + REQUEST_TIMEOUT_S
+        while True:
+            answer = self._admin.describe_consumer_groups(
+                [group], include_authorized_operations=True, request_timeout=REQUEST_TIMEOUT_S
+            )[group]
+            try:
+                lacking = not_among(("Read",), answer.result().authorized_operations)
+            except KafkaException as error:
+                code = error.args[0].code()
+                if code not in REFUSED and time.monotonic() < deadline:  # a cluster's first group makes the coordinator
+                    time.sleep(PROPAGATION_PAUSE_S)
+                    continue
+                if code not in REFUSED:
+                    raise KafkaSetupError(f"{self.name}: group {group}: {explain(error.args[0])}") from None
+                lacking = ("Read",)
+            return [Right(lacking, "group", group)] if lacking else []
+
+    def problems_of_output(self, service: Service, *, elsewhere: bool) -> Iterator[str]:
+        """Topics that cannot be made, rights on topics, and the right to write in transactions."""
+        wanted: dict[str, Sequence[str]] = {}
+        for topic in output_topics(service.output, service.output_topics, elsewhere=elsewhere):
+            try:
+                ensure_topics(self._admin, [topic], self.account)
+            except KafkaSetupError as error:
+                yield str(error)
+            else:
+                wanted[topic.topic] = OUTPUT_RIGHTS if topic.topic in service.output_topics else POSITIONS_RIGHTS
+        yield from map(self.account.lacks, self._missing(wanted))
+        prefix = f"{service.output.prefix}/"
+        own = {"transactional.id": f"{prefix}{service.input.group_id}/preflight"}
+        producer = Producer({**self._properties, **own}, logger=librdkafka_log)
+        try:
+            producer.init_transactions(CONNECT_TIMEOUT_S)
+        except KafkaException as error:
+            if error.args[0].code() in REFUSED:
+                yield self.account.lacks(Right(("Write",), "transactional-id", prefix, prefixed=True))
+            else:
+                yield f"no transactions: {explain(error.args[0])}"
+
+    def _missing(self, wanted: Mapping[str, Sequence[str]]) -> list[Right]:
+        # It takes a moment until every broker has heard of a topic that was made just now.
+        deadline = time.monotonic() + REQUEST_TIMEOUT_S
+        while wanted.keys() - self._admin.list_topics(timeout=REQUEST_TIMEOUT_S).topics.keys():
+            if time.monotonic() > deadline:
+                break
+            time.sleep(PROPAGATION_PAUSE_S)
+        return missing_on_topics(self._admin, wanted)

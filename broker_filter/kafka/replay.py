@@ -1,0 +1,211 @@
+"""Archived alerts -> a Kafka topic, as a survey would send them: one message an alert, at a pace of one's choice.
+
+Sends what it reads, damaged packets included, and never changes an alert.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from broker_filter.kafka.client import Complaints, RecordLimits, admin_client, librdkafka_log
+from broker_filter.packets.batch import AlertIdentity
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.packet import KafkaPosition, Packet
+from broker_filter.packets.schema import WriterSchema
+from broker_filter.streaming.archives import MAX_PACKET_BYTES
+from broker_filter.streaming.encoding import ContainerFraming, OutputSchema
+
+PACKETS_AT_A_TIME = 64
+"""Decoded together for their keys and times."""
+MAX_QUEUED_KBYTES = 65_536
+"""Of messages on their way: some hundred alerts, so that an interrupt does not wait long for them."""
+FLUSH_TIMEOUT_S = 10.0
+"""For the last messages after an interrupt: brokers that have not taken them by then are down."""
+POLL_S = 0.1
+"""How long a wait may be deaf to an interrupt."""
+SECONDS_PER_DAY = 86_400
+
+log = logging.getLogger(__name__)
+
+Pace = Callable[[int, float | None], float]
+"""When message i, exposed at an MJD (None: not known), is due: seconds after the first."""
+
+
+def as_fast_as_possible() -> Pace:
+    """Every message at once."""
+    return lambda _i, _mjd: 0.0
+
+
+def at_rate(per_second: float) -> Pace:
+    """So many messages a second, evenly."""
+    return lambda i, _mjd: i / per_second
+
+
+def at_speed(factor: float) -> Pace:
+    """By the alerts' exposure times, `factor` times as fast as they were taken.
+
+    Messages keep their order: one exposed before its predecessor, or at an unknown time, goes right after it.
+    """
+    first: float | None = None
+    latest = 0.0
+
+    def due(_i: int, mjd: float | None) -> float:
+        nonlocal first, latest
+        if mjd is not None:
+            first = mjd if first is None else first
+            latest = max(latest, (mjd - first) * SECONDS_PER_DAY / factor)
+        return latest
+
+    return due
+
+
+@dataclass(slots=True)
+class Account:
+    """What became of a replay's messages, and of packets that cannot be messages (empty, or too large to be read)."""
+
+    sent: int = 0
+    sent_bytes: int = 0
+    failed: int = 0
+    unsendable: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Alert:
+    """A message to send: one alert, or a packet as it is where it was a message or holds what cannot be read."""
+
+    value: bytes
+    identity: AlertIdentity | None
+    packet: Packet
+
+    @property
+    def key(self) -> bytes | None:
+        """The object id, which keeps an object's alerts in order."""
+        return self.identity.object_id.encode() if self.identity and self.identity.object_id else None
+
+    @property
+    def mjd(self) -> float | None:
+        """When it was exposed."""
+        return self.identity.mjd if self.identity else None
+
+
+class Replayer:
+    """Sends packets to a topic that is there.
+
+    `properties`: librdkafka's, `bootstrap.servers` among them. `stop` ends the replay early; what was sent by then is
+    waited for. `advance` is told how many messages the brokers have taken.
+    """
+
+    def __init__(
+        self,
+        properties: Mapping[str, object],
+        topic: str,
+        decoder: Decoder,
+        stop: threading.Event,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.account = Account()
+        self._topic = topic
+        self._decoder = decoder
+        self._stop = stop
+        self._advance = advance
+        self._complaints = Complaints(f"brokers {properties['bootstrap.servers']}")
+        limits = RecordLimits(admin_client(properties, self._complaints), [topic], dead_letter=topic)
+        self._producer = Producer(
+            {
+                "enable.idempotence": True,  # retried messages arrive once and in order
+                "message.timeout.ms": 0,  # an outage of the brokers is waited out
+                "message.max.bytes": limits.smallest,  # brokers refuse a batch whole: one too large, all its neighbours
+                "queue.buffering.max.kbytes": MAX_QUEUED_KBYTES,
+                "linger.ms": 5,
+                **properties,
+                "error_cb": self._complaints,
+            },
+            logger=librdkafka_log,
+        )
+
+    def replay(self, packets: Iterable[Packet], pace: Pace) -> None:
+        """Sends every alert of `packets` in order, counting into `account`; returns when the brokers have them all.
+
+        Raises RegistryUnavailable, KafkaException where the producer cannot go on.
+        """
+        started = time.monotonic()
+        for i, alert in enumerate(self._alerts(packets)):
+            self._wait_until(started + pace(i, alert.mjd))
+            if self._stop.is_set():
+                break
+            self._send(alert)
+        while self._producer.flush(POLL_S) and not self._stop.is_set():
+            pass
+        if left := self._producer.flush(FLUSH_TIMEOUT_S):
+            self.account.failed += left
+            log.warning("the brokers have not taken the last %d messages: %s", left, self._complaints.latest)
+
+    def _alerts(self, packets: Iterable[Packet]) -> Iterator[_Alert]:
+        for alerts, rejects in self._decoder.decode_stream(packets, PACKETS_AT_A_TIME):
+            batch = alerts.packets
+            rejected = {id(reject.packet): reject for reject in rejects}
+            rows: list[list[int]] = [[] for _ in batch]
+            for row, packet_index in enumerate(alerts.packet_index):
+                rows[packet_index].append(row)
+            for packet, own in zip(batch, rows, strict=True):
+                reject = rejected.get(id(packet))
+                if not 0 < len(packet.data) <= MAX_PACKET_BYTES:  # archives may hold more of it than was read
+                    log.warning("%s: not sent: %s", packet.position, "too large" if packet.data else "empty")
+                    self.account.unsendable += 1
+                elif reject or len(own) == 1 or isinstance(packet.position, KafkaPosition):
+                    read = alerts.identity(own[0]) if own else None
+                    yield _Alert(packet.data, read or (reject.alert if reject else None), packet)
+                else:
+                    for row in own:
+                        record = alerts.records[row]
+                        value = ContainerFraming().frame(_schema(record.schema), [record.body], self._topic)
+                        yield _Alert(value, alerts.identity(row), packet)
+
+    def _wait_until(self, due: float) -> None:
+        self._producer.poll(0)
+        while (delay := due - time.monotonic()) > 0 and not self._stop.is_set():
+            self._producer.poll(min(delay, POLL_S))
+
+    def _send(self, alert: _Alert) -> None:
+        while not self._stop.is_set():
+            try:
+                self._producer.produce(
+                    self._topic,
+                    alert.value,
+                    alert.key,
+                    timestamp=time.time_ns() // 1_000_000,  # of the first attempt, however long it has to be repeated
+                    on_delivery=lambda error, message: self._delivered(error, message, alert.packet),
+                )
+            except BufferError:
+                self._producer.poll(POLL_S)
+            except KafkaException as error:
+                if error.args[0].fatal():
+                    raise
+                self._refused(error.args[0], alert.packet)
+                return
+            else:
+                return
+
+    def _delivered(self, error: KafkaError | None, message: Message, packet: Packet) -> None:
+        if error is not None:
+            self._refused(error, packet)
+            return
+        self.account.sent += 1
+        self.account.sent_bytes += len(message)
+        self._advance(1)
+
+    def _refused(self, error: KafkaError, packet: Packet) -> None:
+        self.account.failed += 1
+        self._complaints.say(error.code(), "%s: refused: %s", packet.position, error.str())
+
+
+@lru_cache(maxsize=64)
+def _schema(schema: WriterSchema) -> OutputSchema:
+    return OutputSchema.of(schema.definition)

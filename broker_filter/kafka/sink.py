@@ -1,0 +1,214 @@
+"""Scored batches into transactions: records and positions together, by count or by time. Leaves nothing unaccounted."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_filter.config import Transaction
+from broker_filter.kafka.source import Delivery
+from broker_filter.kafka.transactions import Claim, FencedError, Refusals, Work, Writer
+from broker_filter.kafka.watchdog import Stage
+from broker_filter.metrics import Account, Metrics
+from broker_filter.packets.batch import AlertBatch, Survey
+from broker_filter.packets.rejects import RejectReason
+from broker_filter.streaming.filtering import ScoredBatch
+from broker_filter.streaming.routing import Routed
+
+MJD_OF_UNIX_EPOCH = 40_587.0
+SECONDS_PER_DAY = 86_400.0
+TAI_MINUS_UTC_S = 37.0
+"""Since 2017-01-01 (IERS Bulletin C 52)."""
+DECODED = frozenset({RejectReason.NO_MODEL_FOR_SURVEY, RejectReason.SCHEMA_REFUSED})
+"""Reasons of rejects that were decoded, and counted then."""
+COMMITTING_THREADS = 8
+"""Writers that commit at a time: each mostly waits for the coordinator."""
+
+log = logging.getLogger(__name__)
+
+
+class UnaccountedError(RuntimeError):
+    """A packet that is neither scored, rejected nor a duplicate, or whose output is missing: a fault of the program."""
+
+
+def account_packets(scored: ScoredBatch) -> list[Account]:
+    """What became of each packet's alerts.
+
+    `consumed` counts what decoding delivered, the rest what scoring made of it: that the two agree is not a matter of
+    course, and is what the service watches.
+    """
+    accounts = [Account() for _ in scored.packets]
+    exposed = exposure_times(scored.alerts).tolist()
+    packet_index, duplicate = scored.alerts.packet_index.tolist(), scored.duplicate.tolist()
+    for k in packet_index:
+        accounts[k].consumed += 1
+    for i in scored.scored.tolist():
+        account = accounts[packet_index[i]]
+        account.exposed.append(exposed[i])
+        if duplicate[i]:
+            account.duplicates += 1
+        else:
+            account.scored += 1
+    if scored.anomalies:
+        for i in np.flatnonzero(scored.anomalies.judged & scored.scores.taken & ~scored.duplicate).tolist():
+            accounts[packet_index[i]].judged += 1
+            accounts[packet_index[i]].anomalous += bool(scored.anomalies.flag[i])
+        unjudged = scored.anomalies.unjudged
+        for i in unjudged[~scored.duplicate[unjudged]].tolist():
+            accounts[packet_index[i]].unjudged[Survey(int(scored.alerts.survey[i]))] += 1
+    index_of = {id(packet): k for k, packet in enumerate(scored.packets)}
+    for reject in scored.rejects:
+        account = accounts[index_of[id(reject.packet)]]
+        account.rejected[reject.reason] += 1
+        account.consumed += reject.reason not in DECODED
+    for packet, account in zip(scored.packets, accounts, strict=True):
+        if packet.timestamp_ms is not None:
+            account.sent.append(packet.timestamp_ms / 1000)
+    return accounts
+
+
+def exposure_times(alerts: AlertBatch) -> NDArray[np.float64]:
+    """Unix seconds at which the alerts' exposures were taken, float64[N]."""
+    seconds = (alerts.mjd - MJD_OF_UNIX_EPOCH) * SECONDS_PER_DAY
+    return np.where(alerts.survey == Survey.LSST, seconds - TAI_MINUS_UTC_S, seconds)
+
+
+def divide(delivery: Delivery, scored: ScoredBatch, routed: Routed) -> list[Work]:
+    """The batch's output by claim, in the order of reading; without the packets whose claim has ended.
+
+    Raises UnaccountedError for a packet without an outcome, or with an outcome that has no record.
+    """
+    accounts = account_packets(scored.less(routed.refused))
+    published = Counter(routed.packet_index)
+    works: dict[Claim, Work] = {}
+    place: dict[int, tuple[Work, int]] = {}
+    for k, (packet, offset, claim) in enumerate(zip(delivery.packets, delivery.offsets, delivery.claims, strict=True)):
+        account = accounts[k]
+        letters = 1 if account.rejected else 0  # however many of the packet's alerts were rejected
+        due = account.scored + letters
+        if published[k] < due or not due + account.duplicates:
+            raise UnaccountedError(f"{packet.position}: {published[k]} records for {account}")
+        if not claim.alive:
+            continue
+        work = works.setdefault(claim, Work(claim, offset, offset))
+        work.end = offset + 1
+        place[k] = work, len(work.packets)
+        work.packets.append(packet)
+        work.accounts.append(account)
+    for k, record in zip(routed.packet_index, routed.records, strict=True):
+        if k in place:
+            work, i = place[k]
+            work.records.append((i, record))
+    return list(works.values())
+
+
+class KafkaSink:
+    """The open transactions. `put` and `commit` are for one thread; `settle` for another."""
+
+    def __init__(
+        self, limits: Transaction, dead_letter: str, metrics: Metrics, stage: Stage, refusals: Refusals
+    ) -> None:
+        """`dead_letter`: the topic whose records are counted as dead letters. `refusals`: kept by the writers."""
+        self._limits = limits
+        self._dead_letter = dead_letter
+        self._metrics = metrics
+        self._stage = stage
+        self._writers: set[Writer] = set()
+        self._refusals = refusals
+        self._committed = threading.Condition()
+        self._pool = ThreadPoolExecutor(COMMITTING_THREADS, "commit")
+
+    def put(self, works: list[Work]) -> None:
+        """Hands work to its writers; what has lost its claim since is for another instance."""
+        for work in works:
+            if work.claim.alive:
+                self._writers.add(work.claim.writer)
+                work.claim.writer.add(work)
+
+    def seconds_left(self, *, idle: bool) -> float:
+        """Until the next transaction is due; infinite while none is open. `idle`: nothing more is on its way."""
+        begun = [since for writer in self._writers if (since := writer.waiting_since) is not None]
+        return max(0.0, min(begun, default=math.inf) + self._open_s(idle) - time.monotonic())
+
+    def trouble(self, partitions: Collection[tuple[str, int]]) -> str:
+        """Why transactions are not committed at present; empty where they are.
+
+        `partitions`: those of the input that this instance has. What was refused of another is no longer its trouble.
+        """
+        refused = [reason for key, reason in self._refusals.copy().items() if key in partitions]
+        troubles = [writer.trouble for writer in self._writers.copy() if writer.trouble]
+        return "; ".join(dict.fromkeys([*troubles, *refused]))
+
+    def commit(self, *, idle: bool) -> None:
+        """Commits the transactions that are due; lets go of writers that have nothing left.
+
+        `idle`: nothing more is on its way.
+        """
+        while due := self._due(self._open_s(idle)):
+            self._commit_all(due)
+
+    def commit_everything(self) -> None:
+        """Commits all that was put."""
+        while self._writers:
+            self._commit_all(list(self._writers))
+
+    def settle(self, claims: Collection[Claim], timeout_s: float) -> bool:
+        """Waits until all that was taken under the claims is committed; False where that takes too long."""
+        with self._committed:
+            return self._committed.wait_for(lambda: all(claim.settled for claim in claims), timeout_s)
+
+    def close(self) -> None:
+        """Aborts what is open, once no other thread commits any of it."""
+        self._pool.shutdown()
+        for writer in self._writers:
+            writer.close()
+
+    def _open_s(self, idle: bool) -> float:
+        """How long a transaction stays open that is neither large nor long."""
+        return (min(self._limits.linger_ms, self._limits.max_ms) if idle else self._limits.max_ms) / 1000
+
+    def _due(self, open_s: float) -> list[Writer]:
+        """The writers whose transactions have to end: all of them, where the window has no room for one."""
+        if any(writer.crowded for writer in self._writers):
+            return list(self._writers)
+        return [writer for writer in self._writers if self._is_due(writer, open_s)]
+
+    def _is_due(self, writer: Writer, open_s: float) -> bool:
+        since = writer.waiting_since
+        return since is not None and (
+            time.monotonic() - since >= open_s or writer.held_packets >= self._limits.max_alerts
+        )
+
+    def _commit_all(self, writers: list[Writer]) -> None:
+        for committed in self._pool.map(self._commit, writers):
+            if committed:
+                self._account(committed)
+        with self._committed:
+            self._committed.notify_all()
+        self._writers.difference_update(writer for writer in writers if writer.waiting_since is None)
+
+    def _commit(self, writer: Writer) -> list[Work]:
+        with self._stage.working():
+            try:
+                return writer.commit()
+            except FencedError as error:
+                log.log(
+                    logging.DEBUG if writer.refused else logging.WARNING,  # a refusal is said by the writer
+                    "fenced, to be read again from the committed positions: %s",
+                    error,
+                )
+                writer.close()
+                return []
+
+    def _account(self, committed: list[Work]) -> None:
+        accounts = [account for work in committed for account in work.accounts]
+        published = Counter(record.topic for work in committed for _, record in work.records)
+        self._metrics.commit(accounts, published, self._dead_letter)

@@ -1,0 +1,319 @@
+"""The service: one thread reads, some decode, one scores and routes, one commits; queues of a few batches between them.
+
+Whatever goes wrong, nothing is lost: a thread that fails or is stuck ends the process with a message, and the next
+start goes on from the committed positions.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from queue import Empty, Full, Queue
+from typing import NoReturn, TypeVar
+
+from confluent_kafka import KafkaException
+
+from broker_filter.config import Service
+from broker_filter.health import Health, serve
+from broker_filter.kafka.client import KafkaSetupError, explain, pauses
+from broker_filter.kafka.connect import Endpoints, connect
+from broker_filter.kafka.sink import KafkaSink, divide
+from broker_filter.kafka.source import Delivery
+from broker_filter.kafka.transactions import Work
+from broker_filter.kafka.watchdog import Stage
+from broker_filter.metrics import Metrics
+from broker_filter.packets.batch import AlertBatch
+from broker_filter.packets.compiled import IMPLEMENTATION, why_python
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.registry import RegistryUnavailable, open_registry
+from broker_filter.packets.rejects import Reject
+from broker_filter.scoring.runtimes import available_cores
+from broker_filter.scoring.scorer import open_scorer
+from broker_filter.streaming.anomalies import open_judge
+from broker_filter.streaming.duplicates import DuplicateWindow
+from broker_filter.streaming.filtering import score_alerts
+from broker_filter.streaming.routing import open_router
+
+SCORED_BATCHES = 4
+"""What is scored while a transaction commits."""
+TICK_S = 0.5
+"""How long a thread may be deaf to the end of the service."""
+ROOM_S = 1.0
+"""How long the reading thread waits for room before it pauses its partitions and serves the group."""
+OBSERVE_INTERVAL_S = 2.0
+"""Between looks at the lag."""
+DRAIN_TIMEOUT_S = 25.0
+"""From the signal to the end: Kubernetes kills after 30."""
+END_TIMEOUT_S = 10.0
+"""For the other threads, after one has failed."""
+EXIT_FAILED = 1
+
+log = logging.getLogger(__name__)
+
+Decoded = tuple[AlertBatch, list[Reject]]
+Routed = tuple[list[Work], bool]
+"""Work for the committing thread, and whether it is the last of what was read together."""
+T = TypeVar("T")
+
+
+class EndedError(Exception):
+    """The service ends because another thread has failed: this one has nothing more to do."""
+
+
+class FilterService:
+    """The stages, their threads, and the end of them all."""
+
+    def __init__(self, config: Service, stop: threading.Event) -> None:
+        """Loads the models and compiles the filters: what is wrong with them is said before anything starts.
+
+        Once `stop` is set, no more is read, and what is on its way is committed.
+        """
+        self._config = config
+        self._stop = stop
+        self._metrics = Metrics()
+        self._health = Health()
+        self._health.ailing = self._ailing
+        self._health.set("group", "not joined yet")
+        self._failed = threading.Event()
+        self._failure: BaseException | None = None
+        self._reading, self._decoding, self._scoring, self._routing, self._committing = self._stages = [
+            Stage(name, self._metrics) for name in ("read", "decode", "score", "route", "commit")
+        ]
+        self._scorer = open_scorer(config.models, config.runtime)
+        self._judge = open_judge(config.anomalies, self._scorer) if config.anomalies else None
+        self._router = open_router(config, self._scorer, self._routing.beat)
+        judged_by = self._judge.columns if self._judge else ()
+        self._decoder = Decoder(
+            open_registry(
+                config.input.schema_registry,
+                drop_cache=config.input.schema_cache == "drop",
+                waiting=self._decoding.beat,
+            ),
+            cutout_size=self._scorer.cutout_size,
+            columns=tuple(dict.fromkeys((*self._scorer.columns, *self._router.columns, *judged_by))),
+            max_packet_bytes=config.input.max_packet_bytes,
+        )
+        self._window = DuplicateWindow(config.duplicate_window)
+        threads = config.runtime.decode_threads or available_cores()
+        self._decoders = ThreadPoolExecutor(threads, "decode")
+        self._decoded: Queue[tuple[Delivery, Future[Decoded]] | None] = Queue(threads + 1)
+        self._routed: Queue[Routed | None] = Queue(SCORED_BATCHES)
+        self._observed = -math.inf
+        self._set_out = 0  # batches that were read; the reading thread counts them
+        self._describe()
+
+    def run(self) -> None:
+        """Works until `stop` is set; raises what ended it otherwise."""
+        http = self._config.http
+        with serve(self._health, self._metrics, http.host, http.port) as port:
+            log.info("metrics and health on http://%s:%d", http.host, port)
+            try:
+                endpoints = connect(
+                    self._config, self._router.topics, self._metrics, self._health, self._committing, self._stop
+                )
+                if endpoints:
+                    self._work(endpoints)
+            except KafkaException as error:
+                raise KafkaSetupError(explain(error.args[0])) from error
+
+    # -- the stages, in the order of the data
+
+    def _read(self, endpoints: Endpoints, committer: threading.Thread) -> None:
+        source, batch = endpoints.source, self._config.batch
+        try:
+            while not self._stop.is_set():
+                self._check()
+                with self._reading.watched():
+                    delivery = source.take(batch.max_size, batch.max_wait_ms / 1000)
+                self._observe(endpoints)
+                if delivery:
+                    self._set_out += 1
+                    self._metrics.batch_alerts.observe(len(delivery.packets))
+                    self._offer((delivery, self._decoders.submit(self._decode, delivery)), endpoints)
+                    delivery.set_out()
+            log.info("stopping: committing what was read")
+            self._offer(None, endpoints)
+            while committer.is_alive():
+                self._serve_group(endpoints)
+                committer.join(TICK_S)
+            endpoints.report_positions(wait=True)
+        finally:
+            source.close()
+
+    def _decode(self, delivery: Delivery) -> Decoded:
+        with self._decoding.working():
+            return self._insist(lambda: self._decoder.decode_some(delivery.packets), self._decoding)
+
+    def _score(self) -> None:
+        while (item := self._next(self._decoded)) is not None:
+            delivery, decoded = item
+            while not wait([decoded], TICK_S).done:
+                self._check()
+            alerts, rejects = decoded.result()
+            while True:
+                part, delivery = delivery.split(len(alerts.packets))
+                with self._scoring.working():
+                    scored = score_alerts(alerts, rejects, self._scorer, self._window, self._judge)
+                with self._routing.working():
+                    routed = self._insist(lambda: self._router.route(scored), self._routing)  # noqa: B023 -- called at once
+                    self._window.forget(alerts, [i for i in routed.refused if not scored.duplicate[i]])
+                    works = divide(part, scored, routed)
+                self._put((works, not delivery.packets))
+                if not delivery.packets:
+                    break
+                # The rest would have taken too much memory at a time: it is decoded when this is on its way.
+                alerts, rejects = self._decode(delivery)
+        self._put(None)
+
+    def _commit(self, sink: KafkaSink) -> None:
+        arrived = 0
+        try:
+            while True:
+                try:
+                    item = self._routed.get(timeout=min(TICK_S, sink.seconds_left(idle=arrived == self._set_out)))
+                except Empty:
+                    self._check()
+                else:
+                    if item is None:
+                        break
+                    works, whole = item
+                    with self._committing.watched():
+                        sink.put(works)
+                    arrived += whole
+                sink.commit(idle=arrived == self._set_out)
+            sink.commit_everything()
+        finally:
+            sink.close()
+
+    # -- between the stages
+
+    def _offer(self, item: tuple[Delivery, Future[Decoded]] | None, endpoints: Endpoints) -> None:
+        """Puts what was read before the scorer, and stays in the group however long there is no room."""
+        while True:
+            try:
+                self._decoded.put(item, timeout=ROOM_S)
+            except Full:
+                self._serve_group(endpoints)
+            else:
+                return
+
+    def _serve_group(self, endpoints: Endpoints) -> None:
+        self._check()
+        with self._reading.watched():
+            endpoints.source.hold()
+        self._observe(endpoints)
+
+    def _put(self, routed: Routed | None) -> None:
+        while True:
+            try:
+                self._routed.put(routed, timeout=TICK_S)
+            except Full:
+                self._check()
+            else:
+                return
+
+    def _next(self, queue: Queue[T]) -> T:
+        while True:
+            try:
+                return queue.get(timeout=TICK_S)
+            except Empty:
+                self._check()
+
+    def _insist(self, call: Callable[[], T], stage: Stage) -> T:
+        """The answer of a call that may need the schema registry, however long that is away: no alert is at fault."""
+        failed = False
+        for pause in pauses():
+            try:
+                answer = call()
+            except RegistryUnavailable as error:
+                failed = True
+                self._health.set("schema registry", str(error))
+                log.warning("%s; trying again in %.1f s", error, pause)
+                self._check()
+                stage.rest(pause)
+            else:
+                if failed:  # another thread, whose schemas are at hand, knows nothing of the registry
+                    self._health.set("schema registry", None)
+                return answer
+        raise AssertionError("pauses() does not end")
+
+    # -- the end
+
+    def _work(self, endpoints: Endpoints) -> None:
+        committer = self._thread("commit", lambda: self._commit(endpoints.sink))
+        scorer = self._thread("score", self._score)
+        reader = self._thread("read", lambda: self._read(endpoints, committer))
+        threads = [committer, scorer, reader]
+        for thread in threads:
+            thread.start()
+        deadline = None
+        while any(thread.is_alive() for thread in threads) or self._decoding.busy_s():
+            if stuck := self._ailing():
+                self._end_at_once(stuck)
+            if deadline is None and (self._stop.is_set() or self._failed.is_set()):
+                deadline = time.monotonic() + (END_TIMEOUT_S if self._failed.is_set() else DRAIN_TIMEOUT_S)
+            if deadline is not None and time.monotonic() > deadline:
+                self._end_at_once("what was read could not be committed in time; it is read again at the next start")
+            self._failed.wait(TICK_S)
+        if self._failure:
+            raise self._failure
+
+    def _thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
+        def guarded() -> None:
+            try:
+                work()
+            except EndedError:
+                pass
+            except BaseException as error:
+                log.debug("%s failed", name, exc_info=True)
+                self._failure = self._failure or error
+                self._failed.set()
+
+        return threading.Thread(target=guarded, name=name, daemon=True)
+
+    def _check(self) -> None:
+        if self._failed.is_set():
+            raise EndedError
+
+    def _ailing(self) -> str | None:
+        for stage in self._stages:
+            if (busy := stage.busy_s()) > self._config.stall_timeout_s:
+                return f"stage {stage.name} is stuck: at one batch for {busy:.0f} s"
+        return None
+
+    def _end_at_once(self, reason: str) -> NoReturn:
+        """Ends the process from outside of whatever holds it."""
+        log.critical("%s", self._failure or reason)
+        faulthandler.dump_traceback(all_threads=True)
+        logging.shutdown()
+        os._exit(EXIT_FAILED)
+
+    # -- what it says of itself
+
+    def _describe(self) -> None:
+        if why_python:
+            log.warning("%s", why_python)
+        self._metrics.describe_build(IMPLEMENTATION)
+        self._metrics.expect(topics=self._router.topics)
+        for model in self._scorer.models:
+            self._metrics.describe_model(model.name, model.version, model.provider)
+            log.info("model %s %s on %s", model.name, model.version, model.provider)
+        self._metrics.queue_depth.labels("score").set_function(self._decoded.qsize)
+        self._metrics.queue_depth.labels("commit").set_function(self._routed.qsize)
+
+    def _observe(self, endpoints: Endpoints) -> None:
+        """Looks, now and then, at what changes without an alert: also while there is no room for any."""
+        if time.monotonic() - self._observed < OBSERVE_INTERVAL_S:
+            return
+        self._observed = time.monotonic()
+        lags = endpoints.source.lags()
+        self._metrics.set_partitions(lags)
+        self._health.set("group", endpoints.source.waits_for)
+        self._health.set("output", endpoints.sink.trouble(lags.keys()))
+        endpoints.report_positions()

@@ -1,0 +1,306 @@
+"""Any network becomes a bundle that runs on every engine, metadata and embedding included."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save as arrays_to_bytes
+from torch import Tensor, nn
+
+from broker_filter.config import Runtime
+from broker_filter.importers.write_bundle import _test_alerts, write_bundle
+from broker_filter.packets.batch import AlertBatch, Survey
+from broker_filter.scoring import networks
+from broker_filter.scoring.bundle import (
+    CARD,
+    LIGHT_CURVE_FEATURES,
+    MAX_TOLERANCE,
+    ONNX,
+    TEST_VECTOR,
+    WEIGHTS,
+    Architecture,
+    BundleError,
+    Description,
+    ImageInput,
+    Inputs,
+    LightCurveInput,
+    MetadataColumn,
+    Outputs,
+    Training,
+    load_bundle,
+)
+from broker_filter.scoring.networks.stampnet import StampNet
+from broker_filter.scoring.preprocess import prepare
+from broker_filter.scoring.scorer import open_scorer
+
+
+class Fusion(nn.Module):
+    """Images and metadata into three classes: what a network with every kind of input and output looks like."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.images = nn.Sequential(
+            nn.Conv2d(3, width, 5, 4), nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        )
+        self.metadata = nn.BatchNorm1d(2)
+        self.head = nn.Linear(width + 2, 3)
+
+    def forward(self, images: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = torch.cat([self.images(images).flatten(1), self.metadata(metadata)], dim=1)
+        return self.head(embedding), embedding
+
+
+class Joined(nn.Module):
+    """Light curves, and modalities besides the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = nn.Linear(3, 4)
+        self.points = nn.Linear(LIGHT_CURVE_FEATURES, 4)
+
+    def forward(self, images: Tensor, light_curve: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        seen = self.images(images.mean((2, 3)))
+        past = (self.points(light_curve) * mask.unsqueeze(2)).sum(1)
+        modalities = torch.nn.functional.normalize(torch.stack([seen, past], 1), dim=2)
+        return seen, torch.nn.functional.normalize(modalities.flatten(1), dim=1), modalities
+
+
+@pytest.fixture
+def description(monkeypatch: pytest.MonkeyPatch) -> Description:
+    monkeypatch.setitem(networks.NETWORKS, "fusion", Fusion)
+    return Description(
+        name="classes",
+        version="1",
+        task="classification",
+        surveys=("ztf", "lsst"),
+        inputs=Inputs(
+            images=ImageInput(
+                size=51, order=("science", "template", "difference"), normalisation="l2_image", padding=0
+            ),
+            metadata=(MetadataColumn(name="magpsf", fill=20), MetadataColumn(name="ndethist", fill=0)),
+        ),
+        outputs=Outputs(labels=("SN", "AGN", "VS"), activation="softmax", embedding=10),
+        architecture=Architecture(name="fusion", arguments={"width": 8}),
+        licence="BSD-3-Clause",
+        source="this test",
+        citation="none",
+        training=Training(method="none", data="none"),
+    )
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    return Fusion(width=8).eval()
+
+
+def test_a_network_with_metadata_and_embedding_is_served_alike_by_every_engine(
+    tmp_path: Path, description: Description, network: nn.Module, make_batch: Callable[..., AlertBatch]
+) -> None:
+    write_bundle(tmp_path / "classes", description, network)
+    rng = np.random.default_rng(1)
+    batch = make_batch(
+        rng.normal(0, 1, (70, 3, 63, 63)).astype(np.float32),
+        columns=("ndethist", "ra", "magpsf"),
+        metadata=np.where(rng.random((70, 3)) < 0.2, np.nan, rng.normal(10, 5, (70, 3))),
+    )
+    served = []
+    for engine in ("onnxruntime", "torch"):
+        scorer = open_scorer([str(tmp_path / "classes")], Runtime.model_validate({"engine": engine, "device": "cpu"}))
+        assert scorer.columns == ("magpsf", "ndethist")
+        assert scorer.cutout_size == 51
+        served.append(scorer.score(batch).models[0])
+    onnx, reference = served
+    assert onnx.labels == ("SN", "AGN", "VS")
+    assert onnx.embedding is not None
+    assert reference.embedding is not None
+    assert onnx.embedding.shape == (70, 10)
+    np.testing.assert_allclose(onnx.probabilities.sum(axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(onnx.probabilities, reference.probabilities, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(onnx.embedding, reference.embedding, rtol=1e-5, atol=1e-5)
+    filled = np.where(np.isnan(batch.metadata[:, 2]), 20, batch.metadata[:, 2])
+    np.testing.assert_allclose(onnx.embedding[:, 8], filled, rtol=1e-4)  # BatchNorm as initialised
+
+
+def test_a_network_of_light_curves_and_modalities_is_served_alike_by_every_engine(
+    tmp_path: Path, description: Description, monkeypatch: pytest.MonkeyPatch, make_batch: Callable[..., AlertBatch]
+) -> None:
+    monkeypatch.setitem(networks.NETWORKS, "joined", Joined)
+    joined = description.model_copy(
+        update={
+            "inputs": Inputs(
+                images=description.inputs.images, light_curve=LightCurveInput(points=6, flux_scale=10, time_scale=1)
+            ),
+            "outputs": Outputs(
+                labels=("a", "b", "c", "d"), activation="softmax", embedding=8, modalities=("image", "light_curve")
+            ),
+            "architecture": Architecture(name="joined"),
+        }
+    )
+    torch.manual_seed(4)
+    write_bundle(tmp_path / "joined", joined, Joined().eval())
+    vector = load_bundle(tmp_path / "joined").test_vector()
+    rows = np.random.default_rng(2).integers(4, size=150)
+    assert vector.light_curves is not None
+    assert np.diff(vector.light_curves.offsets).tolist() == [1, 9, 0, 5]
+    batch = make_batch(
+        vector.cutouts[rows],
+        vector.cutout_box[rows],
+        survey=[Survey.ZTF if row % 2 else Survey.LSST for row in rows],
+        mjd=np.full(len(rows), 61000.0),
+        light_curves=vector.light_curves[rows],
+    )
+    for engine in ("onnxruntime", "torch"):
+        runtime = Runtime.model_validate({"engine": engine, "device": "cpu"})
+        (scores,) = open_scorer([str(tmp_path / "joined")], runtime).score(batch).models
+        assert scores.modalities is not None
+        assert scores.embedding is not None
+        np.testing.assert_allclose(scores.modalities, vector.outputs["modalities"][rows], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(scores.embedding, vector.outputs["embedding"][rows], rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_that_takes_batches_of_one_size_alone_is_refused(
+    tmp_path: Path, description: Description, network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counting(Fusion):
+        def forward(self, images: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
+            logits, embedding = super().forward(images, metadata)
+            return logits + torch.zeros(1).expand(len(images), -1), embedding
+
+    monkeypatch.setitem(networks.NETWORKS, "fusion", Counting)
+    counting = Counting(width=8).eval()
+    counting.load_state_dict(network.state_dict())
+    with pytest.raises(BundleError, match="takes batches of one size only, by images"):
+        write_bundle(tmp_path / "classes", description, counting)
+
+
+def test_a_test_vector_whose_light_curves_do_not_add_up_is_refused(
+    tmp_path: Path, description: Description, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(networks.NETWORKS, "joined", Joined)
+    inputs = Inputs(
+        images=description.inputs.images, light_curve=LightCurveInput(points=6, flux_scale=10, time_scale=1)
+    )
+    changes = {"inputs": inputs, "outputs": Outputs(labels=("a", "b", "c", "d"), activation="softmax")}
+    write_bundle(
+        tmp_path / "joined",
+        description.model_copy(update={**changes, "architecture": Architecture(name="joined")}),
+        Joined().eval(),
+    )
+    path = tmp_path / "joined" / TEST_VECTOR
+    tensors = load_file(path)
+    tensors["light_curves.offsets"][-1] += 1
+    save_file(tensors, path)
+    card = yaml.safe_load((tmp_path / "joined" / CARD).read_text())
+    card["files"][TEST_VECTOR] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (tmp_path / "joined" / CARD).write_text(yaml.safe_dump(card))
+    with pytest.raises(BundleError, match=r"offsets .* are none of its points"):
+        load_bundle(tmp_path / "joined").test_vector()
+
+
+def test_a_bundle_never_replaces_another(tmp_path: Path, description: Description, network: nn.Module) -> None:
+    (tmp_path / "classes").mkdir()
+    with pytest.raises(BundleError, match="classes: exists already"):
+        write_bundle(tmp_path / "classes", description, network)
+
+
+def test_a_bundle_that_cannot_be_made_leaves_nothing(
+    tmp_path: Path, description: Description, network: nn.Module
+) -> None:
+    wrong = description.model_copy(update={"outputs": Outputs(labels=("real",), activation="softmax", embedding=10)})
+    with pytest.raises(BundleError):
+        write_bundle(tmp_path / "wrong", wrong, network)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_graph_tells_nothing_of_the_machine_that_made_it(
+    tmp_path: Path, description: Description, network: nn.Module
+) -> None:
+    write_bundle(tmp_path / "classes", description, network)
+    graph = (load_bundle(tmp_path / "classes").directory / ONNX).read_bytes()
+    assert b"/" + b"test_export.py" not in graph
+    assert str(Path.home()).encode() not in graph
+
+
+def differences_of_large_numbers(size: float) -> StampNet:
+    """A network whose answers to the test alerts, of about 1, are small differences of large numbers: a `size` of 3e5
+    makes rounding move them by some 1e-3, as those of a network of a hundred layers."""
+    inputs = load_bundle("default").card.inputs
+    images = torch.from_numpy(prepare(_test_alerts(inputs), inputs)["images"])
+    torch.manual_seed(5)
+    network = StampNet(dropout=0).eval()
+    with torch.inference_mode():
+        embedding = network.features(images).double()
+        active = embedding.any(0)
+        _, _, directions = torch.linalg.svd(embedding[:, active], full_matrices=True)
+        weight = (
+            size * directions[-1] + torch.linalg.pinv(embedding[:, active]) @ torch.tensor([-1.0, 0.5, 1, 0.1]).double()
+        )
+        network.head.weight.zero_()[:, active] = weight.float()
+        # What float32 made of the weights moves every logit: a constant brings them back.
+        network.head.bias.copy_(-network.head(network.features(images)).mean())
+    return network
+
+
+def of_stampnet() -> Description:
+    """A bundle of StampNet: the default one's inputs, and its embedding besides."""
+    card = load_bundle("default").card
+    outputs = card.outputs.model_copy(update={"embedding": 64})
+    fields = {name: getattr(card, name) for name in Description.model_fields}
+    return Description(**fields | {"outputs": outputs})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bundles") / "deep"
+    write_bundle(directory, of_stampnet(), differences_of_large_numbers(3e5))
+    return directory
+
+
+@pytest.fixture
+def deep(made: Path, tmp_path: Path) -> Path:
+    """The bundle of such a network, to be damaged."""
+    return Path(shutil.copytree(made, tmp_path / "deep"))
+
+
+def test_a_network_is_allowed_what_rounding_makes_of_it(deep: Path) -> None:
+    """Measured by the network itself, in float64, and written in its card."""
+    tolerances = load_bundle(deep).card.tolerances
+    assert 1e-4 < tolerances["probabilities"] < MAX_TOLERANCE
+    assert tolerances["embedding"] < 1e-4
+    for engine in ("onnxruntime", "torch"):
+        open_scorer([str(deep)], Runtime.model_validate({"engine": engine, "device": "cpu"}))
+
+
+@pytest.mark.parametrize("name", ["head.bias", "features.0.weight", "features.10.body.0.1.running_mean"])
+def test_a_damaged_network_is_refused_all_the_same(deep: Path, name: str) -> None:
+    weights = load_file(deep / WEIGHTS)
+    damaged = arrays_to_bytes(weights | {name: weights[name] * np.float32(0.95) + np.float32(0.05)})
+    (deep / WEIGHTS).write_bytes(damaged)
+    card = yaml.safe_load((deep / CARD).read_text())
+    card["files"][WEIGHTS] = hashlib.sha256(damaged).hexdigest()
+    (deep / CARD).write_text(yaml.safe_dump(card))
+    with pytest.raises(BundleError, match="does not reproduce it: probabilities is off by"):
+        open_scorer([str(deep)], Runtime(engine="torch", device="cpu"))
+
+
+def test_a_bundle_of_before_is_checked_as_before(deep: Path) -> None:
+    card = yaml.safe_load((deep / CARD).read_text())
+    del card["tolerances"]
+    (deep / CARD).write_text(yaml.safe_dump(card))
+    with pytest.raises(BundleError, match="does not reproduce it: probabilities is off by"):
+        open_scorer([str(deep)], Runtime(engine="onnxruntime", device="cpu"))
+
+
+def test_a_network_that_rounding_decides_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="rounding alone changes what it says"):
+        write_bundle(tmp_path / "noise", of_stampnet(), differences_of_large_numbers(1e8))
+    assert not (tmp_path / "noise").exists()

@@ -1,0 +1,124 @@
+"""What became of each packet, and that nothing can slip through."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from broker_filter.kafka.sink import UnaccountedError, account_packets, divide, exposure_times
+from broker_filter.kafka.source import Delivery
+from broker_filter.kafka.transactions import Claim, Work
+from broker_filter.metrics import Account
+from broker_filter.packets.batch import AlertBatch, Survey
+from broker_filter.packets.packet import Packet
+from broker_filter.packets.rejects import Reject, RejectReason
+from broker_filter.streaming.encoding import OutputRecord
+from broker_filter.streaming.filtering import ScoredBatch
+from broker_filter.streaming.routing import Routed
+
+MakeAlerts = Callable[..., AlertBatch]
+MakeScored = Callable[..., ScoredBatch]
+
+
+@pytest.fixture
+def scored(make_alerts: MakeAlerts, make_scored: MakeScored) -> ScoredBatch:
+    """Four packets: scored, a duplicate, taken by no model and so rejected, scored."""
+    batch = make_scored(make_alerts([1, 2, 3, 4]), {"default": [0.1, 0.2, np.nan, 0.4]})
+    reject = Reject(batch.packets[2], RejectReason.NO_MODEL_FOR_SURVEY, "none")
+    return replace(batch, duplicate=np.array([False, True, False, False]), rejects=[reject])
+
+
+class NoWriter:
+    """In the place of a producer that is not reached in these tests."""
+
+    fenced = False
+
+
+def claim(partition: int) -> Claim:
+    return Claim("ztf", partition, NoWriter(), 0)  # type: ignore[arg-type]
+
+
+def routed(packet_index: list[int]) -> Routed:
+    record = OutputRecord("me.scored", None, b"", [])
+    return replace(ROUTED, records=[record] * len(packet_index), packet_index=packet_index)
+
+
+ROUTED = Routed(0, 0, None)  # type: ignore[arg-type]
+
+
+def test_every_packet_has_its_account(scored: ScoredBatch) -> None:
+    accounts = account_packets(scored)
+    assert [account.scored for account in accounts] == [1, 0, 0, 1]
+    assert [account.duplicates for account in accounts] == [0, 1, 0, 0]
+    assert [dict(account.rejected) for account in accounts] == [{}, {}, {RejectReason.NO_MODEL_FOR_SURVEY: 1}, {}]
+    assert [account.consumed for account in accounts] == [1, 1, 1, 1]
+
+
+def test_output_is_divided_by_claim_and_what_lost_its_claim_is_left_out(scored: ScoredBatch) -> None:
+    first, second, lost = claim(0), claim(1), claim(2)
+    lost.ended = True
+    delivery = Delivery(list(scored.packets), [7, 3, 9, 9], [first, second, lost, first])
+
+    works = {work.claim: work for work in divide(delivery, scored, routed([0, 1, 2, 3, 3]))}
+
+    assert set(works) == {first, second}
+    assert (works[first].start, works[first].end) == (7, 10)
+    assert (works[second].start, works[second].end) == (3, 4)
+    assert [i for i, _ in works[first].records] == [0, 1, 1]
+    assert works[first].packets == [scored.packets[0], scored.packets[3]]
+
+
+@pytest.mark.parametrize("missing", [0, 2])
+def test_packet_whose_output_is_missing_stops_the_work(scored: ScoredBatch, missing: int) -> None:
+    delivery = Delivery(list(scored.packets), [0, 1, 2, 3], [claim(0)] * 4)
+    published = [k for k in range(4) if k != missing]
+    with pytest.raises(UnaccountedError, match=str(scored.packets[missing].position)):
+        divide(delivery, scored, routed(published))
+
+
+def test_packet_without_any_outcome_stops_the_work(scored: ScoredBatch) -> None:
+    delivery = Delivery(list(scored.packets), [0, 1, 2, 3], [claim(0)] * 4)
+    with pytest.raises(UnaccountedError, match="ztf/0/2"):
+        divide(delivery, replace(scored, rejects=[]), routed([0, 1, 2, 3]))
+
+
+def test_one_dead_letter_is_the_output_of_all_of_a_packets_rejected_alerts(scored: ScoredBatch) -> None:
+    delivery = Delivery(list(scored.packets), [0, 1, 2, 3], [claim(0)] * 4)
+    more = [Reject(scored.packets[2], RejectReason.CORRUPT, "damaged", record=k) for k in range(1, 100)]
+    (work,) = divide(delivery, replace(scored, rejects=[*scored.rejects, *more]), routed([0, 1, 2, 3]))
+    assert work.accounts[2].rejected.total() == work.accounts[2].consumed == 100
+    assert [k for k, _ in work.records] == [0, 1, 2, 3]
+
+
+class Limits:
+    """What topics take, as a cluster would say it."""
+
+    dead_letter = "me.dead-letter"
+
+    def of(self, topic: str) -> int:
+        return 100 if topic == self.dead_letter else 50
+
+
+def test_a_packet_with_a_large_alert_and_a_large_dead_letter_becomes_one_letter(scored: ScoredBatch) -> None:
+    packets = [Packet(bytes(300), scored.packets[0].position)]
+    account = Account(consumed=3, scored=2, rejected=Counter({RejectReason.CORRUPT: 1}))
+    records = [
+        (0, OutputRecord(topic, None, bytes(300), [])) for topic in ("me.scored", "me.scored", Limits.dead_letter)
+    ]
+    work = Work(claim(0), 0, 1, packets, [account], records)
+    work.fit(Limits())  # type: ignore[arg-type]
+    [(_, letter)] = work.records
+    assert letter.topic == Limits.dead_letter
+    assert dict(letter.headers)["truncated"] == b"300"
+    assert dict(letter.headers)["reason"] == b"too_large"
+    assert (account.scored, account.rejected) == (0, {RejectReason.TOO_LARGE: 3})
+
+
+def test_exposure_times_are_utc_although_rubin_publishes_tai(make_alerts: MakeAlerts) -> None:
+    ztf, lsst = (exposure_times(make_alerts([1], survey=survey))[0] for survey in (Survey.ZTF, Survey.LSST))
+    assert ztf == pytest.approx((61096.25 - 40587) * 86400)
+    assert ztf - lsst == pytest.approx(37.0)

@@ -1,0 +1,555 @@
+"""Topics by the calendar, and where reading starts, on a real broker."""
+
+from __future__ import annotations
+
+import logging
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
+
+from broker_filter.config import Input
+from broker_filter.kafka import source as kafka_source
+from broker_filter.kafka.checkpoint import (
+    Checkpoint,
+    GroupCheckpoint,
+    Position,
+    PositionsCheckpoint,
+    PositionsTopic,
+    claim_offset,
+)
+from broker_filter.kafka.client import Cluster, Complaints, RecordLimits, client_properties
+from broker_filter.kafka.days import Days
+from broker_filter.kafka.source import KafkaSource, group_observer
+from broker_filter.kafka.transactions import Store, Writer
+from broker_filter.kafka.watchdog import Stage
+from broker_filter.local_kafka import KafkaCluster, free_ports
+from broker_filter.metrics import LossReason, Metrics
+from tests.integration.test_outages import toxiproxy
+
+pytestmark = pytest.mark.kafka
+
+MIDNIGHT = datetime(2026, 2, 26, tzinfo=UTC)
+PATIENCE_S = 120.0
+"""For messages to come, on a busy machine."""
+QUIET_S = 1.5
+"""For messages that must not come."""
+
+
+class Reader:
+    """A source whose clock is set by hand, and what it has read."""
+
+    def __init__(
+        self,
+        bootstrap: str,
+        name: str,
+        template: str,
+        now: datetime,
+        positions_bootstrap: str | None = None,
+        **options: object,
+    ) -> None:
+        """`name`: of the group. `positions_bootstrap`: the cluster of the positions, where it is another one."""
+        section = Input(
+            bootstrap_servers=bootstrap,
+            group_id=name,
+            topics=[template],
+            kafka={"topic.metadata.refresh.interval.ms": 500},
+            **options,  # type: ignore[arg-type]
+        )
+        self.now = now
+        properties, complaints, metrics = client_properties(section), Complaints("test brokers"), Metrics()
+        self.metrics = metrics
+        cluster = AdminClient(properties).list_topics(timeout=10)
+        existing = {name: len(topic.partitions) for name, topic in cluster.topics.items()}
+        outputs = properties | {"bootstrap.servers": positions_bootstrap or bootstrap}
+        admin = AdminClient(outputs)
+        if name not in admin.list_topics(timeout=10).topics:
+            admin.create_topics([NewTopic(name, 1, -1, config={"cleanup.policy": "compact"})])[name].result()
+        limits = RecordLimits(admin, [name], dead_letter=name)
+        self._writers: list[Writer] = []
+
+        def open_writer(transactional_id: str, store: Store) -> Writer:
+            stage = Stage("commit", metrics)
+            self._writers.append(Writer(outputs, limits, metrics, complaints, stage, transactional_id, store))
+            return self._writers[-1]
+
+        self.source = KafkaSource(
+            section, properties, Cluster("cluster", existing), complaints, lambda _: None, metrics, lambda: self.now
+        )
+        checkpoint: Checkpoint
+        if positions_bootstrap:
+            positions = PositionsTopic(name, outputs, admin, complaints)
+            checkpoint = PositionsCheckpoint(positions, open_writer, name, name, "cluster")
+        else:
+            checkpoint = GroupCheckpoint(self.source.consumer, open_writer, name, group_observer(properties, name))
+        self.source.subscribe(checkpoint)
+        self.values: list[bytes] = []
+
+    def close(self) -> None:
+        """Leaves the group and ends the producers. Closing twice does no harm."""
+        self.source.close()
+        for writer in self._writers:
+            writer.close()
+
+    def lost(self, topic: str, reason: LossReason) -> float:
+        """What is counted as lost of a topic."""
+        name = f'broker_filter_lost_messages_total{{reason="{reason}",topic="{topic}"}} '
+        lines = self.metrics.exposition().decode().splitlines()
+        return next(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+    def commit(self) -> None:
+        """Commits all that was read, as a transaction would."""
+        ends = [claim_offset(claim, claim.taken) for claim in self.source.claims]
+        self.source.consumer.commit(offsets=ends, asynchronous=False)
+        for claim in self.source.claims:
+            claim.committed = claim.taken
+
+    def read(self, expected: int, patience_s: float = PATIENCE_S) -> list[bytes]:
+        """Reads until so many messages have come in all."""
+        deadline = time.monotonic() + patience_s
+        while len(self.values) < expected and time.monotonic() < deadline:
+            if delivery := self.source.take(100, 0.1):
+                self.values += [packet.data for packet in delivery.packets]
+                delivery.set_out()
+        return sorted(self.values)
+
+
+@pytest.fixture
+def start_reader(
+    kafka_bootstrap: str, unique_name: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> Iterator[Callable[..., Reader]]:
+    caplog.set_level("INFO")  # what was claimed when, if a test fails
+    readers = []
+
+    def start(template: str, now: datetime = MIDNIGHT, group: str = "", **options: object) -> Reader:
+        readers.append(Reader(kafka_bootstrap, group or unique_name("group"), template, now, **options))
+        return readers[-1]
+
+    yield start
+    for reader in readers:
+        reader.close()
+
+
+@pytest.fixture
+def send(kafka_bootstrap: str) -> Callable[..., None]:
+    """Sends values to a topic of one partition, which is made if it is not there."""
+    properties = {"bootstrap.servers": kafka_bootstrap}
+    admin = AdminClient(properties)
+
+    def send(topic: str, *values: bytes, timestamp: datetime | None = None) -> None:
+        if topic not in admin.list_topics(timeout=10).topics:
+            # The night of these alerts may be long ago: brokers would delete them before they are read.
+            admin.create_topics([NewTopic(topic, 1, -1, config={"retention.ms": "-1"})])[topic].result()
+        producer = Producer(properties)
+        for value in values:
+            producer.produce(topic, value, timestamp=int((timestamp or MIDNIGHT).timestamp() * 1000))
+        assert producer.flush(30) == 0
+
+    return send
+
+
+def test_topics_roll_over_at_midnight_utc_and_new_ones_are_read_from_their_beginning(
+    send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
+) -> None:
+    night = unique_name("ztf")
+    send(f"{night}_20260225", b"before the start")
+    reader = start_reader(f"{night}_%Y%m%d", MIDNIGHT - timedelta(minutes=5), start="latest")
+    assert reader.source.take(1, 0.1) is None
+    while not reader.source.claims:
+        reader.source.take(1, 0.1)
+    send(f"{night}_20260225", b"25th")
+    assert reader.read(1) == [b"25th"]
+
+    send(f"{night}_20260226", b"26th, unseen as yet")
+    assert reader.read(2, QUIET_S) == [b"25th"]  # it is still the 25th
+    reader.now = MIDNIGHT + timedelta(seconds=1)
+    assert reader.read(2) == [b"25th", b"26th, unseen as yet"]
+    send(f"{night}_20260225", b"25th, after midnight")
+    assert len(reader.read(3)) == 3
+
+
+def test_no_more_is_taken_at_a_time_than_memory_is_for(
+    send: Callable[..., None],
+    start_reader: Callable[..., Reader],
+    unique_name: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    topic = unique_name("ztf")
+    send(topic, *[bytes([k]) * 100_000 for k in range(60)])
+    monkeypatch.setattr(kafka_source, "DELIVERY_BYTES", 1_000_000)
+    reader = start_reader(topic, start="earliest")
+    sizes, values = [], []
+    deadline = time.monotonic() + PATIENCE_S
+    while len(values) < 60 and time.monotonic() < deadline:
+        if delivery := reader.source.take(1000, 5.0):
+            sizes.append(sum(len(packet.data) for packet in delivery.packets))
+            values += [packet.data[0] for packet in delivery.packets]
+    assert values == list(range(60))
+    assert max(sizes) <= 1_000_000 + 100_000 * kafka_source.MESSAGES_AT_A_TIME
+
+
+def test_day_that_is_still_being_read_is_kept(
+    send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
+) -> None:
+    night = unique_name("ztf")
+    for day in ("25", "26", "27"):
+        send(f"{night}_202602{day}", day.encode())
+    reader = start_reader(f"{night}_%Y%m%d", MIDNIGHT, start="earliest")
+    assert reader.read(2) == [b"25", b"26"]
+    for claim in reader.source.claims:
+        if claim.topic.endswith("26"):
+            claim.committed = claim.read  # the 25th lags: nothing of it is committed
+    reader.now = MIDNIGHT + timedelta(days=1)
+
+    assert reader.read(3) == [b"25", b"26", b"27"]
+    assert {claim.topic[-2:] for claim in reader.source.claims} == {"25", "26", "27"}
+
+
+class ForgetfulCoordinator:
+    """A checkpoint without positions, whose coordinator is not chosen yet at the first glances."""
+
+    def __init__(self, *errors: int) -> None:
+        self.errors = list(errors)
+
+    def glance(self, partitions: Sequence[TopicPartition]) -> list[Position | None]:
+        if self.errors:
+            raise KafkaException(KafkaError(self.errors.pop(0)))
+        return [None] * len(partitions)
+
+
+def days_with(coordinator: ForgetfulCoordinator, bootstrap: str, template: str) -> Days:
+    section = Input(bootstrap_servers=bootstrap, group_id="group", topics=[template], start="earliest")
+    admin, complaints = AdminClient(client_properties(section)), Complaints("test brokers")
+    return Days(section, admin, Cluster("cluster", {}), coordinator, complaints, lambda: MIDNIGHT)  # type: ignore[arg-type]
+
+
+def test_first_look_waits_until_the_coordinator_of_the_group_is_chosen(
+    kafka_bootstrap: str, send: Callable[..., None], unique_name: Callable[[str], str]
+) -> None:
+    night = unique_name("ztf")
+    send(f"{night}_20260220", b"20th")
+    coordinator = ForgetfulCoordinator(KafkaError.NOT_COORDINATOR, KafkaError.COORDINATOR_LOAD_IN_PROGRESS)
+    days = days_with(coordinator, kafka_bootstrap, f"{night}_%Y%m%d")
+    days.start()
+    assert days.found.earlier == [f"{night}_20260220"]
+    days.stop()
+
+
+def test_first_look_that_the_access_rules_refuse_ends_at_once(kafka_bootstrap: str) -> None:
+    days = days_with(ForgetfulCoordinator(KafkaError.GROUP_AUTHORIZATION_FAILED), kafka_bootstrap, "ztf_%Y%m%d")
+    with pytest.raises(KafkaException):
+        days.start()
+
+
+@pytest.mark.parametrize("start", ["stored", "latest"])
+def test_day_that_began_while_the_group_was_away_is_read_from_its_beginning(
+    start: str, send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
+) -> None:
+    night, group = unique_name("ztf"), unique_name("group")
+    send(f"{night}_20260225")
+    before = start_reader(f"{night}_%Y%m%d", MIDNIGHT - timedelta(minutes=5), group, start="earliest")
+    while not before.source.claims:
+        before.source.take(1, 0.1)
+    before.close()
+    send(f"{night}_20260226", b"26th")
+
+    assert start_reader(f"{night}_%Y%m%d", MIDNIGHT, group, start=start).read(1) == [b"26th"]
+
+
+def test_days_that_passed_while_the_group_was_away_are_read(
+    send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
+) -> None:
+    night, group = unique_name("ztf"), unique_name("group")
+    for day, begin in ((20, "latest"), (21, "earliest")):  # the 20th is read to its end, the 21st is not
+        send(f"{night}_202602{day}", str(day).encode())
+        before = start_reader(f"{night}_%Y%m%d", datetime(2026, 2, day, 0, 5, tzinfo=UTC), group, start=begin)
+        while not before.source.claims:
+            before.source.take(1, 0.1)
+        before.close()
+    for day in ("18", "23", "24", "25", "26"):  # the 18th was there before the group
+        send(f"{night}_202602{day}", day.encode())
+
+    reader = start_reader(f"{night}_%Y%m%d", MIDNIGHT, group, start="latest")
+
+    assert reader.read(5) == [b"21", b"23", b"24", b"25", b"26"]
+    assert {claim.topic[-2:] for claim in reader.source.claims} == {"21", "23", "24", "25", "26"}
+
+
+def test_partition_that_is_added_later_is_read_from_its_beginning(
+    kafka_bootstrap: str,
+    send: Callable[..., None],
+    start_reader: Callable[..., Reader],
+    unique_name: Callable[[str], str],
+) -> None:
+    topic = unique_name("ztf")
+    send(topic, b"before the start")
+    reader = start_reader(topic, start="latest")
+    while not reader.source.claims:
+        reader.source.take(1, 0.1)
+
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
+    admin.create_partitions([NewPartitions(topic, 2)])[topic].result()
+    producer = Producer({"bootstrap.servers": kafka_bootstrap})
+    producer.produce(topic, b"in the new one", partition=1)
+    assert producer.flush(PATIENCE_S) == 0
+
+    assert reader.read(1) == [b"in the new one"]
+
+
+def test_nothing_lags_behind_the_last_message_of_a_transaction(
+    kafka_bootstrap: str,
+    send: Callable[..., None],
+    start_reader: Callable[..., Reader],
+    unique_name: Callable[[str], str],
+) -> None:
+    topic = unique_name("ztf")
+    send(topic)
+    producer = Producer({"bootstrap.servers": kafka_bootstrap, "transactional.id": topic})
+    producer.init_transactions(PATIENCE_S)
+    producer.begin_transaction()
+    producer.produce(topic, b"the last one")
+    producer.commit_transaction(PATIENCE_S)
+    reader = start_reader(topic, start="earliest")
+    assert reader.read(1) == [b"the last one"]
+    (claim,) = reader.source.claims
+    while reader.source.lags() != {(topic, 0): 2}:  # and the mark behind it
+        reader.source.take(1, 0.1)
+
+    claim.committed = claim.read
+
+    while reader.source.lags() != {(topic, 0): 0}:
+        reader.source.take(1, 0.1)
+
+
+def test_starts_from_a_time(
+    send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
+) -> None:
+    topic = unique_name("ztf")
+    for hour in range(6):
+        send(topic, str(hour).encode(), timestamp=MIDNIGHT + timedelta(hours=hour))
+
+    assert start_reader(topic, start="2026-02-26T02:30:00").read(3) == [b"3", b"4", b"5"]
+
+
+@pytest.mark.parametrize("start", ["earliest", "2026-02-22T12:00:00"])
+def test_all_days_since_the_start_are_read(
+    start: str, send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
+) -> None:
+    night = unique_name("ztf")
+    for day in (20, 22, 23, 24, 25, 26):  # there is none of the 21st
+        at = datetime(2026, 2, day, 6, tzinfo=UTC)
+        send(f"{night}_202602{day}", f"{day} morning".encode(), timestamp=at)
+        send(f"{night}_202602{day}", f"{day} evening".encode(), timestamp=at + timedelta(hours=12))
+
+    reader = start_reader(f"{night}_%Y%m%d", MIDNIGHT, start=start)
+
+    days = (20, 22, 23, 24, 25, 26) if start == "earliest" else (22, 23, 24, 25, 26)
+    expected = {f"{day} {part}".encode() for day in days for part in ("morning", "evening")}
+    if start != "earliest":
+        expected.remove(b"22 morning")
+    assert set(reader.read(len(expected))) == expected
+    assert len(reader.read(len(expected) + 1, QUIET_S)) == len(expected)
+
+
+@pytest.mark.parametrize("start", ["earliest", "latest", "2026-02-25T00:00:00"])
+def test_night_that_is_delivered_days_late_is_found(
+    start: str, send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
+) -> None:
+    night = unique_name("ztf")
+    for day in (23, 25, 26):
+        send(f"{night}_202602{day}", str(day).encode())
+    reader = start_reader(f"{night}_%Y%m%d", MIDNIGHT, start=start)
+    before = {"earliest": 3, "latest": 0}.get(start, 2)
+    assert len(reader.read(before)) == before
+    while not reader.source.claims:
+        reader.source.take(1, 0.1)
+
+    send(f"{night}_20260224", b"24, late")
+
+    assert b"24, late" in reader.read(before + 1)
+
+
+def test_day_that_was_read_to_its_end_is_read_again_when_more_comes(
+    send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
+) -> None:
+    night = unique_name("ztf")
+    for day in ("24", "25"):
+        send(f"{night}_202602{day}", day.encode())
+    reader = start_reader(f"{night}_%Y%m%d", MIDNIGHT - timedelta(days=1), start="earliest")
+    assert reader.read(2) == [b"24", b"25"]
+    reader.commit()
+    reader.now = MIDNIGHT + timedelta(hours=1)
+    while any(claim.topic.endswith("24") for claim in reader.source.claims):
+        reader.source.take(1, 0.1)
+
+    send(f"{night}_20260224", b"24, more")
+
+    assert reader.read(3) == [b"24", b"24, more", b"25"]
+
+
+def test_gaps_of_transactions_and_compaction_are_no_losses(
+    kafka_bootstrap: str,
+    send: Callable[..., None],
+    start_reader: Callable[..., Reader],
+    unique_name: Callable[[str], str],
+) -> None:
+    topic = unique_name("ztf")
+    compacted = {"cleanup.policy": "compact", "segment.ms": "100", "min.cleanable.dirty.ratio": "0.01"}
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
+    admin.create_topics([NewTopic(topic, 1, -1, config=compacted | {"max.compaction.lag.ms": "100"})])[topic].result()
+    producer = Producer({"bootstrap.servers": kafka_bootstrap, "transactional.id": topic})
+    producer.init_transactions(PATIENCE_S)
+    for i in range(10):
+        producer.begin_transaction()
+        producer.produce(topic, str(i).encode(), b"the same key")
+        if i % 2:
+            producer.flush(PATIENCE_S)
+            producer.abort_transaction(PATIENCE_S)
+        else:
+            producer.commit_transaction(PATIENCE_S)
+    reader = start_reader(topic, start="earliest")
+
+    read = reader.read(5, 5.0)  # as many of them as compaction has left
+
+    assert read[-1] == b"8"
+    assert set(read) <= {b"0", b"2", b"4", b"6", b"8"}
+    assert [reader.lost(topic, reason) for reason in LossReason] == [0, 0]
+
+
+def test_messages_that_expire_unread_are_counted_and_what_was_read_before_is_not_lost(
+    kafka_bootstrap: str,
+    send: Callable[..., None],
+    start_reader: Callable[..., Reader],
+    unique_name: Callable[[str], str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    topic = unique_name("ztf")
+    send(topic, *(str(i).encode() for i in range(5)))
+    reader = start_reader(topic, start="earliest")
+    assert len(reader.read(5)) == 5
+    (old,) = reader.source.claims
+    reader.source.hold()
+    send(topic, *(str(i).encode() for i in range(5, 30)))
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
+    for deleted in admin.delete_records([TopicPartition(topic, 0, 20)]).values():
+        deleted.result()
+
+    reader.read(6, 4 * QUIET_S)
+    assert old.alive  # what was read under it is still to be committed
+    reader.commit()
+
+    values = reader.read(15)
+    assert {b"20", b"29"} <= set(values)
+    lost = 30 - len(values)
+    assert reader.lost(topic, LossReason.EXPIRED) == lost
+    if lost:
+        assert f"{topic}/0: offsets {20 - lost} to 19 expired before they were read" in caplog.text
+
+
+def cut_log(file: Path, offset: int) -> None:
+    """Cuts a segment of Kafka's log (format v2) before the batch that begins with `offset`."""
+    content, at = file.read_bytes(), 0
+    while at < len(content):
+        first, length = struct.unpack_from(">qi", content, at)
+        if first >= offset:
+            file.write_bytes(content[:at])
+            return
+        at += 12 + length
+    raise AssertionError(f"no batch begins at {offset}")
+
+
+@pytest.mark.parametrize("more", [2, 10], ids=["it ends before the position", "it has grown past the position"])
+def test_log_that_was_truncated_is_read_from_where_it_departs(
+    more: int,
+    start_cluster: Callable[..., KafkaCluster],
+    unique_name: Callable[[str], str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cluster, topic = start_cluster(), unique_name("ztf")
+    properties = {"bootstrap.servers": cluster.bootstrap_servers}
+    admin = AdminClient(properties)
+    admin.create_topics([NewTopic(topic, 1, 1)])[topic].result()
+    producer = Producer(properties)
+
+    def send(*values: int) -> None:
+        for value in values:
+            producer.produce(topic, str(value).encode())
+            assert producer.flush(PATIENCE_S) == 0  # each is a batch
+
+    send(*range(10))
+    reader = Reader(cluster.bootstrap_servers, unique_name("group"), topic, MIDNIGHT, start="earliest")
+    assert len(reader.read(10)) == 10
+    reader.commit()
+    reader.source.hold()
+
+    cluster.kill(1)
+    cut_log(cluster.directory / "node-1" / f"{topic}-0" / f"{0:020}.log", 6)
+    cluster.start(1)
+    send(*range(100, 100 + more))
+
+    reader.read(10 + more, 40)
+    assert {str(value).encode() for value in range(100, 100 + more)} < set(reader.values)
+    assert f"{topic}/0: the log was truncated to offset 6" in caplog.text
+    assert reader.lost(topic, LossReason.TRUNCATED) == 0  # what was cut off had been read
+    reader.close()
+
+
+def test_reading_goes_on_at_midnight_while_the_positions_cannot_be_read(
+    kafka_bootstrap: str,
+    start_cluster: Callable[..., KafkaCluster],
+    send: Callable[..., None],
+    unique_name: Callable[[str], str],
+) -> None:
+    night, output = unique_name("ztf"), start_cluster()
+    for day in ("25", "26"):
+        send(f"{night}_202602{day}", day.encode())
+    before = MIDNIGHT - timedelta(minutes=5)
+    reader = Reader(
+        kafka_bootstrap, unique_name("group"), f"{night}_%Y%m%d", before, output.bootstrap_servers, start="earliest"
+    )
+    assert reader.read(1) == [b"25"]
+
+    output.kill(1)
+    reader.now = MIDNIGHT + timedelta(seconds=1)
+    reader.read(2, 3 * QUIET_S)
+    send(f"{night}_20260225", b"25, after midnight")
+    assert reader.read(2) == [b"25", b"25, after midnight"]
+    assert not any(claim.topic.endswith("26") for claim in reader.source.claims)
+
+    output.start(1)
+    assert reader.read(3) == [b"25", b"25, after midnight", b"26"]
+    reader.close()
+
+
+@pytest.mark.shared
+def test_midnight_far_from_the_brokers_is_no_pause(
+    start_cluster: Callable[..., KafkaCluster], unique_name: Callable[[str], str]
+) -> None:
+    (port,) = free_ports(1)
+    cluster, night = start_cluster(proxy_port=port), unique_name("ztf")
+    with toxiproxy(port, cluster.listener) as fault:
+        admin = AdminClient({"bootstrap.servers": cluster.bootstrap_servers})
+        topics = [f"{night}_202602{day}" for day in range(18, 27)]
+        for created in admin.create_topics([NewTopic(topic, 16, 1) for topic in topics]).values():
+            created.result()
+        fault("/toxics", {"type": "latency", "attributes": {"latency": 150}})
+        before = MIDNIGHT - timedelta(minutes=5)
+        reader = Reader(cluster.bootstrap_servers, unique_name("group"), f"{night}_%Y%m%d", before, start="latest")
+        while len(reader.source.claims) < 32:
+            reader.source.take(1, 0.1)
+
+        reader.now = MIDNIGHT + timedelta(seconds=1)
+        longest = 0.0
+        while not any(claim.topic == topics[-1] for claim in reader.source.claims):
+            began = time.monotonic()
+            reader.source.take(1, 0.1)
+            longest = max(longest, time.monotonic() - began)
+
+        logging.getLogger(__name__).info("the longest pause was %.1f s", longest)
+        assert longest < 15  # one look-up after another took 33 s
+        reader.close()

@@ -1,0 +1,65 @@
+"""What hangs on a lifeline ends with the process that holds it, however that ends."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from broker_filter.kill_with_parent import Lifeline
+
+from .conftest import apache_kafka
+
+PATIENCE_S = 120
+"""For a process to end, on a busy machine."""
+HOLDER = """
+import sys, time
+from pathlib import Path
+from broker_filter.local_kafka import KafkaCluster, embedded_broker
+directory = Path(sys.argv[1])
+if sys.argv[2:]:
+    broker = KafkaCluster(Path(sys.argv[2]), directory)
+else:
+    broker = embedded_broker(directory)
+with broker as running:
+    print(running if isinstance(running, str) else running.bootstrap_servers, flush=True)
+    time.sleep(1000)
+"""
+"""Starts a broker, says where it is, and does not end by itself."""
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.parametrize("kind", ["embedded", pytest.param("Apache Kafka", marks=pytest.mark.kafka)])
+def test_broker_ends_with_who_started_it_and_was_killed(kind: str, tmp_path: Path) -> None:
+    home = apache_kafka() if kind == "Apache Kafka" else None
+    if kind == "Apache Kafka" and home is None:
+        pytest.skip("needs an Apache Kafka to start: KAFKA_HOME (or ../shared/kafka) and Java")
+    if kind == "embedded":
+        pytest.importorskip("noida_db", reason="the embedded broker is of the extra `demo`")
+    command = [sys.executable, "-c", HOLDER, str(tmp_path), *([str(home)] if home else [])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        port = int(holder.stdout.readline().rpartition(":")[2])
+        assert listens(port)
+        holder.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + PATIENCE_S
+    while listens(port):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_lifeline_that_is_cut_kills_nobody() -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+        Lifeline(child).cut()
+        assert child.stdin is not None
+        child.stdin.close()
+        assert child.wait(PATIENCE_S) == 0

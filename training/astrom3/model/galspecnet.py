@@ -1,0 +1,74 @@
+"""The spectra encoder: GalSpecNet, a convolutional network over wavelength.
+
+Wu et al. 2024, MNRAS 527, 1163; as AstroM3 uses it (Rizhko & Bloom 2025, arXiv:2411.08842). Names of parameters are
+those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Self
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from broker_filter.scoring.bundle import CardSection
+from training.astrom3.model.preprocess import WAVELENGTHS
+
+
+class GalSpecNetArguments(CardSection):
+    """What a GalSpecNet is made with: names and defaults are the published ones."""
+
+    classification: bool = False
+    num_classes: int = Field(default=10, gt=0, le=1000)
+    conv_channels: tuple[int, ...] = Field(default=(3, 64, 64, 32, 32), min_length=2, max_length=10)
+    kernel_size: int = Field(default=3, gt=0, le=100)
+    mp_kernel_size: int = Field(default=4, gt=0, le=100)
+    dropout_rate: float = Field(default=0.3, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _leaves_something(self) -> Self:
+        if self.features <= 0:
+            raise ValueError(f"so many convolutions and poolings leave nothing of {len(WAVELENGTHS)} wavelengths")
+        return self
+
+    @property
+    def features(self) -> int:
+        """Of an encoded spectrum."""
+        length = len(WAVELENGTHS) - self.kernel_size + 1
+        for _ in self.conv_channels[2:]:
+            length = length // self.mp_kernel_size - self.kernel_size + 1
+        return length * self.conv_channels[-1]
+
+
+class GalSpecNet(nn.Module):
+    """Spectra [N, 3, 2575] -> features [N, features]. Convolutions with ReLU, and pooling after all but the last."""
+
+    def __init__(self, arguments: GalSpecNetArguments) -> None:
+        super().__init__()
+        self.arguments = arguments
+        channels = arguments.conv_channels
+        layers: list[nn.Module] = []
+        for inward, outward in pairwise(channels):
+            layers += [nn.Conv1d(inward, outward, arguments.kernel_size), nn.ReLU()]
+            layers += [nn.MaxPool1d(arguments.mp_kernel_size)]
+        self.layers = nn.Sequential(*layers[:-1])
+        self.dropout = nn.Dropout(arguments.dropout_rate)
+
+    def forward(self, spectra: Tensor) -> Tensor:
+        """See the class."""
+        features: Tensor = self.dropout(self.layers(spectra).flatten(1))
+        return features
+
+
+class SpectraClassifier(GalSpecNet):
+    """A GalSpecNet's inputs -> logits [N, num_classes]."""
+
+    def __init__(self, arguments: GalSpecNetArguments) -> None:
+        super().__init__(arguments)
+        self.fc = nn.Linear(arguments.features, arguments.num_classes)
+
+    def forward(self, spectra: Tensor) -> Tensor:
+        """See the class."""
+        logits: Tensor = self.fc(super().forward(spectra))
+        return logits

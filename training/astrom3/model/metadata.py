@@ -1,0 +1,56 @@
+"""The metadata encoder: a perceptron over catalogue values (Rizhko & Bloom 2025, arXiv:2411.08842).
+
+Names of parameters are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from broker_filter.scoring.bundle import CardSection
+from training.astrom3.model.preprocess import METADATA_COLUMNS
+
+
+class MetadataArguments(CardSection):
+    """What a metadata encoder is made with: names and defaults are the published ones."""
+
+    classification: bool = False
+    num_classes: int = Field(default=10, gt=0, le=1000)
+    input_dim: int = Field(default=len(METADATA_COLUMNS), gt=0, le=1000)
+    hidden_dim: int = Field(default=512, gt=0, le=8192)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+
+
+class MetadataEncoder(nn.Module):
+    """Metadata [N, input_dim] -> features [N, hidden_dim]."""
+
+    def __init__(self, arguments: MetadataArguments) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.model = nn.Sequential(
+            nn.Linear(arguments.input_dim, arguments.hidden_dim),
+            nn.ReLU(),
+            nn.Dropout(arguments.dropout),
+            nn.Linear(arguments.hidden_dim, arguments.hidden_dim),
+            nn.ReLU(),
+            nn.Dropout(arguments.dropout),
+        )
+
+    def forward(self, metadata: Tensor) -> Tensor:
+        """See the class."""
+        features: Tensor = self.model(metadata)
+        return features
+
+
+class MetadataClassifier(MetadataEncoder):
+    """A metadata encoder's inputs -> logits [N, num_classes]."""
+
+    def __init__(self, arguments: MetadataArguments) -> None:
+        super().__init__(arguments)
+        self.fc = nn.Linear(arguments.hidden_dim, arguments.num_classes)
+
+    def forward(self, metadata: Tensor) -> Tensor:
+        """See the class."""
+        logits: Tensor = self.fc(super().forward(metadata))
+        return logits
