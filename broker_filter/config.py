@@ -53,7 +53,7 @@ class ServiceSection(Section):
     model_config = ConfigDict(strict=True)
 
 
-class Surroundings(ABC):
+class ConfigChecks(ABC):
     """What a service file is checked against besides itself: given to pydantic as the context of a validation.
 
     Without it only the file's form is checked. Every method but `outputs` raises ValueError for what does not do.
@@ -90,12 +90,12 @@ class Surroundings(ABC):
         """librdkafka must accept the properties beside `sasl` and `tls`, and none may be the service's own to set."""
 
 
-def _surroundings(info: ValidationInfo) -> Surroundings | None:
-    return info.context if isinstance(info.context, Surroundings) else None
+def _checks(info: ValidationInfo) -> ConfigChecks | None:
+    return info.context if isinstance(info.context, ConfigChecks) else None
 
 
 def _is_file(path: Path, info: ValidationInfo) -> Path:
-    if _surroundings(info) and not (path.is_file() and os.access(path, os.R_OK)):
+    if _checks(info) and not (path.is_file() and os.access(path, os.R_OK)):
         raise ValueError(f"no file {path} that can be read")
     return path
 
@@ -111,8 +111,8 @@ class SecretFromEnvironment(ServiceSection):
     @field_validator("env")
     @classmethod
     def _is_set(cls, name: str, info: ValidationInfo) -> str:
-        if surroundings := _surroundings(info):
-            surroundings.check_variable(name)
+        if checks := _checks(info):
+            checks.check_variable(name)
         return name
 
 
@@ -276,15 +276,15 @@ class Input(ServiceSection):
     @field_validator("schema_registry")
     @classmethod
     def _registry_is_there(cls, location: str | None, info: ValidationInfo) -> str | None:
-        if _surroundings(info) and location and not _is_http_url(location) and not Path(location).is_dir():
+        if _checks(info) and location and not _is_http_url(location) and not Path(location).is_dir():
             raise ValueError("neither an http(s) URL nor a directory")
         return location
 
     @field_validator("kafka")
     @classmethod
     def _properties_exist(cls, properties: dict[str, KafkaValue], info: ValidationInfo) -> dict[str, KafkaValue]:
-        if surroundings := _surroundings(info):
-            surroundings.check_properties("consumer", properties, info.data.get("sasl"), info.data.get("tls"))
+        if checks := _checks(info):
+            checks.check_properties("consumer", properties, info.data.get("sasl"), info.data.get("tls"))
         return properties
 
 
@@ -329,8 +329,8 @@ class Output(ServiceSection):
     @field_validator("kafka")
     @classmethod
     def _properties_exist(cls, properties: dict[str, KafkaValue], info: ValidationInfo) -> dict[str, KafkaValue]:
-        if surroundings := _surroundings(info):
-            surroundings.check_properties("producer", properties, info.data.get("sasl"), info.data.get("tls"))
+        if checks := _checks(info):
+            checks.check_properties("producer", properties, info.data.get("sasl"), info.data.get("tls"))
         return properties
 
 
@@ -350,8 +350,8 @@ class Model(ServiceSection):
     @field_validator("bundle")
     @classmethod
     def _bundle_is_sound(cls, bundle: str, info: ValidationInfo) -> str:
-        if surroundings := _surroundings(info):
-            surroundings.model_name(bundle)
+        if checks := _checks(info):
+            checks.model_name(bundle)
         return bundle
 
 
@@ -376,15 +376,15 @@ class Anomalies(ServiceSection):
     @field_validator("reference")
     @classmethod
     def _reference_is_of_a_model(cls, reference: Path, info: ValidationInfo) -> Path:
-        if surroundings := _surroundings(info):
-            surroundings.check_reference(reference)
+        if checks := _checks(info):
+            checks.check_reference(reference)
         return reference
 
     @field_validator("where")
     @classmethod
     def _where_compiles(cls, where: str | None, info: ValidationInfo) -> str | None:
-        if where is not None and (surroundings := _surroundings(info)):
-            surroundings.check_filter(where, surroundings.outputs())
+        if where is not None and (checks := _checks(info)):
+            checks.check_filter(where, checks.outputs())
         return where
 
 
@@ -404,8 +404,8 @@ class Filter(ServiceSection):
     @field_validator("where")
     @classmethod
     def _where_compiles(cls, where: str, info: ValidationInfo) -> str:
-        if surroundings := _surroundings(info):
-            surroundings.check_filter(where, surroundings.outputs())
+        if checks := _checks(info):
+            checks.check_filter(where, checks.outputs())
         return where
 
 
@@ -514,8 +514,8 @@ class Service(ServiceSection):
     @field_validator("models")
     @classmethod
     def _models_differ(cls, models: list[Model], info: ValidationInfo) -> list[Model]:
-        if surroundings := _surroundings(info):
-            names = [surroundings.model_name(model.bundle) for model in models]
+        if checks := _checks(info):
+            names = [checks.model_name(model.bundle) for model in models]
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(
                     f"more than one bundle is called {', '.join(twice)}; their outputs could not be told apart"

@@ -8,7 +8,7 @@ from typing import Literal
 
 from confluent_kafka import Consumer, KafkaException, Producer
 
-from broker_filter.config import KafkaValue, Sasl, Section, Surroundings, Tls
+from broker_filter.config import ConfigChecks, KafkaValue, Sasl, Section, Tls
 from broker_filter.kafka.client import (
     librdkafka_log,
     plain_properties,
@@ -24,8 +24,8 @@ NO_ENDPOINT = "file:///dev/null"
 """librdkafka asks for an OIDC token as soon as it makes a client. A check must not send the secret anywhere."""
 
 
-class ThisMachine(Surroundings):
-    """The surroundings of a service that is to run here."""
+class EnvironmentChecks(ConfigChecks):
+    """Checks of a service file in the environment of this process."""
 
     def __init__(self, environment: Mapping[str, str], bundles: Sequence[str]) -> None:
         """`bundles`: those that the file names, sound or not."""
@@ -34,19 +34,19 @@ class ThisMachine(Surroundings):
         self._opened: dict[str, Bundle | BundleError] = {}
 
     def check_variable(self, name: str) -> None:
-        """See Surroundings."""
+        """See ConfigChecks."""
         if name not in self._environment:
             raise ValueError(f"the environment variable {name} is not set")
 
     def model_name(self, bundle: str) -> str:
-        """See Surroundings."""
+        """See ConfigChecks."""
         opened = self._open(bundle)
         if isinstance(opened, BundleError):
             raise ValueError(str(opened))
         return opened.card.name
 
     def outputs(self) -> list[str] | None:
-        """See Surroundings."""
+        """See ConfigChecks."""
         outputs = []
         for name in self._bundles:
             opened = self._open(name)
@@ -56,7 +56,7 @@ class ThisMachine(Surroundings):
         return outputs
 
     def check_reference(self, file: Path) -> None:
-        """See Surroundings. Reads its card alone, not what may be gigabytes."""
+        """See ConfigChecks. Reads its card alone, not what may be gigabytes."""
         cards = [opened.card for name in self._bundles if isinstance(opened := self._open(name), Bundle)]
         try:
             reference = read_card(file)
@@ -66,7 +66,7 @@ class ThisMachine(Surroundings):
             raise ValueError(str(error)) from None
 
     def check_filter(self, where: str, outputs: Sequence[str] | None) -> None:
-        """See Surroundings."""
+        """See ConfigChecks."""
         compile_filter(where, FIELDS, outputs)
 
     def check_properties(
@@ -76,7 +76,7 @@ class ThisMachine(Surroundings):
         sasl: Sasl | None,
         tls: Tls | None,
     ) -> None:
-        """See Surroundings. The check makes a client without servers, which connects to nothing.
+        """See ConfigChecks. The check makes a client without servers, which connects to nothing.
 
         The client gets the text of the secrets, because some properties are valid only beside a secret one.
         """

@@ -1,4 +1,4 @@
-"""A service file: reads it, checks it against its surroundings, and says everything that is wrong with it at once."""
+"""A service file: reads it, checks it, and reports all its errors at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from broker_filter.config import SecretFromEnvironment, SecretFromFile, Section, Service, suggestion
-from broker_filter.config_checks import ThisMachine
+from broker_filter.config_checks import EnvironmentChecks
 
 MAX_FILE_BYTES = 1 << 20
 """A service file has some dozens of lines; anything near this is another file, named by mistake."""
@@ -41,7 +41,7 @@ class ConfigError(Exception):
 
 
 def load_service(file: Path, environment: Mapping[str, str] = os.environ) -> Service:
-    """Reads a service file and checks all of it against its surroundings.
+    """Reads a service file and checks all of it.
 
     `environment`: `BROKER_FILTER__INPUT__GROUP_ID=me` overrides the key input.group_id; values are YAML, and one for a
     whole section replaces it. Raises ConfigError with every problem.
@@ -51,9 +51,9 @@ def load_service(file: Path, environment: Mapping[str, str] = os.environ) -> Ser
         _override(document, environment)
     except _UnreadableError as error:
         raise ConfigError(file, [Problem("", str(error))]) from None
-    surroundings = ThisMachine(environment, _bundles(document))
+    checks = EnvironmentChecks(environment, _bundles(document))
     try:
-        return Service.model_validate(document, context=surroundings)
+        return Service.model_validate(document, context=checks)
     except ValidationError as error:
         raise ConfigError(file, list(_describe(error, document))) from None
 

@@ -25,8 +25,8 @@ class Health:
 
     def __init__(self) -> None:
         self._waiting: dict[str, str] = {}
-        self.ailing: Callable[[], str | None] = lambda: None
-        """What a living service must not be: a stage that is stuck or has ended. None where all is well."""
+        self.unhealthy_reason: Callable[[], str | None] = lambda: None
+        """Returns why the service is unhealthy: which stage is stuck or has ended. Returns None if it is healthy."""
 
     def set(self, subject: str, reason: str | None) -> None:
         """Not ready for this `reason`, or ready as far as `subject` goes."""
@@ -70,9 +70,9 @@ def serve(health: Health, metrics: Metrics, host: str, port: int) -> Iterator[in
                 case "/metrics":
                     self._answer(HTTPStatus.OK, metrics.exposition(), PROMETHEUS)
                 case "/livez":
-                    self._judge(health.ailing())
+                    self._judge(health.unhealthy_reason())
                 case "/readyz":
-                    self._judge(health.ailing() or health.waiting)
+                    self._judge(health.unhealthy_reason() or health.waiting)
                 case _:
                     self._answer(HTTPStatus.NOT_FOUND, b"/metrics, /livez, /readyz\n", TEXT)
 

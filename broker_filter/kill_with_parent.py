@@ -1,6 +1,6 @@
 """Child processes that must not outlive this one, not even where it is killed and can end nothing itself.
 
-Never for what should be ended in good order: whoever hangs on a lifeline is killed.
+Never for what should be ended in good order: the child is killed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Child(Protocol):
         """Ends it at once."""
 
 
-class Lifeline:
+class KillWithParent:
     """Holds a child process until it is cut, and kills it where this process is gone before.
 
     A shell waits on a pipe whose other end this process has. `PR_SET_PDEATHSIG` would do without, but means the thread
@@ -36,7 +36,7 @@ class Lifeline:
             child.kill()
             raise
 
-    def cut(self) -> None:
+    def release(self) -> None:
         """Lets go of the child: to be called before it is waited for, after which its id may be anybody's."""
         self._watcher.kill()
         self._watcher.communicate()

@@ -19,7 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
 
-from broker_filter.kill_with_parent import Lifeline
+from broker_filter.kill_with_parent import KillWithParent
 
 USER = "alice"
 """What clients of a secure cluster log in as; the password is made anew for each cluster."""
@@ -87,7 +87,7 @@ class KafkaCluster:
         self._internal_ports = {node: next(ports) for node in self.nodes}
         self._controller_ports = {node: next(ports) for node in self.nodes}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        self._lifelines: dict[int, Lifeline] = {}
+        self._guards: dict[int, KillWithParent] = {}
 
     @property
     def bootstrap_servers(self) -> str:
@@ -147,7 +147,7 @@ class KafkaCluster:
     def kill(self, node: int, signal_number: int = signal.SIGKILL) -> None:
         """Ends a node: at once, or in good order with SIGTERM."""
         process = self._processes.pop(node)
-        self._lifelines.pop(node).cut()
+        self._guards.pop(node).release()
         process.send_signal(signal_number)
         process.wait(READY_TIMEOUT_S)
 
@@ -247,7 +247,7 @@ class KafkaCluster:
             process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=self._environment(), start_new_session=True
             )
-        self._lifelines[node] = Lifeline(process)
+        self._guards[node] = KillWithParent(process)
         self._processes[node] = process
 
     def _log(self, node: int) -> Path:
@@ -276,12 +276,12 @@ def embedded_broker(directory: Path) -> Iterator[str]:
         process = subprocess.Popen(
             [str(program), "start", *options], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    lifeline = Lifeline(process)
+    guard = KillWithParent(process)
     try:
         wait_until_listening(port, process, log_path)
         yield f"127.0.0.1:{port}"
     finally:
-        lifeline.cut()
+        guard.release()
         process.kill()
         process.wait()
 

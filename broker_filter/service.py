@@ -78,7 +78,7 @@ class FilterService:
         self._stop = stop
         self._metrics = Metrics()
         self._health = Health()
-        self._health.ailing = self._ailing
+        self._health.unhealthy_reason = self._unhealthy_reason
         self._health.set("group", "not joined yet")
         self._failed = threading.Event()
         self._failure: BaseException | None = None
@@ -148,7 +148,7 @@ class FilterService:
 
     def _decode(self, delivery: Delivery) -> Decoded:
         with self._decoding.working():
-            return self._insist(lambda: self._decoder.decode_some(delivery.packets), self._decoding)
+            return self._retry(lambda: self._decoder.decode_some(delivery.packets), self._decoding)
 
     def _score(self) -> None:
         while (item := self._next(self._decoded)) is not None:
@@ -161,7 +161,7 @@ class FilterService:
                 with self._scoring.working():
                     scored = score_alerts(alerts, rejects, self._scorer, self._window, self._judge)
                 with self._routing.working():
-                    routed = self._insist(lambda: self._router.route(scored), self._routing)  # noqa: B023 -- called at once
+                    routed = self._retry(lambda: self._router.route(scored), self._routing)  # noqa: B023 -- called at once
                     self._window.forget(alerts, [i for i in routed.refused if not scored.duplicate[i]])
                     works = divide(part, scored, routed)
                 self._put((works, not delivery.packets))
@@ -206,7 +206,7 @@ class FilterService:
     def _serve_group(self, endpoints: Endpoints) -> None:
         self._check()
         with self._reading.watched():
-            endpoints.source.hold()
+            endpoints.source.pause()
         self._observe(endpoints)
 
     def _put(self, routed: Routed | None) -> None:
@@ -225,7 +225,7 @@ class FilterService:
             except Empty:
                 self._check()
 
-    def _insist(self, call: Callable[[], T], stage: Stage) -> T:
+    def _retry(self, call: Callable[[], T], stage: Stage) -> T:
         """The answer of a call that may need the schema registry, however long that is away: no alert is at fault."""
         failed = False
         for pause in pauses():
@@ -254,7 +254,7 @@ class FilterService:
             thread.start()
         deadline = None
         while any(thread.is_alive() for thread in threads) or self._decoding.busy_s():
-            if stuck := self._ailing():
+            if stuck := self._unhealthy_reason():
                 self._end_at_once(stuck)
             if deadline is None and (self._stop.is_set() or self._failed.is_set()):
                 deadline = time.monotonic() + (END_TIMEOUT_S if self._failed.is_set() else DRAIN_TIMEOUT_S)
@@ -281,7 +281,7 @@ class FilterService:
         if self._failed.is_set():
             raise EndedError
 
-    def _ailing(self) -> str | None:
+    def _unhealthy_reason(self) -> str | None:
         for stage in self._stages:
             if (busy := stage.busy_s()) > self._config.stall_timeout_s:
                 return f"stage {stage.name} is stuck: at one batch for {busy:.0f} s"

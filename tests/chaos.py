@@ -26,7 +26,7 @@ import yaml
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from broker_filter.kill_with_parent import Lifeline
+from broker_filter.kill_with_parent import KillWithParent
 from broker_filter.local_kafka import KafkaCluster, free_ports, kafka_home
 
 SHARED = Path(os.environ.get("BROKER_FILTER_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -66,7 +66,7 @@ class Chaos:
         self.luck = random.Random(seed)
         self.name = f"chaos-{os.getpid()}-{time.time_ns()}"
         self.instances: dict[int, subprocess.Popen[bytes]] = {}
-        self.lifelines: dict[int, Lifeline] = {}
+        self.guards: dict[int, KillWithParent] = {}
         self.sent = 0
         self.packets = packets()
         admin = AdminClient({"bootstrap.servers": source})
@@ -95,12 +95,12 @@ class Chaos:
             self.instances[slot] = subprocess.Popen(
                 [sys.executable, "-m", "broker_filter", "run", "--config", str(path)], stdout=log, stderr=log
             )
-        self.lifelines[slot] = Lifeline(self.instances[slot])
+        self.guards[slot] = KillWithParent(self.instances[slot])
 
     def end(self, slot: int, how: signal.Signals) -> int:
         """Ends an instance and returns its exit status."""
         process = self.instances.pop(slot)
-        self.lifelines.pop(slot).cut()
+        self.guards.pop(slot).release()
         process.send_signal(how)
         return process.wait(120)
 

@@ -25,7 +25,7 @@ from broker_filter.local_kafka import KafkaCluster, embedded_broker, kafka_home
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import load_bundle
 from broker_filter.scoring.neighbours import normalise
-from broker_filter.scoring.reference import UNLABELLED, Ordinary, SurveyCounts, SurveyReference, make_reference
+from broker_filter.scoring.reference import UNLABELLED, ReferenceAlerts, SurveyCounts, SurveyReference, make_reference
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("BROKER_FILTER_SHARED", CHECKOUT.parent / "shared"))
@@ -165,7 +165,7 @@ def reference_file(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     names = np.array([f"ZTF26a{i}" for i in range(100)])
     embedding = normalise(rng.standard_normal((100, 8)))
-    alerts = Ordinary(embedding, np.arange(100), names, np.full(100, Survey.ZTF, np.uint8))
+    alerts = ReferenceAlerts(embedding, np.arange(100), names, np.full(100, Survey.ZTF, np.uint8))
     scores = np.sort(rng.gamma(3, 0.1, 50).astype(np.float32))
     file = tmp_path / "ordinary.safetensors"
     card = load_bundle("default").card

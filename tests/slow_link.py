@@ -94,7 +94,7 @@ def measure(
         print(f"{arguments.rate} kB/s: {rate:.2f} alerts/s, longest gap {gap:.0f} s, {aborted:.0f} aborted", flush=True)
         status = service.end()
     finally:
-        service.lifeline.cut()
+        service.guard.release()
         if service.process.poll() is None:
             service.end(signal.SIGKILL)
     inputs = read_inputs(output, len(sent)) if done == len(sent) else []

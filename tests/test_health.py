@@ -43,7 +43,7 @@ def test_ready_once_nothing_is_waited_for() -> None:
 
 def test_stuck_stage_is_neither_alive_nor_ready() -> None:
     health = Health()
-    health.ailing = lambda: "stage score is stuck"
+    health.unhealthy_reason = lambda: "stage score is stuck"
     with serve(health, Metrics(), "127.0.0.1", 0) as port:
         assert get(port, "/livez") == (503, "stage score is stuck\n")
         assert get(port, "/readyz") == (503, "stage score is stuck\n")

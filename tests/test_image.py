@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from broker_filter.kill_with_parent import Lifeline
+from broker_filter.kill_with_parent import KillWithParent
 from broker_filter.local_kafka import free_ports
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -127,7 +127,7 @@ def test_the_service_warns_that_it_decodes_in_python(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "broker_filter", "run", "--config", str(config)]
     environment = {**os.environ, PURE_PYTHON: "1"}
     service = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    lifeline = Lifeline(service)
+    guard = KillWithParent(service)
     assert service.stderr is not None
     said = []
     for line in service.stderr:
@@ -135,6 +135,6 @@ def test_the_service_warns_that_it_decodes_in_python(tmp_path: Path) -> None:
         if "metrics and health on" in line:
             break
     service.terminate()
-    lifeline.cut()
+    guard.release()
     service.communicate()
     assert any("packets are decoded in Python" in line for line in said), said

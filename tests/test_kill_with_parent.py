@@ -1,4 +1,4 @@
-"""What hangs on a lifeline ends with the process that holds it, however that ends."""
+"""A guarded child process ends with the process that guards it, however that ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from broker_filter.kill_with_parent import Lifeline
+from broker_filter.kill_with_parent import KillWithParent
 
 from .conftest import apache_kafka
 
@@ -57,9 +57,9 @@ def test_broker_ends_with_who_started_it_and_was_killed(kind: str, tmp_path: Pat
         time.sleep(0.1)
 
 
-def test_a_lifeline_that_is_cut_kills_nobody() -> None:
+def test_a_released_guard_kills_nothing() -> None:
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
-        Lifeline(child).cut()
+        KillWithParent(child).release()
         assert child.stdin is not None
         child.stdin.close()
         assert child.wait(PATIENCE_S) == 0

@@ -1,4 +1,4 @@
-"""Who reads an arena's topic, in processes of their own: the service as it runs in production, and the loops beside it.
+"""Readers of a testbed's topic, in their own processes: the service as it runs in production, and the baseline loops.
 
 Nothing of them outlives its `with` block, nor the process.
 """
@@ -19,9 +19,9 @@ from confluent_kafka import ConsumerGroupState, KafkaException
 
 from broker_filter.bench.baselines import LEAST_COMMITS, Loop, naive_loop, no_work_loop
 from broker_filter.bench.measure import BenchmarkError, Run
-from broker_filter.bench.testbed import PARTITIONS, REQUEST_TIMEOUT_S, Arena
+from broker_filter.bench.testbed import PARTITIONS, REQUEST_TIMEOUT_S, Testbed
 from broker_filter.config import SCORED, Model, Transaction
-from broker_filter.kill_with_parent import Lifeline
+from broker_filter.kill_with_parent import KillWithParent
 from broker_filter.scoring.bundle import load_bundle
 
 JOIN_TIMEOUT_S = 120.0
@@ -36,7 +36,7 @@ class ServiceInstances:
 
     def __init__(
         self,
-        arena: Arena,
+        testbed: Testbed,
         model: Model,
         *,
         device: str,
@@ -45,29 +45,29 @@ class ServiceInstances:
     ) -> None:
         self.group = f"service-{uuid.uuid4().hex[:8]}"
         self.output = f"{self.group}.{SCORED}"
-        self._arena = arena
+        self._testbed = testbed
         self._instances = instances
         most = Transaction().max_alerts
         bundle = str(load_bundle(model.bundle).directory.resolve())
         service = {
             "input": {
-                "bootstrap_servers": arena.broker.bootstrap_servers,
+                "bootstrap_servers": testbed.broker.bootstrap_servers,
                 "group_id": self.group,
-                "topics": [arena.topic],
+                "topics": [testbed.topic],
                 "start": "earliest",
                 "schema_registry": schema_registry,
             },
             "output": {"prefix": self.group},
-            "transaction": {"max_alerts": min(most, arena.alerts // LEAST_COMMITS or most)},
+            "transaction": {"max_alerts": min(most, testbed.alerts // LEAST_COMMITS or most)},
             "models": [{"bundle": bundle, "also": model.also}],
             "runtime": {"device": device},
             "http": {"port": 0},
         }
-        self._configuration = arena.directory / f"{self.group}.yaml"
+        self._configuration = testbed.directory / f"{self.group}.yaml"
         self._configuration.write_text(yaml.safe_dump(service))
-        self._logs = [arena.directory / f"{self.group}-{i}.log" for i in range(instances)]
+        self._logs = [testbed.directory / f"{self.group}-{i}.log" for i in range(instances)]
         self._running: list[subprocess.Popen[bytes]] = []
-        self._lifelines: list[Lifeline] = []
+        self._guards: list[KillWithParent] = []
 
     @property
     def processes(self) -> list[int]:
@@ -77,15 +77,15 @@ class ServiceInstances:
     @property
     def rebalances(self) -> int:
         """How often a partition went to another instance, or was claimed again, by what the instances say."""
-        claims = sum(log.read_text().count(f"reading {self._arena.topic}/") for log in self._logs)
-        return claims - len(self._arena.partitions)
+        claims = sum(log.read_text().count(f"reading {self._testbed.topic}/") for log in self._logs)
+        return claims - len(self._testbed.partitions)
 
     def __enter__(self) -> ServiceInstances:
         command = [sys.executable, "-m", "broker_filter", "run", "--config", str(self._configuration)]
         for log in self._logs:
             with log.open("wb") as output:
                 self._running.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
-            self._lifelines.append(Lifeline(self._running[-1]))
+            self._guards.append(KillWithParent(self._running[-1]))
         return self
 
     def __exit__(
@@ -98,8 +98,8 @@ class ServiceInstances:
                 for process in self._running:
                     process.wait(STOP_TIMEOUT_S)
         finally:
-            for lifeline in self._lifelines:
-                lifeline.cut()
+            for guard in self._guards:
+                guard.release()
             for process in self._running:
                 process.kill()
                 process.wait()
@@ -123,7 +123,7 @@ class ServiceInstances:
             time.sleep(LOOK_INTERVAL_S)
 
     def _joined(self) -> bool:
-        described = self._arena.admin.describe_consumer_groups([self.group], request_timeout=REQUEST_TIMEOUT_S)
+        described = self._testbed.admin.describe_consumer_groups([self.group], request_timeout=REQUEST_TIMEOUT_S)
         try:
             group = described[self.group].result()
         except KafkaException:
@@ -132,17 +132,17 @@ class ServiceInstances:
         return (group.state, len(group.members), assigned) == (
             ConsumerGroupState.STABLE,
             self._instances,
-            len(self._arena.partitions),
+            len(self._testbed.partitions),
         )
 
 
 class LoopProcess:
     """One of the loops of `baselines`, over so many of the topic's alerts, into a topic with the name of its group."""
 
-    def __init__(self, arena: Arena, loop: Loop, alerts: int, partitions: int) -> None:
+    def __init__(self, testbed: Testbed, loop: Loop, alerts: int, partitions: int) -> None:
         self.group = self.output = f"loop-{uuid.uuid4().hex[:8]}"
-        arena.create(self.output, partitions)
-        arguments = (arena.broker.bootstrap_servers, arena.topic, self.group, alerts)
+        testbed.create(self.output, partitions)
+        arguments = (testbed.broker.bootstrap_servers, testbed.topic, self.group, alerts)
         # Spawned: a fork would inherit librdkafka without its threads.
         self._process: Any = multiprocessing.get_context("spawn").Process(target=loop, args=arguments)
 
@@ -153,13 +153,13 @@ class LoopProcess:
 
     def __enter__(self) -> LoopProcess:
         self._process.start()
-        self._lifeline = Lifeline(self._process)
+        self._guard = KillWithParent(self._process)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lifeline.cut()
+        self._guard.release()
         self._process.kill()
         self._process.join()
 
@@ -169,26 +169,26 @@ class LoopProcess:
             raise BenchmarkError(f"{self.group} ended with {self._process.exitcode}")
 
 
-def run_service(arena: Arena, model: str, device: str) -> Run:
+def run_service(testbed: Testbed, model: str, device: str) -> Run:
     """The service over the whole topic."""
-    with ServiceInstances(arena, Model(bundle=model), device=device) as service:
-        run = arena.watch(service, arena.alerts)
-    arena.settle(service, arena.alerts)
+    with ServiceInstances(testbed, Model(bundle=model), device=device) as service:
+        run = testbed.watch(service, testbed.alerts)
+    testbed.check_output(service, testbed.alerts)
     return run
 
 
-def run_naive_loop(arena: Arena, model: str, alerts: int) -> Run:
+def run_naive_loop(testbed: Testbed, model: str, alerts: int) -> Run:
     """The naive loop over `alerts` of the topic's alerts."""
-    return _run_loop(arena, partial(naive_loop, model=model), alerts, partitions=1)
+    return _run_loop(testbed, partial(naive_loop, model=model), alerts, partitions=1)
 
 
-def run_no_work_loop(arena: Arena) -> Run:
+def run_no_work_loop(testbed: Testbed) -> Run:
     """The loop without work over the whole topic, into as many partitions as the service's."""
-    return _run_loop(arena, no_work_loop, arena.alerts, PARTITIONS)
+    return _run_loop(testbed, no_work_loop, testbed.alerts, PARTITIONS)
 
 
-def _run_loop(arena: Arena, loop: Loop, alerts: int, partitions: int) -> Run:
-    with LoopProcess(arena, loop, alerts, partitions) as process:
-        run = arena.watch(process, alerts)
-    arena.settle(process, alerts)
+def _run_loop(testbed: Testbed, loop: Loop, alerts: int, partitions: int) -> Run:
+    with LoopProcess(testbed, loop, alerts, partitions) as process:
+        run = testbed.watch(process, alerts)
+    testbed.check_output(process, alerts)
     return run

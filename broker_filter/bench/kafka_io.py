@@ -14,7 +14,7 @@ from broker_filter.bench.baselines import NAIVE_TRANSACTION, WAIT_S, naive_consu
 from broker_filter.bench.measure import NAIVE, SERVICE, Contest, Run, Stopwatch, compete
 from broker_filter.bench.naive import NaiveBroker
 from broker_filter.bench.stages import open_decoder
-from broker_filter.bench.testbed import Arena
+from broker_filter.bench.testbed import Testbed
 from broker_filter.config import Batch, Input, Output, Runtime, Service
 from broker_filter.health import Health
 from broker_filter.kafka.connect import Endpoints, connect
@@ -33,28 +33,28 @@ PUBLISHED = 1024
 """Alerts: they are held in memory, decoded, scored and encoded, before the clock starts."""
 
 
-def measure_ends(arena: Arena, packets: Sequence[bytes], model: str, repetitions: int) -> dict[str, Contest]:
-    """Kafka in and Kafka out. `packets`: the distinct ones among the arena's alerts."""
-    naive, service = NaiveEnds(arena, packets, model), ServiceEnds(arena, model)
+def measure_kafka_io(testbed: Testbed, packets: Sequence[bytes], model: str, repetitions: int) -> dict[str, Contest]:
+    """Kafka in and Kafka out. `packets`: the distinct ones among the testbed's alerts."""
+    naive, service = NaiveKafkaIO(testbed, packets, model), ServiceKafkaIO(testbed, model)
     return {
         "Kafka in": compete({NAIVE: naive.take, SERVICE: service.take}, repetitions),
         "Kafka out": compete({NAIVE: naive.publish, SERVICE: service.publish}, repetitions),
     }
 
 
-class NaiveEnds:
+class NaiveKafkaIO:
     """The naive loop's: a message at a time."""
 
-    def __init__(self, arena: Arena, packets: Sequence[bytes], model: str) -> None:
-        self._arena = arena
+    def __init__(self, testbed: Testbed, packets: Sequence[bytes], model: str) -> None:
+        self._testbed = testbed
         broker = NaiveBroker(load_bundle(model))
         self._records = [broker.process(packet) for packet in packets]
 
     def take(self) -> Run:
-        """All of the arena's alerts."""
+        """All of the testbed's alerts."""
         watch, taken = Stopwatch(), 0
-        consumer = naive_consumer(self._arena.broker.bootstrap_servers, self._arena.topic, _name("naive"))
-        while taken < self._arena.alerts:
+        consumer = naive_consumer(self._testbed.broker.bootstrap_servers, self._testbed.topic, _name("naive"))
+        while taken < self._testbed.alerts:
             message = consumer.poll(WAIT_S)
             taken += message is not None and message.error() is None
         run = watch.run(taken)
@@ -64,8 +64,8 @@ class NaiveEnds:
     def publish(self) -> Run:
         """One record a distinct packet."""
         name = _name("naive")
-        self._arena.create(name, partitions=1)
-        producer = naive_producer(self._arena.broker.bootstrap_servers, name)
+        self._testbed.create(name, partitions=1)
+        producer = naive_producer(self._testbed.broker.bootstrap_servers, name)
         watch = Stopwatch()
         for start in range(0, len(self._records), NAIVE_TRANSACTION):
             producer.begin_transaction()
@@ -73,23 +73,23 @@ class NaiveEnds:
                 producer.produce(name, record)
             producer.commit_transaction()
         run = watch.run(len(self._records))
-        self._arena.delete(name)
+        self._testbed.delete(name)
         return run
 
 
-class ServiceEnds:
+class ServiceKafkaIO:
     """The service's source and sink, joined to the group and to the broker as the service does it."""
 
-    def __init__(self, arena: Arena, model: str) -> None:
-        self._arena = arena
+    def __init__(self, testbed: Testbed, model: str) -> None:
+        self._testbed = testbed
         self._scorer = open_scorer([model], Runtime())
         self._decoder = open_decoder(self._scorer)
 
     def take(self) -> Run:
-        """All of the arena's alerts."""
+        """All of the testbed's alerts."""
         watch = Stopwatch()
         with self._joined(_name("service")) as (endpoints, _):
-            taken = sum(len(delivery.packets) for delivery in _deliveries(endpoints, self._arena.alerts))
+            taken = sum(len(delivery.packets) for delivery in _deliveries(endpoints, self._testbed.alerts))
             return watch.run(taken)
 
     def publish(self) -> Run:
@@ -97,7 +97,7 @@ class ServiceEnds:
         window = DuplicateWindow(PUBLISHED)
         with self._joined(_name("service")) as (endpoints, router):
             works: list[list[Work]] = []
-            for delivery in _deliveries(endpoints, min(PUBLISHED, self._arena.alerts)):
+            for delivery in _deliveries(endpoints, min(PUBLISHED, self._testbed.alerts)):
                 scored = score_packets(delivery.packets, self._decoder, self._scorer, window)
                 works.append(divide(delivery, scored, router.route(scored)))
             watch = Stopwatch()
@@ -110,8 +110,8 @@ class ServiceEnds:
     @contextmanager
     def _joined(self, name: str) -> Iterator[tuple[Endpoints, Router]]:
         metrics = Metrics()
-        servers = self._arena.broker.bootstrap_servers
-        source = Input(bootstrap_servers=servers, group_id=name, topics=[self._arena.topic], start="earliest")
+        servers = self._testbed.broker.bootstrap_servers
+        source = Input(bootstrap_servers=servers, group_id=name, topics=[self._testbed.topic], start="earliest")
         config = Service(input=source, output=Output(prefix=name))
         router = open_router(config, self._scorer)
         endpoints = connect(config, router.topics, metrics, Health(), Stage("commit", metrics), threading.Event())
@@ -122,7 +122,7 @@ class ServiceEnds:
             endpoints.sink.close()
             endpoints.source.close()
             for topic in router.topics:
-                self._arena.delete(topic)
+                self._testbed.delete(topic)
 
 
 def _deliveries(endpoints: Endpoints, alerts: int) -> Iterator[Delivery]:
@@ -134,5 +134,5 @@ def _deliveries(endpoints: Endpoints, alerts: int) -> Iterator[Delivery]:
             yield delivery
 
 
-def _name(contestant: str) -> str:
-    return f"{contestant}-ends-{uuid.uuid4().hex[:8]}"
+def _name(competitor: str) -> str:
+    return f"{competitor}-ends-{uuid.uuid4().hex[:8]}"

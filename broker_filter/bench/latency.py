@@ -15,7 +15,7 @@ from broker_filter.bench.competitors import ServiceInstances
 from broker_filter.bench.measure import BenchmarkError, Spread
 from broker_filter.bench.options import Device
 from broker_filter.bench.sample import choose_packets
-from broker_filter.bench.testbed import Arena, Broker
+from broker_filter.bench.testbed import Broker, Testbed
 from broker_filter.config import Model
 from broker_filter.packets.batch import Survey
 from broker_filter.simulate import SCHEMAS
@@ -39,11 +39,16 @@ def measure_latency(
 ) -> dict[str, Spread]:
     """Milliseconds from the input's Kafka timestamp to the output record in the hands of a read_committed reader."""
     alerts = (WARM_UP_S + STEADY_S) * RATE
-    with Arena(broker, directory) as arena, ServiceInstances(arena, Model(bundle=model), device=device) as service:
+    with (
+        Testbed(broker, directory) as testbed,
+        ServiceInstances(testbed, Model(bundle=model), device=device) as service,
+    ):
         service.wait_until_joined()
-        reader = arena.reader(service.output)
+        reader = testbed.reader(service.output)
         sent: dict[Place, tuple[int, float]] = {}
-        sender = threading.Thread(target=send_steadily, args=(arena, islice(cycle(packets), alerts), sent), daemon=True)
+        sender = threading.Thread(
+            target=send_steadily, args=(testbed, islice(cycle(packets), alerts), sent), daemon=True
+        )
         sender.start()
         arrived: dict[Place, float] = {}
         while len(arrived) < alerts:
@@ -57,16 +62,16 @@ def measure_latency(
                 arrived[int(partition), int(offset)] = now_ms
         sender.join()
         reader.close()
-        arena.delete(service.output)
+        testbed.delete(service.output)
     latencies = [arrived[place] - sent_ms for place, (i, sent_ms) in sent.items() if i >= WARM_UP_S * RATE]
     p50, p99 = np.percentile(latencies, [50, 99]).tolist()
     return {"latency p50, ms": Spread.of([p50]), "latency p99, ms": Spread.of([p99])}
 
 
-def send_steadily(arena: Arena, packets: Iterable[bytes], sent: dict[Place, tuple[int, float]]) -> None:
+def send_steadily(testbed: Testbed, packets: Iterable[bytes], sent: dict[Place, tuple[int, float]]) -> None:
     """Sends packets at RATE; notes where each came to stand, the how manieth it was, and its timestamp (Unix ms)."""
     # Without linger: how long the survey's producer waits is not the service's.
-    producer = Producer({**arena.client, "linger.ms": 0, "message.max.bytes": 2**24})
+    producer = Producer({**testbed.client, "linger.ms": 0, "message.max.bytes": 2**24})
     started = time.monotonic()
     for i, packet in enumerate(packets):
 
@@ -76,19 +81,19 @@ def send_steadily(arena: Arena, packets: Iterable[bytes], sent: dict[Place, tupl
 
         while (delay := started + i / RATE - time.monotonic()) > 0:
             producer.poll(delay)
-        producer.produce(arena.topic, packet, partition=i % len(arena.partitions), on_delivery=note)
+        producer.produce(testbed.topic, packet, partition=i % len(testbed.partitions), on_delivery=note)
     producer.flush()
 
 
 def measure_burst(broker: Broker, model: str, device: Device, directory: Path) -> dict[str, Spread]:
     """A visit of simulated LSST packets, all there at one moment: how long until the last one's output is committed."""
     packets = choose_packets([], BURST_DISTINCT, Survey.LSST)
-    with Arena(broker, directory) as arena:
+    with Testbed(broker, directory) as testbed:
         choice = Model(bundle=model, also=["lsst"])
-        with ServiceInstances(arena, choice, device=device, schema_registry=str(SCHEMAS)) as service:
+        with ServiceInstances(testbed, choice, device=device, schema_registry=str(SCHEMAS)) as service:
             service.wait_until_joined()
-            began = arena.send(list(islice(cycle(packets), BURST)))
-            *_, last = arena.progress(service, arena.alerts)
+            began = testbed.send(list(islice(cycle(packets), BURST)))
+            *_, last = testbed.progress(service, testbed.alerts)
             rebalances = service.rebalances
-        arena.settle(service, arena.alerts)
+        testbed.check_output(service, testbed.alerts)
     return {"burst drained, s": Spread.of([last.time - began]), "burst, rebalances": Spread.of([rebalances])}

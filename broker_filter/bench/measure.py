@@ -1,4 +1,4 @@
-"""Timing that survives a noisy machine: contestants take turns, and what counts is the median and its spread."""
+"""Timing that survives a noisy machine: competitors take turns, and what counts is the median and its spread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NAIVE, SERVICE, SERVICE_2_THREADS = "naive", "service", "service, 2 threads"
-"""Contestants: an alert broker as it is usually written, and ours; on one thread where nothing else is said."""
+"""Competitors: an alert broker as it is usually written, and ours; on one thread where nothing else is said."""
 INFLATE, FLOPS, NO_WORK, RUNTIME = "inflate", "FLOPs", "no work", "runtime alone"
 """Floors, which do a part of the work and nothing else; see `floors`."""
 _SCHEDULED = 2
@@ -19,7 +19,7 @@ LEAST_S = 0.25
 
 
 class BenchmarkError(RuntimeError):
-    """What would make figures meaningless: a contestant that lost or repeated an alert, or nothing to measure."""
+    """What would make figures meaningless: a competitor that lost or repeated an alert, or nothing to measure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Run:
     broker_microseconds: float | None = None
     """CPU time of the Kafka brokers, an alert, where they are ours to look at."""
     peak_megabytes: float | None = None
-    """The most memory that was resident, where the contestant is a process of its own."""
+    """The most memory that was resident, where the competitor is a process of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """A contestant's runs."""
+    """A competitor's runs."""
 
     alerts_per_second: Spread
     cpu_microseconds: Spread
@@ -76,16 +76,16 @@ class Figures:
 
 
 Contest = Mapping[str, Figures]
-"""The same alerts by contestants of these names."""
+"""The same alerts by competitors of these names."""
 
 
-def compete(contestants: Mapping[str, Callable[[], Run]], repetitions: int) -> Contest:
+def compete(competitors: Mapping[str, Callable[[], Run]], repetitions: int) -> Contest:
     """Measures all in turns: a slow moment of the machine falls on all."""
-    runs: dict[str, list[Run]] = {name: [] for name in contestants}
-    gc.freeze()  # as in `run` and `score`; what was made ready for the contestants, too, is none of their work
+    runs: dict[str, list[Run]] = {name: [] for name in competitors}
+    gc.freeze()  # as in `run` and `score`; what was made ready for the competitors, too, is none of their work
     for _ in range(repetitions):
-        for name, contestant in contestants.items():
-            runs[name].append(contestant())
+        for name, competitor in competitors.items():
+            runs[name].append(competitor())
     return {name: Figures.of(own) for name, own in runs.items()}
 
 

@@ -17,7 +17,7 @@ from broker_filter.bench.competitors import ServiceInstances
 from broker_filter.bench.measure import BenchmarkError, Spread, memory_megabytes
 from broker_filter.bench.options import Device
 from broker_filter.bench.sample import NightWriter, in_batches
-from broker_filter.bench.testbed import Arena
+from broker_filter.bench.testbed import Testbed
 from broker_filter.config import Model
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.ocf import encode_long
@@ -32,9 +32,9 @@ ID_STEP = 1_000_003
 OPEN_TIMEOUT_S = 60.0
 
 
-def measure_startup(arena: Arena, packet: bytes, model: str, device: Device, repetitions: int) -> dict[str, Spread]:
+def measure_startup(testbed: Testbed, packet: bytes, model: str, device: Device, repetitions: int) -> dict[str, Spread]:
     """Seconds from the start of a process: to the end of a replay of one alert, and to the service's first commit."""
-    night, table = arena.directory / "one.avro", arena.directory / "one.jsonl"
+    night, table = testbed.directory / "one.avro", testbed.directory / "one.jsonl"
     night.write_bytes(packet)
     replayed, committed = [], []
     for _ in range(repetitions):
@@ -42,9 +42,9 @@ def measure_startup(arena: Arena, packet: bytes, model: str, device: Device, rep
         subprocess.run(score_command(night, table, model, device), check=True, capture_output=True)
         replayed.append(time.monotonic() - began)
         began = time.monotonic()
-        with ServiceInstances(arena, Model(bundle=model), device=device) as service:
-            committed.append(next(arena.progress(service, arena.alerts)).time - began)
-        arena.delete(service.output)
+        with ServiceInstances(testbed, Model(bundle=model), device=device) as service:
+            committed.append(next(testbed.progress(service, testbed.alerts)).time - began)
+        testbed.delete(service.output)
     return {"first score of a replay, s": Spread.of(replayed), "first score of the service, s": Spread.of(committed)}
 
 

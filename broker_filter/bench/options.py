@@ -16,7 +16,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class Options:
     """`inputs`: of ZTF packets; simulated ones without any. `models`: bundles; naive loop and floors compete with the
     first. `alerts`: how many go through archive and broker. `bootstrap_servers`: a running cluster; without any, Apache
     Kafka of KAFKA_HOME is started, or else the embedded broker.

@@ -27,6 +27,6 @@ class Report:
     wholes: dict[str, Contest] = field(default_factory=dict)
     """Archives on one thread where nothing else is said; through the broker on all cores."""
     scaling: dict[str, Contest] = field(default_factory=dict)
-    """By partitions; the contestants differ in instances."""
+    """By partitions; the competitors differ in instances."""
     quantities: dict[str, Spread] = field(default_factory=dict)
     """Their names say the unit."""

@@ -1,4 +1,4 @@
-"""What is measured on: packets that all contestants take, from files or simulated."""
+"""What is measured on: packets that all competitors take, from files or simulated."""
 
 from __future__ import annotations
 

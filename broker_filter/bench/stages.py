@@ -51,7 +51,7 @@ POINTS = 4096
 """Room for an alert's history; the longest of ZTF's are some hundreds."""
 ENGINES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")
 Row = Mapping[str, Callable[[], Run]]
-"""The contestants of a stage."""
+"""The competitors of a stage."""
 
 STREAM = 8
 """How often the batches follow each other where two threads take them: a stream, whose end does not count."""

@@ -46,7 +46,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def stages_table(stages: Mapping[str, Contest], *, on_gpu: bool) -> Table:
-    """A row a stage, a column a contestant. CPU time; wall time where a GPU does a part."""
+    """A row a stage, a column a competitor. CPU time; wall time where a GPU does a part."""
     columns = [name for name in ORDER if any(name in contest for contest in stages.values())]
     table = _table(f"{'Wall' if on_gpu else 'CPU'} microseconds an alert, by stage", "stage", *columns)
     for stage, contest in stages.items():
@@ -57,7 +57,7 @@ def stages_table(stages: Mapping[str, Contest], *, on_gpu: bool) -> Table:
 
 
 def contest_table(title: str, contest: Contest) -> Table:
-    """A row a contestant."""
+    """A row a competitor."""
     table = _table(title, "", "alerts/s", "CPU us an alert", "of the brokers", "peak MB")
     for name, figures in contest.items():
         table.add_row(name, *_cells(figures))

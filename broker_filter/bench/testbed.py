@@ -1,7 +1,7 @@
 """A broker, a topic full of packets, and a clock for whoever reads it.
 
 What counts is what is committed: a run is measured up to the last commit of the consumer group, from its first one or
-from when the alerts came to a contestant that waited for them, so that neither start-up nor a record that no reader may
+from when the alerts came to a competitor that waited for them, so that neither start-up nor a record that no reader may
 see yet is counted.
 """
 
@@ -59,7 +59,7 @@ def open_broker(bootstrap_servers: str | None, directory: Path) -> Iterator[Brok
 
 
 class Moment(NamedTuple):
-    """How far a contestant is: alerts committed, seconds by a monotonic clock, CPU seconds of it and of the brokers."""
+    """How far a competitor is: alerts committed, seconds by a monotonic clock, CPU seconds of it and of the brokers."""
 
     committed: int
     time: float
@@ -67,7 +67,7 @@ class Moment(NamedTuple):
     broker_cpu: float
 
 
-class Contestant(Protocol):
+class Competitor(Protocol):
     """Processes that read a topic as one consumer group, and write another."""
 
     group: str
@@ -81,11 +81,11 @@ class Contestant(Protocol):
         """Raises BenchmarkError where one has ended."""
 
 
-class Arena:
+class Testbed:
     """A topic, and a clock for whoever reads it. Deletes the topic in the end."""
 
     def __init__(self, broker: Broker, directory: Path, partitions: int = PARTITIONS) -> None:
-        """`directory`: for configuration and logs of the contestants."""
+        """`directory`: for configuration and logs of the competitors."""
         self.broker = broker
         self.directory = directory
         self.topic = f"bench-{uuid.uuid4().hex[:8]}"
@@ -96,7 +96,7 @@ class Arena:
         self.admin = AdminClient(dict(self.client))
         self.create(self.topic, partitions)
 
-    def __enter__(self) -> Arena:
+    def __enter__(self) -> Testbed:
         return self
 
     def __exit__(
@@ -126,55 +126,55 @@ class Arena:
         self.alerts = len(packets)
         return time.monotonic()
 
-    def watch(self, contestant: Contestant, alerts: int, began: Moment | None = None) -> Run:
-        """Measures a contestant until it has committed so many: from when it `began`, else from its first commit, or,
+    def watch(self, competitor: Competitor, alerts: int, began: Moment | None = None) -> Run:
+        """Measures a competitor until it has committed so many: from when it `began`, else from its first commit, or,
         where nobody looked between that and the last one, from the look before them."""
-        moments = list(self.progress(contestant, alerts))
+        moments = list(self.progress(competitor, alerts))
         first, last = began or (moments[0] if len(moments) > 1 else self._nothing_yet), moments[-1]
         done = last.committed - first.committed
         return Run(
             done / (last.time - first.time),
             (last.cpu - first.cpu) / done * 1e6,
             (last.broker_cpu - first.broker_cpu) / done * 1e6 if self.broker.processes else None,
-            max(memory_megabytes(process, peak=True) for process in contestant.processes),
+            max(memory_megabytes(process, peak=True) for process in competitor.processes),
         )
 
-    def progress(self, contestant: Contestant, alerts: int) -> Iterator[Moment]:
+    def progress(self, competitor: Competitor, alerts: int) -> Iterator[Moment]:
         """Each moment at which more is found to be committed, up to `alerts`."""
         # A consumer that never subscribes does not join its group: it only asks what the group has committed.
         # Uncommitted: else it would wait for a moment without an open transaction, and there may be none.
-        watcher = Consumer({**self.client, "group.id": contestant.group, "isolation.level": "read_uncommitted"})
+        watcher = Consumer({**self.client, "group.id": competitor.group, "isolation.level": "read_uncommitted"})
         committed, since = 0, time.monotonic()
         while committed < alerts:
             if not committed:
-                self._nothing_yet = self.moment(contestant)
+                self._nothing_yet = self.moment(competitor)
             time.sleep(POLL_INTERVAL_S)
-            contestant.check()
+            competitor.check()
             now = min(self._committed(watcher), alerts)  # a position may be past the marker behind the last alert
             if now > committed:
                 committed, since = now, time.monotonic()
-                yield self.moment(contestant, committed)
+                yield self.moment(competitor, committed)
             elif time.monotonic() - since > STALL_TIMEOUT_S:
-                raise BenchmarkError(f"{contestant.group} stalled after {committed} of {alerts} alerts")
+                raise BenchmarkError(f"{competitor.group} stalled after {committed} of {alerts} alerts")
         watcher.close()
 
-    def moment(self, contestant: Contestant, committed: int = 0) -> Moment:
+    def moment(self, competitor: Competitor, committed: int = 0) -> Moment:
         """Now."""
-        cpu, broker_cpu = cpu_seconds(contestant.processes), cpu_seconds(self.broker.processes)
+        cpu, broker_cpu = cpu_seconds(competitor.processes), cpu_seconds(self.broker.processes)
         return Moment(committed, time.monotonic(), cpu, broker_cpu)
 
-    def settle(self, contestant: Contestant, expected: int) -> None:
-        """Counts what a read_committed reader finds of a contestant's output, and deletes it."""
-        consumer = self.reader(contestant.output)
+    def check_output(self, competitor: Competitor, expected: int) -> None:
+        """Counts what a read_committed reader finds of a competitor's output, and deletes it."""
+        consumer = self.reader(competitor.output)
         found = 0
         # No more than there must be: for a surplus it would wait as long as for what is missing.
         while found < expected and (messages := consumer.consume(min(READ_AT_A_TIME, expected - found), MISSING_S)):
             found += sum(message.error() is None for message in messages)
         found += sum(message.error() is None for message in consumer.consume(READ_AT_A_TIME, SURPLUS_S))
         consumer.close()
-        self.delete(contestant.output)
+        self.delete(competitor.output)
         if found != expected:
-            raise BenchmarkError(f"{contestant.output} holds {found} committed records for {expected} alerts")
+            raise BenchmarkError(f"{competitor.output} holds {found} committed records for {expected} alerts")
 
     def reader(self, topic: str) -> Consumer:
         """A read_committed reader of all of a topic, from its beginning."""

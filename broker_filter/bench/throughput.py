@@ -28,7 +28,7 @@ from broker_filter.bench.naive import NaiveBroker
 from broker_filter.bench.options import Device
 from broker_filter.bench.sample import in_batches, write_night
 from broker_filter.bench.stages import BATCH, open_decoder
-from broker_filter.bench.testbed import Arena, Broker
+from broker_filter.bench.testbed import Broker, Testbed
 from broker_filter.config import Model, Runtime
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import open_registry
@@ -82,7 +82,7 @@ def measure_archive(
                 _, alert = broker.decode(stream.read())
                 broker.score(broker.cutouts(alert))
 
-    contestants: dict[str, Callable[[], Run]] = {
+    competitors: dict[str, Callable[[], Run]] = {
         NAIVE: partial(timed, naive, naive_alerts),
         SERVICE: partial(service, 1),
         SERVICE_2_THREADS: partial(service, 2),
@@ -90,34 +90,34 @@ def measure_archive(
         FLOPS: flops_run(bundle),
         RUNTIME: partial(timed, network_alone(alone.models[0].network, bundle, decoded, 1), len(packets)),
     }
-    return {ARCHIVE: compete(contestants, repetitions)}
+    return {ARCHIVE: compete(competitors, repetitions)}
 
 
 def measure_kafka(
-    arena: Arena, packets: Sequence[bytes], models: Sequence[str], device: Device, repetitions: int
+    testbed: Testbed, packets: Sequence[bytes], models: Sequence[str], device: Device, repetitions: int
 ) -> dict[str, Contest]:
     """From topic to topic, full payload, exactly once, on all cores, which the broker shares: a contest a model.
 
     The naive loop and the floors compete with the first model; each model's network alone with each.
     """
-    naive_alerts = max(2 * NAIVE_TRANSACTION, arena.alerts // NAIVE_SHARE)
+    naive_alerts = max(2 * NAIVE_TRANSACTION, testbed.alerts // NAIVE_SHARE)
     scorer = open_scorer(models, Runtime(device=device))
     alerts, _ = open_decoder(scorer).decode(in_batches(packets, len(packets))[0])
     first = scorer.models[0].bundle
     others: dict[str, Callable[[], Run]] = {
-        NAIVE: partial(run_naive_loop, arena, models[0], naive_alerts),
-        NO_WORK: partial(run_no_work_loop, arena),
+        NAIVE: partial(run_naive_loop, testbed, models[0], naive_alerts),
+        NO_WORK: partial(run_no_work_loop, testbed),
         INFLATE: partial(timed, inflate_stamps(packets, NaiveBroker(first)), len(packets)),
         FLOPS: flops_run(first),
     }
     contests = {}
     for name, model in zip(models, scorer.models, strict=True):
         alone = network_alone(model.network, model.bundle, alerts, available_cores())
-        contestants: dict[str, Callable[[], Run]] = {
-            SERVICE: partial(run_service, arena, name, device),
+        competitors: dict[str, Callable[[], Run]] = {
+            SERVICE: partial(run_service, testbed, name, device),
             RUNTIME: partial(timed, alone, len(packets)),
         }
-        contests[kafka_whole(model.name)] = compete(contestants | others, repetitions)
+        contests[kafka_whole(model.name)] = compete(competitors | others, repetitions)
         others = {}
     return contests
 
@@ -128,12 +128,12 @@ def measure_scaling(
     """Throughput by partitions and instances. All instances have joined before the first alert comes."""
 
     def run(partitions: int, instances: int) -> Run:
-        with Arena(broker, directory, partitions) as arena:
-            with ServiceInstances(arena, Model(bundle=model), device=device, instances=instances) as service:
+        with Testbed(broker, directory, partitions) as testbed:
+            with ServiceInstances(testbed, Model(bundle=model), device=device, instances=instances) as service:
                 service.wait_until_joined()
-                arena.send(alerts)
-                measured = arena.watch(service, arena.alerts, arena.moment(service))
-            arena.settle(service, arena.alerts)
+                testbed.send(alerts)
+                measured = testbed.watch(service, testbed.alerts, testbed.moment(service))
+            testbed.check_output(service, testbed.alerts)
         return measured
 
     return {

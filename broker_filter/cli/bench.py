@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from broker_filter.bench.options import PARTS, Request
+from broker_filter.bench.options import PARTS, Options
 
 DEFAULT_PARTS = ("stages", "archive", "kafka", "latency", "startup")
 """Some minutes; the others take as long again, each."""
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.alerts < LEAST_ALERTS or arguments.repetitions < 1:
         print(f"broker-filter bench: --alerts from {LEAST_ALERTS}, --repetitions from 1", file=sys.stderr)
         return 2
-    request = Request(
+    options = Options(
         inputs=arguments.inputs,
         models=arguments.model or ["default"],
         parts=arguments.parts,
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for package in ("kafka", "streaming"):  # parts of the service run in this process too, and would log each step
         logging.getLogger(f"broker_filter.{package}").setLevel(logging.WARNING)
-    report = run_benchmark(request, log.info)
+    report = run_benchmark(options, log.info)
     if arguments.out:
         targets = {one.target.name: {**asdict(one), "met": one.met} for one in judge(report)}
         figures = {**asdict(report), "ratios": ratios(report), "targets": targets}

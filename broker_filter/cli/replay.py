@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from broker_filter.cli import INTERRUPTED
     from broker_filter.console import progress
-    from broker_filter.kafka.client import Complaints, admin_client, ensure_topics, wait_for_cluster
+    from broker_filter.kafka.client import ThrottledErrorLog, admin_client, ensure_topics, wait_for_cluster
     from broker_filter.kafka.replay import Replayer, as_fast_as_possible, at_rate, at_speed
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry
@@ -96,12 +96,10 @@ def run(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGINT, lambda *_: stop.set())
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
 
-    complaints = Complaints(f"brokers {arguments.bootstrap_servers}")
-    if wait_for_cluster(properties, complaints, stop, PATIENCE_S) is None:
+    error_log = ThrottledErrorLog(f"brokers {arguments.bootstrap_servers}")
+    if wait_for_cluster(properties, error_log, stop, PATIENCE_S) is None:
         return INTERRUPTED
-    ensure_topics(
-        admin_client(properties, complaints), [NewTopic(arguments.topic, num_partitions=arguments.partitions)]
-    )
+    ensure_topics(admin_client(properties, error_log), [NewTopic(arguments.topic, num_partitions=arguments.partitions)])
     started = time.monotonic()
     with progress("Replaying", share=lambda: share_read(packets)) as advance:
         replayer = Replayer(properties, arguments.topic, decoder, stop, advance)

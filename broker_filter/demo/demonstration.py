@@ -31,7 +31,7 @@ from broker_filter.demo.report import (
 )
 from broker_filter.demo.results import read_results
 from broker_filter.demo.service import FILTERS, PREFIX, TOPIC, ServiceProcess, counts, write_config
-from broker_filter.kafka.client import Complaints, admin_client, ensure_topics
+from broker_filter.kafka.client import ThrottledErrorLog, admin_client, ensure_topics
 from broker_filter.kafka.replay import Replayer, as_fast_as_possible
 from broker_filter.local_kafka import embedded_broker, free_ports
 from broker_filter.packets.decode import Decoder
@@ -64,7 +64,7 @@ def run_demo(out: Path, n: int, seed: int) -> None:
     ):
         properties = {"bootstrap.servers": bootstrap}
         topics = [NewTopic(TOPIC, num_partitions=PARTITIONS)]
-        ensure_topics(admin_client(properties, Complaints(f"brokers {bootstrap}")), topics)
+        ensure_topics(admin_client(properties, ThrottledErrorLog(f"brokers {bootstrap}")), topics)
         (port,) = free_ports(1)
         log.info("embedding the night before, so that there is something to be strange beside")
         write_reference(files["ordinary.safetensors"], seed)

@@ -12,7 +12,7 @@ from types import TracebackType
 from prometheus_client.parser import text_string_to_metric_families
 
 from broker_filter.demo.error import DemoError
-from broker_filter.kill_with_parent import Lifeline
+from broker_filter.kill_with_parent import KillWithParent
 
 TOPIC = "ztf_20260225_programid1"
 PREFIX = "demo"
@@ -72,13 +72,13 @@ class ServiceProcess:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        self._lifeline = Lifeline(self._process)
+        self._guard = KillWithParent(self._process)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lifeline.cut()
+        self._guard.release()
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()

@@ -30,9 +30,9 @@ from confluent_kafka.admin import AdminClient, OffsetSpec
 from broker_filter.kafka.client import (
     PROPAGATION_PAUSE_S,
     REQUEST_TIMEOUT_S,
-    Complaints,
     KafkaAwayError,
     KafkaSetupError,
+    ThrottledErrorLog,
     explain,
     librdkafka_log,
 )
@@ -270,11 +270,13 @@ class PositionsTopic:
     May be read by several threads.
     """
 
-    def __init__(self, name: str, properties: Mapping[str, object], admin: AdminClient, complaints: Complaints) -> None:
+    def __init__(
+        self, name: str, properties: Mapping[str, object], admin: AdminClient, error_log: ThrottledErrorLog
+    ) -> None:
         """`properties`: of the output's cluster."""
         self.name = name
         self._admin = admin
-        self._account = complaints.account
+        self._account = error_log.account
         self._partition = TopicPartition(name, 0, OFFSET_BEGINNING)
         self._positions: dict[bytes, Position] = {}
         self._reached = 0
@@ -285,7 +287,7 @@ class PositionsTopic:
             "isolation.level": "read_committed",
             "enable.partition.eof": True,
             "auto.offset.reset": "earliest",
-            "error_cb": complaints,
+            "error_cb": error_log,
         }
         self._consumer = Consumer({**properties, **reader}, logger=librdkafka_log)
         self._consumer.assign([self._partition])

@@ -1,4 +1,4 @@
-"""What every Kafka client of the service needs: its properties, a reachable cluster, topics, complaints in plain words.
+"""What every Kafka client of the service needs: its properties, a reachable cluster, topics, errors in plain words.
 
 Secrets are read here, when a client is made, and go nowhere but into its properties: properties are never logged.
 """
@@ -67,7 +67,7 @@ NO_TOPIC_ID = "A" * 22
 
 log = logging.getLogger(__name__)
 librdkafka_log = logging.getLogger("librdkafka")
-# It repeats what `Complaints` says, at length and without advice: for `--verbose` only.
+# It repeats what `ThrottledErrorLog` says, at length and without advice: for `--verbose` only.
 librdkafka_log.addFilter(lambda _: log.isEnabledFor(logging.DEBUG))
 
 
@@ -174,7 +174,7 @@ def security_properties(sasl: Sasl | None, tls: Tls | None) -> dict[str, KafkaVa
     return properties
 
 
-class Complaints:
+class ThrottledErrorLog:
     """Errors of one cluster in plain words, each at most once in `REPEAT_INTERVAL_S`; may be called from any thread.
 
     An `error_cb` of librdkafka: there alone it says that a password is wrong.
@@ -241,17 +241,17 @@ class Cluster:
 
 
 def wait_for_cluster(
-    properties: Mapping[str, object], complaints: Complaints, stop: threading.Event, patience_s: float = math.inf
+    properties: Mapping[str, object], error_log: ThrottledErrorLog, stop: threading.Event, patience_s: float = math.inf
 ) -> Cluster | None:
     """Asks the cluster who it is until it answers; None once `stop` is set.
 
     Raises KafkaSetupError where it has not answered within `patience_s` seconds.
     """
     deadline = time.monotonic() + patience_s
-    admin = admin_client(properties, complaints)
+    admin = admin_client(properties, error_log)
     for pause in pauses():
         try:
-            return ask_cluster(admin, properties, complaints)
+            return ask_cluster(admin, properties, error_log)
         except KafkaSetupError as error:
             if time.monotonic() + pause > deadline:
                 silence = f"no answer within {patience_s:.0f} s: is the address right, and do the brokers run?"
@@ -262,20 +262,20 @@ def wait_for_cluster(
     return None
 
 
-def ask_cluster(admin: AdminClient, properties: Mapping[str, object], complaints: Complaints) -> Cluster:
+def ask_cluster(admin: AdminClient, properties: Mapping[str, object], error_log: ThrottledErrorLog) -> Cluster:
     """Asks the cluster once who it is. Raises KafkaSetupError where it does not answer."""
     try:
         metadata = admin.list_topics(timeout=CONNECT_TIMEOUT_S)
     except KafkaException as error:
         admin.poll(0)  # serves error_cb, which knows more than the request that timed out
-        raise KafkaSetupError(f"{complaints.cluster}: {complaints.latest or explain(error.args[0])}") from None
+        raise KafkaSetupError(f"{error_log.cluster}: {error_log.latest or explain(error.args[0])}") from None
     topics = {name: len(topic.partitions) for name, topic in metadata.topics.items()}
     return Cluster(metadata.cluster_id or str(properties["bootstrap.servers"]), topics)
 
 
-def admin_client(properties: Mapping[str, object], complaints: Complaints) -> AdminClient:
+def admin_client(properties: Mapping[str, object], error_log: ThrottledErrorLog) -> AdminClient:
     """A client for topics and their configuration."""
-    return AdminClient({**properties, "error_cb": complaints.note}, logger=librdkafka_log)
+    return AdminClient({**properties, "error_cb": error_log.note}, logger=librdkafka_log)
 
 
 def topic_ids(admin: AdminClient, topics: Collection[str]) -> dict[str, str | None]:

@@ -18,9 +18,9 @@ from broker_filter.health import Health
 from broker_filter.kafka.checkpoint import Checkpoint, GroupCheckpoint, PositionsCheckpoint, PositionsTopic
 from broker_filter.kafka.client import (
     MAX_RECORD_BYTES,
-    Complaints,
     KafkaSetupError,
     RecordLimits,
+    ThrottledErrorLog,
     admin_client,
     client_properties,
     ensure_topics,
@@ -43,7 +43,7 @@ DEAD_LETTER_BYTES = 128 * 2**20
 """A dead letter is whatever the input's brokers took: 100 MiB, unless they were told otherwise."""
 POSITIONS_CONFIG = {"cleanup.policy": "compact", "segment.bytes": str(16 * 2**20), "min.cleanable.dirty.ratio": "0.1"}
 """Small segments, compacted early: the topic is read whole at every start."""
-SETTLE_TIMEOUT_S = 30.0
+DRAIN_TIMEOUT_S = 30.0
 """For the output of a partition that is handed over; what comes later is done again by the new owner."""
 
 log = logging.getLogger(__name__)
@@ -55,12 +55,12 @@ class Endpoints:
 
     source: KafkaSource
     sink: KafkaSink
-    elsewhere: bool
+    separate_clusters: bool
     """They are on two clusters: positions are not kept in the input's group."""
 
     def report_positions(self, *, wait: bool = False) -> None:
         """Shows the positions in the input's group too, for the tools that look there for a lag."""
-        if self.elsewhere:
+        if self.separate_clusters:
             self.source.report_positions(wait=wait)
 
 
@@ -79,22 +79,25 @@ def connect(
     output = output_section(config.input, config.output)
     in_properties, out_properties = client_properties(config.input), client_properties(output)
     account = account_of(output)
-    in_complaints = Complaints(f"input brokers {config.input.bootstrap_servers}", account=account_of(config.input))
-    out_complaints = Complaints(f"output brokers {output.bootstrap_servers}", account=account)
-    with _waiting(health, in_complaints):
-        in_cluster = wait_for_cluster(in_properties, in_complaints, stop)
-    with _waiting(health, out_complaints):
-        out_cluster = wait_for_cluster(out_properties, out_complaints, stop)
+    in_error_log = ThrottledErrorLog(
+        f"input brokers {config.input.bootstrap_servers}", account=account_of(config.input)
+    )
+    out_error_log = ThrottledErrorLog(f"output brokers {output.bootstrap_servers}", account=account)
+    with _waiting(health, in_error_log):
+        in_cluster = wait_for_cluster(in_properties, in_error_log, stop)
+    with _waiting(health, out_error_log):
+        out_cluster = wait_for_cluster(out_properties, out_error_log, stop)
     if in_cluster is None or out_cluster is None:
         return None
 
-    elsewhere = in_cluster.id != out_cluster.id
+    separate_clusters = in_cluster.id != out_cluster.id
     read = topic_names(config.input.topics, datetime.now(UTC))
-    if not elsewhere and (loops := sorted(set(topics).intersection(read))):  # by whatever name the cluster is reached
+    loops = [] if separate_clusters else sorted(set(topics).intersection(read))
+    if loops:  # whatever name the cluster is reached by
         raise KafkaSetupError(f"{', '.join(loops)} would be read and written; choose another output.prefix")
-    admin = admin_client(out_properties, out_complaints)
-    positions = [f"{output.prefix}.{POSITIONS}"] if elsewhere else []
-    ensure_topics(admin, output_topics(output, topics, elsewhere=elsewhere), account)
+    admin = admin_client(out_properties, out_error_log)
+    positions = [f"{output.prefix}.{POSITIONS}"] if separate_clusters else []
+    ensure_topics(admin, output_topics(output, topics, separate_clusters=separate_clusters), account)
     for topic in positions:
         require_compaction(admin, topic, account)
     dead_letter = f"{output.prefix}.{DEAD_LETTER}"
@@ -105,20 +108,20 @@ def connect(
     refusals: Refusals = {}
     window = Window(float(str(properties["transaction.timeout.ms"])) / 1000 - open_s)
     open_writer = partial(
-        Writer, properties, limits, metrics, out_complaints, committing, window=window, stop=stop, refusals=refusals
+        Writer, properties, limits, metrics, out_error_log, committing, window=window, stop=stop, refusals=refusals
     )
 
     sink = KafkaSink(config.transaction, dead_letter, metrics, committing, refusals)
 
-    def settle(claims: Collection[Claim]) -> None:
-        if not sink.settle(claims, SETTLE_TIMEOUT_S):
-            unsettled = ", ".join(str(claim) for claim in claims if not claim.settled)
-            log.warning("handed over before all that was read is committed, and read again: %s", unsettled)
+    def drain(claims: Collection[Claim]) -> None:
+        if not sink.drain(claims, DRAIN_TIMEOUT_S):
+            pending = ", ".join(str(claim) for claim in claims if not claim.drained)
+            log.warning("handed over before all that was read is committed, and read again: %s", pending)
 
-    source = KafkaSource(config.input, in_properties, in_cluster, in_complaints, settle, metrics)
+    source = KafkaSource(config.input, in_properties, in_cluster, in_error_log, drain, metrics)
     checkpoint: Checkpoint
-    if elsewhere:
-        positions_topic = PositionsTopic(positions[0], out_properties, admin, out_complaints)
+    if separate_clusters:
+        positions_topic = PositionsTopic(positions[0], out_properties, admin, out_error_log)
         checkpoint = PositionsCheckpoint(
             positions_topic, open_writer, output.prefix, config.input.group_id, in_cluster.id
         )
@@ -130,22 +133,24 @@ def connect(
             source.consumer, open_writer, transactional_id, group_observer(in_properties, config.input.group_id)
         )
     source.subscribe(checkpoint)
-    return Endpoints(source, sink, elsewhere)
+    return Endpoints(source, sink, separate_clusters)
 
 
 @contextmanager
-def _waiting(health: Health, complaints: Complaints) -> Iterator[None]:
-    health.set(complaints.cluster, "not reached yet")
+def _waiting(health: Health, error_log: ThrottledErrorLog) -> Iterator[None]:
+    health.set(error_log.cluster, "not reached yet")
     yield
-    health.set(complaints.cluster, None)
+    health.set(error_log.cluster, None)
 
 
-def output_topics(output: Output, names: Sequence[str], *, elsewhere: bool) -> list[NewTopic]:
+def output_topics(output: Output, names: Sequence[str], *, separate_clusters: bool) -> list[NewTopic]:
     """The topics `names`, and the one of the positions where the input is on another cluster, as they are created."""
     dead_letter = f"{output.prefix}.{DEAD_LETTER}"
     sizes = {name: DEAD_LETTER_BYTES if name == dead_letter else ALERT_BYTES for name in names}
     alerts = [_topic(output, name, output.partitions, {"max.message.bytes": str(size)}) for name, size in sizes.items()]
-    return [*alerts, _topic(output, f"{output.prefix}.{POSITIONS}", 1, POSITIONS_CONFIG)] if elsewhere else alerts
+    return (
+        [*alerts, _topic(output, f"{output.prefix}.{POSITIONS}", 1, POSITIONS_CONFIG)] if separate_clusters else alerts
+    )
 
 
 def _topic(output: Output, name: str, partitions: int, configuration: Mapping[str, str]) -> NewTopic:

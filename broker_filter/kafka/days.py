@@ -22,9 +22,9 @@ from broker_filter.kafka.checkpoint import Checkpoint
 from broker_filter.kafka.client import (
     REQUEST_TIMEOUT_S,
     Cluster,
-    Complaints,
     KafkaAwayError,
     KafkaSetupError,
+    ThrottledErrorLog,
     list_offsets,
     pauses,
     topic_ids,
@@ -76,7 +76,7 @@ class Days:
         admin: AdminClient,
         cluster: Cluster,
         checkpoint: Checkpoint,
-        complaints: Complaints,
+        error_log: ThrottledErrorLog,
         clock: Callable[[], datetime],
     ) -> None:
         """`admin`: of the input's cluster; `cluster`: as it was before reading began. `clock`: the time in UTC."""
@@ -84,7 +84,7 @@ class Days:
         self._admin = admin
         self._cluster = cluster
         self._checkpoint = checkpoint
-        self._complaints = complaints
+        self._error_log = error_log
         self._clock = clock
         self._templates = [template for template in section.topics if "%" in template]
         self._found = Found()
@@ -135,9 +135,9 @@ class Days:
     def _may_pass(self, error: KafkaException | KafkaAwayError) -> bool:
         """Logs why a look has failed, and returns whether another look may succeed."""
         if isinstance(error, KafkaAwayError):
-            self._complaints.say("days", "%s", error)
+            self._error_log.say("days", "%s", error)
             return True
-        self._complaints(error.args[0])
+        self._error_log(error.args[0])
         return not error.args[0].fatal() and error.args[0].code() not in REFUSED
 
     def _keep_looking(self) -> None:
@@ -149,9 +149,9 @@ class Days:
             try:
                 self._found = self._look()
             except KafkaException as error:
-                self._complaints(error.args[0])
+                self._error_log(error.args[0])
             except KafkaSetupError as error:
-                self._complaints.say("days", "%s", error)
+                self._error_log.say("days", "%s", error)
             except Exception:  # whatever it is, without this thread no topic would be found after midnight
                 log.exception("the topics of earlier days could not be looked up")
             else:

@@ -20,8 +20,8 @@ from broker_filter.kafka.client import (
     PROPAGATION_PAUSE_S,
     REQUEST_TIMEOUT_S,
     Cluster,
-    Complaints,
     KafkaSetupError,
+    ThrottledErrorLog,
     admin_client,
     ask_cluster,
     client_properties,
@@ -56,8 +56,8 @@ def problems(service: Service) -> Iterator[str]:
         for right in (*input_end.missing_on_input(source), *input_end.missing_on_group(source.group_id)):
             yield f"{input_end.name}: {input_end.account.lacks(right)}"
     if input_end.cluster and output_end.cluster:
-        elsewhere = input_end.cluster.id != output_end.cluster.id
-        for problem in output_end.problems_of_output(service, elsewhere=elsewhere):
+        separate_clusters = input_end.cluster.id != output_end.cluster.id
+        for problem in output_end.problems_of_output(service, separate_clusters=separate_clusters):
             yield f"{output_end.name}: {problem}"
 
 
@@ -69,13 +69,13 @@ class _End:
         self.name = name
         self.account = account_of(section)
         self._properties = client_properties(section)
-        complaints = Complaints(name)
-        self._admin: AdminClient = admin_client(self._properties, complaints)
+        error_log = ThrottledErrorLog(name)
+        self._admin: AdminClient = admin_client(self._properties, error_log)
         self.cluster: Cluster | None = None
         self.trouble = ""
         """Why there is no `cluster`."""
         try:
-            self.cluster = ask_cluster(self._admin, self._properties, complaints)
+            self.cluster = ask_cluster(self._admin, self._properties, error_log)
         except KafkaSetupError as error:
             self.trouble = str(error)
 
@@ -111,10 +111,10 @@ class _End:
                 lacking = ("Read",)
             return [Right(lacking, "group", group)] if lacking else []
 
-    def problems_of_output(self, service: Service, *, elsewhere: bool) -> Iterator[str]:
+    def problems_of_output(self, service: Service, *, separate_clusters: bool) -> Iterator[str]:
         """Topics that cannot be made, rights on topics, and the right to write in transactions."""
         wanted: dict[str, Sequence[str]] = {}
-        for topic in output_topics(service.output, service.output_topics, elsewhere=elsewhere):
+        for topic in output_topics(service.output, service.output_topics, separate_clusters=separate_clusters):
             try:
                 ensure_topics(self._admin, [topic], self.account)
             except KafkaSetupError as error:

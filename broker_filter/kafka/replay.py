@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from broker_filter.kafka.client import Complaints, RecordLimits, admin_client, librdkafka_log
+from broker_filter.kafka.client import RecordLimits, ThrottledErrorLog, admin_client, librdkafka_log
 from broker_filter.packets.batch import AlertIdentity
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import KafkaPosition, Packet
@@ -115,8 +115,8 @@ class Replayer:
         self._decoder = decoder
         self._stop = stop
         self._advance = advance
-        self._complaints = Complaints(f"brokers {properties['bootstrap.servers']}")
-        limits = RecordLimits(admin_client(properties, self._complaints), [topic], dead_letter=topic)
+        self._error_log = ThrottledErrorLog(f"brokers {properties['bootstrap.servers']}")
+        limits = RecordLimits(admin_client(properties, self._error_log), [topic], dead_letter=topic)
         self._producer = Producer(
             {
                 "enable.idempotence": True,  # retried messages arrive once and in order
@@ -125,7 +125,7 @@ class Replayer:
                 "queue.buffering.max.kbytes": MAX_QUEUED_KBYTES,
                 "linger.ms": 5,
                 **properties,
-                "error_cb": self._complaints,
+                "error_cb": self._error_log,
             },
             logger=librdkafka_log,
         )
@@ -145,7 +145,7 @@ class Replayer:
             pass
         if left := self._producer.flush(FLUSH_TIMEOUT_S):
             self.account.failed += left
-            log.warning("the brokers have not taken the last %d messages: %s", left, self._complaints.latest)
+            log.warning("the brokers have not taken the last %d messages: %s", left, self._error_log.latest)
 
     def _alerts(self, packets: Iterable[Packet]) -> Iterator[_Alert]:
         for alerts, rejects in self._decoder.decode_stream(packets, PACKETS_AT_A_TIME):
@@ -203,7 +203,7 @@ class Replayer:
 
     def _refused(self, error: KafkaError, packet: Packet) -> None:
         self.account.failed += 1
-        self._complaints.say(error.code(), "%s: refused: %s", packet.position, error.str())
+        self._error_log.say(error.code(), "%s: refused: %s", packet.position, error.str())
 
 
 @lru_cache(maxsize=64)

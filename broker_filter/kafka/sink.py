@@ -111,7 +111,7 @@ def divide(delivery: Delivery, scored: ScoredBatch, routed: Routed) -> list[Work
 
 
 class KafkaSink:
-    """The open transactions. `put` and `commit` are for one thread; `settle` for another."""
+    """The open transactions. `put` and `commit` are for one thread; `drain` for another."""
 
     def __init__(
         self, limits: Transaction, dead_letter: str, metrics: Metrics, stage: Stage, refusals: Refusals
@@ -160,10 +160,10 @@ class KafkaSink:
         while self._writers:
             self._commit_all(list(self._writers))
 
-    def settle(self, claims: Collection[Claim], timeout_s: float) -> bool:
+    def drain(self, claims: Collection[Claim], timeout_s: float) -> bool:
         """Waits until all that was taken under the claims is committed; False where that takes too long."""
         with self._committed:
-            return self._committed.wait_for(lambda: all(claim.settled for claim in claims), timeout_s)
+            return self._committed.wait_for(lambda: all(claim.drained for claim in claims), timeout_s)
 
     def close(self) -> None:
         """Aborts what is open, once no other thread commits any of it."""

@@ -23,9 +23,9 @@ from broker_filter.kafka.checkpoint import Checkpoint, claim_offset
 from broker_filter.kafka.client import (
     REQUEST_TIMEOUT_S,
     Cluster,
-    Complaints,
     KafkaAwayError,
     KafkaSetupError,
+    ThrottledErrorLog,
     admin_client,
     explain,
     librdkafka_log,
@@ -82,7 +82,7 @@ class Delivery:
     def set_out(self) -> None:
         """Says that the packets are on their way: a partition that is taken away now is waited for."""
         for offset, claim in zip(self.offsets, self.claims, strict=True):
-            claim.taken = offset + 1
+            claim.enqueued = offset + 1
 
     def split(self, n_packets: int) -> tuple[Delivery, Delivery]:
         """The first `n_packets`, and the others."""
@@ -101,17 +101,17 @@ class KafkaSource:
         section: Input,
         properties: Mapping[str, object],
         cluster: Cluster,
-        complaints: Complaints,
-        settle: Callable[[Collection[Claim]], None],
+        error_log: ThrottledErrorLog,
+        drain: Callable[[Collection[Claim]], None],
         metrics: Metrics,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """`settle` waits, not for ever, until what was read under the claims is committed. `metrics`: where lost
+        """`drain` waits, not for ever, until what was read under the claims is committed. `metrics`: where lost
         messages are counted. `clock`: the time in UTC."""
         self._section = section
         self._cluster = cluster
-        self._complaints = complaints
-        self._settle = settle
+        self._error_log = error_log
+        self._drain = drain
         self._metrics = metrics
         self._clock = clock
         defaults = {
@@ -129,10 +129,10 @@ class KafkaSource:
             "isolation.level": "read_committed",
             "partition.assignment.strategy": "cooperative-sticky",
             "auto.offset.reset": "error",  # a position that the log no longer holds is a loss: see `Placement`
-            "error_cb": complaints,
+            "error_cb": error_log,
         }
         self.consumer = Consumer({**defaults, **properties, **own}, logger=librdkafka_log)
-        self._admin = admin_client(properties, complaints)
+        self._admin = admin_client(properties, error_log)
         self._claims: dict[Key, Claim] = {}
         self._highs: dict[Key, int] = {}  # the ends of logs as they were seen while messages of them were on their way
         self._ends: dict[Claim, tuple[int, int]] = {}  # the end that was reached, and what was to be read before it
@@ -148,7 +148,7 @@ class KafkaSource:
     def subscribe(self, checkpoint: Checkpoint) -> None:
         """Joins the group. Partitions are claimed through `checkpoint`."""
         self._checkpoint = checkpoint
-        self._days = Days(self._section, self._admin, self._cluster, checkpoint, self._complaints, self._clock)
+        self._days = Days(self._section, self._admin, self._cluster, checkpoint, self._error_log, self._clock)
         self._days.start()
         self._placement = Placement(self._section, self._admin, self._cluster, self._days, self._metrics)
         self._follow_topics()
@@ -163,10 +163,10 @@ class KafkaSource:
         """Why it is not in the group, or may not read a topic, as far as it is known; empty where it does both."""
         if self.joined:
             unclaimed = len(self._adrift.keys() - self._claims.keys())
-            away = f"{unclaimed} partitions cannot be claimed yet: {self._complaints.latest}" if unclaimed else ""
+            away = f"{unclaimed} partitions cannot be claimed yet: {self._error_log.latest}" if unclaimed else ""
             refused = [reason for topic, reason in self._refused.items() if topic in self._subscribed]
             return "; ".join(filter(None, [away, *refused]))
-        return f"not joined yet: {self._complaints.latest}" if self._complaints.latest else "not joined yet"
+        return f"not joined yet: {self._error_log.latest}" if self._error_log.latest else "not joined yet"
 
     def take(self, max_packets: int, max_wait_s: float) -> Delivery | None:
         """Up to `max_packets`, or fewer where no more come within `max_wait_s` of the first; None where none come.
@@ -197,7 +197,7 @@ class KafkaSource:
                 self._admit(message, delivery)
         return delivery if delivery.packets else None
 
-    def hold(self) -> None:
+    def pause(self) -> None:
         """Serves the group and takes no message: for as long as there is no room for what was taken last."""
         unpaused = [key for key in self._claims if key not in self._paused]
         if unpaused:
@@ -233,7 +233,7 @@ class KafkaSource:
     def close(self) -> None:
         """Leaves the group. What was read and is not committed is left to the next owner."""
         for claim in self._claims.values():
-            claim.ended = not claim.settled
+            claim.ended = not claim.drained
         self._days.stop()
         self.consumer.close()
 
@@ -282,7 +282,7 @@ class KafkaSource:
         try:
             self._claim(partitions)
         except KafkaException as error:  # as it is, it would lose its type on its way through librdkafka
-            raise KafkaSetupError(f"{self._complaints.cluster}: {explain(error.args[0])}") from None
+            raise KafkaSetupError(f"{self._error_log.cluster}: {explain(error.args[0])}") from None
 
     def _claim(self, partitions: Sequence[TopicPartition], level: int = logging.INFO) -> None:
         try:
@@ -308,9 +308,9 @@ class KafkaSource:
         if isinstance(error, KafkaException):
             if error.args[0].fatal() or error.args[0].code() in REFUSED:
                 raise error
-            self._complaints(error.args[0])
+            self._error_log(error.args[0])
         else:
-            self._complaints.say("claim", "%s", error)
+            self._error_log.say("claim", "%s", error)
         taken = [TopicPartition(p.topic, p.partition, 0) for p in partitions]
         self.consumer.incremental_assign(taken)
         self.consumer.pause(taken)
@@ -319,7 +319,7 @@ class KafkaSource:
     def _on_revoke(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         claims = [self._claims[key] for p in partitions if (key := (p.topic, p.partition)) in self._claims]
         self._checkpoint.renew()
-        self._settle(claims)
+        self._drain(claims)
         self._end(consumer, partitions, "handed over")
 
     def _on_lost(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
@@ -378,7 +378,7 @@ class KafkaSource:
         elif time.monotonic() > self._claim_after:
             self._claim_after = None
             ready = {
-                key: why for key, why in self._adrift.items() if not (claim := self._claims.get(key)) or claim.settled
+                key: why for key, why in self._adrift.items() if not (claim := self._claims.get(key)) or claim.drained
             }
             for key, why in ready.items():
                 self._end(self.consumer, [TopicPartition(*key)], why, logging.DEBUG if why == FENCED else logging.INFO)
@@ -408,25 +408,25 @@ class KafkaSource:
         """Logs an error of `topic`, or of the group without one, and returns what it says. Raises where it is fatal."""
         code = error.code()
         if error.fatal():
-            raise KafkaSetupError(f"{self._complaints.cluster}: {explain(error)}")
-        self._complaints.note(error)
+            raise KafkaSetupError(f"{self._error_log.cluster}: {explain(error)}")
+        self._error_log.note(error)
         if code == KafkaError.UNKNOWN_TOPIC_OR_PART:
-            self._complaints.say(error.str(), "waiting for a topic: %s", error.str())
+            self._error_log.say(error.str(), "waiting for a topic: %s", error.str())
         elif code in REFUSED:
             return self._refusal(error, topic)
         else:
-            self._complaints(error)
-        return self._complaints.latest
+            self._error_log(error)
+        return self._error_log.latest
 
     def _refusal(self, error: KafkaError, topic: str | None) -> str:
         """Logs what the account may not do, and how that is granted."""
         right = (
             Right(("Read", "Describe"), "topic", topic) if topic else Right(("Read",), "group", self._section.group_id)
         )
-        account = self._complaints.account
-        self._complaints.latest = account.lacks(right) if account else f"{error.str()}: ask for access"
-        self._complaints.say(right, "%s: %s", self._complaints.cluster, self._complaints.latest)
-        return self._complaints.latest
+        account = self._error_log.account
+        self._error_log.latest = account.lacks(right) if account else f"{error.str()}: ask for access"
+        self._error_log.say(right, "%s: %s", self._error_log.cluster, self._error_log.latest)
+        return self._error_log.latest
 
 
 def group_observer(properties: Mapping[str, object], group: str) -> Consumer:

@@ -14,8 +14,8 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from broker_filter.kafka.client import (
     MAX_RESPONSE_BYTES,
     REQUEST_TIMEOUT_S,
-    Complaints,
     KafkaSetupError,
+    ThrottledErrorLog,
     explain,
     librdkafka_log,
 )
@@ -67,7 +67,7 @@ def _reasons(headers: Mapping[str, bytes | None]) -> set[str]:
 
 
 def _read(properties: Mapping[str, object], topic: str) -> Iterator[tuple[Packet, Message]]:
-    complaints = Complaints(f"brokers {properties['bootstrap.servers']}")
+    error_log = ThrottledErrorLog(f"brokers {properties['bootstrap.servers']}")
     consumer = Consumer(
         {
             "receive.message.max.bytes": MAX_RESPONSE_BYTES,
@@ -77,7 +77,7 @@ def _read(properties: Mapping[str, object], topic: str) -> Iterator[tuple[Packet
             "enable.partition.eof": True,
             "isolation.level": "read_committed",
             "auto.offset.reset": "earliest",  # where messages expire while they are read, the rest is still shown
-            "error_cb": complaints.note,
+            "error_cb": error_log.note,
         },
         logger=librdkafka_log,
     )
@@ -86,9 +86,9 @@ def _read(properties: Mapping[str, object], topic: str) -> Iterator[tuple[Packet
             metadata = consumer.list_topics(topic, timeout=REQUEST_TIMEOUT_S)
         except KafkaException as error:
             consumer.poll(0)  # serves error_cb, which knows more than the request that timed out
-            raise KafkaSetupError(f"{complaints.cluster}: {complaints.latest or explain(error.args[0])}") from None
+            raise KafkaSetupError(f"{error_log.cluster}: {error_log.latest or explain(error.args[0])}") from None
         if metadata.topics[topic].error is not None:
-            raise KafkaSetupError(f"{complaints.cluster}: topic {topic}: {metadata.topics[topic].error.str()}")
+            raise KafkaSetupError(f"{error_log.cluster}: topic {topic}: {metadata.topics[topic].error.str()}")
         unfinished = set(metadata.topics[topic].partitions)
         ends = {
             partition: consumer.get_watermark_offsets(TopicPartition(topic, partition), REQUEST_TIMEOUT_S)[1]
@@ -101,7 +101,7 @@ def _read(properties: Mapping[str, object], topic: str) -> Iterator[tuple[Packet
             message = consumer.poll(1.0)
             if message is None:
                 if time.monotonic() - last_answer > PATIENCE_S:
-                    raise KafkaSetupError(f"{complaints.cluster}: {complaints.latest or 'no answer'}")
+                    raise KafkaSetupError(f"{error_log.cluster}: {error_log.latest or 'no answer'}")
                 continue
             if message.error() is None:
                 if message.offset() < ends[message.partition()]:  # what has come since is not read: it may never end
@@ -112,7 +112,7 @@ def _read(properties: Mapping[str, object], topic: str) -> Iterator[tuple[Packet
             elif message.error().code() == KafkaError._PARTITION_EOF:
                 unfinished.discard(message.partition())
             else:
-                raise KafkaSetupError(f"{complaints.cluster}: topic {topic}: {message.error().str()}")
+                raise KafkaSetupError(f"{error_log.cluster}: topic {topic}: {message.error().str()}")
             last_answer = time.monotonic()
     finally:
         consumer.close()

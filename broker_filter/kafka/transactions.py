@@ -22,10 +22,10 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 
 from broker_filter.kafka.client import (
     MAX_RECORD_BYTES,
-    Complaints,
     KafkaAwayError,
     KafkaSetupError,
     RecordLimits,
+    ThrottledErrorLog,
     explain,
     librdkafka_log,
     pauses,
@@ -80,7 +80,7 @@ class Claim:
     """This instance's hold on a partition, from its assignment until it is revoked, lost or fenced.
 
     Claimed again, the partition gets a new claim, and what is left of the old one's work is dropped. The thread that
-    reads writes `read` and `taken`, the one that commits `produced` and `committed`.
+    reads writes `read` and `enqueued`, the one that commits `produced` and `committed`.
     """
 
     topic: str
@@ -90,7 +90,7 @@ class Claim:
     """The position, as Kafka has it: the next offset whose output is not there yet."""
     read: int = field(init=False)
     """The next offset after the last message that was read."""
-    taken: int = field(init=False)
+    enqueued: int = field(init=False)
     """The next offset after the last packet that went on its way to be decoded, scored and committed."""
     produced: int = field(init=False)
     """The next offset after the last packet whose output was handed to the writer."""
@@ -102,7 +102,7 @@ class Claim:
     """The partition's leader epoch when its latest message was written, stored likewise: it tells a truncated log."""
 
     def __post_init__(self) -> None:
-        self.read = self.taken = self.produced = self.committed
+        self.read = self.enqueued = self.produced = self.committed
 
     def __str__(self) -> str:
         return f"{self.topic}/{self.partition}"
@@ -118,9 +118,9 @@ class Claim:
         return not (self.ended or self.writer.fenced)
 
     @property
-    def settled(self) -> bool:
+    def drained(self) -> bool:
         """Nothing of it is on its way, or nothing that will be committed."""
-        return self.committed >= self.taken or not self.alive
+        return self.committed >= self.enqueued or not self.alive
 
 
 @dataclass(slots=True)
@@ -212,7 +212,7 @@ class Writer:
         properties: Mapping[str, object],
         limits: RecordLimits,
         metrics: Metrics,
-        complaints: Complaints,
+        error_log: ThrottledErrorLog,
         stage: Stage,
         transactional_id: str,
         store: Store,
@@ -228,7 +228,7 @@ class Writer:
         """
         self._limits = limits
         self._metrics = metrics
-        self._complaints = complaints
+        self._error_log = error_log
         self._stage = stage
         self._store = store
         self._window = window or Window(GRACE_S)
@@ -255,7 +255,7 @@ class Writer:
             # for a group coordinator among the brokers that it has just forgotten.
             "metadata.recovery.strategy": "none",
         }
-        own = {"transactional.id": transactional_id, "error_cb": complaints}
+        own = {"transactional.id": transactional_id, "error_cb": error_log}
         self._producer = Producer({**defaults, **properties, **own}, logger=librdkafka_log)
         self._transactional_id = transactional_id
         self._initialise()
@@ -269,7 +269,7 @@ class Writer:
                 if not error.args[0].retriable() or time.monotonic() > deadline:
                     failure = KafkaAwayError if error.args[0].retriable() else KafkaSetupError
                     raise failure(
-                        f"{self._complaints.cluster}: no transactions as {self._transactional_id!r}: "
+                        f"{self._error_log.cluster}: no transactions as {self._transactional_id!r}: "
                         f"{self._explain(error.args[0])}"
                     ) from None
             else:
@@ -286,9 +286,9 @@ class Writer:
             self._producer.commit_transaction(OPEN_TIMEOUT_S)
         except KafkaException as error:
             cause = error.args[0]
-            self._complain(cause)
+            self._log_error(cause)
             if cause.code() not in REFUSED:
-                raise KafkaSetupError(f"{self._complaints.cluster}: {self.trouble}") from None
+                raise KafkaSetupError(f"{self._error_log.cluster}: {self.trouble}") from None
             self.fenced = True
             self._metrics.abort()
             self._refusals[claim.key] = self.trouble
@@ -359,8 +359,8 @@ class Writer:
         self._produce(least=1)
         committed = self._held[: self._produced]
         ends = {work.claim: work.end for work in committed}
-        self._insist(lambda: self._store(self._producer, ends))
-        self._insist(lambda: self._producer.commit_transaction(CALL_TIMEOUT_S))
+        self._retry(lambda: self._store(self._producer, ends))
+        self._retry(lambda: self._producer.commit_transaction(CALL_TIMEOUT_S))
         self._window.passed(self._in_flight, began)
         del self._held[: self._produced]
         self._open = False
@@ -403,7 +403,7 @@ class Writer:
                 self._producer.begin_transaction()
                 self._open, self._opened = True, time.monotonic()
             for _, record in work.records:
-                self._insist(partial(self._send, record))
+                self._retry(partial(self._send, record))
                 if self._batches_too_large:
                     self._flush()
             self._produced += 1
@@ -422,7 +422,7 @@ class Writer:
         while self._producer.flush(CALL_TIMEOUT_S):
             self._stage.beat()
 
-    def _insist(self, call: Callable[[], None]) -> None:
+    def _retry(self, call: Callable[[], None]) -> None:
         """Makes a call until it succeeds: after a timeout the protocol allows only the same call again."""
         for attempt in count():
             try:
@@ -431,7 +431,7 @@ class Writer:
                 if not error.args[0].retriable():
                     raise
                 if attempt:  # a commit over a slow link lasts longer than one call, and nothing is wrong
-                    self._complain(error.args[0])
+                    self._log_error(error.args[0])
                 self._stage.rest(RETRY_PAUSE_S)
             except BufferError:  # librdkafka's queue is full
                 self._producer.poll(RETRY_PAUSE_S)
@@ -441,7 +441,7 @@ class Writer:
 
     def _abort(self) -> None:
         if self._open:
-            self._insist(lambda: self._producer.abort_transaction(CALL_TIMEOUT_S))
+            self._retry(lambda: self._producer.abort_transaction(CALL_TIMEOUT_S))
         self._reset()
 
     def _reset(self) -> None:
@@ -470,7 +470,7 @@ class Writer:
             self._window.failed(self._opened)
         try:
             if cause is not None:
-                self._complain(cause)
+                self._log_error(cause)
                 if refused:
                     self._give_up_if_stopped()
                 if cause.code() == KafkaError.MSG_SIZE_TOO_LARGE:
@@ -481,7 +481,7 @@ class Writer:
         except KafkaException as final:
             error = final.args[0]
             if error.code() not in GIVEN_UP:
-                raise KafkaSetupError(f"{self._complaints.cluster}: {self._explain(error)}") from None
+                raise KafkaSetupError(f"{self._error_log.cluster}: {self._explain(error)}") from None
             if refused:
                 self._refusals |= {work.claim.key: self.trouble for work in self._held}
                 self._stage.rest(REFUSED_PAUSE_S, self._stop)
@@ -489,12 +489,12 @@ class Writer:
             self._reset()
             self.fenced, self.refused = True, refused
             reasons = dict.fromkeys(self._explain(reason) for reason in (cause, error) if reason is not None)
-            raise FencedError(f"{self._complaints.cluster}: {'; '.join(reasons)}") from None
+            raise FencedError(f"{self._error_log.cluster}: {'; '.join(reasons)}") from None
 
     def _give_up_if_stopped(self) -> None:
         if self._stop.is_set():
             raise KafkaSetupError(
-                f"{self._complaints.cluster}: what was read is not committed, and is read again at the next start: "
+                f"{self._error_log.cluster}: what was read is not committed, and is read again at the next start: "
                 f"{self.trouble}"
             )
 
@@ -503,13 +503,13 @@ class Writer:
         for work in self._held:
             work.fit(self._limits)
 
-    def _complain(self, error: KafkaError) -> None:
+    def _log_error(self, error: KafkaError) -> None:
         self.trouble = self._explain(error)
-        self._complaints.say(error.code(), "%s: transaction tried again: %s", self._complaints.cluster, self.trouble)
+        self._error_log.say(error.code(), "%s: transaction tried again: %s", self._error_log.cluster, self.trouble)
 
     def _explain(self, error: KafkaError) -> str:
         """What went wrong; of a refusal, what to grant."""
-        account = self._complaints.account
+        account = self._error_log.account
         if account is None:
             return explain(error)
         match error.code():

@@ -26,7 +26,7 @@ WARM_UP = 3
 """Runs before a capture, in which libraries choose their algorithms and take their workspace (torch's CUDA notes)."""
 
 
-class StagedNetwork:
+class CudaGraphNetwork:
     """A network in inference mode on `device`.
 
     On a CPU there is nothing to overlap, lock or capture: the same slots and sizes are used in turn, which is how this
@@ -86,7 +86,7 @@ class StagedNetwork:
 class _Slot:
     """Memory for a batch on its way, and the graphs that work on it."""
 
-    def __init__(self, owner: StagedNetwork, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, owner: CudaGraphNetwork, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._owner = owner
         on_gpu = owner._device.type == "cuda"
         self._staged = {name: torch.zeros(SIZES[-1], *shape, pin_memory=on_gpu) for name, shape in shapes.items()}

@@ -83,7 +83,7 @@ class ReferenceCard(CardSection):
 
 
 @dataclass(frozen=True, slots=True)
-class Ordinary:
+class ReferenceAlerts:
     """K ordinary alerts; `ordinary[rows]` are some of them."""
 
     embedding: Embeddings  # [K, D]
@@ -94,15 +94,15 @@ class Ordinary:
     def __len__(self) -> int:
         return len(self.alert_id)
 
-    def __getitem__(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Ordinary:
-        return Ordinary(self.embedding[rows], self.alert_id[rows], self.object_id[rows], self.survey[rows])
+    def __getitem__(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> ReferenceAlerts:
+        return ReferenceAlerts(self.embedding[rows], self.alert_id[rows], self.object_id[rows], self.survey[rows])
 
 
 @dataclass(frozen=True, slots=True)
 class SurveyReference:
     """Ordinary alerts of one survey, and how strange others of it that are as ordinary look beside them."""
 
-    alerts: Ordinary  # K
+    alerts: ReferenceAlerts  # K
     scores: NDArray[np.float32]  # [Q] ascending: of ordinary alerts of other objects
     usual: NDArray[np.float32]  # [1 + M, 2] mean and deviation of their distances, as a whole and in each modality
     apart: NDArray[np.float32]  # [M, 2] the same of how far their modalities are from those of their neighbours
@@ -213,7 +213,7 @@ def _of_survey(file: Path, survey: Survey, arrays: Mapping[str, NDArray[Any]], c
         object_id = np.char.decode(names, "utf-8")
     except UnicodeDecodeError as error:
         raise ReferenceSetError(f"{file}: a name of an object is no UTF-8; build the reference again") from error
-    alerts = Ordinary(own["embedding"], own["alert_id"], object_id, np.full(len(names), survey, np.uint8))
+    alerts = ReferenceAlerts(own["embedding"], own["alert_id"], object_id, np.full(len(names), survey, np.uint8))
     return SurveyReference(alerts, own["scores"], own["usual"], own["apart"], own["label"])
 
 

@@ -154,7 +154,7 @@ def _open_torch(bundle: Bundle, runtime: Runtime, threads: int) -> LoadedNetwork
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from broker_filter.scoring.cuda_graphs import StagedNetwork
+    from broker_filter.scoring.cuda_graphs import CudaGraphNetwork
     from broker_filter.scoring.networks import ServedNetwork, load_network
 
     if runtime.device == "cuda" and not torch.cuda.is_available():
@@ -171,7 +171,7 @@ def _open_torch(bundle: Bundle, runtime: Runtime, threads: int) -> LoadedNetwork
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     card, device = bundle.card, torch.device("cuda:0")
-    return StagedNetwork(
+    return CudaGraphNetwork(
         served,
         card.inputs.shapes(),
         tuple(card.outputs.shapes()),

@@ -22,8 +22,8 @@ from broker_filter.scoring.neighbours import Neighbours, normalise
 from broker_filter.scoring.reference import (
     UNLABELLED,
     Measure,
-    Ordinary,
     Reference,
+    ReferenceAlerts,
     ReferenceSetError,
     SurveyCounts,
     SurveyReference,
@@ -53,31 +53,31 @@ class Sample:
     """Up to `limit` of the alerts that are put in, drawn by their ids; each id once."""
 
     limit: int
-    _parts: list[tuple[NDArray[np.uint64], Ordinary]] = field(default_factory=list)
+    _parts: list[tuple[NDArray[np.uint64], ReferenceAlerts]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self._drawn()[0]) if self._parts else 0
 
-    def put(self, alerts: Ordinary) -> None:
+    def put(self, alerts: ReferenceAlerts) -> None:
         """Adds alerts, and forgets those that the draw leaves out."""
         self._parts.append((np.array([_draw(str(alert)) for alert in alerts.alert_id.tolist()], np.uint64), alerts))
         if sum(len(part) for _, part in self._parts) > 2 * self.limit:
             self._parts = [self._drawn()]
 
-    def take(self) -> Ordinary:
+    def take(self) -> ReferenceAlerts:
         """The alerts, in the order of the draw. Raises ReferenceSetError where there are none."""
         if not self._parts:
             raise ReferenceSetError("no ordinary alert among the inputs")
         return self._drawn()[1]
 
-    def _drawn(self) -> tuple[NDArray[np.uint64], Ordinary]:
+    def _drawn(self) -> tuple[NDArray[np.uint64], ReferenceAlerts]:
         draws = np.concatenate([draw for draw, _ in self._parts])
         alerts = _concatenate([part for _, part in self._parts])
         draws, first = np.unique(draws, return_index=True)
         return draws[: self.limit], alerts[first[: self.limit]]
 
 
-def ordinary_alerts(scored: ScoredBatch, model: Model, where: Expression | None) -> Ordinary:
+def ordinary_alerts(scored: ScoredBatch, model: Model, where: Expression | None) -> ReferenceAlerts:
     """The batch's alerts that may stand for the ordinary: those that pass `where`, all if None; none seen before.
 
     Raises ReferenceSetError for a model without an embedding.
@@ -88,7 +88,7 @@ def ordinary_alerts(scored: ScoredBatch, model: Model, where: Expression | None)
     alerts = scored.alerts
     rows = np.flatnonzero(scores.taken & ~scored.duplicate & (where.evaluate(scored) if where else True))
     names = np.array(alerts.object_id, np.str_)
-    return Ordinary(normalise(scores.embedding[rows]), alerts.alert_id[rows], names[rows], alerts.survey[rows])
+    return ReferenceAlerts(normalise(scores.embedding[rows]), alerts.alert_id[rows], names[rows], alerts.survey[rows])
 
 
 def build_reference(
@@ -138,7 +138,7 @@ def build_reference(
     return make_reference(model.bundle.card, passing, parts, counts, measure, classes)
 
 
-def _calibrate(alerts: Ordinary, model: Model, measure: Measure, labels: Labels | None) -> SurveyReference:
+def _calibrate(alerts: ReferenceAlerts, model: Model, measure: Measure, labels: Labels | None) -> SurveyReference:
     """Some of a survey's alerts as its reference, calibrated on the others. Raises ReferenceSetError for too few."""
     held_out = _held_out(alerts.object_id)
     kept, others = alerts[~held_out], alerts[held_out]
@@ -181,8 +181,8 @@ def _draw(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
 
 
-def _concatenate(parts: Sequence[Ordinary]) -> Ordinary:
-    return Ordinary(
+def _concatenate(parts: Sequence[ReferenceAlerts]) -> ReferenceAlerts:
+    return ReferenceAlerts(
         np.concatenate([part.embedding for part in parts]),
         np.concatenate([part.alert_id for part in parts]),
         np.concatenate([part.object_id for part in parts]),

@@ -40,14 +40,14 @@ def test_packets_from_files_are_measured_without_the_extra_that_simulates_them()
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_contestants_take_turns() -> None:
+def test_competitors_take_turns() -> None:
     turns: list[str] = []
 
-    def contestant(name: str) -> Run:
+    def competitor(name: str) -> Run:
         turns.append(name)
         return Run(alerts_per_second=len(turns), cpu_microseconds=len(turns))
 
-    contest = compete({"naive": lambda: contestant("naive"), "service": lambda: contestant("service")}, repetitions=3)
+    contest = compete({"naive": lambda: competitor("naive"), "service": lambda: competitor("service")}, repetitions=3)
 
     assert turns == ["naive", "service"] * 3
     assert contest["naive"].alerts_per_second == Spread(median=3, lowest=1, highest=5)

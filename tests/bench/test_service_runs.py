@@ -11,7 +11,7 @@ from confluent_kafka import Consumer, TopicPartition
 from broker_filter.bench import latency, memory, throughput
 from broker_filter.bench.competitors import run_no_work_loop
 from broker_filter.bench.sample import in_batches
-from broker_filter.bench.testbed import Arena, Broker
+from broker_filter.bench.testbed import Broker, Testbed
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import open_registry
 
@@ -45,13 +45,13 @@ def test_two_instances_share_two_partitions(
 
 
 def test_loop_without_work_passes_every_alert_on(broker: Broker, packets: list[bytes], directory: Path) -> None:
-    with Arena(broker, directory) as arena:
-        arena.send(packets * 40)  # more than two transactions of it
-        assert run_no_work_loop(arena).alerts_per_second > 0  # which counts what came out
+    with Testbed(broker, directory) as testbed:
+        testbed.send(packets * 40)  # more than two transactions of it
+        assert run_no_work_loop(testbed).alerts_per_second > 0  # which counts what came out
 
 
 class Group:
-    """A contestant of which nothing is seen but what it has committed."""
+    """A competitor of which nothing is seen but what it has committed."""
 
     def __init__(self, name: str) -> None:
         self.group = self.output = name
@@ -64,13 +64,15 @@ class Group:
 def test_run_that_is_committed_in_one_look_is_measured_from_the_look_before(
     broker: Broker, packets: list[bytes], directory: Path
 ) -> None:
-    with Arena(broker, directory) as arena:
-        arena.send(packets)
-        ends = [TopicPartition(p.topic, p.partition, len(packets) // len(arena.partitions)) for p in arena.partitions]
-        member = Consumer({"bootstrap.servers": broker.bootstrap_servers, "group.id": arena.topic})
+    with Testbed(broker, directory) as testbed:
+        testbed.send(packets)
+        ends = [
+            TopicPartition(p.topic, p.partition, len(packets) // len(testbed.partitions)) for p in testbed.partitions
+        ]
+        member = Consumer({"bootstrap.servers": broker.bootstrap_servers, "group.id": testbed.topic})
         member.commit(offsets=ends, asynchronous=False)
         member.close()
-        assert arena.watch(Group(arena.topic), arena.alerts).alerts_per_second > 0
+        assert testbed.watch(Group(testbed.topic), testbed.alerts).alerts_per_second > 0
 
 
 def test_memory_is_looked_at_early_and_late(

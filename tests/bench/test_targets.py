@@ -1,4 +1,4 @@
-"""Ratios are taken between the right contestants, and compared the right way round."""
+"""Ratios are taken between the right competitors, and compared the right way round."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from broker_filter.bench.targets import check, judge, ratios
 
 
 def contest(**microseconds: float) -> Contest:
-    """Contestants that each use a core wholly."""
+    """Competitors that each use a core wholly."""
     names = {"service_2": "service, 2 threads", "no_work": "no work", "flops": "FLOPs", "runtime": "runtime alone"}
     return {
         names.get(name, name): Figures.of([Run(1e6 / each, each, broker_microseconds=100)])
@@ -46,7 +46,7 @@ def report() -> Report:
     )
 
 
-def test_ratios_are_between_contestants_of_one_contest(report: Report) -> None:
+def test_ratios_are_between_competitors_of_one_contest(report: Report) -> None:
     assert ratios(report) == pytest.approx(
         {
             "decode: naive / service": 20,

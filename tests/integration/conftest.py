@@ -17,7 +17,7 @@ import yaml
 from confluent_kafka import Consumer, Message, Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from broker_filter.kill_with_parent import Lifeline
+from broker_filter.kill_with_parent import KillWithParent
 from broker_filter.local_kafka import free_ports
 
 PATIENCE_S = 120.0
@@ -37,7 +37,7 @@ class RunningService:
         command = [sys.executable, "-m", "broker_filter", "run", "--config", str(path)]
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        self.lifeline = Lifeline(self.process)
+        self.guard = KillWithParent(self.process)
 
     @property
     def log(self) -> str:
@@ -109,7 +109,7 @@ def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSer
 
     yield start
     for service in started:
-        service.lifeline.cut()
+        service.guard.release()
         if service.process.poll() is None:
             service.end(signal.SIGKILL)
 

@@ -19,7 +19,7 @@ from confluent_kafka import Consumer, Producer, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from broker_filter.kafka.checkpoint import position_key
-from broker_filter.kafka.client import Complaints, RecordLimits
+from broker_filter.kafka.client import RecordLimits, ThrottledErrorLog
 from broker_filter.kafka.transactions import Claim, FencedError, PositionError, Work, Writer
 from broker_filter.kafka.watchdog import Stage
 from broker_filter.metrics import Account, Metrics
@@ -202,13 +202,13 @@ class Harness:
             "statistics.interval.ms": 100,
             "stats_cb": self._note_requests,
         }
-        self.metrics, complaints = Metrics(), Complaints("test brokers")
+        self.metrics, error_log = Metrics(), ThrottledErrorLog("test brokers")
         limits = RecordLimits(AdminClient(properties), [topic], dead_letter=topic)
         self.topic = topic
         self.registrations = 0
         self.stored: list[int] = []
         self.writers: list[Writer] = []
-        self.open = partial(Writer, properties, limits, self.metrics, complaints, Stage("commit", self.metrics))
+        self.open = partial(Writer, properties, limits, self.metrics, error_log, Stage("commit", self.metrics))
 
     def _note_requests(self, statistics: str) -> None:
         brokers = json.loads(statistics)["brokers"].values()

@@ -15,9 +15,9 @@ from broker_filter.config import Input, Output, Sasl, SecretFromEnvironment, Sec
 from broker_filter.kafka.client import (
     RECORD_OVERHEAD_BYTES,
     REPEAT_INTERVAL_S,
-    Complaints,
     PropertyError,
     RecordLimits,
+    ThrottledErrorLog,
     admin_client,
     client_properties,
     ensure_topics,
@@ -90,7 +90,7 @@ def test_output_without_brokers_of_its_own_is_reached_as_the_input_is(monkeypatc
 def test_topic_that_was_made_just_now_gets_records_as_large_as_it_takes(
     kafka_bootstrap: str, unique_name: Callable[[str], str]
 ) -> None:
-    admin = admin_client({"bootstrap.servers": kafka_bootstrap}, Complaints("test brokers"))
+    admin = admin_client({"bootstrap.servers": kafka_bootstrap}, ThrottledErrorLog("test brokers"))
     for _ in range(5):  # brokers are not always so slow to hear of it
         topics = [unique_name("new") for _ in range(5)]
         ensure_topics(admin, [NewTopic(topic, 4, 1, config={"max.message.bytes": "32000000"}) for topic in topics])
@@ -98,17 +98,17 @@ def test_topic_that_was_made_just_now_gets_records_as_large_as_it_takes(
         assert {limits.of(topic) for topic in topics} == {32_000_000 - RECORD_OVERHEAD_BYTES}
 
 
-def test_complaint_is_logged_once_and_again_when_it_lasts(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_is_logged_once_and_again_if_it_lasts(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
-    complaints = Complaints("input brokers survey:9092", clock=lambda: now)
+    error_log = ThrottledErrorLog("input brokers survey:9092", clock=lambda: now)
     refused = KafkaError(KafkaError._AUTHENTICATION, "invalid credentials")
     with caplog.at_level(logging.WARNING):
         for _ in range(100):
-            complaints(refused)
+            error_log(refused)
         assert caplog.messages == [
             "input brokers survey:9092: authentication failed, check `sasl` (mechanism, username, password) "
             "(invalid credentials)"
         ]
         now = REPEAT_INTERVAL_S
-        complaints(refused)
+        error_log(refused)
         assert len(caplog.messages) == 2

@@ -23,7 +23,7 @@ from broker_filter.kafka.checkpoint import (
     PositionsTopic,
     claim_offset,
 )
-from broker_filter.kafka.client import Cluster, Complaints, RecordLimits, client_properties
+from broker_filter.kafka.client import Cluster, RecordLimits, ThrottledErrorLog, client_properties
 from broker_filter.kafka.days import Days
 from broker_filter.kafka.source import KafkaSource, group_observer
 from broker_filter.kafka.transactions import Store, Writer
@@ -62,7 +62,7 @@ class Reader:
             **options,  # type: ignore[arg-type]
         )
         self.now = now
-        properties, complaints, metrics = client_properties(section), Complaints("test brokers"), Metrics()
+        properties, error_log, metrics = client_properties(section), ThrottledErrorLog("test brokers"), Metrics()
         self.metrics = metrics
         cluster = AdminClient(properties).list_topics(timeout=10)
         existing = {name: len(topic.partitions) for name, topic in cluster.topics.items()}
@@ -75,15 +75,15 @@ class Reader:
 
         def open_writer(transactional_id: str, store: Store) -> Writer:
             stage = Stage("commit", metrics)
-            self._writers.append(Writer(outputs, limits, metrics, complaints, stage, transactional_id, store))
+            self._writers.append(Writer(outputs, limits, metrics, error_log, stage, transactional_id, store))
             return self._writers[-1]
 
         self.source = KafkaSource(
-            section, properties, Cluster("cluster", existing), complaints, lambda _: None, metrics, lambda: self.now
+            section, properties, Cluster("cluster", existing), error_log, lambda _: None, metrics, lambda: self.now
         )
         checkpoint: Checkpoint
         if positions_bootstrap:
-            positions = PositionsTopic(name, outputs, admin, complaints)
+            positions = PositionsTopic(name, outputs, admin, error_log)
             checkpoint = PositionsCheckpoint(positions, open_writer, name, name, "cluster")
         else:
             checkpoint = GroupCheckpoint(self.source.consumer, open_writer, name, group_observer(properties, name))
@@ -104,10 +104,10 @@ class Reader:
 
     def commit(self) -> None:
         """Commits all that was read, as a transaction would."""
-        ends = [claim_offset(claim, claim.taken) for claim in self.source.claims]
+        ends = [claim_offset(claim, claim.enqueued) for claim in self.source.claims]
         self.source.consumer.commit(offsets=ends, asynchronous=False)
         for claim in self.source.claims:
-            claim.committed = claim.taken
+            claim.committed = claim.enqueued
 
     def read(self, expected: int, patience_s: float = PATIENCE_S) -> list[bytes]:
         """Reads until so many messages have come in all."""
@@ -224,8 +224,8 @@ class ForgetfulCoordinator:
 
 def days_with(coordinator: ForgetfulCoordinator, bootstrap: str, template: str) -> Days:
     section = Input(bootstrap_servers=bootstrap, group_id="group", topics=[template], start="earliest")
-    admin, complaints = AdminClient(client_properties(section)), Complaints("test brokers")
-    return Days(section, admin, Cluster("cluster", {}), coordinator, complaints, lambda: MIDNIGHT)  # type: ignore[arg-type]
+    admin, error_log = AdminClient(client_properties(section)), ThrottledErrorLog("test brokers")
+    return Days(section, admin, Cluster("cluster", {}), coordinator, error_log, lambda: MIDNIGHT)  # type: ignore[arg-type]
 
 
 def test_first_look_waits_until_the_coordinator_of_the_group_is_chosen(
@@ -433,7 +433,7 @@ def test_messages_that_expire_unread_are_counted_and_what_was_read_before_is_not
     reader = start_reader(topic, start="earliest")
     assert len(reader.read(5)) == 5
     (old,) = reader.source.claims
-    reader.source.hold()
+    reader.source.pause()
     send(topic, *(str(i).encode() for i in range(5, 30)))
     admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
     for deleted in admin.delete_records([TopicPartition(topic, 0, 20)]).values():
@@ -485,7 +485,7 @@ def test_log_that_was_truncated_is_read_from_where_it_departs(
     reader = Reader(cluster.bootstrap_servers, unique_name("group"), topic, MIDNIGHT, start="earliest")
     assert len(reader.read(10)) == 10
     reader.commit()
-    reader.source.hold()
+    reader.source.pause()
 
     cluster.kill(1)
     cut_log(cluster.directory / "node-1" / f"{topic}-0" / f"{0:020}.log", 6)

@@ -21,8 +21,8 @@ from broker_filter.scoring.neighbours import normalise
 from broker_filter.scoring.reference import (
     CARD,
     Measure,
-    Ordinary,
     Reference,
+    ReferenceAlerts,
     ReferenceSetError,
     SurveyCounts,
     SurveyReference,
@@ -49,7 +49,7 @@ def part() -> SurveyReference:
     rng = np.random.default_rng(1)
     modalities = normalise(rng.standard_normal((50, 2, 4)))
     modalities[3, 1] = 0  # has no light curve
-    alerts = Ordinary(
+    alerts = ReferenceAlerts(
         normalise(modalities.reshape(50, 8)),
         np.arange(50) - 7,
         np.array([f"ZTF26aaé{i}" for i in range(50)]),

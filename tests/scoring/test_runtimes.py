@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from broker_filter.config import Runtime
 from broker_filter.scoring.bundle import WEIGHTS, KnownAnswers, load_bundle
-from broker_filter.scoring.cuda_graphs import StagedNetwork
+from broker_filter.scoring.cuda_graphs import CudaGraphNetwork
 from broker_filter.scoring.networks import ServedNetwork, load_network
 from broker_filter.scoring.preprocess import prepare_images
 from broker_filter.scoring.runtimes import RuntimeUnavailableError, available_cores, open_network
@@ -76,7 +76,7 @@ def test_batches_on_their_way_through_the_ring_come_back_whole_and_in_order(devi
     bundle = load_bundle("default")
     network = load_network(bundle.card.architecture, load_file(bundle.directory / WEIGHTS))
     served = ServedNetwork(network, bundle.card.outputs)
-    staged = StagedNetwork(
+    staged = CudaGraphNetwork(
         served, {"images": (3, 63, 63)}, tuple(bundle.card.outputs.shapes()), torch.device(device), "float32", 1e-5
     )
     rng = np.random.default_rng(3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from training.evaluation.evaluations import read_contenders
+from training.evaluation.evaluations import read_evaluations
 from training.evaluation.report import as_html, as_markdown
 
 HTML, MARKDOWN = "comparison.html", "comparison.md"
@@ -19,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Writes the report and prints its table."""
-    contenders = read_contenders(arguments.evaluations)
+    models = read_evaluations(arguments.evaluations)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    markdown = as_markdown(contenders)
-    (arguments.out / HTML).write_text(as_html(contenders), encoding="utf-8")
+    markdown = as_markdown(models)
+    (arguments.out / HTML).write_text(as_html(models), encoding="utf-8")
     (arguments.out / MARKDOWN).write_text(markdown, encoding="utf-8")
     print(markdown)
     print(arguments.out / HTML)

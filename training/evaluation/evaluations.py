@@ -20,7 +20,7 @@ from training.evaluation.predictions import Predictions
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class EvaluatedModel:
     """A model's evaluation, and each of its figures in every resample of the objects: the same objects for all."""
 
     title: str
@@ -32,14 +32,14 @@ class Contender:
         """A figure with its interval."""
         return self.evaluation.figures[name]
 
-    def ahead_of(self, other: Contender, name: str) -> Estimate:
+    def ahead_of(self, other: EvaluatedModel, name: str) -> Estimate:
         """By how much this one's figure is larger: the paired bootstrap of the difference."""
         mine, its = self.figure(name).value, other.figure(name).value
         difference = np.nan if mine is None or its is None else mine - its
         return Estimate.of(difference, self.resampled[name] - other.resampled[name])
 
 
-def read_contenders(directories: Sequence[Path]) -> list[Contender]:
+def read_evaluations(directories: Sequence[Path]) -> list[EvaluatedModel]:
     """The evaluations, the highest ROC AUC first.
 
     Raises EvaluationError where one cannot be read, or was not measured on the same alerts as the first.
@@ -47,16 +47,16 @@ def read_contenders(directories: Sequence[Path]) -> list[Contender]:
     evaluations = [Evaluation.read(directory) for directory in directories]
     names = [evaluation.model for evaluation in evaluations]
     titles = names if len(set(names)) == len(names) else [str(directory) for directory in directories]
-    contenders = []
+    models = []
     for directory, title, evaluation in zip(directories, titles, evaluations, strict=True):
         predictions = Predictions.read(directory / PREDICTIONS, evaluation.classes, evaluation.threshold)
         resampled = resample(partial(measure, predictions), predictions.object_id)
-        contenders.append(Contender(title, evaluation, predictions, resampled))
-        _check_comparable(directories[0], contenders[0], directory, contenders[-1])
-    return sorted(contenders, key=lambda contender: -(contender.figure("roc_auc").value or 0))
+        models.append(EvaluatedModel(title, evaluation, predictions, resampled))
+        _check_comparable(directories[0], models[0], directory, models[-1])
+    return sorted(models, key=lambda model: -(model.figure("roc_auc").value or 0))
 
 
-def _check_comparable(first_directory: Path, first: Contender, directory: Path, other: Contender) -> None:
+def _check_comparable(first_directory: Path, first: EvaluatedModel, directory: Path, other: EvaluatedModel) -> None:
     def differ(what: str, ours: object, theirs: object) -> EvaluationError:
         return EvaluationError(f"{first_directory} and {directory} cannot be compared: {what} {ours} and {theirs}")
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 from training.evaluation.bootstrap import Estimate
-from training.evaluation.evaluations import Contender
+from training.evaluation.evaluations import EvaluatedModel
 from training.evaluation.metrics import Ranking, rank
 
 COLOURS = mpl.color_sequences["tab10"]
@@ -33,37 +33,37 @@ TITLE_LETTERS = 40
 """In a line above a panel."""
 
 
-def roc_curves(contenders: Sequence[Contender]) -> str:
+def roc_curves(models: Sequence[EvaluatedModel]) -> str:
     """True- against false-positive rate, a panel a label."""
 
     def draw(axes: Axes, ranking: Ranking, **line: Any) -> None:
         axes.plot(ranking.false_positive_rate, ranking.recall, **line)
 
-    return _curves(contenders, draw, "false-positive rate", "true-positive rate")
+    return _curves(models, draw, "false-positive rate", "true-positive rate")
 
 
-def precision_recall_curves(contenders: Sequence[Contender]) -> str:
+def precision_recall_curves(models: Sequence[EvaluatedModel]) -> str:
     """Precision against recall, a panel a label."""
 
     def draw(axes: Axes, ranking: Ranking, **line: Any) -> None:
         axes.step(ranking.recall, ranking.precision, where="pre", **line)
 
-    return _curves(contenders, draw, "recall", "precision")
+    return _curves(models, draw, "recall", "precision")
 
 
-def reliability_diagram(contenders: Sequence[Contender]) -> str:
+def reliability_diagram(models: Sequence[EvaluatedModel]) -> str:
     """What happens against what is said, with intervals."""
     figure, [axes] = _panels(1)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
-    for contender, colour in zip(contenders, COLOURS, strict=False):
-        bins = contender.evaluation.reliability
+    for model, colour in zip(models, COLOURS, strict=False):
+        bins = model.evaluation.reliability
         happened = [found.happened for found in bins]
         axes.errorbar(
             [found.said for found in bins],
             np.array([found.value for found in happened], np.float64),
             yerr=_bars(happened),
             color=colour,
-            label=contender.title,
+            label=model.title,
             marker="o",
             markersize=3,
             linewidth=1,
@@ -73,22 +73,22 @@ def reliability_diagram(contenders: Sequence[Contender]) -> str:
     return _svg(figure)
 
 
-def confusion_matrices(contenders: Sequence[Contender]) -> str:
+def confusion_matrices(models: Sequence[EvaluatedModel]) -> str:
     """The share of each true class that is taken for each class, a panel a model."""
-    figure, panels = _panels(min(len(contenders), len(COLOURS)))
-    for axes, contender in zip(panels, contenders, strict=False):
-        classes = contender.evaluation.classes
-        shares = np.array([[cell.value for cell in row] for row in contender.evaluation.confusion], np.float64)
+    figure, panels = _panels(min(len(models), len(COLOURS)))
+    for axes, model in zip(panels, models, strict=False):
+        classes = model.evaluation.classes
+        shares = np.array([[cell.value for cell in row] for row in model.evaluation.confusion], np.float64)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for (t, d), share in np.ndenumerate(shares):
             axes.text(d, t, f"{share:.1%}", ha="center", va="center", color="white" if share > 0.5 else "black")
         axes.set_xticks(range(len(classes)), classes, rotation=30)
         axes.set_yticks(range(len(classes)), classes)
-        axes.set(xlabel="taken for", ylabel="truly", title=fill(contender.title, TITLE_LETTERS))
+        axes.set(xlabel="taken for", ylabel="truly", title=fill(model.title, TITLE_LETTERS))
     return _svg(figure)
 
 
-def accuracy_against_time(series: Mapping[str, Sequence[Contender]]) -> str:
+def accuracy_against_time(series: Mapping[str, Sequence[EvaluatedModel]]) -> str:
     """ROC AUC against what an alert costs, with intervals: better models are higher up, cheaper ones further left."""
     figure, [axes] = _panels(1, width=2 * PANEL)
     for colour, (name, runs) in zip(cycle(SERIES_COLOURS), series.items(), strict=False):
@@ -109,7 +109,7 @@ def accuracy_against_time(series: Mapping[str, Sequence[Contender]]) -> str:
     return _svg(figure)
 
 
-def data_efficiency(series: Mapping[str, Sequence[Contender]]) -> str:
+def data_efficiency(series: Mapping[str, Sequence[EvaluatedModel]]) -> str:
     """ROC AUC against the share of the training sources: a dot a run, a line through the mean over seeds."""
     figure, [axes] = _panels(1, width=2 * PANEL)
     for colour, (name, runs) in zip(cycle(SERIES_COLOURS), series.items(), strict=False):
@@ -125,17 +125,17 @@ def data_efficiency(series: Mapping[str, Sequence[Contender]]) -> str:
     return _svg(figure)
 
 
-def _curves(contenders: Sequence[Contender], draw: Callable[..., None], x: str, y: str) -> str:
+def _curves(models: Sequence[EvaluatedModel], draw: Callable[..., None], x: str, y: str) -> str:
     """A panel a label, in it a line a model; `draw` puts a ranking of the label's alerts against the rest there."""
-    labels = contenders[0].predictions.labels
+    labels = models[0].predictions.labels
     figure, panels = _panels(len(labels))
     for axes, label in zip(panels, labels, strict=True):
-        for contender, colour in zip(contenders, COLOURS, strict=False):
-            predictions = contender.predictions
+        for model, colour in zip(models, COLOURS, strict=False):
+            predictions = model.predictions
             positive = predictions.truth == predictions.classes.index(label)
             score = predictions.probabilities[:, predictions.labels.index(label)]
             ranking = rank(positive, score, np.ones(len(predictions)))
-            draw(axes, ranking, color=colour, linewidth=1, label=contender.title)
+            draw(axes, ranking, color=colour, linewidth=1, label=model.title)
         axes.set(xlabel=x, ylabel=y, title=label, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     _legend(figure, panels[0])
     return _svg(figure)

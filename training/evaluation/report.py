@@ -13,7 +13,7 @@ from broker_filter.scoring.bts_policies import POLICIES
 from training.evaluation import plots
 from training.evaluation.bootstrap import RESAMPLES, Estimate
 from training.evaluation.evaluate import IF_CALIBRATED
-from training.evaluation.evaluations import Contender
+from training.evaluation.evaluations import EvaluatedModel
 from training.evaluation.plots import COLOURS, TIMED_BATCH
 
 TEMPLATE = "report.html.jinja"
@@ -67,33 +67,31 @@ class Plot:
     svg: str
 
 
-def as_markdown(contenders: Sequence[Contender]) -> str:
+def as_markdown(models: Sequence[EvaluatedModel]) -> str:
     """The tables."""
-    return "\n".join(
-        [f"# {_title(contenders)}\n\n{_summary(contenders)}\n", *(t.markdown for t in _tables(contenders))]
-    )
+    return "\n".join([f"# {_title(models)}\n\n{_summary(models)}\n", *(t.markdown for t in _tables(models))])
 
 
-def as_html(contenders: Sequence[Contender]) -> str:
+def as_html(models: Sequence[EvaluatedModel]) -> str:
     """The tables and the plots."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template(TEMPLATE).render(
-        title=_title(contenders),
-        summary=_summary(contenders),
-        tables=_tables(contenders),
-        plots=_plots(contenders),
-        contenders=contenders,
+        title=_title(models),
+        summary=_summary(models),
+        tables=_tables(models),
+        plots=_plots(models),
+        models=models,
     )
 
 
-def _title(contenders: Sequence[Contender]) -> str:
-    return contenders[0].title if len(contenders) == 1 else f"{len(contenders)} models compared"
+def _title(models: Sequence[EvaluatedModel]) -> str:
+    return models[0].title if len(models) == 1 else f"{len(models)} models compared"
 
 
-def _summary(contenders: Sequence[Contender]) -> str:
-    evaluation = contenders[0].evaluation
+def _summary(models: Sequence[EvaluatedModel]) -> str:
+    evaluation = models[0].evaluation
     counts = ", ".join(f"{n:,} {name}" for name, n in evaluation.alerts.items())
     return (
         f"Split {evaluation.split} of data set {evaluation.dataset_sha256[:12]}: {counts} alerts of "
@@ -103,45 +101,45 @@ def _summary(contenders: Sequence[Contender]) -> str:
     )
 
 
-def _tables(contenders: Sequence[Contender]) -> list[Table]:
-    tables = [_figures_table(contenders), _calibration_table(contenders)]
-    if len(contenders) > 1:
-        tables += [_differences_table(contenders), _pairs_table(contenders)]
-    if any(len(runs) > 1 for runs in _by_series(contenders).values()):
-        tables.append(_series_table(contenders))
-    if not contenders[0].predictions.binary:
-        tables += [_classes_table(contenders, name) for name in OF_A_CLASS]
-    if any(name.endswith(".purity") for name in contenders[0].evaluation.figures):
-        tables.append(_policies_table(contenders))
-    return [*tables, _speed_table(contenders)]
+def _tables(models: Sequence[EvaluatedModel]) -> list[Table]:
+    tables = [_figures_table(models), _calibration_table(models)]
+    if len(models) > 1:
+        tables += [_differences_table(models), _pairs_table(models)]
+    if any(len(runs) > 1 for runs in _by_series(models).values()):
+        tables.append(_series_table(models))
+    if not models[0].predictions.binary:
+        tables += [_classes_table(models, name) for name in OF_A_CLASS]
+    if any(name.endswith(".purity") for name in models[0].evaluation.figures):
+        tables.append(_policies_table(models))
+    return [*tables, _speed_table(models)]
 
 
-def _figures_table(contenders: Sequence[Contender]) -> Table:
+def _figures_table(models: Sequence[EvaluatedModel]) -> Table:
     caption = "The highest ROC AUC first."
-    if not contenders[0].predictions.binary:
+    if not models[0].predictions.binary:
         caption += " Means over the classes, each against the rest (macro)."
-    if seen := [contender.title for contender in contenders if not contender.evaluation.unseen]:
+    if seen := [model.title for model in models if not model.evaluation.unseen]:
         caption += f" Trained on another split than this, and may have seen these objects: {', '.join(seen)}."
     return Table(
         "Figures",
         caption,
         ["model", *FIGURES.values()],
-        [[c.title, *(str(c.figure(name)) for name in FIGURES)] for c in contenders],
+        [[c.title, *(str(c.figure(name)) for name in FIGURES)] for c in models],
     )
 
 
-def _calibration_table(contenders: Sequence[Contender]) -> Table:
+def _calibration_table(models: Sequence[EvaluatedModel]) -> Table:
     return Table(
         "Calibration",
         "A calibrated model has a slope of 1 and an intercept of 0; one with a slope below 1 is too sure of itself. "
         "The last column is the ECE that a perfectly calibrated model would show for as many alerts.",
         ["model", *CALIBRATION.values()],
-        [[c.title, *(str(c.evaluation.calibration[name]) for name in CALIBRATION)] for c in contenders],
+        [[c.title, *(str(c.evaluation.calibration[name]) for name in CALIBRATION)] for c in models],
     )
 
 
-def _differences_table(contenders: Sequence[Contender]) -> Table:
-    first, *others = contenders
+def _differences_table(models: Sequence[EvaluatedModel]) -> Table:
+    first, *others = models
     return Table(
         f"Is {first.title} better?",
         f"{first.title} less each other model, on the same objects (paired bootstrap). Marked with * where the "
@@ -158,31 +156,28 @@ def verdict(difference: Estimate, name: str) -> str:
     return f"{difference} {'*' if (difference.low > 0) != (name in SMALLER_IS_BETTER) else '†'}"
 
 
-def _pairs_table(contenders: Sequence[Contender]) -> Table:
+def _pairs_table(models: Sequence[EvaluatedModel]) -> Table:
     return Table(
         "Which one beats which?",
         "ROC AUC of the row less that of the column, marked as above.",
-        ["", *(column.title for column in contenders)],
+        ["", *(column.title for column in models)],
         [
             [
                 row.title,
-                *(
-                    "" if row is column else verdict(row.ahead_of(column, "roc_auc"), "roc_auc")
-                    for column in contenders
-                ),
+                *("" if row is column else verdict(row.ahead_of(column, "roc_auc"), "roc_auc") for column in models),
             ]
-            for row in contenders
+            for row in models
         ],
     )
 
 
-def _series_table(contenders: Sequence[Contender]) -> Table:
-    def over_seeds(runs: Sequence[Contender], name: str) -> str:
+def _series_table(models: Sequence[EvaluatedModel]) -> Table:
+    def over_seeds(runs: Sequence[EvaluatedModel], name: str) -> str:
         values = np.array([run.figure(name).value for run in runs], np.float64)
         return f"{values.mean():.4f} ± {values.std(ddof=1):.4f}" if len(runs) > 1 else f"{values.mean():.4f}"
 
     rows = []
-    for series, runs in _by_series(contenders).items():
+    for series, runs in _by_series(models).items():
         for fraction in sorted({run.evaluation.fraction for run in runs}):
             alike = [run for run in runs if run.evaluation.fraction == fraction]
             figures = [over_seeds(alike, name) for name in FIGURES]
@@ -195,31 +190,31 @@ def _series_table(contenders: Sequence[Contender]) -> Table:
     )
 
 
-def _classes_table(contenders: Sequence[Contender], name: str) -> Table:
-    labels, alerts = contenders[0].predictions.labels, contenders[0].evaluation.alerts
+def _classes_table(models: Sequence[EvaluatedModel], name: str) -> Table:
+    labels, alerts = models[0].predictions.labels, models[0].evaluation.alerts
     return Table(
         f"Classes: {FIGURES[name]}",
         "Each class against the rest.",
         ["model", *(f"{label} ({alerts[label]:,} alerts)" for label in labels)],
-        [[c.title, *(str(c.figure(f"{label}.{name}")) for label in labels)] for c in contenders],
+        [[c.title, *(str(c.figure(f"{label}.{name}")) for label in labels)] for c in models],
     )
 
 
-def _policies_table(contenders: Sequence[Contender]) -> Table:
+def _policies_table(models: Sequence[EvaluatedModel]) -> Table:
     names = [f"{policy}.{figure}" for policy in POLICIES for figure in ("purity", "completeness")]
-    judged = " and ".join(f"{n:,} {name}" for name, n in contenders[0].evaluation.judged.items())
+    judged = " and ".join(f"{n:,} {name}" for name, n in models[0].evaluation.judged.items())
     return Table(
         "Policies",
         f"What the Bright Transient Survey's policies would save of the {judged} objects with a history.",
         ["model", *(name.replace(".", ", ") for name in names)],
-        [[c.title, *(str(c.figure(name)) for name in names)] for c in contenders],
+        [[c.title, *(str(c.figure(name)) for name in names)] for c in models],
     )
 
 
-def _speed_table(contenders: Sequence[Contender]) -> Table:
-    batches = [speed.batch for speed in contenders[0].evaluation.speed]
+def _speed_table(models: Sequence[EvaluatedModel]) -> Table:
+    batches = [speed.batch for speed in models[0].evaluation.speed]
     threads = ", ".join(
-        sorted({f"{speed.threads} on {speed.provider}" for c in contenders for speed in c.evaluation.speed})
+        sorted({f"{speed.threads} on {speed.provider}" for c in models for speed in c.evaluation.speed})
     )
     return Table(
         "As served",
@@ -236,19 +231,19 @@ def _speed_table(contenders: Sequence[Contender]) -> Table:
                     f"{speed.peak_megabytes:,.0f}",
                 )
             ]
-            for c in contenders
+            for c in models
         ],
     )
 
 
-def _plots(contenders: Sequence[Contender]) -> list[Plot]:
-    few = f" The {len(COLOURS)} models of the highest ROC AUC." if len(contenders) > len(COLOURS) else ""
-    series = _by_series(contenders)
+def _plots(models: Sequence[EvaluatedModel]) -> list[Plot]:
+    few = f" The {len(COLOURS)} models of the highest ROC AUC." if len(models) > len(COLOURS) else ""
+    series = _by_series(models)
     drawn = [
-        Plot("ROC", f"Each label against the rest.{few}", plots.roc_curves(contenders)),
-        Plot("Precision and recall", f"Each label against the rest.{few}", plots.precision_recall_curves(contenders)),
-        Plot("Reliability", f"A calibrated model lies on the dashed line.{few}", plots.reliability_diagram(contenders)),
-        Plot("Confusion", f"Shares of each true class.{few}", plots.confusion_matrices(contenders)),
+        Plot("ROC", f"Each label against the rest.{few}", plots.roc_curves(models)),
+        Plot("Precision and recall", f"Each label against the rest.{few}", plots.precision_recall_curves(models)),
+        Plot("Reliability", f"A calibrated model lies on the dashed line.{few}", plots.reliability_diagram(models)),
+        Plot("Confusion", f"Shares of each true class.{few}", plots.confusion_matrices(models)),
         Plot("Accuracy and cost", f"In batches of {TIMED_BATCH}, as served.", plots.accuracy_against_time(series)),
     ]
     grown = {name: runs for name, runs in series.items() if len({run.evaluation.fraction for run in runs}) > 1}
@@ -258,8 +253,8 @@ def _plots(contenders: Sequence[Contender]) -> list[Plot]:
     return drawn
 
 
-def _by_series(contenders: Sequence[Contender]) -> dict[str, list[Contender]]:
-    series: dict[str, list[Contender]] = {}
-    for contender in contenders:
-        series.setdefault(contender.evaluation.series, []).append(contender)
+def _by_series(models: Sequence[EvaluatedModel]) -> dict[str, list[EvaluatedModel]]:
+    series: dict[str, list[EvaluatedModel]] = {}
+    for model in models:
+        series.setdefault(model.evaluation.series, []).append(model)
     return series

@@ -17,7 +17,7 @@ from training.errors import EvaluationError
 from training.evaluation import compare
 from training.evaluation.bootstrap import Estimate
 from training.evaluation.evaluate import EVALUATION, PREDICTIONS, evaluate
-from training.evaluation.evaluations import read_contenders
+from training.evaluation.evaluations import read_evaluations
 from training.evaluation.predictions import Predictions
 from training.evaluation.report import as_html, as_markdown
 from training.evaluation.served_speed import BATCHES, ServedSpeed
@@ -85,7 +85,7 @@ def width(of: Estimate) -> float:
 
 
 def test_the_better_model_comes_first_and_beats_the_other(write: Write) -> None:
-    better, worse = read_contenders([write("worse", 0.4), write("better", 0.02)])
+    better, worse = read_evaluations([write("worse", 0.4), write("better", 0.02)])
     assert (better.title, worse.title) == ("better", "worse")
     difference = better.ahead_of(worse, "roc_auc")
     assert difference.low is not None
@@ -95,12 +95,12 @@ def test_the_better_model_comes_first_and_beats_the_other(write: Write) -> None:
 
 
 def test_objects_that_are_hard_for_both_do_not_blur_a_difference(write: Write) -> None:
-    a, b = read_contenders([write("a", 0.01), write("bb", 0.01)])
+    a, b = read_evaluations([write("a", 0.01), write("bb", 0.01)])
     assert width(a.ahead_of(b, "roc_auc")) < 0.5 * width(a.figure("roc_auc"))
 
 
 def test_a_model_does_not_beat_itself(write: Write) -> None:
-    a, b = read_contenders([write("one", 0.1), write("two", 0.1)])  # equally long names: equal noise
+    a, b = read_evaluations([write("one", 0.1), write("two", 0.1)])  # equally long names: equal noise
     assert a.ahead_of(b, "roc_auc") == Estimate(value=0, low=0, high=0)
     assert "*" not in as_markdown([a, b]).partition("| against |")[2]
 
@@ -128,22 +128,22 @@ def test_the_command_writes_the_page_and_prints_the_table(write: Write, capsys: 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_the_page_needs_nothing_else_and_the_table_has_a_row_a_model(write: Write, n: int) -> None:
-    contenders = read_contenders([write("m" * (i + 1), 0.1 * (i + 1)) for i in range(n)])
+    models = read_evaluations([write("m" * (i + 1), 0.1 * (i + 1)) for i in range(n)])
     page = Links()
-    page.feed(as_html(contenders))
+    page.feed(as_html(models))
     assert page.tags.count("svg") == 5  # ROC, precision and recall, reliability, confusion, accuracy and cost
     assert all(link.startswith(("#", "data:")) for link in page.fetched)
-    figures = re.search(r"## Figures\n.*?\n## ", as_markdown(contenders), re.DOTALL)
+    figures = re.search(r"## Figures\n.*?\n## ", as_markdown(models), re.DOTALL)
     assert figures is not None
     rows = [line for line in figures[0].splitlines() if line.startswith("| m")]
     assert len(rows) == n + 1  # and the head
-    assert str(contenders[0].figure("roc_auc")) in rows[1]
+    assert str(models[0].figure("roc_auc")) in rows[1]
 
 
 def test_a_model_that_may_have_seen_the_objects_in_training_is_named(write: Write) -> None:
     apart = write("apart", 0.2, dataset_sha256=DATASET.sha256)
-    assert "may have seen these objects: elsewhere." in as_markdown(read_contenders([apart, write("elsewhere", 0.1)]))
-    assert "may have seen" not in as_markdown(read_contenders([apart]))
+    assert "may have seen these objects: elsewhere." in as_markdown(read_evaluations([apart, write("elsewhere", 0.1)]))
+    assert "may have seen" not in as_markdown(read_evaluations([apart]))
 
 
 def test_runs_of_several_shares_of_the_data_make_a_curve_and_seeds_a_mean(write: Write) -> None:
@@ -152,23 +152,23 @@ def test_runs_of_several_shares_of_the_data_make_a_curve_and_seeds_a_mean(write:
         for i, (fraction, noise) in enumerate([(0.1, 0.5), (0.5, 0.2), (1.0, 0.1)])
         for seed in (1, 2)
     ]
-    contenders = read_contenders(runs)
-    assert "Data efficiency" in as_html(contenders)
-    over_seeds = as_markdown(contenders).partition("## Over seeds")[2]
+    models = read_evaluations(runs)
+    assert "Data efficiency" in as_html(models)
+    over_seeds = as_markdown(models).partition("## Over seeds")[2]
     for share in ("10%", "50%", "100%"):
         assert f"| stampnet, galaxies, images | {share} | 2 |" in over_seeds
 
 
 def test_models_of_one_name_are_told_apart_by_their_directories_and_a_name_is_never_markup(write: Write) -> None:
-    page = as_html(read_contenders([write("<i>", 0.1, name="same"), write("&b|", 0.3, name="same")]))
+    page = as_html(read_evaluations([write("<i>", 0.1, name="same"), write("&b|", 0.3, name="same")]))
     assert "/&lt;i&gt;" in page
     assert "<i>" not in page
 
 
 def test_histories_are_judged_where_there_are_magnitudes(write: Write) -> None:
-    [blind] = read_contenders([write("blind", 0.1)])
+    [blind] = read_evaluations([write("blind", 0.1)])
     assert "## Policies" not in as_markdown([blind])
-    [seeing] = read_contenders([write("seeing", 0.1, magpsf=18.0)])
+    [seeing] = read_evaluations([write("seeing", 0.1, magpsf=18.0)])
     _, _, policies = as_markdown([seeing]).partition("## Policies")
     judged = seeing.evaluation.judged
     assert sum(judged.values()) == OBJECTS
@@ -188,27 +188,27 @@ def test_several_classes_are_compared_class_by_class(tmp_path: Path) -> None:
         predictions.write(tmp_path / str(i) / PREDICTIONS)
         evaluation = evaluate(card(f"model_{i}"), DATASET, "test", predictions, SPEED)
         (tmp_path / str(i) / EVALUATION).write_text(evaluation.model_dump_json())
-    contenders = read_contenders([tmp_path / "0", tmp_path / "1"])
-    assert [contender.title for contender in contenders] == ["model_1", "model_0"]
-    markdown = as_markdown(contenders)
+    models = read_evaluations([tmp_path / "0", tmp_path / "1"])
+    assert [model.title for model in models] == ["model_1", "model_0"]
+    markdown = as_markdown(models)
     by_class = markdown.partition("## Classes: ROC AUC")[2]
     assert "| model | VS (50 alerts) | SN (50 alerts) | bogus (50 alerts) |" in by_class
-    row = " | ".join(str(contenders[0].figure(f"{label}.roc_auc")) for label in classes)
+    row = " | ".join(str(models[0].figure(f"{label}.roc_auc")) for label in classes)
     assert f"| model_1 | {row} |" in by_class
-    assert as_html(contenders).count("<svg") == 5
+    assert as_html(models).count("<svg") == 5
 
 
 def test_other_data_sets_are_refused(write: Write) -> None:
     other = DATASET.model_copy(update={"sha256": "2" * 64})
     with pytest.raises(EvaluationError, match=r"a and .*b cannot be compared: data sets 111111111111 and 222222222222"):
-        read_contenders([write("a", 0.1), write("b", 0.1, dataset=other)])
+        read_evaluations([write("a", 0.1), write("b", 0.1, dataset=other)])
 
 
 def test_other_alerts_of_the_same_data_set_are_refused(write: Write) -> None:
     with pytest.raises(EvaluationError, match="cannot be compared: alerts, 150 and 149"):
-        read_contenders([write("a", 0.1), write("b", 0.1, n=149)])
+        read_evaluations([write("a", 0.1), write("b", 0.1, n=149)])
 
 
 def test_what_is_no_evaluation_is_named(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"no evaluation: no evaluation\.json there"):
-        read_contenders([tmp_path])
+        read_evaluations([tmp_path])
