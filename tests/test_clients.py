@@ -1,4 +1,4 @@
-"""The programs of deploy/clients.md read what the service writes. Each runs where its client is installed.
+"""The programs of docs/how-to/read-output.md read what the service writes. Each runs where its client is installed.
 
 BROKER_FILTER_CLIENTS_PYTHON: a Python that has clients which need other versions of packages than broker-filter does.
 """
@@ -33,7 +33,7 @@ from broker_filter.streaming.routing import open_router
 
 CHECKOUT = Path(__file__).parents[1]
 CLIENTS_PYTHON = os.environ.get("BROKER_FILTER_CLIENTS_PYTHON", sys.executable)
-SECTIONS = (CHECKOUT / "deploy/clients.md").read_text().split("\n## ")[1:]
+SECTIONS = (CHECKOUT / "docs/how-to/read-output.md").read_text().split("\n## ")[1:]
 PROGRAMS = {
     section.partition("\n")[0]: program.group(1)
     for section in SECTIONS

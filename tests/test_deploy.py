@@ -17,6 +17,7 @@ from broker_filter.config_file import load_service
 from broker_filter.metrics import Metrics
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
+HOW_TO = DEPLOY.parent / "docs" / "how-to"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "broker-filter.json"
 RULES = DEPLOY / "prometheus" / "rules.yaml"
 SECRETS = {"SURVEY_PASSWORD": "secret", "OUTPUT_PASSWORD": "secret"}
@@ -98,9 +99,9 @@ def test_a_panel_shows_the_limit_of_the_rule_that_watches_the_same() -> None:
 
 
 def test_every_alert_is_explained_for_who_is_woken_by_it() -> None:
-    guide = (DEPLOY / "README.md").read_text()
+    guide = (HOW_TO / "operations.md").read_text()
     for rule in (rule for group in documents(RULES)[0]["groups"] for rule in group["rules"]):
-        assert f"### {rule['alert']}" in guide
+        assert f"\n### {rule['alert']}\n" in guide
 
 
 def test_rules_fire_in_trouble_and_only_then() -> None:
@@ -179,7 +180,7 @@ def test_the_pods_threads_are_bounded_as_its_memory_is() -> None:
     resources = pod["containers"][0]["resources"]
     assert resources["limits"]["cpu"] == resources["requests"]["cpu"]  # `available_cores` reads it as the quota
     memory = f"{resources['limits']['memory'].removesuffix('Gi')} GiB"
-    assert f"{resources['limits']['cpu']} CPUs and {memory}" in (DEPLOY / "README.md").read_text()
+    assert f"{resources['limits']['cpu']} CPUs and {memory}" in (HOW_TO / "deploy.md").read_text()
 
 
 def test_compose_stack_fits_together() -> None:

@@ -23,7 +23,7 @@ class RejectReason(StrEnum):
     UNKNOWN_SCHEMA_ID = "unknown_schema_id"
     """The schema registry does not know the wire format's schema id, or no registry is configured."""
     UNSUPPORTED_CODEC = "unsupported_codec"
-    """A container codec other than null, deflate and snappy."""
+    """A container codec other than null, deflate, snappy, zstandard, bzip2 and xz."""
     TRUNCATED = "truncated"
     """The bytes end before the record does."""
     CORRUPT = "corrupt"

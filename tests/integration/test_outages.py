@@ -141,7 +141,7 @@ def test_slow_network_and_a_cut_of_five_seconds_lose_and_repeat_nothing(
 
 
 SLOW_KB_PER_S = 200
-"""The slowest link to the output that deploy/README.md promises something for."""
+"""The slowest link to the output that docs/how-to/deploy.md gives a rate for."""
 
 
 @pytest.mark.kafka

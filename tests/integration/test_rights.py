@@ -116,9 +116,9 @@ def grants(admin_properties: dict[str, str]) -> Grants:
 
 
 def documented(topic: str | None, group: str, prefix: str) -> list[Rule]:
-    """The rights that deploy/README.md grants; `topic` is None where the input is on another cluster."""
-    text = (CHECKOUT / "deploy" / "README.md").read_text()
-    commands = [line.split()[1:] for line in text.splitlines() if line.startswith("    $acl ")]
+    """The rights that docs/how-to/connect.md grants; `topic` is None where the input is on another cluster."""
+    text = (CHECKOUT / "docs" / "how-to" / "connect.md").read_text()
+    commands = [line.split()[1:] for line in text.splitlines() if line.startswith("$acl ")]
     assert len(commands) == 5
     first = 0 if topic else 2
     last = 4 if topic else 5

@@ -1,0 +1,165 @@
+"""What README.md and the pages below docs/ show works: service files load, commands parse, links lead to a file."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+import yaml
+
+from broker_filter.cli import main
+from broker_filter.packets.batch import Survey
+from broker_filter.scoring.bundle import CARD, SHIPPED, load_bundle
+from broker_filter.scoring.neighbours import normalise
+from broker_filter.scoring.reference import UNLABELLED, Ordinary, SurveyCounts, SurveyReference, make_reference
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+PAGES = [CHECKOUT / "README.md", CHECKOUT / "deploy" / "README.md", *sorted((CHECKOUT / "docs").rglob("*.md"))]
+REQUIRED_KEYS = {"input", "output"}
+"""What every service file has: a block of YAML without them is a part of one, or something else."""
+
+
+def blocks(language: str) -> Iterator[tuple[str, str]]:
+    """The fenced blocks of a language in all pages: where each stands, and its text."""
+    for page in PAGES:
+        text = page.read_text()
+        for block in re.finditer(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            line = text.count("\n", 0, block.start()) + 1
+            yield f"{page.relative_to(CHECKOUT)}:{line}", block[1]
+
+
+def service_files() -> list[Any]:
+    """The blocks of YAML that are whole service files."""
+    found = [(place, text) for place, text in blocks("yaml") if yaml.safe_load(text).keys() >= REQUIRED_KEYS]
+    return [pytest.param(text, id=place) for place, text in found]
+
+
+def commands(program: str) -> list[Any]:
+    """The arguments of each command line of a program. Blocks of shell commands may continue lines with a backslash."""
+    pattern = re.compile(rf"(?:[A-Z_]+=\S+ )*{program} (.*)")
+    return [
+        pytest.param(shlex.split(match[1]), id=f"{place} {match[1]}")
+        for place, text in blocks("bash")
+        for line in text.replace("\\\n", " ").splitlines()
+        for command in re.split(r"\s(?:\||&&)\s", line.partition(" #")[0])
+        if (match := pattern.match(command.strip()))
+    ]
+
+
+def named_values(document: Any, key: str) -> set[str]:
+    """The text that a key has anywhere in a document."""
+    if isinstance(document, list):
+        return {text for value in document for text in named_values(value, key)}
+    if not isinstance(document, dict):
+        return set()
+    own = {document[key]} if isinstance(document.get(key), str) else set()
+    return own | {text for value in document.values() for text in named_values(value, key)}
+
+
+def write_reference(file: Path) -> None:
+    """A reference set as if the bundle `embedder` had made it, of random embeddings."""
+    rng = np.random.default_rng(0)
+    card = load_bundle("embedder").card
+    assert card.outputs.embedding is not None
+    embedding = normalise(rng.standard_normal((100, card.outputs.embedding)))
+    names = np.array([f"ZTF26a{i}" for i in range(100)])
+    alerts = Ordinary(embedding, np.arange(100), names, np.full(100, Survey.ZTF, np.uint8))
+    modalities = len(card.outputs.modalities)
+    usual, apart = np.full((1 + modalities, 2), 0.2, np.float32), np.full((modalities, 2), 0.2, np.float32)
+    scores = np.sort(rng.gamma(3, 0.1, 50).astype(np.float32))
+    part = SurveyReference(alerts, scores, usual, apart, np.full(100, UNLABELLED))
+    counts = SurveyCounts(read=200, passed=150, kept=100, held_out=50)
+    make_reference(card, None, {Survey.ZTF: part}, {Survey.ZTF: counts}, "mahalanobis").write(file)
+
+
+def write_certificate(file: Path) -> None:
+    """A certificate of its own authority."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl to make a certificate")
+    key = file.with_suffix(".key")
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-keyout",
+        key,
+        "-out",
+        file,
+        "-subj",
+        "/CN=ours",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("text", service_files())
+def test_a_service_file_in_the_documentation_loads(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The files that it names are made first: a reference, a certificate, and a bundle with the name of its folder."""
+    monkeypatch.chdir(tmp_path)
+    document = yaml.safe_load(text)
+    for variable in named_values(document, "env"):
+        monkeypatch.setenv(variable, "secret")
+    for reference in named_values(document, "reference"):
+        write_reference(Path(reference))
+    for authority in named_values(document, "ca"):
+        write_certificate(Path(authority))
+    for bundle in (Path(model) for model in document.get("models", []) if str(model).startswith("./")):
+        shutil.copytree(SHIPPED / "default", bundle)
+        card = (bundle / CARD).read_text()
+        (bundle / CARD).write_text(card.replace("name: default", f"name: {bundle.name}", 1))
+    Path("service.yaml").write_text(text)
+    assert main(["config", "check", "service.yaml"]) == 0, capsys.readouterr().err
+
+
+def test_the_documentation_shows_service_files() -> None:
+    assert len(service_files()) >= 5
+
+
+class ParsedError(BaseException):
+    """The command line is valid; the command itself is not run."""
+
+
+@pytest.fixture
+def only_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends a command with ParsedError when its arguments are parsed. argparse still ends it where they are wrong."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_end(*arguments: Any, **options: Any) -> NoReturn:
+        parse(*arguments, **options)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
+
+
+@pytest.mark.parametrize("arguments", commands("broker-filter"))
+def test_a_command_line_in_the_documentation_is_valid(arguments: list[str], only_parse: None) -> None:
+    with pytest.raises(ParsedError):
+        main(arguments)
+
+
+@pytest.mark.parametrize("arguments", commands("python -m training"))
+def test_a_training_command_in_the_documentation_is_valid(arguments: list[str], only_parse: None) -> None:
+    pytest.importorskip("lightning", reason="it comes with the extra `train`")
+    from training.__main__ import main as training
+
+    with pytest.raises(ParsedError):
+        training(arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(CHECKOUT)))
+def test_a_relative_link_leads_to_a_file(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+    relative = [link for link in links if "://" not in link]
+    assert [link for link in relative if not (page.parent / link).exists()] == []
