@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shlex
 import shutil
@@ -14,7 +15,9 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
+from broker_filter.bench.targets import Expected
 from broker_filter.cli import main
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import CARD, SHIPPED, load_bundle
@@ -163,3 +166,19 @@ def test_a_relative_link_leads_to_a_file(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
     relative = [link for link in links if "://" not in link]
     assert [link for link in relative if not (page.parent / link).exists()] == []
+
+
+RATIOS = CHECKOUT / "broker_filter" / "bench" / "ratios.json"
+
+
+@pytest.mark.parametrize("page", ["docs/explanation/performance.md"])
+def test_the_ratios_in_the_documentation_are_the_recorded_ones(page: str) -> None:
+    recorded = TypeAdapter(dict[str, Expected]).validate_json(RATIOS.read_bytes())
+    shown = dict(re.findall(r"^\| `([^`]+)` \| ([\d.]+) \|", (CHECKOUT / page).read_text(), re.MULTILINE))
+    assert shown
+    assert shown == {name: f"{recorded[name].ratio:.2f}" for name in shown}
+
+
+def test_every_recorded_ratio_is_in_the_documentation() -> None:
+    text = (CHECKOUT / "docs" / "explanation" / "performance.md").read_text()
+    assert all(f"| `{name}` |" in text for name in json.loads(RATIOS.read_bytes()))

@@ -1,4 +1,4 @@
-"""The README's example for Rubin does on real alerts what it says: its reference, its filters, its anomalies."""
+"""The service file for Rubin in the documentation works on real alerts: its reference, filters and anomalies."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_stream
 from broker_filter.streaming.routing import open_router
 
-README = Path(__file__).parents[1] / "README.md"
+CONNECT_PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "connect.md"
 LARGE_ENOUGH = 100
 """Real alerts of LSSTCam, at the least, for the shares below to mean something."""
 
 
 def example() -> str:
     """The service file for Rubin."""
-    files = re.findall(r"```yaml\n(input:.*?)```", README.read_text(), re.DOTALL)
+    files = re.findall(r"```yaml\n(input:.*?)```", CONNECT_PAGE.read_text(), re.DOTALL)
     [rubin] = [text for text in files if "lsst-alerts" in text]
     return str(rubin)
 

@@ -1,4 +1,4 @@
-"""`python -m training`: its commands, its errors in a line, and the configuration that README shows."""
+"""`python -m training`: its commands, its errors in a line, and the configuration that the documentation shows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.__main__ import COMMANDS, main
 from training.data.datasets import Dataset
 from training.recipe import Fit
 
-README = Path(__file__).parents[2] / "README.md"
+TRAIN_PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "train.md"
 
 
 @pytest.mark.parametrize("command", ["build-dataset", "evaluate"])
@@ -139,8 +139,8 @@ def test_a_configuration_that_is_none_is_an_error_in_one_line(
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"training {command}: {file}: ")
 
 
-def test_the_configuration_in_readme_is_one() -> None:
-    text = README.read_text()
+def test_the_configuration_of_fit_in_the_documentation_is_valid() -> None:
+    text = TRAIN_PAGE.read_text()
     block = text[text.index("name: mine") :]
     config = Fit.model_validate(yaml.safe_load(block[: block.index("```")]))
     assert config.recipe.learning_rate == Fit.model_fields["recipe"].default.learning_rate

@@ -25,7 +25,7 @@ from training.learner import LAST, read_checkpoint
 
 from .conftest import ONE_CORE, SEED, SMALL
 
-README = Path(__file__).parents[3] / "README.md"
+TRAIN_PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "train.md"
 QUICK = {"epochs": 3, "warm_up_epochs": 2, "batch": 16, "learning_rate": 0.01, "betas": (0.9, 0.999)}
 CLASSIFIERS: dict[Mode, type[torch.nn.Module]] = {
     "photo": PhotometryClassifier,
@@ -65,8 +65,8 @@ def test_every_published_training_can_be_named() -> None:
         assert run.network.photometry.features == 200 * 128
 
 
-def test_the_configuration_in_readme_is_one() -> None:
-    text = README.read_text()
+def test_the_configuration_of_astrom3_in_the_documentation_is_valid() -> None:
+    text = TRAIN_PAGE.read_text()
     block = text[text.index("mode: photo") :]
     run = AstroM3Run.model_validate(yaml.safe_load(block[: block.index("```")]))
     assert run.published == "photo-sub10-clip"
