@@ -28,8 +28,9 @@ from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.streaming.duplicates import DuplicateWindow
-from broker_filter.streaming.filtering import ScoredBatch, score_packets
+from broker_filter.streaming.filtering import score_packets
 from broker_filter.streaming.routing import open_router
+from broker_filter.streaming.scored import ScoredBatch
 
 CHECKOUT = Path(__file__).parents[1]
 CLIENTS_PYTHON = os.environ.get("BROKER_FILTER_CLIENTS_PYTHON", sys.executable)

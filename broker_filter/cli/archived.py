@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from broker_filter.scoring.reference import Reference
     from broker_filter.scoring.scorer import Scorer
     from broker_filter.streaming.anomalies import AnomalyJudge
-    from broker_filter.streaming.filtering import ScoredBatch
+    from broker_filter.streaming.scored import ScoredBatch
 
 
 STDIN = "-"

@@ -21,7 +21,7 @@ from broker_filter.packets.packet import FilePosition, Packet
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from broker_filter.streaming.filtering import ScoredBatch
+    from broker_filter.streaming.scored import ScoredBatch
 
 FORMATS = ("parquet", "avro", "jsonl", "csv", "ecsv", "fits")
 """Those of `streaming.table_formats`, whose import would take longer than `--help` may."""

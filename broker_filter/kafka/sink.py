@@ -20,8 +20,8 @@ from broker_filter.kafka.watchdog import Stage
 from broker_filter.metrics import Account, Metrics
 from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.rejects import RejectReason
-from broker_filter.streaming.filtering import ScoredBatch
 from broker_filter.streaming.routing import Routed
+from broker_filter.streaming.scored import ScoredBatch
 
 MJD_OF_UNIX_EPOCH = 40_587.0
 SECONDS_PER_DAY = 86_400.0

@@ -8,11 +8,8 @@ otherwise than the first time, as far as the threshold has moved.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from broker_filter import config
 from broker_filter.scoring.anomaly import AnomalyScorer, Reason
@@ -20,29 +17,9 @@ from broker_filter.scoring.reference import Reference, ReferenceSetError, check_
 from broker_filter.scoring.scorer import Scorer
 from broker_filter.scoring.threshold import RateTracker
 from broker_filter.streaming.expressions import FIELDS, Expression, compile_filter
-
-if TYPE_CHECKING:
-    from broker_filter.streaming.filtering import ScoredBatch
+from broker_filter.streaming.scored import Anomalies, ScoredBatch
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Anomalies:
-    """What was found of N alerts; those that are not judged have NaN for a score and are not flagged."""
-
-    model: str
-    score: NDArray[np.float32]  # [N]
-    threshold: NDArray[np.float32]  # [N] of its survey, what the score met
-    flag: NDArray[np.bool_]  # [N]
-    reasons: dict[int, Reason] = field(default_factory=dict)  # of the rows that are flagged
-    unjudged: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    """Rows that passed the cut, of surveys that the reference has too few alerts of."""
-
-    @property
-    def judged(self) -> NDArray[np.bool_]:
-        """Which have a score, [N]."""
-        return ~np.isnan(self.score)
 
 
 class AnomalyJudge:

@@ -31,7 +31,7 @@ from broker_filter.scoring.reference import (
 )
 from broker_filter.scoring.scorer import Model
 from broker_filter.streaming.expressions import Expression
-from broker_filter.streaming.filtering import ScoredBatch
+from broker_filter.streaming.scored import ScoredBatch
 
 if TYPE_CHECKING:
     from broker_filter.scoring.labels import Labels

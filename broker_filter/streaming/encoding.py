@@ -32,8 +32,7 @@ from broker_filter.packets.schema import BySchema, WriterSchema, full_name, move
 from broker_filter.packets.wire import frame
 from broker_filter.scoring.anomaly import Reason
 from broker_filter.scoring.scores import ModelScores
-from broker_filter.streaming.anomalies import Anomalies
-from broker_filter.streaming.filtering import ScoredBatch
+from broker_filter.streaming.scored import Anomalies, ScoredBatch
 
 Payload = Literal["full", "no_cutouts", "scores"]
 SubjectStrategy = Literal["topic", "record", "topic-record"]

@@ -26,16 +26,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.packets.batch import BANDS, UNKNOWN_BAND, AlertBatch, Survey
 from broker_filter.packets.surveys import COLUMNS
-
-if TYPE_CHECKING:  # at run time it would bring the model runtimes along, which checking a configuration can do without
-    from broker_filter.streaming.filtering import ScoredBatch
+from broker_filter.streaming.scored import ScoredBatch
 
 MAX_LENGTH = 2000
 """Characters of one filter: no person writes more, and it bounds what the parser is given."""

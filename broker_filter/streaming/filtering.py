@@ -3,51 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
-from numpy.typing import NDArray
 
 from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.scoring.scorer import Scorer
-from broker_filter.scoring.scores import Scores
-from broker_filter.streaming.anomalies import Anomalies, AnomalyJudge
+from broker_filter.streaming.anomalies import AnomalyJudge
 from broker_filter.streaming.duplicates import DuplicateWindow
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredBatch:
-    """What became of a batch of packets: every alert in them is a scored row of `alerts` or one of `rejects`.
-
-    Rows of `alerts` that no model takes are among the rejects (`no_model_for_survey`) and not in `scored`.
-    """
-
-    packets: Sequence[Packet]
-    alerts: AlertBatch
-    scores: Scores
-    duplicate: NDArray[np.bool_]  # [N] the alert id was seen before within the window
-    rejects: Sequence[Reject]
-    anomalies: Anomalies | None = None  # where they are looked for
-
-    @property
-    def scored(self) -> NDArray[np.int64]:
-        """Indices of the alerts that at least one model scored."""
-        return np.flatnonzero(self.scores.taken)
-
-    def less(self, refused: Mapping[int, Reject]) -> ScoredBatch:
-        """The batch with some of its scored rows as rejects instead."""
-        if not refused:
-            return self
-        taken = self.scores.taken.copy()
-        taken[list(refused)] = False
-        scores = replace(self.scores, taken=taken)
-        return replace(self, scores=scores, rejects=[*self.rejects, *refused.values()])
+from broker_filter.streaming.scored import ScoredBatch
 
 
 def score_alerts(

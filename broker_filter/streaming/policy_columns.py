@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from broker_filter.scoring.bts_policies import POLICIES, PolicyFilter
-from broker_filter.streaming.filtering import ScoredBatch
+from broker_filter.streaming.scored import ScoredBatch
 
 MAGNITUDE = "magpsf"
 

@@ -28,7 +28,7 @@ from broker_filter.streaming.encoding import (
     WireFraming,
 )
 from broker_filter.streaming.expressions import FIELDS, Expression, compile_filter
-from broker_filter.streaming.filtering import ScoredBatch
+from broker_filter.streaming.scored import ScoredBatch
 
 MAX_DETAIL_BYTES = 500
 """Of a dead letter's `detail` header: a sentence, whatever a packet put into it."""

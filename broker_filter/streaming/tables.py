@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from broker_filter.packets.batch import AlertIdentity
 from broker_filter.packets.packet import FilePosition, Position
-from broker_filter.streaming.filtering import ScoredBatch
+from broker_filter.streaming.scored import ScoredBatch
 from broker_filter.streaming.table_formats import FORMATS, Table
 
 STDOUT = Path("-")

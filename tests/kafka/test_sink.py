@@ -17,8 +17,8 @@ from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.streaming.encoding import OutputRecord
-from broker_filter.streaming.filtering import ScoredBatch
 from broker_filter.streaming.routing import Routed
+from broker_filter.streaming.scored import ScoredBatch
 
 MakeAlerts = Callable[..., AlertBatch]
 MakeScored = Callable[..., ScoredBatch]

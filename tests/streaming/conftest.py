@@ -12,7 +12,7 @@ from broker_filter.packets.batch import AlertBatch, LightCurves, Record
 from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.schema import parse_schema
 from broker_filter.scoring.scores import ModelScores, Scores
-from broker_filter.streaming.filtering import ScoredBatch
+from broker_filter.streaming.scored import ScoredBatch
 
 SCHEMA = parse_schema('{"type": "record", "name": "alert", "fields": [{"name": "candid", "type": "long"}]}')
 EMPTY = np.empty(0)

@@ -29,8 +29,9 @@ from broker_filter.streaming.anomalies import AnomalyJudge, open_judge
 from broker_filter.streaming.build_reference import build_reference
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.expressions import FIELDS, compile_filter
-from broker_filter.streaming.filtering import ScoredBatch, score_stream
+from broker_filter.streaming.filtering import score_stream
 from broker_filter.streaming.routing import open_router
+from broker_filter.streaming.scored import ScoredBatch
 
 Scored = Callable[..., ScoredBatch]
 PASSES = compile_filter("default.real > 0.5 and magpsf < 20", FIELDS, ["default.real"])

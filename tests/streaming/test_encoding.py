@@ -30,7 +30,6 @@ from broker_filter.packets.schema import WriterSchema, parse_schema, self_contai
 from broker_filter.packets.wire import unframe
 from broker_filter.scoring.anomaly import Neighbour, Reason
 from broker_filter.scoring.scores import ModelScores, Scores
-from broker_filter.streaming.anomalies import Anomalies
 from broker_filter.streaming.encoding import (
     CUTOUT_FIELDS,
     FORGET_REFUSAL_S,
@@ -45,7 +44,7 @@ from broker_filter.streaming.encoding import (
     name_of_its_own,
     scored_alert_schema,
 )
-from broker_filter.streaming.filtering import ScoredBatch
+from broker_filter.streaming.scored import Anomalies, ScoredBatch
 
 SCORED_AT = datetime(2026, 2, 25, 4, 30, 0, 123000, tzinfo=UTC)
 SCORED_AT_MS = 1771993800123

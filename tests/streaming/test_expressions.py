@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from broker_filter.packets.batch import UNKNOWN_BAND, AlertBatch
 from broker_filter.streaming.expressions import FIELDS, ExpressionError, compile_filter
-from broker_filter.streaming.filtering import ScoredBatch
+from broker_filter.streaming.scored import ScoredBatch
 
 OUTPUTS = ("default.real", "other.sn")
 NAN = float("nan")

@@ -19,7 +19,6 @@ from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.scoring.scorer import open_scorer
-from broker_filter.streaming.anomalies import Anomalies
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.encoding import (
@@ -32,8 +31,9 @@ from broker_filter.streaming.encoding import (
     RegistryRefusalError,
 )
 from broker_filter.streaming.expressions import FIELDS, compile_filter
-from broker_filter.streaming.filtering import ScoredBatch, score_packets
+from broker_filter.streaming.filtering import score_packets
 from broker_filter.streaming.routing import MAX_DETAIL_BYTES, Router, open_router
+from broker_filter.streaming.scored import Anomalies, ScoredBatch
 
 NAN = float("nan")
 

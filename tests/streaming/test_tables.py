@@ -21,7 +21,7 @@ from astropy.table import Table
 from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.rejects import Reject, RejectReason
-from broker_filter.streaming.filtering import ScoredBatch
+from broker_filter.streaming.scored import ScoredBatch
 from broker_filter.streaming.table_formats import FORMATS, ROW_GROUP
 from broker_filter.streaming.tables import (
     FIXED_COLUMNS,
