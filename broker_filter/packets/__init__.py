@@ -1,1 +1,1 @@
-"""Bytes to alerts: framing, schemas, decoding, stamps. Knows no model and no Kafka."""
+"""Alert packets to columns: framing, schemas, decoding and FITS stamps. Must never depend on a model or on Kafka."""

@@ -1,4 +1,4 @@
-"""Alerts in columns: what decoding writes and everything after it reads. Holds data and decides nothing."""
+"""Alerts in columns: the output of decoding, and the input of all later stages. This module only holds data."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from broker_filter.packets.packet import Packet
 from broker_filter.packets.schema import WriterSchema
 
 BANDS = ("u", "g", "r", "i", "z", "y")
-"""Filter passbands; a band's code is its index here."""
+"""Filter passbands. The code of a band is its index in this tuple."""
 UNKNOWN_BAND = 255
+"""The code of a band that is not one of `BANDS`, or is missing."""
 CUTOUTS = ("science", "template", "difference")
 """The order of the cutouts along axis 1 of `AlertBatch.cutouts`."""
 
 
 class Survey(IntEnum):
-    """The surveys whose alerts are understood; codes of `AlertBatch.survey`."""
+    """The surveys whose alerts can be decoded; the codes in `AlertBatch.survey`."""
 
     ZTF = 0
     LSST = 1
@@ -31,22 +32,22 @@ class Survey(IntEnum):
 
 
 class Measurement(IntEnum):
-    """What a light-curve point is; codes of `LightCurves.kind`."""
+    """The kind of a light-curve point; the codes in `LightCurves.kind`."""
 
     DETECTION = 0
     """A difference-image detection (ZTF candidate and prv_candidates; LSST diaSource and prvDiaSources)."""
     UPPER_LIMIT = 1
-    """A non-detection: flux 0, error one fifth of the 5-sigma limiting flux."""
+    """A non-detection: the flux is 0, and its uncertainty is one fifth of the 5-sigma limiting flux."""
     FORCED = 2
     """Forced photometry at the object's position (ZTF fp_hists; LSST prvDiaForcedSources)."""
 
 
 @dataclass(frozen=True, slots=True)
 class AlertIdentity:
-    """What an alert is called and where it stands, as far as it could be read.
+    """The ids, time, position and band of an alert; None for each value that could not be read.
 
-    `mjd` is as the survey publishes it: ZTF start of exposure (UTC), LSST midpoint (TAI). `ra`, `dec` in degrees
-    (ICRS).
+    `mjd` is the time that the survey publishes: the start of the exposure (UTC) for ZTF, its midpoint (TAI) for LSST.
+    `ra` and `dec` are in degrees (ICRS).
     """
 
     alert_id: int | None
@@ -60,11 +61,11 @@ class AlertIdentity:
 
 
 class Record(NamedTuple):
-    """An alert's bytes in its packet: the undecoded Avro body that output records are spliced from.
+    """The undecoded Avro body of an alert, from which output records are spliced.
 
-    `body` is a view into the packet's bytes (or into a decompressed block). `cutout_spans` are the [start, end) ranges
-    within `body` of the three encoded cutout fields, union branch included, in the writer schema's order: what to leave
-    out for `payload: no_cutouts`.
+    `body`: a zero-copy view of the packet's bytes, or of a decompressed block. `cutout_spans`: the byte ranges
+    [start, end) of the encoded cutout fields within `body`, including the index of the union branch, in the order of
+    the writer's schema. `payload: no_cutouts` leaves these ranges out.
     """
 
     body: memoryview
@@ -74,14 +75,14 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LightCurves:
-    """Ragged columns over N alerts: alert i owns points `offsets[i]:offsets[i + 1]`, in order of time.
+    """The light curves of N alerts, M points in all, as ragged columns.
 
-    Difference flux and its error are in nanojansky (AB) for every survey; negative where the source is fainter than in
-    the template.
+    Alert i owns the points `offsets[i]:offsets[i + 1]`, in order of time. `flux` is the difference flux in nanojansky
+    for every survey, negative if the source is fainter than in the template; `flux_err` is the 1-sigma uncertainty.
     """
 
     offsets: NDArray[np.int64]  # [N + 1]
-    mjd: NDArray[np.float64]  # [M] days, in the survey's own scale (see AlertIdentity)
+    mjd: NDArray[np.float64]  # [M] days, in the time scale of the survey (see AlertIdentity)
     band: NDArray[np.uint8]  # [M] index into BANDS, or UNKNOWN_BAND
     flux: NDArray[np.float32]  # [M] nJy
     flux_err: NDArray[np.float32]  # [M] nJy
@@ -91,7 +92,7 @@ class LightCurves:
         return len(self.offsets) - 1
 
     def __getitem__(self, rows: slice | NDArray[np.bool_] | NDArray[np.int64]) -> LightCurves:
-        """The light curves of the alerts `rows`; a view where those are consecutive."""
+        """The light curves of the alerts in `rows`; a zero-copy view if these rows are consecutive."""
         begin, end = self.offsets[:-1][rows], self.offsets[1:][rows]
         offsets = np.concatenate([[0], np.cumsum(end - begin)])
         points: slice | NDArray[np.int64]
@@ -105,7 +106,7 @@ class LightCurves:
 
     @classmethod
     def join(cls, parts: Sequence[LightCurves]) -> LightCurves:
-        """Those of several batches, of which there is one at least, one after the other."""
+        """The light curves of all `parts`, concatenated. Raises ValueError if `parts` is empty."""
         return cls(
             np.concatenate([[0], np.cumsum(np.concatenate([np.diff(part.offsets) for part in parts]))]),
             np.concatenate([part.mjd for part in parts]),
@@ -120,15 +121,16 @@ class LightCurves:
 class AlertBatch:
     """N decoded alerts in columns.
 
-    `cutouts` holds each stamp's pixels bit for bit as published (NaN and 3.4e38 included), zero outside `cutout_box`,
-    the rectangle (y0, x0, height, width) of real pixels: ZTF's short stamps stand at the top left, LSST's are centred,
-    cropped where larger than S. `metadata` is float64 because times and positions need it; a value that is missing
-    (null, infinite, or the survey's sentinel) is NaN.
+    `cutouts` holds the pixels of each stamp bit for bit as published, including NaN and 3.4e38. `cutout_box` is the
+    rectangle (y0, x0, height, width) of these pixels; the pixels outside it are zero. A ZTF stamp smaller than S is
+    placed at pixel (0, 0), an LSST stamp is centred, and a stamp larger than S is cropped around its centre. `metadata`
+    is float64 because times and positions need this precision. A missing value (null, infinite, or the sentinel of the
+    survey) is NaN.
     """
 
     packets: Sequence[Packet]
-    packet_index: NDArray[np.int32]  # [N] which packet an alert came from
-    record_index: NDArray[np.int32]  # [N] which record of that packet
+    packet_index: NDArray[np.int32]  # [N] index of the alert's packet in `packets`
+    record_index: NDArray[np.int32]  # [N] index of the alert's record within the packet
     records: Sequence[Record]  # N
     survey: NDArray[np.uint8]  # [N] Survey
     schema_version: Sequence[str]  # N
@@ -140,7 +142,7 @@ class AlertBatch:
     band: NDArray[np.uint8]  # [N] index into BANDS, or UNKNOWN_BAND
     cutouts: NDArray[np.float32]  # [N, 3, S, S] science, template, difference
     cutout_box: NDArray[np.int16]  # [N, 3, 4] y0, x0, height, width
-    columns: tuple[str, ...]  # F names of the metadata columns
+    columns: tuple[str, ...]  # names of the F metadata columns
     metadata: NDArray[np.float64]  # [N, F]
     light_curves: LightCurves
 
@@ -148,13 +150,13 @@ class AlertBatch:
         return len(self.alert_id)
 
     def column(self, name: str) -> NDArray[np.float64]:
-        """The metadata column `name`, float64[N]. Raises KeyError where there is none."""
+        """The metadata column `name`, float64[N]. Raises KeyError if the batch has no such column."""
         if name not in self.columns:
             raise KeyError(name)
         return self.metadata[:, self.columns.index(name)]
 
     def identity(self, i: int) -> AlertIdentity:
-        """Alert i's names and place, as plain Python values."""
+        """The ids, time, position and band of alert `i` as plain Python values."""
         band = int(self.band[i])
         return AlertIdentity(
             alert_id=int(self.alert_id[i]),

@@ -1,8 +1,8 @@
-"""Default values of fields in an Avro schema, by the specification (Avro 1.11, "Complex Types").
+"""Removes invalid default values from an Avro schema (Avro 1.11, "Complex Types").
 
-Surveys publish defaults that do not fit their fields' types: `["float", "null"]` with the default null, where a default
-must fit the first branch. Avro's Java library refuses such a schema. A default is only for readers with another
-schema, so bodies do not depend on it.
+Surveys publish defaults that do not fit the type of the field, for example null for the union `["float", "null"]`: a
+default must fit the first branch. Avro's Java library refuses such a schema. Removing a default does not change how
+records are encoded, because only a reader with another schema uses it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,25 @@ from broker_filter.packets.schema import PRIMITIVES, full_name
 
 INT_BITS, LONG_BITS = 32, 64
 _MISSING = object()
-"""Fits no type."""
+"""Stands for a field without a value; it fits no type."""
 
 
 def without_invalid_defaults(definition: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a record's schema, as `self_contained` returns it, less every default that does not fit its type."""
-    sound: dict[str, Any] = _sound(definition, "", {})
-    return sound
+    """A copy of a record's schema without the defaults that do not fit their types.
+
+    `definition`: a schema as `schema.self_contained` returns it.
+    """
+    cleaned: dict[str, Any] = _cleaned(definition, "", {})
+    return cleaned
 
 
-def _sound(type_: Any, namespace: str, named: dict[str, dict[str, Any]]) -> Any:
-    """`named`: the types that were defined before this one, by full name; grows."""
+def _cleaned(type_: Any, namespace: str, named: dict[str, dict[str, Any]]) -> Any:
+    """A copy of `type_` without invalid defaults.
+
+    `named`: the types defined so far, by full name; the types that `type_` defines are added to it.
+    """
     if isinstance(type_, list):
-        return [_sound(branch, namespace, named) for branch in type_]
+        return [_cleaned(branch, namespace, named) for branch in type_]
     if not isinstance(type_, dict):
         return type_
     copy = dict(type_)
@@ -35,7 +41,8 @@ def _sound(type_: Any, namespace: str, named: dict[str, dict[str, Any]]) -> Any:
         if copy["type"] == "record":
             inner = name.rpartition(".")[0]
             copy["fields"] = [
-                _sound_field({**field, "type": _sound(field["type"], inner, named)}, named) for field in copy["fields"]
+                _cleaned_field({**field, "type": _cleaned(field["type"], inner, named)}, named)
+                for field in copy["fields"]
             ]
         elif copy.get("default") not in copy.get("symbols", ()):
             copy.pop("default", None)
@@ -43,18 +50,21 @@ def _sound(type_: Any, namespace: str, named: dict[str, dict[str, Any]]) -> Any:
         return copy
     for inside in ("items", "values", "type"):
         if inside in copy:
-            copy[inside] = _sound(copy[inside], namespace, named)
+            copy[inside] = _cleaned(copy[inside], namespace, named)
     return copy
 
 
-def _sound_field(field: dict[str, Any], named: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _cleaned_field(field: dict[str, Any], named: dict[str, dict[str, Any]]) -> dict[str, Any]:
     if "default" in field and not _fits(field["type"], field["default"], named):
         del field["default"]
     return field
 
 
 def _fits(type_: Any, value: Any, named: dict[str, dict[str, Any]]) -> bool:
-    """Whether JSON's `value` is a default of a type. A type within itself is not in `named` yet: nothing fits it."""
+    """Whether the JSON `value` is a valid default for `type_`.
+
+    A recursive type is not in `named` while its own fields are checked, so no value fits it there.
+    """
     if isinstance(type_, list):
         return bool(type_) and _fits(type_[0], value, named)
     if isinstance(type_, str):
@@ -90,7 +100,7 @@ def _fits_primitive(kind: str, value: Any) -> bool:
             return (isinstance(value, int) and not isinstance(value, bool)) or (
                 isinstance(value, float) and math.isfinite(value)
             )
-        case "bytes":  # a character stands for a byte
+        case "bytes":  # each character of the JSON string stands for one byte
             return isinstance(value, str) and all(ord(character) < 256 for character in value)
         case _:
             return isinstance(value, str)

@@ -1,11 +1,11 @@
-"""What bytes are that are no alert packet: told from how they begin, so that a rejection can name them.
+"""Recognises other file formats by their first bytes (magic numbers), so that a rejection can name the format.
 
-Knows beginnings only and reads nothing of what it names.
+This module only compares the first bytes. It must never parse the data.
 """
 
 from __future__ import annotations
 
-_UNPACK = "unpack it and give the folder, or pack it anew as .tar, .tar.gz or .tar.zst"
+_UNPACK = "unpack it and pass the folder, or repack it as .tar, .tar.gz or .tar.zst"
 _KNOWN = (
     ((b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08"), f"a zip archive: {_UNPACK}"),
     ((b"Rar!\x1a\x07",), f"a rar archive: {_UNPACK}"),
@@ -33,7 +33,9 @@ _KNOWN = (
     # A tar ends with two blocks of 512 zero bytes.
     ((bytes(1024),), "zero bytes: a tar archive without members, or a file that was allocated and never written"),
 )
-"""Beginnings, and what they say. Those that `streaming.archives` reads are here too: a Kafka message is no archive."""
+"""Magic numbers, and the description of the format that begins with them.
+
+The formats that `streaming.archives` can read are also listed, because a Kafka message cannot be an archive."""
 _BY_FIRST_BYTE: dict[int, list[tuple[bytes, str]]] = {}
 for _beginnings, _description in _KNOWN:
     for _beginning in _beginnings:
@@ -41,7 +43,10 @@ for _beginnings, _description in _KNOWN:
 
 
 def describe(data: bytes) -> str | None:
-    """What `data`, which is not empty, is instead of a packet, and what to do; None where its beginning is unknown."""
+    """The format of `data` and what to do about it; None if the first bytes are unknown.
+
+    `data` must not be empty (IndexError).
+    """
     for beginning, description in _BY_FIRST_BYTE.get(data[0], ()):
         if data.startswith(beginning):
             return description

@@ -1,4 +1,4 @@
-"""A packet as it arrived: its bytes, where they stood, and when. Knows nothing of what the bytes mean."""
+"""A packet as it arrived: its bytes, its position and its time. This module never interprets the bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class KafkaPosition:
-    """Where a message stands. `cluster`: its id, or its bootstrap servers where it names none."""
+    """The position of a Kafka message. `cluster`: the cluster's id, or its bootstrap servers if it has no id."""
 
     cluster: str
     topic: str
@@ -20,9 +20,10 @@ class KafkaPosition:
 
 @dataclass(frozen=True, slots=True)
 class FilePosition:
-    """Where a packet stands: file, and in an archive the path inside it (`a.tar.gz/b.avro`).
+    """The position of a packet in a file. `member`: the path inside an archive (`a.tar.gz/b.avro`), empty otherwise.
 
-    `record` counts the alerts of that member before this packet: alert k of the packet is record `record + k`.
+    `record`: the number of alerts before this packet in the same file or member, so alert k of the packet is record
+    `record + k`.
     """
 
     path: str
@@ -39,9 +40,9 @@ Position = KafkaPosition | FilePosition
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """One Kafka message, or one piece of an archive that holds whole alerts: any bytes at all until they are decoded.
+    """One Kafka message, or one piece of an archive that holds whole alerts. `data` is untrusted input.
 
-    `timestamp_ms`: the message's Kafka timestamp (Unix milliseconds), None where it has none.
+    `timestamp_ms`: the Kafka timestamp of the message (Unix milliseconds); None if it has none.
     """
 
     data: bytes

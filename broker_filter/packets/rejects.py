@@ -1,4 +1,4 @@
-"""Why an input cannot be scored: a closed list. Rejects are data; decoding a bad packet never raises."""
+"""Inputs that cannot be scored, with one reason each from a closed list. A bad packet never raises an exception."""
 
 from __future__ import annotations
 
@@ -10,52 +10,54 @@ from broker_filter.packets.packet import Packet
 
 
 class RejectReason(StrEnum):
-    """The closed list of reasons, as they appear in dead-letter headers, metrics and output rows."""
+    """The reasons for a rejection. Dead-letter headers, metrics and output rows contain these values."""
 
     EMPTY = "empty"
-    """No bytes at all (a Kafka tombstone included)."""
+    """The message has no bytes. A Kafka tombstone is such a message."""
     TOO_LARGE = "too_large"
-    """More bytes than `max_packet_bytes`, also decompressed, or more alerts or history than a packet may have."""
+    """The packet exceeds a bound: `max_packet_bytes` (before or after decompression), or the limits on alerts, memory
+    or rows of history in one packet."""
     NOT_AVRO = "not_avro"
-    """Neither an Avro object container file nor Confluent wire format."""
+    """The bytes are neither an Avro object container file nor Confluent wire format."""
     BAD_SCHEMA = "bad_schema"
-    """The embedded schema cannot be parsed, or is beyond the bounds on schemas."""
+    """The writer's schema cannot be parsed, or exceeds the bounds on schemas."""
     UNKNOWN_SCHEMA_ID = "unknown_schema_id"
-    """The schema registry does not know the wire format's schema id, or no registry is configured."""
+    """The schema registry does not know the schema id of the message, or no registry is configured."""
     UNSUPPORTED_CODEC = "unsupported_codec"
-    """A container codec other than null, deflate, snappy, zstandard, bzip2 and xz."""
+    """The codec of the Avro container is not null, deflate, snappy, zstandard, bzip2 or xz."""
     TRUNCATED = "truncated"
-    """The bytes end before the record does."""
+    """The bytes end before the end of the record."""
     CORRUPT = "corrupt"
-    """The bytes do not decode by their own schema (wrong sync marker, impossible length or union branch)."""
+    """The bytes do not match their own schema (wrong sync marker, impossible length or union branch)."""
     NO_RECORD = "no_record"
-    """A valid container without any alert in it."""
+    """The container is valid but contains no alert."""
     UNKNOWN_SURVEY = "unknown_survey"
-    """Well-formed, but not an alert of a survey that is known here."""
+    """The record is valid Avro, but not an alert of ZTF or LSST."""
     MISSING_FIELD = "missing_field"
-    """The alert's id, position or time is absent or null."""
+    """The id, position or time of the alert is absent or null."""
     MISSING_CUTOUT = "missing_cutout"
     """A cutout is absent, null or empty."""
     BAD_CUTOUT = "bad_cutout"
-    """A cutout does not inflate, is no FITS image of two dimensions, or is beyond the bounds on stamps."""
+    """A cutout cannot be decompressed, is not a two-dimensional FITS image, or exceeds the bounds on stamps."""
     BLANK_CUTOUT = "blank_cutout"
-    """A cutout without a single finite pixel."""
+    """A cutout has no finite pixel."""
     NO_MODEL_FOR_SURVEY = "no_model_for_survey"
-    """No configured model was trained for the alert's survey, and none was told to take it also."""
+    """No configured model was trained for the survey of the alert or is configured to accept it."""
     SCHEMA_REFUSED = "schema_refused"
-    """The output's schema registry does not take the schema of the record that the scored alert would become."""
+    """The schema registry of the output refused the schema of the output record."""
 
 
 MAX_DETAIL_CHARACTERS = 1_000
-"""Of a reject's detail, which may quote what a packet says."""
+"""The maximum length of a reject's detail. It is bounded because the detail may quote untrusted input."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
     """An input that cannot be scored.
 
-    `detail` says what is wrong, and is cut to MAX_DETAIL_CHARACTERS. `record` counts within the packet; `alert` is what
-    could still be read of it; `schema` is the fingerprint of its writer's schema, None where that could not be read.
+    `detail`: what is wrong, truncated to MAX_DETAIL_CHARACTERS. `record`: the index of the alert within its packet.
+    `alert`: the ids, time and position as far as they could be read; None if no record could be read. `schema`: the
+    fingerprint of the writer's schema; None if it could not be read.
     """
 
     packet: Packet

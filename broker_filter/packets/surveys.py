@@ -1,6 +1,7 @@
-"""What ZTF and LSST call things: by which fields a survey is known, its ids, and the table of metadata columns.
+"""The field names of ZTF and LSST: how a survey is recognised, its ids, and the table of metadata columns.
 
-Tables and formulae only. Must never say where a field stands in a packet: packets are read by name (see `plan`).
+This module holds only tables and formulae. It must never state the position of a field in a packet, because fields are
+found by name (see `plan`).
 
 Sources: ZTF alert schema 4.02 (https://zwickytransientfacility.github.io/ztf-avro-alert/schema.html); LSST alert
 schemas 7.0 to 11.0 (https://github.com/lsst/alert_packet).
@@ -38,14 +39,16 @@ from broker_filter.packets.photometry import (
 )
 
 SOLAR_SYSTEM_MATCH_ARCSEC = 5.0
-"""ZTF lists known solar-system objects up to 30 arcsec away; as in Fink, within 5 it is the alert's source."""
+"""ZTF lists the nearest known solar-system object within 30 arcsec. As in Fink, an object within this distance is taken
+for the source of the alert."""
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A number in a packet: the dotted paths that it goes by, of which the schema's first is read.
+    """A numeric field of a packet.
 
-    `missing` is the survey's sentinel, read as NaN besides null; `letter`: a string is read as its first byte's code.
+    `paths`: the dotted paths under which schemas have it; the first path that a schema has is read. `missing`: the
+    survey's sentinel value, which is read as NaN, as null is. `letter`: a string is read as the code of its first byte.
     """
 
     paths: tuple[str, ...]
@@ -55,14 +58,14 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class SoFar:
-    """A number that the packet's history up to the alert comes to: a column of `DetectionsSoFar`."""
+    """A number computed from the packet's history up to the time of the alert: a column of `DetectionsSoFar`."""
 
     name: Literal["first_jd", "peak_jd", "peak_magnitude", "faintest_magnitude"]
 
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """A column computed from fields and histories: `formula` takes their values, [N] each."""
+    """A column computed from other numbers: `formula` takes the values of `fields`, float64[N] each."""
 
     formula: Callable[..., Values]
     fields: tuple[Field | SoFar, ...]
@@ -73,7 +76,10 @@ Source = Field | SoFar | Derived
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A metadata column: its name, unit and meaning, and where each survey has it (None: NaN for that survey)."""
+    """A metadata column: its name, unit and meaning, and its source in the packets of each survey.
+
+    A column without a source for a survey is NaN for all alerts of that survey.
+    """
 
     name: str
     unit: str
@@ -82,33 +88,36 @@ class Column:
     lsst: Source | None = None
 
     def source(self, survey: Survey) -> Source | None:
-        """Where `survey` has it."""
+        """The source of the column in packets of `survey`; None if the survey does not publish it."""
         return self.ztf if survey is Survey.ZTF else self.lsst
 
 
 PointsOf = Callable[[NDArray[np.int64], Sequence[Values]], Points]
-"""Makes points of the alerts' rows and the values of the fields it is declared with."""
+"""A function that makes light-curve points from row numbers of alerts, int64[M], and one float64[M] array per field."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """An array of records in the packet whose items are points of the light curve."""
+    """An array of records in the packet, each item of which is a light-curve point. `fields`: paths within an item."""
 
     name: str
-    fields: tuple[Field, ...]  # paths within the item
+    fields: tuple[Field, ...]
     points: PointsOf
 
 
 @dataclass(frozen=True, slots=True)
 class SurveyFormat:
-    """How a survey writes its alerts.
+    """How a survey writes its alerts. All fields are named by their dotted paths.
 
-    `signature`: the fields by which its schema is known. Of `alert_ids` the first that the record has is taken, and
-    so of `object_ids` (numbers, 0 being none) where there is no `object_name` (text). `version`: where the record
-    itself says it. `place`: MJD, right ascension, declination (degrees) and the band's index. `cutouts`: field names
-    in the order of `CUTOUTS`; `stamp`: the field inside them that holds the FITS bytes, None where they are the bytes
-    themselves. `own_fields`: the alert's own measurement, a point of its light curve besides those of `tables`.
-    `detections_so_far`: sums it and the first table up, where the survey has such columns.
+    `signature`: the fields that a schema must have to be recognised as the survey's. `alert_ids`: fields of the alert's
+    id; the first one that a record has is used. `object_ids`: fields of a numeric object id, used in the same way if
+    the record has no `object_name` (text); 0 means that there is no object. `version`: the field of the schema version.
+    `place`: sources of MJD (d), right ascension (deg), declination (deg) and the index of the band. `cutouts`: the
+    cutout fields in the order of `CUTOUTS`. `stamp`: the field inside a cutout that holds the FITS bytes; None if the
+    cutout field itself holds the bytes. `stamps_centred`: whether a stamp smaller than its slot is centred in it.
+    `own_fields`: the measurement of the alert itself, of which `own_points` makes a light-curve point. `tables`: the
+    arrays that hold the other points. `detections_so_far`: computes the columns of `DetectionsSoFar` from the alert's
+    own measurement and the first table; None if the survey has no such columns.
     """
 
     survey: Survey
@@ -196,13 +205,35 @@ def _positive(flux: Values) -> Values:
 
 
 COLUMNS: tuple[Column, ...] = (
-    # Both surveys, so that one filter serves both.
+    # Columns of both surveys, so that one filter expression works for both.
     Column(
-        "magpsf", "mag", "PSF magnitude of the absolute difference flux", ZTF_MAGPSF, Derived(_magnitude, (LSST_FLUX,))
+        "magpsf",
+        "mag",
+        "AB magnitude of the absolute PSF flux in the difference image",
+        ZTF_MAGPSF,
+        Derived(_magnitude, (LSST_FLUX,)),
     ),
-    Column("sigmapsf", "mag", "its error", ZTF_SIGMAPSF, Derived(_magnitude_err, (LSST_FLUX, LSST_FLUX_ERR))),
-    Column("psfFlux", "nJy", "PSF difference flux", Derived(_ztf_flux, (ZTF_MAGPSF, ZTF_ISDIFFPOS)), LSST_FLUX),
-    Column("psfFluxErr", "nJy", "its error", Derived(_ztf_flux_err, (ZTF_MAGPSF, ZTF_SIGMAPSF)), LSST_FLUX_ERR),
+    Column(
+        "sigmapsf",
+        "mag",
+        "1-sigma uncertainty of magpsf",
+        ZTF_SIGMAPSF,
+        Derived(_magnitude_err, (LSST_FLUX, LSST_FLUX_ERR)),
+    ),
+    Column(
+        "psfFlux",
+        "nJy",
+        "PSF flux in the difference image",
+        Derived(_ztf_flux, (ZTF_MAGPSF, ZTF_ISDIFFPOS)),
+        LSST_FLUX,
+    ),
+    Column(
+        "psfFluxErr",
+        "nJy",
+        "1-sigma uncertainty of psfFlux",
+        Derived(_ztf_flux_err, (ZTF_MAGPSF, ZTF_SIGMAPSF)),
+        LSST_FLUX_ERR,
+    ),
     Column(
         "snr",
         "",
@@ -213,121 +244,159 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "isdiffpos",
         "1 or 0",
-        "brighter (1) or fainter (0) than the template",
+        "1 if the source is brighter than in the template, 0 if fainter",
         Derived(flag, (ZTF_ISDIFFPOS,)),
         Derived(_positive, (LSST_FLUX,)),
     ),
     Column(
         "sso",
         "1 or 0",
-        "is a known solar-system object (ZTF: one is listed within 5 arcsec)",
+        "1 if the source is a known solar-system object (ZTF: if one is listed within 5 arcsec), else 0",
         Derived(_ztf_sso, (ZTF_SSDISTNR,)),
         Derived(_lsst_sso, (_SS_OBJECT, _SS_OBJECT_OF_SOURCE)),
     ),
-    Column("ndethist", "", "detections at this position so far", ZTF_NDETHIST, Field(("diaObject.nDiaSources",))),
+    Column(
+        "ndethist",
+        "",
+        "number of detections at this position (ZTF) or of this object (LSST) so far",
+        ZTF_NDETHIST,
+        Field(("diaObject.nDiaSources",)),
+    ),
     Column("ra", "deg", "right ascension (ICRS)", ZTF_RA, LSST_RA),
     Column("dec", "deg", "declination (ICRS)", ZTF_DEC, LSST_DEC),
-    Column("xpos", "px", "position on the detector", _ztf("xpos"), _lsst("x")),
-    Column("ypos", "px", "position on the detector", _ztf("ypos"), _lsst("y")),
+    Column("xpos", "px", "x position of the source on the detector", _ztf("xpos"), _lsst("x")),
+    Column("ypos", "px", "y position of the source on the detector", _ztf("ypos"), _lsst("y")),
     # ZTF: the survey's scores.
-    Column("drb", "0 to 1", "real-bogus score of the survey's network (braai)", ZTF_DRB),
-    Column("rb", "0 to 1", "real-bogus score of the survey's random forest", _ztf("rb", NO_VALUE)),
-    Column("classtar", "0 to 1", "star/galaxy score of SExtractor", _ztf("classtar", NO_VALUE)),
+    Column("drb", "0 to 1", "real-bogus score of ZTF's neural network (braai)", ZTF_DRB),
+    Column("rb", "0 to 1", "real-bogus score of ZTF's random forest", _ztf("rb", NO_VALUE)),
+    Column("classtar", "0 to 1", "star (1) or galaxy (0) score of SExtractor", _ztf("classtar", NO_VALUE)),
     # ZTF: the exposure.
-    Column("fid", "", "filter: 1 g, 2 r, 3 i", Derived(ztf_filter, (ZTF_FID,))),
-    Column("programid", "", "1 public, 2 partnership, 3 Caltech", _ztf("programid")),
-    Column("field", "", "field of the sky grid", _ztf("field")),
-    Column("rcid", "", "readout channel, 0 to 63", _ztf("rcid")),
+    Column("fid", "", "filter: 1 is g, 2 is r, 3 is i", Derived(ztf_filter, (ZTF_FID,))),
+    Column("programid", "", "observing programme: 1 is public, 2 is partnership, 3 is Caltech", _ztf("programid")),
+    Column("field", "", "number of the field in ZTF's sky grid", _ztf("field")),
+    Column("rcid", "", "number of the readout channel, 0 to 63", _ztf("rcid")),
     Column("exptime", "s", "exposure time", _ztf("exptime", NO_VALUE)),
-    Column("diffmaglim", "mag", "5-sigma limit of the difference image", ZTF_DIFFMAGLIM),
-    Column("magzpsci", "mag", "photometric zero point", _ztf("magzpsci", NO_VALUE)),
-    Column("magzpsciunc", "mag", "its error", _ztf("magzpsciunc", NO_VALUE)),
-    Column("magzpscirms", "mag", "scatter about the calibration", _ztf("magzpscirms", NO_VALUE)),
-    Column("nmatches", "", "stars in the calibration", _ztf("nmatches", NO_VALUE)),
-    Column("clrcoeff", "", "colour coefficient of the calibration", _ztf("clrcoeff", NO_VALUE)),
-    Column("clrcounc", "", "its error", _ztf("clrcounc", NO_VALUE)),
-    Column("zpclrcov", "", "covariance of zero point and colour coefficient", _ztf("zpclrcov", NO_VALUE)),
-    Column("zpmed", "mag", "median zero point", _ztf("zpmed", NO_VALUE)),
-    Column("clrmed", "mag", "median colour of the calibrators", _ztf("clrmed", NO_VALUE)),
-    Column("clrrms", "mag", "scatter of their colours", _ztf("clrrms", NO_VALUE)),
+    Column("diffmaglim", "mag", "5-sigma limiting magnitude of the difference image", ZTF_DIFFMAGLIM),
+    Column("magzpsci", "mag", "photometric zero point of the science image", _ztf("magzpsci", NO_VALUE)),
+    Column("magzpsciunc", "mag", "1-sigma uncertainty of magzpsci", _ztf("magzpsciunc", NO_VALUE)),
+    Column("magzpscirms", "mag", "RMS scatter of the calibrators about magzpsci", _ztf("magzpscirms", NO_VALUE)),
+    Column("nmatches", "", "number of Pan-STARRS calibrators that were used", _ztf("nmatches", NO_VALUE)),
+    Column("clrcoeff", "", "colour coefficient of the photometric calibration", _ztf("clrcoeff", NO_VALUE)),
+    Column("clrcounc", "", "1-sigma uncertainty of clrcoeff", _ztf("clrcounc", NO_VALUE)),
+    Column("zpclrcov", "", "covariance of magzpsci and clrcoeff", _ztf("zpclrcov", NO_VALUE)),
+    Column("zpmed", "mag", "photometric zero point from the median of the calibrators", _ztf("zpmed", NO_VALUE)),
+    Column(
+        "clrmed", "mag", "median colour of the calibrators: g-r for fid 1 and 2, r-i for 3", _ztf("clrmed", NO_VALUE)
+    ),
+    Column("clrrms", "mag", "RMS scatter of the colours of the calibrators", _ztf("clrrms", NO_VALUE)),
     # ZTF: the source in the difference image.
     Column("chipsf", "", "reduced chi-square of the PSF fit", _ztf("chipsf", NO_VALUE)),
-    Column("magap", "mag", "aperture magnitude, 8 px", _ztf("magap", NO_VALUE)),
-    Column("sigmagap", "mag", "its error", _ztf("sigmagap", NO_VALUE)),
-    Column("magapbig", "mag", "aperture magnitude, 18 px", _ztf("magapbig", NO_VALUE)),
-    Column("sigmagapbig", "mag", "its error", _ztf("sigmagapbig", NO_VALUE)),
-    Column("magdiff", "mag", "magap - magpsf", _ztf("magdiff", NO_VALUE)),
-    Column("magfromlim", "mag", "diffmaglim - magap", _ztf("magfromlim", NO_VALUE)),
-    Column("sky", "DN", "local background", _ztf("sky", NO_VALUE)),
-    Column("fwhm", "px", "full width at half maximum", _ztf("fwhm", NO_VALUE)),
-    Column("seeratio", "", "fwhm over the image's seeing", _ztf("seeratio", NO_VALUE)),
-    Column("aimage", "px", "windowed major axis", _ztf("aimage", NO_VALUE)),
-    Column("bimage", "px", "windowed minor axis", _ztf("bimage", NO_VALUE)),
-    Column("aimagerat", "", "aimage / fwhm", _ztf("aimagerat", NO_VALUE)),
-    Column("bimagerat", "", "bimage / fwhm", _ztf("bimagerat", NO_VALUE)),
-    Column("elong", "", "aimage / bimage", _ztf("elong", NO_VALUE)),
-    Column("mindtoedge", "px", "distance to the nearest edge", _ztf("mindtoedge", NO_VALUE)),
-    Column("nneg", "", "negative pixels in 5 x 5", _ztf("nneg", NO_VALUE)),
-    Column("nbad", "", "bad pixels in 5 x 5", _ztf("nbad", NO_VALUE)),
-    Column("sumrat", "", "sum over sum of absolutes of the stamp's pixels", _ztf("sumrat", NO_VALUE)),
-    Column("scorr", "", "peak of the match-filtered image (ZOGY)", _ztf("scorr")),
-    Column("dsnrms", "", "difference of S/N over its scatter", _ztf("dsnrms")),
-    Column("ssnrms", "", "sum of S/N over its scatter", _ztf("ssnrms")),
-    Column("dsdiff", "", "dsnrms - ssnrms", _ztf("dsdiff")),
-    Column("tooflag", "1 or 0", "target of opportunity", _ztf("tooflag")),
+    Column(
+        "magap",
+        "mag",
+        "aperture magnitude (aperture diameter 14 px; 8 px in early schemas)",
+        _ztf("magap", NO_VALUE),
+    ),
+    Column("sigmagap", "mag", "1-sigma uncertainty of magap", _ztf("sigmagap", NO_VALUE)),
+    Column("magapbig", "mag", "aperture magnitude (aperture diameter 18 px)", _ztf("magapbig", NO_VALUE)),
+    Column("sigmagapbig", "mag", "1-sigma uncertainty of magapbig", _ztf("sigmagapbig", NO_VALUE)),
+    Column("magdiff", "mag", "difference magap - magpsf", _ztf("magdiff", NO_VALUE)),
+    Column("magfromlim", "mag", "difference diffmaglim - magap", _ztf("magfromlim", NO_VALUE)),
+    Column("sky", "DN", "local sky background", _ztf("sky", NO_VALUE)),
+    Column("fwhm", "px", "full width at half maximum of the source, for a Gaussian core", _ztf("fwhm", NO_VALUE)),
+    Column("seeratio", "", "ratio of the FWHM of the difference image's PSF to fwhm", _ztf("seeratio", NO_VALUE)),
+    Column("aimage", "px", "RMS of the source's profile along its major axis", _ztf("aimage", NO_VALUE)),
+    Column("bimage", "px", "RMS of the source's profile along its minor axis", _ztf("bimage", NO_VALUE)),
+    Column("aimagerat", "", "ratio aimage / fwhm", _ztf("aimagerat", NO_VALUE)),
+    Column("bimagerat", "", "ratio bimage / fwhm", _ztf("bimagerat", NO_VALUE)),
+    Column("elong", "", "elongation: ratio aimage / bimage", _ztf("elong", NO_VALUE)),
+    Column("mindtoedge", "px", "distance to the nearest edge of the image", _ztf("mindtoedge", NO_VALUE)),
+    Column("nneg", "", "number of negative pixels in the central 5 x 5 pixels", _ztf("nneg", NO_VALUE)),
+    Column("nbad", "", "number of bad pixels in the central 5 x 5 pixels", _ztf("nbad", NO_VALUE)),
+    Column(
+        "sumrat",
+        "",
+        "ratio of the sum of the central 5 x 5 pixels to the sum of their absolute values",
+        _ztf("sumrat", NO_VALUE),
+    ),
+    Column("scorr", "", "peak signal-to-noise ratio in the matched-filter image (ZOGY)", _ztf("scorr")),
+    Column("dsnrms", "", "difference image at the source, over its standard deviation", _ztf("dsnrms")),
+    Column(
+        "ssnrms",
+        "",
+        "difference image convolved with its PSF at the source, over its standard deviation",
+        _ztf("ssnrms"),
+    ),
+    Column("dsdiff", "", "difference dsnrms - ssnrms", _ztf("dsdiff")),
+    Column("tooflag", "1 or 0", "1 if the exposure was for a target of opportunity, else 0", _ztf("tooflag")),
     # ZTF: the history at this position.
-    Column("ncovhist", "", "exposures of this position so far", ZTF_NCOVHIST),
-    Column("jdstarthist", "d", "Julian date of the first detection", ZTF_JDSTARTHIST),
-    Column("jdendhist", "d", "Julian date of the last detection", _ztf("jdendhist", NO_VALUE)),
-    # ZTF: what BTSbot makes of the history (Rehemtulla et al. 2024, arXiv:2401.15167; `prep_alerts` in its code). It is
-    # trained on all the alerts of an object: a packet has the last 30 days, and `jdstarthist` of the rest.
+    Column("ncovhist", "", "number of exposures of this position so far", ZTF_NCOVHIST),
+    Column("jdstarthist", "d", "Julian date of the first detection that ndethist counts", ZTF_JDSTARTHIST),
+    Column("jdendhist", "d", "Julian date of the last detection that ndethist counts", _ztf("jdendhist", NO_VALUE)),
+    # ZTF: BTSbot's features of the history (Rehemtulla et al. 2024, arXiv:2401.15167; `prep_alerts` in its code).
+    # BTSbot is trained on all alerts of an object; a packet has those of the last 30 days, and `jdstarthist`.
     Column(
         "nnotdet",
         "",
-        "exposures of this position without a detection so far: ncovhist - ndethist",
+        "number of exposures of this position without a detection so far: ncovhist - ndethist",
         Derived(np.subtract, (ZTF_NCOVHIST, ZTF_NDETHIST)),
     ),
     Column(
         "age",
         "d",
-        "since the first detection: jdstarthist, or an earlier one in the packet",
+        "time since the first detection (jdstarthist, or an earlier detection in the packet)",
         Derived(_age, (ZTF_JD, ZTF_JDSTARTHIST, SoFar("first_jd"))),
     ),
     Column(
         "days_since_peak",
         "d",
-        "since the brightest detection in the packet, up to and including the alert",
+        "time since the brightest detection in the packet not later than the alert",
         Derived(np.subtract, (ZTF_JD, SoFar("peak_jd"))),
     ),
     Column(
         "days_to_peak",
         "d",
-        "from the first detection to the brightest: age - days_since_peak",
+        "time from the first to the brightest detection: age - days_since_peak",
         Derived(_age, (SoFar("peak_jd"), ZTF_JDSTARTHIST, SoFar("first_jd"))),
     ),
-    Column("peakmag_so_far", "mag", "brightest of the same detections, in any filter", SoFar("peak_magnitude")),
-    Column("maxmag_so_far", "mag", "faintest of them", SoFar("faintest_magnitude")),
-    # Trained on a rerun of braai d6_m9, which no packet holds: brokers that run BTSbot give it the packet's drb, too.
-    Column("new_drb", "0 to 1", "the survey's drb, by the name that BTSbot has for it", ZTF_DRB),
+    Column(
+        "peakmag_so_far",
+        "mag",
+        "magnitude, in any filter, of the brightest detection in the packet not later than the alert",
+        SoFar("peak_magnitude"),
+    ),
+    Column(
+        "maxmag_so_far",
+        "mag",
+        "magnitude, in any filter, of the faintest detection in the packet not later than the alert",
+        SoFar("faintest_magnitude"),
+    ),
+    # BTSbot was trained on a rerun of braai d6_m9, which packets do not hold. Brokers that run BTSbot use drb instead.
+    Column("new_drb", "0 to 1", "the same as drb, under the name that BTSbot uses", ZTF_DRB),
     # ZTF: the template.
-    Column("distnr", "arcsec", "nearest source in the template", _ztf("distnr", NO_VALUE)),
-    Column("magnr", "mag", "its magnitude", _ztf("magnr", NO_VALUE)),
-    Column("sigmagnr", "mag", "its error", _ztf("sigmagnr", NO_VALUE)),
-    Column("chinr", "", "its DAOPhot chi", _ztf("chinr", NO_VALUE)),
-    Column("sharpnr", "", "its DAOPhot sharpness", _ztf("sharpnr", NO_VALUE)),
-    Column("ranr", "deg", "its right ascension", _ztf("ranr", NO_VALUE)),
-    Column("decnr", "deg", "its declination", _ztf("decnr", NO_VALUE)),
-    Column("jdstartref", "d", "first exposure of the template", _ztf("jdstartref", NO_VALUE)),
-    Column("jdendref", "d", "last exposure of the template", _ztf("jdendref", NO_VALUE)),
-    Column("nframesref", "", "exposures in the template", _ztf("nframesref", NO_VALUE)),
+    Column("distnr", "arcsec", "distance to the nearest source in the template", _ztf("distnr", NO_VALUE)),
+    Column("magnr", "mag", "magnitude of the nearest source in the template", _ztf("magnr", NO_VALUE)),
+    Column("sigmagnr", "mag", "1-sigma uncertainty of magnr", _ztf("sigmagnr", NO_VALUE)),
+    Column("chinr", "", "DAOPhot chi of the nearest source in the template", _ztf("chinr", NO_VALUE)),
+    Column("sharpnr", "", "DAOPhot sharpness of the nearest source in the template", _ztf("sharpnr", NO_VALUE)),
+    Column("ranr", "deg", "right ascension of the nearest source in the template", _ztf("ranr", NO_VALUE)),
+    Column("decnr", "deg", "declination of the nearest source in the template", _ztf("decnr", NO_VALUE)),
+    Column("jdstartref", "d", "Julian date of the template's first exposure", _ztf("jdstartref", NO_VALUE)),
+    Column("jdendref", "d", "Julian date of the template's last exposure", _ztf("jdendref", NO_VALUE)),
+    Column("nframesref", "", "number of exposures in the template", _ztf("nframesref", NO_VALUE)),
     # ZTF: catalogues.
-    Column("ssdistnr", "arcsec", "nearest known solar-system object within 30", ZTF_SSDISTNR),
-    Column("ssmagnr", "mag", "its predicted magnitude", _ztf("ssmagnr", NO_VALUE)),
+    Column("ssdistnr", "arcsec", "distance to the nearest known solar-system object within 30 arcsec", ZTF_SSDISTNR),
+    Column(
+        "ssmagnr",
+        "mag",
+        "predicted magnitude of the nearest known solar-system object within 30 arcsec",
+        _ztf("ssmagnr", NO_VALUE),
+    ),
     *(
         Column(f"{name}{rank}", unit, f"{meaning} of Pan-STARRS source {rank}", _ztf(f"{name}{rank}", NO_VALUE))
         for rank in (1, 2, 3)
         for name, unit, meaning in (
-            ("distpsnr", "arcsec", "distance"),
+            ("distpsnr", "arcsec", "distance to the alert"),
             ("sgscore", "0 to 1", "star (1) or galaxy (0) score"),
             ("sgmag", "mag", "g magnitude"),
             ("srmag", "mag", "r magnitude"),
@@ -335,66 +404,113 @@ COLUMNS: tuple[Column, ...] = (
             ("szmag", "mag", "z magnitude"),
         )
     ),
-    Column("nmtchps", "", "Pan-STARRS sources within 30 arcsec", _ztf("nmtchps", NO_VALUE)),
-    Column("neargaia", "arcsec", "nearest Gaia source", _ztf("neargaia", NO_VALUE)),
-    Column("neargaiabright", "arcsec", "nearest Gaia source brighter than 14 mag", _ztf("neargaiabright", NO_VALUE)),
-    Column("maggaia", "mag", "G of the nearest Gaia source", _ztf("maggaia", NO_VALUE)),
-    Column("maggaiabright", "mag", "G of the nearest bright one", _ztf("maggaiabright", NO_VALUE)),
+    Column("nmtchps", "", "number of Pan-STARRS sources within 30 arcsec", _ztf("nmtchps", NO_VALUE)),
+    Column("neargaia", "arcsec", "distance to the nearest Gaia source within 90 arcsec", _ztf("neargaia", NO_VALUE)),
+    Column(
+        "neargaiabright",
+        "arcsec",
+        "distance to the nearest Gaia source brighter than 14 mag within 90 arcsec",
+        _ztf("neargaiabright", NO_VALUE),
+    ),
+    Column("maggaia", "mag", "G magnitude of the nearest Gaia source", _ztf("maggaia", NO_VALUE)),
+    Column(
+        "maggaiabright",
+        "mag",
+        "G magnitude of the nearest Gaia source brighter than 14 mag",
+        _ztf("maggaiabright", NO_VALUE),
+    ),
     # LSST.
-    Column("reliability", "0 to 1", "real-bogus score of the survey's network", lsst=_lsst("reliability")),
-    Column("extendedness", "0 to 1", "point-like (0) or extended (1)", lsst=_lsst("extendedness")),
-    Column("isNegative", "1 or 0", "detected as a negative source", lsst=_flag("isNegative", "is_negative")),
-    Column("visit", "", "exposure", lsst=_lsst("visit")),
-    Column("detector", "", "detector, 0 to 188", lsst=_lsst("detector")),
-    Column("apFlux", "nJy", "aperture difference flux", lsst=_lsst("apFlux")),
-    Column("apFluxErr", "nJy", "its error", lsst=_lsst("apFluxErr")),
-    Column("scienceFlux", "nJy", "PSF flux on the science image", lsst=_lsst("scienceFlux")),
-    Column("scienceFluxErr", "nJy", "its error", lsst=_lsst("scienceFluxErr")),
-    Column("templateFlux", "nJy", "PSF flux on the template", lsst=_lsst("templateFlux")),
-    Column("templateFluxErr", "nJy", "its error", lsst=_lsst("templateFluxErr")),
+    Column("reliability", "0 to 1", "real-bogus score of LSST's neural network", lsst=_lsst("reliability")),
+    Column("extendedness", "0 to 1", "point-like (0) or extended (1) source", lsst=_lsst("extendedness")),
+    Column(
+        "isNegative",
+        "1 or 0",
+        "1 if the source was detected as significantly negative, else 0",
+        lsst=_flag("isNegative", "is_negative"),
+    ),
+    Column("visit", "", "id of the visit (exposure)", lsst=_lsst("visit")),
+    Column("detector", "", "number of the detector, 0 to 188", lsst=_lsst("detector")),
+    Column("apFlux", "nJy", "flux in an aperture of radius 12 px in the difference image", lsst=_lsst("apFlux")),
+    Column("apFluxErr", "nJy", "1-sigma uncertainty of apFlux", lsst=_lsst("apFluxErr")),
+    Column("scienceFlux", "nJy", "forced PSF flux in the science image", lsst=_lsst("scienceFlux")),
+    Column("scienceFluxErr", "nJy", "1-sigma uncertainty of scienceFlux", lsst=_lsst("scienceFluxErr")),
+    Column("templateFlux", "nJy", "forced PSF flux in the template", lsst=_lsst("templateFlux")),
+    Column("templateFluxErr", "nJy", "1-sigma uncertainty of templateFlux", lsst=_lsst("templateFluxErr")),
     Column("psfChi2", "", "chi-square of the PSF fit", lsst=_lsst("psfChi2")),
-    Column("psfNdata", "", "pixels in the PSF fit", lsst=_lsst("psfNdata")),
-    Column("ixx", "px^2", "second moment of the source", lsst=_lsst("ixx")),
-    Column("iyy", "px^2", "second moment of the source", lsst=_lsst("iyy")),
-    Column("ixy", "px^2", "second moment of the source", lsst=_lsst("ixy")),
-    Column("ixxPSF", "px^2", "second moment of the PSF", lsst=_lsst("ixxPSF")),
-    Column("iyyPSF", "px^2", "second moment of the PSF", lsst=_lsst("iyyPSF")),
-    Column("ixyPSF", "px^2", "second moment of the PSF", lsst=_lsst("ixyPSF")),
-    Column("trailLength", "arcsec", "length of the trail fitted", lsst=_lsst("trailLength")),
-    Column("trailFlux", "nJy", "flux of the trail fitted", lsst=_lsst("trailFlux")),
-    Column("dipoleLength", "arcsec", "separation of the dipole fitted", lsst=_lsst("dipoleLength")),
-    Column("dipoleMeanFlux", "nJy", "mean flux of its lobes", lsst=_lsst("dipoleMeanFlux")),
-    Column("isDipole", "1 or 0", "is a dipole", lsst=_flag("isDipole")),
-    Column("glint_trail", "1 or 0", "belongs to a trail of glints", lsst=_flag("glint_trail")),
-    Column("pixelFlags", "1 or 0", "pixel flags could not be read", lsst=_flag("pixelFlags")),
-    Column("pixelFlags_edge", "1 or 0", "reaches off the detector", lsst=_flag("pixelFlags_edge")),
-    Column("pixelFlags_bad", "1 or 0", "covers bad pixels", lsst=_flag("pixelFlags_bad")),
-    Column("pixelFlags_cr", "1 or 0", "covers a cosmic ray", lsst=_flag("pixelFlags_cr")),
-    Column("pixelFlags_saturated", "1 or 0", "covers saturated pixels", lsst=_flag("pixelFlags_saturated")),
-    Column("pixelFlags_streak", "1 or 0", "covers a satellite's streak", lsst=_flag("pixelFlags_streak")),
-    Column("firstDiaSourceMjdTai", "d", "MJD of the first detection", lsst=Field(("diaObject.firstDiaSourceMjdTai",))),
-    Column("lastDiaSourceMjdTai", "d", "MJD of the last detection", lsst=Field(("diaObject.lastDiaSourceMjdTai",))),
+    Column("psfNdata", "", "number of pixels in the PSF fit", lsst=_lsst("psfNdata")),
+    Column("ixx", "px^2", "adaptive second moment xx of the source", lsst=_lsst("ixx")),
+    Column("iyy", "px^2", "adaptive second moment yy of the source", lsst=_lsst("iyy")),
+    Column("ixy", "px^2", "adaptive second moment xy of the source", lsst=_lsst("ixy")),
+    Column("ixxPSF", "px^2", "adaptive second moment xx of the PSF", lsst=_lsst("ixxPSF")),
+    Column("iyyPSF", "px^2", "adaptive second moment yy of the PSF", lsst=_lsst("iyyPSF")),
+    Column("ixyPSF", "px^2", "adaptive second moment xy of the PSF", lsst=_lsst("ixyPSF")),
+    Column("trailLength", "arcsec", "length in the trailed-source fit", lsst=_lsst("trailLength")),
+    Column("trailFlux", "nJy", "flux in the trailed-source fit", lsst=_lsst("trailFlux")),
+    Column("dipoleLength", "arcsec", "separation of the lobes in the dipole fit", lsst=_lsst("dipoleLength")),
+    Column(
+        "dipoleMeanFlux", "nJy", "mean absolute flux of the two lobes in the dipole fit", lsst=_lsst("dipoleMeanFlux")
+    ),
+    Column("isDipole", "1 or 0", "1 if a dipole fits the source well, else 0", lsst=_flag("isDipole")),
+    Column("glint_trail", "1 or 0", "1 if the source is part of a glint trail, else 0", lsst=_flag("glint_trail")),
+    Column(
+        "pixelFlags",
+        "1 or 0",
+        "1 if setting the pixel flags failed, so that some may be wrongly 0, else 0",
+        lsst=_flag("pixelFlags"),
+    ),
+    Column(
+        "pixelFlags_edge",
+        "1 or 0",
+        "1 if a part of the source is outside the usable image, else 0",
+        lsst=_flag("pixelFlags_edge"),
+    ),
+    Column("pixelFlags_bad", "1 or 0", "1 if the source covers a bad pixel, else 0", lsst=_flag("pixelFlags_bad")),
+    Column("pixelFlags_cr", "1 or 0", "1 if the source covers a cosmic ray, else 0", lsst=_flag("pixelFlags_cr")),
+    Column(
+        "pixelFlags_saturated",
+        "1 or 0",
+        "1 if the source covers a saturated pixel, else 0",
+        lsst=_flag("pixelFlags_saturated"),
+    ),
+    Column(
+        "pixelFlags_streak",
+        "1 or 0",
+        "1 if the source covers a satellite streak, else 0",
+        lsst=_flag("pixelFlags_streak"),
+    ),
+    Column(
+        "firstDiaSourceMjdTai",
+        "d",
+        "MJD (TAI) of the first detection of this object",
+        lsst=Field(("diaObject.firstDiaSourceMjdTai",)),
+    ),
+    Column(
+        "lastDiaSourceMjdTai",
+        "d",
+        "MJD (TAI) of the last detection of this object",
+        lsst=Field(("diaObject.lastDiaSourceMjdTai",)),
+    ),
 )
-"""Every metadata column there is. Null is NaN; so is -999 where the column's source says so."""
+"""All metadata columns. A value that is null in the packet is NaN, and so is the sentinel `missing` of the `Field`."""
 
 DEFAULT_COLUMNS: tuple[str, ...] = tuple(column.name for column in COLUMNS)
-"""What a Decoder delivers unless told otherwise: all of them."""
+"""The columns that a Decoder delivers by default: all of them."""
 
 _COLUMN = {column.name: column for column in COLUMNS}
 
 
 def select_columns(names: Iterable[str]) -> tuple[Column, ...]:
-    """The columns called `names`. Raises ValueError naming those that do not exist."""
+    """The columns with these names, in the same order. Raises ValueError, which lists the names that do not exist."""
     names = tuple(names)
     unknown = [name for name in names if name not in _COLUMN]
     if unknown:
-        raise ValueError(f"no such metadata columns: {', '.join(unknown)}")
+        raise ValueError(f"unknown metadata columns: {', '.join(unknown)}; surveys.COLUMNS lists the columns")
     return tuple(_COLUMN[name] for name in names)
 
 
 ZTF = SurveyFormat(
     survey=Survey.ZTF,
-    # The readout channel is ZTF's own: other surveys took over the rest of its names.
+    # Other surveys reuse the other field names of ZTF; only ZTF has a readout channel (rcid).
     signature=frozenset({"objectId", *(f"candidate.{name}" for name in ("jd", "fid", "rcid", "ra", "dec", "magpsf"))}),
     alert_ids=("candid", "candidate.candid"),
     object_ids=(),
@@ -468,9 +584,9 @@ LSST = SurveyFormat(
 
 
 FORMATS: tuple[SurveyFormat, ...] = (ZTF, LSST)
-"""The surveys that are understood."""
+"""The formats of all surveys that can be decoded."""
 
 
 def recognise(paths: Collection[str]) -> SurveyFormat | None:
-    """The survey whose alerts have fields at `paths` (see `plan.field_paths`), None for an unknown one."""
+    """The survey format whose signature is among `paths` (see `plan.field_paths`); None for an unknown survey."""
     return next((known for known in FORMATS if known.signature <= set(paths)), None)

@@ -1,4 +1,4 @@
-"""Confluent wire format: byte 0x00, the schema's id (4 bytes), the Avro body. Frames, and knows no schema."""
+"""Confluent wire format: byte 0x00, the schema id (4 bytes), the Avro body. This module never looks up a schema."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from typing import NamedTuple
 
 MAGIC = 0
 _HEADER = struct.Struct(">BI")
-"""Big-endian, as Confluent's serialisers write it (LSST's DMTN-093 says little-endian; its packets do not)."""
+"""The magic byte and the schema id. The id is big-endian, as Confluent's serialisers write it. LSST's DMTN-093 says
+little-endian, but LSST's packets are big-endian."""
 
 
 class WireMessage(NamedTuple):
-    """A framed message: the registry's id of its schema, and the schemaless Avro body (a view)."""
+    """A framed message: the id of its schema in the registry, and its Avro body (a zero-copy view)."""
 
     schema_id: int
     body: memoryview
 
 
 def is_wire_message(data: bytes) -> bool:
-    """Whether `data` starts as wire format does and has a body."""
+    """Whether `data` starts with the magic byte of wire format and is long enough to have a body."""
     return len(data) > _HEADER.size and data[0] == MAGIC
 
 
 def unframe(data: bytes) -> WireMessage:
-    """Takes a message that `is_wire_message` apart, without copying."""
+    """Splits a message into schema id and body, without copying. `data` must pass `is_wire_message`."""
     return WireMessage(_HEADER.unpack_from(data)[1], memoryview(data)[_HEADER.size :])
 
 
 def frame(schema_id: int, body: bytes) -> bytes:
-    """`body` as a wire format message under `schema_id` (0 to 2^32 - 1)."""
+    """A wire format message with this schema id (0 to 2^32 - 1) and Avro body. Raises struct.error for other ids."""
     return _HEADER.pack(MAGIC, schema_id) + body

@@ -33,7 +33,7 @@ def test_archive_is_counted_and_its_first_alert_shown(shared_data: Path, capsys:
     assert "ztf 3.0 container file, codec null readable 30" in lines
     assert "first alert: ztf 595147624915010001 of object ZTF18abcecyc" in lines
     assert "position ra 222.987195 deg, dec +0.274643 deg" in lines
-    assert "magpsf 16.4025 mag PSF magnitude of the absolute difference flux" in lines
+    assert "magpsf 16.4025 mag AB magnitude of the absolute PSF flux in the difference image" in lines
     assert "light curve 2 detections (1 r, 1 g) over 13.0 days" in lines
     assert "science 63 x 63 px 36.088 92.854 1901.1 DN 942" in lines
 

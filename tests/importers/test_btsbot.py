@@ -278,7 +278,7 @@ def test_a_card_says_what_the_network_takes(folder: Path, tmp_path: Path) -> Non
         ({"image_model_config": {**CONVNEXT, "model_kind": "local-dir:/tmp"}}, "no backbone 'tmp'"),
         ({"train_data_version": "v11_LS"}, "Legacy Surveys"),
         ({**METADATA, **CNN, "model_name": "mm_cnn", "metadata_cols": ["fwhm", "fwhm"]}, "fwhm more than once"),
-        ({**METADATA, **CNN, "model_name": "mm_cnn", "metadata_cols": ["colour"]}, "no such metadata columns: colour"),
+        ({**METADATA, **CNN, "model_name": "mm_cnn", "metadata_cols": ["colour"]}, "unknown metadata columns: colour"),
     ],
 )
 def test_a_configuration_that_is_not_of_such_a_network_is_refused(
