@@ -2,7 +2,8 @@
 #   PYTHON=python3.12   the interpreter to make .venv with (3.11 or newer)
 #   BENCH="INPUT... --model BUNDLE"   what `make bench` measures; simulated packets and the default bundle without it
 #   KAFKA_HOME=DIR      an Apache Kafka for the benchmark and the tests
-# On a machine without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares a large download.
+# `make demo` installs no PyTorch. For the targets that do, on a machine without a GPU,
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu avoids a download of gigabytes of CUDA libraries.
 
 PYTHON ?= python3
 VENV := .venv
@@ -47,11 +48,11 @@ docs: $(VENV)/installed-docs
 	@echo 'The site: docs/_build/html/index.html'
 
 bench: export KAFKA_HOME ?= $(wildcard ../shared/kafka)
-bench: $(VENV)/installed-demo
+bench: $(VENV)/installed-bench
 	$(BIN)/broker-filter bench $(BENCH) --out bench.json
 
 bench-check: export KAFKA_HOME ?= $(wildcard ../shared/kafka)
-bench-check: $(VENV)/installed-demo
+bench-check: $(VENV)/installed-bench
 	$(BIN)/broker-filter bench --parts stages,archive,kafka --check broker_filter/bench/ratios.json
 
 ZTF := ../shared/data/ztf

@@ -436,7 +436,7 @@ class Runtime(ServiceSection):
         default="auto", description="`auto`, `onnxruntime`, `torch`."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="`auto` takes CUDA where there is one; `cpu`, `cuda`."
+        default="auto", description="`auto` uses CUDA if there is a GPU and PyTorch is installed; `cpu`, `cuda`."
     )
     precision: Literal["float32", "float16", "bfloat16"] = Field(
         default="float32", description="What torch computes in on a CUDA device; scores are float32 in any case."

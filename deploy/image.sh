@@ -3,8 +3,9 @@
 #
 #   BASE=IMAGE          what to build on. Without it: the Containerfile's base or, where no registry can be reached, a
 #                       Debian that debootstrap makes (localhost/broker-filter-base; it needs root)
-#   BUILD_FLAGS=FLAGS   more options of `buildah build`. An index of Python packages on this machine's disk, for example:
-#                       --volume /opt/pypi:/opt/pypi:ro --build-arg TORCH_INDEX=file:///opt/pypi/simple
+#   BUILD_FLAGS=FLAGS   more options of `buildah build`. The image for GPUs: --build-arg EXTRAS=[gpu]
+#                       An index of Python packages on this machine's disk, for example:
+#                       --volume /opt/pypi:/opt/pypi:ro --build-arg PIP_EXTRA_INDEX_URL=file:///opt/pypi/simple
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

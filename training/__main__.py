@@ -34,6 +34,7 @@ COMMANDS = {
 """Each command's module and what it is for."""
 OURS = ("training", "broker_filter")
 """Packages whose errors say enough by themselves."""
+INSTALL = "pip install --editable '.[train]' in the checkout"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,7 +48,13 @@ def main(argv: Sequence[str]) -> int:
         return 0 if asked else USAGE
     command = argv[0]
     module, purpose = COMMANDS[command]
-    implementation = import_module(module)
+    try:
+        implementation = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in OURS:
+            raise
+        print(f"training {command}: needs {error.name}, which is not installed: {INSTALL}", file=sys.stderr)
+        return USAGE
     parser = argparse.ArgumentParser(prog=f"python -m training {command}", description=purpose)
     implementation.add_arguments(parser)
     arguments = parser.parse_args(argv[1:])

@@ -105,15 +105,3 @@ def open_reference(file: Path, bundle: str | None, device: str) -> tuple[Referen
     scorer = open_scorer([bundle or reference.card.bundle], Runtime.model_validate({"device": device}))
     check_made_with(file, reference.card, [model.bundle.card for model in scorer.models])
     return reference, scorer
-
-
-class MissingExtraError(UsageError):
-    """The extra `explore` is not installed."""
-
-
-def require_extra(*modules: str) -> None:
-    """Raises MissingExtraError where a module is not installed that only pictures need."""
-    from importlib.util import find_spec
-
-    if missing := [name for name in modules if find_spec(name) is None]:
-        raise MissingExtraError(f"the picture needs {', '.join(missing)}: pip install 'broker-filter[explore]'")

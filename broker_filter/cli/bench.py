@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from broker_filter.bench.options import PARTS, Options
+from broker_filter.cli.extras import require_extra
 
 DEFAULT_PARTS = ("stages", "archive", "kafka", "latency", "startup")
 """Some minutes; the others take as long again, each."""
@@ -75,6 +76,7 @@ def _parts(text: str) -> tuple[str, ...]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures, prints the tables, writes the figures, compares the ratios."""
+    require_extra("bench", "the benchmark", "torch")
     from broker_filter.bench.benchmark import run_benchmark
     from broker_filter.bench.tables import show
     from broker_filter.bench.targets import check, judge, ratios

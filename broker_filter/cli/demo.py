@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from importlib.util import find_spec
 from pathlib import Path
 
-from broker_filter.cli.parser import UsageError
+from broker_filter.cli.extras import require_extra
 
 EXTRA = ("galsim", "matplotlib", "noida_db")
 """What the extra `demo` installs."""
-
-
-class MissingExtraError(UsageError):
-    """The extra `demo` is not installed."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,8 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the demonstration."""
-    if missing := [module for module in EXTRA if find_spec(module) is None]:
-        raise MissingExtraError(f"the demo needs {', '.join(missing)}: pip install 'broker-filter[demo]'")
+    require_extra("demo", "the demo", *EXTRA)
     from broker_filter.demo.demonstration import run_demo
 
     run_demo(arguments.out, arguments.alerts, arguments.seed)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from broker_filter.cli.archived import INPUT_HELP, add_scoring_options, alert_limit
+from broker_filter.cli.extras import require_extra
 
 DEFAULT_LIMIT = 20_000
 """Alerts: a minute of UMAP, and as many points as can be told apart."""
@@ -42,9 +43,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Draws the map and returns the exit status."""
-    from broker_filter.cli.archived import keep_inputs, open_reference, require_extra, score_archives
+    from broker_filter.cli.archived import keep_inputs, open_reference, score_archives
 
-    require_extra("matplotlib", "umap")
+    require_extra("explore", "the map", "matplotlib", "umap")
     import numpy as np
 
     from broker_filter.pictures.embedding_map import FEWEST, draw_map, lay_out

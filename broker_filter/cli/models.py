@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from broker_filter.cli.parser import UsageError, require_files
+from broker_filter.cli.extras import require_extra
+from broker_filter.cli.parser import require_files
 
 if TYPE_CHECKING:
     from broker_filter.scoring.bundle import Bundle
@@ -19,12 +19,8 @@ ENGINES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")
 LINE = 100
 """Columns that a card is wrapped to."""
 
-TRAIN_EXTRA = ("h5py", "onnx", "onnxscript", "timm")
-"""What importing needs beyond what serving needs."""
-
-
-class MissingExtraError(UsageError):
-    """The installation lacks what this command needs."""
+IMPORT_MODULES = ("h5py", "onnx", "onnxscript", "timm", "torch")
+"""Modules of the extra `train` that importing weights needs."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -79,7 +75,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     shower.add_argument("bundle", metavar="BUNDLE", help=bundle_help)
     shower.set_defaults(run=_show)
 
-    verifier = parts.add_parser("verify", help="check a bundle's files and run its test vector on every engine")
+    verifier = parts.add_parser(
+        "verify", help="check a bundle's files and run its test vector on each installed engine"
+    )
     verifier.add_argument("bundle", metavar="BUNDLE", help=bundle_help)
     verifier.set_defaults(run=_verify)
 
@@ -112,10 +110,7 @@ def _import_btsbot(arguments: argparse.Namespace) -> int:
 
 
 def _require_extra() -> None:
-    if missing := [name for name in TRAIN_EXTRA if find_spec(name) is None]:
-        raise MissingExtraError(
-            f"importing needs {', '.join(missing)}, which serving does not: pip install 'broker-filter[train]'"
-        )
+    require_extra("train", "importing weights", *IMPORT_MODULES)
 
 
 def _report_import(arguments: argparse.Namespace) -> int:
@@ -161,9 +156,13 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from broker_filter.config import Runtime
+    from broker_filter.scoring.runtimes import INSTALL_TORCH, torch_is_installed
     from broker_filter.scoring.scorer import open_model
 
     for engine in ENGINES:
+        if engine == "torch" and not torch_is_installed():
+            print(f"torch: not verified, because PyTorch is not installed: {INSTALL_TORCH}")
+            continue
         model = open_model(arguments.bundle, Runtime(engine=engine))
         print(f"{model.bundle.directory}: files are whole, and {model.provider} reproduces the test vector")
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from broker_filter.cli.archived import add_scoring_options
+from broker_filter.cli.extras import require_extra
 
 if TYPE_CHECKING:
     from broker_filter.packets.batch import AlertBatch
@@ -64,7 +65,7 @@ def _count(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the list, draws the picture where one is asked for, and returns the exit status."""
-    from broker_filter.cli.archived import keep_inputs, open_reference, require_extra
+    from broker_filter.cli.archived import keep_inputs, open_reference
     from broker_filter.console import printable
     from broker_filter.packets.batch import Survey
     from broker_filter.packets.decode import Decoder
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.streaming.archives import read_packets
 
     if arguments.out:
-        require_extra("matplotlib")
+        require_extra("explore", "the picture", "matplotlib")
         keep_inputs(arguments.out, [arguments.alert, *arguments.packets])
     reference, scorer = open_reference(arguments.reference, arguments.model, arguments.device)
     decoder = Decoder(open_registry(arguments.schema_registry), cutout_size=scorer.cutout_size, columns=scorer.columns)

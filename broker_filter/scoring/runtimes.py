@@ -1,16 +1,19 @@
 """What runs a network: onnxruntime or torch, on the CPU or a GPU, behind one interface.
 
-A runtime says what really runs, and never takes another device than the one demanded. torch is imported only where it
-is used: a service on onnxruntime starts without it.
+A runtime says what really runs, and never takes another device than the one demanded. Serving on the CPU needs
+onnxruntime alone. torch belongs to the extra `gpu` and is imported only where it is used.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +27,14 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, NDArray[np.float32]]
 """float32 arrays over the same N alerts, by the names that inputs and outputs have in the ONNX graph."""
 
-NVIDIA_CONTROL = Path("/dev/nvidiactl")
-"""There where an NVIDIA driver runs: a look at it spares machines without one the two seconds of importing torch."""
+NVIDIA_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/nvidia0"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
+"""At least one of these files exists if this process can reach an NVIDIA GPU; the last one is of WSL 2. The look-up
+needs no torch, and saves machines without a GPU the two seconds of importing it."""
+NO_CUDA_DEVICES = ("", "-1")
+"""Values of CUDA_VISIBLE_DEVICES that hide every GPU."""
+INSTALL_TORCH = "pip install 'broker-filter[gpu]'"
+
+log = logging.getLogger(__name__)
 
 
 class RuntimeUnavailableError(Exception):
@@ -65,34 +74,36 @@ class LoadedNetwork(Protocol):
 def open_network(bundle: Bundle, runtime: Runtime) -> LoadedNetwork:
     """Loads the bundle's network where `runtime` says.
 
-    `engine: auto` is torch where a CUDA device is to be used, else onnxruntime. Raises RuntimeUnavailableError where
-    what was asked for is not there, BundleError where the bundle's files do not load.
+    `engine: auto` is torch if a CUDA device is used, else onnxruntime. Raises RuntimeUnavailableError if the engine or
+    device that `runtime` asks for is not available, BundleError if the bundle's files do not load.
     """
+    if runtime.engine == "onnxruntime" and runtime.device == "cuda":
+        raise RuntimeUnavailableError("engine onnxruntime does not use CUDA: choose engine torch or device cpu")
+    if (runtime.engine == "torch" or runtime.device == "cuda") and not torch_is_installed():
+        raise RuntimeUnavailableError(
+            f"engine {runtime.engine} on device {runtime.device} needs PyTorch, which is not installed: {INSTALL_TORCH}"
+        )
+    use_cuda = runtime.device == "cuda" or (
+        runtime.device == "auto" and runtime.engine != "onnxruntime" and _cuda_is_usable()
+    )
+    if runtime.precision != "float32" and not use_cuda:
+        raise RuntimeUnavailableError(
+            f"precision {runtime.precision} needs engine torch on a CUDA device, and no CUDA device is used"
+        )
     threads = runtime.inference_threads or available_cores()
-    wants_cuda = _wants_cuda(runtime.device)
-    if runtime.precision != "float32" and not wants_cuda:
-        raise RuntimeUnavailableError(f"{runtime.precision} is for torch on a CUDA device, which is not to be used")
-    if runtime.engine == "torch" or (runtime.engine == "auto" and wants_cuda):
+    if runtime.engine == "torch" or use_cuda:
         return _open_torch(bundle, runtime, threads)
-    if runtime.precision != "float32":
-        raise RuntimeUnavailableError(f"onnxruntime computes in float32: {runtime.precision} needs engine torch")
-    return OnnxNetwork(bundle, runtime.device, threads)
+    return OnnxNetwork(bundle, threads)
 
 
 class OnnxNetwork:
-    """`model.onnx` in onnxruntime."""
+    """`model.onnx` in onnxruntime, on the CPU."""
 
     tolerance = TOLERANCES["float32"]
 
-    def __init__(self, bundle: Bundle, device: Literal["auto", "cpu", "cuda"], threads: int) -> None:
+    def __init__(self, bundle: Bundle, threads: int) -> None:
         import onnxruntime
 
-        cuda, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
-        if device == "cuda" and cuda not in onnxruntime.get_available_providers():
-            raise RuntimeUnavailableError(
-                "this onnxruntime has no CUDA: install broker-filter[gpu], or do not ask for cuda"
-            )
-        use_cuda = device == "cuda" or (device == "auto" and cuda in onnxruntime.get_available_providers())
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -100,15 +111,11 @@ class OnnxNetwork:
         # Waiting threads must not burn the cores that decoding needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         path = bundle.directory / ONNX
-        providers = [(cuda, {"use_tf32": "0"}), cpu] if use_cuda else [cpu]  # TF32: see _open_torch
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=providers)
+            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a type of its own for every kind of failure
             raise BundleError(f"{path}: onnxruntime cannot load it: {error}") from error
-        running = self._session.get_providers()[0]
-        if device == "cuda" and running != cuda:
-            raise RuntimeUnavailableError(f"CUDA was asked for and onnxruntime runs {running}: see its log for why")
-        self.provider = f"onnxruntime/{running}"
+        self.provider = f"onnxruntime/{self._session.get_providers()[0]}"
         self.chunk = threads * CHUNK
         self._outputs = tuple(bundle.card.outputs.shapes())
         _check_graph(path, self._session, bundle)
@@ -197,12 +204,36 @@ def available_cores() -> int:
     return max(1, min(cores, math.ceil(int(quota) / int(period))))
 
 
-def _wants_cuda(device: Literal["auto", "cpu", "cuda"]) -> bool:
-    if device != "auto" or not NVIDIA_CONTROL.exists():
-        return device == "cuda"
+def torch_is_installed() -> bool:
+    """Whether torch can be imported. Does not import it."""
+    return find_spec("torch") is not None
+
+
+@cache
+def _cuda_is_usable() -> bool:
+    """Whether torch can use a GPU here. Logs a warning, once in a process, if there is a GPU that it cannot use."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in NO_CUDA_DEVICES
+    if hidden or not any(path.exists() for path in NVIDIA_DEVICES):
+        return False
+    keep_cpu = "or choose device cpu to stay on the CPU without this warning"
+    if not torch_is_installed():
+        log.warning(
+            "the models run on the CPU although this machine has an NVIDIA GPU: PyTorch is not installed; %s, %s",
+            INSTALL_TORCH,
+            keep_cpu,
+        )
+        return False
     import torch
 
-    return torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        log.warning(
+            "the models run on the CPU although this machine has an NVIDIA GPU: PyTorch %s sees no CUDA device; check "
+            "the driver and the build of PyTorch, %s",
+            torch.__version__,
+            keep_cpu,
+        )
+        return False
+    return True
 
 
 def _check_graph(path: Path, session: Any, bundle: Bundle) -> None:

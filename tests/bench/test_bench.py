@@ -99,6 +99,14 @@ def test_unknown_parts_are_refused(parts: str, capsys: pytest.CaptureFixture[str
     assert "no part" in capsys.readouterr().err
 
 
+def test_a_benchmark_without_torch_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["bench"]) == 2
+    assert "(torch): pip install 'broker-filter[bench]'" in capsys.readouterr().err
+
+
 def test_a_gpu_that_is_not_there_is_said_and_never_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():

@@ -22,7 +22,10 @@ def test_missing_extra_is_one_clear_line(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "broker-filter: the demo needs matplotlib: pip install 'broker-filter[demo]'\n"
+    assert done.stderr == (
+        "broker-filter: the demo needs packages that are not installed (matplotlib): "
+        "pip install 'broker-filter[demo]'\n"
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,29 @@ def test_verifies_the_bundle_that_ships_on_every_engine(capsys: pytest.CaptureFi
     onnx, torch = capsys.readouterr().out.splitlines()
     assert "onnxruntime/" in onnx
     assert "torch/" in torch
+
+
+def test_verifying_without_torch_says_what_was_not_verified(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["models", "verify", "default"]) == 0
+    onnx, torch = capsys.readouterr().out.splitlines()
+    assert "onnxruntime/" in onnx
+    assert "not verified" in torch
+    assert "pip install 'broker-filter[gpu]'" in torch
+
+
+def test_importing_without_torch_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    options = ["--class", "h", "--name", "acai_h", "--out", str(tmp_path / "acai_h")]
+    assert main(["models", "import", "acai", str(tmp_path / "acai_h.h5"), *options]) == 2
+    assert capsys.readouterr().err == (
+        "broker-filter: importing weights needs packages that are not installed (torch): "
+        "pip install 'broker-filter[train]'\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["verify", "show"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,7 +153,7 @@ def test_what_cannot_be_compared_is_an_error_in_a_line(
 def test_a_map_without_umap_says_what_to_install(
     reference: Path, night: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "umap", None)
     assert main(["map", str(night), "--reference", str(reference), "--out", str(tmp_path / "map.png")]) == 2
     assert "pip install 'broker-filter[explore]'" in capsys.readouterr().err
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from broker_filter.config import Runtime
+from broker_filter.scoring import runtimes
 from broker_filter.scoring.bundle import WEIGHTS, KnownAnswers, load_bundle
 from broker_filter.scoring.cuda_graphs import CudaGraphNetwork
 from broker_filter.scoring.networks import ServedNetwork, load_network
@@ -102,6 +105,67 @@ def test_half_precision_stays_within_its_tolerance(precision: str) -> None:
 def test_half_precision_without_a_gpu_is_an_error(engine: str) -> None:
     with pytest.raises(RuntimeUnavailableError, match="float16"):
         open_network(load_bundle("default"), Runtime.model_validate({"engine": engine, "precision": "float16"}))
+
+
+@pytest.fixture
+def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The import system as it is where torch is not installed."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+
+@pytest.fixture
+def with_nvidia_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A machine with the device file of an NVIDIA GPU."""
+    device = tmp_path / "nvidiactl"
+    device.touch()
+    monkeypatch.setattr(runtimes, "NVIDIA_DEVICES", (device,))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    runtimes._cuda_is_usable.cache_clear()
+    yield
+    runtimes._cuda_is_usable.cache_clear()
+
+
+@pytest.mark.usefixtures("without_torch")
+@pytest.mark.parametrize(("engine", "device"), [("torch", "auto"), ("torch", "cpu"), ("auto", "cuda")])
+def test_a_runtime_that_needs_torch_names_the_extra_that_installs_it(engine: str, device: str) -> None:
+    said = rf"engine {engine} on device {device} needs PyTorch.*pip install 'broker-filter\[gpu\]'"
+    with pytest.raises(RuntimeUnavailableError, match=said):
+        open_network(load_bundle("default"), Runtime.model_validate({"engine": engine, "device": device}))
+
+
+@pytest.mark.usefixtures("without_torch", "with_nvidia_device")
+def test_a_gpu_without_torch_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    for bundle in ("default", "embedder"):
+        assert open_network(load_bundle(bundle), Runtime()).provider == "onnxruntime/CPUExecutionProvider"
+    (warning,) = caplog.records
+    assert warning.levelno == logging.WARNING
+    assert "NVIDIA GPU: PyTorch is not installed; pip install 'broker-filter[gpu]'" in warning.getMessage()
+
+
+@needs_no_gpu
+@pytest.mark.usefixtures("with_nvidia_device")
+def test_a_gpu_that_torch_cannot_use_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    assert open_network(load_bundle("default"), Runtime()).provider == "onnxruntime/CPUExecutionProvider"
+    assert "sees no CUDA device" in caplog.text
+
+
+@pytest.mark.usefixtures("without_torch", "with_nvidia_device")
+@pytest.mark.parametrize(
+    ("runtime", "visible"),
+    [
+        (Runtime(device="cpu"), None),
+        (Runtime(engine="onnxruntime"), None),
+        (Runtime(), ""),
+        (Runtime(), "-1"),
+    ],
+)
+def test_a_gpu_that_is_not_wanted_is_not_warned_of(
+    runtime: Runtime, visible: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    open_network(load_bundle("default"), runtime)
+    assert not caplog.records
 
 
 def test_takes_as_many_threads_as_it_is_told() -> None:

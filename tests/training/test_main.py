@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 from broker_filter.importers.write_bundle import write_bundle
 from broker_filter.scoring.bundle import Architecture, Description, load_bundle
 from broker_filter.scoring.networks import build_network
-from training.__main__ import COMMANDS, main
+from training.__main__ import COMMANDS, INSTALL, main
 from training.data.datasets import Dataset
 from training.recipe import Fit
 
@@ -42,6 +43,15 @@ def test_help_is_output_and_no_error(option: str, capsys: pytest.CaptureFixture[
 def test_a_mistyped_command_is_named_with_what_may_have_been_meant(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evalute"]) == 2
     assert capsys.readouterr().err.endswith("training: no command 'evalute'; did you mean 'evaluate'?\n")
+
+
+def test_training_without_torch_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, COMMANDS["train-default"][0], raising=False)
+    assert main(["train-default"]) == 2
+    assert capsys.readouterr().err == f"training train-default: needs torch, which is not installed: {INSTALL}\n"
 
 
 def test_builds_a_data_set(night_packets: Path, night_table: Path, tmp_path: Path) -> None:

@@ -1,0 +1,25 @@
+"""Optional packages: what a command needs beyond the base installation, and the extra that installs it.
+
+Imports nothing heavy: it only looks packages up.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from broker_filter.cli.parser import UsageError
+
+
+class MissingExtraError(UsageError):
+    """The installation lacks packages that the command needs."""
+
+
+def require_extra(extra: str, task: str, *modules: str) -> None:
+    """Raises MissingExtraError, which names the extra to install, if a module is not installed.
+
+    `task` begins the message: "the demo" gives "the demo needs packages that are not installed (galsim): ...".
+    """
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise MissingExtraError(
+            f"{task} needs packages that are not installed ({', '.join(missing)}): pip install 'broker-filter[{extra}]'"
+        )
