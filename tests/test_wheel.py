@@ -15,6 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from packaging.version import Version
 
+from broker_filter.cli import main
+from broker_filter.scoring.bundle import shipped_bundles
+from broker_filter.simulate import SCHEMAS, simulate_night
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.timeout(900)  # builds, and installs every dependency
@@ -41,21 +45,31 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` of an environment of the wheel and its dependencies alone, in the versions that the suite runs with."""
+    """The `bin` of an environment of the wheel and its dependencies, without any extra."""
     outside = tmp_path_factory.mktemp("environment")
-    constraints = outside / "constraints.txt"
-    constraints.write_text(
+    (outside / "constraints.txt").write_text(  # the versions that the suite runs with
         "".join(
             f"{distribution.name}=={Version(distribution.version).public}\n"
             for distribution in distributions()
             if distribution.name != "broker-filter"
         )
     )
-    venv.create(outside / "venv", with_pip=True)
-    binaries = outside / "venv" / "bin"
-    pip: list[str | Path] = [binaries / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    run([*pip, "--constraint", constraints, f"broker-filter[demo] @ {wheel.as_uri()}"], cwd=outside)
-    return binaries
+    venv.create(outside / "venv")
+    install(outside, f"broker-filter @ {wheel.as_uri()}")
+    return outside / "venv" / "bin"
+
+
+@pytest.fixture(scope="module")
+def installed_for_demo(installed: Path, wheel: Path) -> Path:
+    """The same environment with the extra `demo` added, for the last tests."""
+    install(installed.parents[1], f"broker-filter[demo] @ {wheel.as_uri()}")
+    return installed
+
+
+def install(outside: Path, requirement: str) -> None:
+    """Installs into `outside / "venv"` with the pip of this environment, so that `outside` needs none."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", outside / "venv" / "bin" / "python"]
+    run([*pip, "install", "--quiet", "--constraint", outside / "constraints.txt", requirement], cwd=outside)
 
 
 def test_one_wheel_serves_every_python_from_3_11_on(wheel: Path) -> None:
@@ -80,6 +94,56 @@ def test_the_package_is_imported_from_the_wheel(installed: Path, tmp_path: Path)
         assert Path(path).is_relative_to(installed.parent)
 
 
+HEAVY = {"torch", "triton", "matplotlib", "pandas", "scipy", "scikit-learn", "onnx"}
+"""Distributions that the base installation must not bring: serving on the CPU needs none of them."""
+
+
+def test_the_base_installation_is_light(installed: Path) -> None:
+    (site,) = installed.parent.glob("lib/python3*/site-packages")
+    names = {distribution.name.lower() for distribution in distributions(path=[str(site)])}
+    assert "onnxruntime" in names
+    assert not names & HEAVY
+    assert not [name for name in names if name.startswith(("nvidia-", "cuda-"))]
+
+
+def test_the_base_installation_scores_a_simulated_night_with_every_bundle(installed: Path, tmp_path: Path) -> None:
+    night = tmp_path / "night"
+    night.mkdir()
+    for alert in (*simulate_night(20, seed=4, survey="ztf"), *simulate_night(20, seed=4, survey="lsst")):
+        (night / f"{alert.survey}_{alert.alert_id}.avro").write_bytes(alert.packet)
+    models = [option for bundle in shipped_bundles() for option in ("--model", bundle)]
+    command = ["score", str(night), *models, "--schema-registry", str(SCHEMAS), "--out"]
+
+    run([installed / "broker-filter", *command, tmp_path / "base.parquet"], cwd=tmp_path)
+
+    assert main([*command, str(tmp_path / "here.parquet")]) == 0
+    base, here = (pq.read_table(tmp_path / f"{where}.parquet") for where in ("base", "here"))
+    assert base.equals(here)
+    assert base["status"].to_pylist() == ["scored"] * 40
+    for column in ("default__real", "classes__SN", "embedder__real"):
+        assert base[column].null_count < 40
+
+
+@pytest.mark.parametrize(
+    ("runtime", "asked"),
+    [("engine: torch", "engine torch on device auto"), ("device: cuda", "engine auto on device cuda")],
+)
+def test_the_base_installation_names_the_extra_that_a_runtime_needs(
+    runtime: str, asked: str, installed: Path, tmp_path: Path
+) -> None:
+    service = tmp_path / "service.yaml"
+    service.write_text(
+        "input: {bootstrap_servers: '127.0.0.1:1', group_id: wheel, topics: [none], start: earliest}\n"
+        "output: {prefix: wheel}\n"
+        f"runtime: {{{runtime}}}\n"
+    )
+    command = [installed / "broker-filter", "run", "--config", service]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 1
+    said = f"broker-filter: {asked} needs PyTorch, which is not installed: pip install 'broker-filter[gpu]'\n"
+    assert done.stderr.endswith(said)
+
+
 def test_the_wheel_scores_real_packets(installed: Path, ztf_packets: list[tuple[int, bytes]], tmp_path: Path) -> None:
     night = tmp_path / "night"
     night.mkdir()
@@ -96,8 +160,8 @@ def test_the_wheel_scores_real_packets(installed: Path, ztf_packets: list[tuple[
     assert all(0 <= score <= 1 for score in scored)
 
 
-def test_the_wheel_runs_the_demonstration(installed: Path, tmp_path: Path) -> None:
-    run([installed / "broker-filter", "demo", "--out", tmp_path / "demo"], cwd=tmp_path)
+def test_the_wheel_runs_the_demonstration(installed_for_demo: Path, tmp_path: Path) -> None:
+    run([installed_for_demo / "broker-filter", "demo", "--out", tmp_path / "demo"], cwd=tmp_path)
 
     (sheet,) = (tmp_path / "demo").glob("*.png")
     assert sheet.read_bytes().startswith(b"\x89PNG")
