@@ -22,7 +22,7 @@ from broker_filter.cli import main
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import CARD, SHIPPED, load_bundle
 from broker_filter.scoring.neighbours import normalise
-from broker_filter.scoring.reference import UNLABELLED, Ordinary, SurveyCounts, SurveyReference, make_reference
+from broker_filter.scoring.reference import UNLABELLED, ReferenceAlerts, SurveyCounts, SurveyReference, make_reference
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PAGES = [CHECKOUT / "README.md", CHECKOUT / "deploy" / "README.md", *sorted((CHECKOUT / "docs").rglob("*.md"))]
@@ -74,7 +74,7 @@ def write_reference(file: Path) -> None:
     assert card.outputs.embedding is not None
     embedding = normalise(rng.standard_normal((100, card.outputs.embedding)))
     names = np.array([f"ZTF26a{i}" for i in range(100)])
-    alerts = Ordinary(embedding, np.arange(100), names, np.full(100, Survey.ZTF, np.uint8))
+    alerts = ReferenceAlerts(embedding, np.arange(100), names, np.full(100, Survey.ZTF, np.uint8))
     modalities = len(card.outputs.modalities)
     usual, apart = np.full((1 + modalities, 2), 0.2, np.float32), np.full((modalities, 2), 0.2, np.float32)
     scores = np.sort(rng.gamma(3, 0.1, 50).astype(np.float32))
