@@ -6,28 +6,221 @@ goes. Each function returns Markdown. A hand-written copy of what the code says 
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
+import json
 import re
-from collections.abc import Callable, Iterable
-from itertools import pairwise
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from importlib.resources import files
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics import MetricWrapperBase
+
+from broker_filter.cli import COMMANDS, EXIT_STATUS
+from broker_filter.cli.parser import CommandParser
+from broker_filter.config_file import document_keys
+from broker_filter.metrics import Metrics
 from broker_filter.packets.rejects import RejectReason
+from broker_filter.packets.surveys import COLUMNS, Derived, Source
+from broker_filter.packets.surveys import Field as PacketField
+from broker_filter.streaming.tables import table_schema
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
+PROGRAM = "broker-filter"
+USAGE_WIDTH = 88
+"""Columns that a usage is wrapped to: as many as the page has room for."""
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+CODE = re.compile(r"(`[^`]*`)")
+MARKUP = re.compile(r"([\\*_<>\[\]#])")
+
+
+def command_line() -> str:
+    """A section for each command: usage, description, arguments and options, examples."""
+    parser = CommandParser(prog=PROGRAM)
+    commands = parser.add_subparsers()
+    for name in COMMANDS:
+        import_module(f"broker_filter.cli.{name}").add_parser(commands)
+    common = {action.dest for action in parser._actions}
+    return "\n".join(_command(found, common) for found in _parsers(commands)) + f"\n{_sentence(EXIT_STATUS)}\n"
+
+
+def _parsers(commands: argparse.Action) -> Iterator[tuple[int, CommandParser, str]]:
+    """Each parser below `commands`, with its depth, 0 for the outermost, and its line in the list of commands."""
+    assert isinstance(commands, argparse._SubParsersAction)
+    helps = {choice.dest: choice.help or "" for choice in commands._choices_actions}
+    for name, parser in commands.choices.items():
+        yield 0, parser, helps[name]
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                yield from ((depth + 1, inner, text) for depth, inner, text in _parsers(action))
+
+
+def _command(found: tuple[int, CommandParser, str], common: set[str]) -> str:
+    """The section of one command, without the options `common` to all commands."""
+    depth, parser, text = found
+    formatter = argparse.HelpFormatter(prog=parser.prog)
+    rows = []
+    for action in parser._actions:
+        if action.dest in common or isinstance(action, argparse._SubParsersAction):
+            continue
+        values = formatter._format_args(action, formatter._get_default_metavar_for_optional(action))
+        if not action.option_strings:
+            values = formatter._format_args(action, formatter._get_default_metavar_for_positional(action))
+        name = " ".join((", ".join(action.option_strings), values)).strip()
+        rows.append((f"`{name}`", _markdown(formatter._expand_help(action)) if action.help else ""))
+    usage = parser.format_usage().removeprefix("usage: ")
+    parts = [
+        f"{'#' * (depth + 2)} {parser.prog}",
+        _sentence(_markdown(parser.description or text)),
+        f"```text\n{_usage(usage)}\n```",
+        _table(("argument", "meaning"), rows) if rows else "",
+        f"```bash\n{textwrap.dedent(parser.epilog.partition(chr(10))[2])}\n```" if parser.epilog else "",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _usage(usage: str) -> str:
+    """A usage on lines of one width, whatever the width of the terminal is. An option stays beside its value."""
+    words = re.findall(r"\[[^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*\]|\S+", " ".join(usage.split()))
+    kept = [word.replace(" ", "\0") for word in words if word not in ("[-h]", "[-v]", "[-q]")]
+    lines = textwrap.wrap(" ".join(kept), USAGE_WIDTH, subsequent_indent=" " * 4, break_on_hyphens=False)
+    return "\n".join(lines).replace("\0", " ")
+
+
+def configuration_keys() -> str:
+    """The keys at the top of a service file, and a table for each of its sections."""
+    keys = list(document_keys())
+    sections = [(section, list(inside)) for section, inside in groupby(keys, lambda key: re.split(r"[.\[]", key[0])[0])]
+    head = ("key", "default", "meaning")
+    texts = ["## Top level", _table(head, (_key(*inside[0]) for _, inside in sections))]
+    for section, inside in sections:
+        if len(inside) > 1:
+            texts += [f"## {section}", _markdown(inside[0][2]), _table(head, (_key(*key) for key in inside[1:]))]
+    return "\n\n".join(texts)
+
+
+def _key(path: str, default: str, meaning: str) -> tuple[str, str, str]:
+    shown = default if default in ("", "required") else f"`{default}`"
+    return f"`{path}`", shown, _markdown(meaning)
+
+
+def metrics() -> str:
+    """A table of every metric that the service exports, besides those of its process."""
+    registry = CollectorRegistry()
+    Metrics(registry)
+    rows = []
+    for collector in registry._collector_to_names:
+        if isinstance(collector, MetricWrapperBase):
+            [metric] = collector.describe()
+            name = f"{metric.name}_total" if metric.type == "counter" else metric.name
+            labels = ", ".join(f"`{label}`" for label in collector._labelnames)
+            rows.append((f"`{name}`", metric.type, labels, _markdown(metric.documentation)))
+    return _table(("metric", "type", "labels", "meaning"), rows)
 
 
 def reject_reasons() -> str:
     """A table of every reason of the closed list."""
     meanings = _attribute_docstrings(RejectReason)
-    return _table(("reason", "meaning"), ((f"`{reason}`", meanings[reason.name]) for reason in RejectReason))
+    return _table(("reason", "meaning"), ((f"`{reason}`", _markdown(meanings[reason.name])) for reason in RejectReason))
 
 
-GENERATED: dict[str, Callable[[], str]] = {function.__name__: function for function in (reject_reasons,)}
+def metadata_columns() -> str:
+    """A table of every metadata column, with the fields of a packet that each survey's values come from."""
+    return _table(
+        ("column", "unit", "meaning", "ZTF", "LSST"),
+        (
+            (f"`{column.name}`", column.unit, _markdown(column.meaning), _source(column.ztf), _source(column.lsst))
+            for column in COLUMNS
+        ),
+    )
+
+
+def _source(source: Source | None) -> str:
+    match source:
+        case None:
+            return ""
+        case PacketField():
+            return " or ".join(f"`{path}`" for path in source.paths)
+        case Derived():
+            return f"from {', '.join(_source(field) for field in source.fields)}"
+        case _:
+            return "the light curve"
+
+
+def table_columns() -> str:
+    """A table of the columns that `broker-filter score` writes."""
+    schema = table_schema(["<model>.<label>"], ["<policy>"], ["<model>"])
+    rows = []
+    for column in schema:
+        about = {name.decode(): value.decode() for name, value in column.metadata.items()}
+        rows.append((f"`{column.name}`", _arrow_type(column.type), about["unit"], _markdown(about["description"])))
+    return _table(("column", "type", "unit", "meaning"), rows)
+
+
+def _arrow_type(kind: pa.DataType) -> str:
+    """The name of a type as numpy has it; Arrow calls float32 `float`."""
+    if pa.types.is_list(kind):
+        return f"list of {_arrow_type(kind.value_type)}"
+    return {"float": "float32", "double": "float64"}.get(str(kind), str(kind))
+
+
+def output_schema() -> str:
+    """A table of the fields of a scored record, one line for each field at any depth."""
+    schema = json.loads((files("broker_filter.schemas") / "scored_alert.avsc").read_text())
+    return _table(("field", "type", "meaning"), _avro_fields(schema, ""))
+
+
+def _avro_fields(record: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, str]]:
+    for field in record["fields"]:
+        path = f"{prefix}{field['name']}"
+        yield f"`{path}`", f"`{_avro_type(field['type'])}`", _markdown(field.get("doc", ""))
+        inner = field["type"]
+        if isinstance(inner, list):
+            [inner] = [branch for branch in inner if branch != "null"]
+        separator = "."
+        if isinstance(inner, dict) and inner["type"] == "array":
+            inner, separator = inner["items"], "[]."
+        if isinstance(inner, dict) and inner["type"] == "record":
+            yield from _avro_fields(inner, f"{path}{separator}")
+
+
+def _avro_type(schema: Any) -> str:
+    match schema:
+        case str():
+            return schema
+        case list():
+            return " or ".join(_avro_type(branch) for branch in schema)
+        case {"type": "array", "items": items}:
+            return f"array of {_avro_type(items)}"
+        case {"type": "map", "values": values}:
+            return f"map of {_avro_type(values)}"
+        case {"type": "record", "name": str(name)}:
+            return name
+        case {"logicalType": str(logical)}:
+            return logical
+    raise TypeError(f"scored_alert.avsc: no name for the type {schema!r}")
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    function.__name__: function
+    for function in (
+        command_line,
+        configuration_keys,
+        metrics,
+        reject_reasons,
+        metadata_columns,
+        table_columns,
+        output_schema,
+    )
+}
 """What a marker can name."""
 
 
@@ -35,6 +228,17 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     """A Markdown table. The cells are Markdown of one line each."""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
+
+
+def _markdown(text: str) -> str:
+    """Plain text in which backquotes mark code, as one line of Markdown."""
+    pieces = CODE.split(" ".join(text.split()))
+    return "".join(piece if CODE.fullmatch(piece) else MARKUP.sub(r"\\\1", piece) for piece in pieces)
+
+
+def _sentence(text: str) -> str:
+    """A text that begins with a capital letter and ends with a full stop."""
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 def _attribute_docstrings(cls: type) -> dict[str, str]:
