@@ -14,8 +14,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 help:
 	@echo 'make demo      simulates a survey night, runs the service on it through an embedded broker, shows the result'
-	@echo 'make test      ruff, mypy --strict and the whole test suite'
-	@echo 'make lint      ruff and mypy --strict alone'
+	@echo 'make test      make lint, and the whole test suite'
+	@echo 'make lint      ruff, mypy --strict and import-linter'
 	@echo 'make docs      builds the documentation site into docs/_build/html, and runs the tutorials in it'
 	@echo 'make bench     measures the stages and the whole service beside a naive loop and the floors; writes bench.json'
 	@echo 'make bench-check   does so on simulated packets, and fails where a ratio is worse than the committed one'
@@ -40,6 +40,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # From nothing, so that no page of an earlier build hides an error; every warning is an error.
 docs: $(VENV)/installed-docs
@@ -94,7 +95,7 @@ image:
 	deploy/image.sh
 
 clean:
-	rm -rf $(VENV) build dist docs/_build demo-out study bench.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build demo-out study bench.json *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find broker_filter -name '*.so' -delete
 
 # One stamp file for each set of extras; installed again when the package's description or its extension changes. Tests

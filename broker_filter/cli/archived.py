@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from broker_filter.cli.options import STDIN
 from broker_filter.cli.parser import UsageError, require_files
 
 if TYPE_CHECKING:
@@ -17,15 +17,11 @@ if TYPE_CHECKING:
     from broker_filter.streaming.scored import ScoredBatch
 
 
-STDIN = "-"
-"""In the place of an input: standard input, as in `streaming.archives`."""
-INPUT_HELP = f"file, folder (read recursively) or archive; `{STDIN}` for standard input"
-
-
-def add_scoring_options(parser: argparse.ArgumentParser) -> None:
-    """What every command that scores archives takes."""
-    parser.add_argument("--schema-registry", metavar="URL|DIR", help="schemas of alerts in Confluent wire format")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="what runs the network")
+BATCH_SIZE = 128
+"""Packets decoded together: enough that what a batch costs by itself is little, few enough that a small archive keeps
+every thread busy."""
+DUPLICATE_WINDOW = 2_000_000
+"""Alert ids that are remembered: more than any night has."""
 
 
 class OverwriteError(UsageError):
@@ -46,15 +42,6 @@ def share_read(packets: Iterator[Packet]) -> float | None:
     return packets.share_read() if isinstance(packets, Packets) else None
 
 
-def alert_limit(text: str) -> int:
-    """How many alerts a command keeps: as many as a reference may have."""
-    from broker_filter.scoring.reference import MAX_ALERTS
-
-    if not 0 < (limit := int(text)) <= MAX_ALERTS:
-        raise argparse.ArgumentTypeError(f"between 1 and {MAX_ALERTS}, not {limit}")
-    return limit
-
-
 def score_archives(
     inputs: Sequence[str | Path],
     scorer: Scorer,
@@ -64,7 +51,6 @@ def score_archives(
     judge: AnomalyJudge | None = None,
 ) -> Iterator[ScoredBatch]:
     """Scores the alerts of files, folders and archives, with a bar; `columns`: to decode besides the models' own."""
-    from broker_filter.cli.score import BATCH_SIZE, DUPLICATE_WINDOW
     from broker_filter.console import progress
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from broker_filter.bench.options import PARTS, Options
 from broker_filter.cli.extras import require_extra
+from broker_filter.cli.options import add_device_option
 
 DEFAULT_PARTS = ("stages", "archive", "kafka", "latency", "startup")
 """Some minutes; the others take as long again, each."""
@@ -50,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="PART,...",
         help=f"of {', '.join(PARTS)}; or all (default {','.join(DEFAULT_PARTS)})",
     )
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="what runs the networks")
+    add_device_option(parser)
     parser.add_argument(
         "--alerts", type=int, default=ALERTS, help=f"alerts through archive and broker (default {ALERTS})"
     )

@@ -6,8 +6,9 @@ import argparse
 import sys
 from itertools import islice
 
-from broker_filter.cli.archived import INPUT_HELP, share_read
+from broker_filter.cli.archived import share_read
 from broker_filter.cli.kafka_options import TOPIC, add_kafka_options, read_inputs
+from broker_filter.cli.options import INPUT_HELP, add_cache_option, add_registry_option
 
 DEFAULT_LIMIT = 1000
 """Packets that are looked at: a second or two of work, and enough to know an archive by."""
@@ -40,12 +41,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help=f"packets to look at, 0 for all (default: {DEFAULT_LIMIT})",
     )
     parser.add_argument("--all", action="store_true", help="show every field of the first alert that is known here")
-    parser.add_argument("--schema-registry", metavar="URL|DIR", help="schemas of alerts in Confluent wire format")
-    parser.add_argument(
-        "--drop-schema-cache",
-        action="store_true",
-        help="first delete what earlier runs have kept of the registry's schemas: for a registry that was wiped",
-    )
+    add_registry_option(parser)
+    add_cache_option(parser)
     add_kafka_options(parser)
     parser.set_defaults(run=run)
 

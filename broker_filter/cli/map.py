@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from broker_filter.cli.archived import INPUT_HELP, add_scoring_options, alert_limit
 from broker_filter.cli.extras import require_extra
+from broker_filter.cli.options import INPUT_HELP, add_scoring_options, alert_limit
 
 DEFAULT_LIMIT = 20_000
 """Alerts: a minute of UMAP, and as many points as can be told apart."""

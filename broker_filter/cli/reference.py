@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from broker_filter.cli.archived import INPUT_HELP, add_scoring_options, alert_limit
+from broker_filter.cli.options import INPUT_HELP, add_scoring_options, alert_limit
 from broker_filter.cli.parser import UsageError, require_files
 
 if TYPE_CHECKING:

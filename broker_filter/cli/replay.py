@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from broker_filter.cli.archived import INPUT_HELP, STDIN, share_read
+from broker_filter.cli.archived import share_read
 from broker_filter.cli.kafka_options import TOPIC, AddressError, add_kafka_options, kafka_properties, read_inputs
+from broker_filter.cli.options import INPUT_HELP, STDIN, add_registry_option
 from broker_filter.cli.parser import UsageError
 
 if TYPE_CHECKING:
@@ -64,9 +65,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     pace.add_argument("--speed", type=_positive, metavar="X", help="X times as fast as the alerts were exposed")
     pace.add_argument("--as-fast-as-possible", action="store_true", help="as the brokers take them (the default)")
     parser.add_argument("--repeat", action="store_true", help="begin again at the end, until interrupted")
-    parser.add_argument(
-        "--schema-registry", metavar="URL|DIR", help="schemas of alerts in wire format, for their keys and times"
-    )
+    add_registry_option(parser)
     add_kafka_options(parser)
     parser.set_defaults(run=run)
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from broker_filter.cli.archived import INPUT_HELP
+from broker_filter.cli.archived import BATCH_SIZE, DUPLICATE_WINDOW, keep_inputs
+from broker_filter.cli.options import INPUT_HELP, add_cache_option, add_device_option, add_registry_option
 from broker_filter.cli.parser import UsageError
 from broker_filter.packets.packet import FilePosition, Packet
 
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
 
 FORMATS = ("parquet", "avro", "jsonl", "csv", "ecsv", "fits")
 """Those of `streaming.table_formats`, whose import would take longer than `--help` may."""
-BATCH_SIZE = 128
-"""Packets decoded together: enough that what a batch costs by itself is little, few enough that a small archive keeps
-every thread busy."""
-DUPLICATE_WINDOW = 2_000_000
-"""Alert ids that are remembered: more than any night has."""
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +83,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "(bts_p1, bts_p2, prod_p1, prod_p2) by the scores of an output, as in bts_p1=btsbot.bts; alerts must come in "
         "order of time; may be repeated",
     )
-    parser.add_argument("--schema-registry", metavar="URL|DIR", help="schemas of alerts in Confluent wire format")
-    parser.add_argument(
-        "--drop-schema-cache",
-        action="store_true",
-        help="first delete what earlier runs have kept of the registry's schemas: for a registry that was wiped",
-    )
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="what runs the networks")
+    add_registry_option(parser)
+    add_cache_option(parser)
+    add_device_option(parser)
     parser.add_argument("--fail-on-reject", action="store_true", help="end with status 1 if any input was rejected")
     parser.set_defaults(run=run)
 
@@ -135,7 +127,6 @@ class Account:
 
 def run(arguments: argparse.Namespace) -> int:
     """Scores the inputs, prints the account and returns the exit status."""
-    from broker_filter.cli.archived import keep_inputs
     from broker_filter.config import Model, Runtime
     from broker_filter.console import progress
     from broker_filter.packets.compiled import why_python

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from broker_filter.cli.archived import add_scoring_options
 from broker_filter.cli.extras import require_extra
+from broker_filter.cli.options import add_scoring_options
 
 if TYPE_CHECKING:
     from broker_filter.packets.batch import AlertBatch

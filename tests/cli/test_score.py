@@ -22,7 +22,8 @@ import pytest
 from astropy.table import Table
 
 from broker_filter.cli import main
-from broker_filter.cli.score import BATCH_SIZE, FORMATS
+from broker_filter.cli.archived import BATCH_SIZE
+from broker_filter.cli.score import FORMATS
 from broker_filter.scoring.bts_policies import POLICIES
 from broker_filter.scoring.runtimes import available_cores
 from broker_filter.streaming import table_formats

@@ -24,6 +24,7 @@ import yaml
 from numpy.typing import NDArray
 from pyarrow import parquet
 
+from broker_filter.cli.options import add_registry_option
 from broker_filter.console import progress
 from broker_filter.packets.batch import AlertBatch, LightCurves, Survey
 from broker_filter.packets.decode import DEFAULT_CUTOUT_SIZE, Decoder
@@ -95,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("VALIDATION", "TEST"),
         help="of the sources, the rest is to train on (default: 0.09 0.1)",
     )
-    parser.add_argument("--schema-registry", metavar="URL|DIR", help="schemas of alerts in Confluent wire format")
+    add_registry_option(parser)
     parser.add_argument(
         "--allow-unmatched", action="store_true", help="the table may label what is not among the inputs"
     )

@@ -1,0 +1,46 @@
+"""Command-line options that several commands share. Imports nothing heavy: `--help` imports it."""
+
+from __future__ import annotations
+
+import argparse
+
+STDIN = "-"
+"""In the place of an input: standard input, as in `streaming.archives`."""
+INPUT_HELP = f"file, folder (read recursively) or archive; `{STDIN}` for standard input"
+
+
+def add_registry_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--schema-registry`."""
+    parser.add_argument("--schema-registry", metavar="URL|DIR", help="schemas of alerts in Confluent wire format")
+
+
+def add_cache_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--drop-schema-cache`."""
+    parser.add_argument(
+        "--drop-schema-cache",
+        action="store_true",
+        help="first delete what earlier runs have kept of the registry's schemas: for a registry that was wiped",
+    )
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--device`."""
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="what runs the networks")
+
+
+def add_scoring_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of every command that scores archives: `--schema-registry` and `--device`."""
+    add_registry_option(parser)
+    add_device_option(parser)
+
+
+def alert_limit(text: str) -> int:
+    """Parses the number of alerts that a command keeps: from 1 to the most that a reference set holds.
+
+    Raises ArgumentTypeError outside these limits, ValueError if the text is not an integer.
+    """
+    from broker_filter.scoring.reference import MAX_ALERTS
+
+    if not 0 < (limit := int(text)) <= MAX_ALERTS:
+        raise argparse.ArgumentTypeError(f"between 1 and {MAX_ALERTS}, not {limit}")
+    return limit
