@@ -1,11 +1,12 @@
-"""Decoder: packets -> AlertBatch + Rejects. The one way from bytes to alerts.
+"""The Decoder turns packets into an AlertBatch and Rejects. It is the only decoder of alerts.
 
-Frames each packet, walks each record once by a plan compiled for its schema, decodes the stamps into their slots, and
-makes the columns of all alerts at once. Must never raise on any bytes, and never lose a packet: each becomes at least
-one alert or one reject. Only an unreachable schema registry escapes, because the packet is not at fault.
+It splits each packet into records, walks each record once with a plan compiled for its schema, decodes the stamps into
+their slots, and makes the columns of all alerts at once. It must never raise an exception because of a packet's bytes,
+and never lose a packet: each packet becomes at least one alert or one reject. Only an unreachable schema registry
+raises, because the packet is then not at fault.
 
-A packet is untrusted input, and what it costs is bounded: time, memory and output are at most in proportion to
-min(`GREATEST_RATIO` x its bytes, `max_packet_bytes`), beside a constant. `tests/packets/test_costs.py` measures that.
+A packet is untrusted input, so its cost is bounded: time, memory and output are at most proportional to
+min(`GREATEST_RATIO` x its bytes, `max_packet_bytes`), plus a constant. `tests/packets/test_costs.py` measures this.
 """
 
 from __future__ import annotations
@@ -52,26 +53,27 @@ from broker_filter.packets.surveys import DEFAULT_COLUMNS, FORMATS, recognise
 from broker_filter.packets.walk import MISSING_ID, Status, walk
 
 DEFAULT_CUTOUT_SIZE = 63
-"""ZTF's, in pixels."""
+"""The side of ZTF's cutouts, in pixels."""
 MAX_RECORDS = 10_000
-"""Alerts in one packet: a message holds one, a block of an archive dozens; a lying block must not become a million."""
+"""The maximum number of alerts in one packet. A Kafka message holds one alert and a block of an archive dozens. The
+record count of a block is untrusted, so it must not create millions of rows."""
 MAX_POINTS = 100_000
-"""Rows of history in one packet; ten years of LSST are some thousands."""
+"""The maximum number of history rows in one packet. Ten years of LSST are some thousands."""
 MAX_UNPACKING = 4
-"""What the alerts of a packet may take in all, as a multiple of min(GREATEST_RATIO x its bytes, max_packet_bytes): of
-each its body, its schema, the slots of its cutouts, and its stamps inflated. A ZTF alert takes three times its bytes.
-A packet's first alert is always decoded."""
+"""The maximum memory of all alerts of a packet, as a multiple of min(GREATEST_RATIO x its bytes, max_packet_bytes). It
+counts the body, the schema, the cutout slots and the decompressed stamps of each alert. A ZTF alert takes three times
+its bytes. The first alert of a packet is always decoded."""
 RECORD_BYTES = 4096
-"""Memory that a record takes at most, beside its body, schema and cutouts, also one that is rejected."""
+"""The maximum memory of a record, in bytes, apart from its body, schema and cutouts; also for a rejected record."""
 ROW_BYTES = 400
-"""Memory that a row of history takes at most, until the light curves are made."""
+"""The maximum memory of a history row, in bytes, until the light curves are made."""
 BATCH_BYTES_PER_PACKET = 512 << 10
-"""Memory that the packets of a batch may take on average: what is beyond is decoded in a batch of its own. A ZTF alert
-takes 0.1 MB, an LSST alert 0.3 MB."""
+"""The maximum mean memory per packet of a batch, in bytes; a batch that would exceed it is decoded in parts. A ZTF
+alert takes 0.1 MB, an LSST alert 0.3 MB."""
 _POINTS_PER_PACKET = 64
-"""Room for history at first; it doubles when full."""
+"""Initial capacity for history rows, per packet; it doubles when it is full."""
 
-_DOUBTFUL = frozenset(
+_CAN_COME_FROM_WRONG_SCHEMA = frozenset(
     {
         RejectReason.TOO_LARGE,
         RejectReason.BAD_SCHEMA,
@@ -82,32 +84,32 @@ _DOUBTFUL = frozenset(
         RejectReason.BAD_CUTOUT,
     }
 )
-"""What a sound alert in wire format may be rejected as that is decoded by another schema than it was written with."""
+"""Reasons for which a valid wire format alert can be rejected if it is decoded with another schema than its own."""
 
 NO_ID = -1
-"""No schema's id."""
+"""Stands for "no schema id"; it is not a valid id."""
 
-_MAX_SAID = 100
-"""Schemas of which a warning is given: packets bring their own, and must not fill the log."""
+_MAX_WARNINGS = 100
+"""The maximum number of schemas with a warning. Packets bring their own schemas, and must not fill the log."""
 
 log = logging.getLogger(__name__)
-_said: set[str] = set()
+_warned_schemas: set[str] = set()
 _T = TypeVar("_T", bound=np.generic)
 
 
 class _Walked(NamedTuple):
-    """A record that was walked, with or without success."""
+    """A record after its walk. `damage`: why the walk failed; None if it succeeded."""
 
     packet: int
     record: int
     plan: Plan
     body: memoryview
-    start: int  # of `body` in its block, from where the walker counts
+    start: int  # offset of `body` in its block; the spans that the walker writes count from the start of the block
     damage: Damage | None
 
 
 class _Outputs:
-    """What the walker writes: a row a record, and the rows of their histories one after another."""
+    """The arrays that the walker writes: one row per record, and the history rows of all records in order."""
 
     def __init__(self, layouts: Sequence[Layout], capacity: int) -> None:
         n_scalars = max(layout.n_scalars for layout in layouts)
@@ -116,13 +118,14 @@ class _Outputs:
         self.ids: NDArray[np.int64] = np.empty((capacity, n_ids), dtype=np.int64)
         self.spans: NDArray[np.int64] = np.empty((capacity, N_SPANS, 2), dtype=np.int64)
         self.points: NDArray[np.float64] = np.empty((capacity * _POINTS_PER_PACKET, N_POINT_COLUMNS))
-        self.n_points: list[int] = []  # of each row
+        self.n_points: list[int] = []  # number of history rows of each record
         self.points_end = 0
 
     def walk(self, plan: Plan, body: memoryview, start: int, max_points: int = MAX_POINTS) -> tuple[Status, int]:
-        """Walks the record at `start` of `body` into the next row. Where it ended, or failed.
+        """Walks the record at offset `start` of `body` and writes the next row.
 
-        Status.NO_ROOM: its history has more than `max_points` rows.
+        Returns the status and the offset at which the record ended or the walk failed. Status.NO_ROOM: the history of
+        the record has more than `max_points` rows.
         """
         row = len(self.n_points)
         if row == len(self.scalars):
@@ -144,15 +147,17 @@ class _Outputs:
         return Status.DONE if status == Status.DONE else Status(status), position
 
     def forget(self, n_rows: int) -> None:
-        """Drops all rows but the first `n_rows`."""
+        """Removes all rows after the first `n_rows`."""
         self.points_end -= sum(self.n_points[n_rows:])
         del self.n_points[n_rows:]
 
 
 class Decoder:
-    """Turns packets into columns. One serves any number of threads.
+    """Decodes packets into columns. Thread-safe.
 
-    `cutout_size` S: pixels along a side of the cutouts. `columns`: names of `surveys.COLUMNS` (ValueError for others).
+    `cutout_size`: the side S of the cutouts, in pixels. `columns`: names of metadata columns from `surveys.COLUMNS`;
+    raises ValueError for other names. `max_packet_bytes`: a larger packet is rejected, also if it becomes larger by
+    decompression.
     """
 
     def __init__(
@@ -170,31 +175,35 @@ class Decoder:
         self._max_packet_bytes = max_packet_bytes
         self._layouts = {known.survey: Layout(known, self._columns) for known in FORMATS}
         self._plan = BySchema(self._make_plan)
-        # Only stamps are decoded without the interpreter. Threads that shared it for the rest, call by call, would end
-        # that together, inflate together, and want it together again, for ever.
+        # Only the decoding of stamps releases the GIL. If threads competed for the GIL in all other steps, they would
+        # run in lockstep: all wait for the GIL, then all decode stamps. With this lock they alternate.
         self._turn = Lock()
 
     @property
     def fields(self) -> frozenset[str]:
-        """The dotted paths of all fields that are read where a packet has them."""
+        """The dotted paths of all fields that are read if a packet has them."""
         return frozenset().union(*(layout.fields for layout in self._layouts.values()))
 
     def decode(self, packets: Sequence[Packet]) -> tuple[AlertBatch, list[Reject]]:
-        """Decodes `packets`; every one of them is at least one alert of the batch or one of the rejects.
+        """Decodes `packets`. Each packet becomes at least one alert of the batch or at least one reject.
 
-        Raises RegistryUnavailable where a schema is needed that cannot be had now; then nothing was decoded.
+        Raises RegistryUnavailable if a schema is needed and the registry does not answer; then nothing was decoded.
         """
         return self._decode(packets, math.inf)
 
     def decode_some(self, packets: Sequence[Packet]) -> tuple[AlertBatch, list[Reject]]:
-        """As `decode`, of the first packets only where all would take too much memory at a time, and of one at least.
+        """Decodes as many of the first packets as fit into memory together, at least one; otherwise as `decode`.
 
-        The batch's `packets` are those that were decoded; the others are for the next call.
+        The memory limit is BATCH_BYTES_PER_PACKET x len(packets). `packets` of the returned batch holds the packets
+        that were decoded; pass the remaining packets to the next call.
         """
         return self._decode(packets, BATCH_BYTES_PER_PACKET * len(packets))
 
     def decode_stream(self, packets: Iterable[Packet], at_a_time: int) -> Iterator[tuple[AlertBatch, list[Reject]]]:
-        """Decodes a stream of packets in its order, in batches of at most so many, in flat memory."""
+        """Decodes a stream of packets in order, in batches of at most `at_a_time` packets, in constant memory.
+
+        Raises RegistryUnavailable, as `decode` does.
+        """
         waiting = iter(packets)
         while batch := list(islice(waiting, at_a_time)):
             while batch:
@@ -205,6 +214,7 @@ class Decoder:
     def _decode(self, packets: Sequence[Packet], max_bytes: float) -> tuple[AlertBatch, list[Reject]]:
         schemas = self._look_up(packets)
         alerts, rejects = self._decode_with(schemas, packets, max_bytes)
+        # A wiped registry gives ids to other schemas, so the schemas in doubt are fetched again.
         doubted = {schema_id for reject in rejects if (schema_id := _doubted_id(reject)) in schemas}
         renewed = {i: self._registry.get(i, schema) for i in doubted if isinstance(schema := schemas[i], WriterSchema)}
         if any(schemas[schema_id] is not schema for schema_id, schema in renewed.items()):
@@ -213,10 +223,10 @@ class Decoder:
         return alerts, [_with_origin(reject, schemas) for reject in rejects]
 
     def _look_up(self, packets: Sequence[Packet]) -> dict[int, WriterSchema | Damage]:
-        """The schemas of wire format packets, or what is wrong with them, by id.
+        """The schemas of all wire format packets by id; for a schema that cannot be used, the reason why.
 
-        They are looked up before any packet is decoded, and outside of the thread's turn: a registry may be slow, and
-        other threads have packets whose schemas are at hand.
+        Schemas are looked up before any packet is decoded and without holding the lock: a registry may be slow, and
+        other threads may have packets whose schemas are in memory.
         """
         limit = self._max_packet_bytes
         ids = {wire.unframe(p.data).schema_id for p in packets if wire.is_wire_message(p.data) and len(p.data) <= limit}
@@ -276,7 +286,11 @@ class Decoder:
     def _walk_container(
         self, index: int, allowance: int, container: Container, outputs: _Outputs, walked: list[_Walked]
     ) -> tuple[Damage | None, int]:
-        """Walks the records of a packet. What is wrong with it beyond them, if anything, and after how many records."""
+        """Walks the records of a packet and appends them to `walked`.
+
+        Returns the damage of the packet outside its walked records (None if there is none) and the number of records
+        before that damage.
+        """
         if container.schema is None:
             return container.error, 0
         record = 0
@@ -298,24 +312,24 @@ class Decoder:
                     damage = _walk_damage(status, start, end, len(block.body), last=record == end_record - 1)
                 walked.append(_Walked(index, record, plan, block.body[start:end], start, damage))
                 if status is Status.NO_ROOM:
-                    return None, record  # the rest of the packet is not looked at
+                    return None, record  # the rest of the packet is ignored
                 if damage is not None:
-                    break  # nobody knows where the block's next record begins
+                    break  # the start of the block's next record is unknown
                 points_left -= outputs.n_points[-1]
                 start, record = end, record + 1
             record = end_record
-        return container.error or ((RejectReason.NO_RECORD, "no alert in it") if record == 0 else None), record
+        return container.error or ((RejectReason.NO_RECORD, "the packet has no alert") if record == 0 else None), record
 
     def _allowance(self, packet: Packet) -> int:
-        """Bytes that the alerts of a packet may take in all."""
+        """The maximum memory of all alerts of a packet, in bytes."""
         return MAX_UNPACKING * self._most_bytes(packet.data)
 
     def _most_bytes(self, data: bytes) -> int:
-        """Bytes that a packet may inflate to."""
+        """The maximum size of a packet after decompression, in bytes."""
         return min(GREATEST_RATIO * len(data), self._max_packet_bytes)
 
     def _size(self, container: Container, allowance: int, n_records: int, n_points: int) -> int:
-        """Bytes that a packet takes in memory at most, of which so many records and rows of history were walked."""
+        """The maximum memory of a packet with this many walked records and history rows, in bytes."""
         if container.schema is None:
             return 0
         alerts = n_records * (self._slot_bytes + container.schema.n_bytes)
@@ -327,9 +341,9 @@ class Decoder:
     def _too_large(
         self, packets: Sequence[Packet], walked: Sequence[_Walked], sound: Sequence[int], columns: _Columns
     ) -> dict[int, Damage]:
-        """The sound alerts that are beyond what their packet may take, by row."""
+        """The valid alerts that exceed the allowance of their packet, by row. `sound`: the rows of the valid alerts."""
         owners = [walked[row].packet for row in sound]
-        if len(set(owners)) == len(owners):  # nearly always: one alert a packet
+        if len(set(owners)) == len(owners):  # the usual case: one alert per packet
             return {}
         taken: dict[int, int] = {}
         too_large: dict[int, Damage] = {}
@@ -339,20 +353,22 @@ class Decoder:
             stamps = columns.inflated_bytes(row)
             taken[owner] = before + self._slot_bytes + item.plan.schema.n_bytes + len(item.body) + stamps
             if before and taken[owner] > allowance:
-                detail = f"the packet's alerts take more than {allowance} bytes, unpacked: put fewer into a packet"
+                detail = f"the packet's alerts take more than {allowance} bytes in memory: put fewer into one packet"
                 too_large[row] = RejectReason.TOO_LARGE, detail
         return too_large
 
     def _frame(self, data: bytes, schemas: Mapping[int, WriterSchema | Damage]) -> Container:
-        """The records of a packet, still encoded. `schemas`: those of wire format, by id."""
+        """The still encoded records of a packet. `schemas`: the schemas of wire format packets by id."""
         if not data:
-            return Container(None, (), (RejectReason.EMPTY, "no bytes"))
+            return Container(None, (), (RejectReason.EMPTY, "the packet has no bytes"))
         is_container = data.startswith(MAGIC)
         if not is_container and (kind := foreign.describe(data)):
             return Container(None, (), (RejectReason.NOT_AVRO, kind))
         if len(data) > self._max_packet_bytes:
             return Container(
-                None, (), (RejectReason.TOO_LARGE, f"{len(data)} bytes, more than {self._max_packet_bytes}")
+                None,
+                (),
+                (RejectReason.TOO_LARGE, f"the packet has {len(data)} bytes, more than {self._max_packet_bytes}"),
             )
         if is_container:
             return read_container(data, self._most_bytes(data))
@@ -367,11 +383,12 @@ class Decoder:
         return Container(schema, (Block(1, message.body),))
 
     def _make_plan(self, schema: WriterSchema) -> Plan | Damage:
-        """The plan for a schema, or why there is none."""
+        """The plan for a schema; if records of the schema cannot be decoded, the reason why."""
         paths = field_paths(schema)
         known = recognise(paths)
         if known is None:
-            return RejectReason.UNKNOWN_SURVEY, f"the fields of {schema.canonical['name']!r} are no known survey's"
+            name = schema.canonical["name"]
+            return RejectReason.UNKNOWN_SURVEY, f"the fields of {name!r} are not those of a ZTF or LSST alert"
         try:
             return self._layouts[known.survey].plan(schema, paths)
         except SchemaError as error:
@@ -379,7 +396,7 @@ class Decoder:
 
 
 class _Columns:
-    """The columns of all records that were walked, good or not; a batch is made of the good ones."""
+    """The columns of all walked records, also of invalid ones. `batch` makes an AlertBatch of selected rows."""
 
     def __init__(
         self, layouts: Mapping[Survey, Layout], n_columns: int, outputs: _Outputs, walked: Sequence[_Walked]
@@ -406,7 +423,7 @@ class _Columns:
             for row, name in zip(rows.tolist(), layout.object_ids(ids), strict=True):
                 self._object_id[row] = name or self._text(row, OBJECT_NAME)
             mine = self._survey[owners] == survey
-            with np.errstate(all="ignore"):  # nonsense in a packet becomes inf or NaN in its columns
+            with np.errstate(all="ignore"):  # impossible values in a packet become inf or NaN
                 for k, source in enumerate(layout.format.place):
                     self._place[rows, k] = layout.column(source, scalars, ids)
                 histories = owners[mine], points[mine]
@@ -415,7 +432,7 @@ class _Columns:
         self._unplaced = (self._alert_id == MISSING_ID) | ~np.isfinite(self._place[:, :3]).all(axis=1)
 
     def missing_field(self, row: int) -> Damage | None:
-        """What the record lacks that every alert must have."""
+        """The mandatory values (id, time, position) that the record lacks, as damage; None if it has all of them."""
         if not self._unplaced[row]:
             return None
         names = ("id", "time", "right ascension", "declination")
@@ -426,7 +443,10 @@ class _Columns:
     def decode_stamps(
         self, rows: Sequence[int], cutouts: NDArray[np.float32], boxes: NDArray[np.int16]
     ) -> dict[int, Damage]:
-        """Decodes the stamps of N records into their slots, [N, 3, S, S] and [N, 3, 4]. What is wrong, by row."""
+        """Decodes the stamps of N records into `cutouts` [N, 3, S, S] and `boxes` [N, 3, 4].
+
+        Returns the damage of each record that has an unusable stamp, by row.
+        """
         formats = [self._walked[row].plan.layout.format for row in rows]
         failed = decode_stamps(
             [self._walked[row].body for row in rows],
@@ -438,17 +458,17 @@ class _Columns:
         return {rows[k]: (error.reason, f"{formats[k].cutouts[c]}: {error.detail}") for k, (c, error) in failed.items()}
 
     def inflated_bytes(self, row: int) -> int:
-        """How many bytes reading the stamps of a record inflates at most."""
+        """The maximum total size of the decompressed stamps of a record, in bytes."""
         body = self._walked[row].body
         spans = self._span_lists[row][STAMP : STAMP + len(CUTOUTS)]
         return sum(inflated_bytes(body[begin:end]) for begin, end in spans if begin >= 0)
 
     def schema_version(self, row: int) -> str:
-        """As the record says it (in Fink's copies of LSST alerts: lsst.v10_0), else as its schema does."""
+        """The schema version in the record ("lsst.v10_0" in Fink's copies of LSST alerts), else that in its schema."""
         return self._text(row, VERSION).removeprefix("lsst.v").replace("_", ".") or self._walked[row].plan.version
 
     def identity(self, row: int) -> AlertIdentity:
-        """What could be read of what the alert is called."""
+        """The ids, time, position and band of an alert, as far as they could be read."""
         alert_id = int(self._alert_id[row])
         mjd, ra, dec, band = self._place[row].tolist()
         return AlertIdentity(
@@ -470,13 +490,13 @@ class _Columns:
         boxes: NDArray[np.int16],
         names: tuple[str, ...],
     ) -> AlertBatch:
-        """The batch of the rows `kept`."""
+        """The batch of the rows `kept`, with their cutouts [N, 3, S, S], boxes [N, 3, 4] and metadata names."""
         rows = np.array(kept, dtype=np.int64)
         alert_of_row = np.full(len(self._walked), NO_ALERT)
         alert_of_row[rows] = np.arange(len(rows))
         pieces = [points._replace(alert=alert_of_row[points.alert]) for points in self._points]
         walked = [self._walked[row] for row in kept]
-        self._say_lost(detections_without_flux(pieces), walked)
+        self._warn_of_lost_detections(detections_without_flux(pieces), walked)
         return AlertBatch(
             packets=packets,
             packet_index=np.array([item.packet for item in walked], dtype=np.int32),
@@ -497,14 +517,14 @@ class _Columns:
             light_curves=light_curves(len(rows), pieces),
         )
 
-    def _say_lost(self, lost: NDArray[np.int64], walked: Sequence[_Walked]) -> None:
-        """Says, once for a schema, that detections in the `lost` rows of the batch have no flux."""
+    def _warn_of_lost_detections(self, lost: NDArray[np.int64], walked: Sequence[_Walked]) -> None:
+        """Logs, once per schema, that detections of the alerts in the rows `lost` of the batch have no flux."""
         for fingerprint in dict.fromkeys(walked[row].plan.schema.fingerprint for row in lost.tolist()):
-            if fingerprint not in _said and len(_said) < _MAX_SAID:
-                _said.add(fingerprint)
+            if fingerprint not in _warned_schemas and len(_warned_schemas) < _MAX_WARNINGS:
+                _warned_schemas.add(fingerprint)
                 log.warning(
-                    "detections without a flux are left out of light curves: `isdiffpos` (ZTF) is none of t, f, 1, 0, "
-                    "true, false, or `psfFlux` (LSST) is missing; first seen with schema %s",
+                    "detections without a flux are left out of light curves, because `isdiffpos` (ZTF) is not one of "
+                    "t, f, 1, 0, true, false, or `psfFlux` (LSST) is missing; first seen with schema %s",
                     fingerprint,
                 )
 
@@ -520,31 +540,36 @@ class _Columns:
 
 
 def _doubted_id(reject: Reject) -> int:
-    """The schema id of a rejected packet in wire format that another schema might have decoded, else NO_ID."""
+    """The schema id of a wire format packet that was perhaps rejected because its schema is wrong, else NO_ID."""
     data = reject.packet.data
-    return wire.unframe(data).schema_id if reject.reason in _DOUBTFUL and wire.is_wire_message(data) else NO_ID
+    if reject.reason in _CAN_COME_FROM_WRONG_SCHEMA and wire.is_wire_message(data):
+        return wire.unframe(data).schema_id
+    return NO_ID
 
 
 def _with_origin(reject: Reject, schemas: Mapping[int, WriterSchema | Damage]) -> Reject:
-    """A reject whose detail names the file of the cache, if its schema was found in one and may be the wrong one."""
+    """The reject; if its schema is in doubt and came from the disk cache, its detail also names the cache file."""
     schema = schemas.get(_doubted_id(reject))
     if not isinstance(schema, WriterSchema) or schema.cached is None:
         return reject
-    origin = f"schema {schema.registry_id} was kept by an earlier run in {schema.cached}"
+    origin = f"schema {schema.registry_id} was read from the cache file {schema.cached} of an earlier run"
     return replace(reject, detail=f"{reject.detail}; {origin}")
 
 
 def _walk_damage(status: Status, start: int, end: int, n_bytes: int, *, last: bool) -> Damage | None:
-    """What is wrong with a record walked from `start` to `end` of a block of `n_bytes`, which its last record fills."""
+    """The damage of a record walked from `start` to `end` of a block of `n_bytes`; None if there is none.
+
+    `last`: the record is the last of its block, so it must end where the block ends.
+    """
     if status is Status.DONE:
         if start == end:
-            return RejectReason.MISSING_FIELD, "the record has no bytes, and so no id"
+            return RejectReason.MISSING_FIELD, "the record has no bytes, so the alert has no id"
         if last and end != n_bytes:
             return RejectReason.CORRUPT, f"{n_bytes - end} bytes are left after the last record"
         return None
     if status is Status.TRUNCATED:
-        return RejectReason.TRUNCATED, f"the record ends after its block does, in a field at byte {end}"
-    return RejectReason.CORRUPT, f"an impossible number, length or union branch at byte {end}"
+        return RejectReason.TRUNCATED, f"the block ends within a record, in the field at byte {end}"
+    return RejectReason.CORRUPT, f"impossible number, length or union branch at byte {end}"
 
 
 def _doubled(array: NDArray[_T]) -> NDArray[_T]:

@@ -1,6 +1,6 @@
-"""Where a survey's fields stand in the walker's outputs: compiled into each schema's program, and read back as columns.
+"""Assigns each field of a survey a slot in the outputs of the walker, and reads the slots back as columns.
 
-Must never know a packet or a schema by more than its fields' names.
+This module must depend on nothing but the names of fields, never on the order or types of a schema.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from broker_filter.packets.schema import WriterSchema
 from broker_filter.packets.surveys import FORMATS, Derived, Field, SoFar, Source, SurveyFormat, select_columns
 from broker_filter.packets.walk import MISSING_ID
 
-# Span slots: the encoded cutout fields, the stamps inside them, and two texts.
+# Span slots: the encoded cutout fields, the stamps inside them, the schema version and the name of the object.
 WHOLE_CUTOUT, STAMP, VERSION, OBJECT_NAME, N_SPANS = 0, len(CUTOUTS), 2 * len(CUTOUTS), 2 * len(CUTOUTS) + 1, 8
 
 UNVERSIONED = "unversioned"
-"""The schema version of ZTF's alerts of early 2018, which do not say theirs."""
+"""The schema version of alerts that have none: ZTF alerts of early 2018."""
 _LSST_NAMESPACE = re.compile(r"lsst\.v(\d+)_(\d+)\b")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """How records of one schema are read: the program, and whose layout its outputs have.
+    """How to read records of one schema: the walker's program, and the layout of its outputs.
 
-    `cutouts`: span slots of the cutout fields in the schema's order. `version`: that of a record which says none.
+    `cutouts`: the span slots of the cutout fields in the order of the schema. `version`: the schema version of records
+    that have no such field.
     """
 
     schema: WriterSchema
@@ -42,7 +43,10 @@ class Plan:
 
 
 class Layout:
-    """The slots of one survey's fields among scalars and ids, for a choice of metadata columns."""
+    """The slots of the fields of one survey in the walker's scalars and ids.
+
+    `columns`: the names of the metadata columns to read. Raises ValueError for an unknown name.
+    """
 
     def __init__(self, survey_format: SurveyFormat, columns: Sequence[str]) -> None:
         self.format = survey_format
@@ -53,7 +57,7 @@ class Layout:
         numbers = [field for field in dict.fromkeys(fields) if field.paths[0] not in self._ids]
         self._sums_up = survey_format.detections_so_far if any(isinstance(part, SoFar) for part in parts) else None
         self._scalars = {field: slot for slot, field in enumerate(numbers)}
-        # Most metadata columns are scalars as they are; these are gathered at once, and the others computed.
+        # Most metadata columns are unchanged scalars. These are copied in one step; the others are computed.
         direct = {
             place: source
             for place, source in enumerate(sources)
@@ -70,17 +74,17 @@ class Layout:
 
     @property
     def n_scalars(self) -> int:
-        """How many scalars a record has."""
+        """The number of scalars per record."""
         return len(self._scalars)
 
     @property
     def n_ids(self) -> int:
-        """How many ids a record has."""
+        """The number of ids per record."""
         return len(self._ids)
 
     @property
     def fields(self) -> frozenset[str]:
-        """The dotted paths of all fields that are read where a packet has them."""
+        """The dotted paths of all fields that are read if a packet has them."""
         survey = self.format
         stamps = [cutout if survey.stamp is None else f"{cutout}.{survey.stamp}" for cutout in survey.cutouts]
         rows = [f"{table.name}.{path}" for table in survey.tables for field in table.fields for path in field.paths]
@@ -89,7 +93,10 @@ class Layout:
         return frozenset([*numbers, *self._ids, *texts, *stamps, *rows])
 
     def plan(self, schema: WriterSchema, paths: frozenset[str]) -> Plan:
-        """The plan for records of `schema`, whose fields are at `paths`. Raises SchemaError."""
+        """The plan for records of `schema`. `paths`: its field paths, as `plan.field_paths` returns them.
+
+        Raises SchemaError if the schema exceeds the bounds on programs.
+        """
         wanted: dict[str, Wanted] = {}
 
         def want(path: str) -> Wanted:
@@ -129,7 +136,10 @@ class Layout:
         ids: NDArray[np.int64],
         so_far: DetectionsSoFar | None = None,
     ) -> Values:
-        """The values of a field, a history or a formula for N records' scalars, ids and histories, [N]."""
+        """The values of `source` for N records, float64[N]; NaN for missing values, or if `source` is None.
+
+        `scalars` [N, n_scalars] and `ids` [N, n_ids] are the walker's outputs; `so_far` is needed for a `SoFar` source.
+        """
         if source is None:
             return np.full(len(scalars), np.nan)
         if isinstance(source, SoFar):
@@ -151,7 +161,7 @@ class Layout:
         history_rows: NDArray[np.int64],
         history: NDArray[np.float64],
     ) -> NDArray[np.float64]:
-        """The metadata columns of N records, float64[N, columns]; for the arguments see `points`."""
+        """The metadata of N records, float64[N, F] for F columns. `points` documents the arguments."""
         so_far = None
         if self._sums_up is not None:
             first_table = history[:, 0] == 0
@@ -165,15 +175,15 @@ class Layout:
         metadata[metadata == self._missing] = np.nan
         for place, source in self._computed:
             metadata[:, place] = self.column(source, scalars, ids, so_far)
-        metadata[np.isinf(metadata)] = np.nan  # infinity is no measurement: models and filters take it for missing
+        metadata[np.isinf(metadata)] = np.nan  # an infinite value is not a measurement; models and filters expect NaN
         return metadata
 
     def alert_ids(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The alerts' ids, [N]; MISSING_ID where a record has none."""
+        """The ids of the alerts, int64[N]; MISSING_ID if a record has none."""
         return self._first(self.format.alert_ids, ids)
 
     def object_ids(self, ids: NDArray[np.int64]) -> list[str]:
-        """The objects' ids as text, [N]; empty where a record has none (0 is none)."""
+        """The numeric object ids as text, N strings; an empty string if a record has none (0 counts as none)."""
         if not self.format.object_ids:
             return [""] * len(ids)
         present = self._first(self.format.object_ids, np.where(ids == 0, MISSING_ID, ids))
@@ -187,9 +197,11 @@ class Layout:
         history_rows: NDArray[np.int64],
         history: NDArray[np.float64],
     ) -> list[Points]:
-        """The light-curve points of N records, which stand in rows `rows` [N] of the batch, in order.
+        """The light-curve points of N records: first their own measurements, then the points of each table.
 
-        `history` [M, 1 + columns]: the tables' rows, number of the table first; each belongs to row `history_rows` [M].
+        `rows` int64[N]: the rows of the records in the batch, ascending. `scalars` [N, n_scalars], `ids` [N, n_ids]:
+        the walker's outputs. `history` float64[M, 1 + columns]: the items of the tables; column 0 is the number of the
+        table. `history_rows` int64[M]: the row of the record to which each item belongs.
         """
         pieces = [self.format.own_points(rows, [self.column(field, scalars, ids) for field in self.format.own_fields])]
         for t, table in enumerate(self.format.tables):
@@ -198,7 +210,7 @@ class Layout:
         return pieces
 
     def _first(self, paths: Sequence[str], ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The first of the ids at `paths` that a record has, [N]."""
+        """For each record, the first id in the order of `paths` that is not missing, int64[N]."""
         first = ids[:, self._ids[paths[0]]]
         for path in paths[1:]:
             first = np.where(first == MISSING_ID, ids[:, self._ids[path]], first)
@@ -216,7 +228,7 @@ def _reading(field: Field) -> Reading:
 
 
 def _version(schema: WriterSchema) -> str:
-    """What the schema itself says of its version: LSST's in its namespace or its registry's id, 100 x major + minor."""
+    """The version that an LSST schema has in its namespace or registry id (100 x major + minor), else UNVERSIONED."""
     if match := _LSST_NAMESPACE.match(schema.canonical["name"]):
         return f"{match[1]}.{match[2]}"
     if schema.registry_id is not None:
@@ -225,4 +237,4 @@ def _version(schema: WriterSchema) -> str:
 
 
 N_POINT_COLUMNS = 1 + max(len(table.fields) for known in FORMATS for table in known.tables)
-"""The table's number, and the fields of the widest table."""
+"""The width of a history row: the number of the table, and the fields of the widest table."""

@@ -1,6 +1,7 @@
-"""Avro object container files (Avro 1.11, "Object Container Files"): reading, splitting, writing.
+"""Reads, splits and writes Avro object container files (Avro 1.11, "Object Container Files").
 
-Knows blocks and schemas and never looks into a record. Must not raise on any bytes, nor inflate beyond a bound.
+This module handles headers and blocks, and never decodes a record. It must not raise an exception on any bytes, and
+must not decompress beyond a bound.
 """
 
 from __future__ import annotations
@@ -27,45 +28,47 @@ from broker_filter.packets.schema import (
 MAGIC = b"Obj\x01"
 SYNC_BYTES = 16
 MAX_CONTAINER_BYTES = 16 << 20
-"""Of a block's records, inflated, and of a container read whole; the largest real packets are 0.4 MB."""
+"""The default limit on the decompressed records of a container, in bytes. The largest real packets have 0.4 MB."""
 MAX_HEADER_BYTES = MAX_SCHEMA_BYTES + (1 << 16)
-"""The header is the schema and a few words; more is not a header."""
+"""The maximum size of a header, in bytes. A header holds the schema and some short entries."""
 MAX_METADATA = 1_000
-"""Entries in the header; writers have two to a dozen."""
+"""The maximum number of metadata entries in a header. Writers use two to a dozen."""
 MAX_BLOCKS = 10_000
-"""Of a container that is read whole; each costs some microseconds, however few bytes it has."""
+"""The maximum number of blocks in a container. Each block costs some microseconds, however small it is."""
 MAX_REPETITION = 64
-"""How many times its length a file that is split may become: a block of an LSST alert is as long as its header."""
+"""The maximum ratio of the output of `split_container` to its input: the header is repeated in every piece. A block
+with one LSST alert is as long as its header."""
 _KNOWN_HEADERS = 64
-"""Distinct headers kept: a survey has one per schema version, redistributors some dozens."""
+"""The number of distinct headers in the cache. A survey has one per schema version, redistributors some dozens."""
 _HEADER_BEGINNING = 48
-"""Bytes that tell most of them apart: the schema's length is among them."""
+"""The length, in bytes, of the key of the header cache. It includes the length of the schema, so most keys differ."""
 _READ_BYTES = 1 << 18
-"""What a splitter reads of a file at a time: a few packets."""
+"""The number of bytes that a splitter reads from a file at a time, enough for a few packets."""
 
 CODECS = ("null", "deflate", "snappy", "zstandard", "bzip2", "xz")
-"""Those of the specification."""
+"""All codecs of the Avro specification."""
 GREATEST_RATIO = 1032
-"""Bytes that one byte of deflate can become (RFC 1951): a repetition of 258 bytes takes two bits at least. Formats that
-have no such limit are held to this one."""
+"""The maximum compression ratio of deflate (RFC 1951): a repetition of 258 bytes takes at least two bits. This limit is
+also applied to compressed formats that have none."""
 XZ_MEMORY = 80 << 20
-"""Bytes: xz -9 needs 65 MiB for its dictionary; a file may ask for 4 GiB."""
+"""The memory limit for decompressing xz, in bytes. xz -9 needs 65 MiB for its dictionary; a file may request 4 GiB."""
 
 Damage = tuple[RejectReason, str]
-"""Why bytes cannot be read, and in words."""
+"""Why bytes cannot be read: the reason and its description."""
 
 
 class Block(NamedTuple):
-    """A block of a container: how many records it claims, and their bytes (inflated)."""
+    """A block of a container: the number of records that it claims to hold, and their decompressed bytes."""
 
     n_records: int
     body: memoryview
 
 
 class Container(NamedTuple):
-    """What could be read of a container: its sound blocks, and what is wrong after them, if anything.
+    """What could be read of a container.
 
-    `schema` is None only where `error` tells of the header. `codec`: what its blocks were compressed with.
+    `blocks`: the valid blocks before the first damage. `error`: the damage; None if the whole container is valid.
+    `schema`: the writer's schema; None only if the header is damaged. `codec`: the compression of the blocks.
     """
 
     schema: WriterSchema | None
@@ -76,7 +79,7 @@ class Container(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """A container's magic and metadata: the same bytes in every container of one writer, up to the sync marker."""
+    """The magic and metadata of a container, up to the sync marker. All containers of a writer have the same header."""
 
     bytes: bytes
     codec: str
@@ -84,22 +87,23 @@ class _Header:
 
 
 class _DamagedError(Exception):
-    """Internal: ends the reading of a container."""
+    """Raised inside this module to stop reading a container."""
 
     def __init__(self, reason: RejectReason, detail: str) -> None:
         super().__init__(detail)
         self.damage: Damage = (reason, detail)
 
 
-_known_headers: tuple[_Header, ...] = ()  # the latest learnt first
-_headers_by_beginning: dict[bytes, list[_Header]] = {}  # the same; replaced as a whole, so reading needs no lock
+_known_headers: tuple[_Header, ...] = ()  # newest first
+_headers_by_beginning: dict[bytes, list[_Header]] = {}  # the same headers; replaced atomically, so reads need no lock
 _header_lock = Lock()
 
 
 def read_container(data: bytes, max_bytes: int = MAX_CONTAINER_BYTES) -> Container:
-    """Reads all blocks of `data`, which starts with MAGIC. Null-codec bodies are views into `data`. Never raises.
+    """Reads all blocks of `data`, a container that starts with MAGIC. Never raises.
 
-    A block counts as sound when the sync marker stands after it. More than `max_bytes` of inflated blocks are damage.
+    The blocks of the null codec are zero-copy views of `data`. A block is valid if the sync marker follows it. If the
+    decompressed blocks exceed `max_bytes` in all, the container counts as damaged.
     """
     try:
         header = _header_of(data)
@@ -119,14 +123,17 @@ def read_container(data: bytes, max_bytes: int = MAX_CONTAINER_BYTES) -> Contain
             start = end + SYNC_BYTES
             blocks.append(Block(count, body))
             if len(blocks) == MAX_BLOCKS and start < len(data):
-                raise _DamagedError(RejectReason.TOO_LARGE, f"more than {MAX_BLOCKS} blocks")
+                raise _DamagedError(RejectReason.TOO_LARGE, f"the container has more than {MAX_BLOCKS} blocks")
     except _DamagedError as error:
         return Container(header.schema, tuple(blocks), error.damage, header.codec)
     return Container(header.schema, tuple(blocks), None, header.codec)
 
 
 def count_records(container: bytes) -> int:
-    """How many records a container's first MAX_BLOCKS sound blocks claim to hold; inflates nothing and never raises."""
+    """The number of records that the first MAX_BLOCKS blocks of a container claim to hold, up to the first damage.
+
+    Decompresses nothing and never raises.
+    """
     records = 0
     try:
         known = _known_header(container)
@@ -145,13 +152,14 @@ def count_records(container: bytes) -> int:
 
 
 def split_container(stream: BinaryIO, max_block_bytes: int = MAX_CONTAINER_BYTES) -> Iterator[bytes]:
-    """Yields each block of a container file as a container of its own, whatever the file's size, in flat memory.
+    """Yields each block of a container file as a container of its own, in constant memory.
 
-    Blocks that are tiny beside the header, as those without records are, come together: each container repeats it.
+    Blocks that are tiny compared with the header, such as blocks without records, are yielded together, because each
+    yielded container repeats the header.
 
-    Where the file is damaged, or a block does not end within `max_block_bytes`, the last item is the header with as
-    much of the rest as was read: decoding rejects it with the reason. A file that is no container, or has no blocks,
-    is one such item.
+    If the file is damaged, or a block is longer than `max_block_bytes`, the last item is the header and the bytes read
+    after it; decoding rejects it with the reason. If the file is not a container or has no block, all that was read is
+    yielded as one item.
     """
     buffer = bytearray()
 
@@ -199,7 +207,7 @@ def split_container(stream: BinaryIO, max_block_bytes: int = MAX_CONTAINER_BYTES
 
 
 def container_header(schema_json: bytes, sync: bytes) -> bytes:
-    """A null-codec container's header; `sync` is the 16-byte marker that ends it and every block."""
+    """The header of a container with the null codec. `sync`: the 16-byte marker that ends the header and each block."""
     return b"".join(
         (
             MAGIC,
@@ -215,12 +223,12 @@ def container_header(schema_json: bytes, sync: bytes) -> bytes:
 
 
 def encode_block(count: int, body: bytes, sync: bytes) -> bytes:
-    """A null-codec block of `count` encoded records."""
+    """A block of the null codec with `count` records, whose encoded bytes are `body`, and the marker `sync`."""
     return b"".join((encode_long(count), encode_long(len(body)), body, sync))
 
 
 def encode_long(value: int) -> bytes:
-    """An Avro long: zigzag, then 7 bits a byte, least significant first."""
+    """An Avro long: zigzag encoding, then 7 bits per byte, least significant first (Avro 1.11, "Binary Encoding")."""
     zigzag = value << 1 if value >= 0 else (-value << 1) - 1
     encoded = bytearray()
     while zigzag > 0x7F:
@@ -235,14 +243,18 @@ def _encode_bytes(value: bytes) -> bytes:
 
 
 def _header_of(data: bytes) -> _Header:
-    """The header that `data` starts with, parsed once however often it comes."""
+    """The header at the start of `data`; each distinct header is parsed once and then cached.
+
+    Raises _DamagedError.
+    """
     if known := _known_header(data):
         return known
     end, metadata = _read_metadata(data)
     codec = metadata.get(b"avro.codec", b"null").decode("ascii", "replace")
     if codec not in CODECS:
         raise _DamagedError(
-            RejectReason.UNSUPPORTED_CODEC, f"codec {codec[:40]!r}: write the container with {' or '.join(CODECS)}"
+            RejectReason.UNSUPPORTED_CODEC,
+            f"unknown codec {codec[:40]!r}: write the container with {' or '.join(CODECS)}",
         )
     try:
         schema = parse_schema(metadata.get(b"avro.schema", b""))
@@ -252,7 +264,7 @@ def _header_of(data: bytes) -> _Header:
 
 
 def _known_header(data: bytes) -> _Header | None:
-    """The header that `data` starts with, if it came before."""
+    """The cached header with which `data` starts; None if it is not in the cache."""
     for header in _headers_by_beginning.get(data[:_HEADER_BEGINNING], ()):
         if data.startswith(header.bytes):
             return header
@@ -260,7 +272,7 @@ def _known_header(data: bytes) -> _Header | None:
 
 
 def _remember(header: _Header) -> _Header:
-    """Puts a header first among those known, and returns it, or the one with the same bytes that is there already."""
+    """Adds a header to the cache and returns it; if the cache has a header with the same bytes, returns that one."""
     global _known_headers, _headers_by_beginning
     with _header_lock:
         if known := next((known for known in _known_headers if known.bytes == header.bytes), None):
@@ -279,28 +291,31 @@ def _remember(header: _Header) -> _Header:
 
 
 def _read_metadata(data: bytes | bytearray) -> tuple[int, dict[bytes, bytes]]:
-    """The metadata map after the magic, and where it ends."""
+    """The offset at which the metadata map ends, and the map. Raises _DamagedError."""
     if data[: len(MAGIC)] != MAGIC[: len(data)]:
-        raise _DamagedError(RejectReason.NOT_AVRO, "does not start as a container file")
+        raise _DamagedError(RejectReason.NOT_AVRO, "the bytes do not start with the magic of an Avro container file")
     metadata: dict[bytes, bytes] = {}
     entries, position = 0, len(MAGIC)
     while True:
         count, position = _read_long(data, position)
         if count == 0:
             return position, metadata
-        if count < 0:  # then the block's size in bytes follows
+        if count < 0:  # a negative count is followed by the block's size in bytes
             count, (_, position) = -count, _read_long(data, position)
         if (entries := entries + count) > MAX_METADATA:
-            raise _DamagedError(RejectReason.CORRUPT, f"more than {MAX_METADATA} entries in the header")
+            raise _DamagedError(RejectReason.CORRUPT, f"the header has more than {MAX_METADATA} metadata entries")
         for _ in range(count):
             key, position = _read_bytes(data, position)
             metadata[key], position = _read_bytes(data, position)
         if position > MAX_HEADER_BYTES:
-            raise _DamagedError(RejectReason.CORRUPT, f"a header of more than {MAX_HEADER_BYTES} bytes")
+            raise _DamagedError(RejectReason.CORRUPT, f"the header has more than {MAX_HEADER_BYTES} bytes")
 
 
 def _read_block(data: bytes | bytearray, position: int, sync: bytes) -> tuple[int, int, int]:
-    """The block at `position`: its claimed count, and where its stored bytes begin and end; the sync marker follows."""
+    """The block at `position`: its claimed record count, and the start and end of its stored bytes.
+
+    Raises _DamagedError, also if the sync marker does not follow the block.
+    """
     at = position
     count, position = _read_long(data, position)
     size, begin = _read_long(data, position)
@@ -308,7 +323,7 @@ def _read_block(data: bytes | bytearray, position: int, sync: bytes) -> tuple[in
         raise _DamagedError(RejectReason.CORRUPT, f"impossible block at byte {at}: {count} records in {size} bytes")
     end = begin + size
     if end + SYNC_BYTES > len(data):
-        raise _DamagedError(RejectReason.TRUNCATED, f"the block at byte {at} ends after the container does")
+        raise _DamagedError(RejectReason.TRUNCATED, f"the container ends within the block at byte {at}")
     if data[end : end + SYNC_BYTES] != sync:
         raise _DamagedError(RejectReason.CORRUPT, f"no sync marker after the block at byte {at}")
     return count, begin, end
@@ -324,7 +339,7 @@ def _read_long(data: bytes | bytearray, position: int) -> tuple[int, int]:
             return (value >> 1) ^ -(value & 1), position
         shift += 7
         if shift > 63:
-            raise _DamagedError(RejectReason.CORRUPT, f"a number without an end at byte {position - 10}")
+            raise _DamagedError(RejectReason.CORRUPT, f"the number at byte {position - 10} has more than 64 bits")
     raise _DamagedError(RejectReason.TRUNCATED, "the container ends within a number")
 
 
@@ -338,7 +353,7 @@ def _read_bytes(data: bytes | bytearray, position: int) -> tuple[bytes, int]:
 
 
 def _inflate(codec: str, stored: memoryview, limit: int) -> memoryview:
-    """A block's records, at most `limit` bytes of them."""
+    """The decompressed bytes of a block. Raises _DamagedError, also if they exceed `limit` bytes."""
     if codec == "null":
         body: memoryview | bytes = stored
     elif codec == "deflate":
@@ -349,7 +364,7 @@ def _inflate(codec: str, stored: memoryview, limit: int) -> memoryview:
         limit = min(limit, GREATEST_RATIO * len(stored))
         body = _inflate_zstandard(stored, limit) if codec == "zstandard" else _inflate_stream(codec, stored, limit)
     if len(body) > limit:
-        raise _DamagedError(RejectReason.TOO_LARGE, f"a block inflates to more than the {limit} bytes left for it")
+        raise _DamagedError(RejectReason.TOO_LARGE, f"a block decompresses to more than the {limit} bytes allowed")
     return memoryview(body)
 
 
@@ -358,36 +373,36 @@ def _inflate_deflate(stored: memoryview, limit: int) -> bytes:
     try:
         body = stream.decompress(stored, limit + 1)
     except zlib.error as error:
-        raise _DamagedError(RejectReason.CORRUPT, f"a block does not inflate: {error}") from error
+        raise _DamagedError(RejectReason.CORRUPT, f"a block cannot be decompressed: {error}") from error
     if not stream.eof and len(body) <= limit:
         raise _DamagedError(RejectReason.TRUNCATED, "a block's deflate stream ends early")
     return body
 
 
 def _inflate_snappy(stored: memoryview, limit: int) -> bytes:
-    """Avro's snappy: the raw format, then the CRC-32 of the records, big-endian."""
+    """Decompresses a snappy block: the raw snappy format, then the big-endian CRC-32 of the records."""
     if len(stored) < 4:
-        raise _DamagedError(RejectReason.TRUNCATED, "a snappy block without its checksum")
+        raise _DamagedError(RejectReason.TRUNCATED, "a snappy block is too short for its checksum")
     packed, checksum = stored[:-4], int.from_bytes(stored[-4:], "big")
     try:
         if cramjam.snappy.decompress_raw_len(packed) > limit:
-            raise _DamagedError(RejectReason.TOO_LARGE, f"a block inflates to more than the {limit} bytes left for it")
+            raise _DamagedError(RejectReason.TOO_LARGE, f"a block decompresses to more than the {limit} bytes allowed")
         body = bytes(cramjam.snappy.decompress_raw(packed))
     except cramjam.DecompressionError as error:
-        raise _DamagedError(RejectReason.CORRUPT, f"a block does not inflate: {error}") from error
+        raise _DamagedError(RejectReason.CORRUPT, f"a block cannot be decompressed: {error}") from error
     if zlib.crc32(body) != checksum:
         raise _DamagedError(RejectReason.CORRUPT, "a block's checksum is wrong")
     return body
 
 
 def _inflate_zstandard(stored: memoryview, limit: int) -> bytes:
-    import pyarrow as pa  # a tenth of a second at every start, for a codec that few use
+    import pyarrow as pa  # importing pyarrow takes 0.1 s, and few containers use this codec
 
     try:
         with pa.CompressedInputStream(pa.BufferReader(pa.py_buffer(stored)), "zstd") as stream:
             return bytes(stream.read(limit + 1))
     except (OSError, pa.ArrowException) as error:
-        raise _DamagedError(RejectReason.CORRUPT, f"a block does not inflate: {error}") from error
+        raise _DamagedError(RejectReason.CORRUPT, f"a block cannot be decompressed: {error}") from error
 
 
 def _inflate_stream(codec: str, stored: memoryview, limit: int) -> bytes:
@@ -395,7 +410,7 @@ def _inflate_stream(codec: str, stored: memoryview, limit: int) -> bytes:
     try:
         body = stream.decompress(stored, limit + 1)
     except (OSError, lzma.LZMAError) as error:
-        raise _DamagedError(RejectReason.CORRUPT, f"a block does not inflate: {error}") from error
+        raise _DamagedError(RejectReason.CORRUPT, f"a block cannot be decompressed: {error}") from error
     if not stream.eof and len(body) <= limit:
         raise _DamagedError(RejectReason.TRUNCATED, f"a block's {codec} stream ends early")
     return body

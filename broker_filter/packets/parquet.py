@@ -1,6 +1,7 @@
-"""Rows of Parquet as Avro containers of one record, so that there is one decoder: Fink's ZTF and LSST alerts.
+"""Converts rows of Parquet into Avro containers of one record each, so that one decoder suffices.
 
-Field names stay, types follow the Arrow schema, every field may be null. Reads some rows at a time, never a file whole.
+Fink distributes ZTF and LSST alerts as Parquet. The Avro schema has the same field names, types that follow the Arrow
+schema, and nullable fields. A file is read some rows at a time, never as a whole.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from broker_filter.packets import ocf
 
 MAGIC = b"PAR1"
 ROWS_AT_A_TIME = 32
-"""A few megabytes of LSST alerts."""
+"""The number of rows read at a time: a few megabytes of LSST alerts."""
 ALWAYS_ALLOWED_BYTES = 64 << 20
-"""What the rows of a small file may take, which may well hold an alert some hundred times."""
+"""The size, in bytes, that the rows of any file may take. A small file may repeat one alert some hundred times."""
 LEAST_ROW_BYTES = 4096
-"""What a row counts as at least: to decode and to report one takes as long, however few bytes it has."""
+"""The minimum size, in bytes, that is counted for a row: decoding and reporting a tiny row also takes time."""
 VALUE_BYTES = 8
-"""What a value takes at least when it is read."""
+"""The minimum size of a value in memory, in bytes."""
 
 _AVRO_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _NULL = "null"
@@ -52,17 +53,20 @@ _IS_LIST = (
 
 
 class ParquetError(Exception):
-    """Bytes that cannot be read as Parquet, or not further."""
+    """The file is not Parquet, is damaged, or exceeds the bounds."""
 
 
 class Rows:
-    """The rows of a seekable Parquet file: iterating yields each as an Avro container of one record, null codec.
+    """The rows of a seekable Parquet file. Iteration yields each row as an Avro container of one record, null codec.
 
-    Structs become records, lists of every kind Avro arrays, maps Avro maps, timestamps and dates
-    Avro's logical types. `left_out`: the columns whose type or name Avro cannot express, by dotted path, with their
-    types. Raises `ParquetError` where the file is damaged, when it is opened and while it is read, and where its rows
-    take more than `ocf.GREATEST_RATIO` times its bytes and more than ALWAYS_ALLOWED_BYTES: repeated values take hardly
-    any bytes in Parquet. The rows of a file of different alerts take less than ten times its bytes.
+    Structs become records, all kinds of lists become arrays, maps become maps, and timestamps and dates become logical
+    types of Avro. `left_out`: the columns that Avro cannot express because of their type or name, and their types, by
+    dotted path.
+
+    Raises ParquetError, when the file is opened or while it is read, if the file is damaged, or if its rows take more
+    than `ocf.GREATEST_RATIO` times the size of the file and more than ALWAYS_ALLOWED_BYTES. This limit is needed
+    because repeated values take almost no space in Parquet. Rows of distinct alerts take less than ten times the file's
+    size.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -89,18 +93,23 @@ class Rows:
                     container = header + ocf.encode_block(1, body.getvalue(), sync)
                     left -= max(len(container), LEAST_ROW_BYTES)
                     if left < 0:
-                        raise ParquetError(f"its rows take more than {self._allowed} bytes, too many for its size")
+                        raise ParquetError(
+                            f"the rows take more than {self._allowed} bytes, too many for the file's size"
+                        )
                     yield container
 
     def _check_claims(self, metadata: pq.FileMetaData) -> None:
-        """Raises ParquetError where a column claims to hold more values, or bytes, than are allowed."""
+        """Raises ParquetError if the metadata of a column claims more bytes, or more values, than are allowed."""
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
             for column in map(group.column, range(group.num_columns)):
                 if max(column.num_values * VALUE_BYTES, column.total_uncompressed_size) > self._allowed:
                     raise ParquetError(f"column {column.path_in_schema} claims more than {self._allowed} bytes")
 
     def _record(self, fields: Iterable[pa.Field], name: str, path: str) -> dict[str, Any]:
-        """An Avro record of those fields that Avro can express. `name` is unique by the fields that lead to it."""
+        """The Avro record of `fields`, without the fields that Avro cannot express, which are added to `left_out`.
+
+        `name`: the Avro name, unique because it contains the names of the outer fields. `path`: the dotted path.
+        """
         known = []
         for field in fields:
             where = f"{path}.{field.name}" if path else field.name
@@ -112,7 +121,7 @@ class Rows:
         return {"type": "record", "name": name, "fields": known}
 
     def _type(self, kind: pa.DataType, name: str, path: str) -> str | dict[str, Any] | None:
-        """The Avro schema of an Arrow type's non-null values; None where Avro has no such type."""
+        """The Avro schema of the non-null values of an Arrow type; None if Avro has no such type."""
         if pa.types.is_struct(kind):
             return self._record(kind, name, path)
         if any(is_list(kind) for is_list in _IS_LIST):
@@ -121,7 +130,7 @@ class Rows:
         if pa.types.is_map(kind) and self._type(kind.key_type, name, path) == "string":
             values = self._type(kind.item_type, name, path)
             return {"type": "map", "values": _nullable(values)} if values else None
-        if pa.types.is_timestamp(kind) and kind.unit != "ns":  # which Python's datetime has no room for
+        if pa.types.is_timestamp(kind) and kind.unit != "ns":  # Python's datetime cannot represent nanoseconds
             return {"type": "long", "logicalType": "timestamp-micros" if kind.tz else "local-timestamp-micros"}
         if pa.types.is_dictionary(kind):
             return self._type(kind.value_type, name, path)
@@ -131,7 +140,7 @@ class Rows:
 
 
 def _nullable(schema: str | dict[str, Any]) -> str | dict[str, Any] | list[str | dict[str, Any]]:
-    """The schema of values that may also be null; Avro allows a type in a union once."""
+    """The schema of values that may also be null. Avro allows each type once in a union, so null stays as it is."""
     return _NULL if schema == _NULL else [_NULL, schema]
 
 

@@ -1,7 +1,8 @@
-"""Magnitudes, fluxes and bands in the units of an AlertBatch, and the light curves made of them.
+"""Converts magnitudes, fluxes and bands to the units of an AlertBatch, and makes light curves of them.
 
-Works on the columns of a whole batch; NaN stands for no value. Must never drop a point that has a time and a flux, nor
-a detection in silence: `detections_without_flux` names those that cannot be kept.
+All functions work on the columns of a whole batch; NaN means that a value is missing. A point that has a time and a
+flux must never be dropped. A detection must never be dropped silently: `detections_without_flux` reports those that
+are.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from numpy.typing import NDArray
 from broker_filter.packets.batch import BANDS, UNKNOWN_BAND, LightCurves, Measurement
 
 Values = NDArray[np.float64]
-"""One value an alert, or a point of a light curve."""
+"""A column with one value per alert, or per light-curve point."""
 
 AB_ZERO_POINT = 31.4
 """AB magnitude of 1 nJy."""
 MAGNITUDES_PER_E = 2.5 / math.log(10)
-"""A relative flux error of 1 in magnitudes: 1.0857."""
+"""The factor from a relative flux uncertainty to a magnitude uncertainty: 1.0857."""
 MJD_EPOCH = 2400000.5
-"""Julian date of MJD 0."""
+"""The Julian date of MJD 0."""
 NO_VALUE = -999.0
-"""What ZTF writes where there is no measurement, or no source in a catalogue."""
+"""ZTF's sentinel for a missing measurement, or for a missing source in a catalogue."""
 NO_FORCED_FLUX = -99999.0
-"""What ZTF writes where forced photometry failed."""
+"""ZTF's sentinel for forced photometry that failed."""
 LIMIT_SIGMAS = 5.0
-"""ZTF's limiting magnitudes are 5-sigma."""
+"""The significance of ZTF's limiting magnitudes, in sigma."""
 
 _BAND_OF_LETTER = np.full(256, float(UNKNOWN_BAND))
 _BAND_OF_LETTER[[ord(band) for band in BANDS]] = range(len(BANDS))
@@ -40,13 +41,13 @@ _FALSE = (0.0, -1.0, *map(ord, "0fF-"))
 _FILTERS = {1.0: tuple(map(ord, "1g")), 2.0: tuple(map(ord, "2r")), 3.0: tuple(map(ord, "3i"))}
 
 NO_ALERT = -1
-"""The row of an alert that did not come to be: its points are left out."""
+"""The row number of a rejected alert. Its points are left out of the light curves."""
 
 
 class Points(NamedTuple):
-    """Points of light curves in columns, as in LightCurves before they are sorted and checked."""
+    """M light-curve points in columns, with the units of `LightCurves`, not yet sorted or checked."""
 
-    alert: NDArray[np.int64]  # the row of the alert that a point belongs to
+    alert: NDArray[np.int64]  # row of the alert to which a point belongs
     mjd: Values
     band: Values
     flux: Values
@@ -55,7 +56,10 @@ class Points(NamedTuple):
 
 
 class DetectionsSoFar(NamedTuple):
-    """What the detections in each of N packets come to, the alert's own among them and any later one not; [N] each."""
+    """Summaries of the detections in each of N packets, up to and including the alert itself; float64[N] each.
+
+    Times are Julian dates in days; magnitudes are ZTF's, of any filter.
+    """
 
     first_jd: Values
     peak_jd: Values
@@ -64,35 +68,38 @@ class DetectionsSoFar(NamedTuple):
 
 
 def nanojansky(magnitude: Values) -> Values:
-    """The flux of an AB magnitude, nJy."""
+    """The flux, in nJy, of an AB magnitude."""
     flux: Values = 10 ** (-0.4 * (magnitude - AB_ZERO_POINT))
     return flux
 
 
 def flag(values: Values) -> Values:
-    """1 where a boolean says true, 0 where it says false, NaN where it says neither.
+    """Booleans as numbers: 1 for true, 0 for false, NaN for any other value.
 
-    Redistributors write booleans, and ZTF's `isdiffpos`, as numbers or as text, of which `values` has the first
-    letter's code: true, True, t, 1, 1.0, +1; false, False, f, 0, 0.0, -1.
+    Redistributors write booleans, and ZTF's `isdiffpos`, as numbers or as text: true, True, t, 1, 1.0, +1; false,
+    False, f, 0, 0.0, -1. For text, `values` holds the code of its first character.
     """
     return np.where(_is_one_of(values, _TRUE), 1.0, np.where(_is_one_of(values, _FALSE), 0.0, np.nan))
 
 
 def sign(isdiffpos: Values) -> Values:
-    """+1 where ZTF's `isdiffpos` says positive, -1 where negative; see `flag` for how it is spelled."""
+    """The sign of a difference flux: +1 if ZTF's `isdiffpos` is true, -1 if false, else NaN; see `flag`."""
     return 2 * flag(isdiffpos) - 1
 
 
 def ztf_filter(fid: Values) -> Values:
-    """ZTF's filter id (1 g, 2 r, 3 i), also of text that gives the number or the filter's letter."""
-    if np.any(fid > LAST_FILTER):  # which no number is
+    """ZTF's filter ids: 1 is g, 2 is r, 3 is i.
+
+    Some redistributors write the id, or the letter of the filter, as text. `fid` then holds the code of that character.
+    """
+    if np.any(fid > LAST_FILTER):  # a character code, not an id
         for number, spellings in _FILTERS.items():
             fid = np.where(_is_one_of(fid, spellings), number, fid)
     return fid
 
 
 def ztf_band(fid: Values) -> Values:
-    """ZTF's filter id, as `ztf_filter` takes it, as an index into BANDS, where it begins with u."""
+    """The index into BANDS of ZTF's filter ids, or UNKNOWN_BAND. `fid`: as for `ztf_filter`."""
     fid = ztf_filter(fid)
     return np.where((fid == 1) | (fid == 2) | (fid == 3), fid, float(UNKNOWN_BAND))
 
@@ -105,14 +112,15 @@ def _is_one_of(values: Values, spellings: Sequence[float]) -> NDArray[np.bool_]:
 
 
 def letter_band(letter: Values) -> Values:
-    """A filter's letter, given as its character's code, as an index into BANDS."""
+    """The index into BANDS of filters given as the code of their letter; UNKNOWN_BAND for other characters and NaN."""
     return _BAND_OF_LETTER[np.nan_to_num(letter, nan=0.0).astype(np.uint8)]
 
 
 def ztf_detections(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
-    """Points of ZTF's candidate and prv_candidates, from jd, fid, magpsf, sigmapsf, isdiffpos, diffmaglim.
+    """The points of ZTF's candidate and prv_candidates. `alert`: the row of each point's alert, int64[M].
 
-    One without a magnitude is a non-detection: an upper limit.
+    `values`: jd (d), fid, magpsf (mag), sigmapsf (mag), isdiffpos and diffmaglim (mag), float64[M] each. An item
+    without a magnitude is a non-detection, which becomes an upper limit.
     """
     jd, fid, magnitude, error, isdiffpos, limit = (np.where(column == NO_VALUE, np.nan, column) for column in values)
     brightness, limiting = nanojansky(magnitude), nanojansky(limit)
@@ -130,9 +138,11 @@ def ztf_detections(alert: NDArray[np.int64], values: Sequence[Values]) -> Points
 def ztf_detections_so_far(
     own: Sequence[Values], alert: NDArray[np.int64], history: Sequence[Values]
 ) -> DetectionsSoFar:
-    """Sums up ZTF's candidate, `own` [N], and prv_candidates, `history` [M], whose row k is of alert `alert[k]`.
+    """Summarises the detections of ZTF's candidate and prv_candidates that are not later than the candidate.
 
-    Both as `ztf_detections` takes them. Of several equally bright ones the first is the peak.
+    `own`: columns of the candidates, [N] each; `history`: columns of prv_candidates, [M] each; both in the order that
+    `ztf_detections` documents. `alert`: the row of the alert to which each history item belongs, int64[M]. If several
+    detections are equally bright, the earliest is the peak.
     """
     jd, magnitude = own[0], np.where(own[2] == NO_VALUE, np.nan, own[2])
     past_jd, past_magnitude = history[0], history[2]
@@ -149,7 +159,11 @@ def ztf_detections_so_far(
 
 
 def ztf_forced(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
-    """Points of ZTF's fp_hists, from jd, fid, forcediffimflux, forcediffimfluxunc (DN), magzpsci (their zero point)."""
+    """The points of ZTF's fp_hists. `alert`: the row of each point's alert, int64[M].
+
+    `values`: jd (d), fid, forcediffimflux (DN), forcediffimfluxunc (DN) and magzpsci (mag, the zero point of the
+    fluxes), float64[M] each.
+    """
     jd, fid, flux, error, zero_point = (np.where(column == NO_FORCED_FLUX, np.nan, column) for column in values)
     scale = nanojansky(zero_point)
     kind = np.full(len(alert), float(Measurement.FORCED))
@@ -157,24 +171,27 @@ def ztf_forced(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
 
 
 def lsst_detections(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
-    """Points of LSST's diaSource and prvDiaSources, from midpointMjdTai, band, psfFlux, psfFluxErr."""
+    """The points of LSST's diaSource and prvDiaSources. `alert`: the row of each point's alert, int64[M].
+
+    `values`: midpointMjdTai (d), band (letter code), psfFlux (nJy) and psfFluxErr (nJy), float64[M] each.
+    """
     mjd, band, flux, error = values
     return Points(alert, mjd, letter_band(band), flux, error, np.full(len(alert), float(Measurement.DETECTION)))
 
 
 def lsst_forced(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
-    """Points of LSST's prvDiaForcedSources, from midpointMjdTai, band, psfFlux, psfFluxErr."""
+    """The points of LSST's prvDiaForcedSources; for the arguments see `lsst_detections`."""
     return lsst_detections(alert, values)._replace(kind=np.full(len(alert), float(Measurement.FORCED)))
 
 
 def detections_without_flux(pieces: Sequence[Points]) -> NDArray[np.int64]:
-    """The alert of each detection that has a time and no finite flux, and is left out of the light curves for that.
+    """The alert row of each detection that has a time but no finite flux, int64; light curves leave such points out.
 
-    The sign of a ZTF detection may not be understood (`isdiffpos`), or an LSST one have no `psfFlux`.
+    A ZTF detection has no flux if the value of `isdiffpos` is unknown; an LSST detection if `psfFlux` is missing.
     """
     lost = []
     for points in pieces:
-        rows = np.flatnonzero(~np.isfinite(points.flux))  # few, so that the rest is not looked at
+        rows = np.flatnonzero(~np.isfinite(points.flux))  # few rows, so the further tests are cheap
         alert = points.alert[rows]
         kept = (points.kind[rows] == Measurement.DETECTION) & (alert != NO_ALERT) & np.isfinite(points.mjd[rows])
         lost.append(alert[kept])
@@ -182,16 +199,19 @@ def detections_without_flux(pieces: Sequence[Points]) -> NDArray[np.int64]:
 
 
 def light_curves(n_alerts: int, pieces: Sequence[Points]) -> LightCurves:
-    """The light curves of `n_alerts` from their points in any order; one without finite time and flux is left out."""
+    """The light curves of `n_alerts` alerts from their points, in any order.
+
+    Points without a finite time and flux, and points of rejected alerts (NO_ALERT), are left out.
+    """
     columns = [np.concatenate(column) for column in zip(*pieces, strict=True)] if pieces else [np.empty(0)] * 6
     alert, mjd, band, flux, flux_err, kind = columns
-    with np.errstate(over="ignore"):  # a flux beyond float32 is none
+    with np.errstate(over="ignore"):  # a flux beyond the range of float32 counts as missing
         narrow, narrow_err = flux.astype(np.float32), flux_err.astype(np.float32)
     order = np.lexsort((mjd, alert))
     order = order[((alert != NO_ALERT) & np.isfinite(mjd) & np.isfinite(narrow))[order]]
     offsets = np.zeros(n_alerts + 1, dtype=np.int64)
     np.cumsum(np.bincount(alert[order].astype(np.int64), minlength=n_alerts), out=offsets[1:])
-    narrow_err[np.isinf(narrow_err)] = np.nan  # an infinite error is no measurement either
+    narrow_err[np.isinf(narrow_err)] = np.nan  # an infinite uncertainty counts as missing, too
     return LightCurves(
         offsets=offsets,
         mjd=mjd[order],

@@ -1,29 +1,29 @@
-"""Compiles a writer's schema and the fields that are wanted of it into a flat program for `walk`.
+"""Compiles a writer's schema and the wanted fields into a flat program for `walk`.
 
-A packet holds thousands of fields and a few dozen are wanted: the program reads those and steps over the rest, in one
-pass over the body. Fields are found by name, whatever their order, their type and the unions around them. Must never
-read a packet.
+A packet holds thousands of fields, and a few dozen are wanted. The program reads these and skips the others, in one
+pass over the body. Fields are found by name, whatever their order, their types and the unions around them. This module
+must never read a packet.
 
-A program is an int32 array of instructions, an operation and its operands:
+A program is an int32 array of instructions. An instruction is an operation and its operands:
 
-    SKIP n                 step over n bytes
-    SKIP_LONG              step over an int, a long or an enum's index
-    SKIP_BYTES             step over bytes or a string
+    SKIP n                 skip n bytes
+    SKIP_LONG              skip an int, a long or the index of an enum symbol
+    SKIP_BYTES             skip bytes or a string
     FLOAT s, DOUBLE s, BOOLEAN s, LONG s
-                           read a number into scalar s (int and long are written alike)
-    LETTER s               read a string's first byte into scalar s; an empty string leaves it as it was
-    CONSTANT s v           scalar s becomes v
-    ID s                   read an int or a long into id s, exactly
-    BYTES s                span s becomes where the bytes or the string stand
-    BEGIN s, END s         span s becomes what lies between the two, encoded
-    OPTION b n             a union of null (branch b) and another, whose n words follow; null jumps over them
+                           read a number into scalar s (Avro encodes int and long in the same way)
+    LETTER s               read the first byte of a string into scalar s; an empty string does not change the scalar
+    CONSTANT s v           set scalar s to v
+    ID s                   read an int or a long into id s, as an exact int64
+    BYTES s                set span s to the range of the content of bytes or a string
+    BEGIN s, END s         set the start and the end of span s to the current position
+    OPTION b n             a union of null (branch b) and another type, whose n words follow; for null, jump over them
     UNION k t1 ... tk      jump to the code of the branch, t words from this instruction
     JUMP n                 jump over n words
-    ARRAY n, MAP n         the item's n words follow, done as often as the blocks say (a map's item begins with its key)
-    ROW t                  begin a row of points for table t: scalars are columns of that row until the array ends
+    ARRAY n, MAP n         repeat the n words that follow for each item (the code of a map's item begins with its key)
+    ROW t                  begin a row of points for table t: scalars are columns of this row until the array ends
 
-Jumps go forward only, an item that takes no bytes (n = 0) is not iterated, and a row of points that takes none is a
-type without values: a walk's work is bounded by the body's length.
+The work of a walk is bounded by the length of the body: jumps go forward only, items that take no bytes (n = 0) are not
+iterated, and a row of points that takes no bytes is compiled into an instruction that fails.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ from numpy.typing import NDArray
 from broker_filter.packets.schema import MAX_SCHEMA_DEPTH, PRIMITIVES, SchemaError, WriterSchema
 
 MAX_TYPES = 1 << 14
-"""Named types are compiled where they are used: a small schema can mean a vast program. LSST's widest has 3,000."""
+"""The maximum number of compiled types. A named type is compiled at each use, so a small schema can become a huge
+program. The widest LSST schema has 3,000 types."""
 MAX_LOOPS = 16
-"""Arrays and maps within each other; the depth of the walkers' stacks. The surveys' own schemas nest one."""
+"""The maximum nesting of arrays and maps, which is the depth of the walkers' stacks. The surveys' schemas nest one."""
 _MAX_SKIP = (1 << 31) - 1
-"""The largest operand."""
+"""The largest operand of an instruction (int32)."""
 
 
 class Op(IntEnum):
-    """The instructions; `_walk.c` has the same numbers."""
+    """The operations of a program. `_walk.c` defines the same numbers."""
 
     SKIP = 0
     SKIP_LONG = 1
@@ -71,25 +72,27 @@ class Op(IntEnum):
 
 
 class Reading(Enum):
-    """What to make of a field's value."""
+    """How to read the value of a field."""
 
     NUMBER = auto()
-    """A number or boolean, as a float64 scalar."""
+    """Read a number or boolean as a float64 scalar."""
     LETTER = auto()
-    """As NUMBER, and of a string or an enum the first byte's code."""
+    """Read a number or boolean as NUMBER does, and a string or enum as the code of its first byte."""
     ID = auto()
-    """An int or long, as an exact int64."""
+    """Read an int or long as an exact int64."""
     BYTES = auto()
-    """Where a string's or bytes' content stands in the body."""
+    """Read the byte range of the content of a string or bytes in the body."""
 
 
 @dataclass(slots=True)
 class Wanted:
-    """What is wanted of a field: nothing, one reading into `slot`, or something of the fields inside it.
+    """What to read from a field.
 
-    A type that has no such reading (the number of a string) leaves the slot as it was. `whole` is a span slot for the
-    encoded field as it stands, union branch included. `table` makes each item of an array a row of points, the readings
-    inside it being columns 1 and up of that row, and column 0 the table's number.
+    `reading`, `slot`: how to read the value and the slot for it; None to skip the value. If the type of the field does
+    not permit the reading (a string as a NUMBER), the slot is not changed. `whole`: the span slot for the encoded
+    field, including the index of the union branch. `table`: the number of a table; each item of the array is then a row
+    of points, whose column 0 is this number and whose other columns are the readings inside the item. `fields`: what to
+    read from the fields inside a record, by name.
     """
 
     reading: Reading | None = None
@@ -99,9 +102,11 @@ class Wanted:
     fields: dict[str, Wanted] = field(default_factory=dict)
 
     def read(self, reading: Reading, slot: int) -> None:
-        """Wants a reading of the field itself, which can have one only."""
+        """Sets the reading of the field. Raises ValueError if it already has one."""
         if self.reading is not None:
-            raise ValueError(f"a field is wanted twice: as {self.reading} in {self.slot}, as {reading} in {slot}")
+            raise ValueError(
+                f"a field has two readings: {self.reading} into slot {self.slot} and {reading} into slot {slot}"
+            )
         self.reading, self.slot = reading, slot
 
 
@@ -111,13 +116,16 @@ _FIXED_WIDTH = {"boolean": (1, Op.BOOLEAN), "float": (4, Op.FLOAT), "double": (8
 
 
 def compile_program(schema: WriterSchema, wanted: Mapping[str, Wanted]) -> NDArray[np.int32]:
-    """The program that walks a record of `schema` and reads what is `wanted` of its fields. Raises SchemaError."""
+    """The program that walks a record of `schema` and reads the `wanted` fields, by name; int32[words].
+
+    Raises SchemaError if the program would exceed MAX_TYPES, MAX_LOOPS or MAX_SCHEMA_DEPTH.
+    """
     compiler = _Compiler(_named_types(schema.canonical))
     return np.array(compiler.code(schema.canonical, Wanted(fields=dict(wanted)), 0, 0), dtype=np.int32)
 
 
 def field_paths(schema: WriterSchema) -> frozenset[str]:
-    """The names of the top-level fields of `schema`, and `outer.inner` for those inside records, nullable ones too."""
+    """The names of the top-level fields, and `outer.inner` for fields of records in them, which may be nullable."""
     named = _named_types(schema.canonical)
     paths = set()
     for outer in schema.canonical["fields"]:
@@ -130,7 +138,7 @@ def field_paths(schema: WriterSchema) -> frozenset[str]:
 
 
 def _named_types(canonical: Any) -> dict[str, dict[str, Any]]:
-    """The definitions of the named types inside a canonical form, by full name."""
+    """The definitions of all named types in the canonical form of a schema, by full name."""
     named: dict[str, dict[str, Any]] = {}
     pending = [canonical]
     while pending:
@@ -146,18 +154,21 @@ def _named_types(canonical: Any) -> dict[str, dict[str, Any]]:
 
 
 class _Compiler:
-    """Compiles the types of one schema's canonical form."""
+    """Compiles the types of the canonical form of one schema. `named`: its named types."""
 
     def __init__(self, named: dict[str, dict[str, Any]]) -> None:
         self._named = named
         self._types = 0
 
     def code(self, type_: Any, wanted: Wanted, depth: int, loops: int) -> list[int]:
-        """The code of a type inside `depth` others, `loops` of them arrays or maps."""
+        """The code of a type that is nested inside `depth` other types, of which `loops` are arrays or maps.
+
+        Raises SchemaError.
+        """
         self._types += 1
         if depth > MAX_SCHEMA_DEPTH or loops > MAX_LOOPS or self._types > MAX_TYPES:
             raise SchemaError(
-                "the schema's types nest too deeply, in themselves, or are too many once names are resolved"
+                "the types of the schema are recursive, nest too deeply, or are too many once names are resolved"
             )
         if isinstance(type_, list):
             return self._union(type_, wanted, depth, loops)
@@ -178,7 +189,8 @@ class _Compiler:
                 else:
                     columns = Wanted(fields=wanted.fields)
                     row = self.code(type_["items"], columns, depth + 1, loops + 1)
-                    # A row that takes no bytes has no time either; as many as a number says would take all memory.
+                    # A row that takes no bytes has no time, and an untrusted count of such rows could fill the memory.
+                    # UNION without branches rejects every row.
                     item = [Op.ROW, wanted.table, *row] if row else _branch([])
                 return [Op.ARRAY, len(item), *item]
             case _:  # a map
@@ -187,7 +199,7 @@ class _Compiler:
 
     def _record(self, fields: list[dict[str, Any]], wanted: Wanted, depth: int, loops: int) -> list[int]:
         code: list[int] = []
-        skipped = 0  # bytes of fixed width that nobody wants, gathered into one instruction
+        skipped = 0  # bytes of unwanted fields of fixed width, merged into one instruction
         for entry in fields:
             want = wanted.fields.get(entry["name"], _NOTHING)
             part = self.code(entry["type"], want, depth + 1, loops)
@@ -230,7 +242,7 @@ def _enum(symbols: list[str], wanted: Wanted) -> list[int]:
 
 
 def _branch(codes: list[list[int]]) -> list[int]:
-    """UNION over `codes`, each followed by a jump to the common end."""
+    """A UNION with one code per branch, each followed by a jump to the common end."""
     bodies: list[int] = []
     targets: list[int] = []
     left = sum(len(code) + 2 for code in codes)
@@ -243,5 +255,5 @@ def _branch(codes: list[list[int]]) -> list[int]:
 
 def _skip(width: int) -> list[int]:
     if width > _MAX_SKIP:
-        raise SchemaError("the schema's fixed types are too large")
+        raise SchemaError(f"the schema has fixed-size fields of more than {_MAX_SKIP} bytes")
     return [Op.SKIP, width] if width else []

@@ -1,8 +1,8 @@
-"""Avro schemas by id, for wire format: from a Confluent schema registry, or from a directory of .avsc files.
+"""Looks up Avro schemas by id, for wire format: in a Confluent schema registry, or in a directory of .avsc files.
 
-What an id means does not change, so a schema is fetched once: it stays in memory, and on disk for later runs and for
-the time when the registry does not answer. Where alerts do not decode by it, the registry is asked once more, because
-one that was wiped gives its ids to other schemas. Must never let an outage look like an unknown id.
+The schema of an id does not change, so it is fetched once. It is cached in memory, and on disk for later runs and for
+times when the registry does not answer. If alerts cannot be decoded with a cached schema, the registry is asked again,
+because a wiped registry gives its ids to other schemas. An outage must never look like an unknown id.
 """
 
 from __future__ import annotations
@@ -45,34 +45,38 @@ from broker_filter.packets.schema import (
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 4
+"""The number of requests for one schema before the registry counts as unavailable."""
 FIRST_PAUSE_S = 0.5
-"""Doubled after each attempt: 3.5 s of pauses bridge a registry's restart behind a load balancer."""
+"""The pause after the first attempt, in seconds. It doubles after each attempt; 3.5 s in all bridge the restart of a
+registry behind a load balancer."""
 FORGET_UNKNOWN_S = 60.0
-"""How long an id that has no schema of an alert is not asked for again: a stray topic must not become a flood of
-requests."""
+"""The time, in seconds, for which an unknown id, or an id whose schema is invalid, is not requested again. It prevents
+a flood of requests if a topic holds other data than alerts."""
 DOUBT_INTERVAL_S = 30.0
-"""Between two questions about a known id whose alerts do not decode: many corrupt ones must not become as many
-requests."""
+"""The minimum time, in seconds, between two repeated requests for an id whose alerts cannot be decoded. It prevents a
+flood of requests if many alerts are corrupt."""
 SCHEMA_NOT_FOUND = 40403
-"""Confluent's error code, which Karapace, Apicurio and Redpanda give too: the one answer that means an unknown id."""
+"""The error code for an unknown id, of Confluent, Karapace, Apicurio and Redpanda. No other answer means that an id is
+unknown."""
 _MAX_VERDICTS = 10_000
-"""Ids: what a stray topic may name cannot fill the memory."""
+"""The maximum number of remembered unknown ids. Ids are untrusted input and must not fill the memory."""
 
 
 class UnknownSchemaId(Exception):  # noqa: N818 - it is an answer
-    """The registry has no schema of this id."""
+    """The registry has no schema with this id."""
 
 
 class SchemaRegistry(Protocol):
-    """Schemas by their Confluent id."""
+    """A source of schemas by their Confluent id."""
 
     def get(self, schema_id: int, doubted: WriterSchema | None = None) -> WriterSchema:
-        """The schema, the same object each time.
+        """The schema with this id; the same object at each call. Thread-safe.
 
-        `doubted`: what was given for the id before, by which an alert does not decode. A registry is then asked once
-        more, and the answer is another object only where the id means another schema now.
+        `doubted`: the schema that this method returned for the id before, if an alert could not be decoded with it. The
+        registry is then asked again. The result is another object only if the id now means another schema.
 
-        Raises UnknownSchemaId, RegistryUnavailable, or SchemaError for one that is no alert's schema. Thread-safe.
+        Raises UnknownSchemaId; RegistryUnavailable if the registry does not answer; SchemaError if the schema is
+        invalid.
         """
         ...
 
@@ -84,12 +88,13 @@ def open_registry(
     drop_cache: bool = False,
     waiting: Callable[[], None] = no_beat,
 ) -> SchemaRegistry:
-    """The registry at `location`: a URL, a directory of .avsc files, or None, where every id is unknown.
+    """The registry at `location`: a URL (http, https), a directory of .avsc files, or None if all ids are unknown.
 
-    `cache_dir`: where a registry's schemas are kept, by default `~/.cache/broker-filter/schemas` (XDG_CACHE_HOME).
-    `drop_cache` deletes first what is kept there of this registry. `waiting`: see RegistryClient.
+    `cache_dir`: the folder of the disk cache, by default `broker-filter/schemas` in XDG_CACHE_HOME or `~/.cache`.
+    `drop_cache`: delete the cached schemas of this registry first. `waiting`: see RegistryClient.
 
-    Raises NotADirectoryError for what is neither URL nor directory, and OSError.
+    Raises NotADirectoryError if `location` is neither a URL nor a directory, and OSError if the cache cannot be
+    deleted.
     """
     if location is None:
         return NoRegistry()
@@ -104,23 +109,24 @@ def open_registry(
 
 
 def default_cache_dir() -> Path:
-    """Where registries' schemas are kept unless told otherwise."""
+    """The default folder of the disk cache of schemas."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "broker-filter" / "schemas"
 
 
 class NoRegistry:
-    """No registry: it knows no id."""
+    """Stands for a registry if none is configured. All ids are unknown."""
 
     def get(self, schema_id: int, doubted: WriterSchema | None = None) -> WriterSchema:  # noqa: ARG002
-        """Raises UnknownSchemaId."""
+        """Always raises UnknownSchemaId."""
         raise UnknownSchemaId(f"schema id {schema_id}: no schema registry is configured")
 
 
 class DirectoryRegistry:
-    """A directory of .avsc files, nested as one likes, that stands in for a registry.
+    """A directory of .avsc files, also in subfolders, that replaces a registry.
 
-    A schema's id is in its file's name: `lsst.v7_4.alert.avsc` is 704 (100 x major + minor, as LSST numbers them),
-    and so is `704.avsc`. Named types that a schema only mentions are looked up in the other files of its folder.
+    The file name contains the id of the schema: both `lsst.v7_4.alert.avsc` and `704.avsc` have the id 704 (LSST's ids
+    are 100 x major + minor). Named types that a schema uses but does not define are read from the other files of its
+    folder.
     """
 
     _VERSIONED = re.compile(r"lsst\.v(\d+)_(\d+)\.alert\.avsc")
@@ -142,7 +148,7 @@ class DirectoryRegistry:
         with self._lock:
             if schema_id not in self._schemas:
                 if schema_id not in self._files:
-                    raise UnknownSchemaId(f"schema id {schema_id}: not among the .avsc files in {self._directory}")
+                    raise UnknownSchemaId(f"schema id {schema_id}: no .avsc file in {self._directory} has this id")
                 self._schemas[schema_id] = self._read(schema_id)
             return self._schemas[schema_id]
 
@@ -160,7 +166,7 @@ class DirectoryRegistry:
 class HttpRegistry:
     """A Confluent schema registry, read anonymously or with the credentials in its URL (`https://user:key@host`).
 
-    `waiting`: see RegistryClient.
+    `cache_dir`: the folder of the disk cache. `waiting`: see RegistryClient. `sleep`, `clock`: for tests.
     """
 
     def __init__(
@@ -175,13 +181,13 @@ class HttpRegistry:
         self._client = RegistryClient(url, waiting)
         self._url = self._client.url
         host = urlsplit(self._url).netloc
-        # Another registry's ids mean other schemas.
+        # Each registry has a cache folder of its own, because the same id means other schemas in other registries.
         digest = hashlib.sha256(self._url.encode()).hexdigest()[:12]
         self._cache = cache_dir / f"{re.sub(r'[^A-Za-z0-9.-]', '_', host)}-{digest}"
         self._schemas: dict[int, WriterSchema] = {}
-        self._look_ups: dict[int, Future[WriterSchema]] = {}  # that have begun and not ended
-        self._verdicts: dict[int, tuple[float, UnknownSchemaId | SchemaError]] = {}  # when the registry said so, what
-        self._doubted: dict[int, float] = {}  # when the registry was asked once more
+        self._look_ups: dict[int, Future[WriterSchema]] = {}  # look-ups in progress
+        self._verdicts: dict[int, tuple[float, UnknownSchemaId | SchemaError]] = {}  # failed look-ups: time, error
+        self._doubted: dict[int, float] = {}  # time of the last repeated request
         self._lock = Lock()
         self._sleep = sleep
         self._clock = clock
@@ -196,7 +202,7 @@ class HttpRegistry:
             look_up = self._look_ups.get(schema_id)
             if look_up is None:
                 mine = self._look_ups[schema_id] = Future[WriterSchema]()
-        if look_up is not None:  # one request for an id, however many threads want it
+        if look_up is not None:  # another thread is requesting this id
             return wait_for(look_up, self._client.waiting)
         try:
             schema = self._confirmed(doubted) if doubted else self._read_cached(schema_id) or self._fetch(schema_id)
@@ -210,32 +216,32 @@ class HttpRegistry:
         return schema
 
     def drop_cache(self) -> None:
-        """Deletes what earlier runs have kept of this registry's schemas. Raises OSError."""
+        """Deletes all schemas of this registry from the disk cache. Raises OSError."""
         for file in self._cache.glob("*.avsc"):
             file.unlink()
 
     def _at_hand(self, schema_id: int, doubted: WriterSchema | None) -> WriterSchema | None:
-        """The schema in memory, if there is no need to ask the registry."""
+        """The schema in memory; None if it is not there, or if it is in doubt and the registry must be asked again."""
         schema = self._schemas.get(schema_id)
         asked = self._doubted.get(schema_id)
         just_asked = asked is not None and self._clock() - asked < DOUBT_INTERVAL_S
         return schema if schema is not doubted or just_asked else None
 
     def _confirmed(self, schema: WriterSchema) -> WriterSchema:
-        """What the id of a schema means now; the same object where that has not changed or the registry is away."""
+        """The current schema of the id of `schema`; `schema` itself if unchanged or if the registry does not answer."""
         schema_id = schema.registry_id
         assert schema_id is not None
         try:
             fetched = self._fetch(schema_id)
         except (RegistryUnavailable, UnknownSchemaId, SchemaError) as error:
-            log.warning("schema %d does not fit an alert, and cannot be fetched once more: %s", schema_id, error)
+            log.warning("schema %d does not fit an alert, and cannot be fetched again: %s", schema_id, error)
             return schema
         finally:
             self._doubted[schema_id] = self._clock()
         if fetched.fingerprint == schema.fingerprint:
             return schema
         log.warning(
-            "schema id %d of %s means another schema than before (fingerprint %s, not %s): was the registry wiped?",
+            "schema id %d of %s now has another schema than before (fingerprint %s, not %s): was the registry wiped?",
             schema_id,
             self._url,
             fetched.fingerprint,
@@ -251,13 +257,13 @@ class HttpRegistry:
         except FileNotFoundError:
             return None
         except (OSError, SchemaError) as error:
-            log.warning("schema %d is not usable from the cache in %s: %s", schema_id, self._cache, error)
+            log.warning("schema %d cannot be read from the cache in %s: %s", schema_id, self._cache, error)
             return None
 
     def _fetch(self, schema_id: int) -> WriterSchema:
         asked, verdict = self._verdicts.get(schema_id, (-math.inf, None))
         if verdict is not None and self._clock() - asked < FORGET_UNKNOWN_S:
-            raise verdict.with_traceback(None)  # it would grow with every time that it is raised
+            raise verdict.with_traceback(None)  # otherwise its traceback would grow each time it is raised
         try:
             text = self._ask(schema_id)
             schema = parse_schema(text, schema_id)
@@ -271,7 +277,10 @@ class HttpRegistry:
         return schema
 
     def _ask(self, schema_id: int) -> bytes:
-        """The schema's text, after as many attempts as it takes and DEADLINE_S allows."""
+        """The JSON of a schema, after at most ATTEMPTS requests within DEADLINE_S.
+
+        Raises UnknownSchemaId and RegistryUnavailable.
+        """
         deadline = self._clock() + DEADLINE_S
         failure = ""
         for attempt in range(ATTEMPTS):
@@ -289,12 +298,12 @@ class HttpRegistry:
             text = answer.content.get("schema") if isinstance(answer.content, dict) else None
             if answer.status == http.HTTPStatus.OK and isinstance(text, str):
                 return text.encode(errors="surrogatepass")
-            # A load balancer or a portal of the network answers so, whether or not the registry knows the id.
+            # Such an answer can come from a load balancer or a captive portal, so it does not mean an unknown id.
             failure = f"schema registry {self._url} gives no schema for id {schema_id}: {answer}"
         raise RegistryUnavailable(failure)
 
     def _keep(self, schema_id: int, text: bytes) -> None:
-        """Writes to the cache, whole or not at all; without a cache the service goes on."""
+        """Writes a schema to the disk cache atomically. If that fails, it only logs a warning."""
         try:
             self._cache.mkdir(parents=True, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(dir=self._cache, prefix=f".{schema_id}-")
@@ -307,7 +316,7 @@ class HttpRegistry:
                     Path(temporary).unlink()
                 raise
         except OSError as error:
-            log.warning("schema %d cannot be kept in %s: %s", schema_id, self._cache, error)
+            log.warning("schema %d cannot be written to the cache in %s: %s", schema_id, self._cache, error)
 
 
 def _read_json(path: Path) -> Any:

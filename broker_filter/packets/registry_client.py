@@ -1,7 +1,7 @@
-"""One HTTP client for schema registries: schemas are read with it, and registered with it.
+"""The HTTP client for schema registries, used for reading and for registering schemas.
 
-Every request has a total deadline and a bounded answer. Credentials go to the registry's own address only, and never
-into a log or an error message.
+Each request has a total deadline and a bounded answer. Credentials must only be sent to the registry's own address, and
+never be written to a log or an error message.
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from broker_filter.packets.schema import MAX_SCHEMA_BYTES
 
 DEADLINE_S = 10.0
-"""Of one request from its beginning to the last byte of its answer. A registry answers in milliseconds."""
+"""The time limit of a request, from its start to the last byte of the answer, in seconds. A registry answers in
+milliseconds."""
 BEAT_S = 0.5
-"""Between two calls of `waiting` while an answer is awaited."""
+"""The interval between two calls of `waiting` while an answer is awaited, in seconds."""
 MAX_ANSWER_BYTES = 2 * MAX_SCHEMA_BYTES
-"""The registry sends the schema as a JSON string, which doubles its quotes."""
+"""The maximum size of an answer. The registry sends the schema as a JSON string, in which each quote takes two
+bytes."""
 MAX_MESSAGE_CHARACTERS = 300
-"""Of a registry's own words in an error message."""
+"""The maximum length of a registry's answer in an error message."""
 _SHORTEST_TIMEOUT_S = 0.001
-"""A socket with a time-out of 0 does not wait at all, which means something else."""
+"""The minimum time-out of a socket, in seconds: 0 would make the socket non-blocking."""
 
 T = TypeVar("T")
 
 
 class RegistryUnavailable(Exception):  # noqa: N818 - it is a state
-    """The registry cannot be asked now, and the schema is not at hand. Worth another try later."""
+    """The registry does not answer, and the schema is not in the cache. The caller should retry later."""
 
 
 class Answer(NamedTuple):
-    """What a registry answered: the HTTP status, and the JSON of the body as Python values (None for other bodies)."""
+    """The answer of a registry: the HTTP status, and the JSON body as Python values (None if it is not JSON)."""
 
     status: int
     content: Any
@@ -54,7 +56,7 @@ class Answer(NamedTuple):
 
     @property
     def error_code(self) -> int | None:
-        """Confluent's code of the error; None where no registry wrote the body, but a load balancer, say."""
+        """Confluent's error code; None if the body has none, for example if a load balancer answered."""
         code = self._of_body("error_code")
         return code if isinstance(code, int) else None
 
@@ -63,7 +65,7 @@ class Answer(NamedTuple):
 
 
 def registry_address(url: str) -> tuple[str, dict[str, str]]:
-    """A registry's URL without its credentials, which may be shown, and the header that carries them, which may not."""
+    """The URL of a registry without credentials, which may be logged, and the HTTP header with its credentials."""
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     shown = urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
@@ -74,13 +76,14 @@ def registry_address(url: str) -> tuple[str, dict[str, str]]:
 
 
 def no_beat() -> None:
-    """The `waiting` of a program that no watchdog observes."""
+    """Does nothing: the `waiting` callback of a program without a watchdog."""
 
 
 def wait_for(future: Future[T], waiting: Callable[[], None], until: float | None = None) -> T:
-    """The result of `future`, calling `waiting` every BEAT_S. `until`: time.monotonic() at which it gives up.
+    """Waits for the result of `future` and returns it, calling `waiting` every BEAT_S seconds.
 
-    Raises what the future raises, and TimeoutError.
+    `until`: the time of time.monotonic() at which waiting ends; None for no limit. Raises TimeoutError at that time,
+    and the exceptions of the future.
     """
     while not future.done():
         left = BEAT_S if until is None else min(BEAT_S, until - time.monotonic())
@@ -92,10 +95,10 @@ def wait_for(future: Future[T], waiting: Callable[[], None], until: float | None
 
 
 class RegistryClient:
-    """A schema registry's address, its credentials, and the rules of talking to it. Thread-safe.
+    """Sends requests to a schema registry. Thread-safe.
 
-    `url`: of the registry, with credentials where it asks for any (`https://user:key@host`). `waiting` is called by the
-    asking thread every BEAT_S while it waits for an answer, so that a watchdog does not take it for stuck.
+    `url`: the URL of the registry, with credentials if it needs them (`https://user:key@host`). `waiting`: called every
+    BEAT_S seconds by the requesting thread while it waits for an answer, so that a watchdog knows that it is not stuck.
     """
 
     def __init__(self, url: str, waiting: Callable[[], None] = no_beat) -> None:
@@ -105,10 +108,10 @@ class RegistryClient:
         self._opener = urllib.request.build_opener(_Transport, _SameHostRedirects)
 
     def ask(self, path: str, document: Any = None, timeout_s: float = DEADLINE_S) -> Answer:
-        """The answer to GET `path`, or to POST `path` where there is a `document` (JSON).
+        """The answer to GET `path`, or to POST `path` if there is a `document`, which is sent as JSON.
 
-        Raises RegistryUnavailable where no complete answer comes within `timeout_s`, name look-up, TLS handshake and
-        redirects included, or where it is larger than MAX_ANSWER_BYTES.
+        Raises RegistryUnavailable if the complete answer does not arrive within `timeout_s` seconds (including name
+        look-up, TLS handshake and redirects), or is larger than MAX_ANSWER_BYTES.
         """
         data, headers = None, self._headers
         if document is not None:
@@ -117,7 +120,7 @@ class RegistryClient:
         # The scheme, http or https, was checked with the configuration.
         request = urllib.request.Request(f"{self.url}{path}", data, headers)  # noqa: S310
         answer: Future[Answer] = Future()
-        # A thread of its own, because the system's name look-up and its connecting know no deadline.
+        # A separate thread, because name look-up and connecting have no total deadline.
         Thread(target=self._answer, args=(request, timeout_s, answer), name="registry", daemon=True).start()
         try:
             return wait_for(answer, self.waiting, time.monotonic() + timeout_s)
@@ -141,7 +144,7 @@ class RegistryClient:
         with closing(response):
             body = response.read(MAX_ANSWER_BYTES + 1)
             if len(body) > MAX_ANSWER_BYTES:
-                raise OSError(f"it answers with more than {MAX_ANSWER_BYTES} bytes")
+                raise OSError(f"the answer has more than {MAX_ANSWER_BYTES} bytes")
             try:
                 return Answer(response.status, json.loads(body))
             except (ValueError, RecursionError):
@@ -149,7 +152,7 @@ class RegistryClient:
 
 
 class _SameHostRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects of GET requests to http and https, with credentials only where scheme, host and port stay."""
+    """Follows redirects of GET requests to http and https; sends credentials only to the same scheme, host and port."""
 
     def redirect_request(
         self,
@@ -160,7 +163,7 @@ class _SameHostRedirects(urllib.request.HTTPRedirectHandler):
         headers: http.client.HTTPMessage,
         newurl: str,
     ) -> urllib.request.Request | None:
-        """The request to make next; None where the redirect itself is the answer."""
+        """The next request; None if the redirect is not followed and is itself the answer."""
         old, new = urlsplit(req.full_url), urlsplit(newurl)
         if req.data is not None or new.scheme not in ("http", "https"):
             return None
@@ -171,7 +174,7 @@ class _SameHostRedirects(urllib.request.HTTPRedirectHandler):
 
 
 class _Response(http.client.HTTPResponse):
-    """An answer that must be complete within its socket's time-out, however slowly its bytes come."""
+    """An HTTP response for which the time-out of the socket is a deadline for the whole answer, not for each read."""
 
     def __init__(
         self, sock: socket.socket, debuglevel: int = 0, method: str | None = None, url: str | None = None
@@ -182,7 +185,7 @@ class _Response(http.client.HTTPResponse):
 
 
 class _DeadlineReader(io.RawIOBase):
-    """Reads a socket's stream until a moment: `deadline` of time.monotonic()."""
+    """Reads the stream of a socket until `deadline`, a time of time.monotonic()."""
 
     def __init__(self, sock: socket.socket, stream: io.RawIOBase, deadline: float) -> None:
         self._sock = sock
@@ -190,22 +193,22 @@ class _DeadlineReader(io.RawIOBase):
         self._deadline = deadline
 
     def readable(self) -> bool:
-        """True."""
+        """Always True."""
         return True
 
     def readinto(self, buffer: Any, /) -> int | None:
-        """Reads as a socket's stream does. Raises TimeoutError at the deadline."""
+        """Reads into `buffer` and returns the number of bytes. Raises TimeoutError at the deadline."""
         self._sock.settimeout(max(self._deadline - time.monotonic(), _SHORTEST_TIMEOUT_S))
         return self._stream.readinto(buffer)
 
     def close(self) -> None:
-        """Closes the stream, and the socket with it where nobody else has it open."""
+        """Closes the stream, and the socket if it is not used elsewhere."""
         self._stream.close()
         super().close()
 
 
 class _Transport(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """HTTP and HTTPS whose answers have a deadline; proxies of the environment are used as urllib uses them."""
+    """HTTP and HTTPS with a deadline for each answer. Proxies are taken from the environment, as urllib does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +219,7 @@ class _Transport(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return self.do_open(partial(_connection, http.client.HTTPConnection), req)
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        """Sends a request over TLS, by the system's authorities (or those of SSL_CERT_FILE)."""
+        """Sends a request over TLS, trusting the system's certificate authorities (or those in SSL_CERT_FILE)."""
         return self.do_open(partial(_connection, http.client.HTTPSConnection), req, context=self._tls)
 
 

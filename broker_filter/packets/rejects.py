@@ -15,8 +15,7 @@ class RejectReason(StrEnum):
     EMPTY = "empty"
     """The message has no bytes. A Kafka tombstone is such a message."""
     TOO_LARGE = "too_large"
-    """The packet exceeds a bound: `max_packet_bytes` (before or after decompression), or the limits on alerts, memory
-    or rows of history in one packet."""
+    """The packet has more bytes, before or after decompression, or more alerts or rows of history than allowed."""
     NOT_AVRO = "not_avro"
     """The bytes are neither an Avro object container file nor Confluent wire format."""
     BAD_SCHEMA = "bad_schema"

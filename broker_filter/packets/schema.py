@@ -1,6 +1,6 @@
-"""A writer's Avro schema: what a packet's bytes were written by. Parsed once, compared by identity of its source bytes.
+"""The writer's schema: the Avro schema with which a packet was written. Each distinct schema is parsed once.
 
-Must never trust a schema: it comes with the packet, so its size and its nesting are bounded.
+A schema comes with the packet and is untrusted input, so its size and its nesting are bounded.
 """
 
 from __future__ import annotations
@@ -15,35 +15,38 @@ from typing import Any, Generic, TypeVar
 from fastavro.schema import fingerprint
 
 MAX_SCHEMA_BYTES = 2 << 20
-"""An embedded LSST schema with all its documentation is 0.2 MB."""
+"""The maximum size of a schema's JSON. An embedded LSST schema with all its documentation has 0.2 MB."""
 MAX_SCHEMA_DEPTH = 64
-"""Nested types; the surveys' own schemas nest 5 deep."""
+"""The maximum nesting of types. The surveys' schemas nest 5 deep."""
 MAX_JSON_DEPTH = 4 * MAX_SCHEMA_DEPTH
-"""Nested JSON, defaults and documentation included: what writes an output schema recurses as deep. A nested type takes
-three levels (its record, the list of fields, the field)."""
+"""The maximum nesting of a schema's JSON, including defaults and documentation. Writing an output schema recurses as
+deep. A nested type takes three levels (the record, the list of its fields, the field)."""
 
 MAX_REMEMBERED_SCHEMAS = 256
+"""The maximum number of schemas in a cache. A night has a few schemas."""
 MAX_REMEMBERED_BYTES = 4 << 20
-"""Of the JSON of schemas that a cache holds: as Python values they take some twenty times as much. A night has a few
-schemas; whoever sends others cannot make memory grow with them."""
+"""The maximum total size of the JSON of the schemas in a cache; as Python values they take about twenty times as much.
+Schemas are untrusted input and must not fill the memory."""
 
 PRIMITIVES = frozenset({"null", "boolean", "int", "long", "float", "double", "bytes", "string"})
 
 
 class SchemaError(ValueError):
-    """A schema that is not valid Avro, or beyond the bounds."""
+    """A schema that is not valid Avro, or exceeds the bounds."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WriterSchema:
-    """A record's Avro schema; `parse_schema` makes it.
+    """The Avro schema of a record, made by `parse_schema`.
 
-    `definition`: the JSON as Python values, as the writer published it. `canonical`: its parsing canonical form,
-    checked: types are primitives' names, full names of types defined within, lists (unions), or dicts whose type is
-    record, enum, fixed, array or map. `fingerprint`: CRC-64-AVRO of the canonical form, 16 hex digits. `n_bytes`: the
-    length of the JSON. `registry_id`: the Confluent schema id, None for a schema embedded in a container file.
-    `cached`: the file of an earlier run in which a registry's schema was found, None where it was fetched by this
-    process. Compared and hashed by identity: the caches in `ocf` and `registry` hand out one object per schema.
+    `definition`: the published JSON as Python values. `canonical`: the validated parsing canonical form, in which a
+    type is the name of a primitive, the full name of a type defined in the schema, a list (union), or a dict whose type
+    is record, enum, fixed, array or map. `fingerprint`: the CRC-64-AVRO of the canonical form, 16 hex digits.
+    `n_bytes`: the length of the JSON. `registry_id`: the Confluent schema id; None for a schema embedded in a container
+    file. `cached`: the file of the disk cache from which the schema was read; None if it was not read from the cache.
+
+    Schemas are compared and hashed by identity, because the caches in `ocf` and `registry` return one object per
+    schema.
     """
 
     definition: dict[str, Any]
@@ -58,7 +61,10 @@ _T = TypeVar("_T")
 
 
 class BySchema(Generic[_T]):
-    """What `make` makes of each schema, made once and remembered; the oldest is forgotten when they are too many."""
+    """A cache of the results of `make`, one per schema. The oldest results are removed if there are too many.
+
+    Thread-safe.
+    """
 
     def __init__(self, make: Callable[[WriterSchema], _T]) -> None:
         self._make = make
@@ -67,7 +73,7 @@ class BySchema(Generic[_T]):
         self._lock = Lock()
 
     def __call__(self, schema: WriterSchema) -> _T:
-        """What is made of `schema`. Raises what `make` raises."""
+        """The result of `make(schema)`. Raises the exceptions of `make`."""
         if (made := self._made.get(schema)) is not None:
             return made
         with self._lock:
@@ -82,13 +88,13 @@ class BySchema(Generic[_T]):
 
 
 def parse_schema(text: bytes | str, registry_id: int | None = None) -> WriterSchema:
-    """The schema that `text` (JSON) defines, which must be of a record.
+    """Parses the JSON of a record's schema.
 
-    Default values are not looked at: they say nothing about a writer's bytes, and some surveys publish invalid ones.
-    Raises SchemaError.
+    Default values are not validated, because they do not affect how a record is encoded, and some surveys publish
+    invalid defaults. Raises SchemaError if the JSON is not a valid schema of a record or exceeds the bounds.
     """
     if len(text) > MAX_SCHEMA_BYTES:
-        raise SchemaError(f"a schema of {len(text)} bytes, more than {MAX_SCHEMA_BYTES}")
+        raise SchemaError(f"the schema has {len(text)} bytes, more than {MAX_SCHEMA_BYTES}")
     try:
         definition = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -97,7 +103,7 @@ def parse_schema(text: bytes | str, registry_id: int | None = None) -> WriterSch
 
 
 def writer_schema(definition: Any, registry_id: int | None = None) -> WriterSchema:
-    """As `parse_schema`, of JSON already read."""
+    """The schema for JSON that is already parsed into Python values; otherwise as `parse_schema`."""
     if _is_deeper(definition, MAX_JSON_DEPTH):
         raise SchemaError(f"the schema's JSON nests deeper than {MAX_JSON_DEPTH}")
     if not isinstance(definition, dict) or definition.get("type") != "record":
@@ -112,7 +118,7 @@ def writer_schema(definition: Any, registry_id: int | None = None) -> WriterSche
 
 
 def _is_deeper(value: Any, depth: int) -> bool:
-    """Whether a JSON value has lists and mappings more than `depth` deep in each other."""
+    """Whether lists and objects in a JSON value are nested more than `depth` deep."""
     level = [value]
     for _ in range(depth + 1):
         level = [
@@ -130,7 +136,7 @@ def full_name(definition: dict[str, Any], namespace: str) -> str:
     """The full name of a named type's definition inside `namespace` (Avro 1.11, "Names"). Raises SchemaError."""
     name, own = definition.get("name"), definition.get("namespace")
     if not isinstance(name, str) or not name or not isinstance(own, str | None):
-        raise SchemaError(f"a {definition.get('type')} without a name")
+        raise SchemaError(f"the schema has a {definition.get('type')} without a valid name")
     if "." in name:
         return name
     space = namespace if own is None else own
@@ -138,11 +144,11 @@ def full_name(definition: dict[str, Any], namespace: str) -> str:
 
 
 def resolve_name(reference: str, namespace: str, known: Container[str]) -> str:
-    """The full name that `reference` means inside `namespace`, among the `known` names. Raises SchemaError."""
+    """The full name, one of `known`, to which `reference` refers inside `namespace`. Raises SchemaError."""
     for name in (reference if "." in reference else f"{namespace}.{reference}", reference):
         if name in known:
             return name
-    raise SchemaError(f"the schema names a type {reference!r} that it does not define")
+    raise SchemaError(f"the schema uses a type {reference!r} that it does not define")
 
 
 def record_fields(definition: dict[str, Any]) -> list[dict[str, Any]]:
@@ -156,11 +162,11 @@ def record_fields(definition: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def self_contained(type_: Any, namespace: str, definitions: Mapping[str, dict[str, Any]], defined: set[str]) -> Any:
-    """A copy of a schema in which every named type is defined where it is first used.
+    """A copy of a schema in which each named type is defined at its first use.
 
-    `definitions`: of the types that `type_` names and may not define, by full name. `defined`: what is defined before
-    it; grows. Drops fastavro's own marks, by which a reader would take the schema for one that needs no parsing. Raises
-    SchemaError.
+    `definitions`: the definitions of types that `type_` may use without defining them, by full name. `defined`: the
+    full names of the types defined so far; the names that `type_` defines are added to it. Keys that start with two
+    underscores are removed, because fastavro uses them to mark a schema as already parsed. Raises SchemaError.
     """
     if isinstance(type_, list):
         return [self_contained(branch, namespace, definitions, defined) for branch in type_]
@@ -173,7 +179,7 @@ def self_contained(type_: Any, namespace: str, definitions: Mapping[str, dict[st
         space, _, short = name.rpartition(".")
         return self_contained({**definitions[name], "name": short, "namespace": space}, "", definitions, defined)
     if not isinstance(type_, dict):
-        raise SchemaError(f"{type_!r} stands where a type should be")
+        raise SchemaError(f"the schema has {type_!r} where a type should be")
     copy = {key: value for key, value in type_.items() if not key.startswith("__")}
     kind = copy.get("type")
     if kind in ("record", "enum", "fixed"):
@@ -194,7 +200,10 @@ def self_contained(type_: Any, namespace: str, definitions: Mapping[str, dict[st
 
 
 def moved_to(new: str, old: str, type_: Any, namespace: str = "") -> Any:
-    """A copy of what `self_contained` returned, in which all types of the namespace `old` are in `new`."""
+    """A copy of a schema with all types of the namespace `old` moved to `new`.
+
+    `type_`: a schema as `self_contained` returns it.
+    """
     if isinstance(type_, list):
         return [moved_to(new, old, branch, namespace) for branch in type_]
     if isinstance(type_, str):

@@ -1,6 +1,7 @@
-"""Runs a program of `plan` over an Avro body: the compiled `_walk.c` where it was built, or the same in Python.
+"""Runs a program of `plan` over an Avro body, in C (`_walk.c`) if the extension is installed, otherwise in Python.
 
-Both give identical results on any bytes, sound or not, and neither reads past the body. `compiled.py` says which runs.
+Both implementations give identical results on any bytes, valid or not, and neither reads beyond the body. `compiled.py`
+chooses the implementation.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from broker_filter.packets import compiled
 from broker_filter.packets.plan import Op
 
 MISSING_ID = -(1 << 63)
-"""An id that the record does not have."""
+"""Stands for an id that the record does not have."""
 
 _FLOAT_BITS = struct.Struct("<f")
 _DOUBLE_BITS = struct.Struct("<d")
 
-# Plain integers: comparing with an enum's members takes a third of a walk's time.
+# Plain integers, because comparing with enum members would take a third of the time of a walk.
 (
     _SKIP,
     _SKIP_LONG,
@@ -45,15 +46,16 @@ _DOUBLE_BITS = struct.Struct("<d")
 
 
 class Status(IntEnum):
-    """How a walk ended; `_walk.c` has the same numbers."""
+    """The result of a walk. `_walk.c` defines the same numbers."""
 
     DONE = 0
+    """The walk reached the end of the record."""
     TRUNCATED = 1
-    """The body ends before the record does."""
+    """The body ends within the record."""
     CORRUPT = 2
-    """An impossible length, number or union branch."""
+    """The body has an impossible length, number or union branch."""
     NO_ROOM = 3
-    """More rows of points than there is room for."""
+    """The record has more rows of points than the output array can hold."""
 
 
 def walk_python(
@@ -67,12 +69,14 @@ def walk_python(
     points: NDArray[np.float64],
     n_points: int,
 ) -> tuple[int, int, int]:
-    """Walks the record at `start` of `body` into row `row` of `scalars` [N, F], `ids` [N, I] and `spans` [N, S, 2].
+    """Walks the record at offset `start` of `body` and writes row `row` of the outputs.
 
-    What the record does not have stays NaN, MISSING_ID, and -1. Rows of tables go to `points` [M, P] from `n_points`
-    on. Returns the Status, where in the body the record ended or the walk failed, and how many rows of points are
-    filled now; after a failure the outputs hold what was read before it. The program must be of
-    `plan.compile_program`.
+    Outputs: `scalars` float64[N, F], `ids` int64[N, I] and `spans` int64[N, S, 2]. A value that the record does not
+    have is NaN, MISSING_ID or -1, respectively. Table rows are written to `points` float64[M, P] from row `n_points`
+    on. `program` must come from `plan.compile_program`.
+
+    Returns the Status, the offset at which the record ended or the walk failed, and the number of used rows of
+    `points`. After a failure the outputs hold the values that were read before it.
     """
     walk = _PythonWalk(body, start, n_points)
     try:
@@ -83,7 +87,7 @@ def walk_python(
 
 
 class _StoppedError(Exception):
-    """Internal: ends a walk that cannot go on."""
+    """Raised inside this module to stop a walk."""
 
     def __init__(self, status: Status) -> None:
         super().__init__()
@@ -91,7 +95,10 @@ class _StoppedError(Exception):
 
 
 class _PythonWalk:
-    """A place in a body, and walking on from there. A reading that fails leaves the place where it was."""
+    """The state of a walk: the body, the current position and the number of rows of points.
+
+    If reading a value fails, the position stays at the start of that value.
+    """
 
     __slots__ = ("body", "n_points", "position")
 
@@ -101,6 +108,7 @@ class _PythonWalk:
         self.n_points = n_points
 
     def long(self) -> int:
+        """Reads an Avro int or long."""
         body, position = self.body, self.position
         bits = shift = 0
         while True:
@@ -117,7 +125,7 @@ class _PythonWalk:
             shift += 7
 
     def skip(self, size: int) -> int:
-        """Steps over `size` bytes and returns where they began."""
+        """Skips `size` bytes and returns the position of the first one."""
         begin = self.position
         if size > len(self.body) - begin:
             raise _StoppedError(Status.TRUNCATED)
@@ -125,7 +133,7 @@ class _PythonWalk:
         return begin
 
     def bytes(self) -> tuple[int, int]:
-        """Steps over bytes that follow their length, and returns where they began and end."""
+        """Skips length-prefixed bytes and returns their start and end."""
         before = self.position
         size = self.long()
         begin = self.position
@@ -138,11 +146,11 @@ class _PythonWalk:
         return begin, begin + size
 
     def block(self) -> int:
-        """How many items the next block of an array or a map has; 0 ends it."""
+        """Reads the item count of the next block of an array or a map; 0 means that there is no further block."""
         count = self.long()
         if count >= 0:
             return count
-        # A negative count announces the block's size, for readers that skip it.
+        # A negative count is followed by the size of the block in bytes.
         if count == MISSING_ID or self.long() < 0:
             raise _StoppedError(Status.CORRUPT)
         return -count
@@ -155,7 +163,7 @@ class _PythonWalk:
         spans: NDArray[np.int64],
         points: NDArray[np.float64],
     ) -> None:
-        """Runs `program` to its end."""
+        """Runs `program` on one record. The arrays are the rows of the outputs that belong to it, and all `points`."""
         scalars[:], ids[:], spans[:] = np.nan, MISSING_ID, -1
         loops: list[tuple[int, int, int, NDArray[np.float64]]] = []  # items left; their code; the scalars outside
         pc, stop = 0, len(program)

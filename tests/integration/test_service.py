@@ -106,7 +106,7 @@ BAD_PACKETS: dict[str, tuple[Callable[[bytes], bytes | None], RejectReason]] = {
     "unknown schema id": (lambda _: b"\0\0\0\x03\xe8" + bytes(100), RejectReason.UNKNOWN_SCHEMA_ID),
     "unknown survey": (lambda _: other_survey(), RejectReason.UNKNOWN_SURVEY),
     "missing cutout": (lambda packet: with_stamp(packet, None), RejectReason.MISSING_CUTOUT),
-    "stamp that does not inflate": (
+    "stamp that cannot be decompressed": (
         lambda packet: with_stamp(packet, b"\x1f\x8b\x08" + bytes(50)),
         RejectReason.BAD_CUTOUT,
     ),

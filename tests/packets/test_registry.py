@@ -132,7 +132,7 @@ def test_a_damaged_cache_file_is_fetched_again(
     file.write_text(SCHEMA[:20])
     assert client(server, tmp_path).get(704).definition == json.loads(SCHEMA)
     assert file.read_text() == SCHEMA
-    assert "not usable" in caplog.text
+    assert "cannot be read from the cache" in caplog.text
 
 
 OTHER_SCHEMA = SCHEMA.replace("long", "string")
@@ -214,7 +214,7 @@ def test_a_reject_names_the_cached_file_that_it_was_decoded_by(
         server.status = status
         _, [reject] = Decoder(client(server, tmp_path)).decode([packet])
         assert reject.reason is RejectReason.CORRUPT
-        assert reject.detail.endswith(f"schema 704 was kept by an earlier run in {file}")
+        assert reject.detail.endswith(f"schema 704 was read from the cache file {file} of an earlier run")
         file.write_text(json.loads(server.answer)["schema"])
     server.status = None
     file.unlink()
