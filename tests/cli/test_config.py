@@ -68,9 +68,3 @@ def test_keys_are_listed_as_a_markdown_table(capsys: pytest.CaptureFixture[str])
     assert (head, rule) == ("| key | default | meaning |", "|---|---|---|")
     assert len(rows) == len(list(document_keys()))
     assert "| `http.port` | `9108` | 0 takes a free port. |" in rows
-
-
-def test_the_readme_has_the_table_of_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["config", "keys"])
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert capsys.readouterr().out in readme, "paste the output of `broker-filter config keys` into README.md"
