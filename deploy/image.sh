@@ -26,8 +26,9 @@ trap '[ -z "$container" ] || buildah rm "$container" >/dev/null; rm -rf "$scratc
 
 make_debian_base() {
     command -v debootstrap >/dev/null || { echo 'debootstrap is needed to make a base' >&2; exit 1; }
-    debootstrap --variant=minbase --include=python3-venv,python3-dev,gcc,libc6-dev,ca-certificates \
+    debootstrap --variant=minbase --include=python3-venv,ca-certificates \
         "$debian" "$scratch/root" >"$scratch/log" || { cat "$scratch/log" >&2; exit 1; }
+    rm -rf "$scratch"/root/var/cache/apt/* "$scratch"/root/var/lib/apt/lists/*
     container=$(buildah from scratch)
     buildah add --quiet "$container" "$scratch/root" /
     buildah commit --quiet --rm "$container" "$debian_base"
