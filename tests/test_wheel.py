@@ -70,7 +70,7 @@ def install(outside: Path, requirement: str) -> None:
     """Installs into `outside / "venv"` with the pip of this environment, so that `outside` needs none."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", outside / "venv" / "bin" / "python"]
     constraints = ["--constraint", outside / "constraints.txt"]
-    run([*pip, "install", "--quiet", "--no-compile", *constraints, requirement], cwd=outside)  # imports compile the rest
+    run([*pip, "install", "--quiet", "--no-compile", *constraints, requirement], cwd=outside)  # imports compile
 
 
 def test_one_wheel_serves_every_python_from_3_11_on(wheel: Path) -> None:
