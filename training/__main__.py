@@ -1,7 +1,7 @@
-"""`python -m training`: data sets, training, evaluation. A module a command, imported when it is the one that is run.
+"""`python -m training COMMAND`: data sets, training, evaluation. Each command is a module, imported only when it runs.
 
-Each has `add_arguments(parser)` and `run(arguments)`. An error that a person can mend is one line on stderr. Exit
-status: 0 fine, 1 failed at work, 2 bad usage, 130 interrupted.
+A command module defines `add_arguments(parser)` and `run(arguments)`. An error that the user can fix is one line on
+stderr. Exit status: 0 success, 1 error, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from broker_filter.cli.parser import USAGE, did_you_mean
 from broker_filter.console import set_up_logging
 
 COMMANDS = {
-    "build-dataset": ("training.data.build_dataset", "archives and labels into a data set"),
-    "fit": ("training.vision.fit", "train a network as a file says, and write its bundle"),
-    "evaluate": ("training.evaluation.evaluate", "what a bundle is worth on a split, with intervals by object"),
-    "compare": ("training.evaluation.compare", "evaluations side by side: tables, plots, which difference is real"),
+    "build-dataset": ("training.data.build_dataset", "build a data set from archives and labels"),
+    "fit": ("training.vision.fit", "train the network that a file describes, and write its bundle"),
+    "evaluate": ("training.evaluation.evaluate", "evaluate a bundle on a split, with bootstrap intervals over objects"),
+    "compare": ("training.evaluation.compare", "compare evaluations: tables, plots, significance of differences"),
     "pretrain": ("training.vision.pretrain", "train an encoder on galaxy images"),
-    "study": ("training.vision.study", "fit a grid of networks, regimens, seeds and amounts of data"),
-    "train-default": ("training.bundles.train_default", "distil the bundle that ships as `default`"),
-    "train-classes": ("training.bundles.train_classes", "fit the bundle that ships as `classes`"),
-    "train-embedder": ("training.embedding.train_embedder", "train the bundle that ships as `embedder`"),
-    "anomalies": ("training.embedding.anomalies", "how well classes that nothing has seen are found as strange"),
-    "suspects": ("training.embedding.suspects", "the alerts whose labels are most likely wrong"),
-    "astrom3": ("training.astrom3.train", "train AstroM3, or a classifier of its modalities, as published"),
-    "astrom3-simulate": ("training.astrom3.simulate", "variable stars of ten classes to train AstroM3 with"),
-    "astrom3-study": ("training.astrom3.study", "what AstroM3's pre-training is worth with few labels"),
+    "study": ("training.vision.study", "train a grid of networks, pre-trainings, seeds and amounts of data"),
+    "train-default": ("training.bundles.train_default", "distil the shipped bundle `default`"),
+    "train-classes": ("training.bundles.train_classes", "fit the shipped bundle `classes`"),
+    "train-embedder": ("training.embedding.train_embedder", "train the shipped bundle `embedder`"),
+    "anomalies": ("training.embedding.anomalies", "measure how well held-out classes are found as anomalies"),
+    "suspects": ("training.embedding.suspects", "list the alerts whose labels are most likely wrong"),
+    "astrom3": ("training.astrom3.train", "train AstroM3, or a classifier of one of its modalities, as published"),
+    "astrom3-simulate": ("training.astrom3.simulate", "simulate variable stars of ten classes, to train AstroM3"),
+    "astrom3-study": ("training.astrom3.study", "measure the benefit of AstroM3's pre-training with few labels"),
 }
-"""Each command's module and what it is for."""
+"""Each command's module and purpose."""
 OURS = ("training", "broker_filter")
-"""Packages whose errors say enough by themselves."""
+"""Packages whose error messages are shown without a traceback."""
 INSTALL = "pip install --editable '.[train]' in the checkout"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one command and returns its exit status."""
+    """Run one command and return its exit status."""
     if not argv or argv[0] not in COMMANDS:
         asked = argv[:1] in (["-h"], ["--help"])
         lines = [f"  {name:17} {purpose}" for name, (_, purpose) in COMMANDS.items()]

@@ -1,29 +1,29 @@
-"""Argparse types for the training commands: a value that cannot be used is reported as wrong usage, before any work."""
+"""Argparse types of the training commands: an invalid value is reported as wrong usage before any work starts."""
 
 from __future__ import annotations
 
 import argparse
 
 MAX_SEED = 2**32 - 1
-"""As in `recipe.Seed`."""
+"""The limit of `recipe.Seed`."""
 
 
 def positive(text: str) -> int:
-    """A number of things, one at least."""
+    """Parse a positive integer."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
 
 def seed(text: str) -> int:
-    """Of random numbers."""
+    """Parse a seed of a random number generator, 0 to MAX_SEED."""
     if not 0 <= (value := int(text)) <= MAX_SEED:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to {MAX_SEED}")
     return value
 
 
 def share(text: str) -> float:
-    """A part of a whole: above 0, and up to 1."""
+    """Parse a fraction, 0 < fraction <= 1."""
     if not 0 < (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and up to 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a fraction above 0 and at most 1")
     return value

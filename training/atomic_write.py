@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever a process is killed."""
+"""Atomic writes: a file is complete or absent, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
-    """Writes bytes, or lets `content` write to the path that it is given; then moves the file to `path`."""
+    """Write `path` atomically: `content` is bytes, or a function that writes to the temporary path that it is given."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     if isinstance(content, bytes):
         unfinished.write_bytes(content)

@@ -1,6 +1,7 @@
-"""How far a training that is counted in steps has come, in a file: what `learner` leaves to Lightning, for other loops.
+"""Checkpoints of trainings that are counted in steps. (`learner` leaves its checkpoints to Lightning.)
 
-A training that was killed and goes on from its file ends as one that was not. Nothing is ever unpickled.
+A training that is killed and resumed from its checkpoint gives the same result as an uninterrupted one. Nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
@@ -21,25 +22,26 @@ log = logging.getLogger(__name__)
 
 
 class Part(Protocol):
-    """Something of a training that changes with every step: a network, an optimiser, the state of random numbers."""
+    """A part of a training that changes with every step: a network, an optimiser, a random number generator."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
+        """Return the state: tensors and plain values."""
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
-        """Takes what `state_dict` gave."""
+        """Restore a state that `state_dict` returned."""
 
 
 def beside(bundle: Path) -> Path:
-    """Where a training keeps its checkpoint that is to become `bundle`, unless it is told otherwise."""
+    """Return the default path of the checkpoint of a training that will write `bundle`."""
     return bundle.with_name(f"{bundle.name}.ckpt")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A training's state in the file `path`; nothing is kept where it is None.
+    """The state of a training in the file `path`; with `path` None nothing is saved.
 
-    `training`: what it is trained with, in words; a file of another training is refused. `every`: steps between files.
+    `training`: a text that describes the arguments of the training; the file of another training is refused. `every`:
+    steps between saves.
     """
 
     path: Path | None
@@ -48,17 +50,19 @@ class Checkpoint:
     parts: Mapping[str, Part]
 
     def resume(self) -> int:
-        """Restores what was saved; returns after how many steps that was. Raises TrainingError where the file is not
-        whole, or of another training."""
+        """Restore the saved state and return the number of steps made; 0 if there is none.
+
+        Raises TrainingError if the file is incomplete, or of another training.
+        """
         if self.path is None or not self.path.exists():
             return 0
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise TrainingError(f"{self.path}: not a whole checkpoint: remove it to begin again") from error
+            raise TrainingError(f"{self.path}: not a complete checkpoint: remove it to start again") from error
         if not isinstance(saved, dict) or saved.get("recipe") != self.training:
             raise TrainingError(
-                f"{self.path}: is of another training: remove it, or give the arguments that it was begun with"
+                f"{self.path}: belongs to a training with other arguments: remove it, or give the same arguments"
             )
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
@@ -66,7 +70,7 @@ class Checkpoint:
         return int(saved["step"])
 
     def passed(self, step: int, steps: int) -> None:
-        """To be called when `step` of `steps` steps were made. Saves now and then, and after the last."""
+        """Record that `step` of `steps` steps are done: save after each `every` steps, and after the last."""
         if self.path is None or (step % self.every and step != steps):
             return
         content = {"recipe": self.training, "step": step, **{name: p.state_dict() for name, p in self.parts.items()}}

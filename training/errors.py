@@ -1,4 +1,4 @@
-"""What can go wrong and a person can mend. The message says what, where, and what to do."""
+"""Errors that the user can fix. The message says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from pathlib import Path
 
 
 class DatasetError(Exception):
-    """A data set, or what it is to be made of, that cannot be used."""
+    """A data set, or the input for one, cannot be used."""
 
 
 class TrainingError(Exception):
-    """A configuration, a checkpoint or weights that cannot be trained with."""
+    """A configuration, a checkpoint or weights cannot be used for training."""
 
 
 class EvaluationError(Exception):
-    """An evaluation or a comparison that cannot be made."""
+    """An evaluation or a comparison cannot be made."""
 
 
 def refuse_existing(bundle: Path) -> None:
-    """To be called before training what is to become `bundle`. Raises TrainingError where something is there."""
+    """Raise TrainingError if `bundle` exists; called before a training that will write it."""
     if bundle.exists():
         raise TrainingError(f"{bundle}: exists already; choose another directory, or remove it first")

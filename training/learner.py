@@ -1,6 +1,7 @@
-"""Training, whatever is learnt: the optimiser and its schedule, checkpoints, resuming, early stopping, logs.
+"""The training loop of all tasks: optimiser, learning-rate schedule, checkpoints, resuming, early stopping, logs.
 
-Lightning runs it. A run that was killed and goes on ends as one that was not; nothing is ever unpickled.
+Lightning runs the loop. A run that is killed and resumed gives the same result as an uninterrupted one. Nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
@@ -33,25 +34,25 @@ from training.errors import TrainingError
 from training.recipe import Hardware, Optimisation
 
 SYMMETRIES = 8
-"""Of the square: four turns, each with and without a flip."""
+"""Symmetries of the square: four rotations, each with and without a flip."""
 EPOCHS_PER_SEED = 2**20
-"""More than are ever trained, so that no epoch of one seed draws what another seed's does."""
+"""More epochs than any training has, so that the random draws of two seeds never coincide."""
 LAST, BEST = "last.ckpt", "best.ckpt"
 LEARNED = "learned.yaml"
-"""There when training has ended: what came of it."""
+"""The result of a finished training."""
 IMPROVED = "improved_val_loss"
-"""The validation loss of the best epoch so far, in the logs: it stays where an epoch is not better."""
+"""Name in the logs of the validation loss of the best epoch so far, which decides what is kept and when to stop."""
 NETWORK = "network."
 """Prefix of the network's weights in a checkpoint."""
 
 for library in ("lightning.pytorch", "lightning.fabric"):
-    logging.getLogger(library).setLevel(logging.WARNING)  # they tell of every device that there is not
+    logging.getLogger(library).setLevel(logging.WARNING)  # at INFO they log every absent device
 
 log = logging.getLogger(__name__)
 
 
 class Learner(lightning.LightningModule):
-    """A network, and what is asked of it. Batches are tuples whose first item is the images [N, C, S, S]."""
+    """A network and its loss. Batches are tuples whose first item is the images [N, C, S, S]."""
 
     lowest_loss: Tensor
     improved_loss: Tensor
@@ -60,16 +61,16 @@ class Learner(lightning.LightningModule):
         super().__init__()
         self.network = network
         self.optimisation = optimisation
-        # Of all epochs so far; of the last one that was better by `least_improvement`. Checkpoints keep them.
+        # The lowest loss, and that of the last epoch that improved it by `least_improvement`; kept in checkpoints
         self.register_buffer("lowest_loss", torch.tensor(torch.inf))
         self.register_buffer("improved_loss", torch.tensor(torch.inf))
 
     @abstractmethod
     def loss_of(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """The mean loss over the batch."""
+        """Return the mean loss over the batch."""
 
     def training_step(self, batch: tuple[Tensor, ...], _: int) -> Tensor:
-        """The loss of a batch, its images turned at random."""
+        """Return the loss of a batch whose images are rotated and flipped at random."""
         images, *rest = batch
         images = orient(images) if self.optimisation.augment else images
         loss = self.loss_of((images.contiguous(memory_format=torch.channels_last), *rest))
@@ -77,16 +78,17 @@ class Learner(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, ...], _: int) -> None:
-        """Logs the loss of a batch as it is."""
+        """Log the loss of an unmodified batch."""
         loss = self.loss_of(batch)
         self.log("val_loss", loss, on_epoch=True, batch_size=len(batch[0]), sync_dist=True, prog_bar=True)
 
     def on_train_epoch_start(self) -> None:
-        """Seeds by the epoch, so that training resumes with the turns and dropout that it would have gone on with."""
+        """Seed by the epoch, so that a resumed training has the same augmentation and dropout as an uninterrupted
+        one."""
         torch.manual_seed(self.optimisation.seed * EPOCHS_PER_SEED + self.current_epoch)
 
     def on_validation_epoch_end(self) -> None:
-        """Says how far training has come, and logs the loss by which it is decided what is kept and when to stop."""
+        """Log the validation loss, and the improved loss that decides what is kept and when to stop."""
         loss, epoch = float(self.trainer.callback_metrics["val_loss"]), self.current_epoch + 1
         if loss * (1 + self.optimisation.least_improvement) < float(self.lowest_loss):
             self.improved_loss.fill_(loss)
@@ -96,7 +98,7 @@ class Learner(lightning.LightningModule):
             log.info("epoch %d of %d: validation loss %.4f", epoch, self.optimisation.epochs, loss)
 
     def configure_optimizers(self) -> Any:
-        """AdamW; each epoch has a learning rate, as published."""
+        """Return AdamW with a learning rate that changes once per epoch, as published."""
         plan = self.optimisation
         optimizer = torch.optim.AdamW(
             [parameter for parameter in self.parameters() if parameter.requires_grad],
@@ -113,10 +115,10 @@ class Learner(lightning.LightningModule):
 
 
 class OrderOfEpoch(Sampler[int]):
-    """All of `n` items in an order that the seed and the epoch alone decide; Lightning says which epoch it is.
+    """A sampler of all `n` items in an order that depends on the seed and the epoch only; Lightning sets the epoch.
 
-    torch's own shuffling draws from where augmentation and dropout draw too, and Lightning begins to read the epoch
-    that it resumes at another moment than it does otherwise: all draws of that epoch would be others.
+    torch's own shuffling uses the same generator as augmentation and dropout, and Lightning starts to read a resumed
+    epoch at another moment than an ordinary one: all random draws of that epoch would differ.
     """
 
     def __init__(self, n: int, seed: int) -> None:
@@ -128,7 +130,7 @@ class OrderOfEpoch(Sampler[int]):
         return self.n
 
     def set_epoch(self, epoch: int) -> None:
-        """What Lightning calls before every epoch."""
+        """Set the epoch; Lightning calls this before every epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -144,22 +146,22 @@ def loader(
     training: bool,
     collate: Callable[[Any], Any] | None = None,
 ) -> DataLoader[Any]:
-    """Batches of the items: shuffled and whole ones to train on, all of them in order otherwise."""
+    """Return batches of the items: for training shuffled and all of full size, otherwise in order."""
     assert isinstance(items, Sized)
     n = len(items)
     return DataLoader(
         items,
         batch_size=optimisation.batch,
         sampler=OrderOfEpoch(n, optimisation.seed) if training else None,
-        drop_last=training and n >= optimisation.batch,  # a last batch of one alert has no variance to normalise by
+        drop_last=training and n >= optimisation.batch,  # batch normalisation fails on a last batch of one alert
         num_workers=hardware.workers,
         collate_fn=collate,
-        generator=torch.Generator(),  # of its own: see `OrderOfEpoch`
+        generator=torch.Generator(),  # a separate generator: see `OrderOfEpoch`
     )
 
 
 def orient(images: Tensor) -> Tensor:
-    """Each of the images [N, C, S, S] in one of the square's symmetries, drawn at random."""
+    """Apply a random symmetry of the square to each of the images [N, C, S, S]."""
     symmetry = torch.randint(SYMMETRIES, (len(images),), device=images.device)
     oriented = torch.empty_like(images)
     for k in range(SYMMETRIES):
@@ -170,12 +172,12 @@ def orient(images: Tensor) -> Tensor:
 
 
 def check_takes(network: nn.Module, inputs: Inputs) -> None:
-    """Raises TrainingError where the network does not take what it is to be shown."""
+    """Raise TrainingError if the network does not accept `inputs`."""
     blank = [torch.zeros(2, *shape) for shape in inputs.shapes().values()]
     try:
         with torch.inference_mode():
-            network.eval()(*blank)  # in training mode it would learn their statistics
-    except Exception as error:  # a network may be anybody's, and says no in its own way
+            network.eval()(*blank)  # in training mode batch normalisation would learn their statistics
+    except Exception as error:  # networks raise exceptions of any type
         shapes = " and ".join(f"{name} {shape}" for name, shape in inputs.shapes().items())
         reason = str(error).partition("\n")[0]
         raise TrainingError(f"the network cannot take {shapes}: {reason}") from error
@@ -190,11 +192,11 @@ def learn(
     hardware: Hardware,
     logs: Sequence[Literal["csv", "tensorboard"]],
 ) -> dict[str, float | int | str]:
-    """Trains, or goes on where `directory` has checkpoints; leaves the best weights in the network, on the CPU.
+    """Train, or resume if `directory` has checkpoints; the network ends with the best weights, on the CPU.
 
-    Returns the epoch that they are of, and its validation loss: the lowest, but for `least_improvement`. Raises
-    TrainingError where a checkpoint is not whole, the hardware is not there or training diverged, KeyboardInterrupt
-    where somebody stopped it.
+    Returns the epoch of these weights and its validation loss (the lowest, subject to `least_improvement`). Raises
+    TrainingError if a checkpoint is incomplete, the hardware is not available or training diverged, and
+    KeyboardInterrupt if the user interrupted it.
     """
     learned = directory / LEARNED
     if learned.exists():
@@ -204,7 +206,7 @@ def learn(
         rank_zero_only(write_whole)(learned, yaml.safe_dump(figures).encode())
     checkpoint = read_checkpoint(directory / BEST)
     weights = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(NETWORK)}
-    learner.network.cpu().to(memory_format=torch.contiguous_format)  # as weights are stored
+    learner.network.cpu().to(memory_format=torch.contiguous_format)  # the layout in files
     learner.network.load_state_dict({name.removeprefix(NETWORK): tensor for name, tensor in weights.items()})
     learner.network.eval()
     return figures
@@ -223,11 +225,11 @@ def _train(
     on_cpu = hardware.accelerator == "cpu" or (hardware.accelerator == "auto" and not torch.accelerator.is_available())
     if on_cpu and isinstance(hardware.devices, int) and hardware.devices > available_cores():
         raise TrainingError(
-            f"hardware: {hardware.devices} devices on a CPU are so many processes, and there are {available_cores()} "
-            "cores: give fewer devices"
+            f"hardware: {hardware.devices} devices on a CPU mean {hardware.devices} processes, but there are only "
+            f"{available_cores()} cores: give fewer devices"
         )
     best = ModelCheckpoint(directory, Path(BEST).stem, monitor=IMPROVED, enable_version_counter=False)
-    # Not `save_last`, which writes only where there is a new best.
+    # Not `save_last`, which writes only after an improvement.
     latest = ModelCheckpoint(directory, Path(LAST).stem, enable_version_counter=False)
     loggers: list[Logger] = []
     if "csv" in logs:
@@ -247,34 +249,37 @@ def _train(
             enable_model_summary=False,
             enable_progress_bar=sys.stderr.isatty(),
         )
-    except MisconfigurationException as error:  # devices that are not there
+    except MisconfigurationException as error:  # devices that do not exist
         reason = str(error).partition("\n")[0]
-        raise TrainingError(f"hardware: {reason}: accelerator and devices must be this machine's, or auto") from error
-    learner.network.to(memory_format=torch.channels_last)  # convolutions of many channels run up to twice as fast
+        raise TrainingError(
+            f"hardware: {reason}: set accelerator and devices to ones of this machine, or to auto"
+        ) from error
+    learner.network.to(memory_format=torch.channels_last)  # up to twice as fast with many channels
     last = directory / LAST
     if last.exists():
-        read_checkpoint(last)  # says what is wrong with it, where Lightning would not
+        read_checkpoint(last)  # gives a clear error, unlike Lightning
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")  # advice: more workers, other logging intervals
+        warnings.filterwarnings("ignore", module="lightning")  # advice about workers and logging intervals
         trainer.fit(learner, train, validation, ckpt_path=last if last.exists() else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    assert best.best_model_score is not None  # of one epoch at least
+    assert best.best_model_score is not None  # there was at least one epoch
     if not best.best_model_score.isfinite():
         raise TrainingError(
-            f"{directory}: the validation loss was never a number: try a lower learning_rate, in another directory"
+            f"{directory}: training diverged: the validation loss was NaN or infinite in every epoch; try a lower "
+            "learning_rate, in another directory"
         )
     epoch = int(read_checkpoint(directory / BEST)["epoch"]) + 1
     return {"epoch": epoch, "validation_loss": round(float(best.best_model_score), 5)}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint: tensors and plain values. Raises TrainingError where it is not whole, or is something else."""
+    """Return a checkpoint: tensors and plain values. Raises TrainingError if it is incomplete or of another kind."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
-        raise TrainingError(f"{path}: not a whole checkpoint ({reason}): remove it to begin again") from error
+        raise TrainingError(f"{path}: not a complete checkpoint ({reason}): remove it to start again") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "epoch"} <= checkpoint.keys():
-        raise TrainingError(f"{path}: not a checkpoint of this training: remove it to begin again")
+        raise TrainingError(f"{path}: not a checkpoint of this training: remove it to start again")
     return checkpoint

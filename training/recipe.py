@@ -1,17 +1,17 @@
-"""What a network is trained with: every value, in a file. A misspelt key is an error.
+"""Training configurations: every value of a training, read from a file. An unknown key is an error.
 
-Defaults are the published ones of Rehemtulla et al. 2025 (arXiv:2512.11957), fine-tuning ConvNeXt:
-`train_configs/convnext.json` and `btsbot/train.py` of https://github.com/nabeelre/BTSbot. Where a default is not, the
-key's description gives the published value: `least_improvement`, `frozen_branches` and `corrupt`. Other differences:
+The defaults are the published ones of Rehemtulla et al. 2025 (arXiv:2512.11957) for fine-tuning ConvNeXt:
+`train_configs/convnext.json` and `btsbot/train.py` of https://github.com/nabeelre/BTSbot. Three defaults differ, and
+their descriptions give the published value: `least_improvement`, `frozen_branches` and `corrupt`. Other differences:
 
-- Which alerts: BTSbot keeps positive differences in g and r with a Pan-STARRS source, here `build-dataset --where
-  'isdiffpos and band in ("g", "r") and (sgscore1 >= 0 or sgscore2 >= 0)'`.
-- The split is by source there too, but not within each class; see `SplitRule`.
-- Of variable stars and known junk BTSbot takes the latest N_max alerts of a source, in every split; here N_max are
-  drawn at random, of the split to train on alone, as it does for all other sources.
-- Its frozen fusion has ReLU in the metadata branch and in the head over both, whatever the image network has: here
-  `activation: relu` in the arguments.
-- What `fit` does after training (`vision/calibrate.py`): BTSbot's probabilities keep the shift of the class weights.
+- Selection of alerts: BTSbot keeps positive differences in g and r with a Pan-STARRS source. Here this needs
+  `build-dataset --where 'isdiffpos and band in ("g", "r") and (sgscore1 >= 0 or sgscore2 >= 0)'`.
+- Split: BTSbot also splits by source, but not within each class; see `SplitRule`.
+- Alerts per source: for variable stars and known junk, BTSbot takes the latest N_max alerts of a source, in every
+  split. Here N_max alerts of a source are drawn at random, in training only, as BTSbot does for other sources.
+- Frozen fusion: BTSbot has ReLU in the metadata branch and in the joint head, whatever the image network has. Here
+  this needs `activation: relu` in the arguments.
+- Calibration after training (`vision/calibrate.py`): BTSbot's probabilities keep the shift that class weights cause.
 """
 
 from __future__ import annotations
@@ -28,97 +28,116 @@ from training.atomic_write import write_whole
 from training.errors import TrainingError
 
 MAX_FILE_BYTES = 2**20
-"""A file of configuration has some dozens of lines; anything near this is another file, named by mistake."""
+"""Limit for a configuration, which has some dozens of lines; a larger file was named by mistake."""
 
 PUBLISHED_IMAGES = ImageInput(
     size=63, order=("science", "template", "difference"), normalisation="l2_image", padding=1e-9
 )
-"""`make_triplet` in BTSbot's `alert_utils.py`."""
+"""The preprocessing in `make_triplet` of BTSbot's `alert_utils.py`."""
 
 CONFIGURATION = "configuration.yaml"
-"""What a directory was begun with."""
+"""The configuration with which a directory was started."""
 ENCODER_CARD = "encoder.yaml"
-"""Beside the weights that `pretrain` writes: what they come from."""
+"""The origin of the weights that `pretrain` writes, in a file beside them."""
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""Learners multiply it by 2^20, and torch takes 64 bits."""
+"""A seed. Learners multiply it by 2^20, and torch takes 64 bits."""
 Configuration = TypeVar("Configuration", bound=Section)
 
 
 class Optimisation(Section):
-    """How weights are found: AdamW, a learning rate that rises as a line and falls as a cosine, early stopping."""
+    """The optimisation: AdamW, linear warm-up and cosine decay of the learning rate, early stopping."""
 
     epochs: int = Field(default=25, gt=0)
-    batch: int = Field(default=64, gt=1, description="Images a step, on each device.")
-    learning_rate: float = Field(default=5e-6, gt=0, description="At its peak; made for pre-trained weights.")
-    betas: tuple[Rate, Rate] = Field(default=(0.9, 0.999), description="Of AdamW's two moments.")
+    batch: int = Field(default=64, gt=1, description="Images per step on each device.")
+    learning_rate: float = Field(
+        default=5e-6, gt=0, description="Peak learning rate; the default suits pre-trained weights."
+    )
+    betas: tuple[Rate, Rate] = Field(default=(0.9, 0.999), description="Decay rates of AdamW's two moments.")
     weight_decay: float = Field(default=0.01, ge=0, description="torch's default, as published.")
-    warm_up_epochs: int = Field(default=2, ge=0, description="In which the learning rate rises.")
-    least: float = Field(default=0.01, gt=0, le=1, description="Where the rise begins and the fall ends, of the peak.")
+    warm_up_epochs: int = Field(default=2, ge=0, description="Epochs of linear warm-up.")
+    least: float = Field(
+        default=0.01, gt=0, le=1, description="Initial and final learning rate, as a fraction of the peak."
+    )
     patience: int = Field(default=5, gt=0, description="Epochs without a lower validation loss before training stops.")
     least_improvement: Rate = Field(
         default=0,
-        description="By which share the validation loss must be below the lowest of all earlier epochs for an epoch to "
-        "count as better: else its weights are not kept, and patience runs out. BTSbot's code has 0.005.",
+        description="Relative improvement over the lowest validation loss so far that an epoch needs to count as "
+        "better; "
+        "otherwise its weights are not kept and it counts towards `patience`. BTSbot's code has 0.005.",
     )
-    augment: bool = Field(default=True, description="Flip and turn every image at random, by right angles.")
+    augment: bool = Field(
+        default=True, description="Flip every image and rotate it by multiples of 90 degrees, at random."
+    )
     seed: Seed = 2
 
     @model_validator(mode="after")
     def _ends_after_warming_up(self) -> Self:
         if self.warm_up_epochs >= self.epochs:
-            raise ValueError(f"warm_up_epochs: {self.warm_up_epochs} of {self.epochs} epochs leave none to train in")
+            raise ValueError(f"warm_up_epochs ({self.warm_up_epochs}) must be fewer than epochs ({self.epochs})")
         return self
 
 
 class Recipe(Optimisation):
-    """How a classifier is trained, and on which of a data set's alerts."""
+    """The training of a classifier, and the selection of a data set's alerts for it."""
 
-    balance: bool = Field(default=True, description="Weigh the classes as if they had as many alerts each.")
-    max_alerts_per_source: int = Field(default=100, gt=0, description="N_max: of an object's, chosen at random.")
-    fraction: float = Field(default=1, gt=0, le=1, description="Of the training sources of each class.")
+    balance: bool = Field(default=True, description="Weight the classes so that each has the same total weight.")
+    max_alerts_per_source: int = Field(
+        default=100, gt=0, description="N_max: alerts of an object to train on, chosen at random."
+    )
+    fraction: float = Field(
+        default=1, gt=0, le=1, description="Fraction of the training sources of each class that is used."
+    )
     corrupt: Literal["kept", "dropped"] = Field(
         default="kept",
-        description="Alerts to train on and to stop by with a cutout whose median is infinite or whose pixels are all "
-        "zero or missing. BTSbot drops such alerts from every split; here the test split keeps them, because the "
-        "service scores them.",
+        description="Whether to keep training and validation alerts with a cutout whose median is infinite or whose "
+        "pixels "
+        "are all zero or missing. BTSbot drops such alerts from every split; here the test split keeps them, because "
+        "the service scores them.",
     )
     frozen_branches: Literal["evaluation", "training"] = Field(
         default="evaluation",
-        description="The mode of the branches under frozen fusion while the head is trained. In training mode, which "
-        "BTSbot leaves them in, dropout is active and batch normalisation goes on learning means and variances.",
+        description="Mode of the frozen branches while the head of a frozen fusion is trained. In training mode, as in "
+        "BTSbot, dropout is active and batch normalisation continues to learn means and variances.",
     )
 
 
 class Hardware(Section):
-    """What trains. Several devices share each step, by distributed data parallelism."""
+    """The hardware of a training. Several devices share each step by distributed data parallelism."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
-    workers: int = Field(default=0, ge=0, description="Processes that read and prepare alerts.")
-    threads: int | None = Field(default=None, gt=0, description="torch's, on a CPU; its own choice where absent.")
+    workers: int = Field(default=0, ge=0, description="Worker processes that read and preprocess alerts.")
+    threads: int | None = Field(default=None, gt=0, description="Threads of torch on a CPU; absent: torch's default.")
 
 
 class Encoder(Section):
-    """Weights that the encoder begins with, instead of random ones."""
+    """Pre-trained weights with which the encoder is initialised."""
 
-    regimen: str = Field(description="What to call the pre-training, in the card and in tables: imagenet, galaxies.")
-    source: str = Field(description="What `broker_filter.importers.encoders` reads: a file, a folder or a hub's name.")
+    regimen: str = Field(
+        description="Name of the pre-training in the card and in tables, such as imagenet or galaxies."
+    )
+    source: str = Field(
+        description="Source for `broker_filter.importers.encoders`: a file, a folder or a name on the hub."
+    )
 
 
 class Fit(Section):
-    """A network to train, from the data set to the bundle."""
+    """The training of one network, from a data set to a bundle."""
 
-    name: ModelName = Field(description="The bundle's name, which prefixes its outputs.")
+    name: ModelName = Field(description="Name of the bundle, the prefix of its outputs.")
     version: str = "1"
-    dataset: Path = Field(description="What build-dataset wrote.")
-    out: Path = Field(description="Checkpoints, logs, the bundle and its predictions go here.")
-    architecture: Architecture = Field(description="Without `labels` and `metadata`, which are counted here.")
-    encoder: Encoder | None = Field(default=None, description="Absent: random weights.")
+    dataset: Path = Field(description="Directory of a data set that build-dataset wrote.")
+    out: Path = Field(description="Directory for checkpoints, logs, the bundle and its predictions.")
+    architecture: Architecture = Field(
+        description="Architecture without the arguments `labels` and `metadata`, which are set here."
+    )
+    encoder: Encoder | None = Field(default=None, description="Pre-trained encoder; absent: random weights.")
     metadata: tuple[str, ...] = Field(
-        default=(), description="Columns that the network takes besides the images; a missing value is -999."
+        default=(),
+        description="Metadata columns that the network takes besides the images; -999 replaces missing values.",
     )
     images: ImageInput = PUBLISHED_IMAGES
     recipe: Recipe = Recipe()
@@ -129,10 +148,10 @@ class Fit(Section):
 
 
 def read_configuration(kind: type[Configuration], file: Path) -> Configuration:
-    """The YAML file as a `kind`. Raises TrainingError with everything that is wrong with it."""
+    """Read a YAML file as a `kind` of configuration. Raises TrainingError with all problems of the file."""
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
-            raise TrainingError(f"{file}: larger than {MAX_FILE_BYTES} bytes, which no configuration is")
+            raise TrainingError(f"{file}: larger than {MAX_FILE_BYTES} bytes, the limit for a configuration")
         return kind.model_validate(yaml.safe_load(file.read_bytes()))
     except yaml.YAMLError as error:
         raise TrainingError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
@@ -141,9 +160,9 @@ def read_configuration(kind: type[Configuration], file: Path) -> Configuration:
 
 
 def begin(out: Path, config: Section) -> None:
-    """Makes the directory of a training, or checks that it was made with the same configuration.
+    """Create the directory of a training, or check that it was started with the same configuration.
 
-    Raises TrainingError where it was another and left anything: that would be gone on with as if it were this one's.
+    Raises TrainingError if it holds files of a training with another configuration, because resuming would mix the two.
     """
     path = out / CONFIGURATION
     content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -151,6 +170,6 @@ def begin(out: Path, config: Section) -> None:
         if path.read_text(encoding="utf-8") == content:
             return
         if any(other != path for other in out.iterdir()):
-            raise TrainingError(f"{out}: was begun with another configuration, see {path}: choose another directory")
+            raise TrainingError(f"{out}: was started with another configuration, see {path}: choose another directory")
     out.mkdir(parents=True, exist_ok=True)
     write_whole(path, content.encode())

@@ -1,1 +1,1 @@
-"""Trained networks into model bundles: published weights are read, and `write_bundle` writes the bundle."""
+"""Importers: published weights -> model bundles. `write_bundle` writes a bundle, also for training."""

@@ -1,8 +1,8 @@
-"""Importer of ACAI, five networks that say what an alert of ZTF is: hosted, nuclear, variable, orphan, bogus.
+"""Importer of ACAI: five binary classifiers of ZTF alerts (hosted, nuclear, variable, orphan, bogus).
 
-Reads the Keras .h5 models of https://github.com/dmitryduev/acai (MIT) of November 2020, `acai_h.d1_dnn_20201130.h5` and
-its siblings, checking every name and shape; any other network is refused. A file does not say which of the five it is.
-Needs the `train` extra.
+It reads the Keras .h5 models of November 2020 in https://github.com/dmitryduev/acai (MIT), `acai_h.d1_dnn_20201130.h5`
+and its siblings, and checks every name and shape; any other network is refused. A file does not say which of the five
+classifiers it is. Needs the `train` extra.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ from broker_filter.scoring.bundle import (
 from broker_filter.scoring.networks import load_network
 
 CLASSES = {"h": "hosted", "n": "nuclear", "v": "variable", "o": "orphan", "b": "bogus"}
-"""What each of the five says, by the letter in its file's name."""
+"""The label of each of the five classifiers, by the letter in the name of its file."""
 COLUMNS = (
     *("drb", "diffmaglim", "ra", "dec", "magpsf", "sigmapsf", "chipsf", "fwhm", "sky", "chinr", "sharpnr"),
     *("sgscore1", "distpsnr1", "sgscore2", "distpsnr2", "sgscore3", "distpsnr3", "ndethist", "ncovhist", "scorr"),
     *("nmtchps", "clrcoeff", "clrcounc", "neargaia", "neargaiabright"),
 )
-"""The features of version 20201130 in ACAI's configuration, raw, in order."""
+"""The features of version 20201130 in ACAI's configuration: raw values, in order."""
 FILL = -999.0
-"""What ZTF writes for a missing value, and what the networks have therefore seen for one in training."""
+"""ZTF's value for a missing measurement; the networks were trained with it."""
 FILLS = {"drb": 0.5}
-"""ACAI runs braai where an alert has no drb, as those of before the survey had one; here nothing is known."""
+"""ACAI runs braai on alerts without drb (from before the survey had one). A bundle cannot, so 0.5 stands for
+unknown."""
 IMAGES = ImageInput(size=63, order=("science", "template", "difference"), normalisation="l2_image", padding=1e-9)
-"""What `make_triplet` of ACAI's `utils.py` makes of the cutouts."""
+"""The preprocessing of cutouts in `make_triplet` of ACAI's `utils.py`."""
 
 CONVOLUTIONS = {
     "conv_conv_1": ("images.0", 3, 16),
@@ -50,20 +51,20 @@ CONVOLUTIONS = {
     "conv_conv_3": ("images.4", 16, 32),
     "conv_conv_4": ("images.5", 32, 32),
 }
-"""Keras layer: its place in our network, channels in, channels out."""
+"""Keras layer: module in `ACAI`, input channels, output channels."""
 DENSE = {
     "dense_fc_1": ("metadata.0", len(COLUMNS), 64),
     "dense_fc_2": ("metadata.3", 64, 32),
     "fc_1": ("joint.0", 32 + 32, 16),
     "score": ("head", 16, 1),
 }
-"""Likewise: units in, units out."""
+"""Keras layer: module in `ACAI`, input units, output units."""
 
 
 def import_acai(weights: Path, letter: str, name: str, out: Path) -> None:
-    """Writes the bundle `name` into the new directory `out`. `letter`: which of the five it is, of `CLASSES`.
+    """Write the bundle `name` into the new directory `out`. `letter`: which of CLASSES the file is.
 
-    Raises BundleError where the file is not such a network.
+    Raises BundleError if the file is not such a network.
     """
     label = CLASSES[letter]
     try:
@@ -86,12 +87,13 @@ def import_acai(weights: Path, letter: str, name: str, out: Path) -> None:
             ),
         )
     except ValidationError as error:
-        raise BundleError(f"no bundle can be called {name!r}: {describe_problems(error)}") from error
+        raise BundleError(f"a bundle cannot be named {name!r}: {describe_problems(error)}") from error
     write_bundle(out, description, load_network(description.architecture, read_weights(weights)))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The .h5 file's weights as `ACAI` names and orders them. Raises BundleError where it holds another network."""
+    """Return the weights of the .h5 file as the state dict of `ACAI`. Raises BundleError if it holds another
+    network."""
     expected: dict[str, tuple[int, ...]] = {}
     for layer, (_, channels_in, channels_out) in CONVOLUTIONS.items():
         expected[f"{layer}/depthwise_kernel"] = (3, 3, channels_in, 1)

@@ -1,6 +1,6 @@
-"""Importer of braai, the real/bogus networks that ZTF publishes with its alerts (`drb`).
+"""Importer of braai: the real/bogus networks whose scores ZTF publishes in its alerts (`drb`).
 
-Reads the Keras .h5 weights of https://github.com/dmitryduev/braai (MIT), checking every name and shape; any other
+It reads the Keras .h5 weights of https://github.com/dmitryduev/braai (MIT), and checks every name and shape; any other
 network is refused. Needs the `train` extra.
 """
 
@@ -29,7 +29,7 @@ from broker_filter.scoring.bundle import (
 from broker_filter.scoring.networks import load_network
 
 PADDING = 1e-9
-"""What short stamps were padded with when the network was trained (`make_triplet` in braai's repository)."""
+"""Value with which incomplete stamps were padded in training (`make_triplet` in braai's repository)."""
 
 LAYERS: dict[str, tuple[str, tuple[int, ...]]] = {
     "conv1": ("features.0", (3, 3, 3, 16)),
@@ -39,14 +39,14 @@ LAYERS: dict[str, tuple[str, tuple[int, ...]]] = {
     "fc_1": ("features.13", (6 * 6 * 32, 256)),
     "fc_out": ("head.1", (256, 1)),
 }
-"""Keras layer: its place in `VGG6`, and the shape of its kernel (height, width, in, out; or in, out)."""
+"""Keras layer: module in `VGG6`, and shape of its kernel (height, width, in, out; or in, out)."""
 
 
 def import_braai(weights: Path, normalisation: Literal["row", "image"], name: str, out: Path) -> None:
-    """Writes the bundle `name` into the new directory `out`.
+    """Write the bundle `name` into the new directory `out`.
 
-    `normalisation`: what of the images was divided by its L2 norm when the network was trained: each row (d6_m7 and
-    before) or the whole image (d6_m9). Raises BundleError where the file is not such a network.
+    `normalisation`: what was divided by its L2 norm in training: each image row (d6_m7 and earlier) or the whole image
+    (d6_m9). Raises BundleError if the file is not such a network.
     """
     images = ImageInput(
         size=63,
@@ -71,13 +71,14 @@ def import_braai(weights: Path, normalisation: Literal["row", "image"], name: st
             ),
         )
     except ValidationError as error:
-        raise BundleError(f"no bundle can be called {name!r}: {describe_problems(error)}") from error
+        raise BundleError(f"a bundle cannot be named {name!r}: {describe_problems(error)}") from error
     network = load_network(description.architecture, read_weights(weights))
     write_bundle(out, description, network)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The .h5 file's weights as `VGG6` names and orders them. Raises BundleError where it holds another network."""
+    """Return the weights of the .h5 file as the state dict of `VGG6`. Raises BundleError if it holds another
+    network."""
     expected = {
         f"{layer}/{name}": size for layer, (_, shape) in LAYERS.items() for name, size in _of_a_layer(shape).items()
     }

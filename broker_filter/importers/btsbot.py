@@ -1,6 +1,6 @@
-"""Importer of BTSbot, the networks that find transients for ZTF's Bright Transient Survey.
+"""Importer of BTSbot: the networks that find transients for ZTF's Bright Transient Survey.
 
-Reads a folder as its authors publish them (https://huggingface.co/nabeelr): `pytorch_model.bin` and
+It reads a folder as its authors publish it (https://huggingface.co/nabeelr): `pytorch_model.bin` and
 `train_config.json`, with or without metadata. Every name and shape is checked; any other network is refused. Needs the
 `train` extra.
 """
@@ -35,14 +35,14 @@ WEIGHTS = "pytorch_model.bin"
 CONFIG = "train_config.json"
 MAX_CONFIG_BYTES = 2**20
 IMAGES = ImageInput(size=63, order=("science", "template", "difference"), normalisation="l2_image", padding=1e-9)
-"""What `make_triplet` of btsbot's alert_utils makes of the cutouts."""
+"""The preprocessing of cutouts in `make_triplet` of btsbot's `alert_utils.py`."""
 FILL = -999.0
-"""What ZTF writes for a missing value, and what the networks have therefore seen for one in training."""
+"""ZTF's value for a missing measurement; the networks were trained with it."""
 FILLS = {"new_drb": 0.5}
-"""Never missing in training. Where it is, in alerts from before the survey had a drb, nothing is known."""
+"""new_drb was never missing in training. Alerts from before the survey had a drb get 0.5, which stands for unknown."""
 LABEL = "bts"
 LEGACY_SURVEY = "LS"
-"""In the version of a training set, by btsbot's own rule."""
+"""Substring of the version of a training set that uses Legacy Surveys images, as in btsbot's code."""
 
 PARTS: dict[str, dict[str, str]] = {
     "ConvNeXt": {
@@ -63,14 +63,15 @@ PARTS: dict[str, dict[str, str]] = {
     "mm_MaxViT": {"encoder.backbone.": "maxvit_backbone.", "head.": "combined_head."},
     "mm_cnn": {"encoder.layers.": "conv_layers.", "head.": "combined_head."},
 }
-"""By the class in btsbot: what it calls a part of ours, where it does so otherwise. The first that fits counts."""
+"""For each class of btsbot: prefix of parameter names in our network -> prefix in btsbot, where the two differ. The
+first matching prefix is used."""
 
 Width = Annotated[int, Field(gt=0, le=2**16)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(BaseModel):
-    """What of `train_config.json` says which network it is. Every class in btsbot needs some of it."""
+    """The keys of `train_config.json` that define the network. Each class of btsbot needs some of them."""
 
     model_name: Literal["ConvNeXt", "MaxViT", "um_cnn", "um_nn", "mm_ConvNeXt", "mm_MaxViT", "mm_cnn", "frozen_fusion"]
     model_kind: str | None = None
@@ -93,14 +94,14 @@ class TrainConfig(BaseModel):
     train_data_version: str = ""
 
     def get(self, *names: str) -> Any:
-        """The values of `names`. Raises BundleError where one is absent."""
+        """Return the values of the keys `names`. Raises BundleError if one is absent."""
         if absent := [name for name in names if getattr(self, name) is None]:
-            raise BundleError(f"{CONFIG}: {self.model_name} needs {', '.join(absent)}, which are not there")
+            raise BundleError(f"{CONFIG}: the keys {', '.join(absent)}, which {self.model_name} needs, are missing")
         return tuple(getattr(self, name) for name in names)
 
 
 def import_btsbot(folder: Path, name: str, out: Path) -> None:
-    """Writes the bundle `name` into the new directory `out`. Raises as `read_btsbot` does."""
+    """Write the bundle `name` into the new directory `out`. Raises as `read_btsbot` does."""
     config, network = read_btsbot(folder)
     image, _ = _branches(config)
     started = f"from {image.model_kind}" if image.model_kind and image.pretrained else "from random weights"
@@ -123,14 +124,15 @@ def import_btsbot(folder: Path, name: str, out: Path) -> None:
             ),
         )
     except ValidationError as error:
-        raise BundleError(f"no bundle can be called {name!r}: {describe_problems(error)}") from error
+        raise BundleError(f"a bundle cannot be named {name!r}: {describe_problems(error)}") from error
     write_bundle(out, description, network)
 
 
 def read_btsbot(folder: Path) -> tuple[TrainConfig, nn.Module]:
-    """The folder's network, in evaluation mode, and what it is.
+    """Return the configuration in the folder, and its network in evaluation mode.
 
-    Raises BundleError where the configuration is not of such a network, WeightsError where the weights are not its.
+    Raises BundleError if the configuration is not of a supported network, and WeightsError if the weights do not fit
+    it.
     """
     config = _read_config(folder / CONFIG)
     network = build_network(_architecture(config))
@@ -148,7 +150,7 @@ def _read_config(path: Path) -> TrainConfig:
     if not path.is_file():
         raise BundleError(f"{path}: no such file; a BTSbot folder has it beside {WEIGHTS}")
     if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise BundleError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, which no configuration is")
+        raise BundleError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, the limit for a configuration")
     try:
         config = TrainConfig.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -159,7 +161,7 @@ def _read_config(path: Path) -> TrainConfig:
 
 
 def _architecture(config: TrainConfig) -> Architecture:
-    """Our network of the same layers."""
+    """Return the architecture of this package with the same layers."""
     arguments: dict[str, Any] = {}
     image, metadata = _branches(config)
     if image.model_name in {"um_cnn", "mm_cnn"}:
@@ -182,19 +184,20 @@ def _architecture(config: TrainConfig) -> Architecture:
 
 
 def _branches(config: TrainConfig) -> tuple[TrainConfig, TrainConfig | None]:
-    """What configures the image branch, and the metadata branch where there is one."""
+    """Return the configuration of the image branch, and of the metadata branch or None."""
     image, metadata = config, config if config.model_name.startswith("mm_") else None
     if config.model_name == "frozen_fusion":
         image, metadata = config.get("image_model_config", "meta_model_config")
     if image.model_name not in PARTS or (image is not config and image.model_name.startswith("mm_")):
-        raise BundleError(f"{CONFIG}: {image.model_name} is no network of images alone")
+        raise BundleError(f"{CONFIG}: {image.model_name} is not an image network")
     return image, metadata
 
 
 def _columns(config: TrainConfig) -> tuple[str, ...]:
-    """The metadata columns in the order in which the network takes them.
+    """Return the metadata columns in the order in which the network takes them.
 
-    Raises BundleError where a packet does not have one, one comes twice, or the branch was trained on another order.
+    Raises BundleError if alerts do not have a column, if a column is repeated, or if the branch was trained with
+    another order.
     """
     _, metadata = _branches(config)
     if metadata is None:
@@ -215,7 +218,7 @@ def _columns(config: TrainConfig) -> tuple[str, ...]:
 
 
 def _parts(config: TrainConfig) -> dict[str, str]:
-    """What btsbot calls the parts of our network; see `PARTS`."""
+    """Return the prefixes of parameter names; see PARTS."""
     image, _ = _branches(config)
     parts = PARTS[image.model_name]
     if config.model_name != "frozen_fusion":

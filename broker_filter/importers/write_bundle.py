@@ -1,6 +1,6 @@
-"""A trained or imported network as a bundle. Needs the `train` extra; serving never imports this.
+"""Writes a trained or imported network as a bundle. Needs the `train` extra; serving never imports this module.
 
-The bundle's directory appears whole or not at all, and never replaces another.
+The bundle's directory is written atomically, and never replaces an existing one.
 """
 
 from __future__ import annotations
@@ -48,26 +48,28 @@ from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.scorer import open_model
 
 ENGINES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")
-"""What a bundle must run on."""
+"""Runtimes on which every bundle must run."""
 NOISE_FACTOR = 16
-"""Between float32's distance from float64 in this run, of few alerts, and what other engines and machines are allowed:
-they add in another order, and round as much but not the same."""
+"""Ratio of the allowed deviation on other engines and machines to the float32 rounding error measured here on a few
+alerts: they sum in another order, and their rounding errors are of the same size but not the same."""
 SMALLEST = float(np.finfo(np.float32).tiny)
-"""Lest outputs that are all zeros be divided by."""
+"""Smallest divisor, for outputs that are all zero."""
 SATURATED = 12.0
-"""Log-odds: beyond, a probability is nearer to 0 or 1 than any runtime must come to it."""
+"""Log-odds are clipped to this absolute value: beyond it, a probability is within 1e-5 of 0 or 1."""
 TEST_SEED = 63
 TEST_MJD = 61000.0
 
 for exporter in ("torch.onnx", "onnxscript", "onnx_ir"):
-    logging.getLogger(exporter).setLevel(logging.ERROR)  # they tell of every step, and of packages they do without
+    logging.getLogger(exporter).setLevel(
+        logging.ERROR
+    )  # at INFO they log every step and every missing optional package
 
 
 def write_bundle(directory: Path, description: Description, network: nn.Module) -> None:
-    """Writes the bundle of `network`, whose parameters are on the CPU in float32, into the new `directory`.
+    """Write the bundle of `network`, whose parameters are float32 on the CPU, into the new `directory`.
 
-    Raises BundleError where the directory exists already, or an engine does not give what the network gives; OSError
-    where the directory cannot be written.
+    Raises BundleError if the directory exists, or if a runtime does not reproduce the network's outputs; OSError if the
+    directory cannot be written.
     """
     if directory.exists():
         raise BundleError(f"{directory}: exists already; choose another directory, or remove it first")
@@ -99,12 +101,13 @@ def write_bundle(directory: Path, description: Description, network: nn.Module) 
 def _exact_outputs(
     served: ServedNetwork, inputs: list[torch.Tensor], outputs: Outputs
 ) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
-    """The outputs as float64 arithmetic gives them, rounded to float32; and by output, what `Card.tolerances` says.
+    """Return the outputs computed in float64, rounded to float32, and the tolerance of each output (see
+    `Card.tolerances`).
 
-    Raises BundleError where float32 arithmetic gives something else.
+    Raises BundleError if float32 arithmetic gives other results.
     """
     with torch.inference_mode():
-        # Alone, an alert is computed in another order than among others: each is a sample of what rounding does.
+        # Sums of a single alert run in another order than those of a batch: both sample the rounding errors.
         together = _log_odds_and_others(served.network(*inputs), outputs)
         alone = [
             _log_odds_and_others(served.network(*one), outputs)
@@ -120,12 +123,12 @@ def _exact_outputs(
         noise = float((rounded.double() - exact[name]).abs().max())
         largest = 1.0 if name == PROBABILITIES else float(exact[name].abs().max())
         tolerances[name] = NOISE_FACTOR * noise / max(largest, SMALLEST)
-        if not tolerances[name] <= MAX_TOLERANCE:  # nor where it is NaN
+        if not tolerances[name] <= MAX_TOLERANCE:  # also true for NaN
             raise BundleError(
-                f"the network's {name} in float32 are up to {noise:.2g} from those in float64"
-                f"{', in log-odds' if name == PROBABILITIES else ''}: rounding alone changes what it says, so that no "
-                f"other machine would reproduce it (at most {MAX_TOLERANCE / NOISE_FACTOR * largest:.2g} is allowed); "
-                "look for NaN, or for very large numbers that are subtracted from each other"
+                f"the network's {name} in float32 differ by up to {noise:.2g} from those in float64"
+                f"{', in log-odds' if name == PROBABILITIES else ''}: rounding errors dominate, so other machines "
+                f"would not reproduce them (at most {MAX_TOLERANCE / NOISE_FACTOR * largest:.2g} is allowed); look for "
+                "NaN, or for differences of very large numbers"
             )
     arrays = {
         name: output.float().contiguous().numpy()  # safetensors saves buffers
@@ -135,7 +138,7 @@ def _exact_outputs(
 
 
 def _log_odds_and_others(given: tuple[torch.Tensor, ...], outputs: Outputs) -> dict[str, torch.Tensor]:
-    """A network's outputs by name, the log-odds of its probabilities, up to SATURATED, in the place of these."""
+    """Return a network's outputs by name, with the log-odds (clipped to SATURATED) in place of the probabilities."""
     logits, *others = given
     odds = logits if outputs.activation == "sigmoid" else log_odds(logits)
     return dict(
@@ -144,9 +147,9 @@ def _log_odds_and_others(given: tuple[torch.Tensor, ...], outputs: Outputs) -> d
 
 
 def _to_onnx(served: nn.Module, inputs: list[torch.Tensor], description: Description) -> bytes:
-    """The graph with a free batch axis and named inputs and outputs, its weights inside."""
+    """Return the ONNX graph with weights, a free batch axis, and named inputs and outputs."""
     batch = torch.export.Dim("alerts")
-    # The exporter writes attention out in plain matrix products: it must trace those, not a fused kernel's strides.
+    # The exporter writes attention as matrix products: it must trace those, not the strides of a fused kernel.
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporter calls deprecated parts of torch
         program = torch.onnx.export(
@@ -160,7 +163,7 @@ def _to_onnx(served: nn.Module, inputs: list[torch.Tensor], description: Descrip
         )
     assert program is not None
     model: onnx.ModelProto = program.model_proto
-    # The exporter notes where in the source every node came from, with the paths of the machine it ran on.
+    # The exporter records the source position of every node, with local paths.
     for node in model.graph.node:
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
@@ -168,9 +171,11 @@ def _to_onnx(served: nn.Module, inputs: list[torch.Tensor], description: Descrip
 
 
 def _test_alerts(inputs: Inputs) -> RawAlerts:
-    """Four synthetic alerts, as raw as surveys publish them: a new source, a misaligned subtraction, a short stamp, and
-    pixels that are NaN or the largest float32. Where light curves are asked for, the first has only its own point, the
-    second more than fit, the third none."""
+    """Return four synthetic raw alerts: a new source, a misaligned subtraction, an incomplete stamp, and pixels that
+    are NaN or the largest float32.
+
+    If light curves are needed, the first alert has one point, the second more points than fit, the third none.
+    """
     rng = np.random.default_rng(TEST_SEED)
     size = inputs.images.size
     y, x = np.ogrid[:size, :size]
@@ -210,7 +215,7 @@ def _test_alerts(inputs: Inputs) -> RawAlerts:
 
 
 def _arrays(alerts: RawAlerts) -> dict[str, NDArray[Any]]:
-    """The alerts as a test vector holds them."""
+    """Return the arrays of a test vector for these alerts."""
     arrays: dict[str, NDArray[Any]] = {
         "cutouts": alerts.cutouts,
         "cutout_box": alerts.cutout_box,

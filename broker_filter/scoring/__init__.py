@@ -1,1 +1,2 @@
-"""Model bundles, the one preprocessing, runtimes: AlertBatch -> Scores. Knows no Kafka and no files but bundles."""
+"""Model bundles, preprocessing, runtimes and the scorer: AlertBatch -> Scores. Knows no Kafka, and reads no files but
+bundles and references."""

@@ -1,14 +1,16 @@
-/* Pixels divided by their norms: the quick way of `preprocess.normalise_numpy`, with the same result to the bit.
+/* Divides pixels by their norms: a compiled `preprocess.normalise_numpy` with bit-identical results.
  *
- * The interpreter is not held meanwhile. Built without contraction of products and sums: numpy rounds each. */
+ * The GIL is released. Built without fused multiply-add (-ffp-contract=off), because numpy rounds each operation. */
 
 #include <Python.h>
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
 
-#define LANES 8  /* sums side by side, of every eighth pixel, and */
-#define PAIRED 128 /* the most pixels that are not halved first: numpy's pairwise summation (`pairwise_sum` in its loops) */
+/* numpy's pairwise summation (`pairwise_sum` in its loops): blocks of more than PAIRED pixels are halved, and each block is
+ * summed in LANES partial sums. */
+#define LANES 8
+#define PAIRED 128
 
 static float sum_of_squares(const float *pixels, Py_ssize_t n)
 {
@@ -56,7 +58,7 @@ static PyObject *normalise(PyObject *module, PyObject *const *args, Py_ssize_t n
 {
     (void)module;
     if (n_args != 3) {
-        PyErr_SetString(PyExc_TypeError, "normalise: two arrays and a length");
+        PyErr_SetString(PyExc_TypeError, "normalise: takes two arrays and a length");
         return NULL;
     }
     Py_ssize_t length = PyLong_AsSsize_t(args[2]);
@@ -71,7 +73,7 @@ static PyObject *normalise(PyObject *module, PyObject *const *args, Py_ssize_t n
     Py_ssize_t n_pixels = images.len / (Py_ssize_t)sizeof(float);
     if (!is_float_array(&images) || !is_float_array(&normalised) || images.len != normalised.len || length < 1 ||
         n_pixels % length) {
-        PyErr_SetString(PyExc_ValueError, "normalise: arrays of a wrong shape or type");
+        PyErr_SetString(PyExc_ValueError, "normalise: arrays must be float32, of one size, a multiple of length");
         goto release_normalised;
     }
 
@@ -96,7 +98,7 @@ static PyMethodDef methods[] = {
 static PyModuleDef_Slot slots[] = {{0, NULL}};
 
 static PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_normalise", "The compiled way from pixels to what networks take.", 0, methods, slots, NULL,
+    PyModuleDef_HEAD_INIT, "_normalise", "Compiled normalisation of images.", 0, methods, slots, NULL,
     NULL, NULL,
 };
 

@@ -1,6 +1,6 @@
-"""Alerts as far as models look at them: columns of an `AlertBatch`, of a data set, of a bundle's test vector.
+"""The fields of alerts that models use, from an `AlertBatch`, a data set or a bundle's test vector.
 
-Raw, as the decoder delivers them: what networks take is made of them in `preprocess`. Decides nothing.
+The values are raw, as the decoder delivers them; `preprocess` turns them into network inputs.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from broker_filter.packets.batch import AlertBatch, LightCurves
 
 @dataclass(frozen=True, slots=True)
 class RawAlerts:
-    """N alerts; `alerts[rows]` are some of them. The columns mean what they do in `AlertBatch`.
+    """The model-relevant fields of N alerts; `alerts[rows]` selects a subset. The columns are those of `AlertBatch`.
 
-    Without `mjd` and `light_curves` they are for models that do not look at the past.
+    `mjd` and `light_curves` may be absent; such alerts are only for models that do not use light curves.
     """
 
     cutouts: NDArray[np.float32]  # [N, 3, S, S]
@@ -25,7 +25,7 @@ class RawAlerts:
     metadata: NDArray[np.float64]  # [N, F] NaN where missing
     columns: tuple[str, ...]  # F
     mjd: NDArray[np.float64] | None = None  # [N]
-    light_curves: LightCurves | None = None  # of N
+    light_curves: LightCurves | None = None  # of the N alerts
 
     def __len__(self) -> int:
         return len(self.cutouts)
@@ -42,5 +42,5 @@ class RawAlerts:
 
 
 def raw_alerts(batch: AlertBatch) -> RawAlerts:
-    """What models look at of a decoded batch; nothing is copied."""
+    """Return the fields of a decoded batch that models use, as views: nothing is copied."""
     return RawAlerts(batch.cutouts, batch.cutout_box, batch.metadata, batch.columns, batch.mjd, batch.light_curves)

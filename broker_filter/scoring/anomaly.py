@@ -1,9 +1,12 @@
-"""How strange an alert is beside a reference of ordinary ones, and what makes it strange.
+"""Anomaly scores: how far an alert's embedding lies from a reference of ordinary alerts, and the reason.
 
-Ordinary embeddings are a cloud, and so is each modality that they have side by side. An alert has a distance from each
-cloud by one of three measures; those distances, in deviations of what is usual, make the score. `training anomalies`
-says what each measure is worth. Works on embeddings alone, and decides nothing: which scores are flagged is
-`threshold`'s affair. An alert's score does not depend on what else is scored.
+Distances are measured in the embedding as a whole and in each modality (each modality is a slice of the embedding).
+Each distance is standardised with the mean and standard deviation of the distances of held-out ordinary alerts; the
+anomaly score is the mean of the standardised distances. `training/embedding/ANOMALIES.md` compares the three distance
+measures.
+
+This module sees embeddings only. `threshold` decides which scores are flagged. An alert's score does not depend on the
+other alerts that are scored with it.
 """
 
 from __future__ import annotations
@@ -24,17 +27,17 @@ from broker_filter.scoring.reference import (
 )
 
 NEIGHBOURS = 5
-"""Named in a reason, and measured from."""
+"""Number of nearest neighbours: named in a reason, and averaged over by the measure `neighbours`."""
 SHRINKAGE = 0.003
-"""Of a covariance towards a sphere of the same mean variance: enough to invert it where a network's embeddings hardly
-vary in some directions, or the ordinary alerts are few."""
+"""Weight with which a covariance matrix is shrunk towards a multiple of the identity with the same trace. It keeps the
+matrix invertible if the embeddings hardly vary in some directions or the ordinary alerts are few."""
 LEAST_VARIANCE = 1e-12
-"""Of embeddings of length 1: below it they differ by no more than float32 rounds."""
+"""Total variance of unit vectors below which the vectors differ by float32 rounding only."""
 
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """An ordinary alert, and the cosine distance of its embedding."""
+    """An ordinary alert, and the cosine distance of its embedding from the embedding of the judged alert."""
 
     alert_id: int
     object_id: str
@@ -43,8 +46,12 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """What makes an alert strange: the ordinary alerts most like it, the nearest first; how unlike theirs each modality
-    is that it has, in deviations of what is usual; and the one that is most unlike."""
+    """Why an alert was given its anomaly score.
+
+    `neighbours`: the most similar ordinary alerts, the nearest first. `modalities`: for each modality that the alert
+    has, its distance from that modality of the neighbours, standardised (in standard deviations of what ordinary alerts
+    show). `most_unlike`: the modality with the largest of these values, or None if the alert has no modality.
+    """
 
     neighbours: tuple[Neighbour, ...]
     modalities: dict[str, float]
@@ -52,66 +59,79 @@ class Reason:
 
 
 class Mahalanobis:
-    """The Mahalanobis distance from the mean: Lee et al. 2018 (arXiv:1807.03888), eq. 2, all being of one class.
+    """The Mahalanobis distance from the mean: Lee et al. 2018 (arXiv:1807.03888), eq. 2, with a single class.
 
-    By the cloud's own shape: what varies little among ordinary alerts counts as much as what varies a lot, and so does
-    what never goes together.
+    Differences are weighted by the inverse covariance of the ordinary embeddings: a deviation counts by how rare it is
+    among ordinary alerts, also along directions that vary little and in combinations of features that do not occur
+    together.
     """
 
     def __init__(self, ordinary: Embeddings) -> None:
-        """`ordinary`: [K, D], K of at least 2. Raises ReferenceSetError where all are the same."""
+        """`ordinary`: unit vectors float32[K, D], K >= 2. Raises ReferenceSetError if all are the same."""
         wide = ordinary.astype(np.float64)
         self._mean = wide.mean(axis=0)
         covariance = np.cov(wide, rowvar=False)
         if not np.trace(covariance) > LEAST_VARIANCE:
-            raise ReferenceSetError("the ordinary alerts all look the same: give more inputs")
+            raise ReferenceSetError(
+                "all ordinary alerts have the same embedding, so distances have no scale: give more inputs"
+            )
         sphere = np.eye(len(covariance)) * np.trace(covariance) / len(covariance)
         self._whitening = np.linalg.cholesky(np.linalg.inv((1 - SHRINKAGE) * covariance + SHRINKAGE * sphere))
 
     def __call__(self, embedding: Embeddings) -> NDArray[np.float64]:
-        """The distances [N] of embeddings [N, D]."""
+        """Return the distances float64[N] of embeddings float32[N, D]."""
         return np.asarray(np.linalg.norm((embedding - self._mean) @ self._whitening, axis=1))
 
 
 class NeighbourDistance:
-    """The mean cosine distance from the NEIGHBOURS nearest: Ramaswamy et al. 2000 (SIGMOD), the mean in place of the
-    last; of learnt embeddings, Sun et al. 2022 (arXiv:2204.06507)."""
+    """The mean cosine distance from the NEIGHBOURS nearest ordinary alerts.
+
+    Ramaswamy et al. 2000 (SIGMOD) use the distance from the k-th neighbour; here it is the mean over all k. Sun et al.
+    2022 (arXiv:2204.06507) apply the method to learnt embeddings.
+    """
 
     def __init__(self, ordinary: Embeddings) -> None:
-        """`ordinary`: [K, D], K of at least NEIGHBOURS."""
+        """`ordinary`: unit vectors float32[K, D], K >= NEIGHBOURS."""
         self._neighbours = Neighbours(ordinary)
 
     def __call__(self, embedding: Embeddings) -> NDArray[np.float64]:
-        """The distances [N] of embeddings [N, D]."""
+        """Return the distances float64[N] of embeddings float32[N, D]."""
         return np.asarray(self._neighbours.nearest(embedding, NEIGHBOURS)[0].mean(axis=1, dtype=np.float64))
 
 
 class CentroidDistance:
-    """The cosine distance from the nearest class's centroid: Rizhko & Bloom 2025 (arXiv:2411.08842)."""
+    """The cosine distance from the nearest class centroid: Rizhko & Bloom 2025 (arXiv:2411.08842)."""
 
     def __init__(self, ordinary: Embeddings, label: NDArray[np.int64]) -> None:
-        """`ordinary`: [K, D], of the classes `label` [K]. Raises ReferenceSetError where none has a label."""
+        """`ordinary`: unit vectors float32[K, D]; `label`: class indices int64[K], UNLABELLED for alerts without one.
+
+        Raises ReferenceSetError if no alert has a label.
+        """
         labelled = label != UNLABELLED
         if not labelled.any():
-            raise ReferenceSetError("no ordinary alert has a label, and centroids are of classes")
+            raise ReferenceSetError(
+                "no ordinary alert has a label, and the measure `centroids` needs classes: give labels"
+            )
         _, label = np.unique(label[labelled], return_inverse=True)  # a class without alerts has no centroid
         self._centroids = centroids(ordinary[labelled], label).astype(np.float64)
 
     def __call__(self, embedding: Embeddings) -> NDArray[np.float64]:
-        """The distances [N] of embeddings [N, D]."""
+        """Return the distances float64[N] of embeddings float32[N, D]."""
         return np.asarray(1 - (embedding.astype(np.float64) @ self._centroids.T).max(axis=1))
 
 
 def centroids(embedding: Embeddings, label: NDArray[np.int64]) -> Embeddings:
-    """The mean embedding of each class, of length 1, [C, D]; zeros for a class without alerts."""
+    """Return the mean embedding of each class, with length 1: float32[C, D]; zeros for a class without alerts."""
     sums = np.zeros((int(label.max()) + 1, embedding.shape[1]))
     np.add.at(sums, label, embedding)
     return normalise(sums)
 
 
 def parts(embedding: NDArray[np.float32], modalities: int) -> list[Embeddings]:
-    """An embedding [N, D] as a whole, and each of the M modalities that it has side by side, [N, D / M]; each of length
-    1, zeros where an alert lacks it."""
+    """Split embeddings [N, D] into the whole [N, D] and each of the M modalities [N, D / M].
+
+    Every part is normalised to length 1; it is all zeros for an alert that lacks the modality.
+    """
     whole = normalise(embedding)
     if not modalities:
         return [whole]
@@ -120,25 +140,32 @@ def parts(embedding: NDArray[np.float32], modalities: int) -> list[Embeddings]:
 
 
 class Cloud:
-    """Ordinary embeddings, as a whole and in each of their modalities."""
+    """Distances from ordinary embeddings, for the whole embedding and for each modality."""
 
     def __init__(self, embedding: Embeddings, modalities: int, measure: Measure, label: NDArray[np.int64]) -> None:
-        """`embedding` [K, D], of M `modalities`; `label` [K], which `centroids` are of.
+        """`embedding`: float32[K, D] of M `modalities`; `label`: class indices int64[K], used by the measure
+        `centroids`.
 
-        Raises ReferenceSetError where one is had by fewer than NEIGHBOURS alerts, or the measure cannot be made of
-        them.
+        Raises ReferenceSetError if fewer than NEIGHBOURS alerts have one of the modalities, or if the measure cannot be
+        computed.
         """
         self._modalities = modalities
         self._distances = []
         for part in parts(embedding, modalities):
             known = part.any(axis=1)
             if known.sum() < NEIGHBOURS:
-                raise ReferenceSetError("hardly an ordinary alert has all that the embedding is of: give more inputs")
+                raise ReferenceSetError(
+                    f"fewer than {NEIGHBOURS} ordinary alerts have one of the modalities of the embedding: give more "
+                    "inputs"
+                )
             self._distances.append(_measured(measure, part[known], label[known]))
 
     def distances(self, embedding: NDArray[np.float32]) -> NDArray[np.float64]:
-        """How far each of [N, D] is from the ordinary ones, as a whole and in each modality, [N, 1 + M]; NaN for what
-        it lacks."""
+        """Return the distances of embeddings [N, D] from the ordinary ones: float64[N, 1 + M].
+
+        The first column is for the whole embedding, the others are for the modalities; NaN where an alert lacks the
+        modality.
+        """
         columns = [
             np.where(part.any(axis=1), distance(part), np.nan)
             for part, distance in zip(parts(embedding, self._modalities), self._distances, strict=True)
@@ -161,8 +188,12 @@ def _measured(
 def from_neighbours(
     embedding: NDArray[np.float32], neighbours: NDArray[np.float32], modalities: int
 ) -> NDArray[np.float64]:
-    """How far the modalities of each of [N, D] are from those of its neighbours [N, k, D], [N, M]: the mean cosine
-    distance from the neighbours that have it; NaN where it or all of them lack it."""
+    """Return the mean cosine distance of each modality of embeddings [N, D] from the same modality of their neighbours:
+    float64[N, M].
+
+    `neighbours`: the embeddings of the k neighbours, float32[N, k, D]. The mean is over the neighbours that have the
+    modality. The result is NaN where the alert, or every neighbour, lacks the modality.
+    """
     if not modalities:
         return np.empty((len(embedding), 0))
     own = normalise(embedding.reshape(len(embedding), 1, modalities, -1))
@@ -174,8 +205,11 @@ def from_neighbours(
 
 
 def strangeness(distances: NDArray[np.float64], usual: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The scores [N] of distances [N, P]: the mean of those there are, each in deviations of `usual` [P, 2]; NaN where
-    there is none."""
+    """Return the anomaly scores float32[N] of distances [N, P].
+
+    Each distance is standardised with the mean and standard deviation in `usual` [P, 2]; the score is the mean of the
+    standardised distances that are finite, or NaN if none is.
+    """
     unusual = (distances - usual[:, 0]) / usual[:, 1]
     known = np.isfinite(unusual)
     with np.errstate(invalid="ignore"):
@@ -183,10 +217,10 @@ def strangeness(distances: NDArray[np.float64], usual: NDArray[np.float32]) -> N
 
 
 class AnomalyScorer:
-    """Scores and reasons for alerts of one survey, by a reference's alerts of it. Several threads may call it."""
+    """Computes anomaly scores and reasons for alerts of one survey, from its part of a reference. Thread-safe."""
 
     def __init__(self, card: ReferenceCard, reference: SurveyReference) -> None:
-        """Makes the search ready: some seconds for a million alerts."""
+        """Build the search index; this takes some seconds for a million alerts."""
         alerts = reference.alerts
         self._names = card.modalities
         self._usual = reference.usual
@@ -196,15 +230,15 @@ class AnomalyScorer:
         self._neighbours = Neighbours(alerts.embedding)
 
     def score(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
-        """How strange each of [N, D] is, [N]; NaN for one that is all zeros."""
+        """Return the anomaly scores float32[N] of embeddings [N, D]; NaN for an embedding that is all zeros."""
         return strangeness(self._cloud.distances(embedding), self._usual)
 
     def nearest(self, embedding: NDArray[np.float32], k: int) -> list[tuple[Neighbour, ...]]:
-        """The k ordinary alerts most like each of [N, D], the nearest first."""
+        """Return the k most similar ordinary alerts for each embedding of [N, D], the nearest first."""
         return self._named(*self._neighbours.nearest(normalise(embedding), k))
 
     def explain(self, embedding: NDArray[np.float32]) -> list[Reason]:
-        """Why each of [N, D] is as strange as it is."""
+        """Return the reason for the score of each embedding of [N, D]."""
         distances, rows = self._neighbours.nearest(normalise(embedding), NEIGHBOURS)
         theirs = np.where(rows[..., None] < 0, np.float32(0), self._alerts.embedding[rows])
         unlike = (from_neighbours(embedding, theirs, len(self._names)) - self._apart[:, 0]) / self._apart[:, 1]
@@ -215,7 +249,8 @@ class AnomalyScorer:
         return reasons
 
     def _named(self, distances: NDArray[np.float32], rows: NDArray[np.int64]) -> list[tuple[Neighbour, ...]]:
-        """The alerts in rows [N, k], those that there are, and their distances [N, k]."""
+        """Return the ordinary alerts in `rows` [N, k] with their distances [N, k]; rows of -1 (no such neighbour) are
+        left out."""
         alert_id, object_id = self._alerts.alert_id, self._alerts.object_id
         return [
             tuple(

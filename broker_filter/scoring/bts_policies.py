@@ -1,8 +1,9 @@
-"""The Bright Transient Survey's policies: when the scores of an object's alerts are enough to act on.
+"""The Bright Transient Survey's policies: rules that decide from the scores of an object's alerts when to act on the
+object.
 
-As BTSbot is judged by them (Rehemtulla et al. 2024, arXiv:2401.15167; `btsbot/val.py` of
-https://github.com/nabeelre/BTSbot, MIT). A policy sees an alert's past and never its future, so that what it says of an
-archive is what it would have said each night; once it has passed, an object has passed for good.
+BTSbot is evaluated with these policies (Rehemtulla et al. 2024, arXiv:2401.15167; `btsbot/val.py` of
+https://github.com/nabeelre/BTSbot, MIT). A policy uses an alert's past and never its future, so the decisions on an
+archive are those that it would have made night by night. An object that has passed stays passed.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 FAINTEST = 19.0
-"""Magnitude: an alert counts if it is brighter."""
+"""Magnitude limit: an alert counts if its magpsf is below this value (brighter)."""
 BRIGHT = 18.5
-"""Peak magnitude down to which the survey classifies every transient (Fremling et al. 2020, ApJ 895, 32)."""
+"""Peak magnitude (magpsf) down to which the survey classifies every transient (Fremling et al. 2020, ApJ 895, 32)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """What a policy remembers of an object."""
+    """The state of a policy for one object."""
 
     counting: int = 0
-    """Alerts that counted."""
+    """Number of alerts that counted so far."""
     brightest: float = np.inf
-    """Magnitude."""
+    """Brightest magnitude so far."""
 
 
 NO_PAST = Past()
@@ -34,7 +35,10 @@ NO_PAST = Past()
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Passed with `alerts` alerts that score above `above` and are brighter than `FAINTEST`, and any one of `peak`."""
+    """A policy that an object passes with `alerts` alerts that score above `above` and are brighter than FAINTEST.
+
+    If `peak` is given, any alert of the object, counted or not, must also have reached that magnitude.
+    """
 
     above: float
     alerts: int
@@ -43,15 +47,17 @@ class Policy:
     def so_far(
         self, score: NDArray[np.floating], magpsf: NDArray[np.floating], past: Past = NO_PAST
     ) -> tuple[NDArray[np.bool_], Past]:
-        """Whether one object's next n alerts, in order of time, had passed at each of them, [n], and what is past
-        then."""
+        """Return whether the object had passed at each of its next n alerts, bool[n], and the state after them.
+
+        `score`, `magpsf`: of one object's alerts in time order, [n] each; `past`: the state before them.
+        """
         counting = past.counting + np.cumsum((score > self.above) & (magpsf < FAINTEST))
         brightest = np.fmin(np.fmin.accumulate(magpsf), past.brightest)
         passed = (counting >= self.alerts) & (brightest <= self.peak)
         return passed, Past(int(counting[-1]), float(brightest[-1]))
 
     def __call__(self, score: NDArray[np.floating], magpsf: NDArray[np.floating]) -> bool:
-        """Whether one object's alerts, in order of time, have passed."""
+        """Return whether one object, with these alerts [n] in time order, has passed."""
         return bool(self.so_far(score, magpsf)[0][-1])
 
 
@@ -61,14 +67,15 @@ POLICIES: Mapping[str, Policy] = {
     "prod_p1": Policy(above=0.85, alerts=1),
     "prod_p2": Policy(above=0.85, alerts=1, peak=BRIGHT),
 }
-"""By the names that btsbot has for them: `bts` to save a source, `prod` to ask for a spectrum at once."""
+"""Policies by their names in btsbot: `bts_*` save the object to the survey's list, `prod_*` trigger a spectrum at once.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyFilter:
-    """A policy over a stream: alerts come batch by batch in order of time, and each is judged with its object's past.
+    """Applies a policy to a stream: alerts arrive in batches in time order, and each is judged with its object's past.
 
-    Remembers some hundred bytes an object, for as long as it lives.
+    The memory grows by some hundred bytes for each object, and is never released.
     """
 
     policy: Policy
@@ -77,7 +84,7 @@ class PolicyFilter:
     def passed(
         self, object_id: Sequence[str], score: NDArray[np.floating], magpsf: NDArray[np.floating]
     ) -> NDArray[np.bool_]:
-        """Whether its object had passed at each of the next N alerts, [N]."""
+        """Return, for each of the next N alerts, whether the alert's object had passed by then: bool[N]."""
         names, objects = np.unique(np.asarray(object_id, np.str_), return_inverse=True)
         order = np.argsort(objects, kind="stable")
         result = np.zeros(len(order), np.bool_)

@@ -1,8 +1,8 @@
-"""Model bundles: a directory that says everything about a model, and holds it.
+"""Model bundles: a directory that describes a model completely and contains its files.
 
-`bundle.yaml` (the card) names the other files with their sha256: `weights.safetensors` (the network's parameters, for
-torch), `model.onnx` (the same network, for onnxruntime) and `test_vector.safetensors` (raw inputs with the outputs that
-they must give). Nothing in a bundle is ever unpickled or run as code, and no file outside its directory is touched.
+`bundle.yaml` (the card) lists the other files with their sha256: `weights.safetensors` (the network's parameters, for
+torch), `model.onnx` (the same network, for onnxruntime) and `test_vector.safetensors` (raw inputs with the expected
+outputs). Nothing in a bundle is ever unpickled or executed, and no file outside its directory is read.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ TEST_VECTOR = "test_vector.safetensors"
 SHIPPED = Path(__file__).parents[1] / "bundles"
 MAX_CARD_BYTES = 2**20
 MAX_FILE_BYTES = 2**31
-"""What an ONNX file can hold at most (protobuf's limit); no network that keeps up with a stream comes near it."""
+"""Largest size of an ONNX file (protobuf's limit); no network that is fast enough for a stream comes near it."""
 MAX_CUTOUT_SIZE = 512
-"""Pixels a side. The largest stamps published have 102; the bound keeps a bad card from asking for gigabytes."""
+"""Pixels per side. The largest published stamps have 102; the limit keeps a bad card from requesting gigabytes."""
 MAX_TEST_ALERTS = 64
 PROBABILITIES = "probabilities"
-"""The first of a network's outputs."""
+"""Name of a network's first output."""
 MAX_TOLERANCE = 0.1
-"""Of log-odds, 2.5 % of a probability at most: a network that rounding moves further is of no use."""
+"""In log-odds; at most 0.025 in a probability. A network whose rounding errors are larger is of no use."""
 POINTS = "light_curves."
-"""Prefix of what `LightCurves` holds, in a test vector."""
+"""Prefix of the arrays of `LightCurves` in a test vector."""
 POINT_COLUMNS: dict[str, type[np.generic]] = {
     "mjd": np.float64,
     "band": np.uint8,
@@ -51,15 +51,15 @@ POINT_COLUMNS: dict[str, type[np.generic]] = {
     "kind": np.uint8,
 }
 LIGHT_CURVE_FEATURES = 3 + len(BANDS) + len(Measurement)
-"""Of a point, in this order: time before the alert, flux and error, scaled; the band, of BANDS, and the kind of
-measurement, each as a row of a unit matrix; zeros for a band that is not known."""
+"""Features of a light-curve point, in this order: scaled time before the alert, scaled flux, scaled flux error; the
+band, one-hot over BANDS (all zeros for an unknown band); the kind of measurement, one-hot over `Measurement`."""
 MAX_POINTS = 1024
-"""Of a light curve: attention looks from each at each, and the bound keeps a bad card from asking for gigabytes."""
+"""Points per light curve. Attention compares all pairs; the limit keeps a bad card from requesting gigabytes."""
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
-"""An identifier: output columns of tables (`d6_m7__real`) and names in filters (`d6_m7.real`) begin with it."""
+"""An identifier: column names in tables (`d6_m7__real`) and names in filters (`d6_m7.real`) begin with it."""
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-"""A file beside the card: no separators, no leading dot, so that no name leads out of the bundle."""
+"""A file beside the card: without separators and leading dot, so that no name points outside the bundle."""
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -74,61 +74,68 @@ class NoBundleError(BundleError):
 
 
 class CardSection(BaseModel):
-    """A mapping of the card: immutable, and closed to unknown keys."""
+    """A mapping in the card: immutable, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ImageInput(CardSection):
-    """What the network sees of the cutouts: float32 `images` of shape [N, len(order), size, size]."""
+    """The network's image input: float32 `images` of shape [N, len(order), size, size]."""
 
-    size: int = Field(gt=0, le=MAX_CUTOUT_SIZE, description="Pixels a side.")
+    size: int = Field(gt=0, le=MAX_CUTOUT_SIZE, description="Pixels per side.")
     order: tuple[Literal["science", "template", "difference"], ...] = Field(min_length=1)
     normalisation: Literal["l2_row", "l2_image"] = Field(
-        description="Every image row, or the whole image, divided by its L2 norm."
+        description="Each image row, or the whole image, is divided by its L2 norm."
     )
-    padding: float = Field(description="Value outside the real pixels, set after normalisation.")
+    padding: float = Field(description="Value of pixels outside the stamp, set after normalisation.")
     resize: Literal["centre"] = Field(
         default="centre", description="Larger stamps are cropped about their centre pixel."
     )
 
 
 class MetadataColumn(CardSection):
-    """A metadata column as the network was trained on it."""
+    """A metadata column, as the network was trained on it."""
 
     name: str
     fill: float = Field(
-        description="The constant that stands for a missing value: one that no value has, such as -999, or any where a "
-        "`flag` tells the network that the value is missing."
+        description="The constant that replaces a missing value. Without `flag`, choose one that never occurs, such as "
+        "-999."
     )
     flag: bool = Field(
         default=False,
-        description="The network takes another column, 1 where the value is missing and 0 where it is not.",
+        description="The network takes an additional column: 1 where the value is missing, else 0.",
     )
 
 
 class LightCurveInput(CardSection):
-    """What the network sees of the light curve: float32 `light_curve` [N, points, features] and `light_curve_mask`
-    [N, points], 1 where there is a point and 0 where there is none. See LIGHT_CURVE_FEATURES."""
+    """The network's light-curve inputs: float32 `light_curve` [N, points, LIGHT_CURVE_FEATURES] and float32
+    `light_curve_mask` [N, points], 1 for a point and 0 for padding."""
 
-    points: int = Field(gt=0, le=MAX_POINTS, description="How many are kept, the latest; none is after the alert.")
-    flux_scale: float = Field(gt=0, description="nJy; fluxes are linear below it and logarithmic beyond (asinh).")
-    time_scale: float = Field(gt=0, description="Days before the alert; likewise (log1p).")
+    points: int = Field(
+        gt=0, le=MAX_POINTS, description="Number of points kept: the latest ones up to the time of the alert."
+    )
+    flux_scale: float = Field(gt=0, description="Flux scale in nJy: the feature is asinh(flux / flux_scale).")
+    time_scale: float = Field(
+        gt=0, description="Time scale in days: the feature is log1p(days before the alert / time_scale)."
+    )
 
 
 class Inputs(CardSection):
-    """What the network takes."""
+    """The network's inputs."""
 
     images: ImageInput
     metadata: tuple[MetadataColumn, ...] = Field(
         default=(),
-        description="The columns of the float32 input `metadata` [N, F], in order, and after them their flags, in the "
-        "same order; none: there is no such input.",
+        description="Columns of the float32 input `metadata` [N, F], in order; the flags follow in the same order. "
+        "Empty: "
+        "the network has no metadata input.",
     )
-    light_curve: LightCurveInput | None = Field(default=None, description="None: there are no such inputs.")
+    light_curve: LightCurveInput | None = Field(
+        default=None, description="null: the network has no light-curve inputs."
+    )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of an alert's inputs, by name, in the order in which the network takes them."""
+        """Return the shape of one alert's inputs by name, in the order in which the network takes them."""
         shapes: dict[str, tuple[int, ...]] = {"images": (len(self.images.order), self.images.size, self.images.size)}
         if self.metadata:
             shapes["metadata"] = (len(self.metadata) + sum(column.flag for column in self.metadata),)
@@ -139,25 +146,28 @@ class Inputs(CardSection):
 
 
 class Outputs(CardSection):
-    """What the network gives: float32 `probabilities` [N, C] and, where a size is named, `embedding` [N, D].
+    """The network's outputs: float32 `probabilities` [N, C] and, if `embedding` gives a size D, float32 `embedding` [N,
+    D].
 
-    Where modalities are named, also `modalities` [N, M, D / M]: what the embedding has side by side, a vector of length
-    1 for each, zeros where the alert lacks it. The embedding then has length 1, too.
+    With M `modalities`, the network also returns `modalities` [N, M, D / M]: one vector of length 1 per modality, all
+    zeros if the alert lacks that modality. The embedding is their concatenation, scaled to length 1.
     """
 
     labels: tuple[ModelName, ...] = Field(min_length=1)
     activation: Literal["sigmoid", "softmax"]
     surveys: dict[str, tuple[SurveyName, ...]] = Field(
         default={},
-        description="By label, the surveys for which this output was trained, where the network takes the alerts of "
-        "more. The output is null for the alerts of the others.",
+        description="For each label listed, the surveys for which this output was trained, if these are fewer than the "
+        "bundle's `surveys`. The output is null for alerts of other surveys.",
     )
-    thresholds: dict[str, float] = Field(default={}, description="Recommended cuts by label.")
+    thresholds: dict[str, float] = Field(default={}, description="Recommended threshold of the probability, by label.")
     embedding: int | None = Field(default=None, gt=0)
-    modalities: tuple[ModelName, ...] = Field(default=(), description="In order: image, light_curve, ...")
+    modalities: tuple[ModelName, ...] = Field(
+        default=(), description="Modalities in the order of the output, such as image, light_curve."
+    )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of an alert's outputs, by name, in the order in which the network gives them."""
+        """Return the shape of one alert's outputs by name, in the order in which the network returns them."""
         shapes: dict[str, tuple[int, ...]] = {PROBABILITIES: (len(self.labels),)}
         if self.embedding is not None:
             shapes["embedding"] = (self.embedding,)
@@ -168,7 +178,9 @@ class Outputs(CardSection):
     @model_validator(mode="after")
     def _modalities_are_side_by_side(self) -> Outputs:
         if self.modalities and (self.embedding is None or self.embedding % len(self.modalities)):
-            raise ValueError(f"{len(self.modalities)} modalities of one size make no embedding of {self.embedding}")
+            raise ValueError(
+                f"embedding has size {self.embedding}, which is no multiple of its {len(self.modalities)} modalities"
+            )
         return self
 
     @model_validator(mode="after")
@@ -180,28 +192,30 @@ class Outputs(CardSection):
 
 
 class Architecture(CardSection):
-    """A network of `scoring/networks` and the arguments of its constructor."""
+    """A network of `scoring/networks`, and the arguments of its constructor."""
 
     name: str
     arguments: dict[str, int | float | str | tuple[int, ...]] = Field(default={})
 
 
 class Training(CardSection):
-    """How the model came to be, for people who must decide whether to trust it."""
+    """How the model was trained, so that a person can decide whether to trust it."""
 
     method: str
     data: str
-    evaluation: dict[str, float | int | str] = Field(default={}, description="Figures as measured, and how.")
+    evaluation: dict[str, float | int | str] = Field(
+        default={}, description="Measured figures, and how they were measured."
+    )
 
 
 class Description(CardSection):
-    """What a person or a program must know of a model, whatever its files are."""
+    """Everything about a model except its files."""
 
     name: ModelName
     version: str = Field(min_length=1)
     task: str
     surveys: tuple[SurveyName, ...] = Field(
-        min_length=1, description="Whose alerts the model was trained for; `outputs.surveys` names outputs of fewer."
+        min_length=1, description="Surveys for which the model was trained; `outputs.surveys` restricts single outputs."
     )
     inputs: Inputs
     outputs: Outputs
@@ -212,7 +226,7 @@ class Description(CardSection):
     training: Training
 
     def surveys_of(self, label: str) -> tuple[SurveyName, ...]:
-        """The surveys for which the output `label` was trained."""
+        """Return the surveys for which the output `label` was trained."""
         return self.outputs.surveys.get(label, self.surveys)
 
     @model_validator(mode="after")
@@ -220,20 +234,20 @@ class Description(CardSection):
         for label, surveys in self.outputs.surveys.items():
             if unknown := set(surveys) - set(self.surveys):
                 raise ValueError(
-                    f"outputs.surveys: {label} is of {', '.join(sorted(unknown))}, which `surveys` does not name"
+                    f"outputs.surveys: {label} lists {', '.join(sorted(unknown))}, which `surveys` does not list"
                 )
         return self
 
 
 class Card(Description):
-    """`bundle.yaml`: the description, and the files that it is of."""
+    """The contents of `bundle.yaml`: the description of the model, and the sha256 of its files."""
 
     format: Literal[1] = 1
     tolerances: dict[str, Annotated[float, Field(ge=0, le=MAX_TOLERANCE)]] = Field(
         default={},
-        description="By output, how far float32 arithmetic may put it from the test vector, beyond what is allowed of "
-        "every network (`runtimes.TOLERANCES`): `probabilities` in log-odds, the others as a share of the largest "
-        "value. From a run of the network in float64; absent in bundles that were made before there was one.",
+        description="For each output, the allowed deviation from the test vector in float32 arithmetic, in addition to "
+        "`runtimes.TOLERANCES`: in log-odds for `probabilities`, as a fraction of the largest absolute value for other "
+        "outputs. Measured by a run of the network in float64; older bundles lack it.",
     )
     files: dict[FileName, Sha256]
 
@@ -246,20 +260,20 @@ class Card(Description):
 
 @dataclass(frozen=True, slots=True)
 class KnownAnswers(RawAlerts):
-    """K alerts with the metadata columns of the card, and what the model says of them."""
+    """K alerts with the metadata columns of the card, and the outputs that the model must give for them."""
 
-    outputs: Mapping[str, NDArray[np.float32]] = field(kw_only=True)  # as the network gives them, over K
+    outputs: Mapping[str, NDArray[np.float32]] = field(kw_only=True)  # by name, [K, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle whose files are all there and are the ones that its card names."""
+    """A bundle whose files all exist and have the sha256 that the card lists."""
 
     directory: Path
     card: Card
 
     def test_vector(self) -> KnownAnswers:
-        """The stored inputs and expected outputs. Raises BundleError where they do not fit the card."""
+        """Return the stored inputs and expected outputs. Raises BundleError if they do not fit the card."""
         path, inputs, outputs = self.directory / TEST_VECTOR, self.card.inputs, self.card.outputs
         try:
             tensors = load_file(path)
@@ -280,7 +294,7 @@ class Bundle:
             expected |= {f"{POINTS}{name}": (points, kind) for name, kind in POINT_COLUMNS.items()}
         found = {name: (tensor.shape, tensor.dtype.type) for name, tensor in tensors.items()}
         if found != expected or not 0 < k <= MAX_TEST_ALERTS:
-            raise BundleError(f"{path}: holds {found}; the card asks for {expected}; make the bundle anew")
+            raise BundleError(f"{path}: holds {found}; the card requires {expected}; make the bundle again")
         return KnownAnswers(
             cutouts=tensors["cutouts"],
             cutout_box=tensors["cutout_box"],
@@ -296,15 +310,19 @@ def _light_curves(path: Path, tensors: Mapping[str, NDArray[Any]]) -> LightCurve
     columns = {name: tensors[f"{POINTS}{name}"] for name in ("offsets", *POINT_COLUMNS)}
     offsets = columns["offsets"]
     if offsets[0] != 0 or (np.diff(offsets) < 0).any() or columns["mjd"].shape != (offsets[-1],):
-        raise BundleError(f"{path}: its light curves' offsets {offsets} are none of its points; make the bundle anew")
+        raise BundleError(
+            f"{path}: light_curves.offsets {offsets} do not fit the number of points; make the bundle again"
+        )
     return LightCurves(**columns)
 
 
 def load_bundle(name_or_directory: str | Path) -> Bundle:
-    """Opens a bundle and checks every file's sha256.
+    """Open a bundle and check the sha256 of every file.
 
-    `name_or_directory`: the name of a bundle that ships (`default`), else a directory (`./default` is always one).
-    Raises BundleError, which names the file that is missing, altered or malformed.
+    `name_or_directory`: the name of a bundle that ships with the package (`default`), else a directory (`./default` is
+    always a directory).
+
+    Raises BundleError, which names the missing, altered or malformed file; NoBundleError if there is no bundle.
     """
     shipped = str(name_or_directory) in shipped_bundles()
     directory = SHIPPED / name_or_directory if shipped else Path(name_or_directory)
@@ -314,7 +332,7 @@ def load_bundle(name_or_directory: str | Path) -> Bundle:
         if not path.is_file():
             raise BundleError(f"{path}: missing; copy the whole bundle again")
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise BundleError(f"{path}: larger than {MAX_FILE_BYTES} bytes, which no bundle's file may be")
+            raise BundleError(f"{path}: larger than {MAX_FILE_BYTES} bytes, the limit for a file of a bundle")
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
@@ -323,7 +341,7 @@ def load_bundle(name_or_directory: str | Path) -> Bundle:
 
 
 def shipped_bundles() -> list[str]:
-    """Names of the bundles that come with the package."""
+    """Return the names of the bundles that ship with the package, sorted."""
     return sorted(card.parent.name for card in SHIPPED.glob(f"*/{CARD}"))
 
 
@@ -333,10 +351,10 @@ def _read_card(directory: Path) -> Card:
         shipped = shipped_bundles()
         close = get_close_matches(str(directory), shipped, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        ships = f"nor is it the name of one that ships ({', '.join(shipped)})"
-        raise NoBundleError(f"{directory}: no bundle: no {CARD} there, {ships}{hint}")
+        ships = f"and it is not the name of a shipped bundle ({', '.join(shipped)})"
+        raise NoBundleError(f"{directory}: not a bundle: there is no {CARD} in it, {ships}{hint}")
     if path.stat().st_size > MAX_CARD_BYTES:
-        raise BundleError(f"{path}: larger than {MAX_CARD_BYTES} bytes, which no card is")
+        raise BundleError(f"{path}: larger than {MAX_CARD_BYTES} bytes, the limit for a card")
     try:
         return Card.model_validate(yaml.safe_load(path.read_bytes()))
     except yaml.YAMLError as error:
@@ -346,7 +364,7 @@ def _read_card(directory: Path) -> Card:
 
 
 def describe_problems(error: ValidationError) -> str:
-    """All that is wrong with a card, in one line, without repeating its values."""
+    """Return all problems of a card in one line, without repeating its values."""
     return "; ".join(
         f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}".removeprefix(": ")
         for problem in error.errors()

@@ -1,7 +1,8 @@
-"""A network on a GPU, kept busy: while it computes, the next inputs are prepared and copied.
+"""A network on a GPU that is kept busy: while it computes one batch, the next batch is prepared and copied.
 
-A ring of slots, each with page-locked memory on the host, memory on the device, and the network captured as a CUDA
-graph for a few fixed batch sizes; a smaller batch is padded and its padding dropped. Importing this imports torch.
+A ring of slots, each with pinned (page-locked) host memory, device memory, and the network captured as a CUDA graph for
+a few fixed batch sizes. A smaller batch is padded, and the outputs of the padding are dropped. Importing this module
+imports torch.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ from torch import Tensor, nn
 Precision = Literal["float32", "float16", "bfloat16"]
 
 SIZES = (64, 256)
-"""Alerts to a run: a batch of the default size, and one that fills a GPU."""
+"""Batch sizes that are captured: a batch of the default size, and one that fills a GPU."""
 SLOTS = 3
-"""One is filled, one computed, one read."""
+"""Number of slots: one is filled, one is computed, one is read."""
 WARM_UP = 3
-"""Runs before a capture, in which libraries choose their algorithms and take their workspace (torch's CUDA notes)."""
+"""Runs before a capture, so that libraries choose their algorithms and allocate workspace (torch's notes on CUDA
+graphs)."""
 
 
 class CudaGraphNetwork:
-    """A network in inference mode on `device`.
+    """A network in inference mode on `device`. Not thread-safe.
 
-    On a CPU there is nothing to overlap, lock or capture: the same slots and sizes are used in turn, which is how this
-    is tested without a GPU. Not for several threads at once.
+    On a CPU nothing is overlapped, pinned or captured; slots and sizes are used in the same order, so that tests need
+    no GPU.
     """
 
     chunk = SIZES[-1]
@@ -44,7 +46,11 @@ class CudaGraphNetwork:
         precision: Precision,
         tolerance: float,
     ) -> None:
-        """`network`: takes the inputs of `shapes` (an alert's, by name) in their order, and gives `outputs`."""
+        """`network`: takes the inputs in the order of `shapes` (name -> shape of one alert's input) and returns
+        `outputs`.
+
+        `tolerance`: see `runtimes.TOLERANCES`.
+        """
         self.provider = f"torch/{device}"
         self.tolerance = tolerance
         self._network = network.eval().to(device)
@@ -57,14 +63,15 @@ class CudaGraphNetwork:
         self._slots = [_Slot(self, shapes) for _ in range(SLOTS)]
 
     def run(self, inputs: Mapping[str, NDArray[np.float32]]) -> Mapping[str, NDArray[np.float32]]:
-        """Outputs by name for one batch of at most `chunk` alerts."""
+        """Return the outputs by name for one batch of at most `chunk` alerts."""
         (result,) = self.run_all([inputs])
         return result
 
     def run_all(
         self, batches: Iterable[Mapping[str, NDArray[np.float32]]]
     ) -> Iterator[Mapping[str, NDArray[np.float32]]]:
-        """The outputs of each batch, in order; a batch is drawn while the ones before it are computed."""
+        """Yield the outputs of each batch, in order. The next batch is taken from `batches` while earlier ones
+        compute."""
         free, running = deque(self._slots), deque[_Slot]()
         for inputs in batches:
             if not free:
@@ -84,7 +91,7 @@ class CudaGraphNetwork:
 
 
 class _Slot:
-    """Memory for a batch on its way, and the graphs that work on it."""
+    """Host and device memory of a batch in flight, and the CUDA graphs that work on that memory."""
 
     def __init__(self, owner: CudaGraphNetwork, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._owner = owner
@@ -114,7 +121,7 @@ class _Slot:
         self._graphs[size] = graph, outputs
 
     def start(self, inputs: Mapping[str, NDArray[np.float32]]) -> None:
-        """Copies a batch to the device and computes it; on a GPU neither is waited for."""
+        """Copy a batch to the device and compute its outputs; on a GPU this returns before either has finished."""
         self._n = len(next(iter(inputs.values())))
         size = next(size for size in SIZES if size >= self._n)
         for name, staged in self._staged.items():
@@ -135,7 +142,7 @@ class _Slot:
             self._done.record(computing)
 
     def collect(self) -> Mapping[str, NDArray[np.float32]]:
-        """Waits for the outputs, by name."""
+        """Wait for the outputs and return them by name."""
         if self._done is not None:
             self._done.synchronize()
         return {

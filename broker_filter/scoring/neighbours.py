@@ -1,7 +1,8 @@
-"""The nearest of many embeddings by cosine distance: exactly among few, among many by looking where they must be.
+"""Nearest neighbours among embeddings by cosine distance: exact for few embeddings, approximate (inverted file of
+cells) for many.
 
-faiss searches on one thread: decoding needs the other cores, and one answers several thousand alerts a second. It is
-imported where it is used, so that a service without anomalies starts without it.
+faiss searches on one thread, because decoding needs the other cores; one thread answers several thousand alerts per
+second. faiss is imported only where it is used, so that a service without anomalies starts without it.
 """
 
 from __future__ import annotations
@@ -14,35 +15,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 Embeddings = NDArray[np.float32]
-"""[N, D], each of length 1: the inner product of two is the cosine of their angle."""
+"""float32[N, D], each row of length 1: the inner product of two rows is the cosine of the angle between them."""
 
 EXACT_LIMIT = 20_000
-"""Embeddings up to which all are compared: 0.12 ms an alert at 128 dimensions, as long as a search of cells takes
-among a million."""
+"""Number of embeddings up to which a query is compared with all of them: 0.12 ms per alert at 128 dimensions, the time
+that a search of cells takes among a million."""
 CELLS_PER_ROOT = 2
-"""Cells that more are divided into, in square roots of their number: as long to find the cells as to look into them."""
+"""Cells = CELLS_PER_ROOT x sqrt(number of embeddings): ranking the cells then takes as long as searching the nearest
+ones."""
 CELLS_LOOKED_INTO = 10
-"""Of those, the nearest ones. Among 1,000,000 embeddings of 128 dimensions (a mixture on a 12-dimensional surface)
-this finds 99.0 % of the ten nearest in 0.15 ms an alert, and their mean distance is the exact one to 0.00015 on average
-(0.01 at worst); among 100,000 it is 99.1 % in 0.05 ms."""
+"""Number of nearest cells that a query searches. Among 1,000,000 embeddings of 128 dimensions (a mixture on a
+12-dimensional surface) this finds 99.0 % of the ten nearest neighbours in 0.15 ms per alert, and their mean distance
+differs from the exact one by 0.00015 on average (0.01 at most); among 100,000 embeddings it finds 99.1 % in 0.05 ms."""
 TRAINED_ON = 40
-"""Embeddings a cell that the cells are found with: faiss asks for 39 at least."""
+"""Embeddings per cell that k-means is trained on: faiss warns below 39."""
 TRAINING_ROUNDS = 8
-"""Of k-means; cells need not be perfect to be looked into."""
+"""Iterations of k-means; the cells need not be optimal."""
 
 
 def normalise(vectors: NDArray[np.floating]) -> Embeddings:
-    """Each of [..., D] divided by its length; zeros, which stand for what is not there, stay zeros."""
+    """Divide vectors [..., D] by their lengths. A zero vector, which stands for a missing modality, stays zero."""
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return np.asarray(vectors / np.where(length > 0, length, 1), np.float32)
 
 
 class Neighbours:
-    """Embeddings to look among. The same ones give the same answers, whatever else is asked in the same call."""
+    """A search index over embeddings. Deterministic: the same embeddings give the same answers, whatever else is in the
+    same query."""
 
     def __init__(self, embeddings: Embeddings) -> None:
-        """Keeps a copy. Beyond EXACT_LIMIT it takes some seconds for each million."""
-        logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells of each build that it tries to load
+        """Build the index from a copy of `embeddings`; above EXACT_LIMIT this takes some seconds per million."""
+        logging.getLogger("faiss").setLevel(logging.WARNING)  # at INFO it logs each binary that it tries to load
         import faiss
 
         faiss.omp_set_num_threads(1)
@@ -50,7 +53,11 @@ class Neighbours:
         self._index.add(embeddings)
 
     def nearest(self, queries: Embeddings, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Cosine distances [N, k], ascending, and rows [N, k]; infinity and -1 where there are fewer than k."""
+        """Return the k nearest rows for each query: cosine distances float32[N, k], ascending, and row indices int64[N,
+        k].
+
+        Where fewer than k are found, the distance is infinity and the index -1.
+        """
         similarity: NDArray[np.float32]
         rows: NDArray[np.int64]
         similarity, rows = self._index.search(np.ascontiguousarray(queries), k)
@@ -58,7 +65,8 @@ class Neighbours:
 
 
 def _divided(embeddings: Embeddings) -> Any:
-    """An empty index with its cells: k-means, whose sample faiss draws with a seed of its own, always the same."""
+    """Return an empty index with trained cells. faiss draws the k-means sample with a fixed seed, so the cells are
+    reproducible."""
     import faiss
 
     n, dimensions = embeddings.shape

@@ -1,6 +1,6 @@
-"""From alerts to what a network takes: the one preprocessing, for serving and for training.
+"""Preprocessing: from alerts to network inputs. Serving and training both use this module.
 
-Never alters what it is given, and treats every alert alone: the rest of the batch has no influence.
+It never modifies its arguments, and processes every alert independently of the rest of the batch.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from broker_filter.scoring.bundle import LIGHT_CURVE_FEATURES, ImageInput, Input
 
 
 def prepare(alerts: RawAlerts, inputs: Inputs) -> dict[str, NDArray[np.float32]]:
-    """What a network takes of the alerts: float32 arrays over N by the names, and in the order, of `inputs.shapes()`.
+    """Return the network's inputs: float32 arrays [N, ...] by the names, and in the order, of `inputs.shapes()`.
 
-    Raises ValueError where the cutouts are too small, KeyError where metadata or light curves are needed and not there.
+    Raises ValueError if the cutouts are too small, and KeyError if metadata or light curves are needed but absent.
     """
     prepared = {"images": prepare_images(alerts.cutouts, alerts.cutout_box, inputs.images)}
     if inputs.metadata:
         prepared["metadata"] = prepare_metadata(alerts.metadata, alerts.columns, inputs.metadata)
     if inputs.light_curve is not None:
         if alerts.mjd is None or alerts.light_curves is None:
-            raise KeyError("light curves are needed and were not decoded")
+            raise KeyError("the model needs light curves, but they were not decoded")
         prepared["light_curve"], prepared["light_curve_mask"] = prepare_light_curves(
             alerts.light_curves, alerts.mjd, inputs.light_curve
         )
@@ -38,13 +38,15 @@ def prepare(alerts: RawAlerts, inputs: Inputs) -> dict[str, NDArray[np.float32]]
 def prepare_images(
     cutouts: NDArray[np.float32], cutout_box: NDArray[np.int16], images: ImageInput
 ) -> NDArray[np.float32]:
-    """Raw cutouts [N, 3, S, S] with boxes [N, 3, 4] (see `AlertBatch`) as the network's images [N, C, size, size].
+    """Convert raw cutouts [N, 3, S, S] with boxes [N, 3, 4] (see `AlertBatch`) into network images float32[N, C, size,
+    size].
 
-    Cropped to `size`, NaN set to 0 and infinities to the largest float32, divided by the L2 norm of each row or image,
-    and padded outside the real pixels. All in float32, as when ZTF computed its published `drb` (`make_triplet` in
-    https://github.com/dmitryduev/braai): there a row with a pixel of 3.4e38 has an infinite norm, and becomes 0.
+    The images are cropped to `size`; each row or image is divided by its L2 norm; pixels outside the stamp are set to
+    `padding`. If the norm is not finite, NaN is first replaced by 0 and infinities by the largest float32. All
+    arithmetic is in float32, as in the code that computed ZTF's published `drb` (`make_triplet` in
+    https://github.com/dmitryduev/braai): there, too, a row with a pixel of 3.4e38 has an infinite norm and becomes 0.
 
-    Raises ValueError where S < size.
+    Raises ValueError if S < size.
     """
     if images.order != CUTOUTS:
         chosen = [CUTOUTS.index(name) for name in images.order]
@@ -61,13 +63,16 @@ def prepare_images(
 def prepare_metadata(
     metadata: NDArray[np.float64], columns: Sequence[str], wanted: Sequence[MetadataColumn]
 ) -> NDArray[np.float32]:
-    """The columns that the network was trained on, in its order, missing values filled, and after them the flags of
-    those that have one, 1 where the value is missing and else 0: float32[N, F].
+    """Return the metadata input float32[N, F]: the `wanted` columns in order, missing values filled, followed by the
+    flags.
 
-    `metadata` float64[N, len(columns)], NaN where missing. Raises KeyError with the names that `columns` lacks.
+    A flag is 1 where the value is missing, else 0; only columns with `flag` have one. `metadata`: float64[N,
+    len(columns)], NaN where missing.
+
+    Raises KeyError, with the names, if `columns` lacks wanted ones.
     """
     if missing := {column.name for column in wanted} - set(columns):
-        raise KeyError(f"metadata columns {', '.join(sorted(missing))} are needed and were not decoded")
+        raise KeyError(f"metadata columns {', '.join(sorted(missing))} are needed, but were not decoded")
     chosen = metadata[:, [columns.index(column.name) for column in wanted]]
     absent = np.isnan(chosen)
     filled = np.where(absent, np.array([column.fill for column in wanted]), chosen)
@@ -78,14 +83,14 @@ def prepare_metadata(
 def prepare_light_curves(
     light_curves: LightCurves, mjd: NDArray[np.float64], wanted: LightCurveInput
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The latest points of each light curve up to its alert's `mjd` [N], in order of time, those that are not there at
-    the end: features [N, points, LIGHT_CURVE_FEATURES], 0 where there is no point, and the mask [N, points].
+    """Return features float32[N, points, LIGHT_CURVE_FEATURES] and mask float32[N, points] (1: point, 0: padding).
 
-    An error that is not known is 0.
+    Points later than the alert's `mjd` float64[N] are dropped; of the others the latest `wanted.points` are kept, in
+    time order, padded with zeros at the end. An unknown flux error becomes 0.
     """
     n, counts = len(mjd), np.diff(light_curves.offsets)
     alert = np.repeat(np.arange(n), counts)
-    seen = np.flatnonzero(light_curves.mjd <= mjd[alert])  # some redistributed packets have later points, too
+    seen = np.flatnonzero(light_curves.mjd <= mjd[alert])  # some redistributed packets hold later points
     alert = alert[seen]
     counts = np.bincount(alert, minlength=n)
     place = np.arange(len(seen)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -108,10 +113,11 @@ def prepare_light_curves(
 
 
 def normalise_numpy(images: NDArray[np.float32], normalised: NDArray[np.float32], length: int) -> None:
-    """Every `length` pixels of `images`, a row or an image, divided by their L2 norm, into `normalised`.
+    """Divide every `length` pixels of `images` (a row or an image) by their L2 norm, and write the result into
+    `normalised`.
 
-    Both are C-contiguous and of one shape. Where the norm is NaN or infinite, NaN becomes 0 and infinities the largest
-    float32 first; a norm of 0 becomes 1.
+    Both arrays are C-contiguous float32 of the same shape. If the norm is NaN or infinite, NaN pixels are first
+    replaced by 0 and infinities by the largest float32. A norm of 0 is replaced by 1.
     """
     rows, out = images.reshape(-1, length), normalised.reshape(-1, length)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -124,7 +130,7 @@ def normalise_numpy(images: NDArray[np.float32], normalised: NDArray[np.float32]
 
 
 def _norm(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    # numpy's pairwise sum, as in the published training code: others differ by up to 1e-6 in `drb`.
+    # numpy's pairwise summation, as in the published training code; another order of sums changes `drb` by up to 1e-6.
     norm: NDArray[np.float32] = np.sqrt(np.square(rows).sum(axis=-1, keepdims=True))
     norm[norm == 0] = 1
     return norm
@@ -133,9 +139,10 @@ def _norm(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 def _crop(
     cutouts: NDArray[np.float32], cutout_box: NDArray[np.int16], size: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
-    """What the decoder would have delivered for slots of `size` pixels, from larger slots.
+    """Crop slots [N, C, S, S] to `size` pixels: the result is what the decoder delivers for slots of that size.
 
-    Places stamps as `packets.stamps.decode_stamp` does: a model's scores do not depend on what size others need.
+    Stamps are placed as in `packets.stamps.decode_stamp`, so that a model's scores do not depend on the size that other
+    models need. Raises ValueError if S < size.
     """
     slot = cutouts.shape[-1]
     if slot < size:
@@ -160,5 +167,5 @@ def _pad(images: NDArray[np.float32], box: NDArray[np.int16], padding: float) ->
 
 normalise: Callable[[NDArray[np.float32], NDArray[np.float32], int], None] = normalise_numpy
 if IMPLEMENTATION == "c":
-    with suppress(ImportError):  # installed without a compiler
+    with suppress(ImportError):  # the extension was not built
         from broker_filter.scoring._normalise import normalise  # type: ignore[import-not-found, no-redef]

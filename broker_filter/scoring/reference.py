@@ -1,9 +1,10 @@
-"""Reference sets: the embeddings of ordinary alerts, in a file of their own, against which others are called strange.
+"""Reference sets: embeddings of ordinary alerts in one file, with which other alerts are compared to find anomalies.
 
-One safetensors file: the arrays of each survey, and in its metadata a card as JSON that says which bundle's embeddings
-these are, and the sha256 of the arrays. Surveys are kept apart: an alert is compared with ordinary alerts of its own
-survey only, because telescopes differ more than alerts do. A reference made with another bundle is refused: distances
-from it would mean nothing. Nothing is ever unpickled, and sizes are checked before anything is read.
+A reference is a safetensors file: the arrays of each survey, and in its metadata a card (JSON) that names the bundle
+that made the embeddings and the sha256 of the arrays. An alert is compared only with ordinary alerts of its own survey,
+because telescopes differ more than alerts do. A reference made with another bundle is refused, because distances
+between embeddings of different networks mean nothing. Nothing is ever unpickled, and sizes are checked before arrays
+are read.
 """
 
 from __future__ import annotations
@@ -26,57 +27,64 @@ from broker_filter.scoring.bundle import WEIGHTS, CardSection, ModelName, Sha256
 from broker_filter.scoring.neighbours import Embeddings
 
 MAX_ALERTS = 1_000_000
-"""Of a survey in a reference: a night of ZTF."""
+"""Alerts per survey in a reference: about a night of ZTF."""
 MIN_ALERTS = 2
-"""Of a survey in a reference, and scores of it: one has no spread."""
+"""Alerts and scores per survey in a reference: a single one has no spread."""
 MAX_BYTES = 2**33
-"""Of the file: MAX_ALERTS with 2,000 dimensions fit."""
+"""Largest file: MAX_ALERTS embeddings of 2,000 dimensions fit."""
 MAX_OBJECT_ID_BYTES = 64
-"""Surveys' names of objects have 19 at most."""
+"""Largest object id; those of the surveys have at most 19 bytes."""
 Measure = Literal["mahalanobis", "neighbours", "centroids"]
-"""How far from ordinary alerts is measured: see `anomaly`."""
+"""Measure of the distance from ordinary alerts: see `anomaly`."""
 SurveyKey = Annotated[str, StringConstraints(pattern=f"^({'|'.join(map(str, Survey))})$")]
-"""The name of a survey that is known here."""
+"""The name of a known survey."""
 UNLABELLED = -1
 FORMAT: Literal[2] = 2
-"""Of the file. In format 1 all surveys had one calibration."""
+"""Version of the file format. In format 1 all surveys shared one calibration."""
 CARD = "card"
 """Key of the card in the file's metadata."""
 
 
 class ReferenceSetError(Exception):
-    """A reference set that cannot be used or made: which, what is wrong with it, what to do."""
+    """A reference set cannot be used or built. The message says which, what is wrong and what to do."""
 
 
 class SurveyCounts(CardSection):
-    """What became of the alerts of a survey when a reference was built."""
+    """How many alerts of a survey were read, passed, kept and held out when a reference was built."""
 
-    read: int = Field(ge=0, description="Alerts that were decoded.")
-    passed: int = Field(ge=0, description="Those that the model takes and that passed the filter.")
-    kept: int = Field(ge=0, description="Those that are in the reference. 0: alerts of the survey are not judged.")
-    held_out: int = Field(ge=0, description="Alerts of other objects, on which the scores are calibrated.")
+    read: int = Field(ge=0, description="Decoded alerts.")
+    passed: int = Field(ge=0, description="Decoded alerts that the model takes and that passed the filter.")
+    kept: int = Field(ge=0, description="Alerts in the reference. 0: alerts of this survey are not judged.")
+    held_out: int = Field(ge=0, description="Held-out alerts, of other objects, on which the scores are calibrated.")
 
 
 class ReferenceCard(CardSection):
-    """What a reference is of."""
+    """The description of a reference: bundle, filter, measure, classes, surveys and the sha256 of the arrays."""
 
     format: Literal[2]
     bundle: ModelName
     version: str
-    weights_sha256: Sha256 = Field(description="Of the bundle: embeddings of other weights cannot be compared.")
-    modalities: tuple[ModelName, ...] = Field(default=(), description="M, which each embedding has side by side.")
-    where: str | None = Field(default=None, description="The filter that ordinary alerts passed; none: all were taken.")
-    measure: Measure = Field(default="mahalanobis", description="What scores by it are of.")
-    classes: tuple[ModelName, ...] = Field(default=(), description="C, which labels name; none: nothing is labelled.")
-    surveys: dict[SurveyKey, SurveyCounts] = Field(min_length=1, description="Whose alerts it was built from.")
-    data_sha256: Sha256 = Field(description="Of the arrays' bytes, by name.")
+    weights_sha256: Sha256 = Field(
+        description="sha256 of the bundle's weights: embeddings of other weights cannot be compared."
+    )
+    modalities: tuple[ModelName, ...] = Field(
+        default=(), description="Names of the M modalities that are concatenated in an embedding."
+    )
+    where: str | None = Field(default=None, description="Filter that ordinary alerts passed; null: no filter.")
+    measure: Measure = Field(default="mahalanobis", description="Measure of distance that anomaly scores are made of.")
+    classes: tuple[ModelName, ...] = Field(
+        default=(), description="Names of the C classes of the labels; empty: no alert is labelled."
+    )
+    surveys: dict[SurveyKey, SurveyCounts] = Field(min_length=1, description="Counts of alerts, by survey.")
+    data_sha256: Sha256 = Field(description="sha256 of the names and bytes of the arrays, in order of name.")
 
     @model_validator(mode="before")
     @classmethod
     def _is_of_this_format(cls, card: Any) -> Any:
         if isinstance(card, dict) and card.get("format") != FORMAT:
             raise ValueError(
-                f"another version of broker-filter wrote it, in format {card.get('format')!r}: this one reads format "
+                f"written by another version of broker-filter in format {card.get('format')!r}; this version reads "
+                "format "
                 f"{FORMAT}, in which each survey has its own alerts and calibration"
             )
         return card
@@ -84,7 +92,7 @@ class ReferenceCard(CardSection):
 
 @dataclass(frozen=True, slots=True)
 class ReferenceAlerts:
-    """K ordinary alerts; `ordinary[rows]` are some of them."""
+    """K ordinary alerts; `alerts[rows]` selects a subset."""
 
     embedding: Embeddings  # [K, D]
     alert_id: NDArray[np.int64]  # [K]
@@ -100,24 +108,25 @@ class ReferenceAlerts:
 
 @dataclass(frozen=True, slots=True)
 class SurveyReference:
-    """Ordinary alerts of one survey, and how strange others of it that are as ordinary look beside them."""
+    """Ordinary alerts of one survey, and the calibration of anomaly scores on held-out ordinary alerts of other
+    objects."""
 
     alerts: ReferenceAlerts  # K
-    scores: NDArray[np.float32]  # [Q] ascending: of ordinary alerts of other objects
-    usual: NDArray[np.float32]  # [1 + M, 2] mean and deviation of their distances, as a whole and in each modality
-    apart: NDArray[np.float32]  # [M, 2] the same of how far their modalities are from those of their neighbours
-    label: NDArray[np.int64]  # [K] which of the card's classes an alert is of, or UNLABELLED
+    scores: NDArray[np.float32]  # [Q] ascending: scores of the held-out alerts
+    usual: NDArray[np.float32]  # [1 + M, 2] mean and std. deviation of their distances: whole, modalities
+    apart: NDArray[np.float32]  # [M, 2] the same for the distances of modalities from those of neighbours
+    label: NDArray[np.int64]  # [K] index into the card's classes, or UNLABELLED
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Ordinary alerts of one or more surveys. Alerts of a survey that is not among them cannot be judged."""
+    """Ordinary alerts of one or more surveys. Alerts of other surveys cannot be judged."""
 
     card: ReferenceCard
     surveys: Mapping[Survey, SurveyReference]
 
     def write(self, file: Path) -> None:
-        """Writes the file, which appears only when it is whole."""
+        """Write the file atomically: it appears under its name only when it is complete."""
         partial = file.with_name(f"{file.name}.partial")
         save_file(_arrays(self.surveys), partial, metadata={CARD: self.card.model_dump_json()})
         partial.replace(file)
@@ -131,8 +140,10 @@ def make_reference(
     measure: Measure,
     classes: tuple[str, ...] = (),
 ) -> Reference:
-    """A reference of the embeddings that the bundle with this card gave. `counts`: also of surveys that are not in it,
-    because too few of their alerts passed."""
+    """Return a reference of embeddings that the bundle with this card produced.
+
+    `counts` also covers surveys that are not in `surveys` because too few of their alerts passed the filter.
+    """
     described = ReferenceCard(
         format=FORMAT,
         bundle=card.name,
@@ -149,10 +160,10 @@ def make_reference(
 
 
 def read_card(file: Path) -> ReferenceCard:
-    """What a reference is of, without reading it. Raises ReferenceSetError where the file is none."""
+    """Read the card of a reference without its arrays. Raises ReferenceSetError if the file is not a reference."""
     try:
         if (size := file.stat().st_size) > MAX_BYTES:
-            raise ReferenceSetError(f"{file}: {size} bytes: no reference has more than {MAX_BYTES}")
+            raise ReferenceSetError(f"{file}: has {size} bytes; a reference may have at most {MAX_BYTES}")
         with safe_open(file, framework="numpy") as opened:
             metadata: Mapping[str, str] = opened.metadata() or {}
     except OSError as error:
@@ -160,7 +171,7 @@ def read_card(file: Path) -> ReferenceCard:
     except SafetensorError as error:
         raise ReferenceSetError(f"{file}: not a safetensors file: {error}; build the reference again") from error
     if CARD not in metadata:
-        raise ReferenceSetError(f"{file}: no reference set: `broker-filter reference build` writes one")
+        raise ReferenceSetError(f"{file}: not a reference set; `broker-filter reference build` writes one")
     try:
         return ReferenceCard.model_validate_json(metadata[CARD])
     except ValidationError as error:
@@ -168,7 +179,7 @@ def read_card(file: Path) -> ReferenceCard:
 
 
 def read_reference(file: Path) -> Reference:
-    """Reads a reference into memory. Raises ReferenceSetError where the file is none, or is damaged."""
+    """Read a reference into memory. Raises ReferenceSetError if the file is not a reference or is damaged."""
     card = read_card(file)
     with safe_open(file, framework="numpy") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
@@ -182,8 +193,9 @@ def read_reference(file: Path) -> Reference:
             raise ReferenceSetError(f"{file}: holds {', '.join(sorted(found))}; build the reference again") from None
         if not all(MIN_ALERTS <= n <= MAX_ALERTS for n in (k, q)):
             raise ReferenceSetError(
-                f"{file}: holds {k} alerts and {q} scores of {survey}, and between {MIN_ALERTS} and {MAX_ALERTS} of "
-                "each are allowed; build the reference again"
+                f"{file}: holds {k} alerts and {q} scores of {survey}; each must be between {MIN_ALERTS} and "
+                f"{MAX_ALERTS}; "
+                "build the reference again"
             )
         shapes = {
             "embedding": ((k, d), "F32"),
@@ -196,47 +208,49 @@ def read_reference(file: Path) -> Reference:
         }
         expected |= {f"{survey}.{name}": shape for name, shape in shapes.items()}
     if found != expected:
-        raise ReferenceSetError(f"{file}: holds {found}, its card asks for {expected}; build the reference again")
+        raise ReferenceSetError(f"{file}: holds {found}, but its card requires {expected}; build the reference again")
     arrays = load_file(file)
     if _sha256(arrays) != card.data_sha256:
-        raise ReferenceSetError(f"{file}: its arrays are not the ones that its card names; build the reference again")
+        raise ReferenceSetError(
+            f"{file}: corrupted: the sha256 of its arrays is not the one in its card; build the reference again"
+        )
     return Reference(card, {survey: _of_survey(file, survey, arrays, len(card.classes)) for survey in surveys})
 
 
 def _of_survey(file: Path, survey: Survey, arrays: Mapping[str, NDArray[Any]], classes: int) -> SurveyReference:
-    """The arrays of one survey. Raises ReferenceSetError where alerts cannot be judged by them."""
+    """Return the part of one survey. Raises ReferenceSetError if its arrays cannot be used."""
     own = {name.removeprefix(f"{survey}."): array for name, array in arrays.items() if name.startswith(f"{survey}.")}
     if problem := _unusable(own, classes):
-        raise ReferenceSetError(f"{file}: of {survey}, {problem}; build the reference again")
+        raise ReferenceSetError(f"{file}: survey {survey}: {problem}; build the reference again")
     names = own["object_id"].view(f"S{MAX_OBJECT_ID_BYTES}")[:, 0]
     try:
         object_id = np.char.decode(names, "utf-8")
     except UnicodeDecodeError as error:
-        raise ReferenceSetError(f"{file}: a name of an object is no UTF-8; build the reference again") from error
+        raise ReferenceSetError(f"{file}: an object id is not UTF-8; build the reference again") from error
     alerts = ReferenceAlerts(own["embedding"], own["alert_id"], object_id, np.full(len(names), survey, np.uint8))
     return SurveyReference(alerts, own["scores"], own["usual"], own["apart"], own["label"])
 
 
 def check_made_with(file: Path, reference: ReferenceCard, cards: Sequence[bundle.Card]) -> None:
-    """Raises ReferenceSetError unless the embeddings in the reference are those of one of the bundles with these
-    cards."""
+    """Raise ReferenceSetError unless one of the bundles with these cards produced the embeddings of the reference."""
     card = next((card for card in cards if card.name == reference.bundle), None)
     if card is None:
         raise ReferenceSetError(
-            f"{file}: made with the bundle {reference.bundle}, which is none of the models "
+            f"{file}: made with the bundle {reference.bundle}, which is not among the configured models "
             f"({', '.join(card.name for card in cards)}): add it, or build a reference with one of them"
         )
     made = (reference.version, reference.weights_sha256, reference.modalities)
     if made != (card.version, card.files[WEIGHTS], card.outputs.modalities):
         raise ReferenceSetError(
             f"{file}: made with the bundle {reference.bundle} {reference.version} (weights "
-            f"{reference.weights_sha256[:12]}), and {card.name} {card.version} ({card.files[WEIGHTS][:12]}) is what "
-            "would be compared with it; build the reference again with `broker-filter reference build`"
+            f"{reference.weights_sha256[:12]}), but the model is {card.name} {card.version} "
+            f"({card.files[WEIGHTS][:12]}); "
+            "build the reference again with `broker-filter reference build`"
         )
 
 
 def _arrays(surveys: Mapping[Survey, SurveyReference]) -> dict[str, NDArray[Any]]:
-    """A reference's arrays as they stand in its file."""
+    """Return the arrays of a reference by the names that they have in its file."""
     arrays: dict[str, NDArray[Any]] = {}
     for survey, part in surveys.items():
         names = np.char.encode(part.alerts.object_id, "utf-8").astype(f"S{MAX_OBJECT_ID_BYTES}")
@@ -254,15 +268,15 @@ def _arrays(surveys: Mapping[Survey, SurveyReference]) -> dict[str, NDArray[Any]
 
 
 def _unusable(arrays: Mapping[str, NDArray[Any]], classes: int) -> str | None:
-    """What keeps alerts from being scored, or the scores from being flagged, by a survey's arrays."""
+    """Return why a survey's arrays cannot be used to score alerts or to set a threshold; None if they can."""
     if bad := [name for name in ("embedding", "scores", "usual", "apart") if not np.isfinite(arrays[name]).all()]:
-        return f"its {bad[0]} holds NaN or infinite numbers"
+        return f"the array {bad[0]} holds NaN or infinite numbers"
     if (np.diff(arrays["scores"]) < 0).any() or arrays["scores"][0] == arrays["scores"][-1]:
-        return "its scores do not ascend"
+        return "the scores are not ascending, or are all equal"
     if bad := [name for name in ("usual", "apart") if not (arrays[name][:, 1] > 0).all()]:
-        return f"its {bad[0]} deviations are not above 0"
+        return f"a standard deviation in the array {bad[0]} is not positive"
     if not ((arrays["label"] >= UNLABELLED) & (arrays["label"] < classes)).all():
-        return "its label names a class that its card does not"
+        return "the array label holds an index that is not of a class in the card"
     return None
 
 

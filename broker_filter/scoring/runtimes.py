@@ -1,7 +1,7 @@
-"""What runs a network: onnxruntime or torch, on the CPU or a GPU, behind one interface.
+"""Runtimes: onnxruntime or torch, on the CPU or a GPU, behind one interface.
 
-A runtime says what really runs, and never takes another device than the one demanded. Serving on the CPU needs
-onnxruntime alone. torch belongs to the extra `gpu` and is imported only where it is used.
+A runtime reports the device that really computes, and never falls back to another device than the one demanded. Serving
+on the CPU needs onnxruntime alone. torch belongs to the extra `gpu` and is imported only where it is used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Tensors = Mapping[str, NDArray[np.float32]]
-"""float32 arrays over the same N alerts, by the names that inputs and outputs have in the ONNX graph."""
+"""float32 arrays [N, ...] over the same N alerts, by the names of inputs and outputs in the ONNX graph."""
 
 NVIDIA_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/nvidia0"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 """At least one of these files exists if this process can reach an NVIDIA GPU; the last one is of WSL 2. The look-up
@@ -42,40 +42,43 @@ class RuntimeUnavailableError(Exception):
 
 
 CHUNK = 16
-"""Alerts to a run on a CPU, for each of its threads: what a larger run computes outgrows the caches, its own and those
-of decoding beside it (with braai's network the whole takes 4 % longer at 32), a smaller one leaves threads waiting."""
+"""Alerts per run on a CPU, for each thread. The intermediate results of a larger run exceed the CPU caches, which
+decoding uses as well (with braai's network a whole batch takes 4 % longer at 32); in a smaller run threads wait."""
 TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
-"""How far, absolutely or relatively, outputs of any network may be from its test vector, by what computes them: some
-units of the last of 24, 11 or 8 bits, through some layers. A deep network's card allows more (`tolerances`)."""
+"""Allowed deviation of outputs from the test vector, absolute plus relative, by the precision of the arithmetic: some
+units in the last place of 24, 11 or 8 significant bits, accumulated over some layers. A deep network's card allows more
+(`tolerances`)."""
 
 
 class LoadedNetwork(Protocol):
-    """A bundle's network, ready to run. Inputs and outputs are by name: see `Inputs.shapes`, `Outputs.shapes`."""
+    """A bundle's network, ready to run. Inputs and outputs are named as in `Inputs.shapes` and `Outputs.shapes`."""
 
     @property
     def provider(self) -> str:
-        """What really runs it, `engine/device`."""
+        """The engine and device that really compute, as `engine/device`."""
 
     @property
     def tolerance(self) -> float:
-        """How far its outputs may be from the test vector's; see TOLERANCES."""
+        """Allowed deviation of outputs from the test vector; see TOLERANCES."""
 
     @property
     def chunk(self) -> int:
-        """The most alerts to a run."""
+        """Largest number of alerts in one run."""
 
     def run(self, inputs: Tensors) -> Tensors:
-        """The outputs for one batch of at most `chunk` alerts."""
+        """Return the outputs for one batch of at most `chunk` alerts."""
 
     def run_all(self, batches: Iterable[Tensors]) -> Iterator[Tensors]:
-        """The outputs for each batch, in order; on a GPU one batch is prepared while others are computed."""
+        """Yield the outputs of each batch, in order; on a GPU one batch is prepared while others are computed."""
 
 
 def open_network(bundle: Bundle, runtime: Runtime) -> LoadedNetwork:
-    """Loads the bundle's network where `runtime` says.
+    """Load the bundle's network on the engine and device that `runtime` selects.
 
-    `engine: auto` is torch if a CUDA device is used, else onnxruntime. Raises RuntimeUnavailableError if the engine or
-    device that `runtime` asks for is not available, BundleError if the bundle's files do not load.
+    `engine: auto` is torch if a CUDA device is to be used, else onnxruntime.
+
+    Raises RuntimeUnavailableError if the requested engine or device is not available, and BundleError if the bundle's
+    files cannot be loaded.
     """
     if runtime.engine == "onnxruntime" and runtime.device == "cuda":
         raise RuntimeUnavailableError("engine onnxruntime does not use CUDA: choose engine torch or device cpu")
@@ -130,7 +133,7 @@ class OnnxNetwork:
 
 
 class TorchNetwork:
-    """`weights.safetensors` in the architecture that the card names, in torch on the CPU: the fp32 reference."""
+    """`weights.safetensors` in the architecture of the card, in torch on the CPU: the float32 reference."""
 
     provider = "torch/cpu"
     tolerance = TOLERANCES["float32"]
@@ -189,7 +192,10 @@ def _open_torch(bundle: Bundle, runtime: Runtime, threads: int) -> LoadedNetwork
 
 
 def available_cores() -> int:
-    """Cores that this process may use: its affinity, and the quota of its control group (v2, else v1), rounded up."""
+    """Return the number of cores that this process may use.
+
+    This is its CPU affinity, limited by the quota of its control group (v2, else v1), rounded up.
+    """
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -237,7 +243,7 @@ def _cuda_is_usable() -> bool:
 
 
 def _check_graph(path: Path, session: Any, bundle: Bundle) -> None:
-    """Raises BundleError where the graph's inputs and outputs are not the card's."""
+    """Raise BundleError if inputs and outputs of the ONNX graph are not those of the card."""
     expected = bundle.card.inputs.shapes() | bundle.card.outputs.shapes()
     nodes = (*session.get_inputs(), *session.get_outputs())
     found = {node.name: tuple(node.shape[1:]) for node in nodes}

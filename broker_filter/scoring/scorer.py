@@ -1,4 +1,4 @@
-"""Batches of alerts through the models. An alert's scores do not depend on what else is in its batch."""
+"""Scores batches of alerts with the models. An alert's scores do not depend on the rest of its batch."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from broker_filter.scoring.scores import ModelScores, Scores
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A bundle whose network is loaded and gives what the bundle says it must."""
+    """A bundle with its loaded network. `open_model` has checked that the network reproduces the bundle's test
+    vector."""
 
     bundle: Bundle
     network: LoadedNetwork
     also: tuple[Survey, ...] = ()
-    """The surveys that the operator added: their alerts are scored although the network was not trained for them."""
+    """Surveys added by the operator: their alerts are scored although the network was not trained for them."""
 
     @property
     def name(self) -> str:
-        """The prefix of its output columns."""
+        """The model's name, the prefix of its output columns."""
         return self.bundle.card.name
 
     @property
@@ -37,37 +38,39 @@ class Model:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What its C probabilities are of."""
+        """The labels of the C probabilities."""
         return self.bundle.card.outputs.labels
 
     @property
     def surveys(self) -> tuple[Survey, ...]:
-        """Whose alerts it takes: those that it was trained for, and those that the operator added."""
+        """Surveys whose alerts the model takes: those that it was trained for, and those that the operator added."""
         return self._and_also(self.bundle.card.surveys)
 
     def surveys_of(self, label: str) -> tuple[Survey, ...]:
-        """For whose alerts it gives the output `label`: those that this was trained for, and those that the operator
-        added."""
+        """Return the surveys for which the model gives the output `label`.
+
+        These are the surveys that the output was trained for, and those that the operator added.
+        """
         return self._and_also(self.bundle.card.surveys_of(label))
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The metadata columns that it needs, in its order."""
+        """Metadata columns that the model needs, in its order."""
         return tuple(column.name for column in self.bundle.card.inputs.metadata)
 
     @property
     def provider(self) -> str:
-        """What really runs its network, `engine/device`."""
+        """The engine and device that really run the network, as `engine/device`."""
         return self.network.provider
 
     def score(self, alerts: AlertBatch) -> ModelScores:
-        """Its outputs for the alerts of its surveys, NaN for the others; each probability is NaN also for the alerts of
-        a survey that this output was not trained for.
+        """Return the model's outputs for N alerts; NaN for alerts of surveys that the model does not take.
 
-        Raises as `preprocess.prepare` does.
+        A single probability is also NaN for alerts of a survey that its label was not trained for. Raises as
+        `preprocess.prepare` does.
         """
         taken = np.isin(alerts.survey, self.surveys)
-        rows = slice(None) if taken.all() else taken  # a view where it can be, a copy where it must
+        rows = slice(None) if taken.all() else taken  # a slice gives views, a mask copies
         columns = {}
         for name, values in self.run(raw_alerts(alerts)[rows]).items():
             columns[name] = np.full((len(alerts), *values.shape[1:]), np.nan, np.float32)
@@ -86,7 +89,7 @@ class Model:
         )
 
     def run(self, alerts: RawAlerts) -> Tensors:
-        """The network's outputs by name, float32[N, ...]; raises as `score` does."""
+        """Return the network's outputs by name, float32[N, ...]. Raises as `preprocess.prepare` does."""
         card, n, step = self.bundle.card, len(alerts), self.network.chunk
         outputs = {name: np.empty((n, *shape), np.float32) for name, shape in card.outputs.shapes().items()}
         chunks = [slice(start, start + step) for start in range(0, n, step)]
@@ -100,9 +103,9 @@ class Model:
         return tuple(dict.fromkeys([*(Survey[survey.upper()] for survey in surveys), *self.also]))
 
     def verify(self) -> None:
-        """Raises BundleError where the network does not reproduce the bundle's test vector.
+        """Raise BundleError if the network does not reproduce the bundle's test vector.
 
-        Allowed is what the runtime's arithmetic allows any network, and what the card says of this one's.
+        The allowed deviation is the runtime's tolerance plus the one that the card states for this network.
         """
         vector = self.bundle.test_vector()
         outputs = self.run(vector)
@@ -112,7 +115,7 @@ class Model:
             scale = exact * (1 - exact) if name == PROBABILITIES else np.abs(exact).max()
             allowed = self.network.tolerance * (1 + np.abs(exact)) + self.bundle.card.tolerances.get(name, 0.0) * scale
             off = np.abs(outputs[name] - exact)
-            if not (off <= allowed).all():  # nor where it is NaN
+            if not (off <= allowed).all():  # also true for NaN
                 worst = np.unravel_index(np.argmax(off - allowed), off.shape)
                 raise BundleError(
                     f"{self.bundle.directory / TEST_VECTOR}: {self.provider} does not reproduce it: {name} is off by "
@@ -123,30 +126,30 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """All the models over each batch. May be called from several threads."""
+    """Applies all models to each batch. Thread-safe."""
 
     models: tuple[Model, ...]
 
     @property
     def cutout_size(self) -> int:
-        """The size in pixels that cutouts must be decoded to: the largest that a model takes."""
+        """Size in pixels that cutouts must be decoded to: the largest that a model takes."""
         return max(model.bundle.card.inputs.images.size for model in self.models)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The metadata columns that must be decoded for the models."""
+        """Metadata columns that must be decoded for the models, without repetition."""
         return tuple(dict.fromkeys(column for model in self.models for column in model.columns))
 
     def score(self, alerts: AlertBatch) -> Scores:
-        """Every model's outputs, in the models' order."""
+        """Return every model's outputs, in the order of the models."""
         scores = tuple(model.score(alerts) for model in self.models)
         return Scores(scores, np.logical_or.reduce([model.taken for model in scores]))
 
 
 def open_model(choice: config.Model | str, runtime: config.Runtime) -> Model:
-    """Loads a bundle and its network, and checks that the network gives what the bundle says.
+    """Load a bundle and its network, and check that the network reproduces the bundle's test vector.
 
-    Raises BundleError, and RuntimeUnavailableError where `runtime` asks for what is not there.
+    Raises BundleError, and RuntimeUnavailableError if the engine or device that `runtime` requests is not available.
     """
     name, also = (choice, []) if isinstance(choice, str) else (choice.bundle, choice.also)
     bundle = load_bundle(name)
@@ -156,14 +159,14 @@ def open_model(choice: config.Model | str, runtime: config.Runtime) -> Model:
 
 
 def open_scorer(models: Sequence[config.Model | str], runtime: config.Runtime) -> Scorer:
-    """Opens the models, in order. Raises as `open_model` does, and BundleError where two have the same name."""
+    """Open the models, in order. Raises as `open_model` does, and BundleError if two models have the same name."""
     opened: dict[str, Model] = {}
     for choice in models:
         model = open_model(choice, runtime)
         if model.name in opened:
             first, second = opened[model.name].bundle.directory, model.bundle.directory
             raise BundleError(
-                f"{first} and {second} are both called {model.name!r}: their scores could not be told apart; "
+                f"{first} and {second} are both called {model.name!r}: their output columns would have the same names; "
                 "import one of them under another name"
             )
         opened[model.name] = model

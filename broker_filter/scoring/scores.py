@@ -1,4 +1,4 @@
-"""What the models say of a batch, in columns."""
+"""The scores of a batch, in columns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class ModelScores:
-    """One model's outputs over N alerts; NaN in the rows of alerts that it does not take (another survey's)."""
+    """One model's outputs for N alerts. Rows of alerts that the model does not take (of another survey) are NaN."""
 
     model: str
     version: str
@@ -18,18 +18,18 @@ class ModelScores:
     probabilities: NDArray[np.float32]  # [N, C]
     embedding: NDArray[np.float32] | None  # [N, D]
     taken: NDArray[np.bool_]  # [N]
-    modalities: NDArray[np.float32] | None = None  # [N, M, D / M] its parts; zeros: an alert lacks one
+    modalities: NDArray[np.float32] | None = None  # [N, M, D / M], zeros where an alert lacks one
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """All models' outputs over the same N alerts."""
+    """The outputs of all models for the same N alerts."""
 
     models: tuple[ModelScores, ...]
-    taken: NDArray[np.bool_]  # [N] at least one model took it
+    taken: NDArray[np.bool_]  # [N] at least one model took the alert
 
     def columns(self) -> dict[str, NDArray[np.float32]]:
-        """Output columns by name, `<model>.<label>` -> float32[N], in the models' order."""
+        """Return output columns by name, `<model>.<label>` -> float32[N], in the order of the models."""
         return {
             f"{scores.model}.{label}": scores.probabilities[:, c]
             for scores in self.models

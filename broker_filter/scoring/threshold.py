@@ -1,10 +1,10 @@
-"""The score above which an alert is among the strangest share of them, whatever the stream does.
+"""The anomaly threshold: an adaptive threshold that keeps the share of flagged alerts at the requested rate.
 
-The quantile tracker of Angelopoulos, Candes & Tibshirani 2023 (arXiv:2307.16895, eq. 4): the threshold falls a little
-with each alert that is not flagged and rises with each that is, so that the two balance at the rate that was asked for.
-Its realised rate is off by at most (R / step + 1) / n after n alerts, R being how far the threshold went: whatever the
-alerts are, in whatever order (their Proposition 1). The threshold is all its state; it begins where the reference's
-ordinary alerts put it.
+This is the quantile tracker of Angelopoulos, Candes & Tibshirani 2023 (arXiv:2307.16895, eq. 4): the threshold falls by
+step x rate with each alert that is not flagged, and rises by step x (1 - rate) with each one that is. After n alerts
+the realised rate differs from the requested one by at most (R / step + 1) / n, where R is the range of the threshold,
+for any sequence of scores (their Proposition 1). The threshold is the only state; its start value is extrapolated from
+the reference's held-out ordinary alerts.
 """
 
 from __future__ import annotations
@@ -15,35 +15,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 TAIL = 50
-"""Ordinary alerts, the strangest, that the first threshold is extrapolated from: enough for their mean excess to be
-known to a seventh."""
+"""Number of the highest reference scores from which the first threshold is extrapolated: the relative error of their
+mean excess is about 1/7 (1/sqrt(50))."""
 TAIL_SHARE = 10
-"""And one in so many of them at most, or it would be no tail."""
+"""The tail is at most one in this many of the reference scores; a larger share would not be a tail."""
 STEP = 0.1
-"""Of the tail's scale: the threshold then settles within 20 % of the rate, and halves its error in 7 / rate alerts."""
+"""Step in units of the tail's scale. The threshold then settles within 20 % of the rate, and halves its error every 7 /
+rate alerts."""
 
 
 class RateTracker:
-    """Flags a share of a stream of scores. The same scores in the same order are flagged the same way, however they are
-    batched."""
+    """Flags a given share of a stream of scores.
+
+    The result depends on the scores and their order only, not on how they are batched.
+    """
 
     def __init__(self, ordinary: NDArray[np.float32], rate: float) -> None:
-        """`ordinary`: scores of ordinary alerts, ascending, at least two that differ; `rate`: the share to flag."""
+        """`ordinary`: ascending scores of ordinary alerts, at least two different ones; `rate`: the share of alerts to
+        flag, 0 to 1."""
         tail = max(min(TAIL, len(ordinary) // TAIL_SHARE), math.ceil(rate * len(ordinary)), 1)
         edge = float(ordinary[-1 - tail])
         scale = float(ordinary[-tail:].astype(np.float64).mean()) - edge
         self._rate = rate
-        has_scale = scale > np.spacing(abs(ordinary[-1]))  # or the tail is all one score
+        has_scale = scale > np.spacing(abs(ordinary[-1]))  # False if all scores of the tail are equal
         self.step = STEP * (scale if has_scale else float(ordinary.std()))
-        # Excesses over a high edge are about exponential (Pickands 1975): also beyond the strangest one known.
+        # Excesses over a high value are about exponential (Pickands 1975), also beyond the highest score that is known.
         self.threshold = edge + scale * math.log(tail / (rate * len(ordinary)))
 
     def flag(
         self, scores: NDArray[np.float32], counts: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """The threshold that each of N scores met and whether it is above it, in their order.
+        """Return, for N scores in their order, the threshold in force, float32[N], and whether the score was above it,
+        bool[N].
 
-        `counts` [N]: the others are flagged too, but do not move the threshold. A NaN is neither flagged nor counted.
+        `counts` [N]: alerts that move the threshold; the others are flagged too, but do not move it. A NaN is neither
+        flagged nor counted.
         """
         thresholds, flags = np.empty(len(scores), np.float32), np.zeros(len(scores), np.bool_)
         for i, (score, moves) in enumerate(zip(scores.tolist(), counts.tolist(), strict=True)):

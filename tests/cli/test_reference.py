@@ -147,7 +147,7 @@ def test_what_cannot_be_compared_is_an_error_in_a_line(
     which = ["--id", "5"] if change == "id" else []
     assert main(["similar", str(night), "--reference", str(reference), "--model", model, *which]) == 1
     complaint = capsys.readouterr().err.splitlines()[-1]
-    assert ("no alert 5 there" if change == "id" else "none of the models (default)") in complaint
+    assert ("no alert 5 there" if change == "id" else "not among the configured models (default)") in complaint
 
 
 def test_a_map_without_umap_says_what_to_install(

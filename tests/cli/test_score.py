@@ -155,7 +155,7 @@ def test_a_folder_that_is_read_may_be_written_to(few: Path) -> None:
         (["{few}", "--out", "{tmp}/scores.fits", "--rejects", "{tmp}/scores.fits"], "name two tables"),
         (["{few}", "--out", "{tmp}/none/scores.avro"], "none/scores.partial.avro"),
         (["{tmp}/none", "--out", "{tmp}/scores.avro"], "none: no such file"),
-        (["{few}", "--model", "{tmp}/none", "--out", "{tmp}/scores.avro"], "no bundle"),
+        (["{few}", "--model", "{tmp}/none", "--out", "{tmp}/scores.avro"], "not a bundle"),
         (["{few}", "--schema-registry", "{tmp}/none", "--out", "{tmp}/scores.avro"], "none"),
     ],
 )

@@ -133,12 +133,12 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     write_keras_weights(tmp_path / "w.h5")
     (tmp_path / "w.h5").write_bytes(damage((tmp_path / "w.h5").read_bytes()))
-    with pytest.raises(BundleError, match=r"w\.h5: not a whole HDF5 file"):
+    with pytest.raises(BundleError, match=r"w\.h5: not a complete HDF5 file"):
         read_weights(tmp_path / "w.h5")
 
 
 def test_a_name_that_no_column_can_have_is_refused(tmp_path: Path) -> None:
     write_keras_weights(tmp_path / "w.h5")
-    with pytest.raises(BundleError, match="no bundle can be called 'd6-m7'"):
+    with pytest.raises(BundleError, match="a bundle cannot be named 'd6-m7'"):
         import_braai(tmp_path / "w.h5", "row", "d6-m7", tmp_path / "out")
     assert not (tmp_path / "out").exists()

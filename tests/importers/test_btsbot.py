@@ -270,7 +270,7 @@ def test_a_card_says_what_the_network_takes(folder: Path, tmp_path: Path) -> Non
     ("change", "complaint"),
     [
         ({"model_name": "VGG16"}, "model_name: Input should be"),
-        ({"model_name": "um_nn"}, "um_nn is no network of images"),
+        ({"model_name": "um_nn"}, "um_nn is not an image network"),
         ({"metadata_cols": [*COLUMNS[1:], COLUMNS[0]]}, "metadata_cols has another order"),
         ({"comb_fc1_neurons": None}, "frozen_fusion needs comb_fc1_neurons"),
         ({"comb_fc1_neurons": 10**12}, "comb_fc1_neurons: Input should be less"),
@@ -293,11 +293,11 @@ def test_a_configuration_that_is_not_of_such_a_network_is_refused(
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"combined_head.0.bias": None}, r"1 missing, first combined_head\.0\.bias"),
-        ({"combined_head.9.bias": torch.zeros(3)}, r"1 that it does not have, first combined_head\.9\.bias"),
+        ({"combined_head.0.bias": None}, r"1 missing \(the first: combined_head\.0\.bias\)"),
+        ({"combined_head.9.bias": torch.zeros(3)}, r"1 unexpected \(the first: combined_head\.9\.bias\)"),
         (
             {"meta_branch.network.0.weight": torch.ones(24)},
-            r"1 of another shape, first meta_branch\.network\.0\.weight: \(24,\) instead of \(25,\)",
+            r"1 of wrong shape \(the first: meta_branch\.network\.0\.weight: \(24,\) instead of \(25,\)\)",
         ),
         ({"combined_head.0.bias": torch.full((20,), torch.nan)}, r"combined_head\.0\.bias holds NaN"),
         ({"combined_head.0.bias": 3.0}, "holds more than named tensors"),
@@ -329,7 +329,7 @@ class Malicious:
 def test_a_file_that_is_not_of_tensors_is_refused(folder: Path, damage: Callable[[bytes], bytes]) -> None:
     path = folder / "pytorch_model.bin"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(WeightsError, match=r"pytorch_model\.bin: cannot be read: cut short, or not"):
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin: cannot be read: it is truncated, or"):
         read_btsbot(folder)
 
 

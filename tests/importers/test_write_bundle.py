@@ -202,7 +202,7 @@ def test_a_test_vector_whose_light_curves_do_not_add_up_is_refused(
     card = yaml.safe_load((tmp_path / "joined" / CARD).read_text())
     card["files"][TEST_VECTOR] = hashlib.sha256(path.read_bytes()).hexdigest()
     (tmp_path / "joined" / CARD).write_text(yaml.safe_dump(card))
-    with pytest.raises(BundleError, match=r"offsets .* are none of its points"):
+    with pytest.raises(BundleError, match=r"offsets .* do not fit the number of points"):
         load_bundle(tmp_path / "joined").test_vector()
 
 
@@ -301,6 +301,6 @@ def test_a_bundle_of_before_is_checked_as_before(deep: Path) -> None:
 
 
 def test_a_network_that_rounding_decides_is_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="rounding alone changes what it says"):
+    with pytest.raises(BundleError, match="rounding errors dominate"):
         write_bundle(tmp_path / "noise", of_stampnet(), differences_of_large_numbers(1e8))
     assert not (tmp_path / "noise").exists()

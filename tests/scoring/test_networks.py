@@ -121,12 +121,12 @@ def test_weights_are_loaded_into_a_network_that_computes_constants_of_its_own() 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"backbone": "no_such_net"}, "has no backbone 'no_such_net'"),
-        ({"backbone": "hf_hub:someone/something"}, "has no backbone"),  # a card must not make it fetch anything
-        ({"backbone": "local-dir:/tmp"}, "has no backbone"),
+        ({"backbone": "no_such_net"}, "has no backbone named 'no_such_net'"),
+        ({"backbone": "hf_hub:someone/something"}, "has no backbone named"),  # a card must not make it fetch anything
+        ({"backbone": "local-dir:/tmp"}, "has no backbone named"),
         ({}, "does not take"),
         ({"backbone": "test_convnext", "colour": 3}, "does not take"),
-        ({"backbone": "test_convnext", "metadata": 2, "fusion": "cold"}, "fusion joint or frozen"),
+        ({"backbone": "test_convnext", "metadata": 2, "fusion": "cold"}, "fusion .cold. joint or frozen"),
     ],
 )
 def test_a_card_with_a_wrong_argument_is_refused(arguments: dict[str, Any], complaint: str) -> None:

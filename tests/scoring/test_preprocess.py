@@ -74,7 +74,7 @@ def test_compiled_normalisation_refuses_what_does_not_fit() -> None:
         (rows, np.empty_like(rows), 0),
         (rows, np.empty_like(rows), 7),
     ]:
-        with pytest.raises(ValueError, match="wrong shape or type"):
+        with pytest.raises(ValueError, match="must be float32, of one size"):
             normalise(images, normalised, length)
 
 

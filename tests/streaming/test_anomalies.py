@@ -244,7 +244,7 @@ def test_a_configuration_opens_a_judge_by_the_references_own_cut(
     assert open_judge(config.Anomalies(reference=reference_file), scorer).columns == ()
     card = read_reference(file).card.model_copy(update={"bundle": "other"})
     replace(reference, card=card).write(file)
-    with pytest.raises(ReferenceSetError, match=r"other, which is none of the models \(default\)"):
+    with pytest.raises(ReferenceSetError, match=r"other, which is not among the configured models \(default\)"):
         open_judge(config.Anomalies(reference=file), scorer)
 
 

@@ -123,7 +123,10 @@ def test_inputs_without_an_alert_are_an_error_in_one_line(
     ("arguments", "message"),
     [
         (["train-embedder", "x", "--labels", "x", "--out", "x", "--steps", "0"], "--steps: 0 is not a positive number"),
-        (["anomalies", "x", "--labels", "x", "--out", "x", "--rate", "4"], "--rate: 4 is not above 0 and up to 1"),
+        (
+            ["anomalies", "x", "--labels", "x", "--out", "x", "--rate", "4"],
+            "--rate: 4 is not a fraction above 0 and at most 1",
+        ),
         (["astrom3-simulate", "x", "--stars", "1", "-1", "1"], "--stars: -1 is not a positive number"),
         (["astrom3-simulate", "x", "--seed", "-1"], "--seed: -1 is not from 0 to"),
         (["build-dataset", "x", "--labels", "x", "--out", "x", "--seed", "-1"], "--seed: -1 is not from 0 to"),

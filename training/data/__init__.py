@@ -1,1 +1,1 @@
-"""Alerts and labels into data sets, and data sets read: what everything else in training learns from."""
+"""Data sets of labelled alerts: building and reading."""

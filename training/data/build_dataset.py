@@ -1,8 +1,8 @@
-"""`build-dataset`: archives and packets, and a table of labels, into a data set that is trained on.
+"""`build-dataset`: builds a data set for training from archives and packets, and a table of labels.
 
-Decodes as the service does, keeps the pixels as published (preprocessing is the network's affair), and may be killed at
-any time: the same command, on the same inputs, goes on after the last whole shard. Never holds more than a shard in
-memory, ids excepted.
+It decodes as the service does and keeps pixels as published; preprocessing happens in training. A build may be killed
+at any time: the same command with the same inputs resumes after the last complete shard. Apart from ids, no more than
+one shard is in memory.
 """
 
 from __future__ import annotations
@@ -54,77 +54,84 @@ from training.errors import DatasetError
 
 PACKETS_AT_ONCE = 256
 PACKETS = b"packets"
-"""In a shard's schema: how many packets were read up to its end, where a build that was killed goes on."""
+"""Key in a shard's schema metadata: the number of packets read up to its end, where an interrupted build resumes."""
 ALERTS_PER_SHARD = 1024
-"""49 MB of ZTF cutouts: few files a night, and little to do again after a kill."""
+"""49 MB of ZTF cutouts: few files per night, and little work to repeat after a kill."""
 REQUEST = "build.yaml"
-"""What a directory was begun with: a build goes on only with the same."""
+"""The arguments with which a directory was started; a build resumes only with the same."""
 SHOWN = 5
-"""Ids named in an error message."""
+"""Number of ids named in an error message."""
 
 log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `build-dataset` takes."""
+    """Add the arguments of `build-dataset`."""
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="file, folder or archive of alerts")
     parser.add_argument(
-        "--labels", required=True, type=Path, metavar="TABLE", help=".csv or .parquet, by alert or object id"
+        "--labels",
+        required=True,
+        type=Path,
+        metavar="TABLE",
+        help=".csv or .parquet table of labels with a column of alert or object ids",
     )
-    parser.add_argument(
-        "--label", default="label", metavar="COLUMN", help="the table's column of labels (default: label)"
-    )
+    parser.add_argument("--label", default="label", metavar="COLUMN", help="label column of the table (default: label)")
     parser.add_argument(
         "--class",
         dest="classes",
         action="append",
         default=[],
         metavar="NAME=VALUES",
-        help="values of the column that make a class, NAME=VALUE,... or NAME=LOW..HIGH (above LOW, up to HIGH); may be "
-        "repeated, rows of no class are left out; of two classes the second is what is scored (default: each value)",
+        help="a class: the values NAME=VALUE,... or the numbers NAME=LOW..HIGH (above LOW, up to HIGH) of the column; "
+        "repeat for each class. Rows of no class are skipped. With two classes, the second is the scored one (default: "
+        "each value is a class)",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the data set's directory")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory of the data set")
     parser.add_argument(
-        "--cutout-size", type=_pixels, default=DEFAULT_CUTOUT_SIZE, metavar="PX", help="(default: %(default)s)"
+        "--cutout-size",
+        type=_pixels,
+        default=DEFAULT_CUTOUT_SIZE,
+        metavar="PX",
+        help="cutout size in pixels (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the split by source (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the split by source (default: %(default)s)")
     parser.add_argument(
         "--shares",
         type=_share,
         nargs=2,
         default=(PUBLISHED_SPLIT.validation, PUBLISHED_SPLIT.test),
         metavar=("VALIDATION", "TEST"),
-        help="of the sources, the rest is to train on (default: 0.09 0.1)",
+        help="fractions of the sources for validation and test; the rest is for training (default: 0.09 0.1)",
     )
     add_registry_option(parser)
     parser.add_argument(
-        "--allow-unmatched", action="store_true", help="the table may label what is not among the inputs"
+        "--allow-unmatched", action="store_true", help="allow labels of alerts or objects that are not in the inputs"
     )
     parser.add_argument(
         "--where",
         metavar="EXPRESSION",
-        help="keep only the alerts for which this is true, in the language of the service's filters; implies "
+        help="keep only alerts for which this filter (as in the service) is true; implies "
         '--allow-unmatched. BTSbot\'s published cuts: \'isdiffpos and band in ("g", "r") and (sgscore1 >= 0 or '
         "sgscore2 >= 0)'",
     )
 
 
 def _pixels(text: str) -> int:
-    """A cutout's side."""
+    """Parse a cutout size in pixels."""
     if not 0 < (size := int(text)) <= MAX_CUTOUT_SIZE:
         raise argparse.ArgumentTypeError(f"{size} is not from 1 to {MAX_CUTOUT_SIZE}")
     return size
 
 
 def _share(text: str) -> float:
-    """Of the sources."""
+    """Parse a fraction of the sources, between 0 and 0.5."""
     if not 0 < (share := float(text)) < 0.5:
         raise argparse.ArgumentTypeError(f"{share} is not between 0 and 0.5")
     return share
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Builds the data set, or goes on building it, and says what is in it."""
+    """Build the data set, or resume building it, and print its counts."""
     labels = read_labels(arguments.labels, arguments.label, [parse_rule(text) for text in arguments.classes])
     dataset = build_dataset(
         arguments.inputs,
@@ -153,12 +160,14 @@ def build_dataset(
     allow_unmatched: bool = False,
     where: str | None = None,
 ) -> Dataset:
-    """Every labelled alert of `inputs`, each alert id once, as the data set `out`; goes on with one that was begun.
+    """Build the data set `out` from every labelled alert of `inputs`, each alert id once; resume if it was started.
 
-    `where`: a filter over the fields of alerts (`streaming.expressions`); only alerts for which it is true are kept,
-    and labels of others are passed over, as with `allow_unmatched`. Raises DatasetError where no alert was read, none
-    passes the filter, labels match no alert (some of them may with `allow_unmatched`), a class has too few sources to
-    split, a shard is damaged, or `out` was begun with other arguments; ExpressionError where the filter is none.
+    `where`: a filter over the fields of alerts (`streaming.expressions`). Only alerts for which it is true are kept,
+    and labels of other alerts are ignored, as with `allow_unmatched`.
+
+    Raises DatasetError if no alert was read or none passes the filter; if labels match no alert (some may, with
+    `allow_unmatched`); if a class has too few sources to split; if a shard is damaged; or if `out` was started with
+    other arguments. Raises ExpressionError if the filter is invalid.
     """
     chosen = None if where is None else compile_filter(where, FIELDS, ())
     columns = tuple(dict.fromkeys((*columns, *(chosen.columns if chosen else ()))))
@@ -181,36 +190,38 @@ def build_dataset(
 def assign_splits(
     object_id: NDArray[np.str_], label: NDArray[np.int64], classes: Sequence[str], rule: SplitRule
 ) -> NDArray[np.int64]:
-    """Each alert's side, an index into SPLITS [N]: all of an object's on one, every class on each.
+    """Return the split of each of N alerts, int64[N], an index into SPLITS: all alerts of an object in one split, every
+    class in each split.
 
-    Does not depend on the order of the alerts. Raises DatasetError where a class has fewer sources than sides.
+    The result does not depend on the order of the alerts. Raises DatasetError if a class has fewer sources than there
+    are splits.
     """
     side_of: dict[str, int] = {}
     for name, sources in zip(classes, sources_by_class(object_id, label, len(classes), rule.seed), strict=True):
         n = len(sources)
         if n < len(SPLITS):
             raise DatasetError(
-                f"class {name} has {n} source{'s' * (n != 1)}, and each of {', '.join(SPLITS)} needs one: "
-                "add alerts of it, or leave it out by naming the others with --class"
+                f"class {name} has {n} source{'s' * (n != 1)}, but each of {', '.join(SPLITS)} needs one: "
+                "add alerts of this class, or omit it by naming the other classes with --class"
             )
         n_test = max(1, round(rule.test * n))
-        n_validation = min(max(1, round(rule.validation * n)), n - n_test - 1)  # of few sources one is to train on
+        n_validation = min(max(1, round(rule.validation * n)), n - n_test - 1)  # keep at least one source for training
         sides = np.repeat(range(len(SPLITS)), (n - n_validation - n_test, n_validation, n_test))
         side_of.update(zip(sources.tolist(), sides.tolist(), strict=True))
     return np.array([side_of[name] for name in object_id.tolist()])
 
 
 def _begin(out: Path, request: dict[str, Any]) -> None:
-    """Makes the directory, or checks that it was made for the same request."""
+    """Create the directory, or check that it was started with the same request."""
     path = out / REQUEST
-    if path.exists() and any((out / SHARDS).iterdir()):  # before the first shard, there is nothing to go on with
+    if path.exists() and any((out / SHARDS).iterdir()):  # before the first shard there is nothing to resume
         if yaml.safe_load(path.read_bytes()) != request:
             raise DatasetError(
-                f"{out}: was begun with other arguments, see {path}: choose another directory, or remove it"
+                f"{out}: was started with other arguments, see {path}: choose another directory, or remove it"
             )
         return
     if out.exists() and not path.exists() and any(out.iterdir()):
-        raise DatasetError(f"{out}: is not empty, and was not made by build-dataset: choose another directory")
+        raise DatasetError(f"{out}: is not empty, and was not written by build-dataset: choose another directory")
     (out / SHARDS).mkdir(parents=True, exist_ok=True)
     write_whole(path, yaml.safe_dump(request, sort_keys=False).encode())
 
@@ -218,13 +229,15 @@ def _begin(out: Path, request: dict[str, Any]) -> None:
 def _write_shards(
     directory: Path, inputs: Sequence[Path], decoder: Decoder, labels: Labels, chosen: Expression | None
 ) -> None:
-    """The labelled alerts of `inputs` for which `chosen` is true as shards, without those that earlier shards were made
-    of. Raises DatasetError where there is none."""
+    """Write the labelled alerts of `inputs` for which `chosen` is true as shards, without alerts of earlier shards.
+
+    Raises DatasetError if there is no such alert.
+    """
     written = sorted(directory.glob("*.arrow"))
     seen = {alert for file in written for alert in open_shard(file)["alert_id"].tolist()}
     n_packets = _packets_up_to(written[-1]) if written else 0
     packets = read_packets(inputs)
-    next(islice(packets, n_packets, n_packets), None)  # skips them
+    next(islice(packets, n_packets, n_packets), None)  # skip them
     parts: list[dict[str, Any]] = []
     n_alerts = n_decoded = n_chosen = 0
     left_out: Counter[str] = Counter()
@@ -245,27 +258,28 @@ def _write_shards(
         written.append(_write_shard(directory / f"{len(written):05}.arrow", parts, n_packets))
     reasons = ", ".join(f"{reason} {n:,}" for reason, n in left_out.most_common())
     if left_out:
-        log.warning("%s inputs that could not be decoded are left out: %s", f"{left_out.total():,}", reasons)
+        log.warning("%s inputs that could not be decoded are skipped: %s", f"{left_out.total():,}", reasons)
     if chosen:
-        log.info("%s of %s alerts that were decoded do not pass --where", f"{n_decoded - n_chosen:,}", f"{n_decoded:,}")
+        log.info("%s of %s decoded alerts do not pass --where", f"{n_decoded - n_chosen:,}", f"{n_decoded:,}")
     if written:
         return
     names = ", ".join(map(str, inputs))
     if not n_packets:
-        raise DatasetError(f"{names}: no alert was read: there is none in it")
+        raise DatasetError(f"{names}: no alert was read: the inputs hold no packets")
     if not n_decoded:
         raise DatasetError(f"{names}: no alert was read: none of {n_packets:,} inputs could be decoded ({reasons})")
     if chosen and not n_chosen:
         raise DatasetError(f"{names}: none of the {n_decoded:,} alerts passes --where {chosen.text!r}")
     raise DatasetError(
-        f"{labels.table}: none of its {len(labels.label_of)} labels is of an alert of the inputs, by {labels.key}"
+        f"{labels.table}: none of its {len(labels.label_of)} labels matches an alert of the inputs by {labels.key}"
     )
 
 
 def _labelled(alerts: AlertBatch, chosen: NDArray[np.bool_], labels: Labels, seen: set[int]) -> dict[str, Any]:
-    """The columns of a shard, of the alerts that are `chosen` [N], have a label and were not `seen` yet."""
+    """Return the columns of a shard for those alerts that are `chosen` bool[N], have a label and were not `seen`
+    before."""
     ids = alerts.alert_id.tolist()
-    names = [name or f"alert {alert}" for alert, name in zip(ids, alerts.object_id, strict=True)]  # a source of its own
+    names = [name or f"alert {alert}" for alert, name in zip(ids, alerts.object_id, strict=True)]  # a separate source
     rows = []
     for row, (alert, name) in enumerate(zip(ids, names, strict=True)):
         if chosen[row] and alert not in seen and labels.key_of(alert, name) in labels.label_of:
@@ -284,7 +298,7 @@ def _labelled(alerts: AlertBatch, chosen: NDArray[np.bool_], labels: Labels, see
 
 
 def _write_shard(file: Path, parts: Sequence[dict[str, Any]], n_packets: int) -> Path:
-    """One Arrow file of one record batch, which says how many packets were read up to its end."""
+    """Write an Arrow file with one record batch and the number of packets read up to its end."""
     columns: dict[str, pa.Array] = {}
     for name in parts[0]:
         if name == LIGHT_CURVES:
@@ -303,7 +317,7 @@ def _write_shard(file: Path, parts: Sequence[dict[str, Any]], n_packets: int) ->
 
 
 def _points(light_curves: LightCurves) -> pa.ListArray:
-    """Light curves as lists of points."""
+    """Return light curves as an Arrow list of points."""
     columns = [pa.array(getattr(light_curves, name)) for name in POINT_COLUMNS]
     points = pa.StructArray.from_arrays(columns, names=list(POINT_COLUMNS))
     return pa.ListArray.from_arrays(pa.array(light_curves.offsets, pa.int32()), points)
@@ -322,7 +336,7 @@ def _finish(
     allow_unmatched: bool,
     where: str | None,
 ) -> None:
-    """Labels, splits and the card, from the shards."""
+    """Write index (labels, splits) and card from the shards."""
     files = sorted((out / SHARDS).glob("*.arrow"))
     ids = [{name: arrays[name] for name in ("alert_id", "object_id", "survey")} for arrays in map(open_shard, files)]
     alert_id, object_id, survey = (np.concatenate([part[name] for part in ids]) for name in ids[0])
@@ -330,8 +344,8 @@ def _finish(
     keys = [labels.key_of(alert, name) for alert, name in zip(alert_id.tolist(), object_id.tolist(), strict=True)]
     if not allow_unmatched and where is None and (unmatched := sorted(labels.label_of.keys() - set(keys))):
         raise DatasetError(
-            f"{labels.table}: {len(unmatched)} labels have no alert among the inputs, {labels.key} "
-            f"{', '.join(unmatched[:SHOWN])} among them: add their alerts, or pass --allow-unmatched"
+            f"{labels.table}: {len(unmatched)} labels have no alert among the inputs, for example "
+            f"{labels.key} {', '.join(unmatched[:SHOWN])}: add their alerts, or pass --allow-unmatched"
         )
     label = np.array([labels.label_of[key] for key in keys])
     split = assign_splits(object_id, label, labels.classes, rule)

@@ -1,8 +1,8 @@
-"""Data sets on disk: alerts as the service decodes them, labelled, and split so that no source is on two sides.
+"""Data sets on disk: alerts as the service decodes them, with labels, split so that no source is in two splits.
 
-A directory: `shards/*.arrow` (raw cutouts, boxes, metadata columns and ids, memory-mapped), `index.parquet` (a row an
-alert: ids, label, split) and `dataset.yaml` (the card: written last, so a data set without it is not whole). Reading
-alters nothing and loads no more than is asked for; `build_dataset` writes one.
+A data set is a directory: `shards/*.arrow` (raw cutouts, boxes, metadata columns and ids, memory-mapped),
+`index.parquet` (one row per alert: ids, label, split) and `dataset.yaml` (the card; it is written last, so a directory
+without it is incomplete). Reading modifies nothing and loads only what is requested. `build_dataset` writes data sets.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ CARD = "dataset.yaml"
 INDEX = "index.parquet"
 SHARDS = "shards"
 LIGHT_CURVES = "light_curves"
-"""A shard's column: lists of points."""
+"""Column of a shard: lists of light-curve points."""
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-"""Codes of the index's column `split`."""
+"""The splits; the index's column `split` holds positions in this tuple."""
 
 
 class Shard(CardSection):
-    """A file of `shards` and what must be in it."""
+    """A file in `shards`, and its expected contents."""
 
     file: FileName
     alerts: int = Field(gt=0)
-    bytes: int = Field(gt=0, description="The file's size: a copy that was cut off is known by it.")
-    sha256: Sha256 = Field(description="Of the arrays' bytes in order, not of the file.")
+    bytes: int = Field(gt=0, description="Size of the file; it reveals a truncated copy.")
+    sha256: Sha256 = Field(description="sha256 of the bytes of the arrays in order, not of the file.")
 
 
 class SplitRule(CardSection):
-    """How sources are divided: these shares of each class's, the rest to train on."""
+    """The split of sources: these fractions of each class for validation and test, the rest for training."""
 
     validation: float = Field(default=0.09, gt=0, lt=0.5)
     test: float = Field(default=0.10, gt=0, lt=0.5)
@@ -67,29 +67,29 @@ class SplitRule(CardSection):
 
 
 PUBLISHED_SPLIT = SplitRule()
-"""81 % to train on, 9 % and 10 %: Rehemtulla et al. 2024 (arXiv:2401.15167)."""
+"""81 % training, 9 % validation, 10 % test: Rehemtulla et al. 2024 (arXiv:2401.15167)."""
 
 
 class DatasetCard(CardSection):
-    """`dataset.yaml`."""
+    """The contents of `dataset.yaml`."""
 
     format: Literal[1] = 1
     surveys: tuple[Literal["ztf", "lsst"], ...]
-    cutout_size: int = Field(gt=0, description="Pixels a side that stamps were decoded to.")
-    columns: tuple[str, ...] = Field(description="The metadata columns, in order.")
+    cutout_size: int = Field(gt=0, description="Pixels per side of the decoded cutouts.")
+    columns: tuple[str, ...] = Field(description="Metadata columns, in order.")
     classes: tuple[ModelName, ...] = Field(min_length=2)
-    labels: str = Field(description="Where the labels come from, and which values make which class.")
-    where: str | None = Field(default=None, description="The filter that alerts had to pass, where there was one.")
+    labels: str = Field(description="Source of the labels, and the values of each class.")
+    where: str | None = Field(default=None, description="Filter that alerts had to pass; null: no filter.")
     split: SplitRule
     counts: dict[str, dict[str, int]] = Field(description="Alerts by class and split.")
     shards: tuple[Shard, ...]
     index_sha256: Sha256
-    sha256: Sha256 = Field(description="Of everything above: the data set's version.")
+    sha256: Sha256 = Field(description="sha256 of all keys above: the version of the data set.")
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledAlerts:
-    """N alerts in memory, as `AlertBatch` has them, with their labels."""
+    """N alerts in memory, with the columns of `AlertBatch`, and their labels."""
 
     alert_id: NDArray[np.int64]  # [N]
     object_id: NDArray[np.str_]  # [N]
@@ -99,19 +99,19 @@ class LabelledAlerts:
     metadata: NDArray[np.float64]  # [N, F] NaN where missing
     columns: tuple[str, ...]  # F
     mjd: NDArray[np.float64] | None  # [N]
-    light_curves: LightCurves | None  # None of a data set that was built before it kept them, as of `mjd`
+    light_curves: LightCurves | None  # None, like `mjd`, in older data sets, which lack them
 
     def __len__(self) -> int:
         return len(self.alert_id)
 
     @property
     def raw(self) -> RawAlerts:
-        """What models look at."""
+        """The fields that models use."""
         return RawAlerts(self.cutouts, self.cutout_box, self.metadata, self.columns, self.mjd, self.light_curves)
 
 
 class Dataset:
-    """A data set, opened. `dataset["train"]` is one side of its split."""
+    """An open data set. `dataset["train"]` is one of its splits."""
 
     def __init__(self, directory: Path, card: DatasetCard, index: pa.Table) -> None:
         self.directory = directory
@@ -124,14 +124,14 @@ class Dataset:
 
     @classmethod
     def open(cls, directory: Path) -> Self:
-        """Opens a data set. Raises DatasetError where it is none, is not whole, or was damaged."""
+        """Open a data set. Raises DatasetError if it is absent, incomplete or damaged."""
         path = directory / CARD
         if not path.is_file():
             half = (directory / SHARDS).is_dir()
             why = (
-                f"not whole: it has no {CARD} yet; run the same build-dataset again"
+                f"incomplete: it has no {CARD} yet; run the same build-dataset again"
                 if half
-                else f"no data set: no {CARD}"
+                else f"not a data set: there is no {CARD}"
             )
             raise DatasetError(f"{directory}: {why}")
         try:
@@ -145,22 +145,24 @@ class Dataset:
             file = directory / SHARDS / shard.file
             size = file.stat().st_size if file.exists() else 0
             if size != shard.bytes:
-                raise DatasetError(f"{file}: has {size} bytes of {shard.bytes}: copy the data set again")
+                raise DatasetError(f"{file}: has {size} bytes instead of {shard.bytes}: copy the data set again")
         if len(index) != sum(shard.alerts for shard in card.shards):
-            raise DatasetError(f"{directory / INDEX}: {len(index)} rows do not fit the shards: copy the data set again")
+            raise DatasetError(
+                f"{directory / INDEX}: its {len(index)} rows do not fit the shards: copy the data set again"
+            )
         dataset = cls(directory, card, index)
         if sha256_of(dataset.alert_id, dataset.object_id, dataset.label, dataset.split) != card.index_sha256:
-            raise DatasetError(f"{directory / INDEX}: is not the one that {path} is of: copy the data set again")
+            raise DatasetError(f"{directory / INDEX}: its sha256 is not the one in {path}: copy the data set again")
         return dataset
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Dataset.open, (self.directory,)  # to a worker process goes the path, never the pixels
+        return Dataset.open, (self.directory,)  # worker processes get the path, not the pixels
 
     def __getitem__(self, split: Split) -> View:
         return View(self, np.flatnonzero(self.split == SPLITS.index(split)))
 
     def read(self, rows: NDArray[np.int64]) -> LabelledAlerts:
-        """The alerts in `rows` of the index, in that order, copied into memory."""
+        """Copy the alerts in `rows` of the index into memory, in that order."""
         return LabelledAlerts(
             self.alert_id[rows],
             self.object_id[rows],
@@ -175,13 +177,13 @@ class Dataset:
 
     @property
     def has_light_curves(self) -> bool:
-        """Whether it was built since data sets keep them."""
+        """Whether the data set holds light curves; older ones do not."""
         return all(f"{POINTS}offsets" in arrays for arrays in self._arrays)
 
     def column(
         self, name: Literal["cutouts", "cutout_box", "metadata", "mjd"], rows: NDArray[np.int64]
     ) -> NDArray[Any]:
-        """One array of the shards for the alerts in `rows`, in that order, copied into memory."""
+        """Copy one array of the shards into memory, for the alerts in `rows`, in that order."""
         shard_of = np.searchsorted(self._starts, rows, side="right") - 1
         first = self._arrays[0][name]
         values = np.empty((len(rows), *first.shape[1:]), first.dtype)
@@ -202,12 +204,12 @@ class Dataset:
 
     @cached_property
     def _arrays(self) -> list[dict[str, NDArray[Any]]]:
-        """Every shard's arrays, mapped."""
+        """The memory-mapped arrays of every shard."""
         return [open_shard(self.directory / SHARDS / shard.file) for shard in self.card.shards]
 
 
 class View:
-    """Some alerts of a data set: their ids and labels in memory, the rest on disk until it is read."""
+    """A subset of a data set: ids and labels are in memory, the rest is read on request."""
 
     def __init__(self, dataset: Dataset, rows: NDArray[np.int64]) -> None:
         self.dataset = dataset
@@ -223,19 +225,20 @@ class View:
         return View(self.dataset, self.rows[chosen])
 
     def read(self) -> LabelledAlerts:
-        """All of it in memory."""
+        """Read the whole subset into memory."""
         return self.dataset.read(self.rows)
 
     def metadata(self, columns: Sequence[str]) -> NDArray[np.float64]:
-        """The columns called `columns`, [N, F], NaN where missing. Raises DatasetError where one is not there."""
+        """Return the columns named `columns`, float64[N, F], NaN where missing. Raises DatasetError if one is
+        absent."""
         known = self.dataset.card.columns
         if missing := [name for name in columns if name not in known]:
-            raise DatasetError(f"{self.dataset.directory}: has no metadata columns {', '.join(missing)}")
+            raise DatasetError(f"{self.dataset.directory}: the metadata columns {', '.join(missing)} are missing")
         metadata: NDArray[np.float64] = self.dataset.column("metadata", self.rows)
         return metadata[:, [known.index(name) for name in columns]]
 
     def batches(self, size: int) -> Iterator[LabelledAlerts]:
-        """All of it in order, `size` alerts at a time."""
+        """Yield the subset in order, `size` alerts at a time."""
         for start in range(0, len(self), size):
             yield self.dataset.read(self.rows[start : start + size])
 
@@ -243,9 +246,9 @@ class View:
 def sources_by_class(
     object_id: NDArray[np.str_], label: NDArray[np.int64], n_classes: int, seed: int
 ) -> list[NDArray[np.str_]]:
-    """The objects of each class, in a random order that `seed` and their names alone decide.
+    """Return the objects of each class, in a random order that depends only on `seed` and the objects' names.
 
-    One with alerts of several classes counts for the rarest of them.
+    An object with alerts of several classes belongs to the rarest of them.
     """
     names, name_of = np.unique(object_id, return_inverse=True)
     per_class = np.bincount(np.unique(np.stack([name_of, label]), axis=1)[1], minlength=n_classes)
@@ -259,7 +262,7 @@ def sources_by_class(
 
 
 def sha256_of(*arrays: NDArray[Any]) -> str:
-    """Of the values' bytes; of strings, in UTF-8, a line each."""
+    """Return the sha256 of the bytes of the values; strings are joined by newlines and encoded in UTF-8."""
     digest = hashlib.sha256()
     for array in arrays:
         if array.dtype.kind in "OU":
@@ -270,12 +273,15 @@ def sha256_of(*arrays: NDArray[Any]) -> str:
 
 
 def open_shard(file: Path) -> dict[str, NDArray[Any]]:
-    """A shard's arrays by name, read only and mapped from the file: light curves as `LightCurves` has them, behind
-    POINTS. Raises DatasetError where it is cut off."""
+    """Return the arrays of a shard by name, read-only and memory-mapped. Light curves are stored under POINTS, as in
+    `LightCurves`.
+
+    Raises DatasetError if the file is truncated.
+    """
     try:
         batch = pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DatasetError(f"{file}: no whole shard: {error}; remove it and run build-dataset again") from error
+        raise DatasetError(f"{file}: not a complete shard: {error}; remove it and run build-dataset again") from error
     arrays = {name: _as_array(batch.column(name)) for name in batch.schema.names if name != LIGHT_CURVES}
     if LIGHT_CURVES in batch.schema.names:
         points = batch.column(LIGHT_CURVES)
@@ -285,7 +291,7 @@ def open_shard(file: Path) -> dict[str, NDArray[Any]]:
 
 
 def _as_array(column: pa.Array) -> NDArray[Any]:
-    """A column of numbers or of fixed-size arrays, without a copy; strings are copied."""
+    """Return a column of numbers or of fixed-size arrays without a copy; strings are copied."""
     if isinstance(column, pa.FixedShapeTensorArray):
         return column.to_numpy_ndarray()  # type: ignore[no-any-return]
     return np.asarray(column)
@@ -296,7 +302,7 @@ PACKETS_AT_ONCE = 256
 
 @dataclass(frozen=True, slots=True)
 class Alerts:
-    """N alerts in memory, as `AlertBatch` has them; `alerts[rows]` are some of them."""
+    """N alerts in memory, with the columns of `AlertBatch`; `alerts[rows]` selects a subset."""
 
     alert_id: NDArray[np.int64]  # [N]
     object_id: NDArray[np.str_]  # [N]
@@ -320,14 +326,15 @@ class Alerts:
 
     @property
     def raw(self) -> RawAlerts:
-        """What models look at."""
+        """The fields that models use."""
         return RawAlerts(self.cutouts, self.cutout_box, self.metadata, self.columns)
 
 
 def load_alerts(inputs: Sequence[Path], cutout_size: int, columns: Sequence[str]) -> Alerts:
-    """Every ZTF alert of files, folders and archives, each alert id once; what does not decode is left out.
+    """Read every ZTF alert of files, folders and archives, each alert id once; packets that cannot be decoded are
+    skipped.
 
-    Raises DatasetError where there is none.
+    Raises DatasetError if there is no ZTF alert.
     """
     decoder = Decoder(open_registry(None), cutout_size=cutout_size, columns=columns)
     packets = read_packets(inputs)
@@ -338,7 +345,7 @@ def load_alerts(inputs: Sequence[Path], cutout_size: int, columns: Sequence[str]
         alerts = Alerts(batch.alert_id, objects, batch.cutouts, batch.cutout_box, batch.metadata, batch.columns)
         batches.append(alerts[batch.survey == Survey.ZTF])
     if not sum(map(len, batches)):
-        raise DatasetError(f"{', '.join(map(str, inputs))}: no ZTF alert that decodes")
+        raise DatasetError(f"{', '.join(map(str, inputs))}: no ZTF alert could be decoded")
     everything = Alerts(
         np.concatenate([alerts.alert_id for alerts in batches]),
         np.concatenate([alerts.object_id for alerts in batches]),
@@ -351,7 +358,8 @@ def load_alerts(inputs: Sequence[Path], cutout_size: int, columns: Sequence[str]
 
 
 def held_out(object_id: NDArray[np.str_], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """True for the alerts [N] of a random `fraction` of the objects: those that training must never see."""
+    """Return a mask bool[N]: True for the alerts of a random `fraction` of the objects, which are held out from
+    training."""
     objects = np.unique(object_id)
     chosen = np.random.default_rng(seed).permutation(objects)[: round(fraction * len(objects))]
     return np.isin(object_id, chosen)

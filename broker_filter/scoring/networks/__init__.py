@@ -1,8 +1,8 @@
-"""The networks' architectures: one self-contained file each, with its source and licence at the top.
+"""Network architectures: one self-contained file each, with source and licence in the header.
 
-A network takes its inputs in the card's order (images, metadata, light curve and its mask, as far as there are) and
-gives logits [N, C] and the embedding [N, D]: one pass for both. One that joins modalities gives them as well,
-[N, M, D / M]. Importing this room imports torch.
+A network takes its inputs in the order of `Inputs.shapes` (images, metadata, light curve, light-curve mask; those that
+the card has) and returns logits [N, C] and the embedding [N, D] in one pass. A network that joins M modalities also
+returns them, [N, M, D / M]. Importing this package imports torch.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "timm": timm_network,
     "vgg6": VGG6,
 }
-"""Architectures by the name that cards call them."""
+"""Architectures by the name used in cards."""
 
 
 class ServedNetwork(nn.Module):
-    """A network as it is served: what `Outputs.shapes` lists, in that order."""
+    """A network with its activation: returns the outputs of `Outputs.shapes`, in that order."""
 
     def __init__(self, network: nn.Module, outputs: Outputs) -> None:
         super().__init__()
@@ -44,13 +44,14 @@ class ServedNetwork(nn.Module):
         self.given = len(outputs.shapes())
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Takes the network's inputs; see the class."""
+        """Take the network's inputs and return the outputs that the card lists."""
         logits, *others = self.network(*inputs)
         return (self.activation(logits), *others)[: self.given]
 
 
 def build_network(architecture: Architecture) -> nn.Module:
-    """The network that a card names, its parameters as initialised. Raises BundleError where there is none such."""
+    """Return the network that a card names, with initial parameters. Raises BundleError for an unknown name or bad
+    arguments."""
     if architecture.name not in NETWORKS:
         raise BundleError(f"no network is called {architecture.name!r}; there are {', '.join(NETWORKS)}")
     given, taken = set(architecture.arguments), arguments_of(architecture.name)
@@ -68,30 +69,31 @@ def build_network(architecture: Architecture) -> nn.Module:
         raise BundleError(
             f"network {architecture.name!r} in torch needs {error.name}: pip install 'broker-filter[train]'"
         ) from error
-    except Exception as error:  # what torch and timm raise where a value is of no use to them, is of any type
+    except Exception as error:  # torch and timm raise exceptions of any type for bad values
         reason = str(error).partition("\n")[0]
         raise BundleError(f"network {architecture.name!r} does not take {architecture.arguments}: {reason}") from error
 
 
 def arguments_of(network: str) -> dict[str, bool]:
-    """The arguments of one of NETWORKS by name, and whether each must be given."""
+    """Return the argument names of one of NETWORKS, and whether each argument is required."""
     parameters = dict(signature(NETWORKS[network]).parameters)
-    if parameters.pop("heads", None) is not None:  # what is handed on to FusionNetwork, besides the encoder
+    if parameters.pop("heads", None) is not None:  # keyword arguments that are passed on to FusionNetwork
         parameters |= {name: each for name, each in signature(FusionNetwork).parameters.items() if name != "encoder"}
     return {name: each.default is Parameter.empty for name, each in parameters.items()}
 
 
 def load_network(architecture: Architecture, weights: dict[str, Tensor]) -> nn.Module:
-    """The network with `weights`, in evaluation mode. Raises BundleError where names, shapes or types do not fit."""
-    with torch.device("meta"):  # no memory is taken until the shapes are known to fit
+    """Return the network with `weights`, in evaluation mode. Raises BundleError if names, shapes or dtypes do not
+    fit."""
+    with torch.device("meta"):  # allocate no memory before the shapes are checked
         network = build_network(architecture)
     expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in network.state_dict().items()}
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         raise BundleError(
-            f"{len(wrong)} tensors do not fit the network {architecture.name!r}, first of them {wrong[0]!r}: "
+            f"{len(wrong)} tensors do not fit the network {architecture.name!r}; the first is {wrong[0]!r}: "
             f"{found.get(wrong[0])} instead of {expected.get(wrong[0])}"
         )
-    network = build_network(architecture)  # again: what a network computes for itself has no values on `meta`
+    network = build_network(architecture)  # built again: buffers computed by the constructor have no values on `meta`
     network.load_state_dict(weights)
     return network.eval()

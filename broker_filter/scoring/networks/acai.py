@@ -1,4 +1,5 @@
-"""ACAI's network: separable convolutions over the images, dense layers over the features, a dense head over both.
+"""ACAI's network: separable convolutions for the images, dense layers for the features, and a dense head that joins
+both.
 
 Duev & van der Walt 2021, "Phenomenological classification of the Zwicky Transient Facility astronomical event alerts"
 (arXiv:2111.12142); `build_model` of November 2020 in https://github.com/dmitryduev/acai (MIT). Images of 63 px.
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 
 class SeparableConvolution(nn.Sequential):
-    """A filter of 3 x 3 px over each channel, then a mixture of the channels, then ReLU: Keras's SeparableConv2D."""
+    """Keras's SeparableConv2D with ReLU: a 3 x 3 filter for each channel, then a 1 x 1 convolution over the
+    channels."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(
@@ -22,7 +24,8 @@ class SeparableConvolution(nn.Sequential):
 
 
 class ACAI(nn.Module):
-    """Images [N, 3, 63, 63] and metadata [N, columns] -> logits [N, 1] and the embedding [N, 16] they are read from."""
+    """Images [N, 3, 63, 63] and metadata [N, F] -> logits [N, 1] and the embedding [N, 16], the input of the last
+    layer."""
 
     def __init__(self, metadata: int) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
-"""The alert embedder: an alert's cutouts, light curve and metadata as vectors of one space, and side by side as one.
+"""The alert embedder: cutouts, light curve and metadata of an alert, each as a vector in a common space, concatenated
+to one embedding.
 
-This project's own (BSD-3-Clause), after AstroM3 (Rizhko & Bloom 2025, arXiv:2411.08842), which joins stars' light
-curves, spectra and metadata by contrastive learning. Its trunk is a network of images as it is served alone, so that
-one pass gives that network's probabilities and the embedding.
+An architecture of this project (BSD-3-Clause), modelled on AstroM3 (Rizhko & Bloom 2025, arXiv:2411.08842), which
+aligns light curves, spectra and metadata of stars by contrastive learning. The trunk is an image network that is also
+served on its own, so one pass gives both that network's probabilities and the embedding.
 """
 
 from __future__ import annotations
@@ -17,24 +18,25 @@ from broker_filter.scoring.networks.stampnet import StampNet
 from broker_filter.scoring.networks.timm_network import timm_network
 
 MODALITIES = ("image", "light_curve", "metadata")
-"""What an alert is seen in, in the order of the embedder's outputs."""
+"""The modalities of an alert, in the order of the embedder's outputs."""
 MAX_DEVIATION = 5.0
-"""Standard deviations of a metadata column beyond which a value is only large."""
+"""Standardised values are clipped to this many standard deviations."""
 LEAST_DEVIATION = 1e-3
-"""Lest a column that hardly varies be divided by nothing."""
+"""Smallest standard deviation that a column is divided by."""
 TAPPED = 8
-"""Layers of StampNet up to its map of 32 channels and 15 px: what classes need is still there, and in what its answer
-is read from no longer is."""
+"""Number of StampNet layers up to its map of 32 channels and 15 x 15 px. This map still holds what is needed to tell
+classes apart; the features before the real/bogus logit no longer do."""
 CENTRE = slice(6, 9)
-"""Of these 15 px: where the alert is."""
+"""Central pixels of the 15: the position of the alert."""
 
 
 class AlertEmbedder(nn.Module):
-    """Images [N, 3, S, S], metadata [N, F], light curves [N, L, LIGHT_CURVE_FEATURES] and their mask [N, L] -> the
-    trunk's logits [N, labels], the embedding [N, M * size] and the modalities that it is made of, [N, M, size].
+    """Images [N, 3, S, S], metadata [N, F], light curves [N, L, LIGHT_CURVE_FEATURES] and mask [N, L] -> logits of the
+    trunk [N, labels], embedding [N, M * size] and modalities [N, M, size].
 
-    A modality's vector has length 1, or is 0 where the alert lacks it; the embedding has them side by side, and length
-    1: the cosine of two alerts is the mean of their modalities'. Metadata are raw, NO_VALUE where missing.
+    Each modality vector has length 1, or is 0 if the alert lacks the modality. The embedding is their concatenation,
+    scaled to length 1, so the cosine similarity of two alerts that have all modalities is the mean of the similarities
+    of their modalities. Metadata are raw, with NO_VALUE where missing.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class AlertEmbedder(nn.Module):
         hidden: int = 128,
         labels: int = 1,
     ) -> None:
-        """`trunk`: `stampnet`, or a backbone that timm knows; `metadata`: F, the number of columns; `width`, `layers`,
-        `heads`: of the light curves' transformer; `hidden`: width of the layer before each projection."""
+        """`trunk`: `stampnet`, or the name of a timm backbone; `metadata`: F; `size`: dimensions of a modality;
+        `width`, `layers`, `heads`: of the light-curve transformer; `hidden`: width of the layer before each projection;
+        `labels`: of the trunk."""
         super().__init__()
         self.trunk: StampNetTrunk | TimmTrunk
         self.trunk = StampNetTrunk(labels) if trunk == "stampnet" else TimmTrunk(trunk, labels)
@@ -70,7 +73,7 @@ class AlertEmbedder(nn.Module):
         return logits, normalize(modalities.flatten(1), dim=1), modalities
 
     def see(self, features: Tensor, metadata: Tensor, light_curve: Tensor, light_curve_mask: Tensor) -> Tensor:
-        """The modalities [N, M, size], of the trunk's features [N, T] instead of the images."""
+        """Return the modalities [N, M, size], given the trunk's features [N, T] in place of the images."""
         seen = (
             self.features(features),
             self.light_curve(light_curve, light_curve_mask),
@@ -89,13 +92,13 @@ class AlertEmbedder(nn.Module):
 
 
 def projection(width: int, hidden: int, size: int) -> nn.Sequential:
-    """Of an encoder's features [N, width] into the common space [N, size]."""
+    """Return a projection of encoder features [N, width] into the common space [N, size]."""
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, size))
 
 
 class StampNetTrunk(nn.Module):
-    """StampNet as it is; its features: what it is asked about is read from, [64], and the mean of an earlier map, over
-    the whole image and over its centre, [32] each."""
+    """StampNet, unchanged. Features [N, 128]: its embedding (64), and an earlier map of 32 channels averaged over the
+    whole image (32) and over its centre (32)."""
 
     features = 128
 
@@ -114,7 +117,7 @@ class StampNetTrunk(nn.Module):
 
 
 class TimmTrunk(nn.Module):
-    """A backbone of timm under BTSbot's head (`timm_network`), as it is; its features are what the backbone pools."""
+    """A timm backbone with BTSbot's head (`timm_network`), unchanged. Features: the pooled output of the backbone."""
 
     def __init__(self, backbone: str, labels: int) -> None:
         super().__init__()
@@ -128,7 +131,7 @@ class TimmTrunk(nn.Module):
 
 
 class Standardise(nn.Module):
-    """Columns [N, F] less their mean, in units of their deviation, both constants; clipped beyond MAX_DEVIATION."""
+    """Subtract a constant mean from columns [N, F], divide by a constant standard deviation, clip to MAX_DEVIATION."""
 
     mean: Tensor
     deviation: Tensor
@@ -144,7 +147,7 @@ class Standardise(nn.Module):
 
     @torch.no_grad()
     def fit(self, columns: Tensor) -> None:
-        """Sets the constants: those of `columns` [N, F], where NaN is no value."""
+        """Set the constants to mean and standard deviation of `columns` [N, F]; NaN is ignored."""
         mean = columns.nanmean(0)
         self.mean.copy_(mean.nan_to_num(0.0))
         deviation = (columns - mean).square().nanmean(0).sqrt()
@@ -152,8 +155,11 @@ class Standardise(nn.Module):
 
 
 class MetadataEncoder(nn.Module):
-    """Raw metadata [N, F] -> [N, 2 F]: the values' inverse hyperbolic sines, logarithms that zero and negative values
-    have too, standardised, and 0 where missing; and 1 where missing."""
+    """Raw metadata [N, F] -> [N, 2 F]: standardised asinh of the values (0 where missing), then flags (1 where
+    missing).
+
+    asinh is logarithmic for large values, and also defined for zero and negative ones.
+    """
 
     def __init__(self, columns: int) -> None:
         super().__init__()
@@ -166,13 +172,16 @@ class MetadataEncoder(nn.Module):
         return torch.cat([values, missing.to(values.dtype)], dim=1)
 
     def fit(self, metadata: Tensor) -> None:
-        """Sets the constants: those of raw `metadata` [N, F]."""
+        """Set the standardisation constants from raw `metadata` [N, F]."""
         self.standardise.fit(torch.where(metadata == NO_VALUE, torch.nan, metadata).asinh())
 
 
 class LightCurveEncoder(nn.Module):
-    """A transformer over points [N, L, LIGHT_CURVE_FEATURES], those that the mask [N, L] has, in any order: their times
-    are among the features -> [N, width], what a token of its own, which is always there, has gathered from them."""
+    """A transformer over light-curve points [N, L, LIGHT_CURVE_FEATURES] with mask [N, L] -> [N, width].
+
+    The order of the points does not matter, because their times are features. The output is read from a learnt token
+    that is prepended to the points, so that a light curve without points is allowed.
+    """
 
     def __init__(self, width: int, layers: int, heads: int) -> None:
         super().__init__()
@@ -188,12 +197,13 @@ class LightCurveEncoder(nn.Module):
         *all_but_last, last = self.layers
         for layer in all_but_last:
             x = layer(x, x, there)
-        x = last(x[:, :1], x, there)  # nothing else is read from the last layer
+        x = last(x[:, :1], x, there)  # only the token is read from the last layer
         return self.norm(x[:, 0])  # type: ignore[no-any-return]
 
 
 class _Layer(nn.Module):
-    """Pre-normed attention and a perceptron (Xiong et al. 2020, arXiv:2002.04745)."""
+    """A transformer layer with layer normalisation before attention and perceptron (Xiong et al. 2020,
+    arXiv:2002.04745)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -207,14 +217,14 @@ class _Layer(nn.Module):
         )
 
     def forward(self, x: Tensor, points: Tensor, there: Tensor) -> Tensor:
-        """`x` [N, Q, width] looks at those of `points` [N, P, width] that are `there` [N, P]."""
+        """Let `x` [N, Q, width] attend to those `points` [N, P, width] where `there` [N, P] is true."""
         seen = self.norm(points)
-        query = self._split(self.query(seen[:, : x.shape[1]]))  # x are the first of the points
+        query = self._split(self.query(seen[:, : x.shape[1]]))  # x are the first Q points
         key, value = map(self._split, self.key_value(seen).chunk(2, dim=2))
         found = scaled_dot_product_attention(query, key, value, attn_mask=there[:, None, None, :])
         x = x + self.output(found.transpose(1, 2).flatten(2))
         return x + self.perceptron(x)  # type: ignore[no-any-return]
 
     def _split(self, x: Tensor) -> Tensor:
-        """[N, P, width] -> [N, heads, P, width / heads]."""
+        """Reshape [N, P, width] to [N, heads, P, width / heads]."""
         return x.reshape(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""BTSbot's own convolutional network: its image branch alone, or with the metadata branch.
+"""BTSbot's convolutional network: the image branch alone, or with the metadata branch.
 
 Rehemtulla et al. 2024 (arXiv:2401.15167); `um_cnn` and `mm_cnn` of https://github.com/nabeelre/BTSbot (MIT). Images of
 63 px.
@@ -14,7 +14,7 @@ from broker_filter.scoring.networks.fusion import Encoder, FusionNetwork
 from broker_filter.scoring.networks.initialisation import initialise_as_keras
 
 POOLED_SIZE = 63 // 2 // 4
-"""Pixels a side that the two poolings leave of 63."""
+"""Pixels per side after the two poolings of a 63 px image."""
 
 
 class BTSbotEncoder(Encoder):
@@ -46,7 +46,10 @@ class BTSbotEncoder(Encoder):
 
 
 def btsbot_cnn(channels: tuple[int, int] = (32, 64), kernel: int = 5, **heads: Any) -> FusionNetwork:
-    """The network of `BTSbotEncoder`'s arguments and of `FusionNetwork`'s, `heads`; ReLU throughout, as published."""
+    """Return a FusionNetwork with a BTSbotEncoder, with ReLU throughout, as published.
+
+    `channels`, `kernel`: arguments of BTSbotEncoder; `heads`: arguments of FusionNetwork.
+    """
     network = FusionNetwork(BTSbotEncoder(channels, kernel), **{"activation": "relu", **heads})
     initialise_as_keras(network)
     return network

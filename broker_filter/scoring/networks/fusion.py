@@ -1,8 +1,8 @@
-"""What BTSbot's networks have in common: an image encoder, a metadata branch where wanted, and a head that reads both.
+"""The common parts of BTSbot's networks: an image encoder, an optional metadata branch, and a head that joins both.
 
 Rehemtulla et al. 2024, "The Zwicky Transient Facility Bright Transient Survey. III. BTSbot", ApJ 972, 7
-(arXiv:2401.15167); Rehemtulla et al. 2025, "Pre-training vision models for the classification of alerts from
-wide-field time-domain surveys" (arXiv:2512.11957); code https://github.com/nabeelre/BTSbot (MIT).
+(arXiv:2401.15167); Rehemtulla et al. 2025, "Pre-training vision models for the classification of alerts from wide-field
+time-domain surveys" (arXiv:2512.11957); code https://github.com/nabeelre/BTSbot (MIT).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Encoder(nn.Module):
 
 
 class FusionNetwork(nn.Module):
-    """Images [N, 3, S, S], and raw metadata [N, F] where there is any -> logits [N, labels] and the embedding [N, D].
+    """Images [N, 3, S, S] and, if `metadata` > 0, raw metadata [N, F] -> logits [N, labels] and the embedding [N, D].
 
-    The embedding is what the logits are read from: the encoder's features, then the metadata branch's.
+    The embedding is the input of the head: the encoder's features, followed by those of the metadata branch.
 
     `metadata`: F, the number of columns. `hidden`, `metadata_hidden`: widths of the dense layers of the head and of the
-    metadata branch. `fusion`: `joint`, branches and head trained together; `frozen`, over branches that were trained
-    apart and lost their heads, so that the metadata branch ends with a linear layer (see `metadata_classifier`).
+    metadata branch. `fusion`: `joint` if branches and head are trained together; `frozen` if the branches were trained
+    separately and lost their heads, so that the metadata branch ends with a linear layer (see `metadata_classifier`).
     """
 
     def __init__(
@@ -45,7 +45,10 @@ class FusionNetwork(nn.Module):
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS or fusion not in {"joint", "frozen"}:
-            raise ValueError(f"activation is {activation!r}, of {', '.join(ACTIVATIONS)}; fusion joint or frozen")
+            raise ValueError(
+                f"activation {activation!r} must be one of {', '.join(ACTIVATIONS)}, and fusion {fusion!r} joint or "
+                "frozen"
+            )
         active = ACTIVATIONS[activation]
         features = encoder.features
         self.encoder = encoder
@@ -73,7 +76,8 @@ class FusionNetwork(nn.Module):
 
 
 def metadata_branch(columns: int, hidden: tuple[int, int], dropout: float, active: type[nn.Module]) -> nn.Sequential:
-    """Raw metadata [N, columns] -> features [N, hidden[1]]. The batch normalisation scales what comes in any unit."""
+    """Return a branch: raw metadata [N, columns] -> features [N, hidden[1]]. Batch normalisation scales columns of any
+    unit."""
     return nn.Sequential(
         nn.BatchNorm1d(columns),
         nn.Linear(columns, hidden[0]),

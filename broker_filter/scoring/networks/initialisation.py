@@ -1,7 +1,7 @@
-"""How Keras initialises layers, for the networks that were made with it: torch's own way leaves them dead.
+"""Keras's default initialisation, for architectures that were designed in Keras.
 
-Pixels of an image whose L2 norm is 1 are some hundredths. torch's weights shrink them from layer to layer below its
-random biases, and such a network of VGG6's depth does not begin to learn.
+The pixels of an image with L2 norm 1 are of the order of 0.01. torch's default weights shrink them from layer to layer
+until the random biases dominate, and a network as deep as VGG6 then does not start to learn.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def initialise_as_keras(network: nn.Module) -> None:
-    """Weights of convolutions and dense layers uniform as in Glorot & Bengio 2010 (AISTATS, eq. 16), biases zero."""
+    """Set convolution and dense weights to Glorot uniform (Glorot & Bengio 2010, AISTATS, eq. 16), biases to zero."""
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(layer.weight)

@@ -1,7 +1,7 @@
-"""StampNet: a small residual network for alert cutouts, this project's own (BSD-3-Clause).
+"""StampNet: a small residual network for alert cutouts, an architecture of this project (BSD-3-Clause).
 
-Pools early, so that most of its work is done on few pixels, and reads its features where they stand in the image: an
-alert is about what is at the centre.
+It pools early, so that most of the computation is on few pixels, and flattens its last map instead of averaging it, so
+that features keep their position: the alert is at the centre.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 MAX_LOGIT = 8.0
-"""As far as the real/bogus logit speaks for or against a class: beyond it, it is only louder."""
+"""The real/bogus logit is clipped to this absolute value before it enters the classes: beyond it, it adds no
+evidence."""
 
 
 def _convolution(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
@@ -30,7 +31,7 @@ class _Residual(nn.Module):
 
 
 class StampNet(nn.Module):
-    """Images [N, 3, 63, 63] -> logits [N, labels] and the embedding [N, 64] that they are read from."""
+    """Images [N, 3, 63, 63] -> logits [N, labels] and the embedding [N, 64], the input of the last layer."""
 
     def __init__(self, labels: int = 1, dropout: float = 0.2) -> None:
         super().__init__()
@@ -65,8 +66,8 @@ class StampNet(nn.Module):
 class StampNetClasses(nn.Module):
     """Images [N, 3, 63, 63] and metadata [N, F] -> logits [N, 1 + classes] and StampNet's embedding [N, 64].
 
-    The first logit is StampNet's own, real against bogus. The sigmoids of the others are the classes' softmax: they sum
-    to 1 beside it. What they are linear in is `evidence`.
+    The first logit is StampNet's real/bogus logit. The sigmoids of the other logits are the softmax over the classes,
+    so they sum to 1. The softmax is linear in `evidence`.
     """
 
     def __init__(self, metadata: int, classes: int) -> None:
@@ -82,13 +83,16 @@ class StampNetClasses(nn.Module):
 
 
 def log_odds(scores: Tensor) -> Tensor:
-    """Scores [N, C] whose softmax is the classes' probabilities -> logits [N, C] whose sigmoids are."""
+    """Convert scores [N, C] with softmax probabilities p into logits [N, C] with sigmoid(logits) = p."""
     own = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
     rest = scores.unsqueeze(1).masked_fill(own, -torch.inf).logsumexp(dim=2)
     return scores - rest
 
 
 def evidence(real: Tensor, metadata: Tensor) -> Tensor:
-    """What classes are told by, [N, 1 + F]: the real/bogus logit [N, 1], and the inverse hyperbolic sines of metadata
-    [N, F], logarithms that zero and negative values have too."""
+    """Return the inputs of the class layer, [N, 1 + F]: the clipped real/bogus logit [N, 1] and asinh of the metadata
+    [N, F].
+
+    asinh is logarithmic for large values, and also defined for zero and negative ones.
+    """
     return torch.cat([real.clamp(-MAX_LOGIT, MAX_LOGIT), metadata.asinh()], dim=1)

@@ -1,8 +1,8 @@
-"""Any vision backbone that timm knows by name, with BTSbot's head, and its metadata branch where wanted.
+"""Any timm vision backbone with BTSbot's head and its optional metadata branch.
 
-timm: https://github.com/huggingface/pytorch-image-models (Apache-2.0; some of its published weights have licences of
-their own). It is imported only when such a network is built: serving through onnxruntime needs neither it nor torch.
-Must never fetch anything: a backbone is built from its name, its weights come from the bundle.
+timm: https://github.com/huggingface/pytorch-image-models (Apache-2.0; some of its published weights have other
+licences). timm is imported only when such a network is built: serving through onnxruntime needs neither timm nor torch.
+This module never downloads anything: a backbone is built from its name, and its weights come from the bundle.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from broker_filter.scoring.networks.fusion import Encoder, FusionNetwork
 
 
 class TimmEncoder(Encoder):
-    """A backbone without its classifier: what it pools and norms, [N, features], of images [N, 3, S, S].
+    """A backbone without its classifier: images [N, 3, S, S] -> pooled, normalised features [N, features].
 
-    `image_size`: what the images are interpolated to, bilinearly; where absent, the size of a backbone that takes no
-    other (`maxvit_tiny_rw_224`: 224), else none: images of 63 px are taken as they are. `last_norm`: `removed` of a
-    ConvNeXt, as BTSbot does where it joins metadata (`mm_ConvNeXt`).
+    `image_size`: size in pixels to which images are interpolated (bilinear). If absent, it is the size of a backbone
+    with fixed input size (`maxvit_tiny_rw_224`: 224); other backbones take images at their own size. `last_norm`:
+    `removed` drops the last normalisation of a ConvNeXt, as BTSbot does if it joins metadata (`mm_ConvNeXt`).
     """
 
     def __init__(
@@ -29,8 +29,8 @@ class TimmEncoder(Encoder):
         import timm
 
         super().__init__()
-        if not timm.is_model(backbone):  # nor a path or a hub, which `create_model` would open
-            raise ValueError(f"timm {timm.__version__} has no backbone {backbone!r}")
+        if not timm.is_model(backbone):  # refuses paths and hub names, which `create_model` would open
+            raise ValueError(f"timm {timm.__version__} has no backbone named {backbone!r}")
         published = timm.get_pretrained_cfg(backbone)
         if image_size is None and published is not None and published.fixed_input_size:
             image_size = published.input_size[-1]
@@ -51,5 +51,5 @@ class TimmEncoder(Encoder):
 def timm_network(
     backbone: str, image_size: int | None = None, last_norm: Literal["kept", "removed"] = "kept", **heads: Any
 ) -> FusionNetwork:
-    """The network of `TimmEncoder`'s arguments and of `FusionNetwork`'s, `heads`."""
+    """Return a FusionNetwork with a TimmEncoder. `heads`: arguments of FusionNetwork."""
     return FusionNetwork(TimmEncoder(backbone, image_size, last_norm), **heads)

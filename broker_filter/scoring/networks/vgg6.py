@@ -1,4 +1,4 @@
-"""VGG6: the convolutional network of braai, ZTF's own real/bogus classifier.
+"""VGG6: the convolutional network of braai, ZTF's real/bogus classifier.
 
 Duev et al. 2019, "Real-bogus classification for the Zwicky Transient Facility using deep learning", MNRAS 489, 3582
 (arXiv:1907.11259), figure 4; code and weights https://github.com/dmitryduev/braai (MIT). Images of 63 px.
@@ -12,7 +12,7 @@ from broker_filter.scoring.networks.initialisation import initialise_as_keras
 
 
 class VGG6(nn.Module):
-    """Images [N, 3, 63, 63] -> logits [N, labels] and the embedding [N, 256] that they are read from."""
+    """Images [N, 3, 63, 63] -> logits [N, labels] and the embedding [N, 256], the input of the last layer."""
 
     def __init__(self, labels: int = 1) -> None:
         super().__init__()

@@ -173,7 +173,7 @@ def test_other_encoders_are_refused(stars: Path, pretrained: Path, tmp_path: Pat
 
 def test_a_directory_is_one_trainings(stars: Path, tmp_path: Path) -> None:
     train(configured(stars, tmp_path, "meta"))
-    with pytest.raises(TrainingError, match="was begun with another configuration"):
+    with pytest.raises(TrainingError, match="was started with another configuration"):
         train(configured(stars, tmp_path, "meta", recipe={"learning_rate": 0.02}))
 
 

@@ -67,7 +67,7 @@ def test_labels_of_no_alert_are_refused(tmp_path: Path) -> None:
     alerts = Alerts(
         np.array([3]), names([3]), np.empty((1, 3, 1, 1), "f4"), np.empty((1, 3, 4), "i2"), np.empty((1, 0)), ()
     )
-    with pytest.raises(DatasetError, match="none of its 2 labels is of an alert of the inputs, by candid"):
+    with pytest.raises(DatasetError, match="none of its 2 labels matches an alert of the inputs by candid"):
         classes_of(alerts, read_labels(table, COLUMN))
 
 

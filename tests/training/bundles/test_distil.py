@@ -142,10 +142,10 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
 def test_a_checkpoint_that_does_not_fit_is_refused(teacher: nn.Module, alerts: Alerts, tmp_path: Path) -> None:
     recipe, checkpoint = Recipe(steps=1, seed=1, batch=4), tmp_path / "checkpoint.pt"
     checkpoint.write_bytes(b"PK")
-    with pytest.raises(TrainingError, match="not a whole checkpoint"):
+    with pytest.raises(TrainingError, match="not a complete checkpoint"):
         distil(student(), teacher, INPUTS, alerts, recipe, checkpoint)
     torch.save({"recipe": "another"}, checkpoint)
-    with pytest.raises(TrainingError, match=r"checkpoint\.pt: is of another training"):
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt: belongs to a training with other arguments"):
         distil(student(), teacher, INPUTS, alerts, recipe, checkpoint)
 
 

@@ -207,7 +207,7 @@ def test_unusable_labels_are_said_in_a_line(
         "candid",
         [parse_rule(f"one={alerts_of_the_night[0].alert_id}"), parse_rule("rest=0..1e20")],
     )
-    with pytest.raises(DatasetError, match="class one has 1 source, and each of train, validation, test needs one"):
+    with pytest.raises(DatasetError, match="class one has 1 source, but each of train, validation, test needs one"):
         build_dataset([night_packets], lonely, tmp_path / "lonely")
 
 
@@ -242,7 +242,7 @@ def test_alerts_are_chosen_by_a_filter(
     dataset = Dataset.open(tmp_path / "set")
     assert set(dataset.alert_id.tolist()) == set(alerts.alert_id[wanted].tolist())
     assert dataset.card.where == where
-    with pytest.raises(DatasetError, match="was begun with other arguments"):
+    with pytest.raises(DatasetError, match="was started with other arguments"):
         build_dataset([night_packets], night_labels, tmp_path / "set", where="magpsf < 18")
     with pytest.raises(DatasetError, match=r"none of the 60 alerts passes --where 'magpsf < 0'"):
         build_dataset([night_packets], night_labels, tmp_path / "none", where="magpsf < 0")
@@ -258,15 +258,15 @@ def test_what_does_not_decode_is_told(
     (damaged / "short.avro").write_bytes(next(night_packets.iterdir()).read_bytes()[:2000])
     (damaged / "text.avro").write_bytes(b"no alert")
     build_dataset([night_packets, damaged], night_labels, tmp_path / "set")
-    assert "2 inputs that could not be decoded are left out: " in caplog.text
+    assert "2 inputs that could not be decoded are skipped: " in caplog.text
 
 
 def test_damage_and_other_arguments_are_said(
     night_packets: Path, night_labels: Labels, night_dataset: Dataset, tmp_path: Path
 ) -> None:
-    with pytest.raises(DatasetError, match="was begun with other arguments"):
+    with pytest.raises(DatasetError, match="was started with other arguments"):
         build_dataset([night_packets], night_labels, night_dataset.directory, cutout_size=30)
-    with pytest.raises(DatasetError, match="no data set"):
+    with pytest.raises(DatasetError, match="not a data set"):
         Dataset.open(tmp_path)
     dataset = build_dataset([night_packets], night_labels, tmp_path / "set")
     shard = tmp_path / "set" / SHARDS / dataset.card.shards[0].file
@@ -274,7 +274,7 @@ def test_damage_and_other_arguments_are_said(
     with pytest.raises(DatasetError, match="has 1000 bytes of"):
         Dataset.open(tmp_path / "set")
     (tmp_path / "set" / CARD).unlink()
-    with pytest.raises(DatasetError, match="no whole shard"):
+    with pytest.raises(DatasetError, match="not a complete shard"):
         build_dataset([night_packets], night_labels, tmp_path / "set")
     index = night_dataset.directory / INDEX
     index.rename(tmp_path / INDEX)
@@ -282,7 +282,7 @@ def test_damage_and_other_arguments_are_said(
         Dataset.open(night_dataset.directory)
     table = parquet.read_table(tmp_path / INDEX)
     parquet.write_table(table.set_column(2, "label", pa.array(1 - night_dataset.label)), index)
-    with pytest.raises(DatasetError, match=r"index\.parquet: is not the one that .*dataset\.yaml is of"):
+    with pytest.raises(DatasetError, match=r"index\.parquet: its sha256 is not the one in .*dataset\.yaml"):
         Dataset.open(night_dataset.directory)
     (tmp_path / INDEX).replace(index)
 

@@ -154,8 +154,8 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
     torch.manual_seed(99)  # as another process begins
     resumed = trained(shown, checkpoint)
     assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
-    with pytest.raises(TrainingError, match="is of another training"):
+    with pytest.raises(TrainingError, match="belongs to a training with other arguments"):
         train(make_embedder(), [(shown, 1.0)], recipe, None, checkpoint, of="others")
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
-    with pytest.raises(TrainingError, match="not a whole checkpoint: remove it to begin again"):
+    with pytest.raises(TrainingError, match="not a complete checkpoint: remove it to start again"):
         train(make_embedder(), [(shown, 1.0)], recipe, None, checkpoint, of="these")

@@ -156,13 +156,13 @@ def test_a_half_written_checkpoint_is_said(config: Callable[..., Fit], fitted: F
     wanted.out.mkdir()
     whole = (fitted.out / LAST).read_bytes()
     (wanted.out / LAST).write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(TrainingError, match=r"last\.ckpt: not a whole checkpoint .* remove it to begin again"):
+    with pytest.raises(TrainingError, match=r"last\.ckpt: not a complete checkpoint .* remove it to start again"):
         fit(wanted)
 
 
 def test_a_file_that_would_run_code_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "epoch": Runtime}, tmp_path / "evil.ckpt")
-    with pytest.raises(TrainingError, match="not a whole checkpoint"):
+    with pytest.raises(TrainingError, match="not a complete checkpoint"):
         read_checkpoint(tmp_path / "evil.ckpt")
 
 
@@ -250,9 +250,9 @@ def test_frozen_branches_are_in_training_mode_where_the_recipe_says_so() -> None
 
 
 def test_wrong_configurations_are_said(config: Callable[..., Fit], fitted: Fit, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="was begun with another configuration"):
+    with pytest.raises(TrainingError, match="was started with another configuration"):
         fit(fitted.model_copy(update={"recipe": Recipe(epochs=4)}))
-    with pytest.raises(DatasetError, match="has no metadata columns nonsense"):
+    with pytest.raises(DatasetError, match="the metadata columns nonsense are missing"):
         fit(config("columns", metadata=("nonsense",)))
     with pytest.raises(DatasetError, match="its cutouts have 63 px, and the network is to take 64"):
         fit(config("large", images=PUBLISHED_IMAGES.model_copy(update={"size": 64})))
@@ -268,7 +268,7 @@ def test_wrong_configurations_are_said(config: Callable[..., Fit], fitted: Fit, 
         fit(config("depth", architecture=Architecture(name="vgg6", arguments={"depth": 3})))
     with pytest.raises(BundleError, match=r"'btsbot_cnn' does not take .*: float division by zero"):
         fit(config("kernel", architecture=Architecture(name="btsbot_cnn", arguments={"kernel": 0})))
-    with pytest.raises(TrainingError, match=r"hardware: 999 devices on a CPU are so many processes"):
+    with pytest.raises(TrainingError, match=r"hardware: 999 devices on a CPU mean 999 processes"):
         fit(config("devices").model_copy(update={"hardware": Hardware(accelerator="cpu", devices=999)}))
     narrow = PUBLISHED_IMAGES.model_copy(update={"size": 31})
     two = PUBLISHED_IMAGES.model_copy(update={"order": ("science", "difference")})
@@ -294,16 +294,16 @@ def test_a_gpu_that_is_not_there_is_said(config: Callable[..., Fit]) -> None:
 
 def test_a_configuration_that_could_not_begin_is_mended_in_its_directory(config: Callable[..., Fit]) -> None:
     wrong, right = config("mended", metadata=("nonsense",)), config("mended", metadata=("magpsf",))
-    with pytest.raises(DatasetError, match="has no metadata columns nonsense"):
+    with pytest.raises(DatasetError, match="the metadata columns nonsense are missing"):
         fit(wrong)
     fit(right)
-    with pytest.raises(TrainingError, match="was begun with another configuration"):
+    with pytest.raises(TrainingError, match="was started with another configuration"):
         fit(wrong)
 
 
 def test_a_run_that_diverged_is_said(config: Callable[..., Fit]) -> None:
     recipe = Recipe(epochs=2, warm_up_epochs=0, batch=16, learning_rate=1e30)
-    with pytest.raises(TrainingError, match="validation loss was never a number: try a lower learning_rate"):
+    with pytest.raises(TrainingError, match="validation loss was NaN or infinite in every epoch; try a lower"):
         fit(config("diverged", recipe=recipe))
 
 
