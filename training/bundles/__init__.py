@@ -1,1 +1,1 @@
-"""What makes the bundles `default` and `classes`, which ship."""
+"""Training of the shipped bundles `default` and `classes`."""

@@ -1,7 +1,7 @@
-"""New images out of real ones, for a teacher to label: no label is assumed to survive what is done here.
+"""Augmentation: makes new images from real alerts, for a teacher to label. It may change the correct label of an image.
 
-Works on raw cutouts, before the normalisation that serving applies, and on one alert at a time: float32[3, S, S] in the
-order science, template, difference.
+It works on the raw cutouts of one alert at a time, before normalisation: float32[3, S, S] in the order science,
+template, difference.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 Cutouts = NDArray[np.float32]
 
 MIX = 0.5
-"""Share of images made from two alerts, or from one and its own shifted image."""
+"""Fraction of images that combine two alerts, or an image and its own shifted copy."""
 SHIFT = 0.3
-"""Share of images moved by up to MAX_SHIFT pixels: detections are centred to about one."""
+"""Fraction of images that are shifted by up to MAX_SHIFT pixels; detections are centred to about one pixel."""
 MAX_SHIFT = 2
 MAX_HOST_SHIFT = 3
 NOISE = 0.3
-"""Share of images with noise added, of up to twice what the difference image has."""
+"""Fraction of images with added noise, of up to twice the standard deviation of the difference image."""
 MAD_TO_SIGMA = 1.4826
 
 
 def augment(cutouts: Cutouts, other: Cutouts, rng: Generator) -> Cutouts:
-    """An image made from an alert's cutouts [3, S, S] and, for some, another alert's."""
+    """Return an image float32[3, S, S] made from an alert's cutouts and, for some images, those of another alert."""
     image = _orient(cutouts, rng)
     if rng.random() < MIX:
         image = _mix(image, _orient(other, rng), rng)
@@ -36,7 +36,7 @@ def augment(cutouts: Cutouts, other: Cutouts, rng: Generator) -> Cutouts:
 
 
 def _orient(cutouts: Cutouts, rng: Generator) -> Cutouts:
-    """One of the eight symmetries of the square."""
+    """Apply a random symmetry of the square."""
     flipped: Cutouts = cutouts[..., ::-1] if rng.random() < 0.5 else cutouts
     return np.rot90(flipped, int(rng.integers(4)), axes=(-2, -1))
 
@@ -46,7 +46,8 @@ def _shift(cutouts: Cutouts, most: int, rng: Generator) -> Cutouts:
 
 
 def _mix(cutouts: Cutouts, other: Cutouts, rng: Generator) -> Cutouts:
-    """The alert's difference on another's sky: in the place of the other's, or on top of it; or a bad subtraction."""
+    """Put the alert's difference on another alert's template (replacing or adding to its difference), or fake a bad
+    subtraction."""
     kind = rng.random()
     if kind < 0.2:
         science, template, difference = cutouts

@@ -1,10 +1,11 @@
-"""A small network learns from a larger one, the teacher, which labels every augmented image as it is made.
+"""Knowledge distillation: a small network, the student, learns from a larger one, the teacher, which labels augmented
+images as they are made.
 
-The two look at the same image, and no image comes twice, so that what can be learnt is the teacher's function (Beyer et
-al. 2022, arXiv:2106.05237). Besides the answer the student learns what the teacher reads it from: maps and embedding, a
-thousand numbers an image instead of one (hints: Romero et al. 2015, arXiv:1412.6550).
+Student and teacher see the same image, and no image is repeated, so the student learns the teacher's function (Beyer et
+al. 2022, arXiv:2106.05237). Besides the score, the student learns to predict intermediate maps and the embedding of the
+teacher: a thousand numbers per image instead of one (hints: Romero et al. 2015, arXiv:1412.6550).
 
-The same inputs, seed and number of threads give the same network, whether or not training was interrupted.
+The result depends on inputs, seed and number of threads only, whether or not training was interrupted.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from training.checkpoint import Checkpoint, Part
 from training.data.datasets import Alerts
 
 MAX_LOGIT = 8.0
-"""How sure of an alert one is beyond it (1 in 3,000 would be wrong) is of no use to know."""
+"""Logits are clipped to this absolute value in the loss (error probability 1 in 3,000): larger values carry no useful
+information."""
 CHUNK = 64
-"""Alerts to a run of the teacher over many."""
+"""Alerts per run of a network over many alerts."""
 CHECKPOINT_EVERY = 250
 LOG_EVERY = 100
 
@@ -41,8 +43,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """What a layer of the student tells is to predict what a layer of the teacher tells. They are given by their depth
-    in the networks' `features`, which are sequences."""
+    """A layer of the teacher that a layer of the student learns to predict. Layers are given by their positions in the
+    networks' `features`."""
 
     student: int
     teacher: int
@@ -50,7 +52,7 @@ class Hint:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What distillation is done with."""
+    """The hyperparameters of a distillation."""
 
     steps: int
     seed: int
@@ -58,26 +60,29 @@ class Recipe:
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
     warm_up: float = 0.1
-    """Share of the steps in which the learning rate rises to its peak; then it falls as a cosine."""
+    """Fraction of the steps in which the learning rate rises linearly to its peak, before a cosine decay."""
     logit_weight: float = 0.1
-    """Of the logits' distance in the loss, beside the cross-entropy: it teaches by the clear cases too."""
+    """Weight of the distance of the logits in the loss, beside the cross-entropy; clear cases contribute to it as
+    well."""
     hints: tuple[Hint, ...] = ()
     hint_weight: float = 1.0
-    """Of each hint's distance, in units of the teacher's variance."""
+    """Weight of each hint's squared distance, in units of the teacher's variance."""
     bogus_share: float = 0.35
-    """Of the alerts that images start from: far fewer are bogus, by the teacher, and they are what is to be learnt."""
+    """Fraction of images that start from alerts that the teacher calls bogus; these are rarer among the alerts, and
+    harder to learn."""
     averaging: float = 8
-    """The result is an average of the weights, over about the last 1 / (1 + averaging) of the steps."""
+    """The result is an average of the weights over about the last 1 / (1 + averaging) of the steps."""
 
 
 class _Hints(nn.Module):
-    """How far the student is from predicting what the teacher's layers told, in what both were last run on.
+    """The distance between the teacher's layers and the student's predictions of them, for the images of the last run.
 
-    A map is predicted by a convolution that brings the student's to the teacher's size (Romero et al., section 2.2).
+    A map is predicted by a convolution that reduces the student's map to the teacher's size (Romero et al., section
+    2.2).
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, hints: Sequence[Hint], images: Tensor) -> None:
-        """`student` and `teacher` in evaluation mode; what they tell of `images` gives sizes and scales."""
+        """`student` and `teacher` are in evaluation mode; their outputs for `images` set the sizes and scales."""
         super().__init__()
         self._known = [_Told(student, hint.student) for hint in hints]
         self._wanted = [_Told(teacher, hint.teacher) for hint in hints]
@@ -89,7 +94,7 @@ class _Hints(nn.Module):
         self.predict = nn.ModuleList(_predictor(known.shape[1:], wanted.shape[1:]) for known, wanted in pairs)
 
     def forward(self) -> Tensor:
-        """The sum of the hints' mean squared distances, in units of the teacher's variance."""
+        """Return the sum of the hints' mean squared distances, in units of the teacher's variance."""
         distance = torch.zeros(())
         for predict, known, wanted, (mean, deviation) in zip(
             self.predict, self._known, self._wanted, self._scales, strict=True
@@ -99,12 +104,12 @@ class _Hints(nn.Module):
 
 
 class _Told:
-    """What a layer gave when its network was last run."""
+    """Keeps the output of a layer in the last run of its network."""
 
     told: Tensor
 
     def __init__(self, network: nn.Module, depth: int) -> None:
-        """`depth`: the layer's, in the sequence `features`."""
+        """`depth`: position after the layer in the sequence `features`."""
         network.get_submodule(f"features.{depth - 1}").register_forward_hook(self._keep)
 
     def _keep(self, _layer: nn.Module, _given: object, told: Tensor) -> None:
@@ -112,7 +117,7 @@ class _Told:
 
 
 def _predictor(known: torch.Size, wanted: torch.Size) -> nn.Module:
-    """Of a map [C, H, W] a convolution, of a vector a linear map."""
+    """Return a convolution to predict a map [C, H, W], or a linear layer to predict a vector."""
     if len(known) == 1:
         return nn.Linear(known[0], wanted[0])
     return nn.Conv2d(known[0], wanted[0], kernel_size=(known[1] - wanted[1] + 1, known[2] - wanted[2] + 1))
@@ -126,10 +131,10 @@ def distil(
     recipe: Recipe,
     checkpoint: Path | None = None,
 ) -> nn.Module:
-    """Trains `student` on images made of `alerts`; returns the averaged network, in evaluation mode.
+    """Train `student` on images made of `alerts`, and return the averaged network in evaluation mode.
 
-    Both networks take `inputs` and give one logit and an embedding. `checkpoint`: a file to save progress in, and to
-    continue from where it exists (with the same arguments). Raises TrainingError where it is not whole, or of another
+    Both networks take `inputs` and return one logit and an embedding. `checkpoint`: a file to save progress in, and to
+    resume from if it exists (with the same arguments). Raises TrainingError if this file is incomplete, or of another
     training.
     """
     student, teacher = (network.to(memory_format=torch.channels_last) for network in (student, teacher.eval()))
@@ -143,7 +148,7 @@ def distil(
     parts: dict[str, Part] = {"learner": learner, "average": average, "optimizer": optimizer}
     progress = Checkpoint(checkpoint, repr(recipe), CHECKPOINT_EVERY, parts)
     for step in range(progress.resume(), recipe.steps):
-        # Seeded by the step, so that training resumes on the images that it would have gone on with.
+        # Seeded by the step, so that a resumed training sees the same images as an uninterrupted one.
         made = make_images(inputs, alerts, chance, recipe.batch, np.random.default_rng([recipe.seed, step]))
         torch.manual_seed((recipe.seed << 32) + step)
         images = torch.from_numpy(made).contiguous(memory_format=torch.channels_last)
@@ -165,7 +170,7 @@ def distil(
 
 
 def run_over(network: nn.Module, inputs: ImageInput, alerts: Alerts) -> tuple[Tensor, Tensor]:
-    """Logits [N, C] and embeddings [N, D] of alerts as they are, by a network in evaluation mode."""
+    """Return logits [N, C] and embeddings [N, D] of unmodified alerts, by a network in evaluation mode."""
     chunks = (alerts[start : start + CHUNK] for start in range(0, len(alerts), CHUNK))
     with torch.inference_mode():
         outputs = [network(_images(inputs, chunk)) for chunk in chunks]
@@ -180,9 +185,9 @@ def _images(inputs: ImageInput, alerts: Alerts) -> Tensor:
 def make_images(
     inputs: ImageInput, alerts: Alerts, chance: NDArray[np.float64], n: int, rng: Generator
 ) -> NDArray[np.float32]:
-    """`n` augmented images as networks are served them, of alerts drawn with `chance` [N]."""
+    """Return `n` augmented and preprocessed images of alerts drawn with probabilities `chance` [N]."""
     first, second = rng.choice(len(alerts), (2, n), p=chance)
-    with np.errstate(over="ignore", invalid="ignore"):  # pixels of 3.4e38 are among the real ones
+    with np.errstate(over="ignore", invalid="ignore"):  # real images contain pixels of 3.4e38
         made = np.stack(
             [augment(alerts.cutouts[i], alerts.cutouts[j], rng) for i, j in zip(first, second, strict=True)]
         )
@@ -192,17 +197,18 @@ def make_images(
 
 
 def _chance_to_be_drawn(score: Tensor, bogus_share: float) -> NDArray[np.float64]:
-    """[N], summing to 1; the alerts with a negative logit in `score` [N, 1] have `bogus_share` of it."""
+    """Return probabilities [N] that sum to 1; alerts with a negative logit in `score` [N, 1] have a total of
+    `bogus_share`."""
     bogus = score[:, 0].numpy() < 0
     chance: NDArray[np.float64] = np.where(bogus, bogus_share / bogus.sum(), (1 - bogus_share) / (~bogus).sum())
     return chance
 
 
 def _polynomial_decay(eta: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
-    """Shamir & Zhang 2013 (arXiv:1212.1824), section 4: an average that forgets where training began.
+    """Return the update of Shamir & Zhang 2013 (arXiv:1212.1824), section 4: an average that forgets its start.
 
-    An exponential one of 500 steps would keep e^-6 of the initial values through 3,000: as much as the whole variance
-    that batch normalisation finds in images of unit norm.
+    An exponential average over 500 steps would keep a share e^-6 of the initial values after 3,000 steps, which is as
+    large as the variance that batch normalisation finds in images of unit norm.
     """
 
     def update(average: Tensor, latest: Tensor, averaged: Tensor | int) -> Tensor:
@@ -212,14 +218,14 @@ def _polynomial_decay(eta: float) -> Callable[[Tensor, Tensor, Tensor | int], Te
 
 
 def _distance(logits: Tensor, truth: Tensor, logit_weight: float) -> Tensor:
-    """Cross-entropy with the teacher's probabilities, and the distance of the logits as far as it matters."""
+    """Return the cross-entropy with the teacher's probabilities, plus the weighted distance of the clipped logits."""
     cross_entropy = binary_cross_entropy_with_logits(logits, truth.sigmoid())
     apart = smooth_l1_loss(logits.clamp(-MAX_LOGIT, MAX_LOGIT), truth.clamp(-MAX_LOGIT, MAX_LOGIT))
     return cross_entropy + logit_weight * apart
 
 
 def schedule(progress: float, warm_up: float) -> float:
-    """The learning rate's share of its peak: a linear rise, then half a cosine."""
+    """Return the learning rate as a fraction of its peak: a linear rise, then a cosine decay to 0."""
     if progress < warm_up:
         return progress / warm_up
     return 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))

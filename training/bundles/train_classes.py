@@ -1,10 +1,10 @@
-"""Trains the bundle that ships as `classes`: what an alert is, in the same pass that tells real from bogus.
+"""Trains the shipped bundle `classes`: classes of alerts, computed in the same pass as the real/bogus score.
 
     python -m training train-classes ztf_alerts.tar --labels labels.parquet --real default --out classes
 
-Multinomial logistic regression on weak labels, from the logit of the bundle `default`, whose network stays as it is,
-and a few columns of metadata. Must never read a column that a label was made from. The card says which those are, and
-what was measured on objects that neither saw.
+The classifier is a multinomial logistic regression on weak labels. Its inputs are the logit of the bundle `default`,
+whose network stays unchanged, and a few metadata columns. It never uses a column from which a label was derived. The
+card lists these columns, and the figures measured on held-out objects.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ from training.evaluation.metrics import Values, Weights, harmonic_mean, rank
 VERSION = "2.0"
 COLUMN = "weak_class"
 CLASSES = ("VS=VS", "asteroid=asteroid", "bogus=bogus,likely_bogus", "SN=SN,SN_cand", "AGN=AGN")
-"""The five of ALeRCE's stamp classifier (Carrasco-Davis et al. 2021, arXiv:2008.03309); the labels have no other with
-enough objects. Each a rule of `scoring.labels`."""
+"""Class rules (`scoring.labels`). The five classes are those of ALeRCE's stamp classifier (Carrasco-Davis et al. 2021,
+arXiv:2008.03309); no other class has enough labelled objects."""
 METADATA = ("magpsf", "sigmapsf", "isdiffpos", "ndethist", "distnr", "magnr", "distpsnr1", "sgscore1", "nmtchps")
-"""How bright, how often, next to what. Left out: what labels were made from (ssdistnr, drb, positions), and what tells
-when or by whom a packet was taken rather than what it shows (dates, fields, columns that older schemas lack)."""
+"""Columns on brightness, number of detections and neighbouring sources. Excluded are columns from which labels were
+derived (ssdistnr, drb, positions), and columns that reveal when or by whom a packet was collected rather than what it
+shows (dates, fields, columns that older schemas lack)."""
 LOST_TOGETHER = (
     ("magpsf", "sigmapsf"),
     ("isdiffpos",),
@@ -60,37 +61,40 @@ LOST_TOGETHER = (
     ("distpsnr1", "sgscore1"),
     ("nmtchps",),
 )
-"""Columns that a packet lacks together. Few packets do: a network learns what is left to go by from copies of alerts
-that lack some."""
+"""Groups of columns that are missing together in a packet. Few packets lack any, so the network is also trained on
+copies of alerts from which groups are removed."""
 LOSS = 0.3
-"""Share of the copies that lack a group of columns."""
+"""Probability that a copy lacks a group of columns."""
 COPIES = 4
-"""Of each alert, beside as many that lack nothing."""
+"""Number of copies with missing columns for each alert, and as many copies without missing columns."""
 HOST = ("distnr", "magnr", "distpsnr1", "sgscore1", "nmtchps")
-"""What is known of the sources near an alert: nothing, of a supernova in a galaxy too faint for the catalogues."""
+"""Columns on sources near an alert; they are missing for a supernova whose galaxy is too faint for the catalogues."""
 NO_SOURCE = ("distpsnr1", "nmtchps")
-"""Where Pan-STARRS has no source near an alert, packets lack the first and most have 0 of the second."""
+"""If Pan-STARRS has no source near an alert, packets lack the first column, and most have 0 in the second."""
 L2 = 1e-3
-"""Weight of the squared coefficients, over columns of unit variance; chosen by cross-validation, and hardly matters."""
+"""Weight of the squared coefficients, for columns of unit variance; chosen by cross-validation, with little effect."""
 ITERATIONS = 300
-"""Of L-BFGS at most; it takes some dozens."""
+"""Maximum number of L-BFGS iterations; some dozens are enough."""
 FOLDS = 5
-"""Few supernovae and active galaxies are in the test split; over all objects they say more."""
+"""Folds of the cross-validation over all objects: the test split holds few supernovae and active galaxies."""
 UNLABELLED = -1
 
 log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
+    """Add the arguments of `train-classes`."""
     parser.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="ZTF alerts: files, folders, archives")
-    parser.add_argument("--labels", required=True, type=Path, help=f"table with the column {COLUMN}, by candid")
-    parser.add_argument("--real", default="default", help="bundle of StampNet (default: %(default)s)")
-    parser.add_argument("--out", required=True, type=Path, help="the new bundle's directory")
+    parser.add_argument("--labels", required=True, type=Path, help=f"table with the columns candid and {COLUMN}")
+    parser.add_argument(
+        "--real", default="default", help="real/bogus bundle with the network StampNet (default: %(default)s)"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="directory of the new bundle")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Fits, evaluates, writes the bundle. Raises TrainingError, before fitting, where that cannot be."""
+    """Fit, evaluate and write the bundle. Raises TrainingError or DatasetError before fitting if the input cannot be
+    used."""
     refuse_existing(arguments.out)
     torch.set_num_threads(1)
     real = load_bundle(arguments.real)
@@ -120,17 +124,17 @@ def run(arguments: argparse.Namespace) -> None:
         scores, without_host = (log_odds(network.classes(seen)).double().numpy() for seen in (told, told_by(hostless)))
     evaluation = {
         "truth": f"{COLUMN}: weak labels",
-        "split": f"{TEST_FRACTION:.0%} of the objects, seed {SPLIT_SEED}: none of their alerts were trained on",
+        "split": f"{TEST_FRACTION:.0%} of the objects, seed {SPLIT_SEED}, held out from training",
         "intervals": INTERVALS,
         **evaluate(scores[unseen], labels.classes, alerts.object_id[unseen], label[unseen]),
-        "without_host": f"the same alerts, {', '.join(HOST)} taken from them",
+        "without_host": f"the same alerts with the columns {', '.join(HOST)} removed",
         **{
             f"without_host_{name}": figure
             for name, figure in evaluate(
                 without_host[unseen], labels.classes, alerts.object_id[unseen], label[unseen]
             ).items()
         },
-        "cross_validation": f"{FOLDS} folds of all objects; what tells real from bogus was trained on most of them",
+        "cross_validation": f"{FOLDS} folds of all objects; the real/bogus network was trained on most of them",
         **{
             f"cross_validation_{name}": figure
             for name, figure in evaluate(
@@ -139,23 +143,24 @@ def run(arguments: argparse.Namespace) -> None:
         },
         "dataset_sha256": data_sha256(alerts[~unseen]),
     }
-    log.info("on objects not trained on: %s", evaluation)
+    log.info("on held-out objects: %s", evaluation)
     write_bundle(arguments.out, describe(real, labels, inputs, alerts[~unseen], evaluation), network)
 
 
 def classes_of(alerts: Alerts, labels: Labels) -> NDArray[np.int64]:
-    """The class of each alert [N], UNLABELLED where it has none. Raises DatasetError where none has one."""
+    """Return the class index of each alert, int64[N], UNLABELLED without a label. Raises DatasetError if no alert has
+    one."""
     keys = zip(alerts.alert_id.tolist(), alerts.object_id.tolist(), strict=True)
     label = np.array([labels.label_of.get(labels.key_of(*key), UNLABELLED) for key in keys])
     if (label == UNLABELLED).all():
         raise DatasetError(
-            f"{labels.table}: none of its {len(labels.label_of)} labels is of an alert of the inputs, by {labels.key}"
+            f"{labels.table}: none of its {len(labels.label_of)} labels matches an alert of the inputs by {labels.key}"
         )
     return label
 
 
 def check_sides(labels: Labels, label: NDArray[np.int64], unseen: NDArray[np.bool_]) -> None:
-    """Raises DatasetError where a class has no alerts on a side of the split, as one with a single source has not."""
+    """Raise DatasetError if a class has no training alerts or no test alerts, as happens with a single object."""
     for side, rows in (("to train on", ~unseen), ("to test with", unseen)):
         if absent := [name for c, name in enumerate(labels.classes) if c not in label[rows]]:
             raise DatasetError(
@@ -164,7 +169,7 @@ def check_sides(labels: Labels, label: NDArray[np.int64], unseen: NDArray[np.boo
 
 
 def lose_columns(metadata: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-    """COPIES of the METADATA [N, F] of alerts, each without some groups of its columns, which are NaN."""
+    """Return COPIES copies of the METADATA [N, F], each with some groups of columns set to NaN."""
     rng = np.random.default_rng(SPLIT_SEED)
     distance, sources = (METADATA.index(name) for name in NO_SOURCE)
     copies = []
@@ -180,15 +185,15 @@ def lose_columns(metadata: NDArray[np.float64]) -> list[NDArray[np.float64]]:
 
 
 def fit_copies(layer: nn.Linear, copies: Tensor, object_id: NDArray[np.str_], label: NDArray[np.int64]) -> None:
-    """`fit_classes` to several copies of N alerts, [copies, N, D]."""
+    """Apply `fit_classes` to several copies of N alerts, [copies, N, D]."""
     n = len(copies)
     fit_classes(layer, copies.flatten(0, 1), np.tile(object_id, n), np.tile(label, n))
 
 
 def fit_classes(layer: nn.Linear, told: Tensor, object_id: NDArray[np.str_], label: NDArray[np.int64]) -> None:
-    """Sets `layer` so that the softmax of what it makes of `told` [N, D] is the class `label` [N].
+    """Fit `layer` so that the softmax of its output for `told` [N, D] predicts the class indices `label` [N].
 
-    Every class counts the same, and so does every object of a class, however many alerts it has.
+    All classes have the same total weight, and so have all objects of a class, however many alerts they have.
     """
     told, truth = told.double(), torch.from_numpy(label)
     mean, deviation = told.mean(0), told.std(0)
@@ -215,9 +220,10 @@ def fit_classes(layer: nn.Linear, told: Tensor, object_id: NDArray[np.str_], lab
 
 
 def cross_validate(copies: Tensor, object_id: NDArray[np.str_], label: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Log-odds of the classes [N, C], each alert's by a layer that was fitted without its object and others.
+    """Return log-odds of the classes, float64[N, C]; each alert is scored by a layer fitted without the alert's fold of
+    objects.
 
-    `copies` [copies, N, D]: all are fitted to; the first, which lacks nothing, is judged.
+    `copies` [copies, N, D]: all copies are used to fit; the first, without missing columns, is scored.
     """
     objects, index = np.unique(object_id, return_inverse=True)
     fold = (np.random.default_rng(SPLIT_SEED).permutation(len(objects)) % FOLDS)[index]
@@ -234,7 +240,7 @@ def cross_validate(copies: Tensor, object_id: NDArray[np.str_], label: NDArray[n
 def evaluate(
     scores: NDArray[np.float64], classes: Sequence[str], object_id: NDArray[np.str_], label: NDArray[np.int64]
 ) -> dict[str, float | int | str]:
-    """How well `scores` [N, C] tell each class from the rest, with intervals by object."""
+    """Return ROC AUCs of `scores` [N, C], each class against the rest, with bootstrap intervals over objects."""
 
     def figures(weight: Weights) -> dict[str, Values]:
         auc = {name: rank(label == c, scores[:, c], weight).roc_auc for c, name in enumerate(classes)}
@@ -258,7 +264,7 @@ def evaluate(
 def describe(
     real: Bundle, labels: Labels, inputs: Inputs, train: Alerts, evaluation: dict[str, float | int | str]
 ) -> Description:
-    """What the card says of the bundle, besides its files."""
+    """Return the bundle's description for the card."""
     card = real.card
     return Description(
         name="classes",
@@ -275,23 +281,23 @@ def describe(
         source="training/bundles/train_classes.py of broker-filter",
         citation=card.citation,
         training=Training(
-            method=f"`real` is the bundle {card.name} {card.version} unchanged. The classes: multinomial logistic "
-            "regression, balanced by class and object, on its logit, the metadata, and which of them are missing. It "
-            "is fitted to the alerts and to as many copies that lack groups of columns, each with a chance of "
-            f"{LOSS:.0%}. No column is read that a label was made from (ssdistnr, drb, coordinates), nor one that "
-            "tells when a packet was taken. Two labels are near what is read: bogus is the teacher's score, and known "
-            "asteroids have few detections.",
+            method=f"`real` is the unchanged output of the bundle {card.name} {card.version}. The classes are a "
+            "multinomial logistic regression, balanced by class and object, on the logit of `real`, the metadata and "
+            "flags of missing metadata. It is fitted to the alerts, and to as many copies from which each group of "
+            f"columns is removed with a probability of {LOSS:.0%}. It uses no column from which a label was derived "
+            "(ssdistnr, drb, coordinates), and none that reveals when a packet was taken. Two labels are closely "
+            "related to its inputs: bogus is defined by the teacher's score, and known asteroids have few detections.",
             data=f"{len(train)} public ZTF alerts of {len(np.unique(train.object_id))} objects with weak labels: VS by "
-            "a match in position with VSX, GCVS or SIMBAD, asteroid by a known one's predicted position, bogus by "
-            "drb < 0.5, SN by TNS or Fink's candidates, AGN by SIMBAD. Probabilities are as if every class were "
-            "equally common. Few supernovae and active galaxies were there to learn from.",
+            "a positional match with VSX, GCVS or SIMBAD, asteroid by the predicted position of a known asteroid, "
+            "bogus by drb < 0.5, SN by TNS or Fink's candidates, AGN by SIMBAD. The probabilities assume that all "
+            "classes are equally common. The training data hold few supernovae and active galaxies.",
             evaluation=evaluation,
         ),
     )
 
 
 def _columns(train: Alerts) -> tuple[MetadataColumn, ...]:
-    """The columns, each with a flag that says where it is missing; there it has the median, which tells nothing."""
+    """Return the columns, each with a flag for missing values, which are replaced by the column's median."""
     medians = np.nanmedian(train.metadata, axis=0)
     return tuple(
         MetadataColumn(name=name, fill=float(fill), flag=True) for name, fill in zip(METADATA, medians, strict=True)

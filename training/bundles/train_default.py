@@ -1,9 +1,9 @@
-"""Trains the bundle that ships as `default`: StampNet, distilled from braai d6_m7 on public ZTF alerts.
+"""Trains the shipped bundle `default`: StampNet, distilled from braai d6_m7 on public ZTF alerts.
 
     broker-filter models import braai d6_m7.weights.h5 --normalisation row --name d6_m7 --out d6_m7
     python -m training train-default ztf_alerts.tar --teacher d6_m7 --out default
 
-The card says what was measured on objects that were not trained on, and how.
+The card states the figures measured on held-out objects, and how they were measured.
 """
 
 from __future__ import annotations
@@ -41,36 +41,40 @@ from training.evaluation.metrics import Values, Weights, rank, ratio
 
 VERSION = "2.0"
 ARCHITECTURE = Architecture(name="stampnet", arguments={"dropout": 0.0})
-"""No image comes twice, so there is nothing that dropout would keep from being learnt by heart."""
+"""Without dropout: no image is repeated, so overfitting to single images is impossible."""
 TEACHER = "vgg6"
 HINTS = (Hint(student=11, teacher=11), Hint(student=18, teacher=15))
-"""StampNet's map of 8 px, whose interior stands where VGG6's of 6 px does; the embeddings."""
+"""StampNet's map of 8 x 8 px, whose inner 6 x 6 px cover the same sky as VGG6's map; and the embeddings."""
 TEST_FRACTION = 0.25
-"""Of the objects. Real alerts that the survey calls bogus are few: fewer objects would tell too little."""
+"""Fraction of the objects held out for the test. Bogus alerts are rare; fewer objects would give wide intervals."""
 SPLIT_SEED = 2026
 UNSURE = (0.4, 0.6)
-"""Scores of the teacher about which side of 0.5 they are on says little."""
+"""Range of the teacher's scores in which the decision at 0.5 is uncertain."""
 THRESHOLDS = (0.3, 0.5, 0.8)
-"""Of the score: to lose few real alerts, to decide as the survey does, to have few bogus ones."""
+"""Score thresholds that are evaluated: for high completeness, for decisions as the survey's, and for high purity."""
 NO_DRB = 0.0
-"""Stands, besides null, in packets of the weeks before ZTF had the network: exactly 0, and an empty drbversion."""
+"""Besides null, a value for a missing drb, with an empty drbversion, in packets from the weeks before ZTF ran the
+network."""
 
 log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
+    """Add the arguments of `train-default`."""
     parser.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="ZTF alerts: files, folders, archives")
-    parser.add_argument("--teacher", required=True, help="bundle of braai d6_m7")
+    parser.add_argument("--teacher", required=True, help="bundle of braai d6_m7, the teacher")
     parser.add_argument(
-        "--begin-with", metavar="BUNDLE", help="of StampNet: whose weights to begin with, not random ones"
+        "--begin-with", metavar="BUNDLE", help="StampNet bundle whose weights to start from (default: random weights)"
     )
-    parser.add_argument("--out", required=True, type=Path, help="the new bundle's directory")
+    parser.add_argument("--out", required=True, type=Path, help="directory of the new bundle")
     parser.add_argument(
-        "--checkpoint", type=Path, help="file to save progress in and to continue from (default: OUT.ckpt, beside OUT)"
+        "--checkpoint", type=Path, help="file to save progress in and to resume from (default: OUT.ckpt, beside OUT)"
     )
     parser.add_argument(
-        "--share", type=share, default=1.0, help="of the objects to train on: 0.25, for what more are worth"
+        "--share",
+        type=share,
+        default=1.0,
+        help="fraction of the training objects to use, to measure the effect of more data (default: 1)",
     )
     parser.add_argument("--steps", type=positive, default=5000)
     parser.add_argument("--seed", type=seed, default=1)
@@ -78,14 +82,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains, evaluates, writes the bundle. Raises TrainingError or DatasetError, before training, where that cannot
-    be."""
+    """Train, evaluate and write the bundle. Raises TrainingError or DatasetError before training if the input cannot be
+    used."""
     refuse_existing(arguments.out)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     bundle = load_bundle(arguments.teacher)
     if bundle.card.architecture.name != TEACHER:
-        raise TrainingError(f"{arguments.teacher}: is no {TEACHER}: import braai's weights with `models import braai`")
+        raise TrainingError(
+            f"{arguments.teacher}: its network is not {TEACHER}: import braai's weights with `models import braai`"
+        )
     teacher = load_network(bundle.card.architecture, load_file(bundle.directory / WEIGHTS))
     network = build_network(ARCHITECTURE)
     begun = load_bundle(arguments.begin_with) if arguments.begin_with else None
@@ -98,52 +104,52 @@ def run(arguments: argparse.Namespace) -> None:
     check_rated(test)
     if arguments.share < 1:
         train = train[held_out(train.object_id, arguments.share, SPLIT_SEED)]
-    log.info("%d alerts to train on, %d to test with", len(train), len(test))
+    log.info("%d training alerts, %d test alerts", len(train), len(test))
 
     recipe = Recipe(steps=arguments.steps, seed=arguments.seed, hints=HINTS)
     checkpoint = arguments.checkpoint or beside(arguments.out)
     network = distil(network, teacher, images, train, recipe, checkpoint)
     evaluation = evaluate(network, teacher, images, train, test) | {"dataset_sha256": data_sha256(train)}
-    log.info("on objects not trained on: %s", evaluation)
+    log.info("on held-out objects: %s", evaluation)
     write_bundle(arguments.out, describe(bundle, begun, train, recipe, evaluation), network)
     checkpoint.unlink(missing_ok=True)
 
 
 def data_sha256(train: Alerts) -> str:
-    """Of what was trained on: the alerts' ids, pixels and metadata."""
+    """Return the sha256 of the training data: the alerts' ids, pixels and metadata."""
     return sha256_of(train.alert_id, train.cutouts, train.cutout_box, train.metadata)
 
 
 def published_score(alerts: Alerts) -> NDArray[np.float64]:
-    """The survey's own real/bogus score [N], NaN where the packet carries none."""
+    """Return the survey's real/bogus score, float64[N], NaN where the packet has none."""
     drb = alerts.metadata[:, alerts.columns.index("drb")]
     return np.where(drb == NO_DRB, np.nan, drb)
 
 
 def check_rated(test: Alerts) -> None:
-    """Raises DatasetError where no alert has the score that the network is judged by."""
+    """Raise DatasetError if no test alert has the survey's score, with which the network is evaluated."""
     if not np.isfinite(published_score(test)).any():
-        raise DatasetError(f"no alert of the objects to test with has a drb, of {len(test)}: add alerts since 2019")
+        raise DatasetError(f"none of the {len(test)} test alerts has a drb: add alerts from 2019 or later")
 
 
 def evaluate(
     network: nn.Module, teacher: nn.Module, images: ImageInput, seen: Alerts, unseen: Alerts
 ) -> dict[str, float | int | str]:
-    """The card's figures, of alerts of unseen objects: against the survey's own score, and against the teacher's where
-    packets carry none too.
+    """Return the card's figures on alerts of held-out objects: against the survey's drb, and, including packets without
+    drb, against the teacher.
 
-    `teachers_agreement`, with the drb, is what could be reached; `seen_agreement`, with the teacher on the alerts that
-    were trained on, is what would be if these were all the sky.
+    `teachers_agreement` is the teacher's agreement with drb, the upper limit for the student. `seen_agreement` is the
+    student's agreement with the teacher on the training alerts.
     """
     logit, of_teacher = (_logits(each, images, unseen) for each in (network, teacher))
     drb = published_score(unseen)
     rated = np.isfinite(drb)
     sides: dict[str, tuple[str, Alerts, NDArray[np.floating], NDArray[np.float32]]] = {
         "": ("the drb in the packet > 0.5", unseen[rated], drb[rated], logit[rated]),
-        "all_": ("the teacher's score > 0.5, of packets without drb too", unseen, _sigmoid(of_teacher), logit),
+        "all_": ("the teacher's score > 0.5, including packets without drb", unseen, _sigmoid(of_teacher), logit),
     }
     card: dict[str, float | int | str] = {
-        "split": f"{TEST_FRACTION:.0%} of the objects, seed {SPLIT_SEED}: none of their alerts were trained on",
+        "split": f"{TEST_FRACTION:.0%} of the objects, seed {SPLIT_SEED}, held out from training",
         "intervals": INTERVALS,
     }
     for prefix, (truth, alerts, score, said) in sides.items():
@@ -167,10 +173,10 @@ def _logits(network: nn.Module, images: ImageInput, alerts: Alerts) -> NDArray[n
 
 
 def figures(score: NDArray[np.floating], logit: NDArray[np.float32], weight: Weights) -> dict[str, Values]:
-    """How far logits go with `score` [N], the truth where it is above 0.5.
+    """Return how well logits [N] reproduce `score` [N], where score > 0.5 is the truth.
 
-    `agreement` is the share of alerts on whose side of 0.5 both are. `purity_above_0.8`: of the alerts that the network
-    gives more than 0.8 so many are real; `completeness_above_0.8`: so many of the real ones are among them.
+    `agreement`: fraction of alerts that are on the same side of 0.5. `purity_above_0.8`: fraction of real alerts among
+    those that the network scores above 0.8; `completeness_above_0.8`: fraction of the real alerts that score above 0.8.
     """
     real = score > 0.5
     shares = _shares(score, logit)
@@ -180,7 +186,7 @@ def figures(score: NDArray[np.floating], logit: NDArray[np.float32], weight: Wei
 
 
 def trials(score: NDArray[np.floating], logit: NDArray[np.float32], weight: Weights) -> dict[str, Values]:
-    """How many objects each of the `figures` is of, for weights [N] that sum to 1 over each object."""
+    """Return the number of objects behind each of the `figures`, for weights [N] that sum to 1 over each object."""
     real = score > 0.5
     return {"roc_auc": np.minimum(weight @ real, weight @ ~real)} | {
         name: weight @ whole for name, (_, whole) in _shares(score, logit).items()
@@ -190,7 +196,7 @@ def trials(score: NDArray[np.floating], logit: NDArray[np.float32], weight: Weig
 def _shares(
     score: NDArray[np.floating], logit: NDArray[np.float32]
 ) -> dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
-    """The figures that are shares: of which alerts [N], and of them which [N] count."""
+    """Return the figures that are fractions, each as two masks bool[N]: of the numerator and of the denominator."""
     real = score > 0.5
     agree, sure = (logit > 0) == real, (score < UNSURE[0]) | (score > UNSURE[1])
     shares = {
@@ -211,9 +217,9 @@ def _sigmoid(logit: NDArray[np.float32]) -> NDArray[np.float64]:
 def describe(
     teacher: Bundle, begun: Bundle | None, train: Alerts, recipe: Recipe, evaluation: dict[str, float | int | str]
 ) -> Description:
-    """What the card says of the bundle, besides its files."""
+    """Return the bundle's description for the card."""
     card = teacher.card
-    beginning = f"Begun with the weights of {begun.card.name} {begun.card.version}. " if begun else ""
+    beginning = f"Initialised with the weights of {begun.card.name} {begun.card.version}. " if begun else ""
     return Description(
         name="default",
         version=VERSION,
@@ -224,17 +230,19 @@ def describe(
         architecture=ARCHITECTURE,
         licence="BSD-3-Clause",
         source="training/bundles/train_default.py of broker-filter",
-        citation=f"of the teacher: {card.citation}",
+        citation=f"Teacher: {card.citation}",
         training=Training(
-            method=f"Distilled: {recipe.steps} steps of {recipe.batch} images, each made on the fly from one or two "
-            "real alerts (symmetries, shifts, noise, a difference moved to another template) and labelled by the "
-            f"teacher, {card.name} of {card.source}, of which a map and the embedding are learnt besides the score. "
-            f"{beginning}AdamW, peak learning rate {recipe.learning_rate:g}, averaged weights, seed {recipe.seed}. "
-            "Hints chosen by validation on training objects alone; the architecture and the rest earlier, on another "
-            "random split of the same alerts, so that the figures are slightly optimistic. A threshold of 0.5 decides "
-            "as drb > 0.5 does; 0.3 loses fewer real alerts, above 0.8 fewer are bogus: see purity and completeness.",
+            method=f"Knowledge distillation: {recipe.steps} steps of {recipe.batch} images, each made on the fly from "
+            "one "
+            "or two real alerts (symmetries, shifts, noise, a difference moved to another template) and labelled by "
+            f"the teacher, {card.name} of {card.source}. Besides the score, a map and the embedding of the teacher are "
+            f"learnt. {beginning}AdamW, peak learning rate {recipe.learning_rate:g}, averaged weights, seed "
+            f"{recipe.seed}. The hints were chosen by validation on training objects alone; the architecture and other "
+            "settings were chosen earlier on another random split of the same alerts, so the figures are slightly "
+            "optimistic. A threshold of 0.5 corresponds to drb > 0.5; 0.3 loses fewer real alerts, 0.8 passes fewer "
+            "bogus ones: see purity and completeness.",
             data=f"{len(train)} public ZTF alerts of {len(np.unique(train.object_id))} objects. No person labelled "
-            "them: the labels are the teacher's scores, and the network inherits the teacher's mistakes.",
+            "them: the labels are the teacher's scores, so the network inherits the teacher's errors.",
             evaluation=evaluation,
         ),
     )

@@ -1,1 +1,1 @@
-"""What makes the bundle `embedder`, which ships, and what embeddings are worth: probes, strangeness, suspects."""
+"""Training of the shipped bundle `embedder`, and the evaluation of embeddings."""

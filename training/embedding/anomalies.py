@@ -1,9 +1,9 @@
-"""`anomalies`: how well alerts of a class that nothing has seen are found as strange, by the embedding and by others.
+"""`anomalies`: measures how well alerts of a held-out class are found as anomalies, by the embedding and by other
+methods.
 
-One class after another is left out: of the embedder's training, of the ordinary alerts that others are compared with,
-and of what the isolation forests are grown on. Objects are split, so that no ordinary alert that is judged has another
-of its object among those. What measures of the embedding are worth on the validation is said of objects that no other
-figure is of.
+Each class in turn is left out of the embedder's training, of the ordinary alerts that form the reference, and of the
+training of the isolation forests. The split is by object, so that no judged ordinary alert shares an object with the
+reference. The figures that compare measures on the validation split use other objects than all other figures.
 """
 
 from __future__ import annotations
@@ -44,25 +44,26 @@ from training.evaluation.bootstrap import Estimate, resample, weights_by_object
 from training.evaluation.metrics import Values, Weights, harmonic_mean, rank, ratio
 
 CLASSES = ("VS=VS", "asteroid=asteroid", "SN=SN,SN_cand", "AGN=AGN")
-"""Of the weak labels, those with a dozen real objects: each is left out."""
+"""Class rules: the weak labels with at least a dozen real objects; each of these classes is left out once."""
 BOGUS = "bogus=bogus,likely_bogus"
-"""Trained on, as in the embedder that ships; what passes the cut of them stands for nothing ordinary."""
+"""Bogus alerts are trained on, as for the shipped embedder; those that pass the real/bogus cut are not part of the
+reference."""
 VALIDATION, TEST = 0.2, 0.25
-"""Shares of the objects; the first is of those that the second leaves."""
+"""Fractions of the objects; VALIDATION is a fraction of the objects outside the test split."""
 SPLIT_SEEDS = {"test": 2026, "validation": 2027}
 STEPS = 250
-"""Of training on a few hundred alerts; many more, and they are learnt by heart."""
+"""Training steps, for a few hundred alerts; many more steps overfit them."""
 SERVED = "mahalanobis, whole and modalities"
 FORESTS = ("forest of features", "forest of features, bogus ones too", "forest of pixels")
 INTRODUCTION = """\
-# Anomalies: classes that nothing had seen
+# Anomalies: finding held-out classes
 
-Written by `python -m training anomalies`. Each class in turn is left out of the embedder's training (self-supervised,
-on the labelled alerts that are left, bogus ones among them, and no simulated ones), of the ordinary alerts that others
-are compared with, and of what the isolation forests are grown on. A cell has the ROC AUC of telling the class from
-ordinary alerts of unseen objects (95 %, bootstrap by object), and the recall at the threshold that {rate:.0%} of the
-ordinary alerts of other unseen objects are above, the validation's; the last column has the ROC AUC among those.
-The trunk stays as it is: it has learnt real and bogus from alerts of all classes.
+Written by `python -m training anomalies`. Each class in turn is left out of the self-supervised training of the
+embedder (which uses the other labelled alerts, including bogus ones, and no simulated alerts), of the ordinary alerts
+that form the reference, and of the training of the isolation forests. A cell gives the ROC AUC for separating the
+class from ordinary alerts of held-out objects (95 % intervals, bootstrapped over objects), and the recall at the
+threshold that {rate:.0%} of the ordinary alerts of the validation objects exceed. The last column gives the ROC AUC on
+the validation objects. The trunk is unchanged: it has learnt to separate real from bogus on alerts of all classes.
 """
 TABLE, FIGURES = "anomalies.md", "anomalies.json"
 
@@ -71,43 +72,45 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """What became of one class's leaving out: over all N alerts, of which some are judged."""
+    """The result of leaving out one class, over all N alerts, some of which are judged."""
 
     name: str
-    ordinary: int  # alerts that the others are compared with
-    anomalous: NDArray[np.bool_]  # [N] is of the class
-    validation: NDArray[np.bool_]  # [N] measures are chosen, and thresholds found, by these
-    test: NDArray[np.bool_]  # [N] and figures are of these
-    scores: dict[str, NDArray[np.float64]]  # [N] each, by measure; NaN where it was not judged
+    ordinary: int  # number of ordinary alerts in the reference
+    anomalous: NDArray[np.bool_]  # [N] alerts of the left-out class
+    validation: NDArray[np.bool_]  # [N] alerts for choosing measures and thresholds
+    test: NDArray[np.bool_]  # [N] alerts for the figures
+    scores: dict[str, NDArray[np.float64]]  # [N] by measure; NaN where not judged
 
     def threshold(self, measure: str, rate: float) -> float:
-        """What a share `rate` of the ordinary alerts of the validation is above."""
+        """Return the score that a fraction `rate` of the ordinary validation alerts exceeds."""
         return float(np.quantile(self.scores[measure][self.validation & ~self.anomalous], 1 - rate))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `anomalies` takes."""
+    """Add the arguments of `anomalies`."""
     parser.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="ZTF alerts: files, folders, archives")
-    parser.add_argument("--labels", required=True, type=Path, help=f"table with the column {COLUMN}, by candid")
-    parser.add_argument("--trunk", default="default", help="bundle of StampNet (default: %(default)s)")
-    parser.add_argument("--steps", type=positive, default=STEPS, help="of each training (default: %(default)s)")
-    parser.add_argument("--rate", type=share, default=0.05, help="share to flag (default: %(default)s)")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help=f"for {TABLE} and {FIGURES}")
+    parser.add_argument("--labels", required=True, type=Path, help=f"table with the columns candid and {COLUMN}")
+    parser.add_argument("--trunk", default="default", help="bundle with the network StampNet (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=STEPS, help="steps of each training (default: %(default)s)")
+    parser.add_argument(
+        "--rate", type=share, default=0.05, help="fraction of ordinary alerts to flag (default: %(default)s)"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help=f"directory for {TABLE} and {FIGURES}")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains and judges once for each class, and prints the table."""
+    """Train and evaluate once for each class, write the results and print the table."""
     torch.set_num_threads(1)
     trunk = open_model(arguments.trunk, Runtime(engine="onnxruntime", device="cpu", inference_threads=1))
     if trunk.bundle.card.architecture.name != TRUNK:
-        raise TrainingError(f"{arguments.trunk}: is no {TRUNK}: its network cannot be the trunk")
+        raise TrainingError(f"{arguments.trunk}: its network is not {TRUNK}, so it cannot be the trunk")
     labels = read_labels(arguments.labels, COLUMN, [parse_rule(rule) for rule in (*CLASSES, BOGUS)])
     alerts = decode(read_packets(arguments.inputs), trunk.bundle.card.inputs.images.size)
     label = labels.of(alerts.alert_id, alerts.object_id)
     threshold = trunk.bundle.card.outputs.thresholds[trunk.labels[0]]
     known = label != UNLABELLED
     if not known.any():
-        raise DatasetError(f"{arguments.labels}: none of its labels is of one of the {len(label)} alerts of the inputs")
+        raise DatasetError(f"{arguments.labels}: no label matches any of the {len(label)} alerts of the inputs")
     alerts, label = Named(alerts.raw[known], alerts.alert_id[known], alerts.object_id[known]), label[known]
     passes = (trunk.run(alerts.raw)["probabilities"][:, 0] > threshold) & (label < len(CLASSES))
     for c, name in enumerate(labels.classes[: len(CLASSES)]):
@@ -130,7 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def checkpoint_of(out: Path, class_: str) -> Path:
-    """Where the training that a class is left out of keeps what it has come to."""
+    """Return the path of the checkpoint of the training without `class_`."""
     return out / f"{class_}.ckpt"
 
 
@@ -143,8 +146,11 @@ def leave_out(
     recipe: Recipe,
     out: Path,
 ) -> list[LeftOut]:
-    """Leaves each of the classes out. `label` [N]: an index into them, or beyond; `passes` [N]: the cut, what does not
-    is trained on and not judged. `out`: where each training keeps a checkpoint, to go on from."""
+    """Leave each of the classes out in turn.
+
+    `label` [N]: index into `classes`, or larger for other alerts. `passes` [N]: whether an alert passes the real/bogus
+    cut; alerts that do not are trained on but not judged. `out`: directory of the checkpoints, to resume from.
+    """
     inputs = Inputs(
         images=trunk.bundle.card.inputs.images,
         metadata=tuple(MetadataColumn(name=name, fill=NO_VALUE) for name in METADATA),
@@ -173,18 +179,24 @@ def leave_out(
             FORESTS[1]: by_isolation_forest(features[rest], features),
             FORESTS[2]: by_pixels(images[seen], images),
         }
-        unseen = test | (trained_on & (label == c))  # of what is left out, what would be trained on is unseen, too
+        unseen = test | (trained_on & (label == c))  # training objects of the left-out class are held out, too
         cases.append(LeftOut(name, int(seen.sum()), label == c, validation & passes, unseen & passes, scores))
-        log.info("%s left out: %d ordinary alerts, %d of it to find", name, seen.sum(), (unseen & (label == c)).sum())
+        log.info(
+            "%s left out: %d ordinary alerts, %d anomalous alerts to find",
+            name,
+            seen.sum(),
+            (unseen & (label == c)).sum(),
+        )
     return cases
 
 
 def held_out_of_each(
     object_id: NDArray[np.str_], label: NDArray[np.int64], share: float, seed: int
 ) -> NDArray[np.bool_]:
-    """True for the alerts [N] of a random share of the objects of each class: a rare one has objects there, too.
+    """Return a mask bool[N]: True for alerts of a random fraction of the objects of each class, so that rare classes
+    are included.
 
-    An object whose alerts have several labels is of the first one's class.
+    An object whose alerts have several labels counts for the class of its first alert.
     """
     objects, first, index = np.unique(object_id, return_index=True, return_inverse=True)
     chosen = np.zeros(len(objects), np.bool_)
@@ -196,7 +208,7 @@ def held_out_of_each(
 
 
 def new_network(trunk: Model, seed: int) -> AlertEmbedder:
-    """An embedder that is not trained, on the trunk."""
+    """Return an untrained embedder with the given trunk."""
     torch.manual_seed(seed)
     network = AlertEmbedder(TRUNK, len(METADATA), SIZE)
     network.trunk.network.load_state_dict(load_file(trunk.bundle.directory / WEIGHTS))
@@ -206,8 +218,11 @@ def new_network(trunk: Model, seed: int) -> AlertEmbedder:
 def by_embedding(
     embedding: Embeddings, seen: NDArray[np.bool_], others: NDArray[np.bool_], label: NDArray[np.int64]
 ) -> dict[str, NDArray[np.float64]]:
-    """The scores [N] by each measure of the embedding [N, D], as they are served, and by its parts; `seen` are the
-    ordinary ones, `others` the ordinary ones by which distances are put in units of what is usual."""
+    """Return the scores float64[N] of embeddings [N, D] by name, for each distance measure and each combination of
+    parts.
+
+    `seen`: the ordinary alerts of the reference; `others`: held-out ordinary alerts that standardise the distances.
+    """
     scores: dict[str, NDArray[np.float64]] = {}
     for measure in get_args(Measure):
         distances = Cloud(embedding[seen], len(MODALITIES), measure, label[seen]).distances(embedding)
@@ -221,14 +236,14 @@ def by_embedding(
 
 
 def standardised(distances: NDArray[np.float64], ordinary: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Distances [N, P] in deviations of ordinary alerts' [K, P]. (Every real alert has all modalities.)"""
+    """Standardise distances [N, P] with mean and deviation of `ordinary` [K, P]. (Every real alert has all
+    modalities.)"""
     unusual: NDArray[np.float64] = (distances - ordinary.mean(axis=0)) / ordinary.std(axis=0)
     return unusual
 
 
 def on_validation(cases: Sequence[LeftOut]) -> dict[str, float]:
-    """How well each measure finds the classes among the objects of the validation: the mean over those that are
-    there."""
+    """Return the mean ROC AUC of each measure over the classes that occur in the validation split."""
     there = [case for case in cases if (case.validation & case.anomalous).any()]
     return {
         name: float(np.mean([roc_auc(case, name, case.validation, np.ones(len(case.validation))) for case in there]))
@@ -237,15 +252,17 @@ def on_validation(cases: Sequence[LeftOut]) -> dict[str, float]:
 
 
 def roc_auc(case: LeftOut, measure: str, rows: NDArray[np.bool_], weight: Weights) -> Values:
-    """The chance that an alert of the class is called stranger than an ordinary one, over `rows` [N]."""
+    """Return the probability that an alert of the class scores higher than an ordinary alert, over `rows` [N]."""
     return rank(case.anomalous[rows], case.scores[measure][rows], weight[..., rows]).roc_auc
 
 
 def judge(
     cases: Sequence[LeftOut], rate: float, object_id: NDArray[np.str_]
 ) -> tuple[dict[str, float], dict[str, Values]]:
-    """Every figure by name, `<measure>/<class>/<figure>`, and in every resample of the objects; the class `mean` is the
-    mean of the others."""
+    """Return every figure by name, `<measure>/<class>/<figure>`, and the same figures in every resample of the objects.
+
+    The class `mean` is the mean over the classes.
+    """
 
     def figures(weight: Weights) -> dict[str, Values]:
         found: dict[str, Values] = {}
@@ -262,7 +279,7 @@ def judge(
 
 
 def trials(cases: Sequence[LeftOut], object_id: NDArray[np.str_]) -> dict[str, float]:
-    """How many objects each figure of `judge` is of."""
+    """Return the number of objects behind each figure of `judge`."""
     each = weights_by_object(object_id)
     found: dict[str, float] = {}
     for measure in cases[0].scores:
@@ -295,8 +312,12 @@ def as_markdown(
     resampled: Mapping[str, Values],
     known: Mapping[str, float] | None = None,
 ) -> str:
-    """The page: what was done, a table of how well each class is found, and what two measures are ahead by: the one
-    that is served, and the embedding's that is the best on validation, by `found`. `known`: what `trials` gave."""
+    """Return the page: what was done, how well each class is found, and the advantage of two measures over the
+    isolation forests.
+
+    The two measures are the served one, and the embedding's best one on validation, by `found`. `known`: the result of
+    `trials`.
+    """
     names = [case.name for case in cases]
 
     def cell(measure: str, class_: str) -> str:
@@ -311,9 +332,9 @@ def as_markdown(
     ]
     lines = [
         INTRODUCTION.format(rate=rate),
-        " | ".join(["| left out", *names, "mean", "ordinary ones flagged", "mean on validation |"]),
+        " | ".join(["| left out", *names, "mean", "ordinary alerts flagged", "mean on validation |"]),
         "|".join(["", *["---"] * (len(names) + 4), ""]),
-        " | ".join(["| alerts compared with; to find; on validation", *to_find, "", "", "|"]),
+        " | ".join(["| reference alerts; anomalous test alerts; anomalous validation alerts", *to_find, "", "", "|"]),
     ]
     for measure in cases[0].scores:
         title = f"**{measure}**" if measure == SERVED else measure
@@ -321,10 +342,10 @@ def as_markdown(
         cells += [f"{figures[f'{measure}/mean/realised']:.1%}", f"{found[measure]:.3f} |"]
         lines.append(" | ".join([f"| {title}", *cells]))
     best = max((measure for measure in found if measure not in FORESTS), key=found.__getitem__)
-    for measure, what in {SERVED: "what is served unless another is asked for", best: "best on validation"}.items():
-        lines += ["", f"The mean ROC AUC of `{measure}`, {what}, is ahead"]
+    for measure, what in {SERVED: "the default of the service", best: "best on validation"}.items():
+        lines += ["", f"The mean ROC AUC of `{measure}` ({what}) exceeds"]
         for forest in FORESTS:
             mine, its = (f"{name}/mean/roc_auc" for name in (measure, forest))
             ahead = Estimate.of(figures[mine] - figures[its], resampled[mine] - resampled[its])
-            lines.append(f"of the {forest} by {ahead}{'.' if forest == FORESTS[-1] else ','}")
+            lines.append(f"that of the {forest} by {ahead}{'.' if forest == FORESTS[-1] else ','}")
     return "\n".join(lines) + "\n"

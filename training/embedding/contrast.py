@@ -1,7 +1,7 @@
-"""What joins modalities: each finds every other of the same alert, among those of a batch.
+"""The contrastive loss: each modality of an alert must identify the other modalities of the same alert within a batch.
 
-CLIP between each pair, as AstroM3 has it (`contrastive_losses`), for any number of modalities; an alert that lacks one
-is left out of its pairs.
+It is the CLIP loss for each pair of modalities, as in AstroM3 (`contrastive_losses`), for any number of modalities. An
+alert that lacks a modality is excluded from the pairs with that modality.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from training.astrom3.model.network import MAX_LOGIT_SCALE, contrastive_losses
 
 FEWEST = 2
-"""Alerts that have both of a pair: among one there is nothing to find."""
+"""Smallest number of alerts with both modalities of a pair; with a single alert there is nothing to distinguish."""
 FIRST_LOGIT_SCALE = 10.0
-"""Where the learnable inverse temperatures begin: AstroM3's 100 is for larger batches, and learns these by heart."""
+"""Initial inverse temperature (learnable). AstroM3's 100 suits larger batches; with these it overfits."""
 
 
 class Contrast(nn.Module):
-    """The loss of M modalities, with an inverse temperature a pair."""
+    """The loss for M modalities, with a learnable inverse temperature per pair."""
 
     def __init__(self, modalities: int) -> None:
         super().__init__()
@@ -28,7 +28,8 @@ class Contrast(nn.Module):
         self.log_scale = nn.Parameter(torch.full((len(self.pairs),), FIRST_LOGIT_SCALE).log())
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """The sum of the losses of the pairs that there are, of vectors [N, M, D]: of length 1, or 0 where missing."""
+        """Return the sum of the losses over the available pairs, for vectors [N, M, D] of length 1, or 0 where
+        missing."""
         there = (vectors != 0).any(dim=2)
         logits = []
         for (i, j), scale in zip(self.pairs, self.log_scale.exp().clamp(1, MAX_LOGIT_SCALE), strict=True):

@@ -1,7 +1,8 @@
-"""The alert embedder in training: what it is shown, and how its modalities are joined. Needs no labels.
+"""Training of the alert embedder by contrastive learning between its modalities. Needs no labels.
 
-The trunk stays as it is, so its features are computed once, of every symmetry of each alert's images. Surveys are never
-mixed in a batch: what is to be told apart are alerts, not telescopes. The same alerts and recipe give the same network.
+The trunk is frozen, so its features are computed once for every symmetry of each alert's images. A batch holds alerts
+of one survey only: the network must distinguish alerts, not telescopes. The same alerts and recipe give the same
+network.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from training.embedding.contrast import Contrast
 from training.learner import SYMMETRIES
 
 AT_ONCE = 64
-"""Alerts to a run of the trunk."""
+"""Alerts per run of the trunk."""
 LOG_EVERY = 100
 CHECKPOINT_EVERY = 50
-"""Steps: some ten seconds."""
+"""Steps; about ten seconds."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the embedder is trained with. Chosen by cross-validation on objects that it is trained on."""
+    """The hyperparameters of the embedder's training, chosen by cross-validation on training objects."""
 
     steps: int = 600
     seed: int = 1
@@ -49,15 +50,15 @@ class Recipe:
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     warm_up: float = 0.05
-    """Share of the steps in which the learning rate rises to its peak; then it falls as a cosine."""
+    """Fraction of the steps in which the learning rate rises linearly to its peak, before a cosine decay."""
     lost_columns: float = 0.15
-    """Share of the metadata that a view is not shown."""
+    """Fraction of the metadata values that are masked in a view."""
     longest_gradient: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """N alerts as the embedder takes them, the trunk's features in the place of images, and spectra where there are."""
+    """N preprocessed alerts, with the trunk's features in place of the images, and spectra if there are any."""
 
     features: Tensor  # [N, SYMMETRIES, T]
     metadata: Tensor  # [N, F]
@@ -81,29 +82,31 @@ class Shown:
 
 
 class Draws:
-    """The random numbers of a training: which alerts are shown, how they are turned and what they lose, and dropout's,
-    which torch keeps itself."""
+    """The random number generators of a training: for the choice of alerts, for augmentation, and torch's own for
+    dropout."""
 
     def __init__(self, seed: int) -> None:
         self.alerts = np.random.default_rng(seed)
         self.views = Generator().manual_seed(seed)
 
     def state_dict(self) -> dict[str, Any]:
-        """As a checkpoint keeps it."""
+        """Return the states of the generators for a checkpoint."""
         alerts = json.dumps(self.alerts.bit_generator.state)
         return {"alerts": alerts, "views": self.views.get_state(), "dropout": torch.get_rng_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Goes on where `state_dict` was taken."""
+        """Restore the states that `state_dict` returned."""
         self.alerts.bit_generator.state = json.loads(state_dict["alerts"])
         self.views.set_state(state_dict["views"])
         torch.set_rng_state(state_dict["dropout"])
 
 
 class SpectrumEncoder(nn.Module):
-    """Spectra [N, 3, S], NaN where there is none -> vectors of length 1 in the embedder's space, or 0, [N, size].
+    """Spectra [N, 3, S], NaN where missing -> vectors [N, size] in the embedder's space, of length 1, or 0 where
+    missing.
 
-    AstroM3's network. It teaches the other modalities and is not served: alerts bring no spectra.
+    It is AstroM3's network. It only supports the training of the other modalities and is not served, because alerts
+    contain no spectra.
     """
 
     def __init__(self, size: int, hidden: int = 128) -> None:
@@ -120,7 +123,7 @@ class SpectrumEncoder(nn.Module):
 
 
 def show(network: AlertEmbedder, alerts: RawAlerts, inputs: Inputs, symmetries: int = SYMMETRIES) -> Shown:
-    """The alerts as the network takes them: through the preprocessing and the trunk that are served."""
+    """Preprocess the alerts and run the trunk, both as in serving."""
     prepared = {name: torch.from_numpy(array) for name, array in prepare(alerts, inputs).items()}
     images, trunk = prepared["images"], network.trunk.eval()
     features = []
@@ -141,12 +144,14 @@ def train(
     checkpoint: Path | None = None,
     of: str = "",
 ) -> None:
-    """Trains all of `network` but its trunk. `groups`: alerts of a survey each, and their share of the batches;
-    `spectrum` joins in where alerts have spectra. `checkpoint`: a file to save progress in, and to continue from where
-    it exists; `of` says what the alerts are, so that a file of others is refused.
+    """Train all parameters of `network` except the trunk's, in place.
 
-    Its parameters are as they were made: seed torch before making it. Raises TrainingError where the checkpoint is not
-    whole, or of another training.
+    `groups`: alerts of one survey each, with their share of the batches; `spectrum`: trained as well if alerts have
+    spectra. `checkpoint`: a file to save progress in, and to resume from if it exists; `of`: a text that identifies the
+    alerts, so that the checkpoint of others is refused.
+
+    The caller seeds torch before making the network, whose initial parameters are kept. Raises TrainingError if the
+    checkpoint is incomplete, or of another training.
     """
     network.features.fit(torch.cat([group.features.flatten(0, 1) for group, _ in groups]))
     network.metadata.fit(torch.cat([group.metadata for group, _ in groups]))
@@ -179,7 +184,7 @@ def train(
 
 
 def embed(network: AlertEmbedder, alerts: Shown) -> Tensor:
-    """The modalities [N, M, size] of the alerts as they are."""
+    """Return the modalities [N, M, size] of unmodified alerts."""
     with torch.inference_mode():
         return network.see(alerts.features[:, 0], alerts.metadata, alerts.light_curve, alerts.light_curve_mask)
 
@@ -187,7 +192,8 @@ def embed(network: AlertEmbedder, alerts: Shown) -> Tensor:
 def _see(
     network: AlertEmbedder, spectrum: SpectrumEncoder | None, alerts: Shown, recipe: Recipe, generator: Generator
 ) -> Tensor:
-    """A view of the alerts in every modality, [N, M, size]: turned, some columns lost, some points forgotten."""
+    """Return an augmented view of the alerts in every modality, [N, M, size]: rotated, with masked columns and dropped
+    points."""
     n = len(alerts)
     symmetry = torch.randint(alerts.features.shape[1], (n,), generator=generator)
     features = alerts.features[torch.arange(n), symmetry]
@@ -202,7 +208,8 @@ def _see(
 
 
 def _forget(mask: Tensor, generator: Generator) -> Tensor:
-    """Masks [N, L] with a random share of the points left, none to all; the alert's own, the last, always is."""
+    """Drop a random fraction (0 to 1) of the points in each mask [N, L]; the last point, the alert's own, is always
+    kept."""
     left = torch.rand(mask.shape, generator=generator) < torch.rand(len(mask), 1, generator=generator)
     last = mask.cumsum(1) == mask.sum(1, keepdim=True)
     return mask * (left | last)

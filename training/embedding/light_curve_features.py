@@ -1,7 +1,7 @@
-"""Light curves in numbers, the simple statistics that brokers give to classifiers and isolation forests.
+"""Light-curve features: simple statistics, as brokers compute them for classifiers and isolation forests.
 
-Per band, of detections and forced measurements in nJy: of those that light-curve packages compute (Malanchev et al.
-2021, MNRAS 502, 5147, appendix), the ones that mean something for a handful of points.
+They are computed per band from detections and forced measurements in nJy. Of the features in light-curve packages
+(Malanchev et al. 2021, MNRAS 502, 5147, appendix), these are the ones that are meaningful for a handful of points.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ NAMES = (
     "slope",
 )
 OF_BANDS = ("g", "r")
-"""That ZTF's public survey takes."""
+"""The bands of ZTF's public survey."""
 LEAST_ERROR = 1e-3
-"""nJy, lest a point that claims none have infinite weight."""
+"""Smallest flux error in nJy, so that a point with error 0 does not get infinite weight."""
 
 
 def light_curve_features(curves: LightCurves) -> NDArray[np.float64]:
-    """The features of N alerts, [N, len(OF_BANDS) * len(NAMES)]; NaN where a band has too few points for one."""
+    """Return features float64[N, len(OF_BANDS) * len(NAMES)] of N alerts; NaN where a band has too few points."""
     measured = curves.kind != Measurement.UPPER_LIMIT
     n = len(curves.offsets) - 1
     features = np.full((n, len(OF_BANDS), len(NAMES)), np.nan)

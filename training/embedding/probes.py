@@ -1,6 +1,7 @@
-"""What a frozen embedding is worth: how well classes that it never saw are read from it, by a plane and by neighbours.
+"""Probes: classifiers on a frozen embedding, linear or by nearest neighbours, that measure how well classes can be read
+from it.
 
-Both count every class the same, and every object of a class, however many alerts it has. Trains nothing else.
+Both weight all classes equally, and all objects of a class equally, however many alerts they have.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from training.bundles.train_classes import fit_classes
 from training.evaluation.metrics import Values, Weights, ratio
 
 NEIGHBOURS = 5
-"""Whose votes count: of 5, 10 and 20 the best on training objects, whatever the embedding."""
+"""Number of neighbours that vote: the best of 5, 10 and 20 on training objects, for every embedding."""
 
 
 def linear_probe(
     train: NDArray[np.float32], label: NDArray[np.int64], object_id: NDArray[np.str_], test: NDArray[np.float32]
 ) -> NDArray[np.int64]:
-    """The class of each of `test` [K, D], by multinomial logistic regression on `train` [N, D] with its labels [N]."""
+    """Return the class of each of `test` [K, D], int64[K], by multinomial logistic regression on `train` [N, D].
+
+    `label` int64[N] and `object_id` [N] belong to `train`.
+    """
     layer = nn.Linear(train.shape[1], int(label.max()) + 1)
     fit_classes(layer, torch.from_numpy(train), object_id, label)
     with torch.inference_mode():
@@ -31,7 +35,11 @@ def linear_probe(
 def nearest(
     train: NDArray[np.float32], label: NDArray[np.int64], object_id: NDArray[np.str_], test: NDArray[np.float32]
 ) -> NDArray[np.int64]:
-    """The class of each of `test` [K, D], by the votes of its NEIGHBOURS in `train` [N, D], by cosine."""
+    """Return the class of each of `test` [K, D], int64[K], by the weighted vote of its NEIGHBOURS nearest in `train`
+    [N, D] (cosine).
+
+    `label` int64[N] and `object_id` [N] belong to `train`.
+    """
     weight = object_weights(object_id, label)
     unit_train, unit_test = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test))
     near = np.argsort(-(unit_test @ unit_train.T), axis=1, kind="stable")[:, :NEIGHBOURS]
@@ -41,7 +49,7 @@ def nearest(
 
 
 def object_weights(object_id: NDArray[np.str_], label: NDArray[np.int64]) -> NDArray[np.float64]:
-    """What each alert counts [N], so that every class counts 1, and in it every object the same."""
+    """Return the weight of each alert, float64[N]: each class has a total of 1, shared equally by its objects."""
     _, index, alerts_of = np.unique(object_id, return_inverse=True, return_counts=True)
     share = 1 / alerts_of[index]
     weights: NDArray[np.float64] = share / np.bincount(label, share)[label]
@@ -49,6 +57,6 @@ def object_weights(object_id: NDArray[np.str_], label: NDArray[np.int64]) -> NDA
 
 
 def balanced_accuracy(right: NDArray[np.bool_], label: NDArray[np.int64], weight: Weights) -> Values:
-    """The mean of the classes' recalls, for weights [..., N]; NaN where a class is absent."""
+    """Return the mean recall over the classes for weights [..., N]; NaN if a class is absent."""
     recalls = [ratio(weight @ (right & (label == c)), weight @ (label == c)) for c in np.unique(label).tolist()]
     return np.asarray(np.mean(recalls, axis=0))

@@ -1,7 +1,8 @@
-"""`suspects`: the alerts whose labels are most likely wrong, for a person to look at. Changes no label.
+"""`suspects`: lists the alerts whose labels are most likely wrong, for a person to inspect. It changes no label.
 
-As AstroM3 finds misclassified stars (Rizhko & Bloom 2025, arXiv:2411.08842): by 1 less the cosine of an alert's
-embedding and the centroid of its own class. The embedding is the one that is served, and was made without labels.
+The method is that of AstroM3 for misclassified stars (Rizhko & Bloom 2025, arXiv:2411.08842): alerts are ranked by 1
+minus the cosine similarity of their embedding to the centroid of their own class. The embedding is the served one,
+which is trained without labels.
 """
 
 from __future__ import annotations
@@ -29,36 +30,52 @@ from training.errors import DatasetError
 
 SHOWN = 20
 MOST = 1_000_000
-"""Alerts that are compared, as many as a reference holds."""
+"""Largest number of alerts that are compared, the size of a reference."""
 
 
 @dataclass(frozen=True, slots=True)
 class Suspects:
-    """Labelled alerts, the most suspect first, and how far each is from the centroids."""
+    """Labelled alerts in descending order of suspicion, and their distances from the centroids."""
 
     alert_id: NDArray[np.int64]  # [N]
     object_id: NDArray[np.str_]  # [N]
     label: NDArray[np.int64]  # [N] index into the classes
     distance: NDArray[np.float64]  # [N] 1 - cosine to the centroid of its own class
-    nearest: NDArray[np.int64]  # [N] the class whose centroid is nearest
+    nearest: NDArray[np.int64]  # [N] index of the class with the nearest centroid
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `suspects` takes."""
+    """Add the arguments of `suspects`."""
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="file, folder or archive of alerts")
     parser.add_argument(
-        "--labels", required=True, type=Path, metavar="TABLE", help=".csv or .parquet, by alert or object id"
+        "--labels",
+        required=True,
+        type=Path,
+        metavar="TABLE",
+        help=".csv or .parquet table of labels with a column of alert or object ids",
     )
-    parser.add_argument("--label", default="label", metavar="COLUMN", help="its column of labels (default: label)")
+    parser.add_argument("--label", default="label", metavar="COLUMN", help="label column of the table (default: label)")
     parser.add_argument(
-        "--class", dest="classes", action="append", default=[], metavar="NAME=VALUES", help="as build-dataset takes it"
+        "--class",
+        dest="classes",
+        action="append",
+        default=[],
+        metavar="NAME=VALUES",
+        help="a class, written as for build-dataset",
     )
-    parser.add_argument("--model", default="embedder", metavar="BUNDLE", help="what embeds (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="CSV", help="all of them, the most suspect first")
+    parser.add_argument(
+        "--model",
+        default="embedder",
+        metavar="BUNDLE",
+        help="bundle that computes the embedding (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="CSV", help="write all labelled alerts to this file, the most suspect first"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints the most suspect, and writes all where it is asked for."""
+    """Print the most suspect alerts, and write all of them to a file if one is given."""
     labels = read_labels(arguments.labels, arguments.label, [parse_rule(rule) for rule in arguments.classes])
     scorer = open_scorer([arguments.model], Runtime())
     sample = Sample(MOST)
@@ -70,7 +87,10 @@ def run(arguments: argparse.Namespace) -> None:
     label = labels.of(alerts.alert_id, alerts.object_id)
     known = label != UNLABELLED
     if not known.any():
-        raise DatasetError(f"{arguments.labels}: labels none of the {len(alerts)} alerts: is its {labels.key} theirs?")
+        raise DatasetError(
+            f"{arguments.labels}: labels none of the {len(alerts)} alerts; check that its {labels.key} are those of "
+            "the alerts"
+        )
     some = alerts[known]
     suspects = find_suspects(some.embedding, label[known], some.alert_id, some.object_id)
     print(f"{'distance':>8}  {'alert':20}  {'object':20}  {'label':12}  nearest")
@@ -84,7 +104,8 @@ def run(arguments: argparse.Namespace) -> None:
 def find_suspects(
     embedding: Embeddings, label: NDArray[np.int64], alert_id: NDArray[np.int64], object_id: NDArray[np.str_]
 ) -> Suspects:
-    """The alerts with embeddings [N, D] and labels [N], the furthest from its own class's centroid first."""
+    """Rank alerts with embeddings [N, D] and labels [N] by their distance from their own class's centroid,
+    descending."""
     cosine = embedding.astype(np.float64) @ centroids(embedding, label).T
     distance = 1 - cosine[np.arange(len(label)), label]
     order = np.argsort(-distance, kind="stable")
@@ -92,7 +113,7 @@ def find_suspects(
 
 
 def write_suspects(suspects: Suspects, classes: Sequence[str], file: Path) -> None:
-    """Writes a CSV with a row each."""
+    """Write a CSV file with a row for each alert."""
     names = np.array(classes)
     table = pa.table(
         {

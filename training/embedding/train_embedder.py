@@ -1,10 +1,11 @@
-"""Trains the bundle that ships as `embedder`: an alert's images, light curve and metadata as one vector.
+"""Trains the shipped bundle `embedder`: an alert's images, light curve and metadata as one vector.
 
     python -m training train-embedder ztf_alerts.tar --labels labels.parquet --out embedder
 
-Self-supervised: of public ZTF alerts, those of the bundle `default`'s test excepted, and of simulated ones, ZTF's and
-LSST's. The network of `--trunk` stays as it is, and its probabilities come from the same pass. Labels only measure: the
-card says how well weak classes are read from the embedding, of objects that neither saw among them.
+The training is self-supervised. Its data are public ZTF alerts, except those of the test split of the bundle `default`,
+and simulated alerts of ZTF and LSST. The network of `--trunk` stays unchanged, and its probabilities are computed in
+the same pass. Labels are used for evaluation only: the card states how well weak classes can be read from the embedding
+on held-out objects.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ from training.evaluation.metrics import Values, Weights, harmonic_mean
 
 VERSION = "1.1"
 SURVEYS: tuple[SurveyName, ...] = ("ztf", "lsst")
-"""Whose alerts the embedding is learnt from."""
+"""Surveys whose alerts the embedding is trained on."""
 TRUNK = "stampnet"
 OF_BOTH = ("magpsf", "sigmapsf", "snr", "isdiffpos", "ndethist")
 OF_ZTF = (
@@ -73,26 +74,26 @@ OF_ZTF = (
 )
 OF_LSST = ("extendedness", "apFlux", "scienceFlux", "templateFlux", "trailLength")
 METADATA = OF_BOTH + OF_ZTF + OF_LSST
-"""Left out: what the weak labels were made from (ssdistnr, drb, rb, positions), and what tells when or by whom a packet
-was taken rather than what it shows."""
+"""Excluded are columns from which the weak labels were derived (ssdistnr, drb, rb, positions), and columns that reveal
+when or by whom a packet was collected rather than what it shows."""
 LIGHT_CURVE = LightCurveInput(points=32, flux_scale=100, time_scale=1)
-"""As many points as three of four ZTF packets have at most. LSST's errors are some 100 nJy, ZTF's some 5,000."""
+"""Three of four ZTF packets have at most 32 points. LSST's flux errors are some 100 nJy, ZTF's some 5,000 nJy."""
 SIZE = 32
-"""Of a modality's vector."""
+"""Dimensions of a modality's vector."""
 SIMULATED = 3000
-"""Alerts of each survey."""
+"""Number of simulated alerts of each survey."""
 SIMULATION_SEEDS = {"ztf": 11, "lsst": 12}
 SYMMETRIES_OF_SIMULATED = 2
-"""Another alert is worth more than another turn of one, and costs as much."""
+"""Symmetries used of each simulated alert: more alerts help more than more symmetries, at the same cost."""
 SHARES = {"real": 0.6, "ztf": 0.15, "lsst": 0.25}
-"""Of the batches."""
+"""Fractions of the batches."""
 UNTRAINED = 5
-"""Networks with random weights, the mean of whose figures stands for them all."""
+"""Number of networks with random weights whose mean figures are the baseline."""
 FOLDS = 5
-"""Few supernovae and active galaxies are in the test split; over all objects they say more."""
+"""Folds of the cross-validation over all objects: the test split holds few supernovae and active galaxies."""
 FOLD_SEED = 2026
 SINGLE = (*MODALITIES, "untrained")
-"""What the embedding is compared with."""
+"""Baselines that the embedding is compared with."""
 PACKETS_AT_ONCE = 256
 
 Classify = Callable[[NDArray[np.float32], NDArray[np.int64], NDArray[np.str_], NDArray[np.float32]], NDArray[np.int64]]
@@ -103,7 +104,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """N alerts and what they are called."""
+    """N alerts with their ids."""
 
     raw: RawAlerts
     alert_id: NDArray[np.int64]  # [N]
@@ -111,22 +112,23 @@ class Named:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
+    """Add the arguments of `train-embedder`."""
     parser.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="ZTF alerts: files, folders, archives")
-    parser.add_argument("--labels", required=True, type=Path, help=f"table with the column {COLUMN}, by candid")
-    parser.add_argument("--trunk", default="default", help="bundle of StampNet (default: %(default)s)")
-    parser.add_argument("--out", required=True, type=Path, help="the new bundle's directory")
+    parser.add_argument("--labels", required=True, type=Path, help=f"table with the columns candid and {COLUMN}")
+    parser.add_argument("--trunk", default="default", help="bundle with the network StampNet (default: %(default)s)")
+    parser.add_argument("--out", required=True, type=Path, help="directory of the new bundle")
     parser.add_argument("--steps", type=positive, default=Recipe.steps)
     parser.add_argument("--seed", type=seed, default=Recipe.seed)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains, evaluates, writes the bundle. Raises TrainingError, before training, where that cannot be."""
+    """Train, evaluate and write the bundle. Raises TrainingError or DatasetError before training if the input cannot be
+    used."""
     refuse_existing(arguments.out)
     torch.set_num_threads(1)
     trunk = load_bundle(arguments.trunk)
     if trunk.card.architecture.name != TRUNK:
-        raise TrainingError(f"{arguments.trunk}: is no {TRUNK}: its network cannot be the trunk")
+        raise TrainingError(f"{arguments.trunk}: its network is not {TRUNK}, so it cannot be the trunk")
     labels = read_labels(arguments.labels, COLUMN, [parse_rule(rule) for rule in CLASSES])
     inputs = Inputs(
         images=trunk.card.inputs.images,
@@ -138,7 +140,7 @@ def run(arguments: argparse.Namespace) -> None:
     alerts = decode(read_packets(arguments.inputs), size)
     simulated = {survey: decode(simulate(survey, seed), size) for survey, seed in SIMULATION_SEEDS.items()}
     unseen = held_out(alerts.object_id, TEST_FRACTION, SPLIT_SEED)
-    log.info("%d real alerts to train on, %d to test with", (~unseen).sum(), unseen.sum())
+    log.info("%d real training alerts, %d real test alerts", (~unseen).sum(), unseen.sum())
 
     torch.manual_seed(recipe.seed)
     network = AlertEmbedder(TRUNK, len(METADATA), SIZE)
@@ -166,8 +168,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def decode(packets: Iterator[Packet], size: int) -> Named:
-    """Every alert of the packets, each alert id once; what does not decode is left out. Raises DatasetError where there
-    is none."""
+    """Decode every alert of the packets, each alert id once; packets that cannot be decoded are skipped.
+
+    Raises DatasetError if there is no alert.
+    """
     decoder = Decoder(open_registry(str(SCHEMAS)), cutout_size=size, columns=METADATA)
     batches = []
     while some := list(islice(packets, PACKETS_AT_ONCE)):
@@ -187,14 +191,16 @@ def decode(packets: Iterator[Packet], size: int) -> Named:
 
 
 def simulate(survey: str, seed: int) -> Iterator[Packet]:
-    """A simulated night's packets."""
+    """Yield the packets of a simulated night."""
     for alert in simulate_night(SIMULATED, seed, "lsst" if survey == "lsst" else "ztf"):
         yield Packet(alert.packet, FilePosition(f"simulated {survey} {alert.alert_id}"))
 
 
 def untrained(seed: int, alerts: RawAlerts, inputs: Inputs, unseen: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """The embedding [N, D] by a network with random weights, the trunk's among them. It scales as the trained one does:
-    its constants are of the same alerts."""
+    """Return the embedding float32[N, D] by a network with random weights, including the trunk.
+
+    Its standardisation is fitted to the same alerts as that of the trained network.
+    """
     torch.manual_seed(seed)
     network = AlertEmbedder(TRUNK, len(METADATA), SIZE).eval()
     shown = show(network, alerts, inputs, symmetries=1)
@@ -204,7 +210,7 @@ def untrained(seed: int, alerts: RawAlerts, inputs: Inputs, unseen: NDArray[np.b
 
 
 def side_by_side(modalities: Tensor) -> NDArray[np.float32]:
-    """The embedding [N, M * D] of modalities [N, M, D], as the network joins them."""
+    """Return the embedding float32[N, M * D] of modalities [N, M, D], concatenated and normalised as in the network."""
     embedding: NDArray[np.float32] = normalize(modalities.flatten(1), dim=1).numpy()
     return embedding
 
@@ -215,17 +221,19 @@ def evaluate(
     object_id: NDArray[np.str_],
     unseen: NDArray[np.bool_],
 ) -> dict[str, float | int | str]:
-    """The card's figures: balanced accuracies, and how far the embedding is ahead.
+    """Return the card's figures: balanced accuracies, and the advantage of the embedding over the baselines.
 
-    First of unseen objects, classified by those that were trained on; then of all, in folds by object.
+    First of held-out objects, classified with the training objects; then (prefix `all_`) of all objects,
+    cross-validated by object.
     """
     known = label != UNLABELLED
     embeddings = {name: [each[known] for each in several] for name, several in embeddings.items()}
     label, object_id, unseen = label[known], object_id[known], unseen[known]
     card: dict[str, float | int | str] = {
-        "truth": f"{COLUMN}: weak labels, which training never saw",
-        "figures": "balanced accuracy over the classes; all_: of all objects, each classified by other folds'",
-        "split": f"{TEST_FRACTION:.0%} of the objects, seed {SPLIT_SEED}: none of their alerts were trained on",
+        "truth": f"{COLUMN}: weak labels, not used in training",
+        "figures": "balanced accuracy over the classes; all_: of all objects, each classified with the objects of "
+        "other folds",
+        "split": f"{TEST_FRACTION:.0%} of the objects, seed {SPLIT_SEED}, held out from training",
         "intervals": INTERVALS,
         "alerts": int(unseen.sum()),
         "objects": len(np.unique(object_id[unseen])),
@@ -252,7 +260,8 @@ def evaluate(
 def figures(
     prefix: str, right: dict[str, list[NDArray[np.bool_]]], label: NDArray[np.int64], weight: Weights
 ) -> dict[str, Values]:
-    """Balanced accuracies, of several networks their mean; the differences are of the same weights."""
+    """Return balanced accuracies (means if there are several networks) and the embedding's differences from them, for
+    weights [..., N]."""
     accuracy = {
         name: np.mean([balanced_accuracy(each, label, weight) for each in several], axis=0)
         for name, several in right.items()
@@ -265,7 +274,7 @@ def figures(
 def trials(
     prefix: str, right: dict[str, list[NDArray[np.bool_]]], label: NDArray[np.int64], weight: Weights
 ) -> dict[str, Values]:
-    """How many objects each of the `figures` that are shares is of; differences are none."""
+    """Return the number of objects behind each figure that is a fraction; differences have none."""
     objects = harmonic_mean([weight @ (label == c) for c in np.unique(label).tolist()])
     return {prefix: objects} | {f"{prefix}_{name}": objects for name in right}
 
@@ -277,7 +286,10 @@ def classified(
     object_id: NDArray[np.str_],
     sides: Sequence[NDArray[np.bool_]],
 ) -> NDArray[np.int64]:
-    """The class of each alert on one of the `sides`, told by all that are not on its own, [N]; UNLABELLED elsewhere."""
+    """Return the class of each alert, int64[N].
+
+    An alert in one of the `sides` is classified with all alerts outside that side; other alerts are UNLABELLED.
+    """
     classes = np.full(len(label), UNLABELLED)
     for side in sides:
         classes[side] = classify(embedding[~side], label[~side], object_id[~side], embedding[side])
@@ -285,16 +297,16 @@ def classified(
 
 
 def fold_of(object_id: NDArray[np.str_]) -> NDArray[np.int64]:
-    """The fold of each alert [N], all of an object in one."""
+    """Return the fold of each alert, int64[N]; all alerts of an object are in one fold."""
     objects, index = np.unique(object_id, return_inverse=True)
     folds: NDArray[np.int64] = (np.random.default_rng(FOLD_SEED).permutation(len(objects)) % FOLDS)[index]
     return folds
 
 
 def table(evaluation: Mapping[str, float | int | str]) -> str:
-    """The figures of a card as Markdown: a row for what was judged, a column for each probe and set of objects."""
+    """Return the figures of a card as Markdown: one row per embedding, one column per probe and set of objects."""
     columns = [f"{prefix}{probe}" for prefix in ("", "all_") for probe in PROBES]
-    titles = [f"{probe.replace('_', ' ')}, {who}" for who in ("unseen objects", "all objects") for probe in PROBES]
+    titles = [f"{probe.replace('_', ' ')}, {who}" for who in ("held-out objects", "all objects") for probe in PROBES]
     rows = {"embedding": "", **{name: f"_{name}" for name in SINGLE}}
     rows |= {f"ahead of {name}": f"_ahead_of_{name}" for name in SINGLE}
     lines = [" | ".join(["", *titles]), "|".join(["---"] * (1 + len(columns)))]
@@ -307,7 +319,7 @@ def table(evaluation: Mapping[str, float | int | str]) -> str:
 
 
 def data_sha256(data: Sequence[tuple[Named, NDArray[np.bool_]]]) -> str:
-    """Of all that was trained on: ids, pixels, metadata, light curves of the chosen alerts."""
+    """Return the sha256 of the training data: ids, pixels, metadata and light curves of the chosen alerts."""
     arrays: list[NDArray[Any]] = []
     for alerts, rows in data:
         raw = alerts.raw[rows]
@@ -325,7 +337,7 @@ def describe(
     trained_on: NDArray[np.str_],
     evaluation: dict[str, float | int | str],
 ) -> Description:
-    """What the card says of the bundle, besides its files. `trained_on`: the real alerts' objects."""
+    """Return the bundle's description for the card. `trained_on`: object ids of the real training alerts."""
     card = trunk.card
     return Description(
         name="embedder",
@@ -346,15 +358,16 @@ def describe(
         ),
         licence="BSD-3-Clause",
         source="training/embedding/train_embedder.py of broker-filter",
-        citation=f"after Rizhko & Bloom 2025 (arXiv:2411.08842); of the trunk: {card.citation}",
+        citation=f"Method: Rizhko & Bloom 2025 (arXiv:2411.08842). Trunk: {card.citation}",
         training=Training(
-            method=f"The trunk, and {', '.join(card.outputs.labels)}, are the bundle {card.name} {card.version} "
-            f"unchanged, which was trained for {' and '.join(card.surveys)} alone: it is null for other surveys. All "
-            f"else: contrastive, a view of {recipe.batch} alerts of one survey a step (symmetries, lost columns, "
-            f"forgotten points), {recipe.steps} steps, AdamW, peak learning rate {recipe.learning_rate:g}, seed "
-            f"{recipe.seed}. Chosen by cross-validation on training objects.",
+            method=f"The trunk and the output {', '.join(card.outputs.labels)} are the unchanged bundle {card.name} "
+            f"{card.version}, which was trained for {' and '.join(card.surveys)} only; the output is null for other "
+            "surveys. All other parameters: contrastive learning between the modalities, in steps of one augmented "
+            f"view of {recipe.batch} alerts of one survey (symmetries, masked columns, dropped points), {recipe.steps} "
+            f"steps, AdamW, peak learning rate {recipe.learning_rate:g}, seed {recipe.seed}. The hyperparameters were "
+            "chosen by cross-validation on training objects.",
             data=f"{len(trained_on)} public ZTF alerts of {len(np.unique(trained_on))} objects and {SIMULATED} "
-            "simulated alerts of each survey; no labels. Real LSST alerts were none among them.",
+            "simulated alerts of each survey, without labels. No real LSST alerts were used.",
             evaluation=evaluation,
         ),
     )

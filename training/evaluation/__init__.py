@@ -1,1 +1,1 @@
-"""What models are worth: figures with intervals by object, speed as served, reports."""
+"""Evaluation of models: metrics with intervals, calibration, policies, speed, and reports."""

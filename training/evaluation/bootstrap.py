@@ -1,12 +1,14 @@
-"""Intervals by resampling objects, never alerts: an object's alerts are no independent trials.
+"""Confidence intervals by resampling objects, not alerts: alerts of one object are not independent.
 
-The percentile bootstrap (Efron & Tibshirani 1993, chapter 13), with an object and all its alerts as the unit. A
-resample is how often each object was drawn, so that thousands of them are one array of weights and no loop.
+This is the percentile bootstrap (Efron & Tibshirani 1993, chapter 13), with an object and all its alerts as the unit. A
+resample is represented by the number of times that each object was drawn, so that thousands of resamples are one array
+of weights.
 
-A share that every object agrees on, such as a purity of 1, is the same in every resample: the bootstrap would give an
-interval of no width. The interval is then that of Clopper & Pearson (1934, Biometrika 26, 404), with as many trials as
-there are objects that the share is of. For a ROC AUC these are the objects of the rarer side: so many pairs of one
-positive and one negative object have no object in common, and each is a trial of whether the positive one ranks higher.
+If every object agrees on a fraction, such as a purity of 1, all resamples are equal and the bootstrap would give an
+interval of zero width. The interval is then that of Clopper & Pearson (1934, Biometrika 26, 404), with one trial for
+each object behind the fraction. For a ROC AUC the number of trials is that of the objects of the rarer class: so many
+disjoint pairs of a positive and a negative object can be formed, and each is a trial of whether the positive object
+ranks higher.
 """
 
 from __future__ import annotations
@@ -23,25 +25,26 @@ from training.evaluation.metrics import Values, Weights
 
 RESAMPLES = 2000
 PERCENTILES = (2.5, 97.5)
-"""Of the resampled figures: a 95 % interval."""
+"""Percentiles of the resampled figures: a 95 % interval."""
 SEED = 2026
-"""The same for every model: the same objects are drawn for all, so that differences between models are paired."""
+"""The same for every model, so that the same objects are drawn and differences between models are paired."""
 ALIKE = 1e-9
-"""Figures that are nearer to each other differ by the rounding of sums alone."""
+"""Figures that differ by less are equal up to rounding."""
 ELEMENTS_AT_ONCE = 2**21
-"""Weights that are held at a time: 16 MB, and a dozen arrays of that size beside them."""
+"""Weights held in memory at a time: 16 MB, and a dozen arrays of that size."""
 
-INTERVALS = "95 %, bootstrap by object; Clopper-Pearson, an object a trial, where all resamples are alike"
-"""What a card says of its intervals."""
+INTERVALS = "95 %, bootstrap over objects; Clopper-Pearson with one trial per object if all resamples are equal"
+"""The description of the intervals in a card."""
 
 Measure = Callable[[Weights], dict[str, Values]]
-"""Figures by name, [...], for weights [..., N]."""
+"""Function from weights [..., N] to figures [...] by name."""
 Trials = Callable[[Weights], dict[str, Values]]
-"""How many objects each figure that is a share is of, by name, for weights [N] that sum to 1 over each object."""
+"""Function to the number of objects behind each figure that is a fraction, by name, from weights [N] that sum to 1 over
+each object."""
 
 
 class Estimate(BaseModel):
-    """A figure and its interval; None where it is not defined."""
+    """A figure and its interval; a value is None if it is undefined."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -51,10 +54,10 @@ class Estimate(BaseModel):
 
     @classmethod
     def of(cls, value: float | Values, resampled: Values, trials: float | Values | None = None) -> Self:
-        """From the figure and its resamples [R]: those in which it is not defined are left out.
+        """Return the estimate from the figure and its resamples [R]; undefined (NaN) resamples are ignored.
 
-        `trials`: of a share, the number of objects that it is of. Where all resamples are alike, the interval is the
-        exact one of so many trials.
+        `trials`: for a fraction, the number of objects behind it. If all resamples are equal, the interval is the exact
+        one for this number of trials.
         """
         known = resampled[~np.isnan(resampled)]
         low, high = np.percentile(known, PERCENTILES) if len(known) else (np.nan, np.nan)
@@ -74,8 +77,10 @@ class Estimate(BaseModel):
 
 
 def resample(measure: Measure, object_id: NDArray[np.str_]) -> dict[str, Values]:
-    """Each figure in RESAMPLES resamples of the objects, [R]. The same objects give the same resamples, whatever the
-    measure and the order of the alerts."""
+    """Return each figure in RESAMPLES resamples of the objects, [R].
+
+    The resamples depend on the set of objects only, not on the measure or the order of the alerts.
+    """
     objects, index = np.unique(object_id, return_inverse=True)
     rng = np.random.default_rng(SEED)
     share = np.full(len(objects), 1 / len(objects))
@@ -88,7 +93,7 @@ def resample(measure: Measure, object_id: NDArray[np.str_]) -> dict[str, Values]
 
 
 def exact_interval(share: float, trials: float) -> tuple[float, float]:
-    """The 95 % interval of Clopper & Pearson for a share of so many trials, which need not be whole numbers."""
+    """Return the 95 % interval of Clopper & Pearson for a fraction of `trials`, which need not be integer."""
     tail, successes = PERCENTILES[0] / 100, share * trials
     failures = trials - successes
     low = betaincinv(successes, failures + 1, tail) if successes > 0 else 0.0
@@ -97,15 +102,18 @@ def exact_interval(share: float, trials: float) -> tuple[float, float]:
 
 
 def weights_by_object(object_id: NDArray[np.str_]) -> Weights:
-    """What each alert counts [N] so that every object counts 1."""
+    """Return weights float64[N] of alerts that sum to 1 over each object."""
     _, index, alerts_of = np.unique(object_id, return_inverse=True, return_counts=True)
     weights: Weights = 1 / alerts_of[index]
     return weights
 
 
 def estimate(measure: Measure, object_id: NDArray[np.str_], trials: Trials | None = None) -> dict[str, Estimate]:
-    """Each figure with its interval. `trials`: of the figures that are shares; where absent, every figure is taken for
-    a share of all objects."""
+    """Return each figure with its interval.
+
+    `trials`: numbers of objects behind the figures that are fractions; if absent, every figure is taken as a fraction
+    of all objects.
+    """
     resampled, whole = resample(measure, object_id), measure(np.ones(len(object_id)))
     each = weights_by_object(object_id)
     known = trials(each) if trials else dict.fromkeys(whole, each.sum())
@@ -113,7 +121,7 @@ def estimate(measure: Measure, object_id: NDArray[np.str_], trials: Trials | Non
 
 
 def as_card(estimates: Mapping[str, Estimate]) -> dict[str, float | int | str]:
-    """Figures and their intervals as a card holds them."""
+    """Return figures and their intervals in the format of a card."""
     card: dict[str, float | int | str] = {}
     for name, figure in estimates.items():
         low, value, high = (np.nan if number is None else number for number in (figure.low, figure.value, figure.high))

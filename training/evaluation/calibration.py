@@ -1,9 +1,9 @@
-"""How well probabilities are calibrated: the slope and the intercept of what happened against what was said.
+"""Calibration slope and intercept: a logistic regression of the outcomes on the logits of the predicted probabilities.
 
-They are those of Cox 1958 (Biometrika 45, 562): a logistic regression of the outcomes on the logits of the
-probabilities. A calibrated model has 1 and 0; a slope below 1 means that it is too sure of itself, an
-intercept above 0 that what it asks about is more common than it says. The estimate is Firth's (1993, Biometrika 80,
-27), which is finite where the scores separate the classes (Heinze & Schemper 2002, Statistics in Medicine 21, 2409).
+The method is that of Cox 1958 (Biometrika 45, 562). A calibrated model has slope 1 and intercept 0. A slope below 1
+means that the model is overconfident; an intercept above 0 means that events are more common than predicted. The
+estimate is Firth's (1993, Biometrika 80, 27), which is finite even if the scores separate the classes (Heinze &
+Schemper 2002, Statistics in Medicine 21, 2409).
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 LEAST = 1e-7
-"""A probability in float32 is not told from 0 or 1 beyond this: its logit ends at 16."""
+"""Closer to 0 or 1, a float32 probability cannot be distinguished from 0 or 1: logits are limited to 16."""
 ITERATIONS = 60
-"""Of Newton's method: some ten are needed from the beginning, a few from the estimate of all alerts."""
+"""Iterations of Newton's method: about ten are needed from zero, a few from the estimate for all alerts."""
 LARGEST_STEP = 2.0
-"""Of a coefficient, over logits of unit variance: longer steps can leave the region in which the method converges."""
+"""Largest step of a coefficient, for logits of unit variance: longer steps can leave the region of convergence."""
 CONVERGED = 1e-6
 GROUPS = 128
-"""Of alerts with one outcome and about the same logit, which stand for all of them: so the cost of a resample does not
-grow with the number of alerts. The estimate changes in its fifth digit."""
+"""Alerts with the same outcome and similar logits are merged into this many groups, so that the cost of a resample does
+not grow with the number of alerts. The estimate changes in its fifth digit."""
 
 
 def logit_of(probability: NDArray[np.floating]) -> Floats:
-    """The logit of probabilities, of any shape."""
+    """Return the logits of probabilities of any shape."""
     bounded = probability.astype(np.float64).clip(LEAST, 1 - LEAST)
     logit: Floats = np.log(bounded / (1 - bounded))
     return logit
 
 
 def slope_and_intercept(logit: Floats, happened: NDArray[np.bool_], weight: Floats) -> tuple[Floats, Floats]:
-    """The calibration slope and intercept, each [...], for N logits, outcomes and weights [..., N].
+    """Return calibration slope and intercept, each float64[...], for N logits and outcomes, and weights [..., N].
 
-    NaN where all outcomes are alike or all logits are equal.
+    They are NaN if all outcomes or all logits are equal.
     """
     logit, happened, weight = _grouped(logit, happened, weight)
     mean, deviation = float(logit.mean()), float(logit.std())
@@ -50,7 +50,7 @@ def slope_and_intercept(logit: Floats, happened: NDArray[np.bool_], weight: Floa
 
 
 def _grouped(logit: Floats, happened: NDArray[np.bool_], weight: Floats) -> tuple[Floats, NDArray[np.bool_], Floats]:
-    """At most GROUPS groups of each outcome: their mean logits [G], outcomes [G] and weights [..., G]."""
+    """Merge alerts into at most GROUPS groups per outcome: mean logits [G], outcomes [G] and weights [..., G]."""
     order = np.lexsort((logit, happened))
     logit, happened = logit[order], happened[order]
     parts = np.array_split(np.flatnonzero(~happened), GROUPS) + np.array_split(np.flatnonzero(happened), GROUPS)
@@ -64,8 +64,11 @@ def _grouped(logit: Floats, happened: NDArray[np.bool_], weight: Floats) -> tupl
 
 
 def _firth(unit: Floats, happened: NDArray[np.bool_], weight: Floats, start: Floats) -> Floats:
-    """Intercept and slope [R, 2] of Firth's logistic regression for weights [R, N], from `start` [1, 2] on; NaN where
-    all outcomes with a weight are alike, or where Newton's method does not converge."""
+    """Return intercept and slope, float64[R, 2], of Firth's logistic regression for weights [R, N], starting from
+    `start` [1, 2].
+
+    They are NaN if all outcomes with a weight are equal, or if Newton's method does not converge.
+    """
     found = np.full((len(weight), 2), np.nan)
     rows = np.flatnonzero((weight @ happened > 0) & (weight @ ~happened > 0))
     if np.isnan(start).any():
@@ -86,7 +89,7 @@ def _firth(unit: Floats, happened: NDArray[np.bool_], weight: Floats, start: Flo
             u0, u1 = (residual @ powers[:, :2]).T[:, :, None]
             step = np.concatenate([s2 * u0 - s1 * u1, s0 * u1 - s1 * u0], axis=1) / determinant
         beta = beta + step.clip(-LARGEST_STEP, LARGEST_STEP)
-        moving = ~(np.abs(step).max(axis=1) < CONVERGED)  # NaN moves, and is given up
+        moving = ~(np.abs(step).max(axis=1) < CONVERGED)  # NaN counts as moving, and is dropped below
         found[rows[~moving]] = beta[~moving]
         moving &= np.isfinite(beta).all(axis=1)
         rows, beta = rows[moving], beta[moving]

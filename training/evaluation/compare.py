@@ -1,4 +1,4 @@
-"""`compare`: evaluations side by side, as one HTML page with plots and as Markdown. Measures nothing anew."""
+"""`compare`: a report that compares evaluations, as an HTML page with plots and as Markdown. It runs no model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ HTML, MARKDOWN = "comparison.html", "comparison.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `compare` takes."""
-    parser.add_argument("evaluations", nargs="+", type=Path, metavar="EVALUATION", help="what evaluate wrote")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help=f"for {HTML} and {MARKDOWN}")
+    """Add the arguments of `compare`."""
+    parser.add_argument("evaluations", nargs="+", type=Path, metavar="EVALUATION", help="directory that evaluate wrote")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help=f"directory for {HTML} and {MARKDOWN}")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Writes the report and prints its table."""
+    """Write the report and print its table."""
     models = read_evaluations(arguments.evaluations)
     arguments.out.mkdir(parents=True, exist_ok=True)
     markdown = as_markdown(models)

@@ -1,7 +1,7 @@
-"""`evaluate`: what a bundle, as it is served, says of a split's alerts, and every figure of it with its interval.
+"""`evaluate`: scores a split with a bundle, as it is served, and computes all figures with intervals.
 
-Writes `evaluation.json` (an `Evaluation`) and `predictions.parquet` (its `Predictions`). Trains nothing, and alters
-neither the bundle nor the data set.
+It writes `evaluation.json` (an `Evaluation`) and `predictions.parquet` (its `Predictions`). It trains nothing, and
+modifies neither the bundle nor the data set.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PREDICTIONS = "predictions.parquet"
 IF_CALIBRATED = "ece_if_calibrated"
 MAGNITUDE = "magpsf"
 DECIDED = 0.5
-"""The threshold where a bundle recommends none."""
+"""The threshold if a bundle recommends none."""
 ALERTS_AT_ONCE = 256
 MAX_EVALUATION_BYTES = 2**24
 
@@ -55,15 +55,15 @@ class Section(BaseModel):
 
 
 class ReliabilityBin(Section):
-    """Alerts of which the model says about the same."""
+    """Alerts with similar predicted probabilities."""
 
     alerts: int
     said: float  # mean probability
-    happened: Estimate  # the share of which it holds
+    happened: Estimate  # the fraction for which the prediction holds
 
 
 class Evaluation(Section):
-    """`evaluation.json`: a model, what it was measured on, and all that was measured."""
+    """The contents of `evaluation.json`: the model, the data that it was evaluated on, and all figures."""
 
     model: str
     version: str
@@ -79,14 +79,14 @@ class Evaluation(Section):
     objects: int
     figures: dict[str, Estimate]
     calibration: dict[str, Estimate]  # as `describe_calibration` names them
-    confusion: tuple[tuple[Estimate, ...], ...]  # shares of each true class (rows) that are taken for each class
+    confusion: tuple[tuple[Estimate, ...], ...]  # fractions of each true class (rows) predicted as each class
     reliability: tuple[ReliabilityBin, ...]
-    judged: dict[str, int]  # objects with a history for policies to judge, by class
+    judged: dict[str, int]  # number of objects that policies are evaluated on, by class
     speed: tuple[ServedSpeed, ...]
 
     @property
     def series(self) -> str:
-        """What runs have in common that differ in seed and amount of data: network, regimen, inputs."""
+        """Name of the series of runs that differ only in seed and amount of data: network, regimen, inputs."""
         network = self.architecture.arguments.get("backbone", self.architecture.name)
         regimen = self.training.evaluation.get("regimen", self.model)
         inputs = "images and metadata" if self.architecture.arguments.get("metadata") else "images"
@@ -94,43 +94,45 @@ class Evaluation(Section):
 
     @property
     def fraction(self) -> float:
-        """Of the training sources that the model saw."""
+        """Fraction of the training sources that the model was trained on."""
         return float(self.training.evaluation.get("fraction", 1))
 
     @property
     def unseen(self) -> bool:
-        """Whether the model is known to have been trained with this very split, and so without these objects."""
+        """Whether the model is known to be trained with this split, so that these objects were held out."""
         return self.training.evaluation.get("dataset_sha256") == self.dataset_sha256 and self.split == "test"
 
     def microseconds(self, batch: int) -> float:
-        """CPU time an alert in batches of one of the sizes that were measured."""
+        """Return the CPU time per alert in microseconds, at one of the measured batch sizes."""
         return next(speed.cpu_microseconds for speed in self.speed if speed.batch == batch)
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:
-        """Reads an evaluation's directory. Raises EvaluationError where it holds none."""
+        """Read the evaluation in a directory. Raises EvaluationError if there is none, or if it is invalid."""
         file = path / EVALUATION
         try:
             if file.stat().st_size > MAX_EVALUATION_BYTES:
-                raise EvaluationError(f"{file}: larger than {MAX_EVALUATION_BYTES} bytes, which no evaluation is")
+                raise EvaluationError(f"{file}: larger than {MAX_EVALUATION_BYTES} bytes, the limit for an evaluation")
             return cls.model_validate_json(file.read_bytes())
         except FileNotFoundError as error:
-            raise EvaluationError(f"{path}: no evaluation: no {EVALUATION} there") from error
+            raise EvaluationError(f"{path}: not an evaluation: there is no {EVALUATION} in it") from error
         except ValidationError as error:
             raise EvaluationError(f"{file}: {describe_problems(error)}; evaluate the model again") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `evaluate` takes."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="name of a bundle that ships, or a bundle's directory")
-    parser.add_argument("--dataset", required=True, type=Path, metavar="DIR", help="what build-dataset wrote")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
-    parser.add_argument("--threads", type=positive, default=1, help="that score, and are timed (default: %(default)s)")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the evaluation goes")
+    """Add the arguments of `evaluate`."""
+    parser.add_argument("bundle", metavar="BUNDLE", help="name of a shipped bundle, or directory of a bundle")
+    parser.add_argument(
+        "--dataset", required=True, type=Path, metavar="DIR", help="directory of a data set that build-dataset wrote"
+    )
+    parser.add_argument("--split", choices=SPLITS, default="test", help="split to evaluate on (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=1, help="inference threads (default: %(default)s)")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory for the evaluation")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluates the bundle and prints its figures."""
+    """Evaluate the bundle and print its figures."""
     runtime = Runtime(engine="onnxruntime", device="cpu", inference_threads=arguments.threads)
     model = open_model(arguments.bundle, runtime)
     dataset = Dataset.open(arguments.dataset)
@@ -146,9 +148,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def predict(model: Model, dataset: Dataset, split: Split) -> Predictions:
-    """The model's scores of a split, through the bundle's own preprocessing and runtime.
+    """Return the model's scores for a split, with the bundle's preprocessing and runtime.
 
-    Raises EvaluationError where the two do not fit, the split lacks a class, or a score is no number.
+    Raises EvaluationError if model and data set do not fit, if the split lacks a class, or if a score is not finite.
     """
     _check_fit(model, dataset)
     view, labels = dataset[split], model.labels
@@ -168,7 +170,7 @@ def predict(model: Model, dataset: Dataset, split: Split) -> Predictions:
             advance(len(alerts))
     scores = np.concatenate([outputs["probabilities"][:, asked] for outputs in said])
     if broken := int((~np.isfinite(scores)).any(axis=1).sum()):
-        raise EvaluationError(f"{model.bundle.directory}: {broken} of {len(scores)} scores are no numbers")
+        raise EvaluationError(f"{model.bundle.directory}: {broken} of {len(scores)} scores are NaN or infinite")
     threshold = model.bundle.card.outputs.thresholds.get(labels[0], DECIDED)
     embeds = model.bundle.card.outputs.embedding is not None
     return Predictions(
@@ -186,7 +188,7 @@ def predict(model: Model, dataset: Dataset, split: Split) -> Predictions:
 def evaluate(
     card: Card, dataset: DatasetCard, split: Split, predictions: Predictions, speed: Sequence[ServedSpeed]
 ) -> Evaluation:
-    """Every figure of the predictions, with intervals by object."""
+    """Return all figures of the predictions, with intervals over objects."""
     histories = Histories.of(predictions)
     measured = partial(_measure_all, predictions, histories)
     whole, drawn = measured(np.ones(len(predictions))), resample(measured, predictions.object_id)
@@ -230,8 +232,11 @@ def evaluate(
 
 
 def describe_calibration(predictions: Predictions) -> dict[str, Estimate]:
-    """The figures of `measure_calibration` with intervals by object, and `ece_if_calibrated`: the ECE that a perfectly
-    calibrated model would show which says the same of as many alerts, its mean and the range of 95 % of its draws."""
+    """Return the figures of `measure_calibration` with intervals over objects, and `ece_if_calibrated`.
+
+    The latter is the ECE of a perfectly calibrated model with the same predictions: its mean, and the central 95 % of
+    its draws.
+    """
     errors = errors_if_calibrated(predictions)
     return {
         **estimate(partial(measure_calibration, predictions), predictions.object_id, partial(trials, predictions)),
@@ -240,7 +245,7 @@ def describe_calibration(predictions: Predictions) -> dict[str, Estimate]:
 
 
 def _measure_all(predictions: Predictions, histories: Histories, weight: Weights) -> dict[str, Values]:
-    """The figures [...]; the shares of the confusion matrix [..., C, C] and the reliability curve [..., B]."""
+    """Return the figures [...], the normalised confusion matrix [..., C, C] and the reliability curve [..., B]."""
     return {
         **measure(predictions, weight),
         **histories.measure(weight),
@@ -250,36 +255,37 @@ def _measure_all(predictions: Predictions, histories: Histories, weight: Weights
 
 
 def _check_fit(model: Model, dataset: Dataset) -> None:
-    """Raises EvaluationError where the data set's alerts cannot be given to the model."""
+    """Raise EvaluationError if the data set's alerts are not valid input for the model."""
     card, directory = dataset.card, model.bundle.directory
     size = model.bundle.card.inputs.images.size
     if card.cutout_size < size:
         raise EvaluationError(
-            f"{dataset.directory}: its cutouts have {card.cutout_size} px and {directory} takes {size} px: "
+            f"{dataset.directory}: its cutouts have {card.cutout_size} px, but {directory} takes {size} px: "
             f"build it again with --cutout-size {size}"
         )
     if model.bundle.card.inputs.light_curve is not None and not dataset.has_light_curves:
-        raise EvaluationError(
-            f"{dataset.directory}: was built without light curves, which {directory} takes: build it again"
-        )
+        raise EvaluationError(f"{dataset.directory}: has no light curves, which {directory} takes: build it again")
     if missing := [name for name in model.columns if name not in card.columns]:
-        raise EvaluationError(f"{dataset.directory}: lacks the columns {', '.join(missing)}, which {directory} takes")
+        raise EvaluationError(f"{dataset.directory}: lacks the columns {', '.join(missing)}, which {directory} needs")
     if others := sorted(set(card.surveys) - set(map(str, model.surveys))):
-        raise EvaluationError(f"{dataset.directory}: holds alerts of {', '.join(others)}, which {directory} is not for")
+        raise EvaluationError(
+            f"{dataset.directory}: holds alerts of {', '.join(others)}, which {directory} does not take"
+        )
     for label in model.labels:
         if others := sorted(set(card.surveys) - set(map(str, model.surveys_of(label)))):
             raise EvaluationError(
                 f"{dataset.directory}: holds alerts of {', '.join(others)}, for which {label} of {directory} was not "
-                "trained: evaluate it on a data set of the others"
+                "trained: evaluate it on a data set without them"
             )
 
 
 def _in_terms_of(
     labels: Sequence[str], classes: Sequence[str], label: NDArray[np.int64]
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """A data set's classes and its alerts' class, `label` [N], as a model with these labels puts the question.
+    """Return the classes to evaluate, and the class of each alert, given the model's labels and the data set's classes.
 
-    Of a model that tells more than the data set has, such as the bundle `classes`, the data set's classes are asked.
+    If the model has more labels than the data set has classes (as the bundle `classes`), the data set's classes are
+    used. Raises EvaluationError if they do not match.
     """
     if len(labels) == 1 and labels[0] in classes:
         yes = classes.index(labels[0])
@@ -288,4 +294,6 @@ def _in_terms_of(
     if set(classes) <= set(labels):
         asked = tuple(name for name in labels if name in classes)
         return asked, np.array([asked.index(name) for name in classes])[label]
-    raise EvaluationError(f"the model tells {', '.join(labels)} and the data set has {', '.join(classes)}")
+    raise EvaluationError(
+        f"the model's labels ({', '.join(labels)}) do not match the data set's classes ({', '.join(classes)})"
+    )

@@ -1,6 +1,6 @@
-"""Evaluations of several models on the same alerts, and how far one is ahead of another beyond chance.
+"""Evaluations of several models on the same alerts, and the significance of the differences between models.
 
-Never sets side by side what was measured on other alerts, or with other labels.
+Evaluations on different alerts, or with different labels, are not compared.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from training.evaluation.predictions import Predictions
 
 @dataclass(frozen=True, slots=True)
 class EvaluatedModel:
-    """A model's evaluation, and each of its figures in every resample of the objects: the same objects for all."""
+    """A model's evaluation, and its figures in every resample of the objects; the resamples are the same for all
+    models."""
 
     title: str
     evaluation: Evaluation
@@ -29,20 +30,20 @@ class EvaluatedModel:
     resampled: dict[str, Values]  # [R] each
 
     def figure(self, name: str) -> Estimate:
-        """A figure with its interval."""
+        """Return a figure with its interval."""
         return self.evaluation.figures[name]
 
     def ahead_of(self, other: EvaluatedModel, name: str) -> Estimate:
-        """By how much this one's figure is larger: the paired bootstrap of the difference."""
+        """Return the difference (this model minus the other) of a figure, with a paired bootstrap interval."""
         mine, its = self.figure(name).value, other.figure(name).value
         difference = np.nan if mine is None or its is None else mine - its
         return Estimate.of(difference, self.resampled[name] - other.resampled[name])
 
 
 def read_evaluations(directories: Sequence[Path]) -> list[EvaluatedModel]:
-    """The evaluations, the highest ROC AUC first.
+    """Read evaluations, sorted by descending ROC AUC.
 
-    Raises EvaluationError where one cannot be read, or was not measured on the same alerts as the first.
+    Raises EvaluationError if one cannot be read, or was not measured on the same alerts as the first.
     """
     evaluations = [Evaluation.read(directory) for directory in directories]
     names = [evaluation.model for evaluation in evaluations]

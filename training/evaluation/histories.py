@@ -1,8 +1,8 @@
-"""Policies over objects' histories: which objects they save, and how pure and complete that is.
+"""Evaluation of policies on objects' histories: purity and completeness of the objects that a policy saves.
 
-As BTSbot is judged (Rehemtulla et al. 2024, arXiv 2401.15167; `btsbot/val.py` of https://github.com/nabeelre/BTSbot):
-an object counts once, as what its first alert is. Not judged are objects with a single alert, and true ones that never
-are as bright as what the policies are for. Never looks at an alert without a magnitude.
+As in BTSbot (Rehemtulla et al. 2024, arXiv:2401.15167; `btsbot/val.py` of https://github.com/nabeelre/BTSbot), an
+object counts once, with the class of its first alert. Excluded are objects with a single alert, true objects that never
+become as bright as the policies require, and alerts without a magnitude.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ LEAST_ALERTS = 2
 
 @dataclass(frozen=True, slots=True)
 class Histories:
-    """O objects that are judged."""
+    """O objects on which policies are evaluated."""
 
-    first: NDArray[np.int64]  # [O] the row of an object's first alert, whose weight is the object's
-    truth: NDArray[np.int64]  # [O] the class of that alert: 1 where the policies ought to save the object
+    first: NDArray[np.int64]  # [O] row of the object's first alert, whose weight is the object's weight
+    truth: NDArray[np.int64]  # [O] class of that alert; 1 if policies should save the object
     saved: Mapping[str, NDArray[np.bool_]]  # [O] by policy
 
     @classmethod
     def of(cls, predictions: Predictions) -> Self:
-        """The histories that the predictions hold: none where they are of several classes, or without magnitudes."""
+        """Return the histories in the predictions; there are none with several classes or without magnitudes."""
         rows = np.flatnonzero(np.isfinite(predictions.magpsf) & predictions.binary)
         rows = rows[np.lexsort((predictions.alert_id[rows], predictions.object_id[rows]))]  # alert ids rise with time
         ends = np.flatnonzero(predictions.object_id[rows][1:] != predictions.object_id[rows][:-1]) + 1
@@ -45,10 +45,11 @@ class Histories:
         return cls(first, predictions.truth[first], saved)
 
     def measure(self, weight: Weights) -> dict[str, Values]:
-        """`<policy>.purity`, the share of the saved objects that are true, and `<policy>.completeness`, the share of
-        the true ones that are saved, for weights [..., N] of the predictions' alerts that are alike for an object's.
+        """Return `<policy>.purity` and `<policy>.completeness` for weights [..., N] of alerts that are equal within an
+        object.
 
-        No figures where not both true and other objects are judged: purity would mean nothing.
+        Purity is the fraction of saved objects that are true; completeness is the fraction of true objects that are
+        saved. The result is empty unless both true and other objects are there, because purity would be meaningless.
         """
         true, weight = self.truth == 1, weight[..., self.first]
         if true.all() or not true.any():
@@ -61,7 +62,7 @@ class Histories:
         return figures
 
     def trials(self) -> dict[str, int]:
-        """How many objects each figure of `measure` is of."""
+        """Return the number of objects behind each figure of `measure`."""
         saved = {f"{name}.purity": int(saved.sum()) for name, saved in self.saved.items()}
         return saved | {f"{name}.completeness": int((self.truth == 1).sum()) for name in self.saved}
 

@@ -1,8 +1,8 @@
-"""Figures of merit of predictions, over weighted alerts: one implementation gives a figure and all its resamples.
+"""Metrics of predictions over weighted alerts; the same code computes a metric and all its resamples.
 
-`weight` [..., N] says how much each alert counts: ones for the figure itself, [R, N] counts for R resamples at once;
-what comes back has the shape [...] of the rest. A figure that lacks what it needs, such as alerts of a class, is NaN.
-Never draws a resample, never rounds.
+`weight` [..., N] is the weight of each alert: ones for the metric itself, counts [R, N] for R resamples at once.
+Results have the leading shape [...]. A metric that is undefined, for example because a class is absent, is NaN. Nothing
+is resampled or rounded here.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Weights = NDArray[np.float64]
 Values = NDArray[np.float64]
 
 RELIABILITY_BINS = 15
-"""Of equal width in probability, as in Guo et al. 2017 (arXiv 1706.04599), section 5."""
+"""Bins of equal width in probability, as in Guo et al. 2017 (arXiv:1706.04599), section 5."""
 CALIBRATED_DRAWS = 1000
-"""Of the outcomes that a perfectly calibrated model would have had."""
+"""Number of draws of the outcomes of a perfectly calibrated model."""
 CALIBRATED_SEED = 2026
 MISSED = (0.01, 0.05)
 """False-negative rates at which the false-positive rate is given."""
@@ -31,50 +31,52 @@ _MISSED_NAMES = tuple(f"fpr_at_fnr_{share * 100:.0f}" for share in MISSED)
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """How much weight lies at or above each of T distinct scores, from the highest on; before them an entry of none."""
+    """Weight of positive and negative alerts at or above each of T distinct scores, descending; the first entry is
+    0."""
 
     positive: Values  # [..., T + 1]
     negative: Values  # [..., T + 1]
 
     @property
     def recall(self) -> Values:
-        """The share of the positive alerts at or above each score: the true-positive rate, [..., T + 1]."""
+        """Fraction of the positive alerts at or above each score (true-positive rate), [..., T + 1]."""
         return ratio(self.positive, self.positive[..., -1:])
 
     @property
     def false_positive_rate(self) -> Values:
-        """The share of the negative alerts at or above each score, [..., T + 1]."""
+        """Fraction of the negative alerts at or above each score, [..., T + 1]."""
         return ratio(self.negative, self.negative[..., -1:])
 
     @property
     def precision(self) -> Values:
-        """The share of positive alerts at or above each score, [..., T + 1]; NaN where there are none."""
+        """Fraction of positive alerts among those at or above each score, [..., T + 1]; NaN if there are none."""
         return ratio(self.positive, self.positive + self.negative)
 
     @property
     def roc_auc(self) -> Values:
-        """The chance that a positive alert scores above a negative one, ties counting half (Mann-Whitney U / n1 n0)."""
+        """Probability that a positive alert scores above a negative one, ties counting half (Mann-Whitney U / n1
+        n0)."""
         return np.asarray(np.trapezoid(self.recall, self.false_positive_rate, axis=-1))
 
     @property
     def average_precision(self) -> Values:
-        """Precision averaged over recall, as steps: the mean precision at which a positive alert is found."""
+        """Average precision: sum of precision times step in recall."""
         steps = np.diff(self.recall, axis=-1)
         average: Values = np.where(steps > 0, steps * self.precision[..., 1:], steps).sum(axis=-1)  # NaN stays NaN
         return average
 
     def false_positive_rate_missing(self, share: float) -> Values:
-        """The false-positive rate at the highest score at which at most `share` of the positive alerts are missed."""
+        """Return the false-positive rate at the highest score that misses at most `share` of the positive alerts."""
         first = (self.recall >= 1 - share).argmax(axis=-1)
         rate = np.take_along_axis(self.false_positive_rate, first[..., None], axis=-1)[..., 0]
         return np.where(self.positive[..., -1] > 0, rate, np.nan)
 
 
 def rank(positive: NDArray[np.bool_], score: NDArray[np.floating], weight: Weights) -> Ranking:
-    """Ranks N alerts by score."""
+    """Rank N alerts by score, for weights [..., N]."""
     order = np.argsort(-score, kind="stable")
     ordered = score[order]
-    last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # the last alert of every distinct score
+    last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # index of the last alert with each score
     weight, positive = weight[..., order], positive[order]
 
     def accumulated(part: Weights) -> Values:
@@ -85,11 +87,12 @@ def rank(positive: NDArray[np.bool_], score: NDArray[np.floating], weight: Weigh
 
 
 def measure(predictions: Predictions, weight: Weights) -> dict[str, Values]:
-    """Every figure by name.
+    """Return all metrics by name.
 
-    Of one label: `roc_auc`, `average_precision`, `precision`, `recall`, `f1`, `fpr_at_fnr_1` and `fpr_at_fnr_5` (per
-    cent), besides `accuracy`, `balanced_accuracy` and `ece`. Of several: the former for each label against the rest
-    (`SN.roc_auc`) and, without prefix, their mean over the labels (macro).
+    With one label: `roc_auc`, `average_precision`, `precision`, `recall`, `f1`, `fpr_at_fnr_1` and `fpr_at_fnr_5`
+    (false-positive rate at a false-negative rate of 1 % and 5 %), and `accuracy`, `balanced_accuracy` and `ece`. With
+    several labels: the former for each label against the rest (`SN.roc_auc`) and, without prefix, their mean over the
+    labels (macro average).
     """
     decided = predictions.decided
     of_label = {}
@@ -106,8 +109,11 @@ def measure(predictions: Predictions, weight: Weights) -> dict[str, Values]:
 
 
 def trials(predictions: Predictions, weight: Weights) -> dict[str, Values]:
-    """How many objects each figure of `measure` is of, for weights [..., N] that sum to 1 over each object; of a mean
-    over the classes, the harmonic mean of theirs."""
+    """Return the number of objects behind each metric of `measure`, for weights [..., N] that sum to 1 over each
+    object.
+
+    For a mean over the classes, it is the harmonic mean of the classes' numbers.
+    """
     decided = predictions.decided
     of_label = {}
     for label in predictions.labels:
@@ -133,16 +139,18 @@ def trials(predictions: Predictions, weight: Weights) -> dict[str, Values]:
 
 
 def harmonic_mean(trials: Sequence[Values]) -> Values:
-    """Of numbers of trials. A mean of shares, each without a failure, is as uncertain as a share of so many trials; 0
-    where one of them has no trial."""
+    """Return the harmonic mean of numbers of trials, 0 if one of them is 0.
+
+    A mean of several fractions, each without a failure, is as uncertain as one fraction with this number of trials.
+    """
     with np.errstate(divide="ignore"):
         return np.asarray(len(trials) / np.sum([np.divide(1.0, each) for each in trials], axis=0))
 
 
 def measure_calibration(predictions: Predictions, weight: Weights) -> dict[str, Values]:
-    """How well the probabilities are calibrated: `calibration_slope`, `calibration_intercept` and `ece`.
+    """Return `calibration_slope`, `calibration_intercept` and `ece`.
 
-    Of several labels: the former two for each label against the rest, and their mean over the labels.
+    With several labels: slope and intercept for each label against the rest, and their mean over the labels.
     """
     of_label = {}
     for label, score in zip(predictions.labels, predictions.probabilities.T, strict=True):
@@ -161,7 +169,7 @@ def _over_labels(
     of_label: dict[str, dict[str, Values]],
     mean: Callable[[Sequence[Values]], Values] = _mean,
 ) -> dict[str, Values]:
-    """The mean of each figure over the labels and, where there are several, each label's own."""
+    """Return the mean of each metric over the labels and, if there are several labels, the metrics of each."""
     names = next(iter(of_label.values()))
     figures = {name: mean([known[name] for known in of_label.values()]) for name in names}
     if not predictions.binary:
@@ -170,7 +178,8 @@ def _over_labels(
 
 
 def confusion(predictions: Predictions, weight: Weights) -> Values:
-    """The weight of the alerts of each true class (rows) that are taken for each class (columns), [..., C, C]."""
+    """Return the confusion matrix [..., C, C]: weight of the alerts of each true class (rows) predicted as each
+    class."""
     c = len(predictions.classes)
     cell = predictions.truth * c + predictions.decided
     in_cell: Values = weight @ np.eye(c * c)[cell]
@@ -178,26 +187,26 @@ def confusion(predictions: Predictions, weight: Weights) -> Values:
 
 
 def confusion_shares(predictions: Predictions, weight: Weights) -> Values:
-    """The confusion matrix with each row, a true class, as shares of it, [..., C, C]."""
+    """Return the confusion matrix [..., C, C] with each row normalised to 1."""
     counts = confusion(predictions, weight)
     return ratio(counts, counts.sum(axis=-1, keepdims=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Reliability:
-    """What the model says against what happens, in bins of equal width of what it says.
+    """Predicted probability against observed frequency, in bins of equal width of the predicted probability.
 
-    For one label: how probable it is, and how often it holds. For several: how probable the most probable one is, and
-    how often it is right (top-label calibration).
+    With one label: its probability, and how often it is true. With several: the probability of the most probable label,
+    and how often it is correct (top-label calibration).
     """
 
     weight: Values  # [..., B] in each bin
     said: Values  # [..., B] mean probability, NaN in an empty bin
-    happened: Values  # [..., B] share, NaN in an empty bin
+    happened: Values  # [..., B] observed frequency, NaN in an empty bin
 
     @classmethod
     def of(cls, predictions: Predictions, weight: Weights) -> Reliability:
-        """Bins N alerts."""
+        """Return the bins of N alerts for weights [..., N]."""
         said = predictions.probabilities.max(axis=1).astype(np.float64)
         happened = predictions.truth == (1 if predictions.binary else predictions.decided)
         inside = _in_bins(said)
@@ -210,19 +219,20 @@ class Reliability:
 
     @property
     def expected_error(self) -> Values:
-        """The expected calibration error, ECE: the mean distance of the two over the alerts (Guo et al. 2017, eq. 3).
+        """The expected calibration error (ECE; Guo et al. 2017, eq. 3): the mean absolute difference between prediction
+        and frequency.
 
-        Few alerts in a bin make it larger than it is, resampled ones more so: its interval leans upwards.
+        It is biased upwards if bins hold few alerts, and more so in resamples, so its interval is shifted upwards.
         """
         distance = np.nan_to_num(np.abs(self.said - self.happened))
         return ratio((self.weight * distance).sum(axis=-1), self.weight.sum(axis=-1))
 
 
 def errors_if_calibrated(predictions: Predictions) -> Values:
-    """The expected calibration errors that a perfectly calibrated model would show, had it said the same of as many
-    alerts and objects: of CALIBRATED_DRAWS outcomes that are drawn with the probabilities that were said, [R].
+    """Return ECEs of a perfectly calibrated model with the same predictions, alerts and objects, [CALIBRATED_DRAWS].
 
-    All alerts of an object happen or do not by one draw, because an object is of one class.
+    Outcomes are drawn with the predicted probabilities. All alerts of an object share one random number, because an
+    object has one class.
     """
     said = predictions.probabilities.max(axis=1).astype(np.float64)
     objects, index = np.unique(predictions.object_id, return_inverse=True)
@@ -236,7 +246,7 @@ def errors_if_calibrated(predictions: Predictions) -> Values:
 
 
 def _in_bins(said: NDArray[np.float64]) -> NDArray[np.float64]:
-    """1 in the bin of each of N probabilities and 0 in the others, [N, RELIABILITY_BINS]."""
+    """Return the one-hot bin of each of N probabilities, [N, RELIABILITY_BINS]."""
     in_bins: NDArray[np.float64] = np.eye(RELIABILITY_BINS)[
         np.minimum((said * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
     ]
@@ -244,7 +254,7 @@ def _in_bins(said: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def ratio(part: Values, whole: Values) -> Values:
-    """The part of the whole; NaN where there is nothing to take a part of."""
+    """Return part / whole; NaN where the whole is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(np.divide(part, whole), np.float64)
 
@@ -257,7 +267,7 @@ def _one_against_the_rest(
     return {
         "roc_auc": ranking.roc_auc,
         "average_precision": ranking.average_precision,
-        # Of a class that is there and never claimed the precision is 0, as its F1 is: else it would raise the mean.
+        # The precision of an existing class that is never predicted is 0, as its F1 is, and not undefined.
         "precision": np.where((claimed == 0) & (existing > 0), 0, ratio(found, claimed)),
         "recall": ratio(found, existing),
         "f1": ratio(2 * found, claimed + existing),

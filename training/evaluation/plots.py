@@ -1,4 +1,4 @@
-"""The plots of a comparison, each an SVG. Draws what was measured; computes nothing but curves from predictions."""
+"""The plots of a comparison as SVG. Only curves are computed here, from predictions."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from training.evaluation.evaluations import EvaluatedModel
 from training.evaluation.metrics import Ranking, rank
 
 COLOURS = mpl.color_sequences["tab10"]
-"""Of models: the curves of as many are drawn, the best ones. More cannot be told apart."""
+"""Colours of models. Only as many models as colours are drawn, the best ones, so that curves can be told apart."""
 SERIES_COLOURS = mpl.color_sequences["tab20"]
 PANEL = 4.2
-"""Inches a side."""
+"""Height, and default width, of a panel in inches."""
 LEGEND_LINE = 0.21
 PANELS_IN_A_ROW = 3
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "broker-filter"}
-"""Text stays text; the same numbers give the same file."""
+"""Text is stored as text, and the same numbers give the same file."""
 TIMED_BATCH = 32
 TITLE_LETTERS = 40
-"""In a line above a panel."""
+"""Characters per line of a panel's title."""
 
 
 def roc_curves(models: Sequence[EvaluatedModel]) -> str:
-    """True- against false-positive rate, a panel a label."""
+    """Return a plot of true- against false-positive rate, one panel per label."""
 
     def draw(axes: Axes, ranking: Ranking, **line: Any) -> None:
         axes.plot(ranking.false_positive_rate, ranking.recall, **line)
@@ -43,7 +43,7 @@ def roc_curves(models: Sequence[EvaluatedModel]) -> str:
 
 
 def precision_recall_curves(models: Sequence[EvaluatedModel]) -> str:
-    """Precision against recall, a panel a label."""
+    """Return a plot of precision against recall, one panel per label."""
 
     def draw(axes: Axes, ranking: Ranking, **line: Any) -> None:
         axes.step(ranking.recall, ranking.precision, where="pre", **line)
@@ -52,7 +52,7 @@ def precision_recall_curves(models: Sequence[EvaluatedModel]) -> str:
 
 
 def reliability_diagram(models: Sequence[EvaluatedModel]) -> str:
-    """What happens against what is said, with intervals."""
+    """Return a plot of observed frequency against predicted probability, with intervals."""
     figure, [axes] = _panels(1)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
     for model, colour in zip(models, COLOURS, strict=False):
@@ -68,13 +68,13 @@ def reliability_diagram(models: Sequence[EvaluatedModel]) -> str:
             markersize=3,
             linewidth=1,
         )
-    axes.set(xlabel="probability that is said", ylabel="share that is so", xlim=(0, 1), ylim=(-0.02, 1.02))
+    axes.set(xlabel="predicted probability", ylabel="observed frequency", xlim=(0, 1), ylim=(-0.02, 1.02))
     _legend(figure, axes)
     return _svg(figure)
 
 
 def confusion_matrices(models: Sequence[EvaluatedModel]) -> str:
-    """The share of each true class that is taken for each class, a panel a model."""
+    """Return a plot of the normalised confusion matrices, one panel per model."""
     figure, panels = _panels(min(len(models), len(COLOURS)))
     for axes, model in zip(panels, models, strict=False):
         classes = model.evaluation.classes
@@ -84,12 +84,12 @@ def confusion_matrices(models: Sequence[EvaluatedModel]) -> str:
             axes.text(d, t, f"{share:.1%}", ha="center", va="center", color="white" if share > 0.5 else "black")
         axes.set_xticks(range(len(classes)), classes, rotation=30)
         axes.set_yticks(range(len(classes)), classes)
-        axes.set(xlabel="taken for", ylabel="truly", title=fill(model.title, TITLE_LETTERS))
+        axes.set(xlabel="predicted class", ylabel="true class", title=fill(model.title, TITLE_LETTERS))
     return _svg(figure)
 
 
 def accuracy_against_time(series: Mapping[str, Sequence[EvaluatedModel]]) -> str:
-    """ROC AUC against what an alert costs, with intervals: better models are higher up, cheaper ones further left."""
+    """Return a plot of ROC AUC, with intervals, against CPU time per alert."""
     figure, [axes] = _panels(1, width=2 * PANEL)
     for colour, (name, runs) in zip(cycle(SERIES_COLOURS), series.items(), strict=False):
         auc = [run.figure("roc_auc") for run in runs]
@@ -102,7 +102,7 @@ def accuracy_against_time(series: Mapping[str, Sequence[EvaluatedModel]]) -> str
             fmt="o",
             linewidth=0.8,
         )
-    axes.set(xlabel=f"CPU microseconds an alert, served in batches of {TIMED_BATCH}", ylabel="ROC AUC", xscale="log")
+    axes.set(xlabel=f"CPU microseconds per alert, served in batches of {TIMED_BATCH}", ylabel="ROC AUC", xscale="log")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter("{x:,.0f}")
     _legend(figure, axes)
@@ -110,7 +110,7 @@ def accuracy_against_time(series: Mapping[str, Sequence[EvaluatedModel]]) -> str
 
 
 def data_efficiency(series: Mapping[str, Sequence[EvaluatedModel]]) -> str:
-    """ROC AUC against the share of the training sources: a dot a run, a line through the mean over seeds."""
+    """Return a plot of ROC AUC against the fraction of training sources: dots for runs, lines for means over seeds."""
     figure, [axes] = _panels(1, width=2 * PANEL)
     for colour, (name, runs) in zip(cycle(SERIES_COLOURS), series.items(), strict=False):
         fraction = np.array([run.evaluation.fraction for run in runs])
@@ -118,7 +118,7 @@ def data_efficiency(series: Mapping[str, Sequence[EvaluatedModel]]) -> str:
         at = np.unique(fraction)
         axes.plot(fraction, auc, "o", color=colour, markersize=3)
         axes.plot(at, [auc[fraction == one].mean() for one in at], color=colour, label=name)
-    axes.set(xlabel="share of the training sources", ylabel="ROC AUC", xscale="log")
+    axes.set(xlabel="fraction of the training sources", ylabel="ROC AUC", xscale="log")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_minor_formatter("")
     _legend(figure, axes)
@@ -142,7 +142,7 @@ def _curves(models: Sequence[EvaluatedModel], draw: Callable[..., None], x: str,
 
 
 def _panels(n: int, width: float = PANEL) -> tuple[Figure, list[Axes]]:
-    """A figure of n panels, up to three in a row."""
+    """Return a figure with n panels, up to three in a row."""
     columns = min(n, PANELS_IN_A_ROW)
     rows = -(-n // columns)
     figure = Figure(figsize=(width * columns, PANEL * rows), layout="constrained")
@@ -150,16 +150,16 @@ def _panels(n: int, width: float = PANEL) -> tuple[Figure, list[Axes]]:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Below all panels, whose lines are the same as those of `axes`: names may be long."""
+    """Add the legend of `axes`, common to all panels, below them, because names may be long."""
     handles, names = axes.get_legend_handles_labels()
     figure.set_figheight(figure.get_figheight() + LEGEND_LINE * len(names))
     figure.legend(handles, names, loc="outside lower center", frameon=False)
 
 
 def _bars(estimates: Sequence[Estimate]) -> NDArray[np.float64]:
-    """The lengths below and above of error bars, [2, N]; none where there is no interval."""
+    """Return the lengths of error bars below and above, [2, N]; 0 without an interval."""
     value, low, high = np.array([[one.value, one.low, one.high] for one in estimates], np.float64).T
-    # A resampled calibration may lie on one side of the figure itself.
+    # The interval of an ECE may lie above the ECE itself.
     return np.nan_to_num(np.maximum([value - low, high - value], 0))
 
 

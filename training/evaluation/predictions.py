@@ -1,7 +1,4 @@
-"""What a model said of the alerts of a split beside what they are: the one table that figures are computed from.
-
-Holds and stores; never computes a figure.
-"""
+"""Predictions of a model for the alerts of a split, with the true classes: the input of all metrics."""
 
 from __future__ import annotations
 
@@ -24,18 +21,21 @@ COLUMNS = ("alert_id", "object_id", "magpsf", "truth")
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """N alerts, each of one of C classes. With one column of probabilities, P = 1, the question is a yes or no: whether
-    an alert is of the second of two classes."""
+    """Predictions for N alerts of C classes.
+
+    With a single column of probabilities (P = 1) the classifier is binary: it gives the probability of the second of
+    two classes.
+    """
 
     classes: tuple[str, ...]  # C
     alert_id: NDArray[np.int64]  # [N]
     object_id: NDArray[np.str_]  # [N]
-    magpsf: NDArray[np.float64]  # [N] magnitudes, NaN where not known
+    magpsf: NDArray[np.float64]  # [N] magnitudes, NaN where unknown
     truth: NDArray[np.int64]  # [N] index into `classes`
-    probabilities: NDArray[np.float32]  # [N, P] of the last P classes: of all, or of the second of two
+    probabilities: NDArray[np.float32]  # [N, P] of the last P classes: all, or the second of two
     threshold: float
-    """Above it, the answer is yes; several classes need none: the most probable one is taken."""
-    embedding: NDArray[np.float32] | None = None  # [N, D] where the model gives one
+    """Threshold of a binary classifier; with several classes the most probable one is predicted."""
+    embedding: NDArray[np.float32] | None = None  # [N, D] if the model has an embedding
 
     def __len__(self) -> int:
         return len(self.alert_id)
@@ -47,18 +47,18 @@ class Predictions:
 
     @property
     def binary(self) -> bool:
-        """True where the question is a yes or no."""
+        """Whether the classifier is binary."""
         return len(self.labels) == 1
 
     @property
     def decided(self) -> NDArray[np.int64]:
-        """The class that the model takes an alert for, [N]."""
+        """The predicted class of each alert, int64[N]."""
         yes_or_most = self.probabilities[:, 0] > self.threshold if self.binary else self.probabilities.argmax(axis=1)
         return yes_or_most.astype(np.int64)
 
     def write(self, path: Path) -> None:
-        """Writes a Parquet file: ids, magnitude, the true class by name, a column of probabilities for each label, and
-        the embedding as lists of one length."""
+        """Write a Parquet file: ids, magnitude, name of the true class, one column of probabilities per label, and the
+        embedding as fixed-size lists."""
         columns: dict[str, object] = {name: getattr(self, name) for name in COLUMNS[:-1]}
         columns["truth"] = np.array(self.classes)[self.truth]
         columns |= {PROBABILITY + label: self.probabilities[:, c] for c, label in enumerate(self.labels)}
@@ -69,11 +69,11 @@ class Predictions:
 
     @classmethod
     def read(cls, path: Path, classes: Sequence[str], threshold: float) -> Predictions:
-        """Reads what `write` wrote. Raises EvaluationError where the file is none, or is of other classes."""
+        """Read a file that `write` wrote. Raises EvaluationError if it is none, or has other classes."""
         try:
             table = pq.read_table(path)
         except (OSError, pa.ArrowException) as error:
-            raise EvaluationError(f"{path}: no table of predictions: {error}; evaluate the model again") from error
+            raise EvaluationError(f"{path}: not a table of predictions: {error}; evaluate the model again") from error
         labels = [name.removeprefix(PROBABILITY) for name in table.column_names if name.startswith(PROBABILITY)]
         if set(COLUMNS) - set(table.column_names) or not labels or labels != list(classes[-len(labels) :]):
             raise EvaluationError(f"{path}: columns {', '.join(table.column_names)}: evaluate the model again")

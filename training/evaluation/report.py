@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing else, and as Markdown. Says what was measured; measures nothing."""
+"""A comparison of evaluations as a self-contained HTML page and as Markdown. Metrics are taken from the evaluations."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ FIGURES = {
     "fpr_at_fnr_5": "FPR at FNR 5 %",
     "ece": "ECE",
 }
-"""What the tables show, by figure."""
+"""Metrics in the tables, with their titles."""
 CALIBRATION = {
     "calibration_slope": "slope",
     "calibration_intercept": "intercept",
     "ece": "ECE",
-    IF_CALIBRATED: "ECE if it were calibrated",
+    IF_CALIBRATED: "ECE if calibrated",
 }
-"""What the table of calibration shows, by figure."""
+"""Columns of the table of calibration, with their titles."""
 OF_A_CLASS = ("roc_auc", "average_precision", "precision", "recall", "f1")
 SMALLER_IS_BETTER = {"fpr_at_fnr_1", "fpr_at_fnr_5", "ece"}
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Text in rows."""
+    """A table of text."""
 
     title: str
     caption: str
@@ -52,7 +52,7 @@ class Table:
 
     @property
     def markdown(self) -> str:
-        """With its title and caption."""
+        """The table as Markdown, with title and caption."""
         lines = [self.head, ["---"] + ["---:"] * (len(self.head) - 1), *self.rows]
         cells = "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
         return f"## {self.title}\n\n{self.caption}\n\n{cells}\n"
@@ -60,7 +60,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A picture and what to say of it."""
+    """An SVG picture with title and caption."""
 
     title: str
     caption: str
@@ -68,12 +68,12 @@ class Plot:
 
 
 def as_markdown(models: Sequence[EvaluatedModel]) -> str:
-    """The tables."""
+    """Return the tables as Markdown."""
     return "\n".join([f"# {_title(models)}\n\n{_summary(models)}\n", *(t.markdown for t in _tables(models))])
 
 
 def as_html(models: Sequence[EvaluatedModel]) -> str:
-    """The tables and the plots."""
+    """Return the tables and plots as HTML."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -96,8 +96,8 @@ def _summary(models: Sequence[EvaluatedModel]) -> str:
     return (
         f"Split {evaluation.split} of data set {evaluation.dataset_sha256[:12]}: {counts} alerts of "
         f"{evaluation.objects:,} objects. Labels: {evaluation.labels}. In parentheses 95 % intervals: percentiles of "
-        f"{RESAMPLES:,} resamples of the objects, each with all its alerts; where all of these are alike, "
-        "Clopper-Pearson intervals with an object a trial."
+        f"{RESAMPLES:,} bootstrap resamples of the objects, each with all its alerts; if all resamples are equal, "
+        "Clopper-Pearson intervals with one trial per object."
     )
 
 
@@ -115,11 +115,11 @@ def _tables(models: Sequence[EvaluatedModel]) -> list[Table]:
 
 
 def _figures_table(models: Sequence[EvaluatedModel]) -> Table:
-    caption = "The highest ROC AUC first."
+    caption = "Sorted by descending ROC AUC."
     if not models[0].predictions.binary:
         caption += " Means over the classes, each against the rest (macro)."
     if seen := [model.title for model in models if not model.evaluation.unseen]:
-        caption += f" Trained on another split than this, and may have seen these objects: {', '.join(seen)}."
+        caption += f" Trained on another split, so training may have used these objects: {', '.join(seen)}."
     return Table(
         "Figures",
         caption,
@@ -131,8 +131,8 @@ def _figures_table(models: Sequence[EvaluatedModel]) -> Table:
 def _calibration_table(models: Sequence[EvaluatedModel]) -> Table:
     return Table(
         "Calibration",
-        "A calibrated model has a slope of 1 and an intercept of 0; one with a slope below 1 is too sure of itself. "
-        "The last column is the ECE that a perfectly calibrated model would show for as many alerts.",
+        "A calibrated model has a slope of 1 and an intercept of 0; a slope below 1 means overconfidence. "
+        "The last column is the expected ECE of a perfectly calibrated model for the same number of alerts.",
         ["model", *CALIBRATION.values()],
         [[c.title, *(str(c.evaluation.calibration[name]) for name in CALIBRATION)] for c in models],
     )
@@ -142,15 +142,17 @@ def _differences_table(models: Sequence[EvaluatedModel]) -> Table:
     first, *others = models
     return Table(
         f"Is {first.title} better?",
-        f"{first.title} less each other model, on the same objects (paired bootstrap). Marked with * where the "
-        "interval leaves out 0 in its favour, with † where it does against it; one of twenty does by chance.",
+        f"{first.title} minus each other model, on the same objects (paired bootstrap). * marks an interval that "
+        f"excludes 0 in favour of {first.title}, † one that excludes 0 in favour of the other model; by chance, one "
+        "interval in twenty excludes 0.",
         ["against", *FIGURES.values()],
         [[other.title, *(verdict(first.ahead_of(other, name), name) for name in FIGURES)] for other in others],
     )
 
 
 def verdict(difference: Estimate, name: str) -> str:
-    """The difference of a figure, marked with * where it is beyond chance and for the better, with † where worse."""
+    """Return a difference as text, with * if it is significant and positive for the model, with † if it is significant
+    and negative."""
     if difference.low is None or difference.high is None or difference.low <= 0 <= difference.high:
         return str(difference)
     return f"{difference} {'*' if (difference.low > 0) != (name in SMALLER_IS_BETTER) else '†'}"
@@ -158,8 +160,8 @@ def verdict(difference: Estimate, name: str) -> str:
 
 def _pairs_table(models: Sequence[EvaluatedModel]) -> Table:
     return Table(
-        "Which one beats which?",
-        "ROC AUC of the row less that of the column, marked as above.",
+        "Pairwise differences",
+        "ROC AUC of the row minus that of the column, marked as above.",
         ["", *(column.title for column in models)],
         [
             [
@@ -184,7 +186,7 @@ def _series_table(models: Sequence[EvaluatedModel]) -> Table:
             rows.append([series, f"{fraction:.0%}", str(len(alike)), *figures])
     return Table(
         "Over seeds",
-        "Mean and standard deviation of runs that differ in nothing but the seed; share of the training sources.",
+        "Mean and standard deviation of runs that differ only in the seed. Share: fraction of the training sources.",
         ["network, regimen, inputs", "share", "runs", *FIGURES.values()],
         rows,
     )
@@ -205,7 +207,7 @@ def _policies_table(models: Sequence[EvaluatedModel]) -> Table:
     judged = " and ".join(f"{n:,} {name}" for name, n in models[0].evaluation.judged.items())
     return Table(
         "Policies",
-        f"What the Bright Transient Survey's policies would save of the {judged} objects with a history.",
+        f"Purity and completeness of the Bright Transient Survey's policies on {judged} objects with a history.",
         ["model", *(name.replace(".", ", ") for name in names)],
         [[c.title, *(str(c.figure(name)) for name in names)] for c in models],
     )
@@ -213,13 +215,14 @@ def _policies_table(models: Sequence[EvaluatedModel]) -> Table:
 
 def _speed_table(models: Sequence[EvaluatedModel]) -> Table:
     batches = [speed.batch for speed in models[0].evaluation.speed]
-    threads = ", ".join(
-        sorted({f"{speed.threads} on {speed.provider}" for c in models for speed in c.evaluation.speed})
+    threads = "; ".join(
+        sorted({f"threads: {speed.threads}, {speed.provider}" for c in models for speed in c.evaluation.speed})
     )
     return Table(
         "As served",
-        f"Preprocessing and network; threads: {threads}. Peak of resident memory of the whole process, by batch size.",
-        ["model", *(f"{what} at {batch}" for batch in batches for what in ("alerts/s", "CPU µs an alert", "MB"))],
+        f"Speed of preprocessing and network ({threads}), and peak resident memory of the whole process, by batch "
+        "size.",
+        ["model", *(f"{what} at {batch}" for batch in batches for what in ("alerts/s", "CPU µs/alert", "MB"))],
         [
             [c.title]
             + [
@@ -237,18 +240,18 @@ def _speed_table(models: Sequence[EvaluatedModel]) -> Table:
 
 
 def _plots(models: Sequence[EvaluatedModel]) -> list[Plot]:
-    few = f" The {len(COLOURS)} models of the highest ROC AUC." if len(models) > len(COLOURS) else ""
+    few = f" The {len(COLOURS)} models with the highest ROC AUC are shown." if len(models) > len(COLOURS) else ""
     series = _by_series(models)
     drawn = [
         Plot("ROC", f"Each label against the rest.{few}", plots.roc_curves(models)),
         Plot("Precision and recall", f"Each label against the rest.{few}", plots.precision_recall_curves(models)),
         Plot("Reliability", f"A calibrated model lies on the dashed line.{few}", plots.reliability_diagram(models)),
-        Plot("Confusion", f"Shares of each true class.{few}", plots.confusion_matrices(models)),
-        Plot("Accuracy and cost", f"In batches of {TIMED_BATCH}, as served.", plots.accuracy_against_time(series)),
+        Plot("Confusion", f"Fractions of each true class.{few}", plots.confusion_matrices(models)),
+        Plot("Accuracy and cost", f"As served, in batches of {TIMED_BATCH}.", plots.accuracy_against_time(series)),
     ]
     grown = {name: runs for name, runs in series.items() if len({run.evaluation.fraction for run in runs}) > 1}
     if grown:
-        caption = "A dot a run, lines through the means over seeds."
+        caption = "One dot per run; lines connect the means over seeds."
         drawn.append(Plot("Data efficiency", caption, plots.data_efficiency(grown)))
     return drawn
 

@@ -1,7 +1,7 @@
-"""How fast a bundle is as it is served, and what memory that takes: preprocessing and network, on onnxruntime.
+"""Measures the speed and memory of a bundle as it is served: preprocessing and network, on onnxruntime.
 
-Every batch size is measured in a process of its own, which does nothing else: a peak of memory never goes down again.
-What the pixels show makes no difference to the work, so they are noise.
+Each batch size is measured in a separate process, because a process's peak memory never decreases. Pixel values do not
+influence the speed, so the images are noise.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from broker_filter.scoring.scorer import open_model
 from training.errors import EvaluationError
 
 BATCHES = (1, 32, 128)
-"""Alerts that are scored at a time."""
+"""Batch sizes in alerts."""
 REPETITIONS = 5
 CHECKOUT = Path(__file__).parents[2]
 
 
 class ServedSpeed(BaseModel):
-    """What was measured at one batch size, preprocessing included; of the repetitions the median."""
+    """Speed and memory at one batch size, including preprocessing; the median over the repetitions."""
 
     model_config = ConfigDict(frozen=True)
 
     batch: int
     alerts_per_second: float
-    cpu_microseconds: float  # an alert, of all threads
-    peak_megabytes: float  # resident, of the whole process: Python and onnxruntime are in it
+    cpu_microseconds: float  # per alert, summed over all threads
+    peak_megabytes: float  # resident memory of the whole process, including Python and onnxruntime
     provider: str
     threads: int
 
 
 def measure_served(bundle: Path, batch: int, threads: int) -> ServedSpeed:
-    """Measures in a fresh process. Raises EvaluationError where that fails."""
+    """Measure in a new process. Raises EvaluationError if that fails."""
     command = [sys.executable, "-m", __name__, str(bundle.resolve()), str(batch), str(threads)]
     child = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     if child.returncode:
@@ -53,7 +53,7 @@ def measure_served(bundle: Path, batch: int, threads: int) -> ServedSpeed:
 
 
 def measure_here(bundle: str, batch: int, threads: int) -> ServedSpeed:
-    """Measures in this process."""
+    """Measure in this process."""
     model = open_model(bundle, Runtime(engine="onnxruntime", device="cpu", inference_threads=threads))
     alerts = noise(batch, model.bundle.card.inputs)
     runs = [timed(lambda: model.run(alerts), batch) for _ in range(1 + REPETITIONS)][1:]
@@ -68,7 +68,7 @@ def measure_here(bundle: str, batch: int, threads: int) -> ServedSpeed:
 
 
 def noise(n: int, inputs: Inputs) -> RawAlerts:
-    """Alerts that fill whatever a network takes of them."""
+    """Return n alerts of noise, with all inputs that the network takes."""
     size, rng = inputs.images.size, np.random.default_rng(0)
     alerts = RawAlerts(
         cutouts=rng.normal(200, 12, (n, len(CUTOUTS), size, size)).astype(np.float32),

@@ -1,10 +1,10 @@
-"""Calibrates a classifier that was trained: its probabilities become those of the data that it is to be used on.
+"""Calibrates a trained classifier: corrects its probabilities for the class frequencies of the validation split.
 
-Class weights in a loss shift the logits: what is learnt are the probabilities of classes that are equally common. The
-shift is known, and is undone first. A temperature and a shift of each logit, fitted on the validation split, then
-correct what is left: Platt scaling where there are two classes (Platt 1999), temperature scaling with a bias for each
-class where there are more (Guo et al. 2017, arXiv:1706.04599, section 4.2). Both are linear in the logits, so they
-become a part of the network's last layer: what serves the network takes no other step. Never looks at the test split.
+Class weights in the loss shift the logits: the network learns the probabilities for equally common classes. This known
+shift is undone first. Then a scale and a shift of each logit, fitted on the validation split, correct the rest: Platt
+scaling for two classes (Platt 1999), temperature scaling with a bias for each class for more classes (Guo et al. 2017,
+arXiv:1706.04599, section 4.2). Both are linear in the logits, so they are merged into the network's last layer and
+serving needs no extra step. The test split is never used.
 """
 
 from __future__ import annotations
@@ -27,37 +27,38 @@ from training.evaluation.predictions import Predictions
 from training.vision.classifier import Shown
 
 WIDEST = math.log(10)
-"""Logits are stretched or shrunk tenfold at most: a network that would need more has not learnt, and none is turned
-round."""
+"""Limit of |log(scale)|: logits are scaled by at most a factor of ten, and never change sign. A network that needs more
+has not learnt."""
 ITERATIONS = 200
-"""Of L-BFGS at most; it takes some dozens."""
+"""Maximum number of L-BFGS iterations; some dozens are enough."""
 LEAST_INFORMATION = 1e-9
-"""Added to the Fisher information, which has no logarithm where all logits are equal."""
+"""Added to the Fisher information, whose logarithm is undefined if all logits are equal."""
 FOLDS = 5
-"""Of the validation split's sources: each is calibrated by the others, to say what the calibration is worth."""
+"""Folds of the validation split's sources: each fold is calibrated with the others, to evaluate the calibration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What becomes of logits [N, P]: `scale * (logits + unweighted) + shift`."""
+    """A map of logits [N, P] to `scale * (logits + unweighted) + shift`."""
 
-    unweighted: NDArray[np.float64]  # [P] undoes the class weights
+    unweighted: NDArray[np.float64]  # [P] offset that undoes the class weights
     scale: float
     shift: NDArray[np.float64]  # [P]
 
     def __call__(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The calibrated logits [N, P]."""
+        """Return the calibrated logits float64[N, P]."""
         return self.scale * (logits + self.unweighted) + self.shift
 
 
 def last_layer(network: nn.Module) -> nn.Linear:
-    """The layer that gives the logits. Raises TrainingError where the network's `head` does not end with one."""
+    """Return the layer that computes the logits. Raises TrainingError if the network's `head` does not end with a
+    linear layer."""
     head = getattr(network, "head", None)
     layer = head[-1] if isinstance(head, nn.Sequential) and len(head) else head
     if not isinstance(layer, nn.Linear):
         raise TrainingError(
-            f"network {type(network).__name__}: its `head` does not end with a linear layer, which a calibration "
-            "becomes a part of: choose another architecture"
+            f"network {type(network).__name__}: its `head` does not end with a linear layer, into which the "
+            "calibration is merged: choose another architecture"
         )
     return layer
 
@@ -65,10 +66,10 @@ def last_layer(network: nn.Module) -> nn.Linear:
 def calibrate(
     network: nn.Module, batches: DataLoader[Shown], view: View, classes: Sequence[str], weights: Tensor
 ) -> tuple[Calibration, dict[str, float | int | str]]:
-    """Calibrates a trained network on the alerts of `view`, which `batches` show it in order; returns how, and what the
-    card says of it.
+    """Calibrate a trained network on the alerts of `view`, which `batches` yields in the same order.
 
-    `weights` [C]: of the classes in the loss that it was trained with.
+    `weights` [C]: class weights of the loss that it was trained with. Returns the calibration, and figures for the
+    card.
     """
     logits = logits_of(network, batches)
     unweighted = undo_weights(weights)
@@ -91,14 +92,14 @@ def calibrate(
         predictions = _as_predictions(view, classes, values)
         figures |= {f"{stage}{name}": figure for name, figure in describe_calibration(predictions).items()}
     return chosen, {
-        "calibration": "Part of the network's last layer: to a logit, unweighted is added, which undoes the class "
-        "weights; the sum is multiplied by calibration_scale, and calibration_shift is added. Scale and shift were "
-        "fitted on the validation split, of which all these figures are: those with the prefix trained_ of the logits "
-        "as trained, those with unweighted_ of the logits with the class weights undone, and those without a prefix of "
-        f"calibrated logits, each object's by the other {FOLDS - 1} of {FOLDS} folds. A calibrated model has a "
-        "calibration_slope of 1 and a calibration_intercept of 0; ece_if_calibrated is the ECE that a perfectly "
-        "calibrated model would show with as many alerts. The probabilities hold where the classes are as common as in "
-        "this split: see calibration_share.",
+        "calibration": "Merged into the network's last layer: calibration_scale * (logit + unweighted) + "
+        "calibration_shift, where unweighted undoes the class weights. Scale and shift were fitted on the validation "
+        "split, and all these figures were measured on it: those with prefix trained_ on the logits as trained, those "
+        "with prefix unweighted_ on the logits with the class weights undone, and those without prefix on calibrated "
+        f"logits, where each object was calibrated with the other {FOLDS - 1} of {FOLDS} folds. A calibrated model has "
+        "a calibration_slope of 1 and a calibration_intercept of 0; ece_if_calibrated is the expected ECE of a "
+        "perfectly calibrated model for the same number of alerts. The probabilities are valid if the classes are as "
+        "common as in this split: see calibration_share.",
         "calibration_alerts": len(view),
         "calibration_objects": len(np.unique(view.object_id)),
         **{f"calibration_share_{name}": round(float((view.label == c).mean()), 4) for c, name in enumerate(classes)},
@@ -109,17 +110,18 @@ def calibrate(
 
 
 def logits_of(network: nn.Module, batches: DataLoader[Shown]) -> NDArray[np.float64]:
-    """What a network in evaluation mode says of all batches, float64[N, P]."""
+    """Return the logits of all batches, float64[N, P], of a network in evaluation mode."""
     with torch.inference_mode():
         said = [network(images, metadata) if metadata.shape[1] else network(images) for images, metadata, _ in batches]
     return torch.cat([logits for logits, _ in said]).double().numpy()
 
 
 def undo_weights(weights: Tensor) -> NDArray[np.float64]:
-    """What is added to logits [P] that were learnt with classes of `weights` [C].
+    """Return the offset [P] that undoes class `weights` [C] in logits.
 
-    The loss is lowest where the odds of a class are as much too high as its weight is too large, so the logarithm of
-    the weight goes: of two classes with n0 and n1 alerts that were balanced, log(n1 / n0) is added.
+    At the minimum of the weighted loss, the odds of a class are too high by the factor of its weight, so the logarithm
+    of the weight is subtracted. For two balanced classes with n0 and n1 alerts, log(n1 / n0) is added to the logit of
+    the second.
     """
     logarithm = weights.double().log().numpy()
     return logarithm[:1] - logarithm[1:] if len(weights) == 2 else -logarithm
@@ -128,10 +130,11 @@ def undo_weights(weights: Tensor) -> NDArray[np.float64]:
 def fit_calibration(
     logits: NDArray[np.float64], label: NDArray[np.int64], unweighted: NDArray[np.float64]
 ) -> Calibration:
-    """The most likely scale and shifts of logits [N, P] for the classes `label` [N], after `unweighted` is added.
+    """Return the most likely scale and shifts of logits [N, P] for class indices `label` [N], after `unweighted` is
+    added.
 
-    One logit is of the second of two classes. The likelihood is Firth's (1993, Biometrika 80, 27): finite estimates of
-    few alerts, also where the logits separate the classes.
+    P = 1 means the logit of the second of two classes. Firth's penalised likelihood (1993, Biometrika 80, 27) gives
+    finite estimates for few alerts, and also if the logits separate the classes.
     """
     values = torch.from_numpy(logits + unweighted)
     if values.shape[1] == 1:
@@ -139,7 +142,9 @@ def fit_calibration(
     n, c = values.shape
     rows, truth = torch.arange(n), torch.from_numpy(label)
     stretch = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(c - 1, dtype=torch.float64, requires_grad=True)  # the first class's is 0: only differences count
+    bias = torch.zeros(
+        c - 1, dtype=torch.float64, requires_grad=True
+    )  # the first class has bias 0, since only differences matter
     shifts = torch.eye(c, dtype=torch.float64)[:, 1:].expand(n, -1, -1)
 
     def scale() -> Tensor:
@@ -149,7 +154,9 @@ def fit_calibration(
         optimizer.zero_grad()
         logarithm = (scale() * values + nn.functional.pad(bias, (1, 0))).log_softmax(dim=1)
         p = logarithm.exp()
-        slopes = torch.cat([values.unsqueeze(2), shifts], dim=2)  # [N, C, 1 + C - 1] of the logits, by parameter
+        slopes = torch.cat(
+            [values.unsqueeze(2), shifts], dim=2
+        )  # [N, C, 1 + C - 1] derivatives of the logits by the parameters
         centred = slopes - (p.unsqueeze(2) * slopes).sum(dim=1, keepdim=True)
         information = torch.einsum("nc,nci,ncj->ij", p, centred, centred)
         information = information + LEAST_INFORMATION * torch.eye(c, dtype=torch.float64)
@@ -164,7 +171,7 @@ def fit_calibration(
 
 
 def apply(network: nn.Module, calibration: Calibration) -> None:
-    """Makes the calibration a part of the network's last layer."""
+    """Merge the calibration into the network's last layer, in place."""
     layer = last_layer(network)
     with torch.no_grad():
         bias = layer.bias.double() + torch.from_numpy(calibration.unweighted)

@@ -1,6 +1,6 @@
-"""A classifier in training: which alerts it is shown, and what its answers cost.
+"""Training of classifiers: the alerts that are shown to the network, and the loss.
 
-Shows a network exactly what serving would: the data set's raw cutouts through `scoring.preprocess`.
+The network sees exactly what serving gives it: the data set's raw cutouts after `scoring.preprocess`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from training.recipe import Hardware, Optimisation, Recipe
 ALERTS_AT_ONCE = 256
 
 Shown = tuple[Tensor, Tensor, Tensor]
-"""N alerts: images float32[N, C, S, S], metadata float32[N, F], classes int64[N]."""
+"""A batch of N alerts: images float32[N, C, S, S], metadata float32[N, F], class indices int64[N]."""
 
 
 class ShownAlerts(torch.utils.data.Dataset[Shown]):
-    """A view's alerts as the network is shown them, a batch at a time."""
+    """A torch data set of a view's alerts, preprocessed, a batch at a time."""
 
     def __init__(self, view: View, inputs: Inputs) -> None:
         self.view = view
@@ -37,7 +37,7 @@ class ShownAlerts(torch.utils.data.Dataset[Shown]):
         return len(self.view)
 
     def __getitems__(self, rows: Sequence[int]) -> Shown:
-        """What torch's loader asks for: the batch of these rows."""
+        """Return the batch of these rows; called by torch's DataLoader."""
         alerts = self.view[np.array(rows)].read()
         images = prepare_images(alerts.cutouts, alerts.cutout_box, self.inputs.images)
         metadata = prepare_metadata(alerts.metadata, alerts.columns, self.inputs.metadata)
@@ -47,7 +47,7 @@ class ShownAlerts(torch.utils.data.Dataset[Shown]):
 def alerts_loader(
     view: View, inputs: Inputs, recipe: Recipe, hardware: Hardware, *, training: bool
 ) -> DataLoader[Shown]:
-    """Batches of the view; see `learner.loader`."""
+    """Return batches of the view; see `learner.loader`."""
     return loader(ShownAlerts(view, inputs), recipe, hardware, training=training, collate=_as_it_is)
 
 
@@ -56,9 +56,10 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def chosen_to_train(view: View, n_classes: int, recipe: Recipe) -> View:
-    """The alerts that the recipe trains on: of a fraction of each class's sources, N_max of each at most.
+    """Return the alerts that the recipe trains on: a fraction of each class's sources, with at most N_max alerts of
+    each source.
 
-    A smaller fraction of the same seed is a part of a larger one.
+    For one seed, the selection of a smaller fraction is a subset of that of a larger one.
     """
     sources = sources_by_class(view.object_id, view.label, n_classes, recipe.seed)
     kept = np.concatenate([names[: max(1, round(recipe.fraction * len(names)))] for names in sources])
@@ -71,8 +72,10 @@ def chosen_to_train(view: View, n_classes: int, recipe: Recipe) -> View:
 
 
 def corrupt(view: View) -> NDArray[np.bool_]:
-    """Which alerts [N] have a cutout that BTSbot takes for corrupt: with an infinite median, or nothing but zeros and
-    missing pixels (`make_triplet` in its `alert_utils.py`)."""
+    """Return a mask bool[N] of alerts with a cutout that BTSbot calls corrupt (`make_triplet` in its `alert_utils.py`).
+
+    Such a cutout has an infinite median, or consists of zeros and missing pixels only.
+    """
     found = [np.zeros(0, np.bool_)]
     for alerts in view.batches(ALERTS_AT_ONCE):
         cutouts, boxes = alerts.cutouts, alerts.cutout_box
@@ -85,17 +88,19 @@ def corrupt(view: View) -> NDArray[np.bool_]:
 
 
 def class_weights(label: NDArray[np.int64], n_classes: int, *, balance: bool) -> Tensor:
-    """What each class's alerts count, float32[C]: with `balance`, all of a class as much as all of another."""
+    """Return the weight of an alert of each class, float32[C]; with `balance`, all classes have the same total
+    weight."""
     count = np.bincount(label, minlength=n_classes)
     weights = len(label) / (n_classes * np.maximum(count, 1)) if balance else np.ones(n_classes)
     return torch.from_numpy(weights.astype(np.float32))
 
 
 class Classifier(Learner):
-    """Two classes: binary cross-entropy of the second, its alerts weighted; more: cross-entropy of weighted classes.
+    """A learner with binary cross-entropy (two classes, alerts of the second weighted) or weighted cross-entropy (more
+    classes).
 
-    `frozen`: modules whose weights stay as they are; `frozen_mode`: that of these modules while the others are trained.
-    In evaluation mode their statistics stay as they are, too.
+    `frozen`: modules whose weights stay fixed; `frozen_mode`: mode of these modules while the others are trained. In
+    evaluation mode their batch statistics stay fixed as well.
     """
 
     def __init__(
@@ -117,7 +122,7 @@ class Classifier(Learner):
             module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Classifier:
-        """Training mode, but for the frozen modules that keep to evaluation mode."""
+        """Set training mode, except for frozen modules that stay in evaluation mode."""
         super().train(mode)
         if self.frozen_mode == "evaluation":
             for module in self.frozen:
@@ -125,7 +130,7 @@ class Classifier(Learner):
         return self
 
     def loss_of(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """See `Shown`."""
+        """Return the mean loss of a batch (see `Shown`)."""
         images, metadata, label = batch
         logits, _ = self.network(images, metadata) if metadata.shape[1] else self.network(images)
         loss: Tensor = self.loss(logits[:, 0], label.to(logits.dtype)) if self.binary else self.loss(logits, label)

@@ -1,7 +1,7 @@
-"""`fit`: trains a network as a file says, writes the bundle that is served, and scores the test split with that.
+"""`fit`: trains the network that a file describes, writes its bundle, and scores the test split with the bundle.
 
-May be killed at any time: the same command goes on from the last epoch. Never looks at the test split before the
-bundle is written.
+It may be killed at any time: the same command resumes after the last complete epoch. The test split is not used before
+the bundle is written.
 """
 
 from __future__ import annotations
@@ -38,22 +38,24 @@ from training.vision.frozen_fusion import is_frozen_fusion, train_branches
 
 BUNDLE = "bundle"
 THRESHOLD = 0.5
-"""The recommended cut of a yes or no that was trained without class weights: above it, yes is the more probable
-answer."""
+"""Recommended threshold of a binary classifier that was trained without class weights: above it, the label is more
+probable than not."""
 FITTED = ("btsbot_cnn", "stampnet", "timm", "vgg6")
-"""Networks of images, and of metadata where they take them, for any labels; the others have labels or inputs of their
-own."""
+"""Networks that can be fitted to any labels: they take images and optionally metadata. Other networks have fixed labels
+or other inputs."""
 
 log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `fit` takes."""
-    parser.add_argument("configuration", type=Path, metavar="CONFIG.yaml", help="what `training.recipe.Fit` documents")
+    """Add the arguments of `fit`."""
+    parser.add_argument(
+        "configuration", type=Path, metavar="CONFIG.yaml", help="YAML file with the keys of `training.recipe.Fit`"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains, or goes on training, and says where the bundle is."""
+    """Train, or resume training, and print the path of the bundle."""
     config = read_configuration(Fit, arguments.configuration)
     fit(config)
     rank_zero_only(print)(
@@ -62,25 +64,25 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def fit(config: Fit) -> None:
-    """Trains a network, writes its bundle, and scores the test split with that; what is done already is not repeated.
+    """Train a network, write its bundle, and score the test split with the bundle; finished steps are not repeated.
 
-    Raises TrainingError where the directory was begun with another configuration, the network does not take the data
-    set's alerts, a checkpoint is damaged or training diverges; DatasetError where the data set cannot be used or lacks
-    a column; WeightsError where the encoder cannot be had.
+    Raises TrainingError if the directory was started with another configuration, if the network does not accept the
+    data set's alerts, if a checkpoint is damaged or if training diverges; DatasetError if the data set cannot be used
+    or lacks a column; WeightsError if the encoder's weights cannot be loaded.
     """
     begin(config.out, config)
     dataset = Dataset.open(config.dataset)
     if dataset.card.cutout_size < config.images.size:
         raise DatasetError(
-            f"{config.dataset}: its cutouts have {dataset.card.cutout_size} px, and the network is to take "
-            f"{config.images.size}: build it with --cutout-size {config.images.size}"
+            f"{config.dataset}: its cutouts have {dataset.card.cutout_size} px, but the network takes "
+            f"{config.images.size} px: build it with --cutout-size {config.images.size}"
         )
     if not (config.out / BUNDLE).exists():
         _train_and_write(config, dataset)
     _score_test(config, dataset)
 
 
-@rank_zero_only  # where several devices train, each is a process that runs all of this
+@rank_zero_only  # with several devices, every process runs this code
 def _score_test(config: Fit, dataset: Dataset) -> None:
     if not (config.out / PREDICTIONS).exists():
         model = open_model(str(config.out / BUNDLE), Runtime(engine="onnxruntime", device="cpu"))
@@ -95,7 +97,9 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
         train, validation = train[~corrupt(train)], validation[~corrupt(validation)]
         for c, name in enumerate(classes):
             if c not in train.label or c not in validation.label:
-                raise TrainingError(f"{config.dataset}: every alert of class {name} on a side of the split is corrupt")
+                raise TrainingError(
+                    f"{config.dataset}: all training or all validation alerts of class {name} are corrupt"
+                )
     train = chosen_to_train(train, len(classes), config.recipe)
     _check_arguments(config)
     inputs = Inputs(images=config.images, metadata=_columns(train, config.metadata))
@@ -104,7 +108,7 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
     torch.manual_seed(config.recipe.seed)
     network = build_network(architecture)
     check_takes(network, inputs)
-    last_layer(network)  # said before training, not after it
+    last_layer(network)  # raises before training, not after it
     if config.encoder:
         load_encoder_weights(network, config.encoder.source)
     weights = class_weights(train.label, len(classes), balance=config.recipe.balance)
@@ -147,49 +151,52 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
 
 
 def _cut(calibration: Calibration) -> float:
-    """The calibrated probability of a yes at which a network that was trained with class weights said 0.5: a cut there
-    decides as it did, by the rates at which the two classes are mistaken and not by how common they are."""
+    """Return the calibrated probability that corresponds to a probability of 0.5 before calibration.
+
+    With this threshold, decisions are those of the network trained with class weights: they depend on the rates at
+    which the classes are confused, not on how common the classes are.
+    """
     [logit] = calibration(np.zeros((1, 1)))[0].tolist()
     return 1 / (1 + math.exp(-logit))
 
 
 def _check_arguments(config: Fit) -> None:
-    """Raises TrainingError where the network cannot be given the labels and the metadata of the data set."""
+    """Raise TrainingError if the network does not take the labels and metadata of the data set."""
     name = config.architecture.name
     if name not in NETWORKS:
-        return  # which `build_network` says
+        return  # `build_network` raises the error
     if name not in FITTED:
         raise TrainingError(f"network {name!r} cannot be fitted to labels: choose one of {', '.join(FITTED)}")
     if config.metadata and "metadata" not in arguments_of(name):
         others = ", ".join(other for other in FITTED if "metadata" in arguments_of(other))
-        raise TrainingError(f"network {name!r} takes images alone: leave `metadata` out, or choose one of {others}")
+        raise TrainingError(f"network {name!r} takes only images: omit `metadata`, or choose one of {others}")
 
 
 def _columns(train: View, columns: Sequence[str]) -> tuple[MetadataColumn, ...]:
-    """The columns, a missing value being NO_VALUE, as for BTSbot: what is not there must not look like what is."""
+    """Return the columns with NO_VALUE for a missing value, as in BTSbot: no measured value equals it."""
     metadata = train.metadata(columns)
     missing = np.isnan(metadata).mean(axis=0)
     if empty := [name for name, share in zip(columns, missing, strict=True) if share == 1]:
-        raise TrainingError(f"{train.dataset.directory}: no alert to train on has a value of {', '.join(empty)}")
+        raise TrainingError(f"{train.dataset.directory}: no training alert has a value of {', '.join(empty)}")
     if whole := [name for name, share in zip(columns, missing, strict=True) if share == 0]:
         log.warning(
-            "every alert to train on has a value of %s: what the network says where one is missing is untried",
+            "every training alert has a value of %s: the network is untested on alerts that lack a value",
             ", ".join(whole),
         )
     return tuple(MetadataColumn(name=name, fill=NO_VALUE) for name in columns)
 
 
 def _describe(config: Fit, dataset: Dataset, train: View, evaluation: dict[str, float | int | str]) -> Training:
-    """What the card says of how the network came to be."""
+    """Return the card's description of the training."""
     recipe, card = config.recipe, dataset.card
     return Training(
         method=f"Trained from {_origin(config.encoder)}: AdamW, peak learning rate {recipe.learning_rate:g}, batches "
-        f"of {recipe.batch}, up to {recipe.epochs} epochs, the one with the lowest validation loss kept; "
-        f"{f'if lower by {recipe.least_improvement:.2%}, ' if recipe.least_improvement else ''}"
-        f"{'images turned and flipped, ' if recipe.augment else ''}"
-        f"{'corrupt cutouts left out, ' if recipe.corrupt == 'dropped' else ''}"
+        f"of {recipe.batch}, up to {recipe.epochs} epochs, weights of the epoch with the lowest validation loss; "
+        f"{f'an epoch must improve it by {recipe.least_improvement:.2%}, ' if recipe.least_improvement else ''}"
+        f"{'images rotated and flipped at random, ' if recipe.augment else ''}"
+        f"{'alerts with corrupt cutouts dropped, ' if recipe.corrupt == 'dropped' else ''}"
         f"{'classes weighted, ' if recipe.balance else ''}seed {recipe.seed}. Calibrated on the validation split"
-        f"{', the class weights undone' if recipe.balance else ''}: see `calibration`.",
+        f"{', with the class weights undone' if recipe.balance else ''}: see `calibration`.",
         data=f"{len(train)} alerts of {len(np.unique(train.object_id))} objects ({recipe.fraction:.0%} of the training "
         f"sources) of data set {card.sha256}: {card.labels}.",
         evaluation={
@@ -203,7 +210,7 @@ def _describe(config: Fit, dataset: Dataset, train: View, evaluation: dict[str, 
 
 
 def _origin(encoder: Encoder | None) -> str:
-    """What the weights were before; of an encoder of `pretrain` what its card says it saw."""
+    """Return a description of the initial weights; for an encoder of `pretrain`, with the galaxies on its card."""
     if encoder is None:
         return "random weights"
     card = Path(encoder.source).with_name(ENCODER_CARD)

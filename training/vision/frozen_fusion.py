@@ -1,4 +1,5 @@
-"""Frozen fusion: a network's branches are trained apart, lose their heads, and are frozen under the joint head.
+"""Frozen fusion: the branches of a network are trained separately, lose their heads, and are frozen while the joint
+head is trained.
 
 `frozen_fusion`, `um_nn` and their training in https://github.com/nabeelre/BTSbot; Rehemtulla et al. 2025
 (arXiv:2512.11957).
@@ -17,23 +18,24 @@ from broker_filter.scoring.networks.fusion import ACTIVATIONS, FusionNetwork
 from training.errors import TrainingError
 
 OF_THE_FUSION = ("metadata", "fusion", "metadata_hidden", "metadata_dropout")
-"""Arguments of the architecture that an image network does not have."""
+"""Arguments of the architecture that a network of images alone does not have."""
 IMAGE_BRANCH, METADATA_BRANCH = "image_branch", "metadata_branch"
-"""Where the branches' checkpoints go."""
+"""Directories of the branches' checkpoints."""
 
 
 def is_frozen_fusion(architecture: Architecture) -> bool:
-    """Whether the architecture asks to be trained this way."""
+    """Return whether the architecture is trained by frozen fusion."""
     return architecture.arguments.get("fusion") == "frozen"
 
 
 class MetadataClassifier(nn.Module):
-    """A metadata branch and a head of its own: metadata [N, F] -> logits [N, labels], features [N, D]; no images."""
+    """A metadata branch with its own head: metadata [N, F] -> logits [N, labels], features [N, D]. Images are
+    ignored."""
 
     def __init__(self, branch: nn.Sequential, activation: nn.Module, labels: int) -> None:
         super().__init__()
         *_, last = branch
-        assert isinstance(last, nn.Linear)  # as a frozen branch ends
+        assert isinstance(last, nn.Linear)  # a frozen branch ends with a linear layer
         self.branch = branch
         self.head = nn.Sequential(activation, nn.Linear(last.out_features, labels))
 
@@ -50,18 +52,20 @@ def train_branches(
     train: Callable[[nn.Module, Path], object],
     directory: Path,
 ) -> tuple[nn.Module, nn.Module]:
-    """Trains the encoder and the metadata branch of `network`, in place and apart; returns them, to be frozen.
+    """Train the encoder and the metadata branch of `network` separately, in place, and return them; the caller freezes
+    them.
 
-    `train` trains a network with a directory for its checkpoints. Raises TrainingError where there are no two branches.
+    `train`: a function that trains a network, with a directory for its checkpoints. Raises TrainingError if the network
+    does not have two branches.
     """
     if not isinstance(network, FusionNetwork) or network.metadata_branch is None:
-        raise TrainingError("frozen fusion needs a network of two branches: name metadata columns, or train jointly")
+        raise TrainingError("frozen fusion needs a network with two branches: add metadata columns, or train jointly")
     arguments = {name: value for name, value in architecture.arguments.items() if name not in OF_THE_FUSION}
     images = build_network(Architecture(name=architecture.name, arguments=arguments))
     images.encoder = network.encoder
     active = ACTIVATIONS[str(arguments.get("activation", "gelu"))]()
     metadata = MetadataClassifier(network.metadata_branch, active, labels)
-    # Not before both are there: training draws random numbers, and one that goes on after the first branch does not.
+    # Both networks are built before training, so that their random weights are the same if a killed run is resumed.
     train(images, directory / IMAGE_BRANCH)
     train(metadata, directory / METADATA_BRANCH)
     return network.encoder, network.metadata_branch

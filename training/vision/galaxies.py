@@ -1,7 +1,7 @@
-"""Images of galaxies with what is known of their shapes: Galaxy Zoo's, from a folder and a table, and simulated ones.
+"""Galaxy images with morphological labels: from Galaxy Zoo (a folder and a table), or simulated.
 
-Answers are shares between 0 and 1, NaN where a question was not asked. Images are made as alerts' cutouts are: one band
-to a channel, of the size that the network takes.
+Answers are fractions between 0 and 1, NaN where a question was not asked. Images have the format of alert cutouts: one
+band per channel, at the size that the network takes.
 """
 
 from __future__ import annotations
@@ -21,56 +21,59 @@ from broker_filter.console import progress
 from training.errors import DatasetError
 
 FILE = "file_loc"
-"""The column of Galaxy Zoo's tables that says which image a row is of; only its name within the folder is used."""
+"""Column of Galaxy Zoo's tables with the path of the image; only the file name is used."""
 SHARE = "_fraction"
-"""Suffix of a column of vote fractions in Galaxy Zoo's tables."""
+"""Suffix of columns of vote fractions in Galaxy Zoo's tables."""
 MAX_IMAGE_PIXELS = 4096**2
-"""Larger files are no cutouts of a galaxy, and a decompression bomb may claim any size."""
+"""Limit of an image file; larger images are no cutouts of a galaxy, and may be decompression bombs."""
 
 QUESTIONS = ("bulge", "edge_on", "knots", "companion", "extended")
-"""Of a simulated galaxy: the bulge's share of its light; 1 - cosine of the disc's inclination; the knots' share of the
-disc's light; a companion's light, of the galaxy's; the disc's half-light radius, of the largest that is drawn."""
+"""Parameters of a simulated galaxy: bulge-to-total light ratio; 1 - cos(inclination) of the disc; fraction of the
+disc's light in knots; a companion's light relative to the galaxy's; half-light radius of the disc relative to
+LARGEST_RADIUS."""
 PIXEL = 1.01
-"""arcsec; ZTF's."""
+"""Pixel scale of ZTF in arcsec."""
 SEEING = (1.5, 3.0)
-"""arcsec, full width at half maximum; ZTF's."""
+"""Range of ZTF's seeing (FWHM) in arcsec."""
 PSF_BETA = 3.0
-"""Of Moffat's profile."""
+"""Beta of the Moffat profile."""
 LARGEST_RADIUS = 8.0
-"""arcsec, at half light; the smallest is a tenth of it, and unresolved."""
+"""Largest half-light radius in arcsec; the smallest is a tenth of it, and unresolved."""
 COMPANIONS = 0.3
-"""Share of galaxies that have one."""
+"""Fraction of galaxies with a companion."""
 BULGE_INDEX, COMPANION_INDEX = 4.0, 2.0
-"""Sersic's; 4 is de Vaucouleurs's profile."""
+"""Sersic indices; 4 is de Vaucouleurs's profile."""
 DISC_THICKNESS = 0.15
 """Axis ratio of a disc seen edge-on."""
 KNOTS = 30
-"""Regions of star formation in a disc."""
+"""Number of star-forming regions in a disc."""
 BULGE_REDNESS = (1.3, 1.0, 0.7)
-"""How bright bulges are for their share of the light, in each band from red to blue."""
+"""Factor of the bulge's light in each band, from red to blue."""
 SIGNAL_TO_NOISE = (15.0, 300.0)
-"""Of all the light in a band."""
+"""Range of the signal-to-noise ratio of all light in a band."""
 
 
 @dataclass(frozen=True, slots=True)
 class Galaxies:
-    """N images of galaxies and Q answers about each."""
+    """N images of galaxies, and Q answers about each."""
 
     images: NDArray[np.float32]  # [N, 3, S, S]
-    answers: NDArray[np.float32]  # [N, Q] from 0 to 1, NaN where not known
+    answers: NDArray[np.float32]  # [N, Q] 0 to 1, NaN where unknown
     questions: tuple[str, ...]  # Q
     source: str
-    """Where they come from, for the card."""
+    """Origin of the galaxies, for the card."""
 
     def __len__(self) -> int:
         return len(self.images)
 
 
 def read_galaxies(images: Path, table: Path, questions: tuple[str, ...] = (), size: int = 63) -> Galaxies:
-    """The images of a folder that a table (.csv or .parquet) describes, scaled to `size` pixels.
+    """Read the images of a folder that a table (.csv or .parquet) lists, scaled to `size` pixels.
 
-    `questions`: columns of shares; without, every `*_fraction`. Rows whose image is not there are left out. Raises
-    DatasetError where a column or every image is missing, an image cannot be read or a share is none.
+    `questions`: columns of vote fractions; empty: every `*_fraction`. Rows without an image file are skipped.
+
+    Raises DatasetError if a column or every image is missing, if an image cannot be read, or if an answer is not a
+    fraction.
     """
     try:
         rows = dataset.dataset(table, format=table.suffix.removeprefix("."))
@@ -78,19 +81,19 @@ def read_galaxies(images: Path, table: Path, questions: tuple[str, ...] = (), si
         if missing := {FILE, *questions} - set(rows.schema.names):
             raise DatasetError(f"{table}: no column {', '.join(sorted(missing))}")
         if not questions:
-            raise DatasetError(f"{table}: no column of vote fractions (*{SHARE}), and none was named")
+            raise DatasetError(f"{table}: has no column of vote fractions (*{SHARE}); name columns in `questions`")
         columns = rows.to_table(columns=[FILE, *questions])
         answers = np.stack([columns[name].to_numpy() for name in questions], axis=1).astype(np.float32)
     except (pa.ArrowInvalid, ValueError, OSError) as error:
-        raise DatasetError(f"{table}: neither a .csv nor a .parquet that can be read: {error}") from error
+        raise DatasetError(f"{table}: cannot be read as .csv or .parquet: {error}") from error
     if ((answers < 0) | (answers > 1)).any():
-        raise DatasetError(f"{table}: shares must be from 0 to 1")
+        raise DatasetError(f"{table}: vote fractions must be between 0 and 1")
     files = [images / Path(str(name)).name for name in columns[FILE].to_pylist()]
     there = np.array([file.is_file() for file in files])
     if not there.any():
-        raise DatasetError(f"{images}: none of the {len(files)} images that {table} describes is there")
+        raise DatasetError(f"{images}: contains none of the {len(files)} images that {table} lists")
     if unknown := [name for name, known in zip(questions, answers[there].T, strict=True) if np.isnan(known).all()]:
-        raise DatasetError(f"{table}: no image that is there has an answer of {', '.join(unknown)}")
+        raise DatasetError(f"{table}: no available image has an answer of {', '.join(unknown)}")
     with progress("Reading galaxies", int(there.sum()), "images") as advance:
         pixels = np.empty((int(there.sum()), 3, size, size), np.float32)
         for i, row in enumerate(np.flatnonzero(there).tolist()):
@@ -100,21 +103,21 @@ def read_galaxies(images: Path, table: Path, questions: tuple[str, ...] = (), si
 
 
 def _read_image(file: Path, size: int) -> NDArray[np.float32]:
-    """[3, size, size]; red, green, blue: the reddest band first."""
+    """Return an image float32[3, size, size] with the reddest band first."""
     try:
         with Image.open(file) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise DatasetError(f"{file}: {image.width} x {image.height} px is no cutout of a galaxy")
+                raise DatasetError(f"{file}: {image.width} x {image.height} px is too large for a cutout of a galaxy")
             scaled = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
-        raise DatasetError(f"{file}: not an image that can be read: {error}") from error
+        raise DatasetError(f"{file}: cannot be read as an image: {error}") from error
     return np.asarray(scaled, np.float32).transpose(2, 0, 1)
 
 
 def simulate_galaxies(n: int, seed: int, size: int = 63) -> Galaxies:
-    """`n` galaxies of a bulge and a disc, with knots and companions, in three bands, with ZTF's pixels and seeing.
+    """Simulate `n` galaxies with bulge, disc, knots and companions, in three bands, with ZTF's pixel scale and seeing.
 
-    Their answers are the parameters that they were drawn with (see `QUESTIONS`): no person ever looked at them.
+    The answers are the parameters of the simulation (see QUESTIONS); no person has classified these images.
     """
     images = np.empty((n, 3, size, size), np.float32)
     answers = np.empty((n, len(QUESTIONS)), np.float32)
@@ -126,7 +129,7 @@ def simulate_galaxies(n: int, seed: int, size: int = 63) -> Galaxies:
 
 
 def _simulate(rng: Generator, size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """An image [3, size, size] and the answers [Q]."""
+    """Return an image float32[3, size, size] and its answers float32[Q]."""
     bulge, knots, cos_inclination = rng.uniform(0, 1), rng.beta(1, 3), rng.uniform(0, 1)
     radius = LARGEST_RADIUS * rng.uniform(0.1, 1)
     companion = rng.uniform(0.1, 1) if rng.random() < COMPANIONS else 0.0
@@ -135,7 +138,7 @@ def _simulate(rng: Generator, size: int) -> tuple[NDArray[np.float32], NDArray[n
     spheroid = galsim.Sersic(BULGE_INDEX, half_light_radius=0.5 * radius, trunc=5 * radius)
     face_on = galsim.Exponential(half_light_radius=radius)
     knotty = galsim.RandomKnots(KNOTS, profile=face_on, rng=galsim.BaseDeviate(int(rng.integers(2**31))))
-    # An oblate spheroid in projection (Hubble 1926): as flat as the disc is thick when seen edge-on.
+    # Projected axis ratio of an oblate spheroid (Hubble 1926).
     axis_ratio = np.hypot(cos_inclination, DISC_THICKNESS) / np.hypot(1, DISC_THICKNESS)
     disc = ((1 - knots) * face_on + knots * knotty).shear(q=axis_ratio, beta=turn * galsim.radians)
     distance = rng.uniform(1, 3) * radius

@@ -1,8 +1,9 @@
-"""`pretrain`: an encoder that learns the shapes of galaxies, for `fit` to begin with.
+"""`pretrain`: trains an encoder on galaxy morphology, to initialise `fit` with.
 
-Zoobot's recipe: one network answers all of Galaxy Zoo's questions at once, each as the share of volunteers who said so,
-and is not asked what the volunteers were not (Walmsley et al. 2022, MNRAS 509, 3966; 2024, arXiv:2404.02973). Defaults
-are those of its ConvNeXt-pico; images are normalised as alerts will be. What was simulated, the card says.
+This is Zoobot's method: one network answers all Galaxy Zoo questions, each as the fraction of volunteers who gave an
+answer; questions that volunteers were not asked have no loss (Walmsley et al. 2022, MNRAS 509, 3966; 2024,
+arXiv:2404.02973). The defaults are those of Zoobot's ConvNeXt-pico; images are normalised as alerts are. The card
+states whether galaxies were simulated.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ LEAST_GALAXIES = 2
 
 
 class GalaxyZoo(Section):
-    """A folder of images and the table that describes them."""
+    """A folder of images, and the table that lists them."""
 
     kind: Literal["galaxy_zoo"]
     images: Path
     table: Path
-    questions: tuple[str, ...] = Field(default=(), description="Columns of shares; absent: every `*_fraction`.")
+    questions: tuple[str, ...] = Field(default=(), description="Columns of vote fractions; absent: every `*_fraction`.")
 
 
 class Simulated(Section):
-    """Galaxies of GalSim, labelled by the parameters that they were drawn with."""
+    """Galaxies simulated with GalSim, labelled with the parameters of the simulation."""
 
     kind: Literal["simulated"]
     galaxies: int = Field(gt=0)
@@ -54,24 +55,26 @@ class Simulated(Section):
 
 
 class Pretraining(Section):
-    """`PRETRAIN.yaml`."""
+    """The keys of a pre-training's YAML file."""
 
     out: Path
-    architecture: Architecture = Field(description="A network with an `encoder`, which is what is trained.")
+    architecture: Architecture = Field(description="A network with an `encoder`; only the encoder is trained.")
     galaxies: tuple[Annotated[GalaxyZoo | Simulated, Field(discriminator="kind")], ...] = Field(min_length=1)
     images: ImageInput = PUBLISHED_IMAGES
-    validation: float = Field(default=0.1, gt=0, lt=0.5, description="Share of the galaxies that are not trained on.")
-    dropout: float = Field(default=0.5, ge=0, lt=1, description="Of the features, before the answers.")
+    validation: float = Field(
+        default=0.1, gt=0, lt=0.5, description="Fraction of the galaxies held out for validation."
+    )
+    dropout: float = Field(default=0.5, ge=0, lt=1, description="Dropout rate of the features.")
     recipe: Optimisation = Optimisation(epochs=50, batch=256, learning_rate=1e-4, weight_decay=0.05, patience=10)
     hardware: Hardware = Hardware()
     logs: tuple[Literal["csv", "tensorboard"], ...] = ("csv",)
 
 
 class MorphologyLearner(Learner):
-    """Answers Q questions about images: the squared error of those that were asked."""
+    """A learner that answers Q questions about images; the loss is the squared error over answered questions."""
 
     def loss_of(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """Images [N, 3, S, S] and answers [N, Q], NaN where not known."""
+        """Return the loss of images [N, 3, S, S] with answers [N, Q], NaN where unknown."""
         images, answers = batch
         asked = ~answers.isnan()
         error = (self.network(images).sigmoid() - answers.nan_to_num()).square() * asked
@@ -80,32 +83,37 @@ class MorphologyLearner(Learner):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `pretrain` takes."""
-    parser.add_argument("configuration", type=Path, metavar="PRETRAIN.yaml", help="what `Pretraining` documents")
+    """Add the arguments of `pretrain`."""
+    parser.add_argument(
+        "configuration",
+        type=Path,
+        metavar="PRETRAIN.yaml",
+        help="YAML file with the keys of `training.vision.pretrain.Pretraining`",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains, or goes on training, and says where the encoder is."""
+    """Train, or resume training, and print the path of the encoder and its loss."""
     config = read_configuration(Pretraining, arguments.configuration)
     card = pretrain(config)
-    losses = f"validation loss {card['validation_loss']}, of the mean answers {card['baseline_loss']}"
+    losses = f"validation loss {card['validation_loss']} (predicting the mean answers: {card['baseline_loss']})"
     rank_zero_only(print)(f"{config.out / WEIGHTS}: {losses}")
 
 
 def pretrain(config: Pretraining) -> dict[str, object]:
-    """Trains an encoder; writes its weights and what they come from, and returns that.
+    """Train an encoder, write its weights and its card, and return the card.
 
-    Raises TrainingError where the network has no encoder or the directory was begun with another configuration,
-    DatasetError where galaxies cannot be read or are too few.
+    Raises TrainingError if the network has no encoder or the directory was started with another configuration, and
+    DatasetError if galaxies cannot be read or are too few.
     """
     begin(config.out, config)
     torch.manual_seed(config.recipe.seed)
     encoder = getattr(build_network(config.architecture), "encoder", None)
     if not isinstance(encoder, fusion.Encoder):
-        raise TrainingError(f"network {config.architecture.name!r} has no encoder that could be trained apart")
+        raise TrainingError(f"network {config.architecture.name!r} has no encoder to pre-train")
     galaxies = combine([_load(source, config.images.size) for source in config.galaxies])
     if len(galaxies) < LEAST_GALAXIES:
-        raise DatasetError(f"{len(galaxies)} galaxy: some are to train on, and some to stop by")
+        raise DatasetError(f"{len(galaxies)} galaxy: training and validation need at least one each")
     network = nn.Sequential(encoder, nn.Dropout(config.dropout), nn.Linear(encoder.features, len(galaxies.questions)))
     check_takes(network, Inputs(images=config.images))
     order = np.random.default_rng(config.recipe.seed).permutation(len(galaxies))
@@ -119,9 +127,9 @@ def pretrain(config: Pretraining) -> dict[str, object]:
         config.logs,
     )
     known, unseen = galaxies.answers[order[held_out:]], galaxies.answers[order[:held_out]]
-    weights = getattr(encoder, "backbone", encoder).state_dict()  # timm's own names, where it is timm's
+    weights = getattr(encoder, "backbone", encoder).state_dict()  # a timm backbone keeps timm's parameter names
     tensors = save({name: tensor.contiguous() for name, tensor in weights.items()})
-    write = rank_zero_only(write_whole)  # where several devices train, each is a process that runs all of this
+    write = rank_zero_only(write_whole)  # with several devices, every process runs this code
     write(config.out / WEIGHTS, tensors)
     card: dict[str, object] = {
         "architecture": config.architecture.model_dump(mode="json"),
@@ -138,7 +146,7 @@ def pretrain(config: Pretraining) -> dict[str, object]:
 
 
 def combine(parts: Sequence[Galaxies]) -> Galaxies:
-    """All galaxies, asked every question of any part; what a part does not know is NaN."""
+    """Concatenate galaxies; the questions are those of any part, NaN where a part does not have a question."""
     questions = tuple(dict.fromkeys(question for part in parts for question in part.questions))
     answers = np.full((sum(map(len, parts)), len(questions)), np.nan, np.float32)
     start = 0

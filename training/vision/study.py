@@ -1,8 +1,8 @@
-"""`study`: a grid of networks, regimens, inputs, seeds and amounts of data, fitted one after another.
+"""`study`: fits a grid of networks, pre-trainings (regimens), inputs, seeds and amounts of data, one after another.
 
-`study.csv` has a row for each run that is finished; the same command goes on with the others, so a study may be stopped
-at any time, and its file may grow. A run that fails is told of and left for the next time. `study.md` says what the
-finished ones come to.
+`study.csv` gets a row for each finished run. The same command continues with the other runs, so a study may be
+interrupted at any time, and runs may be added to its file. A failed run is logged, and tried again the next time.
+`study.md` summarises the finished runs.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ TABLE = "study.csv"
 REPORT = "study.md"
 RUNS = "runs"
 TRAINED = ("epoch", "validation_loss")
-"""Of the card's evaluation, in the table."""
+"""Keys of the card's evaluation that are columns of the table."""
 FIGURES = ("roc_auc", "average_precision", "f1", "balanced_accuracy", "accuracy", "fpr_at_fnr_5", "ece")
-"""Of `training.evaluation.metrics.measure`; of several classes the mean over them, each against the rest."""
+"""Metrics of `training.evaluation.metrics.measure`; with more than two classes, means over the classes, each against
+the rest."""
 
 log = logging.getLogger(__name__)
 
@@ -49,30 +50,33 @@ class Network(Section):
 
     architecture: Architecture
     takes_metadata: bool = True
-    recipe: dict[str, Any] = Field(default={}, description="Keys of the recipe with other values.")
+    recipe: dict[str, Any] = Field(default={}, description="Keys of the recipe whose values differ.")
 
 
 class Regimen(Section):
-    """How the weights begin, and what of the recipe is different then."""
+    """The initial weights, and the keys of the recipe that differ for them."""
 
     encoders: dict[str, str] | None = Field(
-        default=None, description="What each model's encoder begins with, other models are left out; absent: random."
+        default=None,
+        description="Source of the encoder weights by model; models not listed are skipped. Absent: random weights.",
     )
-    recipe: dict[str, Any] = Field(default={}, description="Keys of the recipe with other values.")
+    recipe: dict[str, Any] = Field(default={}, description="Keys of the recipe whose values differ.")
 
 
 class Study(Section):
-    """`STUDY.yaml`: every combination is a run, seed by seed, and within a seed from the first of each list on."""
+    """The keys of a study's YAML file. Every combination is a run; the seeds are the outermost loop."""
 
     out: Path
     datasets: dict[str, Path] = Field(min_length=1)
     models: dict[str, Network] = Field(min_length=1)
     regimens: dict[str, Regimen] = Field(min_length=1)
     inputs: dict[str, tuple[str, ...]] = Field(
-        default={"images": ()}, description="Metadata columns, by what to call them; none: images alone."
+        default={"images": ()}, description="Sets of metadata columns by name; an empty set means images alone."
     )
     fractions: tuple[float, ...] = Field(
-        default=(1.0,), description="Of the training sources; of fewer there are more epochs, and as many steps."
+        default=(1.0,),
+        description="Fractions of the training sources. The number of epochs is scaled so that the number of steps is "
+        "equal.",
     )
     seeds: tuple[int, ...] = (1, 2, 3)
     images: ImageInput = PUBLISHED_IMAGES
@@ -84,31 +88,33 @@ class Study(Section):
         for name, regimen in self.regimens.items():
             if unknown := (regimen.encoders or {}).keys() - self.models.keys():
                 missing = ", ".join(sorted(unknown))
-                raise ValueError(f"regimens.{name}: encoders of models that are not in the study: {missing}")
+                raise ValueError(f"regimens.{name}: encoders lists models that are not in the study: {missing}")
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A cell of the grid, and a seed."""
+    """A cell of the grid with a seed."""
 
     choice: Choice
     seed: int
 
     @property
     def name(self) -> str:
-        """Its directory."""
+        """Name of the run's directory."""
         of = self.choice
         return f"{of.dataset}_{of.model}_{of.regimen}_{of.inputs}_{of.fraction * 100:g}pct_seed{self.seed}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `study` takes."""
-    parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="what `training.vision.study.Study` documents")
+    """Add the arguments of `study`."""
+    parser.add_argument(
+        "study", type=Path, metavar="STUDY.yaml", help="YAML file with the keys of `training.vision.study.Study`"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Fits what is not fitted yet. Raises TrainingError where a run cannot be configured, and at the end where some
+    """Fit all unfinished runs. Raises TrainingError if a run's configuration is invalid, and at the end if runs
     failed."""
     study = read_configuration(Study, arguments.study)
     study.out.mkdir(parents=True, exist_ok=True)
@@ -133,7 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def plan(study: Study) -> Iterator[Run]:
-    """The runs, in the order in which they are made: a study that was stopped early has something of everything."""
+    """Yield the runs in the order of execution: an interrupted study has covered a bit of everything."""
     grid = product(study.seeds, study.fractions, study.inputs, study.datasets, study.regimens, study.models)
     for seed, fraction, inputs, dataset, regimen, model in grid:
         encoders = study.regimens[regimen].encoders
@@ -145,7 +151,7 @@ def plan(study: Study) -> Iterator[Run]:
 
 
 def configure(study: Study, one: Run) -> Fit:
-    """What `fit` is told for a run. Raises TrainingError where the study's file says what cannot be."""
+    """Return the configuration of a run for `fit`. Raises TrainingError if the study's file gives an invalid one."""
     try:
         return _configure(study, one)
     except ValidationError as error:
@@ -188,14 +194,14 @@ def _finished(table: Path) -> set[str]:
 
 
 def _predictions(config: Fit) -> Predictions:
-    """What a finished run says of the test split."""
+    """Return a finished run's predictions on the test split."""
     classes = Dataset.open(config.dataset).card.classes
     thresholds = load_bundle(config.out / BUNDLE).card.outputs.thresholds
     return Predictions.read(config.out / PREDICTIONS, classes, thresholds.get(classes[-1], DECIDED))
 
 
 def _write_report(out: Path, runs: Mapping[Run, Fit]) -> None:
-    """Of the runs that are finished."""
+    """Write the report on the finished runs."""
     finished = _finished(out / TABLE)
     found: dict[Choice, list[Predictions]] = {}
     for one, config in runs.items():
@@ -205,7 +211,7 @@ def _write_report(out: Path, runs: Mapping[Run, Fit]) -> None:
 
 
 def _add_row(table: Path, one: Run, config: Fit, seconds: float) -> None:
-    """What the run was, how it went, and its figures on the test split."""
+    """Append a run's row: its choices, its training and its metrics on the test split."""
     card = load_bundle(config.out / BUNDLE).card
     predictions = _predictions(config)
     figures = measure(predictions, np.ones(len(predictions)))

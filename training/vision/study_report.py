@@ -1,7 +1,7 @@
-"""What a study found, as Markdown: each cell of its grid over the seeds, and what a change of one thing is worth.
+"""The report on a study as Markdown: each cell of the grid averaged over seeds, and the effect of changing one choice.
 
-Intervals by object, as everywhere: the same objects are drawn for every run, so that differences are paired. Seeds are
-averaged within each resample. Never says anything of a run that is not finished.
+Intervals are bootstrapped over objects. The same resamples are used for every run, so that differences are paired.
+Seeds are averaged within each resample. Unfinished runs are not reported.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from training.evaluation.predictions import Predictions
 from training.evaluation.report import FIGURES, Table, verdict
 
 COMPARED = ("roc_auc", "average_precision", "balanced_accuracy")
-"""Figures of which differences are shown."""
+"""Metrics whose differences are reported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What runs have in common that differ in the seed alone."""
+    """The choices of a run apart from its seed."""
 
     dataset: str
     model: str
@@ -34,16 +34,16 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """The runs of a choice, taken together."""
+    """The runs of a choice, over all seeds."""
 
-    roc_auc: tuple[float, ...]  # of each seed
+    roc_auc: tuple[float, ...]  # by seed
     figures: Mapping[str, float]  # means over the seeds
-    resampled: Mapping[str, Values]  # [R] the same in every resample of the objects
-    trials: Mapping[str, float]  # objects that each figure is of, of the seeds the fewest
+    resampled: Mapping[str, Values]  # [R] means over the seeds in each of R resamples of the objects
+    trials: Mapping[str, float]  # number of objects behind each figure, the minimum over the seeds
 
     @classmethod
     def of(cls, runs: Sequence[Predictions]) -> Cell:
-        """From what each seed's run says of the test split."""
+        """Return the cell for the predictions of each seed's run on the test split."""
         each = [measure(run, np.ones(len(run))) for run in runs]
         known = [trials(run, weights_by_object(run.object_id)) for run in runs]
         drawn = [resample(partial(measure, run), run.object_id) for run in runs]
@@ -55,22 +55,23 @@ class Cell:
         )
 
     def estimate(self, name: str) -> Estimate:
-        """A figure with its interval."""
+        """Return a metric with its interval."""
         return Estimate.of(self.figures[name], self.resampled[name], self.trials[name])
 
     def ahead_of(self, other: Cell, name: str) -> Estimate:
-        """By how much this cell's figure is larger."""
+        """Return the difference (this cell minus the other) of a metric, with its interval."""
         return Estimate.of(self.figures[name] - other.figures[name], self.resampled[name] - other.resampled[name])
 
 
 def as_markdown(runs: Mapping[Choice, Sequence[Predictions]], planned: int) -> str:
-    """The tables of each data set. `runs`: of each choice its seeds; `planned`: how many runs the whole grid has."""
+    """Return the tables of each data set. `runs`: predictions of each seed, by choice; `planned`: number of runs in the
+    whole grid."""
     cells = {choice: Cell.of(seeds) for choice, seeds in runs.items()}
     finished = sum(map(len, runs.values()))
     intro = (
-        f"{finished} of {planned} runs. Means over the seeds; in parentheses 95 % intervals, percentiles of "
-        f"{RESAMPLES:,} resamples of the test split's objects, each with all its alerts; where all of these "
-        "are alike, Clopper-Pearson intervals with an object a trial."
+        f"{finished} of {planned} runs. Means over the seeds; in parentheses 95 % intervals: percentiles of "
+        f"{RESAMPLES:,} bootstrap resamples of the test split's objects, each with all its alerts; if all resamples "
+        "give the same value, Clopper-Pearson intervals with one trial per object."
     )
     tables = []
     for dataset in dict.fromkeys(choice.dataset for choice in cells):
@@ -82,7 +83,7 @@ def as_markdown(runs: Mapping[Choice, Sequence[Predictions]], planned: int) -> s
 def _cells_table(dataset: str, cells: Mapping[Choice, Cell]) -> Table:
     return Table(
         dataset,
-        "Share: of the training sources. Spread: standard deviation of the ROC AUC over the seeds.",
+        "Share: fraction of the training sources. Spread: standard deviation of the ROC AUC over the seeds.",
         ["network", "regimen", "inputs", "share", "seeds", "spread", *FIGURES.values()],
         [
             [
@@ -100,7 +101,7 @@ def _cells_table(dataset: str, cells: Mapping[Choice, Cell]) -> Table:
 
 
 def _differences_tables(dataset: str, cells: Mapping[Choice, Cell]) -> Iterator[Table]:
-    """What another regimen, other inputs or another network is worth, everything else being the same."""
+    """Yield a table of differences for each of regimen, inputs and network, with the other choices equal."""
     for changed, called in (("regimen", "regimens"), ("inputs", "inputs"), ("model", "networks")):
         rows = [
             [_but_for(changed, one), f"{getattr(one, changed)} less {getattr(other, changed)}"]
@@ -110,15 +111,15 @@ def _differences_tables(dataset: str, cells: Mapping[Choice, Cell]) -> Iterator[
         if rows:
             yield Table(
                 f"{dataset}: {called} compared",
-                "Paired differences, marked with * where the interval leaves out 0 in favour of the first, with † "
-                "where it does against it; one of twenty does by chance.",
+                "Paired differences. * marks an interval that excludes 0 in favour of the first choice, † one that "
+                "excludes 0 in favour of the second; by chance, one interval in twenty excludes 0.",
                 ["of", "difference", *(FIGURES[name] for name in COMPARED)],
                 rows,
             )
 
 
 def _pairs(cells: Mapping[Choice, Cell], changed: str) -> Iterator[tuple[Choice, Choice]]:
-    """Choices that differ in `changed` alone, the later one of the study's less the earlier one."""
+    """Yield pairs of choices that differ only in `changed`: the later one in the study, then the earlier one."""
     choices = list(cells)
     for i, other in enumerate(choices):
         for one in choices[i + 1 :]:

@@ -168,7 +168,7 @@ def test_what_cannot_be_distilled_is_said_before_training(
             main([*command, *option])
         assert f"error: argument {option[0]}: " in capsys.readouterr().err.splitlines()[-1]
     unrated = replace(alerts, columns=("drb",), metadata=np.full((len(alerts), 1), np.nan))
-    with pytest.raises(DatasetError, match="no alert of the objects to test with has a drb"):
+    with pytest.raises(DatasetError, match=r"none of the \d+ test alerts has a drb"):
         check_rated(unrated)
 
 

@@ -195,7 +195,7 @@ def test_unusable_labels_are_said_in_a_line(
 ) -> None:
     table = tmp_path / "labels.csv"
     table.write_text("candid,class\n1,a\n2,b\n")
-    with pytest.raises(DatasetError, match="none of its 2 labels is of an alert"):
+    with pytest.raises(DatasetError, match="none of its 2 labels matches an alert"):
         build_dataset([night_packets], read_labels(table, "class"), tmp_path / "none")
     table.write_text(night_table.read_text() + "7,sky\n")
     labels = read_labels(table, "truth", [parse_rule("bogus=detector"), parse_rule("real=sky")])

@@ -210,5 +210,5 @@ def test_other_alerts_of_the_same_data_set_are_refused(write: Write) -> None:
 
 
 def test_what_is_no_evaluation_is_named(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"no evaluation: no evaluation\.json there"):
+    with pytest.raises(EvaluationError, match=r"not an evaluation: there is no evaluation\.json"):
         read_evaluations([tmp_path])

@@ -180,7 +180,7 @@ def test_frozen_fusion_trains_the_branches_apart_and_then_the_joint_head_alone(c
         assert names
         assert all(torch.equal(served[name], branch[f"network.{theirs}{name.removeprefix(ours)}"]) for name in names)
     assert served["head.0.weight"].shape == (16, 8 * 7 * 7 + 4)
-    with pytest.raises(TrainingError, match="needs a network of two branches"):
+    with pytest.raises(TrainingError, match="needs a network with two branches"):
         fit(config("no_metadata", architecture=frozen))
 
 
@@ -254,13 +254,11 @@ def test_wrong_configurations_are_said(config: Callable[..., Fit], fitted: Fit, 
         fit(fitted.model_copy(update={"recipe": Recipe(epochs=4)}))
     with pytest.raises(DatasetError, match="the metadata columns nonsense are missing"):
         fit(config("columns", metadata=("nonsense",)))
-    with pytest.raises(DatasetError, match="its cutouts have 63 px, and the network is to take 64"):
+    with pytest.raises(DatasetError, match="its cutouts have 63 px, but the network takes 64"):
         fit(config("large", images=PUBLISHED_IMAGES.model_copy(update={"size": 64})))
-    with pytest.raises(TrainingError, match="no alert to train on has a value of reliability"):
+    with pytest.raises(TrainingError, match="no training alert has a value of reliability"):
         fit(config("empty", metadata=("reliability",)))
-    with pytest.raises(
-        TrainingError, match=r"'vgg6' takes images alone: leave `metadata` out, or choose one of .*timm"
-    ):
+    with pytest.raises(TrainingError, match=r"'vgg6' takes only images: omit `metadata`, or choose one of .*timm"):
         fit(config("vgg6", architecture=Architecture(name="vgg6"), metadata=("magpsf",)))
     with pytest.raises(TrainingError, match="'acai' cannot be fitted to labels: choose one of btsbot_cnn"):
         fit(config("acai", architecture=Architecture(name="acai"), metadata=("magpsf",)))

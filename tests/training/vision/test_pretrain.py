@@ -90,12 +90,12 @@ def test_galaxies_that_cannot_be_used_are_said(galaxy_zoo: tuple[Path, Path]) ->
     with pytest.raises(DatasetError, match="none of the 4 images"):
         read_galaxies(folder / "nowhere", table)
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])
-    with pytest.raises(DatasetError, match=r"1\.png: not an image that can be read"):
+    with pytest.raises(DatasetError, match=r"1\.png: cannot be read as an image"):
         read_galaxies(folder, table)
     for content, message in (
-        ("file_loc,votes_fraction\n0.png,3\n", "shares must be from 0 to 1"),
+        ("file_loc,votes_fraction\n0.png,3\n", "vote fractions must be between 0 and 1"),
         ("file_loc,votes_fraction\n0.png,yes\n", "could not convert string to float: 'yes'"),
-        ("file_loc,votes_fraction\n0.png,\n", "no image that is there has an answer of votes_fraction"),
+        ("file_loc,votes_fraction\n0.png,\n", "no available image has an answer of votes_fraction"),
         ("file_loc,votes\n0.png,3\n", "no column of vote fractions"),
         ("file_loc,votes_fraction\n0,0.5\n", "none of the 1 images"),
     ):
@@ -195,7 +195,7 @@ def test_a_network_without_an_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="'vgg6' has no encoder"):
         pretrain(Pretraining(out=tmp_path / "vgg6", architecture=Architecture(name="vgg6"), galaxies=sources))
     alone = (Simulated(kind="simulated", galaxies=1),)
-    with pytest.raises(DatasetError, match="1 galaxy: some are to train on, and some to stop by"):
+    with pytest.raises(DatasetError, match="1 galaxy: training and validation need at least one each"):
         pretrain(Pretraining(out=tmp_path / "alone", architecture=TINY, galaxies=alone))
     narrow = PUBLISHED_IMAGES.model_copy(update={"size": 31})
     with pytest.raises(TrainingError, match="cannot take images"):

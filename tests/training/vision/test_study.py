@@ -68,7 +68,7 @@ def test_a_run_that_diverges_is_one_that_fails(study: dict[str, object], tmp_pat
 
 
 def test_what_is_misspelt_in_a_study_is_said_before_a_run_is_made(study: dict[str, object], tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"regimens\.galaxies: encoders of models that are not in the study: tinny"):
+    with pytest.raises(TrainingError, match=r"regimens\.galaxies: encoders lists models that are not .*: tinny"):
         begin({**study, "regimens": {"scratch": {}, "galaxies": {"encoders": {"tinny": "x"}}}}, tmp_path)
     for changes in (
         {"regimens": {"scratch": {}, "wild": {"recipe": {"epoch": 3}}}},
