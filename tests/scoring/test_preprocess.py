@@ -268,7 +268,7 @@ def test_a_light_curve_does_not_depend_on_its_company() -> None:
 
 def test_light_curves_that_were_not_decoded_are_an_error() -> None:
     inputs = Inputs(images=spec(), light_curve=LIGHT_CURVE)
-    with pytest.raises(KeyError, match="light curves are needed"):
+    with pytest.raises(KeyError, match="the model needs light curves"):
         prepare(RawAlerts(random_cutouts(2), boxes(2, WHOLE), np.empty((2, 0)), ()), inputs)
 
 

@@ -1,4 +1,4 @@
-"""Training AstroM3 in its published modes, and the study of what its contrastive pre-training is worth.
+"""Training of AstroM3 in its published modes, and a study of the benefit of its contrastive pre-training.
 
-Rizhko & Bloom 2025 (arXiv:2411.08842); the networks and their preprocessing are `training.astrom3.model`.
+Rizhko & Bloom 2025 (arXiv:2411.08842); networks and preprocessing are in `training.astrom3.model`.
 """

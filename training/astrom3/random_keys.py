@@ -1,7 +1,7 @@
-"""How far the random keys of published ProbSparse attention move what AstroM3 says of a star, beside all keys.
+"""Compares AstroM3 with randomly sampled attention keys (as published) and with all keys (as used here).
 
-The published model samples keys anew at each call (`training.astrom3.model.informer`), so that its embedding of
-a star is another each time; all keys, as served, give one.
+The published ProbSparse attention samples keys at random in each call (`training.astrom3.model.informer`), so its
+embedding of a star changes from call to call. With all keys the embedding is deterministic.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from training.astrom3.stars import Shown
 
 @torch.inference_mode()
 def compare_keys(pretrained: AstroM3, classifier: PhotometryClassifier, loader: DataLoader[Shown]) -> dict[str, float]:
-    """Means over stars, each batch with keys of its own, drawn from torch's generator.
+    """Return means over stars by name; random keys are drawn from torch's generator for each batch.
 
-    Distances are 1 - cosine, between photometry embeddings of a star with all keys and with random ones, with random
-    ones twice, and of two stars with all keys; shares are of the stars whose most probable class is another.
+    Distances are 1 - cosine similarity of photometry embeddings: of a star with all keys and with random keys, of a
+    star with two draws of random keys, and of two stars with all keys. Fractions count stars whose most probable class
+    changes.
     """
     figures: dict[str, list[float]] = {}
     for photometry, mask, *rest, _ in loader:
@@ -43,5 +44,5 @@ def compare_keys(pretrained: AstroM3, classifier: PhotometryClassifier, loader: 
 
 
 def _distance(one: Tensor, other: Tensor) -> Tensor:
-    """1 - cosine of unit vectors [N, D], row by row, [N]."""
+    """Return 1 - cosine similarity of unit vectors [N, D], row by row: [N]."""
     return 1 - (one * other).sum(1)

@@ -1,6 +1,6 @@
-"""`astrom3-simulate`: sets of simulated variable stars in the layout of AstroM3Dataset, which `astrom3` reads.
+"""`astrom3-simulate`: simulates sets of variable stars in the layout of AstroM3Dataset, which `astrom3` reads.
 
-A seed makes a set of its own: the same one every time, and no star of it stands in another's.
+A seed always gives the same set, and sets of different seeds share no star.
 """
 
 from __future__ import annotations
@@ -34,26 +34,29 @@ SHARES: Mapping[str, float] = {
     "M": 0.03,
     "DSCT": 0.03,
 }
-"""Of the classes: ordered as in AstroM3Dataset and about as uneven, though the rarest are less rare than there."""
+"""Fractions of the classes, in the order of AstroM3Dataset and about as unbalanced, but with more stars of the rarest
+classes."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 ABSOLUTE = [name for name in METADATA_COLUMNS if name.endswith("mag") and not name.startswith("e_")]
-"""Columns that are published as absolute magnitudes, by the parallax."""
+"""Columns that are published as absolute magnitudes, derived from the parallax."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `astrom3-simulate` takes."""
-    parser.add_argument("out", type=Path, metavar="DIRECTORY", help="where the set's folders go")
+    """Add the arguments of `astrom3-simulate`."""
+    parser.add_argument("out", type=Path, metavar="DIRECTORY", help="directory for the folders of the sets")
     parser.add_argument(
         "--stars", type=kinds.positive, nargs=3, default=(2000, 400, 2000), metavar=("TRAIN", "VALIDATION", "TEST")
     )
-    parser.add_argument("--seed", type=kinds.seed, nargs="+", default=[42], help="a set each (default: 42)")
     parser.add_argument(
-        "--subset", choices=DIVISORS, nargs="+", default=["full"], help="folders to write (default: full)"
+        "--seed", type=kinds.seed, nargs="+", default=[42], help="seeds, one for each set (default: 42)"
+    )
+    parser.add_argument(
+        "--subset", choices=DIVISORS, nargs="+", default=["full"], help="subsets to write (default: full)"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Simulates the sets that are not there yet."""
+    """Simulate the sets that do not exist yet."""
     counts = dict(zip(SPLITS, arguments.stars, strict=True))
     for seed in arguments.seed:
         write_stars(arguments.out, seed, counts, arguments.subset)
@@ -61,10 +64,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def write_stars(directory: Path, seed: int, counts: Mapping[Split, int], subsets: Sequence[Subset] = ("full",)) -> None:
-    """Writes `{subset}_{seed}/{split}.parquet` with so many stars of each split, and of each subset fewer.
+    """Write `{subset}_{seed}/{split}.parquet` with `counts` stars in each split, and fewer in smaller subsets.
 
-    Metadata are transformed and standardised over the stars to train on, as published. A file that is there is left as
-    it is, whatever it was made with.
+    Metadata are transformed and standardised over the training stars, as published. Existing files are not changed,
+    even if they were written with other counts.
     """
     files = {
         (subset, split): directory / f"{subset}_{seed}" / f"{split}.parquet" for subset in subsets for split in counts
@@ -91,7 +94,8 @@ def write_stars(directory: Path, seed: int, counts: Mapping[Split, int], subsets
 
 
 def _shares(count: int) -> NDArray[np.int64]:
-    """So many of each class, one at least where there are as many: the largest remainders round up."""
+    """Return the number of stars of each class, rounded by the largest remainder, at least one each if `count`
+    allows."""
     exact = np.array(list(SHARES.values())) * count
     whole: NDArray[np.int64] = np.floor(exact).astype(np.int64)
     whole[np.argsort(whole - exact, kind="stable")[: count - whole.sum()]] += 1
@@ -99,10 +103,10 @@ def _shares(count: int) -> NDArray[np.int64]:
 
 
 def _transformed(star: SimulatedStar) -> NDArray[np.float64]:
-    """The values of `METADATA_COLUMNS` and `PHOTOMETRY_FEATURES` as published before they are standardised.
+    """Return METADATA_COLUMNS and PHOTOMETRY_FEATURES transformed as published, before standardisation: float64[38].
 
-    https://github.com/MeriDK/AstroM3, dev/notebooks/054: magnitudes become absolute by the parallax, one that is not
-    positive counting as 1 mas; cosine of the longitude, sine of the latitude; log10 of the period.
+    https://github.com/MeriDK/AstroM3, dev/notebooks/054: absolute magnitudes from the parallax (1 mas if it is not
+    positive); cosine of the galactic longitude, sine of the latitude; log10 of the period.
     """
     values = star.metadata | star.features
     parallax = values["parallax"] if values["parallax"] > 0 else 1.0
@@ -113,9 +117,9 @@ def _transformed(star: SimulatedStar) -> NDArray[np.float64]:
 
 
 def _table(stars: Sequence[SimulatedStar], catalogue: NDArray[np.float64]) -> pa.Table:
-    """Rows of AstroM3Dataset. `catalogue` [N, 38]: standardised."""
+    """Return rows in the layout of AstroM3Dataset. `catalogue`: standardised values [N, 38]."""
     rows = pa.list_(pa.list_(pa.float32()))
-    exact = pa.list_(pa.list_(pa.float64()))  # Julian days do not fit into 32 bits
+    exact = pa.list_(pa.list_(pa.float64()))  # float32 is too imprecise for Julian days
     columns = [pa.array(column) for column in catalogue.T]
     groups = [
         pa.StructArray.from_arrays(columns[: len(METADATA_COLUMNS)], list(METADATA_COLUMNS)),
@@ -132,7 +136,7 @@ def _table(stars: Sequence[SimulatedStar], catalogue: NDArray[np.float64]) -> pa
 
 
 def _lists(matrices: Sequence[NDArray[np.floating]], kind: pa.ListType) -> pa.Array:
-    """Matrices [n, 3], n each one's own, as a column of lists of lists."""
+    """Return matrices [n, 3], with different n, as an Arrow column of lists of lists."""
     flat = np.concatenate(matrices)
     width = flat.shape[1]
     inner = pa.ListArray.from_arrays(np.arange(len(flat) + 1, dtype=np.int32) * width, pa.array(flat.ravel()))

@@ -1,9 +1,10 @@
-"""Sets of stars in the two layouts on Hugging Face, read from Parquet files that are here already.
+"""Sets of stars in the two layouts that are published on Hugging Face, read from local Parquet files.
 
-`AstroM3Dataset`: photometry (N, 3), spectra (M, 3), metadata by name and a label by name, unprepared;
-`AstroM3Processed`: the same prepared, photometry (N, 9), spectra (3, 2575), 34 metadata and a label by number. Which it
-is, the columns say. Below the directory each subset and seed has a folder: `full_42/train*.parquet`, `validation*`,
-`test*`. Never downloads anything; a shape that is not the layout's is refused, with its file and row.
+`AstroM3Dataset`: raw photometry (N, 3), spectra (M, 3), metadata by name, and the label by name. `AstroM3Processed`:
+the same preprocessed: photometry (N, 9), spectra (3, 2575), 34 metadata values, and the label by number. The columns
+reveal the layout. The directory has a folder for each subset and seed, with the splits: `full_42/train*.parquet`,
+`validation*`, `test*`. Nothing is downloaded. Data that do not have the shapes of a layout are refused with file and
+row.
 """
 
 from __future__ import annotations
@@ -38,26 +39,27 @@ from training.errors import DatasetError
 Split = Literal["train", "validation", "test"]
 Subset = Literal["full", "sub50", "sub25", "sub10"]
 DIVISORS: dict[Subset, int] = {"full": 1, "sub50": 2, "sub25": 4, "sub10": 10}
-"""How many times fewer stars a subset has."""
+"""Factor by which a subset is smaller than the full set."""
 COLUMNS = ("photometry", "spectra", "metadata", "label")
 SPECTRUM_CHANNELS = 3
 ROWS_AT_ONCE = 512
-"""Read and prepared together: a row of the raw layout is 100 kB."""
+"""Rows that are read and preprocessed together: a row of the raw layout has 100 kB."""
 
 Shown = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""N stars: photometry [N, L, 9], mask [N, L], spectra [N, 3, 2575], metadata [N, 34], float32; labels int64 [N]."""
+"""A batch of N stars: photometry [N, L, 9], mask [N, L], spectra [N, 3, 2575], metadata [N, 34], float32; labels
+int64[N]."""
 
 
 @dataclass(frozen=True, slots=True)
 class StarSet:
-    """N prepared stars in memory, 31 kB each and their light curves; `stars[rows]` are some of them."""
+    """N preprocessed stars in memory (31 kB each, and the light curves); `stars[rows]` selects a subset."""
 
-    light_curves: Sequence[NDArray[np.float32]]  # N of [n, 9], whole
+    light_curves: Sequence[NDArray[np.float32]]  # N arrays [n, 9], not yet cut
     spectra: NDArray[np.float32]  # [N, 3, 2575]
     metadata: NDArray[np.float32]  # [N, 34]
     label: NDArray[np.int64]  # [N] index into CLASSES
     padding: Padding
-    """The layout's own: see `preprocess.Padding`."""
+    """The padding of the layout: see `preprocess.Padding`."""
 
     def __len__(self) -> int:
         return len(self.label)
@@ -74,10 +76,10 @@ class StarSet:
 
 
 class ShownStars(torch.utils.data.Dataset[Shown]):
-    """Stars as a network is shown them, a batch at a time, long light curves cut to `length`: about their middle.
+    """A torch data set of stars in batches. Light curves longer than `length` are cut about their middle.
 
-    To train on, with a `seed`, at random places, which the seed and the batch's stars decide: each epoch has batches of
-    its own, and a training that resumes has the places that it would have had.
+    For training, with a `seed`, they are cut at random places, which depend on the seed and the stars of the batch:
+    places change from epoch to epoch, and a resumed training has the same places as an uninterrupted one.
     """
 
     def __init__(self, stars: StarSet, length: int, seed: int | None = None) -> None:
@@ -89,7 +91,7 @@ class ShownStars(torch.utils.data.Dataset[Shown]):
         return len(self.stars)
 
     def __getitems__(self, rows: Sequence[int]) -> Shown:
-        """What torch's loader asks for: the batch of these rows."""
+        """Return the batch of these rows; called by torch's DataLoader."""
         stars = self.stars[np.array(rows)]
         rng = None if self.seed is None else np.random.default_rng([self.seed, *rows])
         cut = [to_length(light_curve, self.length, rng, stars.padding) for light_curve in stars.light_curves]
@@ -99,9 +101,10 @@ class ShownStars(torch.utils.data.Dataset[Shown]):
 
 
 def read_stars(directory: Path, subset: Subset, seed: int, split: Split) -> StarSet:
-    """A split of a set: the subset's own folder, or, where it has none, a subset of the full set, drawn with `seed`.
+    """Read a split of a subset from the subset's folder or, if it has none, draw the subset from the full set with
+    `seed`.
 
-    Raises DatasetError where there is no such folder, or a file is not of either layout.
+    Raises DatasetError if there is no such folder, or if a file has neither layout.
     """
     folder = directory / f"{subset}_{seed}"
     drawn = not folder.is_dir()
@@ -109,10 +112,10 @@ def read_stars(directory: Path, subset: Subset, seed: int, split: Split) -> Star
         folder = directory / f"full_{seed}"
     files = sorted(folder.glob(f"{split}*.parquet"))
     if not files:
-        raise DatasetError(f"{folder}: no {split}*.parquet; there must be a folder for each subset and seed")
+        raise DatasetError(f"{folder}: there is no {split}*.parquet; each subset and seed needs a folder")
     parts = [part for file in files for part in _read(file)]
     if not parts:
-        raise DatasetError(f"{folder}: {split}*.parquet hold no star")
+        raise DatasetError(f"{folder}: {split}*.parquet contain no stars")
     stars = StarSet(
         [light_curve for part in parts for light_curve in part.light_curves],
         np.concatenate([part.spectra for part in parts]),
@@ -123,13 +126,16 @@ def read_stars(directory: Path, subset: Subset, seed: int, split: Split) -> Star
     if drawn:
         rows = class_capped(stars.label, DIVISORS[subset], seed)
         if not len(rows):
-            raise DatasetError(f"{folder}: {subset} leaves none of {len(stars)} stars of {split}: give more")
+            raise DatasetError(
+                f"{folder}: {subset} would contain none of the {len(stars)} stars of {split}: give more stars"
+            )
         stars = stars[rows]
     return stars
 
 
 def class_capped(label: NDArray[np.int64], divisor: int, seed: int) -> NDArray[np.int64]:
-    """The rows of a subset `divisor` times smaller: of each class so many at most, chosen at random; in order."""
+    """Return the rows, in order, of a subset `divisor` times smaller: at most a fixed number of each class, chosen at
+    random."""
     cap = class_cap(np.bincount(label).tolist(), len(label) // divisor)
     order = np.random.default_rng(seed).permutation(len(label))
     by_class = order[np.argsort(label[order], kind="stable")]
@@ -139,9 +145,10 @@ def class_capped(label: NDArray[np.int64], divisor: int, seed: int) -> NDArray[n
 
 
 def class_cap(counts: Sequence[int], goal: int) -> int:
-    """How many of each class a subset of `goal` stars has at most, so that rare classes stay whole.
+    """Return the largest number of stars of each class in a subset of `goal` stars, so that rare classes stay complete.
 
-    As published, the rarest class is taken to stay whole even where it must not: 166 of 17,063 / 10, not 170.
+    As published, the rarest class is always treated as complete, even if that is wrong: the cap for 17,063 / 10 stars
+    is 166, not 170.
     """
     ascending = sorted(count for count in counts if count)
     whole = 0
@@ -153,7 +160,8 @@ def class_cap(counts: Sequence[int], goal: int) -> int:
 
 
 def _read(file: Path) -> list[StarSet]:
-    """The file's stars in parts. Only one part is unprepared at a time: that takes several times the room."""
+    """Read the file's stars in parts. Only one part is in memory before preprocessing, which takes several times more
+    memory."""
     parts, first = [], 0
     try:
         table = parquet.ParquetFile(file)
@@ -162,7 +170,7 @@ def _read(file: Path) -> list[StarSet]:
         prepare = _prepare if pa.types.is_struct(table.schema_arrow.field("metadata").type) else _prepared
         for batch in table.iter_batches(ROWS_AT_ONCE, columns=list(COLUMNS)):
             if without := [name for name in COLUMNS if batch.column(name).null_count]:
-                raise DatasetError(f"{file}: rows from {first}: {without[0]} is missing in some")
+                raise DatasetError(f"{file}: {without[0]} is missing in a row from {first} on")
             parts.append(prepare(batch, f"{file}: row ", first))
             first += len(batch)
     except (pa.ArrowException, OSError) as error:
@@ -171,7 +179,7 @@ def _read(file: Path) -> list[StarSet]:
 
 
 def _prepare(batch: pa.RecordBatch, where: str, first: int) -> StarSet:
-    """Rows of `AstroM3Dataset`."""
+    """Preprocess rows of `AstroM3Dataset`."""
     observations = _matrices(batch.column("photometry"), 3, f"{where}{first} on: photometry")
     spectra = _matrices(batch.column("spectra"), 3, f"{where}{first} on: spectra")
     light_curves, prepared, metadata, label = [], [], [], []
@@ -187,12 +195,12 @@ def _prepare(batch: pa.RecordBatch, where: str, first: int) -> StarSet:
         except ObservationsError as error:
             raise DatasetError(f"{where}{first + i}: {error}") from error
         except ValueError as error:
-            raise DatasetError(f"{where}{first + i}: label {name!r} is none of {', '.join(CLASSES)}") from error
+            raise DatasetError(f"{where}{first + i}: label {name!r} is not one of {', '.join(CLASSES)}") from error
     return StarSet(light_curves, np.stack(prepared), np.stack(metadata), np.array(label), "repeated")
 
 
 def _prepared(batch: pa.RecordBatch, where: str, first: int) -> StarSet:
-    """Rows of `AstroM3Processed`."""
+    """Return rows of `AstroM3Processed`."""
     where = f"{where}{first} on: "
     light_curves = _matrices(batch.column("photometry"), CHANNELS, f"{where}photometry")
     spectra = _matrices(batch.column("spectra"), len(WAVELENGTHS), f"{where}spectra")
@@ -200,23 +208,24 @@ def _prepared(batch: pa.RecordBatch, where: str, first: int) -> StarSet:
     if wrong := [len(spectrum) for spectrum in spectra if len(spectrum) != SPECTRUM_CHANNELS]:
         raise DatasetError(f"{where}a spectrum has {wrong[0]} channels, not {SPECTRUM_CHANNELS}")
     if not ((label >= 0) & (label < len(CLASSES))).all():
-        raise DatasetError(f"{where}a label is none of 0 to {len(CLASSES) - 1}")
+        raise DatasetError(f"{where}a label is not between 0 and {len(CLASSES) - 1}")
     metadata = _numbers(batch.column("metadata"), len(METADATA_COLUMNS), f"{where}metadata")
     return StarSet(light_curves, np.stack(spectra), metadata, label, "zero")
 
 
 def _matrices(column: pa.Array, width: int, what: str) -> list[NDArray[np.float32]]:
-    """A column of lists of `width` numbers as arrays [n, width], n a row's own. Raises DatasetError where it is not."""
+    """Return a column of lists of `width` numbers as arrays [n, width], one per row. Raises DatasetError for other
+    columns."""
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        raise DatasetError(f"{what} is {column.type}, no list of lists of numbers")
+        raise DatasetError(f"{what} is {column.type}, not a list of lists of numbers")
     rows = _numbers(column.flatten(), width, what)
     return np.split(rows, np.cumsum(compute.list_value_length(column).to_numpy())[:-1])
 
 
 def _numbers(column: pa.Array, width: int, what: str) -> NDArray[Any]:
-    """A column of `width` numbers each as an array [n, width]. Raises DatasetError where there are more or fewer."""
+    """Return a column of `width` numbers per row as an array [n, width]. Raises DatasetError for other columns."""
     if not hasattr(column, "flatten") or pa.types.is_struct(column.type):
-        raise DatasetError(f"{what} is {column.type}, no list of numbers")
+        raise DatasetError(f"{what} is {column.type}, not a list of numbers")
     lengths = compute.list_value_length(column).to_numpy(zero_copy_only=False)
     if (lengths != width).any():
         raise DatasetError(f"{what} has rows of {lengths[lengths != width][0]:g} values, not {width}")
@@ -225,6 +234,6 @@ def _numbers(column: pa.Array, width: int, what: str) -> NDArray[Any]:
 
 
 def _flat(metadata: Mapping[str, Any]) -> dict[str, float]:
-    """Values by name; published rows have them in two groups, the metadata encoder's and the photometry encoder's."""
+    """Return values by name; published rows hold them in two groups, for the metadata and the photometry encoder."""
     groups = [value for value in metadata.values() if isinstance(value, Mapping)]
     return {name: value for group in groups or [metadata] for name, value in group.items() if value is not None}

@@ -1,9 +1,9 @@
-"""`astrom3-study`: what contrastive pre-training is worth on simulated stars, beside random weights.
+"""`astrom3-study`: compares contrastive pre-training with random initial weights, on simulated stars.
 
-For every seed: simulates a set, pre-trains AstroM3 on all of its stars to train on without their labels, and trains
-each classifier twice on a class-capped subset, from random weights and from the pre-trained encoders, alike in all
-but the learning rate. Every classifier is measured on the whole test split, with all keys (`random_keys.py`). What is
-done already is not repeated.
+For every seed, it simulates a set, pre-trains AstroM3 on all training stars without labels, and trains each classifier
+twice on a class-capped subset: from random weights and from the pre-trained encoders, with equal settings except for
+the learning rate. Every classifier is evaluated on the whole test split, with all keys (`random_keys.py`). Finished
+steps are not repeated.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from training.recipe import Hardware, begin, read_configuration
 TABLE, SUMMARY = "study.csv", "summary.md"
 STARS, RUNS = "stars", "runs"
 MODES: tuple[Mode, ...] = ("photo", "spectra", "meta", "all")
-"""Of classifiers."""
+"""Modes of the classifiers."""
 SCRATCH, CLIP = "scratch", "clip"
 FIGURES = ("accuracy", "balanced_accuracy")
 
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class Counts(Section):
-    """Simulated stars of each seed."""
+    """Number of simulated stars for each seed."""
 
     train: int = Field(gt=0)
     validation: int = Field(gt=0)
@@ -51,28 +51,28 @@ class Counts(Section):
 
     @property
     def by_split(self) -> dict[Split, int]:
-        """The counts as `write_stars` takes them."""
+        """The counts in the format of `write_stars`."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
 class Rates(Section):
-    """Learning rates by what a classifier begins with: each has its own best, as published."""
+    """Learning rates by the initial weights; each has its own best one, as published."""
 
     scratch: float = Field(gt=0)
     clip: float = Field(gt=0)
 
 
 class Study(Section):
-    """`STUDY.yaml`."""
+    """The keys of a study's YAML file."""
 
     out: Path
     stars: Counts
-    subset: Subset = Field(default="sub10", description="The labels that classifiers are given.")
+    subset: Subset = Field(default="sub10", description="Subset that the classifiers are trained on.")
     seeds: tuple[int, ...] = Field(default=(42, 0, 66, 12, 123), min_length=2)
-    arguments: dict[str, Any] = Field(default={}, description="Keys of `AstroM3Arguments`, of all networks alike.")
-    pretraining: dict[str, Any] = Field(default={}, description="Keys of `Recipe` of the pre-training.")
-    recipe: dict[str, Any] = Field(default={}, description="Keys of `Recipe` of all classifiers alike.")
-    learning_rate: dict[Mode, Rates] = Field(description="Of each mode's classifiers.")
+    arguments: dict[str, Any] = Field(default={}, description="Keys of `AstroM3Arguments` for all networks.")
+    pretraining: dict[str, Any] = Field(default={}, description="Keys of `Recipe` for the pre-training.")
+    recipe: dict[str, Any] = Field(default={}, description="Keys of `Recipe` for all classifiers.")
+    learning_rate: dict[Mode, Rates] = Field(description="Learning rates of the classifiers, by mode.")
     hardware: Hardware = Hardware()
 
     @model_validator(mode="after")
@@ -83,20 +83,22 @@ class Study(Section):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `astrom3-study` takes."""
-    parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="what `training.astrom3.study.Study` documents")
+    """Add the arguments of `astrom3-study`."""
+    parser.add_argument(
+        "study", type=Path, metavar="STUDY.yaml", help="YAML file with the keys of `training.astrom3.study.Study`"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains what is not trained yet, and prints the summary."""
+    """Run all unfinished trainings, and print the summary."""
     config = read_configuration(Study, arguments.study)
     print(study(config))
 
 
 def study(config: Study) -> str:
-    """Makes every run; writes a row for each and the summary over seeds, and returns this.
+    """Run all trainings, write a row for each and a summary over seeds, and return the summary.
 
-    Raises TrainingError where `out` was begun with another study.
+    Raises TrainingError if `out` was started with another study.
     """
     begin(config.out, config)
     rows, keys = [], []
@@ -114,7 +116,7 @@ def study(config: Study) -> str:
 
 
 def _train(config: Study, seed: int) -> list[dict[str, Any]]:
-    """A row for each classifier."""
+    """Return a row for each classifier."""
     stars = config.out / STARS
     subsets: tuple[Subset, ...] = ("full", config.subset) if config.subset != "full" else ("full",)
     write_stars(stars, seed, config.stars.by_split, subsets)
@@ -169,7 +171,8 @@ def _configured(config: Study, seed: int, name: str, **others: Any) -> AstroM3Ru
 
 
 def _compare_keys(config: Study, seed: int) -> dict[str, float]:
-    """What random keys change for the pre-trained network and the photometry classifier that began with it."""
+    """Return the effect of random keys on the pre-trained network and on the photometry classifier that started from
+    it."""
     pretraining, classifier = _pretraining(config, seed), _classifier(config, seed, "photo", CLIP)
     network, photometry = load_network(pretraining.out / CHECKPOINT), load_network(classifier.out / CHECKPOINT)
     assert isinstance(network, AstroM3)
@@ -180,7 +183,8 @@ def _compare_keys(config: Study, seed: int) -> dict[str, float]:
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> str:
-    """A table in Markdown: means and standard deviations over the seeds, in per cent, and the differences by seed."""
+    """Return a Markdown table of means and standard deviations over the seeds, in per cent, and of the paired
+    differences."""
     lines = [
         "| classifier | figure | from scratch | from CLIP | difference | seeds better |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -200,7 +204,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def summarise_keys(keys: Sequence[dict[str, float]]) -> str:
-    """A table in Markdown: means and standard deviations over the seeds of what `compare_keys` says."""
+    """Return a Markdown table of means and standard deviations over the seeds of the figures of `compare_keys`."""
     lines = ["| photometry, test split | mean over stars |", "| --- | --- |"]
     for name in keys[0]:
         values = np.array([figures[name] for figures in keys])

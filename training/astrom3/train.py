@@ -1,9 +1,11 @@
-"""`astrom3`: trains AstroM3 as published: its contrastive pre-training, and classifiers of one modality or of all.
+"""`astrom3`: trains AstroM3 as published: contrastive pre-training, or classifiers of one or all modalities.
 
-Writes a checkpoint in the published layout (`checkpoint/`, which `pretrained` takes) and, of a classifier, what it is
-worth on the test split (`figures.yaml`). May be killed at any time: the same command goes on from the last epoch.
-Differs from the published code in that the weights kept are those of the lowest validation loss, by which it stops too,
-not of the highest accuracy; and that validation and test see all keys (`informer.py`), so that they can be repeated.
+It writes a checkpoint in the published layout (`checkpoint/`, the input of `pretrained`) and, for a classifier, its
+figures on the test split (`figures.yaml`). It may be killed at any time: the same command resumes after the last
+complete epoch.
+
+There are two differences from the published code: the best weights and early stopping are chosen by the validation
+loss, not by the accuracy; and validation and test use all keys (`informer.py`), so that they are reproducible.
 """
 
 from __future__ import annotations
@@ -45,12 +47,17 @@ FIGURES = "figures.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `astrom3` takes."""
-    parser.add_argument("configuration", type=Path, metavar="ASTROM3.yaml", help="what `AstroM3Run` documents")
+    """Add the arguments of `astrom3`."""
+    parser.add_argument(
+        "configuration",
+        type=Path,
+        metavar="ASTROM3.yaml",
+        help="YAML file with the keys of `training.astrom3.recipe.AstroM3Run`",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains, or goes on training, and says what came of it."""
+    """Train, or resume training, and print the figures."""
     config = read_configuration(AstroM3Run, arguments.configuration)
     figures = train(config)
     rank_zero_only(print)(
@@ -59,10 +66,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def train(config: AstroM3Run) -> dict[str, Any]:
-    """Trains a network, writes its checkpoint and its figures, and returns these.
+    """Train a network, write its checkpoint and its figures, and return the figures.
 
-    Raises TrainingError where the directory was begun with another configuration or `pretrained` does not fit,
-    DatasetError where the stars cannot be read, BundleError where a checkpoint cannot.
+    Raises TrainingError if the directory was started with another configuration or `pretrained` does not fit,
+    DatasetError if the stars cannot be read, and BundleError if a checkpoint cannot be read.
     """
     begin(config.out, config)
     if (config.out / FIGURES).exists():
@@ -89,7 +96,7 @@ def train(config: AstroM3Run) -> dict[str, Any]:
 
 
 def build(mode: Mode, arguments: AstroM3Arguments) -> Network:
-    """The network of a mode; one of a single modality, with its part of the arguments."""
+    """Return the network of a mode; a network of a single modality uses its part of the arguments."""
     classify = {"classification": True}
     match mode:
         case "clip":
@@ -105,9 +112,9 @@ def build(mode: Mode, arguments: AstroM3Arguments) -> Network:
 
 
 def begin_with(network: Network, pretrained: Path) -> None:
-    """Gives a classifier the encoders of a pre-trained AstroM3; its last layer stays as it is.
+    """Load the encoders of a pre-trained AstroM3 into a classifier; its last layer is not changed.
 
-    Raises TrainingError where that is another network, or its parameters have other shapes.
+    Raises TrainingError if the checkpoint holds another network, or its parameters have other shapes.
     """
     source = load_network(pretrained)
     if type(source) is not AstroM3:
@@ -125,7 +132,7 @@ def begin_with(network: Network, pretrained: Path) -> None:
 
 
 def classify(network: Network, stars: Stars, keys: Tensor | None = None) -> Tensor:
-    """A classifier's logits [N, classes], of what it takes of the stars."""
+    """Return a classifier's logits [N, classes] for the modalities that it takes."""
     if isinstance(network, PhotometryClassifier):
         return network(stars.photometry, stars.mask, keys)  # type: ignore[no-any-return]
     if isinstance(network, SpectraClassifier):
@@ -136,19 +143,19 @@ def classify(network: Network, stars: Stars, keys: Tensor | None = None) -> Tens
 
 
 class StarLearner(Learner):
-    """AstroM3 learns which spectrum, light curve and metadata are of one star; a classifier, which class it is of."""
+    """AstroM3 learns to match light curve, spectrum and metadata of the same star; a classifier learns the class."""
 
     network: Network
     optimisation: Recipe
 
     def training_step(self, batch: tuple[Tensor, ...], _: int) -> Tensor:
-        """The loss of a batch; there is no image in it to be turned."""
+        """Return the loss of a batch, without augmentation of images."""
         loss = self.loss_of(batch)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch[0]))
         return loss
 
     def loss_of(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """See `Shown`."""
+        """Return the mean loss of a batch (see `Shown`)."""
         *inputs, label = batch
         stars = Stars(*inputs)
         keys = self._draw_keys()
@@ -163,12 +170,12 @@ class StarLearner(Learner):
         return None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
-        """Shortens gradients that are too long."""
+        """Clip gradients."""
         if self.optimisation.max_gradient_norm:
             torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimisation.max_gradient_norm)
 
     def configure_optimizers(self) -> Any:
-        """Adam, with the weights' decay in the gradient, as published."""
+        """Return Adam with L2 regularisation in the gradient, as published."""
         plan = self.optimisation
         optimizer = torch.optim.Adam(
             self.parameters(), lr=plan.learning_rate, betas=plan.betas, weight_decay=plan.weight_decay
@@ -184,7 +191,7 @@ class StarLearner(Learner):
         return [optimizer], schedules
 
     def lr_scheduler_step(self, scheduler: LRScheduler | ReduceLROnPlateau, metric: Any) -> None:
-        """The learning rate rises first; only after that does it heed the validation loss."""
+        """Apply the warm-up first, and the reduction by validation loss after it."""
         warming_up = self.current_epoch < self.optimisation.warm_up_epochs
         if isinstance(scheduler, ReduceLROnPlateau):
             if not warming_up:
@@ -195,14 +202,15 @@ class StarLearner(Learner):
 
 @torch.inference_mode()
 def predict(network: Network, batches: DataLoader[Shown]) -> NDArray[np.int64]:
-    """The most probable class of every star, index into CLASSES."""
+    """Return the most probable class of every star, int64[N], an index into CLASSES."""
     logits = [classify(network, Stars(*inputs)) for *inputs, _ in batches]
     classes: NDArray[np.int64] = torch.cat(logits).argmax(1).numpy()
     return classes
 
 
 def measure(label: NDArray[np.int64], predicted: NDArray[np.int64]) -> dict[str, float]:
-    """Accuracy, as the paper reports it; balanced accuracy, the mean of the classes' recalls; and these."""
+    """Return accuracy (as in the paper), balanced accuracy (mean recall of the classes), and the recall of each
+    class."""
     right = label == predicted
     recall = {name: float(right[label == i].mean()) for i, name in enumerate(CLASSES) if (label == i).any()}
     figures = {
@@ -214,7 +222,7 @@ def measure(label: NDArray[np.int64], predicted: NDArray[np.int64]) -> dict[str,
 
 
 def shown(stars: StarSet, config: AstroM3Run, split: Split) -> DataLoader[Shown]:
-    """Batches of stars as a training is shown them: the split to train on shuffled and cut at random."""
+    """Return batches of stars; the training split is shuffled and cut at random places."""
     plan = config.plan
     training = split == "train"
     items = ShownStars(stars, config.network.seq_len, plan.seed if training else None)

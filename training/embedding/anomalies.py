@@ -54,7 +54,7 @@ SPLIT_SEEDS = {"test": 2026, "validation": 2027}
 STEPS = 250
 """Training steps, for a few hundred alerts; many more steps overfit them."""
 SERVED = "mahalanobis, whole and modalities"
-FORESTS = ("forest of features", "forest of features, bogus ones too", "forest of pixels")
+FORESTS = ("forest of features", "forest of features, with bogus alerts", "forest of pixels")
 INTRODUCTION = """\
 # Anomalies: finding held-out classes
 

@@ -104,7 +104,7 @@ def _differences_tables(dataset: str, cells: Mapping[Choice, Cell]) -> Iterator[
     """Yield a table of differences for each of regimen, inputs and network, with the other choices equal."""
     for changed, called in (("regimen", "regimens"), ("inputs", "inputs"), ("model", "networks")):
         rows = [
-            [_but_for(changed, one), f"{getattr(one, changed)} less {getattr(other, changed)}"]
+            [_but_for(changed, one), f"{getattr(one, changed)} minus {getattr(other, changed)}"]
             + [verdict(cells[one].ahead_of(cells[other], name), name) for name in COMPARED]
             for one, other in _pairs(cells, changed)
         ]
@@ -113,7 +113,7 @@ def _differences_tables(dataset: str, cells: Mapping[Choice, Cell]) -> Iterator[
                 f"{dataset}: {called} compared",
                 "Paired differences. * marks an interval that excludes 0 in favour of the first choice, † one that "
                 "excludes 0 in favour of the second; by chance, one interval in twenty excludes 0.",
-                ["of", "difference", *(FIGURES[name] for name in COMPARED)],
+                ["runs", "difference", *(FIGURES[name] for name in COMPARED)],
                 rows,
             )
 

@@ -194,17 +194,17 @@ def test_a_subset_has_its_own_folder_or_is_drawn(stars: Path, simulated: StarSet
     ("rows", "complaint"),
     [
         ({**RAW, "photometry": [[[1.0, 2.0]]]}, "photometry has rows of 2 values, not 3"),
-        ({**RAW, "photometry": [[1.0, 2.0]]}, "photometry is double, no list of numbers"),
+        ({**RAW, "photometry": [[1.0, 2.0]]}, "photometry is double, not a list of numbers"),
         ({**RAW, "spectra": [[[1.0] * 4]]}, "spectra has rows of 4 values, not 3"),
-        ({**RAW, "label": ["CEP"]}, "row 0: label 'CEP' is none of DSCT, EA"),
+        ({**RAW, "label": ["CEP"]}, "row 0: label 'CEP' is not one of DSCT, EA"),
         ({**RAW, "metadata": [{"l": 1.0}]}, "row 0: a light curve needs finite amplitude, period"),
-        ({**RAW, "metadata": [{"photo_cols": RAW["metadata"][0]["photo_cols"]}]}, "row 0: metadata lack mean_vmag"),
+        ({**RAW, "metadata": [{"photo_cols": RAW["metadata"][0]["photo_cols"]}]}, "row 0: metadata values mean_vmag"),
         ({**RAW, "label": [None]}, "label is missing"),
         ({**PREPARED, "photometry": [[[0.1] * 8]]}, "photometry has rows of 8 values, not 9"),
         ({**PREPARED, "spectra": [[[0.2] * 2574] * 3]}, "spectra has rows of 2574 values, not 2575"),
         ({**PREPARED, "spectra": [[[0.2] * 2575] * 2]}, "a spectrum has 2 channels, not 3"),
         ({**PREPARED, "metadata": [[0.3] * 38]}, "metadata has rows of 38 values, not 34"),
-        ({**PREPARED, "label": [10]}, "a label is none of 0 to 9"),
+        ({**PREPARED, "label": [10]}, "a label is not between 0 and 9"),
         ({name: values for name, values in RAW.items() if name != "spectra"}, "no column spectra"),
     ],
 )
@@ -214,9 +214,9 @@ def test_what_is_of_neither_layout_is_refused(tmp_path: Path, rows: Rows, compla
 
 
 def test_what_is_not_there_is_said(stars: Path, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"full_8: no train\*.parquet"):
+    with pytest.raises(DatasetError, match=r"full_8: there is no train\*.parquet"):
         read_stars(stars, "full", 8, "train")
-    with pytest.raises(DatasetError, match=r"full_7: sub10 leaves none of 20 stars of validation"):
+    with pytest.raises(DatasetError, match=r"full_7: sub10 would contain none of the 20 stars of validation"):
         read_stars(stars, "sub10", SEED, "validation")
     (tmp_path / "full_0").mkdir()
     (tmp_path / "full_0" / "train.parquet").write_bytes(b"PAR1")

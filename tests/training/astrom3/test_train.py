@@ -83,7 +83,7 @@ def test_hyper_parameters_are_the_published_ones() -> None:
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
-        ({"mode": "clip", "subset": "sub10"}, "clip-sub10 is no published training"),
+        ({"mode": "clip", "subset": "sub10"}, "clip-sub10 is not a published training"),
         ({"mode": "photo", "recipe": {"learning_rat": 1}}, "learning_rat"),
         ({"mode": "photo", "arguments": {"p_d_model": 7}}, "d_model 7 is odd"),
         ({"mode": "light"}, "mode"),

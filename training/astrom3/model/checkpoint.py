@@ -1,7 +1,7 @@
-"""AstroM3's networks on disk, as Hugging Face has the published ones: `config.json` and `model.safetensors`.
+"""AstroM3's networks on disk, in the layout published on Hugging Face: `config.json` and `model.safetensors`.
 
-Reads a directory that is laid out like `AstroMLCore/AstroM3-CLIP*`, and writes the same. Never downloads or unpickles
-anything; a file whose tensors do not fit its configuration by name and shape is refused.
+It reads and writes directories with the layout of `AstroMLCore/AstroM3-CLIP*`. Nothing is downloaded or unpickled; a
+file whose tensors do not fit its configuration by name and shape is refused.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from training.astrom3.model.network import AstroM3, AstroM3Arguments, AstroM3Cla
 CONFIGURATION = "config.json"
 WEIGHTS = "model.safetensors"
 FLOAT32 = "F32"
-"""As safetensors calls it."""
+"""safetensors' name of the dtype."""
 MAX_CONFIGURATION_BYTES = 2**20
 MAX_WEIGHTS_BYTES = 2**31
-"""The published checkpoints have 66 MB at most."""
+"""Limit; the published checkpoints have at most 66 MB."""
 
 Network = AstroM3 | Informer | GalSpecNet | MetadataEncoder
 NETWORKS: dict[str, tuple[type[Any], type[Network], type[Network]]] = {
@@ -36,33 +36,34 @@ NETWORKS: dict[str, tuple[type[Any], type[Network], type[Network]]] = {
     "conv_channels": (GalSpecNetArguments, GalSpecNet, SpectraClassifier),
     "input_dim": (MetadataArguments, MetadataEncoder, MetadataClassifier),
 }
-"""What a configuration is of, by an argument that no other has; `classification` tells encoder from classifier."""
+"""Key of a configuration that only one kind of network has -> its arguments, encoder and classifier; the key
+`classification` tells encoder and classifier apart."""
 
 
 def load_network(directory: Path) -> Network:
-    """The network of a checkpoint, in evaluation mode on the CPU.
+    """Return the network of a checkpoint, in evaluation mode on the CPU.
 
-    Raises BundleError where the directory holds no such checkpoint, or one whose tensors do not fit.
+    Raises BundleError if the directory holds no such checkpoint, or if its tensors do not fit.
     """
     configuration = _read_configuration(directory / CONFIGURATION)
-    with torch.device("meta"):  # no memory is taken until the shapes are known to fit
+    with torch.device("meta"):  # allocate no memory before the shapes are checked
         network = _build(configuration, directory)
     expected = {name: (tuple(tensor.shape), FLOAT32) for name, tensor in network.state_dict().items()}
     path = directory / WEIGHTS
     try:
         if path.stat().st_size > MAX_WEIGHTS_BYTES:
-            raise BundleError(f"{path}: larger than {MAX_WEIGHTS_BYTES} bytes, which no AstroM3 is")
+            raise BundleError(f"{path}: larger than {MAX_WEIGHTS_BYTES} bytes, the limit for weights")
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
         if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
             raise BundleError(
-                f"{path}: {len(wrong)} tensors do not fit {CONFIGURATION}, first of them {wrong[0]!r}: "
+                f"{path}: {len(wrong)} tensors do not fit {CONFIGURATION}; the first is {wrong[0]!r}: "
                 f"{found.get(wrong[0], 'absent')} instead of {expected.get(wrong[0], 'none')}"
             )
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise BundleError(f"{path}: not a whole safetensors file: {error}") from error
+        raise BundleError(f"{path}: not a complete safetensors file: {error}") from error
     if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise BundleError(f"{path}: {bad[0]} holds NaN or infinite weights")
     network.load_state_dict(weights, assign=True)
@@ -70,7 +71,8 @@ def load_network(directory: Path) -> Network:
 
 
 def write_network(directory: Path, network: Network) -> None:
-    """Writes a checkpoint that `load_network`, and the published code, read. Raises OSError where it cannot."""
+    """Write a checkpoint that `load_network` and the published code can read. Raises OSError if it cannot be
+    written."""
     directory.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, directory / WEIGHTS)
     (directory / CONFIGURATION).write_text(network.arguments.model_dump_json(indent=2))
@@ -79,12 +81,12 @@ def write_network(directory: Path, network: Network) -> None:
 def _read_configuration(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIGURATION_BYTES:
-            raise BundleError(f"{path}: larger than {MAX_CONFIGURATION_BYTES} bytes, which no configuration is")
+            raise BundleError(f"{path}: larger than {MAX_CONFIGURATION_BYTES} bytes, the limit for a configuration")
         configuration = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: cannot be read: {error}") from error
     if not isinstance(configuration, dict) or not NETWORKS.keys() & configuration.keys():
-        raise BundleError(f"{path}: no network's: there must be one of {', '.join(NETWORKS)}")
+        raise BundleError(f"{path}: not a configuration of a network: it has none of the keys {', '.join(NETWORKS)}")
     return configuration
 
 

@@ -1,7 +1,7 @@
 """The spectra encoder: GalSpecNet, a convolutional network over wavelength.
 
-Wu et al. 2024, MNRAS 527, 1163; as AstroM3 uses it (Rizhko & Bloom 2025, arXiv:2411.08842). Names of parameters are
-those of the published checkpoints.
+Wu et al. 2024, MNRAS 527, 1163; in AstroM3's variant (Rizhko & Bloom 2025, arXiv:2411.08842). Parameter names are those
+of the published checkpoints.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from training.astrom3.model.preprocess import WAVELENGTHS
 
 
 class GalSpecNetArguments(CardSection):
-    """What a GalSpecNet is made with: names and defaults are the published ones."""
+    """The arguments of a GalSpecNet, with the published names and defaults."""
 
     classification: bool = False
     num_classes: int = Field(default=10, gt=0, le=1000)
@@ -34,7 +34,7 @@ class GalSpecNetArguments(CardSection):
 
     @property
     def features(self) -> int:
-        """Of an encoded spectrum."""
+        """Number of features of an encoded spectrum."""
         length = len(WAVELENGTHS) - self.kernel_size + 1
         for _ in self.conv_channels[2:]:
             length = length // self.mp_kernel_size - self.kernel_size + 1
@@ -42,7 +42,7 @@ class GalSpecNetArguments(CardSection):
 
 
 class GalSpecNet(nn.Module):
-    """Spectra [N, 3, 2575] -> features [N, features]. Convolutions with ReLU, and pooling after all but the last."""
+    """Spectra [N, 3, 2575] -> features [N, features]: convolutions with ReLU, each but the last with pooling."""
 
     def __init__(self, arguments: GalSpecNetArguments) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class GalSpecNet(nn.Module):
 
 
 class SpectraClassifier(GalSpecNet):
-    """A GalSpecNet's inputs -> logits [N, num_classes]."""
+    """Spectra [N, 3, 2575] -> logits [N, num_classes]."""
 
     def __init__(self, arguments: GalSpecNetArguments) -> None:
         super().__init__(arguments)

@@ -1,8 +1,8 @@
-"""The photometry encoder: the encoder half of Informer, without distilling.
+"""The photometry encoder: the encoder of Informer, without distilling.
 
 Zhou et al. 2021, "Informer: Beyond efficient transformer for long sequence time-series forecasting", AAAI 35, 11106
-(arXiv:2012.07436); as AstroM3 uses it (Rizhko & Bloom 2025, arXiv:2411.08842). Names of parameters are those of the
-published checkpoints. The attention sees the padding, as in the published code; only the output leaves it out.
+(arXiv:2012.07436); in AstroM3's variant (Rizhko & Bloom 2025, arXiv:2411.08842). Parameter names are those of the
+published checkpoints. The attention includes the padding, as in the published code; only the output masks it.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch import Tensor, nn
 from broker_filter.scoring.bundle import CardSection
 
 MAX_LENGTH = 5000
-"""Positions in the published checkpoints' table."""
+"""Number of positions in the published checkpoints."""
 EMBEDDING_DROPOUT = 0.1
-"""Of the embedded observations: the published configurations leave it as Informer has it."""
+"""Dropout rate of the embedded observations: Informer's default, which the published configurations keep."""
 
 
 class InformerArguments(CardSection):
-    """What an Informer is made with: names and defaults are the published ones."""
+    """The arguments of an Informer, with the published names and defaults."""
 
     classification: bool = False
     num_classes: int = Field(default=10, gt=0, le=1000)
-    seq_len: int = Field(default=200, gt=0, le=MAX_LENGTH, description="Observations, with the padding.")
-    enc_in: int = Field(default=9, gt=0, le=64, description="Values an observation.")
+    seq_len: int = Field(default=200, gt=0, le=MAX_LENGTH, description="Number of observations, including padding.")
+    enc_in: int = Field(default=9, gt=0, le=64, description="Values per observation.")
     d_model: int = Field(default=128, gt=0, le=2048)
     n_heads: int = Field(default=4, gt=0, le=64)
     d_ff: int = Field(default=512, gt=0, le=8192)
     e_layers: int = Field(default=8, gt=0, le=64)
-    factor: int = Field(default=1, gt=0, le=100, description="Of ln(seq_len): how many queries attend.")
+    factor: int = Field(default=1, gt=0, le=100, description="Number of attending queries in units of ln(seq_len).")
     activation: Literal["gelu"] = "gelu"
     output_attention: Literal[False] = False
     dropout: float = Field(default=0.2, ge=0, lt=1)
@@ -46,19 +46,19 @@ class InformerArguments(CardSection):
 
     @property
     def features(self) -> int:
-        """Of an encoded light curve."""
+        """Number of features of an encoded light curve."""
         return self.seq_len * self.d_model
 
     @property
     def active(self) -> int:
-        """Queries that attend, and keys that each is sampled against: factor * ceil(ln(seq_len)), at most all."""
+        """Number of attending queries, and of sampled keys per query: factor * ceil(ln(seq_len)), at most seq_len."""
         return min(self.factor * math.ceil(math.log(self.seq_len)), self.seq_len)
 
 
 class Informer(nn.Module):
-    """Photometry [N, L, enc_in] and its mask [N, L], 1 where observed -> features [N, L * d_model], 0 where padded.
+    """Photometry [N, L, enc_in] and mask [N, L] (1 where observed) -> features [N, L * d_model], 0 where padded.
 
-    `keys`: int64 [e_layers, L, active], the keys that each layer samples for each query, see `draw_keys`; without, all.
+    `keys`: int64[e_layers, L, active], the sampled keys of each layer and query (see `draw_keys`); absent: all keys.
     """
 
     def __init__(self, arguments: InformerArguments) -> None:
@@ -74,13 +74,13 @@ class Informer(nn.Module):
         return (encoded * mask.unsqueeze(-1)).flatten(1)
 
     def draw_keys(self) -> Tensor:
-        """Random keys for one pass, from torch's global generator: what the published code does at every call."""
+        """Draw random keys for one pass from torch's global generator, as the published code does in every call."""
         layers, length, active = self.arguments.e_layers, self.arguments.seq_len, self.arguments.active
         return torch.randint(length, (layers, length, active))
 
 
 class PhotometryClassifier(Informer):
-    """An Informer's inputs -> logits [N, num_classes]."""
+    """Photometry [N, L, enc_in] and mask [N, L] -> logits [N, num_classes]."""
 
     def __init__(self, arguments: InformerArguments) -> None:
         super().__init__(arguments)
@@ -95,10 +95,9 @@ class PhotometryClassifier(Informer):
 class ProbSparseAttention(nn.Module):
     """ProbSparse self-attention [N, L, width] -> [N, L, width] (Zhou et al. 2021, section 3.1, equation 4).
 
-    Only the queries whose scores stand out most from their mean attend; all others get the mean of the values. Which
-    do is judged by their scores against all keys or, as published, against a sample of them that stands for all
-    (`keys`, int64 [L, active]). All keys cost more, and give the same answer every time. How far the answers are
-    apart: `training/astrom3/RESULTS.md`.
+    Only the queries whose largest score exceeds their mean score most attend; the others get the mean of the values.
+    The scores are computed against all keys or, as published, against a random sample of keys (`keys`, int64[L,
+    active]). All keys cost more time, and are deterministic. `training/astrom3/RESULTS.md` gives the difference.
     """
 
     def __init__(self, arguments: InformerArguments) -> None:
@@ -119,23 +118,23 @@ class ProbSparseAttention(nn.Module):
             return projected.view(n, length, self.heads, depth).transpose(1, 2)
 
         q, k, v = split(self.query_projection(x)), split(self.key_projection(x)), split(self.value_projection(x))
-        with torch.no_grad():  # which queries attend is a choice: no gradient passes through it
+        with torch.no_grad():  # the selection of queries has no gradient
             scores = q @ k.mT
             if keys is not None:
                 scores = scores.gather(-1, keys.expand(n, self.heads, -1, -1))
-            # Published code divides the sum over the sample by the number of all keys.
+            # As in the published code, the sum over the sample is divided by the number of all keys.
             sparsity = scores.amax(-1) - scores.sum(-1) / length
             chosen = sparsity.topk(self.active, sorted=False).indices
         chosen = chosen.unsqueeze(-1).expand(-1, -1, -1, depth)
         weights = torch.softmax(q.gather(2, chosen) @ k.mT / math.sqrt(depth), dim=-1)
         context = v.mean(2, keepdim=True).expand_as(v).scatter(2, chosen, weights @ v)
-        # Published weights were trained with heads and positions left in this order: the heads are not moved back.
+        # The published weights were trained without moving the head axis back before this reshape.
         output: Tensor = self.out_projection(context.reshape(n, length, width))
         return output
 
 
 class _Embedding(nn.Module):
-    """Observations [N, L, channels] -> [N, L, width]: a circular convolution over three, and their position."""
+    """Observations [N, L, channels] -> [N, L, width]: a circular convolution of width 3, plus a position embedding."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -160,7 +159,7 @@ class _TokenEmbedding(nn.Module):
 
 
 class _PositionEmbedding(nn.Module):
-    """Sines and cosines of the position (Vaswani et al. 2017, section 3.5), in a buffer that checkpoints carry."""
+    """Sines and cosines of the position (Vaswani et al. 2017, section 3.5), in a buffer that checkpoints contain."""
 
     pe: Tensor
 

@@ -1,4 +1,4 @@
-"""LAMOST's low-resolution spectra, as its FITS files hold them, for `preprocess.prepare_spectrum`."""
+"""Reads LAMOST's low-resolution spectra from FITS files, for `preprocess.prepare_spectrum`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 from training.astrom3.model.preprocess import ObservationsError
 
 MAX_FILE_BYTES = 16 * 2**20
-"""A spectrum has some 100 kB."""
+"""Limit; a spectrum has about 100 kB."""
 FLUX, INVERSE_VARIANCE, WAVELENGTH = 0, 1, 2
 """Rows of the image (data releases up to 6), columns of the table (after)."""
 
 
 def read_spectrum(path: Path) -> NDArray[np.float64]:
-    """A LAMOST file's wavelength in angstrom (in vacuum), flux and inverse variance of the flux, float64 [m, 3].
+    """Return wavelength in angstrom (vacuum), flux and inverse variance of the flux, float64[m, 3], of a LAMOST file.
 
-    `AstroM3Dataset` has the inverse variance in the place of the error, and the published weights were trained so.
-    Raises ObservationsError where the file is no such spectrum.
+    `AstroM3Dataset` has the inverse variance in place of the error, and the published weights were trained with it.
+    Raises ObservationsError if the file is not such a spectrum.
     """
     if path.stat().st_size > MAX_FILE_BYTES:
-        raise ObservationsError(f"{path}: larger than {MAX_FILE_BYTES} bytes, which no LAMOST spectrum is")
+        raise ObservationsError(f"{path}: larger than {MAX_FILE_BYTES} bytes, the limit for a LAMOST spectrum")
     try:
         with fits.open(path) as hdus:
             if len(hdus) == 1:
@@ -35,4 +35,4 @@ def read_spectrum(path: Path) -> NDArray[np.float64]:
                 columns = [table[WAVELENGTH], table[FLUX], table[INVERSE_VARIANCE]]
             return np.stack(columns, axis=1).astype(np.float64)
     except (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ObservationsError(f"{path}: no spectrum of LAMOST: {error}") from error
+        raise ObservationsError(f"{path}: not a LAMOST spectrum: {error}") from error

@@ -1,6 +1,6 @@
-"""The metadata encoder: a perceptron over catalogue values (Rizhko & Bloom 2025, arXiv:2411.08842).
+"""The metadata encoder: a perceptron on catalogue values (Rizhko & Bloom 2025, arXiv:2411.08842).
 
-Names of parameters are those of the published checkpoints.
+Parameter names are those of the published checkpoints.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from training.astrom3.model.preprocess import METADATA_COLUMNS
 
 
 class MetadataArguments(CardSection):
-    """What a metadata encoder is made with: names and defaults are the published ones."""
+    """The arguments of a metadata encoder, with the published names and defaults."""
 
     classification: bool = False
     num_classes: int = Field(default=10, gt=0, le=1000)
@@ -44,7 +44,7 @@ class MetadataEncoder(nn.Module):
 
 
 class MetadataClassifier(MetadataEncoder):
-    """A metadata encoder's inputs -> logits [N, num_classes]."""
+    """Metadata [N, input_dim] -> logits [N, num_classes]."""
 
     def __init__(self, arguments: MetadataArguments) -> None:
         super().__init__(arguments)

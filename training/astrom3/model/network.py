@@ -1,6 +1,6 @@
-"""AstroM3: the three encoders joined in one space, the classifier over it, and the contrastive loss.
+"""AstroM3: the three encoders with a common embedding space, the classifier, and the contrastive loss.
 
-Rizhko & Bloom 2025 (arXiv:2411.08842). Names of parameters are those of the published checkpoints.
+Rizhko & Bloom 2025 (arXiv:2411.08842). Parameter names are those of the published checkpoints.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from training.astrom3.model.informer import Informer, InformerArguments
 from training.astrom3.model.metadata import MetadataArguments, MetadataEncoder
 
 CLASSES = ("DSCT", "EA", "EB", "EW", "HADS", "M", "ROT", "RRAB", "RRC", "SR")
-"""ASAS-SN's variable types that the published classifiers know, in the order of their logits."""
+"""ASAS-SN's variable types of the published classifiers, in the order of their logits."""
 MAX_LOGIT_SCALE = 100.0
-"""Where the learnable inverse temperatures begin, and their upper bound."""
+"""Initial value and upper limit of the learnable inverse temperatures."""
 
 
 class AstroM3Arguments(CardSection):
-    """What an AstroM3 is made with: names and defaults are the published ones, an encoder's behind its letter."""
+    """The arguments of an AstroM3, with the published names and defaults; an encoder's arguments have its letter as
+    prefix."""
 
     classification: bool = False
     num_classes: int = Field(default=10, gt=0, le=1000)
-    hidden_dim: int = Field(default=512, gt=0, le=8192, description="Of the common space.")
-    fusion: Literal["avg", "concat"] = Field(default="avg", description="How a classifier joins the embeddings.")
+    hidden_dim: int = Field(default=512, gt=0, le=8192, description="Dimensions of the common space.")
+    fusion: Literal["avg", "concat"] = Field(
+        default="avg", description="How a classifier joins the embeddings: mean or concatenation."
+    )
     seq_len: int = 200
     p_enc_in: int = 9
     p_d_model: int = 128
@@ -50,19 +53,19 @@ class AstroM3Arguments(CardSection):
 
     @property
     def photometry(self) -> InformerArguments:
-        """The photometry encoder's."""
+        """The arguments of the photometry encoder."""
         return InformerArguments(**self._behind("p_"), seq_len=self.seq_len, num_classes=self.num_classes)
 
     @property
     def spectra(self) -> GalSpecNetArguments:
-        """The spectra encoder's."""
+        """The arguments of the spectra encoder."""
         arguments = self._behind("s_")
-        dropout = arguments.pop("dropout")  # the one argument that has another name there
+        dropout = arguments.pop("dropout")  # the only argument with another name there
         return GalSpecNetArguments(**arguments, dropout_rate=dropout, num_classes=self.num_classes)
 
     @property
     def metadata(self) -> MetadataArguments:
-        """The metadata encoder's."""
+        """The arguments of the metadata encoder."""
         return MetadataArguments(**self._behind("m_"), num_classes=self.num_classes)
 
     @model_validator(mode="after")
@@ -75,7 +78,7 @@ class AstroM3Arguments(CardSection):
 
 
 class Stars(NamedTuple):
-    """N stars as `preprocess` makes them, float32."""
+    """N stars as `preprocess` returns them, float32."""
 
     photometry: Tensor  # [N, L, 9]
     mask: Tensor  # [N, L] 1 where observed, 0 where padded
@@ -84,7 +87,7 @@ class Stars(NamedTuple):
 
 
 class Embeddings(NamedTuple):
-    """N stars in the common space, float32, each of length 1."""
+    """Embeddings of N stars in the common space, float32, each of length 1."""
 
     photometry: Tensor  # [N, D]
     spectra: Tensor  # [N, D]
@@ -92,7 +95,7 @@ class Embeddings(NamedTuple):
 
 
 class AstroM3(nn.Module):
-    """The three encoders, each projected into the common space."""
+    """The three encoders, each with a projection into the common space."""
 
     def __init__(self, arguments: AstroM3Arguments) -> None:
         super().__init__()
@@ -108,7 +111,7 @@ class AstroM3(nn.Module):
         self.logit_scale_mp = nn.Parameter(torch.tensor(MAX_LOGIT_SCALE).log())
 
     def embed(self, stars: Stars, keys: Tensor | None = None) -> Embeddings:
-        """The stars in the common space. `keys`: as `Informer` takes them."""
+        """Return the embeddings of the stars. `keys`: see `Informer`."""
         projected = (
             self.photometry_proj(self.photometry_encoder(stars.photometry, stars.mask, keys)),
             self.spectra_proj(self.spectra_encoder(stars.spectra)),
@@ -117,7 +120,7 @@ class AstroM3(nn.Module):
         return Embeddings(*(nn.functional.normalize(vectors, dim=-1) for vectors in projected))
 
     def pair_logits(self, embeddings: Embeddings) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled cosines [N, N]: photometry by spectra, spectra by metadata, metadata by photometry."""
+        """Return scaled cosine similarities [N, N]: photometry-spectra, spectra-metadata, metadata-photometry."""
         p, s, m = embeddings
         pairs = ((self.logit_scale_ps, p, s), (self.logit_scale_sm, s, m), (self.logit_scale_mp, m, p))
         ps, sm, mp = (scale.exp().clamp(1, MAX_LOGIT_SCALE) * rows @ columns.T for scale, rows, columns in pairs)
@@ -125,7 +128,7 @@ class AstroM3(nn.Module):
 
 
 class AstroM3Classifier(AstroM3):
-    """`Stars` -> logits [N, num_classes], of their embeddings' mean or of the three side by side."""
+    """`Stars` -> logits [N, num_classes], from the mean or the concatenation of the three embeddings."""
 
     def __init__(self, arguments: AstroM3Arguments) -> None:
         super().__init__(arguments)
@@ -140,10 +143,10 @@ class AstroM3Classifier(AstroM3):
 
 
 def contrastive_losses(logits: Sequence[Tensor]) -> Tensor:
-    """The loss of each of P pairs of modalities, [P], from its scaled cosines [N, N]; their sum is what is minimised.
+    """Return the loss of each of P pairs of modalities, [P], given its scaled cosine similarities [N, N].
 
-    The cross-entropy of finding a star's other modality among all N that have both, over rows plus over columns: not
-    halved, as published.
+    The loss is the cross-entropy of identifying a star's other modality among the N stars, over rows plus over columns.
+    As published, it is not halved. The sum over the pairs is minimised.
     """
     cross_entropy = nn.functional.cross_entropy
     losses = []

@@ -1,6 +1,6 @@
-"""What AstroM3's networks see of a star: the one preprocessing, of raw observations, for training and for serving.
+"""Preprocessing of AstroM3's inputs from raw observations, for training and serving.
 
-Rizhko & Bloom 2025 (arXiv:2411.08842). Computes in float64 and gives float32. Observations that cannot be
+Rizhko & Bloom 2025 (arXiv:2411.08842). Computed in float64 and returned as float32. Observations that cannot be
 normalised are refused, never replaced.
 """
 
@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 DAYS_PER_YEAR = 365.0
-"""As published."""
+"""The published value."""
 WAVELENGTHS: NDArray[np.float64] = np.arange(3850.0, 9000.0, 2.0)
-"""[2575] angstrom: what LAMOST's low-resolution spectra cover well."""
+"""[2575] angstrom: the range that LAMOST's low-resolution spectra cover well."""
 
 PHOTOMETRY_FEATURES = ("amplitude", "period", "lksl_statistic", "rfr_score")
-"""Catalogue values that the photometry encoder is given with every observation, in order; standardised, see below."""
+"""Catalogue values, in order, that are appended to every observation; standardised like METADATA_COLUMNS."""
 METADATA_COLUMNS = (
     "mean_vmag",
     *("phot_g_mean_mag", "e_phot_g_mean_mag", "phot_bp_mean_mag", "e_phot_bp_mean_mag"),
@@ -28,34 +28,34 @@ METADATA_COLUMNS = (
     *("w1_mag", "e_w1_mag", "w2_mag", "e_w2_mag", "w3_mag", "w4_mag"),
     *("j_k", "w1_w2", "w3_w4", "pm", "ruwe", "l", "b"),
 )
-"""The metadata encoder's 34 columns, in order: ASAS-SN, Gaia, 2MASS, WISE. Standardised over the training set, as
-`AstroM3Dataset` ships them."""
+"""The 34 inputs of the metadata encoder, in order: ASAS-SN, Gaia, 2MASS, WISE. Standardised over the training set, as
+in the published `AstroM3Dataset`."""
 CHANNELS = 3 + len(PHOTOMETRY_FEATURES) + 2
-"""Of an observation: time, flux, error; the catalogue's values; log10 of the flux's scale, span in years."""
+"""Values per observation: time, flux, error; the catalogue values; log10 of the flux scale; time span in years."""
 
 Padding = Literal["repeated", "zero"]
-"""What stands in an observation's last six channels, the same in all of a light curve, where it is padded. The code for
-raw light curves repeats them; the code for `AstroM3Processed`, on which the published checkpoints were trained, does
-not. The attention sees the padding, so that it matters which."""
+"""Values of the last six channels, which are constant within a light curve, in the padding. The code for raw light
+curves repeats them; the code for `AstroM3Processed`, on which the published checkpoints were trained, sets them to
+zero. This matters because the attention includes the padding."""
 
 
 class ObservationsError(ValueError):
-    """A light curve, a spectrum or metadata that cannot be normalised: what is wrong with it."""
+    """A light curve, a spectrum or metadata cannot be normalised; the message says why."""
 
 
 def prepare_light_curve(observations: NDArray[np.float64], features: NDArray[np.float64]) -> NDArray[np.float32]:
-    """A star's whole light curve as AstroM3 reads it, float32 [n, 9], in order of time.
+    """Return a star's light curve as AstroM3's input, float32[n, 9], in time order, without cutting it.
 
-    `observations` [m, 3]: time in days, flux, its error, in any order and unit; identical rows count once. `features`
-    [4]: see `PHOTOMETRY_FEATURES`. Raises ObservationsError where less than two times are left, anything is not
-    finite, or the flux has no spread.
+    `observations` float64[m, 3]: time in days, flux, flux error, in any order and flux unit; identical rows count once.
+    `features` float64[4]: see PHOTOMETRY_FEATURES. Raises ObservationsError if there are fewer than two distinct times,
+    if a value is not finite, or if the flux has no spread.
     """
     _check("a light curve", observations, 3)
     rows = np.unique(observations, axis=0)  # sorted: by time first
     time, flux, error = rows.T
     span = time[-1] - time[0] if len(rows) else 0.0
     if not span:
-        raise ObservationsError("a light curve must have observations at two times or more")
+        raise ObservationsError("a light curve must have observations at two or more times")
     scale = _median_absolute_deviation(flux, "a light curve's flux")
     constant = np.concatenate([features, [np.log10(scale), span / DAYS_PER_YEAR]])
     if constant.shape != (CHANNELS - 3,) or not np.isfinite(constant).all():
@@ -67,9 +67,9 @@ def prepare_light_curve(observations: NDArray[np.float64], features: NDArray[np.
 def to_length(
     light_curve: NDArray[np.float32], length: int, rng: np.random.Generator | None = None, padding: Padding = "repeated"
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """A light curve [n, 9] as [length, 9] and its mask [length], 1 where observed.
+    """Return a light curve [n, 9] cut or padded to [length, 9], and its mask [length], 1 where observed.
 
-    A longer one is cut at a place that `rng` draws, as in training, or without it about its middle observation.
+    A longer light curve is cut at a random place if `rng` is given (training), else about its middle observation.
     """
     excess = len(light_curve) - length
     if excess > 0:
@@ -83,43 +83,43 @@ def to_length(
 
 
 def prepare_spectrum(spectrum: NDArray[np.float64]) -> NDArray[np.float32]:
-    """A star's spectrum as AstroM3 reads it, float32 [3, 2575]: flux, error, log10 of the flux's scale.
+    """Return a star's spectrum as AstroM3's input, float32[3, 2575]: flux, error, log10 of the flux scale.
 
-    `spectrum` [m, 3]: wavelength in angstrom, increasing; flux; its error, in the same unit. What `AstroM3Dataset` has
-    for the error is LAMOST's inverse variance, and published weights know no other: see `lamost.py`. Beyond its ends a
-    spectrum goes on with its last value. Raises ObservationsError where anything is not finite, wavelengths do not
-    increase, or the flux has no spread.
+    `spectrum` float64[m, 3]: increasing wavelength in angstrom; flux; flux error, in the same unit. `AstroM3Dataset`
+    has LAMOST's inverse variance in place of the error, and the published weights were trained with it: see
+    `lamost.py`. Beyond its ends, a spectrum is extended with its last value. Raises ObservationsError if a value is not
+    finite, wavelengths do not increase, or the flux has no spread.
     """
     _check("a spectrum", spectrum, 3)
     wavelength, flux, error = spectrum.T
     if len(spectrum) < 2 or not (np.diff(wavelength) > 0).all():
-        raise ObservationsError("a spectrum needs two wavelengths or more, increasing")
+        raise ObservationsError("a spectrum must have two or more wavelengths, in increasing order")
     flux, error = np.interp(WAVELENGTHS, wavelength, flux), np.interp(WAVELENGTHS, wavelength, error)
-    scale = _median_absolute_deviation(flux[flux != 0], "a spectrum's flux")  # 0 is what was not observed
+    scale = _median_absolute_deviation(flux[flux != 0], "a spectrum's flux")  # 0 marks unobserved wavelengths
     return np.stack([(flux - flux.mean()) / scale, error / scale, np.full_like(flux, np.log10(scale))]).astype(
         np.float32
     )
 
 
 def prepare_metadata(metadata: Mapping[str, float]) -> NDArray[np.float32]:
-    """Standardised metadata by name as AstroM3 reads them, float32 [34]; names that it does not know are left out.
+    """Return standardised metadata as AstroM3's input, float32[34]; unknown names are ignored.
 
-    Raises ObservationsError where a column is absent or not finite.
+    Raises ObservationsError if a column is missing or not finite.
     """
     if absent := [name for name in METADATA_COLUMNS if not np.isfinite(metadata.get(name, np.nan))]:
-        raise ObservationsError(f"metadata lack {', '.join(absent)}")
+        raise ObservationsError(f"metadata values {', '.join(absent)} are missing or not finite")
     return np.array([metadata[name] for name in METADATA_COLUMNS], np.float32)
 
 
 def _median_absolute_deviation(values: NDArray[np.float64], what: str) -> float:
     scale = float(np.median(np.abs(values - np.median(values)))) if len(values) else 0.0
     if not scale:
-        raise ObservationsError(f"{what} has no spread to be measured in: half of it or more is one value")
+        raise ObservationsError(f"{what} has a median absolute deviation of 0: at least half of its values are equal")
     return scale
 
 
 def _check(what: str, rows: NDArray[np.float64], columns: int) -> None:
     if rows.ndim != 2 or rows.shape[1] != columns:
-        raise ObservationsError(f"{what} has {columns} columns, not shape {rows.shape}")
+        raise ObservationsError(f"{what} must have shape [n, {columns}], not {list(rows.shape)}")
     if not np.isfinite(rows).all():
-        raise ObservationsError(f"{what} holds values that are not finite: leave those rows out")
+        raise ObservationsError(f"{what} holds values that are not finite: drop those rows")

@@ -1,7 +1,8 @@
-"""Simulated variable stars of AstroM3's ten classes, as ASAS-SN, LAMOST and the catalogues would see them.
+"""Simulates variable stars of AstroM3's ten classes, as observed by ASAS-SN, LAMOST and the catalogues.
 
-`variables.py` says what a star is, `photometry.py`, `spectra.py` and `catalogue.py` observe it; the three agree because
-they look at the same star. For tests, and to compare ways to train; must never be mistaken for data.
+`variables.py` defines a star; `photometry.py`, `spectra.py` and `catalogue.py` observe the same star, so their results
+are consistent. The stars are for tests and for comparisons of training methods; they must never be mistaken for real
+data.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from training.astrom3.simulation.spectra import observe_spectrum
 from training.astrom3.simulation.variables import Variable, draw
 
 FEWEST_OBSERVATIONS = 30
-"""With fewer, a star would be in no catalogue of variables."""
+"""Stars with fewer observations would not be in a catalogue of variables."""
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedStar:
-    """What is known of a star, in the units of `preprocess`, and what it truly is."""
+    """The observations of a star, in the units of `preprocess`, and its true properties."""
 
     truth: Variable
     photometry: NDArray[np.float64]  # [n, 3] days, mJy, mJy
     spectrum: NDArray[np.float64]  # [m, 3] angstrom, counts, inverse variance of the counts
-    metadata: dict[str, float]  # 34, as catalogues print them
-    features: dict[str, float]  # 4, likewise; the period in days
+    metadata: dict[str, float]  # 34 catalogue values
+    features: dict[str, float]  # 4 catalogue values; the period in days
 
 
 def simulate_star(kind: str, rng: Generator) -> SimulatedStar:
-    """A star of a class that the survey sees often enough. Raises KeyError for an unknown class."""
+    """Return a star of a class with enough observations. Raises KeyError for an unknown class."""
     while True:
         star = draw(kind, rng)
         place = put(star, rng)

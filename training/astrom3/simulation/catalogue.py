@@ -1,4 +1,4 @@
-"""Where a star stands, and what catalogues say of it from there: ASAS-SN, Gaia, 2MASS, WISE."""
+"""The position of a star, and its values in the catalogues of ASAS-SN, Gaia, 2MASS and WISE."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ from training.astrom3.simulation.variables import TEMPERATURES, Variable
 BP_RP = (3.30, 2.20, 1.72, 1.40, 1.12, 0.90, 0.75, 0.58, 0.43, 0.22, 0.00, -0.08)
 V_K = (5.60, 4.00, 3.05, 2.60, 2.10, 1.70, 1.35, 1.07, 0.80, 0.45, 0.05, -0.10)
 J_K = (0.95, 0.85, 0.80, 0.70, 0.58, 0.44, 0.34, 0.26, 0.19, 0.10, 0.01, -0.04)
-"""Magnitudes, of stars of `variables.TEMPERATURES`: values rounded from Pecaut & Mamajek 2013 (ApJS 208, 9)."""
+"""Colours in magnitudes at `variables.TEMPERATURES`, rounded from Pecaut & Mamajek 2013 (ApJS 208, 9)."""
 BANDS = ("g", "bp", "rp", "j", "h", "k", "w1", "w2", "w3", "w4")
 EXTINCTION = dict(zip(BANDS, (0.84, 1.06, 0.60, 0.28, 0.18, 0.12, 0.07, 0.05, 0.03, 0.02), strict=True))
-"""Of A_V."""
+"""Extinction in each band, in units of A_V."""
 PULSATION = dict(zip(BANDS, (0.9, 1.1, 0.65, 0.4, 0.33, 0.3, 0.28, 0.28, 0.25, 0.25), strict=True))
-"""Amplitude, of V's: heat shows less in the infrared. Eclipses hide all colours nearly alike."""
+"""Pulsation amplitude in each band relative to V; it is smaller in the infrared. Eclipses have nearly the same depth in
+all bands."""
 ECLIPSING = ("EW", "EB", "EA")
 DUST = {"k": 0.2, "w1": 1.0, "w2": 1.4, "w3": 2.8, "w4": 3.6}
-"""How bright a star's dust is, of its magnitudes at 3.4 micron."""
+"""Brightening by circumstellar dust in each band, relative to that at 3.4 micron, in magnitudes."""
 INFRARED = (
-    {"j": (0.021, 15.8), "h": (0.022, 15.1), "k": (0.021, 14.3)},  # 2MASS, in one exposure
-    {"w1": (0.022, 16.0), "w2": (0.020, 15.2), "w3": (0.03, 11.2), "w4": (0.1, 7.9)},  # WISE, likewise
+    {"j": (0.021, 15.8), "h": (0.022, 15.1), "k": (0.021, 14.3)},  # 2MASS, a single exposure
+    {"w1": (0.022, 16.0), "w2": (0.020, 15.2), "w3": (0.03, 11.2), "w4": (0.1, 7.9)},  # WISE, a single exposure
 )
-"""The error of a bright star, mag, and the magnitude at which noise alone makes it 0.1."""
+"""For each band: the magnitude error of a bright star, and the magnitude at which noise gives an error of 0.1."""
 SCALE_HEIGHT = {"disc": 15.0, "halo": 45.0}
-"""Degrees of galactic latitude."""
+"""Standard deviation of the galactic latitude in degrees."""
 SPEED = {"disc": 45.0, "halo": 170.0}
-"""km/s, a component of the velocity."""
+"""Standard deviation of each velocity component in km/s."""
 ARCSEC = 4.74
-"""km/s of one arc second a year at a parsec."""
+"""km/s of a proper motion of 1 arcsec/yr at 1 pc."""
 REDDENING_AT_POLE = 0.03
-"""mag of E(B - V) through the whole disc, straight up."""
+"""E(B - V) in mag through the whole disc, towards the galactic pole."""
 DUST_HEIGHT = 120.0
-"""pc."""
+"""Scale height of the dust in pc."""
 GAIA_TRANSITS = 250
-"""Of a star; the errors of Gaia's mean fluxes tell how much it varies."""
+"""Transits per star; the errors of Gaia's mean fluxes reflect the variability."""
 FAINTEST_MAGNITUDE, BRIGHTEST_MAGNITUDE, MAGNITUDE_SCALE = 16.2, 11.5, 1.5
-"""V: the limits of what is in ASAS-SN, and how fast the numbers rise towards the faint."""
+"""V magnitude limits of ASAS-SN, and the exponential scale of the counts towards faint magnitudes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a star is seen. Magnitudes are means, and hold the extinction."""
+    """The position of a star. Magnitudes are means, and include extinction."""
 
     magnitude: float  # V
     distance: float  # pc
@@ -56,13 +57,13 @@ class Place:
 
 
 def put(star: Variable, rng: Generator) -> Place:
-    """The star somewhere on the sky, so far away that the survey sees it."""
+    """Place the star at a random position on the sky, at a distance where the survey sees it."""
     magnitude = float(max(FAINTEST_MAGNITUDE - rng.exponential(MAGNITUDE_SCALE), BRIGHTEST_MAGNITUDE))
     latitude = float(np.clip(rng.normal(0, SCALE_HEIGHT[star.population]), -85, 85))
     slant = abs(np.sin(np.radians(latitude))) + 0.03
     column = 3.1 * REDDENING_AT_POLE / slant * rng.lognormal(0, 0.4)
     extinction = 0.0
-    for _ in range(4):  # the nearer, the less dust before it; the less dust, the farther
+    for _ in range(4):  # iterate: extinction depends on distance, and distance on extinction
         distance = 10 ** ((magnitude - extinction - star.absolute_magnitude + 5) / 5)
         extinction = min(column, 4.0) * (1 - np.exp(-distance * slant / DUST_HEIGHT))
     velocity = rng.normal(0, SPEED[star.population])
@@ -70,7 +71,7 @@ def put(star: Variable, rng: Generator) -> Place:
 
 
 def describe(star: Variable, place: Place, rng: Generator) -> dict[str, float]:
-    """The 34 values of `preprocess.METADATA_COLUMNS` as the catalogues print them: magnitudes, mas, mas/yr, degrees."""
+    """Return the 34 values of `preprocess.METADATA_COLUMNS` in catalogue units: mag, mas, mas/yr, degrees."""
     true = _magnitudes(star, place)
     values = {"mean_vmag": place.magnitude + rng.normal(0, 0.03)}
     for band, name in (("g", "phot_g"), ("bp", "phot_bp"), ("rp", "phot_rp")):
@@ -78,7 +79,7 @@ def describe(star: Variable, place: Place, rng: Generator) -> dict[str, float]:
         error = float(np.hypot(swing * rng.lognormal(0, 0.25), 0.001 + 0.002 * 10 ** (0.3 * (true[band] - 16))))
         values |= {f"{name}_mean_mag": true[band] + rng.normal(0, error), f"e_{name}_mean_mag": error}
     for survey in INFRARED:
-        phase = 0.35 * star.amplitude * rng.normal()  # one epoch, or a few: anywhere in the star's cycle
+        phase = 0.35 * star.amplitude * rng.normal()  # few epochs, at a random phase
         for band, (bright, faint) in survey.items():
             error = float(min(np.hypot(bright, 0.1 * 10 ** (0.4 * (true[band] - faint))), 0.5))
             seen = true[band] + phase * _share(star, band) + rng.normal(0, error)
@@ -112,7 +113,7 @@ def _share(star: Variable, band: str) -> float:
 
 
 def _magnitudes(star: Variable, place: Place) -> dict[str, float]:
-    """Mean magnitudes by band, as seen."""
+    """Return the mean observed magnitudes by band."""
     colour, v_k, j_k = (float(np.interp(star.temperature, TEMPERATURES, table)) for table in (BP_RP, V_K, J_K))
     v = place.magnitude - place.extinction
     # Gaia EDR3's documentation, table 5.9: G - V; BP and RP about G, so that their difference is the colour.

@@ -1,6 +1,6 @@
-"""Light curves as ASAS-SN takes them in V, and what its catalogue says of them, measured on what was observed.
+"""Simulated V light curves of ASAS-SN, and the values that its catalogue derives from them.
 
-Cadence, seasons and noise after Kochanek et al. 2017 (PASP 129, 104502); the statistics after Jayasinghe et al. 2018
+Cadence, seasons and noise follow Kochanek et al. 2017 (PASP 129, 104502); the statistics follow Jayasinghe et al. 2018
 (MNRAS 477, 3145).
 """
 
@@ -14,30 +14,30 @@ from training.astrom3.simulation.variables import Variable
 
 SURVEY_DAYS = 1600.0
 SEASON_DAYS = 250.0
-"""Of every year; then the Sun is too near."""
+"""Days of each year in which a star is observable; otherwise it is too close to the Sun."""
 YEAR = 365.25
 OBSERVATIONS = (80, 350)
 FAINTEST = 17.3
-"""V; fainter, there is no detection."""
+"""V magnitude limit of a detection."""
 BACKGROUND_ERROR = 0.26
-"""Of the flux of the faintest star that is detected; typical, it changes from night to night."""
+"""Typical background error relative to the flux at the limit; it varies from night to night."""
 SYSTEMATIC_ERROR = 0.015
-"""Of the flux."""
+"""Relative error of the flux."""
 SIDEREAL_FREQUENCY = 1.0027
-"""Turns of the sky a day, with which periods are confused."""
+"""Sidereal rotations per day; aliases of periods are at this frequency."""
 ZERO_POINT = 3.64e6
-"""mJy of a star of magnitude 0 in V."""
+"""Flux in mJy of a star with V = 0."""
 ERROR_IN_MAGNITUDES = 1.0857
-"""2.5 / ln 10: of a relative error of the flux."""
+"""2.5 / ln 10: magnitude error per relative flux error."""
 FOLDED_BINS = 15
 RIGHT, HALF_OR_TWICE = 0.75, 0.15
-"""Shares of catalogue periods; the others are a day's alias."""
+"""Fractions of correct, and of halved or doubled catalogue periods; the other periods are one-day aliases."""
 IRREGULAR = {"SR": 0.12, "ROT": 0.05, "M": 0.02}
-"""Classes without a clock: the scatter of their periods in the catalogue, dex."""
+"""Scatter in dex of the catalogue periods of classes without a strict period."""
 
 
 def observe_light_curve(star: Variable, magnitude: float, rng: Generator) -> NDArray[np.float64]:
-    """Time in days, flux in mJy and its error, float64 [n, 3], in order of time. `magnitude`: V in the mean."""
+    """Return time in days, flux in mJy and flux error, float64[n, 3], in time order. `magnitude`: mean V."""
     begin = rng.uniform(0, YEAR)
     nights = np.sort(rng.uniform(0, SURVEY_DAYS, int(rng.uniform(*OBSERVATIONS) * YEAR / SEASON_DAYS)))
     days = nights[(nights + begin) % YEAR < SEASON_DAYS] + 2_456_500.0
@@ -50,7 +50,7 @@ def observe_light_curve(star: Variable, magnitude: float, rng: Generator) -> NDA
 
 
 def catalogue_period(star: Variable, rng: Generator) -> float:
-    """The period that a search finds, days: not always the star's own."""
+    """Return the period in days that a search finds; it is not always the true one."""
     period = star.period * 10 ** rng.normal(0, IRREGULAR.get(star.kind, 0.0))
     luck = rng.random()
     if luck < RIGHT or period > 20:
@@ -61,11 +61,11 @@ def catalogue_period(star: Variable, rng: Generator) -> float:
 
 
 def features(observations: NDArray[np.float64], period: float) -> dict[str, float]:
-    """`amplitude` (mag), `period` (days), `lksl_statistic` and `rfr_score` of observations [n, 3], n 20 at least.
+    """Return `amplitude` (mag), `period` (days), `lksl_statistic` and `rfr_score` of observations [n, 3] with n >= 20.
 
-    The Lafler-Kinman string length T of the light curve folded with the period (Clarke 2002, A&A 386, 763); and in the
-    place of the score of ASAS-SN's random forest regressor, which fits the folded light curve, the share of the
-    variance that the means of bins of phase explain.
+    `lksl_statistic` is the Lafler-Kinman string length T of the folded light curve (Clarke 2002, A&A 386, 763).
+    ASAS-SN's `rfr_score` is that of a random forest regressor fitted to the folded light curve; here it is replaced by
+    the fraction of the variance that phase-binned means explain.
     """
     days, flux, _ = observations.T
     magnitude = -2.5 * np.log10(np.clip(flux, 1e-3, None))

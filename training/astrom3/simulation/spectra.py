@@ -1,7 +1,8 @@
-"""Spectra as LAMOST takes them: a black body, the lines and bands that tell types of stars apart, dust, and noise.
+"""Simulated LAMOST spectra: a black body with the lines and bands that distinguish stellar types, extinction, and
+noise.
 
-Lines are Gaussians whose depths are made to rise and fall with temperature as along the MK sequence (Gray & Corbally
-2009, "Stellar Spectral Classification"): right in kind, not in every depth. No synthetic spectrum is read.
+Lines are Gaussians whose depths vary with temperature as along the MK sequence (Gray & Corbally 2009, "Stellar Spectral
+Classification"): qualitatively right, but not in every depth. No synthetic spectra are used.
 """
 
 from __future__ import annotations
@@ -15,32 +16,32 @@ from numpy.typing import NDArray
 from training.astrom3.simulation.variables import Variable
 
 WAVELENGTHS: NDArray[np.float64] = 10 ** np.arange(np.log10(3700.0), np.log10(9100.0), 1e-4)
-"""Angstrom, in vacuum: LAMOST's sampling, even in the logarithm."""
+"""Vacuum wavelengths in angstrom with LAMOST's logarithmic sampling."""
 RESOLUTION = 1800.0
 LIGHT = 299_792.458
-"""km/s."""
+"""Speed of light in km/s."""
 SECOND_RADIATION_CONSTANT = 1.438_777e8
-"""h c / k, angstrom kelvin."""
+"""h c / k in angstrom kelvin."""
 REFERENCE = 5500.0
-"""Angstrom, where extinction is A_V and the black body 1."""
+"""Wavelength in angstrom where the extinction is A_V and the black body is normalised to 1."""
 FLUX_AT_MAGNITUDE_15 = 100.0
-"""LAMOST's counts, at the reference."""
+"""LAMOST counts at the reference wavelength for V = 15."""
 DARKEST = 0.02
-"""What is left of the continuum where lines lie upon another."""
+"""Minimum of the relative flux where lines overlap."""
 FWHM = 2.355
-"""Of a Gaussian, in its standard deviations."""
+"""Full width at half maximum of a Gaussian in standard deviations."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """Lines that come and go together: `depth` at `temperature`, elsewhere less by a Gaussian in its logarithm."""
+    """A family of lines: `depth` is reached at `temperature`, and decreases as a Gaussian in log temperature."""
 
     wavelengths: tuple[float, ...]
     depth: float
     temperature: float  # K
-    spread: float  # of that Gaussian
+    spread: float  # standard deviation of the Gaussian in ln(temperature)
     width: float  # angstrom, standard deviation
-    metals: bool = True  # weaker in stars poor in metals
+    metals: bool = True  # weaker in metal-poor stars
 
 
 BALMER = Lines((6564.6, 4862.7, 4341.7, 4102.9, 3971.2, 3890.2), 0.7, 9500, 0.38, 5.0, metals=False)
@@ -55,25 +56,25 @@ FAMILIES = (
 )
 CALCIUM_TRIPLET = Lines((8500.4, 8544.4, 8664.5), 0.4, 5000, 0.6, 3.0)
 TITANIUM_OXIDE = (4762.0, 4956.0, 5168.0, 5450.0, 5862.0, 6160.0, 6653.0, 7056.0, 7591.0, 8434.0)
-"""Angstrom: heads of bands, which fade to the red."""
+"""Band heads in angstrom; the absorption decreases towards the red."""
 BAND_LENGTH = 110.0
-"""Angstrom, in which a band fades by e."""
+"""Length in angstrom over which a band decreases by a factor e."""
 BANDS_BEGIN = 4000.0
-"""K; cooler stars show them."""
+"""Temperature in K below which the bands appear."""
 
 
 def observe_spectrum(
     star: Variable, magnitude: float, extinction: float, velocity: float, rng: Generator
 ) -> NDArray[np.float64]:
-    """Wavelength in angstrom (in vacuum), flux and inverse variance of the flux, float64 [m, 3].
+    """Return vacuum wavelength in angstrom, flux and inverse variance of the flux, float64[m, 3].
 
-    `magnitude`: V, as seen; `extinction`: A_V; `velocity`: of recession, km/s.
+    `magnitude`: observed V; `extinction`: A_V; `velocity`: radial velocity in km/s.
     """
     rest = WAVELENGTHS / (1 + velocity / LIGHT)
     flux = _black_body(rest, star.temperature) * _lines(star, rest)
     flux *= 10 ** (-0.4 * extinction * (REFERENCE / WAVELENGTHS) ** 1.3)  # about Cardelli, Clayton & Mathis 1989
     flux *= FLUX_AT_MAGNITUDE_15 * 10 ** (-0.4 * (magnitude - 15)) / np.interp(REFERENCE, WAVELENGTHS, flux)
-    slope, curvature = rng.normal(0, 0.1, 2)  # LAMOST's fluxes are relative, and calibrated to a tenth
+    slope, curvature = rng.normal(0, 0.1, 2)  # LAMOST's relative flux calibration is good to 10 %
     place = np.log(WAVELENGTHS / REFERENCE) / np.log(WAVELENGTHS[-1] / REFERENCE)
     flux *= np.exp(slope * place + curvature * place**2)
     ratio = 20 * 10 ** (-0.2 * (magnitude - 15)) * rng.lognormal(0, 0.4)  # signal to noise at the reference
@@ -84,7 +85,7 @@ def observe_spectrum(
 
 
 def _black_body(wavelength: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
-    """Planck's law, in units of its value at the reference."""
+    """Return Planck's law normalised at the reference wavelength."""
 
     def planck(angstrom: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(angstrom**-5 / np.expm1(SECOND_RADIATION_CONSTANT / (angstrom * temperature)))
@@ -93,7 +94,7 @@ def _black_body(wavelength: NDArray[np.float64], temperature: float) -> NDArray[
 
 
 def _lines(star: Variable, rest: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What is left of the continuum at each wavelength (angstrom, at rest)."""
+    """Return the flux relative to the continuum at each rest wavelength in angstrom."""
     left = np.ones_like(rest)
     for family in FAMILIES:
         # Balmer lines are narrower in giants, which are less dense.
@@ -117,7 +118,7 @@ def _depth(star: Variable, lines: Lines) -> float:
 def _profile(
     star: Variable, rest: NDArray[np.float64], lines: Lines, depth: float, width: float
 ) -> NDArray[np.float64]:
-    """The sum of the lines, spread by the star's rotation and by the spectrograph, which leaves their area as it is."""
+    """Return the sum of the lines, broadened by rotation and by the spectrograph with constant area."""
     profile = np.zeros_like(rest)
     for centre in lines.wavelengths:
         spread = np.hypot(width, centre * np.hypot(star.rotation / 2 / LIGHT, 1 / RESOLUTION / FWHM))

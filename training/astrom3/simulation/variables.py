@@ -1,9 +1,9 @@
-"""Variable stars of AstroM3's ten classes: what each is, drawn at random, and how its brightness changes.
+"""Variable stars of AstroM3's ten classes: random properties, and light curves.
 
 Periods, amplitudes, luminosities and temperatures are typical of each class (Catelan & Smith 2015, "Pulsating Stars";
-ASAS-SN's catalogue, Jayasinghe et al. 2019, MNRAS 486, 1907) and hang together as in nature: contact binaries of longer
-period are hotter (Rucinski 1997), pulsating stars of longer period brighter, spotted stars that turn fast more active.
-Knows nothing of how a star is observed.
+ASAS-SN's catalogue, Jayasinghe et al. 2019, MNRAS 486, 1907) and correlated as in nature: contact binaries with longer
+periods are hotter (Rucinski 1997), pulsating stars with longer periods are brighter, fast-rotating spotted stars are
+more active. This module does not simulate observations.
 """
 
 from __future__ import annotations
@@ -17,57 +17,57 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 Days = NDArray[np.float64]  # [n]
-Magnitudes = NDArray[np.float64]  # [n] V, about the mean: larger is fainter
+Magnitudes = NDArray[np.float64]  # [n] V relative to the mean; larger is fainter
 Phases = NDArray[np.float64]  # [n] from 0 to 1
 Curve = Callable[[Days], Magnitudes]
 Shape = Callable[[Phases], NDArray[np.float64]]
 
 TEMPERATURES = (3000.0, 3500.0, 4000.0, 4500.0, 5000.0, 5500.0, 6000.0, 6500.0, 7000.0, 8000.0, 10000.0, 12000.0)
-"""K, of the tables here and in `catalogue`: values rounded from Pecaut & Mamajek 2013 (ApJS 208, 9)."""
+"""Temperatures in K of the tables here and in `catalogue`, rounded from Pecaut & Mamajek 2013 (ApJS 208, 9)."""
 MAIN_SEQUENCE = (13.0, 11.0, 8.7, 7.2, 6.2, 5.3, 4.3, 3.6, 3.0, 2.1, 0.9, 0.0)
 """Absolute V magnitude of a dwarf of each temperature."""
 BOLOMETRIC_CORRECTION = (-3.6, -2.0, -1.0, -0.6, -0.3, -0.15, -0.06, 0.0, 0.02, 0.0, -0.25, -0.6)
 SUN_BOLOMETRIC, SUN_TEMPERATURE, SUN_GRAVITY = 4.74, 5772.0, 4.44
 SYNCHRONOUS = 50.6
-"""km/s at the equator of a star with the Sun's radius that turns once a day."""
+"""Equatorial velocity in km/s of a star with the Sun's radius and a rotation period of one day."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """A star. Its population says how fast it moves, and how far from the Galaxy's plane it is found."""
+    """A star. Its population determines its velocity, and its distance from the galactic plane."""
 
     kind: str  # a key of KINDS
     temperature: float  # K
-    absolute_magnitude: float  # V, in the mean
+    absolute_magnitude: float  # mean V
     metallicity: float  # [Fe/H]
     period: float  # days
-    amplitude: float  # V, from the brightest to the faintest
+    amplitude: float  # V, peak to peak
     curve: Curve
     population: str = "disc"  # or "halo"
-    activity: float = 0.0  # of the chromosphere: its emission in the cores of Ca H and K, of the continuum
-    rotation: float = 15.0  # km/s, along the line of sight
-    shocks: float = 0.0  # Balmer emission, of the continuum
-    dust: float = 0.0  # mag that dust about the star adds to its light at 3.4 micron; more at longer wavelengths
+    activity: float = 0.0  # emission in the cores of Ca H and K, relative to the continuum
+    rotation: float = 15.0  # v sin i in km/s
+    shocks: float = 0.0  # Balmer emission relative to the continuum
+    dust: float = 0.0  # brightening by circumstellar dust at 3.4 micron, mag
 
     @property
     def gravity(self) -> float:
-        """log g, in cgs units, of a star of the Sun's mass."""
+        """log g (cgs) for one solar mass."""
         return SUN_GRAVITY - 2 * float(np.log10(radius(self.temperature, self.absolute_magnitude)))
 
 
 def radius(temperature: float, absolute_magnitude: float) -> float:
-    """Of a star with this effective temperature (K) and V magnitude, in the Sun's."""
+    """Return the radius in solar radii for an effective temperature (K) and an absolute V magnitude."""
     bolometric = absolute_magnitude + np.interp(temperature, TEMPERATURES, BOLOMETRIC_CORRECTION)
     return float(10 ** (-0.2 * (bolometric - SUN_BOLOMETRIC)) * (SUN_TEMPERATURE / temperature) ** 2)
 
 
 def main_sequence(temperature: float) -> float:
-    """Absolute V magnitude of a dwarf."""
+    """Return the absolute V magnitude of a dwarf with this temperature (K)."""
     return float(np.interp(temperature, TEMPERATURES, MAIN_SEQUENCE))
 
 
 def draw(kind: str, rng: Generator) -> Variable:
-    """A star of a class. Raises KeyError for an unknown one."""
+    """Return a random star of a class. Raises KeyError for an unknown class."""
     return KINDS[kind](rng)
 
 
@@ -103,7 +103,7 @@ def _spotted_star(rng: Generator) -> Variable:
     if rng.random() < 0.65:  # a dwarf
         temperature = float(np.clip(rng.normal(4900, 500), 3700, 5900))
         luminosity, period = main_sequence(temperature) + rng.normal(0, 0.3), _log_normal(rng, 5, 0.4, 0.3, 40)
-    else:  # an evolved binary, as RS Canum Venaticorum
+    else:  # an evolved binary of the type RS Canum Venaticorum
         temperature = float(np.clip(rng.normal(4800, 200), 4200, 5400))
         luminosity, period = rng.uniform(0.8, 3.2), _log_normal(rng, 15, 0.3, 2, 80)
     spread, cycle, begin = rng.uniform(0, 1, 3)
@@ -167,7 +167,7 @@ def _delta_scuti(
     luminosity = -2.94 * np.log10(period) - 1.34 + rng.normal(0, 0.25)  # Ziaali et al. 2019
     temperature = float(np.clip(7500 - 4000 * (period - 0.09) + rng.normal(0, 250), 6500, 8600))
     first = _periodic(period, amplitude / (1 + second_mode / 2), partial(_pulsation, skew=skew), rng)
-    # The first overtone's period, of the fundamental mode's (Petersen & Christensen-Dalsgaard 1996).
+    # Period ratio of first overtone and fundamental mode: Petersen & Christensen-Dalsgaard 1996.
     second = _periodic(0.77 * period, second_mode * rng.uniform(0.3, 1) * amplitude, _sine, rng)
     rotation = _along_the_line_of_sight(30 if kind == "HADS" else 140, rng)  # Breger 2000
     return Variable(
@@ -214,8 +214,8 @@ def _mira(rng: Generator) -> Variable:
         rng.normal(-0.3, 0.3),
         period,
         amplitude,
-        lambda days: curve(days) + wander * np.sin(2 * np.pi * days / 1500 + begin),  # no two cycles are the same
-        shocks=rng.choice((0.0, rng.uniform(0.3, 2.0)), p=(0.4, 0.6)),  # seen about maximum light
+        lambda days: curve(days) + wander * np.sin(2 * np.pi * days / 1500 + begin),  # cycles differ
+        shocks=rng.choice((0.0, rng.uniform(0.3, 2.0)), p=(0.4, 0.6)),  # emission appears around maximum light
         dust=float(np.clip(rng.normal(0.3 + 0.002 * (period - 270), 0.15), 0, 1.5)),
     )
 
@@ -247,12 +247,12 @@ def _binary(
         amplitude,
         _periodic(period, amplitude, shape, rng),
         activity=0.15 * rng.random() if temperature < 6200 else 0.0,
-        rotation=min(fast, 300.0),  # seen from the side, or it would not be eclipsed
+        rotation=min(fast, 300.0),  # eclipsing, so the inclination is about 90 degrees
     )
 
 
 def _periodic(period: float, amplitude: float, shape: Shape, rng: Generator) -> Curve:
-    """The shape, of `amplitude` from its highest to its lowest, begun anywhere."""
+    """Return a periodic curve with the shape, a peak-to-peak `amplitude` and a random phase."""
     whole = shape(np.linspace(0, 1, 400, endpoint=False))
     scale, middle, begin = amplitude / np.ptp(whole), whole.mean(), rng.random()
     return lambda days: scale * (shape((days / period + begin) % 1) - middle)
@@ -263,19 +263,19 @@ def _sine(phase: Phases) -> NDArray[np.float64]:
 
 
 def _pulsation(phase: Phases, skew: float) -> NDArray[np.float64]:
-    """A sine (skew 0) to a saw tooth (1) that brightens fast and fades slowly."""
+    """Return a sine (skew 0) to a sawtooth (skew 1) with a fast rise and a slow decline."""
     return np.asarray(-sum(skew ** (k - 1) * np.sin(2 * np.pi * k * phase) / k for k in range(1, 8)))
 
 
 def _eclipses(phase: Phases, width: float, ratio: float, ellipsoidal: float) -> NDArray[np.float64]:
-    """Two eclipses, the second of `ratio` the first's depth, and between them what the stars' tidal forms do."""
+    """Return two eclipses, the second with `ratio` times the depth of the first, and ellipsoidal variation."""
     primary = np.exp(-0.5 * (((phase + 0.5) % 1 - 0.5) / width) ** 2)
     secondary = ratio * np.exp(-0.5 * ((phase - 0.5) / width) ** 2)
     return np.asarray(primary + secondary + ellipsoidal * (1 + np.cos(4 * np.pi * phase)) / 2)
 
 
 def _along_the_line_of_sight(velocity: float, rng: Generator) -> float:
-    """Of a star whose axis points anywhere, km/s."""
+    """Return v sin i in km/s for a random orientation of the axis."""
     return float(min(velocity, 300.0) * np.sqrt(1 - rng.uniform(0, 1) ** 2))
 
 

@@ -119,10 +119,10 @@ def test_padding_repeats_the_constant_channels_or_is_zero() -> None:
 @pytest.mark.parametrize(
     ("observations", "complaint"),
     [
-        (np.zeros((0, 3)), "two times or more"),
-        (light_curve(1), "two times or more"),
-        (light_curve(30) * [0, 1, 1], "two times or more"),
-        (light_curve(30) * [1, 0, 1], "flux has no spread"),
+        (np.zeros((0, 3)), "two or more times"),
+        (light_curve(1), "two or more times"),
+        (light_curve(30) * [0, 1, 1], "two or more times"),
+        (light_curve(30) * [1, 0, 1], "flux has a median absolute deviation of 0"),
         (light_curve(30) * [1, np.nan, 1], "not finite"),
         (light_curve(30)[:, :2], "3 columns"),
     ],
@@ -141,8 +141,8 @@ def test_a_light_curve_without_its_features_is_refused() -> None:
     ("spectrum", "complaint"),
     [
         (np.stack([WAVELENGTHS[::-1], WAVELENGTHS, WAVELENGTHS], 1), "increasing"),
-        (np.stack([WAVELENGTHS, np.ones(2575), WAVELENGTHS], 1), "flux has no spread"),
-        (np.stack([WAVELENGTHS, np.zeros(2575), WAVELENGTHS], 1), "flux has no spread"),
+        (np.stack([WAVELENGTHS, np.ones(2575), WAVELENGTHS], 1), "flux has a median absolute deviation of 0"),
+        (np.stack([WAVELENGTHS, np.zeros(2575), WAVELENGTHS], 1), "flux has a median absolute deviation of 0"),
         (np.stack([WAVELENGTHS, np.full(2575, np.inf), WAVELENGTHS], 1), "not finite"),
     ],
 )
@@ -155,11 +155,11 @@ def test_metadata_are_ordered_by_name() -> None:
     values = {name: float(i) for i, name in enumerate(METADATA_COLUMNS)}
     backwards = dict(reversed(values.items())) | {"unknown": 1.0}
     np.testing.assert_array_equal(prepare_metadata(backwards), np.arange(34, dtype=np.float32))
-    with pytest.raises(ObservationsError, match="lack parallax"):
+    with pytest.raises(ObservationsError, match="metadata values parallax are missing"):
         prepare_metadata(values | {"parallax": np.nan})
 
 
 def test_a_file_that_is_no_spectrum_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.fits").write_bytes(b"SIMPLE")
-    with pytest.raises(ObservationsError, match=r"x.fits: no spectrum of LAMOST"):
+    with pytest.raises(ObservationsError, match=r"x.fits: not a LAMOST spectrum"):
         read_spectrum(tmp_path / "x.fits")
