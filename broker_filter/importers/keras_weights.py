@@ -27,7 +27,7 @@ def read_keras_weights(
     `network` (a name for messages).
     """
     if path.stat().st_size > MAX_WEIGHTS_BYTES:
-        raise BundleError(f"{path}: larger than {MAX_WEIGHTS_BYTES} bytes, the limit for a {network} network")
+        raise BundleError(f"{path}: larger than {MAX_WEIGHTS_BYTES} bytes, the limit for weights of {network}")
     try:
         with h5py.File(path) as file:
             # A saved model keeps its weights in a group, a weights file at the top.
@@ -43,7 +43,7 @@ def _read(path: Path, layers: h5py.Group, name: str, shape: tuple[int, ...], net
     dataset = layers.get(stored)
     found = getattr(dataset, "shape", "absent")
     if found != shape:
-        raise BundleError(f"{path}: not a {network} network: {stored} is {found}, expected {shape}")
+        raise BundleError(f"{path}: not weights of {network}: {stored} is {found}, expected {shape}")
     array: NDArray[np.float32] = dataset[()].astype(np.float32)
     if not np.isfinite(array).all():
         raise BundleError(f"{path}: {stored} holds NaN or infinite weights")

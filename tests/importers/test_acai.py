@@ -99,7 +99,7 @@ def test_the_command_imports_one_of_the_five(tmp_path: Path, capsys: pytest.Capt
 def test_a_network_of_other_widths_is_refused_by_the_layer_that_differs(tmp_path: Path) -> None:
     write_model(tmp_path / "wide.h5", dense_fc_1=(25, 128))
     with pytest.raises(
-        BundleError, match=r"no ACAI network: dense_fc_1/.*kernel:0 is \(25, 128\), expected \(25, 64\)"
+        BundleError, match=r"not weights of ACAI: dense_fc_1/.*kernel:0 is \(25, 128\), expected \(25, 64\)"
     ):
         read_weights(tmp_path / "wide.h5")
     write_model(tmp_path / "fewer.h5", dense_fc_1=(24, 64))

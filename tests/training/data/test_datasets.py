@@ -271,7 +271,7 @@ def test_damage_and_other_arguments_are_said(
     dataset = build_dataset([night_packets], night_labels, tmp_path / "set")
     shard = tmp_path / "set" / SHARDS / dataset.card.shards[0].file
     os.truncate(shard, 1000)
-    with pytest.raises(DatasetError, match="has 1000 bytes of"):
+    with pytest.raises(DatasetError, match="has 1000 bytes instead of"):
         Dataset.open(tmp_path / "set")
     (tmp_path / "set" / CARD).unlink()
     with pytest.raises(DatasetError, match="not a complete shard"):

@@ -45,10 +45,10 @@ def test_only_runs_that_differ_in_one_thing_are_set_against_each_other() -> None
         planned=9,
     )
     assert report.startswith("4 of 9 runs.")
-    rows = [line.split(" | ") for line in report.splitlines() if " less " in line]
+    rows = [line.split(" | ") for line in report.splitlines() if " minus " in line]
     assert [row[:2] for row in rows] == [
-        ["| pico, images, 100%", "galaxies less scratch"],
-        ["| scratch, images, 100%", "pico less vgg6"],
+        ["| pico, images, 100%", "galaxies minus scratch"],
+        ["| scratch, images, 100%", "pico minus vgg6"],
     ]
     better, same = rows
     assert all(cell.rstrip(" |").endswith("*") for cell in better[2:])
