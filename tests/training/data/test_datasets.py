@@ -199,7 +199,7 @@ def test_unusable_labels_are_said_in_a_line(
         build_dataset([night_packets], read_labels(table, "class"), tmp_path / "none")
     table.write_text(night_table.read_text() + "7,sky\n")
     labels = read_labels(table, "truth", [parse_rule("bogus=detector"), parse_rule("real=sky")])
-    with pytest.raises(DatasetError, match=r"1 labels have no alert among the inputs, candid 7"):
+    with pytest.raises(DatasetError, match=r"1 labels have no alert among the inputs, for example candid 7:"):
         build_dataset([night_packets], labels, tmp_path / "set")
     assert len(build_dataset([night_packets], labels, tmp_path / "set", allow_unmatched=True).alert_id) == 60
     lonely = read_labels(
