@@ -47,12 +47,12 @@ class EnvironmentChecks(ConfigChecks):
 
     def outputs(self) -> list[str] | None:
         """See ConfigChecks."""
-        outputs = []
+        outputs: list[str] = []
         for name in self._bundles:
             opened = self._open(name)
             if isinstance(opened, BundleError):
                 return None
-            outputs += [f"{opened.card.name}.{label}" for label in opened.card.outputs.labels]
+            outputs += opened.card.output_names
         return outputs
 
     def check_reference(self, file: Path) -> None:

@@ -10,7 +10,6 @@ import time
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from enum import StrEnum
 
 from prometheus_client import (
@@ -26,6 +25,7 @@ from prometheus_client import (
 from broker_filter import __version__
 from broker_filter.packets.batch import Survey
 from broker_filter.packets.rejects import RejectReason
+from broker_filter.streaming.account import Account
 
 STAGE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 """From a batch of a few alerts to a stage that is about to be called stuck."""
@@ -46,25 +46,6 @@ class LossReason(StrEnum):
     """The topic's retention, or an operator, has deleted them."""
     TRUNCATED = "truncated"
     """An election of a leader that was behind (an unclean one) has cut them off the end of the log."""
-
-
-@dataclass(slots=True)
-class Account:
-    """What became of the alerts of some packets. A packet without any readable alert counts as one, rejected."""
-
-    consumed: int = 0
-    scored: int = 0
-    duplicates: int = 0
-    judged: int = 0
-    """Of those scored, the ones of which it was asked whether they are anomalies."""
-    anomalous: int = 0
-    unjudged: Tally[Survey] = field(default_factory=Tally)
-    """Of those scored, by survey, the ones that would have been judged if the reference had more alerts of it."""
-    rejected: Tally[RejectReason] = field(default_factory=Tally)
-    sent: list[float] = field(default_factory=list)
-    """Unix seconds at which the producer sent the packets, of those that say so."""
-    exposed: list[float] = field(default_factory=list)
-    """Unix seconds of the exposures of the alerts that could be decoded."""
 
 
 class Metrics:

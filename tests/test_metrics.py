@@ -6,8 +6,9 @@ from collections import Counter
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from broker_filter.metrics import Account, Metrics
+from broker_filter.metrics import Metrics
 from broker_filter.packets.rejects import RejectReason
+from broker_filter.streaming.account import Account
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:

@@ -56,8 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     keep_inputs(arguments.out, arguments.inputs)
     reference, scorer = open_reference(arguments.reference, arguments.model, arguments.device)
     [model] = scorer.models
-    outputs = [f"{model.name}.{label}" for label in model.labels]
-    cut = compile_filter(reference.card.where, FIELDS, outputs) if reference.card.where else None
+    cut = compile_filter(reference.card.where, FIELDS, model.outputs) if reference.card.where else None
     night = Sample(arguments.limit)
     columns = cut.columns if cut else []
     for scored in score_archives(arguments.inputs, scorer, columns=columns, registry=arguments.schema_registry):

@@ -138,7 +138,7 @@ def _list(arguments: argparse.Namespace) -> int:
             status = 1
             continue
         card = bundle.card
-        columns = ",".join(f"{card.name}.{label}" for label in card.outputs.labels)
+        columns = ",".join(card.output_names)
         rows.append((card.name, card.version, ",".join(card.surveys), columns, card.task, str(bundle.directory)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -169,6 +169,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _describe(bundle: Bundle) -> list[str]:
+    from broker_filter.scoring.scores import output_name
+
     card = bundle.card
     images, outputs = card.inputs.images, card.outputs
     cuts = [f"{label} > {cut:g}" for label, cut in outputs.thresholds.items()]
@@ -181,9 +183,10 @@ def _describe(bundle: Bundle) -> list[str]:
             f"{column.name} ({column.fill:g}{', and a flag,' * column.flag} where missing)"
             for column in card.inputs.metadata
         ),
-        "outputs": ", ".join(f"{card.name}.{label}" for label in outputs.labels) + f" ({outputs.activation})",
+        "outputs": ", ".join(card.output_names) + f" ({outputs.activation})",
         "null": "; ".join(
-            f"{card.name}.{label} for all but {', '.join(surveys)}" for label, surveys in outputs.surveys.items()
+            f"{output_name(card.name, label)} for all but {', '.join(surveys)}"
+            for label, surveys in outputs.surveys.items()
         ),
         "cuts": ", ".join(cuts),
         "embedding": str(outputs.embedding or ""),

@@ -74,9 +74,8 @@ def take_stock(packets: Iterable[Packet], decoder: Decoder, advance: Callable[[i
             identity = alerts.identity(row)
             contents.kinds[*_kind(identity), framings[alerts.packet_index[row]], READABLE] += 1
             contents.bands[identity.band or "?"] += 1
-        place = {id(packet): i for i, packet in enumerate(batch)}
         for reject in rejects:
-            contents.kinds[*_kind(reject.alert), framings[place[id(reject.packet)]], reject.reason] += 1
+            contents.kinds[*_kind(reject.alert), framings[reject.packet_index], reject.reason] += 1
             contents.examples.setdefault(reject.reason, reject)
         if len(alerts):
             earliest, latest = contents.mjd or (np.inf, -np.inf)

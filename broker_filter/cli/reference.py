@@ -106,7 +106,7 @@ def _build(arguments: argparse.Namespace) -> int:
     scorer = open_scorer([arguments.model], Runtime(device=arguments.device))
     [model] = scorer.models
     where = arguments.where or _recommended_cut(model)
-    cut = compile_filter(where, FIELDS, [f"{model.name}.{label}" for label in model.labels]) if where else None
+    cut = compile_filter(where, FIELDS, model.outputs) if where else None
     batches = score_archives(
         arguments.inputs, scorer, columns=cut.columns if cut else (), registry=arguments.schema_registry
     )

@@ -151,14 +151,13 @@ def run(arguments: argparse.Namespace) -> int:
     check_inputs(arguments.inputs)
     models = [Model(bundle=bundle, also=arguments.also) for bundle in arguments.model or ["default"]]
     scorer = open_scorer(models, Runtime(device=arguments.device))
-    outputs = [f"{model.name}.{label}" for model in scorer.models for label in model.labels]
-    policies = Policies(arguments.policy, outputs)
+    policies = Policies(arguments.policy, scorer.outputs)
     registry = open_registry(arguments.schema_registry, drop_cache=arguments.drop_schema_cache)
     columns = tuple(dict.fromkeys((*scorer.columns, *policies.columns)))
     decoder = Decoder(registry, cutout_size=scorer.cutout_size, columns=columns)
     packets = read_packets(arguments.inputs, wanted=decoder.fields)
     embeddings = [model.name for model in scorer.models if model.bundle.card.outputs.embedding is not None]
-    schema = table_schema(outputs, policies.names, embeddings)
+    schema = table_schema(scorer.outputs, policies.names, embeddings)
     batches = score_stream(
         _not_of(packets, own),
         decoder,

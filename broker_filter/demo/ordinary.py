@@ -27,7 +27,7 @@ def write_reference(file: Path, seed: int) -> None:
     """Simulates the night before the one of `seed`, and writes a reference set of its alerts."""
     scorer = open_scorer([MODEL], Runtime())
     [model] = scorer.models
-    where = compile_filter(WHERE, FIELDS, [f"{MODEL}.{label}" for label in model.labels])
+    where = compile_filter(WHERE, FIELDS, model.outputs)
     decoder = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=scorer.columns)
     packets = (Packet(alert.packet, FilePosition(str(alert.alert_id))) for alert in simulate_night(ALERTS, seed + 1))
     scored = score_stream(packets, decoder, scorer, DuplicateWindow(0), batch_size=BATCH, threads=1)

@@ -150,12 +150,12 @@ class Replayer:
     def _alerts(self, packets: Iterable[Packet]) -> Iterator[_Alert]:
         for alerts, rejects in self._decoder.decode_stream(packets, PACKETS_AT_A_TIME):
             batch = alerts.packets
-            rejected = {id(reject.packet): reject for reject in rejects}
+            rejected = {reject.packet_index: reject for reject in rejects}
             rows: list[list[int]] = [[] for _ in batch]
             for row, packet_index in enumerate(alerts.packet_index):
                 rows[packet_index].append(row)
-            for packet, own in zip(batch, rows, strict=True):
-                reject = rejected.get(id(packet))
+            for packet_index, (packet, own) in enumerate(zip(batch, rows, strict=True)):
+                reject = rejected.get(packet_index)
                 if not 0 < len(packet.data) <= MAX_PACKET_BYTES:  # archives may hold more of it than was read
                     log.warning("%s: not sent: %s", packet.position, "too large" if packet.data else "empty")
                     self.account.unsendable += 1

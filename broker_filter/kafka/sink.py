@@ -10,25 +10,15 @@ from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-from numpy.typing import NDArray
-
 from broker_filter.config import Transaction
 from broker_filter.kafka.source import Delivery
 from broker_filter.kafka.transactions import Claim, FencedError, Refusals, Work, Writer
 from broker_filter.kafka.watchdog import Stage
-from broker_filter.metrics import Account, Metrics
-from broker_filter.packets.batch import AlertBatch, Survey
-from broker_filter.packets.rejects import RejectReason
+from broker_filter.metrics import Metrics
+from broker_filter.streaming.account import account_packets
 from broker_filter.streaming.routing import Routed
 from broker_filter.streaming.scored import ScoredBatch
 
-MJD_OF_UNIX_EPOCH = 40_587.0
-SECONDS_PER_DAY = 86_400.0
-TAI_MINUS_UTC_S = 37.0
-"""Since 2017-01-01 (IERS Bulletin C 52)."""
-DECODED = frozenset({RejectReason.NO_MODEL_FOR_SURVEY, RejectReason.SCHEMA_REFUSED})
-"""Reasons of rejects that were decoded, and counted then."""
 COMMITTING_THREADS = 8
 """Writers that commit at a time: each mostly waits for the coordinator."""
 
@@ -37,48 +27,6 @@ log = logging.getLogger(__name__)
 
 class UnaccountedError(RuntimeError):
     """A packet that is neither scored, rejected nor a duplicate, or whose output is missing: a fault of the program."""
-
-
-def account_packets(scored: ScoredBatch) -> list[Account]:
-    """What became of each packet's alerts.
-
-    `consumed` counts what decoding delivered, the rest what scoring made of it: that the two agree is not a matter of
-    course, and is what the service watches.
-    """
-    accounts = [Account() for _ in scored.packets]
-    exposed = exposure_times(scored.alerts).tolist()
-    packet_index, duplicate = scored.alerts.packet_index.tolist(), scored.duplicate.tolist()
-    for k in packet_index:
-        accounts[k].consumed += 1
-    for i in scored.scored.tolist():
-        account = accounts[packet_index[i]]
-        account.exposed.append(exposed[i])
-        if duplicate[i]:
-            account.duplicates += 1
-        else:
-            account.scored += 1
-    if scored.anomalies:
-        for i in np.flatnonzero(scored.anomalies.judged & scored.scores.taken & ~scored.duplicate).tolist():
-            accounts[packet_index[i]].judged += 1
-            accounts[packet_index[i]].anomalous += bool(scored.anomalies.flag[i])
-        unjudged = scored.anomalies.unjudged
-        for i in unjudged[~scored.duplicate[unjudged]].tolist():
-            accounts[packet_index[i]].unjudged[Survey(int(scored.alerts.survey[i]))] += 1
-    index_of = {id(packet): k for k, packet in enumerate(scored.packets)}
-    for reject in scored.rejects:
-        account = accounts[index_of[id(reject.packet)]]
-        account.rejected[reject.reason] += 1
-        account.consumed += reject.reason not in DECODED
-    for packet, account in zip(scored.packets, accounts, strict=True):
-        if packet.timestamp_ms is not None:
-            account.sent.append(packet.timestamp_ms / 1000)
-    return accounts
-
-
-def exposure_times(alerts: AlertBatch) -> NDArray[np.float64]:
-    """Unix seconds at which the alerts' exposures were taken, float64[N]."""
-    seconds = (alerts.mjd - MJD_OF_UNIX_EPOCH) * SECONDS_PER_DAY
-    return np.where(alerts.survey == Survey.LSST, seconds - TAI_MINUS_UTC_S, seconds)
 
 
 def divide(delivery: Delivery, scored: ScoredBatch, routed: Routed) -> list[Work]:

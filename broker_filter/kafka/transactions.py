@@ -33,9 +33,10 @@ from broker_filter.kafka.client import (
 from broker_filter.kafka.rights import REFUSED, Right
 from broker_filter.kafka.watchdog import Stage
 from broker_filter.kafka.window import Window
-from broker_filter.metrics import Account, Metrics
+from broker_filter.metrics import Metrics
 from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.rejects import RejectReason
+from broker_filter.streaming.account import Account
 from broker_filter.streaming.encoding import OutputRecord
 
 BATCH_BYTES = 1_000_000

@@ -260,7 +260,7 @@ class Decoder:
                     break
                 if damage is not None:
                     fingerprint = container.schema.fingerprint if container.schema else None
-                    rejects.append(Reject(packet, *damage, record, schema=fingerprint))
+                    rejects.append(Reject(packet, index, *damage, record, schema=fingerprint))
             columns = _Columns(self._layouts, len(self._columns), outputs, walked)
             sound = [row for row, item in enumerate(walked) if not (item.damage or columns.missing_field(row))]
             too_large = self._too_large(packets, walked, sound, columns)
@@ -280,7 +280,8 @@ class Decoder:
                     continue
                 damage = item.damage or columns.missing_field(row) or too_large.get(row) or bad_stamps[row]
                 fingerprint = item.plan.schema.fingerprint
-                rejects.append(Reject(packets[item.packet], *damage, item.record, columns.identity(row), fingerprint))
+                identity, packet = columns.identity(row), packets[item.packet]
+                rejects.append(Reject(packet, item.packet, *damage, item.record, identity, fingerprint))
             return columns.batch(packets, sound, cutouts, boxes, self._columns), rejects
 
     def _walk_container(

@@ -54,12 +54,14 @@ MAX_DETAIL_CHARACTERS = 1_000
 class Reject:
     """An input that cannot be scored.
 
-    `detail`: what is wrong, truncated to MAX_DETAIL_CHARACTERS. `record`: the index of the alert within its packet.
-    `alert`: the ids, time and position as far as they could be read; None if no record could be read. `schema`: the
-    fingerprint of the writer's schema; None if it could not be read.
+    `packet_index`: the index of the packet in its batch. `detail`: what is wrong, truncated to MAX_DETAIL_CHARACTERS.
+    `record`: the index of the alert within its packet. `alert`: the ids, time and position as far as they could be
+    read; None if no record could be read. `schema`: the fingerprint of the writer's schema; None if it could not be
+    read.
     """
 
     packet: Packet
+    packet_index: int
     reason: RejectReason
     detail: str
     record: int = 0

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 from broker_filter.config import SurveyName
 from broker_filter.packets.batch import BANDS, LightCurves, Measurement
 from broker_filter.scoring.alerts import RawAlerts
+from broker_filter.scoring.scores import output_name
 
 CARD = "bundle.yaml"
 WEIGHTS = "weights.safetensors"
@@ -224,6 +225,11 @@ class Description(CardSection):
     source: str
     citation: str
     training: Training
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The names of the output columns, `<model>.<label>`, in the order of the labels."""
+        return tuple(output_name(self.name, label) for label in self.outputs.labels)
 
     def surveys_of(self, label: str) -> tuple[SurveyName, ...]:
         """Return the surveys for which the output `label` was trained."""

@@ -42,6 +42,11 @@ class Model:
         return self.bundle.card.outputs.labels
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of its C output columns, `<model>.<label>`."""
+        return self.bundle.card.output_names
+
+    @property
     def surveys(self) -> tuple[Survey, ...]:
         """Surveys whose alerts the model takes: those that it was trained for, and those that the operator added."""
         return self._and_also(self.bundle.card.surveys)
@@ -139,6 +144,11 @@ class Scorer:
     def columns(self) -> tuple[str, ...]:
         """Metadata columns that must be decoded for the models, without repetition."""
         return tuple(dict.fromkeys(column for model in self.models for column in model.columns))
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the output columns, `<model>.<label>`, in the order of the models and their labels."""
+        return tuple(name for model in self.models for name in model.outputs)
 
     def score(self, alerts: AlertBatch) -> Scores:
         """Return every model's outputs, in the order of the models."""

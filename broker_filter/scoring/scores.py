@@ -8,6 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def output_name(model: str, label: str) -> str:
+    """The name of a model's output column for one of its labels: in filters, tables and output records."""
+    return f"{model}.{label}"
+
+
 @dataclass(frozen=True, slots=True)
 class ModelScores:
     """One model's outputs for N alerts. Rows of alerts that the model does not take (of another survey) are NaN."""
@@ -31,7 +36,7 @@ class Scores:
     def columns(self) -> dict[str, NDArray[np.float32]]:
         """Return output columns by name, `<model>.<label>` -> float32[N], in the order of the models."""
         return {
-            f"{scores.model}.{label}": scores.probabilities[:, c]
+            output_name(scores.model, label): scores.probabilities[:, c]
             for scores in self.models
             for c, label in enumerate(scores.labels)
         }

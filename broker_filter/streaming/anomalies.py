@@ -81,5 +81,4 @@ def open_judge(asked: config.Anomalies, scorer: Scorer) -> AnomalyJudge:
         elif survey not in reference.surveys:
             log.info("%s: alerts of %s are not judged: the reference was built from none", asked.reference, survey)
     where = asked.where if asked.where is not None else reference.card.where
-    outputs = [f"{model.name}.{label}" for model in scorer.models for label in model.labels]
-    return AnomalyJudge(reference, asked.rate, compile_filter(where, FIELDS, outputs) if where else None)
+    return AnomalyJudge(reference, asked.rate, compile_filter(where, FIELDS, scorer.outputs) if where else None)

@@ -35,6 +35,7 @@ def score_alerts(
     unclaimed = [
         Reject(
             packet=alerts.packets[alerts.packet_index[i]],
+            packet_index=int(alerts.packet_index[i]),
             reason=RejectReason.NO_MODEL_FOR_SURVEY,
             detail=f"no configured model takes alerts of {Survey(int(alerts.survey[i]))}; `also` tells one to",
             record=int(alerts.record_index[i]),

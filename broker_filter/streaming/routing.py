@@ -38,17 +38,11 @@ Header = tuple[str, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """A batch's output records, and the account of its inputs: each alert or undecodable packet is counted exactly
-    once.
+    """The output records of a batch. Record k was made from the packet `packet_index[k]` of the batch.
 
-    `packet_index[k]` says which packet of the batch record k comes from. `duplicates` counts alerts whose id was seen
-    before, published or not; they are not among `scored`. `refused`: rejects of scored rows of the batch, whose output
-    schema the registry does not take, by row; they are counted in `rejected` alone.
+    `refused`: for each scored row whose output schema the schema registry refused, the reject that takes its place.
     """
 
-    scored: int
-    duplicates: int
-    rejected: Counter[RejectReason]
     refused: Mapping[int, Reject] = field(default_factory=dict)
     records: list[OutputRecord] = field(default_factory=list)
     packet_index: list[int] = field(default_factory=list)
@@ -126,19 +120,12 @@ class Router:
                 continue
             published += [(OutputRecord(topic, key, value, headers), packet_index) for topic, value in values]
         scored = scored.less(refused)
-        duplicates = int(np.count_nonzero(scored.duplicate[scored.scored]))
-        routed = Routed(
-            scored=len(scored.scored) - duplicates,
-            duplicates=duplicates,
-            rejected=Counter(reject.reason for reject in scored.rejects),
-            refused=refused,
-        )
+        routed = Routed(refused)
         for record, packet_index in published:
             routed.add(record, packet_index)
-        packet_indices = {id(packet): index for index, packet in enumerate(scored.packets)}
         rejects: dict[int, list[Reject]] = {}
         for reject in scored.rejects:
-            rejects.setdefault(packet_indices[id(reject.packet)], []).append(reject)
+            rejects.setdefault(reject.packet_index, []).append(reject)
         for packet_index, of_packet in rejects.items():
             routed.add(self._dead_letter_record(of_packet), packet_index)
         return routed
@@ -168,6 +155,7 @@ def _refused(scored: ScoredBatch, i: int, detail: str) -> Reject:
     alerts = scored.alerts
     return Reject(
         packet=scored.packets[alerts.packet_index[i]],
+        packet_index=int(alerts.packet_index[i]),
         reason=RejectReason.SCHEMA_REFUSED,
         detail=detail,
         record=int(alerts.record_index[i]),
@@ -186,7 +174,6 @@ def open_router(service: Service, scorer: Scorer, waiting: Callable[[], None] = 
 
     `waiting`: see RegistryClient.
     """
-    outputs = [f"{model.name}.{label}" for model in scorer.models for label in model.labels]
     registry = service.output.schema_registry
     return Router(
         service.output.prefix,
@@ -194,6 +181,6 @@ def open_router(service: Service, scorer: Scorer, waiting: Callable[[], None] = 
         encoder=Encoder(service.output.payload),
         framing=WireFraming(registry, service.output.subject, waiting) if registry else ContainerFraming(),
         anomalies=service.anomalies is not None,
-        filters=[(one.name, compile_filter(one.where, FIELDS, outputs)) for one in service.filters],
+        filters=[(one.name, compile_filter(one.where, FIELDS, scorer.outputs)) for one in service.filters],
         drop_duplicates=service.duplicates == "drop",
     )

@@ -125,7 +125,6 @@ def to_rows(
     `passed`: of each policy whether the object of each of the batch's N alerts had passed by then.
     """
     alerts = scored.alerts
-    place = {id(packet): index for index, packet in enumerate(scored.packets)}
     outputs = {column_name(name): values.tolist() for name, values in scored.scores.columns().items()}
     vectors = {
         embedding_column(scores.model): [
@@ -145,7 +144,7 @@ def to_rows(
     for reject in scored.rejects:
         row = _row(reject.alert or UNREAD, reject.packet.position, reject.record, status=REJECTED)
         row |= {"reject_reason": reject.reason.value, "reject_detail": reject.detail}
-        rows.append(((place[id(reject.packet)], reject.record), row))
+        rows.append(((reject.packet_index, reject.record), row))
     rows.sort(key=lambda placed: placed[0])
     return pa.RecordBatch.from_pylist([row for _, row in rows], schema=schema)
 

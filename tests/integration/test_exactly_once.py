@@ -22,8 +22,9 @@ from broker_filter.kafka.checkpoint import position_key
 from broker_filter.kafka.client import RecordLimits, ThrottledErrorLog
 from broker_filter.kafka.transactions import Claim, FencedError, PositionError, Work, Writer
 from broker_filter.kafka.watchdog import Stage
-from broker_filter.metrics import Account, Metrics
+from broker_filter.metrics import Metrics
 from broker_filter.packets.packet import KafkaPosition, Packet
+from broker_filter.streaming.account import Account
 from broker_filter.streaming.encoding import OutputRecord
 
 from .conftest import MakeTopic, ReadCommitted, StartService, headers, send, service_config

@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from broker_filter.kafka.sink import UnaccountedError, account_packets, divide, exposure_times
+from broker_filter.kafka.sink import UnaccountedError, divide
 from broker_filter.kafka.source import Delivery
 from broker_filter.kafka.transactions import Claim, Work
-from broker_filter.metrics import Account
 from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.rejects import Reject, RejectReason
+from broker_filter.streaming.account import Account, account_packets, exposure_times
 from broker_filter.streaming.encoding import OutputRecord
 from broker_filter.streaming.routing import Routed
 from broker_filter.streaming.scored import ScoredBatch
@@ -28,7 +28,7 @@ MakeScored = Callable[..., ScoredBatch]
 def scored(make_alerts: MakeAlerts, make_scored: MakeScored) -> ScoredBatch:
     """Four packets: scored, a duplicate, taken by no model and so rejected, scored."""
     batch = make_scored(make_alerts([1, 2, 3, 4]), {"default": [0.1, 0.2, np.nan, 0.4]})
-    reject = Reject(batch.packets[2], RejectReason.NO_MODEL_FOR_SURVEY, "none")
+    reject = Reject(batch.packets[2], 2, RejectReason.NO_MODEL_FOR_SURVEY, "none")
     return replace(batch, duplicate=np.array([False, True, False, False]), rejects=[reject])
 
 
@@ -47,7 +47,7 @@ def routed(packet_index: list[int]) -> Routed:
     return replace(ROUTED, records=[record] * len(packet_index), packet_index=packet_index)
 
 
-ROUTED = Routed(0, 0, None)  # type: ignore[arg-type]
+ROUTED = Routed()
 
 
 def test_every_packet_has_its_account(scored: ScoredBatch) -> None:
@@ -88,7 +88,7 @@ def test_packet_without_any_outcome_stops_the_work(scored: ScoredBatch) -> None:
 
 def test_one_dead_letter_is_the_output_of_all_of_a_packets_rejected_alerts(scored: ScoredBatch) -> None:
     delivery = Delivery(list(scored.packets), [0, 1, 2, 3], [claim(0)] * 4)
-    more = [Reject(scored.packets[2], RejectReason.CORRUPT, "damaged", record=k) for k in range(1, 100)]
+    more = [Reject(scored.packets[2], 2, RejectReason.CORRUPT, "damaged", record=k) for k in range(1, 100)]
     (work,) = divide(delivery, replace(scored, rejects=[*scored.rejects, *more]), routed([0, 1, 2, 3]))
     assert work.accounts[2].rejected.total() == work.accounts[2].consumed == 100
     assert [k for k, _ in work.records] == [0, 1, 2, 3]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from broker_filter.kafka.transactions import Claim, Work
 from broker_filter.kafka.window import FIRST_BYTES, LARGEST_BYTES, SMALLEST_BYTES, Window
-from broker_filter.metrics import Account
 from broker_filter.packets.packet import KafkaPosition, Packet
+from broker_filter.streaming.account import Account
 from broker_filter.streaming.encoding import OutputRecord
 
 TIMEOUT_S = 16.0

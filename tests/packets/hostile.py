@@ -36,6 +36,7 @@ from broker_filter.packets.ocf import GREATEST_RATIO, MAX_CONTAINER_BYTES
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.scorer import open_scorer
+from broker_filter.streaming.account import account_batch
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.encoding import ContainerFraming, Encoder
 from broker_filter.streaming.filtering import score_packets
@@ -351,7 +352,8 @@ class Measure:
         routed = self.router.route(scored)
         seconds = time.process_time() - start
         output = sum(len(each.value) + len(each.key or b"") for each in routed.records)
-        outcome = {"scored": routed.scored, **{reason.value: n for reason, n in routed.rejected.items()}}
+        account = account_batch(scored.less(routed.refused))
+        outcome = {"scored": account.scored, **{reason.value: n for reason, n in account.rejected.items()}}
         return Cost(len(data), seconds, max(0, memory("VmHWM") - before), output, outcome)
 
 

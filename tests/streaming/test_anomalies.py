@@ -16,7 +16,6 @@ from prometheus_client import CollectorRegistry
 
 from broker_filter import config
 from broker_filter.config import Runtime, Service
-from broker_filter.kafka.sink import account_packets
 from broker_filter.metrics import Metrics
 from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
@@ -25,6 +24,7 @@ from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.neighbours import Embeddings, normalise
 from broker_filter.scoring.reference import Measure, Reference, ReferenceSetError, SurveyCounts, read_reference
 from broker_filter.scoring.scorer import Model, open_model, open_scorer
+from broker_filter.streaming.account import account_packets
 from broker_filter.streaming.anomalies import AnomalyJudge, open_judge
 from broker_filter.streaming.build_reference import build_reference
 from broker_filter.streaming.duplicates import DuplicateWindow

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from broker_filter.config import Runtime, Service
-from broker_filter.kafka.sink import account_packets
 from broker_filter.packets.batch import AlertBatch, AlertIdentity
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.scoring.scorer import open_scorer
+from broker_filter.streaming.account import account_batch, account_packets
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.encoding import (
@@ -65,6 +65,7 @@ def scored(make_alerts: Callable[..., AlertBatch], make_scored: Callable[..., Sc
     )
     reject = Reject(
         batch.packets[3],
+        3,
         RejectReason.NO_MODEL_FOR_SURVEY,
         "no model",
         alert=batch.alerts.identity(3),
@@ -94,8 +95,9 @@ def test_alerts_go_to_scored_anomalies_and_their_filters(scored: ScoredBatch) ->
 def test_every_input_is_counted_once(scored: ScoredBatch) -> None:
     for drop in (False, True):
         routed = router(drop_duplicates=drop).route(scored)
-        assert (routed.scored, routed.duplicates) == (2, 1)
-        assert routed.rejected == {RejectReason.NO_MODEL_FOR_SURVEY: 1}
+        account = account_batch(scored.less(routed.refused))
+        assert (account.consumed, account.scored, account.duplicates) == (4, 2, 1)
+        assert account.rejected == {RejectReason.NO_MODEL_FOR_SURVEY: 1}
 
 
 def test_duplicates_are_published_marked_or_dropped(scored: ScoredBatch) -> None:
@@ -149,7 +151,7 @@ def test_a_dead_letter_of_unreadable_bytes_has_no_key_and_a_bounded_detail(score
     nobody = AlertIdentity(None, None, None, None, None, None, None, None)
     for alert in (None, nobody):
         reject = Reject(
-            scored.packets[3], RejectReason.NOT_AVRO, "\N{SNOWMAN}" * 10_000 + "\ud800", record=2, alert=alert
+            scored.packets[3], 3, RejectReason.NOT_AVRO, "\N{SNOWMAN}" * 10_000 + "\ud800", record=2, alert=alert
         )
         [letter] = of_topic(router().route(replace(scored, rejects=[reject])).records, "me.dead-letter")
         headers = dict(letter.headers)
@@ -186,22 +188,25 @@ def test_an_alert_whose_schema_is_refused_is_a_dead_letter_and_goes_to_no_other_
     assert letters[1].value is scored.packets[0].data
     assert dict(letters[1].headers)["detail"] == b"refuses subject 'me.anomalies-value': HTTP 409 incompatible"
     assert [dict(record.headers)["input"] for record in of_topic(routed.records, "me.scored")] == [b"cluster/ztf/0/42"]
-    assert (routed.scored, routed.duplicates) == (1, 0)
-    assert routed.rejected == {RejectReason.NO_MODEL_FOR_SURVEY: 1, RejectReason.SCHEMA_REFUSED: 2}
+    total = account_batch(scored.less(routed.refused))
+    assert (total.scored, total.duplicates) == (1, 0)
+    assert total.rejected == {RejectReason.NO_MODEL_FOR_SURVEY: 1, RejectReason.SCHEMA_REFUSED: 2}
     for account in account_packets(scored.less(routed.refused)):
         assert account.consumed == account.scored + account.rejected.total() + account.duplicates == 1
     dropping = router(framing=Refusing("me.scored"), drop_duplicates=True).route(scored)
-    assert (dropping.duplicates, dropping.rejected[RejectReason.SCHEMA_REFUSED]) == (1, 2)
+    total = account_batch(scored.less(dropping.refused))
+    assert (total.duplicates, total.rejected[RejectReason.SCHEMA_REFUSED]) == (1, 2)
 
 
 def test_a_message_is_one_dead_letter_however_many_of_its_alerts_were_rejected(scored: ScoredBatch) -> None:
     def rejected(reason: RejectReason, record: int) -> Reject:
-        return Reject(scored.packets[3], reason, f"alert {record}", record=record)
+        return Reject(scored.packets[3], 3, reason, f"alert {record}", record=record)
 
     rejects = [rejected(RejectReason.TRUNCATED, 5000), *(rejected(RejectReason.BAD_CUTOUT, k) for k in range(1, 5000))]
-    routed = router().route(replace(scored, rejects=rejects))
+    batch = replace(scored, rejects=rejects)
+    routed = router().route(batch)
     [letter] = of_topic(routed.records, "me.dead-letter")
-    assert routed.rejected.total() == 5000
+    assert account_batch(batch).rejected.total() == 5000
     assert letter.value is scored.packets[3].data
     headers = dict(letter.headers)
     assert headers["reason"] == b"bad_cutout"
@@ -235,8 +240,9 @@ def test_a_configuration_routes_real_packets(ztf_packets: list[tuple[int, bytes]
     decoder = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=columns)
     scored = score_packets(packets, decoder, scorer, DuplicateWindow(100))
     routed = router.route(scored)
-    assert routed.published["me.scored"] == routed.scored == 40
-    assert routed.rejected == {RejectReason.EMPTY: 1, RejectReason.NOT_AVRO: 1}
+    account = account_batch(scored)
+    assert routed.published["me.scored"] == account.scored == 40
+    assert account.rejected == {RejectReason.EMPTY: 1, RejectReason.NOT_AVRO: 1}
     assert 0 < routed.published["me.red"] < 40
     for record in of_topic(routed.records, "me.red"):
         [alert] = fastavro.reader(io.BytesIO(record.value))

@@ -54,8 +54,8 @@ def scored(make_alerts: Callable[..., AlertBatch], make_scored: Callable[..., Sc
     )
     batch = make_scored(alerts, {"default": [0.25, 0.5], "d6_m7": [NAN, 0.75]})
     rejects = [
-        Reject(second, RejectReason.TRUNCATED, "ends"),
-        Reject(first, RejectReason.BLANK_CUTOUT, "all NaN", record=1, alert=alerts.identity(1)),
+        Reject(second, 1, RejectReason.TRUNCATED, "ends"),
+        Reject(first, 0, RejectReason.BLANK_CUTOUT, "all NaN", record=1, alert=alerts.identity(1)),
     ]
     return replace(batch, rejects=rejects, duplicate=np.array([False, True]))
 
