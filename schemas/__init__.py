@@ -1,1 +1,1 @@
-"""The Avro schemas that the service writes; installed as `broker_filter.schemas`."""
+"""The Avro schemas of the records that the service writes; installed as `broker_filter.schemas`."""

@@ -1,1 +1,1 @@
-"""Pictures of alerts. Needs matplotlib, which the service does without: the extra `explore` brings it."""
+"""Draws pictures of alerts. It needs matplotlib (the extra `explore`), which the service itself does not need."""

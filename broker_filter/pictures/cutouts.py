@@ -1,10 +1,10 @@
-"""How a cutout is drawn, and the colours of every picture."""
+"""Draws a cutout, and defines the colours that all pictures share."""
 
 from __future__ import annotations
 
 import matplotlib
 
-matplotlib.use("Agg")  # draws to files; needs no display
+matplotlib.use("Agg")  # draws to files and needs no display
 
 import numpy as np
 from astropy.stats import mad_std
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 BACKGROUND, PANEL, TEXT, FAINT = "#0d1117", "#161b22", "#e6edf3", "#7d8590"
 NOTHING = "#30363d"
-"""What shows through where pixels are NaN."""
+"""The colour of NaN pixels, and of axes."""
 
 
 def draw_cutout(axes: Axes, pixels: NDArray[np.float32]) -> None:
-    """Draws pixels [H, W], the first row at the bottom as in FITS."""
+    """Draws the pixels of a cutout, float32[H, W], with the first row at the bottom, as in FITS."""
     axes.imshow(pixels, origin="lower", cmap="magma", norm=_stretch(pixels), interpolation="nearest")
     axes.set_facecolor(NOTHING)
     axes.set_xticks([])
@@ -27,12 +27,12 @@ def draw_cutout(axes: Axes, pixels: NDArray[np.float32]) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` of a packet, which is anybody's, without what no font has a sign for. Draw it with `parse_math=False`."""
+    """Replaces non-printable characters by "?": packet text is untrusted. Draw the result with `parse_math=False`."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _stretch(pixels: NDArray[np.float32]) -> ImageNormalize:
-    """From just below the sky to the brightest pixels but a few, compressed so that faint things show."""
+    """An asinh stretch from one sigma below the median to the 99.8th percentile, so that faint sources are visible."""
     finite = pixels[np.isfinite(pixels)]
     if not len(finite):
         return ImageNormalize(vmin=0, vmax=1)

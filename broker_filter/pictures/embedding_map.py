@@ -1,4 +1,4 @@
-"""A night on a plane: alerts that are alike stand together, the strange ones in bright colours."""
+"""Draws a map of a night's embeddings: similar alerts are near each other, and anomalous ones have bright colours."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from numpy.typing import NDArray
 from broker_filter.pictures.cutouts import BACKGROUND, FAINT, PANEL, TEXT, printable
 
 NEIGHBOURS = 22
-"""As Rizhko & Bloom (arXiv:2411.08842) draw their embeddings, with cosine distances."""
+"""The number of neighbours in UMAP. This value and the cosine distance are those of Rizhko & Bloom
+(arXiv:2411.08842)."""
 SEED = 22
-"""The same night gives the same map."""
+"""The random seed, fixed so that the same night gives the same map."""
 FEWEST = 30
-"""Alerts that make a map."""
+"""The minimum number of alerts for a map."""
 NAMED = 12
-"""The strangest, which are ringed and called by their names."""
+"""The number of alerts with the highest scores that are marked with a ring and the object's name."""
 CROWDED, SPARSE = 3.0, 14.0
-"""Sizes of a point among very many and among few."""
+"""The smallest and the largest area of a point, in square points, for very many and for few alerts."""
 
 
 def lay_out(embedding: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Where each of [N, D] stands on the plane, [N, 2]: UMAP (McInnes et al. 2018, arXiv:1802.03426)."""
+    """Positions float32[N, 2] on the map of embeddings float32[N, D]: UMAP (McInnes et al. 2018, arXiv:1802.03426)."""
     from umap import UMAP
 
     layout = UMAP(n_neighbors=NEIGHBOURS, metric="cosine", random_state=SEED, n_jobs=1)
@@ -35,7 +36,10 @@ def lay_out(embedding: NDArray[np.float32]) -> NDArray[np.float32]:
 def draw_map(
     file: Path, title: str, place: NDArray[np.float32], score: NDArray[np.float32], names: Sequence[str]
 ) -> None:
-    """Writes a PNG of N alerts at `place` [N, 2], coloured by `score` [N], the strangest on top."""
+    """Writes a PNG with N alerts at the positions `place` [N, 2], coloured by their anomaly `score` [N].
+
+    `names`: N object names. The alerts with the highest scores are drawn on top and are marked with their names.
+    """
     order = np.argsort(score)
     size = float(np.clip(40_000 / len(place), CROWDED, SPARSE))
     with plt.rc_context({"font.family": "DejaVu Sans", "text.color": TEXT, "savefig.facecolor": BACKGROUND}):
@@ -50,7 +54,7 @@ def draw_map(
             name = printable(names[i])
             axes.annotate(name, place[i], (6, 6), textcoords="offset points", fontsize=8, color=TEXT, parse_math=False)
         bar = figure.colorbar(points, ax=axes, fraction=0.03, pad=0.01, extend="max")
-        bar.set_label("how strange: distance from ordinary alerts, in deviations of what is usual", color=FAINT)
+        bar.set_label("anomaly score: standardised distance from ordinary alerts", color=FAINT)
         bar.ax.tick_params(colors=FAINT)
         bar.outline.set_visible(False)
         axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=TEXT, pad=12)

@@ -1,4 +1,4 @@
-"""An alert and the ones most like it, a row each: cutouts, light curve, what it is called and how far away it is."""
+"""Draws alerts, one per row, with cutouts, light curve and name: for example an alert and its nearest neighbours."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from broker_filter.packets.batch import BANDS, CUTOUTS, UNKNOWN_BAND, AlertBatch
 from broker_filter.pictures.cutouts import BACKGROUND, FAINT, NOTHING, PANEL, TEXT, draw_cutout, printable
 
 COLOURS = ("#a371f7", "#3fb950", "#f85149", "#d29922", "#db6d28", "#bf8700")
-"""Of BANDS; a band that is not known is drawn in FAINT."""
+"""The colours of BANDS. An unknown band is drawn in FAINT."""
 ROW_INCHES, HEAD_INCHES = 2.3, 0.7
 LIMIT_SIGMAS = 5.0
-"""Where an upper limit is drawn, in its errors."""
+"""The height at which an upper limit is drawn, in units of its uncertainty."""
 MARGIN = 0.25
-"""Above and below what an axis must show: the detections, and no other point, lest a wild one flatten them."""
+"""The margin of the flux axis above and below the detections, as a fraction of their range. Only detections set the
+range, so that an outlier of the forced photometry cannot compress it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """Row `row` of a batch, and what is said of it."""
+    """An alert to draw: row `row` of the batch `alerts`, with a caption."""
 
     alerts: AlertBatch
     row: int
@@ -35,7 +36,7 @@ class Shown:
 
 
 def draw_similar(file: Path, title: str, shown: Sequence[Shown]) -> None:
-    """Writes a PNG with a row for each."""
+    """Writes a PNG with one row for each alert in `shown`, below the title."""
     with plt.rc_context({"font.family": "DejaVu Sans", "text.color": TEXT, "savefig.facecolor": BACKGROUND}):
         figure = plt.figure(figsize=(14, HEAD_INCHES + ROW_INCHES * len(shown)), facecolor=BACKGROUND)
         heights = [HEAD_INCHES, *[ROW_INCHES] * len(shown)]
@@ -67,7 +68,7 @@ def _draw_row(line: SubFigure, one: Shown) -> None:
 
 
 def _draw_light_curve(axes: Axes, alerts: AlertBatch, i: int) -> None:
-    """Difference flux in nJy against days before the alert, a colour a band."""
+    """Plots the difference flux (nJy) against the time from the alert (days), with one colour per band."""
     curves = alerts.light_curves
     mine = slice(int(curves.offsets[i]), int(curves.offsets[i + 1]))
     days, kind, band = curves.mjd[mine] - alerts.mjd[i], curves.kind[mine], curves.band[mine]

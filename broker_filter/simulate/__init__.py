@@ -1,7 +1,7 @@
-"""Valid alert packets of skies that nobody saw: for the demonstration, for load tests, and where no survey data are.
+"""Simulates valid alert packets, for the demonstration, for load tests, and for tests without survey data.
 
-Seeded: the same seed gives the same bytes. Must never be mistaken for data: packets and schemas say "simulated". Needs
-GalSim (the extra `demo`).
+The same seed gives the same bytes. Simulated alerts must never be mistaken for observed ones: packets and schemas
+contain the word "simulated". This package needs GalSim (the extra `demo`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from broker_filter.simulate.night import RATES, Night
 __all__ = ["BOGUS", "RATES", "REAL", "SCHEMAS", "SimulatedAlert", "simulate_night"]
 
 SCHEMAS = Path(str(files(__name__))) / "schemas"
-"""A directory that stands in for a schema registry: it holds the schema of the simulated LSST packets (id 1000)."""
+"""A directory that can be used as a schema registry: it holds the schema of the simulated LSST packets (id 1000)."""
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedAlert:
-    """A packet as the survey would have sent it, and what it truly shows: `kind` is a key of RATES."""
+    """A simulated alert packet and its true nature.
+
+    `packet`: the bytes of the Kafka message. `kind`: the simulated phenomenon, a key of RATES.
+    """
 
     packet: bytes
     kind: str
@@ -35,17 +38,17 @@ class SimulatedAlert:
 
     @property
     def is_real(self) -> bool:
-        """Whether something in the sky changed."""
+        """Whether the alert shows a change in the sky; otherwise it is bogus."""
         return self.kind in REAL
 
 
 def simulate_night(
     n: int, seed: int, survey: Literal["ztf", "lsst"] = "ztf", rates: Mapping[str, float] = RATES
 ) -> Iterator[SimulatedAlert]:
-    """The first `n` alerts of a night, in order of time.
+    """Yields the first `n` alerts of a night in order of time.
 
-    ZTF packets are container files (schemavsn 4.02), LSST's are Confluent wire format (schema id 1000, see SCHEMAS).
-    `rates`: relative frequencies of kinds. Raises ValueError for an unknown kind.
+    ZTF packets are Avro container files (schemavsn 4.02); LSST packets are in Confluent wire format (schema id 1000,
+    see SCHEMAS). `rates`: the relative frequencies of the kinds of alerts. Raises ValueError for an unknown kind.
     """
     packets = {"ztf": ztf, "lsst": lsst}[survey]
     night = Night({"ztf": ZTF, "lsst": LSST}[survey], seed, rates)

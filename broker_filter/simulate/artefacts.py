@@ -1,7 +1,7 @@
-"""What detectors and bright stars do to a science image: counts that no source in the sky made.
+"""Simulates artefacts in a science image, caused by the detector or by bright stars.
 
-Each function returns an image of shape (grid, grid) whose artefact crosses the middle pixel, to be added to the science
-image after the optics: none of it has the width of the point spread.
+Each function returns an image float32[grid, grid] in counts, whose artefact crosses the central pixel. It is added to
+the science image after the convolution with the point spread function (PSF), so it does not have the shape of the PSF.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from broker_filter.simulate.images import Conditions, Image
 
 
 def cosmic_ray(conditions: Conditions, rng: np.random.Generator) -> Image:
-    """The straight, sharp track of a charged particle: short where it came steeply, long where it grazed."""
+    """The straight, sharp track of a charged particle: short for a steep impact, long for a grazing one."""
     image, middle = _blank(conditions)
     length = float(np.clip(rng.exponential(3.0), 0.5, 15.0))
     angle = float(rng.uniform(0, np.pi))
@@ -26,7 +26,7 @@ def cosmic_ray(conditions: Conditions, rng: np.random.Generator) -> Image:
 
 
 def bad_pixels(conditions: Conditions, rng: np.random.Generator) -> Image:
-    """A column that reads too high or too low from some row on, or a few hot pixels."""
+    """A bad column, whose values are too high or too low from some row on, or a few hot pixels."""
     image, middle = _blank(conditions)
     if rng.random() < 0.6:
         level = conditions.noise * float(10 ** rng.uniform(0.6, 1.6)) * rng.choice((1.0, -1.0), p=(0.8, 0.2))
@@ -40,10 +40,10 @@ def bad_pixels(conditions: Conditions, rng: np.random.Generator) -> Image:
 
 
 def diffraction_spike(conditions: Conditions, rng: np.random.Generator) -> Image:
-    """A spike of a very bright star outside the stamp, which stands elsewhere or nowhere in the template."""
+    """A diffraction spike of a very bright star outside the stamp, which is not at this position in the template."""
     image, middle = _blank(conditions)
     up, right = np.mgrid[: len(image), : len(image)] - middle
-    angle = float(rng.choice((0.25, 0.75)) * np.pi + rng.normal(0, 0.03))  # the spider's vanes are fixed to the camera
+    angle = float(rng.choice((0.25, 0.75)) * np.pi + rng.normal(0, 0.03))  # the vanes are fixed to the camera
     along, across = right * np.cos(angle) + up * np.sin(angle), up * np.cos(angle) - right * np.sin(angle)
     width = float(rng.uniform(0.8, 1.6))
     falling = np.clip(1 + along / (1.2 * len(image)), 0.1, None)
@@ -51,7 +51,7 @@ def diffraction_spike(conditions: Conditions, rng: np.random.Generator) -> Image
 
 
 def ghost(conditions: Conditions, rng: np.random.Generator) -> Image:
-    """Part of a bright star's reflection: a ring of light, the image of the pupil."""
+    """A part of the reflection of a bright star: a ring, which is the image of the telescope's pupil."""
     image, middle = _blank(conditions)
     up, right = np.mgrid[: len(image), : len(image)] - middle
     radius, angle = float(rng.uniform(6, 18)), float(rng.uniform(0, 2 * np.pi))
@@ -61,7 +61,10 @@ def ghost(conditions: Conditions, rng: np.random.Generator) -> Image:
 
 
 def edge_glow(conditions: Conditions, rng: np.random.Generator, distance: int, axis: int, towards: int) -> Image:
-    """Light and charge at the detector's edge, `distance` pixels from the middle along `axis`, `towards` -1 or +1."""
+    """Glow at the edge of the detector, `distance` pixels from the central pixel.
+
+    `axis`: 0 for an edge in y, 1 for x. `towards`: the direction of the edge along that axis, -1 or +1.
+    """
     image, middle = _blank(conditions)
     from_edge = distance - towards * (np.mgrid[: len(image), : len(image)][axis] - middle)
     level = conditions.noise * 10 ** rng.uniform(1.0, 2.0)

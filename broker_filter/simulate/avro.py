@@ -1,7 +1,7 @@
-"""Avro encoding of a record, for schemas of records, arrays, nullable fields and primitives, as alerts' are.
+"""Encodes Avro records, for schemas that consist of records, arrays, nullable fields and primitives.
 
-Four times as fast as fastavro's writer here, because no branch of a union is tried. Must never be used for a schema
-from outside: it knows just what the simulated ones need.
+For simulated alerts it is four times as fast as the writer of fastavro, because it does not try the branches of unions.
+It only supports what the schemas of simulated alerts need, so it must never be used for other schemas.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ _PRIMITIVES: dict[str, Write] = {
 
 
 def compile_writer(schema: dict[str, Any]) -> Callable[[dict[str, Any]], bytes]:
-    """A function that encodes a record; what it lacks is null. Raises ValueError for a schema beyond the above."""
+    """A function that encodes a record; missing nullable fields are encoded as null.
+
+    Raises ValueError if the schema contains a type that this module does not support.
+    """
     write = _compile(schema, {}, "")
 
     def encode(record: dict[str, Any]) -> bytes:
@@ -61,11 +64,11 @@ def _compile(schema: Any, named: dict[str, Write], namespace: str) -> Write:
             return write
         case {"type": str() as primitive} if primitive in _PRIMITIVES:  # a logical type
             return _PRIMITIVES[primitive]
-    raise ValueError(f"not a type that simulated alerts have: {schema}")
+    raise ValueError(f"the writer of simulated alerts does not support this Avro type: {schema}")
 
 
 def _compile_field(field: dict[str, Any], named: dict[str, Write], namespace: str) -> tuple[str, bool, Write]:
-    """A field's name, whether it may be null, and how to write its value."""
+    """The name of a field, whether it may be null, and the function that writes its value."""
     match field["type"]:
         case ["null", branch]:
             return field["name"], True, _compile(branch, named, namespace)

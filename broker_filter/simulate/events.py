@@ -1,4 +1,4 @@
-"""What raises alerts, one function a kind: things in the sky that changed, and what only looks like it."""
+"""Simulates the events that cause alerts, one function per kind: real changes in the sky, and bogus detections."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from broker_filter.simulate.images import Conditions, Galaxy, Image, Point
 from broker_filter.simulate.light_curves import LightCurve
 
 GALAXY_SHAPES = 64
-"""How many galaxies are drawn to choose from."""
+"""The number of different galaxy shapes that are drawn."""
 
 
 class Edge(NamedTuple):
-    """The detector's nearest edge: pixels to it, along y (axis 0) or x (1), downwards (-1) or upwards (1)."""
+    """The nearest edge of the detector.
+
+    `distance`: to the edge, in pixels. `axis`: 0 for y, 1 for x. `towards`: the direction of the edge, -1 or +1.
+    """
 
     distance: int
     axis: int
@@ -26,7 +29,10 @@ class Edge(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """Where and when something happens. `offset`: of the source from the middle pixel's middle."""
+    """The observing conditions, time and position of an event.
+
+    `offset`: the (x, y) offset of the source from the centre of the central pixel, in pixels.
+    """
 
     conditions: Conditions
     mjd: float
@@ -36,9 +42,10 @@ class Circumstances:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What happened: the sources, how the first of them has varied, and what went wrong in the camera or after it.
+    """An event: the sources in the images, the light curve of the first one, and errors of camera and pipeline.
 
-    `trail`: pixels that the first point moved during the exposure. `misalignment`: pixels by which the template is off.
+    `trail`: the motion (x, y) of the first point during the exposure, in pixels. `artefact`: an image to add to the
+    science image. `misalignment`: the offset (x, y) of the template, in pixels.
     """
 
     curve: LightCurve
@@ -50,7 +57,7 @@ class Event:
 
 
 def supernova(at: Circumstances, rng: np.random.Generator) -> Event:
-    """A new point of light within or near a galaxy."""
+    """A new point source in or near a galaxy."""
     instrument = at.conditions.instrument
     magnitude = _magnitude(at, rng, brightest=15.5)
     counts = instrument.counts(magnitude)
@@ -62,7 +69,7 @@ def supernova(at: Circumstances, rng: np.random.Generator) -> Event:
 
 
 def variable_star(at: Circumstances, rng: np.random.Generator) -> Event:
-    """A star of the template that became brighter or fainter."""
+    """A star that is brighter or fainter than in the template."""
     counts = _sign(rng) * at.conditions.instrument.counts(_magnitude(at, rng))
     unit = at.conditions.instrument.nanojansky
     curve = light_curves.pulsating_star(at.mjd, at.conditions.band, counts * unit, rng)
@@ -71,7 +78,7 @@ def variable_star(at: Circumstances, rng: np.random.Generator) -> Event:
 
 
 def agn(at: Circumstances, rng: np.random.Generator) -> Event:
-    """The nucleus of a galaxy that became brighter or fainter."""
+    """The nucleus of a galaxy that is brighter or fainter than in the template."""
     counts = _sign(rng) * at.conditions.instrument.counts(_magnitude(at, rng, brightest=16.5))
     unit = at.conditions.instrument.nanojansky
     curve = light_curves.active_nucleus(at.mjd, at.conditions.band, counts * unit, rng)
@@ -81,7 +88,7 @@ def agn(at: Circumstances, rng: np.random.Generator) -> Event:
 
 
 def asteroid(at: Circumstances, rng: np.random.Generator) -> Event:
-    """A body of the main belt, or now and then one that passes near the Earth and leaves a trail."""
+    """A main-belt asteroid, or in 5 % of cases a near-Earth asteroid, which leaves a trail."""
     instrument = at.conditions.instrument
     counts = instrument.counts(_magnitude(at, rng))
     motion = rng.uniform(0.1, 0.4) if rng.random() < 0.95 else rng.uniform(1.0, 6.0)  # arcsec in 30 s
@@ -90,12 +97,12 @@ def asteroid(at: Circumstances, rng: np.random.Generator) -> Event:
 
 
 def dipole(at: Circumstances, rng: np.random.Generator) -> Event:
-    """A bright star that did not change, in an image that was not aligned with its template."""
+    """A bright constant star in an image that is misaligned with its template."""
     instrument = at.conditions.instrument
     counts = instrument.counts(rng.uniform(instrument.brightest + 1, at.conditions.limiting_magnitude - 3.5))
     direction = _polar(1.0, rng)
     amount = float(rng.uniform(0.35, 1.1))
-    # The positive lobe is at the middle, so the star is beside it, towards where the template is displaced.
+    # The positive lobe is at the centre, so the star is beside it, in the direction of the template's displacement.
     lobe = 0.6 * at.conditions.fwhm
     star = Point(lobe * direction[0], lobe * direction[1], counts, counts)
     misalignment = (amount * direction[0], amount * direction[1])
@@ -103,7 +110,7 @@ def dipole(at: Circumstances, rng: np.random.Generator) -> Event:
 
 
 def cosmic_ray(at: Circumstances, rng: np.random.Generator) -> Event:
-    """The track of a charged particle."""
+    """The track of a charged particle (cosmic ray)."""
     return Event(light_curves.never_before(at.mjd), artefact=artefacts.cosmic_ray(at.conditions, rng))
 
 
@@ -113,7 +120,7 @@ def bad_pixels(at: Circumstances, rng: np.random.Generator) -> Event:
 
 
 def diffraction_spike(at: Circumstances, rng: np.random.Generator) -> Event:
-    """A spike of a bright star."""
+    """A diffraction spike of a bright star."""
     return Event(light_curves.never_before(at.mjd), artefact=artefacts.diffraction_spike(at.conditions, rng))
 
 
@@ -123,30 +130,34 @@ def ghost(at: Circumstances, rng: np.random.Generator) -> Event:
 
 
 def edge(at: Circumstances, rng: np.random.Generator) -> Event:
-    """Light at the detector's edge."""
+    """Glow at the edge of the detector."""
     return Event(light_curves.never_before(at.mjd), artefact=artefacts.edge_glow(at.conditions, rng, *at.edge))
 
 
-Happen = Callable[[Circumstances, np.random.Generator], Event]
-REAL: Mapping[str, Happen] = {f.__name__: f for f in (variable_star, asteroid, agn, supernova)}
-BOGUS: Mapping[str, Happen] = {f.__name__: f for f in (cosmic_ray, bad_pixels, dipole, diffraction_spike, ghost, edge)}
-KINDS: Mapping[str, Happen] = {**REAL, **BOGUS}
-"""What happens, by its name; real in the sky, bogus, and all."""
+SimulateEvent = Callable[[Circumstances, np.random.Generator], Event]
+REAL: Mapping[str, SimulateEvent] = {f.__name__: f for f in (variable_star, asteroid, agn, supernova)}
+"""The kinds of real events by name."""
+BOGUS: Mapping[str, SimulateEvent] = {
+    f.__name__: f for f in (cosmic_ray, bad_pixels, dipole, diffraction_spike, ghost, edge)
+}
+"""The kinds of bogus events by name."""
+KINDS: Mapping[str, SimulateEvent] = {**REAL, **BOGUS}
+"""All kinds of events by name."""
 
 
 def _magnitude(at: Circumstances, rng: np.random.Generator, brightest: float = -np.inf) -> float:
-    """Of the difference: four times as many alerts with every two and a half magnitudes, up to the limit."""
+    """A magnitude of the difference flux. The number of alerts grows fourfold per 2.5 mag up to the limiting one."""
     faintest = at.conditions.limiting_magnitude - 0.2
     return float(max(faintest - rng.exponential(1.7), at.conditions.instrument.brightest, brightest))
 
 
 def _sign(rng: np.random.Generator) -> float:
-    """Surveys publish slightly more that became brighter."""
+    """The sign of the difference flux, slightly more often positive, as in published alerts."""
     return float(rng.choice((1.0, -1.0), p=(0.55, 0.45)))
 
 
 def _polar(length: float, rng: np.random.Generator) -> tuple[float, float]:
-    """A step of some length in any direction."""
+    """A vector (x, y) of this length in a random direction."""
     angle = rng.uniform(0, 2 * np.pi)
     return float(length * np.cos(angle)), float(length * np.sin(angle))
 

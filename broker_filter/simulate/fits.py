@@ -1,4 +1,4 @@
-"""FITS images as bytes (FITS standard 4.0): just what stamps need, at a fraction of a general writer's cost."""
+"""Writes FITS images as bytes (FITS standard 4.0). It supports only what stamps need, and is faster than astropy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ CardValue = bool | int | float | str
 
 
 def primary_hdu(pixels: NDArray[np.floating], cards: dict[str, CardValue] | None = None) -> bytes:
-    """An image as a file's first unit, float32 or float64 as `pixels` are; `cards` follow the mandatory ones."""
+    """The primary HDU of an image, with the dtype of `pixels`, float32[H, W] or float64[H, W].
+
+    `cards`: header cards after the mandatory ones.
+    """
     return _hdu({"SIMPLE": True}, pixels, cards or {})
 
 
 def image_extension(pixels: NDArray[np.floating], name: str, cards: dict[str, CardValue] | None = None) -> bytes:
-    """An image as a further unit."""
+    """An image extension HDU named `name`; otherwise as `primary_hdu`."""
     return _hdu({"XTENSION": "IMAGE"}, pixels, {"PCOUNT": 0, "GCOUNT": 1, **(cards or {}), "EXTNAME": name})
 
 

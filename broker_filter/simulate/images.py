@@ -1,8 +1,8 @@
-"""Images of a small piece of sky before and after something happened: drawn, made noisy, subtracted and measured.
+"""Simulates the science, template and difference images of an alert, and the photometry on the difference image.
 
-Everything smooth is drawn in Fourier space, where a shift is a phase and a convolution a product, so that an alert
-costs half a dozen small transforms; GalSim draws the point spreads and the galaxies once, for all alerts. Images are in
-counts, with the alert at the middle pixel (grid // 2, grid // 2). Knows nothing of packets.
+Sources are drawn in Fourier space, where a shift is a phase and a convolution is a product, so an alert costs half a
+dozen small transforms. GalSim draws the point spread functions (PSFs) and the galaxies once, for all alerts. Images are
+in counts, with the alert at the central pixel (grid // 2, grid // 2). This module must not depend on packets.
 """
 
 from __future__ import annotations
@@ -18,28 +18,33 @@ from numpy.typing import NDArray
 from broker_filter.simulate.instruments import Instrument
 
 Image = NDArray[np.float32]  # [grid, grid]
-Spectrum = NDArray[np.complex64]  # [grid, grid // 2 + 1], as of numpy.fft.rfft2, with the middle pixel as the origin
+Spectrum = NDArray[np.complex64]  # [grid, grid // 2 + 1], as from numpy.fft.rfft2, with the central pixel as the origin
 
 MOFFAT_BETA = 3.0
-"""Wings of a point spread through atmosphere and camera; turbulence alone (Kolmogorov) would be steeper, near 4.8."""
+"""The Moffat index of the PSF of atmosphere and camera. Turbulence alone (Kolmogorov) would give a steeper 4.8."""
 PSF_ERROR_PX2 = 0.006
-"""1-sigma error of the point spread's squared width in the subtraction: bright stars leave a residual."""
+"""The 1-sigma error of the squared PSF width in the subtraction, in square pixels: bright stars leave a residual."""
 REGISTRATION_ERROR_PX = 0.035
-"""1-sigma misalignment of science and template image along each axis."""
+"""The 1-sigma misalignment of science image and template along each axis, in pixels."""
 FLUX_SCALE_ERROR = 0.004
-"""1-sigma error of the ratio of the two images' zero points."""
+"""The 1-sigma relative error of the flux scale of the template."""
 SMALLEST_RESPONSE = 1e-4
-"""Floor of the point spreads' transforms in the subtraction's division: at the finest scales they are rounding."""
+"""The lower bound of the denominator in the subtraction, relative to the noise: at the finest scales the transforms of
+the PSFs are only rounding errors."""
 
 
 QUOTED_ERROR = 1.8
-"""Surveys quote so many times the error of the pixels' noise: scorr x sigmapsf / 1.086 of public ZTF alerts."""
+"""The ratio of the published flux uncertainty to that from pixel noise alone: scorr x sigmapsf / 1.086 of public ZTF
+alerts."""
 CALIBRATION_ERROR = 0.02
-"""Of a flux, relative; the least error that a bright source gets."""
+"""The relative flux uncertainty from the calibration, the minimum for a bright source."""
 
 
 class Point(NamedTuple):
-    """A star, a nucleus or a transient: pixels right of and above the middle, counts in science and template image."""
+    """A point source: a star, a galactic nucleus or a transient.
+
+    `x`, `y`: pixels to the right of and above the image centre. `science`, `template`: its counts in these images.
+    """
 
     x: float
     y: float
@@ -48,7 +53,7 @@ class Point(NamedTuple):
 
 
 class Galaxy(NamedTuple):
-    """A galaxy: which of the drawn shapes, pixels right of and above the middle, counts."""
+    """A galaxy. `shape`: index of the drawn shape. `x`, `y`: pixels to the right of and above the image centre."""
 
     shape: int
     x: float
@@ -58,7 +63,7 @@ class Galaxy(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What is there in the sky. `trail`: how far the first point moves during the exposure, in pixels along x and y."""
+    """The sources in the sky. `trail`: the motion (x, y) of the first point during the exposure, in pixels."""
 
     points: Sequence[Point]
     galaxies: Sequence[Galaxy] = ()
@@ -66,7 +71,7 @@ class Scene:
 
 
 class Stamps(NamedTuple):
-    """The three images of an alert."""
+    """The three images of an alert, in counts."""
 
     science: Image
     template: Image
@@ -75,32 +80,32 @@ class Stamps(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conditions:
-    """One exposure's band, weather and template, and what follows from them for the subtraction."""
+    """The band, weather and template of an exposure, and the kernels for its subtraction."""
 
     instrument: Instrument
     band: str
-    fwhm: float  # of the science point spread, pixels
+    fwhm: float  # of the PSF of the science image, pixels
     template_fwhm: float
     sky: float  # counts per pixel
     template_exposures: int
-    noise: float  # 1 sigma of the science sky, counts per pixel
+    noise: float  # 1-sigma sky noise of the science image, counts per pixel
     template_noise: float
     psf_science: Spectrum
     psf_template: Spectrum
     science_kernel: Spectrum  # difference = science_kernel * science - template_kernel * template
     template_kernel: Spectrum
     psf_difference: Spectrum
-    flux_error: float  # quoted 1 sigma of a PSF fit to a faint source in the difference, counts
+    flux_error: float  # published 1-sigma uncertainty of the PSF flux of a faint source in the difference, counts
 
     @property
     def limiting_magnitude(self) -> float:
-        """The 5-sigma limit of the difference image."""
+        """The 5-sigma limiting AB magnitude of the difference image."""
         return float(self.instrument.zero_point - 2.5 * np.log10(5 * self.flux_error))
 
 
 def draw_conditions(instrument: Instrument, rng: np.random.Generator) -> Conditions:
-    """Draws the band, the weather and the template of one exposure."""
-    # A template is made of the better half of many nights; a night is more often dark than moonlit.
+    """Draws the band, the weather and the template of one exposure at random."""
+    # A template is stacked from the better half of many nights. Nights are more often dark than moonlit.
     seeing = instrument.seeing * float(np.clip(rng.lognormal(0.0, 0.16), 0.8, 1.8))
     template_seeing = instrument.seeing * float(np.clip(rng.lognormal(-0.06, 0.08), 0.8, 1.2))
     sky = instrument.sky[0] + (instrument.sky[1] - instrument.sky[0]) * float(rng.beta(1.1, 2.0))
@@ -109,13 +114,13 @@ def draw_conditions(instrument: Instrument, rng: np.random.Generator) -> Conditi
     template_noise = noise / float(np.sqrt(exposures))
     science, template = _draw_psf(instrument, seeing, rng), _draw_psf(instrument, template_seeing, rng)
 
-    # Zackay, Ofek & Gal-Yam 2016 (ApJ 830, 27), equations 13 and 14, for images on one flux scale and the result
-    # brought back to it; their new image is the science image, their reference the template.
+    # Zackay, Ofek & Gal-Yam 2016 (ApJ 830, 27), equations 13 and 14, for images with the same flux scale, which the
+    # result also has. Their new image is the science image, their reference image the template.
     spread = np.sqrt(np.abs(science * template_noise) ** 2 + np.abs(template * noise) ** 2)
     scale = np.hypot(noise, template_noise) / np.maximum(spread, SMALLEST_RESPONSE * noise)
     psf_difference = scale * science * template
-    # The difference's noise is white, so a fit's error is sigma over the norm of the point spread (by Parseval, where
-    # the half plane stands for the whole).
+    # The noise of the difference is white, so the uncertainty of a PSF fit is sigma divided by the norm of the PSF (by
+    # Parseval's theorem, in which the half plane counts twice).
     twice = np.full(instrument.grid // 2 + 1, 2.0)
     twice[[0, -1]] = 1.0
     norm = float(np.sqrt((np.abs(psf_difference) ** 2 * twice).sum())) / instrument.grid
@@ -138,13 +143,13 @@ def draw_conditions(instrument: Instrument, rng: np.random.Generator) -> Conditi
 
 
 def draw_galaxies(instrument: Instrument, n: int, rng: np.random.Generator) -> list[Spectrum]:
-    """Draws `n` galaxies of one count at the middle, before any point spread: discs, ellipticals and in between."""
+    """Draws `n` galaxies at the image centre: Sersic profiles with a flux of one count, not convolved with a PSF."""
     import galsim
 
     grid, shapes = instrument.grid, []
     for _ in range(n):
         sersic = float(rng.choice((1.0, 2.0, 4.0), p=(0.55, 0.2, 0.25)))
-        radius = float(np.clip(1.5 * rng.lognormal(0.0, 0.5), 0.5, 6.0))  # half light, arcsec
+        radius = float(np.clip(1.5 * rng.lognormal(0.0, 0.5), 0.5, 6.0))  # half-light radius, arcsec
         flattest = 0.25 if sersic < 3 else 0.6
         profile = galsim.Sersic(sersic, half_light_radius=min(radius / instrument.pixel_scale, grid / 12)).shear(
             q=float(rng.uniform(flattest, 1.0)), beta=float(rng.uniform(0, np.pi)) * galsim.radians
@@ -160,14 +165,14 @@ def _draw_psf(instrument: Instrument, fwhm: float, rng: np.random.Generator) -> 
     grid = instrument.grid
     shear_1, shear_2 = rng.normal(0, 0.02, 2)
     optics = galsim.Moffat(beta=MOFFAT_BETA, fwhm=fwhm).shear(g1=float(shear_1), g2=float(shear_2))
-    # GalSim draws at the true centre, which for an even number of pixels is the corner between four of them.
+    # GalSim draws at the true centre, which for an even number of pixels is the corner of four pixels.
     image = optics.drawImage(nx=grid, ny=grid, scale=instrument.pixel_scale, offset=(0.5, 0.5)).array
     spectrum = np.fft.rfft2(np.fft.ifftshift(image / image.sum()))
     return (spectrum * np.outer(_taper(np.fft.fftfreq(grid)), _taper(np.fft.rfftfreq(grid)))).astype(np.complex64)
 
 
 def _taper(frequency: NDArray[np.floating]) -> NDArray[np.float64]:
-    """1 for coarse detail, falling to 0 at two pixels, where shifting an image would make bright stars ring."""
+    """A low-pass filter: 1 at low frequencies, 0 at the Nyquist frequency. It prevents ringing of shifted images."""
     start = 0.3
     return np.asarray(np.cos(0.5 * np.pi * np.clip((np.abs(frequency) - start) / (0.5 - start), 0, 1)) ** 2)
 
@@ -181,10 +186,10 @@ def expose(
     artefact: Image | None = None,
     misalignment: tuple[float, float] = (0.0, 0.0),
 ) -> Stamps:
-    """Takes the science image and the template of `scene` and subtracts them.
+    """Simulates the science image and the template of `scene`, and subtracts them.
 
-    `artefact`: counts that only the detector of the science image saw. `misalignment`: pixels by which the template is
-    off, beyond what good registration leaves.
+    `galaxies`: the shapes from `draw_galaxies`. `artefact`: an image in counts that is added to the science image.
+    `misalignment`: the offset (x, y) of the template in pixels, in addition to REGISTRATION_ERROR_PX.
     """
     instrument, grid = conditions.instrument, conditions.instrument.grid
     science_sky, template_sky = _draw(scene, conditions, galaxies)
@@ -205,7 +210,7 @@ def expose(
     noise = _as_if_resampled(sigma * rng.standard_normal(counts.shape, dtype=np.float32))
     template = np.minimum(counts + noise, full)
 
-    # What the subtraction gets wrong: the width of the point spread and the ratio of the zero points.
+    # Errors of the subtraction: the width of the PSF and the flux scale.
     width, scale = rng.normal(0, (PSF_ERROR_PX2, FLUX_SCALE_ERROR)).astype(np.float32)
     mistake = np.exp(-0.5 * width * _wavenumber2(grid)) * (1 + scale)
     difference = np.fft.irfft2(
@@ -217,7 +222,7 @@ def expose(
 
 
 def _draw(scene: Scene, conditions: Conditions, galaxies: Sequence[Spectrum]) -> tuple[Spectrum, Spectrum]:
-    """The science and template image without noise, as spectra."""
+    """The spectra of the science image and the template without noise."""
     grid = conditions.instrument.grid
     points = np.array(scene.points, dtype=np.float64).reshape(-1, 4)
     v, u = _frequencies(grid)
@@ -234,20 +239,20 @@ def _draw(scene: Scene, conditions: Conditions, galaxies: Sequence[Spectrum]) ->
 
 
 def _shift(grid: int, x: float, y: float) -> Spectrum:
-    """Moves an image right by `x` and up by `y` pixels."""
+    """The factor that shifts the spectrum of an image by `x` pixels to the right and `y` pixels up."""
     rows, columns = _frequencies(grid)
     return np.outer(np.exp(-2j * np.pi * rows * y), np.exp(-2j * np.pi * columns * x)).astype(np.complex64)
 
 
 def _streak(grid: int, x: float, y: float) -> NDArray[np.float64]:
-    """Smears an image evenly over the distance (`x`, `y`)."""
+    """The factor that smears the spectrum of an image evenly over the distance (`x`, `y`) in pixels."""
     rows, columns = _frequencies(grid)
     return np.sinc(rows[:, None] * y + columns * x)
 
 
 @cache
 def _frequencies(grid: int) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """Cycles per pixel along y (rows of a spectrum) and x (its columns)."""
+    """The frequencies, in cycles per pixel, of the rows (y) and the columns (x) of a spectrum."""
     return np.fft.fftfreq(grid), np.fft.rfftfreq(grid)
 
 
@@ -258,38 +263,38 @@ def _wavenumber2(grid: int) -> NDArray[np.float32]:
 
 
 def _as_if_resampled(noise: NDArray[np.floating]) -> NDArray[np.floating]:
-    """What stacking resampled exposures does to white noise: neighbours correlate by 2/3, the variance stays."""
+    """Correlates white noise as stacking resampled exposures does: neighbours by 2/3, with an unchanged variance."""
     for axis in (0, 1):
         noise = 2 * noise + np.roll(noise, 1, axis) + np.roll(noise, -1, axis)
-    return noise / 6  # the root of (1 + 4 + 1) ** 2, the gain in variance
+    return noise / 6  # sqrt((1 + 4 + 1) ** 2): the filter's gain along both axes
 
 
 @dataclass(frozen=True, slots=True)
 class Photometry:
-    """What the difference shows at the middle; fluxes in counts, lengths in pixels."""
+    """Measurements of the source in the difference image; fluxes in counts, lengths in pixels."""
 
     flux: float  # PSF fit
-    flux_error: float  # as a survey would quote it
+    flux_error: float  # 1-sigma uncertainty, as a survey would publish it
     chi2: float  # of the fit, per degree of freedom
     aperture_flux: float  # within 4 pixels
     wide_aperture_flux: float  # within 9 pixels
     fwhm: float
     major: float  # second-moment axes
     minor: float
-    n_negative: int  # of the 5 x 5 pixels at the middle
-    n_bad: int
-    sum_ratio: float  # the sum of those pixels over the sum of their absolute values
+    n_negative: int  # negative pixels among the central 5 x 5
+    n_bad: int  # bad pixels among the central 5 x 5
+    sum_ratio: float  # the sum of the central 5 x 5 pixels over the sum of their absolute values
 
     @property
     def snr(self) -> float:
-        """Signal to noise, without a sign."""
+        """The absolute signal-to-noise ratio of the PSF flux."""
         return abs(self.flux) / self.flux_error
 
 
 def measure(difference: Image, conditions: Conditions, x: float, y: float) -> Photometry:
-    """Measures a source `x` pixels right of and `y` above the middle; NaN pixels count as zero."""
+    """Measures a source `x` pixels to the right of and `y` pixels above the image centre; NaN pixels count as zero."""
     grid = conditions.instrument.grid
-    box = slice(grid // 2 - 9, grid // 2 + 10)  # holds the widest aperture
+    box = slice(grid // 2 - 9, grid // 2 + 10)  # contains the widest aperture
     cut = difference[box, box]
     good = np.isfinite(cut)
     pixels = np.where(good, cut, np.float32(0))
@@ -303,7 +308,7 @@ def measure(difference: Image, conditions: Conditions, x: float, y: float) -> Ph
     residual = (pixels - flux * psf)[core]
     shot = abs(flux) / conditions.instrument.gain * float((psf**3).sum() / (psf**2).sum() ** 2)
 
-    # Second moments under a Gaussian window (SExtractor's *WIN parameters), the window's own width taken out again.
+    # Second moments under a Gaussian window (SExtractor's *WIN parameters), corrected for the width of the window.
     width = 0.6 * conditions.fwhm
     window = np.exp(-0.5 * radius2 / width**2) * np.sign(flux or 1.0) * pixels
     weight = max(float(window.sum()), 1e-6)

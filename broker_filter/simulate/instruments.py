@@ -1,6 +1,7 @@
-"""The telescopes whose alerts are simulated: the numbers that decide what their images look like.
+"""The parameters of the telescopes whose alerts are simulated.
 
-Chosen so that stamps resemble published ones in background, noise and width of the point spread; no calibration.
+The values are chosen so that stamps resemble published ones in background, noise and PSF width. They are not a
+calibration.
 """
 
 from __future__ import annotations
@@ -8,20 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 AB_ZERO_POINT_NJY = 31.4
-"""AB magnitude of one nanojansky."""
+"""The AB magnitude of one nanojansky."""
 
 
 @dataclass(frozen=True, slots=True)
 class Instrument:
-    """A camera and its image-subtraction pipeline. Images are in counts: DN for ZTF, nanojansky for LSST."""
+    """A camera and its image-subtraction pipeline. The unit of counts is DN for ZTF and nanojansky for LSST."""
 
     bands: tuple[str, ...]
     pixel_scale: float
     """arcsec per pixel"""
     detector: tuple[int, int]
-    """columns and rows of the detector's readout"""
+    """number of columns and rows of the detector"""
     grid: int
-    """side in pixels of the square that is drawn and subtracted; stamps are cut from its middle, clear of its edges"""
+    """side of the simulated square in pixels; stamps are cut from its centre, away from its edges"""
     zero_point: float
     """AB magnitude of one count"""
     gain: float
@@ -33,20 +34,21 @@ class Instrument:
     keeps_sky: bool
     """whether the published images still have their sky background"""
     seeing: float
-    """median full width at half maximum of the point spread, arcsec"""
+    """median full width at half maximum of the PSF, arcsec"""
     saturation: float
-    """counts at which a pixel is full"""
+    """counts at which a pixel saturates"""
     exposures_per_template: tuple[int, int]
+    """minimum and maximum number of exposures in a template"""
     brightest: float
-    """magnitude; brighter sources saturate and raise no alert"""
+    """AB magnitude of the brightest alerts; brighter sources saturate"""
 
     def counts(self, magnitude: float) -> float:
-        """Counts of a source of an AB magnitude."""
+        """The counts of a source with this AB magnitude."""
         return float(10 ** (0.4 * (self.zero_point - magnitude)))
 
     @property
     def nanojansky(self) -> float:
-        """Nanojansky per count."""
+        """The flux of one count in nanojansky."""
         return float(10 ** (0.4 * (AB_ZERO_POINT_NJY - self.zero_point)))
 
 
@@ -65,7 +67,8 @@ ZTF = Instrument(
     exposures_per_template=(15, 40),
     brightest=13.0,
 )
-"""Median background, noise and zero point of public ZTF stamps; Bellm et al. 2019 (PASP 131, 018002) for the camera."""
+"""ZTF: the medians of background, noise and zero point of public stamps; the camera as in Bellm et al. 2019 (PASP 131,
+018002)."""
 
 LSST = Instrument(
     bands=("u", "g", "r", "i", "z", "y"),
@@ -82,4 +85,4 @@ LSST = Instrument(
     exposures_per_template=(4, 12),
     brightest=16.5,
 )
-"""Two 15-second snaps in r under a median sky; Ivezic et al. 2019 (ApJ 873, 111), table 2."""
+"""LSST: a visit of two 15-second exposures in r under a median sky (Ivezic et al. 2019, ApJ 873, 111, table 2)."""

@@ -1,6 +1,6 @@
-"""How the brightness of things changes: difference fluxes over time and band, such that today's is the alert's.
+"""Simulates light curves: the difference flux as a function of time and band, equal to the alert's flux at its time.
 
-Fluxes are in nanojansky, negative where the source is fainter than in the template. Knows nothing of images.
+Fluxes are in nanojansky, negative if the source is fainter than in the template. This module must not depend on images.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ Bands = Sequence[str]  # n names
 Fluxes = NDArray[np.float64]  # [n] nJy
 
 COLOUR = {"u": 0.6, "g": 1.0, "r": 1.1, "i": 1.1, "z": 1.0, "y": 0.9}
-"""Flux relative to g of a warm source."""
+"""The flux of a warm source in each band, relative to g."""
 PULSATION = {"u": 1.1, "g": 1.0, "r": 0.7, "i": 0.55, "z": 0.5, "y": 0.5}
-"""Amplitude in magnitudes relative to g of a pulsating star, which is hotter when it is brighter."""
+"""The amplitude, in magnitudes, of a pulsating star in each band, relative to g. The star is hotter when brighter."""
 SUPERNOVA_FALL_DAYS = {"u": 10.0, "g": 14.0, "r": 24.0, "i": 30.0, "z": 30.0, "y": 30.0}
-"""e-folding time of the decline: red light fades more slowly."""
+"""The e-folding time of the decline in each band; red light fades more slowly."""
 SUPERNOVA_RISE_DAYS = 3.5
+"""The time scale of the rise."""
 SUPERNOVA_EXPLOSION_DAYS = -20.0
-"""Before the peak; nothing is seen earlier."""
+"""The time of the explosion relative to the peak; the flux is zero before."""
 
 
 @dataclass(frozen=True, slots=True)
 class LightCurve:
-    """A source's difference flux over time, and the flux (nJy, in the alert's band) that the template holds of it.
+    """The light curve of a source.
 
-    `began`: MJD of the first light, None for a source that has always varied.
+    `difference`: a function of times (MJD) and bands, which returns difference fluxes in nJy. `template`: the flux of
+    the source in the template, in nJy, in the band of the alert. `began`: the MJD at which the source appeared; None
+    for a source that has always varied.
     """
 
     difference: Callable[[Times, Bands], Fluxes]
@@ -39,12 +42,15 @@ class LightCurve:
 
 
 def never_before(mjd: float) -> LightCurve:
-    """Something that was not there in any earlier image: a moving body, an artefact."""
+    """The light curve of a source that is in no earlier image, such as a moving body or an artefact."""
     return LightCurve(lambda times, _: np.zeros(len(times)), 0.0, mjd)
 
 
 def supernova(mjd: float, band: str, flux: float, rng: np.random.Generator) -> LightCurve:
-    """Rise and decline after Bazin et al. 2009 (A&A 499, 653), equation 1, caught at a random phase."""
+    """The rise and decline of a supernova at a random phase: Bazin et al. 2009 (A&A 499, 653), equation 1.
+
+    `flux`: the difference flux (nJy) of the alert at time `mjd` in `band`.
+    """
     phase = float(rng.uniform(-12.0, 45.0))
 
     def shape(days: Times, bands: Bands) -> Fluxes:
@@ -60,20 +66,24 @@ def supernova(mjd: float, band: str, flux: float, rng: np.random.Generator) -> L
 
 
 def pulsating_star(mjd: float, band: str, flux: float, rng: np.random.Generator) -> LightCurve:
-    """A star that brightens fast and fades slowly, over hours (delta Scuti), half a day (RR Lyrae) or months (Mira)."""
+    """A pulsating star with a fast rise and a slow decline.
+
+    The period is that of a delta Scuti star (hours), an RR Lyrae star (half a day) or a Mira (months). `flux`: the
+    difference flux (nJy) of the alert at time `mjd` in `band`.
+    """
     period = float(
         10 ** rng.choice((rng.uniform(-1.2, -0.7), rng.uniform(-0.4, -0.1), rng.uniform(1.5, 2.5)), p=(0.2, 0.6, 0.2))
     )
-    amplitude = float(rng.uniform(0.2, 0.7))  # half the range in g, mag
+    amplitude = float(rng.uniform(0.2, 0.7))  # half of the magnitude range in g
 
     def relative(times: Times, bands: Bands, epoch: float | NDArray[np.float64]) -> Fluxes:
-        """Difference flux in units of the template's."""
+        """The difference flux relative to the template flux."""
         turns = 2 * np.pi * (((times - mjd) / period + epoch) % 1.0)
-        wave = sum(np.sin(k * turns) / k for k in (1, 2, 3)) / 1.5  # towards a saw tooth
+        wave = sum(np.sin(k * turns) / k for k in (1, 2, 3)) / 1.5  # approximates a sawtooth
         half_range = amplitude * np.array([PULSATION[b] for b in bands])
         return np.asarray(10 ** (-0.4 * half_range * wave) - 1)
 
-    # A phase at which the star is on the alert's side of its mean, and far enough from it to have raised an alert.
+    # A phase at which the flux difference has the sign of the alert and is large enough to cause one.
     phases = np.linspace(0, 1, 40, endpoint=False)
     contrast = relative(np.full(len(phases), mjd), [band] * len(phases), phases)
     right = phases[contrast * np.sign(flux) > 0.4 * (contrast * np.sign(flux)).max()]
@@ -88,9 +98,12 @@ def pulsating_star(mjd: float, band: str, flux: float, rng: np.random.Generator)
 
 
 def active_nucleus(mjd: float, band: str, flux: float, rng: np.random.Generator) -> LightCurve:
-    """A damped random walk in magnitude: Kelly et al. 2009 (ApJ 698, 895), MacLeod et al. 2010 (ApJ 721, 1014)."""
+    """A damped random walk in magnitude: Kelly et al. 2009 (ApJ 698, 895), MacLeod et al. 2010 (ApJ 721, 1014).
+
+    `flux`: the difference flux (nJy) of the alert at time `mjd` in `band`.
+    """
     tau = float(rng.lognormal(np.log(200.0), 0.4))  # days
-    sigma = float(rng.uniform(0.15, 0.35))  # mag, over long times
+    sigma = float(rng.uniform(0.15, 0.35))  # asymptotic standard deviation, mag
     now = float(-np.sign(flux) * rng.uniform(0.5, 2.0) * sigma)
     mean = flux / (10 ** (-0.4 * now) - 1)
     seed = int(rng.integers(2**32))
@@ -98,7 +111,7 @@ def active_nucleus(mjd: float, band: str, flux: float, rng: np.random.Generator)
     def difference(times: Times, bands: Bands) -> Fluxes:
         steps = np.random.default_rng(seed).standard_normal(len(times))
         walk, last, then = np.empty(len(times)), now, mjd
-        for i in np.argsort(-times):  # backwards from today: the process is the same both ways
+        for i in np.argsort(-times):  # backwards in time: the process is symmetric
             memory = np.exp(-abs(then - times[i]) / tau)
             last = memory * last + sigma * np.sqrt(1 - memory**2) * steps[i]
             walk[i], then = last, times[i]

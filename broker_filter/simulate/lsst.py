@@ -1,7 +1,7 @@
-"""LSST alert packets, schema 10.0: an observation in Confluent wire format (schema id 1000).
+"""Encodes an observation as an LSST alert packet, schema 10.0, in Confluent wire format (schema id 1000).
 
-Each cutout is a FITS file of three images: nanojansky, variance, point spread. Fields that only the survey's own
-pipeline could fill (reliability, most pixel flags) stay null.
+Each cutout is a FITS file with three images: the pixels in nanojansky, their variance, and the PSF. Fields that only
+the survey's own pipeline can fill (reliability, most pixel flags) are null.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ from broker_filter.simulate.night import Observation
 
 SCHEMA_FILE = "lsst.v10_0.alert.avsc"
 SCHEMA_ID = 1000
-"""100 x major + minor version, as the survey numbers its schemas."""
+"""The schema id: 100 x major + minor version, as the survey numbers its schemas."""
 SMALLEST_STAMP = 30
+"""The side of most stamps, in pixels."""
 LARGEST_STAMP = 102
+"""The side of the largest stamps, in pixels."""
 PSF_SIZE = 41
-"""Pixels along a side of the published point spread."""
+"""The side of the published PSF image, in pixels."""
 TAI_MINUS_UTC_DAYS = 37 / 86400
 PROCESSING_DAYS = 60 / 86400
-"""From the shutter's closing to the alert."""
+"""The time from the end of the exposure to the alert."""
 FIRST_SOURCE_ID = 170_094_456_000_000_000
 FIRST_OBJECT_ID = 313_897_383_000_000_000
 FIRST_BODY_ID = 21_163_611_000_000_000
-"""Any numbers, of the size that the survey's ids have."""
+"""The ids of the first simulated alert: arbitrary numbers with as many digits as the survey's ids."""
 
 Record = dict[str, Any]
 
@@ -47,7 +49,7 @@ def alert_id(observation: Observation) -> int:
 
 
 def object_id(observation: Observation) -> str:
-    """The diaObjectId, or the ssObjectId of a body of the Solar System."""
+    """The diaObjectId; for a body of the solar system, the ssObjectId."""
     return str((FIRST_BODY_ID if _is_body(observation) else FIRST_OBJECT_ID) + observation.index)
 
 
@@ -57,13 +59,13 @@ def encode(observation: Observation) -> bytes:
 
 
 def encode_container(observation: Observation) -> bytes:
-    """The packet as a container file, as archives and brokers keep it."""
+    """The packet as an Avro container file, as archives and brokers store it."""
     sync = b"broker-filter/s\n"  # any 16 bytes
     return container_header(_schema_text(), sync) + encode_block(1, encode_body(observation), sync)
 
 
 def encode_body(observation: Observation) -> bytes:
-    """The Avro record alone."""
+    """The Avro record of the packet, without framing."""
     source = _source(observation)
     conditions, stamps = observation.exposure.conditions, observation.stamps
     variance = conditions.noise**2, conditions.template_noise**2
@@ -101,7 +103,7 @@ def _is_body(observation: Observation) -> bool:
 
 
 def _stamp_size(observation: Observation) -> int:
-    """Most stamps are the smallest there are; blended and trailed sources get larger ones."""
+    """The side of a stamp in pixels: mostly SMALLEST_STAMP, and larger for some, as for blended or trailed sources."""
     draw = observation.rng.random()
     if draw < 0.75:
         return SMALLEST_STAMP
@@ -109,7 +111,7 @@ def _stamp_size(observation: Observation) -> int:
 
 
 def _cutout(observation: Observation, image: NDArray[np.float32], variance: float, psf: Spectrum, size: int) -> bytes:
-    """The FITS file of one image: `size` pixels square around the alert, NaN beyond the detector's edge."""
+    """The FITS file of a cutout with sides of `size` pixels around the alert; pixels outside the detector are NaN."""
     middle = LSST.grid // 2
     x0, y0 = observation.x - size // 2, observation.y - size // 2
     pixels = image[middle - size // 2 :, middle - size // 2 :][:size, :size].copy()
@@ -142,7 +144,7 @@ def _cutout(observation: Observation, image: NDArray[np.float32], variance: floa
 
 
 def _source(observation: Observation) -> Record:
-    """The detection."""
+    """The diaSource record of the detection."""
     photometry, conditions = observation.photometry, observation.exposure.conditions
     time = observation.exposure.mjd + TAI_MINUS_UTC_DAYS
     position_error = 0.5 * conditions.fwhm / photometry.snr  # pixels
@@ -195,7 +197,7 @@ def _source(observation: Observation) -> Record:
 
 
 def _previous_sources(observation: Observation, source: Record) -> list[Record]:
-    """The object's earlier detections, of the last year."""
+    """The prvDiaSources records: the object's earlier detections of the last year."""
     history = observation.history
     return [
         {
@@ -215,7 +217,7 @@ def _previous_sources(observation: Observation, source: Record) -> list[Record]:
 
 
 def _forced_sources(observation: Observation, source: Record) -> list[Record]:
-    """Forced photometry of every earlier visit, once there was a detection to force it at."""
+    """The prvDiaForcedSources records: forced photometry of all earlier visits; empty without an earlier detection."""
     history = observation.history
     if not history.detected.any():
         return []
@@ -235,7 +237,7 @@ def _forced_sources(observation: Observation, source: Record) -> list[Record]:
 
 
 def _object(observation: Observation, source: Record, n_previous: int) -> Record:
-    """What is known of the object so far."""
+    """The diaObject record."""
     first = observation.first_detection_mjd if n_previous else observation.exposure.mjd
     return {
         **{key: source[key] for key in ("diaObjectId", "ra", "raErr", "dec", "decErr", "ra_dec_Cov")},
@@ -247,7 +249,7 @@ def _object(observation: Observation, source: Record, n_previous: int) -> Record
 
 
 def _body(observation: Observation, source: Record) -> Record:
-    """The asteroid, where its orbit says that it should be."""
+    """The ssSource record of an asteroid, at its predicted position."""
     magnitude = AB_ZERO_POINT_NJY - 2.5 * np.log10(abs(source["psfFlux"]))
     return {
         "diaSourceId": source["diaSourceId"],
@@ -265,5 +267,5 @@ def _body(observation: Observation, source: Record) -> Record:
 
 
 def _visit(mjd: float) -> int:
-    """A visit's id: the day, and the count within it."""
+    """The id of the visit at this time: the day (MJD), and the number of the visit within the day."""
     return int(mjd) * 10**5 + int(mjd % 1 * 2000)

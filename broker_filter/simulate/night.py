@@ -1,7 +1,7 @@
-"""A survey's night: exposures with their weather, and in each of them things that changed or seemed to.
+"""Simulates a night of a survey: exposures with their weather, and the real and bogus detections in each of them.
 
-Alert i of a night depends on the seed and on i alone, not on how many are asked for. What an alert looks like as a
-packet is decided in `ztf` and `lsst`.
+Alert i of a night depends only on the seed and on i, not on the number of requested alerts. `ztf` and `lsst` encode the
+observations as packets.
 """
 
 from __future__ import annotations
@@ -44,40 +44,43 @@ RATES: Mapping[str, float] = {
     "ghost": 0.01,
     "edge": 0.02,
 }
-"""Fractions of a night's alerts; roughly a night of ZTF, with supernovae somewhat more common than they are."""
+"""The fraction of each kind among the alerts of a night: roughly that of ZTF, with more supernovae."""
 
 FIRST_NIGHT_MJD = 61096.1
-"""Dusk of 2026-02-25 (UTC) over California, and an arbitrary choice."""
+"""The start of the first night: dusk of 2026-02-25 (UTC) in California, an arbitrary choice."""
 EXPOSURES_PER_NIGHT = 720
 EXPOSURE_INTERVAL_DAYS = 40 / 86400
 ALERTS_PER_EXPOSURE = 60
 WEATHERS = 24
-"""Distinct conditions that a night's exposures have: drawing a point spread costs as much as several alerts."""
+"""The number of distinct observing conditions of a night. Drawing a PSF costs as much time as several alerts."""
 SURVEY_BEGAN_MJD = 58200.0
 
 DETECTION_SNR = 5.0
-"""Below it nothing is published."""
+"""The minimum signal-to-noise ratio of a published detection."""
 ATTEMPTS = 20
-"""Draws of an artefact before its faintness is accepted."""
+"""The maximum number of draws of an event until it exceeds DETECTION_SNR; then the last one is used."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Exposure:
-    """One pointing of the telescope as one detector saw it."""
+    """One exposure of one detector."""
 
     number: int
     mjd: float
     field: int
     detector: int
-    ra: float  # of the detector's middle, degrees
-    dec: float
+    ra: float  # of the centre of the detector, degrees
+    dec: float  # of the centre of the detector, degrees
     stars_per_stamp: float
     conditions: Conditions
 
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """A source of the reference catalogue near an alert: pixels right of and above it, magnitude, star or galaxy."""
+    """A source of the reference catalogue near an alert.
+
+    `x`, `y`: pixels to the right of and above the central pixel of the stamp. `is_star`: otherwise it is a galaxy.
+    """
 
     x: float
     y: float
@@ -86,13 +89,13 @@ class Neighbour:
 
     @property
     def distance(self) -> float:
-        """Pixels from the middle."""
+        """The distance from the central pixel, in pixels."""
         return float(np.hypot(self.x, self.y))
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Forced photometry of earlier visits, in order of time; nanojansky."""
+    """Forced photometry of n earlier visits, in order of time; fluxes in nanojansky."""
 
     mjd: NDArray[np.float64]  # [n]
     band: list[str]
@@ -101,23 +104,27 @@ class History:
 
     @property
     def detected(self) -> NDArray[np.bool_]:
-        """Where the difference was published as a detection."""
+        """Whether each visit was published as a detection, bool[n]."""
         return np.asarray(np.abs(self.flux) > DETECTION_SNR * self.flux_error)
 
     @property
     def limiting_magnitude(self) -> NDArray[np.float64]:
-        """5-sigma limits."""
+        """The limiting AB magnitude of each visit, float64[n], at a signal-to-noise ratio of DETECTION_SNR."""
         return np.asarray(AB_ZERO_POINT_NJY - 2.5 * np.log10(DETECTION_SNR * self.flux_error))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Observation:
-    """An alert before it is a packet. `x`, `y`: its pixel; `offset`: of the source from that pixel's middle."""
+    """A simulated alert that is not yet encoded as a packet.
+
+    `x`, `y`: the pixel of the alert on the detector. `offset`: the (x, y) offset of the source from the centre of that
+    pixel, in pixels. `ra`, `dec`: degrees.
+    """
 
     kind: str
     index: int
     exposure: Exposure
-    stamps: Stamps  # [grid, grid] each; NaN where nothing was read
+    stamps: Stamps  # [grid, grid] each; NaN for pixels that were not read out
     photometry: Photometry
     ra: float
     dec: float
@@ -126,23 +133,23 @@ class Observation:
     offset: tuple[float, float]
     neighbours: list[Neighbour]  # nearest first
     history: History
-    earlier_detections: int  # of the whole survey, those of `history` among them
-    earlier_visits: int
+    earlier_detections: int  # in the whole survey, including those of `history`
+    earlier_visits: int  # in the whole survey, including those of `history`
     first_detection_mjd: float
     trail: tuple[float, float]  # pixels
     rng: np.random.Generator
 
     @property
     def number(self) -> int:
-        """Which alert of its exposure it is."""
+        """The index of the alert within its exposure."""
         return self.index % ALERTS_PER_EXPOSURE
 
 
 class Night:
-    """Everything that a night's alerts share: the instrument, its weathers, the shapes of galaxies."""
+    """The data that all alerts of a night share: the instrument, the observing conditions and the galaxy shapes."""
 
     def __init__(self, instrument: Instrument, seed: int, rates: Mapping[str, float] = RATES) -> None:
-        """`rates` maps kinds (keys of KINDS) to relative frequencies. Raises ValueError for an unknown kind."""
+        """`rates`: the relative frequency of each kind, a key of KINDS. Raises ValueError for an unknown kind."""
         if unknown := set(rates) - set(KINDS):
             raise ValueError(f"unknown kinds of alert: {', '.join(sorted(unknown))}; known are {', '.join(KINDS)}")
         self._instrument = instrument
@@ -155,11 +162,11 @@ class Night:
         self._exposure = lru_cache(maxsize=1)(self._draw_exposure)
 
     def observations(self, n: int) -> Iterator[Observation]:
-        """The first `n` alerts, in order of time."""
+        """The first `n` alerts of the night, in order of time."""
         return (self.observe(index) for index in range(n))
 
     def observe(self, index: int) -> Observation:
-        """Alert number `index`."""
+        """The alert with this index."""
         rng = np.random.default_rng([self._seed, 2, index])
         exposure = self._exposure(index // ALERTS_PER_EXPOSURE)
         kind = str(rng.choice(self._kinds, p=self._probabilities))
@@ -222,7 +229,7 @@ class Night:
         )
 
     def _place_on_detector(self, kind: str, rng: np.random.Generator) -> tuple[int, int]:
-        """The alert's pixel; some stand so near an edge that their stamps are cut short."""
+        """The pixel (x, y) of an alert. Some are so near to an edge of the detector that their stamps are truncated."""
         columns, rows = self._instrument.detector
         x, y = int(rng.integers(40, columns - 40)), int(rng.integers(40, rows - 40))
         if kind == "edge" or rng.random() < 0.01:
@@ -237,7 +244,7 @@ class Night:
         return min(Edge(y, 0, -1), Edge(rows - 1 - y, 0, 1), Edge(x, 1, -1), Edge(columns - 1 - x, 1, 1))
 
     def _draw_surroundings(self, exposure: Exposure, rng: np.random.Generator) -> tuple[list[Point], list[Galaxy]]:
-        """Field stars and galaxies that have nothing to do with the alert."""
+        """Random field stars and galaxies, unrelated to the alert."""
         instrument, half = self._instrument, self._instrument.grid / 2
         deepest = exposure.conditions.limiting_magnitude + 2
         points, galaxies = [], []
@@ -251,7 +258,7 @@ class Night:
         return points, galaxies
 
     def _blank_unread(self, stamps: Stamps, rng: np.random.Generator) -> None:
-        """Now and then some blocks of pixels, away from the middle, are NaN in all three images."""
+        """In 8 % of the alerts, sets some blocks of pixels away from the centre to NaN in all three images."""
         if rng.random() > 0.08:
             return
         grid = self._instrument.grid
@@ -262,7 +269,7 @@ class Night:
                     image[row : row + 7, column : column + 7] = np.nan
 
     def _catalogue(self, scene: Scene) -> list[Neighbour]:
-        """What a deep reference catalogue lists there, nearest first; a nucleus is part of its galaxy."""
+        """The sources in the stamp that a deep catalogue lists, nearest first. A nucleus is part of its galaxy."""
         sources = [(g.x, g.y, g.counts, False) for g in scene.galaxies]
         for point in scene.points:
             host = next((i for i, (x, y, *_) in enumerate(sources) if np.hypot(x - point.x, y - point.y) < 0.5), None)
@@ -278,7 +285,7 @@ class Night:
         return sorted(listed, key=lambda neighbour: neighbour.distance)
 
     def _look_back(self, exposure: Exposure, curve: LightCurve, rng: np.random.Generator) -> History:
-        """Earlier visits of the same place: of the last 30 nights for ZTF, of the last year for LSST."""
+        """Earlier visits of the same position: those of the last 30 nights for ZTF, of the last year for LSST."""
         bands = self._instrument.bands
         span, visited, per_visit = (30, 0.45, 2) if len(bands) == 2 else (365, 0.08, 1)
         nights = np.flatnonzero(rng.random(span) < visited)
@@ -295,7 +302,7 @@ class Night:
 def _earlier_detections(
     exposure: Exposure, curve: LightCurve, history: History, rng: np.random.Generator
 ) -> tuple[int, float]:
-    """How often the object was detected before, and when for the first time."""
+    """The number of earlier detections of the object, and the MJD of the first one."""
     recent = int(history.detected.sum())
     if curve.began is None:
         fraction = recent / max(len(history.mjd), 1)

@@ -1,6 +1,6 @@
-"""ZTF alert packets, schemavsn 4.02: an observation as an Avro object container file with its schema embedded.
+"""Encodes an observation as a ZTF alert packet, schemavsn 4.02: an Avro object container file with embedded schema.
 
-Fields that only the survey's own pipeline could fill (its scores, details of its calibration) stay null.
+Fields that only the survey's own pipeline can fill (its scores, details of its calibration) are null.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from broker_filter.simulate.night import Exposure, Neighbour, Observation
 
 SCHEMA_FILE = "ztf.v4_02.alert.avsc"
 STAMP_RADIUS = 31
-"""Stamps are 63 x 63 pixels, less where the detector ends."""
+"""Stamps have 63 x 63 pixels, and fewer at an edge of the detector."""
 FILTER_ID = {"g": 1, "r": 2}
 JD_MINUS_MJD = 2400000.5
 NIGHT_ZERO_JD = 2457754.5
-"""2017-01-01; days since then, to five decimals, are the first digits of every pid and candid."""
+"""2017-01-01. The days since then, to five decimals, are the first digits of each pid and candid."""
 NOT_MATCHED = -999.0
-"""What the survey writes where a catalogue holds nothing near."""
+"""The survey's sentinel for a catalogue without a source nearby."""
 MAGNITUDES_PER_E = float(2.5 / np.log(10))
 SYNC = b"broker-filter/s\n"
-"""Any 16 bytes do as a container's sync marker; fixed, so that a seed gives the same bytes again."""
+"""The sync marker of the containers: any 16 bytes, fixed so that the same seed gives the same bytes."""
 COMPRESSION_LEVEL = 1
-"""Noise hardly compresses, however long one tries."""
+"""The fastest level, because noise hardly compresses at any level."""
 
 FAR_AWAY = Neighbour(30.0, 0.0, 23.0, is_star=True)
-"""The nearest source of a template that has none within the stamp."""
+"""Used as the nearest source of a template if there is no source within the stamp."""
 
 Record = dict[str, Any]
 
 
 def object_id(observation: Observation) -> str:
-    """The survey's name of the place: ZTF, the year of the first detection, seven letters."""
+    """The objectId: "ZTF", the year of the first detection (two digits), and seven letters."""
     year = 26 if observation.first_detection_mjd > 61041 else 18
-    # A stride coprime to 26 visits every name once.
+    # The stride is coprime to 26, so each name is used once.
     number, letters = (observation.index * 14_348_909 + 2_460_375) % 26**7, ""
     for _ in range(7):
         number, letter = divmod(number, 26)
@@ -55,12 +55,12 @@ def object_id(observation: Observation) -> str:
 
 
 def alert_id(observation: Observation) -> int:
-    """The alert's id: its exposure's pid, and its number there."""
+    """The candid: the pid of the exposure, and the number of the alert within the exposure."""
     return _pid(_jd(observation.exposure.mjd), observation.exposure.detector) * 10**6 + 15_000 + observation.number
 
 
 def encode(observation: Observation) -> bytes:
-    """The packet."""
+    """The packet, an Avro container file."""
     candid = alert_id(observation)
     record: Record = {
         "schemavsn": "4.02",
@@ -77,7 +77,7 @@ def encode(observation: Observation) -> bytes:
         for at, size in ((observation.y, ZTF.detector[1]), (observation.x, ZTF.detector[0]))
     )
     science, template, difference = observation.stamps
-    # What became fainter is published as template minus science: a candidate is always bright.
+    # For a negative difference, ZTF publishes template minus science, so the candidate is always positive.
     difference = difference * np.float32(np.sign(observation.photometry.flux))
     for field, suffix, image in (
         ("cutoutScience", "targ_sci", science),
@@ -94,7 +94,7 @@ def encode(observation: Observation) -> bytes:
 
 @cache
 def _format() -> tuple[bytes, Callable[[Record], bytes]]:
-    """The header of every container, and the encoder of its record."""
+    """The header of the containers, and the encoder of the record."""
     schema = files("broker_filter.simulate").joinpath("schemas", SCHEMA_FILE).read_bytes()
     return container_header(schema, SYNC), compile_writer(json.loads(schema))
 
@@ -154,7 +154,7 @@ def _candidate(observation: Observation, candid: int) -> Record:
 
 
 def _visit(exposure: Exposure, jd: float, band: str, limit: float) -> Record:
-    """What a candidate and an earlier visit both say of their exposure."""
+    """The fields on the exposure, which a candidate and an earlier visit both have."""
     return {
         "jd": jd,
         "fid": FILTER_ID[band],
@@ -175,11 +175,11 @@ def _visit(exposure: Exposure, jd: float, band: str, limit: float) -> Record:
 
 
 def _difference_source(flux: float, error: float, zero_point: float, aperture: float, wide_aperture: float) -> Record:
-    """Magnitudes of a detection of some flux, negative or positive."""
+    """The magnitude fields of a detection. `flux`, which may be negative, has the zero point `zero_point`."""
     relative = MAGNITUDES_PER_E * error / abs(flux)
     magnitude = _magnitude(flux, zero_point)
     sign = math.copysign(1.0, flux)
-    # An aperture that sums to nothing has no magnitude; it gets the one of a tenth of the error.
+    # An aperture flux of zero or less has no magnitude; a tenth of the uncertainty is used instead.
     small, wide = (_magnitude(max(sign * counts, 0.1 * error), zero_point) for counts in (aperture, wide_aperture))
     return {
         "isdiffpos": "t" if flux > 0 else "f",
@@ -194,7 +194,7 @@ def _difference_source(flux: float, error: float, zero_point: float, aperture: f
 
 
 def _nearest(observation: Observation) -> Record:
-    """The nearest source of the template."""
+    """The fields on the nearest source in the template."""
     neighbour = observation.neighbours[0] if observation.neighbours else FAR_AWAY
     scale = ZTF.pixel_scale / 3600
     return {
@@ -209,7 +209,7 @@ def _nearest(observation: Observation) -> Record:
 
 
 def _catalogue(observation: Observation) -> Record:
-    """Pan-STARRS' three nearest sources, and Gaia's nearest star."""
+    """The fields on the three nearest Pan-STARRS sources and the nearest Gaia star."""
     near = [n for n in observation.neighbours if n.distance * ZTF.pixel_scale < 30]
     stars = [n for n in near if n.is_star and n.magnitude < 20.5]
     record: Record = {
@@ -228,7 +228,7 @@ def _catalogue(observation: Observation) -> Record:
 
 
 def _earlier_visits(observation: Observation) -> list[Record]:
-    """The visits of the history: when, how deep."""
+    """The fields on the exposures of the history."""
     history = observation.history
     limits = history.limiting_magnitude.tolist()
     return [
@@ -238,7 +238,7 @@ def _earlier_visits(observation: Observation) -> list[Record]:
 
 
 def _previous_candidates(observation: Observation) -> list[Record] | None:
-    """Earlier visits of the last 30 days: detections, and upper limits where nothing was detected."""
+    """The prv_candidates of the last 30 days: detections, and upper limits for visits without one; None if empty."""
     history, visits = observation.history, _earlier_visits(observation)
     nearest = _nearest(observation)
     for i in np.flatnonzero(history.detected):
@@ -250,7 +250,7 @@ def _previous_candidates(observation: Observation) -> list[Record] | None:
 
 
 def _forced_photometry(observation: Observation) -> list[Record]:
-    """The flux at the alert's place in each of those visits, in counts."""
+    """The fp_hists: the forced flux at the position of the alert, in counts, for each visit of the last 30 days."""
     history, conditions = observation.history, observation.exposure.conditions
     shared = _nearest(observation) | {
         "sciinpseeing": conditions.fwhm,
@@ -277,10 +277,10 @@ def _magnitude(flux: float, zero_point: float) -> float:
 
 
 def _jd(mjd: float) -> float:
-    """To the survey's seven decimals."""
+    """The Julian date, rounded to seven decimals, as the survey does."""
     return round(mjd + JD_MINUS_MJD, 7)
 
 
 def _pid(jd: float, detector: int) -> int:
-    """An exposure's processing id: days, five decimals of a day, readout channel, and a constant 15."""
+    """The processing id of an exposure: days to five decimals, readout channel, and the constant 15."""
     return int((jd - NIGHT_ZERO_JD) * 10**5) * 10**4 + detector * 100 + 15
