@@ -1,4 +1,4 @@
-"""Fixtures that the tests of importers share with those of `scoring`."""
+"""Fixtures shared by the tests of importers and of `scoring`."""
 
 from ..scoring.conftest import make_batch
 

@@ -1,4 +1,4 @@
-"""ACAI's networks, imported, compute what Keras says that such layers compute."""
+"""Imported ACAI networks compute the same as the Keras layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Floats = NDArray[np.floating]
 
 
 def write_model(path: Path, **replaced: tuple[int, ...]) -> dict[str, Floats]:
-    """Random weights as Keras saves a model; `replaced`: other shapes for a layer's kernel or pointwise kernel."""
+    """Write random weights as Keras saves a model; `replaced`: other shapes of a layer's (pointwise) kernel."""
     rng = np.random.default_rng(3)
     written = {}
     for layer, (_, channels_in, channels_out) in CONVOLUTIONS.items():
@@ -42,7 +42,7 @@ def write_model(path: Path, **replaced: tuple[int, ...]) -> dict[str, Floats]:
 
 
 def by_keras_definitions(weights: dict[str, Floats], images: Floats, features: Floats) -> Floats:
-    """Scores [N] of images [N, 63, 63, 3] and features [N, 25]: channels last, borders left out, as Keras has it."""
+    """Return scores [N] of images [N, 63, 63, 3] and features [N, 25]: channels last, without padding, as in Keras."""
 
     def dense(x: Floats, layer: str) -> Floats:
         return x @ weights[f"{layer}/kernel"] + weights[f"{layer}/bias"]
@@ -64,7 +64,7 @@ def by_keras_definitions(weights: dict[str, Floats], images: Floats, features: F
     return 1 / (1 + np.exp(-dense(joint, "score")[:, 0]))
 
 
-def test_an_imported_network_scores_as_keras_would(tmp_path: Path, make_batch: Callable[..., AlertBatch]) -> None:
+def test_an_imported_network_gives_the_scores_of_keras(tmp_path: Path, make_batch: Callable[..., AlertBatch]) -> None:
     weights = write_model(tmp_path / "acai_h.h5")
     import_acai(tmp_path / "acai_h.h5", "h", "acai_h", tmp_path / "acai_h")
     rng = np.random.default_rng(4)
@@ -87,7 +87,7 @@ def test_an_imported_network_scores_as_keras_would(tmp_path: Path, make_batch: C
     assert expected.std() > 0.01
 
 
-def test_the_command_imports_one_of_the_five(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_imports_one_of_the_five_classifiers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_model(tmp_path / "acai_v.d1_dnn_20201130.h5")
     arguments = ["models", "import", "acai", str(tmp_path / "acai_v.d1_dnn_20201130.h5"), "--class", "v"]
     assert main([*arguments, "--name", "acai_v", "--out", str(tmp_path / "acai_v")]) == 0

@@ -1,4 +1,4 @@
-"""braai's published weights, imported, give ZTF's own published scores."""
+"""Imported braai weights reproduce the scores that ZTF publishes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from broker_filter.scoring.bundle import BundleError, load_bundle
 from broker_filter.scoring.scorer import open_scorer
 
 SCORED_WITH_ANOTHER_TEMPLATE = 472263571115115000
-"""The one shared packet whose drb is not of the images in it (2018)."""
+"""The only shared packet (2018) whose drb was not computed from its images."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def bundles(shared_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def d6_m7_alerts(shared_data: Path, ztf_packets: list[tuple[int, bytes]]) -> AlertBatch:
-    """Every shared alert whose drb is d6_m7's."""
+    """Every shared alert whose drb was computed with d6_m7."""
     labels = pq.read_table(shared_data / "ztf" / "labels.parquet", columns=["candid", "drbversion"]).to_pydict()
     version = dict(zip(labels["candid"], labels["drbversion"], strict=True))
     chosen = [Packet(data, FilePosition(str(candid))) for candid, data in ztf_packets if version.get(candid) == "d6_m7"]
@@ -64,10 +64,10 @@ def test_parity_covers_the_awkward_stamps(d6_m7_alerts: AlertBatch) -> None:
 
 
 @pytest.mark.shared
-def test_d6_m9_wants_whole_images_normalised(
+def test_d6_m9_needs_images_normalised_as_a_whole(
     shared_models: Path, bundles: Path, d6_m7_alerts: AlertBatch, tmp_path: Path
 ) -> None:
-    """Fed as it was trained, the successor agrees with d6_m7 on nearly every alert; fed rows, it does not."""
+    """With the normalisation of its training, it agrees with d6_m7 on nearly every alert; with rows, it does not."""
     import_braai(shared_models / "braai" / "braai_d6_m9.weights.h5", "row", "misfed", tmp_path / "misfed")
     scorer = open_scorer([str(bundles / "d6_m9"), str(tmp_path / "misfed")], Runtime())
     columns = scorer.score(d6_m7_alerts).columns()
@@ -78,7 +78,7 @@ def test_d6_m9_wants_whole_images_normalised(
 
 
 def write_keras_weights(path: Path, below: str = "", **replaced: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Random weights as Keras lays them out, `below` a group; `replaced`: other shapes for a layer's kernel."""
+    """Write random weights in the layout of Keras, `below` a group; `replaced`: other shapes of a layer's kernel."""
     rng = np.random.default_rng(6)
     written = {}
     with h5py.File(path, "w") as file:
@@ -106,7 +106,7 @@ def test_reads_a_saved_model_as_well_as_bare_weights(tmp_path: Path) -> None:
     assert all(bool((bare[name] == saved[name]).all()) for name in bare.keys() | saved.keys())
 
 
-def test_an_imported_bundle_says_where_it_comes_from(tmp_path: Path) -> None:
+def test_an_imported_bundle_names_its_source(tmp_path: Path) -> None:
     write_keras_weights(tmp_path / "w.weights.h5")
     import_braai(tmp_path / "w.weights.h5", "image", "mine", tmp_path / "mine")
     card = load_bundle(tmp_path / "mine").card
@@ -121,7 +121,7 @@ def test_another_network_is_refused_by_the_layer_that_differs(tmp_path: Path) ->
         read_weights(tmp_path / "w.h5")
 
 
-def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     write_keras_weights(tmp_path / "w.h5")
     with h5py.File(tmp_path / "w.h5", "a") as file:
         file["fc_out/fc_out/bias:0"][0] = np.nan
@@ -137,7 +137,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: Callable[[byt
         read_weights(tmp_path / "w.h5")
 
 
-def test_a_name_that_no_column_can_have_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_is_not_an_identifier_is_refused(tmp_path: Path) -> None:
     write_keras_weights(tmp_path / "w.h5")
     with pytest.raises(BundleError, match="a bundle cannot be named 'd6-m7'"):
         import_braai(tmp_path / "w.h5", "row", "d6-m7", tmp_path / "out")

@@ -60,7 +60,7 @@ def frozen_fusion(image: dict[str, Any]) -> dict[str, Any]:
         "model_name": "frozen_fusion",
         "image_model_config": image,
         "meta_model_config": {"model_name": "um_nn", **METADATA},
-        # btsbot's class looks these up although it is told to load nothing from them
+        # btsbot's class looks these up although it loads nothing from them
         "image_model_dir": "",
         "meta_model_dir": "",
         "skip_load_state": True,
@@ -92,7 +92,7 @@ def _file_of_btsbot(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def architectures() -> ModuleType:
-    """btsbot's networks, without the rest of the package and all that it imports."""
+    """btsbot's networks, imported without the rest of the package."""
     spec = spec_from_file_location("btsbot_architectures", _file_of_btsbot("architectures.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -103,10 +103,10 @@ def architectures() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def make_triplet() -> Callable[[dict[str, Any]], tuple[NDArray[np.float64], bool]]:
-    """btsbot's preprocessing: the function alone, because its module imports a client of a database."""
+    """btsbot's preprocessing function, extracted because its module imports a database client."""
     source = ast.parse(_file_of_btsbot("alert_utils.py").read_text())
     source.body = [node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == "make_triplet"]
-    # `loads` and `dumps` of bson, which it sends a stamp through and back
+    # stands for bson: a stamp is encoded and decoded again
     names: dict[str, Any] = {"np": np, "io": io, "gzip": gzip, "fits": fits, "loads": list, "dumps": list}
     exec(compile(source, "alert_utils.py", "exec"), names)
     return names["make_triplet"]
@@ -114,7 +114,7 @@ def make_triplet() -> Callable[[dict[str, Any]], tuple[NDArray[np.float64], bool
 
 @pytest.fixture
 def shallow_maxvit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network of that name with two blocks of eleven, on both sides: whole, it takes a minute to export."""
+    """The network with two of its eleven blocks, on both sides; exporting the full one takes a minute."""
     whole = model_cfgs["maxvit_tiny_rw"]
     monkeypatch.setitem(
         model_cfgs,
@@ -124,13 +124,13 @@ def shallow_maxvit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Sample(NamedTuple):
-    """Real packets, as fastavro and as the service reads them."""
+    """Real packets, decoded by fastavro and by the service."""
 
     records: list[dict[str, Any]]
     alerts: AlertBatch
 
     def metadata(self) -> NDArray[np.float32]:
-        """As btsbot was trained on it, -999 and all; what it adds to a packet is tested beside the decoder."""
+        """Metadata as in btsbot's training, including -999; derived columns are tested with the decoder."""
         added = {name: self.alerts.column(name) for name in COLUMNS if name not in self.records[0]["candidate"]}
         added["new_drb"] = np.nan_to_num(added["new_drb"], nan=0.5)
         return np.array(
@@ -152,7 +152,7 @@ def read(packets: list[bytes]) -> Sample:
 
 @pytest.fixture(scope="session")
 def sample(ztf_packets: list[tuple[int, bytes]]) -> Sample:
-    """Among them a short stamp, NaN pixels, sources without a catalogue's match, and without a drb."""
+    """The sample contains an incomplete stamp, NaN pixels, and alerts without catalogue match or drb."""
     sample = read([data for _, data in ztf_packets[10::120]])
     assert (sample.alerts.cutout_box[..., 2:] < 63).any()
     assert np.isnan(sample.alerts.cutouts).any()
@@ -162,7 +162,7 @@ def sample(ztf_packets: list[tuple[int, bytes]]) -> Sample:
 
 
 def save(network: nn.Module, config: dict[str, Any], folder: Path) -> Path:
-    """The folder as btsbot's to_HF writes it."""
+    """Write the folder in the layout of btsbot's to_HF."""
     folder.mkdir()
     torch.save(network.state_dict(), folder / "pytorch_model.bin")
     (folder / "train_config.json").write_text(json.dumps(config))
@@ -170,7 +170,7 @@ def save(network: nn.Module, config: dict[str, Any], folder: Path) -> Path:
 
 
 class Reference(NamedTuple):
-    """A network of btsbot's: the folder that it is published in, what it was given, and its scores [N]."""
+    """A network of btsbot: its published folder, its inputs, and its scores [N]."""
 
     folder: Path
     inputs: list[Tensor]
@@ -178,9 +178,9 @@ class Reference(NamedTuple):
 
 
 def make_decided(network: nn.Module, inputs: list[Tensor]) -> None:
-    """Random weights that tell the alerts apart, as trained ones do."""
+    """Set random weights whose scores differ between alerts, as those of a trained network do."""
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm1d):  # what scales the raw columns
+        if isinstance(module, nn.BatchNorm1d):  # normalises the raw columns
             module.running_mean, module.running_var = inputs[1].mean(0), inputs[1].var(0)
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
@@ -192,7 +192,7 @@ def make_decided(network: nn.Module, inputs: list[Tensor]) -> None:
             parameter /= logits.std()
 
 
-def test_prepares_images_as_make_triplet_does(
+def test_images_are_those_of_make_triplet(
     ztf_packets: list[tuple[int, bytes]],
     make_triplet: Callable[[dict[str, Any]], tuple[NDArray[np.float64], bool]],
 ) -> None:
@@ -203,7 +203,7 @@ def test_prepares_images_as_make_triplet_does(
     with np.errstate(over="ignore"):
         triplets, dropped = zip(*map(make_triplet, records), strict=True)
     ours, theirs = prepare_images(alerts.cutouts, alerts.cutout_box, IMAGES), np.stack(triplets).transpose(0, 3, 1, 2)
-    # Of an alert with an image that is all zeros it makes nothing of use, and says so.
+    # For an alert with an all-zero image, make_triplet reports that the result is unusable.
     np.testing.assert_array_equal((ours == 0).all(axis=(2, 3)).any(axis=1), dropped)
     kept = ~np.array(dropped)
     np.testing.assert_allclose(ours[kept], theirs[kept], rtol=2e-6, atol=0)
@@ -218,7 +218,7 @@ def reference(
     shallow_maxvit: None,
     tmp_path: Path,
 ) -> Reference:
-    """btsbot's network of the configuration that a test is parametrised with, saved, and its scores of the sample."""
+    """btsbot's network for the parametrised configuration, saved, and its scores for the sample."""
     config = CONFIGURATIONS[request.param]
     triplets = np.stack([make_triplet(record)[0] for record in sample.records])
     inputs = [torch.from_numpy(triplets.transpose(0, 3, 1, 2)).float()]
@@ -242,7 +242,7 @@ def test_the_service_gives_the_scores_of_the_package(reference: Reference, sampl
 
 
 @pytest.mark.parametrize("reference", sorted(CONFIGURATIONS.keys() - PUBLISHED), indirect=True)
-def test_networks_of_the_package_that_were_not_published_are_read_as_well(reference: Reference) -> None:
+def test_unpublished_networks_of_the_package_are_read_as_well(reference: Reference) -> None:
     _, network = read_btsbot(reference.folder)
     with torch.inference_mode():
         logits, _ = network(*reference.inputs)
@@ -251,12 +251,12 @@ def test_networks_of_the_package_that_were_not_published_are_read_as_well(refere
 
 @pytest.fixture
 def folder(architectures: ModuleType, tmp_path: Path) -> Path:
-    """A folder of a small network with metadata, to be damaged."""
+    """The folder of a small network with metadata, for tests that damage it."""
     config = frozen_fusion(CNN)
     return save(architectures.frozen_fusion(config), config, tmp_path / "BTSbot")
 
 
-def test_a_card_says_what_the_network_takes(folder: Path, tmp_path: Path) -> None:
+def test_the_card_describes_the_inputs_of_the_network(folder: Path, tmp_path: Path) -> None:
     import_btsbot(folder, "bts", tmp_path / "bts")
     card = load_bundle(tmp_path / "bts").card
     assert [column.name for column in card.inputs.metadata] == COLUMNS
@@ -281,9 +281,7 @@ def test_a_card_says_what_the_network_takes(folder: Path, tmp_path: Path) -> Non
         ({**METADATA, **CNN, "model_name": "mm_cnn", "metadata_cols": ["colour"]}, "unknown metadata columns: colour"),
     ],
 )
-def test_a_configuration_that_is_not_of_such_a_network_is_refused(
-    folder: Path, change: dict[str, Any], complaint: str
-) -> None:
+def test_a_configuration_of_another_network_is_refused(folder: Path, change: dict[str, Any], complaint: str) -> None:
     path = folder / "train_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(BundleError, match=complaint):
@@ -326,7 +324,7 @@ class Malicious:
     ],
     ids=["half-written", "empty", "head alone", "code"],
 )
-def test_a_file_that_is_not_of_tensors_is_refused(folder: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_file_that_holds_more_than_tensors_is_refused(folder: Path, damage: Callable[[bytes], bytes]) -> None:
     path = folder / "pytorch_model.bin"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(WeightsError, match=r"pytorch_model\.bin: cannot be read: it is truncated, or"):

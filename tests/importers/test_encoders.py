@@ -1,4 +1,4 @@
-"""Encoders from wherever their weights are: in full, or not at all and saying why, and never a wait for a network."""
+"""Encoder weights from every source: loaded completely or refused with a reason, and without waiting for a network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def network(backbone: str = "test_convnext") -> nn.Module:
 
 @pytest.fixture
 def published() -> nn.Module:
-    """A network of timm's as the hub has it: with a classifier of its own."""
+    """A timm network as published on the hub, with its classifier."""
     torch.manual_seed(4)
     return timm.create_model("test_convnext", num_classes=12)
 
@@ -38,7 +38,7 @@ def assert_loaded(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", ["encoder.safetensors", "encoder.bin", "encoder.pth"])
-def test_a_file_is_read_and_its_classifier_left_out(published: nn.Module, name: str, tmp_path: Path) -> None:
+def test_a_file_is_read_without_its_classifier(published: nn.Module, name: str, tmp_path: Path) -> None:
     save = save_file if name.endswith(".safetensors") else torch.save
     save(published.state_dict(), tmp_path / name)
     ours = network()
@@ -47,7 +47,7 @@ def test_a_file_is_read_and_its_classifier_left_out(published: nn.Module, name: 
 
 
 @pytest.mark.parametrize("scheme", ["", "local-dir:"])
-def test_a_folder_as_zoobot_publishes_it_is_read(published: nn.Module, scheme: str, tmp_path: Path) -> None:
+def test_a_folder_in_the_layout_of_zoobot_is_read(published: nn.Module, scheme: str, tmp_path: Path) -> None:
     published.reset_classifier(0)
     save_file(published.state_dict(), tmp_path / "model.safetensors")
     ours = network()
@@ -57,7 +57,7 @@ def test_a_folder_as_zoobot_publishes_it_is_read(published: nn.Module, scheme: s
 
 @pytest.fixture
 def silent_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A hub that takes connections and never answers, and an empty cache."""
+    """A hub that accepts connections and never answers, and an empty cache."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
@@ -66,14 +66,14 @@ def silent_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path
         yield tmp_path / "cache"
 
 
-def test_a_hub_that_does_not_answer_is_an_error_that_says_what_to_do(silent_hub: Path) -> None:
+def test_the_error_for_a_hub_that_does_not_answer_gives_a_remedy(silent_hub: Path) -> None:
     with pytest.raises(
         WeightsError, match=r"zoobot-encoder-convnext_pico: not in the local cache, .* local-dir:FOLDER"
     ):
         load_encoder_weights(network(), "hf_hub:mwalmsley/zoobot-encoder-convnext_pico")
 
 
-def test_what_was_fetched_before_needs_no_hub(silent_hub: Path, published: nn.Module) -> None:
+def test_cached_weights_need_no_hub(silent_hub: Path, published: nn.Module) -> None:
     repository = silent_hub / "models--mwalmsley--zoobot-encoder-test"
     revision = "5" * 40
     (repository / "snapshots" / revision).mkdir(parents=True)
@@ -97,7 +97,7 @@ def test_imagenet_weights_of_a_package_are_those_of_tf_efficientnet_lite0() -> N
     load_encoder_weights(ours, LITE0)
     theirs = read_weights(encoders._lite0_file())
     mine = ours.encoder.backbone.state_dict()
-    # The ends of a network of 16 blocks, by what each side calls them: between them the order decides.
+    # Names on both sides of the first and last tensors of 16 blocks; the tensors in between follow the order.
     for my_name, their_name in (
         ("conv_stem.weight", "_conv_stem.weight"),
         ("bn1.running_mean", "_bn0.running_mean"),
@@ -116,7 +116,7 @@ def test_weights_of_another_backbone_are_refused() -> None:
         load_encoder_weights(network(), LITE0)
 
 
-def test_weights_that_do_not_fit_leave_the_network_as_it_was(published: nn.Module, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_leave_the_network_unchanged(published: nn.Module, tmp_path: Path) -> None:
     weights = {name: tensor for name, tensor in published.state_dict().items() if name != "stem.0.bias"}
     save_file(weights | {"head.extra": torch.zeros(1)}, tmp_path / "encoder.safetensors")
     ours = network()
@@ -148,5 +148,5 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         ("hf_hub:mwalmsley/baseline-encoder-regression-maxvit_tiny", "maxvit_tiny_rw_224"),
     ],
 )
-def test_a_published_encoder_names_its_backbone(kind: str, backbone: str) -> None:
+def test_the_backbone_is_derived_from_the_name_of_a_published_encoder(kind: str, backbone: str) -> None:
     assert backbone_name(kind) == backbone

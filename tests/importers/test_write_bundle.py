@@ -1,4 +1,4 @@
-"""Any network becomes a bundle that runs on every engine, metadata and embedding included."""
+"""Any network can be written as a bundle that runs on every engine, including metadata and embedding."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from broker_filter.scoring.scorer import open_scorer
 
 
 class Fusion(nn.Module):
-    """Images and metadata into three classes: what a network with every kind of input and output looks like."""
+    """A network that takes images and metadata and returns three classes and an embedding."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Fusion(nn.Module):
 
 
 class Joined(nn.Module):
-    """Light curves, and modalities besides the embedding."""
+    """A network that takes light curves, and returns modalities and the embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def network() -> nn.Module:
     return Fusion(width=8).eval()
 
 
-def test_a_network_with_metadata_and_embedding_is_served_alike_by_every_engine(
+def test_every_engine_serves_a_network_with_metadata_and_embedding(
     tmp_path: Path, description: Description, network: nn.Module, make_batch: Callable[..., AlertBatch]
 ) -> None:
     write_bundle(tmp_path / "classes", description, network)
@@ -127,10 +127,10 @@ def test_a_network_with_metadata_and_embedding_is_served_alike_by_every_engine(
     np.testing.assert_allclose(onnx.probabilities, reference.probabilities, rtol=0, atol=1e-5)
     np.testing.assert_allclose(onnx.embedding, reference.embedding, rtol=1e-5, atol=1e-5)
     filled = np.where(np.isnan(batch.metadata[:, 2]), 20, batch.metadata[:, 2])
-    np.testing.assert_allclose(onnx.embedding[:, 8], filled, rtol=1e-4)  # BatchNorm as initialised
+    np.testing.assert_allclose(onnx.embedding[:, 8], filled, rtol=1e-4)  # batch normalisation with initial parameters
 
 
-def test_a_network_of_light_curves_and_modalities_is_served_alike_by_every_engine(
+def test_every_engine_serves_a_network_with_light_curves_and_modalities(
     tmp_path: Path, description: Description, monkeypatch: pytest.MonkeyPatch, make_batch: Callable[..., AlertBatch]
 ) -> None:
     monkeypatch.setitem(networks.NETWORKS, "joined", Joined)
@@ -167,7 +167,7 @@ def test_a_network_of_light_curves_and_modalities_is_served_alike_by_every_engin
         np.testing.assert_allclose(scores.embedding, vector.outputs["embedding"][rows], rtol=1e-5, atol=1e-5)
 
 
-def test_a_graph_that_takes_batches_of_one_size_alone_is_refused(
+def test_a_graph_with_a_fixed_batch_size_is_refused(
     tmp_path: Path, description: Description, network: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Counting(Fusion):
@@ -182,7 +182,7 @@ def test_a_graph_that_takes_batches_of_one_size_alone_is_refused(
         write_bundle(tmp_path / "classes", description, counting)
 
 
-def test_a_test_vector_whose_light_curves_do_not_add_up_is_refused(
+def test_a_test_vector_with_inconsistent_light_curves_is_refused(
     tmp_path: Path, description: Description, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(networks.NETWORKS, "joined", Joined)
@@ -212,18 +212,14 @@ def test_a_bundle_never_replaces_another(tmp_path: Path, description: Descriptio
         write_bundle(tmp_path / "classes", description, network)
 
 
-def test_a_bundle_that_cannot_be_made_leaves_nothing(
-    tmp_path: Path, description: Description, network: nn.Module
-) -> None:
+def test_a_failed_bundle_leaves_no_files(tmp_path: Path, description: Description, network: nn.Module) -> None:
     wrong = description.model_copy(update={"outputs": Outputs(labels=("real",), activation="softmax", embedding=10)})
     with pytest.raises(BundleError):
         write_bundle(tmp_path / "wrong", wrong, network)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_graph_tells_nothing_of_the_machine_that_made_it(
-    tmp_path: Path, description: Description, network: nn.Module
-) -> None:
+def test_the_graph_contains_no_local_paths(tmp_path: Path, description: Description, network: nn.Module) -> None:
     write_bundle(tmp_path / "classes", description, network)
     graph = (load_bundle(tmp_path / "classes").directory / ONNX).read_bytes()
     assert b"/" + b"test_export.py" not in graph
@@ -231,8 +227,10 @@ def test_the_graph_tells_nothing_of_the_machine_that_made_it(
 
 
 def differences_of_large_numbers(size: float) -> StampNet:
-    """A network whose answers to the test alerts, of about 1, are small differences of large numbers: a `size` of 3e5
-    makes rounding move them by some 1e-3, as those of a network of a hundred layers."""
+    """A network whose outputs, of about 1, are small differences of large numbers.
+
+    With a `size` of 3e5, rounding errors are about 1e-3, as in a network of a hundred layers.
+    """
     inputs = load_bundle("default").card.inputs
     images = torch.from_numpy(prepare(_test_alerts(inputs), inputs)["images"])
     torch.manual_seed(5)
@@ -245,13 +243,13 @@ def differences_of_large_numbers(size: float) -> StampNet:
             size * directions[-1] + torch.linalg.pinv(embedding[:, active]) @ torch.tensor([-1.0, 0.5, 1, 0.1]).double()
         )
         network.head.weight.zero_()[:, active] = weight.float()
-        # What float32 made of the weights moves every logit: a constant brings them back.
+        # Rounding the weights to float32 shifts every logit; a constant undoes the shift.
         network.head.bias.copy_(-network.head(network.features(images)).mean())
     return network
 
 
 def of_stampnet() -> Description:
-    """A bundle of StampNet: the default one's inputs, and its embedding besides."""
+    """The description of a StampNet bundle with the inputs of `default`, and with its embedding."""
     card = load_bundle("default").card
     outputs = card.outputs.model_copy(update={"embedding": 64})
     fields = {name: getattr(card, name) for name in Description.model_fields}
@@ -267,12 +265,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def deep(made: Path, tmp_path: Path) -> Path:
-    """The bundle of such a network, to be damaged."""
+    """The bundle of such a network, for tests that damage it."""
     return Path(shutil.copytree(made, tmp_path / "deep"))
 
 
-def test_a_network_is_allowed_what_rounding_makes_of_it(deep: Path) -> None:
-    """Measured by the network itself, in float64, and written in its card."""
+def test_the_tolerance_covers_the_rounding_errors_of_the_network(deep: Path) -> None:
+    """They are measured by a run in float64, and written into the card."""
     tolerances = load_bundle(deep).card.tolerances
     assert 1e-4 < tolerances["probabilities"] < MAX_TOLERANCE
     assert tolerances["embedding"] < 1e-4
@@ -281,7 +279,7 @@ def test_a_network_is_allowed_what_rounding_makes_of_it(deep: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["head.bias", "features.0.weight", "features.10.body.0.1.running_mean"])
-def test_a_damaged_network_is_refused_all_the_same(deep: Path, name: str) -> None:
+def test_a_damaged_network_is_refused_in_spite_of_its_tolerance(deep: Path, name: str) -> None:
     weights = load_file(deep / WEIGHTS)
     damaged = arrays_to_bytes(weights | {name: weights[name] * np.float32(0.95) + np.float32(0.05)})
     (deep / WEIGHTS).write_bytes(damaged)
@@ -292,7 +290,7 @@ def test_a_damaged_network_is_refused_all_the_same(deep: Path, name: str) -> Non
         open_scorer([str(deep)], Runtime(engine="torch", device="cpu"))
 
 
-def test_a_bundle_of_before_is_checked_as_before(deep: Path) -> None:
+def test_a_bundle_without_tolerances_is_checked_strictly(deep: Path) -> None:
     card = yaml.safe_load((deep / CARD).read_text())
     del card["tolerances"]
     (deep / CARD).write_text(yaml.safe_dump(card))
@@ -300,7 +298,7 @@ def test_a_bundle_of_before_is_checked_as_before(deep: Path) -> None:
         open_scorer([str(deep)], Runtime(engine="onnxruntime", device="cpu"))
 
 
-def test_a_network_that_rounding_decides_is_no_bundle(tmp_path: Path) -> None:
+def test_a_network_that_is_dominated_by_rounding_errors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="rounding errors dominate"):
         write_bundle(tmp_path / "noise", of_stampnet(), differences_of_large_numbers(1e8))
     assert not (tmp_path / "noise").exists()

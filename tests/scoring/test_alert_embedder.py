@@ -1,4 +1,5 @@
-"""The alert embedder: what is padding or missing has no influence, and the trunk says what it says alone."""
+"""The alert embedder: padding and missing values have no influence, and the trunk's output is that of the trunk
+alone."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def embedder() -> AlertEmbedder:
 
 @pytest.fixture
 def alerts() -> list[Tensor]:
-    """Four: the first has all its points, the second two, the third only its own, the fourth none and no metadata."""
+    """Four alerts: with all points, with two points, with one point, and without points and metadata."""
     generator = torch.Generator().manual_seed(8)
     mask = (torch.arange(POINTS) < torch.tensor([[POINTS], [2], [1], [0]])).float()
     metadata = torch.randn(4, COLUMNS, generator=generator)
@@ -44,7 +45,9 @@ def alerts() -> list[Tensor]:
 
 
 @torch.inference_mode()
-def test_an_embedding_is_its_modalities_side_by_side(embedder: AlertEmbedder, alerts: list[Tensor]) -> None:
+def test_an_embedding_is_the_normalised_concatenation_of_its_modalities(
+    embedder: AlertEmbedder, alerts: list[Tensor]
+) -> None:
     _, embedding, modalities = embedder(*alerts)
     assert modalities.shape == (4, len(MODALITIES), SIZE)
     there = torch.tensor([[1.0, 1, 1], [1, 1, 1], [1, 1, 1], [1, 0, 0]])
@@ -56,7 +59,7 @@ def test_an_embedding_is_its_modalities_side_by_side(embedder: AlertEmbedder, al
 
 
 @torch.inference_mode()
-def test_padding_is_not_seen(embedder: AlertEmbedder, alerts: list[Tensor]) -> None:
+def test_padding_has_no_influence(embedder: AlertEmbedder, alerts: list[Tensor]) -> None:
     images, metadata, points, mask = alerts
     expected = embedder(*alerts)
     noise = torch.where(mask.unsqueeze(2) > 0, points, 1e3)
@@ -67,7 +70,7 @@ def test_padding_is_not_seen(embedder: AlertEmbedder, alerts: list[Tensor]) -> N
 
 
 @torch.inference_mode()
-def test_every_point_is_seen_and_their_order_is_not(embedder: AlertEmbedder, alerts: list[Tensor]) -> None:
+def test_every_point_has_influence_and_their_order_has_none(embedder: AlertEmbedder, alerts: list[Tensor]) -> None:
     images, metadata, points, mask = alerts
     _, _, expected = embedder(*alerts)
     _, _, turned = embedder(images, metadata, points.flip(1), mask.flip(1))
@@ -81,7 +84,7 @@ def test_every_point_is_seen_and_their_order_is_not(embedder: AlertEmbedder, ale
 
 
 @torch.inference_mode()
-def test_a_missing_column_is_as_none_and_not_as_any_value(embedder: AlertEmbedder, alerts: list[Tensor]) -> None:
+def test_a_missing_value_differs_from_every_measured_value(embedder: AlertEmbedder, alerts: list[Tensor]) -> None:
     images, metadata, points, mask = alerts
     _, _, expected = embedder(*alerts)
     metadata[1, 0] = 0.0  # the mean, as initialised
@@ -90,13 +93,13 @@ def test_a_missing_column_is_as_none_and_not_as_any_value(embedder: AlertEmbedde
 
 
 @torch.inference_mode()
-def test_the_trunk_says_what_it_says_alone(embedder: AlertEmbedder, alerts: list[Tensor]) -> None:
+def test_the_trunk_gives_the_same_output_as_alone(embedder: AlertEmbedder, alerts: list[Tensor]) -> None:
     logits, _, _ = embedder(*alerts)
     alone, _ = embedder.trunk.network(alerts[0])
     torch.testing.assert_close(logits, alone)
 
 
-def test_any_backbone_of_timm_can_be_the_trunk(tmp_path: Path) -> None:
+def test_a_timm_backbone_can_be_the_trunk(tmp_path: Path) -> None:
     trunk = "test_convnext"
     torch.manual_seed(9)
     description = Description(
@@ -119,4 +122,4 @@ def test_any_backbone_of_timm_can_be_the_trunk(tmp_path: Path) -> None:
         training=Training(method="none", data="none"),
     )
     network = AlertEmbedder(trunk, COLUMNS, SIZE, width=8)
-    write_bundle(tmp_path / "embedder", description, network.eval())  # verifies it with both engines
+    write_bundle(tmp_path / "embedder", description, network.eval())  # verifies the bundle with both engines

@@ -1,4 +1,4 @@
-"""Policies say of every alert's past what btsbot's evaluation says of it."""
+"""Policies give the same decisions on an alert's past as btsbot's evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Floats = NDArray[np.floating]
 
 
 def expected(name: str, score: Floats, magpsf: Floats) -> bool:
-    """The definitions, of the alerts up to one."""
+    """The definitions of the policies, applied to the alerts up to one of them."""
     certain, enough = (0.5, 2) if name.startswith("bts") else (0.85, 1)
     good = sum(s > certain and m < 19 for s, m in zip(score, magpsf, strict=True))
     bright = name.endswith("p1") or min(magpsf) <= 18.5
@@ -20,7 +20,7 @@ def expected(name: str, score: Floats, magpsf: Floats) -> bool:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_an_alert_is_judged_with_its_objects_past_and_nothing_else(name: str) -> None:
+def test_an_alert_is_judged_only_with_the_past_of_its_object(name: str) -> None:
     rng = np.random.default_rng(2)
     n = 300
     object_id = rng.integers(60, size=n).astype(str)
@@ -44,7 +44,7 @@ def test_an_alert_is_judged_with_its_objects_past_and_nothing_else(name: str) ->
         ([19.0, 19.0], set()),
     ],
 )
-def test_the_limits_are_where_they_were_published(magpsf: list[float], passing: set[str]) -> None:
+def test_limits_are_the_published_ones(magpsf: list[float], passing: set[str]) -> None:
     score = np.array([0.9, 0.9])
     assert {name for name, policy in POLICIES.items() if policy(score, np.array(magpsf))} == passing
 
@@ -53,6 +53,6 @@ def test_a_score_at_the_threshold_is_not_above_it() -> None:
     assert not any(policy(np.array([0.5, 0.5]), np.array([17.0, 17.0])) for policy in POLICIES.values())
 
 
-def test_no_alerts_pass_nothing() -> None:
+def test_an_empty_batch_gives_an_empty_result() -> None:
     nothing = np.zeros(0)
     assert PolicyFilter(POLICIES["bts_p1"]).passed([], nothing, nothing).shape == (0,)

@@ -1,4 +1,4 @@
-"""Bundles: what is whole loads, what is not is refused by the name of the file."""
+"""Bundles: a complete bundle loads; for any other, the error names the file at fault."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def edit_card(bundle: Path, change: Callable[[Any], Any]) -> None:
 
 
 def replace_file(bundle: Path, name: str, data: bytes) -> None:
-    """Another file, of which the card knows: what only its content can give away."""
+    """Replace a file and its sha256 in the card, so that only the contents can reveal the change."""
     (bundle / name).write_bytes(data)
     edit_card(bundle, lambda card: card["files"].update({name: hashlib.sha256(data).hexdigest()}))
 
@@ -48,7 +48,7 @@ def test_default_is_small() -> None:
     assert sum(path.stat().st_size for path in (SHIPPED / "default").iterdir()) < 2_000_000
 
 
-def test_default_says_how_it_was_trained_and_measured() -> None:
+def test_the_default_card_describes_training_and_evaluation() -> None:
     card = load_bundle("default").card
     assert "teacher" in card.training.data
     assert card.outputs.labels == ("real",)
@@ -60,7 +60,7 @@ def test_a_bundle_loads_from_any_directory(own_bundle: Path) -> None:
     assert load_bundle(own_bundle).card == load_bundle("default").card
 
 
-def test_no_bundle_names_the_ones_that_ship(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_bundle_lists_the_shipped_ones(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"nowhere: not a bundle: .* \(.*default.*\)"):
         load_bundle(tmp_path / "nowhere")
 
@@ -82,7 +82,7 @@ def test_a_missing_file_is_named(own_bundle: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", ".hidden", "..", ""])
-def test_a_file_name_cannot_lead_out_of_the_bundle(own_bundle: Path, name: str) -> None:
+def test_a_file_name_cannot_point_outside_the_bundle(own_bundle: Path, name: str) -> None:
     edit_card(own_bundle, lambda card: card["files"].update({name: "0" * 64}))
     with pytest.raises(BundleError, match=r"bundle\.yaml: files"):
         load_bundle(own_bundle)
@@ -125,7 +125,7 @@ def test_a_wrong_card_says_what_is_wrong_and_where(
         (b"#" * (MAX_CARD_BYTES + 1), "larger than"),
     ],
 )
-def test_a_card_that_is_no_card_is_refused(own_bundle: Path, text: bytes, problem: str) -> None:
+def test_a_file_that_is_not_a_card_is_refused(own_bundle: Path, text: bytes, problem: str) -> None:
     (own_bundle / CARD).write_bytes(text)
     with pytest.raises(BundleError, match=problem):
         load_bundle(own_bundle)
@@ -154,7 +154,7 @@ def test_a_test_vector_of_other_shapes_is_refused(own_bundle: Path) -> None:
 
 @pytest.mark.parametrize(("engine", "name"), [("onnxruntime", ONNX), ("torch", WEIGHTS)])
 @pytest.mark.parametrize("data", [b"", b"no network", b"\x80\x04\x95pickle", b"\xff" * 64])
-def test_files_that_are_no_networks_are_refused_by_name(own_bundle: Path, engine: str, name: str, data: bytes) -> None:
+def test_files_that_are_not_networks_are_refused_by_name(own_bundle: Path, engine: str, name: str, data: bytes) -> None:
     replace_file(own_bundle, name, data)
     with pytest.raises(BundleError, match=name):
         open_model(str(own_bundle), Runtime.model_validate({"engine": engine}))
@@ -174,20 +174,22 @@ def test_weights_of_another_network_are_refused_by_the_first_tensor_that_differs
         ({"name": "vgg6", "arguments": {"labels": 10**12}}, "do not fit the network 'vgg6'"),
     ],
 )
-def test_an_architecture_that_is_not_there_is_refused(own_bundle: Path, architecture: Any, problem: str) -> None:
+def test_an_unknown_architecture_is_refused(own_bundle: Path, architecture: Any, problem: str) -> None:
     edit_card(own_bundle, lambda card: card.update(architecture=architecture))
     with pytest.raises(BundleError, match=problem):
         open_model(str(own_bundle), Runtime(engine="torch"))
 
 
-def test_an_onnx_graph_that_is_not_the_cards_is_refused(own_bundle: Path) -> None:
+def test_an_onnx_graph_that_does_not_fit_the_card_is_refused(own_bundle: Path) -> None:
     edit_card(own_bundle, lambda card: card["outputs"].update(labels=["real", "fake"], thresholds={}))
     with pytest.raises(BundleError, match=rf"{ONNX}: its inputs and outputs are .*'probabilities': \(1,\).*\(2,\)"):
         open_model(str(own_bundle), Runtime(engine="onnxruntime"))
 
 
 @pytest.mark.parametrize("embedding", [None, 31])
-def test_modalities_that_do_not_make_the_embedding_are_refused(own_bundle: Path, embedding: int | None) -> None:
+def test_an_embedding_size_that_is_no_multiple_of_the_modalities_is_refused(
+    own_bundle: Path, embedding: int | None
+) -> None:
     modalities = {"embedding": embedding, "modalities": ["image", "light_curve", "metadata"]}
     edit_card(own_bundle, lambda card: card["outputs"].update(modalities))
     with pytest.raises(BundleError, match=f"embedding has size {embedding}, which is no multiple of its 3 modalities"):

@@ -1,4 +1,4 @@
-"""Tables of labels: what is a class is said, and what cannot be used is refused."""
+"""Tables of labels: every label gets its class, and unusable tables are refused."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from broker_filter.scoring.labels import LabelsError, parse_rule, read_labels
         ("candid,class,class\n1,a,b\n2,b,a\n", "class", r"cannot be read as \.csv or \.parquet"),
     ],
 )
-def test_a_table_that_does_not_do_is_refused(content: str, column: str, message: str, tmp_path: Path) -> None:
+def test_an_unusable_table_is_refused(content: str, column: str, message: str, tmp_path: Path) -> None:
     table = tmp_path / "labels.csv"
     table.write_text(content)
     with pytest.raises(LabelsError, match=message):
         read_labels(table, column)
 
 
-def test_rows_without_a_label_are_left_out(tmp_path: Path) -> None:
+def test_rows_without_a_label_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("candid,class\n1,a\n2,\n3,b\n")
     pandas_like = {"candid": ["1", "2", "3", ""], "class": ["a", None, "b", "a"], "number": [0.0, np.nan, 1.0, 1.0]}
     parquet.write_table(pa.table(pandas_like), tmp_path / "labels.parquet")
@@ -46,7 +46,7 @@ def test_rows_without_a_label_are_left_out(tmp_path: Path) -> None:
     assert read_labels(tmp_path / "labels.parquet", "number", rules).label_of == {"1": 0, "3": 1}
 
 
-def test_a_table_that_is_not_there_or_of_another_encoding_is_said(tmp_path: Path) -> None:
+def test_a_missing_table_or_another_encoding_is_reported(tmp_path: Path) -> None:
     with pytest.raises(LabelsError, match=r"absent\.csv: no such file"):
         read_labels(tmp_path / "absent.csv", "class")
     (tmp_path / "labels.csv").write_bytes("candid,class\n1,café\n2,b\n".encode("latin1"))
@@ -56,7 +56,7 @@ def test_a_table_that_is_not_there_or_of_another_encoding_is_said(tmp_path: Path
 
 @pytest.mark.parametrize("missing", ["nan", "NaN", "NA", "N/A", "null", "None", "<NA>", " "])
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_a_missing_label_is_no_class_however_it_is_written(missing: str, kind: str, tmp_path: Path) -> None:
+def test_no_spelling_of_a_missing_label_is_a_class(missing: str, kind: str, tmp_path: Path) -> None:
     columns = {"candid": ["1", "2", "3"], "class": ["a", missing, "b"]}
     if kind == "csv":
         (tmp_path / "labels.csv").write_text(f"candid,class\n1,a\n2,{missing}\n3,b\n")
@@ -69,14 +69,14 @@ def test_a_missing_label_is_no_class_however_it_is_written(missing: str, kind: s
         assert read_labels(tmp_path / f"labels.{kind}", "class", rules).label_of == {"1": 0, "2": 1}
 
 
-def test_a_class_is_described_once(tmp_path: Path) -> None:
+def test_two_rules_of_one_class_are_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("candid,drb\n1,0.2\n2,0.8\n")
     rules = [parse_rule("real=0..0.5"), parse_rule("real=0.5..1")]
     with pytest.raises(LabelsError, match="class real is described more than once"):
         read_labels(tmp_path / "labels.csv", "drb", rules)
 
 
-def test_ranges_of_a_number_are_classes(tmp_path: Path) -> None:
+def test_ranges_of_numbers_are_classes(tmp_path: Path) -> None:
     table = tmp_path / "labels.csv"
     table.write_text("candid,drb\n1,0\n2,0.5\n3,0.51\n4,1\n5,\n")
     labels = read_labels(table, "drb", [parse_rule("bogus=0..0.5"), parse_rule("real=0.5..1")])
@@ -87,7 +87,7 @@ def test_ranges_of_a_number_are_classes(tmp_path: Path) -> None:
         parse_rule("wrong=2..1")
 
 
-def test_alerts_are_looked_up_by_the_id_that_the_table_has(tmp_path: Path) -> None:
+def test_labels_are_joined_by_the_id_column_of_the_table(tmp_path: Path) -> None:
     alert_id, object_id = np.array([1, 2, 3]), np.array(["ZTF1", "ZTF2", "ZTF2"])
     (tmp_path / "alerts.csv").write_text("candid,class\n1,a\n3,b\n")
     (tmp_path / "objects.csv").write_text("objectId,class\nZTF2,a\nZTF9,b\n")

@@ -1,4 +1,4 @@
-"""The nearest embeddings are found, exactly among few and nearly always among many."""
+"""Nearest neighbours: exact for few embeddings, and nearly always found among many."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from broker_filter.scoring.neighbours import EXACT_LIMIT, Embeddings, Neighbours
 
 
 def embeddings(n: int, seed: int) -> Embeddings:
-    """On a surface of few dimensions, as a network's are."""
+    """Embeddings on a low-dimensional surface, like those of a network."""
     surface = np.random.default_rng(0).standard_normal((6, 32))
     rng = np.random.default_rng(seed)
     return normalise(np.tanh(rng.standard_normal((n, 6)) @ surface) + 0.05 * rng.standard_normal((n, 32)))
@@ -33,7 +33,7 @@ def test_finds_nearly_all_of_the_nearest_among_many() -> None:
 
 
 @pytest.mark.parametrize("n", [300, EXACT_LIMIT + 1_000])
-def test_an_answer_does_not_depend_on_what_else_is_asked_nor_on_when_it_was_opened(n: int) -> None:
+def test_results_do_not_depend_on_the_rest_of_the_query_or_on_the_instance(n: int) -> None:
     some, asked = embeddings(n, seed=1), embeddings(100, seed=2)
     opened = Neighbours(some)
     together, rows = opened.nearest(asked, 5)
@@ -42,12 +42,12 @@ def test_an_answer_does_not_depend_on_what_else_is_asked_nor_on_when_it_was_open
     np.testing.assert_array_equal(Neighbours(some).nearest(asked, 5)[1], rows)
 
 
-def test_fewer_than_asked_for_are_infinitely_far() -> None:
+def test_missing_neighbours_have_an_infinite_distance() -> None:
     distances, rows = Neighbours(embeddings(3, seed=1)).nearest(embeddings(1, seed=2), 5)
     assert rows[0, 3:].tolist() == [-1, -1]
     assert np.isinf(distances[0, 3:]).all()
 
 
-def test_what_is_not_there_stays_zero() -> None:
+def test_zero_vectors_stay_zero() -> None:
     unit = normalise(np.array([[3.0, 4.0], [0.0, 0.0]]))
     np.testing.assert_allclose(unit, [[0.6, 0.8], [0, 0]])

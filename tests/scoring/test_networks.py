@@ -1,4 +1,4 @@
-"""Networks by name: what their outputs are, and what can become of a name or an argument in a card."""
+"""Networks by name: their outputs, and bad names and arguments in a card."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def describe(architecture: Architecture, embedding: int) -> Description:
 @pytest.mark.parametrize(
     ("architecture", "features"),
     [
-        (timm_network(backbone="test_vit"), 64),  # takes 160 px alone: interpolated in the graph
+        (timm_network(backbone="test_vit"), 64),  # takes only 160 px: interpolated in the graph
         (Architecture(name="btsbot_cnn", arguments={"metadata": 2, "fusion": "frozen"}), 64 * 7 * 7 + 128),
     ],
     ids=lambda value: "-".join(map(str, value.arguments.values())) if isinstance(value, Architecture) else str(value),
 )
-def test_a_network_is_served_alike_by_every_engine(
+def test_every_engine_gives_the_same_outputs(
     architecture: Architecture, features: int, tmp_path: Path, make_batch: Callable[..., AlertBatch]
 ) -> None:
     torch.manual_seed(5)
@@ -88,7 +88,7 @@ def test_a_network_is_served_alike_by_every_engine(
     np.testing.assert_allclose(onnx.embedding, reference.embedding, rtol=1e-4, atol=1e-5)
 
 
-def test_the_embedding_is_what_the_backbone_pools_and_norms() -> None:
+def test_the_embedding_is_the_pooled_normalised_output_of_the_backbone() -> None:
     network = build_network(timm_network(backbone="test_convnext", labels=5)).eval()
     backbone = timm.create_model("test_convnext", num_classes=3).eval()
     weights = network.encoder.backbone.state_dict()
@@ -101,7 +101,7 @@ def test_the_embedding_is_what_the_backbone_pools_and_norms() -> None:
     torch.testing.assert_close(embedding, expected)
 
 
-def test_a_backbone_that_takes_one_size_alone_is_given_it() -> None:
+def test_images_are_interpolated_for_a_backbone_of_fixed_size() -> None:
     network = build_network(timm_network(backbone="test_maxvit")).eval()
     images = torch.randn(2, 3, 63, 63)
     larger = torch.nn.functional.interpolate(images, (160, 160), mode="bilinear", align_corners=False)
@@ -109,8 +109,8 @@ def test_a_backbone_that_takes_one_size_alone_is_given_it() -> None:
         torch.testing.assert_close(network(images), network(larger))
 
 
-def test_weights_are_loaded_into_a_network_that_computes_constants_of_its_own() -> None:
-    """MaxViT's indices of relative positions are in no file."""
+def test_weights_load_into_a_network_with_computed_buffers() -> None:
+    """MaxViT computes its indices of relative positions; no file contains them."""
     architecture = timm_network(backbone="test_maxvit")
     trained = build_network(architecture).eval()
     images = torch.randn(1, 3, 63, 63)
@@ -122,7 +122,7 @@ def test_weights_are_loaded_into_a_network_that_computes_constants_of_its_own() 
     ("arguments", "complaint"),
     [
         ({"backbone": "no_such_net"}, "has no backbone named 'no_such_net'"),
-        ({"backbone": "hf_hub:someone/something"}, "has no backbone named"),  # a card must not make it fetch anything
+        ({"backbone": "hf_hub:someone/something"}, "has no backbone named"),  # a card must not cause a download
         ({"backbone": "local-dir:/tmp"}, "has no backbone named"),
         ({}, "does not take"),
         ({"backbone": "test_convnext", "colour": 3}, "does not take"),
@@ -152,7 +152,7 @@ def test_other_networks_do_not_import_timm() -> None:
 
 
 @pytest.mark.parametrize("name", ["vgg6", "btsbot_cnn"])
-def test_networks_made_with_keras_begin_as_keras_begins(name: str) -> None:
+def test_networks_designed_in_keras_are_initialised_as_in_keras(name: str) -> None:
     torch.manual_seed(0)
     network = build_network(Architecture(name=name))
     layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]

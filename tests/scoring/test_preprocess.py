@@ -1,4 +1,4 @@
-"""Preprocessing: every alert alone, as ZTF's own network was fed, whatever the slot or the batch it comes in."""
+"""Preprocessing: the same as for ZTF's network, for each alert independently of its slot and batch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_agrees_with_the_plain_arithmetic_bit_for_bit() -> None:
 
 @pytest.mark.skipif(normalise is normalise_numpy, reason="the compiled normalisation is not built")
 @pytest.mark.parametrize("length", [1, 7, 8, 15, 16, 63, 128, 129, 255, 63 * 63])
-def test_compiled_normalisation_is_numpys_to_the_bit(length: int) -> None:
+def test_compiled_normalisation_is_bit_identical_to_numpy(length: int) -> None:
     rows = np.random.default_rng(length).normal(100, 1000, (16, length)).astype(np.float32)
     rows[:8, length // 2] = [0, np.nan, np.inf, -np.inf, FLT_MAX, -FLT_MAX, 1e-40, 1e25]
     rows[8], rows[9], rows[10] = 0, np.nan, 1e-30
@@ -66,7 +66,7 @@ def test_compiled_normalisation_is_numpys_to_the_bit(length: int) -> None:
 
 
 @pytest.mark.skipif(normalise is normalise_numpy, reason="the compiled normalisation is not built")
-def test_compiled_normalisation_refuses_what_does_not_fit() -> None:
+def test_compiled_normalisation_refuses_wrong_arrays() -> None:
     rows = np.ones((4, 6), np.float32)
     for images, normalised, length in [
         (rows, rows[:2].copy(), 6),
@@ -88,7 +88,7 @@ def test_nan_pixels_count_as_zero_and_do_not_spread() -> None:
 
 
 @pytest.mark.parametrize("pixel", [FLT_MAX, -FLT_MAX, np.inf, -np.inf])
-def test_a_row_with_a_pixel_beyond_bounds_becomes_zero(pixel: float) -> None:
+def test_a_row_with_a_huge_pixel_becomes_zero(pixel: float) -> None:
     cutouts = random_cutouts(1)
     cutouts[0, 0, 10, 20] = pixel
     images = prepare_images(cutouts, boxes(1, WHOLE), spec())
@@ -118,7 +118,7 @@ def test_short_stamps_are_normalised_and_then_padded_below_and_to_the_right() ->
     assert (images[0] != np.float32(PADDING)).all()
 
 
-def test_does_not_alter_the_alerts() -> None:
+def test_does_not_modify_the_alerts() -> None:
     cutouts = random_cutouts(2)
     cutouts[0, 0, 0, 0] = np.nan
     before = cutouts.copy()
@@ -127,7 +127,7 @@ def test_does_not_alter_the_alerts() -> None:
 
 
 @pytest.mark.parametrize("normalisation", ["l2_row", "l2_image"])
-def test_an_alert_is_prepared_alike_in_any_batch(normalisation: str) -> None:
+def test_an_alert_gives_the_same_input_in_any_batch(normalisation: str) -> None:
     cutouts = random_cutouts(17)
     cutouts[3, 1, 30, 30] = FLT_MAX
     cutouts[5, 2, :, :9] = np.nan
@@ -140,11 +140,11 @@ def test_an_alert_is_prepared_alike_in_any_batch(normalisation: str) -> None:
 @pytest.mark.parametrize("size", [32, 51, 63])
 @pytest.mark.parametrize("stamp", [30, 31, 51, 62, 63])
 @pytest.mark.parametrize("centred", [True, False])
-def test_the_slot_that_a_stamp_comes_in_makes_no_difference(slot: int, size: int, stamp: int, centred: bool) -> None:
-    """A model's images are those it would get if the decoder worked for it alone."""
+def test_the_size_of_the_slot_has_no_influence(slot: int, size: int, stamp: int, centred: bool) -> None:
+    """A model gets the images that the decoder would make for it alone."""
 
     def decoded(width: int) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
-        # The decoder's rule: pixel n // 2 on pixel S // 2 where centred or too large, else at the top left.
+        # The decoder puts pixel n // 2 on pixel S // 2 if centred or too large, else the stamp at the top left.
         pixels = random_cutouts(1, stamp)
         if stamp > width:
             first = stamp // 2 - width // 2
@@ -188,7 +188,7 @@ def test_a_flag_says_which_values_are_missing() -> None:
     assert inputs.shapes()["metadata"] == prepared.shape[1:]
 
 
-def test_metadata_comes_in_the_networks_order_with_its_fills() -> None:
+def test_metadata_has_the_order_and_fill_values_of_the_network() -> None:
     metadata = np.array([[1.0, 2.0, 3.0], [4.0, np.nan, np.nan]])
     wanted = [MetadataColumn(name="c", fill=-1), MetadataColumn(name="a", fill=0)]
     prepared = prepare_metadata(metadata, ("a", "b", "c"), wanted)
@@ -206,7 +206,7 @@ NOW = 61000.0
 
 
 def history(*counts: int) -> LightCurves:
-    """Light curves of random points, one a day up to NOW."""
+    """Light curves of random points, one per day, up to NOW."""
     rng, m = np.random.default_rng(sum(counts)), sum(counts)
     return LightCurves(
         offsets=np.concatenate([[0], np.cumsum(counts)]),
@@ -229,7 +229,7 @@ def test_the_latest_points_are_kept_in_order_of_time() -> None:
     assert (features[1, 2:] == 0).all()
 
 
-def test_a_points_band_and_kind_are_rows_of_a_unit_matrix() -> None:
+def test_band_and_kind_of_a_point_are_one_hot() -> None:
     light_curves = history(3)
     light_curves.band[:] = [1, UNKNOWN_BAND, 5]
     light_curves.kind[:] = [Measurement.DETECTION, Measurement.UPPER_LIMIT, Measurement.FORCED]
@@ -239,21 +239,21 @@ def test_a_points_band_and_kind_are_rows_of_a_unit_matrix() -> None:
     assert features[0, :3, 9:].argmax(axis=1).tolist() == [0, 1, 2]
 
 
-def test_what_comes_after_the_alert_is_not_seen() -> None:
+def test_points_after_the_alert_are_dropped() -> None:
     light_curves = history(6)
     features, mask = prepare_light_curves(light_curves, np.array([NOW - 3]), LIGHT_CURVE)
     assert mask.sum() == 3
     np.testing.assert_allclose(features[0, :3, 1], np.arcsinh(light_curves.flux[:3] / 100), rtol=1e-6)
 
 
-def test_an_error_that_is_not_known_is_zero() -> None:
+def test_an_unknown_flux_error_is_zero() -> None:
     light_curves = history(2)
     light_curves.flux_err[:] = [np.nan, np.inf]
     features, _ = prepare_light_curves(light_curves, np.array([NOW]), LIGHT_CURVE)
     assert (features[0, :, 2] == 0).all()
 
 
-def test_a_light_curve_does_not_depend_on_its_company() -> None:
+def test_a_light_curve_does_not_depend_on_the_rest_of_the_batch() -> None:
     light_curves = history(6, 0, 2, 9)
     together, mask = prepare_light_curves(light_curves, np.full(4, NOW), LIGHT_CURVE)
     for i in range(4):
@@ -272,7 +272,7 @@ def test_light_curves_that_were_not_decoded_are_an_error() -> None:
         prepare(RawAlerts(random_cutouts(2), boxes(2, WHOLE), np.empty((2, 0)), ()), inputs)
 
 
-def test_a_networks_inputs_have_the_names_order_and_shapes_that_its_card_says() -> None:
+def test_inputs_have_the_names_order_and_shapes_of_the_card() -> None:
     columns = (MetadataColumn(name="magpsf", fill=0),)
     inputs = Inputs(images=spec(size=51), metadata=columns, light_curve=LIGHT_CURVE)
     alerts = RawAlerts(

@@ -1,4 +1,4 @@
-"""A reference set is itself again when it is read, and refused where it does not fit."""
+"""Reference sets: written and read back unchanged, refused if they do not fit, and anomaly scores from them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODALITIES = ("image", "light_curve")
 
 @pytest.fixture
 def card() -> Card:
-    """Of a model with two modalities."""
+    """The card of a model with two modalities."""
     shipped = load_bundle("default").card
     return shipped.model_copy(
         update={"outputs": shipped.outputs.model_copy(update={"embedding": 8, "modalities": MODALITIES})}
@@ -63,7 +63,7 @@ def part() -> SurveyReference:
 
 @pytest.fixture
 def reference(card: Card, part: SurveyReference) -> Reference:
-    """Of two surveys that differ."""
+    """A reference of two different surveys."""
     few = np.arange(40)
     lsst = replace(
         part,
@@ -88,7 +88,7 @@ def file(reference: Reference, tmp_path: Path) -> Path:
     return tmp_path / "ordinary.safetensors"
 
 
-def test_is_itself_again_when_it_is_read(reference: Reference, file: Path) -> None:
+def test_a_reference_is_read_back_unchanged(reference: Reference, file: Path) -> None:
     again = read_reference(file)
     assert again.card == reference.card == read_card(file)
     assert list(again.surveys) == [Survey.ZTF, Survey.LSST]
@@ -101,7 +101,7 @@ def test_is_itself_again_when_it_is_read(reference: Reference, file: Path) -> No
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_another_bundles_is_refused(reference: Reference, file: Path, card: Card) -> None:
+def test_the_reference_of_another_bundle_is_refused(reference: Reference, file: Path, card: Card) -> None:
     check_made_with(file, reference.card, [card])
     others = {
         "not among the configured models": card.model_copy(update={"name": "other"}),
@@ -152,10 +152,10 @@ def test_damage_is_found(file: Path) -> None:
         "label": lambda values: values + 1,
     }.items(),
 )
-def test_numbers_that_would_flag_nothing_are_refused(
+def test_arrays_that_would_flag_nothing_are_refused(
     reference: Reference, file: Path, name: str, change: Callable[[NDArray[np.generic]], NDArray[np.generic]]
 ) -> None:
-    """One NaN among the ordinary would make every alert's score one, and silence the service for good."""
+    """A single NaN in the reference would make every score NaN, so that no alert would ever be flagged."""
     part = reference.surveys[Survey.LSST]
     if name == "embedding":
         changed = replace(part, alerts=replace(part.alerts, embedding=change(part.alerts.embedding)))
@@ -167,8 +167,8 @@ def test_numbers_that_would_flag_nothing_are_refused(
 
 
 @pytest.mark.parametrize("kept", [0, 1])
-def test_one_alert_is_no_reference(reference: Reference, file: Path, kept: int) -> None:
-    """Neither has one a spread, nor do scores without a tail give a threshold."""
+def test_a_reference_of_one_alert_is_refused(reference: Reference, file: Path, kept: int) -> None:
+    """One alert has no spread, and one score gives no threshold."""
     part = reference.surveys[Survey.LSST]
     one = replace(part, alerts=part.alerts[np.arange(1)], label=part.label[:1])
     rewrite(reference, one if kept else replace(part, scores=part.scores[:1]), file)
@@ -176,14 +176,14 @@ def test_one_alert_is_no_reference(reference: Reference, file: Path, kept: int) 
         read_reference(file)
 
 
-def test_alerts_that_all_look_the_same_are_no_reference(part: SurveyReference) -> None:
+def test_identical_alerts_are_refused(part: SurveyReference) -> None:
     same = np.repeat(part.alerts.embedding[:1], 50, axis=0)
     with pytest.raises(ReferenceSetError, match="have the same embedding"):
         Cloud(same, len(MODALITIES), "mahalanobis", part.label)
 
 
 def rewrite(reference: Reference, lsst: SurveyReference, file: Path) -> None:
-    """A reference of which a survey's arrays were changed, their sha256 in its card."""
+    """Write the reference with changed arrays of a survey, and with their sha256 in the card."""
     shipped, card = load_bundle("default").card, reference.card
     made = make_reference(
         shipped.model_copy(update={"outputs": shipped.outputs.model_copy(update={"modalities": card.modalities})}),
@@ -196,7 +196,7 @@ def rewrite(reference: Reference, lsst: SurveyReference, file: Path) -> None:
     made.write(file)
 
 
-def test_an_alert_of_the_reference_is_its_own_nearest(reference: Reference, part: SurveyReference) -> None:
+def test_an_alert_of_the_reference_is_its_own_nearest_neighbour(reference: Reference, part: SurveyReference) -> None:
     scorer = AnomalyScorer(reference.card, part)
     for i, named in enumerate(scorer.nearest(3 * part.alerts.embedding, 2)):
         assert (named[0].alert_id, named[0].object_id) == (i - 7, f"ZTF26aaé{i}")
@@ -213,16 +213,16 @@ def test_a_score_does_not_depend_on_what_else_is_scored(reference: Reference, pa
 
 
 @pytest.mark.parametrize("measure", get_args(Measure))
-def test_the_stranger_alert_scores_higher(reference: Reference, part: SurveyReference, measure: Measure) -> None:
+def test_an_outlier_scores_higher(reference: Reference, part: SurveyReference, measure: Measure) -> None:
     scorer = AnomalyScorer(reference.card.model_copy(update={"measure": measure}), part)
     embedding = part.alerts.embedding[[10, 10, 3]]
-    embedding[1, 4:] = embedding[1, 4:][::-1] - part.alerts.embedding[:, 4:].mean(axis=0) * 20  # far off all
+    embedding[1, 4:] = embedding[1, 4:][::-1] - part.alerts.embedding[:, 4:].mean(axis=0) * 20  # far from all
     like, unlike, lacking = scorer.score(embedding)
     assert like < unlike
     assert np.isfinite(lacking)
 
 
-def test_what_is_strange_in_a_modality_alone_says_so(reference: Reference, part: SurveyReference) -> None:
+def test_the_reason_names_the_modality_that_is_an_outlier(reference: Reference, part: SurveyReference) -> None:
     ordinary = normalise(np.eye(1, 4) + 0.2 * np.random.default_rng(4).standard_normal((50, 2, 4)))
     alerts = replace(part.alerts, embedding=normalise(ordinary.reshape(50, 8)))
     asked = alerts.embedding[[10, 10, 10]]
@@ -232,10 +232,10 @@ def test_what_is_strange_in_a_modality_alone_says_so(reference: Reference, part:
     assert reasons[1].most_unlike == "light_curve"
     assert reasons[1].modalities["light_curve"] > reasons[0].modalities["light_curve"]
     assert [len(reason.neighbours) for reason in reasons] == [5, 5, 5]
-    assert set(reasons[2].modalities) == {"image"}  # what an alert lacks is no reason
+    assert set(reasons[2].modalities) == {"image"}  # a missing modality is not a reason
 
 
-def test_a_reason_is_what_the_neighbours_that_it_names_are_unlike_in(
+def test_a_reason_measures_distances_from_the_neighbours_that_it_names(
     reference: Reference, part: SurveyReference
 ) -> None:
     scorer, known = AnomalyScorer(reference.card, part), part.alerts
@@ -255,16 +255,16 @@ def test_a_reason_is_what_the_neighbours_that_it_names_are_unlike_in(
         assert reason.most_unlike == max(expected, key=expected.__getitem__)
 
 
-def test_distances_are_in_the_shape_of_what_is_ordinary() -> None:
-    """A step in a direction in which ordinary alerts hardly vary is a long one."""
+def test_distances_use_the_covariance_of_the_ordinary_alerts() -> None:
+    """A given step is a larger distance in a direction in which ordinary alerts hardly vary."""
     rng = np.random.default_rng(1)
     ordinary = (rng.standard_normal((2000, 3)) * [1, 0.1, 1]).astype(np.float32)
     steps = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0]], np.float32)
     np.testing.assert_allclose(Mahalanobis(ordinary)(steps), [0, 1, 10], atol=0.8)
 
 
-def test_neighbours_and_centroids_are_measured_from_as_they_say(part: SurveyReference) -> None:
-    """As a whole and in each modality, which the fourth alert lacks one of."""
+def test_neighbours_and_centroids_give_the_documented_distances(part: SurveyReference) -> None:
+    """For the whole and for each modality; the fourth alert lacks a modality."""
     known, label, asked = part.alerts.embedding, part.label, part.alerts.embedding[2:5]
     near = Cloud(known, 2, "neighbours", label).distances(asked)
     far = Cloud(known, 2, "centroids", label).distances(asked)
@@ -281,7 +281,7 @@ def test_neighbours_and_centroids_are_measured_from_as_they_say(part: SurveyRefe
     assert np.isnan(far[1, 2])
 
 
-def test_a_modality_counts_by_what_is_usual_in_it(part: SurveyReference) -> None:
+def test_the_distance_of_each_modality_is_standardised(part: SurveyReference) -> None:
     embedding = part.alerts.embedding[:20]
     distances = Cloud(part.alerts.embedding, 2, "mahalanobis", part.label).distances(embedding)
     usual = np.array([[0, 1], [0.2, 0.1], [0.02, 0.01]], np.float32)

@@ -1,4 +1,4 @@
-"""Runtimes: the same scores whatever runs the network, and never another device than the one asked for."""
+"""Runtimes: the same scores on every runtime, and never another device than the requested one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_onnxruntime_and_torch_agree(test_vector: KnownAnswers) -> None:
         (Runtime(engine="torch", device="cpu"), "torch/cpu"),
     ],
 )
-def test_says_what_really_runs(runtime: Runtime, provider: str) -> None:
+def test_reports_the_provider_that_really_runs(runtime: Runtime, provider: str) -> None:
     assert open_network(load_bundle("default"), runtime).provider == provider
 
 
@@ -64,7 +64,7 @@ def test_a_gpu_that_is_demanded_and_not_there_is_an_error(engine: str) -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("engine", ["auto", "torch"])
-def test_a_gpu_that_is_demanded_runs_and_agrees(engine: str, test_vector: KnownAnswers) -> None:
+def test_a_requested_gpu_runs_and_agrees(engine: str, test_vector: KnownAnswers) -> None:
     bundle = load_bundle("default")
     network = open_network(bundle, Runtime.model_validate({"engine": engine, "device": "cuda"}))
     images = prepare_images(test_vector.cutouts, test_vector.cutout_box, bundle.card.inputs.images)
@@ -75,7 +75,7 @@ def test_a_gpu_that_is_demanded_runs_and_agrees(engine: str, test_vector: KnownA
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=needs_gpu)])
-def test_batches_on_their_way_through_the_ring_come_back_whole_and_in_order(device: str) -> None:
+def test_batches_in_flight_return_complete_and_in_order(device: str) -> None:
     bundle = load_bundle("default")
     network = load_network(bundle.card.architecture, load_file(bundle.directory / WEIGHTS))
     served = ServedNetwork(network, bundle.card.outputs)
@@ -168,7 +168,7 @@ def test_a_gpu_that_is_not_wanted_is_not_warned_of(
     assert not caplog.records
 
 
-def test_takes_as_many_threads_as_it_is_told() -> None:
+def test_uses_the_configured_number_of_threads() -> None:
     open_network(load_bundle("default"), Runtime(engine="torch", device="cpu", inference_threads=1))
     assert torch.get_num_threads() == 1
 

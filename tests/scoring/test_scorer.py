@@ -1,4 +1,4 @@
-"""The scorer: who is scored by which model, and that company makes no difference."""
+"""The scorer: which model scores which alerts; the rest of the batch has no influence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def scorer() -> Scorer:
     return open_scorer(["default"], CPU)
 
 
-def test_gives_the_scores_that_the_bundle_promises(
+def test_gives_the_scores_of_the_test_vector(
     scorer: Scorer, make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers
 ) -> None:
     scores = scorer.score(make_batch(test_vector.cutouts, test_vector.cutout_box))
@@ -36,7 +36,7 @@ def test_gives_the_scores_that_the_bundle_promises(
     assert scores.taken.all()
 
 
-def test_says_what_it_is_made_of(scorer: Scorer) -> None:
+def test_reports_its_models_and_their_needs(scorer: Scorer) -> None:
     (model,) = scorer.models
     assert (model.name, model.labels, model.surveys) == ("default", ("real",), (Survey.ZTF,))
     assert model.provider == "onnxruntime/CPUExecutionProvider"
@@ -112,14 +112,14 @@ def test_scores_do_not_depend_on_the_rest_of_the_batch(
 def test_larger_slots_give_the_same_scores(
     scorer: Scorer, make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers
 ) -> None:
-    """Another model may need larger cutouts: ZTF's stamps then stand at the top left of them."""
+    """Another model may need larger cutouts; ZTF's stamps are then at their top left."""
     slots = np.zeros((4, 3, 80, 80), np.float32)
     slots[..., :63, :63] = test_vector.cutouts
     scores = scorer.score(make_batch(slots, test_vector.cutout_box)).columns()["default.real"]
     np.testing.assert_allclose(scores, test_vector.outputs["probabilities"][:, 0], rtol=0, atol=1e-5)
 
 
-def test_several_models_stand_side_by_side(
+def test_several_models_have_separate_columns(
     own_bundle: Path, make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers
 ) -> None:
     card = yaml.safe_load((own_bundle / CARD).read_text()) | {"name": "mine", "surveys": ["lsst"]}
@@ -146,6 +146,6 @@ def test_default_scores_every_shared_ztf_alert(scorer: Scorer, ztf_packets: list
     )
     real = scorer.score(alerts).columns()["default.real"]
     drb = alerts.column("drb")
-    rated = drb > 0  # NaN or 0: made before ZTF had the network
+    rated = drb > 0  # NaN or 0: before ZTF ran the network
     assert np.isfinite(real).all()
     assert ((real > 0.5) == (drb > 0.5))[rated].mean() > 0.95

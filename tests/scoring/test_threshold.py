@@ -1,4 +1,4 @@
-"""The share of alerts that is flagged is the one that was asked for."""
+"""The threshold flags the requested share of alerts."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def flags(tracker: RateTracker, scores: NDArray[np.float32]) -> NDArray[np.bool_
 
 @pytest.mark.parametrize("rate", [0.1, 0.01, 0.001])
 @pytest.mark.parametrize("n", [40, 10_000])
-def test_begins_near_the_rate_that_was_asked_for(n: int, rate: float) -> None:
+def test_starts_near_the_requested_rate(n: int, rate: float) -> None:
     tracker = RateTracker(ordinary(n), rate)
     realised = (ordinary(1_000_000, seed=1) > tracker.threshold).mean()
-    factor = 1.2 if n * rate > 100 else 8  # forty alerts say little of the strangest in a thousand
+    factor = 1.2 if n * rate > 100 else 8  # forty alerts hardly constrain a quantile of 0.999
     assert rate / factor < realised < rate * factor
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3, -0.3])
-def test_holds_the_rate_when_the_stream_is_other_than_the_reference(shift: float) -> None:
+def test_keeps_the_rate_if_the_stream_differs_from_the_reference(shift: float) -> None:
     rate, tracker = 0.01, RateTracker(ordinary(5_000), 0.01)
     stream = np.random.default_rng(2).gamma(3, 0.1, 100_000).astype(np.float32) + np.float32(shift)
     flagged = flags(tracker, stream)
@@ -35,8 +35,8 @@ def test_holds_the_rate_when_the_stream_is_other_than_the_reference(shift: float
     assert flagged[50_000:].mean() == pytest.approx(rate, rel=0.1)
 
 
-def test_holds_the_rate_when_ever_stranger_alerts_come() -> None:
-    """No distribution stays the same: the bound of the method holds for any sequence."""
+def test_keeps_the_rate_if_scores_keep_rising() -> None:
+    """The distribution changes all the time: the bound of the method holds for any sequence."""
     tracker = RateTracker(ordinary(5_000), 0.01)
     begins = tracker.threshold
     stream = np.linspace(0, 5, 50_000, dtype=np.float32)
@@ -45,15 +45,15 @@ def test_holds_the_rate_when_ever_stranger_alerts_come() -> None:
     assert flagged[-10_000:].mean() < 0.02
 
 
-def test_holds_the_rate_where_the_strangest_ordinary_alerts_score_alike() -> None:
-    """As when they are one alert, sent again and again: that tail has no scale to take steps in."""
+def test_keeps_the_rate_if_the_highest_reference_scores_are_equal() -> None:
+    """For example one alert that was sent repeatedly: such a tail has no scale for the step."""
     alike = np.minimum(ordinary(1_000), np.float32(0.2))
     stream = np.random.default_rng(5).gamma(3, 0.1, 50_000).astype(np.float32)
     flagged = flags(RateTracker(alike, 0.01), stream)
     assert flagged[10_000:].mean() == pytest.approx(0.01, rel=0.1)
 
 
-def test_flags_the_strangest_and_not_just_any() -> None:
+def test_flags_the_highest_scores() -> None:
     tracker = RateTracker(ordinary(5_000), 0.01)
     stream = np.random.default_rng(3).gamma(3, 0.1, 50_000).astype(np.float32)
     flagged = flags(tracker, stream)
@@ -62,7 +62,7 @@ def test_flags_the_strangest_and_not_just_any() -> None:
     assert stream[flagged].min() > np.quantile(stream, 0.97)
 
 
-def test_flags_alike_however_the_stream_is_batched() -> None:
+def test_batching_has_no_influence() -> None:
     stream = np.random.default_rng(4).gamma(3, 0.2, 5_000).astype(np.float32)
     whole = flags(RateTracker(ordinary(1_000), 0.01), stream)
     tracker = RateTracker(ordinary(1_000), 0.01)
@@ -70,7 +70,7 @@ def test_flags_alike_however_the_stream_is_batched() -> None:
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
-def test_what_does_not_count_is_flagged_and_moves_nothing() -> None:
+def test_alerts_that_do_not_count_are_flagged_but_do_not_move_the_threshold() -> None:
     tracker = RateTracker(ordinary(1_000), 0.01)
     begins = tracker.threshold
     scores = np.array([9.0, np.nan, 0.0], np.float32)

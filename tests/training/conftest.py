@@ -1,4 +1,4 @@
-"""A small simulated night with labels of what it truly shows, and the data set that is made of it."""
+"""A small simulated night with true labels, and a data set of it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from training.data.datasets import Dataset
 
 @pytest.fixture(scope="session")
 def alerts_of_the_night() -> list[SimulatedAlert]:
-    """Sixty alerts, nearly every one of an object of its own."""
+    """Sixty alerts, nearly all of different objects."""
     return list(simulate_night(60, seed=5))
 
 
 @pytest.fixture(scope="session")
 def night_packets(alerts_of_the_night: list[SimulatedAlert], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of their packets."""
+    """A folder with the packets of the night."""
     directory = tmp_path_factory.mktemp("packets")
     for alert in alerts_of_the_night:
         (directory / f"{alert.alert_id}.avro").write_bytes(alert.packet)
@@ -32,7 +32,7 @@ def night_packets(alerts_of_the_night: list[SimulatedAlert], tmp_path_factory: p
 
 @pytest.fixture(scope="session")
 def night_table(alerts_of_the_night: list[SimulatedAlert], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table of what they are: the column `truth` says sky or detector."""
+    """A table of true labels: the column `truth` is sky or detector."""
     path = tmp_path_factory.mktemp("labels") / "labels.csv"
     with path.open("w", newline="") as file:
         table = csv.writer(file)
@@ -43,11 +43,11 @@ def night_table(alerts_of_the_night: list[SimulatedAlert], tmp_path_factory: pyt
 
 @pytest.fixture(scope="session")
 def night_labels(night_table: Path) -> Labels:
-    """Two classes, bogus and real."""
+    """Labels of two classes, bogus and real."""
     return read_labels(night_table, "truth", [parse_rule("bogus=detector"), parse_rule("real=sky")])
 
 
 @pytest.fixture(scope="session")
 def night_dataset(night_packets: Path, night_labels: Labels, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """The night as a data set of those."""
+    """The night as a data set of these two classes."""
     return build_dataset([night_packets], night_labels, tmp_path_factory.mktemp("sets") / "night")

@@ -1,4 +1,4 @@
-"""`python -m training`: its commands, its errors in a line, and the configuration that the documentation shows."""
+"""`python -m training`: commands, errors in one line, and the configuration in the documentation."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ TRAIN_PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "train.md"
 
 
 @pytest.mark.parametrize("command", ["build-dataset", "evaluate"])
-def test_a_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_a_help_page(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
     assert f"usage: python -m training {command}" in capsys.readouterr().out
 
 
-def test_without_a_command_they_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_are_listed_if_none_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == main(["nonsense"]) == 2
     listed = capsys.readouterr().err
     assert all(f"  {command} " in listed for command in COMMANDS)
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
-def test_help_is_output_and_no_error(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_not_an_error(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([option]) == 0
     printed = capsys.readouterr()
     assert all(f"  {command} " in printed.out for command in COMMANDS)
     assert not printed.err
 
 
-def test_a_mistyped_command_is_named_with_what_may_have_been_meant(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistyped_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evalute"]) == 2
     assert capsys.readouterr().err.endswith("training: no command 'evalute'; did you mean 'evaluate'?\n")
 
@@ -64,7 +64,7 @@ def test_builds_a_data_set(night_packets: Path, night_table: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("options", [["--shares", "0.6", "0.3"], ["--shares", "nan", "0.1"], ["--cutout-size", "0"]])
-def test_what_a_data_set_cannot_be_is_bad_usage(
+def test_invalid_values_of_a_data_set_are_wrong_usage(
     options: list[str], night_packets: Path, night_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -72,7 +72,7 @@ def test_what_a_data_set_cannot_be_is_bad_usage(
     assert f"error: argument {options[0]}: " in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_no_threads_evaluate_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zero_threads_are_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["evaluate", "default", "--dataset", str(tmp_path), "--out", str(tmp_path), "--threads", "0"])
     assert "error: argument --threads: 0 is not a positive number" in capsys.readouterr().err.splitlines()[-1]
@@ -132,7 +132,7 @@ def test_inputs_without_an_alert_are_an_error_in_one_line(
         (["build-dataset", "x", "--labels", "x", "--out", "x", "--seed", "-1"], "--seed: -1 is not from 0 to"),
     ],
 )
-def test_numbers_that_mean_nothing_are_bad_usage(
+def test_numbers_out_of_range_are_wrong_usage(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -142,7 +142,7 @@ def test_numbers_that_mean_nothing_are_bad_usage(
 
 @pytest.mark.parametrize("command", ["fit", "pretrain", "study", "astrom3", "astrom3-study"])
 @pytest.mark.parametrize("content", [b"", b"- 1\n", b"a: [1", bytes(range(256)), None])
-def test_a_configuration_that_is_none_is_an_error_in_one_line(
+def test_an_invalid_configuration_is_an_error_in_one_line(
     command: str, content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "configuration.yaml"

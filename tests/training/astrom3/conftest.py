@@ -25,7 +25,7 @@ SMALL = {
     "s_conv_channels": (3, 4, 4, 4, 4),
     "m_hidden_dim": 16,
 }
-"""Arguments of a network that learns in seconds."""
+"""Arguments of a network that trains in seconds."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,5 @@
-"""Simulated variable stars behave as their classes do, and as real stars do where there are some to compare with."""
+"""Simulated variable stars have the properties of their classes, and agree with real stars where these are
+available."""
 
 from __future__ import annotations
 
@@ -39,16 +40,16 @@ def median(sample: Sample, kind: str, name: str) -> float:
 
 
 def phased(kind: str, seed: int) -> NDArray[np.float64]:
-    """V over one period, without noise."""
+    """V magnitude over one period, without noise."""
     star = draw(kind, np.random.default_rng(seed))
     return star.curve(np.linspace(0, star.period, 500, endpoint=False))
 
 
-def test_there_are_the_ten_classes() -> None:
+def test_all_ten_classes_are_simulated() -> None:
     assert sorted(KINDS) == sorted(CLASSES)
 
 
-def test_a_seed_makes_the_same_star_again(sample: Sample) -> None:
+def test_a_star_is_reproducible(sample: Sample) -> None:
     again = simulate_star("EW", np.random.default_rng([3, 0, 5]))
     star = sample["EW"][5]
     np.testing.assert_array_equal(again.photometry, star.photometry)
@@ -57,7 +58,7 @@ def test_a_seed_makes_the_same_star_again(sample: Sample) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_observed_is_whole(sample: Sample, kind: str) -> None:
+def test_observations_are_complete_and_finite(sample: Sample, kind: str) -> None:
     for star in sample[kind]:
         assert star.metadata.keys() == set(METADATA_COLUMNS)
         assert np.isfinite([*star.metadata.values(), *star.features.values()]).all()
@@ -77,17 +78,19 @@ def test_a_light_curve_folds_with_its_period(sample: Sample, kind: str) -> None:
     assert np.median([f["rfr_score"] for f in right]) > 0.5
 
 
-def test_pulsating_stars_brighten_fast_and_eclipses_are_short() -> None:
+def test_pulsating_stars_brighten_quickly_and_eclipses_are_short() -> None:
     for seed in range(5):
         rising = np.mean(np.diff(phased("RRAB", seed)) < 0)
         assert rising < 0.35
         eclipse = phased("EA", seed)
         assert np.mean(eclipse > eclipse.min() + 0.5 * np.ptp(eclipse)) < 0.25
         contact = phased("EW", seed)
-        assert np.sum((contact > np.roll(contact, 1)) & (contact >= np.roll(contact, -1))) == 2  # two minima of light
+        assert (
+            np.sum((contact > np.roll(contact, 1)) & (contact >= np.roll(contact, -1))) == 2
+        )  # two minima of brightness
 
 
-def test_periods_and_amplitudes_are_those_of_the_classes(sample: Sample) -> None:
+def test_periods_and_amplitudes_are_typical_of_the_classes(sample: Sample) -> None:
     periods = [
         np.median([star.truth.period for star in sample[kind]]) for kind in ("DSCT", "RRC", "RRAB", "EA", "SR", "M")
     ]
@@ -97,14 +100,14 @@ def test_periods_and_amplitudes_are_those_of_the_classes(sample: Sample) -> None
     assert median(sample, "M", "amplitude") > 1.5
 
 
-def test_cool_stars_are_red_and_giants_far(sample: Sample) -> None:
+def test_cool_stars_are_red_and_giants_are_distant(sample: Sample) -> None:
     colours = [median(sample, kind, "bp_rp") for kind in ("RRAB", "EW", "ROT", "SR", "M")]
     assert colours == sorted(colours)
     assert median(sample, "M", "w1_w2") > median(sample, "EW", "w1_w2") + 0.1  # dust
     assert median(sample, "SR", "parallax") < median(sample, "ROT", "parallax")
 
 
-def test_where_the_parallax_is_good_it_gives_the_luminosity(sample: Sample) -> None:
+def test_a_precise_parallax_gives_the_luminosity(sample: Sample) -> None:
     good = [
         star for kind in ("EW", "ROT", "DSCT") for star in sample[kind] if star.metadata["parallax_over_error"] > 20
     ]
@@ -115,7 +118,7 @@ def test_where_the_parallax_is_good_it_gives_the_luminosity(sample: Sample) -> N
     assert np.median(extinction_and_error) < 0.8
 
 
-def test_spectra_show_what_the_stars_are(sample: Sample) -> None:
+def test_spectra_show_the_features_of_the_classes(sample: Sample) -> None:
     def dip(star: SimulatedStar, centre: float, half_width: float = 8.0) -> float:
         wavelength, flux, _ = star.spectrum.T
         line = np.abs(wavelength - centre) < half_width
@@ -133,7 +136,9 @@ def test_spectra_show_what_the_stars_are(sample: Sample) -> None:
 
 
 @pytest.mark.shared
-def test_real_stars_look_most_like_simulated_ones_of_their_temperature(shared_data: Path, tmp_path: Path) -> None:
+def test_real_spectra_are_most_similar_to_simulated_ones_of_the_same_temperature(
+    shared_data: Path, tmp_path: Path
+) -> None:
     with (shared_data / "lamost" / "lamost_3165_colour_table.csv").open() as file:
         temperature = {row["filename"]: float(row["teff"]) for row in csv.DictReader(file) if row["teff"]}
     with tarfile.open(shared_data / "lamost" / "lamost_176_spectra_fits.tar.xz") as archive:
@@ -154,12 +159,12 @@ def test_real_stars_look_most_like_simulated_ones_of_their_temperature(shared_da
 
 
 def _form(spectrum: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Flux in bins of 20 angstrom, in which the noise of real spectra is small."""
+    """Flux in bins of 20 angstrom, where the noise of real spectra is small."""
     return prepare_spectrum(spectrum)[0, :2570].reshape(-1, 10).mean(1)
 
 
 @pytest.mark.shared
-def test_real_rr_lyrae_have_the_statistics_of_simulated_ones(shared_data: Path, sample: Sample) -> None:
+def test_real_and_simulated_rr_lyrae_have_similar_statistics(shared_data: Path, sample: Sample) -> None:
     measured = []
     with tarfile.open(shared_data / "lightcurves" / "ztf_bts_snIa_2289_sdss_rrlyr_483.tar.xz") as archive:
         periods = {row["Num"]: row for row in _table(archive, "RRLyrae/periods.csv")}

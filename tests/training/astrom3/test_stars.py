@@ -1,4 +1,4 @@
-"""Sets in the two published layouts: read as they are, subsets capped by class, and refused where shapes are others."""
+"""Sets of stars in the two published layouts, subsets capped by class, and refusal of other layouts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PREPARED: Rows = {
 
 
 def write(directory: Path, rows: Rows) -> Path:
-    """The rows as the split to train on of `full_0`."""
+    """Write the rows as the training split of `full_0`."""
     (directory / "full_0").mkdir(exist_ok=True)
     parquet.write_table(pa.table(dict(rows)), directory / "full_0" / "train-00000-of-00001.parquet")
     return directory
@@ -60,7 +60,7 @@ def simulated(stars: Path) -> StarSet:
     return read_stars(stars, "full", SEED, "train")
 
 
-def test_a_simulated_set_has_what_it_should(stars: Path, simulated: StarSet) -> None:
+def test_a_simulated_set_is_complete_and_standardised(stars: Path, simulated: StarSet) -> None:
     assert len(simulated) == COUNTS["train"]
     assert {light_curve.shape[1] for light_curve in simulated.light_curves} == {9}
     assert simulated.spectra.shape == (60, 3, 2575)
@@ -72,16 +72,16 @@ def test_a_simulated_set_has_what_it_should(stars: Path, simulated: StarSet) -> 
         np.testing.assert_allclose(values.mean(0), 0, atol=1e-5)
         np.testing.assert_allclose(values.std(0), 1, atol=1e-5)
     test = read_stars(stars, "full", SEED, "test")
-    assert 0 < np.abs(test.metadata.mean(0)).max() < 2  # with the scales of those to train on
+    assert 0 < np.abs(test.metadata.mean(0)).max() < 2  # with the scales of the training stars
 
 
-def test_a_simulated_set_is_the_same_again(stars: Path, tmp_path: Path) -> None:
+def test_a_simulated_set_is_reproducible(stars: Path, tmp_path: Path) -> None:
     write_stars(tmp_path, SEED, {"train": COUNTS["train"]})
     file = Path(f"full_{SEED}") / "train.parquet"
     assert (tmp_path / file).read_bytes() == (stars / file).read_bytes()
 
 
-def test_a_raw_row_is_prepared(tmp_path: Path) -> None:
+def test_a_raw_row_is_preprocessed(tmp_path: Path) -> None:
     stars = read_stars(write(tmp_path, RAW), "full", 0, "train")
     expected = prepare_light_curve(np.array(RAW["photometry"][0]), np.full(4, 0.5))
     np.testing.assert_array_equal(stars.light_curves[0], expected)
@@ -91,7 +91,7 @@ def test_a_raw_row_is_prepared(tmp_path: Path) -> None:
     assert stars.padding == "repeated"
 
 
-def test_metadata_may_lie_in_one_group(tmp_path: Path) -> None:
+def test_metadata_may_be_in_one_group(tmp_path: Path) -> None:
     flat = {**RAW["metadata"][0]["photo_cols"], **RAW["metadata"][0]["meta_cols"]}
     one, other = write(tmp_path, RAW), tmp_path / "flat"
     other.mkdir()
@@ -101,7 +101,7 @@ def test_metadata_may_lie_in_one_group(tmp_path: Path) -> None:
         np.testing.assert_array_equal(stars.light_curves[0][0, 3:7], 0.5)
 
 
-def test_a_prepared_set_is_read_as_it_is(simulated: StarSet, tmp_path: Path) -> None:
+def test_a_preprocessed_set_is_read_unchanged(simulated: StarSet, tmp_path: Path) -> None:
     some = simulated[np.arange(8)]
     rows = {
         "photometry": [light_curve.tolist() for light_curve in some.light_curves],
@@ -119,7 +119,7 @@ def test_a_prepared_set_is_read_as_it_is(simulated: StarSet, tmp_path: Path) -> 
 
 
 @pytest.mark.shared
-def test_real_stars_in_the_published_layout(shared_data: Path, tmp_path: Path) -> None:
+def test_reads_real_stars_in_the_published_layout(shared_data: Path, tmp_path: Path) -> None:
     with tarfile.open(shared_data / "lamost" / "lamost_176_spectra_fits.tar.xz") as archive:
         members = [member for member in archive if member.name.endswith(".fits")][:3]
         archive.extractall(tmp_path, members, filter="data")
@@ -147,7 +147,7 @@ def test_real_stars_in_the_published_layout(shared_data: Path, tmp_path: Path) -
         np.testing.assert_array_equal(prepared, prepare_spectrum(spectrum))
 
 
-def test_stars_are_cut_at_random_to_train_on_and_in_the_middle_after(simulated: StarSet) -> None:
+def test_light_curves_are_cut_at_random_in_training_and_in_the_middle_otherwise(simulated: StarSet) -> None:
     rows = list(range(20))
     whole = ShownStars(simulated, 40)
     photometry, mask, spectra, metadata, label = whole.__getitems__(rows)
@@ -156,23 +156,23 @@ def test_stars_are_cut_at_random_to_train_on_and_in_the_middle_after(simulated: 
     assert (whole.__getitems__(rows)[0] == photometry).all()
     cut = ShownStars(simulated, 40, seed=1)
     assert (cut.__getitems__(rows)[0] == cut.__getitems__(rows)[0]).all()
-    assert (cut.__getitems__(rows)[0] != cut.__getitems__(rows[::-1])[0].flip(0)).any()  # another epoch's batch
+    assert (cut.__getitems__(rows)[0] != cut.__getitems__(rows[::-1])[0].flip(0)).any()  # a batch of another epoch
 
 
 @pytest.mark.parametrize(
     ("counts", "goal", "cap"),
     [
-        ([100, 3, 10], 50, 37),  # the rare ones whole, and the rest of the most frequent
+        ([100, 3, 10], 50, 37),  # the rare classes complete, the rest from the most frequent one
         ([100, 3, 10], 20, 8),
         ([100, 3, 10, 0], 5, 1),
         ([5, 5], 100, 5),
     ],
 )
-def test_a_cap_spares_rare_classes(counts: list[int], goal: int, cap: int) -> None:
+def test_the_cap_keeps_rare_classes_complete(counts: list[int], goal: int, cap: int) -> None:
     assert class_cap(counts, goal) == cap
 
 
-def test_a_subset_is_capped_by_class_and_stays_the_same() -> None:
+def test_a_subset_is_capped_by_class_and_reproducible() -> None:
     label = np.repeat(np.arange(4), (500, 300, 150, 50))
     chosen = class_capped(label, 4, seed=3)
     assert np.bincount(label[chosen]).tolist() == [66, 66, 66, 50]
@@ -208,12 +208,12 @@ def test_a_subset_has_its_own_folder_or_is_drawn(stars: Path, simulated: StarSet
         ({name: values for name, values in RAW.items() if name != "spectra"}, "no column spectra"),
     ],
 )
-def test_what_is_of_neither_layout_is_refused(tmp_path: Path, rows: Rows, complaint: str) -> None:
+def test_rows_of_another_layout_are_refused(tmp_path: Path, rows: Rows, complaint: str) -> None:
     with pytest.raises(DatasetError, match=rf"train-00000-of-00001.parquet: .*{complaint}"):
         read_stars(write(tmp_path, rows), "full", 0, "train")
 
 
-def test_what_is_not_there_is_said(stars: Path, tmp_path: Path) -> None:
+def test_missing_folders_and_stars_are_refused(stars: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"full_8: there is no train\*.parquet"):
         read_stars(stars, "full", 8, "train")
     with pytest.raises(DatasetError, match=r"full_7: sub10 would contain none of the 20 stars of validation"):

@@ -1,4 +1,4 @@
-"""The study of pre-training: every run made once, both ways on the same stars, summed up over the seeds."""
+"""The study of pre-training: every run once, both variants on the same stars, and a summary over the seeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUICK = {"epochs": 1, "warm_up_epochs": 0, "batch": 16}
 PUBLISHED_STUDY = Path(__file__).parents[3] / "training" / "astrom3" / "study.yaml"
 
 
-def test_a_study_is_made_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_runs_all_trainings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = Study.model_validate(
         {
             "out": tmp_path / "out",

@@ -1,4 +1,4 @@
-"""AstroM3 trained in its published modes: as published, from random weights and from the pre-trained encoders."""
+"""Training of AstroM3 in its published modes, from random weights and from pre-trained encoders."""
 
 from __future__ import annotations
 
@@ -89,23 +89,23 @@ def test_hyper_parameters_are_the_published_ones() -> None:
         ({"mode": "light"}, "mode"),
     ],
 )
-def test_a_configuration_that_is_none_is_refused(values: dict[str, Any], complaint: str) -> None:
+def test_an_invalid_configuration_is_refused(values: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValidationError, match=complaint):
         AstroM3Run.model_validate({**values, "stars": "stars", "out": "out"})
 
 
-def test_pre_training_finds_which_modalities_are_one_stars(stars: Path, tmp_path: Path) -> None:
+def test_pre_training_matches_the_modalities_of_a_star(stars: Path, tmp_path: Path) -> None:
     recipe = {"epochs": 16, "learning_rate": 0.003, "plateau_factor": 0.9, "weight_decay": 0.0}
     wider = {"hidden_dim": 64, "m_hidden_dim": 64, "s_conv_channels": (3, 8, 8, 8, 8), "s_dropout": 0.0}
     figures = train(configured(stars, tmp_path, "clip", recipe=recipe, arguments=wider))
-    batches = (16, 4)  # of the 20 stars to validate with
+    batches = (16, 4)  # of the 20 validation stars
     by_chance = 6 * np.average(np.log(batches), weights=batches)
     assert figures["validation_loss"] < 0.9 * by_chance
     assert type(load_network(tmp_path / CHECKPOINT)) is AstroM3
 
 
 @pytest.mark.parametrize("mode", CLASSIFIERS)
-def test_a_classifier_begins_with_the_pre_trained_encoders(
+def test_a_classifier_starts_from_the_pre_trained_encoders(
     mode: Mode, stars: Path, pretrained: Path, tmp_path: Path
 ) -> None:
     standing = {"learning_rate": 1e-12, "weight_decay": 0.0}
@@ -123,13 +123,11 @@ def test_a_classifier_begins_with_the_pre_trained_encoders(
         torch.testing.assert_close(tensor, before[prefix + name], rtol=0, atol=1e-6)
     assert 0 <= figures["accuracy"] <= 1
     assert figures == yaml.safe_load((tmp_path / "out" / "figures.yaml").read_text())
-    assert train(config) == figures  # and nothing is trained again
+    assert train(config) == figures  # without training again
 
 
-def test_a_training_that_was_killed_ends_as_one_that_was_not(
-    stars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Light curves are cut, keys drawn and the learning rate led as they would have been."""
+def test_a_killed_training_gives_the_same_result(stars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts of light curves, random keys and learning rate are those of an uninterrupted training."""
     train(configured(stars, tmp_path / "whole", "photo"))
     killed = configured(stars, tmp_path / "killed", "photo")
     step = StarLearner.training_step
@@ -149,7 +147,7 @@ def test_a_training_that_was_killed_ends_as_one_that_was_not(
     assert not resumed.training
 
 
-def test_the_learning_rate_rises_and_then_falls_where_the_loss_stays(stars: Path, tmp_path: Path) -> None:
+def test_the_learning_rate_rises_and_falls_on_a_plateau_of_the_loss(stars: Path, tmp_path: Path) -> None:
     def after(epochs: int, **recipe: Any) -> float:
         out = tmp_path / f"{epochs}-{len(recipe)}"
         train(configured(stars, out, "meta", recipe={"epochs": epochs, "patience": 20, **recipe}))
@@ -171,13 +169,13 @@ def test_other_encoders_are_refused(stars: Path, pretrained: Path, tmp_path: Pat
         begin_with(build("meta", wider), tmp_path / "meta" / CHECKPOINT)
 
 
-def test_a_directory_is_one_trainings(stars: Path, tmp_path: Path) -> None:
+def test_a_directory_of_another_training_is_refused(stars: Path, tmp_path: Path) -> None:
     train(configured(stars, tmp_path, "meta"))
     with pytest.raises(TrainingError, match="was started with another configuration"):
         train(configured(stars, tmp_path, "meta", recipe={"learning_rate": 0.02}))
 
 
-def test_figures_count_every_class_alike() -> None:
+def test_balanced_accuracy_weights_all_classes_equally() -> None:
     label = np.array([0, 0, 0, 1])
     figures = measure(label, np.array([0, 0, 0, 2]))
     assert (figures["accuracy"], figures["balanced_accuracy"]) == (0.75, 0.5)
@@ -185,7 +183,9 @@ def test_figures_count_every_class_alike() -> None:
     assert "recall_EB" not in figures
 
 
-def test_the_command_trains_what_its_file_says(stars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_trains_the_network_of_its_file(
+    stars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = configured(stars, tmp_path / "out", "meta")
     (tmp_path / "meta.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True)))
     assert main(["astrom3", str(tmp_path / "meta.yaml")]) == 0

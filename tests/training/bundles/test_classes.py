@@ -1,4 +1,4 @@
-"""The class head: a softmax beside the real/bogus score, fitted so that an object counts once."""
+"""The classes: a softmax beside the real/bogus score, fitted so that every object counts once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_class_probabilities_are_a_softmax_beside_real() -> None:
     torch.testing.assert_close(logits[:, 1:].sigmoid(), expected)
 
 
-def test_classes_that_can_be_told_are_told() -> None:
+def test_separable_classes_are_separated() -> None:
     told = torch.tensor([[0.0, 0.0], [9.0, 0.1], [0.2, 7.0]]).repeat(8, 1) + torch.rand(24, 2)
     label = np.arange(24) % 3
     layer = nn.Linear(2, 3)
@@ -53,7 +53,7 @@ def test_an_object_counts_once_however_many_alerts_it_has() -> None:
     told = torch.from_numpy(np.random.default_rng(6).normal(size=(30, 2)))
     label = np.arange(30) % 2
     once, often = nn.Linear(2, 2), nn.Linear(2, 2)
-    # Twelve alerts of object 0 that look the same: every column's mean and deviation move, the classes do not.
+    # Twelve equal alerts of object 0 change the mean and deviation of every column, but not the classes.
     rows = np.array([*[0] * 12, *range(1, 30)])
     fit_classes(once, told, names(range(30)), label)
     fit_classes(often, told[rows], names(rows), label[rows])
@@ -61,7 +61,7 @@ def test_an_object_counts_once_however_many_alerts_it_has() -> None:
         torch.testing.assert_close(once(told.float()).softmax(1), often(told.float()).softmax(1), atol=0.01, rtol=0)
 
 
-def test_labels_of_no_alert_are_refused(tmp_path: Path) -> None:
+def test_labels_that_match_no_alert_are_refused(tmp_path: Path) -> None:
     table = tmp_path / "labels.csv"
     table.write_text("candid,weak_class\n1,VS\n2,SN\n")
     alerts = Alerts(
@@ -84,13 +84,13 @@ NO_PAN_STARRS: tuple[dict[str, float], ...] = (
     {"distpsnr1": np.nan, "sgscore1": np.nan, "nmtchps": 0},
     {"distpsnr1": np.nan, "sgscore1": np.nan, "nmtchps": np.nan},
 )
-"""How a packet says that Pan-STARRS has no source near, and one that does not have the columns."""
+"""Metadata of a packet without a Pan-STARRS source nearby, and of a packet without these columns."""
 
 
 @pytest.mark.shared
 @pytest.mark.parametrize("lacking", NO_PAN_STARRS)
-def test_a_supernova_without_a_known_host_stays_one(shared_data: Path, lacking: dict[str, float]) -> None:
-    """It was a variable star: a median stood for what was missing, and that is a star at 0.69 arcsec."""
+def test_a_supernova_without_a_known_host_is_recognised(shared_data: Path, lacking: dict[str, float]) -> None:
+    """With medians for missing values it would be a variable star, because the median is a star at 0.69 arcsec."""
     model = open_model("classes", Runtime(engine="onnxruntime", device="cpu"))
     alerts = load_alerts([shared_data / "ztf" / "ztf_alerts.tar"], 63, METADATA)
     labels = read_labels(shared_data / "ztf" / "labels.parquet", COLUMN, [parse_rule(rule) for rule in CLASSES])
@@ -108,8 +108,8 @@ def test_a_supernova_without_a_known_host_stays_one(shared_data: Path, lacking: 
 
 
 @pytest.mark.shared
-def test_the_classes_bundles_card_says_what_the_bundle_does(shared_data: Path) -> None:
-    """The shipped bundle on the labelled alerts of objects that it was not trained on; its `real` is the default's."""
+def test_the_card_of_classes_states_the_figures_of_the_bundle(shared_data: Path) -> None:
+    """Measured on the labelled alerts of held-out objects; the output `real` is that of `default`."""
     runtime = Runtime(engine="onnxruntime", device="cpu")
     model, default = open_model("classes", runtime), open_model("default", runtime)
     card = model.bundle.card.training.evaluation

@@ -1,4 +1,4 @@
-"""Training: no object on both sides, images that serving would show, and a run that interruption does not change."""
+"""Distillation: no object in two splits, images as in serving, and a result that does not depend on interruptions."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from training.errors import DatasetError, TrainingError
 
 INPUTS = load_bundle("default").card.inputs.images
 MAP, EMBEDDING = Hint(student=11, teacher=11), Hint(student=18, teacher=18)
-"""Of StampNet by StampNet."""
+"""A hint of StampNet for StampNet."""
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Networks this small gain nothing from more, and lose much where other tests want the cores."""
+    """One torch thread: more do not speed up such small networks, and slow down tests that run in parallel."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +46,7 @@ def teacher() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def alerts() -> Alerts:
-    """Alerts made of the default bundle's synthetic ones, NaN and FLT_MAX among them."""
+    """Alerts made from the synthetic ones of the bundle `default`, with pixels of NaN and FLT_MAX."""
     answers = load_bundle("default").test_vector()
     rows = np.arange(12) % 4
     return Alerts(
@@ -64,7 +64,7 @@ def student() -> nn.Module:
     return build_network(Architecture(name="stampnet"))
 
 
-def test_no_object_is_on_both_sides_of_the_split() -> None:
+def test_no_object_is_in_both_splits() -> None:
     object_id = np.array([f"ZTF{i % 37}" for i in range(400)])
     unseen = held_out(object_id, 0.25, seed=3)
     assert not set(object_id[unseen]) & set(object_id[~unseen])
@@ -73,12 +73,12 @@ def test_no_object_is_on_both_sides_of_the_split() -> None:
     assert not np.array_equal(unseen, held_out(object_id, 0.25, seed=4))
 
 
-def test_an_objects_side_does_not_depend_on_the_order_of_its_alerts() -> None:
+def test_the_split_does_not_depend_on_the_order_of_alerts() -> None:
     object_id = np.array([f"ZTF{i % 37}" for i in range(400)])
     assert np.array_equal(held_out(object_id, 0.25, seed=3)[::-1], held_out(object_id[::-1], 0.25, seed=3))
 
 
-def test_training_goes_towards_the_teacher(teacher: nn.Module, alerts: Alerts) -> None:
+def test_training_approaches_the_teacher(teacher: nn.Module, alerts: Alerts) -> None:
     images = torch.from_numpy(make_images(INPUTS, alerts, np.full(12, 1 / 12), 64, np.random.default_rng(99)))
 
     def distance(network: nn.Module) -> float:
@@ -90,8 +90,8 @@ def test_training_goes_towards_the_teacher(teacher: nn.Module, alerts: Alerts) -
     assert distance(trained) < 0.6 * distance(student())
 
 
-def test_a_hint_teaches_what_a_layer_of_the_teacher_tells(teacher: nn.Module, alerts: Alerts) -> None:
-    """The better the student's layer predicts the teacher's, the less of it a linear map leaves over."""
+def test_a_hint_transfers_a_layer_of_the_teacher(teacher: nn.Module, alerts: Alerts) -> None:
+    """With the hint, a linear map from the student's layer predicts the teacher's layer with a smaller residual."""
     images = torch.from_numpy(make_images(INPUTS, alerts, np.full(12, 1 / 12), 256, np.random.default_rng(99)))
 
     def told(network: nn.Module, depth: int) -> Tensor:
@@ -111,7 +111,7 @@ def test_a_hint_teaches_what_a_layer_of_the_teacher_tells(teacher: nn.Module, al
 
 
 class Stopping(nn.Module):
-    """A network that somebody stops at its nth run."""
+    """A network that raises KeyboardInterrupt in its n-th run."""
 
     def __init__(self, network: nn.Module, runs: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Stopping(nn.Module):
         return logits, embedding
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+def test_an_interrupted_run_gives_the_same_result(
     teacher: nn.Module, alerts: Alerts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.bundles.distil.CHECKPOINT_EVERY", 3)
@@ -159,7 +159,7 @@ def test_a_bundle_that_exists_is_refused_before_training(
     assert "exists already; choose another directory" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_what_cannot_be_distilled_is_said_before_training(
+def test_unusable_input_is_reported_before_training(
     alerts: Alerts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["train-default", str(tmp_path), "--teacher", "x", "--out", str(tmp_path)]
@@ -172,7 +172,7 @@ def test_what_cannot_be_distilled_is_said_before_training(
         check_rated(unrated)
 
 
-def test_augmented_images_are_new_and_the_alerts_stay_as_they_are(alerts: Alerts) -> None:
+def test_augmentation_makes_new_images_and_does_not_modify_alerts(alerts: Alerts) -> None:
     before = alerts.cutouts.copy()
     rng = np.random.default_rng(8)
     with np.errstate(all="ignore"):
@@ -184,7 +184,7 @@ def test_augmented_images_are_new_and_the_alerts_stay_as_they_are(alerts: Alerts
 
 @pytest.fixture(scope="module")
 def real_alerts(shared_data: Path) -> Alerts:
-    """Every shared ZTF alert, some given twice."""
+    """Every shared ZTF alert, with some repeated."""
     archives = shared_data / "ztf" / "archives"
     return load_alerts([shared_data / "ztf" / "ztf_alerts.tar", archives, archives], INPUTS.size, ("drb",))
 
@@ -198,8 +198,8 @@ def test_loads_each_alert_once(real_alerts: Alerts) -> None:
 
 
 @pytest.mark.shared
-def test_the_default_bundles_card_says_what_the_bundle_does(real_alerts: Alerts, shared_models: Path) -> None:
-    """The shipped bundle on the alerts of objects that it was not trained on, as its card's figures were taken."""
+def test_the_card_of_default_states_the_figures_of_the_bundle(real_alerts: Alerts, shared_models: Path) -> None:
+    """Measured on the alerts of held-out objects, as for the card."""
     model = open_model("default", Runtime(engine="onnxruntime", device="cpu"))
     card = model.bundle.card.training.evaluation
     braai = load_network(Architecture(name="vgg6"), read_weights(shared_models / "braai" / "d6_m7.weights.h5"))

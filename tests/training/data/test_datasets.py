@@ -1,4 +1,4 @@
-"""Data sets: what is read is what the service would be given, no source is on two sides, a kill loses nothing."""
+"""Data sets: contents as in the service, no source in two splits, and resumption after a kill."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ INPUTS = Inputs(
 
 
 def served_inputs(packets: list[Packet]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """What the service makes of packets before it runs a network, by alert id."""
+    """The network inputs that the service computes from packets, by alert id."""
     columns = tuple(column.name for column in INPUTS.metadata)
     alerts, _ = Decoder(open_registry(None), columns=columns).decode(packets)
     images = prepare_images(alerts.cutouts, alerts.cutout_box, INPUTS.images)
@@ -57,11 +57,11 @@ def assert_shown_as_served(dataset: Dataset, packets: list[Packet]) -> None:
         assert np.array_equal(label.numpy(), view.label)
 
 
-def test_a_network_is_shown_in_training_what_the_service_gives_it(night_packets: Path, night_dataset: Dataset) -> None:
+def test_training_inputs_are_those_of_the_service(night_packets: Path, night_dataset: Dataset) -> None:
     assert_shown_as_served(night_dataset, list(read_packets([night_packets])))
 
 
-def test_light_curves_are_kept_as_decoded_and_in_the_order_asked_for(
+def test_light_curves_are_stored_as_decoded_and_read_in_the_requested_order(
     night_packets: Path, night_labels: Labels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(building, "ALERTS_PER_SHARD", 20)
@@ -80,8 +80,8 @@ def test_light_curves_are_kept_as_decoded_and_in_the_order_asked_for(
 
 
 @pytest.mark.shared
-def test_real_alerts_are_shown_as_served(shared_data: Path, tmp_path: Path) -> None:
-    """A night's archive of 2018, labelled by the half of its sky."""
+def test_training_inputs_of_real_alerts_are_those_of_the_service(shared_data: Path, tmp_path: Path) -> None:
+    """The archive of a night in 2018, with labels by hemisphere."""
     archive = next((shared_data / "ztf" / "archives").glob("ztf_public*.tar.gz"))
     packets = list(read_packets([archive]))
     alerts, _ = Decoder(open_registry(None)).decode(packets)
@@ -107,7 +107,7 @@ def test_labels_are_joined_by_alert_and_by_object(
     assert dataset.card.classes == ("a", "b")
 
 
-def test_a_killed_build_goes_on_and_ends_as_an_uninterrupted_one(
+def test_a_killed_build_resumes_and_gives_the_same_result(
     night_packets: Path, night_labels: Labels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(building, "PACKETS_AT_ONCE", 8)
@@ -134,7 +134,7 @@ def test_a_killed_build_goes_on_and_ends_as_an_uninterrupted_one(
     assert all((tmp_path / "killed" / SHARDS / name).stat().st_mtime_ns == time for name, time in written.items())
 
 
-def test_the_pixels_stay_on_disk_until_they_are_read(night_dataset: Dataset) -> None:
+def test_pixels_stay_on_disk_until_they_are_read(night_dataset: Dataset) -> None:
     alerts = night_dataset["train"].read()
     assert len(pickle.dumps(night_dataset)) < 1000 < alerts.cutouts.nbytes
     assert np.array_equal(
@@ -143,13 +143,13 @@ def test_the_pixels_stay_on_disk_until_they_are_read(night_dataset: Dataset) -> 
 
 
 def objects_and_labels(n: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """Objects with up to three alerts each, a tenth of them of the rarer class."""
+    """Objects with up to three alerts each, a tenth of them in the rarer class."""
     rng = np.random.default_rng(1)
     object_id = np.repeat([f"ZTF{i}" for i in range(n)], rng.integers(1, 4, n))
     return object_id, (np.array([int(name[3:]) for name in object_id]) % 10 == 0).astype(np.int64)
 
 
-def test_no_source_is_on_two_sides_and_every_class_is_on_each() -> None:
+def test_no_source_is_in_two_splits_and_every_class_is_in_each() -> None:
     object_id, label = objects_and_labels()
     split = assign_splits(object_id, label, ("a", "b"), SplitRule(seed=3))
     sides = [set(object_id[split == side]) for side in range(3)]
@@ -158,7 +158,7 @@ def test_no_source_is_on_two_sides_and_every_class_is_on_each() -> None:
     assert all(set(label[split == side]) == {0, 1} for side in range(3))
 
 
-def test_of_few_sources_one_is_trained_on_whatever_the_shares() -> None:
+def test_at_least_one_source_is_for_training() -> None:
     for n in range(3, 12):
         names = np.array([f"ZTF{i}" for i in range(2 * n)])
         split = assign_splits(names, np.arange(2 * n) % 2, ("a", "b"), SplitRule(validation=0.49, test=0.49))
@@ -175,7 +175,7 @@ def test_the_split_depends_on_the_seed_and_not_on_the_order() -> None:
     assert not np.array_equal(assign_splits(object_id, label, ("a", "b"), SplitRule(seed=4)), split)
 
 
-def test_training_takes_few_alerts_of_a_source_and_less_is_a_part_of_more(night_dataset: Dataset) -> None:
+def test_alerts_per_source_are_limited_and_smaller_fractions_are_subsets(night_dataset: Dataset) -> None:
     night = Dataset.open(night_dataset.directory)
     night.object_id = np.array([f"ZTF{i % 20}" for i in range(len(night.alert_id))])
     night.split = np.zeros_like(night.split)
@@ -187,7 +187,7 @@ def test_training_takes_few_alerts_of_a_source_and_less_is_a_part_of_more(night_
     assert len(half) in {10, 11}
 
 
-def test_unusable_labels_are_said_in_a_line(
+def test_unusable_labels_are_refused(
     night_packets: Path,
     alerts_of_the_night: list[SimulatedAlert],
     night_table: Path,
@@ -212,7 +212,7 @@ def test_unusable_labels_are_said_in_a_line(
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_inputs_without_an_alert_are_said_to_have_none(kind: str, night_labels: Labels, tmp_path: Path) -> None:
+def test_inputs_without_an_alert_are_refused(kind: str, night_labels: Labels, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     if kind == "folder":
         empty.mkdir()
@@ -224,7 +224,7 @@ def test_inputs_without_an_alert_are_said_to_have_none(kind: str, night_labels: 
     no_alert = tmp_path / "notes.txt"
     no_alert.write_text("no alert")
     with pytest.raises(DatasetError, match=r"no alert was read: none of 1 inputs could be decoded \(\w+ 1\)"):
-        build_dataset([no_alert], night_labels, tmp_path / "set")  # nothing was begun there that could be gone on with
+        build_dataset([no_alert], night_labels, tmp_path / "set")  # there is nothing to resume in this directory
 
 
 def test_alerts_are_chosen_by_a_filter(
@@ -250,7 +250,7 @@ def test_alerts_are_chosen_by_a_filter(
         build_dataset([night_packets], night_labels, tmp_path / "misspelt", where="magpfs < 18")
 
 
-def test_what_does_not_decode_is_told(
+def test_undecodable_packets_are_reported(
     night_packets: Path, night_labels: Labels, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     damaged = tmp_path / "damaged"
@@ -261,7 +261,7 @@ def test_what_does_not_decode_is_told(
     assert "2 inputs that could not be decoded are skipped: " in caplog.text
 
 
-def test_damage_and_other_arguments_are_said(
+def test_damage_and_other_arguments_are_refused(
     night_packets: Path, night_labels: Labels, night_dataset: Dataset, tmp_path: Path
 ) -> None:
     with pytest.raises(DatasetError, match="was started with other arguments"):
@@ -287,7 +287,7 @@ def test_damage_and_other_arguments_are_said(
     (tmp_path / INDEX).replace(index)
 
 
-def test_the_version_is_of_the_content(
+def test_the_version_depends_on_the_content_only(
     night_packets: Path, night_labels: Labels, night_dataset: Dataset, tmp_path: Path
 ) -> None:
     again = build_dataset([night_packets], night_labels, tmp_path / "again")

@@ -1,4 +1,4 @@
-"""A class that is left out is found as strange where it is, and the page says how well, and by what."""
+"""Held-out classes are found as anomalies, and the page states how well each method finds them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from training.embedding.light_curve_features import NAMES, light_curve_features
 
 
 def case(name: str, seed: int, skill: dict[str, float]) -> LeftOut:
-    """Of 400 alerts a quarter are of the class; each measure puts them so many deviations above the others."""
+    """A quarter of 400 alerts are of the class; each measure scores them a given number of deviations higher."""
     rng = np.random.default_rng(seed)
     anomalous, validation = rng.random(400) < 0.25, np.arange(400) % 2 == 0
     scores = {measure: rng.standard_normal(400) + distance * anomalous for measure, distance in skill.items()}
@@ -35,7 +35,7 @@ def cases() -> list[LeftOut]:
     return [case("SN", 1, skill), case("AGN", 2, skill)]
 
 
-def test_what_is_served_and_what_is_best_on_validation_are_judged_on_the_test(cases: list[LeftOut]) -> None:
+def test_the_default_and_the_best_measure_are_evaluated_on_the_test(cases: list[LeftOut]) -> None:
     objects = np.arange(400).astype(np.str_)
     figures, resampled = judge(cases, 0.1, objects)
     assert figures["good/mean/roc_auc"] == pytest.approx(0.98, abs=0.02)
@@ -44,12 +44,12 @@ def test_what_is_served_and_what_is_best_on_validation_are_judged_on_the_test(ca
     assert figures["good/SN/realised"] == pytest.approx(0.1, abs=0.08)
     page = as_markdown(cases, on_validation(cases), 0.1, figures, resampled)
     assert f"| **{SERVED}** | 0.7" in page
-    assert f"`{SERVED}`, what is served" in page
-    assert "`good`, best on validation" in page
+    assert f"`{SERVED}` (the default of the service)" in page
+    assert "`good` (best on validation)" in page
     assert f"of the {FORESTS[2]} by 0.4" in page or f"of the {FORESTS[2]} by 0.5" in page
 
 
-def test_a_test_that_is_hidden_from_the_validation_does_not_change_it(cases: list[LeftOut]) -> None:
+def test_test_alerts_do_not_influence_the_validation(cases: list[LeftOut]) -> None:
     before = on_validation(cases)
     for one in cases:
         one.scores["good"][one.test] *= -1
@@ -57,8 +57,8 @@ def test_a_test_that_is_hidden_from_the_validation_does_not_change_it(cases: lis
     assert before["good"] == pytest.approx(0.98, abs=0.02)
 
 
-def test_a_class_that_the_validation_lacks_has_no_part_in_its_mean() -> None:
-    """Nothing can be found of it there: the mean over all classes would be no number, and any measure the best."""
+def test_a_class_that_the_validation_lacks_is_not_in_its_mean() -> None:
+    """Its ROC AUC is undefined: the mean over all classes would be NaN, and no measure the best."""
     skill = {"fair": 1.0, "good": 3.0}
     cases = [case("SN", 1, skill), case("AGN", 2, skill)]
     cases[1].validation[cases[1].anomalous] = False
@@ -67,14 +67,14 @@ def test_a_class_that_the_validation_lacks_has_no_part_in_its_mean() -> None:
 
 
 def test_every_class_has_objects_in_the_validation() -> None:
-    objects = np.array([f"ZTF{i // 2}" for i in range(400)])  # two alerts each
+    objects = np.array([f"ZTF{i // 2}" for i in range(400)])  # two alerts per object
     label = np.where(np.arange(400) < 20, 1, 0)
     held = held_out_of_each(objects, label, 0.2, seed=1)
     assert [len(set(objects[held & (label == c)].tolist())) for c in (0, 1)] == [38, 2]
     np.testing.assert_array_equal(held[::2], held[1::2])
 
 
-def test_every_way_of_saying_strange_tells_a_far_cluster() -> None:
+def test_every_method_finds_a_distant_cluster() -> None:
     rng = np.random.default_rng(3)
     middles = np.eye(2, 12)
     ordinary = middles[rng.integers(2, size=300)] + 0.1 * rng.standard_normal((300, 12))
@@ -93,7 +93,7 @@ def test_every_way_of_saying_strange_tells_a_far_cluster() -> None:
         assert np.median(scores[30:]) > np.median(scores[:30]), name
 
 
-def test_features_are_of_a_bands_measurements_and_not_of_limits() -> None:
+def test_features_use_the_measurements_of_a_band_and_no_upper_limits() -> None:
     kind = np.array([Measurement.DETECTION] * 3 + [Measurement.UPPER_LIMIT, Measurement.FORCED], np.uint8)
     curves = LightCurves(
         offsets=np.array([0, 5, 5]),

@@ -1,4 +1,4 @@
-"""The contrastive loss: over every pair of modalities that there is, and over no alert that lacks one of them."""
+"""The contrastive loss: the sum over all pairs of modalities, without alerts that lack one of the two."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def vectors(modalities: int) -> Tensor:
 
 
 def clip(one: Tensor, other: Tensor) -> Tensor:
-    """Of one pair, as CLIP has it, its two halves summed."""
+    """The loss of one pair as in CLIP, summed over both directions."""
     logits, truth = FIRST_LOGIT_SCALE * one @ other.T, torch.arange(len(one))
     return cross_entropy(logits, truth) + cross_entropy(logits.T, truth)
 
@@ -30,19 +30,19 @@ def test_sums_over_all_pairs(modalities: int) -> None:
     torch.testing.assert_close(Contrast(modalities)(v), expected)
 
 
-def test_an_alert_that_lacks_a_modality_is_left_out_of_its_pairs_alone() -> None:
+def test_an_alert_is_excluded_only_from_pairs_with_a_missing_modality() -> None:
     v = vectors(3)
     v[:4, 2] = 0
     expected = clip(v[:, 0], v[:, 1]) + clip(v[4:, 0], v[4:, 2]) + clip(v[4:, 1], v[4:, 2])
     torch.testing.assert_close(Contrast(3)(v), expected)
 
 
-def test_a_modality_that_no_alert_has_costs_nothing() -> None:
+def test_a_modality_that_no_alert_has_does_not_contribute() -> None:
     v = torch.cat([vectors(2), torch.zeros(ALERTS, 1, SIZE)], dim=1)
     torch.testing.assert_close(Contrast(3)(v), Contrast(2)(v[:, :2]))
 
 
-def test_aligned_modalities_cost_less() -> None:
+def test_aligned_modalities_have_a_smaller_loss() -> None:
     v = vectors(1).expand(-1, 3, -1)
     shuffled = torch.stack([v[:, 0], v[:, 1].roll(1, 0), v[:, 2].roll(2, 0)], dim=1)
     assert Contrast(3)(v) < Contrast(3)(shuffled) / 2

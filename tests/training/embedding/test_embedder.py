@@ -1,4 +1,5 @@
-"""The embedder in training: modalities find each other, whatever is missing; what is shown is what is served."""
+"""Training of the embedder: modalities identify each other even if some are missing, and inputs are those of
+serving."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def make_embedder() -> AlertEmbedder:
 
 @pytest.fixture
 def shown() -> Shown:
-    """Alerts that are three numbers each, which every modality shows in its own way; some lack one."""
+    """Alerts of three hidden numbers, which every modality encodes differently; some alerts lack a modality."""
     draw = torch.Generator().manual_seed(6)
     truth = torch.randn(ALERTS, 3, generator=draw)
 
@@ -51,13 +52,13 @@ def shown() -> Shown:
 
 
 def found(vectors: Tensor, i: int, j: int) -> float:
-    """How many unseen alerts' modality i is nearer to their own j than to nine in ten others'."""
+    """Return the fraction of alerts whose modality i is closer to their own modality j than to 90 % of the others."""
     both = vectors[~TRAINED][(vectors[~TRAINED][:, [i, j]] != 0).any(2).all(1)]
     cosine = both[:, i] @ both[:, j].T
     return float(((cosine > cosine.diagonal()[:, None]).float().mean(1) < 0.1).float().mean())
 
 
-def test_modalities_of_alerts_never_seen_find_each_other(shown: Shown) -> None:
+def test_modalities_of_held_out_alerts_identify_each_other(shown: Shown) -> None:
     network = make_embedder()
     before = embed(network.eval(), shown)
     trunk = {name: tensor.clone() for name, tensor in network.trunk.state_dict().items()}
@@ -79,8 +80,8 @@ def test_the_same_seed_gives_the_same_network(shown: Shown) -> None:
     assert torch.equal(*vectors)
 
 
-def test_spectra_join_in_where_there_are(shown: Shown) -> None:
-    """A fourth modality that one alert in three has: of those alone the spectra learn, and the others are not lost."""
+def test_spectra_are_trained_if_there_are_any(shown: Shown) -> None:
+    """One alert in three has a spectrum: these train the spectrum encoder, and all alerts train the rest."""
     spectra = torch.full((ALERTS, 3, len(WAVELENGTHS)), torch.nan)
     spectra[::3] = torch.randn(len(spectra[::3]), 3, 1) * torch.ones(len(WAVELENGTHS))
     with_spectra = Shown(shown.features, shown.metadata, shown.light_curve, shown.light_curve_mask, spectra)
@@ -96,8 +97,8 @@ def test_spectra_join_in_where_there_are(shown: Shown) -> None:
     assert embed(network, shown).isfinite().all()
 
 
-def test_what_is_shown_in_training_is_what_is_served() -> None:
-    """The trunk's features computed beforehand give what the whole network gives of the images, turned or not."""
+def test_training_inputs_are_those_of_serving() -> None:
+    """Precomputed features of the trunk give the outputs of the whole network, for rotated images as well."""
     network, n = make_embedder().eval(), 5
     inputs = Inputs(
         images=ImageInput(size=63, order=("science", "template", "difference"), normalisation="l2_row", padding=0),
@@ -118,7 +119,7 @@ def test_what_is_shown_in_training_is_what_is_served() -> None:
 
 
 class Stopping(Shown):
-    """Alerts that end a training when they are asked for the fourth time."""
+    """Alerts that raise KeyboardInterrupt in the fourth batch."""
 
     asked = 0
 
@@ -130,7 +131,7 @@ class Stopping(Shown):
 
 
 @pytest.mark.parametrize("with_spectra", [False, True])
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(
+def test_an_interrupted_training_gives_the_same_result(
     shown: Shown, with_spectra: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.embedding.embedder.CHECKPOINT_EVERY", 2)
@@ -140,7 +141,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
 
     def trained(alerts: Shown, checkpoint: Path | None) -> dict[str, Tensor]:
         network = make_embedder()
-        spectrum = SpectrumEncoder(SIZE) if with_spectra else None  # whose dropout draws too
+        spectrum = SpectrumEncoder(SIZE) if with_spectra else None  # its dropout draws random numbers as well
         train(network, [(alerts, 1.0)], recipe, spectrum, checkpoint, of="these")
         return network.state_dict()
 
@@ -151,7 +152,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
     with pytest.raises(KeyboardInterrupt):
         trained(stopping, checkpoint)
     assert torch.load(checkpoint, weights_only=True)["step"] == 2
-    torch.manual_seed(99)  # as another process begins
+    torch.manual_seed(99)  # another process starts with other random numbers
     resumed = trained(shown, checkpoint)
     assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
     with pytest.raises(TrainingError, match="belongs to a training with other arguments"):

@@ -1,4 +1,4 @@
-"""The embedder that ships: what its card says is so, of ZTF's and LSST's packets, real and simulated."""
+"""The shipped embedder: the statements of its card hold for ZTF and LSST packets, real and simulated."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def decode(scorer: Scorer, packets: list[Packet], schemas: Path = SCHEMAS) -> Al
 
 
 def embedded(scorer: Scorer, alerts: AlertBatch) -> ModelScores:
-    """What the embedder says, every alert of which must have an embedding that means something."""
+    """Return the embedder's scores, after checking that every alert has a valid embedding."""
     scores = scorer.score(alerts).models[1]
     assert scores.taken.all()
     assert scores.embedding is not None
@@ -62,7 +62,9 @@ def test_embeds_simulated_alerts_of_both_surveys(scorer: Scorer, survey: str) ->
 
 
 @pytest.mark.shared
-def test_embeds_real_lsst_alerts_first_ones_too(scorer: Scorer, shared_data: Path, lsst_schemas: Path) -> None:
+def test_embeds_real_lsst_alerts_including_first_detections(
+    scorer: Scorer, shared_data: Path, lsst_schemas: Path
+) -> None:
     packets = [
         packet for folder in ("wire", "ocf", "parquet") for packet in read_packets([shared_data / "lsst" / folder])
     ]
@@ -74,14 +76,14 @@ def test_embeds_real_lsst_alerts_first_ones_too(scorer: Scorer, shared_data: Pat
     embedded(scorer, alerts)
 
 
-def test_real_is_given_for_lsst_where_the_operator_asks_for_it() -> None:
+def test_real_is_given_for_lsst_if_the_operator_adds_the_survey() -> None:
     asked = open_scorer([Model(bundle="embedder", also=["lsst"])], Runtime(engine="onnxruntime", device="cpu"))
     alerts = decode(asked, [Packet(one.packet, FilePosition("")) for one in simulate_night(5, 3, "lsst")])
     assert np.isfinite(asked.score(alerts).columns()["embedder.real"]).all()
 
 
 @pytest.mark.shared
-def test_real_is_what_the_default_bundle_says(scorer: Scorer, shared_data: Path) -> None:
+def test_real_is_the_output_of_the_default_bundle(scorer: Scorer, shared_data: Path) -> None:
     alerts = decode(scorer, list(islice(read_packets([shared_data / "ztf" / "ztf_alerts.tar"]), 300)))
     default, embedder = scorer.score(alerts).models
     np.testing.assert_allclose(embedder.probabilities, default.probabilities, atol=1e-5)
@@ -89,8 +91,8 @@ def test_real_is_what_the_default_bundle_says(scorer: Scorer, shared_data: Path)
 
 
 @pytest.mark.shared
-def test_the_card_says_how_well_classes_are_read(scorer: Scorer, shared_data: Path) -> None:
-    """Nearest neighbours, of the objects that nothing was trained on: of the embedding and of each modality."""
+def test_the_card_states_how_well_classes_can_be_read(scorer: Scorer, shared_data: Path) -> None:
+    """Nearest neighbours on held-out objects, in the embedding and in each modality."""
     alerts = decode(
         scorer, list(read_packets([shared_data / "ztf" / "ztf_alerts.tar", shared_data / "ztf" / "archives"]))
     )

@@ -1,4 +1,4 @@
-"""Probes: classes that can be told are told, every class counts the same, and an object counts once."""
+"""Probes: separable classes are recognised, every class counts the same, and an object counts once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ CENTRES = np.eye(3, 5, dtype=np.float32)
 
 
 def around(label: NDArray[np.int64], seed: int) -> NDArray[np.float32]:
-    """Vectors near one direction a class."""
+    """Vectors near one direction per class."""
     noise = np.random.default_rng(seed).normal(0, 0.15, (len(label), 5))
     return (CENTRES[label] + noise).astype(np.float32)
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_directions_are_classes(probe: Classify) -> None:
+def test_classes_with_different_directions_are_recognised(probe: Classify) -> None:
     label = np.arange(60) % 3
     objects = np.arange(60).astype(np.str_)
     said = probe(around(label, 1), label, objects, around(label, 2))
@@ -28,13 +28,13 @@ def test_directions_are_classes(probe: Classify) -> None:
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_a_rare_class_is_found_as_well(probe: Classify) -> None:
+def test_a_rare_class_is_recognised_as_well(probe: Classify) -> None:
     label = np.repeat([0, 1, 2], [100, 100, 6])
     said = probe(around(label, 1), label, np.arange(206).astype(np.str_), around(label, 2))
     assert balanced_accuracy(said == label, label, np.ones(206)) > 0.9
 
 
-def test_alerts_of_one_object_have_one_vote_between_them() -> None:
+def test_alerts_of_one_object_share_one_vote() -> None:
     label = np.array([1] * 10 + [0] * 3 + [1] * 2)
     objects = np.array(["often"] * 10 + ["a", "b", "c", "d", "e"])
     weights = object_weights(objects, label)
@@ -42,7 +42,7 @@ def test_alerts_of_one_object_have_one_vote_between_them() -> None:
     np.testing.assert_allclose(weights[:10].sum(), weights[-1])
 
 
-def test_balanced_accuracy_is_the_mean_recall_and_not_defined_without_a_class() -> None:
+def test_balanced_accuracy_is_the_mean_recall_and_undefined_without_a_class() -> None:
     label, right = np.array([0, 0, 0, 1]), np.array([True, True, False, False])
     weights = np.array([[1.0, 1, 1, 1], [0, 3, 1, 2], [1, 1, 1, 0]])
     np.testing.assert_allclose(balanced_accuracy(right, label, weights), [1 / 3, 3 / 8, np.nan])

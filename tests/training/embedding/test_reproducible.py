@@ -1,4 +1,4 @@
-"""An alert has one embedding, whoever asks for it, and whatever else is in its batch."""
+"""The embedding of an alert does not depend on the program that computes it, or on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from training.evaluation.evaluate import predict
 
 MODEL = "embedder"
 Embeddings = dict[int, NDArray[np.float32]]
-"""By alert id."""
+"""Embeddings by alert id."""
 
 
 def by_service(packets: list[Packet], batch: int, engine: str = "onnxruntime") -> Embeddings:
-    """What stands in the records that the service would send."""
+    """Embeddings in the records that the service sends."""
     scorer = open_scorer([MODEL], Runtime.model_validate({"engine": engine, "device": "cpu"}))
     decoder = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=scorer.columns)
     window = DuplicateWindow(1000)
@@ -50,13 +50,13 @@ def by_service(packets: list[Packet], batch: int, engine: str = "onnxruntime") -
 
 
 def by_score(folder: Path, table: Path) -> Embeddings:
-    """What `broker-filter score` writes."""
+    """Embeddings that `broker-filter score` writes."""
     assert main(["score", str(folder), "--model", MODEL, "--device", "cpu", "--out", str(table)]) == 0
     return by_table(pq.read_table(table, columns=["alert_id", f"{MODEL}__embedding"]).to_pydict().values())
 
 
 def by_evaluate(dataset: Dataset, directory: Path) -> Embeddings:
-    """What `training evaluate` writes beside the evaluation, of every split."""
+    """Embeddings that `training evaluate` writes, for every split."""
     model = open_model(MODEL, Runtime(engine="onnxruntime", device="cpu"))
     embeddings: Embeddings = {}
     for split in SPLITS:
@@ -82,7 +82,7 @@ def assert_same(found: Embeddings, expected: Embeddings) -> None:
         np.testing.assert_allclose(found[alert], embedding, rtol=0, atol=1e-5)
 
 
-def test_the_service_score_and_evaluate_agree(
+def test_service_score_and_evaluate_give_the_same_embedding(
     expected: Embeddings, night_packets: Path, night_dataset: Dataset, tmp_path: Path
 ) -> None:
     assert len({embedding.tobytes() for embedding in expected.values()}) == 60
@@ -91,7 +91,7 @@ def test_the_service_score_and_evaluate_agree(
 
 
 @pytest.mark.parametrize(("batch", "engine"), [(1, "onnxruntime"), (23, "onnxruntime"), (23, "torch")])
-def test_company_order_and_engine_make_no_difference(
+def test_batch_order_and_engine_have_no_influence(
     expected: Embeddings, night_packets: Path, batch: int, engine: str
 ) -> None:
     packets = list(read_packets([night_packets]))
@@ -100,12 +100,12 @@ def test_company_order_and_engine_make_no_difference(
 
 
 @pytest.mark.parametrize("bundle", shipped_bundles())
-def test_every_card_says_what_it_was_trained_on(bundle: str) -> None:
+def test_every_card_names_its_training_data(bundle: str) -> None:
     assert re.fullmatch("[0-9a-f]{64}", str(load_bundle(bundle).card.training.evaluation["dataset_sha256"]))
 
 
 @pytest.mark.shared
-def test_the_default_bundles_data_are_the_shared_ones(shared_data: Path) -> None:
+def test_the_default_bundle_was_trained_on_the_shared_data(shared_data: Path) -> None:
     alerts = load_alerts([shared_data / "ztf" / "ztf_alerts.tar", shared_data / "ztf" / "archives"], 63, ("drb",))
     train = alerts[~held_out(alerts.object_id, TEST_FRACTION, SPLIT_SEED)]
     assert data_sha256(train) == load_bundle("default").card.training.evaluation["dataset_sha256"]

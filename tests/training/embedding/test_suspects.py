@@ -1,4 +1,4 @@
-"""Wrong labels are found by the company that an alert keeps."""
+"""Suspects: wrong labels are found from the embedding."""
 
 from __future__ import annotations
 

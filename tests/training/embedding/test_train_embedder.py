@@ -1,4 +1,4 @@
-"""`train-embedder` as a command: it goes on where it was killed, and its errors are a line each."""
+"""The command `train-embedder`: it resumes after a kill, and reports errors in one line."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ for name, value in {SMALL!r}.items():
 sys.exit(main(sys.argv[1:]))
 """
 LONGEST_WAIT = 120
-"""Seconds for a child to have made its first steps, on a machine that is busy."""
+"""Seconds within which a child process makes its first steps on a busy machine."""
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Few simulated alerts, and the thread count as it was afterwards."""
+    """Use few simulated alerts, and restore the number of threads afterwards."""
     threads = torch.get_num_threads()
     for name, value in SMALL.items():
         monkeypatch.setattr(train_embedder, name, value)
@@ -49,7 +49,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def arguments(night_packets: Path, alerts_of_the_night: list[SimulatedAlert], tmp_path: Path) -> list[str]:
-    """Of the command, but for `--out`."""
+    """The arguments of the command without `--out`."""
     names = [rule.partition("=")[0] for rule in CLASSES]
     with (tmp_path / "labels.csv").open("w", newline="") as file:
         table = csv.writer(file)
@@ -59,9 +59,7 @@ def arguments(night_packets: Path, alerts_of_the_night: list[SimulatedAlert], tm
     return ["train-embedder", str(night_packets), "--labels", labels, "--steps", str(STEPS)]
 
 
-def test_a_killed_training_goes_on_where_it_was(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_training_resumes(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     killed = tmp_path / "killed"
     command = [sys.executable, "-c", CHILD, *arguments, "--out", str(killed)]
     child = subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.DEVNULL)
@@ -79,7 +77,7 @@ def test_a_killed_training_goes_on_where_it_was(
     assert not list(tmp_path.glob("*.ckpt*"))
 
 
-def test_what_cannot_be_trained_with_is_said_in_a_line(
+def test_unusable_input_is_reported_in_one_line(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     empty = tmp_path / "empty"

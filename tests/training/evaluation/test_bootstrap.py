@@ -1,4 +1,4 @@
-"""Intervals by object: what widens them, what they hold, and that they pair."""
+"""Intervals over objects: their width, their coverage, and pairing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def width(of: Estimate) -> float:
     return of.high - of.low
 
 
-def test_the_interval_of_a_mean_is_that_of_theory() -> None:
+def test_the_interval_of_a_mean_agrees_with_theory() -> None:
     values = np.random.default_rng(1).normal(3, 2, 400)
     objects = np.array([f"object {i}" for i in range(400)])
     found = estimate(partial(mean, values), objects)["mean"]
@@ -55,7 +55,7 @@ def test_one_object_with_many_alerts_widens_the_interval() -> None:
     )
 
 
-def test_draws_are_the_same_whatever_the_order_of_alerts_and_the_number_held_at_a_time(
+def test_resamples_do_not_depend_on_the_order_of_alerts_or_the_block_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rng = np.random.default_rng(4)
@@ -68,7 +68,7 @@ def test_draws_are_the_same_whatever_the_order_of_alerts_and_the_number_held_at_
     assert np.allclose(resample(partial(mean, values), objects)["mean"], first)
 
 
-def test_resamples_without_a_figure_are_left_out_and_a_figure_without_a_value_has_no_interval() -> None:
+def test_undefined_resamples_are_ignored_and_an_undefined_figure_has_no_interval() -> None:
     assert Estimate.of(0.5, np.array([0.4, np.nan, 0.4])) == Estimate(value=0.5, low=0.4, high=0.4)
     assert Estimate.of(np.nan, np.full(3, np.nan)) == Estimate(value=None, low=None, high=None)
 
@@ -76,19 +76,19 @@ def test_resamples_without_a_figure_are_left_out_and_a_figure_without_a_value_ha
 @pytest.mark.parametrize(
     ("share", "trials", "low", "high"),
     [
-        (1.0, 39, 0.0252 ** (1 / 39), 1.0),  # 0.9097: what Clopper and Pearson's tables have for 39 of 39
+        (1.0, 39, 0.0252 ** (1 / 39), 1.0),  # 0.9097, as in Clopper and Pearson's tables for 39 of 39
         (0.0, 39, 0.0, 1 - 0.0252 ** (1 / 39)),
         (0.5, 10, 0.1871, 0.8129),  # 5 of 10
         (1.0, 0, 0.0, 1.0),
     ],
 )
-def test_exact_intervals_are_those_of_the_binomial_distribution(
+def test_exact_intervals_agree_with_the_binomial_distribution(
     share: float, trials: float, low: float, high: float
 ) -> None:
     assert exact_interval(share, trials) == pytest.approx((low, high), abs=5e-4)
 
 
-def test_a_share_that_all_objects_agree_on_has_an_interval_of_as_many_trials_as_there_are_objects() -> None:
+def test_a_fraction_that_all_objects_agree_on_has_the_exact_interval_for_the_number_of_objects() -> None:
     objects = np.array([f"object {i // 4}" for i in range(80)])  # twenty of them
     right = np.ones(80)
     found = estimate(partial(mean, right), objects)["mean"]
@@ -99,8 +99,8 @@ def test_a_share_that_all_objects_agree_on_has_an_interval_of_as_many_trials_as_
     assert wrong.high == pytest.approx(1 - 0.025 ** (1 / 20))
 
 
-def test_exact_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    """Of 30 objects and a purity of 0.97, two of five samples have no failure, and a bootstrap of those no width."""
+def test_exact_intervals_have_their_nominal_coverage() -> None:
+    """With 30 objects and a purity of 0.97, two of five samples have no failure, where the bootstrap has zero width."""
     rng = np.random.default_rng(8)
     objects = np.array([f"object {i}" for i in range(30)])
     perfect = [sample for sample in rng.random((40, 30)) < 0.97 if sample.all()]

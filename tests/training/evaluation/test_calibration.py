@@ -1,4 +1,4 @@
-"""The calibration slope and intercept, against scikit-learn, against simulated truths, and of few alerts."""
+"""Calibration slope and intercept, compared with scikit-learn and with simulated truths, also for few alerts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from training.evaluation.predictions import Predictions
 
 
 def outcomes(logit: NDArray[np.float64], slope: float, intercept: float, seed: int) -> NDArray[np.bool_]:
-    """Drawn with the probabilities of a logit that is `slope` times the given one plus `intercept`."""
+    """Draw outcomes with logits of `slope` times the given logit plus `intercept`."""
     chance = 1 / (1 + np.exp(-(slope * logit + intercept)))
     return np.random.default_rng(seed).random(len(logit)) < chance
 
@@ -28,7 +28,7 @@ def as_predictions(probability: NDArray[np.float64], happened: NDArray[np.bool_]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_of_many_alerts_they_are_those_of_a_logistic_regression(weighted: bool) -> None:
+def test_for_many_alerts_they_agree_with_logistic_regression(weighted: bool) -> None:
     rng = np.random.default_rng(1)
     logit = rng.normal(1, 3, 20000)
     happened = outcomes(logit, 0.6, -1, seed=2)
@@ -39,7 +39,7 @@ def test_of_many_alerts_they_are_those_of_a_logistic_regression(weighted: bool) 
     assert intercept == pytest.approx(expected.intercept_[0], abs=5e-3)
 
 
-def test_every_resample_is_estimated_as_it_would_be_alone() -> None:
+def test_a_resample_gives_the_same_estimate_alone() -> None:
     rng = np.random.default_rng(3)
     logit = rng.normal(0, 2, 60)
     happened = outcomes(logit, 1, 0, seed=4)
@@ -49,7 +49,7 @@ def test_every_resample_is_estimated_as_it_would_be_alone() -> None:
     assert together == pytest.approx(np.array(alone), abs=1e-5)
 
 
-def test_scores_that_separate_the_classes_have_a_finite_slope_and_one_class_has_none() -> None:
+def test_separated_classes_have_a_finite_slope_and_a_single_class_has_none() -> None:
     logit = np.concatenate([np.linspace(-9, -2, 50), np.linspace(2, 9, 300)])
     slope, _ = slope_and_intercept(logit, logit > 0, np.ones(350))
     assert 0.5 < slope < 10
@@ -58,7 +58,7 @@ def test_scores_that_separate_the_classes_have_a_finite_slope_and_one_class_has_
 
 
 @pytest.mark.parametrize(("slope", "calibrated"), [(1.0, True), (0.4, False)])
-def test_the_intervals_tell_a_calibrated_model_from_one_that_is_too_sure(slope: float, calibrated: bool) -> None:
+def test_intervals_distinguish_a_calibrated_from_an_overconfident_model(slope: float, calibrated: bool) -> None:
     logit = np.random.default_rng(5).normal(0, 3, 600)
     found = describe_calibration(as_predictions(1 / (1 + np.exp(-logit)), outcomes(logit, slope, 0, seed=6)))
     low, high = found["calibration_slope"].low, found["calibration_slope"].high
@@ -72,7 +72,7 @@ def test_the_intervals_tell_a_calibrated_model_from_one_that_is_too_sure(slope: 
     assert (found["ece"].value <= expected) == calibrated
 
 
-def test_the_error_of_a_calibrated_model_is_what_calibrated_models_have() -> None:
+def test_the_expected_ece_of_a_calibrated_model_is_right() -> None:
     logit = np.random.default_rng(7).normal(0, 2, 200)
     probability = 1 / (1 + np.exp(-logit))
     found = [describe_calibration(as_predictions(probability, outcomes(logit, 1, 0, seed))) for seed in range(3)]
@@ -82,4 +82,4 @@ def test_the_error_of_a_calibrated_model_is_what_calibrated_models_have() -> Non
     of_twenty_objects = describe_calibration(crowded)["ece_if_calibrated"].value
     assert expected is not None
     assert of_twenty_objects is not None
-    assert of_twenty_objects > 1.5 * expected  # though it is of as many alerts
+    assert of_twenty_objects > 1.5 * expected  # although there are as many alerts

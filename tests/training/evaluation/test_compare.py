@@ -1,4 +1,4 @@
-"""Comparisons: who beats whom is judged on the same objects, what cannot be compared is refused, the page is whole."""
+"""Comparison of evaluations: paired differences, refusals, and a complete page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALERTS, OBJECTS = 150, 75
 RNG = np.random.default_rng(8)
 TRUTH = RNG.integers(0, 2, ALERTS)
 DIFFICULTY = RNG.normal(0, 0.15, ALERTS)
-"""What makes an alert hard for every model alike."""
+"""Noise that makes an alert difficult for every model."""
 DATASET = DatasetCard.model_construct(sha256="1" * 64, labels="of a test")
 SPEED = [
     ServedSpeed(batch=b, alerts_per_second=1e3, cpu_microseconds=1e3, peak_megabytes=90, provider="it", threads=1)
@@ -37,7 +37,7 @@ Write = Callable[..., Path]
 
 
 def card(name: str, **training: float | str) -> Card:
-    """The default bundle's card with another name, and other words on its training."""
+    """The card of `default` with another name, and another description of its training."""
     default = load_bundle("default").card
     story = default.training.model_copy(update={"evaluation": training})
     return default.model_copy(update={"name": name, "training": story})
@@ -45,7 +45,7 @@ def card(name: str, **training: float | str) -> Card:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes the evaluation of a model that is right the more often the less `noise` it has."""
+    """Write the evaluation of a model whose errors increase with `noise`."""
 
     def write(
         directory: str,
@@ -84,7 +84,7 @@ def width(of: Estimate) -> float:
     return of.high - of.low
 
 
-def test_the_better_model_comes_first_and_beats_the_other(write: Write) -> None:
+def test_the_better_model_comes_first_with_a_significant_difference(write: Write) -> None:
     better, worse = read_evaluations([write("worse", 0.4), write("better", 0.02)])
     assert (better.title, worse.title) == ("better", "worse")
     difference = better.ahead_of(worse, "roc_auc")
@@ -94,19 +94,19 @@ def test_the_better_model_comes_first_and_beats_the_other(write: Write) -> None:
     assert opposite.value == -(difference.value or np.nan)
 
 
-def test_objects_that_are_hard_for_both_do_not_blur_a_difference(write: Write) -> None:
+def test_differences_are_paired_by_object(write: Write) -> None:
     a, b = read_evaluations([write("a", 0.01), write("bb", 0.01)])
     assert width(a.ahead_of(b, "roc_auc")) < 0.5 * width(a.figure("roc_auc"))
 
 
-def test_a_model_does_not_beat_itself(write: Write) -> None:
-    a, b = read_evaluations([write("one", 0.1), write("two", 0.1)])  # equally long names: equal noise
+def test_equal_models_do_not_differ(write: Write) -> None:
+    a, b = read_evaluations([write("one", 0.1), write("two", 0.1)])  # names of equal length give equal noise
     assert a.ahead_of(b, "roc_auc") == Estimate(value=0, low=0, high=0)
     assert "*" not in as_markdown([a, b]).partition("| against |")[2]
 
 
 class Links(HTMLParser):
-    """What a page would fetch, and its headings."""
+    """Collects the headings of a page and the resources that it would load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def test_the_command_writes_the_page_and_prints_the_table(write: Write, capsys: 
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_the_page_needs_nothing_else_and_the_table_has_a_row_a_model(write: Write, n: int) -> None:
+def test_the_page_is_self_contained_and_the_table_has_a_row_per_model(write: Write, n: int) -> None:
     models = read_evaluations([write("m" * (i + 1), 0.1 * (i + 1)) for i in range(n)])
     page = Links()
     page.feed(as_html(models))
@@ -136,17 +136,19 @@ def test_the_page_needs_nothing_else_and_the_table_has_a_row_a_model(write: Writ
     figures = re.search(r"## Figures\n.*?\n## ", as_markdown(models), re.DOTALL)
     assert figures is not None
     rows = [line for line in figures[0].splitlines() if line.startswith("| m")]
-    assert len(rows) == n + 1  # and the head
+    assert len(rows) == n + 1  # with the header
     assert str(models[0].figure("roc_auc")) in rows[1]
 
 
-def test_a_model_that_may_have_seen_the_objects_in_training_is_named(write: Write) -> None:
+def test_models_that_may_have_trained_on_the_objects_are_named(write: Write) -> None:
     apart = write("apart", 0.2, dataset_sha256=DATASET.sha256)
-    assert "may have seen these objects: elsewhere." in as_markdown(read_evaluations([apart, write("elsewhere", 0.1)]))
-    assert "may have seen" not in as_markdown(read_evaluations([apart]))
+    assert "training may have used these objects: elsewhere." in as_markdown(
+        read_evaluations([apart, write("elsewhere", 0.1)])
+    )
+    assert "training may have used" not in as_markdown(read_evaluations([apart]))
 
 
-def test_runs_of_several_shares_of_the_data_make_a_curve_and_seeds_a_mean(write: Write) -> None:
+def test_fractions_of_the_data_make_a_curve_and_seeds_are_averaged(write: Write) -> None:
     runs = [
         write(f"{fraction}_{seed}_{'x' * i}", noise, regimen="galaxies", fraction=fraction, seed=seed)
         for i, (fraction, noise) in enumerate([(0.1, 0.5), (0.5, 0.2), (1.0, 0.1)])
@@ -159,13 +161,13 @@ def test_runs_of_several_shares_of_the_data_make_a_curve_and_seeds_a_mean(write:
         assert f"| stampnet, galaxies, images | {share} | 2 |" in over_seeds
 
 
-def test_models_of_one_name_are_told_apart_by_their_directories_and_a_name_is_never_markup(write: Write) -> None:
+def test_models_of_one_name_are_named_by_directory_and_names_are_escaped(write: Write) -> None:
     page = as_html(read_evaluations([write("<i>", 0.1, name="same"), write("&b|", 0.3, name="same")]))
     assert "/&lt;i&gt;" in page
     assert "<i>" not in page
 
 
-def test_histories_are_judged_where_there_are_magnitudes(write: Write) -> None:
+def test_policies_are_evaluated_if_there_are_magnitudes(write: Write) -> None:
     [blind] = read_evaluations([write("blind", 0.1)])
     assert "## Policies" not in as_markdown([blind])
     [seeing] = read_evaluations([write("seeing", 0.1, magpsf=18.0)])
@@ -209,6 +211,6 @@ def test_other_alerts_of_the_same_data_set_are_refused(write: Write) -> None:
         read_evaluations([write("a", 0.1), write("b", 0.1, n=149)])
 
 
-def test_what_is_no_evaluation_is_named(tmp_path: Path) -> None:
+def test_a_directory_without_evaluation_is_named(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"not an evaluation: there is no evaluation\.json"):
         read_evaluations([tmp_path])

@@ -1,4 +1,4 @@
-"""Evaluating a bundle: its scores are the service's, its figures are whole, and what does not fit is said in a line."""
+"""Evaluation of a bundle: scores equal to those of the service, complete figures, and clear errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def night() -> list[SimulatedAlert]:
 
 
 def build_from(night: list[SimulatedAlert], directory: Path, cutout_size: int = 63) -> Dataset:
-    """The night as a data set, labelled by what it truly shows."""
+    """The night as a data set with true labels."""
     packets = directory / "packets"
     packets.mkdir()
     with (directory / "labels.csv").open("w", newline="") as file:
@@ -62,7 +62,9 @@ def dataset(night: list[SimulatedAlert], tmp_path_factory: pytest.TempPathFactor
     return build_from(night, tmp_path_factory.mktemp("night"))
 
 
-def test_its_scores_are_the_services_to_the_bit(model: Model, dataset: Dataset, night: list[SimulatedAlert]) -> None:
+def test_scores_are_bit_identical_to_those_of_the_service(
+    model: Model, dataset: Dataset, night: list[SimulatedAlert]
+) -> None:
     predictions = predict(model, dataset, "train")
     packets = [Packet(alert.packet, FilePosition("night", record=i)) for i, alert in enumerate(night)]
     scorer = Scorer((model,))
@@ -74,7 +76,7 @@ def test_its_scores_are_the_services_to_the_bit(model: Model, dataset: Dataset, 
     assert [one in truly_real for one in predictions.alert_id.tolist()] == (predictions.truth == 1).tolist()
 
 
-def test_the_command_writes_what_reads_back_whole(dataset: Dataset, tmp_path: Path) -> None:
+def test_the_files_of_the_command_can_be_read_back(dataset: Dataset, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "training", "evaluate", "default", "--split", "train"]
     command += ["--dataset", str(dataset.directory), "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
@@ -96,7 +98,7 @@ def test_the_command_writes_what_reads_back_whole(dataset: Dataset, tmp_path: Pa
     assert (predictions.decided == predictions.truth).mean() == pytest.approx(evaluation.figures["accuracy"].value)
 
 
-def test_the_row_of_a_class_in_the_confusion_matrix_is_shares_of_it(model: Model, dataset: Dataset) -> None:
+def test_rows_of_the_confusion_matrix_sum_to_one(model: Model, dataset: Dataset) -> None:
     predictions = predict(model, dataset, "train")
     evaluation = evaluate(model.bundle.card, dataset.card, "train", predictions, [])
     recall = evaluation.confusion[1][1].value
@@ -105,13 +107,13 @@ def test_the_row_of_a_class_in_the_confusion_matrix_is_shares_of_it(model: Model
         assert sum(cell.value or 0 for cell in row) == pytest.approx(1)
 
 
-def test_smaller_cutouts_than_the_model_takes(model: Model, night: list[SimulatedAlert], tmp_path: Path) -> None:
+def test_cutouts_that_are_too_small_are_refused(model: Model, night: list[SimulatedAlert], tmp_path: Path) -> None:
     small = build_from(night[:60], tmp_path, cutout_size=45)
-    with pytest.raises(EvaluationError, match=r"cutouts have 45 px and .* takes 63 px: build it again"):
+    with pytest.raises(EvaluationError, match=r"cutouts have 45 px, but .* takes 63 px: build it again"):
         predict(model, small, "test")
 
 
-def test_columns_that_the_data_set_lacks(model: Model, dataset: Dataset) -> None:
+def test_missing_columns_are_refused(model: Model, dataset: Dataset) -> None:
     card = model.bundle.card
     inputs = card.inputs.model_copy(update={"metadata": (MetadataColumn(name="seeing_of_tomorrow", fill=0),)})
     thirsty = replace(model, bundle=replace(model.bundle, card=card.model_copy(update={"inputs": inputs})))
@@ -119,14 +121,14 @@ def test_columns_that_the_data_set_lacks(model: Model, dataset: Dataset) -> None
         predict(thirsty, dataset, "test")
 
 
-def test_a_split_without_a_class(model: Model, dataset: Dataset) -> None:
+def test_a_split_without_a_class_is_refused(model: Model, dataset: Dataset) -> None:
     one_sided = Dataset.open(dataset.directory)
     one_sided.label = np.ones_like(one_sided.label)
     with pytest.raises(EvaluationError, match="split test has no alert of class bogus"):
         predict(model, one_sided, "test")
 
 
-def test_a_data_set_of_other_classes(model: Model, dataset: Dataset) -> None:
+def test_a_data_set_with_other_classes_is_refused(model: Model, dataset: Dataset) -> None:
     other = Dataset.open(dataset.directory)
     other.card = other.card.model_copy(update={"classes": ("VS", "SN")})
     with pytest.raises(
@@ -135,7 +137,7 @@ def test_a_data_set_of_other_classes(model: Model, dataset: Dataset) -> None:
         predict(model, other, "test")
 
 
-def test_of_a_model_that_tells_more_the_data_sets_classes_are_asked(dataset: Dataset) -> None:
+def test_a_model_with_more_labels_is_evaluated_on_the_classes_of_the_data_set(dataset: Dataset) -> None:
     model = open_model("classes", Runtime(engine="onnxruntime", device="cpu", inference_threads=1))
     other = Dataset.open(dataset.directory)
     other.card = other.card.model_copy(update={"classes": ("SN", "asteroid")})
@@ -146,7 +148,7 @@ def test_of_a_model_that_tells_more_the_data_sets_classes_are_asked(dataset: Dat
     assert np.array_equal(predictions.truth, 1 - view.label)
 
 
-def test_a_survey_that_the_model_is_not_for(model: Model, dataset: Dataset) -> None:
+def test_alerts_of_another_survey_are_refused(model: Model, dataset: Dataset) -> None:
     other = Dataset.open(dataset.directory)
     other.card = other.card.model_copy(update={"surveys": ("lsst",)})
     with pytest.raises(EvaluationError, match="alerts of lsst"):
@@ -154,13 +156,13 @@ def test_a_survey_that_the_model_is_not_for(model: Model, dataset: Dataset) -> N
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"model": "x"}'])
-def test_half_an_evaluation_is_none(tmp_path: Path, content: bytes) -> None:
+def test_a_truncated_evaluation_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / EVALUATION).write_bytes(content)
     with pytest.raises(EvaluationError, match=r"evaluation\.json: .*evaluate the model again"):
         Evaluation.read(tmp_path)
 
 
-def test_predictions_that_are_cut_off(model: Model, dataset: Dataset, tmp_path: Path) -> None:
+def test_truncated_predictions_are_refused(model: Model, dataset: Dataset, tmp_path: Path) -> None:
     path = tmp_path / PREDICTIONS
     predict(model, dataset, "test").write(path)
     os.truncate(path, path.stat().st_size // 2)
@@ -168,7 +170,7 @@ def test_predictions_that_are_cut_off(model: Model, dataset: Dataset, tmp_path: 
         Predictions.read(path, ("bogus", "real"), 0.5)
 
 
-def test_no_interval_of_a_model_without_a_mistake_is_a_point(dataset: Dataset) -> None:
+def test_a_perfect_model_has_no_interval_of_zero_width(dataset: Dataset) -> None:
     view = dataset["train"]
     scores = np.where(view.label == 1, 0.99, 0.01).astype(np.float32)[:, None]
     perfect = Predictions(

@@ -1,4 +1,4 @@
-"""Purity and completeness of what policies save, on histories small enough to count by hand."""
+"""Purity and completeness of policies, on histories that can be counted by hand."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ def predictions(alerts: list[tuple[str, int, float, int, float]]) -> Predictions
     return Predictions(("no", "yes"), alert_id, objects, magpsf, truth, score[:, None].astype(np.float32), 0.5)
 
 
-def test_an_object_counts_once_whatever_the_order_of_its_alerts() -> None:
+def test_an_object_counts_once_for_any_order_of_its_alerts() -> None:
     histories = Histories.of(predictions(ALERTS))
     assert len(histories.first) == 4
     figures = histories.measure(np.ones(len(ALERTS)))
-    # Two alerts above 0.5: the one that is found alone; one above 0.85: the same, the contaminant has 0.8.
+    # Two alerts above 0.5: only the true object; one above 0.85: the same, since the contaminant has 0.8.
     assert (figures["bts_p1.purity"], figures["bts_p1.completeness"]) == (1, 0.5)
     assert (figures["prod_p2.purity"], figures["prod_p2.completeness"]) == (1, 0.5)
 
 
-def test_what_ought_not_to_be_saved_makes_it_less_pure() -> None:
+def test_a_saved_contaminant_lowers_the_purity() -> None:
     alerts = [(*alert[:4], 0.9) if alert[0] == "contaminant" else alert for alert in ALERTS]
     figures = Histories.of(predictions(alerts)).measure(np.ones(len(alerts)))
     assert {name: figures[f"{name}.purity"] for name in POLICIES} == dict.fromkeys(POLICIES, 0.5)
 
 
-def test_an_object_that_is_drawn_twice_counts_twice() -> None:
+def test_an_object_with_weight_two_counts_twice() -> None:
     objects = np.array([alert[0] for alert in ALERTS])
     figures = Histories.of(predictions(ALERTS)).measure(np.stack([1 + 1.0 * (objects == "found")]))
     assert figures["bts_p1.completeness"] == pytest.approx([2 / 3])
 
 
-def test_purity_is_not_told_where_every_object_is_true() -> None:
+def test_there_is_no_purity_if_every_object_is_true() -> None:
     true = [alert for alert in ALERTS if alert[3] == 1]
     histories = Histories.of(predictions(true))
     assert len(histories.first) == 2

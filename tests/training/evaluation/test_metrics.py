@@ -1,4 +1,4 @@
-"""Figures of merit, against scikit-learn, against their definitions, and under weights."""
+"""Metrics, compared with scikit-learn and with their definitions, with and without weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def classified() -> Predictions:
 
 
 @pytest.mark.parametrize("seed", [None, 5])
-def test_figures_of_one_label_are_scikit_learns(real_or_bogus: Predictions, seed: int | None) -> None:
+def test_binary_metrics_agree_with_scikit_learn(real_or_bogus: Predictions, seed: int | None) -> None:
     n = len(real_or_bogus)
     weight = np.ones(n) if seed is None else np.random.default_rng(seed).integers(0, 4, n).astype(float)
     truth, score, decided = real_or_bogus.truth, real_or_bogus.probabilities[:, 0], real_or_bogus.decided
@@ -58,7 +58,7 @@ def test_figures_of_one_label_are_scikit_learns(real_or_bogus: Predictions, seed
     )
 
 
-def test_figures_of_classes_are_scikit_learns(classified: Predictions) -> None:
+def test_metrics_of_classes_agree_with_scikit_learn(classified: Predictions) -> None:
     truth, probabilities, decided = classified.truth, classified.probabilities, classified.decided
     figures = measure(classified, np.ones(len(classified)))
     assert figures["roc_auc"] == pytest.approx(
@@ -73,7 +73,7 @@ def test_figures_of_classes_are_scikit_learns(classified: Predictions) -> None:
     assert (confusion(classified, np.ones(len(classified))) == sklearn.confusion_matrix(truth, decided)).all()
 
 
-def test_a_class_that_is_never_claimed_lowers_the_mean_and_one_that_is_not_there_leaves_none() -> None:
+def test_a_class_that_is_never_predicted_lowers_the_mean_and_an_absent_class_makes_it_undefined() -> None:
     truth, scores = np.array([0, 1, 2]), np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.5, 0.3, 0.2]])
     figures = measure(predictions(truth, scores, "VS", "AGN", "SN"), np.ones(3))
     assert figures["SN.precision"] == 0
@@ -83,7 +83,7 @@ def test_a_class_that_is_never_claimed_lowers_the_mean_and_one_that_is_not_there
     assert all(np.isnan(without_sn[name]) for name in ("roc_auc", "recall", "balanced_accuracy"))
 
 
-def test_many_weights_at_once_give_what_each_gives_alone(classified: Predictions) -> None:
+def test_many_weights_at_once_give_the_same_as_one_at_a_time(classified: Predictions) -> None:
     weights = np.random.default_rng(4).integers(0, 3, (5, len(classified))).astype(float)
     together = measure(classified, weights)
     for r, weight in enumerate(weights):
@@ -91,7 +91,7 @@ def test_many_weights_at_once_give_what_each_gives_alone(classified: Predictions
         assert plain({name: values[r] for name, values in together.items()}) == pytest.approx(plain(alone))
 
 
-def test_a_weight_counts_an_alert_so_many_times(real_or_bogus: Predictions) -> None:
+def test_a_weight_is_equivalent_to_repeating_an_alert(real_or_bogus: Predictions) -> None:
     times = np.random.default_rng(6).integers(0, 4, len(real_or_bogus))
     rows = np.repeat(np.arange(len(times)), times)
     repeated = predictions(real_or_bogus.truth[rows], real_or_bogus.probabilities[rows], "bogus", "real")
@@ -99,15 +99,15 @@ def test_a_weight_counts_an_alert_so_many_times(real_or_bogus: Predictions) -> N
     assert plain(weighted) == pytest.approx(plain(measure(repeated, np.ones(len(rows)))))
 
 
-def test_scores_that_are_all_tied_rank_nothing() -> None:
+def test_equal_scores_give_no_ranking() -> None:
     tied = rank(np.array([True, False, True, False]), np.full(4, 0.5), np.ones(4))
     assert tied.roc_auc == 0.5
     assert tied.average_precision == 0.5
     assert tied.false_positive_rate_missing(0.01) == 1
 
 
-def test_false_positives_at_a_fixed_share_of_missed_ones() -> None:
-    # A hundred positives from 0.01 to 1; one negative below them all, one just above the third lowest.
+def test_false_positive_rate_at_a_fixed_false_negative_rate() -> None:
+    # A hundred positives from 0.01 to 1; one negative below all of them, one just above the third lowest.
     positive = np.array([True] * 100 + [False] * 2)
     score = np.append(np.arange(1, 101) / 100, [0.001, 0.035])
     ranking = rank(positive, score, np.ones(102))
@@ -116,7 +116,7 @@ def test_false_positives_at_a_fixed_share_of_missed_ones() -> None:
     assert ranking.false_positive_rate_missing(0.03) == 0
 
 
-def test_a_calibrated_model_has_no_calibration_error_and_an_overconfident_one_has() -> None:
+def test_only_the_overconfident_model_has_a_calibration_error() -> None:
     rng = np.random.default_rng(7)
     said = rng.random(200_000)
     truth = (rng.random(200_000) < said).astype(np.int64)
@@ -136,7 +136,7 @@ def test_reliability_of_classes_is_that_of_the_most_probable_one(classified: Pre
     assert reliability.happened[6] == pytest.approx(correct[inside].mean())
 
 
-def test_what_is_not_defined_is_nan_and_never_a_number() -> None:
+def test_undefined_metrics_are_nan() -> None:
     only_real = measure(predictions(np.ones(3, np.int64), np.array([0.2, 0.6, 0.9]), "bogus", "real"), np.ones(3))
     assert np.isnan(only_real["roc_auc"])
     assert np.isnan(only_real["fpr_at_fnr_1"])

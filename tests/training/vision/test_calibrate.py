@@ -1,4 +1,4 @@
-"""Calibrating a trained network: class weights are undone, and what the validation split shows is corrected."""
+"""Calibration of a trained network: class weights are undone, and deviations on the validation split corrected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.vision.classifier import class_weights
 
 
 class Linear(nn.Module):
-    """A network that is only its last layer."""
+    """A network with a single layer."""
 
     def __init__(self, features: int, labels: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Linear(nn.Module):
 
 
 def trained(features: Tensor, label: Tensor, weights: Tensor) -> Linear:
-    """Trained to convergence with class weights, as `Classifier` weighs."""
+    """A network trained to convergence with class weights as in `Classifier`."""
     torch.manual_seed(1)
     network = Linear(features.shape[1], 1 if len(weights) == 2 else len(weights))
     optimizer = torch.optim.LBFGS(network.parameters(), max_iter=500, line_search_fn="strong_wolfe")
@@ -50,18 +50,18 @@ def probabilities(network: nn.Module, features: Tensor) -> np.ndarray:
         return (logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)).numpy()
 
 
-def test_without_the_class_weights_a_network_says_how_common_the_classes_are() -> None:
+def test_undoing_class_weights_gives_the_frequencies_of_two_classes() -> None:
     rng = np.random.default_rng(2)
     label = (rng.random(20000) < 0.05).astype(np.int64)
     features = torch.from_numpy(rng.normal(label[:, None], 1, (20000, 2)))
     weights = class_weights(label, 2, balance=True)
     network = trained(features, torch.from_numpy(label), weights)
-    assert probabilities(network, features).mean() > 0.25  # five times too many
+    assert probabilities(network, features).mean() > 0.25  # five times too high
     apply(network, Calibration(undo_weights(weights), 1.0, np.zeros(1)))
     assert probabilities(network, features).mean() == pytest.approx(label.mean(), abs=0.003)
 
 
-def test_of_several_classes_too() -> None:
+def test_undoing_class_weights_gives_the_frequencies_of_several_classes() -> None:
     rng = np.random.default_rng(3)
     label = rng.choice(3, 20000, p=[0.9, 0.08, 0.02])
     features = torch.from_numpy(rng.normal(np.eye(3)[label], 1))
@@ -73,7 +73,7 @@ def test_of_several_classes_too() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 4])
-def test_a_temperature_and_shifts_that_were_wrong_are_found(classes: int) -> None:
+def test_wrong_scale_and_shifts_are_recovered(classes: int) -> None:
     rng = np.random.default_rng(4)
     logits = rng.normal(0, 2, (30000, 1 if classes == 2 else classes))
     whole = np.concatenate([np.zeros((30000, 1)), logits], axis=1) if classes == 2 else logits
@@ -86,7 +86,7 @@ def test_a_temperature_and_shifts_that_were_wrong_are_found(classes: int) -> Non
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_few_alerts_that_are_told_apart_leave_probabilities_that_few_alerts_can_support(classes: int) -> None:
+def test_few_separated_alerts_do_not_give_extreme_probabilities(classes: int) -> None:
     label = np.repeat(range(classes), 4)
     logits = 40.0 * np.eye(classes)[label][:, -(1 if classes == 2 else classes) :]
     found = fit_calibration(logits, label, np.zeros(logits.shape[1]))
@@ -95,7 +95,7 @@ def test_few_alerts_that_are_told_apart_leave_probabilities_that_few_alerts_can_
     assert 0.8 < float(said) < 0.9999
 
 
-def test_a_network_is_never_turned_round() -> None:
+def test_the_scale_is_never_negative() -> None:
     logits = np.array([[2.0], [1.0], [-1.0], [-2.0]] * 20)
     label = np.array([0, 0, 1, 1] * 20)
     found = fit_calibration(logits, label, np.zeros(1))

@@ -1,4 +1,4 @@
-"""Fitting: from a data set to a bundle that scores as its predictions say; stopped, damaged and misconfigured runs."""
+"""`fit`: a bundle whose scores are the predictions, and interrupted, damaged and misconfigured runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ONE_CORE = Hardware(accelerator="cpu", devices=1, threads=1)
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Networks this small gain nothing from more, and lose much where other tests want the cores."""
+    """One torch thread: more do not speed up such small networks, and slow down tests that run in parallel."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -43,7 +43,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def config(night_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Fit]:
-    """A fit of a tiny network in three short epochs; `changes`: of its keys."""
+    """The configuration of a tiny network with three short epochs; `changes`: other values of keys."""
     runs = tmp_path_factory.mktemp("runs")
 
     def make(name: str, **changes: object) -> Fit:
@@ -56,7 +56,7 @@ def config(night_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def fitted(config: Callable[..., Fit]) -> Fit:
-    """One that has been fitted, with metadata and every log."""
+    """A finished fit, with metadata and every kind of log."""
     wanted = config("fitted", metadata=("magpsf", "distnr"), logs=("csv", "tensorboard"))
     fit(wanted)
     return wanted
@@ -66,7 +66,7 @@ def weights(config: Fit) -> dict[str, torch.Tensor]:
     return load_file(config.out / BUNDLE / WEIGHTS)
 
 
-def test_ends_with_a_bundle_and_what_that_says_of_the_test_split(fitted: Fit, night_dataset: Dataset) -> None:
+def test_writes_a_bundle_and_its_predictions_on_the_test_split(fitted: Fit, night_dataset: Dataset) -> None:
     model = open_model(str(fitted.out / BUNDLE), Runtime(engine="torch", device="cpu", inference_threads=1))
     test = night_dataset["test"].read()
     scores = model.run(RawAlerts(test.cutouts, test.cutout_box, test.metadata, test.columns))["probabilities"]
@@ -79,7 +79,7 @@ def test_ends_with_a_bundle_and_what_that_says_of_the_test_split(fitted: Fit, ni
     assert [(column.fill, column.flag) for column in card.inputs.metadata] == [(-999, False)] * 2
 
 
-def test_the_weights_of_the_lowest_validation_loss_are_served(fitted: Fit) -> None:
+def test_the_weights_with_the_lowest_validation_loss_are_served(fitted: Fit) -> None:
     rows = next((fitted.out / "log").rglob("metrics.csv")).read_text().splitlines()
     place = rows[0].split(",").index("val_loss")
     losses = [float(row.split(",")[place]) for row in rows[1:] if row.split(",")[place]]
@@ -96,9 +96,7 @@ def test_the_weights_of_the_lowest_validation_loss_are_served(fitted: Fit) -> No
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
-def test_the_network_that_is_served_gives_calibrated_probabilities(
-    fitted: Fit, night_dataset: Dataset, engine: str
-) -> None:
+def test_the_served_network_gives_calibrated_probabilities(fitted: Fit, night_dataset: Dataset, engine: str) -> None:
     runtime = Runtime.model_validate({"engine": engine, "device": "cpu", "inference_threads": 1})
     model = open_model(str(fitted.out / BUNDLE), runtime)
     validation = night_dataset["validation"].read()
@@ -118,16 +116,18 @@ def test_the_network_that_is_served_gives_calibrated_probabilities(
     )
     expected = 1 / (1 + np.exp(-(scale * (logit + unweighted) + shift)))
     assert served == pytest.approx(expected, abs=1e-3)
-    assert abs(served.mean() - (validation.label == 1).mean()) < 0.1  # a calibrated mean is the share that is real
-    assert ((served > card.outputs.thresholds["real"]) == (logit > 0)).mean() > 0.99  # decides as it was trained to
+    assert (
+        abs(served.mean() - (validation.label == 1).mean()) < 0.1
+    )  # the mean calibrated probability is the fraction of real alerts
+    assert (
+        (served > card.outputs.thresholds["real"]) == (logit > 0)
+    ).mean() > 0.99  # the decisions are those of the network as trained
     assert {"calibration_slope_95", "calibration_intercept_95", "ece_95", "ece_if_calibrated"} <= evaluation.keys()
 
 
-def test_a_run_that_was_killed_ends_as_one_that_was_not(
-    config: Callable[..., Fit], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed after an epoch that was not the best, which it must not begin again with."""
-    # After a first epoch at a hundredth of it, this learning rate spoils what was learnt.
+def test_a_killed_run_gives_the_same_result(config: Callable[..., Fit], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is killed after an epoch that is not the best; it must not resume from the best one."""
+    # The first epoch has a hundredth of this learning rate; the full rate then makes the network worse.
     recipe = Recipe(epochs=4, warm_up_epochs=1, batch=16, learning_rate=0.3, seed=1)
     whole, killed = config("whole", recipe=recipe), config("killed", recipe=recipe)
     fit(whole)
@@ -151,7 +151,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
 
 
 @pytest.mark.parametrize("share", [0, 0.5])
-def test_a_half_written_checkpoint_is_said(config: Callable[..., Fit], fitted: Fit, share: float) -> None:
+def test_a_truncated_checkpoint_is_refused(config: Callable[..., Fit], fitted: Fit, share: float) -> None:
     wanted = config(f"half_{share}".replace(".", "_"))
     wanted.out.mkdir()
     whole = (fitted.out / LAST).read_bytes()
@@ -160,13 +160,13 @@ def test_a_half_written_checkpoint_is_said(config: Callable[..., Fit], fitted: F
         fit(wanted)
 
 
-def test_a_file_that_would_run_code_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_checkpoint_that_would_execute_code_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "epoch": Runtime}, tmp_path / "evil.ckpt")
     with pytest.raises(TrainingError, match="not a complete checkpoint"):
         read_checkpoint(tmp_path / "evil.ckpt")
 
 
-def test_frozen_fusion_trains_the_branches_apart_and_then_the_joint_head_alone(config: Callable[..., Fit]) -> None:
+def test_frozen_fusion_trains_the_branches_separately_and_then_only_the_head(config: Callable[..., Fit]) -> None:
     frozen = Architecture(name=TINY.name, arguments={**TINY.arguments, "fusion": "frozen", "metadata_hidden": (8, 4)})
     wanted = config("frozen", architecture=frozen, metadata=("magpsf", "distnr"))
     fit(wanted)
@@ -184,7 +184,7 @@ def test_frozen_fusion_trains_the_branches_apart_and_then_the_joint_head_alone(c
         fit(config("no_metadata", architecture=frozen))
 
 
-def test_frozen_fusion_that_was_killed_between_its_branches_ends_as_one_that_was_not(
+def test_frozen_fusion_that_is_killed_between_branches_gives_the_same_result(
     config: Callable[..., Fit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frozen = Architecture(name=TINY.name, arguments={**TINY.arguments, "fusion": "frozen", "metadata_hidden": (8, 4)})
@@ -206,8 +206,8 @@ def test_frozen_fusion_that_was_killed_between_its_branches_ends_as_one_that_was
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(killed).items())
 
 
-def test_an_epoch_that_is_better_by_too_little_is_not_kept(config: Callable[..., Fit]) -> None:
-    """As in BTSbot's code: an improvement counts where it is of 0.5 %; here nearly all of the loss would have to go."""
+def test_an_epoch_with_too_small_an_improvement_is_not_kept(config: Callable[..., Fit]) -> None:
+    """BTSbot's code requires an improvement of 0.5 %; this test requires one of nearly the whole loss."""
     recipe = Recipe(epochs=6, warm_up_epochs=1, batch=16, learning_rate=3e-3, seed=1, patience=2, least_improvement=0.9)
     wanted = config("patient", recipe=recipe)
     fit(wanted)
@@ -217,27 +217,27 @@ def test_an_epoch_that_is_better_by_too_little_is_not_kept(config: Callable[...,
     evaluation = load_bundle(wanted.out / BUNDLE).card.training.evaluation
     assert evaluation["epoch"] == 1
     assert evaluation["validation_loss"] == pytest.approx(losses[0], abs=1e-5)
-    assert len(losses) == 3  # the first epoch, and two without an improvement
+    assert len(losses) == 3  # the first epoch and two epochs without an improvement
 
 
-def test_corrupt_cutouts_are_left_out_where_that_is_asked_for(
+def test_alerts_with_corrupt_cutouts_are_dropped_on_request(
     night_packets: Path, night_labels: Labels, tmp_path: Path
 ) -> None:
     dataset = build_dataset([night_packets], night_labels, tmp_path / "set")
     view = dataset["train"]
     assert not corrupt(view).any()
-    shard = dataset._arrays[0]  # the pixels that views read, in place of a file with damaged ones
+    shard = dataset._arrays[0]  # change the pixels in memory instead of in a file
     cutouts = shard["cutouts"].copy()
     blank, infinite, half, nan = view.rows[:4].tolist()
     cutouts[blank, 1] = 0
     cutouts[infinite, 0] = np.inf
-    cutouts[half, 2, :20] = np.inf  # its median is a number
+    cutouts[half, 2, :20] = np.inf  # its median is finite
     cutouts[nan, 0] = np.nan
     dataset._arrays[0] = {**shard, "cutouts": cutouts}
     assert np.flatnonzero(corrupt(view)).tolist() == [0, 1, 3]
 
 
-def test_frozen_branches_are_in_training_mode_where_the_recipe_says_so() -> None:
+def test_frozen_branches_are_in_training_mode_on_request() -> None:
     network = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 1))
     classifier = Classifier(network, Recipe(), torch.ones(2), [network[0], network[1]], "training").train()
     before = network[0].weight.clone()
@@ -249,7 +249,7 @@ def test_frozen_branches_are_in_training_mode_where_the_recipe_says_so() -> None
     assert not classifier.eval().network[1].training
 
 
-def test_wrong_configurations_are_said(config: Callable[..., Fit], fitted: Fit, tmp_path: Path) -> None:
+def test_wrong_configurations_are_refused(config: Callable[..., Fit], fitted: Fit, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="was started with another configuration"):
         fit(fitted.model_copy(update={"recipe": Recipe(epochs=4)}))
     with pytest.raises(DatasetError, match="the metadata columns nonsense are missing"):
@@ -276,7 +276,10 @@ def test_wrong_configurations_are_said(config: Callable[..., Fit], fitted: Fit, 
         assert "\n" not in str(refused.value)
     file = tmp_path / "fit.yaml"
     file.write_text("name: x\nepochs: 3\nrecipe: {warm_up_epochs: 30}\n")
-    with pytest.raises(TrainingError, match=r"dataset: Field required.*warm_up_epochs: 30 of 25.*epochs: Extra inputs"):
+    with pytest.raises(
+        TrainingError,
+        match=r"dataset: Field required.*warm_up_epochs \(30\) must be fewer than epochs \(25\).*epochs: Extra inputs",
+    ):
         read_configuration(Fit, file)
     file.write_text("recipe: {betas: [0.9, 1]}\nhardware: {devices: 0}\n")
     with pytest.raises(TrainingError, match=r"recipe\.betas\.1: .*less than 1; hardware\.devices\..*greater than 0"):
@@ -284,13 +287,13 @@ def test_wrong_configurations_are_said(config: Callable[..., Fit], fitted: Fit, 
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_said(config: Callable[..., Fit]) -> None:
+def test_a_missing_gpu_is_an_error(config: Callable[..., Fit]) -> None:
     wanted = config("gpu").model_copy(update={"hardware": Hardware(accelerator="gpu", devices=2)})
     with pytest.raises(TrainingError, match="hardware: No supported gpu backend found"):
         fit(wanted)
 
 
-def test_a_configuration_that_could_not_begin_is_mended_in_its_directory(config: Callable[..., Fit]) -> None:
+def test_a_configuration_that_failed_before_training_can_be_corrected_in_place(config: Callable[..., Fit]) -> None:
     wrong, right = config("mended", metadata=("nonsense",)), config("mended", metadata=("magpsf",))
     with pytest.raises(DatasetError, match="the metadata columns nonsense are missing"):
         fit(wrong)
@@ -299,13 +302,13 @@ def test_a_configuration_that_could_not_begin_is_mended_in_its_directory(config:
         fit(wrong)
 
 
-def test_a_run_that_diverged_is_said(config: Callable[..., Fit]) -> None:
+def test_a_diverged_run_is_an_error(config: Callable[..., Fit]) -> None:
     recipe = Recipe(epochs=2, warm_up_epochs=0, batch=16, learning_rate=1e30)
     with pytest.raises(TrainingError, match="validation loss was NaN or infinite in every epoch; try a lower"):
         fit(config("diverged", recipe=recipe))
 
 
-def test_flips_and_turns_keep_every_pixel_and_nothing_else() -> None:
+def test_rotations_and_flips_only_permute_pixels() -> None:
     torch.manual_seed(0)
     image = torch.arange(2 * 5 * 5, dtype=torch.float32).reshape(1, 2, 5, 5)
     oriented = orient(image.expand(400, 2, 5, 5))
@@ -315,7 +318,7 @@ def test_flips_and_turns_keep_every_pixel_and_nothing_else() -> None:
     assert all(torch.equal(one.sort().values, image.flatten().sort().values) for one in oriented.flatten(1)[:20])
 
 
-def test_the_rare_class_counts_as_much_as_the_common_one() -> None:
+def test_balanced_classes_have_the_same_total_weight() -> None:
     label = np.array([0] * 30 + [1] * 10)
     weight = class_weights(label, 2, balance=True)
     assert float(weight[0] * 30) == pytest.approx(float(weight[1] * 10))

@@ -1,4 +1,4 @@
-"""Pre-training: galaxies with what is known of them, an encoder that learns it, and a fit that begins with that."""
+"""Pre-training: galaxies and their answers, an encoder that learns them, and a fit that starts from it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def galaxies() -> Galaxies:
 
 @pytest.fixture
 def galaxy_zoo(tmp_path: Path) -> tuple[Path, Path]:
-    """A folder of three images, and a table in Galaxy Zoo's format that describes them and one that is not there."""
+    """A folder of three images, and a table in Galaxy Zoo's format that lists them and a missing one."""
     for i in range(3):
         Image.fromarray(np.full((128, 128, 3), (60 * i, 100, 200), np.uint8)).save(tmp_path / f"{i}.png")
     rows = [f"elsewhere/{i}.png,{0.1 * i},{'' if i == 1 else 0.5},1" for i in range(4)]
@@ -57,8 +57,8 @@ def galaxy_zoo(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path, table
 
 
-def test_simulated_galaxies_are_what_their_answers_say(galaxies: Galaxies) -> None:
-    """More extended ones are wider, edge-on ones flatter; a seed gives the same ones again, whatever their number."""
+def test_simulated_galaxies_agree_with_their_answers(galaxies: Galaxies) -> None:
+    """Extended galaxies are wider, edge-on ones flatter; a seed gives the same galaxies for any number."""
     answers = dict(zip(galaxies.questions, galaxies.answers.T, strict=True))
     y, x = np.mgrid[-31:32, -31:32]
     light = np.clip(galaxies.images[:, 0], 0, None) * (np.hypot(x, y) < 15)
@@ -74,7 +74,7 @@ def test_simulated_galaxies_are_what_their_answers_say(galaxies: Galaxies) -> No
     assert np.array_equal(simulate_galaxies(3, seed=3).images, galaxies.images[:3])
 
 
-def test_galaxy_zoos_format(galaxy_zoo: tuple[Path, Path]) -> None:
+def test_reads_the_format_of_galaxy_zoo(galaxy_zoo: tuple[Path, Path]) -> None:
     found = read_galaxies(*galaxy_zoo, size=21)
     assert found.questions == ("edge-on_yes_fraction", "spiral_yes_fraction")
     assert found.images.shape == (3, 3, 21, 21)
@@ -83,7 +83,7 @@ def test_galaxy_zoos_format(galaxy_zoo: tuple[Path, Path]) -> None:
     assert read_galaxies(*galaxy_zoo, questions=("ring",)).answers.tolist() == [[1], [1], [1]]
 
 
-def test_galaxies_that_cannot_be_used_are_said(galaxy_zoo: tuple[Path, Path]) -> None:
+def test_unusable_galaxies_are_refused(galaxy_zoo: tuple[Path, Path]) -> None:
     folder, table = galaxy_zoo
     with pytest.raises(DatasetError, match="no column nonsense"):
         read_galaxies(folder, table, questions=("nonsense",))
@@ -104,7 +104,7 @@ def test_galaxies_that_cannot_be_used_are_said(galaxy_zoo: tuple[Path, Path]) ->
             read_galaxies(folder, table)
 
 
-def test_an_image_that_claims_any_size_is_refused(galaxy_zoo: tuple[Path, Path]) -> None:
+def test_a_decompression_bomb_is_refused(galaxy_zoo: tuple[Path, Path]) -> None:
     folder, table = galaxy_zoo
     whole = (folder / "0.png").read_bytes()
     header = whole[12:16] + struct.pack(">II", 60_000, 60_000) + whole[24:29]
@@ -124,7 +124,7 @@ def test_reads_real_galaxies(shared_data: Path, tmp_path: Path) -> None:
     assert found.images.std() > 5
 
 
-def test_what_was_not_asked_does_not_count(galaxies: Galaxies) -> None:
+def test_unanswered_questions_do_not_contribute_to_the_loss(galaxies: Galaxies) -> None:
     few = Galaxies(galaxies.images[:2], np.array([[1.0], [0.0]], np.float32), ("ring",), "others")
     both = combine([galaxies, few])
     assert both.questions == (*QUESTIONS, "ring")
@@ -136,7 +136,7 @@ def test_what_was_not_asked_does_not_count(galaxies: Galaxies) -> None:
     assert learner.loss_of((said, torch.tensor([[0.0, 1.0]]))).item() == pytest.approx(0.125)
 
 
-def test_an_encoder_learns_and_a_fit_begins_with_it(
+def test_an_encoder_learns_and_a_fit_starts_from_it(
     galaxy_zoo: tuple[Path, Path], night_dataset: Dataset, tmp_path: Path
 ) -> None:
     folder, table = galaxy_zoo
@@ -150,7 +150,7 @@ def test_an_encoder_learns_and_a_fit_begins_with_it(
         Pretraining(out=out, architecture=TINY, galaxies=sources, dropout=0.1, recipe=recipe, hardware=ONE_CORE)
     )
     losses = [float(value) for value in (card["validation_loss"], card["baseline_loss"])]
-    assert losses[0] < 1.1 * losses[1], losses  # as good as the mean answers nearly, from random ones
+    assert losses[0] < 1.1 * losses[1], losses  # nearly as good as the mean answers
     written = yaml.safe_load((out / ENCODER_CARD).read_text())
     assert "3 real galaxies of galaxies.csv; 40 galaxies simulated with GalSim" in written["galaxies"]
 
@@ -176,7 +176,7 @@ def test_an_encoder_learns_and_a_fit_begins_with_it(
         fit(begun.model_copy(update={"encoder": Encoder(regimen="x", source="nowhere"), "out": tmp_path / "lost"}))
 
 
-def test_an_encoder_of_timms_is_kept_by_timms_names(tmp_path: Path) -> None:
+def test_a_timm_encoder_is_saved_with_the_names_of_timm(tmp_path: Path) -> None:
     recipe = Optimisation(epochs=2, warm_up_epochs=1, batch=4)
     sources = (Simulated(kind="simulated", galaxies=8),)
     pretrain(Pretraining(out=tmp_path, architecture=TIMM, galaxies=sources, recipe=recipe, hardware=ONE_CORE))

@@ -1,4 +1,4 @@
-"""A study: its order, a row for each run, and that what is finished is not done again."""
+"""Studies: the order of runs, a row for each run, and no repetition of finished runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TINY = {"name": "btsbot_cnn", "arguments": {"channels": [4, 8], "kernel": 3, "hi
 
 @pytest.fixture
 def study(night_dataset: Dataset, tmp_path: Path) -> dict[str, object]:
-    """What a small study's file says."""
+    """The configuration of a small study."""
     return {
         "out": str(tmp_path / "study"),
         "datasets": {"night": str(night_dataset.directory)},
@@ -31,7 +31,7 @@ def study(night_dataset: Dataset, tmp_path: Path) -> dict[str, object]:
 
 
 def begin(study: dict[str, object], folder: Path) -> list[dict[str, str]]:
-    """Runs the command on the file; the rows of its table."""
+    """Run the command on the file, and return the rows of its table."""
     file = folder / "study.yaml"
     file.write_text(yaml.safe_dump(study))
     run(argparse.Namespace(study=file))
@@ -39,7 +39,7 @@ def begin(study: dict[str, object], folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(table))
 
 
-def test_a_study_goes_on_with_what_is_not_finished(study: dict[str, object], tmp_path: Path) -> None:
+def test_a_study_resumes_with_unfinished_runs(study: dict[str, object], tmp_path: Path) -> None:
     first = begin(study, tmp_path)
     assert [row["run"] for row in first] == ["night_tiny_scratch_images_100pct_seed1"]
     assert 0 <= float(first[0]["roc_auc"]) <= 1
@@ -54,20 +54,20 @@ def test_a_study_goes_on_with_what_is_not_finished(study: dict[str, object], tmp
     assert "| tiny | scratch | images | 100% | 2 |" in report
 
 
-def test_a_run_that_fails_is_told_of_and_the_others_are_made(study: dict[str, object], tmp_path: Path) -> None:
+def test_a_failed_run_is_reported_and_the_others_are_made(study: dict[str, object], tmp_path: Path) -> None:
     study["regimens"] = {"galaxies": {"encoders": {"tiny": str(tmp_path / "absent.safetensors")}}, "scratch": {}}
     with pytest.raises(TrainingError, match="1 of 2 runs failed, see the log: night_tiny_galaxies_images_100pct_seed1"):
         begin(study, tmp_path)
     assert "night_tiny_scratch_images_100pct_seed1" in (tmp_path / "study" / TABLE).read_text()
 
 
-def test_a_run_that_diverges_is_one_that_fails(study: dict[str, object], tmp_path: Path) -> None:
+def test_a_diverged_run_is_a_failed_run(study: dict[str, object], tmp_path: Path) -> None:
     study["regimens"] = {"wild": {"recipe": {"learning_rate": 1e30, "warm_up_epochs": 0}}}
     with pytest.raises(TrainingError, match="1 of 1 runs failed"):
         begin(study, tmp_path)
 
 
-def test_what_is_misspelt_in_a_study_is_said_before_a_run_is_made(study: dict[str, object], tmp_path: Path) -> None:
+def test_misspelt_keys_are_refused_before_the_first_run(study: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"regimens\.galaxies: encoders lists models that are not .*: tinny"):
         begin({**study, "regimens": {"scratch": {}, "galaxies": {"encoders": {"tinny": "x"}}}}, tmp_path)
     for changes in (
@@ -100,7 +100,10 @@ def test_one_seed_of_everything_comes_before_the_next(study: dict[str, object]) 
     assert len(cells) == len({cell.name for cell in cells}) == 20
     config = configure(whole, cells[-1])
     assert (config.recipe.seed, config.recipe.fraction, config.recipe.learning_rate) == (2, 0.1, 1e-4)
-    assert (config.recipe.epochs, config.recipe.warm_up_epochs) == (20, 10)  # ten times as often over a tenth
+    assert (config.recipe.epochs, config.recipe.warm_up_epochs) == (
+        20,
+        10,
+    )  # ten times as many epochs with a tenth of the sources
     assert config.metadata == ("magpsf",)
     assert config.encoder is not None
     assert config.encoder.regimen == "galaxies"

@@ -1,4 +1,4 @@
-"""What a study found: means over seeds, and differences of runs that differ in one thing."""
+"""Reports on studies: means over seeds, and differences between runs that differ in one choice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TRUTH = np.arange(40) % 2
 
 
 def predictions(noise: float, seed: int) -> Predictions:
-    """A yes or no of 40 objects: the truth, and noise."""
+    """Binary predictions for 40 objects: the truth plus noise."""
     score = 1 / (1 + np.exp(-(2.0 * TRUTH - 1 + noise * np.random.default_rng(seed).normal(size=40))))
     return Predictions(
         ("bogus", "real"),
@@ -33,7 +33,7 @@ def test_a_cell_is_the_mean_over_its_seeds() -> None:
     assert cell.resampled["roc_auc"] == pytest.approx((one.resampled["roc_auc"] + other.resampled["roc_auc"]) / 2)
 
 
-def test_only_runs_that_differ_in_one_thing_are_set_against_each_other() -> None:
+def test_only_runs_that_differ_in_one_choice_are_compared() -> None:
     good, poor = predictions(0.1, 1), predictions(4, 2)
     report = as_markdown(
         {

@@ -1,4 +1,4 @@
-"""Published AstroM3 code's inputs and outputs, with the synthetic weights that they were made with."""
+"""Inputs and outputs of the published AstroM3 code, with the synthetic weights that they were computed with."""
 
 from __future__ import annotations
 

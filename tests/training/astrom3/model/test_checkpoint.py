@@ -1,4 +1,4 @@
-"""Checkpoints in the published layout: read by name and shape, and refused by name where they do not fit."""
+"""Checkpoints in the published layout: read by name and shape, refused by name if they do not fit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_small(directory: Path) -> AstroM3:
 
 
 @torch.inference_mode()
-def test_a_folder_as_published_gives_the_published_logits(
+def test_a_folder_in_the_published_layout_gives_the_published_logits(
     tmp_path: Path, golden_card: dict[str, Any], golden_network: AstroM3Classifier, golden_stars: Stars
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"classification": True, **golden_card["kwargs"]}))
@@ -67,7 +67,7 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
         load_network(tmp_path)
 
 
-def test_a_tensor_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     write_small(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["metadata_encoder.model.3.weight"]
@@ -76,7 +76,7 @@ def test_a_tensor_that_is_missing_is_named(tmp_path: Path) -> None:
         load_network(tmp_path)
 
 
-def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     network = write_small(tmp_path)
     network.metadata_proj.bias.data[0] = float("nan")
     write_network(tmp_path, network)
@@ -96,7 +96,7 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
         ('{"conv_channels": [3, 4, 4, 4, 4, 4, 4, 4]}', "leave nothing of 2575 wavelengths"),
     ],
 )
-def test_a_configuration_that_makes_no_network_is_refused(tmp_path: Path, configuration: str, complaint: str) -> None:
+def test_a_configuration_of_no_network_is_refused(tmp_path: Path, configuration: str, complaint: str) -> None:
     write_small(tmp_path)
     (tmp_path / "config.json").write_text(configuration)
     with pytest.raises(BundleError, match=complaint):
@@ -117,7 +117,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
         load_network(tmp_path)
 
 
-def test_a_photometry_classifier_carries_the_published_names(tmp_path: Path) -> None:
+def test_a_photometry_classifier_has_the_published_names(tmp_path: Path) -> None:
     write_network(tmp_path, PhotometryClassifier(InformerArguments(classification=True, **SMALL["enc_in"])))
     names = load_file(tmp_path / "model.safetensors").keys()
     assert {"enc_embedding.position_embedding.pe", "encoder.attn_layers.0.conv1.weight", "fc.weight"} <= names

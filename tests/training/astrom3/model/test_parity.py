@@ -1,4 +1,4 @@
-"""Our networks and preprocessing give what the published code gives; and what its random keys change."""
+"""Networks and preprocessing give the results of the published code; effect of its random keys."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_parameters_have_the_published_names_and_shapes(
 
 
 @torch.inference_mode()
-def test_encoders_give_the_published_features(
+def test_encoders_give_the_features_of_the_published_code(
     golden: Golden, golden_network: AstroM3Classifier, golden_stars: Stars, given_keys: torch.Tensor
 ) -> None:
     photometry = golden_network.photometry_encoder(golden_stars.photometry, golden_stars.mask, given_keys)
@@ -50,7 +50,7 @@ def test_encoders_give_the_published_features(
 
 
 @torch.inference_mode()
-def test_embeddings_logits_and_losses_are_the_published_ones(
+def test_embeddings_logits_and_losses_are_those_of_the_published_code(
     golden: Golden, golden_network: AstroM3Classifier, golden_stars: Stars, given_keys: torch.Tensor
 ) -> None:
     embeddings = golden_network.embed(golden_stars, given_keys)
@@ -64,7 +64,7 @@ def test_embeddings_logits_and_losses_are_the_published_ones(
 
 
 @pytest.mark.parametrize("star", range(6))
-def test_preprocessing_is_the_published_one(golden: Golden, star: int) -> None:
+def test_preprocessing_is_that_of_the_published_code(golden: Golden, star: int) -> None:
     light_curve = prepare_light_curve(golden[f"raw_lightcurve_{star}"], golden["aux"][star])
     photometry, mask = to_length(light_curve, 200)
     np.testing.assert_allclose(photometry, golden["photometry"][star], rtol=0, atol=PREPROCESSING)
@@ -74,7 +74,7 @@ def test_preprocessing_is_the_published_one(golden: Golden, star: int) -> None:
 
 
 @torch.inference_mode()
-def test_without_given_keys_a_star_has_one_embedding_in_any_batch(
+def test_with_all_keys_an_embedding_is_deterministic_in_any_batch(
     golden_network: AstroM3Classifier, golden_stars: Stars
 ) -> None:
     together = golden_network.embed(golden_stars)
@@ -85,7 +85,9 @@ def test_without_given_keys_a_star_has_one_embedding_in_any_batch(
 
 
 @torch.inference_mode()
-def test_all_keys_stand_in_the_midst_of_random_ones(golden_network: AstroM3Classifier, golden_stars: Stars) -> None:
+def test_all_keys_give_an_embedding_amid_those_of_random_keys(
+    golden_network: AstroM3Classifier, golden_stars: Stars
+) -> None:
     torch.manual_seed(0)
     encoder = golden_network.photometry_encoder
     all_keys = golden_network.embed(golden_stars).photometry

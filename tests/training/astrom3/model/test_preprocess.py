@@ -1,4 +1,5 @@
-"""AstroM3's preprocessing on real LAMOST spectra and real light curves, and on what cannot be normalised."""
+"""AstroM3's preprocessing of real LAMOST spectra and real light curves, and of observations that cannot be
+normalised."""
 
 from __future__ import annotations
 
@@ -38,21 +39,21 @@ def lamost_files(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return sorted(folder.rglob("*.fits"))
 
 
-def test_every_real_spectrum_is_prepared(lamost_files: list[Path]) -> None:
+def test_every_real_spectrum_is_preprocessed(lamost_files: list[Path]) -> None:
     assert len(lamost_files) == 176
     for path in lamost_files:
         spectrum = read_spectrum(path)
         flux, weight, scale = prepare_spectrum(spectrum)
         assert flux.shape == WAVELENGTHS.shape == (2575,)
         assert abs(flux.mean()) < 1e-3
-        if spectrum[:, 1].all():  # the scale leaves out what was not observed
+        if spectrum[:, 1].all():  # unobserved wavelengths do not count for the scale
             assert np.median(np.abs(flux - np.median(flux))) == pytest.approx(1, abs=1e-3)
         assert (weight >= 0).all()
         assert np.ptp(scale) == 0
 
 
-def test_hydrogen_absorbs_where_it_should(lamost_files: list[Path]) -> None:
-    """Vacuum wavelengths: most of these stars are F, A and G, whose spectra dip at Balmer alpha."""
+def test_balmer_alpha_is_at_its_vacuum_wavelength(lamost_files: list[Path]) -> None:
+    """Most of these stars are of types A, F and G, with absorption at Balmer alpha."""
     h_alpha, width = 6564.6, 10
     depths = []
     for path in lamost_files:
@@ -63,7 +64,7 @@ def test_hydrogen_absorbs_where_it_should(lamost_files: list[Path]) -> None:
     assert np.mean(np.array(depths) > 0) > 0.9
 
 
-def test_real_rr_lyrae_light_curves_are_prepared(shared_data: Path) -> None:
+def test_real_rr_lyrae_light_curves_are_preprocessed(shared_data: Path) -> None:
     with tarfile.open(shared_data / "lightcurves" / "ztf_bts_snIa_2289_sdss_rrlyr_483.tar.xz") as archive:
         member = next(m for m in archive if m.name.startswith("RRLyrae/light-curves/") and m.name.endswith(".csv"))
         stream = archive.extractfile(member)
@@ -82,13 +83,13 @@ def test_real_rr_lyrae_light_curves_are_prepared(shared_data: Path) -> None:
     assert photometry[0, 7] == pytest.approx(np.log10(np.median(np.abs(flux - np.median(flux)))), abs=1e-4)
 
 
-def test_order_and_repetition_of_observations_change_nothing() -> None:
+def test_order_and_repetition_of_observations_have_no_influence() -> None:
     observations = light_curve(50)
     shuffled = np.random.default_rng(1).permutation(np.concatenate([observations, observations[:20]]))
     np.testing.assert_array_equal(prepare_light_curve(shuffled, FEATURES), prepare_light_curve(observations, FEATURES))
 
 
-def test_a_unit_of_flux_shows_in_the_scale_alone() -> None:
+def test_the_flux_unit_changes_only_the_scale() -> None:
     observations = light_curve(50)
     brighter = observations * [1, 1000, 1000]
     one, other = prepare_light_curve(observations, FEATURES), prepare_light_curve(brighter, FEATURES)
@@ -124,7 +125,7 @@ def test_padding_repeats_the_constant_channels_or_is_zero() -> None:
         (light_curve(30) * [0, 1, 1], "two or more times"),
         (light_curve(30) * [1, 0, 1], "flux has a median absolute deviation of 0"),
         (light_curve(30) * [1, np.nan, 1], "not finite"),
-        (light_curve(30)[:, :2], "3 columns"),
+        (light_curve(30)[:, :2], r"shape \[n, 3\], not \[30, 2\]"),
     ],
 )
 def test_a_light_curve_without_span_or_spread_is_refused(observations: NDArray[np.float64], complaint: str) -> None:
@@ -159,7 +160,7 @@ def test_metadata_are_ordered_by_name() -> None:
         prepare_metadata(values | {"parallax": np.nan})
 
 
-def test_a_file_that_is_no_spectrum_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_spectrum_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.fits").write_bytes(b"SIMPLE")
     with pytest.raises(ObservationsError, match=r"x.fits: not a LAMOST spectrum"):
         read_spectrum(tmp_path / "x.fits")
