@@ -168,6 +168,7 @@ def test_a_relative_link_leads_to_a_file(page: Path) -> None:
     assert [link for link in relative if not (page.parent / link).exists()] == []
 
 
+MAX_README_LINES = 150
 RATIOS = CHECKOUT / "broker_filter" / "bench" / "ratios.json"
 
 
@@ -182,3 +183,8 @@ def test_the_ratios_in_the_documentation_are_the_recorded_ones(page: str) -> Non
 def test_every_recorded_ratio_is_in_the_documentation() -> None:
     text = (CHECKOUT / "docs" / "explanation" / "performance.md").read_text()
     assert all(f"| `{name}` |" in text for name in json.loads(RATIOS.read_bytes()))
+
+
+def test_the_readme_is_short() -> None:
+    """Details belong on a page below docs/."""
+    assert len((CHECKOUT / "README.md").read_text().splitlines()) <= MAX_README_LINES
