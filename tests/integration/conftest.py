@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fastavro
 import pytest
 import yaml
 from confluent_kafka import Consumer, Message, Producer
@@ -65,6 +69,10 @@ class RunningService:
             assert time.monotonic() < deadline, self.log
             time.sleep(0.1)
 
+    def wait_consumed(self, n: int) -> None:
+        """Wait until the output of `n` alerts, counted from the start of this instance, is committed."""
+        self.wait_until(lambda: self.metric("consumed_alerts_total") == n)
+
     def wait_ready(self) -> None:
         self.wait_until(lambda: self.get("/readyz")[0] == 200)
 
@@ -81,9 +89,47 @@ class RunningService:
         return self.process.wait(PATIENCE_S)
 
 
+Packets = list[bytes]
+Cluster = str | Mapping[str, str]
+"""How the tests reach a cluster: `host:port`, or the properties of a librdkafka client."""
 StartService = Callable[..., RunningService]
 MakeTopic = Callable[..., str]
 ReadCommitted = Callable[..., list[Message]]
+MakePipeline = Callable[..., "Pipeline"]
+
+
+@dataclass
+class Pipeline:
+    """An input topic, a service that reads it, and the topics `<prefix>.<name>` that the service writes."""
+
+    topic: str
+    prefix: str
+    """The prefix of the output topics, and the consumer group of the service."""
+    config: dict[str, Any]
+    """The configuration of the service; a test may change it before each start."""
+    source: Mapping[str, str]
+    """Client properties for the cluster of the input."""
+    target: Mapping[str, str]
+    """Client properties for the cluster of the output."""
+    start_service: StartService
+    read_committed: ReadCommitted
+
+    def start(self, environment: Mapping[str, str] | None = None, **sections: Any) -> RunningService:
+        """Start an instance of the service, in which `sections` replace those of `config`."""
+        return self.start_service(self.config | sections, environment)
+
+    def send(self, messages: Sequence[bytes | None]) -> None:
+        """Send messages to the input topic, spread over its partitions in turn."""
+        send(self.source, self.topic, messages)
+
+    def read(self, *names: str, expected: int) -> list[Message]:
+        """Read the committed records of the topics `<prefix>.<name>`, until `expected` are there and no more come."""
+        return self.read_committed(self.target, [f"{self.prefix}.{name}" for name in names], expected)
+
+
+def client_properties(cluster: Cluster) -> dict[str, str]:
+    """The properties of a librdkafka client of the cluster."""
+    return {"bootstrap.servers": cluster} if isinstance(cluster, str) else dict(cluster)
 
 
 def service_config(bootstrap: str, topic: str, prefix: str, **output: Any) -> dict[str, Any]:
@@ -96,6 +142,68 @@ def service_config(bootstrap: str, topic: str, prefix: str, **output: Any) -> di
 
 def headers(message: Any) -> dict[str, str]:
     return {name: value.decode() for name, value in message.headers()}
+
+
+def inputs(records: Sequence[Message]) -> Counter[str]:
+    """How often each input position (`topic/partition/offset`) is in the output."""
+    return Counter(headers(record)["input"].partition("/")[2] for record in records)
+
+
+def alert(value: bytes) -> dict[str, Any]:
+    """The one alert of an output record, as any client reads it."""
+    (record,) = fastavro.reader(io.BytesIO(value))
+    assert isinstance(record, dict)
+    return record
+
+
+@pytest.fixture(scope="session")
+def packets(ztf_packets: list[tuple[int, bytes]]) -> Packets:
+    """Every shared ZTF packet."""
+    return [packet for _, packet in ztf_packets]
+
+
+@pytest.fixture(params=["one cluster", "two clusters"])
+def output_bootstrap(request: pytest.FixtureRequest, kafka_bootstrap: str) -> str:
+    """Where the output goes: to the cluster of the input, or to another."""
+    if request.param == "one cluster":
+        return kafka_bootstrap
+    other: str = request.getfixturevalue("second_kafka_bootstrap")
+    return other
+
+
+@pytest.fixture
+def make_pipeline(
+    request: pytest.FixtureRequest,
+    make_topic: MakeTopic,
+    start_service: StartService,
+    read_committed: ReadCommitted,
+    unique_name: Callable[[str], str],
+) -> MakePipeline:
+    """Makes an input topic with messages in it, and the configuration of a service that reads it."""
+
+    def make(
+        messages: Sequence[bytes | None] = (),
+        *,
+        topic: str | None = None,
+        partitions: int = 2,
+        source: Cluster | None = None,
+        target: Cluster | None = None,
+        **output: Any,
+    ) -> Pipeline:
+        """Make a pipeline; `output` is the section of the configuration beside its prefix and brokers.
+
+        `topic` names a topic that the test makes itself, `source` the cluster of the input (`kafka_bootstrap` by
+        default), `target` the cluster of the output (by default, the configuration names none).
+        """
+        source_properties = client_properties(source or request.getfixturevalue("kafka_bootstrap"))
+        target_properties = client_properties(target) if target else source_properties
+        if target:
+            output["bootstrap_servers"] = target_properties["bootstrap.servers"]
+        name, prefix = topic or make_topic(source_properties, messages, partitions=partitions), unique_name("filter")
+        config = service_config(source_properties["bootstrap.servers"], name, prefix, **output)
+        return Pipeline(name, prefix, config, source_properties, target_properties, start_service, read_committed)
+
+    return make
 
 
 @pytest.fixture
@@ -116,17 +224,17 @@ def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSer
 
 @pytest.fixture
 def make_topic(unique_name: Callable[[str], str]) -> MakeTopic:
-    """Makes a topic with messages in it: `make_topic(bootstrap or properties, messages)`; returns its name."""
+    """Makes a topic with messages in it: `make_topic(cluster, messages)`; returns its name."""
 
     def make(
-        broker: str | Mapping[str, str],
+        cluster: Cluster,
         messages: Sequence[bytes | None] = (),
         *,
         name: str | None = None,
         partitions: int = 2,
         configuration: Mapping[str, str] | None = None,
     ) -> str:
-        properties = {"bootstrap.servers": broker} if isinstance(broker, str) else dict(broker)
+        properties = client_properties(cluster)
         topic = name or unique_name("ztf")
         new = NewTopic(topic, partitions, -1, config=dict(configuration or {}))
         admin = AdminClient(properties)
@@ -152,8 +260,8 @@ def send(properties: Mapping[str, str], topic: str, messages: Sequence[bytes | N
 def read_committed(unique_name: Callable[[str], str]) -> ReadCommitted:
     """Reads topics from their beginning until `expected` records are there and no more come."""
 
-    def read(broker: str | Mapping[str, str], topics: Sequence[str], expected: int) -> list[Message]:
-        properties = {"bootstrap.servers": broker} if isinstance(broker, str) else dict(broker)
+    def read(cluster: Cluster, topics: Sequence[str], expected: int) -> list[Message]:
+        properties = client_properties(cluster)
         consumer = Consumer(
             {
                 **properties,

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
@@ -27,34 +26,19 @@ from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.streaming.account import Account
 from broker_filter.streaming.encoding import OutputRecord
 
-from .conftest import MakeTopic, ReadCommitted, StartService, headers, send, service_config
+from .conftest import MakePipeline, MakeTopic, Packets, ReadCommitted, headers, inputs
 
 pytestmark = pytest.mark.kafka
 
-Packets = list[tuple[int, bytes]]
 CHAOS = Path(__file__).resolve().parents[1] / "chaos.py"
 REGISTRATION = "AddPartitionsToTxn"
 """What a producer asks the coordinator, before it sends the first record of a transaction to a partition."""
 
 
-def inputs(records: list[object]) -> Counter[str]:
-    """How often each input position is in the output."""
-    return Counter(headers(record)["input"].partition("/")[2] for record in records)
-
-
-@pytest.fixture(params=["one cluster", "two clusters"])
-def output_bootstrap(request: pytest.FixtureRequest, kafka_bootstrap: str) -> str:
-    """Where the output goes: the cluster of the input, or another."""
-    if request.param == "one cluster":
-        return kafka_bootstrap
-    other: str = request.getfixturevalue("second_kafka_bootstrap")
-    return other
-
-
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("clusters", ["one", "two"])
 def test_kills_at_random_moments_lose_and_repeat_nothing(
-    clusters: str, kafka_bootstrap: str, second_kafka_bootstrap: str
+    kafka_bootstrap: str, second_kafka_bootstrap: str, clusters: str
 ) -> None:
     command = [sys.executable, str(CHAOS), "--alerts", "2000", "--kills", "4", "--clusters", clusters]
     running = ["--bootstrap-servers", kafka_bootstrap, "--output-bootstrap-servers", second_kafka_bootstrap]
@@ -65,31 +49,23 @@ def test_kills_at_random_moments_lose_and_repeat_nothing(
 
 
 def test_instance_that_was_away_too_long_repeats_nothing(
-    kafka_bootstrap: str,
-    output_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, output_bootstrap: str, packets: Packets
 ) -> None:
-    sent = [packet for _, packet in ztf_packets[:300]]
-    topic, prefix = make_topic(kafka_bootstrap, sent), unique_name("filter")
-    config = service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=output_bootstrap)
-    config["input"]["kafka"] = {"session.timeout.ms": 6000}
-    slow = config | {"transaction": {"linger_ms": 10_000, "max_alerts": 100_000, "max_ms": 10_000}}
-    away = start_service(slow)
+    sent = packets[:300]
+    pipeline = make_pipeline(sent, target=output_bootstrap)
+    pipeline.config["input"]["kafka"] = {"session.timeout.ms": 6000}
+    away = pipeline.start(transaction={"linger_ms": 10_000, "max_alerts": 100_000, "max_ms": 10_000})
     away.wait_until(lambda: away.metric("batch_alerts_sum") >= 100)
     assert away.metric("consumed_alerts_total") == 0
     away.process.send_signal(signal.SIGSTOP)  # in the midst of a transaction
 
-    other = start_service(config)
-    other.wait_until(lambda: other.metric("consumed_alerts_total") == len(sent))
+    other = pipeline.start()
+    other.wait_consumed(len(sent))
     away.process.send_signal(signal.SIGCONT)
     away.wait_for_log("lost")
-    send({"bootstrap.servers": kafka_bootstrap}, topic, sent[:50])
+    pipeline.send(sent[:50])
 
-    records = read_committed(output_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], len(sent) + 50)
+    records = pipeline.read("scored", "dead-letter", expected=len(sent) + 50)
     assert set(inputs(records).values()) == {1}
     assert len(records) == len(sent) + 50
     assert away.end() == 0
@@ -97,29 +73,21 @@ def test_instance_that_was_away_too_long_repeats_nothing(
 
 
 def test_partitions_are_handed_over_between_instances_without_repeating(
-    kafka_bootstrap: str,
-    output_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, output_bootstrap: str, packets: Packets
 ) -> None:
-    batch = [packet for _, packet in ztf_packets[:200]]
-    topic, prefix = make_topic(kafka_bootstrap, batch, partitions=4), unique_name("filter")
-    config = service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=output_bootstrap)
-    properties = {"bootstrap.servers": kafka_bootstrap}
-    first = start_service(config)
+    batch = packets[:200]
+    pipeline = make_pipeline(batch, partitions=4, target=output_bootstrap)
+    first = pipeline.start()
     first.wait_until(lambda: first.metric("assigned_partitions") == 4)
-    second = start_service(config)
-    send(properties, topic, batch)
+    second = pipeline.start()
+    pipeline.send(batch)
     second.wait_until(lambda: second.metric("assigned_partitions") == 2)
-    send(properties, topic, batch)
+    pipeline.send(batch)
     assert first.end() == 0
     second.wait_until(lambda: second.metric("assigned_partitions") == 4)
-    send(properties, topic, batch)
+    pipeline.send(batch)
 
-    records = read_committed(output_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], 800)
+    records = pipeline.read("scored", "dead-letter", expected=800)
 
     assert len(inputs(records)) == len(records) == 800
     assert "handed over before" not in first.log + second.log
@@ -128,25 +96,19 @@ def test_partitions_are_handed_over_between_instances_without_repeating(
 
 
 def test_across_clusters_the_positions_topic_is_the_truth(
-    kafka_bootstrap: str,
-    second_kafka_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, kafka_bootstrap: str, second_kafka_bootstrap: str, packets: Packets
 ) -> None:
-    sent = [packet for _, packet in ztf_packets[:40]]
-    topic, prefix = make_topic(kafka_bootstrap, sent), unique_name("filter")
-    config = service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=second_kafka_bootstrap)
-    first = start_service(config)
-    first.wait_until(lambda: first.metric("consumed_alerts_total") == len(sent))
+    sent = packets[:40]
+    pipeline = make_pipeline(sent, target=second_kafka_bootstrap)
+    first = pipeline.start()
+    first.wait_consumed(len(sent))
     assert first.end() == 0
 
-    positions = read_committed(second_kafka_bootstrap, [f"{prefix}.positions"], 2)
+    positions = pipeline.read("positions", expected=2)
     admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
     cluster = admin.list_topics(timeout=10).cluster_id
     latest = {record.key(): json.loads(record.value()) for record in positions}
+    topic, prefix = pipeline.topic, pipeline.prefix
     topic_id = admin.describe_topics(TopicCollection([topic]))[topic].result().topic_id
     position = {"next_offset": len(sent) // 2, "topic_id": str(topic_id), "leader_epoch": 0}
     assert latest == {position_key(cluster, prefix, topic, p): position for p in (0, 1)}
@@ -157,37 +119,31 @@ def test_across_clusters_the_positions_topic_is_the_truth(
     member.commit(offsets=[TopicPartition(topic, p, 0) for p in (0, 1)], asynchronous=False)  # a lie
     member.close()
 
-    second = start_service(config)
+    second = pipeline.start()
     second.wait_for_log(f"reading {topic}/1 from offset {len(sent) // 2}")
-    send({"bootstrap.servers": kafka_bootstrap}, topic, sent)
-    records = read_committed(second_kafka_bootstrap, [f"{prefix}.scored"], 2 * len(sent))
+    pipeline.send(sent)
+    records = pipeline.read("scored", expected=2 * len(sent))
     assert len(inputs(records)) == len(records) == 2 * len(sent)
     assert second.end() == 0
 
 
 def test_partition_that_a_stranger_fenced_is_taken_back(
-    kafka_bootstrap: str,
-    output_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, kafka_bootstrap: str, output_bootstrap: str, packets: Packets
 ) -> None:
-    sent = [packet for _, packet in ztf_packets[:40]]
-    topic, prefix = make_topic(kafka_bootstrap, sent, partitions=1), unique_name("filter")
-    config = service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=output_bootstrap)
-    config["input"]["kafka"] = {"group.instance.id": "one"}
-    service = start_service(config)
-    service.wait_until(lambda: service.metric("consumed_alerts_total") == len(sent))
+    sent = packets[:40]
+    pipeline = make_pipeline(sent, partitions=1, target=output_bootstrap)
+    pipeline.config["input"]["kafka"] = {"group.instance.id": "one"}
+    service = pipeline.start()
+    service.wait_consumed(len(sent))
 
     cluster = AdminClient({"bootstrap.servers": kafka_bootstrap}).list_topics(timeout=10).cluster_id
-    own = "one" if output_bootstrap == kafka_bootstrap else f"{cluster}/{topic}/0"
-    stranger = Producer({"bootstrap.servers": output_bootstrap, "transactional.id": f"{prefix}/{prefix}/{own}"})
+    own = "one" if output_bootstrap == kafka_bootstrap else f"{cluster}/{pipeline.topic}/0"
+    name = f"{pipeline.prefix}/{pipeline.prefix}/{own}"
+    stranger = Producer({"bootstrap.servers": output_bootstrap, "transactional.id": name})
     stranger.init_transactions(30)
-    send({"bootstrap.servers": kafka_bootstrap}, topic, sent)
+    pipeline.send(sent)
 
-    records = read_committed(output_bootstrap, [f"{prefix}.scored"], 2 * len(sent))
+    records = pipeline.read("scored", expected=2 * len(sent))
     assert len(inputs(records)) == len(records) == 2 * len(sent)
     assert "fenced" in service.log
     assert service.end() == 0
@@ -241,7 +197,7 @@ def harness(kafka_bootstrap: str, make_topic: MakeTopic) -> Iterator[Harness]:
 
 
 def test_fenced_owner_cannot_commit(
-    harness: Harness, kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str]
+    kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str], harness: Harness
 ) -> None:
     name = unique_name("writer")
     old = harness.claim(name)
@@ -260,7 +216,7 @@ def test_fenced_owner_cannot_commit(
 
 
 def test_transaction_that_the_coordinator_never_heard_of_is_given_up_as_if_fenced(
-    harness: Harness, kafka_bootstrap: str, unique_name: Callable[[str], str]
+    kafka_bootstrap: str, unique_name: Callable[[str], str], harness: Harness
 ) -> None:
     name = unique_name("writer")
     claim = harness.claim(name)
@@ -285,7 +241,7 @@ def test_transaction_that_the_coordinator_never_heard_of_is_given_up_as_if_fence
 
 
 def test_work_whose_claim_has_ended_is_dropped_and_the_rest_committed(
-    harness: Harness, kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str]
+    kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str], harness: Harness
 ) -> None:
     kept = harness.claim(unique_name("writer"))
     revoked = Claim("input", 1, kept.writer, 0)
@@ -300,7 +256,7 @@ def test_work_whose_claim_has_ended_is_dropped_and_the_rest_committed(
     assert [record.value() for record in read_committed(kafka_bootstrap, [harness.topic], 1)] == [b"kept"]
 
 
-def test_position_that_would_go_back_is_an_error(harness: Harness, unique_name: Callable[[str], str]) -> None:
+def test_position_that_would_go_back_is_an_error(unique_name: Callable[[str], str], harness: Harness) -> None:
     claim = harness.claim(unique_name("writer"))
     claim.writer.add(harness.work(claim, 0, b"x", n=5))
     with pytest.raises(PositionError, match="input/0: packets 4 to 4 after position 5"):
@@ -308,7 +264,7 @@ def test_position_that_would_go_back_is_an_error(harness: Harness, unique_name: 
 
 
 def test_aborted_transaction_is_produced_again_whole(
-    harness: Harness, kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str]
+    kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str], harness: Harness
 ) -> None:
     claim = harness.claim(unique_name("writer"))
     claim.writer.add(harness.work(claim, 0, b"small"))
@@ -326,7 +282,7 @@ def test_aborted_transaction_is_produced_again_whole(
 
 
 def test_records_that_fit_pass_although_the_batches_that_they_were_in_no_longer_do(
-    harness: Harness, kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str]
+    kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str], harness: Harness
 ) -> None:
     name, value = unique_name("writer"), os.urandom(8_000)
     old = harness.claim(name)
@@ -345,7 +301,7 @@ def test_records_that_fit_pass_although_the_batches_that_they_were_in_no_longer_
 
 
 def test_key_that_fills_a_record_by_itself_is_left_out(
-    harness: Harness, kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str]
+    kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str], harness: Harness
 ) -> None:
     claim = harness.claim(unique_name("writer"))
     set_max_message_bytes(AdminClient({"bootstrap.servers": kafka_bootstrap}), harness.topic, 5_000)

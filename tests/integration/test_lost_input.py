@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 from confluent_kafka import Message, TopicPartition
@@ -14,12 +14,9 @@ from broker_filter.kafka.checkpoint import Position, position_key, position_valu
 from broker_filter.kafka.topic_reader import read_topic
 from tests.foreign_messages import send_with_header
 
-from .conftest import MakeTopic, ReadCommitted, StartService, headers, send, service_config
-from .test_service import alert
+from .conftest import MakePipeline, MakeTopic, Packets, alert, headers, send
 
 pytestmark = pytest.mark.kafka
-
-Packets = list[tuple[int, bytes]]
 
 
 def make_anew(bootstrap: str, topic: str, messages: Sequence[bytes]) -> None:
@@ -45,130 +42,94 @@ def offsets(records: Sequence[Message]) -> list[int]:
 
 
 def test_topic_that_was_made_anew_is_refused_at_every_start_until_the_operator_decides(
-    kafka_bootstrap: str,
-    second_kafka_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, kafka_bootstrap: str, second_kafka_bootstrap: str, packets: Packets
 ) -> None:
-    packets = [packet for _, packet in ztf_packets[:13]]
-    topic, prefix = make_topic(kafka_bootstrap, packets[:5], partitions=1), unique_name("filter")
-    config = service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=second_kafka_bootstrap)
-    first = start_service(config)
-    first.wait_until(lambda: first.metric("consumed_alerts_total") == 5)
+    packets = packets[:13]
+    pipeline = make_pipeline(packets[:5], partitions=1, target=second_kafka_bootstrap)
+    first = pipeline.start()
+    first.wait_consumed(5)
     assert first.end() == 0
-    make_anew(kafka_bootstrap, topic, packets[5:])
+    make_anew(kafka_bootstrap, pipeline.topic, packets[5:])
 
     for _ in range(2):
-        refused = start_service(config)
+        refused = pipeline.start()
         assert refused.wait_ended() == 1
-        assert f"topic {topic} was deleted and made anew" in refused.log
+        assert f"topic {pipeline.topic} was deleted and made anew" in refused.log
         assert "Set input.remade to read" in refused.log
-    assert len(read_committed(second_kafka_bootstrap, [f"{prefix}.scored"], 5)) == 5
+    assert len(pipeline.read("scored", expected=5)) == 5
 
-    config["input"]["remade"] = "read"
-    reading = start_service(config)
-    records = read_committed(second_kafka_bootstrap, [f"{prefix}.scored"], 13)
+    pipeline.config["input"]["remade"] = "read"
+    reading = pipeline.start()
+    records = pipeline.read("scored", expected=13)
     assert offsets(records) == sorted([*range(5), *range(8)])
     assert reading.end() == 0
 
 
-@pytest.mark.parametrize("clusters", ["one", "two"])
 def test_topic_that_is_made_anew_in_a_run_loses_no_alert(
-    clusters: str,
-    kafka_bootstrap: str,
-    second_kafka_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, kafka_bootstrap: str, output_bootstrap: str, ztf_packets: list[tuple[int, bytes]]
 ) -> None:
     old, new = ztf_packets[:5], ztf_packets[5:13]
-    topic = make_topic(kafka_bootstrap, [packet for _, packet in old], partitions=1)
-    prefix = unique_name("filter")
-    bootstrap = kafka_bootstrap if clusters == "one" else second_kafka_bootstrap
-    config = service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=bootstrap, payload="no_cutouts")
-    service = start_service(config)
-    service.wait_until(lambda: service.metric("consumed_alerts_total") == len(old))
+    sent = [packet for _, packet in old]
+    pipeline = make_pipeline(sent, partitions=1, target=output_bootstrap, payload="no_cutouts")
+    service = pipeline.start()
+    service.wait_consumed(len(old))
 
-    make_anew(kafka_bootstrap, topic, [packet for _, packet in new])
+    make_anew(kafka_bootstrap, pipeline.topic, [packet for _, packet in new])
 
     # Within one cluster Kafka forgets a deleted topic's positions. If that comes before the service sees the new topic,
     # it is read from its beginning.
     while service.process.poll() is None and service.metric("consumed_alerts_total") < 13:
         time.sleep(0.1)
-    if clusters == "two" or service.process.poll() is not None:
-        for running in (service, start_service(config)):
+    if output_bootstrap != kafka_bootstrap or service.process.poll() is not None:
+        for running in (service, pipeline.start()):
             assert running.wait_ended() == 1
-            assert f"topic {topic} was deleted and made anew" in running.log
-        config["input"]["remade"] = "read"
-        service = start_service(config)
-    records = read_committed(bootstrap, [f"{prefix}.scored"], 13)
+            assert f"topic {pipeline.topic} was deleted and made anew" in running.log
+        pipeline.config["input"]["remade"] = "read"
+        service = pipeline.start()
+    records = pipeline.read("scored", expected=13)
     assert {alert(record.value())["candid"] for record in records} == {candid for candid, _ in (*old, *new)}
     assert service.end() == 0
 
 
 def test_position_of_an_earlier_version_has_no_topic_and_is_believed(
+    make_pipeline: MakePipeline,
     kafka_bootstrap: str,
     second_kafka_bootstrap: str,
-    ztf_packets: Packets,
+    packets: Packets,
     make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
 ) -> None:
-    packets = [packet for _, packet in ztf_packets[:8]]
-    topic, prefix = make_topic(kafka_bootstrap, packets, partitions=1), unique_name("filter")
-    make_topic(
-        second_kafka_bootstrap, name=f"{prefix}.positions", partitions=1, configuration={"cleanup.policy": "compact"}
-    )
+    pipeline = make_pipeline(packets[:8], partitions=1, target=second_kafka_bootstrap)
+    positions = f"{pipeline.prefix}.positions"
+    make_topic(second_kafka_bootstrap, name=positions, partitions=1, configuration={"cleanup.policy": "compact"})
     cluster = AdminClient({"bootstrap.servers": kafka_bootstrap}).list_topics(timeout=10).cluster_id
     value = position_value(Position(3, None))
     assert value == b'{"next_offset": 3}'
-    send(
-        {"bootstrap.servers": second_kafka_bootstrap},
-        f"{prefix}.positions",
-        [value],
-        key=position_key(cluster, prefix, topic, 0),
-    )
+    send(pipeline.target, positions, [value], key=position_key(cluster, pipeline.prefix, pipeline.topic, 0))
 
-    service = start_service(service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=second_kafka_bootstrap))
+    service = pipeline.start()
 
-    assert offsets(read_committed(second_kafka_bootstrap, [f"{prefix}.scored"], 5)) == list(range(3, 8))
+    assert offsets(pipeline.read("scored", expected=5)) == list(range(3, 8))
     assert service.end() == 0
 
 
-@pytest.mark.parametrize("clusters", ["one", "two"])
 def test_messages_that_expire_in_front_of_a_running_instance_are_said_and_counted(
-    clusters: str,
-    kafka_bootstrap: str,
-    second_kafka_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, kafka_bootstrap: str, output_bootstrap: str, packets: Packets
 ) -> None:
-    packets = [packet for _, packet in ztf_packets[:10]]
-    topic, prefix = make_topic(kafka_bootstrap, packets, partitions=1), unique_name("filter")
-    bootstrap = kafka_bootstrap if clusters == "one" else second_kafka_bootstrap
-    config = service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=bootstrap)
-    service = start_service(config)
-    service.wait_until(lambda: service.metric("consumed_alerts_total") == 10)
+    packets = packets[:10]
+    pipeline = make_pipeline(packets, partitions=1, target=output_bootstrap)
+    topic, service = pipeline.topic, pipeline.start()
+    service.wait_consumed(10)
     lost = f'lost_messages_total{{reason="expired",topic="{topic}"}}'
     assert f"broker_filter_{lost} 0.0" in service.get("/metrics")[1]
 
     service.process.send_signal(signal.SIGSTOP)
-    send({"bootstrap.servers": kafka_bootstrap}, topic, packets[:1])
+    pipeline.send(packets[:1])
     time.sleep(1.5)  # this one answers the fetch that is waiting at the broker
-    send({"bootstrap.servers": kafka_bootstrap}, topic, packets[1:])
-    delete_before(kafka_bootstrap, topic, 17)
+    pipeline.send(packets[1:])
+    delete_before(kafka_bootstrap, pipeline.topic, 17)
     service.process.send_signal(signal.SIGCONT)
 
-    records = read_committed(bootstrap, [f"{prefix}.scored"], 14)
+    records = pipeline.read("scored", expected=14)
     assert offsets(records)[-3:] == [17, 18, 19]
     read = set(offsets(records))
     first = min(set(range(20)) - read)
@@ -180,25 +141,20 @@ def test_messages_that_expire_in_front_of_a_running_instance_are_said_and_counte
 
 
 def test_messages_that_expire_between_two_runs_are_counted_once(
-    kafka_bootstrap: str,
-    second_kafka_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, kafka_bootstrap: str, second_kafka_bootstrap: str, packets: Packets
 ) -> None:
-    packets = [packet for _, packet in ztf_packets[:10]]
-    topic, prefix = make_topic(kafka_bootstrap, packets[:3], partitions=1), unique_name("filter")
-    config = service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=second_kafka_bootstrap)
+    packets = packets[:10]
+    pipeline = make_pipeline(packets[:3], partitions=1, target=second_kafka_bootstrap)
+    topic = pipeline.topic
     lost = f'lost_messages_total{{reason="expired",topic="{topic}"}}'
-    first = start_service(config)
-    first.wait_until(lambda: first.metric("consumed_alerts_total") == 3)
+    first = pipeline.start()
+    first.wait_consumed(3)
     assert first.end() == 0
-    send({"bootstrap.servers": kafka_bootstrap}, topic, packets[3:])
-    delete_before(kafka_bootstrap, topic, 10)
+    pipeline.send(packets[3:])
+    delete_before(kafka_bootstrap, pipeline.topic, 10)
 
     for n in (7, 0):
-        service = start_service(config)
+        service = pipeline.start()
         service.wait_ready()
         service.wait_for_log(f"reading {topic}/0 from offset 10")
         assert service.metric(lost) == n
@@ -207,20 +163,15 @@ def test_messages_that_expire_between_two_runs_are_counted_once(
 
 
 def test_header_whose_key_is_not_text_stops_nothing(
-    kafka_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, kafka_bootstrap: str, packets: Packets
 ) -> None:
-    topic, prefix = make_topic(kafka_bootstrap, partitions=1), unique_name("filter")
-    send_with_header(kafka_bootstrap, topic, ztf_packets[0][1], b"\xff\xfe")
-    send({"bootstrap.servers": kafka_bootstrap}, topic, [ztf_packets[1][1]])
+    pipeline = make_pipeline(partitions=1)
+    send_with_header(kafka_bootstrap, pipeline.topic, packets[0], b"\xff\xfe")
+    pipeline.send([packets[1]])
 
-    service = start_service(service_config(kafka_bootstrap, topic, prefix))
+    service = pipeline.start()
 
-    assert len(list(read_topic({"bootstrap.servers": kafka_bootstrap}, topic))) == 2
-    assert len(read_committed(kafka_bootstrap, [f"{prefix}.scored"], 2)) == 2
+    assert len(list(read_topic(pipeline.source, pipeline.topic))) == 2
+    assert len(pipeline.read("scored", expected=2)) == 2
     assert service.metric("producer_latency_seconds_count") == 2
     assert service.end() == 0

@@ -12,7 +12,7 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,43 +25,34 @@ from broker_filter.local_kafka import USER, KafkaCluster, free_ports, wait_until
 from broker_filter.packets.registry import open_registry
 
 from ..conftest import SHARED, require
-from .conftest import MakeTopic, ReadCommitted, StartService, headers, send, service_config
-
-Packets = list[tuple[int, bytes]]
+from .conftest import MakePipeline, Packets, headers, inputs
 
 
 @pytest.mark.kafka
 def test_waits_for_brokers_that_are_down_at_start_and_outlives_their_restart(
-    start_cluster: Callable[..., KafkaCluster],
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, packets: Packets, start_cluster: Callable[..., KafkaCluster]
 ) -> None:
-    cluster, prefix = start_cluster(), unique_name("filter")
-    bootstrap = cluster.bootstrap_servers
-    packets = [packet for _, packet in ztf_packets[:60]]
-    topic = make_topic(bootstrap, packets[:20])
+    cluster = start_cluster()
+    pipeline = make_pipeline(packets[:20], source=cluster.client_properties())
     cluster.kill(1, signal.SIGTERM)
 
-    service = start_service(service_config(bootstrap, topic, prefix))
+    service = pipeline.start()
     service.wait_for_log("trying again in")
     status, waits_for = service.get("/readyz")
     assert (status, service.get("/livez")[0]) == (503, 200)
-    assert f"input brokers {bootstrap}: not reached yet" in waits_for
+    assert f"input brokers {cluster.bootstrap_servers}: not reached yet" in waits_for
     assert "cannot be reached" in service.log
 
     cluster.start(1)
-    assert len(read_committed(bootstrap, [f"{prefix}.scored"], 20)) == 20
+    assert len(pipeline.read("scored", expected=20)) == 20
     service.wait_ready()
 
-    send({"bootstrap.servers": bootstrap}, topic, packets[20:40])
+    pipeline.send(packets[20:40])
     cluster.kill(1, signal.SIGKILL)
     cluster.start(1)
-    send({"bootstrap.servers": bootstrap}, topic, packets[40:])
-    records = read_committed(bootstrap, [f"{prefix}.scored"], 60)
-    assert len({headers(record)["input"] for record in records}) == len(records) == 60, service.log
+    pipeline.send(packets[40:60])
+    records = pipeline.read("scored", expected=60)
+    assert len(inputs(records)) == len(records) == 60, service.log
     assert "Traceback" not in service.log
     assert len(service.log.splitlines()) < 100  # an outage must not fill the disk
     assert service.end() == 0
@@ -69,22 +60,15 @@ def test_waits_for_brokers_that_are_down_at_start_and_outlives_their_restart(
 
 @pytest.mark.kafka
 def test_output_that_is_away_is_said_however_much_waits_for_it(
-    kafka_bootstrap: str,
-    start_cluster: Callable[..., KafkaCluster],
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, packets: Packets, start_cluster: Callable[..., KafkaCluster]
 ) -> None:
-    output, prefix = start_cluster(), unique_name("filter")
-    packets = [packet for _, packet in ztf_packets[:400]]
-    topic = make_topic(kafka_bootstrap, packets[:20])
-    config = service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=output.bootstrap_servers)
-    service = start_service(config | {"batch": {"max_size": 16}, "runtime": {"decode_threads": 1}})
-    service.wait_until(lambda: service.metric("consumed_alerts_total") == 20)
+    output = start_cluster()
+    pipeline = make_pipeline(packets[:20], target=output.client_properties())
+    service = pipeline.start(batch={"max_size": 16}, runtime={"decode_threads": 1})
+    service.wait_consumed(20)
 
     output.kill(1, signal.SIGTERM)
-    send({"bootstrap.servers": kafka_bootstrap}, topic, packets[20:])
+    pipeline.send(packets[20:400])
     service.wait_until(lambda: "output: " in service.get("/readyz")[1])
     assert service.metric("consumed_alerts_total") == 20
 
@@ -111,32 +95,22 @@ def toxiproxy(listen: int, upstream: str) -> Iterator[Callable[[str, dict[str, o
 @pytest.mark.kafka
 @pytest.mark.shared
 def test_slow_network_and_a_cut_of_five_seconds_lose_and_repeat_nothing(
-    start_cluster: Callable[..., KafkaCluster],
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, packets: Packets, start_cluster: Callable[..., KafkaCluster]
 ) -> None:
     (port,) = free_ports(1)
-    cluster, prefix = start_cluster(proxy_port=port), unique_name("filter")
-    bootstrap, packets = cluster.bootstrap_servers, [packet for _, packet in ztf_packets[:600]]
+    cluster, packets = start_cluster(proxy_port=port), packets[:600]
     with toxiproxy(port, cluster.listener) as fault:
-        topic = make_topic(bootstrap, packets[:300])
+        pipeline = make_pipeline(packets[:300], source=cluster.client_properties())
         fault("/toxics", {"type": "latency", "attributes": {"latency": 100, "jitter": 50}})
-        config = service_config(bootstrap, topic, prefix) | {
-            "transaction": {"max_alerts": 64},
-            "batch": {"max_size": 16},
-        }
-        service = start_service(config)
+        service = pipeline.start(transaction={"max_alerts": 64}, batch={"max_size": 16})
         service.wait_until(lambda: service.metric("consumed_alerts_total") > 0)
         fault("", {"enabled": False})
         time.sleep(5)
         fault("", {"enabled": True})
-        send({"bootstrap.servers": bootstrap}, topic, packets[300:])
+        pipeline.send(packets[300:])
 
-        records = read_committed(bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], len(packets))
-        assert len({headers(record)["input"] for record in records}) == len(records) == len(packets), service.log
+        records = pipeline.read("scored", "dead-letter", expected=len(packets))
+        assert len(inputs(records)) == len(records) == len(packets), service.log
         assert service.end() == 0
 
 
@@ -147,49 +121,36 @@ SLOW_KB_PER_S = 200
 @pytest.mark.kafka
 @pytest.mark.shared
 def test_backlog_passes_a_link_on_which_it_lasts_longer_than_a_transaction_may(
-    start_cluster: Callable[..., KafkaCluster],
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, packets: Packets, start_cluster: Callable[..., KafkaCluster]
 ) -> None:
     (port,) = free_ports(1)
-    cluster, prefix = start_cluster(proxy_port=port), unique_name("filter")
-    packets = [packet for _, packet in ztf_packets[:55]]
+    cluster, packets = start_cluster(proxy_port=port), packets[:55]
     assert sum(map(len, packets)) > 1000 * SLOW_KB_PER_S * (GRACE_S + 1)  # one transaction of them all would fail
     with toxiproxy(port, cluster.listener) as fault:
-        bootstrap, topic = cluster.bootstrap_servers, make_topic(cluster.bootstrap_servers, packets, partitions=1)
+        pipeline = make_pipeline(packets, source=cluster.client_properties(), partitions=1, payload="full")
         slow = {"type": "bandwidth", "stream": "upstream", "attributes": {"rate": SLOW_KB_PER_S}}
         fault("/toxics", slow)
-        service = start_service(service_config(bootstrap, topic, prefix, payload="full"))
+        service = pipeline.start()
 
-        service.wait_until(lambda: service.metric("consumed_alerts_total") == len(packets))
+        service.wait_consumed(len(packets))
         assert service.metric('transactions_total{outcome="aborted"}') == 0, service.log
         assert service.end() == 0
-        records = read_committed(bootstrap, [f"{prefix}.scored"], len(packets))
-        assert len({headers(record)["input"] for record in records}) == len(records) == len(packets)
+        records = pipeline.read("scored", expected=len(packets))
+        assert len(inputs(records)) == len(records) == len(packets)
 
 
 @pytest.mark.kafka
 def test_tls_and_scram_with_the_password_from_the_environment(
-    secure_cluster: KafkaCluster,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, packets: Packets, secure_cluster: KafkaCluster
 ) -> None:
-    properties, prefix = secure_cluster.client_properties(), unique_name("filter")
-    topic = make_topic(properties, [packet for _, packet in ztf_packets[:20]])
-    config = service_config(secure_cluster.bootstrap_servers, topic, prefix)
-    config["input"] |= {
+    pipeline = make_pipeline(packets[:20], source=secure_cluster.client_properties())
+    pipeline.config["input"] |= {
         "sasl": {"mechanism": "SCRAM-SHA-512", "username": USER, "password": {"env": "SURVEY_PASSWORD"}},
         "tls": {"ca": str(secure_cluster.ca)},
     }
-    service = start_service(config, {**os.environ, "SURVEY_PASSWORD": secure_cluster.password})
+    service = pipeline.start({**os.environ, "SURVEY_PASSWORD": secure_cluster.password})
 
-    assert len(read_committed(properties, [f"{prefix}.scored"], 20)) == 20
+    assert len(pipeline.read("scored", expected=20)) == 20
     assert service.end() == 0
     assert secure_cluster.password not in service.log
 
@@ -202,6 +163,20 @@ OAUTH = {
         'unsecuredLoginStringClaim_sub="broker";'
     ),
 }
+
+
+@contextmanager
+def http_server(handler: Callable[..., BaseHTTPRequestHandler], port: int = 0) -> Iterator[str]:
+    """Serves HTTP on loopback until the block ends; yields the URL."""
+    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 @contextmanager
@@ -226,27 +201,16 @@ def token_endpoint(secret: str) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Tokens)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/token"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with http_server(Tokens) as url:
+        yield f"{url}/token"
 
 
 @pytest.mark.kafka
 @pytest.mark.shared
 def test_openid_connect_with_the_secret_from_the_environment(
-    start_cluster: Callable[..., KafkaCluster],
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, packets: Packets, start_cluster: Callable[..., KafkaCluster]
 ) -> None:
-    cluster, prefix, secret = start_cluster(overrides=OAUTH), unique_name("filter"), "a-secret-of-alice"
+    cluster, secret = start_cluster(overrides=OAUTH), "a-secret-of-alice"
     with token_endpoint(secret) as url:
         properties = {
             "security.protocol": "sasl_plaintext",
@@ -255,33 +219,29 @@ def test_openid_connect_with_the_secret_from_the_environment(
             "sasl.oauthbearer.client.id": USER,
             "sasl.oauthbearer.token.endpoint.url": url,
         }
-        known = {**properties, "sasl.oauthbearer.client.secret": secret, "bootstrap.servers": cluster.bootstrap_servers}
-        topic = make_topic(known, [packet for _, packet in ztf_packets[:10]])
-        config = service_config(cluster.bootstrap_servers, topic, prefix)
+        known = {**cluster.client_properties(), **properties, "sasl.oauthbearer.client.secret": secret}
+        pipeline = make_pipeline(packets[:10], source=known)
         named = {**properties, "sasl.oauthbearer.client.secret": {"env": "CLIENT_SECRET"}}
-        config["input"]["kafka"], config["output"]["kafka"] = named, named
+        pipeline.config["input"]["kafka"], pipeline.config["output"]["kafka"] = named, named
 
-        service = start_service(config, {**os.environ, "CLIENT_SECRET": secret})
-        service.wait_until(lambda: service.metric("consumed_alerts_total") == 10)
+        service = pipeline.start({**os.environ, "CLIENT_SECRET": secret})
+        service.wait_consumed(10)
         assert service.end() == 0
         assert secret not in service.log
 
 
 @pytest.mark.kafka
 def test_wrong_password_is_said_plainly_and_never_shown(
-    secure_cluster: KafkaCluster,
-    start_service: StartService,
-    unique_name: Callable[[str], str],
-    tmp_path: Path,
+    make_pipeline: MakePipeline, secure_cluster: KafkaCluster, tmp_path: Path
 ) -> None:
     wrong = tmp_path / "password"
     wrong.write_text("quite-another-secret\n")
-    config = service_config(secure_cluster.bootstrap_servers, "any", unique_name("filter"))
-    config["input"] |= {
+    pipeline = make_pipeline(topic="any", source=secure_cluster.client_properties())
+    pipeline.config["input"] |= {
         "sasl": {"username": USER, "password": {"file": str(wrong)}},
         "tls": {"ca": str(secure_cluster.ca)},
     }
-    service = start_service(config)
+    service = pipeline.start()
 
     service.wait_for_log("authentication failed, check `sasl`")
     assert service.end() == 0
@@ -301,29 +261,13 @@ class SchemaFiles(SimpleHTTPRequestHandler):
         self.wfile.write(body)
 
 
-@contextmanager
-def schema_registry(directory: Path, port: int) -> Iterator[None]:
+def schema_registry(directory: Path, port: int) -> AbstractContextManager[str]:
     """A registry that serves the files `schemas/ids/<id>` of a directory."""
-    server = ThreadingHTTPServer(("127.0.0.1", port), partial(SchemaFiles, directory=str(directory)))
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return http_server(partial(SchemaFiles, directory=str(directory)), port)
 
 
 def test_no_alert_is_rejected_because_the_schema_registry_is_away(
-    kafka_bootstrap: str,
-    lsst_packets: list[tuple[str, bytes]],
-    lsst_schemas: Path,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
-    tmp_path: Path,
+    make_pipeline: MakePipeline, lsst_packets: list[tuple[str, bytes]], lsst_schemas: Path, tmp_path: Path
 ) -> None:
     ids = tmp_path / "registry" / "schemas" / "ids"
     ids.mkdir(parents=True)
@@ -331,16 +275,15 @@ def test_no_alert_is_rejected_because_the_schema_registry_is_away(
         definition = open_registry(str(lsst_schemas)).get(schema_id).definition
         (ids / str(schema_id)).write_text(json.dumps({"schema": json.dumps(definition)}))
     (port,) = free_ports(1)
-    topic, prefix = make_topic(kafka_bootstrap, [packet for _, packet in lsst_packets]), unique_name("filter")
-    config = service_config(kafka_bootstrap, topic, prefix)
-    config["input"]["schema_registry"] = f"http://127.0.0.1:{port}"
-    config["models"] = [{"bundle": "default", "also": ["lsst"]}]
-    service = start_service(config, {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")})
+    pipeline = make_pipeline([packet for _, packet in lsst_packets])
+    pipeline.config["input"]["schema_registry"] = f"http://127.0.0.1:{port}"
+    pipeline.config["models"] = [{"bundle": "default", "also": ["lsst"]}]
+    service = pipeline.start({**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")})
 
     service.wait_until(lambda: "schema registry" in service.get("/readyz")[1])
     assert service.metric("consumed_alerts_total") == 0
     with schema_registry(tmp_path / "registry", port):
-        records = read_committed(kafka_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], len(lsst_packets))
+        records = pipeline.read("scored", "dead-letter", expected=len(lsst_packets))
         service.wait_ready()
 
     reasons = [headers(record).get("reason", "scored") for record in records]
@@ -352,31 +295,26 @@ def test_no_alert_is_rejected_because_the_schema_registry_is_away(
 
 
 def test_a_silent_schema_registry_ends_nothing_and_holds_up_no_alert_that_does_not_need_it(
-    kafka_bootstrap: str,
-    ztf_packets: Packets,
+    make_pipeline: MakePipeline,
+    packets: Packets,
     lsst_packets: list[tuple[str, bytes]],
     lsst_schemas: Path,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
     tmp_path: Path,
 ) -> None:
     """It takes connections and never answers, for longer than a stage may be stuck."""
     (port,) = free_ports(1)
-    topic, prefix = make_topic(kafka_bootstrap, [packet for _, packet in ztf_packets[:10]]), unique_name("filter")
-    config = service_config(kafka_bootstrap, topic, prefix)
-    config["input"]["schema_registry"] = f"http://127.0.0.1:{port}"
-    config["models"] = [{"bundle": "default", "also": ["lsst"]}]
-    config["stall_timeout_s"] = 4
-    config["runtime"] = {"decode_threads": 4}
+    pipeline = make_pipeline(packets[:10])
+    pipeline.config["input"]["schema_registry"] = f"http://127.0.0.1:{port}"
+    pipeline.config["models"] = [{"bundle": "default", "also": ["lsst"]}]
+    pipeline.config["stall_timeout_s"] = 4
+    pipeline.config["runtime"] = {"decode_threads": 4}
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     wire = [packet for _, packet in lsst_packets if packet[:5] == b"\0\0\0\x02\xc0"]
     with socket.create_server(("127.0.0.1", port)):
-        service = start_service(config, environment)
-        assert len(read_committed(kafka_bootstrap, [f"{prefix}.scored"], 10)) == 10
+        service = pipeline.start(environment)
+        assert len(pipeline.read("scored", expected=10)) == 10
         for packet in wire:
-            send({"bootstrap.servers": kafka_bootstrap}, topic, [packet])
+            pipeline.send([packet])
         service.wait_for_log("no complete answer within")
         service.wait_until(lambda: service.log.count("trying again") >= 2)
         assert service.get("/livez") == (200, "ok\n")
@@ -387,7 +325,7 @@ def test_a_silent_schema_registry_ends_nothing_and_holds_up_no_alert_that_does_n
     definition = open_registry(str(lsst_schemas)).get(704).definition
     (ids / "704").write_text(json.dumps({"schema": json.dumps(definition)}))
     with schema_registry(tmp_path / "registry", port):
-        records = read_committed(kafka_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], 10 + len(wire))
+        records = pipeline.read("scored", "dead-letter", expected=10 + len(wire))
         service.wait_ready()
     assert {headers(record).get("reason", "scored") for record in records} <= {"scored", "missing_cutout"}
     assert service.end() == 0
@@ -395,17 +333,10 @@ def test_a_silent_schema_registry_ends_nothing_and_holds_up_no_alert_that_does_n
 
 @pytest.mark.parametrize("subject", ["topic", None])
 def test_a_schema_that_the_output_registry_refuses_is_a_dead_letter_and_ends_nothing(
-    kafka_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
-    subject: str | None,
+    make_pipeline: MakePipeline, packets: Packets, subject: str | None
 ) -> None:
     """A registry that takes one schema a subject: each further one is incompatible."""
-    packets = [packet for _, packet in ztf_packets[::40]]
-    topic, subjects = make_topic(kafka_bootstrap, packets), dict[str, str]()
+    packets, subjects = packets[::40], dict[str, str]()
 
     class OneSchemaEach(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -420,17 +351,12 @@ def test_a_schema_that_the_output_registry_refuses_is_a_dead_letter_and_ends_not
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), OneSchemaEach)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        prefix = unique_name("filter")
-        output = {"payload": "full", "schema_registry": f"http://127.0.0.1:{server.server_port}"}
-        config = service_config(kafka_bootstrap, topic, prefix, **output, **({"subject": subject} if subject else {}))
-        service = start_service(config)
-        topics = [f"{prefix}.scored", f"{prefix}.dead-letter"]
-        records = read_committed(kafka_bootstrap, topics, len(packets))
-        letters = [record for record in records if record.topic() == topics[1]]
+    with http_server(OneSchemaEach) as url:
+        naming = {"subject": subject} if subject else {}
+        pipeline = make_pipeline(packets, payload="full", schema_registry=url, **naming)
+        service = pipeline.start()
+        records = pipeline.read("scored", "dead-letter", expected=len(packets))
+        letters = [record for record in records if record.topic() == f"{pipeline.prefix}.dead-letter"]
         if subject:
             assert 0 < len(letters) < len(packets)
             assert {headers(letter)["reason"] for letter in letters} == {"schema_refused"}
@@ -441,7 +367,3 @@ def test_a_schema_that_the_output_registry_refuses_is_a_dead_letter_and_ends_not
         else:
             assert letters == []
         assert service.end() == 0
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

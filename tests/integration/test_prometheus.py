@@ -10,7 +10,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import yaml
 from broker_filter.local_kafka import free_ports
 from broker_filter.simulate import simulate_night
 
-from .conftest import MakeTopic, ReadCommitted, StartService, service_config
+from .conftest import MakePipeline, Packets, StartService, service_config
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 RULES = DEPLOY / "prometheus" / "rules.yaml"
@@ -109,30 +109,23 @@ def test_no_panel_shows_a_number_that_is_none_in_a_night_without_alerts(
 
 
 @pytest.mark.kafka
-def test_prometheus_counts_what_kafka_holds(
-    kafka_bootstrap: str,
-    unique_name: Callable[[str], str],
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    tmp_path: Path,
-) -> None:
+def test_prometheus_counts_what_kafka_holds(make_pipeline: MakePipeline, packets: Packets, tmp_path: Path) -> None:
     packets = [alert.packet for alert in simulate_night(ALERTS, seed=7)]
     packets[:DAMAGED] = [packet[: len(packet) // 2] for packet in packets[:DAMAGED]]
-    topic, prefix = make_topic(kafka_bootstrap, packets), unique_name("filter")
-    service = start_service(service_config(kafka_bootstrap, topic, prefix))
+    pipeline = make_pipeline(packets)
+    service = pipeline.start()
     with prometheus(f"127.0.0.1:{service.port}", tmp_path) as server:
-        records = read_committed(kafka_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], ALERTS)
+        records = pipeline.read("scored", "dead-letter", expected=ALERTS)
         held = Counter(record.topic() for record in records)
         server.wait_for(f"sum(broker_filter_consumed_alerts_total) == {ALERTS}")
         server.wait_for("sum(broker_filter_consumer_lag_messages) == 0")
 
         assert held.total() == ALERTS
-        assert held[f"{prefix}.dead-letter"] >= DAMAGED
+        assert held[f"{pipeline.prefix}.dead-letter"] >= DAMAGED
         assert server.query("sum by (topic) (broker_filter_published_records_total)") == {
             (name,): count for name, count in held.items()
         }
-        assert server.query("sum(broker_filter_scored_alerts_total)") == {(): held[f"{prefix}.scored"]}
-        assert server.query("sum(broker_filter_rejected_alerts_total)") == {(): held[f"{prefix}.dead-letter"]}
+        assert server.query("sum(broker_filter_scored_alerts_total)") == {(): held[f"{pipeline.prefix}.scored"]}
+        assert server.query("sum(broker_filter_rejected_alerts_total)") == {(): held[f"{pipeline.prefix}.dead-letter"]}
         assert server.query("sum(broker_filter_unaccounted_alerts)") == {(): 0}
         assert server.query('ALERTS{alertstate="firing"}') == {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ from broker_filter.cli import main
 from broker_filter.local_kafka import KafkaCluster
 
 from ..conftest import CHECKOUT
-from .conftest import MakeTopic, ReadCommitted, RunningService, StartService, headers, service_config
+from .conftest import MakePipeline, Packets, Pipeline, RunningService, inputs
 
 USER, PASSWORD = "alice", "the password of alice"
 ACCESS_RULES = {
@@ -44,7 +44,6 @@ KINDS = {"--topic", "--group", "--transactional-id"}
 SOON_S = 15.0
 """The end of a service that drains nothing. Kubernetes kills after 30 s."""
 
-Packets = list[tuple[int, bytes]]
 Rule = tuple[str, str, str]
 """Operation, kind of resource, name (`x*` stands for all names that begin with x)."""
 
@@ -133,14 +132,21 @@ def documented(topic: str | None, group: str, prefix: str) -> list[Rule]:
     return rules
 
 
-def config_of(guarded: KafkaCluster, plain: str | None, topic: str, prefix: str) -> dict[str, Any]:
-    """A service within the guarded cluster, or from a `plain` one into it."""
-    sasl = {"sasl": {"mechanism": "PLAIN", "username": USER, "password": {"env": "PASSWORD"}}}
-    if plain:
-        return service_config(plain, topic, prefix, bootstrap_servers=guarded.bootstrap_servers, **sasl)
-    config = service_config(guarded.bootstrap_servers, topic, prefix)
-    config["input"] |= sasl
-    return config
+SASL = {"sasl": {"mechanism": "PLAIN", "username": USER, "password": {"env": "PASSWORD"}}}
+
+
+@pytest.fixture
+def make_guarded(make_pipeline: MakePipeline, admin_properties: dict[str, str]) -> MakePipeline:
+    """Makes a pipeline within the guarded cluster, or from a `plain` cluster into it."""
+
+    def make(plain: str | None, messages: Sequence[bytes] = (), topic: str | None = None) -> Pipeline:
+        if plain:
+            return make_pipeline(messages, topic=topic, source=plain, target=admin_properties, **SASL)
+        pipeline = make_pipeline(messages, topic=topic, source=admin_properties)
+        pipeline.config["input"] |= SASL
+        return pipeline
+
+    return make
 
 
 def end_soon(service: RunningService) -> int:
@@ -161,35 +167,31 @@ def plain(request: pytest.FixtureRequest) -> str | None:
 class Unwritable:
     """A service that may not write its output, except for positions."""
 
+    pipeline: Pipeline
     service: RunningService
-    prefix: str
     sent: int
 
 
 @pytest.fixture
 def unwritable(
-    guarded: KafkaCluster,
+    make_guarded: MakePipeline,
+    packets: Packets,
     plain: str | None,
-    admin_properties: dict[str, str],
     grants: Grants,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    unique_name: Callable[[str], str],
 ) -> Unwritable:
-    packets = [packet for _, packet in ztf_packets[:20]]
-    input_properties = {"bootstrap.servers": plain} if plain else admin_properties
-    topic, prefix = make_topic(input_properties, packets), unique_name("filter")
-    rules = documented(None if plain else topic, prefix, prefix)
+    packets = packets[:20]
+    pipeline = make_guarded(plain, packets)
+    prefix = pipeline.prefix
+    rules = documented(None if plain else pipeline.topic, prefix, prefix)
     grants.allow(*(rule for rule in rules if rule != ("Write", "topic", f"{prefix}.*")))
     grants.allow(("Write", "topic", f"{prefix}.positions"))
-    service = start_service(config_of(guarded, plain, topic, prefix), ENVIRONMENT)
+    service = pipeline.start(ENVIRONMENT)
     service.wait_until(lambda: "kafka-acls.sh" in service.get("/readyz")[1])
-    return Unwritable(service, prefix, len(packets))
+    return Unwritable(pipeline, service, len(packets))
 
 
 def test_missing_write_is_said_through_all_attempts_and_holds_up_no_end(unwritable: Unwritable) -> None:
-    service, prefix = unwritable.service, unwritable.prefix
+    service, prefix = unwritable.service, unwritable.pipeline.prefix
     for _ in range(13):  # through several attempts
         status, reason = service.get("/readyz")
         assert status == 503
@@ -205,18 +207,16 @@ def test_missing_write_is_said_through_all_attempts_and_holds_up_no_end(unwritab
     assert "most recent call" not in service.log
 
 
-def test_service_goes_on_by_itself_when_the_missing_write_is_granted(
-    unwritable: Unwritable, admin_properties: dict[str, str], grants: Grants, read_committed: ReadCommitted
-) -> None:
-    service, prefix = unwritable.service, unwritable.prefix
+def test_service_goes_on_by_itself_when_the_missing_write_is_granted(unwritable: Unwritable, grants: Grants) -> None:
+    service = unwritable.service
     for sentence in service.get("/readyz")[1].split("; "):
         if "grant it with: " in sentence:
             grants.run(sentence.partition("grant it with: ")[2])
-    service.wait_until(lambda: service.metric("consumed_alerts_total") == unwritable.sent)
+    service.wait_consumed(unwritable.sent)
     service.wait_ready()
     assert service.end() == 0
-    records = read_committed(admin_properties, [f"{prefix}.scored"], unwritable.sent)
-    assert len({headers(record)["input"] for record in records}) == len(records) == unwritable.sent
+    records = unwritable.pipeline.read("scored", expected=unwritable.sent)
+    assert len(inputs(records)) == len(records) == unwritable.sent
 
 
 IMPLIED = ("Describe", "Create")
@@ -224,22 +224,17 @@ IMPLIED = ("Describe", "Create")
 
 
 def test_check_names_each_missing_right_with_the_command_that_grants_it_and_leaves_no_record(
-    guarded: KafkaCluster,
-    plain: str | None,
-    admin_properties: dict[str, str],
-    grants: Grants,
-    make_topic: MakeTopic,
-    read_committed: ReadCommitted,
+    make_guarded: MakePipeline,
     unique_name: Callable[[str], str],
+    plain: str | None,
+    grants: Grants,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    topic = make_topic({"bootstrap.servers": plain} if plain else admin_properties)
-    group, prefix = unique_name("group"), unique_name("filter")
-    config, file = config_of(guarded, plain, topic, prefix), tmp_path / "service.yaml"
-    config["input"]["group_id"] = group
-    file.write_text(yaml.safe_dump(config))
+    pipeline, file = make_guarded(plain), tmp_path / "service.yaml"
+    pipeline.config["input"]["group_id"] = group = unique_name("group")
+    file.write_text(yaml.safe_dump(pipeline.config))
     monkeypatch.setenv("PASSWORD", PASSWORD)
 
     def check() -> list[str]:
@@ -251,7 +246,7 @@ def test_check_names_each_missing_right_with_the_command_that_grants_it_and_leav
         assert ("no right is missing" in output) == (not found)
         return found
 
-    rules = documented(None if plain else topic, group, prefix)
+    rules = documented(None if plain else pipeline.topic, group, pipeline.prefix)
     grants.allow(*rules)
     assert check() == []
     for rule in rules:
@@ -267,19 +262,18 @@ def test_check_names_each_missing_right_with_the_command_that_grants_it_and_leav
             assert name.removesuffix("*") in lacks
             grants.run(command)
         assert check() == []
-    topics = [f"{prefix}.{name}" for name in ("scored", "dead-letter", *(["positions"] if plain else []))]
-    assert read_committed(admin_properties, topics, 0) == []
+    assert pipeline.read("scored", "dead-letter", *(["positions"] if plain else []), expected=0) == []
 
 
 def test_check_says_that_a_cluster_is_not_reached_or_the_password_wrong(
+    make_guarded: MakePipeline,
     guarded: KafkaCluster,
-    unique_name: Callable[[str], str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "service.yaml"
-    file.write_text(yaml.safe_dump(config_of(guarded, "127.0.0.1:1", "ztf", unique_name("filter"))))
+    file.write_text(yaml.safe_dump(make_guarded("127.0.0.1:1", topic="ztf").config))
     monkeypatch.setenv("PASSWORD", "another password")
     assert main(["config", "check", "--connect", str(file)]) == 1
     errors = capsys.readouterr().err
@@ -297,21 +291,18 @@ def test_check_says_that_a_cluster_is_not_reached_or_the_password_wrong(
     ],
 )
 def test_service_that_cannot_begin_ends_and_says_what_to_grant(
-    guarded: KafkaCluster,
+    make_guarded: MakePipeline,
     plain: str | None,
-    admin_properties: dict[str, str],
     grants: Grants,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    unique_name: Callable[[str], str],
     withheld: tuple[str, str],
     right: str,
 ) -> None:
-    topic = make_topic({"bootstrap.servers": plain} if plain else admin_properties)
-    prefix = unique_name("filter")
-    grants.allow(*(rule for rule in documented(None if plain else topic, prefix, prefix) if rule[:2] != withheld))
+    pipeline = make_guarded(plain)
+    prefix = pipeline.prefix
+    rules = documented(None if plain else pipeline.topic, prefix, prefix)
+    grants.allow(*(rule for rule in rules if rule[:2] != withheld))
 
-    service = start_service(config_of(guarded, plain, topic, prefix), ENVIRONMENT)
+    service = pipeline.start(ENVIRONMENT)
     assert service.wait_ended() == 1
     assert f"User:{USER} lacks {right.format(prefix=prefix)}" in service.log
     assert "grant it with: kafka-acls.sh" in service.log
@@ -324,27 +315,24 @@ def test_service_that_cannot_begin_ends_and_says_what_to_grant(
     ids=["Read on the topic", "Read and Describe on the topic", "Read on the group"],
 )
 def test_missing_read_is_said_until_it_is_granted(
-    guarded: KafkaCluster,
-    admin_properties: dict[str, str],
+    make_guarded: MakePipeline,
+    packets: Packets,
     grants: Grants,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    unique_name: Callable[[str], str],
     withheld: tuple[str, list[str]],
 ) -> None:
     kind, operations = withheld
-    topic, prefix = make_topic(admin_properties, [packet for _, packet in ztf_packets[:10]]), unique_name("filter")
+    pipeline = make_guarded(None, packets[:10])
+    topic, prefix = pipeline.topic, pipeline.prefix
     rules = documented(topic, prefix, prefix)
     missing = [rule for rule in rules if rule[1] == kind and rule[2] in (topic, prefix) and rule[0] in operations]
     assert len(missing) == len(operations)
     grants.allow(*(rule for rule in rules if rule not in missing))
 
-    service = start_service(config_of(guarded, None, topic, prefix), ENVIRONMENT)
+    service = pipeline.start(ENVIRONMENT)
     service.wait_until(lambda: f"User:{USER} lacks Read" in service.get("/readyz")[1])
     assert service.get("/readyz")[0] == 503
     assert f"on {kind} {missing[0][2]}; grant it with: kafka-acls.sh" in service.log
     grants.allow(*missing)
-    service.wait_until(lambda: service.metric("consumed_alerts_total") == 10)
+    service.wait_consumed(10)
     service.wait_ready()
     assert service.end() == 0

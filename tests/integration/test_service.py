@@ -9,7 +9,6 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import fastavro
 import pytest
@@ -18,18 +17,7 @@ from broker_filter.cli import main
 from broker_filter.kafka.transactions import TRUNCATED
 from broker_filter.packets.rejects import RejectReason
 
-from .conftest import MakeTopic, ReadCommitted, StartService, headers, send, service_config
-
-Packets = list[tuple[int, bytes]]
-BROKER_TAKES = 1_000_000
-"""Bytes of a message, unless a broker is told otherwise."""
-
-
-def alert(value: bytes) -> dict[str, Any]:
-    """The one alert of an output record, as any client reads it."""
-    (record,) = fastavro.reader(io.BytesIO(value))
-    assert isinstance(record, dict)
-    return record
+from .conftest import MakePipeline, MakeTopic, Packets, StartService, alert, headers, inputs, service_config
 
 
 @pytest.fixture(scope="session")
@@ -69,23 +57,15 @@ def test_before_the_first_alert_every_counter_of_a_topic_a_reason_or_an_outcome_
 
 
 def test_scores_read_back_from_kafka_are_the_surveys_own(
-    kafka_bootstrap: str,
-    d6_m7: Path,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, packets: Packets, d6_m7: Path
 ) -> None:
-    sent = [packet for _, packet in ztf_packets[::4]]
-    topic, prefix = make_topic(kafka_bootstrap, sent), unique_name("filter")
-    service = start_service(service_config(kafka_bootstrap, topic, prefix, payload="full") | {"models": [str(d6_m7)]})
+    sent = packets[::4]
+    pipeline = make_pipeline(sent, payload="full")
+    service = pipeline.start(models=[str(d6_m7)])
 
-    records = read_committed(kafka_bootstrap, [f"{prefix}.scored"], len(sent))
+    records = pipeline.read("scored", expected=len(sent))
 
-    assert sorted(headers(record)["input"].rpartition(f"/{topic}/")[2] for record in records) == sorted(
-        f"{i % 2}/{i // 2}" for i in range(len(sent))
-    )
+    assert inputs(records) == Counter(f"{pipeline.topic}/{i % 2}/{i // 2}" for i in range(len(sent)))
     compared = 0
     for record in records:
         out = alert(record.value())
@@ -148,26 +128,21 @@ def nan_stamp() -> bytes:
 
 @pytest.mark.kafka
 def test_each_bad_packet_is_one_dead_letter_and_the_rest_is_scored(
-    kafka_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, packets: Packets
 ) -> None:
-    good = [packet for _, packet in ztf_packets[-50:]]
+    good = packets[-50:]
     bad = {name: make(good[0]) for name, (make, _) in BAD_PACKETS.items()}
-    topic, prefix = make_topic(kafka_bootstrap, [*good, *bad.values()]), unique_name("filter")
-    service = start_service(service_config(kafka_bootstrap, topic, prefix))
+    pipeline = make_pipeline([*good, *bad.values()])
+    service = pipeline.start()
 
-    records = read_committed(kafka_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], len(good) + len(bad))
+    records = pipeline.read("scored", "dead-letter", expected=len(good) + len(bad))
 
     letters = [record for record in records if record.topic().endswith("dead-letter")]
     assert len(records) - len(letters) == len(good)
     expected = Counter((reason.value, bad[name] or b"") for name, (_, reason) in BAD_PACKETS.items())
     assert Counter((headers(letter)["reason"], letter.value() or b"") for letter in letters) == expected
     assert all(headers(letter)["detail"] and headers(letter)["input"] for letter in letters)
-    service.wait_until(lambda: service.metric("consumed_alerts_total") == len(good) + len(bad))
+    service.wait_consumed(len(good) + len(bad))
     assert service.metric("scored_alerts_total") == len(good)
     assert service.metric("dead_letters_total") == len(bad)
     assert service.metric('rejected_alerts_total{reason="empty"}') == 2
@@ -176,19 +151,12 @@ def test_each_bad_packet_is_one_dead_letter_and_the_rest_is_scored(
 
 
 @pytest.mark.kafka
-def test_message_of_100_mb_is_a_dead_letter_whole(
-    kafka_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
-) -> None:
+def test_message_of_100_mb_is_a_dead_letter_whole(make_pipeline: MakePipeline, packets: Packets) -> None:
     huge = bytes(range(256)) * (100_000_000 // 256)
-    topic, prefix = make_topic(kafka_bootstrap, [ztf_packets[-1][1], huge, ztf_packets[-2][1]]), unique_name("filter")
-    service = start_service(service_config(kafka_bootstrap, topic, prefix))
+    pipeline = make_pipeline([packets[-1], huge, packets[-2]])
+    service = pipeline.start()
 
-    records = read_committed(kafka_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], 3)
+    records = pipeline.read("scored", "dead-letter", expected=3)
 
     (letter,) = [record for record in records if record.topic().endswith("dead-letter")]
     assert len(records) == 3
@@ -199,165 +167,124 @@ def test_message_of_100_mb_is_a_dead_letter_whole(
 
 @pytest.mark.kafka
 def test_what_a_topic_refuses_by_size_is_cut_short_or_a_dead_letter(
-    kafka_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, kafka_bootstrap: str, packets: Packets, make_topic: MakeTopic
 ) -> None:
-    prefix = unique_name("filter")
-    packet = ztf_packets[-1][1]
+    packet = packets[-1]
     letter_bytes = len(packet) + 5_000
-    make_topic(kafka_bootstrap, name=f"{prefix}.scored", configuration={"max.message.bytes": "20000"})
-    make_topic(kafka_bootstrap, name=f"{prefix}.dead-letter", configuration={"max.message.bytes": str(letter_bytes)})
-    topic = make_topic(kafka_bootstrap, [packet, b"no Avro" * letter_bytes])
-    service = start_service(service_config(kafka_bootstrap, topic, prefix, payload="full"))
+    pipeline = make_pipeline([packet, b"no Avro" * letter_bytes], payload="full")
+    for name, size in (("scored", 20_000), ("dead-letter", letter_bytes)):
+        limit = {"max.message.bytes": str(size)}
+        make_topic(kafka_bootstrap, name=f"{pipeline.prefix}.{name}", configuration=limit)
+    service = pipeline.start()
 
-    records = read_committed(kafka_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], 2)
+    records = pipeline.read("scored", "dead-letter", expected=2)
 
     letters = {headers(record)["reason"]: record for record in records}
     assert letters["too_large"].value() == packet
-    assert f"{prefix}.scored takes no record of" in headers(letters["too_large"])["detail"]
+    assert f"{pipeline.prefix}.scored takes no record of" in headers(letters["too_large"])["detail"]
     cut = letters["not_avro"].value()
     assert (b"no Avro" * letter_bytes).startswith(cut)
     assert len(cut) > letter_bytes / 2
     assert headers(letters["not_avro"])[TRUNCATED] == str(7 * letter_bytes)
-    service.wait_until(lambda: service.metric("consumed_alerts_total") == 2)
+    service.wait_consumed(2)
     assert service.metric("unaccounted_alerts") == 0
     assert service.end() == 0
 
 
 @pytest.mark.kafka
 def test_nothing_is_larger_than_the_operator_lets_the_producer_send(
-    kafka_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, packets: Packets
 ) -> None:
     huge = b"no Avro" * 100_000
-    topic, prefix = make_topic(kafka_bootstrap, [huge, ztf_packets[0][1]], partitions=1), unique_name("filter")
-    config = service_config(kafka_bootstrap, topic, prefix, kafka={"message.max.bytes": 200_000})
-    service = start_service(config)
+    pipeline = make_pipeline([huge, packets[0]], partitions=1, kafka={"message.max.bytes": 200_000})
+    service = pipeline.start()
 
-    letter, scored = read_committed(kafka_bootstrap, [f"{prefix}.scored", f"{prefix}.dead-letter"], 2)
+    letter, scored = pipeline.read("scored", "dead-letter", expected=2)
     if letter.topic().endswith("scored"):
         letter, scored = scored, letter
 
     assert huge.startswith(letter.value())
     assert headers(letter)[TRUNCATED] == str(len(huge))
-    assert scored.topic() == f"{prefix}.scored"
+    assert scored.topic() == f"{pipeline.prefix}.scored"
     assert service.end() == 0
 
 
 @pytest.mark.kafka
 def test_positions_are_not_kept_where_they_would_expire(
-    kafka_bootstrap: str,
-    second_kafka_bootstrap: str,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, second_kafka_bootstrap: str, make_topic: MakeTopic
 ) -> None:
-    topic, prefix = make_topic(kafka_bootstrap), unique_name("filter")
-    make_topic(second_kafka_bootstrap, name=f"{prefix}.positions", partitions=1)  # by hand, as any other
-    service = start_service(service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=second_kafka_bootstrap))
+    pipeline = make_pipeline(target=second_kafka_bootstrap)
+    positions = f"{pipeline.prefix}.positions"
+    make_topic(second_kafka_bootstrap, name=positions, partitions=1)  # with the broker's defaults
+    service = pipeline.start()
 
     assert service.wait_ended() == 1
-    assert f"topic {prefix}.positions has cleanup.policy=delete" in service.log
+    assert f"topic {positions} has cleanup.policy=delete" in service.log
     assert "set it to compact" in service.log
 
 
 @pytest.mark.kafka
 def test_sigterm_commits_what_was_read_and_the_next_start_goes_on(
-    kafka_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, packets: Packets
 ) -> None:
-    sent = [packet for _, packet in ztf_packets[:600]]
-    topic, prefix = make_topic(kafka_bootstrap, sent[:300]), unique_name("filter")
-    config = service_config(kafka_bootstrap, topic, prefix) | {
-        "transaction": {"linger_ms": 60_000, "max_alerts": 100_000, "max_ms": 60_000}
-    }
-    first = start_service(config)
+    sent = packets[:600]
+    pipeline = make_pipeline(sent[:300])
+    pipeline.config["transaction"] = {"linger_ms": 60_000, "max_alerts": 100_000, "max_ms": 60_000}
+    first = pipeline.start()
     first.wait_until(lambda: first.metric("batch_alerts_sum") >= 100)
     assert first.metric("consumed_alerts_total") == 0  # nothing is committed yet
     assert first.end() == 0
-    drained = read_committed(kafka_bootstrap, [f"{prefix}.scored"], 100)
+    drained = pipeline.read("scored", expected=100)
 
-    send({"bootstrap.servers": kafka_bootstrap}, topic, sent[300:])
-    second = start_service(config)
+    pipeline.send(sent[300:])
+    second = pipeline.start()
     second.wait_until(lambda: second.metric("batch_alerts_sum") >= len(sent) - len(drained))
     assert second.end() == 0
 
     assert len(drained) >= 100
-    everything = read_committed(kafka_bootstrap, [f"{prefix}.scored"], len(sent))
-    assert len(everything) == len({headers(record)["input"] for record in everything}) == len(sent)
+    everything = pipeline.read("scored", expected=len(sent))
+    assert len(everything) == len(inputs(everything)) == len(sent)
 
 
 @pytest.mark.kafka
-def test_alert_that_comes_alone_does_not_wait_for_others(
-    kafka_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    unique_name: Callable[[str], str],
-) -> None:
-    topic, prefix = make_topic(kafka_bootstrap, [ztf_packets[0][1]]), unique_name("filter")
-    patient = {"transaction": {"max_alerts": 100_000, "max_ms": 600_000}}
-    service = start_service(service_config(kafka_bootstrap, topic, prefix) | patient)
+def test_alert_that_comes_alone_does_not_wait_for_others(make_pipeline: MakePipeline, packets: Packets) -> None:
+    pipeline = make_pipeline([packets[0]])
+    service = pipeline.start(transaction={"max_alerts": 100_000, "max_ms": 600_000})
     service.wait_until(lambda: service.metric("scored_alerts_total") == 1)
     assert service.end() == 0
 
 
 @pytest.mark.kafka
 def test_duplicate_ids_are_counted_and_dropped_where_the_operator_says_so(
-    kafka_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, packets: Packets
 ) -> None:
-    some = [packet for _, packet in ztf_packets[-30:]]
-    topic, prefix = make_topic(kafka_bootstrap, [*some, *some[:10]], partitions=1), unique_name("filter")
-    service = start_service(service_config(kafka_bootstrap, topic, prefix) | {"duplicates": "drop"})
+    some = packets[-30:]
+    pipeline = make_pipeline([*some, *some[:10]], partitions=1)
+    service = pipeline.start(duplicates="drop")
 
-    service.wait_until(lambda: service.metric("consumed_alerts_total") == 40)
+    service.wait_consumed(40)
 
     assert service.metric("duplicate_alerts_total") == 10
     assert service.metric("scored_alerts_total") == 30
     assert service.metric("unaccounted_alerts") == 0
-    assert len(read_committed(kafka_bootstrap, [f"{prefix}.scored"], 30)) == 30
+    assert len(pipeline.read("scored", expected=30)) == 30
     assert service.end() == 0
 
 
 @pytest.mark.kafka
 def test_the_strangest_alerts_are_published_as_anomalies_with_what_they_are_least_unlike(
-    kafka_bootstrap: str,
-    shared_data: Path,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
-    tmp_path: Path,
+    make_pipeline: MakePipeline, packets: Packets, shared_data: Path, tmp_path: Path
 ) -> None:
     reference, archive = tmp_path / "ordinary.safetensors", shared_data / "ztf" / "ztf_alerts.tar"
     assert main(["reference", "build", str(archive), "--out", str(reference)]) == 0
-    sent = [packet for _, packet in ztf_packets[::2]]
-    topic, prefix = make_topic(kafka_bootstrap, sent), unique_name("filter")
-    asked = {"models": ["embedder"], "anomalies": {"reference": str(reference), "rate": 0.1}}
-    service = start_service(service_config(kafka_bootstrap, topic, prefix) | asked)
+    sent = packets[::2]
+    pipeline = make_pipeline(sent)
+    service = pipeline.start(models=["embedder"], anomalies={"reference": str(reference), "rate": 0.1})
 
-    scored = [alert(record.value()) for record in read_committed(kafka_bootstrap, [f"{prefix}.scored"], len(sent))]
+    scored = [alert(record.value()) for record in pipeline.read("scored", expected=len(sent))]
     judged = [one["alert_id"] for one in scored if one["broker_filter"]["anomaly"]]
     flagged = {one["alert_id"] for one in scored if (one["broker_filter"]["anomaly"] or {}).get("flag")}
-    records = read_committed(kafka_bootstrap, [f"{prefix}.anomalies"], len(flagged))
+    records = pipeline.read("anomalies", expected=len(flagged))
     anomalies = [alert(record.value()) for record in records]
 
     assert 0.05 < len(flagged) / len(judged) < 0.2
@@ -375,56 +302,44 @@ def test_the_strangest_alerts_are_published_as_anomalies_with_what_they_are_leas
 
 
 def test_serves_the_embedded_broker_that_the_demonstration_uses(
-    tmp_path: Path,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
+    make_pipeline: MakePipeline, packets: Packets, tmp_path: Path
 ) -> None:
     from broker_filter.local_kafka import embedded_broker
 
     with embedded_broker(tmp_path) as bootstrap:
-        topic = make_topic(bootstrap, [packet for _, packet in ztf_packets[:100]])
-        service = start_service(service_config(bootstrap, topic, "demo"))
-        assert len(read_committed(bootstrap, ["demo.scored"], 100)) == 100
+        pipeline = make_pipeline(packets[:100], source=bootstrap)
+        service = pipeline.start()
+        assert len(pipeline.read("scored", expected=100)) == 100
         assert service.end() == 0
 
 
 @pytest.mark.kafka
 def test_topic_that_comes_later_is_waited_for_and_read_from_its_beginning(
+    make_pipeline: MakePipeline,
     kafka_bootstrap: str,
-    ztf_packets: Packets,
+    packets: Packets,
     make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
     unique_name: Callable[[str], str],
 ) -> None:
-    topic, prefix = unique_name("ztf"), unique_name("filter")
-    config = service_config(kafka_bootstrap, topic, prefix)
-    config["input"] |= {"start": "latest", "kafka": {"topic.metadata.refresh.interval.ms": 500}}
-    service = start_service(config)
+    topic = unique_name("ztf")
+    pipeline = make_pipeline(topic=topic)
+    pipeline.config["input"] |= {"start": "latest", "kafka": {"topic.metadata.refresh.interval.ms": 500}}
+    service = pipeline.start()
     service.wait_for_log(f"waiting for a topic: Subscribed topic not available: {topic}")
     service.wait_until(lambda: f"not joined yet: Subscribed topic not available: {topic}" in service.get("/readyz")[1])
 
-    make_topic(kafka_bootstrap, [packet for _, packet in ztf_packets[:20]], name=topic)
+    make_topic(kafka_bootstrap, packets[:20], name=topic)
 
-    assert len(read_committed(kafka_bootstrap, [f"{prefix}.scored"], 20)) == 20
+    assert len(pipeline.read("scored", expected=20)) == 20
     service.wait_ready()
     assert service.end() == 0
 
 
 @pytest.mark.kafka
-def test_refuses_to_guess_where_to_start(
-    kafka_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    unique_name: Callable[[str], str],
-) -> None:
-    topic, prefix = make_topic(kafka_bootstrap, [ztf_packets[0][1]]), unique_name("filter")
-    config = service_config(kafka_bootstrap, topic, prefix)
-    del config["input"]["start"]
-    service = start_service(config)
+def test_refuses_to_guess_where_to_start(make_pipeline: MakePipeline, packets: Packets) -> None:
+    pipeline = make_pipeline([packets[0]])
+    del pipeline.config["input"]["start"]
+    service = pipeline.start()
 
     assert service.wait_ended() == 1
     assert "set input.start to earliest, latest or a time" in service.log
@@ -433,12 +348,12 @@ def test_refuses_to_guess_where_to_start(
 
 @pytest.mark.kafka
 def test_refuses_to_read_what_it_writes_by_whatever_name_the_cluster_is_reached(
-    kafka_bootstrap: str, make_topic: MakeTopic, start_service: StartService, unique_name: Callable[[str], str]
+    make_pipeline: MakePipeline, kafka_bootstrap: str, make_topic: MakeTopic, unique_name: Callable[[str], str]
 ) -> None:
-    prefix = unique_name("filter")
-    topic = make_topic(kafka_bootstrap, name=f"{prefix}.scored")
-    twice = f"{kafka_bootstrap},{kafka_bootstrap}"
-    service = start_service(service_config(kafka_bootstrap, topic, prefix, bootstrap_servers=twice))
+    pipeline = make_pipeline(target=f"{kafka_bootstrap},{kafka_bootstrap}")
+    pipeline.config["output"]["prefix"] = prefix = unique_name("filter")
+    pipeline.config["input"]["topics"] = [make_topic(kafka_bootstrap, name=f"{prefix}.scored")]
+    service = pipeline.start()
 
     assert service.wait_ended() == 1
     assert f"{prefix}.scored would be read and written; choose another output.prefix" in service.log
@@ -446,25 +361,19 @@ def test_refuses_to_read_what_it_writes_by_whatever_name_the_cluster_is_reached(
 
 @pytest.mark.kafka
 def test_start_latest_reads_only_what_comes_after_even_if_killed_before_the_first_commit(
-    kafka_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
+    make_pipeline: MakePipeline, packets: Packets
 ) -> None:
-    old, new = [[packet for _, packet in ztf_packets[a:b]] for a, b in ((0, 10), (10, 30))]
-    topic, prefix = make_topic(kafka_bootstrap, old), unique_name("filter")
-    config = service_config(kafka_bootstrap, topic, prefix)
-    config["input"] |= {"start": "latest", "kafka": {"session.timeout.ms": 6000}}
-    first = start_service(config)
-    first.wait_for_log(f"reading {topic}/1 from offset 5")
+    old, new = [packets[a:b] for a, b in ((0, 10), (10, 30))]
+    pipeline = make_pipeline(old)
+    pipeline.config["input"] |= {"start": "latest", "kafka": {"session.timeout.ms": 6000}}
+    first = pipeline.start()
+    first.wait_for_log(f"reading {pipeline.topic}/1 from offset 5")
     first.end(signal.SIGKILL)
-    send({"bootstrap.servers": kafka_bootstrap}, topic, new)
+    pipeline.send(new)
 
-    second = start_service(config)
+    second = pipeline.start()
 
-    records = read_committed(kafka_bootstrap, [f"{prefix}.scored"], len(new))
+    records = pipeline.read("scored", expected=len(new))
     assert sorted(headers(record)["input"].rpartition("/")[2] for record in records) == sorted(
         str(5 + i // 2) for i in range(len(new))
     )
@@ -472,38 +381,27 @@ def test_start_latest_reads_only_what_comes_after_even_if_killed_before_the_firs
 
 
 @pytest.mark.kafka
-def test_stage_without_progress_ends_the_process(
-    kafka_bootstrap: str, make_topic: MakeTopic, start_service: StartService, unique_name: Callable[[str], str]
-) -> None:
-    topic = make_topic(kafka_bootstrap)
+def test_stage_without_progress_ends_the_process(make_pipeline: MakePipeline) -> None:
     # Reading waits a tenth of a second for a first message, and nothing else is at work: with so little patience it
     # counts as stuck.
-    config = service_config(kafka_bootstrap, topic, unique_name("filter")) | {"stall_timeout_s": 0.01}
-    service = start_service(config)
+    service = make_pipeline().start(stall_timeout_s=0.01)
 
     assert service.wait_ended() == 1
     assert "stage read is stuck" in service.log
     assert "most recent call first" in service.log
 
 
-def test_hang_up_drains_and_a_user_signal_is_ignored(
-    kafka_bootstrap: str,
-    ztf_packets: Packets,
-    make_topic: MakeTopic,
-    start_service: StartService,
-    read_committed: ReadCommitted,
-    unique_name: Callable[[str], str],
-) -> None:
-    packets = [packet for _, packet in ztf_packets[:20]]
-    topic, prefix = make_topic(kafka_bootstrap, packets[:10]), unique_name("filter")
-    service = start_service(service_config(kafka_bootstrap, topic, prefix))
-    service.wait_until(lambda: service.metric("consumed_alerts_total") == 10)
+def test_hang_up_drains_and_a_user_signal_is_ignored(make_pipeline: MakePipeline, packets: Packets) -> None:
+    packets = packets[:20]
+    pipeline = make_pipeline(packets[:10])
+    service = pipeline.start()
+    service.wait_consumed(10)
 
     for ignored in (signal.SIGUSR1, signal.SIGUSR2):
         service.process.send_signal(ignored)
-    send({"bootstrap.servers": kafka_bootstrap}, topic, packets[10:])
-    service.wait_until(lambda: service.metric("consumed_alerts_total") == 20)
+    pipeline.send(packets[10:])
+    service.wait_consumed(20)
 
     assert service.end(signal.SIGHUP) == 0
     assert "stopping: committing what was read" in service.log
-    assert len(read_committed(kafka_bootstrap, [f"{prefix}.scored"], 20)) == 20
+    assert len(pipeline.read("scored", expected=20)) == 20
