@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,11 +10,10 @@ import pytest
 
 from broker_filter.kafka.sink import UnaccountedError, divide
 from broker_filter.kafka.source import Delivery
-from broker_filter.kafka.transactions import Claim, Work
+from broker_filter.kafka.transactions import Claim
 from broker_filter.packets.batch import AlertBatch, Survey
-from broker_filter.packets.packet import Packet
 from broker_filter.packets.rejects import Reject, RejectReason
-from broker_filter.streaming.account import Account, account_packets, exposure_times
+from broker_filter.streaming.account import account_packets, exposure_times
 from broker_filter.streaming.encoding import OutputRecord
 from broker_filter.streaming.routing import Routed
 from broker_filter.streaming.scored import ScoredBatch
@@ -92,30 +90,6 @@ def test_one_dead_letter_is_the_output_of_all_of_a_packets_rejected_alerts(score
     (work,) = divide(delivery, replace(scored, rejects=[*scored.rejects, *more]), routed([0, 1, 2, 3]))
     assert work.accounts[2].rejected.total() == work.accounts[2].consumed == 100
     assert [k for k, _ in work.records] == [0, 1, 2, 3]
-
-
-class Limits:
-    """What topics take, as a cluster would say it."""
-
-    dead_letter = "me.dead-letter"
-
-    def of(self, topic: str) -> int:
-        return 100 if topic == self.dead_letter else 50
-
-
-def test_a_packet_with_a_large_alert_and_a_large_dead_letter_becomes_one_letter(scored: ScoredBatch) -> None:
-    packets = [Packet(bytes(300), scored.packets[0].position)]
-    account = Account(consumed=3, scored=2, rejected=Counter({RejectReason.CORRUPT: 1}))
-    records = [
-        (0, OutputRecord(topic, None, bytes(300), [])) for topic in ("me.scored", "me.scored", Limits.dead_letter)
-    ]
-    work = Work(claim(0), 0, 1, packets, [account], records)
-    work.fit(Limits())  # type: ignore[arg-type]
-    [(_, letter)] = work.records
-    assert letter.topic == Limits.dead_letter
-    assert dict(letter.headers)["truncated"] == b"300"
-    assert dict(letter.headers)["reason"] == b"too_large"
-    assert (account.scored, account.rejected) == (0, {RejectReason.TOO_LARGE: 3})
 
 
 def test_exposure_times_are_utc_although_rubin_publishes_tai(make_alerts: MakeAlerts) -> None:
