@@ -3,7 +3,7 @@
 Survey data and weights stand beside the checkout (`../shared`, or where `BROKER_FILTER_SHARED` says); a test that needs
 them skips without. Brokers: a running cluster (`KAFKA_BOOTSTRAP_SERVERS`), else Apache Kafka started from `KAFKA_HOME`
 or `../shared/kafka`, else the embedded broker. Tests marked `kafka` do not run on the embedded one: they skip, or fail
-where `BROKER_FILTER_REQUIRE_KAFKA=1`.
+where `BROKER_FILTER_REQUIRE_KAFKA=1`. Where only the survey data are absent, they skip.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import shutil
 import tarfile
 import tempfile
 import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -43,20 +44,19 @@ def apache_kafka() -> Path | None:
     return home if (home / "bin" / "kafka-server-start.sh").exists() and shutil.which("java") else None
 
 
+NO_KAFKA = "needs an Apache Kafka to start: KAFKA_HOME (or ../shared/kafka) and Java"
+
+
+def skip_without_kafka(reason: str) -> NoReturn:
+    """Skip the test, or fail it where BROKER_FILTER_REQUIRE_KAFKA=1."""
+    if REQUIRE_KAFKA:
+        pytest.fail(f"BROKER_FILTER_REQUIRE_KAFKA=1, but this test {reason}")
+    pytest.skip(reason)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("kafka") and not (RUNNING_CLUSTER or apache_kafka()):
-        pytest.skip("needs Apache Kafka: KAFKA_BOOTSTRAP_SERVERS, or KAFKA_HOME (or ../shared/kafka) and Java")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    if REQUIRE_KAFKA and report.skipped and item.get_closest_marker("kafka"):
-        report.outcome = "failed"
-        report.longrepr = f"skipped, although BROKER_FILTER_REQUIRE_KAFKA=1: {report.longrepr}"
-    return report
+        skip_without_kafka(f"{NO_KAFKA}; or KAFKA_BOOTSTRAP_SERVERS")
 
 
 def require(path: Path) -> Path:
@@ -112,7 +112,7 @@ def start_cluster() -> Iterator[Callable[..., KafkaCluster]]:
     """
     home = apache_kafka()
     if home is None:
-        pytest.skip("needs an Apache Kafka to start: KAFKA_HOME (or ../shared/kafka) and Java")
+        skip_without_kafka(NO_KAFKA)
     with ExitStack() as stack:
 
         def start(**options: object) -> KafkaCluster:
@@ -153,7 +153,7 @@ def second_kafka_bootstrap(request: pytest.FixtureRequest) -> Iterator[str]:
     if apache_kafka():
         yield request.getfixturevalue("start_cluster")().bootstrap_servers
     elif RUNNING_CLUSTER:
-        pytest.skip("needs an Apache Kafka to start as a second cluster: KAFKA_HOME (or ../shared/kafka) and Java")
+        skip_without_kafka(f"{NO_KAFKA}, as a second cluster")
     else:
         with tempfile.TemporaryDirectory(prefix="broker-") as directory, embedded_broker(Path(directory)) as bootstrap:
             yield bootstrap
