@@ -1,11 +1,11 @@
-/* Several deflate streams at once, on one thread (RFC 1951).
+/* Decompresses several deflate streams at the same time on one thread (RFC 1951).
  *
- * A decoder of Huffman codes spends its time waiting: only when a code is known is it known where the next one begins.
- * So streams are taken in step, a symbol of each in turn, and the processor works on all of them at the same time.
+ * Decoding of Huffman codes is limited by latency: the position of a code is known only after the previous code is decoded.
+ * Therefore a symbol of each stream is decoded in turn, so that the processor can work on all streams in parallel.
  *
- * The bytes are untrusted: no read and no write leaves its buffer whatever they say. Whoever uses a stream's output must
- * look at its checksum. A stream of a kind that common encoders do not write is refused, not damaged: somebody else is to
- * read it. */
+ * The bytes are untrusted: no read and no write leaves its buffer. The caller must verify the checksum of the output. A
+ * stream with features that common encoders do not use is refused; this does not mean that it is damaged, and the caller
+ * must use another decoder. */
 
 #ifndef BROKER_FILTER_INFLATE_H
 #define BROKER_FILTER_INFLATE_H
@@ -19,31 +19,31 @@ enum { GOING_ON, AT_END, REFUSED };
 #define LITERAL_CODES 288
 #define DISTANCE_CODES 32
 #define END_OF_BLOCK 256
-#define FIRST_LENGTH 257 /* symbols from here on are lengths, the first six of 3 to 8 */
+#define FIRST_LENGTH 257 /* symbols from here on are lengths; the first six are 3 to 8 */
 #define LITERAL_BITS 11
 #define DISTANCE_BITS 9
 #define PRE_BITS 7
 
-/* An entry of a table: the symbol's low byte, MARK if it is 256 or more, the width of its code. */
+/* A table entry: the low byte of the symbol, MARK if the symbol is 256 or more, and the width of its code. */
 #define MARK 0x80
 #define WIDTH 0x3F
 #define LONGER (0xFF << 8 | MARK) /* the code is wider than the table */
 
 typedef struct {
-    uint16_t counts[LONGEST_CODE + 1]; /* codes of each width */
-    uint16_t symbols[LITERAL_CODES];   /* in the order of their codes */
+    uint16_t counts[LONGEST_CODE + 1]; /* number of codes of each width */
+    uint16_t symbols[LITERAL_CODES];   /* symbols in the order of their codes */
 } Code;
 
 typedef struct {
-    /* The unread bits, the next one lowest, then a 1, then zeros: the number of leading zeros says how many of the eight
-     * bytes at `in` have been read. */
+    /* The unread bits of the eight bytes at `in`, the next bit lowest, then a 1, then zeros: the number of leading zeros is
+     * the number of bits that have been read. */
     uint64_t bits;
     const uint8_t *in, *in_end;
     uint8_t *out, *out_begin, *out_end;
-    int last; /* whether the present block is the last */
+    int last; /* whether the current block is the last */
     Code literal_code, distance_code;
     uint16_t literals[1 << LITERAL_BITS], distances[1 << DISTANCE_BITS];
-    uint32_t offsets[1 << DISTANCE_BITS]; /* of `distances`: base, extra bits, width of the code; 0: see there */
+    uint32_t offsets[1 << DISTANCE_BITS]; /* per entry of `distances`: base, extra bits, width; 0: no symbol */
 } Stream;
 
 #define TOP (1ULL << 63)
@@ -64,7 +64,7 @@ static inline unsigned bits_read(uint64_t bits)
     return (unsigned)__builtin_clzll(bits);
 }
 
-/* Makes 56 bits ready at least, which are zeros after the end; 0 where more than there are have been read. */
+/* Loads at least 56 bits; bits after the end are zeros. Returns 0 if more bits have been read than the input has. */
 static inline int refill(Stream *s)
 {
     unsigned n = bits_read(s->bits);
@@ -82,7 +82,7 @@ static inline int refill(Stream *s)
     return 1;
 }
 
-/* How many bytes are left after those of which a bit has been read; negative where more than there are have been. */
+/* The number of bytes of which no bit has been read; negative if more bits have been read than the input has. */
 static inline int64_t bytes_left(const Stream *s)
 {
     return s->in_end - s->in - ((bits_read(s->bits) + 7) >> 3);
@@ -95,8 +95,8 @@ static inline unsigned take(Stream *s, unsigned n)
     return value;
 }
 
-/* The code and its table of 2^`table_bits` entries, by the widths of its symbols' codes (section 3.2.2); 0 unless every
- * sequence of bits has a meaning. */
+/* Builds a code and its table of 2^`table_bits` entries from the widths of the codes of its symbols (section 3.2.2). Returns
+ * 0 if the code is not complete. */
 static int build_code(Code *code, uint16_t *table, int table_bits, const uint8_t *widths, unsigned n_symbols)
 {
     uint16_t next[LONGEST_CODE + 2];
@@ -118,7 +118,7 @@ static int build_code(Code *code, uint16_t *table, int table_bits, const uint8_t
         if (widths[symbol])
             code->symbols[next[widths[symbol]]++] = (uint16_t)symbol;
 
-    /* The table of codes of one bit more is the present one twice; then those of just that width are written over it. */
+    /* To extend the table by one bit, it is duplicated, and then the entries of codes of exactly that width are written. */
     const uint16_t *symbol = code->symbols;
     uint32_t word = 0; /* the next code, its first bit lowest */
     table[0] = LONGER;
@@ -128,7 +128,7 @@ static int build_code(Code *code, uint16_t *table, int table_bits, const uint8_t
             table[word] = (uint16_t)((*symbol & 0xFF) << 8 | (*symbol >> 8) * MARK | width);
             uint32_t zeros = ~word & ((1U << width) - 1);
             if (!zeros)
-                break; /* that was the last code of all */
+                break; /* this was the last code */
             uint32_t carry = 1U << (31 - __builtin_clz(zeros));
             word = (word & (carry - 1)) | carry;
         }
@@ -136,7 +136,7 @@ static int build_code(Code *code, uint16_t *table, int table_bits, const uint8_t
     return 1;
 }
 
-/* The symbol of a code that is wider than its table, and its width. */
+/* Decodes a code that is wider than its table: its symbol, or -1, and its width. */
 static int decode_wide(const Code *code, uint64_t bits, unsigned *width)
 {
     int word = 0, first = 0, index = 0;
@@ -162,7 +162,7 @@ static const uint8_t DISTANCE_EXTRA[] = {0, 0, 0, 0, 1, 1, 2, 2,  3,  3,  4,  4,
 #define LENGTHS ((int)(sizeof LENGTH_BASES / sizeof *LENGTH_BASES))
 #define DISTANCES ((int)(sizeof DISTANCE_BASES / sizeof *DISTANCE_BASES))
 
-/* The widths of a block's codes (section 3.2.7), of which `lengths` has room for all. */
+/* Reads the widths of the codes of a block (section 3.2.7); `widths` has room for all symbols. Returns 0 if invalid. */
 static int read_widths(Stream *s, uint8_t *widths, unsigned *n_literals, unsigned *n_distances)
 {
     static const uint8_t order[] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
@@ -202,7 +202,7 @@ static int read_widths(Stream *s, uint8_t *widths, unsigned *n_literals, unsigne
     return 1;
 }
 
-/* Reads a block's header and, of one that is stored, all of it: then it is AT_END. */
+/* Reads the header of a block. A stored block is read completely; the status is then AT_END. */
 static int begin_block(Stream *s)
 {
     uint8_t widths[LITERAL_CODES + DISTANCE_CODES];
@@ -250,7 +250,7 @@ static int begin_block(Stream *s)
     return GOING_ON;
 }
 
-/* One symbol of a block, whatever it is; AT_END after the block's last. */
+/* Decodes one symbol of any kind. The status is AT_END after the last symbol of the block. */
 static int decode_symbol(Stream *s)
 {
     if (!refill(s))
@@ -292,10 +292,9 @@ static int decode_symbol(Stream *s)
     return GOING_ON;
 }
 
-/* A round is three symbols of each stream: as many as 56 bits are enough for, a near repetition being the widest. Most
- * symbols are literals, and most others are repetitions of 3 to 8 bytes from further than that away; the rest, and what is
- * too close to the end of a buffer, is left to `decode_symbol`. Within a round a stream reads 4 words, each at most 7 bytes
- * after the one before, and writes 3. */
+/* A round decodes three symbols of each stream, for which 56 bits suffice. Most symbols are literals, and most of the others
+ * are repetitions of 3 to 8 bytes from a distance of at least 8. All other symbols, and those near the end of a buffer, are
+ * left to `decode_symbol`. In one round, a stream reads 4 words, each at most 7 bytes after the previous one, and writes 3. */
 #define IN_ROOM 40
 #define OUT_ROOM 24
 #define HAS_ROOM(k) (in_end##k - in##k >= IN_ROOM && out_end##k - out##k >= OUT_ROOM)
@@ -343,7 +342,7 @@ static int decode_symbol(Stream *s)
         REFILL(k) \
     } while (0);
 
-/* Decodes a block of each stream until one of them comes to the end of its block or of its room, or is refused: which. */
+/* Decodes all streams until one reaches the end of its block or of a buffer, or is refused: returns its index. */
 #define DEFINE_DECODE(name, EACH) \
     static int name(Stream *streams, int *status) \
     { \
@@ -368,7 +367,7 @@ typedef int Decode(Stream *streams, int *status);
 DEFINE_DECODE(decode_one, ONE)
 DEFINE_DECODE(decode_four, FOUR)
 #ifdef __x86_64__
-/* Shifts that leave the flags alone make it a seventh faster. Every processor that has them counts leading zeros, too. */
+/* The BMI2 shifts, which do not change the flags, make decoding a seventh faster. Processors with BMI2 also have LZCNT. */
 #define QUICK __attribute__((target("bmi2,lzcnt")))
 QUICK DEFINE_DECODE(decode_one_bmi2, ONE)
 QUICK DEFINE_DECODE(decode_four_bmi2, FOUR)
@@ -377,7 +376,7 @@ QUICK DEFINE_DECODE(decode_four_bmi2, FOUR)
 #define BEST(name) name
 #endif
 
-/* A stream that ends within [in, in_end), and is `n_out` bytes inflated. To be taken on as one that is AT_END of a block. */
+/* Opens a stream that ends within [in, in_end) and decompresses to `n_out` bytes. Continue it with the status AT_END. */
 static void open_stream(Stream *s, const uint8_t *in, const uint8_t *in_end, uint8_t *out, int64_t n_out)
 {
     s->bits = TOP;
@@ -388,10 +387,10 @@ static void open_stream(Stream *s, const uint8_t *in, const uint8_t *in_end, uin
     s->last = 0;
 }
 
-/* After `decode_*`: on into the next block that is not stored, or to the end of the stream. */
+/* Continues a stream after `decode_*`: to the start of its next compressed block, or to its end. */
 static int next_block(Stream *s, int status)
 {
-    while (status == GOING_ON) /* a few symbols, without room for a round */
+    while (status == GOING_ON) /* the last symbols, for which there is no room for a whole round */
         status = decode_symbol(s);
     while (status == AT_END && !s->last)
         status = begin_block(s);

@@ -1,8 +1,8 @@
-/* Stamps into the slots of a batch, plain FITS images or gzip-ed ones: the quick way of `stamps.py`, which reads every
- * stamp that is not taken here, with the same result where both can.
+/* Decodes FITS stamps, plain or gzip-compressed, into the slots of a batch: the fast path of `stamps.py`.
  *
- * The bytes are untrusted: every read is checked against their number, and inflating writes no byte beyond what was set
- * aside. The interpreter is not held while a batch is at work. */
+ * It decodes the layouts that surveys publish, with the same result as `stamps.py`, and leaves all other stamps to it. The
+ * bytes are untrusted: each read is checked against their length, and decompression never writes beyond its buffer. The
+ * GIL is released while a batch is decoded. */
 
 #include <Python.h>
 #include <dlfcn.h>
@@ -15,21 +15,23 @@
 #define CARD 80
 #define BLOCK 2880
 #define MAX_HEADER (4 * BLOCK)
-#define MAX_LENGTH 100000 /* pixels along an axis: products of two stay far from overflow */
-#define MAX_STAMP (4 << 20) /* bytes, inflated; `stamps.MAX_STAMP_BYTES` */
+#define MAX_LENGTH 100000 /* pixels along an axis; the product of two axes cannot overflow */
+#define MAX_STAMP (4 << 20) /* bytes after decompression, as `stamps.MAX_STAMP_BYTES` */
 #define CUTOUTS 3
 
 #define GZIP_HEADER 10
-#define GZIP_TRAILER 8 /* the checksum, and the size */
+#define GZIP_TRAILER 8 /* the checksum and the size */
 #define GZIP_DEFLATE 8
 #define GZIP_NAMED 8
 
-/* libdeflate's, out of the library that `deflate` brought (see libdeflate.h): gzip-ed stamps are left alone without it. */
+/* The function libdeflate_crc32 (see libdeflate.h) of the library in the Python package `deflate`. Without it,
+ * gzip-compressed stamps are left to Python. */
 static uint32_t (*crc32)(uint32_t, const void *, size_t);
 
 static const char BLANKS[] = "                                                                                ";
 
-/* The value of a card "KEYWORD = value / comment", without the spaces around it; its length, or -1 for another keyword. */
+/* Finds the value of a card "KEYWORD = value / comment", without surrounding spaces. Returns its length, or -1 if the card
+ * has another keyword. */
 static int card_value(const char *card, const char *keyword, const char **value)
 {
     size_t n = strlen(keyword);
@@ -53,7 +55,7 @@ static int card_is(const char *card, const char *keyword, const char *expected)
     return n == (int)strlen(expected) && !memcmp(value, expected, (size_t)n);
 }
 
-/* A number of pixels, or 0. */
+/* The number of pixels in a card; 0 if the card is invalid. */
 static int64_t card_length(const char *card, const char *keyword)
 {
     const char *value;
@@ -67,7 +69,7 @@ static int64_t card_length(const char *card, const char *keyword)
     return length;
 }
 
-/* Where the pixels of a plain two-dimensional float32 image begin, or -1. */
+/* The offset of the pixels of a plain two-dimensional float32 image; -1 for any other file. */
 static int64_t read_header(const char *fits, int64_t n_bytes, int64_t *height, int64_t *width)
 {
     if (n_bytes < BLOCK || !card_is(fits, "SIMPLE", "T") || !card_is(fits + CARD, "BITPIX", "-32") ||
@@ -79,14 +81,14 @@ static int64_t read_header(const char *fits, int64_t n_bytes, int64_t *height, i
     for (int64_t at = 5 * CARD; at + CARD <= limit; at += CARD) {
         const char *card = fits + at;
         if (!memcmp(card, "BSCALE", 6) || !memcmp(card, "BZERO", 5))
-            return -1; /* astropy applies them */
+            return -1; /* left to Python, which applies the scaling */
         if (!memcmp(card, "END", 3) && !memcmp(card + 3, BLANKS, CARD - 3))
             return *height && *width ? (at / BLOCK + 1) * BLOCK : -1;
     }
     return -1;
 }
 
-/* FITS is big-endian. Written so that a compiler makes vectors of it without being told of a processor. */
+/* Reads a big-endian value. Compilers can vectorise this form without options for a specific processor. */
 static inline uint32_t read_pixel(const uint8_t *p)
 {
     uint32_t bits;
@@ -103,7 +105,8 @@ static inline int is_finite(uint32_t bits)
     return (bits & 0x7F800000) != 0x7F800000;
 }
 
-/* Along one axis: the first pixel in the slot, the first of the stamp to keep, and how many. As `stamps._place`. */
+/* The placement along one axis, as in `stamps._place`: the first pixel in the slot, the first pixel of the stamp, and the
+ * number of pixels. */
 static void place_axis(int64_t length, int64_t slot, int centred, int64_t *to, int64_t *from, int64_t *kept)
 {
     int64_t middle = slot / 2 - length / 2;
@@ -112,7 +115,7 @@ static void place_axis(int64_t length, int64_t slot, int centred, int64_t *to, i
     *kept = length > slot ? slot : length;
 }
 
-/* Pixels of a FITS file into a slot [size, size], and their box in it; 0 where stamps.py must look. */
+/* Writes the pixels of a FITS file into a slot [size, size], and their box. Returns 0 if the stamp is left to Python. */
 static int place_image(const uint8_t *fits, int64_t n_bytes, uint32_t *slot, int64_t size, int centred, int16_t *box)
 {
     int64_t height, width;
@@ -125,7 +128,7 @@ static int place_image(const uint8_t *fits, int64_t n_bytes, uint32_t *slot, int
     const uint8_t *first = fits + start + 4 * (top * width + left);
     if (n_rows < size || n_columns < size)
         memset(slot, 0, (size_t)(4 * size * size));
-    /* One look at the middle spares nearly every stamp the look at all pixels. */
+    /* If the central pixel is finite, as in nearly all stamps, the other pixels need no check. */
     int finite = is_finite(read_pixel(first + 4 * (n_rows / 2 * width + n_columns / 2)));
     for (int64_t y = 0; y < n_rows; y++) {
         const uint8_t *from = first + 4 * y * width;
@@ -142,7 +145,7 @@ static int place_image(const uint8_t *fits, int64_t n_bytes, uint32_t *slot, int
     return finite;
 }
 
-/* Stamps of a batch, as `stamps.decode_stamps` takes them. */
+/* The stamps of a batch: the arguments of `stamps.decode_stamps`. */
 typedef struct {
     const Py_buffer *bodies;
     const int64_t *spans;
@@ -150,12 +153,12 @@ typedef struct {
     uint32_t *slots;
     int64_t size;
     int16_t *boxes;
-    uint8_t *taken; /* what stays 0 is left to Python */
+    uint8_t *taken; /* 1 for a stamp decoded here, 0 for one that is left to Python */
     int64_t n_stamps;
-    int64_t next; /* the first stamp that nobody has looked at */
+    int64_t next; /* the first stamp that was not started yet */
 } Batch;
 
-/* A stamp that is being inflated, into `file`. */
+/* A stamp that is being decompressed into `file`, a buffer of `room` bytes. */
 typedef struct {
     int64_t stamp;
     uint8_t *file;
@@ -173,7 +176,8 @@ static uint32_t read_little_endian(const uint8_t *p)
     return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 
-/* Where the deflate stream of a gzip file begins whose header holds no more than a name (RFC 1952, section 2.3), or 0. */
+/* The offset of the deflate stream in a gzip file whose header has no optional field but a name (RFC 1952, section 2.3);
+ * 0 for other files. */
 static int64_t after_gzip_header(const uint8_t *gzip, int64_t n_bytes)
 {
     if (n_bytes < GZIP_HEADER + GZIP_TRAILER || gzip[2] != GZIP_DEFLATE || gzip[3] & ~GZIP_NAMED)
@@ -185,7 +189,7 @@ static int64_t after_gzip_header(const uint8_t *gzip, int64_t n_bytes)
     return end ? end + 1 - gzip : 0;
 }
 
-/* Sets a stream to inflate a stamp; 0 where Python must. */
+/* Opens a stream that decompresses a stamp. Returns 0 if the stamp is left to Python. */
 static int open_stamp(Inflating *inflating, int64_t stamp, const uint8_t *gzip, int64_t n_bytes, Stream *stream)
 {
     int64_t start = after_gzip_header(gzip, n_bytes);
@@ -202,12 +206,12 @@ static int open_stamp(Inflating *inflating, int64_t stamp, const uint8_t *gzip, 
             return 0;
     }
     inflating->stamp = stamp;
-    /* The trailer counts as input: the bits before it can be read as freely as all others. */
+    /* The trailer belongs to the input, so that the last bits of the stream can be read in whole words. */
     open_stream(stream, gzip + start, gzip + n_bytes, inflating->file, n_inflated);
     return 1;
 }
 
-/* Begins the batch's next stamp that is gzip-ed, and places the plain ones before it; 0 where there is none any more. */
+/* Opens the next gzip-compressed stamp of the batch, and decodes the plain stamps before it. Returns 0 if there is none. */
 static int begin_stamp(Batch *batch, Inflating *inflating, Stream *stream)
 {
     while (batch->next < batch->n_stamps) {
@@ -225,7 +229,7 @@ static int begin_stamp(Batch *batch, Inflating *inflating, Stream *stream)
     return 0;
 }
 
-/* Whether a stream that has ended is all that was announced, and what was checked. */
+/* Whether a stream that has ended has the size and the checksum that its trailer states. */
 static int is_whole(const Stream *stream)
 {
     const uint8_t *trailer = stream->in_end - GZIP_TRAILER;
@@ -233,8 +237,8 @@ static int is_whole(const Stream *stream)
            crc32(0, stream->out_begin, (size_t)(stream->out - stream->out_begin)) == read_little_endian(trailer);
 }
 
-/* Takes a stream on that has stopped: into its next block or, placing what it has become, to the batch's next stamp; 0 where
- * there is none any more. */
+/* Continues a stream that has stopped: with its next block or, at its end, with the next stamp of the batch after decoding
+ * the finished one. Returns 0 if there is no further stamp. */
 static int go_on(Batch *batch, Inflating *inflating, Stream *stream, int status)
 {
     while ((status = next_block(stream, status)) != GOING_ON) {
@@ -270,7 +274,8 @@ static void decode_batch(Batch *batch)
     free(streams);
 }
 
-/* A C-contiguous array of this shape, where -1 is any length, with items of `itemsize`. */
+/* Gets the buffer of a C-contiguous array with this shape (-1 stands for any length) and items of `itemsize` bytes.
+ * Returns -1 with an exception on failure. */
 static int get_array(PyObject *object, Py_buffer *view, int n_dimensions, const Py_ssize_t *shape, Py_ssize_t itemsize,
                      int flags)
 {
@@ -282,7 +287,7 @@ static int get_array(PyObject *object, Py_buffer *view, int n_dimensions, const 
     if (fits)
         return 0;
     PyBuffer_Release(view);
-    PyErr_SetString(PyExc_ValueError, "decode_stamps: an array of a wrong shape or type");
+    PyErr_SetString(PyExc_ValueError, "decode_stamps: an array has a wrong shape or type");
     return -1;
 }
 
@@ -292,7 +297,7 @@ static PyObject *decode_stamps(PyObject *module, PyObject *const *args, Py_ssize
 {
     (void)module;
     if (n_args != 6 || !PyList_Check(args[0])) {
-        PyErr_SetString(PyExc_TypeError, "decode_stamps: a list and 5 arrays");
+        PyErr_SetString(PyExc_TypeError, "decode_stamps: takes a list and 5 arrays");
         return NULL;
     }
     PyObject *result = NULL;
@@ -316,7 +321,7 @@ static PyObject *decode_stamps(PyObject *module, PyObject *const *args, Py_ssize
         goto release_boxes;
     int64_t size = slots.shape[2];
     if (slots.shape[3] != size || size > INT16_MAX) {
-        PyErr_SetString(PyExc_ValueError, "decode_stamps: slots that are no squares of 16-bit sides");
+        PyErr_SetString(PyExc_ValueError, "decode_stamps: the slots must be squares with sides below 32768");
         goto release_taken;
     }
 
@@ -346,7 +351,7 @@ release_bodies:
     return result;
 }
 
-PyDoc_STRVAR(use_libdeflate_doc, "use_libdeflate(path) -> whether the library that is there has the checksum of gzip.");
+PyDoc_STRVAR(use_libdeflate_doc, "use_libdeflate(path) -> whether the library at `path` has libdeflate_crc32.");
 
 static PyObject *use_libdeflate(PyObject *module, PyObject *path)
 {
@@ -354,10 +359,10 @@ static PyObject *use_libdeflate(PyObject *module, PyObject *path)
     PyObject *encoded;
     if (!PyUnicode_FSConverter(path, &encoded))
         return NULL;
-    void *library = dlopen(PyBytes_AsString(encoded), RTLD_NOW); /* never closed: it stays for as long as the process */
+    void *library = dlopen(PyBytes_AsString(encoded), RTLD_NOW); /* never closed, because it is needed until the process ends */
     Py_DECREF(encoded);
     void *found = library ? dlsym(library, "libdeflate_crc32") : NULL;
-    *(void **)&crc32 = found; /* POSIX: what dlsym gives may be stored as a function through a pointer to it */
+    *(void **)&crc32 = found; /* the conversion from dlsym's result to a function pointer that POSIX permits */
     return PyBool_FromLong(found != NULL);
 }
 
@@ -370,7 +375,7 @@ static PyMethodDef methods[] = {
 static PyModuleDef_Slot slots[] = {{0, NULL}};
 
 static PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_stamps", "The compiled way from stamps to pixels.", 0, methods, slots, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT, "_stamps", "The compiled decoder of FITS stamps.", 0, methods, slots, NULL, NULL, NULL,
 };
 
 PyMODINIT_FUNC PyInit__stamps(void)

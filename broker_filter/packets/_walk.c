@@ -1,7 +1,7 @@
-/* Runs a program of `plan.py` over an Avro body: the compiled twin of the interpreter in `walk.py`, and nothing more.
+/* Runs a program of `plan.py` over an Avro body: the compiled form of the interpreter in `walk.py`.
  *
- * Both bytes and program are untrusted: every read of either and every write is checked against its buffer. It does not
- * recurse, allocates nothing and holds no lock while it walks. Any change here is a change there. */
+ * The bytes and the program are both untrusted: each read and each write is checked against its buffer. The walk does not
+ * recurse, allocates no memory and does not hold the GIL. A change here must also be made in `walk.py`. */
 
 #include <Python.h>
 #include <math.h>
@@ -17,7 +17,7 @@ enum { DONE, TRUNCATED, CORRUPT, NO_ROOM, BAD_PROGRAM };
 #define MISSING_ID INT64_MIN
 
 typedef struct {
-    int64_t left; /* items to go in the present block, the one at work included */
+    int64_t left; /* remaining items of the current block, including the current item */
     int32_t start, end;
     double *scalars;
     int64_t n_scalars;
@@ -32,11 +32,11 @@ typedef struct {
     int64_t n_scalars;
     int64_t *ids;
     int64_t n_ids;
-    int64_t *spans; /* start and end, in turn */
+    int64_t *spans; /* pairs of start and end */
     int64_t n_spans;
-    double *points; /* rows of n_columns */
+    double *points; /* rows of n_columns values */
     int64_t n_columns, max_points, n_points;
-    int64_t position; /* out: where the record ends, or where it failed */
+    int64_t position; /* output: where the record ends, or where the walk failed */
 } Walk;
 
 static inline int read_long(const uint8_t **at, const uint8_t *end, int64_t *value)
@@ -59,7 +59,7 @@ static inline int read_long(const uint8_t **at, const uint8_t *end, int64_t *val
     return CORRUPT;
 }
 
-/* A length, and that many bytes: `*at` is left at their start. */
+/* Reads the length of length-prefixed bytes and checks that they are complete; then `*at` is the start of the bytes. */
 static inline int read_length(const uint8_t **at, const uint8_t *end, int64_t *length)
 {
     const uint8_t *p = *at;
@@ -74,7 +74,7 @@ static inline int read_length(const uint8_t **at, const uint8_t *end, int64_t *l
     return DONE;
 }
 
-/* How many items the next block of an array or a map has; 0 ends it. */
+/* Reads the item count of the next block of an array or a map; 0 means that there is no further block. */
 static inline int read_block(const uint8_t **at, const uint8_t *end, int64_t *count)
 {
     int64_t size;
@@ -83,7 +83,7 @@ static inline int read_block(const uint8_t **at, const uint8_t *end, int64_t *co
         return failed;
     if (*count == INT64_MIN)
         return CORRUPT;
-    *count = -*count; /* a negative count announces the block's size, for readers that skip it */
+    *count = -*count; /* a negative count is followed by the size of the block in bytes */
     failed = read_long(at, end, &size);
     return failed ? failed : size < 0 ? CORRUPT : DONE;
 }
@@ -309,7 +309,7 @@ out:
     return failed;
 }
 
-/* A C-contiguous buffer of 8-byte items with `n_dimensions`, writable. */
+/* Gets a writable, C-contiguous buffer of 8-byte items with `n_dimensions`; returns -1 with an exception on failure. */
 static int get_columns(PyObject *object, Py_buffer *view, int n_dimensions)
 {
     if (PyObject_GetBuffer(object, view, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) < 0)
@@ -317,11 +317,11 @@ static int get_columns(PyObject *object, Py_buffer *view, int n_dimensions)
     if (view->ndim == n_dimensions && view->itemsize == 8 && (uintptr_t)view->buf % 8 == 0)
         return 0;
     PyBuffer_Release(view);
-    PyErr_SetString(PyExc_ValueError, "walk: output of a wrong shape or type");
+    PyErr_SetString(PyExc_ValueError, "walk: an output array has a wrong shape or type");
     return -1;
 }
 
-PyDoc_STRVAR(walk_doc, "As `walk.walk_python`; the interpreter is not held while it walks.");
+PyDoc_STRVAR(walk_doc, "The compiled form of `walk.walk_python`. It releases the GIL during the walk.");
 
 static PyObject *walk_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
 {
@@ -330,7 +330,7 @@ static PyObject *walk_call(PyObject *module, PyObject *const *args, Py_ssize_t n
     Py_buffer program, body, scalars, ids, spans, points;
 
     if (n_args != 9) {
-        PyErr_SetString(PyExc_TypeError, "walk: 9 arguments");
+        PyErr_SetString(PyExc_TypeError, "walk: takes 9 arguments");
         return NULL;
     }
     Py_ssize_t start = PyLong_AsSsize_t(args[2]), row = PyLong_AsSsize_t(args[3]), n_points = PyLong_AsSsize_t(args[8]);
@@ -351,7 +351,7 @@ static PyObject *walk_call(PyObject *module, PyObject *const *args, Py_ssize_t n
     if (program.itemsize != 4 || (uintptr_t)program.buf % 4 || program.len / 4 > INT32_MAX || start < 0 ||
         start > body.len || row < 0 || row >= scalars.shape[0] || row >= ids.shape[0] || row >= spans.shape[0] ||
         spans.shape[2] != 2 || points.shape[1] < 1 || n_points < 0 || n_points > points.shape[0]) {
-        PyErr_SetString(PyExc_ValueError, "walk: arguments that do not fit each other");
+        PyErr_SetString(PyExc_ValueError, "walk: the arguments do not fit each other");
         goto release_points;
     }
 
@@ -368,7 +368,7 @@ static PyObject *walk_call(PyObject *module, PyObject *const *args, Py_ssize_t n
     status = walk(&w);
     Py_END_ALLOW_THREADS
     if (status == BAD_PROGRAM)
-        PyErr_Format(PyExc_ValueError, "walk: not a program for these outputs");
+        PyErr_Format(PyExc_ValueError, "walk: the program is not valid for these outputs");
     else
         result = Py_BuildValue("(inn)", status, (Py_ssize_t)w.position, (Py_ssize_t)w.n_points);
 

@@ -1,11 +1,11 @@
-"""Packets made to cost as much as they can, and a measurement of what they do cost: time, memory and output.
+"""Hostile packets that are made to cost as much as possible, and a measurement of their cost: time, memory, output.
 
-    python tests/packets/hostile.py [packets, 2000 unless told otherwise] [seed]
+    python tests/packets/hostile.py [number of packets, by default 2000] [seed]
 
-The packets are drawn at random from the ways to make few bytes mean much: schemas that are long, deep or of types
-without bytes, blocks and records without bytes, histories, compression within compression, FITS headers that lie,
-stamps that each go the slow way. Each packet goes the whole way: decoded, scored by the default bundle, and made into
-output records. Prints the dearest, and exits non-zero where one costs more than its bytes allow.
+The packets are random combinations of content that is expensive for its size: schemas that are long, deeply nested or
+have types without bytes, blocks and records without bytes, long histories, nested compression, FITS headers with false
+sizes, and stamps that need the slow path. Each packet is decoded, scored by the default bundle and encoded as output
+records. The script prints the most expensive packets, and exits non-zero if the cost of one exceeds its bound.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CARD = 80
 
 Type = Any  # of an Avro schema, as JSON
 
-# -- what packets are made of
+# -- the parts of packets
 
 
 def card(keyword: str, value: object) -> bytes:
@@ -80,7 +80,7 @@ def number(draw: random.Random) -> int:
 
 
 def any_header(draw: random.Random) -> bytes:
-    """Mandatory cards with impossible values, and what follows them."""
+    """A FITS header of mandatory cards with impossible values, and further cards."""
     cards = [
         card("SIMPLE", draw.choice("TTTF")),
         card("BITPIX", draw.choice((8, 16, 32, 64, -32, -64, 0, 7, number(draw)))),
@@ -95,7 +95,7 @@ def any_header(draw: random.Random) -> bytes:
 
 
 def stamp(draw: random.Random) -> bytes:
-    """A stamp, valid or not, that takes much to read for its bytes."""
+    """A stamp, valid or not, that is expensive to read for its size."""
     many = draw.choice((10, 1000, 1151, 5000, 50_000))
     continued = b"".join([b"CONTINUE  'x&'".ljust(CARD)] * (many - 1))
     kinds: tuple[Callable[[], bytes], ...] = (
@@ -129,7 +129,7 @@ def long_text(draw: random.Random) -> str:
 
 
 def schema(rows: list[dict[str, Type]], more: list[dict[str, Type]], **about: Type) -> dict[str, Type]:
-    """A schema that is recognised as ZTF's, with such rows of history and further fields."""
+    """A schema that is recognised as ZTF's, with these fields in a history row, and with further top-level fields."""
     cutout = {
         "type": "record",
         "name": "cutout",
@@ -152,7 +152,7 @@ def schema(rows: list[dict[str, Type]], more: list[dict[str, Type]], **about: Ty
 
 
 def rows(draw: random.Random) -> tuple[list[dict[str, Type]], bytes]:
-    """Fields of a row of history, and such a row."""
+    """The fields of a history row, and an encoded row."""
     return draw.choice(
         (
             ([{"name": "jd", "type": "null"}], b""),
@@ -165,7 +165,7 @@ def rows(draw: random.Random) -> tuple[list[dict[str, Type]], bytes]:
 
 
 def field(draw: random.Random) -> tuple[list[dict[str, Type]], bytes]:
-    """Fields that cost much for their bytes, and a value of them."""
+    """Fields that are expensive to decode for their size, and their encoded values."""
     many = draw.choice((1, 1000, 100_000, 1_000_000))
     of_arrays = {"type": "array", "items": {"type": "array", "items": "null"}}
     of_maps = {"type": "map", "values": {"type": "map", "values": "null"}}
@@ -200,7 +200,7 @@ def deep(depth: int) -> Type:
 
 
 def doubling(depth: int) -> Type:
-    """Types that mean twice as much at each name."""
+    """Types whose number doubles at each level once names are resolved."""
     inner: Type = {"type": "record", "name": "two0", "fields": [{"name": "a", "type": "null"}]}
     for k in range(1, depth):
         fields = [{"name": "a", "type": inner}, {"name": "b", "type": f"two{k - 1}"}]
@@ -209,17 +209,17 @@ def doubling(depth: int) -> Type:
 
 
 NUMBERS = np.array([2460000.5, 1, 2, 10.0, 10.0, 18.0, 0.1]).tobytes()
-"""The candidate of a sound alert."""
+"""The candidate of a valid alert."""
 NO_ROWS = b"\0"
 
 
 def history(row: bytes, count: int) -> bytes:
-    """So many rows of history."""
+    """An encoded history of `count` rows."""
     return ocf.encode_long(count) + row * count + NO_ROWS if count else NO_ROWS
 
 
 def alert(candid: int, stamps: list[bytes], rows: bytes = NO_ROWS, more: bytes = b"", name: bytes = b"ZTF1") -> bytes:
-    """A record of `schema`."""
+    """An encoded record of `schema`."""
     parts = [ocf.encode_long(len(name)), name, ocf.encode_long(candid), NUMBERS, rows]
     for one in stamps:
         parts += [b"\0", ocf.encode_long(len(one)), one]
@@ -232,7 +232,7 @@ def container(
     codec: str = "deflate",
     more: dict[bytes, bytes] | None = None,
 ) -> bytes:
-    """A container file of blocks, each with the number of records that it claims and their bytes."""
+    """A container file of blocks, each given as its claimed number of records and its bytes."""
     metadata = {b"avro.schema": json.dumps(definition).encode(), b"avro.codec": codec.encode(), **(more or {})}
     pieces = [ocf.MAGIC, ocf.encode_long(len(metadata))]
     for pair in metadata.items():
@@ -247,7 +247,7 @@ def container(
 
 
 def any_container(draw: random.Random) -> bytes:
-    """A container file with some of everything, which mostly is what it says it is."""
+    """A container file with a random mixture of expensive content; most of its claims are true."""
     row_fields, row = rows(draw)
     more, more_value = field(draw) if draw.random() < 0.5 else ([], b"")
     doc = draw.choice(("", "", "", "d" * 100_000, "\N{SNOWMAN}" * 300_000, "d" * 1_900_000))
@@ -281,48 +281,48 @@ def compressed(data: bytes, codec: str) -> bytes:
 
 
 def packets(count: int, seed: int = SEED) -> Iterator[bytes]:
-    """`count` hostile packets, the same for the same seed."""
+    """Yields `count` hostile packets; the same seed gives the same packets."""
     draw = random.Random(seed)
     for _ in range(count):
         yield any_container(draw)
 
 
-# -- what they cost
+# -- their cost
 
 
 LEAST_BYTES = 2 << 20
 SECONDS_A_BYTE = 200e-9
 MEMORY_A_BYTE = 12
 OUTPUT_A_BYTE = 8
-"""What a packet of n bytes may cost at most (CPU time, memory, bytes to each topic), by the byte of
-min(GREATEST_RATIO x n, max_packet_bytes), and as much as for LEAST_BYTES always: one alert's stamps may take 12 MB. The
-dearest of 500 such packets took 37 ns, 6.5 bytes of memory and 4 of output."""
+"""The maximum cost of a packet of n bytes (CPU time, memory, bytes to each topic), per byte of min(GREATEST_RATIO x n,
+max_packet_bytes). The cost for LEAST_BYTES is always allowed, because the stamps of one alert may take 12 MB. The most
+expensive of 500 such packets took 37 ns, 6.5 bytes of memory and 4 bytes of output per byte."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a packet of `n_bytes` did cost: CPU seconds, bytes of memory at most, bytes of output to each topic."""
+    """The measured cost of a packet of `n_bytes`: CPU seconds, peak bytes of memory, bytes of output to each topic."""
 
     n_bytes: int
     seconds: float
     memory: int
     output: int
     outcome: dict[str, int]
-    """How many alerts were scored, and how many rejected for what."""
+    """The number of scored alerts, and of rejected ones by reason."""
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of what it may cost: more than 1 is too much."""
+        """Each cost as a fraction of its bound; more than 1 is too much."""
         size = max(LEAST_BYTES, min(GREATEST_RATIO * self.n_bytes, MAX_CONTAINER_BYTES))
         return {
             "time": self.seconds / (SECONDS_A_BYTE * size),
             "memory": self.memory / (MEMORY_A_BYTE * size),
-            "output": self.output / max(OUTPUT_A_BYTE * size, self.n_bytes),  # a dead letter is the packet
+            "output": self.output / max(OUTPUT_A_BYTE * size, self.n_bytes),  # a dead letter contains the packet
         }
 
 
 class Measure:
-    """The whole way of a packet, on one thread."""
+    """Measures the whole processing of a packet on one thread."""
 
     def __init__(self) -> None:
         self.scorer = open_scorer(["default"], Runtime())
@@ -334,17 +334,17 @@ class Measure:
         )
 
     def decoder(self) -> Decoder:
-        """One that has decoded nothing yet."""
+        """A decoder without any cached schema."""
         return Decoder(open_registry(None), columns=self.scorer.columns, cutout_size=self.scorer.cutout_size)
 
     def forget_peak(self) -> None:
-        """Lets the peak of this process's memory begin anew, and leaves nothing free that could be used again."""
+        """Resets the memory peak of this process, and returns its free memory to the system."""
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
 
     def cost(self, data: bytes) -> Cost:
-        """What one packet costs that nothing is known of before."""
+        """The cost of one packet, of which nothing is cached."""
         decoder = self.decoder()
         self.forget_peak()
         before, start = memory("VmRSS"), time.process_time()
@@ -358,13 +358,13 @@ class Measure:
 
 
 def memory(name: str) -> int:
-    """Bytes of memory by /proc."""
+    """A memory value of this process from /proc, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def main(count: int, seed: int) -> None:
-    """Measures `count` packets, prints the dearest of each kind, and exits non-zero where one is too dear."""
+    """Measures `count` packets, prints the most expensive ones, and exits non-zero if one exceeds its bound."""
     logging.disable()
     measure = Measure()
     measure.cost(b"nothing has to be loaded any more")

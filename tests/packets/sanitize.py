@@ -1,10 +1,10 @@
 """Runs the compiled decoding under AddressSanitizer and UndefinedBehaviorSanitizer over mutated packets and stamps.
 
-    python tests/packets/sanitize.py [mutants, 20000 unless told otherwise]
+    python tests/packets/sanitize.py [number of mutants, by default 20000]
 
-Builds `_walk.c` and `_stamps.c` with gcc into a temporary folder, starts itself again with the sanitizer's library
-loaded, and reads each body and stamp from an allocation of its exact size: a read one byte too far is seen. Exits
-non-zero on the first finding.
+The script builds `_walk.c` and `_stamps.c` with gcc in a temporary folder and restarts itself with the sanitizer's
+library loaded. Each body and stamp is read from an allocation of its exact size, so a read beyond its end is detected.
+The script exits non-zero on the first finding.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ SOURCES = HERE.parents[1] / "broker_filter" / "packets"
 MODULES = ("_walk", "_stamps")
 SHARED = HERE.parents[2] / "shared" / "data"
 TOGETHER = 12
-"""Stamps to a batch: more than are inflated in step, so that some follow others."""
+"""The number of stamps per batch: more than are decompressed in parallel, so that streams are reused."""
 BUILD = "BROKER_FILTER_SANITIZED"
 
 
 def build(folder: Path) -> None:
-    """The sanitized extensions, into `folder`."""
+    """Builds the sanitized extensions in `folder`."""
     flags = ["-O1", "-g", "-shared", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     include = sysconfig.get_paths()["include"]
     for name in MODULES:
@@ -39,7 +39,7 @@ def build(folder: Path) -> None:
 
 
 def main(count: int) -> None:
-    """Decodes `count` mutants with the sanitized extensions; the sanitizers end the process on a finding."""
+    """Decodes `count` mutated packets with the sanitized extensions; a finding of the sanitizers ends the process."""
     for name in MODULES:
         path = Path(os.environ[BUILD]) / f"{name}.abi3.so"
         spec = importlib.util.spec_from_file_location(f"broker_filter.packets.{name}", path)
@@ -81,7 +81,7 @@ def main(count: int) -> None:
             continue
         plan = decoder._plan(container.schema)
         for block in container.blocks if isinstance(plan, decode.Plan) else ():
-            body = np.array(block.body, dtype=np.uint8, copy=True)  # malloc of exactly its size
+            body = np.array(block.body, dtype=np.uint8, copy=True)  # an allocation of exactly its size
             outputs = decode._Outputs([plan.layout], 1)
             status, _ = outputs.walk(plan, body.data, 0)
             seen[status.name] += 1
@@ -97,7 +97,7 @@ def main(count: int) -> None:
         bodies = []
         for k in range(start, start + TOGETHER):
             stamp = np.frombuffer(stamps[draw.integers(len(stamps))], np.uint8).copy()
-            reach = len(stamp) if k % 2 else min(800, len(stamp))  # anywhere, or where the headers and codes are
+            reach = len(stamp) if k % 2 else min(800, len(stamp))  # anywhere, or in the headers and code tables
             stamp[draw.integers(0, reach, draw.integers(0, 4))] = draw.integers(0, 256)
             bodies.append(stamp[: draw.integers(len(stamp) + 1)].copy() if k % 8 == 1 else stamp)
         spans = np.array([[(0, len(body)), (0, len(body) + 1), (-1, -1)] for body in bodies])

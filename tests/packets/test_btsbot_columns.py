@@ -1,4 +1,4 @@
-"""BTSbot's 25 metadata columns, against a plain recomputation from what fastavro reads."""
+"""BTSbot's 25 metadata columns equal a plain recomputation from the values that fastavro reads."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ MADE_OF_HISTORY = ("nnotdet", "age", "days_since_peak", "days_to_peak", "peakmag
 
 
 def expected(record: dict[str, Any]) -> dict[str, float]:
-    """As btsbot's `prep_alerts` defines them, over the detections in the packet up to the alert."""
+    """The columns as BTSbot's `prep_alerts` defines them, over the detections in the packet up to the alert."""
     alert = record["candidate"]
-    # One redistributed packet holds the columns of its history as strings: there is nothing to read.
+    # One redistributed packet has strings in the columns of its history, which cannot be read.
     history = record["prv_candidates"] if isinstance(record["prv_candidates"], list) else []
     detections = [alert, *(row for row in history if row["magpsf"] is not None and row["jd"] <= alert["jd"])]
     detections.sort(key=lambda row: row["jd"])
     first = min(alert["jdstarthist"], detections[0]["jd"])
-    peak = min(detections, key=lambda row: row["magpsf"])  # the first of several
+    peak = min(detections, key=lambda row: row["magpsf"])  # the first of several equal ones
     drb = alert.get("drb")
     return {
         "nnotdet": alert["ncovhist"] - alert["ndethist"],
@@ -37,12 +37,12 @@ def expected(record: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def test_columns_of_the_history_are_those_of_the_detections_up_to_the_alert(
+def test_history_columns_use_the_detections_up_to_the_alert(
     ztf_packets: list[tuple[int, bytes]], lsst_packets: list[tuple[str, bytes]], lsst_schemas: Path
 ) -> None:
     decoder = Decoder(open_registry(str(lsst_schemas)), columns=MADE_OF_HISTORY)
     sample = [data for _, data in ztf_packets[::4]]
-    other = [lsst_packets[0][1]]  # a row of another survey among them
+    other = [lsst_packets[0][1]]  # so that the batch also has a row of another survey
     alerts, _ = decoder.decode([Packet(data, FilePosition("test")) for data in (*sample[:100], *other, *sample[100:])])
     ztf = alerts.metadata[alerts.survey == 0]
     assert (alerts.survey == 1).any()

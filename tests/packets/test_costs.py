@@ -1,6 +1,6 @@
-"""What a hostile packet costs is bounded by its bytes: time, memory and output, alone and in a batch of others.
+"""The cost of a hostile packet (time, memory, output) is bounded by its bytes, alone and in a batch.
 
-`python tests/packets/hostile.py` (`make fuzz`) measures more of them for longer.
+`python tests/packets/hostile.py` (`make fuzz`) measures more packets.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.packets import hostile
 BOOLEAN_ROW = [{"name": "jd", "type": "boolean"}]
 NULL_ROW = [{"name": "jd", "type": "null"}]
 POD_BYTES = 2 << 30
-"""The memory limit in deploy/kubernetes."""
+"""The memory limit of a pod in deploy/kubernetes, in bytes."""
 STAMPS = [hostile.TINY_STAMP] * 3
 PLAIN = hostile.schema(BOOLEAN_ROW, [])
 BOMB = gzip.compress(hostile.plain_stamp(1023))
@@ -61,7 +61,7 @@ HOLLOW = {
         },
     ],
 }
-"""A schema of ZTF alerts that take no bytes."""
+"""A schema of ZTF alerts whose encoding takes no bytes."""
 
 CASES: dict[str, Callable[[], bytes]] = {
     "rows without bytes": lambda: hostile.container(
@@ -90,7 +90,7 @@ CASES: dict[str, Callable[[], bytes]] = {
         hostile.schema(BOOLEAN_ROW, [{"name": "d", "type": "null", "default": hostile.nested(900)}]), [alerts(1)]
     ),
 }
-"""Each abuses one thing, as much as it can."""
+"""Packets that each abuse one weakness as much as possible."""
 
 
 @pytest.fixture(scope="module")
@@ -103,31 +103,32 @@ def measure() -> hostile.Measure:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_packet_costs_no_more_than_its_bytes_allow(measure: hostile.Measure, name: str) -> None:
+def test_cost_of_a_packet_is_bounded_by_its_bytes(measure: hostile.Measure, name: str) -> None:
     cost = measure.cost(CASES[name]())
     assert max(cost.shares.values()) < 1, cost
 
 
-def test_random_hostile_packets_cost_no_more_than_their_bytes_allow(measure: hostile.Measure) -> None:
+def test_cost_of_random_hostile_packets_is_bounded_by_their_bytes(measure: hostile.Measure) -> None:
     for data in hostile.packets(20):
         cost = measure.cost(data)
         assert max(cost.shares.values()) < 1, cost
 
 
-def test_hostile_packets_in_several_threads_leave_a_pod_its_memory(measure: hostile.Measure) -> None:
+def test_hostile_packets_in_several_threads_stay_within_the_memory_of_a_pod(measure: hostile.Measure) -> None:
     kinds = ("many alerts", "alerts with a long schema", "many rows", "bombs in a bomb")
     packets = [Packet(CASES[name](), FilePosition(name)) for name in kinds] * 3
-    on_their_way: deque[Routed] = deque(maxlen=SCORED_BATCHES + 1)
+    in_flight: deque[Routed] = deque(maxlen=SCORED_BATCHES + 1)
     measure.forget_peak()
     before = hostile.memory("VmRSS")
     for scored in score_stream(packets, measure.decoder(), measure.scorer, DuplicateWindow(1), batch_size=4, threads=4):
-        on_their_way.append(measure.router.route(scored))
-    assert sum(sum(routed.published.values()) for routed in on_their_way) > 100
-    assert hostile.memory("VmHWM") - before < POD_BYTES / 2  # the rest is for models, libraries and Kafka's queues
+        in_flight.append(measure.router.route(scored))
+    assert sum(sum(routed.published.values()) for routed in in_flight) > 100
+    # The other half of the memory is for models, libraries and the queues of Kafka clients.
+    assert hostile.memory("VmHWM") - before < POD_BYTES / 2
 
 
 def decoded(data: bytes) -> tuple[int, Counter[RejectReason]]:
-    """How many alerts came of a packet, and why others did not."""
+    """The number of alerts in a packet, and of rejected ones by reason."""
     batch, rejects = Decoder(open_registry(None)).decode([Packet(data, FilePosition("one"))])
     return len(batch), Counter(reject.reason for reject in rejects)
 
@@ -135,10 +136,10 @@ def decoded(data: bytes) -> tuple[int, Counter[RejectReason]]:
 def test_a_history_of_rows_without_bytes_is_rejected() -> None:
     assert decoded(CASES["rows without bytes"]()) == (0, {RejectReason.CORRUPT: 1})
     no_rows = hostile.container(hostile.schema(NULL_ROW, []), [alerts(3)])
-    assert decoded(no_rows) == (3, {})  # a column of nulls is a table without rows
+    assert decoded(no_rows) == (3, {})  # a column of nulls counts as a table without rows
 
 
-def test_rows_of_history_are_bounded_by_packet_and_not_by_alert() -> None:
+def test_history_rows_are_bounded_per_packet_and_not_per_alert() -> None:
     rows = hostile.history(b"\1", MAX_POINTS // 10)
     assert decoded(hostile.container(PLAIN, [alerts(10, rows=rows)], "null")) == (10, {})
     assert decoded(hostile.container(PLAIN, [alerts(12, rows=rows)], "null")) == (10, {RejectReason.TOO_LARGE: 1})
@@ -148,7 +149,7 @@ def test_a_record_without_bytes_ends_its_block() -> None:
     assert decoded(hostile.container(HOLLOW, [(1 << 40, b"")])) == (0, {RejectReason.MISSING_FIELD: 1})
 
 
-def test_alerts_beyond_what_a_packet_may_unpack_to_are_too_large() -> None:
+def test_alerts_beyond_the_memory_limit_of_their_packet_are_too_large() -> None:
     long = hostile.schema(BOOLEAN_ROW, [], doc="d" * 1_000_000)
     held, rejects = decoded(hostile.container(long, [alerts(200)]))
     assert 50 < held <= MAX_UNPACKING * MAX_CONTAINER_BYTES // 1_000_000
@@ -174,7 +175,7 @@ def test_a_batch_of_hostile_packets_is_decoded_in_parts_that_fit_into_memory() -
     assert [int(alert_id) for batch in parts for alert_id in batch.alert_id] == whole.alert_id.tolist()
 
 
-def test_packets_of_surveys_are_decoded_in_one_batch(
+def test_survey_packets_are_decoded_in_one_batch(
     ztf_packets: list[tuple[int, bytes]], lsst_packets: list[tuple[str, bytes]], lsst_schemas: Path
 ) -> None:
     packets = [Packet(data, FilePosition("one")) for _, data in (*ztf_packets[:128], *lsst_packets)]
@@ -182,7 +183,7 @@ def test_packets_of_surveys_are_decoded_in_one_batch(
     assert len(batch.packets) == len(packets)
 
 
-def test_a_file_of_empty_blocks_is_split_without_repeating_its_header_for_each() -> None:
+def test_splitting_a_file_of_empty_blocks_does_not_repeat_the_header_for_each() -> None:
     long = hostile.schema(BOOLEAN_ROW, [], doc="d" * 1_000_000)
     count = 3
     blocks = [(0, b"")] * 5_000 + [(1, hostile.alert(k, STAMPS)) for k in range(count)]
@@ -192,7 +193,7 @@ def test_a_file_of_empty_blocks_is_split_without_repeating_its_header_for_each()
     assert sum(decoded(piece)[0] for piece in pieces) == count
 
 
-def test_what_a_reject_quotes_of_its_packet_is_bounded() -> None:
+def test_detail_of_a_reject_is_bounded() -> None:
     packet = Packet(b"", FilePosition("one"))
     assert len(Reject(packet, RejectReason.BAD_SCHEMA, "x" * 1_000_000).detail) <= MAX_DETAIL_CHARACTERS + 3
     named = hostile.schema(BOOLEAN_ROW, [{"name": "y", "type": "y" * 1_000_000}])

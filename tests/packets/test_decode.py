@@ -1,4 +1,4 @@
-"""Decoder: every real packet as fastavro and astropy read it, every bad one a reject with its reason, nothing lost."""
+"""The Decoder reads each real packet as fastavro and astropy do, rejects each bad one with a reason, and loses none."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def pixels(stamp: bytes) -> NDArray[np.float32]:
 
 
 def published(column: Column, survey: Survey, record: dict[str, Any]) -> float:
-    """The value of a column that stands in the packet as it is."""
+    """The value of a column that the packet contains directly."""
     source = column.source(survey)
     assert isinstance(source, Field)
     for path in source.paths:
@@ -61,7 +61,10 @@ def published(column: Column, survey: Survey, record: dict[str, Any]) -> float:
 
 
 def assert_columns(alerts: AlertBatch, records: dict[int, dict[str, Any]], survey: Survey) -> None:
-    """The columns of the alerts in rows `records` that the survey publishes as they are; those of the other are NaN."""
+    """Checks the columns that the survey publishes directly, and that columns without a source are NaN.
+
+    `records`: the records as read by fastavro, by the row of the alert.
+    """
     rows = list(records)
     for column in COLUMNS:
         values = alerts.column(column.name)[rows]
@@ -74,7 +77,7 @@ def assert_columns(alerts: AlertBatch, records: dict[int, dict[str, Any]], surve
 
 
 def assert_stamps(alerts: AlertBatch, i: int, stamps: Sequence[bytes]) -> None:
-    """Each slot holds astropy's pixels, bit for bit, and zeros around them."""
+    """Checks that each slot holds the pixels that astropy reads, bit for bit, with zeros around them."""
     for c, stamp in enumerate(stamps):
         image = pixels(stamp)
         y, x, height, width = alerts.cutout_box[i, c].tolist()
@@ -86,7 +89,7 @@ def assert_stamps(alerts: AlertBatch, i: int, stamps: Sequence[bytes]) -> None:
 
 
 def assert_record(alerts: AlertBatch, i: int, record: dict[str, Any]) -> None:
-    """The undecoded body is the record's, and the spans are those of its cutouts."""
+    """Checks that the undecoded body is that of the record, and the spans are those of its cutouts."""
     held = alerts.records[i]
     definition = fastavro.parse_schema(held.schema.definition)
     stream = io.BytesIO(held.body)
@@ -103,7 +106,7 @@ def assert_record(alerts: AlertBatch, i: int, record: dict[str, Any]) -> None:
     assert not stream.read()
 
 
-def test_ztf_packets_are_read_as_fastavro_and_astropy_read_them(ztf_packets: list[tuple[int, bytes]]) -> None:
+def test_ztf_packets_decode_to_the_values_of_fastavro_and_astropy(ztf_packets: list[tuple[int, bytes]]) -> None:
     versions: Counter[str] = Counter()
     schemas: set[WriterSchema] = set()
     for start in range(0, len(ztf_packets), 128):
@@ -125,7 +128,7 @@ def test_ztf_packets_are_read_as_fastavro_and_astropy_read_them(ztf_packets: lis
             assert identity.mjd == candidate["jd"] - 2400000.5
             assert (identity.ra, identity.dec) == (candidate["ra"], candidate["dec"])
             assert identity.band == {1: "g", 2: "r", 3: "i"}[candidate["fid"]]
-            if i % 4 == 0:  # test_stamps compares every one
+            if i % 4 == 0:  # test_stamps compares all stamps
                 assert_stamps(alerts, i, [record[name]["stampData"] for name in FIELDS])
             records[i] = record
             if alerts.records[i].schema not in schemas:
@@ -137,7 +140,7 @@ def test_ztf_packets_are_read_as_fastavro_and_astropy_read_them(ztf_packets: lis
 
 
 def lsst_records(shared_data: Path, lsst_schemas: Path) -> list[tuple[Packet, list[dict[str, Any]]]]:
-    """Every shared LSST packet that has a schema, and its records by fastavro."""
+    """All shared LSST packets with a schema, and their records as read by fastavro."""
     registry = open_registry(str(lsst_schemas))
     found = []
     for path in sorted((shared_data / "lsst").rglob("*.avro")):
@@ -155,7 +158,7 @@ def lsst_records(shared_data: Path, lsst_schemas: Path) -> list[tuple[Packet, li
     return found
 
 
-def test_lsst_packets_are_read_as_fastavro_and_astropy_read_them(shared_data: Path, lsst_schemas: Path) -> None:
+def test_lsst_packets_decode_to_the_values_of_fastavro_and_astropy(shared_data: Path, lsst_schemas: Path) -> None:
     expected = lsst_records(shared_data, lsst_schemas)
     alerts, rejects = Decoder(open_registry(str(lsst_schemas)), cutout_size=102).decode([item for item, _ in expected])
     rejected = {(reject.packet.position, reject.record): reject for reject in rejects}
@@ -205,7 +208,7 @@ def test_lsst_packets_are_read_as_fastavro_and_astropy_read_them(shared_data: Pa
     assert {"7.1", "7.3", "7.4", "9.0", "10.0", "unversioned"} == set(alerts.schema_version)
 
 
-def test_columns_that_both_surveys_share_mean_the_same(
+def test_columns_of_both_surveys_have_the_same_meaning(
     ztf_packets: list[tuple[int, bytes]], shared_data: Path, lsst_schemas: Path
 ) -> None:
     ztf, _ = decode(*(data for _, data in ztf_packets[:200]))
@@ -223,7 +226,7 @@ def test_columns_that_both_surveys_share_mean_the_same(
     assert 0 < lsst.column("sso").sum() < len(lsst)
 
 
-def test_a_solar_system_match_of_ztf_is_within_five_arcsec(ztf_packets: list[tuple[int, bytes]]) -> None:
+def test_sso_is_true_for_ztf_within_five_arcsec(ztf_packets: list[tuple[int, bytes]]) -> None:
     alerts, _ = decode(*(data for _, data in ztf_packets[:600]))
     distance = alerts.column("ssdistnr")
     np.testing.assert_array_equal(alerts.column("sso"), ((distance >= 0) & (distance <= 5)).astype(float))
@@ -238,12 +241,12 @@ def test_every_damaged_packet_is_rejected_with_a_reason(shared_data: Path) -> No
         alerts, (reject,) = decode(path.read_bytes())
         reasons[reject.reason] += 1
         assert reject.detail
-        # One of them is several containers' worth of bytes, the first of which is sound.
+        # One packet consists of several concatenated containers, the first of which is valid.
         assert len(alerts) == reject.record == (1 if "schema_4.02" in path.name else 0)
     assert reasons == {"not_avro": 3, "bad_schema": 5, "truncated": 7, "corrupt": 1}
 
 
-def test_other_surveys_are_unknown(shared_data: Path) -> None:
+def test_packets_of_other_surveys_are_rejected_as_unknown(shared_data: Path) -> None:
     paths = sorted(path for path in (shared_data / "other").rglob("*") if path.is_file())
     assert len(paths) > 15
     alerts, rejects = decode(*(path.read_bytes() for path in paths))
@@ -251,7 +254,7 @@ def test_other_surveys_are_unknown(shared_data: Path) -> None:
     assert [reject.reason for reject in rejects] == [RejectReason.UNKNOWN_SURVEY] * len(paths)
 
 
-def test_a_reject_says_the_schema_wherever_that_could_be_read(
+def test_a_reject_has_the_fingerprint_of_its_schema_if_that_could_be_read(
     shared_data: Path, ztf_packets: list[tuple[int, bytes]]
 ) -> None:
     packet = ztf_packets[0][1]
@@ -266,11 +269,11 @@ def test_a_reject_says_the_schema_wherever_that_could_be_read(
     assert unreadable.schema is None
 
 
-# Packets changed on purpose.
+# Modified packets.
 
 
 def rewritten(data: bytes, change: Any = None, schema: Any = None) -> bytes:
-    """A ZTF packet re-encoded by fastavro after `change(record)`, under `schema`, its own unless told otherwise."""
+    """A ZTF packet re-encoded by fastavro after `change(record)`, with `schema` (by default its own schema)."""
     reader = fastavro.reader(io.BytesIO(data))
     (record,) = reader
     if change:
@@ -282,13 +285,13 @@ def rewritten(data: bytes, change: Any = None, schema: Any = None) -> bytes:
 
 @pytest.fixture(scope="module")
 def nullable(ztf_packets: list[tuple[int, bytes]]) -> bytes:
-    """A packet with every field nullable."""
+    """A packet in which all fields are nullable."""
     return next(data for candid, data in ztf_packets if candid == 2481114533215015024)
 
 
 @pytest.fixture(scope="module")
 def original(ztf_packets: list[tuple[int, bytes]]) -> bytes:
-    """A packet of the survey's own, schemavsn 4.02."""
+    """A packet as published by the survey, schemavsn 4.02."""
     return next(data for candid, data in ztf_packets if candid == 2695378462115010012)
 
 
@@ -314,7 +317,7 @@ def original(ztf_packets: list[tuple[int, bytes]]) -> bytes:
         (lambda r: r.update(candidate=None), RejectReason.MISSING_FIELD, "time"),
     ],
 )
-def test_an_unusable_alert_is_rejected_and_its_neighbours_are_not(
+def test_an_invalid_alert_is_rejected_and_other_alerts_are_not(
     nullable: bytes, change: Any, reason: RejectReason, says: str
 ) -> None:
     alerts, (reject,) = decode(nullable, rewritten(nullable, change), nullable)
@@ -328,7 +331,7 @@ def test_an_unusable_alert_is_rejected_and_its_neighbours_are_not(
     assert np.diff(alerts.light_curves.offsets).tolist() == [np.diff(alerts.light_curves.offsets)[0]] * 2
 
 
-def test_the_top_level_id_may_be_missing(nullable: bytes) -> None:
+def test_the_top_level_candid_is_optional(nullable: bytes) -> None:
     alerts, _ = decode(rewritten(nullable, lambda r: r.update(candid=None)))
     assert alerts.alert_id.tolist() == [2481114533215015024]
 
@@ -347,7 +350,7 @@ def test_a_blank_stamp_is_rejected(original: bytes) -> None:
 
 
 def test_types_and_order_of_fields_do_not_matter(original: bytes) -> None:
-    """The same values in the reverse order, numbers as doubles or strings in unions, decode alike."""
+    """Fields in reverse order, with numbers as doubles and strings in unions, decode to the same values."""
     (record,) = fastavro.reader(io.BytesIO(original))
     schema = fastavro.reader(io.BytesIO(original)).writer_schema
 
@@ -370,7 +373,7 @@ def test_types_and_order_of_fields_do_not_matter(original: bytes) -> None:
         )
 
     cutout = next(field["type"] for field in schema["fields"] if field["name"] == "cutoutScience")[1]
-    for field in schema["fields"]:  # the type's definition now comes last
+    for field in schema["fields"]:  # the definition of the type now comes last
         if field["name"] == "cutoutScience":
             field["type"] = ["null", cutout["name"]]
         if field["name"] == "cutoutDifference":
@@ -425,7 +428,7 @@ def test_damage_after_good_records_is_one_reject(original: bytes) -> None:
         assert alerts.record_index.tolist() == list(range(record))
 
 
-def test_a_bad_block_does_not_spoil_the_next(original: bytes) -> None:
+def test_a_bad_block_does_not_affect_the_next(original: bytes) -> None:
     container = ocf.read_container(original)
     assert container.schema is not None
     body = bytes(container.blocks[0].body)
@@ -438,7 +441,7 @@ def test_a_bad_block_does_not_spoil_the_next(original: bytes) -> None:
     assert reject.alert.alert_id == 2695378462115010012
 
 
-def test_bytes_that_are_no_packet_are_rejected() -> None:
+def test_other_bytes_than_packets_are_rejected() -> None:
     _, rejects = decode(b"", b"\x00", b"hello, world", b"Obj\x01", bytes(1000), b"Obj\x01" + bytes(30))
     assert [reject.reason for reject in rejects] == [
         RejectReason.EMPTY,
@@ -456,7 +459,7 @@ def test_a_hundred_megabyte_message_is_too_large(original: bytes) -> None:
     assert alerts.packet_index.tolist() == [1]
 
 
-def test_a_container_without_records_is_said_to_hold_none(original: bytes) -> None:
+def test_a_container_without_records_is_rejected_as_no_record(original: bytes) -> None:
     container = ocf.read_container(original)
     assert container.schema is not None
     header = ocf.container_header(json.dumps(container.schema.definition).encode(), bytes(16))
@@ -465,7 +468,7 @@ def test_a_container_without_records_is_said_to_hold_none(original: bytes) -> No
         assert reject.reason is RejectReason.NO_RECORD
 
 
-def test_a_lying_block_does_not_become_a_million_alerts(nullable: bytes) -> None:
+def test_a_false_record_count_does_not_create_millions_of_alerts(nullable: bytes) -> None:
     schema = fastavro.reader(io.BytesIO(nullable)).writer_schema
     header = ocf.container_header(
         json.dumps({k: v for k, v in schema.items() if not k.startswith("__")}).encode(), bytes(16)
@@ -488,7 +491,7 @@ def test_an_endless_history_is_too_large(nullable: bytes, monkeypatch: pytest.Mo
     assert "history" in reject.detail
 
 
-def test_a_wire_message_with_bytes_left_over_is_corrupt(
+def test_a_wire_message_with_trailing_bytes_is_corrupt(
     lsst_packets: list[tuple[str, bytes]], lsst_schemas: Path
 ) -> None:
     registry = open_registry(str(lsst_schemas))
@@ -512,7 +515,7 @@ def test_an_unreachable_registry_rejects_nothing(original: bytes, lsst_packets: 
     assert len(Decoder(Down()).decode([packet(original)])[0]) == 1
 
 
-def test_no_packets_are_an_empty_batch() -> None:
+def test_an_empty_list_of_packets_gives_an_empty_batch() -> None:
     alerts, rejects = decode()
     assert len(alerts) == len(rejects) == 0
     assert alerts.cutouts.shape == (0, len(CUTOUTS), SIZE, SIZE)
@@ -520,7 +523,7 @@ def test_no_packets_are_an_empty_batch() -> None:
     assert alerts.light_curves.offsets.tolist() == [0]
 
 
-def test_only_the_chosen_columns_are_delivered(original: bytes) -> None:
+def test_only_the_requested_columns_are_returned(original: bytes) -> None:
     alerts, _ = decode(original, columns=["sso", "magpsf"], cutout_size=40)
     assert alerts.columns == ("sso", "magpsf")
     assert alerts.metadata.shape == (1, 2)
@@ -530,7 +533,7 @@ def test_only_the_chosen_columns_are_delivered(original: bytes) -> None:
         decode(columns=["magpsf", "nonsense"])
 
 
-def test_surveys_may_be_mixed_in_a_batch(original: bytes, shared_data: Path) -> None:
+def test_a_batch_may_hold_several_surveys(original: bytes, shared_data: Path) -> None:
     lsst = sorted((shared_data / "lsst" / "ocf" / "lsst_v9_0").iterdir())[0].read_bytes()
     mixed, _ = decode(original, lsst, original)
     assert mixed.survey.tolist() == [Survey.ZTF, Survey.LSST, Survey.ZTF]
@@ -542,7 +545,7 @@ def test_surveys_may_be_mixed_in_a_batch(original: bytes, shared_data: Path) -> 
         np.testing.assert_array_equal(mixed.light_curves.flux[begin:end], alone.light_curves.flux)
 
 
-def test_threads_may_share_a_decoder(ztf_packets: list[tuple[int, bytes]]) -> None:
+def test_a_decoder_is_thread_safe(ztf_packets: list[tuple[int, bytes]]) -> None:
     decoder = Decoder(open_registry(None))
     packets = [packet(data) for _, data in ztf_packets[::10]]
     batches: dict[int, AlertBatch] = {}

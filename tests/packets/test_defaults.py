@@ -1,4 +1,4 @@
-"""Output schemas have no default that Avro's specification forbids, whatever the survey published."""
+"""Output schemas never have a default that the Avro specification forbids, also if the survey published one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PRIMITIVE_DEFAULTS = {
 
 
 def problems(type_: Any, space: str = "", names: dict[str, Any] | None = None, where: str = "") -> Iterator[str]:
-    """What Avro 1.11 forbids in a schema's names and defaults, as a strict parser goes through it: top to bottom."""
+    """Yields the names and defaults that Avro 1.11 forbids in a schema, in the order of a strict parser."""
     names = {} if names is None else names
     if isinstance(type_, list):
         for branch in type_:
@@ -85,7 +85,7 @@ def valid(type_: Any, value: Any, space: str, names: Mapping[str, Any]) -> bool:
 
 @pytest.fixture(scope="module")
 def published_schemas(shared_data: Path, lsst_schemas: Path) -> list[WriterSchema]:
-    """Every different schema of the shared data: embedded in container files, and LSST's own."""
+    """All distinct schemas of the shared data: those in container files, and those of LSST."""
     found: dict[str, WriterSchema] = {}
 
     def take(data: bytes) -> None:
@@ -107,7 +107,7 @@ def published_schemas(shared_data: Path, lsst_schemas: Path) -> list[WriterSchem
 def test_no_output_schema_has_an_invalid_default(published_schemas: list[WriterSchema]) -> None:
     published = [list(problems(schema.definition)) for schema in published_schemas]
     assert len(published) > 25
-    assert sum(bool(found) for found in published) > 10  # the surveys' own do
+    assert sum(bool(found) for found in published) > 10  # the published schemas have invalid defaults
     for schema in published_schemas:
         for cutouts in (True, False):
             output = json.loads(annotated_schema(schema, cutouts).text)
@@ -115,7 +115,7 @@ def test_no_output_schema_has_an_invalid_default(published_schemas: list[WriterS
             assert output["fields"][-1]["type"]["fields"][3]["default"] is None
 
 
-def test_bodies_are_written_as_before(published_schemas: list[WriterSchema]) -> None:
+def test_removing_defaults_does_not_change_encoded_records(published_schemas: list[WriterSchema]) -> None:
     for schema in published_schemas:
         output = json.loads(annotated_schema(schema, True).text)
         output["fields"].pop()
@@ -153,7 +153,7 @@ R = {
     ],
     ids=str,
 )
-def test_a_default_fits_its_type_or_is_dropped(type_: Any, good: list[Any], bad: list[Any]) -> None:
+def test_a_default_that_does_not_fit_its_type_is_removed(type_: Any, good: list[Any], bad: list[Any]) -> None:
     for value, fits in [*((value, True) for value in good), *((value, False) for value in bad)]:
         field = {"name": "f", "type": type_, "default": value}
         inner = {"type": "record", "name": "Inner", "fields": [field]}
@@ -164,15 +164,15 @@ def test_a_default_fits_its_type_or_is_dropped(type_: Any, good: list[Any], bad:
         }
         kept = without_invalid_defaults(outer)["fields"][0]["type"]["items"]["fields"][0]
         assert kept == (field if fits else {"name": "f", "type": type_})
-        assert ("default" in field) is True  # the survey's own definition is left alone
+        assert ("default" in field) is True  # the original definition is unchanged
 
 
-def test_a_record_cannot_be_a_default_within_itself() -> None:
+def test_a_recursive_record_has_no_valid_default() -> None:
     loop = {"type": "record", "name": "A", "fields": [{"name": "a", "type": "A", "default": {}}]}
     assert "default" not in without_invalid_defaults(loop)["fields"][0]
 
 
-def test_a_default_symbol_that_is_none_is_dropped() -> None:
+def test_a_default_that_is_not_a_symbol_is_removed() -> None:
     enums = [{**E, "name": name, "default": symbol} for name, symbol in (("One", "a"), ("Two", "c"))]
     fields = [{"name": f"f{i}", "type": enum} for i, enum in enumerate(enums)]
     one, two = without_invalid_defaults({"type": "record", "name": "A", "fields": fields})["fields"]

@@ -1,4 +1,4 @@
-"""What is no packet is named for what it is, with what to do about it."""
+"""A rejection of bytes that are not a packet names their format and says what to do."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def empty_tar() -> bytes:
         (b"clouds after midnight", "neither an Avro container file nor Confluent wire format"),
     ],
 )
-def test_a_rejection_names_what_the_bytes_are(data: bytes, word: str) -> None:
+def test_a_rejection_names_the_format_of_the_bytes(data: bytes, word: str) -> None:
     decoder = Decoder(open_registry(None), max_packet_bytes=1 << 16)
     _, [reject] = decoder.decode([Packet(data, FilePosition("x"))])
     assert reject.reason is RejectReason.NOT_AVRO
     assert word in reject.detail
 
 
-def test_a_message_of_the_wire_format_is_never_taken_for_something_else() -> None:
+def test_wire_format_is_never_recognised_as_another_format() -> None:
     for schema_id in (704, 900, 1101, 1, 2**32 - 1):
         assert describe(b"\x00" + schema_id.to_bytes(4, "big") + bytes(8)) is None

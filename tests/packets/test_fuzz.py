@@ -1,6 +1,7 @@
-"""Whatever the bytes: no exception leaves the decoder, every packet is accounted for, and both walkers see the same.
+"""For any bytes, the decoder raises no exception and accounts for each packet, and both walkers agree.
 
-Mutants of real packets where the shared data are there, of simulated ones otherwise; the seed is fixed.
+The packets are mutants of real packets if the shared data are available, otherwise of simulated ones. The seed is
+fixed.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ BATCH = 64
 
 
 def flip(data: bytearray, draw: random.Random, begin: int) -> None:
-    """Some bytes become others, often ones that mean something to Avro."""
+    """Replaces some bytes, often by values with a meaning in Avro."""
     for _ in range(draw.choice((1, 1, 2, 8))):
         data[draw.randrange(begin, len(data))] = draw.choice((0, 1, 2, 0x7F, 0x80, 0xFF, draw.randrange(256)))
 
 
 def cut(data: bytearray, draw: random.Random, begin: int) -> None:
-    """The end, or a piece of the middle, is missing."""
+    """Removes the end, or a piece from the middle."""
     start = draw.randrange(begin, len(data))
     del data[start : None if draw.random() < 0.5 else start + draw.randrange(1, 300)]
 
 
 def insert(data: bytearray, draw: random.Random, begin: int) -> None:
-    """Bytes that were not there: random ones, or a very large number."""
+    """Inserts random bytes or a very large number."""
     start = draw.randrange(begin, len(data))
     data[start:start] = draw.choice(
         (draw.randbytes(draw.randrange(1, 40)), b"\xff" * 9 + b"\x01", b"\xfe" + b"\xff" * 8 + b"\x01")
@@ -48,7 +49,7 @@ def insert(data: bytearray, draw: random.Random, begin: int) -> None:
 
 
 def swap(data: bytearray, draw: random.Random, begin: int) -> None:
-    """A piece stands where another stood."""
+    """Copies a piece over another one."""
     size = draw.randrange(1, 2000)
     to, origin = draw.randrange(begin, len(data)), draw.randrange(begin, len(data))
     data[to : to + size] = data[origin : origin + size]
@@ -58,7 +59,7 @@ MUTATIONS: tuple[Callable[[bytearray, random.Random, int], None], ...] = (flip, 
 
 
 def mutants(packets: list[bytes], count: int, *, reseal: bool) -> Iterator[bytes]:
-    """Damaged packets. With `reseal` the damage is inside the record, and the container around it is made to fit."""
+    """Yields damaged packets. With `reseal`, the damage is inside the record, in a consistent container."""
     draw = random.Random(SEED)
     for k in range(count):
         data = packets[k % len(packets)]
@@ -70,7 +71,7 @@ def mutants(packets: list[bytes], count: int, *, reseal: bool) -> Iterator[bytes
             continue
         block = container.blocks[0]
         body = bytearray(block.body)
-        # Most of a body is stamps: look more often at the fields before them.
+        # Most bytes of a body are stamps, so the fields before them are damaged more often.
         stop = draw.choice((len(body), 3000, 300))
         field = body[:stop]
         draw.choice(MUTATIONS)(field, draw, 0)
@@ -104,7 +105,7 @@ def registry(request: pytest.FixtureRequest) -> SchemaRegistry:
 
 
 def account(decoder: Decoder, batch: list[bytes]) -> tuple[AlertBatch, list[Reject]]:
-    """Decodes, and checks that each packet became an alert or a reject, and that the batch is whole."""
+    """Decodes packets, and checks that each became an alert or a reject, and that the batch is consistent."""
     items = [Packet(data, FilePosition(f"mutant {k}")) for k, data in enumerate(batch)]
     alerts, rejects = decoder.decode(items)
     seen = Counter(items[k].position for k in alerts.packet_index.tolist())
@@ -126,7 +127,9 @@ def account(decoder: Decoder, batch: list[bytes]) -> tuple[AlertBatch, list[Reje
 
 
 @pytest.mark.parametrize("reseal", [False, True], ids=["anywhere", "in the record"])
-def test_no_mutant_escapes_or_is_lost(packets: list[bytes], registry: SchemaRegistry, reseal: bool) -> None:
+def test_every_mutated_packet_becomes_alerts_or_rejects(
+    packets: list[bytes], registry: SchemaRegistry, reseal: bool
+) -> None:
     decoder = Decoder(registry)
     reasons: Counter[str] = Counter()
     batch: list[bytes] = []
@@ -144,7 +147,7 @@ def test_no_mutant_escapes_or_is_lost(packets: list[bytes], registry: SchemaRegi
 
 
 @pytest.mark.skipif(IMPLEMENTATION != "c", reason="the compiled walker is not built")
-def test_both_walkers_see_the_same_in_every_mutant(
+def test_both_walkers_agree_on_every_mutated_packet(
     packets: list[bytes], registry: SchemaRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared = Counter[str]()

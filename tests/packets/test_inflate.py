@@ -1,4 +1,4 @@
-"""Inflating several stamps in step: whoever wrote them and whatever damaged them, the pixels are the right ones."""
+"""Decompressing several stamps in parallel gives the correct pixels, for all encoders and for damaged stamps."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from tests.packets.test_stamps import CUTOUT_FIELDS, bits, fits_bytes, needs_com
 SIZE = 63
 DRAW = np.random.default_rng(8)
 IMAGES = {
-    "noise": DRAW.normal(200, 5, (63, 63)).astype(np.float32),  # hardly a byte repeats: literals and short repetitions
+    "noise": DRAW.normal(200, 5, (63, 63)).astype(np.float32),  # literals and short repetitions
     "numbers": numbered(63, 63),
     "constant": np.full((63, 63), 3.5, np.float32),  # one long repetition
-    "rows": np.tile(DRAW.normal(size=63).astype(np.float32), (63, 1)),  # repetitions as far as a row away
+    "rows": np.tile(DRAW.normal(size=63).astype(np.float32), (63, 1)),  # repetitions at the distance of a row
     "small": DRAW.normal(size=(7, 11)).astype(np.float32),
-    "bytes": DRAW.integers(0, 2**32, (63, 63), np.uint32).view(np.float32),  # what no code makes shorter: stored
+    "bytes": DRAW.integers(0, 2**32, (63, 63), np.uint32).view(np.float32),  # incompressible: stored blocks
 }
 
 
 def gzip_by_zlib(file: bytes, level: int = 9, strategy: int = zlib.Z_DEFAULT_STRATEGY, flush: int = 0) -> bytes:
-    """In pieces of `flush` bytes, each a block or more of its own."""
+    """Compresses in pieces of `flush` bytes, each of which becomes at least one block."""
     encoder = zlib.compressobj(level, zlib.DEFLATED, 31, 9, strategy)
     pieces = [file[i : i + flush] for i in range(0, len(file), flush)] if flush else [file]
     return b"".join(encoder.compress(piece) + encoder.flush(zlib.Z_FULL_FLUSH) for piece in pieces) + encoder.flush()
@@ -50,7 +50,7 @@ ENCODERS = {
 
 
 def decode_together(stamps: Sequence[bytes]) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-    """Which stamps the compiled code took, and their slots, of as many records as they fill."""
+    """Whether the compiled code decoded each stamp, and the slots of the stamps."""
     assert compiled.decode_stamps is not None
     n = -(-len(stamps) // 3)
     slots, boxes = np.zeros((n, 3, SIZE, SIZE), np.float32), np.zeros((n, 3, 4), np.int16)
@@ -70,7 +70,7 @@ def slowly(stamp: bytes) -> NDArray[np.float32]:
 
 @needs_compiled
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 90])
-def test_stamps_of_every_encoder_are_inflated_together(n: int) -> None:
+def test_stamps_of_all_encoders_are_decompressed_together(n: int) -> None:
     stamps = [encode(fits_bytes(image)) for image in IMAGES.values() for encode in ENCODERS.values()][:n]
     taken, slots = decode_together(stamps)
     assert taken.all()
@@ -79,7 +79,7 @@ def test_stamps_of_every_encoder_are_inflated_together(n: int) -> None:
 
 
 @needs_compiled
-def test_a_stream_that_is_refused_delays_no_other() -> None:
+def test_a_refused_stream_does_not_affect_the_others() -> None:
     sound = gzip_by_zlib(fits_bytes(IMAGES["noise"]))
     stamps = [
         sound,
@@ -97,7 +97,7 @@ def test_a_stream_that_is_refused_delays_no_other() -> None:
 
 @needs_compiled
 @pytest.mark.parametrize("level", range(1, 13))
-def test_what_libdeflate_writes_is_read_one_way_or_the_other(level: int) -> None:
+def test_output_of_libdeflate_is_decoded_in_c_or_in_python(level: int) -> None:
     for image in IMAGES.values():
         stamp = bytes(deflate.gzip_compress(fits_bytes(image), level))
         taken, slots = decode_together([stamp] * 5)
@@ -115,15 +115,15 @@ SOUND = gzip_by_zlib(fits_bytes(IMAGES["small"]))
         SOUND[:-8] + struct.pack("<I", zlib.crc32(b"another")) + SOUND[-4:],
         SOUND[:-4] + struct.pack("<I", 5759),
         SOUND[:-4] + struct.pack("<I", 5761),
-        SOUND[:-8] + b"\0" + SOUND[-8:],  # something between the stream and its checksum
+        SOUND[:-8] + b"\0" + SOUND[-8:],  # an extra byte between the stream and its checksum
         SOUND[:-9] + SOUND[-8:],
-        b"\x1f\x8b\x08\x04" + SOUND[4:10] + b"\x02\x00ab" + SOUND[10:],  # an extra field: sound, and rare
+        b"\x1f\x8b\x08\x04" + SOUND[4:10] + b"\x02\x00ab" + SOUND[10:],  # an extra field: valid, but rare
         b"\x1f\x8b\x07" + SOUND[3:],
         gzip.compress(b""),
     ],
     ids=["checksum", "too-long", "too-short", "junk", "no-last-byte", "extra-field", "method", "nothing"],
 )
-def test_what_is_not_a_plain_sound_gzip_file_is_left_to_python(stamp: bytes) -> None:
+def test_unusual_or_damaged_gzip_files_are_left_to_python(stamp: bytes) -> None:
     assert not decode_together([stamp] * 6)[0].any()
 
 
@@ -141,7 +141,7 @@ def test_what_is_not_a_plain_sound_gzip_file_is_left_to_python(stamp: bytes) -> 
         max_size=8,
     )
 )
-def test_damaged_stamp_among_others_is_taken_only_if_its_pixels_are_right(
+def test_a_damaged_stamp_is_decoded_in_c_only_if_its_pixels_are_correct(
     drawn: list[tuple[str, str, list[tuple[float, int]], float]],
 ) -> None:
     stamps = []
@@ -156,7 +156,7 @@ def test_damaged_stamp_among_others_is_taken_only_if_its_pixels_are_right(
 
 
 @needs_compiled
-def test_every_shared_ztf_stamp_is_inflated_among_others_as_alone(ztf_packets: list[tuple[int, bytes]]) -> None:
+def test_every_shared_ztf_stamp_decodes_in_a_batch_as_it_does_alone(ztf_packets: list[tuple[int, bytes]]) -> None:
     for start in range(0, len(ztf_packets), 100):
         alerts = [next(fastavro.reader(io.BytesIO(packet))) for _, packet in ztf_packets[start : start + 100]]
         stamps = [alert[field]["stampData"] for alert in alerts for field in CUTOUT_FIELDS]

@@ -1,4 +1,4 @@
-"""Light curves: every measurement in a packet with a time and a flux, in nJy and in order of time, and no other."""
+"""Light curves hold exactly the measurements with a time and a flux, in nJy and in order of time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.packets.test_stamps import fits_bytes, numbered
 
 
 class Point(NamedTuple):
-    """A point by the plain formulae, one at a time."""
+    """A light-curve point, computed one at a time with plain formulae."""
 
     mjd: float
     band: str | None
@@ -58,7 +58,7 @@ def ztf_forced(row: dict[str, Any]) -> Point | None:
 
 
 def ztf_points(record: dict[str, Any]) -> list[Point]:
-    # One redistributed packet holds the columns of its history as strings: there is nothing to read.
+    # One redistributed packet has strings in the columns of its history, which cannot be read.
     previous = record["prv_candidates"] if isinstance(record["prv_candidates"], list) else []
     points = [ztf_detection(row) for row in (record["candidate"], *previous)]
     points += [ztf_forced(row) for row in record.get("fp_hists") or []]
@@ -89,7 +89,7 @@ def assert_curve(alerts: AlertBatch, i: int, expected: list[Point]) -> None:
     found = zip(
         curves.mjd[own], curves.kind[own], curves.flux[own], curves.flux_err[own], curves.band[own], strict=True
     )
-    # Points of the same time come in any order.
+    # The order of points with equal times is arbitrary.
     found_points = sorted((mjd, kind, BANDS[band], flux, err) for mjd, kind, flux, err, band in found)
     expected_points = sorted((p.mjd, p.kind, p.band, p.flux, p.flux_err) for p in expected)
     assert [point[:3] for point in found_points] == [point[:3] for point in expected_points]
@@ -99,7 +99,7 @@ def assert_curve(alerts: AlertBatch, i: int, expected: list[Point]) -> None:
         )
 
 
-def test_ztf_histories_are_read_as_fastavro_reads_them(ztf_packets: list[tuple[int, bytes]]) -> None:
+def test_ztf_light_curves_match_the_values_of_fastavro(ztf_packets: list[tuple[int, bytes]]) -> None:
     packets = [Packet(data, FilePosition(str(candid))) for candid, data in ztf_packets[::3]]
     alerts, _ = Decoder(open_registry(None)).decode(packets)
     kinds = np.bincount(alerts.light_curves.kind, minlength=3)
@@ -109,7 +109,7 @@ def test_ztf_histories_are_read_as_fastavro_reads_them(ztf_packets: list[tuple[i
         assert_curve(alerts, i, ztf_points(record))
 
 
-def test_lsst_histories_are_read_as_fastavro_reads_them(shared_data: Path) -> None:
+def test_lsst_light_curves_match_the_values_of_fastavro(shared_data: Path) -> None:
     paths = sorted((shared_data / "lsst" / "ocf").rglob("*.avro"))
     alerts, rejects = Decoder(open_registry(None)).decode([Packet(p.read_bytes(), FilePosition(str(p))) for p in paths])
     assert not rejects
@@ -120,7 +120,7 @@ def test_lsst_histories_are_read_as_fastavro_reads_them(shared_data: Path) -> No
     assert {Measurement.DETECTION, Measurement.FORCED} <= set(alerts.light_curves.kind.tolist())
 
 
-def test_the_alert_itself_is_a_detection_on_its_light_curve(ztf_packets: list[tuple[int, bytes]]) -> None:
+def test_the_alert_itself_is_a_detection_in_its_light_curve(ztf_packets: list[tuple[int, bytes]]) -> None:
     alerts, _ = Decoder(open_registry(None)).decode([Packet(data, FilePosition("")) for _, data in ztf_packets[:300]])
     curves = alerts.light_curves
     for i in range(len(alerts)):
@@ -131,7 +131,7 @@ def test_the_alert_itself_is_a_detection_on_its_light_curve(ztf_packets: list[tu
         assert curves.flux_err[own][now] == np.float32(alerts.column("psfFluxErr")[i])
 
 
-def test_a_magnitude_of_the_zero_point_is_one_nanojansky() -> None:
+def test_the_zero_point_magnitude_is_one_nanojansky() -> None:
     np.testing.assert_allclose(nanojansky(np.array([31.4, 23.9, 8.9])), [1, 1e3, 1e9])
 
 
@@ -186,7 +186,7 @@ def ztf_alert(text: Any, points: list[Any], infinite: str | None = None) -> tupl
         ({"type": "enum", "name": "sign", "symbols": ["t", "f", "True", "False"]}, ["t", "True"], ["f", "False"]),
     ],
 )
-def test_isdiffpos_is_understood_however_pandas_and_csv_spell_it(
+def test_isdiffpos_is_read_in_all_spellings_of_pandas_and_csv(
     kind: Any, positive: list[Any], negative: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     for spelt, expected in ((positive, 1), (negative, -1)):
@@ -198,7 +198,7 @@ def test_isdiffpos_is_understood_however_pandas_and_csv_spell_it(
     assert not caplog.records
 
 
-def test_a_detection_whose_sign_is_not_understood_is_not_dropped_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+def test_dropping_a_detection_with_an_unknown_sign_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     alerts, _ = ztf_alert("string", ["t", "perhaps", "1", None])
     assert len(alerts.light_curves.flux) == 3
     assert "isdiffpos" in caplog.text
@@ -206,7 +206,7 @@ def test_a_detection_whose_sign_is_not_understood_is_not_dropped_in_silence(capl
     assert len(caplog.records) == 1
 
 
-def test_a_filter_is_understood_as_number_and_as_text() -> None:
+def test_a_filter_id_may_be_a_number_or_text() -> None:
     for kind, spelt in (("string", ["1", "2", "3", "g", "r", "i"]), ("double", [1.0, 2.0, 3.0] * 2)):
         points = [BANDS.index(band) for band in "gri"] * 2
         for value, band in zip(spelt, points, strict=True):
@@ -216,7 +216,7 @@ def test_a_filter_is_understood_as_number_and_as_text() -> None:
 
 
 @pytest.mark.parametrize("name", ["jd", "ra", "dec"])
-def test_an_alert_at_an_infinite_place_or_time_is_rejected(name: str) -> None:
+def test_an_alert_with_an_infinite_position_or_time_is_rejected(name: str) -> None:
     alerts, (reject,) = ztf_alert("int", [1], infinite=name)
     assert len(alerts) == 0
     assert reject.reason is RejectReason.MISSING_FIELD
@@ -225,7 +225,7 @@ def test_an_alert_at_an_infinite_place_or_time_is_rejected(name: str) -> None:
     assert all(value is None or math.isfinite(value) for value in (reject.alert.mjd, reject.alert.ra, reject.alert.dec))
 
 
-def test_infinite_metadata_are_missing() -> None:
+def test_infinite_metadata_count_as_missing() -> None:
     alerts, _ = ztf_alert("int", [1], infinite="rb")
     assert math.isnan(alerts.column("rb")[0])
     alerts, _ = ztf_alert("int", [1], infinite="sigmapsf")
@@ -264,7 +264,7 @@ def test_a_point_without_time_or_flux_is_left_out(mjd: float, flux: float) -> No
     assert curves.offsets.tolist() == [0, 1]
 
 
-def test_no_points_are_empty_light_curves() -> None:
+def test_without_points_the_light_curves_are_empty() -> None:
     curves = light_curves(2, [])
     assert curves.offsets.tolist() == [0, 0, 0]
     assert (curves.band.dtype, curves.flux.dtype, curves.kind.dtype) == (np.uint8, np.float32, np.uint8)

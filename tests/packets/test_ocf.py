@@ -1,4 +1,4 @@
-"""Containers: read, split and written as fastavro reads and writes them; damage costs what it hit, and no more."""
+"""Containers are read, split and written as by fastavro, and damage affects only the damaged part."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RECORDS = [{"id": i, "note": None if i % 3 else "x" * i} for i in range(100)]
 
 
 def container(codec: str = "null", sync_interval: int = 200) -> bytes:
-    """RECORDS in some 20 blocks, by fastavro."""
+    """RECORDS in some 20 blocks, written by fastavro."""
     file = io.BytesIO()
     fastavro.writer(file, fastavro.parse_schema(SCHEMA), RECORDS, codec=codec, sync_interval=sync_interval)
     return file.getvalue()
@@ -52,7 +52,7 @@ def one(container: Container) -> WriterSchema:
 
 
 def header_with(**metadata: bytes) -> bytes:
-    """A header with `avro_codec=b"null"` as `avro.codec`, in the order given."""
+    """A header with these entries in the given order: `avro_codec=b"null"` is the entry `avro.codec`."""
     encoded = [
         ocf.encode_long(len(part)) + part
         for key, value in metadata.items()
@@ -67,11 +67,11 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "xz": lzma.compress,
 }
 XZ_DICTIONARY = 8 << 20
-"""Bytes of it at the usual level, which Python's decoder sets aside."""
+"""The memory in bytes that Python's decoder allocates for the usual compression level."""
 
 
 def recoded(codec: str) -> bytes:
-    """RECORDS in a container whose blocks are compressed with a codec that fastavro may lack a package for."""
+    """RECORDS in a container with a codec for which fastavro may need a package that is not installed."""
     plain = container()
     header = header_with(avro_codec=codec.encode(), avro_schema=json.dumps(SCHEMA).encode())
     blocks = []
@@ -90,7 +90,7 @@ def test_every_codec_of_the_specification_is_read(codec: str) -> None:
 
 
 @pytest.mark.parametrize("codec", ["zstandard", "bzip2", "xz"])
-def test_a_damaged_block_of_any_codec_is_a_rejection(codec: str) -> None:
+def test_a_damaged_block_of_any_codec_is_rejected(codec: str) -> None:
     data = bytearray(recoded(codec))
     for at in range(300, len(data), 7):
         damaged = bytes(data[:at]) + bytes([data[at] ^ 0xFF]) + bytes(data[at + 1 :])
@@ -104,7 +104,7 @@ def test_a_damaged_block_of_any_codec_is_a_rejection(codec: str) -> None:
 
 
 @pytest.mark.parametrize("codec", ["zstandard", "bzip2", "xz"])
-def test_no_codec_expands_further_than_deflate_can(codec: str) -> None:
+def test_no_codec_exceeds_the_compression_ratio_of_deflate(codec: str) -> None:
     bomb = COMPRESS[codec](bytes(15 << 20))
     assert len(bomb) * ocf.GREATEST_RATIO < 15 << 20
     header = header_with(avro_codec=codec.encode(), avro_schema=json.dumps(SCHEMA).encode())
@@ -127,14 +127,14 @@ def test_reads_every_record_of_every_block(codec: str) -> None:
 
 
 @pytest.mark.parametrize("codec", ["lz4", "no-such"])
-def test_names_a_codec_that_it_does_not_read(codec: str) -> None:
+def test_an_unsupported_codec_is_named(codec: str) -> None:
     data = header_with(avro_schema=json.dumps(SCHEMA).encode(), avro_codec=codec.encode())
     reason, detail = read_container(data).error or (None, "")
     assert reason is RejectReason.UNSUPPORTED_CODEC
     assert codec in detail
 
 
-def test_metadata_keys_come_in_any_order_and_the_codec_may_be_left_out() -> None:
+def test_metadata_keys_may_have_any_order_and_the_codec_is_optional() -> None:
     schema = json.dumps(SCHEMA).encode()
     block = ocf.encode_block(1, b"\x02\x00", SYNC)
     for header in (
@@ -166,7 +166,7 @@ def test_null_codec_bodies_are_views_of_the_packet() -> None:
     assert all(block.body.obj is data for block in read_container(data).blocks)
 
 
-def test_damage_keeps_the_blocks_before_it() -> None:
+def test_blocks_before_a_damage_are_kept() -> None:
     data = container()
     sound = read_container(data)
     second = len(data) // 2
@@ -189,7 +189,7 @@ def test_a_wrong_sync_marker_is_corrupt() -> None:
 
 
 @pytest.mark.parametrize("codec", ["deflate", "snappy"])
-def test_a_block_inflates_to_no_more_than_the_bound(codec: str) -> None:
+def test_a_block_is_not_decompressed_beyond_the_limit(codec: str) -> None:
     file = io.BytesIO()
     fastavro.writer(file, fastavro.parse_schema(SCHEMA), [{"id": 1, "note": "x" * 1_000_000}], codec=codec)
     assert read_container(file.getvalue(), 1_100_000).error is None
@@ -199,12 +199,12 @@ def test_a_block_inflates_to_no_more_than_the_bound(codec: str) -> None:
     assert not read.blocks
 
 
-def test_damage_inside_a_compressed_block_is_found() -> None:
+def test_damage_in_a_compressed_block_is_detected() -> None:
     for codec in ("deflate", "snappy"):
         data = bytearray(container(codec, sync_interval=16_000))
         data[-40] ^= 0x55
         read = read_container(bytes(data))
-        # Deflate has no checksum: a flipped bit may inflate to other bytes of the same length.
+        # Deflate has no checksum: a flipped bit may give other bytes of the same length.
         assert codec == "deflate" or (read.error is not None and read.error[0] is RejectReason.CORRUPT)
     body = zlib.compress(b"\x02\x00" * 500, wbits=-15)[:-3]
     cut = header_with(avro_codec=b"deflate", avro_schema=json.dumps(SCHEMA).encode()) + ocf.encode_block(
@@ -236,14 +236,14 @@ def test_damage_inside_a_compressed_block_is_found() -> None:
         + b"}]}",
     ],
 )
-def test_a_schema_that_is_none_is_an_error_of_the_header(schema: bytes) -> None:
+def test_an_invalid_schema_damages_the_header(schema: bytes) -> None:
     read = read_container(header_with(avro_schema=schema) + ocf.encode_block(1, b"\x02\x00", SYNC))
     assert read.schema is None
     assert read.error is not None
     assert read.error[0] is RejectReason.BAD_SCHEMA
 
 
-def test_what_the_writer_writes_fastavro_reads() -> None:
+def test_fastavro_reads_the_written_containers() -> None:
     body = io.BytesIO()
     for record in RECORDS[:2]:
         fastavro.schemaless_writer(body, SCHEMA, record)
@@ -260,7 +260,7 @@ def test_longs_are_encoded_as_fastavro_does(value: int) -> None:
 
 
 class Trickle(io.BytesIO):
-    """A stream that gives three bytes at a time."""
+    """A stream that returns three bytes at a time."""
 
     def read(self, size: int | None = -1) -> bytes:
         return super().read(min(3, size if size is not None and size >= 0 else 3))
@@ -283,7 +283,7 @@ def test_a_file_splits_into_containers_of_one_block(codec: str) -> None:
     ]
 
 
-def test_a_damaged_file_splits_into_its_sound_blocks_and_one_rest() -> None:
+def test_a_damaged_file_splits_into_its_valid_blocks_and_one_remainder() -> None:
     data = container()
     *sound, rest = split(data[: len(data) // 2])
     assert all(piece.error is None for piece in sound)
@@ -295,7 +295,7 @@ def test_a_damaged_file_splits_into_its_sound_blocks_and_one_rest() -> None:
     assert not rest.blocks
 
 
-def test_a_block_beyond_the_bound_is_given_up_and_not_gathered() -> None:
+def test_a_block_beyond_the_limit_is_not_read_completely() -> None:
     header = ocf.container_header(json.dumps(SCHEMA).encode(), SYNC)
     file = io.BytesIO(header + ocf.encode_block(1, bytes(20 << 20), SYNC))
     (rest,) = ocf.split_container(file, max_block_bytes=1 << 20)
@@ -303,12 +303,14 @@ def test_a_block_beyond_the_bound_is_given_up_and_not_gathered() -> None:
     assert file.tell() < 3 << 20
 
 
-def test_what_is_no_container_is_one_piece() -> None:
+def test_a_file_that_is_no_container_is_one_piece() -> None:
     for data in (b"", b"Ob", b"no container at all" * 10, header_with(avro_schema=b"{")[:40]):
         assert list(ocf.split_container(io.BytesIO(data))) == [data]
 
 
-def test_shared_containers_read_as_fastavro_reads_them(shared_data: Path, ztf_packets: list[tuple[int, bytes]]) -> None:
+def test_shared_containers_match_the_values_of_fastavro(
+    shared_data: Path, ztf_packets: list[tuple[int, bytes]]
+) -> None:
     files = [data for _, data in ztf_packets[::20]]
     files += [path.read_bytes() for path in sorted((shared_data / "lsst" / "ocf").rglob("*.avro"))]
     for data in files:

@@ -1,4 +1,4 @@
-"""Parquet: every row comes out as a container that holds the row's own values, and decodes as the packet would."""
+"""Each Parquet row becomes a container with the values of the row, which decodes as the packet does."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def record(container: bytes) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal, NaN being equal to itself."""
+    """Whether two values are equal; NaN equals NaN."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
@@ -65,7 +65,7 @@ def test_lsst_rows_decode_to_their_own_values(shared_data: Path) -> None:
 
 
 def arrow_type(avro: Any, named: dict[str, pa.DataType]) -> pa.DataType:
-    """The Arrow type of an Avro type, as Spark writes it; `named`: primitives, and records met so far."""
+    """The Arrow type of an Avro type, as Spark writes it. `named`: the primitives, and the records found so far."""
     if isinstance(avro, list):
         (avro,) = (branch for branch in avro if branch != "null")
     if isinstance(avro, str):
@@ -88,7 +88,7 @@ PRIMITIVES = {
 }
 
 
-def test_ztf_rows_in_the_layout_of_fink_decode_as_the_packets_do(ztf_packets: list[tuple[int, bytes]]) -> None:
+def test_ztf_rows_in_fink_s_layout_decode_to_the_values_of_the_packets(ztf_packets: list[tuple[int, bytes]]) -> None:
     schema = fastavro.reader(io.BytesIO(ztf_packets[0][1])).writer_schema
     packets = [data for _, data in ztf_packets[:200] if fastavro.reader(io.BytesIO(data)).writer_schema == schema]
     table = pa.Table.from_pylist(
@@ -164,13 +164,13 @@ def test_arrow_types_have_avro_counterparts() -> None:
     ],
     ids=str,
 )
-def test_types_that_other_writers_choose_are_read(kind: pa.DataType, value: Any, read: Any) -> None:
+def test_types_of_other_writers_are_read(kind: pa.DataType, value: Any, read: Any) -> None:
     schema = pa.schema({"id": pa.int64(), "x": kind})
     table = pa.Table.from_pylist([{"id": 1, "x": value}, {"id": 2, "x": None}], schema=schema)
     assert rows_of(table) == [{"id": 1, "x": read}, {"id": 2, "x": None}]
 
 
-def test_columns_that_avro_cannot_express_are_left_out_and_known(caplog: pytest.LogCaptureFixture) -> None:
+def test_columns_that_avro_cannot_express_are_left_out_and_reported(caplog: pytest.LogCaptureFixture) -> None:
     table = pa.table({"candid": [1], "i:mag": [2.0], "wait": pa.array([1], pa.duration("us"))})
     table = table.append_column(
         "candidate", pa.array([{"fid": 1, "at": 1}], pa.struct({"fid": pa.int8(), "at": pa.time64("us")}))
@@ -188,7 +188,7 @@ def test_columns_that_avro_cannot_express_are_left_out_and_known(caplog: pytest.
 
 
 @pytest.mark.parametrize("view", [pa.string_view(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
-def test_ztf_alerts_decode_alike_whatever_their_texts_are_written_as(
+def test_ztf_alerts_decode_equally_for_all_arrow_types_of_text(
     ztf_packets: list[tuple[int, bytes]], view: pa.DataType
 ) -> None:
     schema = fastavro.reader(io.BytesIO(ztf_packets[0][1])).writer_schema
@@ -205,7 +205,7 @@ def test_ztf_alerts_decode_alike_whatever_their_texts_are_written_as(
     np.testing.assert_array_equal(alerts.metadata, expected.metadata)
 
 
-def test_rows_come_in_order_over_row_groups() -> None:
+def test_rows_keep_their_order_across_row_groups() -> None:
     n = 3 * ROWS_AT_A_TIME + 1
     assert [row["candid"] for row in rows_of(pa.table({"candid": range(n)}), row_group_size=20)] == list(range(n))
 
@@ -216,7 +216,7 @@ def test_damaged_file_raises_parquet_error(damaged: bytes) -> None:
         list(Rows(io.BytesIO(damaged)))
 
 
-def test_a_few_kilobytes_that_mean_gigabytes_are_read_until_they_are_too_many() -> None:
+def test_a_small_file_that_expands_to_gigabytes_is_read_up_to_the_limit() -> None:
     file = io.BytesIO()
     same = pa.DictionaryArray.from_arrays(pa.array(np.zeros(200_000, np.int32)), pa.array(["x" * 100_000]))
     pq.write_table(pa.table({"text": same}), file, compression="zstd")
@@ -228,7 +228,7 @@ def test_a_few_kilobytes_that_mean_gigabytes_are_read_until_they_are_too_many() 
     assert sum(sizes) <= ALWAYS_ALLOWED_BYTES
 
 
-def test_a_row_with_more_values_than_memory_holds_is_not_read() -> None:
+def test_a_row_that_claims_more_values_than_fit_into_memory_is_not_read() -> None:
     values = pa.ListArray.from_arrays(pa.array([0, 20_000_000], pa.int32()), pa.nulls(20_000_000, pa.bool_()))
     file = io.BytesIO()
     pq.write_table(pa.table({"many": values}), file, compression="zstd")
@@ -237,7 +237,7 @@ def test_a_row_with_more_values_than_memory_holds_is_not_read() -> None:
         Rows(file)
 
 
-def test_rows_of_hardly_any_bytes_are_read_until_they_are_too_many() -> None:
+def test_tiny_rows_are_read_up_to_the_limit() -> None:
     file = io.BytesIO()
     pq.write_table(pa.table({"same": np.zeros(100_000, np.int8)}), file, compression="zstd")
     assert file.tell() < 5_000

@@ -1,4 +1,4 @@
-"""Schemas by id: from a registry over HTTP, from a directory, and from the disk while the registry is down."""
+"""Schemas are found by id in a registry, in a directory, and in the disk cache while the registry is down."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ VERSIONS = (700, 701, 702, 703, 704, 800, 900, 1000, 1100)
 
 
 class Registry:
-    """A Confluent registry that holds schema 704, on a real socket; `status` makes it fail, `redirect` sends away."""
+    """A Confluent registry with schema 704, on a real socket. `status`: an HTTP error; `redirect`: another address."""
 
     def __init__(self) -> None:
         self.status: int | None = None
@@ -109,7 +109,7 @@ def test_many_threads_make_one_request(server: Registry, tmp_path: Path) -> None
     assert server.requests == ["/schemas/ids/704"]
 
 
-def test_the_disk_survives_an_outage(server: Registry, tmp_path: Path) -> None:
+def test_schemas_are_read_from_the_disk_cache_during_an_outage(server: Registry, tmp_path: Path) -> None:
     client(server, tmp_path).get(704)
     server.stop()
     assert client(server, tmp_path).get(704).definition == json.loads(SCHEMA)
@@ -117,7 +117,7 @@ def test_the_disk_survives_an_outage(server: Registry, tmp_path: Path) -> None:
         client(server, tmp_path).get(705)
 
 
-def test_another_registry_shares_no_cache(server: Registry, tmp_path: Path) -> None:
+def test_registries_do_not_share_a_cache(server: Registry, tmp_path: Path) -> None:
     client(server, tmp_path).get(704)
     other = HttpRegistry("http://127.0.0.1:9", tmp_path, sleep=lambda _: None)
     with pytest.raises(RegistryUnavailable):
@@ -138,7 +138,7 @@ def test_a_damaged_cache_file_is_fetched_again(
 OTHER_SCHEMA = SCHEMA.replace("long", "string")
 
 
-def test_a_doubted_schema_is_asked_for_once_more(server: Registry, tmp_path: Path) -> None:
+def test_a_schema_in_doubt_is_requested_again_once(server: Registry, tmp_path: Path) -> None:
     client(server, tmp_path).get(704)
     server.answer = json.dumps({"schema": OTHER_SCHEMA}).encode()
     now = 0.0
@@ -150,7 +150,7 @@ def test_a_doubted_schema_is_asked_for_once_more(server: Registry, tmp_path: Pat
     assert (renewed.definition, renewed.cached) == (json.loads(OTHER_SCHEMA), None)
     assert schemas.get(704) is schemas.get(704, kept) is renewed
     assert file.read_text() == OTHER_SCHEMA
-    for _ in range(3):  # corrupt packets, one after the other
+    for _ in range(3):  # three corrupt packets in sequence
         assert schemas.get(704, renewed) is renewed
     assert len(server.requests) == 2
     now = registry.DOUBT_INTERVAL_S + 1
@@ -158,7 +158,7 @@ def test_a_doubted_schema_is_asked_for_once_more(server: Registry, tmp_path: Pat
     assert len(server.requests) == 3
 
 
-def test_a_doubted_schema_stays_while_the_registry_is_away(server: Registry, tmp_path: Path) -> None:
+def test_a_schema_in_doubt_is_kept_while_the_registry_does_not_answer(server: Registry, tmp_path: Path) -> None:
     client(server, tmp_path).get(704)
     server.status = 503
     schemas = client(server, tmp_path)
@@ -170,10 +170,10 @@ def test_a_doubted_schema_stays_while_the_registry_is_away(server: Registry, tmp
     assert schemas.get(704, kept) is kept
 
 
-def test_alerts_decode_although_a_wiped_registry_gave_their_id_to_another_schema(
+def test_alerts_decode_after_a_wiped_registry_gave_their_id_to_another_schema(
     server: Registry, tmp_path: Path, lsst_schemas: Path, lsst_packets: list[tuple[str, bytes]]
 ) -> None:
-    """First the id of the cache means another schema than now, then the id in memory."""
+    """The cached schema is outdated first, then the schema in memory."""
     sound, _ = Decoder(DirectoryRegistry(lsst_schemas)).decode(
         [Packet(data, FilePosition(name)) for name, data in lsst_packets]
     )
@@ -203,14 +203,12 @@ def test_alerts_decode_although_a_wiped_registry_gave_their_id_to_another_schema
     assert len(server.requests) == 3
 
 
-def test_a_reject_names_the_cached_file_that_it_was_decoded_by(
-    server: Registry, tmp_path: Path, lsst_schemas: Path
-) -> None:
+def test_a_reject_names_the_cache_file_of_its_schema(server: Registry, tmp_path: Path, lsst_schemas: Path) -> None:
     server.answer = json.dumps({"schema": json.dumps(DirectoryRegistry(lsst_schemas).get(704).definition)}).encode()
     client(server, tmp_path).get(704)
     (file,) = tmp_path.rglob("704.avsc")
     packet = Packet(wire.frame(704, b"\xff" * 1000), FilePosition("damaged"))
-    for status in (None, 503, 404):  # the registry says the same again, is away, or has forgotten the id
+    for status in (None, 503, 404):  # the registry gives the same schema, is down, or does not know the id
         server.status = status
         _, [reject] = Decoder(client(server, tmp_path)).decode([packet])
         assert reject.reason is RejectReason.CORRUPT
@@ -222,7 +220,7 @@ def test_a_reject_names_the_cached_file_that_it_was_decoded_by(
     assert str(tmp_path) not in reject.detail
 
 
-def test_what_earlier_runs_have_kept_can_be_dropped(server: Registry, tmp_path: Path) -> None:
+def test_the_disk_cache_can_be_dropped(server: Registry, tmp_path: Path) -> None:
     client(server, tmp_path).get(704)
     HttpRegistry("http://127.0.0.1:9", tmp_path)
     server.answer = json.dumps({"schema": OTHER_SCHEMA}).encode()
@@ -230,13 +228,15 @@ def test_what_earlier_runs_have_kept_can_be_dropped(server: Registry, tmp_path: 
     assert open_registry(server.url, tmp_path, drop_cache=True).get(704).definition == json.loads(OTHER_SCHEMA)
 
 
-def test_an_unwritable_cache_is_a_warning(server: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unwritable_cache_is_only_a_warning(
+    server: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "cache").write_text("a file where the directory should be")
     assert client(server, tmp_path / "cache").get(704).registry_id == 704
     assert "cannot be written to the cache" in caplog.text
 
 
-def test_an_unknown_id_is_not_asked_for_again_at_once(server: Registry, tmp_path: Path) -> None:
+def test_an_unknown_id_is_not_requested_again_at_once(server: Registry, tmp_path: Path) -> None:
     now = 0.0
     schemas = HttpRegistry(server.url, tmp_path, clock=lambda: now)
     for _ in range(3):
@@ -249,7 +249,7 @@ def test_an_unknown_id_is_not_asked_for_again_at_once(server: Registry, tmp_path
     assert len(server.requests) == 2
 
 
-def test_a_failing_registry_is_asked_again_with_growing_pauses(server: Registry, tmp_path: Path) -> None:
+def test_a_failing_registry_is_retried_with_growing_pauses(server: Registry, tmp_path: Path) -> None:
     server.status = 503
     pauses: list[float] = []
     with pytest.raises(RegistryUnavailable, match="503"):
@@ -259,20 +259,20 @@ def test_a_failing_registry_is_asked_again_with_growing_pauses(server: Registry,
 
 
 @pytest.mark.parametrize("answer", [b"<html>log in</html>", b"{}", b"[]", b'{"schema": 7}'])
-def test_an_answer_that_is_no_schema_is_an_outage(server: Registry, tmp_path: Path, answer: bytes) -> None:
+def test_an_answer_without_a_schema_counts_as_an_outage(server: Registry, tmp_path: Path, answer: bytes) -> None:
     server.answer = answer
     with pytest.raises(RegistryUnavailable):
         client(server, tmp_path).get(704)
 
 
-def test_an_invalid_schema_is_an_error_and_not_kept(server: Registry, tmp_path: Path) -> None:
+def test_an_invalid_schema_is_an_error_and_not_cached(server: Registry, tmp_path: Path) -> None:
     server.answer = json.dumps({"schema": '"long"'}).encode()
     with pytest.raises(SchemaError):
         client(server, tmp_path).get(704)
     assert not list(tmp_path.rglob("*.avsc"))
 
 
-def test_an_invalid_schema_is_not_asked_for_again_at_once(server: Registry, tmp_path: Path) -> None:
+def test_an_invalid_schema_is_not_requested_again_at_once(server: Registry, tmp_path: Path) -> None:
     server.answer = json.dumps({"schema": '"long"'}).encode()
     schemas = client(server, tmp_path)
     for _ in range(3):
@@ -281,7 +281,7 @@ def test_an_invalid_schema_is_not_asked_for_again_at_once(server: Registry, tmp_
     assert len(server.requests) == 1
 
 
-def test_an_endless_answer_is_cut_off_and_says_nothing_of_the_schema(server: Registry, tmp_path: Path) -> None:
+def test_an_endless_answer_is_cut_off_and_counts_as_an_outage(server: Registry, tmp_path: Path) -> None:
     server.answer = bytes(10 << 20)
     with pytest.raises(RegistryUnavailable, match="more than"):
         client(server, tmp_path).get(704)
@@ -299,7 +299,7 @@ def test_only_a_registrys_own_error_code_means_an_unknown_id(server: Registry, t
 
 
 class Tarpit:
-    """A server that answers so slowly that no single read ever times out, or not at all."""
+    """A server that answers so slowly that no single read times out, or does not answer at all."""
 
     def __init__(self, drips: bytes) -> None:
         self.connections = 0
@@ -363,10 +363,10 @@ def test_a_look_up_has_a_total_deadline_that_all_threads_share(
     elapsed = time.monotonic() - began
     try:
         assert len(failures) == 4
-        assert elapsed < 4 * 2.0  # not one deadline after another
+        assert elapsed < 4 * 2.0  # the threads do not wait for one deadline after another
         assert tarpit.connections == 1
         assert set(beats) == {thread.ident for thread in threads}
-        while threading.active_count() > before + 1 + tarpit.connections:  # the thread that asks ends, too
+        while threading.active_count() > before + 1 + tarpit.connections:  # the requesting thread also ends
             time.sleep(0.05)
     finally:
         tarpit.close()
@@ -383,7 +383,7 @@ def test_a_registration_has_a_total_deadline_too() -> None:
         tarpit.close()
 
 
-def test_credentials_stay_with_the_registrys_own_address(server: Registry, tmp_path: Path) -> None:
+def test_credentials_are_sent_only_to_the_registry_s_own_address(server: Registry, tmp_path: Path) -> None:
     other = Registry()
     url = f"http://me:secret@127.0.0.1:{server.port}"
     try:
@@ -404,7 +404,7 @@ def test_credentials_stay_with_the_registrys_own_address(server: Registry, tmp_p
         other.stop()
 
 
-def test_a_registration_is_redirected_nowhere(server: Registry) -> None:
+def test_a_registration_does_not_follow_redirects(server: Registry) -> None:
     other = Registry()
     try:
         server.redirect = other.url
@@ -414,7 +414,7 @@ def test_a_registration_is_redirected_nowhere(server: Registry) -> None:
         other.stop()
 
 
-def test_credentials_are_sent_and_never_shown(
+def test_credentials_are_sent_and_never_logged(
     server: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -428,7 +428,7 @@ def test_credentials_are_sent_and_never_shown(
     assert "s3cr" not in shown
 
 
-def test_a_directory_stands_in_for_a_registry(lsst_schemas: Path) -> None:
+def test_a_directory_can_replace_a_registry(lsst_schemas: Path) -> None:
     schemas = open_registry(str(lsst_schemas))
     for schema_id in VERSIONS:
         schema = schemas.get(schema_id)
@@ -459,16 +459,16 @@ def test_a_file_without_its_siblings_names_the_missing_type(lsst_schemas: Path, 
         DirectoryRegistry(tmp_path).get(704)
 
 
-def test_no_registry_knows_nothing() -> None:
+def test_without_a_registry_every_id_is_unknown() -> None:
     with pytest.raises(UnknownSchemaId, match="no schema registry is configured"):
         open_registry(None).get(704)
 
 
-def test_a_location_that_is_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_location_that_is_neither_url_nor_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match="neither a URL"):
         open_registry(str(tmp_path / "absent"))
 
 
-def test_the_cache_stands_where_the_desktop_standard_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_is_in_the_xdg_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert registry.default_cache_dir() == tmp_path / "broker-filter" / "schemas"

@@ -1,4 +1,4 @@
-"""Stamps: pixels bit for bit as astropy reads them, a defined place in the slot, and StampError for all else."""
+"""Stamps are read bit for bit as by astropy and placed as documented; all other bytes raise StampError."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from broker_filter.packets.stamps import MAX_STAMP_BYTES, StampError, decode_sta
 
 FLT_MAX = np.finfo(np.float32).max
 LARGE = 200
-"""Pixels along a side of a slot that no stamp here exceeds."""
+"""The side of a slot in pixels; no stamp of these tests is larger."""
 CUTOUT_FIELDS = ("cutoutScience", "cutoutTemplate", "cutoutDifference")
 
 
@@ -106,7 +106,7 @@ def test_pixels_of_every_shared_lsst_stamp_are_bit_identical_to_astropy(shared_d
 
 
 @pytest.mark.parametrize(("length", "first"), [(30, 16), (31, 16), (62, 0), (63, 0)])
-def test_centred_stamp_has_its_middle_pixel_in_the_middle_of_the_slot(length: int, first: int) -> None:
+def test_centred_stamp_has_its_central_pixel_at_the_centre_of_the_slot(length: int, first: int) -> None:
     slot = np.zeros((63, 63), np.float32)
     image = numbered(length, length)
     assert decode_stamp(fits_bytes(image), slot, centred=True) == (first, first, length, length)
@@ -117,7 +117,7 @@ def test_centred_stamp_has_its_middle_pixel_in_the_middle_of_the_slot(length: in
 @pytest.mark.parametrize("size", [63, 64])
 @pytest.mark.parametrize("length", [65, 102, 103])
 @pytest.mark.parametrize("centred", [True, False])
-def test_large_stamp_is_cropped_about_its_middle_pixel(length: int, size: int, centred: bool) -> None:
+def test_large_stamp_is_cropped_around_its_central_pixel(length: int, size: int, centred: bool) -> None:
     slot = np.zeros((size, size), np.float32)
     image = numbered(length, length)
     assert decode_stamp(fits_bytes(image), slot, centred=centred) == (0, 0, size, size)
@@ -125,14 +125,14 @@ def test_large_stamp_is_cropped_about_its_middle_pixel(length: int, size: int, c
     np.testing.assert_array_equal(slot, image[first : first + size, first : first + size])
 
 
-def test_axes_are_placed_each_by_its_own_length() -> None:
+def test_each_axis_is_placed_by_its_own_length() -> None:
     slot = np.zeros((63, 63), np.float32)
     image = numbered(20, 80)
     assert decode_stamp(fits_bytes(image), slot, centred=True) == (21, 0, 20, 63)
     np.testing.assert_array_equal(slot[21:41], image[:, 9:72])
 
 
-def test_values_that_are_not_measurements_pass_unchanged() -> None:
+def test_nan_infinite_and_extreme_pixels_are_unchanged() -> None:
     image = np.zeros((63, 63), np.float32)
     image[0, :4] = np.nan, np.inf, -np.inf, FLT_MAX
     image.view(np.uint32)[1, 0] = 0x7FA12345  # a signalling NaN with a payload
@@ -142,7 +142,7 @@ def test_values_that_are_not_measurements_pass_unchanged() -> None:
     assert bits(slot) == bits(image)
 
 
-def test_all_zero_stamp_is_a_stamp() -> None:
+def test_all_zero_stamp_is_valid() -> None:
     slot = np.zeros((63, 63), np.float32)
     assert decode_stamp(fits_bytes(np.zeros((63, 63), np.float32)), slot, centred=False) == (0, 0, 63, 63)
 
@@ -177,7 +177,7 @@ def test_stamp_without_a_finite_pixel_in_the_slot_is_blank() -> None:
         "bytes-with-blanks", "uint32", "long-header", "continued-cards",
     ],
 )  # fmt: skip
-def test_layouts_that_surveys_do_not_publish_are_read_as_astropy_reads_them(stamp: bytes) -> None:
+def test_other_fits_layouts_match_astropy(stamp: bytes) -> None:
     assert bits(pixels(stamp)) == bits(astropy_image(stamp))
 
 
@@ -207,7 +207,7 @@ PLAIN = fits_bytes(numbered(63, 63))
         "truncated-header", "one-dimension", "three-dimensions", "huge-axis", "no-pixels", "bomb", "lying-gzip-size",
     ],
 )  # fmt: skip
-def test_what_is_no_stamp_is_rejected_with_its_reason(stamp: bytes, reason: RejectReason) -> None:
+def test_an_invalid_stamp_is_rejected_with_its_reason(stamp: bytes, reason: RejectReason) -> None:
     assert rejection(stamp) is reason
 
 
@@ -241,15 +241,15 @@ TABLE = fits.BinTableHDU.from_columns([fits.Column("flux", "D", array=np.arange(
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("gzipped", [False, True])
-def test_headers_that_ask_for_much_work_are_refused_at_once(stamp: bytes, gzipped: bool) -> None:
+def test_expensive_headers_are_refused_at_once(stamp: bytes, gzipped: bool) -> None:
     began = time.process_time()
     assert rejection(gzip.compress(stamp) if gzipped else stamp) is RejectReason.BAD_CUTOUT
-    assert time.process_time() - began < 1  # astropy took seconds, or never came back
+    assert time.process_time() - began < 1  # astropy took seconds, or did not return
 
 
 @pytest.mark.parametrize("zeros", [1, 2, 3, 4, 5, 2880])
 @pytest.mark.parametrize("side", [5, 63, 102, 150])
-def test_a_gzip_ed_stamp_that_is_filled_up_with_zeros_is_read(zeros: int, side: int) -> None:
+def test_a_gzip_compressed_stamp_with_zero_padding_is_read(zeros: int, side: int) -> None:
     stamp = gzip.compress(fits_bytes(numbered(side, side))) + bytes(zeros)
     assert bits(pixels(stamp)) == bits(numbered(side, side))
     assert inflated_bytes(stamp) >= len(fits_bytes(numbered(side, side)))
@@ -260,7 +260,7 @@ def test_a_gzip_ed_stamp_that_is_filled_up_with_zeros_is_read(zeros: int, side: 
     assert slots[0, 0, 31, 31] == numbered(side, side)[side // 2, side // 2]
 
 
-def test_what_reading_a_stamp_inflates_is_known_before() -> None:
+def test_the_decompressed_size_of_a_stamp_is_known_in_advance() -> None:
     assert inflated_bytes(PLAIN) == len(PLAIN)
     assert inflated_bytes(gzip.compress(PLAIN)) == len(PLAIN)
     assert inflated_bytes(gzip.compress(bytes(MAX_STAMP_BYTES))) == MAX_STAMP_BYTES
@@ -293,7 +293,7 @@ def damage(fits_file: bytes, kept: float, edits: list[tuple[int, int]]) -> bytea
     gzipped=st.booleans(),
     gzip_edits=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=2),
 )
-def test_damaged_stamp_reads_as_astropy_reads_it_or_raises_stamp_error(
+def test_damaged_stamp_matches_astropy_or_raises_stamp_error(
     stamp: str, kept: float, edits: list[tuple[int, int]], gzipped: bool, gzip_edits: list[tuple[int, int]]
 ) -> None:
     damaged = damage(FUZZED[stamp], kept, edits)
@@ -307,7 +307,7 @@ def test_damaged_stamp_reads_as_astropy_reads_it_or_raises_stamp_error(
         return
     try:
         reference = astropy_image(bytes(damaged))
-    except OSError:  # astropy also refuses a damaged card that says nothing of the pixels
+    except OSError:  # astropy also refuses a damaged card that does not affect the pixels
         return
     if max(reference.shape) <= LARGE:
         assert bits(image) == bits(reference)
@@ -319,7 +319,7 @@ needs_compiled = pytest.mark.skipif(compiled.decode_stamps is None, reason="the 
 
 
 def decode_compiled(stamp: bytes, size: int, centred: bool) -> tuple[Box | None, NDArray[np.float32]]:
-    """The box of a stamp in its slot and the slot, by the compiled code alone; no box where it left it to Python."""
+    """The box and the slot of a stamp from the compiled code alone; no box if it left the stamp to Python."""
     assert compiled.decode_stamps is not None
     slots, boxes, taken = (
         np.full((1, 3, size, size), 7, np.float32),
@@ -348,7 +348,7 @@ def decode_compiled(stamp: bytes, size: int, centred: bool) -> tuple[Box | None,
     gzip_kept=KEPT,
     gzip_edits=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=2),
 )
-def test_compiled_code_takes_nothing_that_python_would_place_otherwise(
+def test_compiled_code_never_differs_from_python(
     stamp: str,
     kept: float,
     edits: list[tuple[int, int]],
@@ -374,13 +374,13 @@ def test_compiled_code_takes_nothing_that_python_would_place_otherwise(
 @needs_compiled
 @pytest.mark.parametrize("gzipped", [True, False])
 @pytest.mark.parametrize("stamp", ["ztf", "lsst"])
-def test_compiled_code_takes_what_surveys_publish(stamp: str, gzipped: bool) -> None:
+def test_compiled_code_decodes_the_layouts_of_surveys(stamp: str, gzipped: bool) -> None:
     data = gzip.compress(FUZZED[stamp]) if gzipped else FUZZED[stamp]
     assert decode_compiled(data, 63, True)[0] is not None
 
 
 @needs_compiled
-def test_compiled_code_takes_every_shared_ztf_stamp_as_python_does(ztf_packets: list[tuple[int, bytes]]) -> None:
+def test_compiled_code_decodes_every_shared_ztf_stamp_as_python_does(ztf_packets: list[tuple[int, bytes]]) -> None:
     for _, packet in ztf_packets:
         for alert in fastavro.reader(io.BytesIO(packet)):
             for field in CUTOUT_FIELDS:
@@ -421,7 +421,7 @@ def test_compiled_code_refuses_arrays_that_do_not_fit(argument: int, wrong: NDAr
         compiled.decode_stamps(*arguments)
 
 
-def test_first_stamp_that_fails_is_named_for_each_record() -> None:
+def test_first_failed_stamp_of_each_record_is_reported() -> None:
     bodies = [memoryview(PLAIN + b"junk"), memoryview(PLAIN)]
     whole, junk, none = (0, len(PLAIN)), (len(PLAIN), len(PLAIN) + 4), (-1, -1)
     spans = np.array([[whole, junk, none], [whole, whole, whole]])

@@ -1,4 +1,4 @@
-"""The walkers: on any schema and any bytes, compiled and Python do the same, and what they read is what was written."""
+"""For any schema and any bytes, both walkers (C and Python) agree, and read the values that were written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ N_SLOTS = 64
 
 
 class Outputs:
-    """Fresh outputs, filled with rubbish that a walker must not leave."""
+    """New outputs, filled with arbitrary values that a walker must overwrite."""
 
     def __init__(self, room: int = 256) -> None:
         self.scalars = np.full((2, N_SLOTS), 7.5)
@@ -47,7 +47,7 @@ class Outputs:
 
 
 def assert_same(program: NDArray[np.int32], body: bytes) -> tuple[tuple[int, int, int], Outputs]:
-    """Runs both walkers and compares all that they write, to the bit."""
+    """Runs both walkers and checks that their outputs are bit-identical."""
     expected = Outputs()
     result = expected.walk(walk_python, program, body)
     found = Outputs()
@@ -67,7 +67,7 @@ def encoded(fields: list[dict[str, Any]], record: dict[str, Any]) -> bytes:
     return stream.getvalue()
 
 
-# Any schema, and values for it.
+# Random schemas and values.
 
 PRIMITIVE_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "null": st.none(),
@@ -83,7 +83,7 @@ PRIMITIVE_VALUES: dict[str, st.SearchStrategy[Any]] = {
 
 @st.composite
 def types(draw: st.DrawFn, depth: int = 3) -> Any:
-    """An Avro type, whose named types are not named yet."""
+    """A random Avro type, in which named types have no names yet."""
     kind = draw(
         st.sampled_from(
             [*PRIMITIVE_VALUES, "fixed", "enum", *(["record", "array", "map", "union", "logical"] * (depth > 0))]
@@ -111,7 +111,7 @@ def types(draw: st.DrawFn, depth: int = 3) -> Any:
 
 
 def named(type_: Any, numbers: Iterator[int]) -> Any:
-    """The type with a name of its own for each named type in it."""
+    """The type with a unique name for each named type in it."""
     if not isinstance(type_, dict):
         return type_
     inner = {key: named(type_[key], numbers) for key in ("items", "values") if key in type_}
@@ -121,7 +121,7 @@ def named(type_: Any, numbers: Iterator[int]) -> Any:
 
 
 def values(type_: Any) -> st.SearchStrategy[Any]:
-    """Values that fastavro can write as `type_`."""
+    """A strategy for values that fastavro can write as `type_`."""
     if isinstance(type_, list):
         return st.one_of([values(branch) for branch in type_])
     if isinstance(type_, str):
@@ -137,12 +137,12 @@ def values(type_: Any) -> st.SearchStrategy[Any]:
             return st.lists(values(type_["items"]), max_size=4)
         case "map":
             return st.dictionaries(st.text(max_size=3), values(type_["values"]), max_size=3)
-    return st.integers(-(2**62), 2**62)  # the logical long
+    return st.integers(-(2**62), 2**62)  # a long with a logical type
 
 
 @st.composite
 def records(draw: st.DrawFn) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Wanted], dict[str, Reading]]:
-    """The fields of a record, values for them, and what is wanted of some."""
+    """The fields of a random record, their values, and the wanted readings of some fields."""
     numbers = itertools.count()
     fields = [{"name": f"f{i}", "type": named(draw(types()), numbers)} for i in range(draw(st.integers(1, 6)))]
     record = {field["name"]: draw(values(field["type"])) for field in fields}
@@ -152,7 +152,7 @@ def records(draw: st.DrawFn) -> tuple[list[dict[str, Any]], dict[str, Any], dict
 
 
 def expected_number(type_: Any, value: Any, letter: bool) -> float | None:
-    """What a NUMBER or LETTER reading gives, None where the walk leaves the slot alone."""
+    """The result of a NUMBER or LETTER reading; None if the walk does not change the slot."""
     if isinstance(value, bool | int | float):
         return float(value)
     if (
@@ -167,7 +167,7 @@ def expected_number(type_: Any, value: Any, letter: bool) -> float | None:
 
 @settings(max_examples=150)
 @given(records())
-def test_reads_what_fastavro_wrote(drawn: tuple[Any, Any, Any, Any]) -> None:
+def test_walkers_read_the_values_that_fastavro_wrote(drawn: tuple[Any, Any, Any, Any]) -> None:
     fields, record, wanted, readings = drawn
     body = encoded(fields, record)
     program = compiled(fields, wanted)
@@ -213,7 +213,7 @@ def test_walkers_agree_on_any_bytes(drawn: tuple[Any, Any, Any, Any], body: byte
     assert_same(compiled(fields, wanted), body)
 
 
-# Particular cases.
+# Specific cases.
 
 POINT = {
     "type": "record",
@@ -228,7 +228,7 @@ WANT_HISTORY = {
 
 
 @pytest.mark.parametrize("walker", WALKERS)
-def test_an_array_becomes_rows(walker: Any) -> None:
+def test_items_of_an_array_become_rows(walker: Any) -> None:
     record = {"h": [{"t": 1.5, "b": "g"}, {"t": 2.5, "b": None}, {"t": 3.5, "b": "red"}], "z": 9.0}
     outputs = Outputs()
     body = encoded(HISTORY, record)
@@ -242,7 +242,7 @@ def test_an_array_becomes_rows(walker: Any) -> None:
 
 
 @pytest.mark.parametrize("walker", WALKERS)
-def test_more_rows_than_room_is_said(walker: Any) -> None:
+def test_more_rows_than_capacity_is_reported(walker: Any) -> None:
     record = {"h": [{"t": 1.5, "b": "g"}] * 9, "z": 9.0}
     outputs = Outputs(room=8)
     status, _, n_points = outputs.walk(walker, compiled(HISTORY, WANT_HISTORY), encoded(HISTORY, record))
@@ -295,7 +295,7 @@ def test_items_without_bytes_are_not_iterated(walker: Any) -> None:
     assert Outputs().walk(walker, program, count * 1000 + b"\x00") == (Status.DONE, 10_001, 0)
 
 
-def test_named_types_are_found_wherever_they_stand() -> None:
+def test_named_types_are_resolved_everywhere() -> None:
     inner = {"type": "record", "name": "s", "namespace": "a.b", "fields": [{"name": "x", "type": "int"}]}
     fields = [
         {"name": "first", "type": {"type": "array", "items": inner}},
@@ -310,7 +310,7 @@ def test_named_types_are_found_wherever_they_stand() -> None:
     assert outputs.scalars[1, 5] == 2
 
 
-def test_a_table_that_is_no_array_is_stepped_over() -> None:
+def test_a_table_that_is_not_an_array_is_skipped() -> None:
     fields = [{"name": "h", "type": {"type": "record", "name": "s", "fields": [{"name": "b", "type": "string"}]}}]
     program = compiled(fields, {"h": Wanted(table=0, fields={"b": Wanted(Reading.LETTER, 0)})})
     (status, _, n_points), outputs = assert_same(program, encoded(fields, {"h": {"b": "[,,f]"}}))
@@ -365,8 +365,8 @@ def test_schemas_beyond_the_bounds_are_refused(definition: dict[str, Any]) -> No
     st.lists(st.one_of(st.sampled_from(Op), st.integers(-3, 70), st.integers(-(2**31), 2**31 - 1)), max_size=12),
     st.binary(max_size=60),
 )
-def test_no_program_harms_the_compiled_walker(program: list[int], body: bytes) -> None:
-    with contextlib.suppress(ValueError):  # its word for what is not a program
+def test_invalid_programs_do_not_harm_the_compiled_walker(program: list[int], body: bytes) -> None:
+    with contextlib.suppress(ValueError):  # raised for an invalid program
         Outputs(room=16).walk(walk.walk, np.array(program, dtype=np.int32), body)
 
 
@@ -386,7 +386,7 @@ def test_outputs_of_a_wrong_shape_are_refused() -> None:
             walk.walk(program, body, start, row, *arguments, n_points)
 
 
-def test_the_environment_chooses_python() -> None:
+def test_an_environment_variable_chooses_python() -> None:
     shown = subprocess.run(
         [sys.executable, "-c", "from broker_filter.packets.compiled import IMPLEMENTATION; print(IMPLEMENTATION)"],
         env={**os.environ, "BROKER_FILTER_PURE_PYTHON": "1"},

@@ -1,4 +1,4 @@
-"""A night of each survey, simulated once."""
+"""A simulated night of each survey, shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def lsst_night() -> list[SimulatedAlert]:
 
 @pytest.fixture(scope="session")
 def ztf_observations() -> list[Observation]:
-    """What the packets of `ztf_night` were made of."""
+    """The observations that are encoded in the packets of `ztf_night`."""
     return list(Night(ZTF, SEED).observations(N))
 
 

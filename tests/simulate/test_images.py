@@ -1,4 +1,4 @@
-"""The image subtraction does what its equations promise."""
+"""The image subtraction has the properties that its equations imply."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def conditions(request: pytest.FixtureRequest) -> Conditions:
     return draw_conditions(instrument, np.random.default_rng(5))
 
 
-def test_unchanged_sky_leaves_white_noise(conditions: Conditions) -> None:
+def test_constant_sky_leaves_white_noise(conditions: Conditions) -> None:
     rng = np.random.default_rng(1)
     difference = expose(Scene([]), conditions, [], rng).difference
     expected = np.hypot(conditions.noise, conditions.template_noise)
-    # The finest detail is tapered away with the point spreads, and its noise with it.
+    # The taper of the PSFs removes the finest detail, including its noise.
     assert 0.7 * expected < difference.std() < 1.05 * expected
     assert abs(difference.mean()) < 5 * expected / difference.shape[0]
 
 
-def test_unchanged_galaxy_subtracts_away(conditions: Conditions) -> None:
+def test_constant_galaxy_is_subtracted(conditions: Conditions) -> None:
     rng = np.random.default_rng(2)
     galaxies = draw_galaxies(conditions.instrument, 3, rng)
     counts = 100 * conditions.flux_error
@@ -56,7 +56,7 @@ def test_flux_of_a_transient_is_recovered_within_its_error(conditions: Condition
     assert 0.6 / QUOTED_ERROR < np.std(pulls) < 1.5 / QUOTED_ERROR
 
 
-def test_sources_stand_where_they_are_put(conditions: Conditions) -> None:
+def test_sources_are_at_their_given_positions(conditions: Conditions) -> None:
     rng = np.random.default_rng(4)
     middle = conditions.instrument.grid // 2
     stamps = expose(Scene([Point(7.0, -4.0, 1000 * conditions.flux_error, 0.0)]), conditions, [], rng)

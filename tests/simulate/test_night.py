@@ -1,4 +1,4 @@
-"""What is said of a simulated alert fits what its pixels and its history show."""
+"""The fields of a simulated alert agree with its pixels and its history."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def records(night: list[SimulatedAlert]) -> list[dict[str, Any]]:
     return [next(fastavro.reader(io.BytesIO(alert.packet))) for alert in night]
 
 
-def test_night_has_every_kind_about_as_often_as_asked_for(ztf_observations: list[Observation]) -> None:
+def test_night_has_each_kind_at_its_requested_rate(ztf_observations: list[Observation]) -> None:
     seen = Counter(observation.kind for observation in ztf_observations)
     for kind, rate in RATES.items():
         expected = rate * len(ztf_observations)
         assert abs(seen[kind] - expected) < 4 * np.sqrt(expected) + 1, kind
 
 
-def test_rates_choose_kinds() -> None:
+def test_rates_select_the_kinds() -> None:
     assert {alert.kind for alert in simulate_night(10, 1, "ztf", {"ghost": 1.0})} == {"ghost"}
     with pytest.raises(ValueError, match="unknown kinds of alert: kilonova"):
         next(simulate_night(1, 1, "ztf", {"kilonova": 1.0}))
@@ -38,10 +38,10 @@ def test_rates_choose_kinds() -> None:
 
 def test_nothing_below_five_sigma_is_published(ztf_observations: list[Observation]) -> None:
     faint = [o for o in ztf_observations if o.photometry.snr < 5]
-    assert len(faint) <= len(ztf_observations) // 100  # an artefact may stay faint after many draws
+    assert len(faint) <= len(ztf_observations) // 100  # an artefact may remain faint after many draws
 
 
-def test_magnitude_is_that_of_the_difference_image(ztf_observations: list[Observation]) -> None:
+def test_magnitude_matches_the_difference_image(ztf_observations: list[Observation]) -> None:
     box = slice(MIDDLE - 5, MIDDLE + 6)
     ratios = [
         np.nansum(observation.stamps.difference[box, box]) / observation.photometry.flux
@@ -57,13 +57,13 @@ def test_fading_sources_are_published_as_positive_stamps_marked_negative(ztf_nig
     assert min(signs["t"], signs["f"]) > 0.15 * len(ztf_night)
 
 
-def test_asteroids_alone_match_a_known_body(ztf_night: list[SimulatedAlert]) -> None:
+def test_only_asteroids_match_a_known_body(ztf_night: list[SimulatedAlert]) -> None:
     for alert, record in zip(ztf_night, records(ztf_night), strict=True):
         known = record["candidate"]["ssdistnr"] >= 0
         assert not known or alert.kind == "asteroid"
 
 
-def test_one_time_events_have_no_history_but_limits(ztf_night: list[SimulatedAlert]) -> None:
+def test_one_time_events_have_only_upper_limits_as_history(ztf_night: list[SimulatedAlert]) -> None:
     for alert, record in zip(ztf_night, records(ztf_night), strict=True):
         if alert.kind == "asteroid" or alert.kind in BOGUS:
             assert all(visit["magpsf"] is None for visit in record["prv_candidates"] or [])
@@ -95,7 +95,7 @@ def test_forced_photometry_agrees_with_the_detections(ztf_night: list[SimulatedA
     assert compared > 500
 
 
-def test_stamps_end_where_the_detector_does(ztf_observations: list[Observation]) -> None:
+def test_stamps_end_at_the_edge_of_the_detector(ztf_observations: list[Observation]) -> None:
     cut_short = 0
     for observation in ztf_observations:
         stamp = next(fastavro.reader(io.BytesIO(ztf.encode(observation))))["cutoutScience"]["stampData"]
@@ -108,7 +108,7 @@ def test_stamps_end_where_the_detector_does(ztf_observations: list[Observation])
     assert cut_short >= 3
 
 
-def test_some_pixels_were_not_read(ztf_observations: list[Observation]) -> None:
+def test_some_stamps_have_blocks_of_nan(ztf_observations: list[Observation]) -> None:
     holed = [o for o in ztf_observations if np.isnan(o.stamps.science).any()]
     assert 5 < len(holed) < 60
     for observation in holed:

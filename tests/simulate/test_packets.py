@@ -1,4 +1,4 @@
-"""Simulated packets are valid packets of their survey, for its usual readers and for our decoder alike."""
+"""Simulated packets are valid packets of their survey, for its usual readers and for the Decoder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_ztf(alert: SimulatedAlert) -> dict[str, Any]:
 
 def read_lsst(alert: SimulatedAlert) -> dict[str, Any]:
     schema = fastavro.parse_schema(json.loads((SCHEMAS / "lsst.v10_0.alert.avsc").read_text()))
-    assert alert.packet[:5] == b"\0\0\0\x03\xe8"  # magic byte, and id 1000 in big-endian order
+    assert alert.packet[:5] == b"\0\0\0\x03\xe8"  # the magic byte, and the schema id 1000 in big-endian order
     return fastavro.schemaless_reader(io.BytesIO(alert.packet[5:]), schema)
 
 
@@ -79,7 +79,7 @@ def test_decoder_reads_the_same_from_lsst_packets_as_fastavro_and_astropy(lsst_n
             np.testing.assert_array_equal(batch.cutouts[i, channel, y : y + height, x : x + width], expected)
 
 
-def test_lsst_stamps_carry_variance_and_point_spread(lsst_night: list[SimulatedAlert]) -> None:
+def test_lsst_stamps_contain_variance_and_psf(lsst_night: list[SimulatedAlert]) -> None:
     with fits.open(io.BytesIO(read_lsst(lsst_night[0])["cutoutScience"])) as hdus:
         image, variance, psf = hdus
         assert [hdu.name for hdu in hdus] == ["PRIMARY", "UNCERT", "PSFIMAGE"]
@@ -90,13 +90,13 @@ def test_lsst_stamps_carry_variance_and_point_spread(lsst_night: list[SimulatedA
         assert np.unravel_index(psf.data.argmax(), psf.data.shape) == (20, 20)
 
 
-def test_lsst_container_holds_the_same_record(lsst_observations: list[Observation]) -> None:
+def test_lsst_container_holds_the_same_record_as_the_message(lsst_observations: list[Observation]) -> None:
     (record,) = fastavro.reader(io.BytesIO(lsst.encode_container(lsst_observations[0])))
     assert record["diaSourceId"] == lsst.alert_id(lsst_observations[0])
 
 
 @pytest.mark.shared
-def test_ztf_schema_is_the_survey_s(ztf_packets: list[tuple[int, bytes]]) -> None:
+def test_ztf_schema_matches_that_of_the_survey(ztf_packets: list[tuple[int, bytes]]) -> None:
     ours = fastavro.parse_schema(json.loads((SCHEMAS / "ztf.v4_02.alert.avsc").read_text()))
     theirs = (fastavro.reader(io.BytesIO(packet)).writer_schema for _, packet in ztf_packets if b"fp_hists" in packet)
     canonical_forms = (fastavro.schema.to_parsing_canonical_form(schema) for schema in theirs)
@@ -104,21 +104,21 @@ def test_ztf_schema_is_the_survey_s(ztf_packets: list[tuple[int, bytes]]) -> Non
 
 
 @pytest.mark.shared
-def test_lsst_schema_is_the_survey_s(lsst_schemas: object) -> None:
+def test_lsst_schema_matches_that_of_the_survey(lsst_schemas: object) -> None:
     ours, theirs = (open_registry(str(place)).get(1000).definition for place in (SCHEMAS, lsst_schemas))
     ours, theirs = (fastavro.schema.to_parsing_canonical_form(fastavro.parse_schema(s)) for s in (ours, theirs))
     assert ours == theirs
 
 
 @pytest.mark.parametrize("survey", ["ztf", "lsst"])
-def test_same_seed_gives_same_bytes_whatever_the_length(survey: Any) -> None:
+def test_same_seed_gives_same_bytes_for_any_number_of_alerts(survey: Any) -> None:
     short, long = list(simulate_night(5, 3, survey)), list(simulate_night(8, 3, survey))
     assert short == long[:5]
     assert short != list(simulate_night(5, 4, survey))
 
 
 def test_packets_are_as_large_as_real_ones(ztf_night: list[SimulatedAlert], lsst_night: list[SimulatedAlert]) -> None:
-    # Public ZTF packets have 50 to 75 kB; LSST's about 110 kB with the smallest stamps.
+    # Public ZTF packets have 50 to 75 kB, LSST packets about 110 kB with the smallest stamps.
     assert 50_000 < np.median([len(alert.packet) for alert in ztf_night]) < 75_000
     assert 95_000 < np.median([len(alert.packet) for alert in lsst_night]) < 140_000
 

@@ -1,4 +1,4 @@
-"""Networks that were trained on real images judge simulated ones rightly: nobody told them that they are simulated."""
+"""Networks that were trained on real images classify simulated images correctly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from broker_filter.simulate import SimulatedAlert
 
 
 def called_real(bundle: str, night: list[SimulatedAlert]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Of the real and of the bogus alerts: which the model calls real."""
+    """Whether the model calls each real alert real, and whether it calls each bogus alert real."""
     packets = [Packet(alert.packet, FilePosition(f"{i}")) for i, alert in enumerate(night)]
     alerts, rejects = Decoder(open_registry(None), columns=()).decode(packets)
     assert not rejects
@@ -28,7 +28,7 @@ def called_real(bundle: str, night: list[SimulatedAlert]) -> tuple[NDArray[np.bo
 
 
 @pytest.mark.shared
-def test_survey_s_own_network_tells_real_from_bogus(
+def test_ztf_network_separates_real_from_bogus(
     ztf_night: list[SimulatedAlert], shared_models: Path, tmp_path: Path
 ) -> None:
     import_braai(shared_models / "braai" / "d6_m7.weights.h5", "row", "d6_m7", tmp_path / "d6_m7")
@@ -37,7 +37,7 @@ def test_survey_s_own_network_tells_real_from_bogus(
     assert bogus.mean() < 0.06
 
 
-def test_default_network_tells_real_from_bogus(ztf_night: list[SimulatedAlert]) -> None:
+def test_default_network_separates_real_from_bogus(ztf_night: list[SimulatedAlert]) -> None:
     real, bogus = called_real("default", ztf_night)
     assert real.mean() > 0.9
     assert bogus.mean() < 0.1
