@@ -14,6 +14,7 @@ sys.path.insert(0, str(DOCS))
 # The tutorials run the programs of this environment, and `python -m training` of this checkout.
 os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 os.environ["PYTHONPATH"] = str(DOCS.parent)
+os.environ["TTY_COMPATIBLE"] = "0"  # to rich, which a notebook otherwise tells that it writes to a terminal
 
 project = "broker-filter"
 author = "The broker-filter developers"
@@ -23,26 +24,29 @@ version = release = broker_filter.__version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
-    "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
     "generated_reference",
+    "shell_cells",
 ]
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
+smartquotes = False  # would turn the dashes of options into one
 
 nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
-nb_execution_timeout = 180
+nb_execution_timeout = 600  # seconds for a cell: many times what one takes on an idle machine
 nb_merge_streams = True
 
+
+default_role = "code"  # docstrings mark code by single backquotes
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 
 html_theme = "pydata_sphinx_theme"
 html_title = "broker-filter"

@@ -22,13 +22,16 @@ import pyarrow as pa
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
+import broker_filter
 from broker_filter.cli import COMMANDS, EXIT_STATUS
 from broker_filter.cli.parser import CommandParser
 from broker_filter.config_file import document_keys
 from broker_filter.metrics import Metrics
+from broker_filter.packets import batch, packet, rejects
 from broker_filter.packets.rejects import RejectReason
 from broker_filter.packets.surveys import COLUMNS, Derived, Source
 from broker_filter.packets.surveys import Field as PacketField
+from broker_filter.scoring import scores
 from broker_filter.streaming.tables import table_schema
 
 if TYPE_CHECKING:
@@ -209,6 +212,34 @@ def _avro_type(schema: Any) -> str:
     raise TypeError(f"scored_alert.avsc: no name for the type {schema!r}")
 
 
+def library() -> str:
+    """The documentation of every name in `broker_filter.__all__`."""
+    return "\n".join(
+        f"## {name}\n\n{_autodoc(f'broker_filter.{name}', getattr(broker_filter, name))}"
+        for name in getattr(broker_filter, "__all__", ())
+    )
+
+
+def library_values() -> str:
+    """The documentation of the classes whose instances the library takes and returns, a section for each module."""
+    sections = []
+    for module in (packet, batch, rejects, scores):
+        classes = [value for value in vars(module).values() if inspect.isclass(value)]
+        own = [value for value in classes if value.__module__ == module.__name__]
+        texts = (_autodoc(f"{module.__name__}.{value.__name__}", value) for value in own)
+        sections.append(f"## {module.__name__}\n\n" + "\n".join(texts))
+    return "\n".join(sections)
+
+
+def _autodoc(path: str, value: object) -> str:
+    """The directive that documents a class, an exception or a function."""
+    if not inspect.isclass(value):
+        return f"```{{eval-rst}}\n.. autofunction:: {path}\n```\n"
+    if issubclass(value, BaseException):
+        return f"```{{eval-rst}}\n.. autoexception:: {path}\n```\n"
+    return f"```{{eval-rst}}\n.. autoclass:: {path}\n   :members:\n```\n"
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
@@ -219,15 +250,18 @@ GENERATED: dict[str, Callable[[], str]] = {
         metadata_columns,
         table_columns,
         output_schema,
+        library,
+        library_values,
     )
 }
 """What a marker can name."""
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """A Markdown table. The cells are Markdown of one line each."""
+    """A Markdown table whose rows become blocks on a narrow screen. The cells are Markdown of one line each."""
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
+    table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return f":::{{container}} stacked\n\n{table}\n\n:::\n"
 
 
 def _markdown(text: str) -> str:
