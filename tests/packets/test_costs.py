@@ -195,7 +195,7 @@ def test_splitting_a_file_of_empty_blocks_does_not_repeat_the_header_for_each() 
 
 def test_detail_of_a_reject_is_bounded() -> None:
     packet = Packet(b"", FilePosition("one"))
-    assert len(Reject(packet, RejectReason.BAD_SCHEMA, "x" * 1_000_000).detail) <= MAX_DETAIL_CHARACTERS + 3
+    assert len(Reject(packet, 0, RejectReason.BAD_SCHEMA, "x" * 1_000_000).detail) <= MAX_DETAIL_CHARACTERS + 3
     named = hostile.schema(BOOLEAN_ROW, [{"name": "y", "type": "y" * 1_000_000}])
     _, (reject,) = Decoder(open_registry(None)).decode(
         [Packet(hostile.container(named, [alerts(1)]), FilePosition("a"))]
