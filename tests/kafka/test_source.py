@@ -14,6 +14,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
 from broker_filter.config import Input
+from broker_filter.kafka import days as kafka_days
 from broker_filter.kafka import source as kafka_source
 from broker_filter.kafka.checkpoint import (
     Checkpoint,
@@ -117,6 +118,12 @@ class Reader:
                 self.values += [packet.data for packet in delivery.packets]
                 delivery.set_out()
         return sorted(self.values)
+
+
+@pytest.fixture(autouse=True)
+def frequent_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look for new topics each second: in service, a test would wait ten for what it has just made."""
+    monkeypatch.setattr(kafka_days, "LOOK_INTERVAL_S", 1.0)
 
 
 @pytest.fixture
