@@ -92,7 +92,7 @@ class LightCurves:
         return len(self.offsets) - 1
 
     def __getitem__(self, rows: slice | NDArray[np.bool_] | NDArray[np.int64]) -> LightCurves:
-        """The light curves of the alerts in `rows`; a zero-copy view if these rows are consecutive."""
+        """Return the light curves of the alerts in `rows`; a zero-copy view if these rows are consecutive."""
         begin, end = self.offsets[:-1][rows], self.offsets[1:][rows]
         offsets = np.concatenate([[0], np.cumsum(end - begin)])
         points: slice | NDArray[np.int64]
@@ -106,7 +106,7 @@ class LightCurves:
 
     @classmethod
     def join(cls, parts: Sequence[LightCurves]) -> LightCurves:
-        """The light curves of all `parts`, concatenated. Raises ValueError if `parts` is empty."""
+        """Return the light curves of all `parts`, concatenated. Raises ValueError if `parts` is empty."""
         return cls(
             np.concatenate([[0], np.cumsum(np.concatenate([np.diff(part.offsets) for part in parts]))]),
             np.concatenate([part.mjd for part in parts]),
@@ -150,13 +150,13 @@ class AlertBatch:
         return len(self.alert_id)
 
     def column(self, name: str) -> NDArray[np.float64]:
-        """The metadata column `name`, float64[N]. Raises KeyError if the batch has no such column."""
+        """Return the metadata column `name`, float64[N]. Raises KeyError if the batch has no such column."""
         if name not in self.columns:
             raise KeyError(name)
         return self.metadata[:, self.columns.index(name)]
 
     def identity(self, i: int) -> AlertIdentity:
-        """The ids, time, position and band of alert `i` as plain Python values."""
+        """Return the ids, time, position and band of alert `i` as plain Python values."""
         band = int(self.band[i])
         return AlertIdentity(
             alert_id=int(self.alert_id[i]),

@@ -122,7 +122,7 @@ class _Outputs:
         self.points_end = 0
 
     def walk(self, plan: Plan, body: memoryview, start: int, max_points: int = MAX_POINTS) -> tuple[Status, int]:
-        """Walks the record at offset `start` of `body` and writes the next row.
+        """Walk the record at offset `start` of `body` and write the next row.
 
         Returns the status and the offset at which the record ended or the walk failed. Status.NO_ROOM: the history of
         the record has more than `max_points` rows.
@@ -147,7 +147,7 @@ class _Outputs:
         return Status.DONE if status == Status.DONE else Status(status), position
 
     def forget(self, n_rows: int) -> None:
-        """Removes all rows after the first `n_rows`."""
+        """Remove all rows after the first `n_rows`."""
         self.points_end -= sum(self.n_points[n_rows:])
         del self.n_points[n_rows:]
 
@@ -185,14 +185,14 @@ class Decoder:
         return frozenset().union(*(layout.fields for layout in self._layouts.values()))
 
     def decode(self, packets: Sequence[Packet]) -> tuple[AlertBatch, list[Reject]]:
-        """Decodes `packets`. Each packet becomes at least one alert of the batch or at least one reject.
+        """Decode `packets`. Each packet becomes at least one alert of the batch or at least one reject.
 
         Raises RegistryUnavailable if a schema is needed and the registry does not answer; then nothing was decoded.
         """
         return self._decode(packets, math.inf)
 
     def decode_some(self, packets: Sequence[Packet]) -> tuple[AlertBatch, list[Reject]]:
-        """Decodes as many of the first packets as fit into memory together, at least one; otherwise as `decode`.
+        """Decode as many of the first packets as fit into memory together, at least one; otherwise as `decode`.
 
         The memory limit is BATCH_BYTES_PER_PACKET x len(packets). `packets` of the returned batch holds the packets
         that were decoded; pass the remaining packets to the next call.
@@ -200,7 +200,7 @@ class Decoder:
         return self._decode(packets, BATCH_BYTES_PER_PACKET * len(packets))
 
     def decode_stream(self, packets: Iterable[Packet], at_a_time: int) -> Iterator[tuple[AlertBatch, list[Reject]]]:
-        """Decodes a stream of packets in order, in batches of at most `at_a_time` packets, in constant memory.
+        """Decode a stream of packets in order, in batches of at most `at_a_time` packets, in constant memory.
 
         Raises RegistryUnavailable, as `decode` does.
         """
@@ -223,7 +223,7 @@ class Decoder:
         return alerts, [_with_origin(reject, schemas) for reject in rejects]
 
     def _look_up(self, packets: Sequence[Packet]) -> dict[int, WriterSchema | Damage]:
-        """The schemas of all wire format packets by id; for a schema that cannot be used, the reason why.
+        """Return the schemas of all wire format packets by id; for a schema that cannot be used, the reason why.
 
         Schemas are looked up before any packet is decoded and without holding the lock: a registry may be slow, and
         other threads may have packets whose schemas are in memory.
@@ -287,7 +287,7 @@ class Decoder:
     def _walk_container(
         self, index: int, allowance: int, container: Container, outputs: _Outputs, walked: list[_Walked]
     ) -> tuple[Damage | None, int]:
-        """Walks the records of a packet and appends them to `walked`.
+        """Walk the records of a packet and append them to `walked`.
 
         Returns the damage of the packet outside its walked records (None if there is none) and the number of records
         before that damage.
@@ -322,15 +322,15 @@ class Decoder:
         return container.error or ((RejectReason.NO_RECORD, "the packet has no alert") if record == 0 else None), record
 
     def _allowance(self, packet: Packet) -> int:
-        """The maximum memory of all alerts of a packet, in bytes."""
+        """Return the maximum memory of all alerts of a packet, in bytes."""
         return MAX_UNPACKING * self._most_bytes(packet.data)
 
     def _most_bytes(self, data: bytes) -> int:
-        """The maximum size of a packet after decompression, in bytes."""
+        """Return the maximum size of a packet after decompression, in bytes."""
         return min(GREATEST_RATIO * len(data), self._max_packet_bytes)
 
     def _size(self, container: Container, allowance: int, n_records: int, n_points: int) -> int:
-        """The maximum memory of a packet with this many walked records and history rows, in bytes."""
+        """Return the maximum memory of a packet with this many walked records and history rows, in bytes."""
         if container.schema is None:
             return 0
         alerts = n_records * (self._slot_bytes + container.schema.n_bytes)
@@ -342,7 +342,10 @@ class Decoder:
     def _too_large(
         self, packets: Sequence[Packet], walked: Sequence[_Walked], sound: Sequence[int], columns: _Columns
     ) -> dict[int, Damage]:
-        """The valid alerts that exceed the allowance of their packet, by row. `sound`: the rows of the valid alerts."""
+        """Return the valid alerts that exceed the allowance of their packet, by row.
+
+        `sound`: the rows of the valid alerts.
+        """
         owners = [walked[row].packet for row in sound]
         if len(set(owners)) == len(owners):  # the usual case: one alert per packet
             return {}
@@ -359,7 +362,7 @@ class Decoder:
         return too_large
 
     def _frame(self, data: bytes, schemas: Mapping[int, WriterSchema | Damage]) -> Container:
-        """The still encoded records of a packet. `schemas`: the schemas of wire format packets by id."""
+        """Return the still encoded records of a packet. `schemas`: the schemas of wire format packets by id."""
         if not data:
             return Container(None, (), (RejectReason.EMPTY, "the packet has no bytes"))
         is_container = data.startswith(MAGIC)
@@ -384,7 +387,7 @@ class Decoder:
         return Container(schema, (Block(1, message.body),))
 
     def _make_plan(self, schema: WriterSchema) -> Plan | Damage:
-        """The plan for a schema; if records of the schema cannot be decoded, the reason why."""
+        """Return the plan for a schema; if records of the schema cannot be decoded, the reason why."""
         paths = field_paths(schema)
         known = recognise(paths)
         if known is None:
@@ -433,7 +436,8 @@ class _Columns:
         self._unplaced = (self._alert_id == MISSING_ID) | ~np.isfinite(self._place[:, :3]).all(axis=1)
 
     def missing_field(self, row: int) -> Damage | None:
-        """The mandatory values (id, time, position) that the record lacks, as damage; None if it has all of them."""
+        """Return the mandatory values (id, time, position) that the record lacks, as damage; None if it has all of
+        them."""
         if not self._unplaced[row]:
             return None
         names = ("id", "time", "right ascension", "declination")
@@ -444,7 +448,7 @@ class _Columns:
     def decode_stamps(
         self, rows: Sequence[int], cutouts: NDArray[np.float32], boxes: NDArray[np.int16]
     ) -> dict[int, Damage]:
-        """Decodes the stamps of N records into `cutouts` [N, 3, S, S] and `boxes` [N, 3, 4].
+        """Decode the stamps of N records into `cutouts` [N, 3, S, S] and `boxes` [N, 3, 4].
 
         Returns the damage of each record that has an unusable stamp, by row.
         """
@@ -459,17 +463,18 @@ class _Columns:
         return {rows[k]: (error.reason, f"{formats[k].cutouts[c]}: {error.detail}") for k, (c, error) in failed.items()}
 
     def inflated_bytes(self, row: int) -> int:
-        """The maximum total size of the decompressed stamps of a record, in bytes."""
+        """Return the maximum total size of the decompressed stamps of a record, in bytes."""
         body = self._walked[row].body
         spans = self._span_lists[row][STAMP : STAMP + len(CUTOUTS)]
         return sum(inflated_bytes(body[begin:end]) for begin, end in spans if begin >= 0)
 
     def schema_version(self, row: int) -> str:
-        """The schema version in the record ("lsst.v10_0" in Fink's copies of LSST alerts), else that in its schema."""
+        """Return the schema version in the record ("lsst.v10_0" in Fink's copies of LSST alerts), else that in its
+        schema."""
         return self._text(row, VERSION).removeprefix("lsst.v").replace("_", ".") or self._walked[row].plan.version
 
     def identity(self, row: int) -> AlertIdentity:
-        """The ids, time, position and band of an alert, as far as they could be read."""
+        """Return the ids, time, position and band of an alert, as far as they could be read."""
         alert_id = int(self._alert_id[row])
         mjd, ra, dec, band = self._place[row].tolist()
         return AlertIdentity(
@@ -491,7 +496,7 @@ class _Columns:
         boxes: NDArray[np.int16],
         names: tuple[str, ...],
     ) -> AlertBatch:
-        """The batch of the rows `kept`, with their cutouts [N, 3, S, S], boxes [N, 3, 4] and metadata names."""
+        """Return the batch of the rows `kept`, with their cutouts [N, 3, S, S], boxes [N, 3, 4] and metadata names."""
         rows = np.array(kept, dtype=np.int64)
         alert_of_row = np.full(len(self._walked), NO_ALERT)
         alert_of_row[rows] = np.arange(len(rows))
@@ -541,7 +546,8 @@ class _Columns:
 
 
 def _doubted_id(reject: Reject) -> int:
-    """The schema id of a wire format packet that was perhaps rejected because its schema is wrong, else NO_ID."""
+    """Return the schema id of a wire format packet that was perhaps rejected because its schema is wrong, else
+    NO_ID."""
     data = reject.packet.data
     if reject.reason in _CAN_COME_FROM_WRONG_SCHEMA and wire.is_wire_message(data):
         return wire.unframe(data).schema_id
@@ -549,7 +555,8 @@ def _doubted_id(reject: Reject) -> int:
 
 
 def _with_origin(reject: Reject, schemas: Mapping[int, WriterSchema | Damage]) -> Reject:
-    """The reject; if its schema is in doubt and came from the disk cache, its detail also names the cache file."""
+    """Return the reject; if its schema is in doubt and came from the disk cache, its detail also names the cache
+    file."""
     schema = schemas.get(_doubted_id(reject))
     if not isinstance(schema, WriterSchema) or schema.cached is None:
         return reject
@@ -558,7 +565,7 @@ def _with_origin(reject: Reject, schemas: Mapping[int, WriterSchema | Damage]) -
 
 
 def _walk_damage(status: Status, start: int, end: int, n_bytes: int, *, last: bool) -> Damage | None:
-    """The damage of a record walked from `start` to `end` of a block of `n_bytes`; None if there is none.
+    """Return the damage of a record walked from `start` to `end` of a block of `n_bytes`; None if there is none.
 
     `last`: the record is the last of its block, so it must end where the block ends.
     """

@@ -18,7 +18,7 @@ _MISSING = object()
 
 
 def without_invalid_defaults(definition: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a record's schema without the defaults that do not fit their types.
+    """Return a copy of a record's schema without the defaults that do not fit their types.
 
     `definition`: a schema as `schema.self_contained` returns it.
     """
@@ -27,7 +27,7 @@ def without_invalid_defaults(definition: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cleaned(type_: Any, namespace: str, named: dict[str, dict[str, Any]]) -> Any:
-    """A copy of `type_` without invalid defaults.
+    """Return a copy of `type_` without invalid defaults.
 
     `named`: the types defined so far, by full name; the types that `type_` defines are added to it.
     """
@@ -61,7 +61,7 @@ def _cleaned_field(field: dict[str, Any], named: dict[str, dict[str, Any]]) -> d
 
 
 def _fits(type_: Any, value: Any, named: dict[str, dict[str, Any]]) -> bool:
-    """Whether the JSON `value` is a valid default for `type_`.
+    """Return whether the JSON `value` is a valid default for `type_`.
 
     A recursive type is not in `named` while its own fields are checked, so no value fits it there.
     """

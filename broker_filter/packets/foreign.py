@@ -43,7 +43,7 @@ for _beginnings, _description in _KNOWN:
 
 
 def describe(data: bytes) -> str | None:
-    """The format of `data` and what to do about it; None if the first bytes are unknown.
+    """Return the format of `data` and what to do about it; None if the first bytes are unknown.
 
     `data` must not be empty (IndexError).
     """

@@ -93,7 +93,7 @@ class Layout:
         return frozenset([*numbers, *self._ids, *texts, *stamps, *rows])
 
     def plan(self, schema: WriterSchema, paths: frozenset[str]) -> Plan:
-        """The plan for records of `schema`. `paths`: its field paths, as `plan.field_paths` returns them.
+        """Return the plan for records of `schema`. `paths`: its field paths, as `plan.field_paths` returns them.
 
         Raises SchemaError if the schema exceeds the bounds on programs.
         """
@@ -136,7 +136,7 @@ class Layout:
         ids: NDArray[np.int64],
         so_far: DetectionsSoFar | None = None,
     ) -> Values:
-        """The values of `source` for N records, float64[N]; NaN for missing values, or if `source` is None.
+        """Return the values of `source` for N records, float64[N]; NaN for missing values, or if `source` is None.
 
         `scalars` [N, n_scalars] and `ids` [N, n_ids] are the walker's outputs; `so_far` is needed for a `SoFar` source.
         """
@@ -161,7 +161,7 @@ class Layout:
         history_rows: NDArray[np.int64],
         history: NDArray[np.float64],
     ) -> NDArray[np.float64]:
-        """The metadata of N records, float64[N, F] for F columns. `points` documents the arguments."""
+        """Return the metadata of N records, float64[N, F] for F columns. `points` documents the arguments."""
         so_far = None
         if self._sums_up is not None:
             first_table = history[:, 0] == 0
@@ -179,11 +179,11 @@ class Layout:
         return metadata
 
     def alert_ids(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The ids of the alerts, int64[N]; MISSING_ID if a record has none."""
+        """Return the ids of the alerts, int64[N]; MISSING_ID if a record has none."""
         return self._first(self.format.alert_ids, ids)
 
     def object_ids(self, ids: NDArray[np.int64]) -> list[str]:
-        """The numeric object ids as text, N strings; an empty string if a record has none (0 counts as none)."""
+        """Return the numeric object ids as text, N strings; an empty string if a record has none (0 counts as none)."""
         if not self.format.object_ids:
             return [""] * len(ids)
         present = self._first(self.format.object_ids, np.where(ids == 0, MISSING_ID, ids))
@@ -197,7 +197,7 @@ class Layout:
         history_rows: NDArray[np.int64],
         history: NDArray[np.float64],
     ) -> list[Points]:
-        """The light-curve points of N records: first their own measurements, then the points of each table.
+        """Return the light-curve points of N records: first their own measurements, then the points of each table.
 
         `rows` int64[N]: the rows of the records in the batch, ascending. `scalars` [N, n_scalars], `ids` [N, n_ids]:
         the walker's outputs. `history` float64[M, 1 + columns]: the items of the tables; column 0 is the number of the
@@ -228,7 +228,8 @@ def _reading(field: Field) -> Reading:
 
 
 def _version(schema: WriterSchema) -> str:
-    """The version that an LSST schema has in its namespace or registry id (100 x major + minor), else UNVERSIONED."""
+    """Return the version that an LSST schema has in its namespace or registry id (100 x major + minor), else
+    UNVERSIONED."""
     if match := _LSST_NAMESPACE.match(schema.canonical["name"]):
         return f"{match[1]}.{match[2]}"
     if schema.registry_id is not None:

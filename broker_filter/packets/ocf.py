@@ -100,7 +100,7 @@ _header_lock = Lock()
 
 
 def read_container(data: bytes, max_bytes: int = MAX_CONTAINER_BYTES) -> Container:
-    """Reads all blocks of `data`, a container that starts with MAGIC. Never raises.
+    """Read all blocks of `data`, a container that starts with MAGIC. Never raises.
 
     The blocks of the null codec are zero-copy views of `data`. A block is valid if the sync marker follows it. If the
     decompressed blocks exceed `max_bytes` in all, the container counts as damaged.
@@ -130,7 +130,8 @@ def read_container(data: bytes, max_bytes: int = MAX_CONTAINER_BYTES) -> Contain
 
 
 def count_records(container: bytes) -> int:
-    """The number of records that the first MAX_BLOCKS blocks of a container claim to hold, up to the first damage.
+    """Return the number of records that the first MAX_BLOCKS blocks of a container claim to hold, up to the first
+    damage.
 
     Decompresses nothing and never raises.
     """
@@ -152,7 +153,7 @@ def count_records(container: bytes) -> int:
 
 
 def split_container(stream: BinaryIO, max_block_bytes: int = MAX_CONTAINER_BYTES) -> Iterator[bytes]:
-    """Yields each block of a container file as a container of its own, in constant memory.
+    """Yield each block of a container file as a container of its own, in constant memory.
 
     Blocks that are tiny compared with the header, such as blocks without records, are yielded together, because each
     yielded container repeats the header.
@@ -207,7 +208,10 @@ def split_container(stream: BinaryIO, max_block_bytes: int = MAX_CONTAINER_BYTES
 
 
 def container_header(schema_json: bytes, sync: bytes) -> bytes:
-    """The header of a container with the null codec. `sync`: the 16-byte marker that ends the header and each block."""
+    """Return the header of a container with the null codec.
+
+    `sync`: the 16-byte marker that ends the header and each block.
+    """
     return b"".join(
         (
             MAGIC,
@@ -223,12 +227,13 @@ def container_header(schema_json: bytes, sync: bytes) -> bytes:
 
 
 def encode_block(count: int, body: bytes, sync: bytes) -> bytes:
-    """A block of the null codec with `count` records, whose encoded bytes are `body`, and the marker `sync`."""
+    """Return a block of the null codec with `count` records, whose encoded bytes are `body`, and the marker `sync`."""
     return b"".join((encode_long(count), encode_long(len(body)), body, sync))
 
 
 def encode_long(value: int) -> bytes:
-    """An Avro long: zigzag encoding, then 7 bits per byte, least significant first (Avro 1.11, "Binary Encoding")."""
+    """Return an Avro long: zigzag encoding, then 7 bits per byte, least significant first (Avro 1.11, "Binary
+    Encoding")."""
     zigzag = value << 1 if value >= 0 else (-value << 1) - 1
     encoded = bytearray()
     while zigzag > 0x7F:
@@ -243,7 +248,7 @@ def _encode_bytes(value: bytes) -> bytes:
 
 
 def _header_of(data: bytes) -> _Header:
-    """The header at the start of `data`; each distinct header is parsed once and then cached.
+    """Return the header at the start of `data`; each distinct header is parsed once and then cached.
 
     Raises _DamagedError.
     """
@@ -264,7 +269,7 @@ def _header_of(data: bytes) -> _Header:
 
 
 def _known_header(data: bytes) -> _Header | None:
-    """The cached header with which `data` starts; None if it is not in the cache."""
+    """Return the cached header with which `data` starts; None if it is not in the cache."""
     for header in _headers_by_beginning.get(data[:_HEADER_BEGINNING], ()):
         if data.startswith(header.bytes):
             return header
@@ -272,7 +277,7 @@ def _known_header(data: bytes) -> _Header | None:
 
 
 def _remember(header: _Header) -> _Header:
-    """Adds a header to the cache and returns it; if the cache has a header with the same bytes, returns that one."""
+    """Add a header to the cache and return it; if the cache has a header with the same bytes, return that one."""
     global _known_headers, _headers_by_beginning
     with _header_lock:
         if known := next((known for known in _known_headers if known.bytes == header.bytes), None):
@@ -291,7 +296,7 @@ def _remember(header: _Header) -> _Header:
 
 
 def _read_metadata(data: bytes | bytearray) -> tuple[int, dict[bytes, bytes]]:
-    """The offset at which the metadata map ends, and the map. Raises _DamagedError."""
+    """Return the offset at which the metadata map ends, and the map. Raises _DamagedError."""
     if data[: len(MAGIC)] != MAGIC[: len(data)]:
         raise _DamagedError(RejectReason.NOT_AVRO, "the bytes do not start with the magic of an Avro container file")
     metadata: dict[bytes, bytes] = {}
@@ -312,7 +317,7 @@ def _read_metadata(data: bytes | bytearray) -> tuple[int, dict[bytes, bytes]]:
 
 
 def _read_block(data: bytes | bytearray, position: int, sync: bytes) -> tuple[int, int, int]:
-    """The block at `position`: its claimed record count, and the start and end of its stored bytes.
+    """Return the block at `position`: its claimed record count, and the start and end of its stored bytes.
 
     Raises _DamagedError, also if the sync marker does not follow the block.
     """
@@ -353,7 +358,7 @@ def _read_bytes(data: bytes | bytearray, position: int) -> tuple[bytes, int]:
 
 
 def _inflate(codec: str, stored: memoryview, limit: int) -> memoryview:
-    """The decompressed bytes of a block. Raises _DamagedError, also if they exceed `limit` bytes."""
+    """Return the decompressed bytes of a block. Raises _DamagedError, also if they exceed `limit` bytes."""
     if codec == "null":
         body: memoryview | bytes = stored
     elif codec == "deflate":
@@ -380,7 +385,7 @@ def _inflate_deflate(stored: memoryview, limit: int) -> bytes:
 
 
 def _inflate_snappy(stored: memoryview, limit: int) -> bytes:
-    """Decompresses a snappy block: the raw snappy format, then the big-endian CRC-32 of the records."""
+    """Decompress a snappy block: the raw snappy format, then the big-endian CRC-32 of the records."""
     if len(stored) < 4:
         raise _DamagedError(RejectReason.TRUNCATED, "a snappy block is too short for its checksum")
     packed, checksum = stored[:-4], int.from_bytes(stored[-4:], "big")

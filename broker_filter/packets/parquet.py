@@ -106,7 +106,8 @@ class Rows:
                     raise ParquetError(f"column {column.path_in_schema} claims more than {self._allowed} bytes")
 
     def _record(self, fields: Iterable[pa.Field], name: str, path: str) -> dict[str, Any]:
-        """The Avro record of `fields`, without the fields that Avro cannot express, which are added to `left_out`.
+        """Return the Avro record of `fields`, without the fields that Avro cannot express, which are added to
+        `left_out`.
 
         `name`: the Avro name, unique because it contains the names of the outer fields. `path`: the dotted path.
         """
@@ -121,7 +122,7 @@ class Rows:
         return {"type": "record", "name": name, "fields": known}
 
     def _type(self, kind: pa.DataType, name: str, path: str) -> str | dict[str, Any] | None:
-        """The Avro schema of the non-null values of an Arrow type; None if Avro has no such type."""
+        """Return the Avro schema of the non-null values of an Arrow type; None if Avro has no such type."""
         if pa.types.is_struct(kind):
             return self._record(kind, name, path)
         if any(is_list(kind) for is_list in _IS_LIST):
@@ -140,7 +141,10 @@ class Rows:
 
 
 def _nullable(schema: str | dict[str, Any]) -> str | dict[str, Any] | list[str | dict[str, Any]]:
-    """The schema of values that may also be null. Avro allows each type once in a union, so null stays as it is."""
+    """Return the schema of values that may also be null.
+
+    Avro allows each type once in a union, so null stays as it is.
+    """
     return _NULL if schema == _NULL else [_NULL, schema]
 
 

@@ -68,7 +68,7 @@ class DetectionsSoFar(NamedTuple):
 
 
 def nanojansky(magnitude: Values) -> Values:
-    """The flux, in nJy, of an AB magnitude."""
+    """Return the flux, in nJy, of an AB magnitude."""
     flux: Values = 10 ** (-0.4 * (magnitude - AB_ZERO_POINT))
     return flux
 
@@ -83,7 +83,7 @@ def flag(values: Values) -> Values:
 
 
 def sign(isdiffpos: Values) -> Values:
-    """The sign of a difference flux: +1 if ZTF's `isdiffpos` is true, -1 if false, else NaN; see `flag`."""
+    """Return the sign of a difference flux: +1 if ZTF's `isdiffpos` is true, -1 if false, else NaN; see `flag`."""
     return 2 * flag(isdiffpos) - 1
 
 
@@ -99,7 +99,7 @@ def ztf_filter(fid: Values) -> Values:
 
 
 def ztf_band(fid: Values) -> Values:
-    """The index into BANDS of ZTF's filter ids, or UNKNOWN_BAND. `fid`: as for `ztf_filter`."""
+    """Return the index into BANDS of ZTF's filter ids, or UNKNOWN_BAND. `fid`: as for `ztf_filter`."""
     fid = ztf_filter(fid)
     return np.where((fid == 1) | (fid == 2) | (fid == 3), fid, float(UNKNOWN_BAND))
 
@@ -112,12 +112,13 @@ def _is_one_of(values: Values, spellings: Sequence[float]) -> NDArray[np.bool_]:
 
 
 def letter_band(letter: Values) -> Values:
-    """The index into BANDS of filters given as the code of their letter; UNKNOWN_BAND for other characters and NaN."""
+    """Return the index into BANDS of filters given as the code of their letter; UNKNOWN_BAND for other characters and
+    NaN."""
     return _BAND_OF_LETTER[np.nan_to_num(letter, nan=0.0).astype(np.uint8)]
 
 
 def ztf_detections(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
-    """The points of ZTF's candidate and prv_candidates. `alert`: the row of each point's alert, int64[M].
+    """Return the points of ZTF's candidate and prv_candidates. `alert`: the row of each point's alert, int64[M].
 
     `values`: jd (d), fid, magpsf (mag), sigmapsf (mag), isdiffpos and diffmaglim (mag), float64[M] each. An item
     without a magnitude is a non-detection, which becomes an upper limit.
@@ -138,7 +139,7 @@ def ztf_detections(alert: NDArray[np.int64], values: Sequence[Values]) -> Points
 def ztf_detections_so_far(
     own: Sequence[Values], alert: NDArray[np.int64], history: Sequence[Values]
 ) -> DetectionsSoFar:
-    """Summarises the detections of ZTF's candidate and prv_candidates that are not later than the candidate.
+    """Summarise the detections of ZTF's candidate and prv_candidates that are not later than the candidate.
 
     `own`: columns of the candidates, [N] each; `history`: columns of prv_candidates, [M] each; both in the order that
     `ztf_detections` documents. `alert`: the row of the alert to which each history item belongs, int64[M]. If several
@@ -159,7 +160,7 @@ def ztf_detections_so_far(
 
 
 def ztf_forced(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
-    """The points of ZTF's fp_hists. `alert`: the row of each point's alert, int64[M].
+    """Return the points of ZTF's fp_hists. `alert`: the row of each point's alert, int64[M].
 
     `values`: jd (d), fid, forcediffimflux (DN), forcediffimfluxunc (DN) and magzpsci (mag, the zero point of the
     fluxes), float64[M] each.
@@ -171,7 +172,7 @@ def ztf_forced(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
 
 
 def lsst_detections(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
-    """The points of LSST's diaSource and prvDiaSources. `alert`: the row of each point's alert, int64[M].
+    """Return the points of LSST's diaSource and prvDiaSources. `alert`: the row of each point's alert, int64[M].
 
     `values`: midpointMjdTai (d), band (letter code), psfFlux (nJy) and psfFluxErr (nJy), float64[M] each.
     """
@@ -180,12 +181,13 @@ def lsst_detections(alert: NDArray[np.int64], values: Sequence[Values]) -> Point
 
 
 def lsst_forced(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
-    """The points of LSST's prvDiaForcedSources; for the arguments see `lsst_detections`."""
+    """Return the points of LSST's prvDiaForcedSources; for the arguments see `lsst_detections`."""
     return lsst_detections(alert, values)._replace(kind=np.full(len(alert), float(Measurement.FORCED)))
 
 
 def detections_without_flux(pieces: Sequence[Points]) -> NDArray[np.int64]:
-    """The alert row of each detection that has a time but no finite flux, int64; light curves leave such points out.
+    """Return the alert row of each detection that has a time but no finite flux, int64; light curves leave such points
+    out.
 
     A ZTF detection has no flux if the value of `isdiffpos` is unknown; an LSST detection if `psfFlux` is missing.
     """
@@ -199,7 +201,7 @@ def detections_without_flux(pieces: Sequence[Points]) -> NDArray[np.int64]:
 
 
 def light_curves(n_alerts: int, pieces: Sequence[Points]) -> LightCurves:
-    """The light curves of `n_alerts` alerts from their points, in any order.
+    """Return the light curves of `n_alerts` alerts from their points, in any order.
 
     Points without a finite time and flux, and points of rejected alerts (NO_ALERT), are left out.
     """

@@ -102,7 +102,7 @@ class Wanted:
     fields: dict[str, Wanted] = field(default_factory=dict)
 
     def read(self, reading: Reading, slot: int) -> None:
-        """Sets the reading of the field. Raises ValueError if it already has one."""
+        """Set the reading of the field. Raises ValueError if it already has one."""
         if self.reading is not None:
             raise ValueError(
                 f"a field has two readings: {self.reading} into slot {self.slot} and {reading} into slot {slot}"
@@ -116,7 +116,7 @@ _FIXED_WIDTH = {"boolean": (1, Op.BOOLEAN), "float": (4, Op.FLOAT), "double": (8
 
 
 def compile_program(schema: WriterSchema, wanted: Mapping[str, Wanted]) -> NDArray[np.int32]:
-    """The program that walks a record of `schema` and reads the `wanted` fields, by name; int32[words].
+    """Return the program that walks a record of `schema` and reads the `wanted` fields, by name; int32[words].
 
     Raises SchemaError if the program would exceed MAX_TYPES, MAX_LOOPS or MAX_SCHEMA_DEPTH.
     """
@@ -125,7 +125,8 @@ def compile_program(schema: WriterSchema, wanted: Mapping[str, Wanted]) -> NDArr
 
 
 def field_paths(schema: WriterSchema) -> frozenset[str]:
-    """The names of the top-level fields, and `outer.inner` for fields of records in them, which may be nullable."""
+    """Return the names of the top-level fields, and `outer.inner` for fields of records in them, which may be
+    nullable."""
     named = _named_types(schema.canonical)
     paths = set()
     for outer in schema.canonical["fields"]:
@@ -138,7 +139,7 @@ def field_paths(schema: WriterSchema) -> frozenset[str]:
 
 
 def _named_types(canonical: Any) -> dict[str, dict[str, Any]]:
-    """The definitions of all named types in the canonical form of a schema, by full name."""
+    """Return the definitions of all named types in the canonical form of a schema, by full name."""
     named: dict[str, dict[str, Any]] = {}
     pending = [canonical]
     while pending:
@@ -161,7 +162,7 @@ class _Compiler:
         self._types = 0
 
     def code(self, type_: Any, wanted: Wanted, depth: int, loops: int) -> list[int]:
-        """The code of a type that is nested inside `depth` other types, of which `loops` are arrays or maps.
+        """Return the code of a type that is nested inside `depth` other types, of which `loops` are arrays or maps.
 
         Raises SchemaError.
         """
@@ -242,7 +243,7 @@ def _enum(symbols: list[str], wanted: Wanted) -> list[int]:
 
 
 def _branch(codes: list[list[int]]) -> list[int]:
-    """A UNION with one code per branch, each followed by a jump to the common end."""
+    """Return a UNION with one code per branch, each followed by a jump to the common end."""
     bodies: list[int] = []
     targets: list[int] = []
     left = sum(len(code) + 2 for code in codes)

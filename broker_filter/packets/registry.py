@@ -70,7 +70,7 @@ class SchemaRegistry(Protocol):
     """A source of schemas by their Confluent id."""
 
     def get(self, schema_id: int, doubted: WriterSchema | None = None) -> WriterSchema:
-        """The schema with this id; the same object at each call. Thread-safe.
+        """Return the schema with this id; the same object at each call. Thread-safe.
 
         `doubted`: the schema that this method returned for the id before, if an alert could not be decoded with it. The
         registry is then asked again. The result is another object only if the id now means another schema.
@@ -88,7 +88,8 @@ def open_registry(
     drop_cache: bool = False,
     waiting: Callable[[], None] = no_beat,
 ) -> SchemaRegistry:
-    """The registry at `location`: a URL (http, https), a directory of .avsc files, or None if all ids are unknown.
+    """Return the registry at `location`: a URL (http, https), a directory of .avsc files, or None if all ids are
+    unknown.
 
     `cache_dir`: the folder of the disk cache, by default `broker-filter/schemas` in XDG_CACHE_HOME or `~/.cache`.
     `drop_cache`: delete the cached schemas of this registry first. `waiting`: see RegistryClient.
@@ -109,7 +110,7 @@ def open_registry(
 
 
 def default_cache_dir() -> Path:
-    """The default folder of the disk cache of schemas."""
+    """Return the default folder of the disk cache of schemas."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "broker-filter" / "schemas"
 
 
@@ -216,19 +217,21 @@ class HttpRegistry:
         return schema
 
     def drop_cache(self) -> None:
-        """Deletes all schemas of this registry from the disk cache. Raises OSError."""
+        """Delete all schemas of this registry from the disk cache. Raises OSError."""
         for file in self._cache.glob("*.avsc"):
             file.unlink()
 
     def _at_hand(self, schema_id: int, doubted: WriterSchema | None) -> WriterSchema | None:
-        """The schema in memory; None if it is not there, or if it is in doubt and the registry must be asked again."""
+        """Return the schema in memory; None if it is not there, or if it is in doubt and the registry must be asked
+        again."""
         schema = self._schemas.get(schema_id)
         asked = self._doubted.get(schema_id)
         just_asked = asked is not None and self._clock() - asked < DOUBT_INTERVAL_S
         return schema if schema is not doubted or just_asked else None
 
     def _confirmed(self, schema: WriterSchema) -> WriterSchema:
-        """The current schema of the id of `schema`; `schema` itself if unchanged or if the registry does not answer."""
+        """Return the current schema of the id of `schema`; `schema` itself if unchanged or if the registry does not
+        answer."""
         schema_id = schema.registry_id
         assert schema_id is not None
         try:
@@ -277,7 +280,7 @@ class HttpRegistry:
         return schema
 
     def _ask(self, schema_id: int) -> bytes:
-        """The JSON of a schema, after at most ATTEMPTS requests within DEADLINE_S.
+        """Return the JSON of a schema, after at most ATTEMPTS requests within DEADLINE_S.
 
         Raises UnknownSchemaId and RegistryUnavailable.
         """
@@ -303,7 +306,7 @@ class HttpRegistry:
         raise RegistryUnavailable(failure)
 
     def _keep(self, schema_id: int, text: bytes) -> None:
-        """Writes a schema to the disk cache atomically. If that fails, it only logs a warning."""
+        """Write a schema to the disk cache atomically. If that fails, it only logs a warning."""
         try:
             self._cache.mkdir(parents=True, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(dir=self._cache, prefix=f".{schema_id}-")

@@ -65,7 +65,8 @@ class Answer(NamedTuple):
 
 
 def registry_address(url: str) -> tuple[str, dict[str, str]]:
-    """The URL of a registry without credentials, which may be logged, and the HTTP header with its credentials."""
+    """Return the URL of a registry without credentials, which may be logged, and the HTTP header with its
+    credentials."""
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     shown = urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
@@ -76,11 +77,11 @@ def registry_address(url: str) -> tuple[str, dict[str, str]]:
 
 
 def no_beat() -> None:
-    """Does nothing: the `waiting` callback of a program without a watchdog."""
+    """Do nothing: the `waiting` callback of a program without a watchdog."""
 
 
 def wait_for(future: Future[T], waiting: Callable[[], None], until: float | None = None) -> T:
-    """Waits for the result of `future` and returns it, calling `waiting` every BEAT_S seconds.
+    """Wait for the result of `future` and return it, calling `waiting` every BEAT_S seconds.
 
     `until`: the time of time.monotonic() at which waiting ends; None for no limit. Raises TimeoutError at that time,
     and the exceptions of the future.
@@ -108,7 +109,7 @@ class RegistryClient:
         self._opener = urllib.request.build_opener(_Transport, _SameHostRedirects)
 
     def ask(self, path: str, document: Any = None, timeout_s: float = DEADLINE_S) -> Answer:
-        """The answer to GET `path`, or to POST `path` if there is a `document`, which is sent as JSON.
+        """Return the answer to GET `path`, or to POST `path` if there is a `document`, which is sent as JSON.
 
         Raises RegistryUnavailable if the complete answer does not arrive within `timeout_s` seconds (including name
         look-up, TLS handshake and redirects), or is larger than MAX_ANSWER_BYTES.
@@ -163,7 +164,7 @@ class _SameHostRedirects(urllib.request.HTTPRedirectHandler):
         headers: http.client.HTTPMessage,
         newurl: str,
     ) -> urllib.request.Request | None:
-        """The next request; None if the redirect is not followed and is itself the answer."""
+        """Return the next request; None if the redirect is not followed and is itself the answer."""
         old, new = urlsplit(req.full_url), urlsplit(newurl)
         if req.data is not None or new.scheme not in ("http", "https"):
             return None
@@ -197,12 +198,12 @@ class _DeadlineReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int | None:
-        """Reads into `buffer` and returns the number of bytes. Raises TimeoutError at the deadline."""
+        """Read into `buffer` and return the number of bytes. Raises TimeoutError at the deadline."""
         self._sock.settimeout(max(self._deadline - time.monotonic(), _SHORTEST_TIMEOUT_S))
         return self._stream.readinto(buffer)
 
     def close(self) -> None:
-        """Closes the stream, and the socket if it is not used elsewhere."""
+        """Close the stream, and the socket if it is not used elsewhere."""
         self._stream.close()
         super().close()
 
@@ -215,11 +216,11 @@ class _Transport(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         self._tls = ssl.create_default_context()
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        """Sends a request over TCP."""
+        """Send a request over TCP."""
         return self.do_open(partial(_connection, http.client.HTTPConnection), req)
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        """Sends a request over TLS, trusting the system's certificate authorities (or those in SSL_CERT_FILE)."""
+        """Send a request over TLS, trusting the system's certificate authorities (or those in SSL_CERT_FILE)."""
         return self.do_open(partial(_connection, http.client.HTTPSConnection), req, context=self._tls)
 
 

@@ -73,7 +73,7 @@ class BySchema(Generic[_T]):
         self._lock = Lock()
 
     def __call__(self, schema: WriterSchema) -> _T:
-        """The result of `make(schema)`. Raises the exceptions of `make`."""
+        """Return the result of `make(schema)`. Raises the exceptions of `make`."""
         if (made := self._made.get(schema)) is not None:
             return made
         with self._lock:
@@ -88,7 +88,7 @@ class BySchema(Generic[_T]):
 
 
 def parse_schema(text: bytes | str, registry_id: int | None = None) -> WriterSchema:
-    """Parses the JSON of a record's schema.
+    """Parse the JSON of a record's schema.
 
     Default values are not validated, because they do not affect how a record is encoded, and some surveys publish
     invalid defaults. Raises SchemaError if the JSON is not a valid schema of a record or exceeds the bounds.
@@ -103,7 +103,7 @@ def parse_schema(text: bytes | str, registry_id: int | None = None) -> WriterSch
 
 
 def writer_schema(definition: Any, registry_id: int | None = None) -> WriterSchema:
-    """The schema for JSON that is already parsed into Python values; otherwise as `parse_schema`."""
+    """Return the schema for JSON that is already parsed into Python values; otherwise as `parse_schema`."""
     if _is_deeper(definition, MAX_JSON_DEPTH):
         raise SchemaError(f"the schema's JSON nests deeper than {MAX_JSON_DEPTH}")
     if not isinstance(definition, dict) or definition.get("type") != "record":
@@ -118,7 +118,7 @@ def writer_schema(definition: Any, registry_id: int | None = None) -> WriterSche
 
 
 def _is_deeper(value: Any, depth: int) -> bool:
-    """Whether lists and objects in a JSON value are nested more than `depth` deep."""
+    """Return whether lists and objects in a JSON value are nested more than `depth` deep."""
     level = [value]
     for _ in range(depth + 1):
         level = [
@@ -133,7 +133,7 @@ def _is_deeper(value: Any, depth: int) -> bool:
 
 
 def full_name(definition: dict[str, Any], namespace: str) -> str:
-    """The full name of a named type's definition inside `namespace` (Avro 1.11, "Names"). Raises SchemaError."""
+    """Return the full name of a named type's definition inside `namespace` (Avro 1.11, "Names"). Raises SchemaError."""
     name, own = definition.get("name"), definition.get("namespace")
     if not isinstance(name, str) or not name or not isinstance(own, str | None):
         raise SchemaError(f"the schema has a {definition.get('type')} without a valid name")
@@ -144,7 +144,7 @@ def full_name(definition: dict[str, Any], namespace: str) -> str:
 
 
 def resolve_name(reference: str, namespace: str, known: Container[str]) -> str:
-    """The full name, one of `known`, to which `reference` refers inside `namespace`. Raises SchemaError."""
+    """Return the full name, one of `known`, to which `reference` refers inside `namespace`. Raises SchemaError."""
     for name in (reference if "." in reference else f"{namespace}.{reference}", reference):
         if name in known:
             return name
@@ -152,7 +152,7 @@ def resolve_name(reference: str, namespace: str, known: Container[str]) -> str:
 
 
 def record_fields(definition: dict[str, Any]) -> list[dict[str, Any]]:
-    """The fields of a record's definition, each with a name and a type. Raises SchemaError."""
+    """Return the fields of a record's definition, each with a name and a type. Raises SchemaError."""
     fields = definition.get("fields")
     if not isinstance(fields, list) or not all(
         isinstance(field, dict) and isinstance(field.get("name"), str) and "type" in field for field in fields
@@ -162,7 +162,7 @@ def record_fields(definition: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def self_contained(type_: Any, namespace: str, definitions: Mapping[str, dict[str, Any]], defined: set[str]) -> Any:
-    """A copy of a schema in which each named type is defined at its first use.
+    """Return a copy of a schema in which each named type is defined at its first use.
 
     `definitions`: the definitions of types that `type_` may use without defining them, by full name. `defined`: the
     full names of the types defined so far; the names that `type_` defines are added to it. Keys that start with two
@@ -200,7 +200,7 @@ def self_contained(type_: Any, namespace: str, definitions: Mapping[str, dict[st
 
 
 def moved_to(new: str, old: str, type_: Any, namespace: str = "") -> Any:
-    """A copy of a schema with all types of the namespace `old` moved to `new`.
+    """Return a copy of a schema with all types of the namespace `old` moved to `new`.
 
     `type_`: a schema as `self_contained` returns it.
     """
@@ -222,7 +222,7 @@ def moved_to(new: str, old: str, type_: Any, namespace: str = "") -> Any:
 
 
 def _canonical(type_: Any, namespace: str, known: set[str], depth: int) -> Any:
-    """The parsing canonical form (Avro 1.11, "Transforming into Parsing Canonical Form") of a type."""
+    """Return the parsing canonical form (Avro 1.11, "Transforming into Parsing Canonical Form") of a type."""
     if depth > MAX_SCHEMA_DEPTH:
         raise SchemaError(f"the schema nests deeper than {MAX_SCHEMA_DEPTH}")
     if isinstance(type_, str):

@@ -69,7 +69,7 @@ class _Image(NamedTuple):
     blank: int | None
 
     def values(self, pixels: NDArray[np.generic]) -> NDArray[np.generic]:
-        """The physical values of stored pixels (FITS standard 4.0, section 4.4.2.5), of the same dtype as in
+        """Return the physical values of stored pixels (FITS standard 4.0, section 4.4.2.5), of the same dtype as in
         astropy."""
         if self.scale == 1 and self.zero == 0 and self.blank is None:
             return pixels
@@ -91,7 +91,7 @@ def decode_stamps(
     slots: NDArray[np.float32],
     boxes: NDArray[np.int16],
 ) -> dict[int, tuple[int, StampError]]:
-    """Decodes the three stamps of each of N records, as `decode_stamp` does.
+    """Decode the three stamps of each of N records, as `decode_stamp` does.
 
     `spans` int64[N, 3, 2]: stamp c of record i is `bodies[i][spans[i, c, 0]:spans[i, c, 1]]`; both are negative if the
     record has no such stamp. `centred` bool[N]: see `decode_stamp`. Outputs: the pixels in `slots` float32[N, 3, S, S]
@@ -113,7 +113,7 @@ def decode_stamps(
 
 
 def decode_stamp(data: bytes | memoryview, out: NDArray[np.float32], *, centred: bool) -> tuple[int, int, int, int]:
-    """Writes the pixels of a stamp into the slot `out`, float32[S, S], with zeros around them.
+    """Write the pixels of a stamp into the slot `out`, float32[S, S], with zeros around them.
 
     Returns the box of the pixels within the slot, (y0, x0, height, width). Along each axis of n pixels: if n > S, or if
     `centred`, pixel n // 2 of the stamp is placed at pixel S // 2 of the slot, and pixels outside the slot are cut off;
@@ -145,14 +145,14 @@ def decode_stamp(data: bytes | memoryview, out: NDArray[np.float32], *, centred:
 
 
 def inflated_bytes(stamp: bytes | memoryview) -> int:
-    """The maximum number of bytes to which reading a stamp decompresses it, found without decompressing it."""
+    """Return the maximum number of bytes to which reading a stamp decompresses it, found without decompressing it."""
     if stamp[: len(_GZIP)] != _GZIP:
         return len(stamp)
     return sum(size for _, size in _gzip_sizes(stamp) if size <= MAX_STAMP_BYTES)
 
 
 def _inflate(data: bytes | memoryview) -> bytes | bytearray | memoryview:
-    """The FITS file of a stamp, decompressed if it is gzip-compressed. Raises StampError."""
+    """Return the FITS file of a stamp, decompressed if it is gzip-compressed. Raises StampError."""
     if not data:
         raise StampError(RejectReason.MISSING_CUTOUT, "the stamp is absent or empty")
     if data[: len(_GZIP)] != _GZIP:
@@ -175,7 +175,8 @@ def _inflate(data: bytes | memoryview) -> bytes | bytearray | memoryview:
 
 
 def _gzip_sizes(gzip: bytes | memoryview) -> list[tuple[int, int]]:
-    """The possible ends of a gzip file, and the decompressed size that the file claims for each; first the last byte.
+    """Return the possible ends of a gzip file, and the decompressed size that the file claims for each; first the last
+    byte.
 
     Some writers pad stamps with zeros. If the bytes end with zeros, the file may also end earlier, at each position for
     which the claimed size is a multiple of a FITS block.
@@ -188,7 +189,7 @@ def _gzip_sizes(gzip: bytes | memoryview) -> list[tuple[int, int]]:
 
 
 def _header_of(fits: bytes | bytearray | memoryview) -> bytes:
-    """The cards of the FITS header, without the END card. Raises StampError."""
+    """Return the cards of the FITS header, without the END card. Raises StampError."""
     header = bytes(memoryview(fits)[:MAX_HEADER_BYTES])
     if not header.startswith(_MANDATORY[0]):
         raise StampError(RejectReason.BAD_CUTOUT, "the stamp is not a FITS file")
@@ -202,7 +203,7 @@ def _header_of(fits: bytes | bytearray | memoryview) -> bytes:
 
 @lru_cache(maxsize=_KNOWN_HEADERS)
 def _read_header(header: bytes) -> _Image:
-    """Parses a FITS header, given without END. Raises StampError if it is not that of a plain two-dimensional image."""
+    """Parse a FITS header, given without END. Raises StampError if it is not that of a plain two-dimensional image."""
     cards = [header[start : start + _CARD] for start in range(0, len(header), _CARD)]
     values = {}
     for keyword, card in zip(_MANDATORY, cards, strict=False):
@@ -238,12 +239,13 @@ def _read_header(header: bytes) -> _Image:
 
 
 def _value(card: bytes) -> bytes:
-    """The value of a FITS card: the bytes between its `=` and its comment."""
+    """Return the value of a FITS card: the bytes between its `=` and its comment."""
     return card[9:].partition(b"/")[0].strip()
 
 
 def _place(length: int, slot: int, centred: bool) -> tuple[int, int, int]:
-    """The placement along one axis: the first pixel in the slot, the first pixel of the stamp, the number of pixels."""
+    """Return the placement along one axis: the first pixel in the slot, the first pixel of the stamp, the number of
+    pixels."""
     middle = slot // 2 - length // 2
     if length > slot:
         return 0, -middle, slot

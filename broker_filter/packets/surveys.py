@@ -88,7 +88,7 @@ class Column:
     lsst: Source | None = None
 
     def source(self, survey: Survey) -> Source | None:
-        """The source of the column in packets of `survey`; None if the survey does not publish it."""
+        """Return the source of the column in packets of `survey`; None if the survey does not publish it."""
         return self.ztf if survey is Survey.ZTF else self.lsst
 
 
@@ -500,7 +500,10 @@ _COLUMN = {column.name: column for column in COLUMNS}
 
 
 def select_columns(names: Iterable[str]) -> tuple[Column, ...]:
-    """The columns with these names, in the same order. Raises ValueError, which lists the names that do not exist."""
+    """Return the columns with these names, in the same order.
+
+    Raises ValueError, which lists the names that do not exist.
+    """
     names = tuple(names)
     unknown = [name for name in names if name not in _COLUMN]
     if unknown:
@@ -588,5 +591,6 @@ FORMATS: tuple[SurveyFormat, ...] = (ZTF, LSST)
 
 
 def recognise(paths: Collection[str]) -> SurveyFormat | None:
-    """The survey format whose signature is among `paths` (see `plan.field_paths`); None for an unknown survey."""
+    """Return the survey format whose signature is among `paths` (see `plan.field_paths`); None for an unknown
+    survey."""
     return next((known for known in FORMATS if known.signature <= set(paths)), None)

@@ -69,7 +69,7 @@ def walk_python(
     points: NDArray[np.float64],
     n_points: int,
 ) -> tuple[int, int, int]:
-    """Walks the record at offset `start` of `body` and writes row `row` of the outputs.
+    """Walk the record at offset `start` of `body` and write row `row` of the outputs.
 
     Outputs: `scalars` float64[N, F], `ids` int64[N, I] and `spans` int64[N, S, 2]. A value that the record does not
     have is NaN, MISSING_ID or -1, respectively. Table rows are written to `points` float64[M, P] from row `n_points`
@@ -108,7 +108,7 @@ class _PythonWalk:
         self.n_points = n_points
 
     def long(self) -> int:
-        """Reads an Avro int or long."""
+        """Read an Avro int or long."""
         body, position = self.body, self.position
         bits = shift = 0
         while True:
@@ -125,7 +125,7 @@ class _PythonWalk:
             shift += 7
 
     def skip(self, size: int) -> int:
-        """Skips `size` bytes and returns the position of the first one."""
+        """Skip `size` bytes and return the position of the first one."""
         begin = self.position
         if size > len(self.body) - begin:
             raise _StoppedError(Status.TRUNCATED)
@@ -133,7 +133,7 @@ class _PythonWalk:
         return begin
 
     def bytes(self) -> tuple[int, int]:
-        """Skips length-prefixed bytes and returns their start and end."""
+        """Skip length-prefixed bytes and return their start and end."""
         before = self.position
         size = self.long()
         begin = self.position
@@ -146,7 +146,7 @@ class _PythonWalk:
         return begin, begin + size
 
     def block(self) -> int:
-        """Reads the item count of the next block of an array or a map; 0 means that there is no further block."""
+        """Read the item count of the next block of an array or a map; 0 means that there is no further block."""
         count = self.long()
         if count >= 0:
             return count
@@ -163,7 +163,7 @@ class _PythonWalk:
         spans: NDArray[np.int64],
         points: NDArray[np.float64],
     ) -> None:
-        """Runs `program` on one record. The arrays are the rows of the outputs that belong to it, and all `points`."""
+        """Run `program` on one record. The arrays are the rows of the outputs that belong to it, and all `points`."""
         scalars[:], ids[:], spans[:] = np.nan, MISSING_ID, -1
         loops: list[tuple[int, int, int, NDArray[np.float64]]] = []  # items left; their code; the scalars outside
         pc, stop = 0, len(program)

@@ -19,15 +19,18 @@ class WireMessage(NamedTuple):
 
 
 def is_wire_message(data: bytes) -> bool:
-    """Whether `data` starts with the magic byte of wire format and is long enough to have a body."""
+    """Return whether `data` starts with the magic byte of wire format and is long enough to have a body."""
     return len(data) > _HEADER.size and data[0] == MAGIC
 
 
 def unframe(data: bytes) -> WireMessage:
-    """Splits a message into schema id and body, without copying. `data` must pass `is_wire_message`."""
+    """Split a message into schema id and body, without copying. `data` must pass `is_wire_message`."""
     return WireMessage(_HEADER.unpack_from(data)[1], memoryview(data)[_HEADER.size :])
 
 
 def frame(schema_id: int, body: bytes) -> bytes:
-    """A wire format message with this schema id (0 to 2^32 - 1) and Avro body. Raises struct.error for other ids."""
+    """Return a wire format message with this schema id (0 to 2^32 - 1) and Avro body.
+
+    Raises struct.error for other ids.
+    """
     return _HEADER.pack(MAGIC, schema_id) + body

@@ -18,7 +18,7 @@ NOTHING = "#30363d"
 
 
 def draw_cutout(axes: Axes, pixels: NDArray[np.float32]) -> None:
-    """Draws the pixels of a cutout, float32[H, W], with the first row at the bottom, as in FITS."""
+    """Draw the pixels of a cutout, float32[H, W], with the first row at the bottom, as in FITS."""
     axes.imshow(pixels, origin="lower", cmap="magma", norm=_stretch(pixels), interpolation="nearest")
     axes.set_facecolor(NOTHING)
     axes.set_xticks([])
@@ -27,12 +27,13 @@ def draw_cutout(axes: Axes, pixels: NDArray[np.float32]) -> None:
 
 
 def printable(text: str) -> str:
-    """Replaces non-printable characters by "?": packet text is untrusted. Draw the result with `parse_math=False`."""
+    """Replace non-printable characters by "?": packet text is untrusted. Draw the result with `parse_math=False`."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _stretch(pixels: NDArray[np.float32]) -> ImageNormalize:
-    """An asinh stretch from one sigma below the median to the 99.8th percentile, so that faint sources are visible."""
+    """Return an asinh stretch from one sigma below the median to the 99.8th percentile, so that faint sources are
+    visible."""
     finite = pixels[np.isfinite(pixels)]
     if not len(finite):
         return ImageNormalize(vmin=0, vmax=1)

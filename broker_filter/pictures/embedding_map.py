@@ -36,7 +36,7 @@ def lay_out(embedding: NDArray[np.float32]) -> NDArray[np.float32]:
 def draw_map(
     file: Path, title: str, place: NDArray[np.float32], score: NDArray[np.float32], names: Sequence[str]
 ) -> None:
-    """Writes a PNG with N alerts at the positions `place` [N, 2], coloured by their anomaly `score` [N].
+    """Write a PNG with N alerts at the positions `place` [N, 2], coloured by their anomaly `score` [N].
 
     `names`: N object names. The alerts with the highest scores are drawn on top and are marked with their names.
     """

@@ -36,7 +36,7 @@ class Shown:
 
 
 def draw_similar(file: Path, title: str, shown: Sequence[Shown]) -> None:
-    """Writes a PNG with one row for each alert in `shown`, below the title."""
+    """Write a PNG with one row for each alert in `shown`, below the title."""
     with plt.rc_context({"font.family": "DejaVu Sans", "text.color": TEXT, "savefig.facecolor": BACKGROUND}):
         figure = plt.figure(figsize=(14, HEAD_INCHES + ROW_INCHES * len(shown)), facecolor=BACKGROUND)
         heights = [HEAD_INCHES, *[ROW_INCHES] * len(shown)]
@@ -68,7 +68,7 @@ def _draw_row(line: SubFigure, one: Shown) -> None:
 
 
 def _draw_light_curve(axes: Axes, alerts: AlertBatch, i: int) -> None:
-    """Plots the difference flux (nJy) against the time from the alert (days), with one colour per band."""
+    """Plot the difference flux (nJy) against the time from the alert (days), with one colour per band."""
     curves = alerts.light_curves
     mine = slice(int(curves.offsets[i]), int(curves.offsets[i + 1]))
     days, kind, band = curves.mjd[mine] - alerts.mjd[i], curves.kind[mine], curves.band[mine]

@@ -45,7 +45,7 @@ class SimulatedAlert:
 def simulate_night(
     n: int, seed: int, survey: Literal["ztf", "lsst"] = "ztf", rates: Mapping[str, float] = RATES
 ) -> Iterator[SimulatedAlert]:
-    """Yields the first `n` alerts of a night in order of time.
+    """Yield the first `n` alerts of a night in order of time.
 
     ZTF packets are Avro container files (schemavsn 4.02); LSST packets are in Confluent wire format (schema id 1000,
     see SCHEMAS). `rates`: the relative frequencies of the kinds of alerts. Raises ValueError for an unknown kind.

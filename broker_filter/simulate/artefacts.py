@@ -13,7 +13,7 @@ from broker_filter.simulate.images import Conditions, Image
 
 
 def cosmic_ray(conditions: Conditions, rng: np.random.Generator) -> Image:
-    """The straight, sharp track of a charged particle: short for a steep impact, long for a grazing one."""
+    """Simulate the straight, sharp track of a charged particle: short for a steep impact, long for a grazing one."""
     image, middle = _blank(conditions)
     length = float(np.clip(rng.exponential(3.0), 0.5, 15.0))
     angle = float(rng.uniform(0, np.pi))
@@ -26,7 +26,7 @@ def cosmic_ray(conditions: Conditions, rng: np.random.Generator) -> Image:
 
 
 def bad_pixels(conditions: Conditions, rng: np.random.Generator) -> Image:
-    """A bad column, whose values are too high or too low from some row on, or a few hot pixels."""
+    """Simulate a bad column, whose values are too high or too low from some row on, or a few hot pixels."""
     image, middle = _blank(conditions)
     if rng.random() < 0.6:
         level = conditions.noise * float(10 ** rng.uniform(0.6, 1.6)) * rng.choice((1.0, -1.0), p=(0.8, 0.2))
@@ -40,7 +40,8 @@ def bad_pixels(conditions: Conditions, rng: np.random.Generator) -> Image:
 
 
 def diffraction_spike(conditions: Conditions, rng: np.random.Generator) -> Image:
-    """A diffraction spike of a very bright star outside the stamp, which is not at this position in the template."""
+    """Simulate a diffraction spike of a very bright star outside the stamp, which is not at this position in the
+    template."""
     image, middle = _blank(conditions)
     up, right = np.mgrid[: len(image), : len(image)] - middle
     angle = float(rng.choice((0.25, 0.75)) * np.pi + rng.normal(0, 0.03))  # the vanes are fixed to the camera
@@ -51,7 +52,7 @@ def diffraction_spike(conditions: Conditions, rng: np.random.Generator) -> Image
 
 
 def ghost(conditions: Conditions, rng: np.random.Generator) -> Image:
-    """A part of the reflection of a bright star: a ring, which is the image of the telescope's pupil."""
+    """Simulate a part of the reflection of a bright star: a ring, which is the image of the telescope's pupil."""
     image, middle = _blank(conditions)
     up, right = np.mgrid[: len(image), : len(image)] - middle
     radius, angle = float(rng.uniform(6, 18)), float(rng.uniform(0, 2 * np.pi))

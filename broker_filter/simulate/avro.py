@@ -35,7 +35,7 @@ _PRIMITIVES: dict[str, Write] = {
 
 
 def compile_writer(schema: dict[str, Any]) -> Callable[[dict[str, Any]], bytes]:
-    """A function that encodes a record; missing nullable fields are encoded as null.
+    """Return a function that encodes a record; missing nullable fields are encoded as null.
 
     Raises ValueError if the schema contains a type that this module does not support.
     """
@@ -68,7 +68,7 @@ def _compile(schema: Any, named: dict[str, Write], namespace: str) -> Write:
 
 
 def _compile_field(field: dict[str, Any], named: dict[str, Write], namespace: str) -> tuple[str, bool, Write]:
-    """The name of a field, whether it may be null, and the function that writes its value."""
+    """Return the name of a field, whether it may be null, and the function that writes its value."""
     match field["type"]:
         case ["null", branch]:
             return field["name"], True, _compile(branch, named, namespace)

@@ -57,7 +57,7 @@ class Event:
 
 
 def supernova(at: Circumstances, rng: np.random.Generator) -> Event:
-    """A new point source in or near a galaxy."""
+    """Simulate a new point source in or near a galaxy."""
     instrument = at.conditions.instrument
     magnitude = _magnitude(at, rng, brightest=15.5)
     counts = instrument.counts(magnitude)
@@ -69,7 +69,7 @@ def supernova(at: Circumstances, rng: np.random.Generator) -> Event:
 
 
 def variable_star(at: Circumstances, rng: np.random.Generator) -> Event:
-    """A star that is brighter or fainter than in the template."""
+    """Simulate a star that is brighter or fainter than in the template."""
     counts = _sign(rng) * at.conditions.instrument.counts(_magnitude(at, rng))
     unit = at.conditions.instrument.nanojansky
     curve = light_curves.pulsating_star(at.mjd, at.conditions.band, counts * unit, rng)
@@ -78,7 +78,7 @@ def variable_star(at: Circumstances, rng: np.random.Generator) -> Event:
 
 
 def agn(at: Circumstances, rng: np.random.Generator) -> Event:
-    """The nucleus of a galaxy that is brighter or fainter than in the template."""
+    """Simulate the nucleus of a galaxy that is brighter or fainter than in the template."""
     counts = _sign(rng) * at.conditions.instrument.counts(_magnitude(at, rng, brightest=16.5))
     unit = at.conditions.instrument.nanojansky
     curve = light_curves.active_nucleus(at.mjd, at.conditions.band, counts * unit, rng)
@@ -88,7 +88,7 @@ def agn(at: Circumstances, rng: np.random.Generator) -> Event:
 
 
 def asteroid(at: Circumstances, rng: np.random.Generator) -> Event:
-    """A main-belt asteroid, or in 5 % of cases a near-Earth asteroid, which leaves a trail."""
+    """Simulate a main-belt asteroid, or in 5 % of cases a near-Earth asteroid, which leaves a trail."""
     instrument = at.conditions.instrument
     counts = instrument.counts(_magnitude(at, rng))
     motion = rng.uniform(0.1, 0.4) if rng.random() < 0.95 else rng.uniform(1.0, 6.0)  # arcsec in 30 s
@@ -97,7 +97,7 @@ def asteroid(at: Circumstances, rng: np.random.Generator) -> Event:
 
 
 def dipole(at: Circumstances, rng: np.random.Generator) -> Event:
-    """A bright constant star in an image that is misaligned with its template."""
+    """Simulate a bright constant star in an image that is misaligned with its template."""
     instrument = at.conditions.instrument
     counts = instrument.counts(rng.uniform(instrument.brightest + 1, at.conditions.limiting_magnitude - 3.5))
     direction = _polar(1.0, rng)
@@ -110,22 +110,22 @@ def dipole(at: Circumstances, rng: np.random.Generator) -> Event:
 
 
 def cosmic_ray(at: Circumstances, rng: np.random.Generator) -> Event:
-    """The track of a charged particle (cosmic ray)."""
+    """Simulate the track of a charged particle (cosmic ray)."""
     return Event(light_curves.never_before(at.mjd), artefact=artefacts.cosmic_ray(at.conditions, rng))
 
 
 def bad_pixels(at: Circumstances, rng: np.random.Generator) -> Event:
-    """A bad column or hot pixels."""
+    """Simulate a bad column or hot pixels."""
     return Event(light_curves.never_before(at.mjd), artefact=artefacts.bad_pixels(at.conditions, rng))
 
 
 def diffraction_spike(at: Circumstances, rng: np.random.Generator) -> Event:
-    """A diffraction spike of a bright star."""
+    """Simulate a diffraction spike of a bright star."""
     return Event(light_curves.never_before(at.mjd), artefact=artefacts.diffraction_spike(at.conditions, rng))
 
 
 def ghost(at: Circumstances, rng: np.random.Generator) -> Event:
-    """A reflection of a bright star."""
+    """Simulate a reflection of a bright star."""
     return Event(light_curves.never_before(at.mjd), artefact=artefacts.ghost(at.conditions, rng))
 
 
@@ -146,18 +146,21 @@ KINDS: Mapping[str, SimulateEvent] = {**REAL, **BOGUS}
 
 
 def _magnitude(at: Circumstances, rng: np.random.Generator, brightest: float = -np.inf) -> float:
-    """A magnitude of the difference flux. The number of alerts grows fourfold per 2.5 mag up to the limiting one."""
+    """Return a magnitude of the difference flux.
+
+    The number of alerts grows fourfold per 2.5 mag up to the limiting one.
+    """
     faintest = at.conditions.limiting_magnitude - 0.2
     return float(max(faintest - rng.exponential(1.7), at.conditions.instrument.brightest, brightest))
 
 
 def _sign(rng: np.random.Generator) -> float:
-    """The sign of the difference flux, slightly more often positive, as in published alerts."""
+    """Return the sign of the difference flux, slightly more often positive, as in published alerts."""
     return float(rng.choice((1.0, -1.0), p=(0.55, 0.45)))
 
 
 def _polar(length: float, rng: np.random.Generator) -> tuple[float, float]:
-    """A vector (x, y) of this length in a random direction."""
+    """Return a vector (x, y) of this length in a random direction."""
     angle = rng.uniform(0, 2 * np.pi)
     return float(length * np.cos(angle)), float(length * np.sin(angle))
 

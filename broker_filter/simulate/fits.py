@@ -12,7 +12,7 @@ CardValue = bool | int | float | str
 
 
 def primary_hdu(pixels: NDArray[np.floating], cards: dict[str, CardValue] | None = None) -> bytes:
-    """The primary HDU of an image, with the dtype of `pixels`, float32[H, W] or float64[H, W].
+    """Return the primary HDU of an image, with the dtype of `pixels`, float32[H, W] or float64[H, W].
 
     `cards`: header cards after the mandatory ones.
     """
@@ -20,7 +20,7 @@ def primary_hdu(pixels: NDArray[np.floating], cards: dict[str, CardValue] | None
 
 
 def image_extension(pixels: NDArray[np.floating], name: str, cards: dict[str, CardValue] | None = None) -> bytes:
-    """An image extension HDU named `name`; otherwise as `primary_hdu`."""
+    """Return an image extension HDU named `name`; otherwise as `primary_hdu`."""
     return _hdu({"XTENSION": "IMAGE"}, pixels, {"PCOUNT": 0, "GCOUNT": 1, **(cards or {}), "EXTNAME": name})
 
 

@@ -104,7 +104,7 @@ class Conditions:
 
 
 def draw_conditions(instrument: Instrument, rng: np.random.Generator) -> Conditions:
-    """Draws the band, the weather and the template of one exposure at random."""
+    """Draw the band, the weather and the template of one exposure at random."""
     # A template is stacked from the better half of many nights. Nights are more often dark than moonlit.
     seeing = instrument.seeing * float(np.clip(rng.lognormal(0.0, 0.16), 0.8, 1.8))
     template_seeing = instrument.seeing * float(np.clip(rng.lognormal(-0.06, 0.08), 0.8, 1.2))
@@ -143,7 +143,7 @@ def draw_conditions(instrument: Instrument, rng: np.random.Generator) -> Conditi
 
 
 def draw_galaxies(instrument: Instrument, n: int, rng: np.random.Generator) -> list[Spectrum]:
-    """Draws `n` galaxies at the image centre: Sersic profiles with a flux of one count, not convolved with a PSF."""
+    """Draw `n` galaxies at the image centre: Sersic profiles with a flux of one count, not convolved with a PSF."""
     import galsim
 
     grid, shapes = instrument.grid, []
@@ -172,7 +172,10 @@ def _draw_psf(instrument: Instrument, fwhm: float, rng: np.random.Generator) -> 
 
 
 def _taper(frequency: NDArray[np.floating]) -> NDArray[np.float64]:
-    """A low-pass filter: 1 at low frequencies, 0 at the Nyquist frequency. It prevents ringing of shifted images."""
+    """Return a low-pass filter: 1 at low frequencies, 0 at the Nyquist frequency.
+
+    It prevents ringing of shifted images.
+    """
     start = 0.3
     return np.asarray(np.cos(0.5 * np.pi * np.clip((np.abs(frequency) - start) / (0.5 - start), 0, 1)) ** 2)
 
@@ -186,7 +189,7 @@ def expose(
     artefact: Image | None = None,
     misalignment: tuple[float, float] = (0.0, 0.0),
 ) -> Stamps:
-    """Simulates the science image and the template of `scene`, and subtracts them.
+    """Simulate the science image and the template of `scene`, and subtract them.
 
     `galaxies`: the shapes from `draw_galaxies`. `artefact`: an image in counts that is added to the science image.
     `misalignment`: the offset (x, y) of the template in pixels, in addition to REGISTRATION_ERROR_PX.
@@ -222,7 +225,7 @@ def expose(
 
 
 def _draw(scene: Scene, conditions: Conditions, galaxies: Sequence[Spectrum]) -> tuple[Spectrum, Spectrum]:
-    """The spectra of the science image and the template without noise."""
+    """Return the spectra of the science image and the template without noise."""
     grid = conditions.instrument.grid
     points = np.array(scene.points, dtype=np.float64).reshape(-1, 4)
     v, u = _frequencies(grid)
@@ -239,20 +242,20 @@ def _draw(scene: Scene, conditions: Conditions, galaxies: Sequence[Spectrum]) ->
 
 
 def _shift(grid: int, x: float, y: float) -> Spectrum:
-    """The factor that shifts the spectrum of an image by `x` pixels to the right and `y` pixels up."""
+    """Return the factor that shifts the spectrum of an image by `x` pixels to the right and `y` pixels up."""
     rows, columns = _frequencies(grid)
     return np.outer(np.exp(-2j * np.pi * rows * y), np.exp(-2j * np.pi * columns * x)).astype(np.complex64)
 
 
 def _streak(grid: int, x: float, y: float) -> NDArray[np.float64]:
-    """The factor that smears the spectrum of an image evenly over the distance (`x`, `y`) in pixels."""
+    """Return the factor that smears the spectrum of an image evenly over the distance (`x`, `y`) in pixels."""
     rows, columns = _frequencies(grid)
     return np.sinc(rows[:, None] * y + columns * x)
 
 
 @cache
 def _frequencies(grid: int) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """The frequencies, in cycles per pixel, of the rows (y) and the columns (x) of a spectrum."""
+    """Return the frequencies, in cycles per pixel, of the rows (y) and the columns (x) of a spectrum."""
     return np.fft.fftfreq(grid), np.fft.rfftfreq(grid)
 
 
@@ -263,7 +266,7 @@ def _wavenumber2(grid: int) -> NDArray[np.float32]:
 
 
 def _as_if_resampled(noise: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Correlates white noise as stacking resampled exposures does: neighbours by 2/3, with an unchanged variance."""
+    """Correlate white noise as stacking resampled exposures does: neighbours by 2/3, with an unchanged variance."""
     for axis in (0, 1):
         noise = 2 * noise + np.roll(noise, 1, axis) + np.roll(noise, -1, axis)
     return noise / 6  # sqrt((1 + 4 + 1) ** 2): the filter's gain along both axes
@@ -292,7 +295,7 @@ class Photometry:
 
 
 def measure(difference: Image, conditions: Conditions, x: float, y: float) -> Photometry:
-    """Measures a source `x` pixels to the right of and `y` pixels above the image centre; NaN pixels count as zero."""
+    """Measure a source `x` pixels to the right of and `y` pixels above the image centre; NaN pixels count as zero."""
     grid = conditions.instrument.grid
     box = slice(grid // 2 - 9, grid // 2 + 10)  # contains the widest aperture
     cut = difference[box, box]
@@ -333,6 +336,6 @@ def measure(difference: Image, conditions: Conditions, x: float, y: float) -> Ph
 
 
 def _without_window(variance: float, window: float) -> float:
-    """The standard deviation of a Gaussian whose second moment under a Gaussian window is `variance`."""
+    """Return the standard deviation of a Gaussian whose second moment under a Gaussian window is `variance`."""
     variance = float(np.clip(variance, 0.1, 0.8 * window**2))
     return float(np.sqrt(1 / (1 / variance - 1 / window**2)))

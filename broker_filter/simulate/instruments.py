@@ -43,7 +43,7 @@ class Instrument:
     """AB magnitude of the brightest alerts; brighter sources saturate"""
 
     def counts(self, magnitude: float) -> float:
-        """The counts of a source with this AB magnitude."""
+        """Return the counts of a source with this AB magnitude."""
         return float(10 ** (0.4 * (self.zero_point - magnitude)))
 
     @property

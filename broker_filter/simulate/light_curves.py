@@ -42,12 +42,12 @@ class LightCurve:
 
 
 def never_before(mjd: float) -> LightCurve:
-    """The light curve of a source that is in no earlier image, such as a moving body or an artefact."""
+    """Simulate the light curve of a source that is in no earlier image, such as a moving body or an artefact."""
     return LightCurve(lambda times, _: np.zeros(len(times)), 0.0, mjd)
 
 
 def supernova(mjd: float, band: str, flux: float, rng: np.random.Generator) -> LightCurve:
-    """The rise and decline of a supernova at a random phase: Bazin et al. 2009 (A&A 499, 653), equation 1.
+    """Simulate the rise and decline of a supernova at a random phase: Bazin et al. 2009 (A&A 499, 653), equation 1.
 
     `flux`: the difference flux (nJy) of the alert at time `mjd` in `band`.
     """
@@ -66,7 +66,7 @@ def supernova(mjd: float, band: str, flux: float, rng: np.random.Generator) -> L
 
 
 def pulsating_star(mjd: float, band: str, flux: float, rng: np.random.Generator) -> LightCurve:
-    """A pulsating star with a fast rise and a slow decline.
+    """Simulate a pulsating star with a fast rise and a slow decline.
 
     The period is that of a delta Scuti star (hours), an RR Lyrae star (half a day) or a Mira (months). `flux`: the
     difference flux (nJy) of the alert at time `mjd` in `band`.
@@ -77,7 +77,7 @@ def pulsating_star(mjd: float, band: str, flux: float, rng: np.random.Generator)
     amplitude = float(rng.uniform(0.2, 0.7))  # half of the magnitude range in g
 
     def relative(times: Times, bands: Bands, epoch: float | NDArray[np.float64]) -> Fluxes:
-        """The difference flux relative to the template flux."""
+        """Return the difference flux relative to the template flux."""
         turns = 2 * np.pi * (((times - mjd) / period + epoch) % 1.0)
         wave = sum(np.sin(k * turns) / k for k in (1, 2, 3)) / 1.5  # approximates a sawtooth
         half_range = amplitude * np.array([PULSATION[b] for b in bands])
@@ -98,7 +98,8 @@ def pulsating_star(mjd: float, band: str, flux: float, rng: np.random.Generator)
 
 
 def active_nucleus(mjd: float, band: str, flux: float, rng: np.random.Generator) -> LightCurve:
-    """A damped random walk in magnitude: Kelly et al. 2009 (ApJ 698, 895), MacLeod et al. 2010 (ApJ 721, 1014).
+    """Simulate a damped random walk in magnitude: Kelly et al. 2009 (ApJ 698, 895), MacLeod et al. 2010 (ApJ 721,
+    1014).
 
     `flux`: the difference flux (nJy) of the alert at time `mjd` in `band`.
     """

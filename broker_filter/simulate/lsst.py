@@ -44,28 +44,28 @@ Record = dict[str, Any]
 
 
 def alert_id(observation: Observation) -> int:
-    """The diaSourceId."""
+    """Return the diaSourceId."""
     return FIRST_SOURCE_ID + observation.index
 
 
 def object_id(observation: Observation) -> str:
-    """The diaObjectId; for a body of the solar system, the ssObjectId."""
+    """Return the diaObjectId; for a body of the solar system, the ssObjectId."""
     return str((FIRST_BODY_ID if _is_body(observation) else FIRST_OBJECT_ID) + observation.index)
 
 
 def encode(observation: Observation) -> bytes:
-    """The packet in wire format."""
+    """Return the packet in wire format."""
     return struct.pack(">bI", 0, SCHEMA_ID) + encode_body(observation)
 
 
 def encode_container(observation: Observation) -> bytes:
-    """The packet as an Avro container file, as archives and brokers store it."""
+    """Return the packet as an Avro container file, as archives and brokers store it."""
     sync = b"broker-filter/s\n"  # any 16 bytes
     return container_header(_schema_text(), sync) + encode_block(1, encode_body(observation), sync)
 
 
 def encode_body(observation: Observation) -> bytes:
-    """The Avro record of the packet, without framing."""
+    """Return the Avro record of the packet, without framing."""
     source = _source(observation)
     conditions, stamps = observation.exposure.conditions, observation.stamps
     variance = conditions.noise**2, conditions.template_noise**2
@@ -103,7 +103,8 @@ def _is_body(observation: Observation) -> bool:
 
 
 def _stamp_size(observation: Observation) -> int:
-    """The side of a stamp in pixels: mostly SMALLEST_STAMP, and larger for some, as for blended or trailed sources."""
+    """Return the side of a stamp in pixels: mostly SMALLEST_STAMP, and larger for some, as for blended or trailed
+    sources."""
     draw = observation.rng.random()
     if draw < 0.75:
         return SMALLEST_STAMP
@@ -111,7 +112,8 @@ def _stamp_size(observation: Observation) -> int:
 
 
 def _cutout(observation: Observation, image: NDArray[np.float32], variance: float, psf: Spectrum, size: int) -> bytes:
-    """The FITS file of a cutout with sides of `size` pixels around the alert; pixels outside the detector are NaN."""
+    """Return the FITS file of a cutout with sides of `size` pixels around the alert; pixels outside the detector are
+    NaN."""
     middle = LSST.grid // 2
     x0, y0 = observation.x - size // 2, observation.y - size // 2
     pixels = image[middle - size // 2 :, middle - size // 2 :][:size, :size].copy()
@@ -144,7 +146,7 @@ def _cutout(observation: Observation, image: NDArray[np.float32], variance: floa
 
 
 def _source(observation: Observation) -> Record:
-    """The diaSource record of the detection."""
+    """Return the diaSource record of the detection."""
     photometry, conditions = observation.photometry, observation.exposure.conditions
     time = observation.exposure.mjd + TAI_MINUS_UTC_DAYS
     position_error = 0.5 * conditions.fwhm / photometry.snr  # pixels
@@ -197,7 +199,7 @@ def _source(observation: Observation) -> Record:
 
 
 def _previous_sources(observation: Observation, source: Record) -> list[Record]:
-    """The prvDiaSources records: the object's earlier detections of the last year."""
+    """Return the prvDiaSources records: the object's earlier detections of the last year."""
     history = observation.history
     return [
         {
@@ -217,7 +219,8 @@ def _previous_sources(observation: Observation, source: Record) -> list[Record]:
 
 
 def _forced_sources(observation: Observation, source: Record) -> list[Record]:
-    """The prvDiaForcedSources records: forced photometry of all earlier visits; empty without an earlier detection."""
+    """Return the prvDiaForcedSources records: forced photometry of all earlier visits; empty without an earlier
+    detection."""
     history = observation.history
     if not history.detected.any():
         return []
@@ -237,7 +240,7 @@ def _forced_sources(observation: Observation, source: Record) -> list[Record]:
 
 
 def _object(observation: Observation, source: Record, n_previous: int) -> Record:
-    """The diaObject record."""
+    """Return the diaObject record."""
     first = observation.first_detection_mjd if n_previous else observation.exposure.mjd
     return {
         **{key: source[key] for key in ("diaObjectId", "ra", "raErr", "dec", "decErr", "ra_dec_Cov")},
@@ -249,7 +252,7 @@ def _object(observation: Observation, source: Record, n_previous: int) -> Record
 
 
 def _body(observation: Observation, source: Record) -> Record:
-    """The ssSource record of an asteroid, at its predicted position."""
+    """Return the ssSource record of an asteroid, at its predicted position."""
     magnitude = AB_ZERO_POINT_NJY - 2.5 * np.log10(abs(source["psfFlux"]))
     return {
         "diaSourceId": source["diaSourceId"],
@@ -267,5 +270,5 @@ def _body(observation: Observation, source: Record) -> Record:
 
 
 def _visit(mjd: float) -> int:
-    """The id of the visit at this time: the day (MJD), and the number of the visit within the day."""
+    """Return the id of the visit at this time: the day (MJD), and the number of the visit within the day."""
     return int(mjd) * 10**5 + int(mjd % 1 * 2000)

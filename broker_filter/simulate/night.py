@@ -162,11 +162,11 @@ class Night:
         self._exposure = lru_cache(maxsize=1)(self._draw_exposure)
 
     def observations(self, n: int) -> Iterator[Observation]:
-        """The first `n` alerts of the night, in order of time."""
+        """Return the first `n` alerts of the night, in order of time."""
         return (self.observe(index) for index in range(n))
 
     def observe(self, index: int) -> Observation:
-        """The alert with this index."""
+        """Return the alert with this index."""
         rng = np.random.default_rng([self._seed, 2, index])
         exposure = self._exposure(index // ALERTS_PER_EXPOSURE)
         kind = str(rng.choice(self._kinds, p=self._probabilities))
@@ -229,7 +229,10 @@ class Night:
         )
 
     def _place_on_detector(self, kind: str, rng: np.random.Generator) -> tuple[int, int]:
-        """The pixel (x, y) of an alert. Some are so near to an edge of the detector that their stamps are truncated."""
+        """Return the pixel (x, y) of an alert.
+
+        Some are so near to an edge of the detector that their stamps are truncated.
+        """
         columns, rows = self._instrument.detector
         x, y = int(rng.integers(40, columns - 40)), int(rng.integers(40, rows - 40))
         if kind == "edge" or rng.random() < 0.01:
@@ -269,7 +272,10 @@ class Night:
                     image[row : row + 7, column : column + 7] = np.nan
 
     def _catalogue(self, scene: Scene) -> list[Neighbour]:
-        """The sources in the stamp that a deep catalogue lists, nearest first. A nucleus is part of its galaxy."""
+        """Return the sources in the stamp that a deep catalogue lists, nearest first.
+
+        A nucleus is part of its galaxy.
+        """
         sources = [(g.x, g.y, g.counts, False) for g in scene.galaxies]
         for point in scene.points:
             host = next((i for i, (x, y, *_) in enumerate(sources) if np.hypot(x - point.x, y - point.y) < 0.5), None)
@@ -302,7 +308,7 @@ class Night:
 def _earlier_detections(
     exposure: Exposure, curve: LightCurve, history: History, rng: np.random.Generator
 ) -> tuple[int, float]:
-    """The number of earlier detections of the object, and the MJD of the first one."""
+    """Return the number of earlier detections of the object, and the MJD of the first one."""
     recent = int(history.detected.sum())
     if curve.began is None:
         fraction = recent / max(len(history.mjd), 1)

@@ -44,7 +44,7 @@ Record = dict[str, Any]
 
 
 def object_id(observation: Observation) -> str:
-    """The objectId: "ZTF", the year of the first detection (two digits), and seven letters."""
+    """Return the objectId: "ZTF", the year of the first detection (two digits), and seven letters."""
     year = 26 if observation.first_detection_mjd > 61041 else 18
     # The stride is coprime to 26, so each name is used once.
     number, letters = (observation.index * 14_348_909 + 2_460_375) % 26**7, ""
@@ -55,12 +55,12 @@ def object_id(observation: Observation) -> str:
 
 
 def alert_id(observation: Observation) -> int:
-    """The candid: the pid of the exposure, and the number of the alert within the exposure."""
+    """Return the candid: the pid of the exposure, and the number of the alert within the exposure."""
     return _pid(_jd(observation.exposure.mjd), observation.exposure.detector) * 10**6 + 15_000 + observation.number
 
 
 def encode(observation: Observation) -> bytes:
-    """The packet, an Avro container file."""
+    """Return the packet, an Avro container file."""
     candid = alert_id(observation)
     record: Record = {
         "schemavsn": "4.02",
@@ -94,7 +94,7 @@ def encode(observation: Observation) -> bytes:
 
 @cache
 def _format() -> tuple[bytes, Callable[[Record], bytes]]:
-    """The header of the containers, and the encoder of the record."""
+    """Return the header of the containers, and the encoder of the record."""
     schema = files("broker_filter.simulate").joinpath("schemas", SCHEMA_FILE).read_bytes()
     return container_header(schema, SYNC), compile_writer(json.loads(schema))
 
@@ -154,7 +154,7 @@ def _candidate(observation: Observation, candid: int) -> Record:
 
 
 def _visit(exposure: Exposure, jd: float, band: str, limit: float) -> Record:
-    """The fields on the exposure, which a candidate and an earlier visit both have."""
+    """Return the fields on the exposure, which a candidate and an earlier visit both have."""
     return {
         "jd": jd,
         "fid": FILTER_ID[band],
@@ -175,7 +175,7 @@ def _visit(exposure: Exposure, jd: float, band: str, limit: float) -> Record:
 
 
 def _difference_source(flux: float, error: float, zero_point: float, aperture: float, wide_aperture: float) -> Record:
-    """The magnitude fields of a detection. `flux`, which may be negative, has the zero point `zero_point`."""
+    """Return the magnitude fields of a detection. `flux`, which may be negative, has the zero point `zero_point`."""
     relative = MAGNITUDES_PER_E * error / abs(flux)
     magnitude = _magnitude(flux, zero_point)
     sign = math.copysign(1.0, flux)
@@ -194,7 +194,7 @@ def _difference_source(flux: float, error: float, zero_point: float, aperture: f
 
 
 def _nearest(observation: Observation) -> Record:
-    """The fields on the nearest source in the template."""
+    """Return the fields on the nearest source in the template."""
     neighbour = observation.neighbours[0] if observation.neighbours else FAR_AWAY
     scale = ZTF.pixel_scale / 3600
     return {
@@ -209,7 +209,7 @@ def _nearest(observation: Observation) -> Record:
 
 
 def _catalogue(observation: Observation) -> Record:
-    """The fields on the three nearest Pan-STARRS sources and the nearest Gaia star."""
+    """Return the fields on the three nearest Pan-STARRS sources and the nearest Gaia star."""
     near = [n for n in observation.neighbours if n.distance * ZTF.pixel_scale < 30]
     stars = [n for n in near if n.is_star and n.magnitude < 20.5]
     record: Record = {
@@ -228,7 +228,7 @@ def _catalogue(observation: Observation) -> Record:
 
 
 def _earlier_visits(observation: Observation) -> list[Record]:
-    """The fields on the exposures of the history."""
+    """Return the fields on the exposures of the history."""
     history = observation.history
     limits = history.limiting_magnitude.tolist()
     return [
@@ -238,7 +238,8 @@ def _earlier_visits(observation: Observation) -> list[Record]:
 
 
 def _previous_candidates(observation: Observation) -> list[Record] | None:
-    """The prv_candidates of the last 30 days: detections, and upper limits for visits without one; None if empty."""
+    """Return the prv_candidates of the last 30 days: detections, and upper limits for visits without one; None if
+    empty."""
     history, visits = observation.history, _earlier_visits(observation)
     nearest = _nearest(observation)
     for i in np.flatnonzero(history.detected):
@@ -250,7 +251,8 @@ def _previous_candidates(observation: Observation) -> list[Record] | None:
 
 
 def _forced_photometry(observation: Observation) -> list[Record]:
-    """The fp_hists: the forced flux at the position of the alert, in counts, for each visit of the last 30 days."""
+    """Return the fp_hists: the forced flux at the position of the alert, in counts, for each visit of the last 30
+    days."""
     history, conditions = observation.history, observation.exposure.conditions
     shared = _nearest(observation) | {
         "sciinpseeing": conditions.fwhm,
@@ -277,10 +279,10 @@ def _magnitude(flux: float, zero_point: float) -> float:
 
 
 def _jd(mjd: float) -> float:
-    """The Julian date, rounded to seven decimals, as the survey does."""
+    """Return the Julian date, rounded to seven decimals, as the survey does."""
     return round(mjd + JD_MINUS_MJD, 7)
 
 
 def _pid(jd: float, detector: int) -> int:
-    """The processing id of an exposure: days to five decimals, readout channel, and the constant 15."""
+    """Return the processing id of an exposure: days to five decimals, readout channel, and the constant 15."""
     return int((jd - NIGHT_ZERO_JD) * 10**5) * 10**4 + detector * 100 + 15
