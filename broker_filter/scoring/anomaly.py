@@ -204,7 +204,7 @@ def from_neighbours(
         return np.asarray(np.where(there, distance, 0).sum(axis=1) / there.sum(axis=1))
 
 
-def strangeness(distances: NDArray[np.float64], usual: NDArray[np.float32]) -> NDArray[np.float32]:
+def anomaly_scores(distances: NDArray[np.float64], usual: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the anomaly scores float32[N] of distances [N, P].
 
     Each distance is standardised with the mean and standard deviation in `usual` [P, 2]; the score is the mean of the
@@ -231,7 +231,7 @@ class AnomalyScorer:
 
     def score(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the anomaly scores float32[N] of embeddings [N, D]; NaN for an embedding that is all zeros."""
-        return strangeness(self._cloud.distances(embedding), self._usual)
+        return anomaly_scores(self._cloud.distances(embedding), self._usual)
 
     def nearest(self, embedding: NDArray[np.float32], k: int) -> list[tuple[Neighbour, ...]]:
         """Return the k most similar ordinary alerts for each embedding of [N, D], the nearest first."""

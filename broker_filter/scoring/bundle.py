@@ -41,7 +41,8 @@ MAX_TEST_ALERTS = 64
 PROBABILITIES = "probabilities"
 """Name of a network's first output."""
 MAX_TOLERANCE = 0.1
-"""In log-odds; at most 0.025 in a probability. A network whose rounding errors are larger is of no use."""
+"""Largest tolerance in log-odds; it is at most 0.025 in a probability. A network whose rounding errors are larger is of
+no use."""
 POINTS = "light_curves."
 """Prefix of the arrays of `LightCurves` in a test vector."""
 POINT_COLUMNS: dict[str, type[np.generic]] = {
@@ -65,11 +66,11 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class BundleError(Exception):
-    """A bundle that cannot be used: which file, what is wrong with it, what to do."""
+    """A bundle cannot be used. The message says which file, what is wrong with it and what to do."""
 
 
 class NoBundleError(BundleError):
-    """A bundle that is not there."""
+    """There is no bundle of this name, or in this directory."""
 
     exit_status = 2
 
@@ -180,7 +181,8 @@ class Outputs(CardSection):
     def _modalities_are_side_by_side(self) -> Outputs:
         if self.modalities and (self.embedding is None or self.embedding % len(self.modalities)):
             raise ValueError(
-                f"embedding has size {self.embedding}, which is no multiple of its {len(self.modalities)} modalities"
+                f"embedding has size {self.embedding}, which is not a multiple of its number of modalities, "
+                f"{len(self.modalities)}"
             )
         return self
 
@@ -342,7 +344,9 @@ def load_bundle(name_or_directory: str | Path) -> Bundle:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
-            raise BundleError(f"{path}: corrupted: sha256 is {found}, {CARD} says {sha256}; copy the bundle again")
+            raise BundleError(
+                f"{path}: corrupted: its sha256 is {found}, but {CARD} lists {sha256}; copy the bundle again"
+            )
     return Bundle(directory, card)
 
 

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class RuntimeUnavailableError(Exception):
-    """The engine or device that was asked for does not run here."""
+    """The requested engine or device is not available on this machine."""
 
 
 CHUNK = 16
@@ -116,7 +116,7 @@ class OnnxNetwork:
         path = bundle.directory / ONNX
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises a type of its own for every kind of failure
+        except Exception as error:  # onnxruntime raises many types of exceptions
             raise BundleError(f"{path}: onnxruntime cannot load it: {error}") from error
         self.provider = f"onnxruntime/{self._session.get_providers()[0]}"
         self.chunk = threads * CHUNK
@@ -124,11 +124,11 @@ class OnnxNetwork:
         _check_graph(path, self._session, bundle)
 
     def run(self, inputs: Tensors) -> Tensors:
-        """See `LoadedNetwork`."""
+        """Return the outputs for one batch of at most `chunk` alerts."""
         return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
 
     def run_all(self, batches: Iterable[Tensors]) -> Iterator[Tensors]:
-        """See `LoadedNetwork`."""
+        """Yield the outputs of each batch, in order."""
         return map(self.run, batches)
 
 
@@ -149,13 +149,13 @@ class TorchNetwork:
         self._outputs = tuple(bundle.card.outputs.shapes())
 
     def run(self, inputs: Tensors) -> Tensors:
-        """See `LoadedNetwork`."""
+        """Return the outputs for one batch of at most `chunk` alerts."""
         with self._torch.inference_mode():
             outputs = self._served(*(self._torch.from_numpy(inputs[name]) for name in self._inputs))
         return {name: output.numpy() for name, output in zip(self._outputs, outputs, strict=True)}
 
     def run_all(self, batches: Iterable[Tensors]) -> Iterator[Tensors]:
-        """See `LoadedNetwork`."""
+        """Yield the outputs of each batch, in order."""
         return map(self.run, batches)
 
 
@@ -248,9 +248,12 @@ def _check_graph(path: Path, session: Any, bundle: Bundle) -> None:
     nodes = (*session.get_inputs(), *session.get_outputs())
     found = {node.name: tuple(node.shape[1:]) for node in nodes}
     if found != expected:
-        raise BundleError(f"{path}: its inputs and outputs are {found}, the card's {expected}; make the bundle anew")
+        raise BundleError(
+            f"{path}: its inputs and outputs are {found}, but the card requires {expected}; make the bundle again"
+        )
     if fixed := [node.name for node in nodes if isinstance(node.shape[0], int)]:
         raise BundleError(
-            f"{path}: takes batches of one size only, by {', '.join(fixed)}: in the network, take sizes from `shape`, "
-            "not from `len`, and make the bundle anew"
+            f"{path}: accepts a single batch size only, because of {', '.join(fixed)}: in the network, take sizes from "
+            "`shape`, "
+            "not from `len`, and make the bundle again"
         )

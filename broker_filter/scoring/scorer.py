@@ -125,7 +125,7 @@ class Model:
                 raise BundleError(
                     f"{self.bundle.directory / TEST_VECTOR}: {self.provider} does not reproduce it: {name} is off by "
                     f"{off[worst]:.2g} where {allowed[worst]:.2g} is allowed; the bundle's files do not belong "
-                    "together, or the runtime is at fault"
+                    "together, or the runtime is faulty"
                 )
 
 

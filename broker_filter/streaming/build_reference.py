@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.packets.batch import Survey
-from broker_filter.scoring.anomaly import NEIGHBOURS, Cloud, from_neighbours, strangeness
+from broker_filter.scoring.anomaly import NEIGHBOURS, Cloud, anomaly_scores, from_neighbours
 from broker_filter.scoring.neighbours import Neighbours, normalise
 from broker_filter.scoring.reference import (
     UNLABELLED,
@@ -157,7 +157,7 @@ def _calibrate(alerts: ReferenceAlerts, model: Model, measure: Measure, labels: 
     apart = _mean_and_deviation(from_neighbours(few, theirs, modalities))
     if not ((usual[:, 1] > 0).all() and (apart[:, 1] > 0).all()):
         raise ReferenceSetError("in some modality all alerts are equally strange: the embedding says nothing there")
-    return SurveyReference(kept, np.sort(strangeness(distances, usual)), usual, apart, label)
+    return SurveyReference(kept, np.sort(anomaly_scores(distances, usual)), usual, apart, label)
 
 
 def _held_out(object_id: NDArray[np.str_]) -> NDArray[np.bool_]:

@@ -1,7 +1,7 @@
-"""BTSbot as the btsbot package runs it and as the service does: the same scores from the same packets.
+"""BTSbot in the btsbot package and in the service: the same scores for the same packets.
 
-The package (PyPI, MIT) holds code and no weights: random ones are saved as its authors publish theirs. It is installed
-without its dependencies, so that only what needs none of them is loaded.
+The package (PyPI, MIT) contains code but no weights, so random weights are saved in the layout in which its authors
+publish theirs. It is installed without its dependencies; only the parts that need none of them are imported.
 """
 
 from __future__ import annotations

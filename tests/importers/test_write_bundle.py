@@ -178,7 +178,7 @@ def test_a_graph_with_a_fixed_batch_size_is_refused(
     monkeypatch.setitem(networks.NETWORKS, "fusion", Counting)
     counting = Counting(width=8).eval()
     counting.load_state_dict(network.state_dict())
-    with pytest.raises(BundleError, match="takes batches of one size only, by images"):
+    with pytest.raises(BundleError, match="accepts a single batch size only, because of images"):
         write_bundle(tmp_path / "classes", description, counting)
 
 

@@ -14,13 +14,13 @@ from broker_filter.scoring.bundle import SHIPPED, KnownAnswers, load_bundle
 
 @pytest.fixture(scope="session")
 def test_vector() -> KnownAnswers:
-    """Four synthetic alerts that need no survey's data."""
+    """The test vector of `default`: four synthetic alerts, without survey data."""
     return load_bundle("default").test_vector()
 
 
 @pytest.fixture(scope="session")
 def make_batch() -> Callable[..., AlertBatch]:
-    """An AlertBatch of given cutouts; `survey`: of all, or one an alert."""
+    """Make an AlertBatch with given cutouts; `survey`: one for all alerts, or one for each."""
 
     def make(
         cutouts: NDArray[np.float32],
@@ -68,7 +68,7 @@ def make_batch() -> Callable[..., AlertBatch]:
 
 @pytest.fixture
 def own_bundle(tmp_path: Path) -> Path:
-    """A copy of the bundle that ships, to be damaged."""
+    """A copy of the shipped bundle `default`, for tests that damage it."""
     copy = tmp_path / "own"
     copy.mkdir()
     for path in (SHIPPED / "default").iterdir():

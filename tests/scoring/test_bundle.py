@@ -70,7 +70,7 @@ def test_one_flipped_bit_is_found_and_named(own_bundle: Path, name: str) -> None
     data = bytearray((own_bundle / name).read_bytes())
     data[len(data) // 2] ^= 1
     (own_bundle / name).write_bytes(data)
-    with pytest.raises(BundleError, match=f"{name}: corrupted: sha256"):
+    with pytest.raises(BundleError, match=f"{name}: corrupted: its sha256"):
         load_bundle(own_bundle)
 
 
@@ -192,5 +192,7 @@ def test_an_embedding_size_that_is_no_multiple_of_the_modalities_is_refused(
 ) -> None:
     modalities = {"embedding": embedding, "modalities": ["image", "light_curve", "metadata"]}
     edit_card(own_bundle, lambda card: card["outputs"].update(modalities))
-    with pytest.raises(BundleError, match=f"embedding has size {embedding}, which is no multiple of its 3 modalities"):
+    with pytest.raises(
+        BundleError, match=f"embedding has size {embedding}, which is not a multiple of its number of modalities, 3"
+    ):
         load_bundle(own_bundle)

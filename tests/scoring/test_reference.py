@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as torch_save_file
 
 from broker_filter.packets.batch import Survey
-from broker_filter.scoring.anomaly import AnomalyScorer, Cloud, Mahalanobis, strangeness
+from broker_filter.scoring.anomaly import AnomalyScorer, Cloud, Mahalanobis, anomaly_scores
 from broker_filter.scoring.bundle import WEIGHTS, Card, load_bundle
 from broker_filter.scoring.neighbours import normalise
 from broker_filter.scoring.reference import (
@@ -286,6 +286,6 @@ def test_the_distance_of_each_modality_is_standardised(part: SurveyReference) ->
     distances = Cloud(part.alerts.embedding, 2, "mahalanobis", part.label).distances(embedding)
     usual = np.array([[0, 1], [0.2, 0.1], [0.02, 0.01]], np.float32)
     expected = np.nanmean((distances - [0, 0.2, 0.02]) / [1, 0.1, 0.01], axis=1)
-    np.testing.assert_allclose(strangeness(distances, usual), expected, rtol=1e-5)
+    np.testing.assert_allclose(anomaly_scores(distances, usual), expected, rtol=1e-5)
     assert np.isnan(distances[3, 2])
     assert np.isfinite(distances[3, :2]).all()

@@ -174,7 +174,7 @@ def test_uses_the_configured_number_of_threads() -> None:
 
 
 def test_scoring_on_onnxruntime_does_not_import_torch() -> None:
-    """torch takes seconds to import: a service must not wait for what it does not use."""
+    """Importing torch takes seconds, and a service on onnxruntime does not use it."""
     program = (
         "import sys\n"
         "from broker_filter.config import Runtime\n"

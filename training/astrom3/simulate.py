@@ -45,7 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `astrom3-simulate`."""
     parser.add_argument("out", type=Path, metavar="DIRECTORY", help="directory for the folders of the sets")
     parser.add_argument(
-        "--stars", type=kinds.positive, nargs=3, default=(2000, 400, 2000), metavar=("TRAIN", "VALIDATION", "TEST")
+        "--stars",
+        type=kinds.positive,
+        nargs=3,
+        default=(2000, 400, 2000),
+        metavar=("TRAIN", "VALIDATION", "TEST"),
+        help="number of stars in each split (default: 2000 400 2000)",
     )
     parser.add_argument(
         "--seed", type=kinds.seed, nargs="+", default=[42], help="seeds, one for each set (default: 42)"

@@ -84,12 +84,15 @@ class _Hints(nn.Module):
     def __init__(self, student: nn.Module, teacher: nn.Module, hints: Sequence[Hint], images: Tensor) -> None:
         """`student` and `teacher` are in evaluation mode; their outputs for `images` set the sizes and scales."""
         super().__init__()
-        self._known = [_Told(student, hint.student) for hint in hints]
-        self._wanted = [_Told(teacher, hint.teacher) for hint in hints]
+        self._student_layers = [_LayerOutput(student, hint.student) for hint in hints]
+        self._teacher_layers = [_LayerOutput(teacher, hint.teacher) for hint in hints]
         with torch.inference_mode():
             student(images)
             teacher(images)
-        pairs = [(known.told, wanted.told) for known, wanted in zip(self._known, self._wanted, strict=True)]
+        pairs = [
+            (known.output, wanted.output)
+            for known, wanted in zip(self._student_layers, self._teacher_layers, strict=True)
+        ]
         self._scales = [(float(wanted.mean()), float(wanted.std())) for _, wanted in pairs]
         self.predict = nn.ModuleList(_predictor(known.shape[1:], wanted.shape[1:]) for known, wanted in pairs)
 
@@ -97,23 +100,23 @@ class _Hints(nn.Module):
         """Return the sum of the hints' mean squared distances, in units of the teacher's variance."""
         distance = torch.zeros(())
         for predict, known, wanted, (mean, deviation) in zip(
-            self.predict, self._known, self._wanted, self._scales, strict=True
+            self.predict, self._student_layers, self._teacher_layers, self._scales, strict=True
         ):
-            distance = distance + mse_loss(predict(known.told), (wanted.told - mean) / deviation)
+            distance = distance + mse_loss(predict(known.output), (wanted.output - mean) / deviation)
         return distance
 
 
-class _Told:
+class _LayerOutput:
     """Keeps the output of a layer in the last run of its network."""
 
-    told: Tensor
+    output: Tensor
 
     def __init__(self, network: nn.Module, depth: int) -> None:
         """`depth`: position after the layer in the sequence `features`."""
         network.get_submodule(f"features.{depth - 1}").register_forward_hook(self._keep)
 
-    def _keep(self, _layer: nn.Module, _given: object, told: Tensor) -> None:
-        self.told = told
+    def _keep(self, _layer: nn.Module, _given: object, output: Tensor) -> None:
+        self.output = output
 
 
 def _predictor(known: torch.Size, wanted: torch.Size) -> nn.Module:

@@ -112,16 +112,18 @@ def run(arguments: argparse.Namespace) -> None:
     network.stampnet.load_state_dict(stampnet.state_dict())
     logit, _ = run_over(network.stampnet, images, alerts)
 
-    def told_by(metadata: NDArray[np.float64]) -> Tensor:
+    def features_of(metadata: NDArray[np.float64]) -> Tensor:
         return evidence(logit, torch.from_numpy(prepare_metadata(metadata, METADATA, inputs.metadata)))
 
-    told = told_by(alerts.metadata)
-    copies = torch.stack([told] * COPIES + [told_by(lacking) for lacking in lose_columns(alerts.metadata)])
+    features = features_of(alerts.metadata)
+    copies = torch.stack([features] * COPIES + [features_of(lacking) for lacking in lose_columns(alerts.metadata)])
     fit_copies(network.classes, copies[:, torch.from_numpy(~unseen)], alerts.object_id[~unseen], label[~unseen])
     hostless = alerts.metadata.copy()
     hostless[:, [METADATA.index(name) for name in HOST]] = np.nan
     with torch.inference_mode():
-        scores, without_host = (log_odds(network.classes(seen)).double().numpy() for seen in (told, told_by(hostless)))
+        scores, without_host = (
+            log_odds(network.classes(seen)).double().numpy() for seen in (features, features_of(hostless))
+        )
     evaluation = {
         "truth": f"{COLUMN}: weak labels",
         "split": f"{TEST_FRACTION:.0%} of the objects, seed {SPLIT_SEED}, held out from training",
@@ -161,10 +163,10 @@ def classes_of(alerts: Alerts, labels: Labels) -> NDArray[np.int64]:
 
 def check_sides(labels: Labels, label: NDArray[np.int64], unseen: NDArray[np.bool_]) -> None:
     """Raise DatasetError if a class has no training alerts or no test alerts, as happens with a single object."""
-    for side, rows in (("to train on", ~unseen), ("to test with", unseen)):
+    for side, rows in (("training", ~unseen), ("test", unseen)):
         if absent := [name for c, name in enumerate(labels.classes) if c not in label[rows]]:
             raise DatasetError(
-                f"{labels.table}: no object {side} is of class {', '.join(absent)}: add alerts of more objects"
+                f"{labels.table}: no {side} object is of class {', '.join(absent)}: add alerts of more objects"
             )
 
 
@@ -190,14 +192,14 @@ def fit_copies(layer: nn.Linear, copies: Tensor, object_id: NDArray[np.str_], la
     fit_classes(layer, copies.flatten(0, 1), np.tile(object_id, n), np.tile(label, n))
 
 
-def fit_classes(layer: nn.Linear, told: Tensor, object_id: NDArray[np.str_], label: NDArray[np.int64]) -> None:
-    """Fit `layer` so that the softmax of its output for `told` [N, D] predicts the class indices `label` [N].
+def fit_classes(layer: nn.Linear, features: Tensor, object_id: NDArray[np.str_], label: NDArray[np.int64]) -> None:
+    """Fit `layer` so that the softmax of its output for `features` [N, D] predicts the class indices `label` [N].
 
     All classes have the same total weight, and so have all objects of a class, however many alerts they have.
     """
-    told, truth = told.double(), torch.from_numpy(label)
-    mean, deviation = told.mean(0), told.std(0)
-    unit = (told - mean) / deviation
+    features, truth = features.double(), torch.from_numpy(label)
+    mean, deviation = features.mean(0), features.std(0)
+    unit = (features - mean) / deviation
     _, index, alerts_of = np.unique(object_id, return_inverse=True, return_counts=True)
     share = 1 / alerts_of[index]
     weight = torch.from_numpy(share / np.bincount(label, share)[label] / len(np.unique(label)))

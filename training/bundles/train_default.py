@@ -76,9 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="fraction of the training objects to use, to measure the effect of more data (default: 1)",
     )
-    parser.add_argument("--steps", type=positive, default=5000)
-    parser.add_argument("--seed", type=seed, default=1)
-    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--steps", type=positive, default=5000, help="training steps (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=1, help="seed of weights and images (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=1, help="threads of torch (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -116,7 +116,7 @@ class SpectrumEncoder(nn.Module):
         self.projection = projection(arguments.features, hidden, size)
 
     def forward(self, spectra: Tensor) -> Tensor:
-        """See the class."""
+        """Return the outputs that the docstring of the class describes."""
         there = spectra.isfinite().all(dim=2).all(dim=1)
         vectors = normalize(self.projection(self.encoder(spectra.nan_to_num(0.0))), dim=1)
         return vectors * there.unsqueeze(1)

@@ -117,8 +117,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", required=True, type=Path, help=f"table with the columns candid and {COLUMN}")
     parser.add_argument("--trunk", default="default", help="bundle with the network StampNet (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, help="directory of the new bundle")
-    parser.add_argument("--steps", type=positive, default=Recipe.steps)
-    parser.add_argument("--seed", type=seed, default=Recipe.seed)
+    parser.add_argument("--steps", type=positive, default=Recipe.steps, help="training steps (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=seed, default=Recipe.seed, help="seed of weights and batches (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -139,7 +139,7 @@ def trials(predictions: Predictions, weight: Weights) -> dict[str, Values]:
 
 
 def harmonic_mean(trials: Sequence[Values]) -> Values:
-    """Return the harmonic mean of numbers of trials, 0 if one of them is 0.
+    """Return the harmonic mean of the numbers of trials, or 0 if one number is 0.
 
     A mean of several fractions, each without a failure, is as uncertain as one fraction with this number of trials.
     """

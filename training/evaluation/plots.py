@@ -126,7 +126,8 @@ def data_efficiency(series: Mapping[str, Sequence[EvaluatedModel]]) -> str:
 
 
 def _curves(models: Sequence[EvaluatedModel], draw: Callable[..., None], x: str, y: str) -> str:
-    """A panel a label, in it a line a model; `draw` puts a ranking of the label's alerts against the rest there."""
+    """Return curves with one panel per label and one line per model; `draw` draws a label's ranking against the
+    rest."""
     labels = models[0].predictions.labels
     figure, panels = _panels(len(labels))
     for axes, label in zip(panels, labels, strict=True):

@@ -69,7 +69,8 @@ class Predictions:
 
     @classmethod
     def read(cls, path: Path, classes: Sequence[str], threshold: float) -> Predictions:
-        """Read a file that `write` wrote. Raises EvaluationError if it is none, or has other classes."""
+        """Read a file that `write` wrote. Raises EvaluationError if the file is not such a table, or has other
+        classes."""
         try:
             table = pq.read_table(path)
         except (OSError, pa.ArrowException) as error:

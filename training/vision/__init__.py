@@ -1,1 +1,1 @@
-"""Networks that classify cutouts: fitted as published, pre-trained on galaxies, compared in studies."""
+"""Networks that classify cutouts: training as published, pre-training on galaxies, and studies."""

@@ -40,7 +40,7 @@ class MetadataClassifier(nn.Module):
         self.head = nn.Sequential(activation, nn.Linear(last.out_features, labels))
 
     def forward(self, _: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
-        """See the class."""
+        """Return the outputs that the docstring of the class describes."""
         features = self.branch(metadata)
         return self.head(features), features
 

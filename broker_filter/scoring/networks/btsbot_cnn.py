@@ -41,7 +41,7 @@ class BTSbotEncoder(Encoder):
         self.features = second * POOLED_SIZE**2
 
     def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
+        """Return the outputs that the docstring of the class describes."""
         return self.layers(images)  # type: ignore[no-any-return]
 
 

@@ -58,7 +58,7 @@ class StampNet(nn.Module):
         self.head = nn.Linear(64, labels)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See the class."""
+        """Return the outputs that the docstring of the class describes."""
         embedding = self.features(images)
         return self.head(embedding), embedding
 
@@ -76,7 +76,7 @@ class StampNetClasses(nn.Module):
         self.classes = nn.Linear(1 + metadata, classes)
 
     def forward(self, images: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
-        """See the class."""
+        """Return the outputs that the docstring of the class describes."""
         real, embedding = self.stampnet(images)
         scores = self.classes(evidence(real, metadata))
         return torch.cat([real, log_odds(scores)], dim=1), embedding

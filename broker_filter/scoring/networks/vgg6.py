@@ -37,6 +37,6 @@ class VGG6(nn.Module):
         initialise_as_keras(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See the class."""
+        """Return the outputs that the docstring of the class describes."""
         embedding = self.features(images)
         return self.head(embedding), embedding

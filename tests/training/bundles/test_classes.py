@@ -76,7 +76,7 @@ def test_a_class_with_one_source_is_refused(tmp_path: Path) -> None:
     table.write_text("candid,weak_class\n1,VS\n2,SN\n3,VS\n")
     labels = read_labels(table, COLUMN)
     label = np.array([labels.label_of[candid] for candid in "123"])
-    with pytest.raises(DatasetError, match="no object to test with is of class SN: add alerts of more objects"):
+    with pytest.raises(DatasetError, match="no test object is of class SN: add alerts of more objects"):
         check_sides(labels, label, np.array([False, False, True]))
 
 

@@ -29,7 +29,9 @@ class GalSpecNetArguments(CardSection):
     @model_validator(mode="after")
     def _leaves_something(self) -> Self:
         if self.features <= 0:
-            raise ValueError(f"so many convolutions and poolings leave nothing of {len(WAVELENGTHS)} wavelengths")
+            raise ValueError(
+                f"too many convolutions and poolings: no features are left of {len(WAVELENGTHS)} wavelengths"
+            )
         return self
 
     @property
@@ -56,7 +58,7 @@ class GalSpecNet(nn.Module):
         self.dropout = nn.Dropout(arguments.dropout_rate)
 
     def forward(self, spectra: Tensor) -> Tensor:
-        """See the class."""
+        """Return the outputs that the docstring of the class describes."""
         features: Tensor = self.dropout(self.layers(spectra).flatten(1))
         return features
 
@@ -69,6 +71,6 @@ class SpectraClassifier(GalSpecNet):
         self.fc = nn.Linear(arguments.features, arguments.num_classes)
 
     def forward(self, spectra: Tensor) -> Tensor:
-        """See the class."""
+        """Return the outputs that the docstring of the class describes."""
         logits: Tensor = self.fc(super().forward(spectra))
         return logits

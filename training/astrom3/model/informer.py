@@ -69,7 +69,7 @@ class Informer(nn.Module):
         self.dropout = nn.Dropout(arguments.dropout)
 
     def forward(self, photometry: Tensor, mask: Tensor, keys: Tensor | None = None) -> Tensor:
-        """See the class."""
+        """Return the outputs that the docstring of the class describes."""
         encoded: Tensor = self.dropout(self.encoder(self.enc_embedding(photometry), keys))
         return (encoded * mask.unsqueeze(-1)).flatten(1)
 
@@ -87,7 +87,7 @@ class PhotometryClassifier(Informer):
         self.fc = nn.Linear(arguments.features, arguments.num_classes)
 
     def forward(self, photometry: Tensor, mask: Tensor, keys: Tensor | None = None) -> Tensor:
-        """See the class."""
+        """Return the outputs that the docstring of the class describes."""
         logits: Tensor = self.fc(super().forward(photometry, mask, keys))
         return logits
 
@@ -110,7 +110,7 @@ class ProbSparseAttention(nn.Module):
         self.out_projection = nn.Linear(arguments.d_model, arguments.d_model)
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """See the class."""
+        """Return the outputs that the docstring of the class describes."""
         n, length, width = x.shape
         depth = width // self.heads
 

@@ -38,7 +38,7 @@ class MetadataEncoder(nn.Module):
         )
 
     def forward(self, metadata: Tensor) -> Tensor:
-        """See the class."""
+        """Return the outputs that the docstring of the class describes."""
         features: Tensor = self.model(metadata)
         return features
 
@@ -51,6 +51,6 @@ class MetadataClassifier(MetadataEncoder):
         self.fc = nn.Linear(arguments.hidden_dim, arguments.num_classes)
 
     def forward(self, metadata: Tensor) -> Tensor:
-        """See the class."""
+        """Return the outputs that the docstring of the class describes."""
         logits: Tensor = self.fc(super().forward(metadata))
         return logits

@@ -136,7 +136,7 @@ class AstroM3Classifier(AstroM3):
         self.fc = nn.Linear(joined * arguments.hidden_dim, arguments.num_classes)
 
     def forward(self, stars: Stars, keys: Tensor | None = None) -> Tensor:
-        """See the class."""
+        """Return the outputs that the docstring of the class describes."""
         embeddings = torch.stack(self.embed(stars, keys), 1)
         logits: Tensor = self.fc(embeddings.flatten(1) if self.arguments.fusion == "concat" else embeddings.mean(1))
         return logits

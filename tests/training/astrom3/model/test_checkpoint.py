@@ -93,7 +93,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         ('{"enc_in": 9, "d_model": 129}', "d_model 129 is odd or not a multiple of 4 heads"),
         ('{"enc_in": 9, "e_layers": 1000000000}', "e_layers"),
         ('{"enc_in": 9, "activation": "relu"}', "activation"),
-        ('{"conv_channels": [3, 4, 4, 4, 4, 4, 4, 4]}', "leave nothing of 2575 wavelengths"),
+        ('{"conv_channels": [3, 4, 4, 4, 4, 4, 4, 4]}', "no features are left of 2575 wavelengths"),
     ],
 )
 def test_a_configuration_of_no_network_is_refused(tmp_path: Path, configuration: str, complaint: str) -> None:
