@@ -1,7 +1,7 @@
-"""The service's configuration: what a service file may say, and what each key means. `config_file` reads one.
+"""The service's configuration: the keys of a service file and their meaning. The module `config_file` reads a file.
 
-Every key is documented where it is declared; a misspelt key is an error. Secrets are named (`{env: NAME}` or `{file:
-PATH}`), never written down in the file, never logged.
+Each key is documented where it is declared; an unknown key is an error. A secret is a reference (`{env: NAME}` or
+`{file: PATH}`): the file never contains the secret itself, and the secret is never logged.
 """
 
 from __future__ import annotations
@@ -31,53 +31,54 @@ from pydantic import (
 
 SCORED, ANOMALIES, DEAD_LETTER, POSITIONS = "scored", "anomalies", "dead-letter", "positions"
 RESERVED_TOPICS = (SCORED, ANOMALIES, DEAD_LETTER, POSITIONS)
-"""`<prefix>.<name>` of the service's own topics, which no filter can have."""
+"""Names of the service's own topics `<prefix>.<name>`; a filter cannot use them."""
 TOPIC_NAME = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")
-"""What Kafka takes for a topic's name."""
+"""The topic names that Kafka accepts."""
 
 SECRET_PROPERTIES = ("password", "secret", "passphrase", "key.pem")
-"""How the names of librdkafka's properties end that hold secrets."""
+"""Endings of the names of librdkafka properties that hold secrets."""
 
 SurveyName = Literal["ztf", "lsst"]
 
 
 class Section(BaseModel):
-    """A mapping of a YAML file: immutable, and closed to unknown keys."""
+    """A mapping in a YAML file: immutable; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ServiceSection(Section):
-    """A section of the service file, which takes values as they are: `port: "80"` and `max_size: yes` are errors."""
+    """A section of the service file. Values are not converted: `port: "80"` and `max_size: yes` are errors."""
 
     model_config = ConfigDict(strict=True)
 
 
 class ConfigChecks(ABC):
-    """What a service file is checked against besides itself: given to pydantic as the context of a validation.
+    """Checks of a service file against its surroundings. Pydantic gets an instance as the context of a validation.
 
-    Without it only the file's form is checked. Every method but `outputs` raises ValueError for what does not do.
+    Without an instance, only the form of the file is checked. Every method but `outputs` raises ValueError if its check
+    fails.
     """
 
     @abstractmethod
     def check_variable(self, name: str) -> None:
-        """An environment variable must be set."""
+        """Checks that an environment variable is set."""
 
     @abstractmethod
     def model_name(self, bundle: str) -> str:
-        """A bundle must be readable; returns its name."""
+        """Checks that a bundle can be read, and returns the name of its model."""
 
     @abstractmethod
     def outputs(self) -> list[str] | None:
-        """All models' outputs, `<model>.<label>`; None where a bundle cannot be read."""
+        """Returns the outputs of all models as `<model>.<label>`, or None if a bundle cannot be read."""
 
     @abstractmethod
     def check_reference(self, file: Path) -> None:
-        """A file must be a reference set, made with one of the models."""
+        """Checks that a file is a reference set that was made with one of the models."""
 
     @abstractmethod
     def check_filter(self, where: str, outputs: Sequence[str] | None) -> None:
-        """An expression must compile against the alerts' fields and the models' outputs, where those are known."""
+        """Checks that an expression compiles with the fields of alerts and, unless `outputs` is None, the outputs."""
 
     @abstractmethod
     def check_properties(
@@ -87,7 +88,7 @@ class ConfigChecks(ABC):
         sasl: Sasl | None,
         tls: Tls | None,
     ) -> None:
-        """librdkafka must accept the properties beside `sasl` and `tls`, and none may be the service's own to set."""
+        """Checks that librdkafka accepts the properties together with `sasl` and `tls`, and that none is reserved."""
 
 
 def _checks(info: ValidationInfo) -> ConfigChecks | None:
@@ -96,7 +97,7 @@ def _checks(info: ValidationInfo) -> ConfigChecks | None:
 
 def _is_file(path: Path, info: ValidationInfo) -> Path:
     if _checks(info) and not (path.is_file() and os.access(path, os.R_OK)):
-        raise ValueError(f"no file {path} that can be read")
+        raise ValueError(f"{path} is not a file that can be read")
     return path
 
 
@@ -117,13 +118,13 @@ class SecretFromEnvironment(ServiceSection):
 
 
 class SecretFromFile(ServiceSection):
-    """A secret in a file (its trailing newline is dropped)."""
+    """A secret in a file. One trailing newline is removed."""
 
     file: ReadablePath
 
 
 def _kind(value: Any) -> str:
-    """Which of the types below a value is meant for."""
+    """The tag of the type that a value is validated as."""
     if isinstance(value, SecretFromFile) or (isinstance(value, dict) and "file" in value):
         return "file"
     return "env" if isinstance(value, SecretFromEnvironment | dict) else "plain"
@@ -131,7 +132,7 @@ def _kind(value: Any) -> str:
 
 def _named_secret(value: Any) -> Any:
     if _kind(value) == "plain":
-        raise ValueError("a secret is named, not written down: {env: VARIABLE} or {file: PATH}")
+        raise ValueError("a secret must not be in this file: refer to it with {env: VARIABLE} or {file: PATH}")
     return value
 
 
@@ -143,26 +144,28 @@ Secret = Annotated[
 
 
 class Sasl(ServiceSection):
-    """SASL credentials; over TLS where `tls` is also given."""
+    """SASL credentials. The connection uses TLS if `tls` is also given."""
 
     mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
-        default="SCRAM-SHA-512", description="How to prove who one is."
+        default="SCRAM-SHA-512", description="SASL mechanism."
     )
-    username: str = Field(description="User name.")
-    password: Secret = Field(description="`{env: VARIABLE}` or `{file: PATH}`.")
+    username: str = Field(description="SASL user name.")
+    password: Secret = Field(description="SASL password: `{env: VARIABLE}` or `{file: PATH}`.")
 
 
 class Tls(ServiceSection):
-    """TLS towards the brokers; with a certificate and its key, mutual TLS."""
+    """TLS to the brokers. With `certificate` and `key`, mutual TLS."""
 
     ca: ReadablePath | None = Field(
-        default=None, description="PEM file of the authorities to trust; the system's if absent."
+        default=None, description="PEM file of the trusted certificate authorities; those of the system if absent."
     )
     certificate: ReadablePath | None = Field(
-        default=None, description="PEM file of one's own certificate, for mutual TLS."
+        default=None, description="PEM file of the client certificate, for mutual TLS."
     )
-    key: ReadablePath | None = Field(default=None, description="PEM file of the certificate's private key.")
-    key_password: Secret | None = Field(default=None, description="`{env: VARIABLE}` or `{file: PATH}`.")
+    key: ReadablePath | None = Field(default=None, description="PEM file of the client certificate's private key.")
+    key_password: Secret | None = Field(
+        default=None, description="Password of the private key: `{env: VARIABLE}` or `{file: PATH}`."
+    )
 
     @model_validator(mode="after")
     def _certificate_with_key(self) -> Tls:
@@ -192,7 +195,8 @@ def _secrets_are_named(properties: dict[str, KafkaValue]) -> dict[str, KafkaValu
         if name.endswith(SECRET_PROPERTIES) and not isinstance(value, Section)
     ]:
         raise ValueError(
-            f"secrets are named, not written down, {{env: VARIABLE}} or {{file: PATH}}: {', '.join(written)}"
+            f"a secret must not be in this file: refer to it with {{env: VARIABLE}} or {{file: PATH}}: "
+            f"{', '.join(written)}"
         )
     return properties
 
@@ -204,7 +208,8 @@ StartName = Literal["earliest", "latest", "stored"]
 
 
 def _utc(value: Any) -> Any:
-    """A time in UTC, whatever zone it was given in. Times without a zone are UTC."""
+    """Converts a date or time to UTC; a time without a zone is taken as UTC. Returns the names of `StartName` as they
+    are, and raises ValueError for anything else."""
     if isinstance(value, str) and value not in get_args(StartName):
         try:
             value = datetime.fromisoformat(value)
@@ -223,26 +228,29 @@ Start = Annotated[StartName | datetime, BeforeValidator(_utc)]
 
 
 class Input(ServiceSection):
-    """Where alerts come from."""
+    """The Kafka topics that alerts are read from."""
 
-    bootstrap_servers: str = Field(min_length=1, description="The survey's brokers, `host:port,host:port`.")
+    bootstrap_servers: str = Field(
+        min_length=1, description="Addresses of the survey's brokers, `host:port,host:port`."
+    )
     group_id: str = Field(min_length=1, description="Consumer group; instances with the same id share the partitions.")
     topics: list[str] = Field(
         min_length=1,
-        description="Topic names. strftime directives stand for the UTC day (`ztf_%Y%m%d_programid1`) and roll over at "
-        "midnight. Topics of earlier days are read too as far as they hold unread messages: all days with `start: "
-        "earliest`, the days since a time, otherwise the days since the first one that the group has read. A topic "
-        "that appears days late is found within a minute.",
+        description="Topic names. A strftime directive stands for the UTC day (`ztf_%Y%m%d_programid1`), and the name "
+        "changes at midnight. Topics of earlier days that hold unread messages are read too: with `start: earliest`, "
+        "topics of all days; with a time, topics of the days since that time; otherwise, topics of the days since the "
+        "first day that the group has read. A topic that is created days late is found within a minute.",
     )
     start: Start = Field(
         default="stored",
-        description="Where to start in a partition without a stored position: `earliest`, `latest`, or an ISO time "
-        "(UTC); `stored` refuses to start without one.",
+        description="Where to start in a partition that has no stored position: `earliest`, `latest`, or an ISO time "
+        "(UTC). With `stored`, such a partition is an error.",
     )
     remade: Literal["refuse", "read"] = Field(
         default="refuse",
-        description="What to do where a topic was deleted and made anew, so that the stored position belongs to the "
-        "deleted topic: `refuse` ends the service, at every start; `read` reads the new topic from its beginning.",
+        description="What to do if a topic was deleted and created again, so that the stored position belongs to the "
+        "deleted topic. `refuse`: the service ends with an error, at every start. `read`: the service reads the new "
+        "topic from its beginning.",
     )
     sasl: Sasl | None = Field(default=None, description="SASL credentials.")
     tls: Tls | None = Field(
@@ -254,22 +262,24 @@ class Input(ServiceSection):
     )
     schema_cache: Literal["keep", "drop"] = Field(
         default="keep",
-        description="`drop` deletes at the start what earlier runs have kept of the registry's schemas on this "
-        "machine's disk: for a registry that was wiped and gives its ids to other schemas.",
+        description="Whether to use the registry's schemas that earlier runs stored on this machine's disk. `drop` "
+        "deletes them at the start: use it once after the registry was emptied and assigns its ids to other schemas.",
     )
     max_packet_bytes: int = Field(
-        default=16 * 2**20, gt=0, description="Larger packets are rejected as `too_large`, undecoded."
+        default=16 * 2**20,
+        gt=0,
+        description="Largest packet in bytes. A larger packet is rejected as `too_large` and not decoded.",
     )
 
     @field_validator("topics")
     @classmethod
     def _topics_are_names(cls, topics: list[str]) -> list[str]:
-        # To librdkafka a name with ^ is a pattern: it could match the topics that the service itself writes.
+        # librdkafka takes a name with ^ as a pattern, which could match the topics that the service itself writes.
         now = datetime.now(UTC)
         if wrong := [repr(topic) for topic in topics if not TOPIC_NAME.fullmatch(now.strftime(topic))]:
             raise ValueError(
-                f"{', '.join(wrong)}: no topic's name, which is of letters, digits, '.', '_', '-' and strftime "
-                "directives; patterns are not taken"
+                f"{', '.join(wrong)}: not a topic name: use letters, digits, '.', '_', '-' and strftime directives; "
+                "patterns are not supported"
             )
         return topics
 
@@ -289,24 +299,28 @@ class Input(ServiceSection):
 
 
 class Output(ServiceSection):
-    """Where scored alerts go."""
+    """The Kafka topics that scored alerts are written to."""
 
     prefix: str = Field(
-        pattern=r"^[a-zA-Z0-9._-]+$", description="Topics are `<prefix>.scored`, `<prefix>.anomalies`, ..."
+        pattern=r"^[a-zA-Z0-9._-]+$",
+        description="Beginning of the output topics' names: `<prefix>.scored`, `<prefix>.anomalies`, ...",
     )
     bootstrap_servers: str | None = Field(
-        default=None, min_length=1, description="One's own brokers; the input's cluster if absent."
+        default=None, min_length=1, description="Addresses of your own brokers; those of the input if absent."
     )
     payload: Literal["full", "no_cutouts", "scores"] = Field(
-        default="full", description="How much of the packet travels on: `full`, `no_cutouts` or `scores`."
+        default="full",
+        description="How much of the input packet the output holds: `full` (all of it), `no_cutouts` (all but the "
+        "cutouts) or `scores` (ids, time, position, band and scores).",
     )
     schema_registry: str | None = Field(
         default=None,
-        description="URL of a registry: records are then Confluent wire format instead of container files.",
+        description="URL of a Confluent schema registry. With it, records have the Confluent wire format; without it, "
+        "each record is an Avro object container.",
     )
     subject: Literal["topic", "record", "topic-record"] = Field(
         default="topic-record",
-        description="Under which subject the registry gets a schema: `topic` (`<topic>-value`), `record` (the record's "
+        description="Subject under which a schema is registered: `topic` (`<topic>-value`), `record` (the record's "
         "full name) or `topic-record` (`<topic>-<full name>`).",
     )
     sasl: Sasl | None = Field(default=None, description="SASL credentials.")
@@ -314,9 +328,11 @@ class Output(ServiceSection):
         default=None, description="TLS towards the brokers; `{}` for TLS with the system's authorities."
     )
     kafka: KafkaProperties = Field(default={}, description="librdkafka properties, passed through as they are.")
-    partitions: int = Field(default=4, gt=0, description="Partitions of topics that are created.")
+    partitions: int = Field(default=4, gt=0, description="Number of partitions of a topic that the service creates.")
     replication_factor: int = Field(
-        default=-1, ge=-1, description="Replication factor of topics that are created; -1: the cluster's default."
+        default=-1,
+        ge=-1,
+        description="Replication factor of a topic that the service creates; -1: the cluster's default.",
     )
 
     @field_validator("schema_registry")
@@ -335,11 +351,12 @@ class Output(ServiceSection):
 
 
 class Model(ServiceSection):
-    """A bundle to score with; the bundle alone may be written in its place."""
+    """A bundle to score with. A string in the place of this section is taken as the key `bundle`."""
 
-    bundle: str = Field(description="A directory, or the name of a bundle that ships.")
+    bundle: str = Field(description="Directory of a bundle, or the name of a bundle that ships.")
     also: list[SurveyName] = Field(
-        default=[], description="Surveys whose alerts get every output although the bundle was not trained for them."
+        default=[],
+        description="Surveys whose alerts get every output of the bundle although it was not trained for them.",
     )
 
     @model_validator(mode="before")
@@ -356,21 +373,22 @@ class Model(ServiceSection):
 
 
 class Anomalies(ServiceSection):
-    """The alerts that are least like ordinary ones go to `<prefix>.anomalies` too."""
+    """Anomaly detection: the alerts that differ most from ordinary ones are also published to `<prefix>.anomalies`."""
 
     reference: ReadablePath = Field(
-        description="The ordinary ones: a file that `broker-filter reference build` made with one of the models."
+        description="File of ordinary alerts, which `broker-filter reference build` made with one of the models."
     )
     rate: float = Field(
         default=0.001,
         gt=0,
         le=0.1,
-        description="The share of the judged alerts that are flagged: the threshold follows the stream to keep it.",
+        description="Fraction of the judged alerts to flag. The threshold follows the stream so that this fraction is "
+        "reached.",
     )
     where: str | None = Field(
         default=None,
-        description="The alerts that are judged, an expression as a filter's (`real > 0.9`: bogus ones are strange, "
-        "too); the reference's own if absent.",
+        description="Which alerts are judged: an expression as in a filter; the one of the reference if absent. "
+        "`real > 0.9` excludes bogus alerts, which would be flagged otherwise.",
     )
 
     @field_validator("reference")
@@ -389,10 +407,13 @@ class Anomalies(ServiceSection):
 
 
 class Filter(ServiceSection):
-    """Alerts for which `where` is true go to `<prefix>.<name>` too."""
+    """A filter: alerts for which `where` is true are also published to `<prefix>.<name>`."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9._-]+$", description="Last part of the topic's name.")
-    where: str = Field(description="An expression over scores and alert fields: `real > 0.65 and magpsf < 18.5`.")
+    name: str = Field(pattern=r"^[a-zA-Z0-9._-]+$", description="Last part of the name of the filter's topic.")
+    where: str = Field(
+        description="Which alerts pass: an expression over scores and alert fields, such as `real > 0.65 and magpsf < "
+        "18.5`."
+    )
 
     @field_validator("name")
     @classmethod
@@ -412,84 +433,100 @@ class Filter(ServiceSection):
 class Batch(ServiceSection):
     """How many alerts are decoded and scored together."""
 
-    max_size: int = Field(default=128, gt=0, le=4096, description="Most packets in a batch.")
-    max_wait_ms: int = Field(default=20, ge=0, description="How long a batch waits to be full.")
+    max_size: int = Field(default=128, gt=0, le=4096, description="Largest number of packets in a batch.")
+    max_wait_ms: int = Field(default=20, ge=0, description="Time in milliseconds to wait until a batch is full.")
 
 
 class Transaction(ServiceSection):
-    """A transaction ends when nothing more is on its way, by count, or by time, whichever comes first.
+    """The limits at which a transaction is committed; the first one that is reached counts.
 
-    So a quiet stream is delivered at once, and a burst in few large transactions.
+    A quiet stream is delivered at once, and a burst is delivered in few large transactions.
     """
 
     linger_ms: int = Field(
-        default=10, ge=0, description="How long a transaction stays open although nothing more is on its way."
+        default=10,
+        ge=0,
+        description="Time in milliseconds until a transaction is committed while no more alerts are in flight.",
     )
-    max_alerts: int = Field(default=1024, gt=0, description="Most alerts in a transaction.")
-    max_ms: int = Field(default=500, gt=0, description="How long a transaction stays open while more is on its way.")
+    max_alerts: int = Field(
+        default=1024, gt=0, description="Number of packets in a transaction at which it is committed."
+    )
+    max_ms: int = Field(
+        default=500,
+        gt=0,
+        description="Time in milliseconds until a transaction is committed while more alerts are in flight.",
+    )
 
 
 class Runtime(ServiceSection):
-    """What runs the networks. A device that was asked for and is not there is an error, never a silent fall-back."""
+    """The engine and device that run the networks. A requested device that is absent is an error, never a fallback."""
 
     engine: Literal["auto", "onnxruntime", "torch"] = Field(
-        default="auto", description="`auto`, `onnxruntime`, `torch`."
+        default="auto",
+        description="Library that runs the networks: `onnxruntime`, `torch`, or `auto`, which takes torch on CUDA and "
+        "onnxruntime on a CPU.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="`auto` uses CUDA if there is a GPU and PyTorch is installed; `cpu`, `cuda`."
+        default="auto",
+        description="Device: `cpu`, `cuda`, or `auto`, which takes CUDA if there is a GPU and PyTorch is installed.",
     )
     precision: Literal["float32", "float16", "bfloat16"] = Field(
-        default="float32", description="What torch computes in on a CUDA device; scores are float32 in any case."
+        default="float32", description="Floating-point type of torch on a CUDA device. Scores are float32 in any case."
     )
     decode_threads: int | None = Field(
-        default=None, gt=0, description="Decoding threads; by the available cores if absent."
+        default=None, gt=0, description="Number of decoding threads; the number of available cores if absent."
     )
     inference_threads: int | None = Field(
-        default=None, gt=0, description="Threads of one inference; by the available cores if absent."
+        default=None, gt=0, description="Number of threads of one inference; chosen by the available cores if absent."
     )
 
 
 class Http(ServiceSection):
-    """Where /metrics, /livez and /readyz are served."""
+    """The address at which /metrics, /livez and /readyz are served."""
 
-    host: str = Field(default="127.0.0.1", description="Address to listen at; this machine alone by default.")
-    port: int = Field(default=9108, ge=0, le=65535, description="0 takes a free port.")
+    host: str = Field(
+        default="127.0.0.1", description="Address to listen on; by default only this machine can connect."
+    )
+    port: int = Field(default=9108, ge=0, le=65535, description="Port to listen on; 0 takes a free port.")
 
 
 class Service(ServiceSection):
-    """The whole file."""
+    """A whole service file."""
 
-    input: Input = Field(description="Where alerts come from.")
-    output: Output = Field(description="Where scored alerts go.")
+    input: Input = Field(description="Kafka topics that alerts are read from.")
+    output: Output = Field(description="Kafka topics that scored alerts are written to.")
     models: list[Model] = Field(
         default=[Model(bundle="default")],
         min_length=1,
-        description="Bundles to score with, as `[default, ./mine]`; the default bundle if absent.",
+        description="Bundles to score with, such as `[default, ./mine]`; the bundle `default` if absent.",
     )
-    anomalies: Anomalies | None = Field(default=None, description="What is an anomaly; nothing if absent.")
-    filters: list[Filter] = Field(default=[], description="Topics of chosen alerts.")
+    anomalies: Anomalies | None = Field(default=None, description="Anomaly detection; off if absent.")
+    filters: list[Filter] = Field(default=[], description="Filters, each with a topic of its own.")
     duplicates: Literal["mark", "drop"] = Field(
         default="mark",
-        description="An alert whose id was seen before is published with a mark (`mark`) or not at all (`drop`), and "
-        "counted as a duplicate. Ids are remembered in memory: an instance does not know the ids that it saw before "
-        "a restart or that another instance saw.",
+        description="What to do with an alert whose id was seen before: `mark` publishes it with a mark, `drop` does "
+        "not publish it. It is counted as a duplicate in both cases. Ids are kept in memory: an instance does not know "
+        "the ids that it saw before a restart, nor the ids that another instance saw.",
     )
     duplicate_window: int = Field(
         default=1_000_000,
         ge=0,
-        description="How many of the latest alert ids an instance remembers; a restart forgets them all.",
+        description="Number of the latest alert ids that an instance remembers. A restart forgets all of them.",
     )
-    batch: Batch = Field(default=Batch(), description="How many alerts are decoded and scored together.")
-    transaction: Transaction = Field(default=Transaction(), description="How long a transaction is.")
-    runtime: Runtime = Field(default=Runtime(), description="What runs the networks.")
-    http: Http = Field(default=Http(), description="Where metrics and health are served.")
+    batch: Batch = Field(default=Batch(), description="Limits of the batches that are decoded and scored together.")
+    transaction: Transaction = Field(default=Transaction(), description="Limits at which a transaction is committed.")
+    runtime: Runtime = Field(default=Runtime(), description="Engine and device that run the networks.")
+    http: Http = Field(default=Http(), description="Address at which metrics and health are served.")
     stall_timeout_s: float = Field(
-        default=120, gt=0, description="A stage without progress for so long ends the process, non-zero."
+        default=120,
+        gt=0,
+        description="Time in seconds. If a stage makes no progress for longer, the process ends with a non-zero exit "
+        "status.",
     )
 
     @property
     def output_topics(self) -> list[str]:
-        """Every topic that alerts and dead letters go to."""
+        """The names of all topics that alerts and dead letters are written to."""
         anomalous = [ANOMALIES] if self.anomalies else []
         names = [SCORED, *anomalous, *(one.name for one in self.filters), DEAD_LETTER]
         return [f"{self.output.prefix}.{name}" for name in names]
@@ -499,7 +536,7 @@ class Service(ServiceSection):
     def _filters_differ(cls, filters: list[Filter]) -> list[Filter]:
         names = [filter_.name for filter_ in filters]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"more than one filter is called {', '.join(twice)}")
+            raise ValueError(f"more than one filter has the name {', '.join(twice)}")
         return filters
 
     @model_validator(mode="after")
@@ -518,17 +555,17 @@ class Service(ServiceSection):
             names = [checks.model_name(model.bundle) for model in models]
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(
-                    f"more than one bundle is called {', '.join(twice)}; their outputs could not be told apart"
+                    f"more than one bundle has the name {', '.join(twice)}; their outputs would have the same names"
                 )
         return models
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
-    """What was probably meant by an unknown word, to be put behind the message."""
+    """Text to append to a message about an unknown word: the most similar known word, or else all known words."""
     close = get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}" if known else ""
 
 
 def _is_http_url(location: str) -> bool:
-    """Whether `location` is a URL of a server, not a path."""
+    """Whether `location` is an HTTP(S) URL, not a path."""
     return urlsplit(location).scheme in ("http", "https")

@@ -1,4 +1,4 @@
-"""What a service file is checked against besides itself: environment, bundles, models' outputs, librdkafka."""
+"""Checks of a service file against environment variables, bundles, the outputs of models, and librdkafka."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from broker_filter.streaming.expressions import FIELDS, compile_filter
 
 OIDC_ENDPOINT = "sasl.oauthbearer.token.endpoint.url"
 NO_ENDPOINT = "file:///dev/null"
-"""librdkafka asks for an OIDC token as soon as it makes a client. A check must not send the secret anywhere."""
+"""librdkafka requests an OIDC token when a client is created. A check must not send the secret to any server."""
 
 
 class EnvironmentChecks(ConfigChecks):
-    """Checks of a service file in the environment of this process."""
+    """Checks of a service file, made on this machine. It connects to no server."""
 
     def __init__(self, environment: Mapping[str, str], bundles: Sequence[str]) -> None:
-        """`bundles`: those that the file names, sound or not."""
+        """`environment`: variables by name. `bundles`: the bundles that the file names, valid or not."""
         self._environment = environment
         self._bundles = bundles
         self._opened: dict[str, Bundle | BundleError] = {}
@@ -56,11 +56,11 @@ class EnvironmentChecks(ConfigChecks):
         return outputs
 
     def check_reference(self, file: Path) -> None:
-        """See ConfigChecks. Reads its card alone, not what may be gigabytes."""
+        """See ConfigChecks. Reads only the card of the file, because the file may have gigabytes."""
         cards = [opened.card for name in self._bundles if isinstance(opened := self._open(name), Bundle)]
         try:
             reference = read_card(file)
-            if len(cards) == len(self._bundles):  # what is wrong with a bundle is said of the models
+            if len(cards) == len(self._bundles):  # an error in a bundle is reported under `models`
                 check_made_with(file, reference, cards)
         except ReferenceSetError as error:
             raise ValueError(str(error)) from None
@@ -76,7 +76,7 @@ class EnvironmentChecks(ConfigChecks):
         sasl: Sasl | None,
         tls: Tls | None,
     ) -> None:
-        """See ConfigChecks. The check makes a client without servers, which connects to nothing.
+        """See ConfigChecks. The check creates a client without servers, which connects to nothing.
 
         The client gets the text of the secrets, because some properties are valid only beside a secret one.
         """
@@ -99,7 +99,7 @@ class EnvironmentChecks(ConfigChecks):
             raise ValueError(message) from None
 
     def _open(self, name: str) -> Bundle | BundleError:
-        """The bundle, or what is wrong with it: read once."""
+        """Returns the bundle, or the error with which it cannot be opened. Each bundle is read once."""
         if name not in self._opened:
             try:
                 self._opened[name] = load_bundle(name)

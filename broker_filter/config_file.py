@@ -1,4 +1,4 @@
-"""A service file: reads it, checks it, and reports all its errors at once."""
+"""Reads a service file, checks it, and reports all its errors at once."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from broker_filter.config import SecretFromEnvironment, SecretFromFile, Section,
 from broker_filter.config_checks import EnvironmentChecks
 
 MAX_FILE_BYTES = 1 << 20
-"""A service file has some dozens of lines; anything near this is another file, named by mistake."""
+"""A service file has some dozens of lines. A file near this size was named by mistake."""
 ENVIRONMENT_PREFIX = "BROKER_FILTER__"
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong with a service file: the path of its key (`filters[0].where`), and what."""
+    """One error in a service file: the path of the key (`filters[0].where`, empty for the whole file) and a message."""
 
     path: str
     message: str
@@ -31,7 +31,7 @@ class Problem:
 
 
 class ConfigError(Exception):
-    """A service file that cannot be used, with everything that is wrong with it."""
+    """A service file cannot be used. `problems` lists all errors in it."""
 
     exit_status = 2
 
@@ -43,8 +43,8 @@ class ConfigError(Exception):
 def load_service(file: Path, environment: Mapping[str, str] = os.environ) -> Service:
     """Reads a service file and checks all of it.
 
-    `environment`: `BROKER_FILTER__INPUT__GROUP_ID=me` overrides the key input.group_id; values are YAML, and one for a
-    whole section replaces it. Raises ConfigError with every problem.
+    `environment`: the variable `BROKER_FILTER__INPUT__GROUP_ID=me` overrides the key input.group_id. Values are YAML; a
+    value for a section replaces the whole section. Raises ConfigError with all errors.
     """
     try:
         document = _read_yaml(file)
@@ -59,18 +59,18 @@ def load_service(file: Path, environment: Mapping[str, str] = os.environ) -> Ser
 
 
 class _UnreadableError(Exception):
-    """A file that cannot be read or is no YAML mapping, or an override that fits nowhere."""
+    """The file cannot be read or is not a YAML mapping, or an override has no place in it."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain values only, and no key twice in a mapping."""
+    """Loads plain YAML values only, and refuses a mapping with a repeated key."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = str(key_node.value)
             if key in seen:
-                raise _UnreadableError(f"line {key_node.start_mark.line + 1}: the key {key!r} is there twice")
+                raise _UnreadableError(f"line {key_node.start_mark.line + 1}: the key {key!r} is repeated")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -103,7 +103,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _override(document: dict[str, Any], environment: Mapping[str, str]) -> None:
-    """Puts the values of BROKER_FILTER__... variables into the document."""
+    """Writes the values of the BROKER_FILTER__... variables into the document."""
     for variable in sorted(environment):
         if not variable.startswith(ENVIRONMENT_PREFIX):
             continue
@@ -122,7 +122,7 @@ def _override(document: dict[str, Any], environment: Mapping[str, str]) -> None:
 
 
 def _bundles(document: dict[str, Any]) -> list[str]:
-    """The bundles that a document names, which is not checked yet."""
+    """The names of the bundles in a document that is not validated yet."""
     models = document.get("models", ["default"])
     entries = models if isinstance(models, list) else []
     named = [entry.get("bundle") if isinstance(entry, dict) else entry for entry in entries]
@@ -130,7 +130,7 @@ def _bundles(document: dict[str, Any]) -> list[str]:
 
 
 def _describe(error: ValidationError, document: Any) -> Iterator[Problem]:
-    """Pydantic's errors, each with the path of its key and in plain words."""
+    """Converts pydantic's errors to problems with the path of the key and a plain message."""
     for detail in error.errors(include_url=False, include_input=False):
         keys = list(_keys(detail["loc"], document))
         path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
@@ -148,7 +148,7 @@ def _describe(error: ValidationError, document: Any) -> Iterator[Problem]:
 
 
 def _keys(location: Sequence[int | str], document: Any) -> Iterator[int | str]:
-    """The parts of pydantic's location that are keys: it also names the members of unions there."""
+    """The parts of pydantic's location that are keys of the document. Other parts are the names of union members."""
     for part in location:
         if isinstance(document, list) and isinstance(part, int):
             document = document[part]
@@ -168,7 +168,7 @@ def _known_keys(path: Sequence[int | str]) -> list[str]:
 
 
 def _sections(annotation: Any) -> Iterator[type[Section]]:
-    """The sections that a field's type holds: itself, in a list, or among alternatives."""
+    """The sections in a field's type: the type itself, the elements of a list, or the members of a union."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for argument in get_args(annotation):
@@ -176,7 +176,10 @@ def _sections(annotation: Any) -> Iterator[type[Section]]:
 
 
 def document_keys(section: type[Section] = Service, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Every key of a service file: its path, its default (empty where absence means absence), and what it means."""
+    """Yields (path, default, description) for every key of a service file.
+
+    The default is `required` for a required key and empty for a key that may be absent.
+    """
     for name, key in section.model_fields.items():
         default = "" if key.default is None or isinstance(key.default, Section | list) else str(key.default)
         yield f"{prefix}{name}", "required" if key.is_required() else default, str(key.description)

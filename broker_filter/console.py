@@ -1,4 +1,4 @@
-"""What a person sees while a command works: progress, log lines. All of it goes to stderr; stdout is for results."""
+"""Progress and log lines of a command, written to stderr; stdout is for results."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LOG_INTERVAL_S = 10.0
-"""Between progress lines where there is no terminal: often enough to see life, rarely enough to keep a log short."""
+"""Seconds between progress lines if stderr is not a terminal, so that a log stays short."""
 
 log = logging.getLogger(__name__)
 
 
 def set_up_logging(*, verbose: bool = False, quiet: bool = False) -> None:
-    """Sends the log to stderr: with rich on a terminal (above a progress bar), plain lines with UTC times elsewhere.
+    """Sends the log to stderr: formatted with rich on a terminal, as plain lines with UTC times elsewhere.
 
-    `quiet`: warnings and errors only.
+    `verbose`: debug messages too. `quiet`: warnings and errors only.
     """
     handler: logging.Handler
     if sys.stderr.isatty():
@@ -44,10 +44,11 @@ def set_up_logging(*, verbose: bool = False, quiet: bool = False) -> None:
 def progress(
     description: str, total: int | None = None, unit: str = "alerts", share: Callable[[], float | None] | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Shows how far work has come, and how long it will take: `with progress("Scoring", n) as advance: advance(64)`.
+    """Shows the progress and the remaining time of work: `with progress("Scoring", n) as advance: advance(64)`.
 
-    A bar on a terminal, a log line every ten seconds elsewhere, nothing where the log is quiet. `total`: how many units
-    there will be, None where nobody knows; `share` then says how much of the work is done, from 0 to 1, or None.
+    It shows a bar on a terminal, a log line every ten seconds elsewhere, and nothing if the log is quiet. Yields a
+    function to call with the number of units that were done since the last call. `total`: the number of units, or None
+    if it is unknown. In that case `share` returns the fraction of the work that is done, from 0 to 1, or None.
     """
     if not log.isEnabledFor(logging.INFO):
         yield lambda _: None
@@ -68,7 +69,7 @@ def progress(
 
 
 _Show = Callable[[int, int | None, Callable[[], float | None]], None]
-"""Shows how many units are done, of how many, and asks for the share where it needs it."""
+"""Shows progress. Arguments: units done, total units or None, and a function that returns the fraction done or None."""
 
 
 @contextmanager
@@ -125,7 +126,7 @@ def _count(done: int, total: int | None) -> str:
 
 
 def stdout_console(**options: Any) -> Console:
-    """A rich console for results. Where the reader of stdout has left, it raises BrokenPipeError, as `print` does."""
+    """Returns a rich console for results. Like `print`, it raises BrokenPipeError if the reader of stdout is gone."""
     from rich.console import Console
 
     class ResultConsole(Console):
@@ -137,12 +138,12 @@ def stdout_console(**options: Any) -> Console:
 
 @cache
 def _terminal() -> Console:
-    """The one console on stderr, so that log lines and a progress bar do not overwrite each other."""
+    """Returns the console on stderr that log lines and the progress bar share, so that neither overwrites the other."""
     from rich.console import Console
 
     return Console(stderr=True)
 
 
 def printable(text: str) -> str:
-    """`text` without what would command a terminal: packets are anybody's."""
+    """Replaces non-printable characters by `?`. Text from packets is untrusted and could control the terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -1,4 +1,4 @@
-"""/metrics, /livez and /readyz over HTTP. Reads what the service says of itself and changes nothing."""
+"""Serves /metrics, /livez and /readyz over HTTP. A request never changes the state of the service."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from broker_filter.metrics import Metrics
 TEXT = "text/plain; charset=utf-8"
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 REQUEST_TIMEOUT_S = 10.0
-"""A client that sends no request, or reads no answer, is let go."""
+"""A connection is closed if the client sends no request, or reads no answer, for so long."""
 
 log = logging.getLogger(__name__)
 
 
 class Health:
-    """Whether the service works, in its own words: what it waits for, and what is wrong with it."""
+    """The state of the service: the reasons why it is not ready, and the reason why it is unhealthy."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, str] = {}
@@ -29,7 +29,7 @@ class Health:
         """Returns why the service is unhealthy: which stage is stuck or has ended. Returns None if it is healthy."""
 
     def set(self, subject: str, reason: str | None) -> None:
-        """Not ready for this `reason`, or ready as far as `subject` goes."""
+        """Sets why `subject` keeps the service from being ready. With None or an empty `reason`, `subject` is ready."""
         if reason:
             self._waiting[subject] = reason
         else:
@@ -37,29 +37,29 @@ class Health:
 
     @property
     def waiting(self) -> str:
-        """All that is waited for; empty where the service is ready."""
+        """The reasons why the service is not ready, as one line of text; empty if it is ready."""
         return "; ".join(f"{subject}: {reason}" for subject, reason in sorted(self._waiting.copy().items()))
 
 
 class _Server(ThreadingHTTPServer):
-    """An HTTP server for which a client that goes away, whenever it does, is no error."""
+    """An HTTP server that does not report an error if a client closes its connection early."""
 
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
-        """Says in one line what ended a request."""
+        """Logs why a request ended: one line if the client closed the connection, a traceback otherwise."""
         error = sys.exception()
         if isinstance(error, OSError):
             log.debug("HTTP client %s: %s", client_address, error)
         else:
-            log.exception("an HTTP request of %s failed", client_address)
+            log.exception("an HTTP request from %s failed", client_address)
 
 
 @contextmanager
 def serve(health: Health, metrics: Metrics, host: str, port: int) -> Iterator[int]:
-    """Answers on `host:port` within the block; yields the port, which the system chooses where `port` is 0.
+    """Serves on `host:port` until the block ends, and yields the port. The system chooses a port if `port` is 0.
 
-    Raises OSError where the address cannot be had.
+    Raises OSError if the service cannot listen on the address.
     """
 
     class Request(BaseHTTPRequestHandler):
@@ -70,15 +70,15 @@ def serve(health: Health, metrics: Metrics, host: str, port: int) -> Iterator[in
                 case "/metrics":
                     self._answer(HTTPStatus.OK, metrics.exposition(), PROMETHEUS)
                 case "/livez":
-                    self._judge(health.unhealthy_reason())
+                    self._answer_check(health.unhealthy_reason())
                 case "/readyz":
-                    self._judge(health.unhealthy_reason() or health.waiting)
+                    self._answer_check(health.unhealthy_reason() or health.waiting)
                 case _:
                     self._answer(HTTPStatus.NOT_FOUND, b"/metrics, /livez, /readyz\n", TEXT)
 
-        def _judge(self, complaint: str | None) -> None:
-            if complaint:
-                self._answer(HTTPStatus.SERVICE_UNAVAILABLE, f"{complaint}\n".encode(), TEXT)
+        def _answer_check(self, reason: str | None) -> None:
+            if reason:
+                self._answer(HTTPStatus.SERVICE_UNAVAILABLE, f"{reason}\n".encode(), TEXT)
             else:
                 self._answer(HTTPStatus.OK, b"ok\n", TEXT)
 
@@ -90,7 +90,7 @@ def serve(health: Health, metrics: Metrics, host: str, port: int) -> Iterator[in
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Scrapes are no news."""
+            """Logs nothing: Prometheus sends a request every few seconds."""
 
     try:
         server = _Server((host, port), Request)

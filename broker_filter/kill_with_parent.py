@@ -1,6 +1,6 @@
-"""Child processes that must not outlive this one, not even where it is killed and can end nothing itself.
+"""Child processes that must end with this process, even if this process is killed with SIGKILL.
 
-Never for what should be ended in good order: the child is killed.
+A child gets no chance to end in an orderly way: it is killed.
 """
 
 from __future__ import annotations
@@ -10,33 +10,33 @@ from typing import Protocol
 
 
 class Child(Protocol):
-    """A process that was started here."""
+    """A child process that this process has started."""
 
     @property
     def pid(self) -> int | None:
-        """Its id."""
+        """The process id."""
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """Kills the process."""
 
 
 class KillWithParent:
-    """Holds a child process until it is cut, and kills it where this process is gone before.
+    """Kills a child process if this process ends before `release` is called.
 
-    A shell waits on a pipe whose other end this process has. `PR_SET_PDEATHSIG` would do without, but means the thread
-    that started the child, and threads come and go.
+    A shell waits on a pipe whose other end this process holds. `PR_SET_PDEATHSIG` would need no shell, but it kills the
+    child when the thread that started the child ends.
     """
 
     def __init__(self, child: Child) -> None:
         command = ["/bin/sh", "-c", "read _; kill -KILL $0", str(child.pid)]
         try:
-            # A session of its own: Ctrl-C at the terminal must not end it.
+            # The shell has its own session, so that Ctrl-C at the terminal does not end it.
             self._watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-        except BaseException:  # nobody holds the child yet: an interrupt would leave it alone
+        except BaseException:  # without the shell, an interrupt would leave the child running
             child.kill()
             raise
 
     def release(self) -> None:
-        """Lets go of the child: to be called before it is waited for, after which its id may be anybody's."""
+        """Stops guarding the child. Call this before waiting for the child: its id may be reused after that."""
         self._watcher.kill()
         self._watcher.communicate()

@@ -1,6 +1,6 @@
-"""Kafka brokers on this machine's loopback, for the demonstration, the benchmark and the tests.
+"""Kafka brokers on the loopback interface, for the demonstration, the benchmark and the tests.
 
-Never for data that anybody wants to keep: a broker ends with the `with` block that started it, or with its process.
+They must not hold data that you want to keep: a broker ends with the `with` block or with the process that started it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from types import TracebackType
 from broker_filter.kill_with_parent import KillWithParent
 
 USER = "alice"
-"""What clients of a secure cluster log in as; the password is made anew for each cluster."""
+"""User name of the clients of a secure cluster. Each cluster has a new random password."""
 HIGHEST_PACKET_BYTES = 128 * 2**20
-"""A cluster takes messages far above what the service accepts, so that an oversized one can be sent to it."""
+"""Largest message of a cluster. It is far above the service's limit, so that tests can send too large messages."""
 PORTS = range(20000, 32000)
-"""Below Linux's ephemeral range, so that no client's outgoing connection takes the port of a broker that is down."""
+"""These are below Linux's ephemeral ports: no outgoing connection can take the port of a broker that is down."""
 READY_TIMEOUT_S = 120.0
 
 
 class BrokerError(RuntimeError):
-    """A broker that does not start; the message holds the end of its log."""
+    """A broker does not start. The message contains the end of the broker's log."""
 
 
 def kafka_home() -> Path | None:
@@ -41,7 +41,7 @@ def kafka_home() -> Path | None:
 
 
 def free_ports(n: int) -> list[int]:
-    """`n` ports of loopback that nobody listens on now."""
+    """Returns `n` free ports of the loopback interface. Raises BrokerError if there are fewer."""
     ports: list[int] = []
     for port in random.sample(PORTS, len(PORTS)):
         with socket.socket() as probe, suppress(OSError):
@@ -53,15 +53,18 @@ def free_ports(n: int) -> list[int]:
 
 
 def new_cluster_id() -> str:
-    """16 bytes as Kafka writes them; the first is 0, for an id with a dash in front is an option to Kafka's scripts."""
+    """Returns a random cluster id: 16 bytes in URL-safe base64.
+
+    The first byte is 0, because Kafka's scripts take an id that begins with a dash as an option.
+    """
     return base64.urlsafe_b64encode(b"\0" + secrets.token_bytes(15)).decode().rstrip("=")
 
 
 class KafkaCluster:
     """Apache Kafka in KRaft mode: one node or three, plaintext or TLS with SCRAM-SHA-512 (`secure`).
 
-    `home` is a Kafka distribution, `directory` holds the logs. Single nodes can be killed and started again; they keep
-    their ports and their data. `overrides` are broker properties.
+    `home` is the directory of a Kafka distribution, and `directory` holds the data and logs. A node can be killed and
+    started again; it keeps its ports and its data. `overrides` are broker properties.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class KafkaCluster:
         overrides: Mapping[str, str] | None = None,
         proxy_port: int | None = None,
     ) -> None:
-        """`proxy_port`: where clients are told to find a cluster of one node, for a proxy to listen on."""
+        """`proxy_port`: the port that a cluster of one node advertises to clients, so that a proxy can listen there."""
         self.home = home.resolve()
         self.directory = directory.resolve()
         self.secure = secure
@@ -91,26 +94,26 @@ class KafkaCluster:
 
     @property
     def bootstrap_servers(self) -> str:
-        """`host:port,...` of every node."""
+        """Addresses of all nodes as clients know them: `host:port,...`."""
         return ",".join(f"127.0.0.1:{port}" for port in self._advertised_ports.values())
 
     @property
     def process_ids(self) -> tuple[int, ...]:
-        """Of the nodes that are running."""
+        """The process ids of the running nodes."""
         return tuple(process.pid for process in self._processes.values())
 
     @property
     def listener(self) -> str:
-        """`host:port` where the first node listens, whatever clients are told."""
+        """The address `host:port` on which the first node listens, which may differ from the advertised address."""
         return f"127.0.0.1:{self._client_ports[1]}"
 
     @property
     def ca(self) -> Path:
-        """The certificate that clients of a secure cluster trust (PEM)."""
+        """The PEM file of the certificate that clients of a secure cluster trust."""
         return self.directory / "ca.pem"
 
     def client_properties(self) -> dict[str, str]:
-        """librdkafka properties of a client."""
+        """Returns the librdkafka properties with which a client connects, including the password."""
         if not self.secure:
             return {"bootstrap.servers": self.bootstrap_servers}
         return {
@@ -140,12 +143,12 @@ class KafkaCluster:
         self.stop()
 
     def start(self, node: int) -> None:
-        """Starts a node that was killed and waits until it listens."""
+        """Starts a node that was killed and waits until it listens. Raises BrokerError if it does not start."""
         self._launch(node)
         self._wait_until_listening(node)
 
     def kill(self, node: int, signal_number: int = signal.SIGKILL) -> None:
-        """Ends a node: at once, or in good order with SIGTERM."""
+        """Sends a signal to a node and waits until it ends: at once with SIGKILL, in an orderly way with SIGTERM."""
         process = self._processes.pop(node)
         self._guards.pop(node).release()
         process.send_signal(signal_number)
@@ -238,7 +241,7 @@ class KafkaCluster:
             raise BrokerError(f"{command[0]} failed: {(done.stdout + done.stderr)[-2000:]}")
 
     def _environment(self) -> dict[str, str]:
-        # A distribution writes its logs beside itself unless told otherwise, and that may be read-only.
+        # By default Kafka writes its logs into the directory of the distribution, which may be read-only.
         return {**os.environ, "LOG_DIR": str(self.directory / "logs")}
 
     def _launch(self, node: int) -> None:
@@ -259,9 +262,10 @@ class KafkaCluster:
 
 @contextmanager
 def embedded_broker(directory: Path) -> Iterator[str]:
-    """A single small broker without Java (noida-db, of the extra `demo`); yields its `host:port`.
+    """Runs a small broker without Java (noida-db, from the extra `demo`), and yields its address `host:port`.
 
-    It knows groups, transactions and read_committed, but is no Apache Kafka: nothing is proven by it.
+    It supports groups, transactions and read_committed, but it is not Apache Kafka: a test with it does not prove that
+    the service works with Apache Kafka. Raises BrokerError if it is not installed or does not start.
     """
     try:
         program = Path(str(files("noida_db"))) / "noida-db"
@@ -287,7 +291,7 @@ def embedded_broker(directory: Path) -> Iterator[str]:
 
 
 def wait_until_listening(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Waits until `process` accepts connections on `port`; raises BrokerError where it ends or takes too long."""
+    """Waits until `process` accepts connections on `port`. Raises BrokerError if it ends or takes too long."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     while True:
         if process.poll() is not None or time.monotonic() > deadline:

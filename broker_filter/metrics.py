@@ -1,4 +1,4 @@
-"""Every metric of the service, in one place. Alerts count only once the transaction with their output is committed.
+"""Every metric of the service, in one place. An alert is counted once the transaction with its output is committed.
 
 Names follow Prometheus' conventions: base units, `_total` on counters, the prefix `broker_filter_`.
 """
@@ -28,75 +28,99 @@ from broker_filter.packets.rejects import RejectReason
 from broker_filter.streaming.account import Account
 
 STAGE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
-"""From a batch of a few alerts to a stage that is about to be called stuck."""
+"""Bucket limits in seconds: from a batch of a few alerts to a stage that is almost reported as stuck."""
 PRODUCER_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 300, 1800, 7200)
-"""From one transaction to a backlog of hours."""
+"""Bucket limits in seconds: from the time of one transaction to a backlog of hours."""
 EXPOSURE_SECONDS = (5, 10, 20, 40, 60, 120, 300, 600, 1200, 3600, 7200, 21600, 86400)
-"""Around the survey's own time to alert: 60 s for Rubin, some minutes for ZTF."""
+"""Bucket limits in seconds, chosen around the time that a survey takes to send an alert: 60 s for Rubin, minutes for
+ZTF."""
 BATCH_ALERTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-# Each counter and histogram would have a series more, `..._created`, which no rule or panel reads.
+# By default each counter and histogram also has a series `..._created`, which no rule or panel reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class LossReason(StrEnum):
-    """Why messages of an input topic are gone before they were read: the closed list of the metric's reasons."""
+    """Why messages of an input topic were lost before they were read: the values of the metric's label `reason`."""
 
     EXPIRED = "expired"
-    """The topic's retention, or an operator, has deleted them."""
+    """The topic's retention time, or an operator, deleted the messages."""
     TRUNCATED = "truncated"
-    """An election of a leader that was behind (an unclean one) has cut them off the end of the log."""
+    """An unclean leader election (the new leader was behind) cut the messages off the end of the log."""
 
 
 class Metrics:
-    """The collectors, on a registry of their own unless one is given."""
+    """The service's metrics. They are registered in `registry`, or in a new registry if it is None."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self._registry = registry or CollectorRegistry()
         self._consistent = threading.Lock()
         ProcessCollector(registry=self._registry)
-        self._consumed = self._counter("consumed_alerts", "Alerts read from the input topics.")
-        self._scored = self._counter("scored_alerts", "Alerts that at least one model scored, duplicates left out.")
-        self._rejected = self._counter("rejected_alerts", "Inputs that could not be scored.", "reason")
-        self._duplicates = self._counter("duplicate_alerts", "Alerts whose id was seen before within the window.")
+        self._consumed = self._counter("consumed_alerts", "Alerts that were read from the input topics.")
+        self._scored = self._counter("scored_alerts", "Alerts that at least one model scored, without duplicates.")
+        self._rejected = self._counter("rejected_alerts", "Inputs that could not be scored, by reason.", "reason")
+        self._duplicates = self._counter(
+            "duplicate_alerts", "Scored alerts whose id this instance has seen before (see `duplicate_window`)."
+        )
         self._unaccounted = self._gauge(
-            "unaccounted_alerts", "Consumed less scored, rejected and duplicate alerts: anything but 0 is a fault."
+            "unaccounted_alerts",
+            "Consumed minus scored, rejected and duplicate alerts. Any value but 0 is a fault of the program.",
         )
         self._lost = self._counter(
             "lost_messages",
-            "Offsets of the input that were gone before they were read, by reason: they expired, or were truncated.",
+            "Input offsets that the brokers no longer held when the service was to read them, by reason: `expired` "
+            "(deleted by retention or by an operator) or `truncated` (cut off by an unclean leader election).",
             "topic",
             "reason",
         )
-        self._judged = self._counter("judged_alerts", "Scored alerts that passed the cut and could be anomalies.")
-        self._anomalous = self._counter("anomalous_alerts", "Those of them that were flagged as anomalies.")
+        self._judged = self._counter(
+            "judged_alerts", "Scored alerts that passed the cut and were compared with the reference."
+        )
+        self._anomalous = self._counter("anomalous_alerts", "Judged alerts that were flagged as anomalies.")
         self._unjudged = self._counter(
             "unjudged_alerts",
-            "Scored alerts that passed the cut and were not judged: the reference has too few of their survey.",
+            "Scored alerts that passed the cut but were not judged: the reference has too few alerts of the survey.",
             "survey",
         )
         self._anomaly_rate = self._gauge(
-            "anomaly_rate", "Share of the judged alerts that were flagged since the start."
+            "anomaly_rate", "Fraction of the judged alerts that were flagged, since the start of the process."
         )
         self._so_far: Tally[str] = Tally()
-        self._published = self._counter("published_records", "Records published.", "topic")
-        self._dead_letters = self._counter("dead_letters", "Records published to the dead-letter topic.")
-        self._transactions = self._counter("transactions", "Transactions by how they ended.", "outcome")
-        self._lag = self._gauge("consumer_lag_messages", "Messages not yet accounted for.", "topic", "partition")
+        self._published = self._counter(
+            "published_records", "Records published in committed transactions, by topic.", "topic"
+        )
+        self._dead_letters = self._counter(
+            "dead_letters", "Records published to the dead-letter topic in committed transactions."
+        )
+        self._transactions = self._counter(
+            "transactions", "Transactions by outcome: `committed` or `aborted`.", "outcome"
+        )
+        self._lag = self._gauge(
+            "consumer_lag_messages",
+            "Messages between the committed position and the end of an input partition.",
+            "topic",
+            "partition",
+        )
         self._assigned = self._gauge("assigned_partitions", "Input partitions that this instance reads.")
-        self.queue_depth = self._gauge("queue_depth_batches", "Batches that wait before a stage.", "stage")
-        self.batch_alerts = self._histogram("batch_alerts", "Messages taken from Kafka at a time.", BATCH_ALERTS)
-        self._stage = self._histogram("stage_seconds", "Time of one batch in a stage.", STAGE_SECONDS, "stage")
+        self.queue_depth = self._gauge("queue_depth_batches", "Batches in the queue before a stage.", "stage")
+        self.batch_alerts = self._histogram("batch_alerts", "Messages in one batch read from Kafka.", BATCH_ALERTS)
+        self._stage = self._histogram(
+            "stage_seconds", "Processing time of one batch in a stage.", STAGE_SECONDS, "stage"
+        )
         self._since_producer = self._histogram(
             "producer_latency_seconds",
-            "From the input message's Kafka timestamp to the committed output.",
+            "Time from the Kafka timestamp of the input message to the commit of the output.",
             PRODUCER_SECONDS,
         )
         self._since_exposure = self._histogram(
-            "exposure_latency_seconds", "From the exposure to the committed output.", EXPOSURE_SECONDS
+            "exposure_latency_seconds", "Time from the exposure to the commit of the output.", EXPOSURE_SECONDS
         )
-        self._model = self._gauge("model_info", "A loaded model: always 1.", "model", "version", "provider")
-        self._build = self._gauge("build_info", "The running program: always 1.", "version", "decoder")
+        self._model = self._gauge(
+            "model_info", "Always 1; the labels name a loaded model.", "model", "version", "provider"
+        )
+        self._build = self._gauge(
+            "build_info", "Always 1; the labels describe the running program.", "version", "decoder"
+        )
         for outcome in ("committed", "aborted"):
             self._transactions.labels(outcome)
         for reason in RejectReason:
@@ -105,9 +129,9 @@ class Metrics:
             self._unjudged.labels(str(survey))
 
     def expect(self, *, topics: Iterable[str] = (), stages: Iterable[str] = ()) -> None:
-        """Lets the series of output topics and of stages begin at 0.
+        """Creates the series of output topics and of stages with the value 0.
 
-        A series that begins with its first event does so at 1, and `rate()` and `increase()` do not show that event.
+        A series that appears with its first event starts at 1, so `rate()` and `increase()` do not show that event.
         """
         for topic in topics:
             self._published.labels(topic)
@@ -115,21 +139,21 @@ class Metrics:
             self._stage.labels(stage)
 
     def describe_build(self, decoder: str) -> None:
-        """Says which implementation decodes packets."""
+        """Sets the metric of the program's version. `decoder`: the implementation that decodes packets."""
         self._build.labels(__version__, decoder).set(1)
 
     def describe_model(self, name: str, version: str, provider: str) -> None:
-        """Says that a model is loaded, and what really runs it."""
+        """Sets the metric of a loaded model. `provider`: the engine and device that run it."""
         self._model.labels(name, version, provider).set(1)
 
     @contextmanager
     def time_stage(self, stage: str) -> Iterator[None]:
-        """Measures one batch in a stage."""
+        """Observes the time that the block takes as the time of one batch in a stage."""
         with self._stage.labels(stage).time():
             yield
 
     def set_partitions(self, lags: Mapping[tuple[str, int], int]) -> None:
-        """Says which partitions (topic, number) are read now, and how many messages each is behind."""
+        """Replaces the partitions that are read. `lags`: messages that each (topic, partition) is behind."""
         with self._consistent:
             self._assigned.set(len(lags))
             self._lag.clear()
@@ -137,20 +161,24 @@ class Metrics:
                 self._lag.labels(topic, str(partition)).set(lag)
 
     def expect_losses(self, topic: str) -> None:
-        """Lets a topic's counters of lost messages start at zero, so that a rate shows the first loss."""
+        """Creates a topic's counters of lost messages with the value 0, so that `increase()` shows the first loss."""
         for reason in LossReason:
             self._lost.labels(topic, reason.value)
 
     def lose(self, topic: str, reason: LossReason, n: int) -> None:
-        """Counts messages of an input topic that were gone before they were read."""
+        """Counts `n` messages of an input topic as lost before they were read."""
         self._lost.labels(topic, reason.value).inc(n)
 
     def abort(self) -> None:
-        """Counts a transaction that was aborted."""
+        """Counts one aborted transaction."""
         self._transactions.labels("aborted").inc()
 
     def commit(self, accounts: list[Account], published: Tally[str], dead_letter: str) -> None:
-        """Counts what a committed transaction held. `published`: its records by topic."""
+        """Counts the content of one committed transaction.
+
+        `accounts`: one for each packet. `published`: number of records by topic. `dead_letter`: the topic whose
+        records are counted as dead letters.
+        """
         now = time.time()
         with self._consistent:
             self._transactions.labels("committed").inc()
@@ -179,15 +207,15 @@ class Metrics:
                 self._since_exposure.observe(max(0.0, now - exposed))
 
     def exposition(self) -> bytes:
-        """Prometheus' text format; the account in it is of whole transactions."""
+        """Returns all metrics in Prometheus' text format. A transaction is counted in it as a whole or not at all."""
         with self._consistent:
             return generate_latest(self._registry)
 
-    def _counter(self, name: str, says: str, *labels: str) -> Counter:
-        return Counter(f"broker_filter_{name}", says, labels, registry=self._registry)
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"broker_filter_{name}", text, labels, registry=self._registry)
 
-    def _gauge(self, name: str, says: str, *labels: str) -> Gauge:
-        return Gauge(f"broker_filter_{name}", says, labels, registry=self._registry)
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"broker_filter_{name}", text, labels, registry=self._registry)
 
-    def _histogram(self, name: str, says: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(f"broker_filter_{name}", says, labels, buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"broker_filter_{name}", text, labels, buckets=buckets, registry=self._registry)

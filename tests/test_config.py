@@ -1,4 +1,4 @@
-"""Service files: what is accepted, and that everything wrong with one is said at once, with its path."""
+"""Service files: which ones are accepted, and that all errors in a file are reported at once with their paths."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load(tmp_path: Path, text: str, environment: dict[str, str] | None = None) -
 
 
 def problems(tmp_path: Path, text: str, environment: dict[str, str] | None = None) -> dict[str, str]:
-    """What is said of a file, by path."""
+    """The error messages for a file, by the path of the key."""
     with pytest.raises(ConfigError) as refused:
         load(tmp_path, text, environment)
     for problem in refused.value.problems:
@@ -45,7 +45,7 @@ def test_the_smallest_file_is_enough(tmp_path: Path) -> None:
     assert service.duplicates == "mark"
 
 
-def test_every_error_is_said_at_once_with_its_path(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once_with_their_paths(tmp_path: Path) -> None:
     assert problems(
         tmp_path,
         """
@@ -62,13 +62,13 @@ def test_every_error_is_said_at_once_with_its_path(tmp_path: Path) -> None:
     ) == {
         "input.group_id": "should be text; put it in quotes",
         "input.start": "should be earliest, latest, stored or an ISO time",
-        "input.tls.key": "no file /nope that can be read",
+        "input.tls.key": "/nope is not a file that can be read",
         "output.payload": "should be 'full', 'no_cutouts' or 'scores'",
         "output.sals": "unknown key; did you mean 'sasl'?",
         "output.schema_registry": "should be an http(s) URL: schemas are registered there",
         "models[1].bundle": "is required",
         "models[1].bundel": "unknown key; did you mean 'bundle'?",
-        "anomalies.reference": "no file /nope that can be read",
+        "anomalies.reference": "/nope is not a file that can be read",
         "anomalies.rate": "should be a valid number",
         "filters[0].name": "'scored' is one of the service's own topics",
         "filters[1].where": "is required",
@@ -86,12 +86,12 @@ def test_every_error_is_said_at_once_with_its_path(tmp_path: Path) -> None:
     [
         ("filters: [{name: a, where: real > 0.5 and magps < 18}]", "filters[0].where", "did you mean 'magpsf'?"),
         ("filters: [{name: a, where: band > 0.5}]", "filters[0].where", "column 8: text"),
-        ("filters: [{name: a, where: sso}, {name: a, where: sso}]", "filters", "more than one filter is called a"),
+        ("filters: [{name: a, where: sso}, {name: a, where: sso}]", "filters", "more than one filter has the name a"),
         ("filters: [{name: dead-letter, where: sso}]", "filters[0].name", "one of the service's own topics"),
         ("filters: [{name: positions, where: sso}]", "filters[0].name", "one of the service's own topics"),
         ("filters: [{name: a b, where: sso}]", "filters[0].name", "should match pattern"),
         ("filters: [{name: a, where: true}]", "filters[0].where", "should be text; put it in quotes"),
-        ("models: [default, default]", "models", "more than one bundle is called default"),
+        ("models: [default, default]", "models", "more than one bundle has the name default"),
         ("models: [./not/there]", "models[0]", "no bundle.yaml"),
         ("models: []", "models", "at least 1 item"),
         ("models: [{bundle: default, also: [desi]}]", "models[0].also[0]", "should be 'ztf' or 'lsst'"),
@@ -111,16 +111,16 @@ def test_checks_filters_models_and_thresholds(tmp_path: Path, section: str, path
 @pytest.mark.parametrize(
     ("key", "path", "message"),
     [
-        ("sasl: {username: me, password: hunter2}", "input.sasl.password", "a secret is named, not written down"),
+        ("sasl: {username: me, password: hunter2}", "input.sasl.password", "a secret must not be in this file"),
         ("sasl: {username: me, password: {env: NOT_SET}}", "input.sasl.password.env", "NOT_SET is not set"),
-        ("sasl: {username: me, password: {file: /not/there}}", "input.sasl.password.file", "no file /not/there"),
+        ("sasl: {username: me, password: {file: /not/there}}", "input.sasl.password.file", "/not/there is not a file"),
         ("sasl: {username: me}", "input.sasl.password", "is required"),
-        ("tls: {ca: /not/there}", "input.tls.ca", "no file /not/there that can be read"),
+        ("tls: {ca: /not/there}", "input.tls.ca", "/not/there is not a file that can be read"),
         ("tls: {certificate: FILE}", "input.tls", "certificate and key belong together"),
         ("schema_registry: ./not/there", "input.schema_registry", "neither an http(s) URL nor a directory"),
         ("kafka: {fetch.mn.bytes: 1}", "input.kafka", 'No such configuration property: "fetch.mn.bytes"'),
-        ("kafka: {sasl.password: hunter2}", "input.kafka", "secrets are named, not written down"),
-        ("kafka: {ssl.key.pem: hunter2}", "input.kafka", "secrets are named, not written down"),
+        ("kafka: {sasl.password: hunter2}", "input.kafka", "a secret must not be in this file"),
+        ("kafka: {ssl.key.pem: hunter2}", "input.kafka", "a secret must not be in this file"),
         (
             "kafka: {group.id: other}",
             "input.kafka",
@@ -130,19 +130,19 @@ def test_checks_filters_models_and_thresholds(tmp_path: Path, section: str, path
         ("kafka: {group.protocol: Consumer}", "input.kafka", "only 'classic' is supported"),
         ("kafka: {client.id: [a]}", "input.kafka.client.id", "should be text, a number"),
         ("kafka: {ssl.key.password: {env: NOT_SET}}", "input.kafka.ssl.key.password.env", "NOT_SET is not set"),
-        ("kafka: {client.id: {file: /not/there}}", "input.kafka.client.id.file", "no file"),
+        ("kafka: {client.id: {file: /not/there}}", "input.kafka.client.id.file", "is not a file that can be read"),
         ("topics: ztf", "input.topics", "should be a valid list"),
         ("topics: []", "input.topics", "at least 1 item"),
-        ("topics: ['']", "input.topics", "'': no topic's name"),
-        ("topics: [ztf, '^ztf.*']", "input.topics", "'^ztf.*': no topic's name"),
-        ("topics: ['ztf_%Q', a/b, ..]", "input.topics", "'ztf_%Q', 'a/b', '..': no topic's name"),
+        ("topics: ['']", "input.topics", "'': not a topic name"),
+        ("topics: [ztf, '^ztf.*']", "input.topics", "'^ztf.*': not a topic name"),
+        ("topics: ['ztf_%Q', a/b, ..]", "input.topics", "'ztf_%Q', 'a/b', '..': not a topic name"),
         ("bootstrap_servers: ''", "input.bootstrap_servers", "at least 1 character"),
         ("group_id: ''", "input.group_id", "at least 1 character"),
         ("start: 5", "input.start", "should be earliest"),
         ("start: stord", "input.start", "should be earliest"),
     ],
 )
-def test_checks_how_the_input_is_reached(tmp_path: Path, key: str, path: str, message: str) -> None:
+def test_checks_the_connection_settings_of_the_input(tmp_path: Path, key: str, path: str, message: str) -> None:
     usual = {
         "bootstrap_servers": "bootstrap_servers: 'survey:9092'",
         "group_id": "group_id: me",
@@ -164,7 +164,7 @@ PLAIN = "security.protocol: sasl_ssl, sasl.mechanism: PLAIN, sasl.username: me, 
 
 @pytest.mark.parametrize("section", ["input", "output"])
 @pytest.mark.parametrize("properties", [f"{OIDC}, sasl.oauthbearer.token.endpoint.url: TOKENS", PLAIN])
-def test_property_that_is_valid_only_beside_a_secret_is_accepted_and_nobody_is_asked(
+def test_property_that_needs_a_secret_is_accepted_without_any_connection(
     tmp_path: Path, section: str, properties: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "secret").write_text("hunter2\n")
@@ -179,7 +179,7 @@ def test_property_that_is_valid_only_beside_a_secret_is_accepted_and_nobody_is_a
     assert capfd.readouterr().err == ""
 
 
-def test_key_is_opened_with_its_password_which_may_stand_among_the_properties(tmp_path: Path) -> None:
+def test_private_key_is_opened_with_a_password_from_tls_or_from_the_properties(tmp_path: Path) -> None:
     if not shutil.which("openssl"):
         pytest.skip("needs openssl to make a key")
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
@@ -202,7 +202,7 @@ def test_properties_are_checked_together_with_the_section_that_holds_the_passwor
     )
 
 
-def test_what_librdkafka_says_of_a_property_does_not_show_a_secret(tmp_path: Path) -> None:
+def test_error_message_of_librdkafka_does_not_show_a_secret(tmp_path: Path) -> None:
     text = SMALLEST.replace("earliest}", "earliest, kafka: {security.protocol: {env: SECRET}}}")
     found = problems(tmp_path, text, {"SECRET": "hunter2"})
     assert found == {
@@ -210,13 +210,13 @@ def test_what_librdkafka_says_of_a_property_does_not_show_a_secret(tmp_path: Pat
     }
 
 
-def test_properties_without_which_nothing_comes_exactly_once_are_refused(
+def test_properties_that_would_break_exactly_once_are_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     found = problems(tmp_path, SMALLEST.replace("payload: full", "kafka: {acks: 1}"))
     assert list(found) == ["output.kafka"]
     assert "`acks` must be set to `all`" in found["output.kafka"]
-    assert capfd.readouterr().err == ""  # nothing of librdkafka's own
+    assert capfd.readouterr().err == ""  # librdkafka itself writes nothing
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_properties_without_which_nothing_comes_exactly_once_are_refused(
         ("me.else", "null", False),
     ],
 )
-def test_reads_nothing_that_it_writes(tmp_path: Path, topic: str, servers: str, loops: bool) -> None:
+def test_topic_that_is_both_read_and_written_is_refused(tmp_path: Path, topic: str, servers: str, loops: bool) -> None:
     text = f"""
         input: {{bootstrap_servers: "survey:9092", group_id: me, topics: [{topic}]}}
         output: {{prefix: me, bootstrap_servers: {servers}}}
@@ -240,7 +240,7 @@ def test_reads_nothing_that_it_writes(tmp_path: Path, topic: str, servers: str, 
         assert load(tmp_path, text).input.topics == [topic]
 
 
-def test_never_repeats_a_secret(tmp_path: Path) -> None:
+def test_error_messages_do_not_contain_secrets(tmp_path: Path) -> None:
     found = problems(
         tmp_path,
         """
@@ -284,7 +284,7 @@ def test_secrets_are_named_by_variable_or_file(tmp_path: Path) -> None:
         ("'2026-02-25T20:00:00-08:00'", datetime(2026, 2, 26, 4, tzinfo=UTC)),
     ],
 )
-def test_start_may_be_a_time_in_utc_unless_it_says_otherwise(tmp_path: Path, start: str, moment: datetime) -> None:
+def test_start_may_be_a_time_which_is_utc_without_a_zone(tmp_path: Path, start: str, moment: datetime) -> None:
     loaded = load(tmp_path, SMALLEST.replace("earliest", start)).input.start
     assert isinstance(loaded, datetime)
     assert (loaded, loaded.date()) == (moment, moment.date())  # the topics by day have the days of UTC
@@ -324,8 +324,8 @@ def test_a_wrong_override_is_an_error(tmp_path: Path, variable: str, value: str,
     [
         (b"", "not a mapping"),
         (b"- a", "not a mapping"),
-        (b"input: {group_id: a}\ninput: {group_id: b}", "line 2: the key 'input' is there twice"),
-        (b"input: {a: 1, a: 2}", "line 1: the key 'a' is there twice"),
+        (b"input: {group_id: a}\ninput: {group_id: b}", "line 2: the key 'input' is repeated"),
+        (b"input: {a: 1, a: 2}", "line 1: the key 'a' is repeated"),
         (b"input: [", "line 1: not valid YAML"),
         (b"input: !!python/object/apply:os.getcwd []", "not valid YAML"),
         (b"start: 2026-13-45", "not valid YAML"),
@@ -335,7 +335,7 @@ def test_a_wrong_override_is_an_error(tmp_path: Path, variable: str, value: str,
         (b" " * (MAX_FILE_BYTES + 1), "more than"),
     ],
 )
-def test_what_is_no_service_file_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_other_content_than_a_service_file_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
     file = tmp_path / "service.yaml"
     file.write_bytes(content)
     with pytest.raises(ConfigError) as refused:
@@ -345,18 +345,18 @@ def test_what_is_no_service_file_is_refused_in_one_line(tmp_path: Path, content:
     assert "\n" not in problem.message
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml cannot be used:\n  No such file"):
         load_service(tmp_path / "none.yaml", {})
 
 
-def test_filters_are_checked_beside_a_bundle_that_cannot_be_read(tmp_path: Path) -> None:
+def test_filters_are_checked_even_if_a_bundle_cannot_be_read(tmp_path: Path) -> None:
     text = SMALLEST.replace("default", "./not/there")
     found = problems(tmp_path, f"{text}filters: [{{name: a, where: score > 0.5}}, {{name: b, where: score >}}]\n")
     assert list(found) == ["models[0]", "filters[1].where"]
 
 
-def test_the_form_alone_can_be_checked_without_its_surroundings() -> None:
+def test_form_of_a_file_can_be_checked_without_its_environment() -> None:
     source = Input.model_validate(
         {"bootstrap_servers": "s", "group_id": "g", "topics": ["t"], "tls": {"ca": "/not/there"}}
     )
@@ -371,7 +371,7 @@ def test_every_key_is_documented() -> None:
     assert all(meaning.endswith(".") for _, _, meaning in keys)
 
 
-def test_a_reference_must_be_of_one_of_the_models(tmp_path: Path, reference_file: Path) -> None:
+def test_reference_must_be_made_with_one_of_the_models(tmp_path: Path, reference_file: Path) -> None:
     service = load(tmp_path, f"{SMALLEST}anomalies: {{reference: {reference_file}, where: real > 0.5}}\n")
     assert service.anomalies is not None
     assert service.anomalies.rate == 0.001
@@ -393,7 +393,7 @@ def test_a_reference_must_be_of_one_of_the_models(tmp_path: Path, reference_file
     assert "build the reference again" in found["anomalies.reference"]
 
 
-def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+def test_file_without_read_permission_is_named(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may read every file")
     file = tmp_path / "service.yaml"

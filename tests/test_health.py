@@ -29,7 +29,7 @@ def written(capfd: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in capfd.readouterr().err.splitlines() if "|rdkafka#" not in line]
 
 
-def test_ready_once_nothing_is_waited_for() -> None:
+def test_ready_when_no_reason_is_left() -> None:
     health = Health()
     health.set("group", "not joined yet")
     health.set("schema registry", "refused")
@@ -57,23 +57,23 @@ def test_metrics_are_served_in_the_text_format() -> None:
         assert get(port, "/")[0] == 404
 
 
-def test_client_that_leaves_before_its_answer_is_no_news(capfd: pytest.CaptureFixture[str]) -> None:
+def test_client_that_disconnects_before_the_answer_is_not_logged(capfd: pytest.CaptureFixture[str]) -> None:
     health = Health()
-    health.set("group", "x" * 10_000_000)  # more than a socket holds
+    health.set("group", "x" * 10_000_000)  # more than a socket's buffer holds
     with serve(health, Metrics(), "127.0.0.1", 0) as port:
         others = threading.active_count()
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not an end
             client.sendall(b"GET /readyz HTTP/1.0\r\n\r\n")
             client.recv(1)
-        while threading.active_count() > others:  # with the thread that answers
+        while threading.active_count() > others:  # until the thread that answers has ended
             time.sleep(0.01)
         assert get(port, "/livez") == (200, "ok\n")
     assert written(capfd) == []
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /met", b"GET /metrics HTTP/1.1\r\nHost: x\r\n"])
-def test_client_that_resets_its_connection_is_one_debug_line_at_most(
+def test_connection_reset_by_a_client_is_at_most_one_debug_line(
     sent: bytes,
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
@@ -86,7 +86,7 @@ def test_client_that_resets_its_connection_is_one_debug_line_at_most(
         others = threading.active_count()
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.sendall(sent)
-            while threading.active_count() == others:  # until somebody reads what it sends
+            while threading.active_count() == others:  # until a thread handles the request
                 time.sleep(0.01)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not an end
         while threading.active_count() > others:
@@ -97,7 +97,7 @@ def test_client_that_resets_its_connection_is_one_debug_line_at_most(
     assert all(record.levelno == logging.DEBUG and record.exc_info is None for record in caplog.records)
 
 
-def test_address_that_is_taken_is_named() -> None:
+def test_address_in_use_is_named_in_the_error() -> None:
     with (
         serve(Health(), Metrics(), "127.0.0.1", 0) as port,
         pytest.raises(OSError, match=f"127.0.0.1:{port}: Address already in use; see `http`"),

@@ -1,4 +1,4 @@
-"""The account as Prometheus sees it."""
+"""Metrics, as Prometheus reads them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from broker_filter.streaming.account import Account
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:
-    """Values by name and labels' values."""
+    """The values of all samples, by name and values of the labels."""
     families = text_string_to_metric_families(metrics.exposition().decode())
     return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
 
 
-def test_committed_transaction_is_counted_whole() -> None:
+def test_committed_transaction_counts_all_its_alerts_and_records() -> None:
     metrics = Metrics()
     accounts = [
         Account(consumed=1, scored=1, sent=[0.0], exposed=[0.0]),
@@ -40,7 +40,7 @@ def test_committed_transaction_is_counted_whole() -> None:
     assert found["broker_filter_exposure_latency_seconds_count",] == 1
 
 
-def test_every_series_that_is_known_before_its_first_event_begins_at_zero() -> None:
+def test_series_known_before_the_first_event_start_at_zero() -> None:
     metrics = Metrics()
     metrics.expect(topics=["me.scored", "me.rare"], stages=["score"])
     found = samples(metrics)
@@ -53,11 +53,11 @@ def test_every_series_that_is_known_before_its_first_event_begins_at_zero() -> N
     assert samples(metrics)["broker_filter_published_records_total", "me.rare"] == 1
 
 
-def test_no_series_says_when_another_was_created() -> None:
+def test_there_are_no_created_series() -> None:
     assert "_created" not in Metrics().exposition().decode()
 
 
-def test_the_realised_rate_of_anomalies_is_over_all_that_were_judged() -> None:
+def test_anomaly_rate_is_the_flagged_fraction_of_all_judged_alerts() -> None:
     metrics = Metrics()
     for judged, anomalous in ((6, 1), (4, 0), (0, 0)):
         accounts = [Account(consumed=6, scored=6, judged=judged, anomalous=anomalous)]
@@ -68,13 +68,13 @@ def test_the_realised_rate_of_anomalies_is_over_all_that_were_judged() -> None:
     assert found["broker_filter_anomaly_rate",] == 0.1
 
 
-def test_alert_without_an_outcome_shows() -> None:
+def test_alert_without_an_outcome_is_counted_as_unaccounted() -> None:
     metrics = Metrics()
     metrics.commit([Account(consumed=2, scored=1)], Counter(), "me.dead-letter")
     assert samples(metrics)["broker_filter_unaccounted_alerts",] == 1
 
 
-def test_partitions_that_were_handed_over_are_shown_no_more() -> None:
+def test_revoked_partition_has_no_lag_series() -> None:
     metrics = Metrics()
     metrics.set_partitions({("ztf", 0): 5, ("ztf", 1): 0})
     metrics.set_partitions({("ztf", 1): 7})
