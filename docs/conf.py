@@ -14,7 +14,6 @@ sys.path.insert(0, str(DOCS))
 # The tutorials run the programs of this environment, and `python -m training` of this checkout.
 os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 os.environ["PYTHONPATH"] = str(DOCS.parent)
-os.environ["TTY_COMPATIBLE"] = "0"  # to rich, which a notebook otherwise tells that it writes to a terminal
 
 project = "broker-filter"
 author = "The broker-filter developers"
@@ -53,6 +52,7 @@ html_title = "broker-filter"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
+html_sidebars: dict[str, list[str]] = {"quickstart": []}  # no other page stands in its section
 html_theme_options = {
     "show_prev_next": True,
     "navigation_with_keys": False,
