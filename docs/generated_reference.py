@@ -213,20 +213,20 @@ def _avro_type(schema: Any) -> str:
 
 
 def library() -> str:
-    """The documentation of every name in `broker_filter.__all__`."""
-    return "\n".join(
-        f"## {name}\n\n{_autodoc(f'broker_filter.{name}', getattr(broker_filter, name))}"
-        for name in getattr(broker_filter, "__all__", ())
-    )
+    """The documentation of the package, and of every name in `broker_filter.__all__`."""
+    names = getattr(broker_filter, "__all__", ())
+    texts = [f"## {name}\n\n{_autodoc(f'broker_filter.{name}', getattr(broker_filter, name))}" for name in names]
+    return "\n".join(["```{eval-rst}\n.. automodule:: broker_filter\n   :no-members:\n```\n", *texts])
 
 
 def library_values() -> str:
-    """The documentation of the classes whose instances the library takes and returns, a section for each module."""
+    """The documentation of the other classes whose instances the library takes and returns, by module."""
+    public = [getattr(broker_filter, name) for name in getattr(broker_filter, "__all__", ())]
     sections = []
     for module in (packet, batch, rejects, scores):
-        classes = [value for value in vars(module).values() if inspect.isclass(value)]
+        classes = [value for value in vars(module).values() if inspect.isclass(value) and value not in public]
         own = [value for value in classes if value.__module__ == module.__name__]
-        texts = (_autodoc(f"{module.__name__}.{value.__name__}", value) for value in own)
+        texts = [_autodoc(f"{module.__name__}.{value.__name__}", value) for value in own]
         sections.append(f"## {module.__name__}\n\n" + "\n".join(texts))
     return "\n".join(sections)
 
