@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """A layer of the teacher that a layer of the student learns to predict. Layers are given by their positions in the
-    networks' `features`."""
+    """A layer of the teacher that a layer of the student learns to predict; each is given by its depth in `features`
+    (see `_LayerOutput`)."""
 
     student: int
     teacher: int
@@ -112,7 +112,7 @@ class _LayerOutput:
     output: Tensor
 
     def __init__(self, network: nn.Module, depth: int) -> None:
-        """`depth`: position after the layer in the sequence `features`."""
+        """`depth`: the number of layers of the sequence `features` up to and including this layer."""
         network.get_submodule(f"features.{depth - 1}").register_forward_hook(self._keep)
 
     def _keep(self, _layer: nn.Module, _given: object, output: Tensor) -> None:
