@@ -176,23 +176,31 @@ def _arrow_type(kind: pa.DataType) -> str:
 
 
 def output_schema() -> str:
-    """A table of the fields of a scored record, one line for each field at any depth."""
+    """A table of the fields of each record type in the schema of a scored record."""
     schema = json.loads((files("broker_filter.schemas") / "scored_alert.avsc").read_text())
-    return _table(("field", "type", "meaning"), _avro_fields(schema, ""))
+    texts = []
+    for path, record in _avro_records("", schema):
+        rows = (
+            (f"`{field['name']}`", f"`{_avro_type(field['type'])}`", _markdown(field.get("doc", "")))
+            for field in record["fields"]
+        )
+        place = f"The type of `{path}`." if path else "The record."
+        texts += [f"## {record['name']}", place, _table(("field", "type", "meaning"), rows)]
+    return "\n\n".join(texts)
 
 
-def _avro_fields(record: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, str]]:
-    for field in record["fields"]:
-        path = f"{prefix}{field['name']}"
-        yield f"`{path}`", f"`{_avro_type(field['type'])}`", _markdown(field.get("doc", ""))
-        inner = field["type"]
-        if isinstance(inner, list):
-            [inner] = [branch for branch in inner if branch != "null"]
-        separator = "."
-        if isinstance(inner, dict) and inner["type"] == "array":
-            inner, separator = inner["items"], "[]."
-        if isinstance(inner, dict) and inner["type"] == "record":
-            yield from _avro_fields(inner, f"{path}{separator}")
+def _avro_records(path: str, schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each record type in a schema, with the path of the field that holds it."""
+    match schema:
+        case list():
+            for branch in schema:
+                yield from _avro_records(path, branch)
+        case {"type": "array", "items": items}:
+            yield from _avro_records(f"{path}[]", items)
+        case {"type": "record"}:
+            yield path, schema
+            for field in schema["fields"]:
+                yield from _avro_records(f"{path}.{field['name']}".lstrip("."), field["type"])
 
 
 def _avro_type(schema: Any) -> str:

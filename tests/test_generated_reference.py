@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastavro import parse_schema
 from prometheus_client import CollectorRegistry
 
 from broker_filter.cli import COMMANDS
@@ -73,6 +76,13 @@ def test_every_reason_and_column_is_in_the_reference(name: str, expected: list[s
 def test_every_command_is_in_the_reference() -> None:
     sections = re.findall(r"^## broker-filter (\w+)$", GENERATED["command_line"](), re.MULTILINE)
     assert sections == list(COMMANDS)
+
+
+def test_every_field_of_the_output_schema_is_in_the_reference() -> None:
+    records: dict[str, dict[str, Any]] = {}
+    parse_schema(json.loads((files("broker_filter.schemas") / "scored_alert.avsc").read_text()), records)
+    fields = [field["name"] for record in records.values() for field in record["fields"]]
+    assert sorted(first_column("output_schema")) == sorted(fields)
 
 
 def test_no_cell_of_the_reference_lacks_a_meaning() -> None:
