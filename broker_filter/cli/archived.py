@@ -1,4 +1,4 @@
-"""Archives through the models, for the commands that look at many embeddings."""
+"""Scores archives, for the commands that work on the embeddings of many alerts."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
 
 BATCH_SIZE = 128
-"""Packets decoded together: enough that what a batch costs by itself is little, few enough that a small archive keeps
-every thread busy."""
+"""Packets in a batch: enough that the fixed cost of a batch is small, few enough that a small archive keeps all threads
+busy."""
 DUPLICATE_WINDOW = 2_000_000
-"""Alert ids that are remembered: more than any night has."""
+"""Alert ids that are remembered to find duplicates: more than one night has."""
 
 
 class OverwriteError(UsageError):
-    """What is to be written is what is to be read."""
+    """The output file is also an input."""
 
 
 def keep_inputs(out: Path, inputs: Sequence[str | Path]) -> None:
-    """Raises OverwriteError where the file `out` is one of the inputs, whose alerts would be gone."""
+    """Raises OverwriteError if the file `out` is one of the inputs: writing it would destroy the input's alerts."""
     for given in inputs:
         if str(given) != STDIN and Path(given).resolve() == out.resolve():
             raise OverwriteError(f"{given} is an input and would be overwritten: choose another --out")
 
 
 def share_read(packets: Iterator[Packet]) -> float | None:
-    """The share of the inputs that was read so far, where all of them are archives whose sizes are known."""
+    """The fraction of the inputs' bytes that was read so far, from 0 to 1; None if their total size is unknown."""
     from broker_filter.streaming.archives import Packets
 
     return packets.share_read() if isinstance(packets, Packets) else None
@@ -50,7 +50,11 @@ def score_archives(
     registry: str | None = None,
     judge: AnomalyJudge | None = None,
 ) -> Iterator[ScoredBatch]:
-    """Scores the alerts of files, folders and archives, with a bar; `columns`: to decode besides the models' own."""
+    """Scores the alerts of files, folders and archives, and shows a progress bar.
+
+    `columns`: metadata columns to decode in addition to those that the models need. `registry`: the URL or directory of
+    a schema registry, for alerts in wire format. `judge`: flags anomalies, if it is given.
+    """
     from broker_filter.console import progress
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry
@@ -78,9 +82,10 @@ def score_archives(
 
 
 def open_reference(file: Path, bundle: str | None, device: str) -> tuple[Reference, Scorer]:
-    """A reference and the model that it was made with: `bundle`, or the one that ships by its name.
+    """Returns a reference set, and a scorer for the model that made it.
 
-    Raises ReferenceSetError where they do not belong together, and what opening a bundle raises.
+    The model is `bundle`, or else the bundle that ships under the name that the reference set records. Raises
+    ReferenceSetError if another model made the reference set, and the errors of opening a bundle.
     """
     from broker_filter.config import Runtime
     from broker_filter.scoring.reference import check_made_with, read_reference

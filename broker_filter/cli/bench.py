@@ -1,4 +1,4 @@
-"""`broker-filter bench`: how fast the service is on this machine, beside a naive loop and the floors."""
+"""`broker-filter bench`: how fast the service is on this machine, compared with a naive loop and with lower bounds."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from broker_filter.cli.extras import require_extra
 from broker_filter.cli.options import add_device_option
 
 DEFAULT_PARTS = ("stages", "archive", "kafka", "latency", "startup")
-"""Some minutes; the others take as long again, each."""
+"""These parts take some minutes together. Each of the other parts takes about as long again."""
 ALERTS = 4000
-"""Some transactions of the service, some hundred alerts of the naive loop."""
+"""Enough for several transactions of the service, and for some hundred alerts of the naive loop."""
 LEAST_ALERTS = 256
-"""Fewer are committed at once, and there is nothing to measure."""
+"""The service commits fewer alerts in a single transaction, so that there is no time between two commits to measure."""
 REPETITIONS = 5
 
 log = logging.getLogger(__name__)
@@ -28,42 +28,53 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds `bench`."""
     parser = subparsers.add_parser(
         "bench",
-        help="measure stages and throughput beside a naive loop and the floors",
+        help="measure speed, compared with a naive loop and with lower bounds",
         examples=(
             "broker-filter bench",
             "broker-filter bench night.tar.gz --model default --parts stages,archive --out bench.json",
         ),
-        description="Measures the service beside a naive loop (fastavro, astropy, torch, one alert at a time) and the "
-        "floors (inflating, the network's operations, a Kafka loop without work), in one run on the same packets.",
+        description="Measures the service in one run with two comparisons, on the same packets. The naive loop "
+        "processes one alert at a time with fastavro, astropy and torch. The floors are lower bounds on the work: "
+        "decompressing the stamps, the network's floating-point operations, and a Kafka loop that copies messages.",
     )
-    parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="ZTF packets; simulated ones without any")
+    parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="ZTF packets (default: simulated)")
     parser.add_argument(
         "--model",
         action="append",
         metavar="BUNDLE",
-        help="bundle to score with; may be repeated: all but the first compete with their runtime alone "
-        "(default: `default`)",
+        help="bundle to score with; may be repeated. The naive loop runs the first bundle only; the others are "
+        "compared with their runtime alone (default: `default`)",
     )
     parser.add_argument(
         "--parts",
         type=_parts,
         default=DEFAULT_PARTS,
         metavar="PART,...",
-        help=f"of {', '.join(PARTS)}; or all (default {','.join(DEFAULT_PARTS)})",
+        help=f"parts to measure: {', '.join(PARTS)}; or `all` (default: {','.join(DEFAULT_PARTS)})",
     )
     add_device_option(parser)
     parser.add_argument(
-        "--alerts", type=int, default=ALERTS, help=f"alerts through archive and broker (default {ALERTS})"
+        "--alerts",
+        type=int,
+        default=ALERTS,
+        metavar="N",
+        help=f"alerts to send through the archive and through the broker, at least {LEAST_ALERTS} (default: {ALERTS})",
     )
-    parser.add_argument("--repetitions", type=int, default=REPETITIONS, help=f"of each figure (default {REPETITIONS})")
+    parser.add_argument(
+        "--repetitions",
+        type=int,
+        default=REPETITIONS,
+        metavar="N",
+        help=f"how often each figure is measured (default: {REPETITIONS})",
+    )
     parser.add_argument(
         "--bootstrap-servers",
         metavar="HOST:PORT",
-        help="cluster to use; without it Apache Kafka is started from KAFKA_HOME, or else the embedded broker",
+        help="Kafka cluster to use (default: start Apache Kafka from KAFKA_HOME, or the embedded broker without it)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all figures as JSON")
     parser.add_argument(
-        "--check", type=Path, metavar="FILE", help="end with status 1 where a ratio is worse than the file's"
+        "--check", type=Path, metavar="FILE", help="end with status 1 if a ratio is worse than in this file"
     )
     parser.set_defaults(run=run)
 
@@ -71,12 +82,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _parts(text: str) -> tuple[str, ...]:
     parts = PARTS if text == "all" else tuple(text.split(","))
     if unknown := set(parts) - set(PARTS):
-        raise argparse.ArgumentTypeError(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+        raise argparse.ArgumentTypeError(f"unknown part {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
     return parts
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures, prints the tables, writes the figures, compares the ratios."""
+    """Runs the benchmark, prints and writes its figures, compares the ratios, and returns the exit status."""
     require_extra("bench", "the benchmark", "torch")
     from broker_filter.bench.benchmark import run_benchmark
     from broker_filter.bench.tables import show
@@ -84,7 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.console import stdout_console
 
     if arguments.alerts < LEAST_ALERTS or arguments.repetitions < 1:
-        print(f"broker-filter bench: --alerts from {LEAST_ALERTS}, --repetitions from 1", file=sys.stderr)
+        print(
+            f"broker-filter bench: --alerts must be at least {LEAST_ALERTS}, --repetitions at least 1", file=sys.stderr
+        )
         return 2
     options = Options(
         inputs=arguments.inputs,
@@ -95,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         repetitions=arguments.repetitions,
         bootstrap_servers=arguments.bootstrap_servers,
     )
-    for package in ("kafka", "streaming"):  # parts of the service run in this process too, and would log each step
+    for package in ("kafka", "streaming"):  # the service's modules run in this process, and would log each step
         logging.getLogger(f"broker_filter.{package}").setLevel(logging.WARNING)
     report = run_benchmark(options, log.info)
     if arguments.out:

@@ -1,4 +1,4 @@
-"""`broker-filter config`: says everything that is wrong with a service file, and what each key means."""
+"""`broker-filter config`: lists every error of a service file, and the meaning of each key."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from broker_filter.config import Service
 
 FAILED = 1
-"""The exit status where a cluster is not reached or refuses something: the file is sound."""
+"""Exit status if the file is valid, but a cluster cannot be reached or refuses a right."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `config` with its two parts."""
+    """Adds `config` and its two commands."""
     parser = subparsers.add_parser(
         "config",
         help="check a service file, or list its keys",
@@ -29,19 +29,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     checker = parts.add_parser(
         "check",
-        help="say all that is wrong with a service file",
-        description="Prints every error with the path of its key and ends with status 2; or says what would run.",
+        help="list every error of a service file",
+        description="Prints what the service would run with this file. If the file has errors, prints every error with "
+        "the path of its key, and ends with status 2.",
     )
-    checker.add_argument("file", metavar="FILE", type=Path)
+    checker.add_argument("file", metavar="FILE", type=Path, help="the service's YAML file")
     checker.add_argument(
         "--connect",
         action="store_true",
-        help="also reach the clusters and try every right that the service needs there; makes the topics that are "
-        "absent, as `run` does, and writes nothing into them",
+        help="also connect to the clusters and try every right that the service needs there. Missing topics are "
+        "created, as by `run`; nothing is written to them",
     )
     checker.set_defaults(run=_check)
 
-    lister = parts.add_parser("keys", help="every key of a service file, with its default and meaning, as Markdown")
+    lister = parts.add_parser(
+        "keys", help="print every key of a service file, with its default and meaning, as Markdown"
+    )
     lister.set_defaults(run=_keys)
 
 
@@ -60,7 +63,7 @@ def _connect(service: Service) -> int:
     for problem in found:
         print(f"broker-filter: {problem}", file=sys.stderr)
     if not found:
-        print("clusters: reached, and no right is missing")
+        print("clusters: connected; the service has every right that it needs")
     return FAILED if found else 0
 
 
@@ -74,7 +77,7 @@ def _keys(_: argparse.Namespace) -> int:
 
 
 def summary(service: Service) -> str:
-    """What a sound configuration will run; names no secret."""
+    """Describes what a valid configuration will run, without its secrets."""
     from broker_filter.scoring.bundle import load_bundle
 
     source, output = service.input, service.output
@@ -89,7 +92,7 @@ def summary(service: Service) -> str:
         surveys = ", ".join(dict.fromkeys([*card.surveys, *model.also]))
         line = f"model: {card.name} {card.version} ({', '.join(card.outputs.labels)}) for {surveys}"
         for label, trained_for in card.outputs.surveys.items():
-            line += f"; {label} for {', '.join(dict.fromkeys([*trained_for, *model.also]))} alone"
+            line += f"; {label} only for {', '.join(dict.fromkeys([*trained_for, *model.also]))}"
         lines.append(line)
     if service.anomalies:
         lines.append(f"anomalies: {service.anomalies.rate:g} of the alerts, by {service.anomalies.reference}")

@@ -1,4 +1,4 @@
-"""`broker-filter demo`: the service on a simulated night, on this machine, in a minute."""
+"""`broker-filter demo`: runs the service on a simulated night, on this machine, in about a minute."""
 
 from __future__ import annotations
 
@@ -8,26 +8,37 @@ from pathlib import Path
 from broker_filter.cli.extras import require_extra
 
 EXTRA = ("galsim", "matplotlib", "noida_db")
-"""What the extra `demo` installs."""
+"""Modules that the extra `demo` installs."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `demo`."""
     parser = subparsers.add_parser(
         "demo",
-        help="the service on a simulated night, on this machine",
+        help="run the service on a simulated night, on this machine",
         examples=("broker-filter demo --out demo-out", "broker-filter demo --out demo-out --alerts 5000 --seed 2"),
-        description="Simulates a survey night, starts a small broker and the service, replays the night into it, and "
-        "shows what came out: throughput, what filters found, a contact sheet. Needs neither a network nor Kafka.",
+        description="Simulates a survey night, starts an embedded Kafka broker and the service, and sends the night's "
+        "alerts to the service. Then shows the throughput, the alerts that the filters selected, the anomalies, and a "
+        "contact sheet of cutouts. Needs no network and no Kafka installation.",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
-    parser.add_argument("--alerts", type=_positive, default=1500, metavar="N", help="of the night (default: 1500)")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="another seed, another night (default: 1)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="directory for everything that is written"
+    )
+    parser.add_argument(
+        "--alerts", type=_positive, default=1500, metavar="N", help="number of alerts to simulate (default: 1500)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1,
+        metavar="N",
+        help="seed of the simulation; another seed gives another night (default: 1)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the demonstration."""
+    """Runs the demonstration and returns the exit status."""
     require_extra("demo", "the demo", *EXTRA)
     from broker_filter.demo.demonstration import run_demo
 

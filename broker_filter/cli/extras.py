@@ -1,6 +1,6 @@
-"""Optional packages: what a command needs beyond the base installation, and the extra that installs it.
+"""Optional packages that a command needs beyond the base installation, and the extra that installs them.
 
-Imports nothing heavy: it only looks packages up.
+Looks for the packages without importing them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`broker-filter inspect`: what is in a packet, an archive or a topic, for a person to read. Scores nothing."""
+"""`broker-filter inspect`: describes the contents of a packet, an archive or a topic, for a person. Scores nothing."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from broker_filter.cli.kafka_options import TOPIC, add_kafka_options, read_input
 from broker_filter.cli.options import INPUT_HELP, add_cache_option, add_registry_option
 
 DEFAULT_LIMIT = 1000
-"""Packets that are looked at: a second or two of work, and enough to know an archive by."""
+"""Packets to read: one or two seconds of work, and enough to describe an archive."""
 PLAIN_WIDTH = 160
-"""Columns of the account where it is not written to a terminal."""
+"""Width of the output in characters, if it is not written to a terminal."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `inspect`."""
     parser = subparsers.add_parser(
         "inspect",
-        help="show what is in a packet, archive or topic",
-        description="Counts what is in files, folders, archives or a topic, and shows the first alert. "
-        "Ends with status 1 where there is none.",
+        help="show what a packet, archive or topic contains",
+        description="Counts the packets of files, folders, archives or a topic by survey, schema version, framing and "
+        "outcome, and shows the first alert. Ends with status 1 if there is no readable alert.",
         examples=(
             "broker-filter inspect ztf_public_20260225.tar.gz",
             "broker-filter inspect --limit 0 --all nights/",
@@ -38,9 +38,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=_limit,
         default=DEFAULT_LIMIT,
         metavar="N",
-        help=f"packets to look at, 0 for all (default: {DEFAULT_LIMIT})",
+        help=f"number of packets to read, 0 for all (default: {DEFAULT_LIMIT})",
     )
-    parser.add_argument("--all", action="store_true", help="show every field of the first alert that is known here")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="show every metadata column of the first alert (default: the most informative ones)",
+    )
     add_registry_option(parser)
     add_cache_option(parser)
     add_kafka_options(parser)
@@ -48,14 +52,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the account; status 1 where there is no readable alert."""
+    """Prints the counts and the first alert; returns the exit status, which is 1 if there is no readable alert."""
     from broker_filter.cli.packet_summary import CUTOUT_SIZE, print_alert, print_counts, take_stock
     from broker_filter.console import progress, stdout_console
     from broker_filter.kafka.topic_reader import read_topic
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry
 
-    # What packets say of themselves is neither markup nor emoji.
+    # Text of packets must not be interpreted as markup or emoji.
     console = stdout_console(
         markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH
     )
@@ -68,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         contents = take_stock(islice(packets, limit), decoder, advance)
     print_counts(console, contents, ", ".join(arguments.inputs))
     if contents.n_packets == arguments.limit:
-        console.print(f"these are the first {arguments.limit} packets: --limit 0 looks at all")
+        console.print(f"only the first {arguments.limit} packets were read: --limit 0 reads all")
     if contents.first is None:
         return 1
     print_alert(console, contents.first, every_field=arguments.all)

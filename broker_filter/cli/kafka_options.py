@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from broker_filter.packets.packet import Packet
 
 TOPIC = "kafka://"
-"""How the address of a topic begins: `kafka://HOST:PORT[,HOST:PORT]/TOPIC`."""
+"""Prefix of a topic's address: `kafka://HOST:PORT[,HOST:PORT]/TOPIC`."""
 
 
 class AddressError(UsageError):
-    """A topic's address that is none."""
+    """The address of a topic is malformed, or the command cannot read that topic."""
 
 
 class PropertiesError(UsageError):
-    """Kafka properties that are no properties."""
+    """A Kafka property is not of the form KEY=VALUE."""
 
 
 def add_kafka_options(parser: argparse.ArgumentParser) -> None:
@@ -31,15 +31,18 @@ def add_kafka_options(parser: argparse.ArgumentParser) -> None:
         "--kafka", action="append", default=[], metavar="KEY=VALUE", help="librdkafka property; may be repeated"
     )
     parser.add_argument(
-        "--kafka-file", type=Path, metavar="FILE", help="librdkafka properties, one KEY=VALUE a line: for secrets"
+        "--kafka-file",
+        type=Path,
+        metavar="FILE",
+        help="file of librdkafka properties, one KEY=VALUE per line: keeps secrets off the command line",
     )
 
 
 def split_address(address: str) -> tuple[str, str]:
-    """The bootstrap servers and the topic of an address that begins with TOPIC. Raises AddressError."""
+    """Splits an address that begins with `kafka://` into bootstrap servers and topic name. Raises AddressError."""
     bootstrap_servers, _, topic = address.removeprefix(TOPIC).partition("/")
     if not bootstrap_servers or not topic:
-        raise AddressError(f"{address}: a topic is {TOPIC}HOST:PORT/TOPIC")
+        raise AddressError(f"{address}: not the address of a topic; write {TOPIC}HOST:PORT/TOPIC")
     return bootstrap_servers, topic
 
 
@@ -48,10 +51,10 @@ def read_inputs(
     read: Callable[[dict[str, object], str], Iterator[Packet]],
     wanted: Collection[str] = (),
 ) -> Iterator[Packet]:
-    """The packets of `arguments.inputs`: archives (as `read_packets` reads them, with the `wanted` fields) and topics.
+    """Yields the packets of the archives and topics in `arguments.inputs`.
 
-    `read` returns the packets of a topic, given librdkafka's properties and the topic's name. Raises AddressError and
-    NoInputError before anything is read.
+    `read` returns the packets of a topic, given librdkafka's properties and the topic's name. `wanted`: fields to read
+    from Parquet archives. Raises AddressError, PropertiesError and NoInputError before anything is read.
     """
     from broker_filter.streaming.archives import check_inputs, read_packets
 
@@ -70,9 +73,10 @@ def read_inputs(
 
 
 def kafka_properties(arguments: argparse.Namespace, bootstrap_servers: str) -> dict[str, object]:
-    """librdkafka's properties: those in the file, and over them those of the command line.
+    """Returns librdkafka's properties from `--kafka-file` and `--kafka`, which overrides the file.
 
-    Raises UsageError, OSError where the file cannot be read.
+    Raises UsageError if the file does not exist, PropertiesError if a property is malformed, and OSError if the file
+    cannot be read.
     """
     from broker_filter.kafka.client import NO_TELEMETRY
 
@@ -82,7 +86,7 @@ def kafka_properties(arguments: argparse.Namespace, bootstrap_servers: str) -> d
     for line in [*lines, *arguments.kafka]:
         if line.strip() and not line.lstrip().startswith("#"):
             key, equals, value = line.partition("=")
-            if not equals:  # the line is not shown: it may be a secret
+            if not equals:  # the message must not show the line, which may be a secret
                 raise PropertiesError("--kafka and the lines of --kafka-file must be KEY=VALUE")
             properties[key.strip()] = value.strip()
     return {**properties, "bootstrap.servers": bootstrap_servers}

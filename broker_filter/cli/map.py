@@ -1,4 +1,4 @@
-"""`broker-filter map`: a night's embeddings on a plane, coloured by how strange they are."""
+"""`broker-filter map`: draws a night's embeddings in two dimensions, coloured by anomaly score."""
 
 from __future__ import annotations
 
@@ -9,33 +9,40 @@ from broker_filter.cli.extras import require_extra
 from broker_filter.cli.options import INPUT_HELP, add_scoring_options, alert_limit
 
 DEFAULT_LIMIT = 20_000
-"""Alerts: a minute of UMAP, and as many points as can be told apart."""
+"""Alerts: UMAP takes about a minute for them, and more points could not be told apart in the picture."""
 
 
 class NothingToDrawError(Exception):
-    """Too few alerts for a map."""
+    """There are too few alerts for a map."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `map`."""
     parser = subparsers.add_parser(
         "map",
-        help="draw a night's alerts so that like ones stand together",
+        help="draw a map of a night's alerts, with similar alerts close together",
         examples=("broker-filter map night.tar.gz --reference ordinary.safetensors --out night.png",),
-        description="Embeds the alerts of files, folders and archives, lays them out with UMAP, and colours them by "
-        "their distance from a reference set's ordinary alerts of the same survey. Of more than --limit it draws some "
-        "by their ids.",
+        description="Computes the embeddings of the alerts in files, folders and archives, projects them to two "
+        "dimensions with UMAP, and colours each alert by its anomaly score: its distance to the ordinary alerts of the "
+        "same survey in a reference set. If there are more alerts than --limit, a random sample is drawn, the same one "
+        "in each run.",
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUT_HELP)
-    parser.add_argument("--reference", type=Path, required=True, metavar="FILE", help="what `reference build` wrote")
-    parser.add_argument("--model", metavar="BUNDLE", help="the bundle it was made with (default: the one of that name)")
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture to write")
+    parser.add_argument(
+        "--reference", type=Path, required=True, metavar="FILE", help="reference set, from `reference build`"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="BUNDLE",
+        help="bundle that made the reference set (default: the bundle that ships under the recorded name)",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
     parser.add_argument(
         "--limit",
         type=alert_limit,
         default=DEFAULT_LIMIT,
         metavar="N",
-        help="alerts to draw at most (default: %(default)s)",
+        help="maximum number of alerts to draw (default: %(default)s)",
     )
     add_scoring_options(parser)
     parser.set_defaults(run=run)
@@ -70,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         own = alerts.survey == survey
         score[own] = AnomalyScorer(reference.card, part).score(alerts.embedding[own])
     ordinary = sum(len(part.alerts) for part in reference.surveys.values())
-    title = f"{len(alerts):,} alerts beside {ordinary:,} ordinary ones"
+    title = f"{len(alerts):,} alerts, compared with {ordinary:,} ordinary alerts"
     draw_map(arguments.out, title, lay_out(alerts.embedding), score, alerts.object_id.tolist())
     print(arguments.out)
     return 0

@@ -1,4 +1,4 @@
-"""`broker-filter models`: imports published weights, lists, shows and verifies bundles. Never alters a bundle."""
+"""`broker-filter models`: imports published weights; lists, shows and verifies bundles. Never changes a bundle."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from broker_filter.scoring.bundle import Bundle
 
 ENGINES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")
-"""What a bundle must run on."""
+"""Engines that a bundle must run on."""
 LINE = 100
-"""Columns that a card is wrapped to."""
+"""Width in characters to which a card is wrapped."""
 
 IMPORT_MODULES = ("h5py", "onnx", "onnxscript", "timm", "torch")
 """Modules of the extra `train` that importing weights needs."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command with its four parts."""
+    """Adds `models` and its four commands."""
     parser = subparsers.add_parser(
         "models",
         help="import, list, show and verify model bundles",
@@ -36,42 +36,46 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parts = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    importer = parts.add_parser("import", help="published weights into a bundle")
+    importer = parts.add_parser("import", help="make a bundle from published weights")
     kinds = importer.add_subparsers(title="kinds of weights", metavar="KIND", required=True)
-    braai = kinds.add_parser("braai", help="ZTF's real/bogus network, from Keras .h5 weights")
-    braai.add_argument("weights", metavar="WEIGHTS.h5", type=Path)
+    braai = kinds.add_parser("braai", help="braai, ZTF's real/bogus network, from Keras .h5 weights")
+    braai.add_argument("weights", metavar="WEIGHTS.h5", type=Path, help="the published file of weights")
     braai.add_argument(
         "--normalisation",
         choices=("row", "image"),
         required=True,
-        help="what the network wants divided by its L2 norm: every row (d6_m7 and before) or the whole image (d6_m9)",
+        help="which pixels the network expects to be divided by their L2 norm: each row of an image by itself (d6_m7 "
+        "and older) or the whole image (d6_m9)",
     )
     braai.set_defaults(run=_import_braai)
-    acai = kinds.add_parser("acai", help="one of ACAI's five networks of ZTF alerts, from a Keras .h5 model")
-    acai.add_argument("weights", metavar="MODEL.h5", type=Path)
+    acai = kinds.add_parser("acai", help="one of ACAI's five networks for ZTF alerts, from a Keras .h5 model")
+    acai.add_argument("weights", metavar="MODEL.h5", type=Path, help="the published model file")
     acai.add_argument(
         "--class",
         dest="letter",
         choices=("h", "n", "v", "o", "b"),
         required=True,
-        help="which of the five it is: hosted, nuclear, variable, orphan, bogus; `acai_h...h5` is h",
+        help="class of the network: h (hosted), n (nuclear), v (variable), o (orphan) or b (bogus); the file "
+        "`acai_h...h5` is of class h",
     )
     acai.set_defaults(run=_import_acai)
-    btsbot = kinds.add_parser("btsbot", help="the Bright Transient Survey's networks, as published on Hugging Face")
+    btsbot = kinds.add_parser(
+        "btsbot", help="BTSbot, the Bright Transient Survey's networks, as published on Hugging Face"
+    )
     btsbot.add_argument(
-        "folder", metavar="DIR", type=Path, help="a folder with pytorch_model.bin and train_config.json"
+        "folder", metavar="DIR", type=Path, help="directory with pytorch_model.bin and train_config.json"
     )
     btsbot.set_defaults(run=_import_btsbot)
     for kind in (braai, acai, btsbot):
-        kind.add_argument("--name", required=True, help="the bundle's name, which prefixes its output columns")
-        kind.add_argument("--out", metavar="DIR", type=Path, required=True, help="the new bundle's directory")
+        kind.add_argument("--name", required=True, help="name of the bundle, and prefix of its output columns")
+        kind.add_argument("--out", metavar="DIR", type=Path, required=True, help="directory of the new bundle")
 
-    lister = parts.add_parser("list", help="the bundles that ship, and those in directories")
-    lister.add_argument("directories", metavar="DIR", nargs="*", type=Path, help="a bundle, or a directory of bundles")
+    lister = parts.add_parser("list", help="list the bundles that ship, and the bundles in directories")
+    lister.add_argument("directories", metavar="DIR", nargs="*", type=Path, help="bundle, or directory of bundles")
     lister.set_defaults(run=_list)
 
-    bundle_help = "a bundle's directory, or the name of one that ships"
-    shower = parts.add_parser("show", help="a bundle's card")
+    bundle_help = "directory of a bundle, or name of a bundle that ships"
+    shower = parts.add_parser("show", help="show a bundle's card")
     shower.add_argument("bundle", metavar="BUNDLE", help=bundle_help)
     shower.set_defaults(run=_show)
 
@@ -133,7 +137,7 @@ def _list(arguments: argparse.Namespace) -> int:
     for path in found:
         try:
             bundle = load_bundle(path)
-        except BundleError as error:  # the others are still there
+        except BundleError as error:  # the other bundles are still listed
             print(f"broker-filter: {error}", file=sys.stderr)
             status = 1
             continue
@@ -164,7 +168,9 @@ def _verify(arguments: argparse.Namespace) -> int:
             print(f"torch: not verified, because PyTorch is not installed: {INSTALL_TORCH}")
             continue
         model = open_model(arguments.bundle, Runtime(engine=engine))
-        print(f"{model.bundle.directory}: files are whole, and {model.provider} reproduces the test vector")
+        print(
+            f"{model.bundle.directory}: the files match their sha256, and {model.provider} reproduces the test vector"
+        )
     return 0
 
 
@@ -185,7 +191,7 @@ def _describe(bundle: Bundle) -> list[str]:
         ),
         "outputs": ", ".join(card.output_names) + f" ({outputs.activation})",
         "null": "; ".join(
-            f"{output_name(card.name, label)} for all but {', '.join(surveys)}"
+            f"{output_name(card.name, label)} for all surveys except {', '.join(surveys)}"
             for label, surveys in outputs.surveys.items()
         ),
         "cuts": ", ".join(cuts),

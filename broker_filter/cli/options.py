@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 
 STDIN = "-"
-"""In the place of an input: standard input, as in `streaming.archives`."""
+"""Names standard input in the place of an input file, as in `streaming.archives`."""
 INPUT_HELP = f"file, folder (read recursively) or archive; `{STDIN}` for standard input"
 
 
 def add_registry_option(parser: argparse.ArgumentParser) -> None:
     """Adds `--schema-registry`."""
-    parser.add_argument("--schema-registry", metavar="URL|DIR", help="schemas of alerts in Confluent wire format")
+    parser.add_argument(
+        "--schema-registry",
+        metavar="URL|DIR",
+        help="schema registry, or directory of schemas, for alerts in Confluent wire format",
+    )
 
 
 def add_cache_option(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +23,18 @@ def add_cache_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drop-schema-cache",
         action="store_true",
-        help="first delete what earlier runs have kept of the registry's schemas: for a registry that was wiped",
+        help="first delete the registry's schemas that earlier runs cached: needed after the registry was wiped",
     )
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
     """Adds `--device`."""
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="what runs the networks")
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="device that runs the networks (default: auto, CUDA if it is available)",
+    )
 
 
 def add_scoring_options(parser: argparse.ArgumentParser) -> None:
@@ -42,5 +51,5 @@ def alert_limit(text: str) -> int:
     from broker_filter.scoring.reference import MAX_ALERTS
 
     if not 0 < (limit := int(text)) <= MAX_ALERTS:
-        raise argparse.ArgumentTypeError(f"between 1 and {MAX_ALERTS}, not {limit}")
+        raise argparse.ArgumentTypeError(f"must be between 1 and {MAX_ALERTS}, not {limit}")
     return limit

@@ -1,6 +1,6 @@
-"""What packets hold, in words, numbers and pictures on a console: for `broker-filter inspect`.
+"""Describes packets on a console in words, numbers and pictures, for `broker-filter inspect`.
 
-Shows nothing of what a packet says of itself before it is made harmless: packets are anybody's.
+Packets are untrusted input: their text is printed only after non-printable characters are replaced.
 """
 
 from __future__ import annotations
@@ -25,29 +25,34 @@ from broker_filter.packets.rejects import Reject
 from broker_filter.packets.surveys import COLUMNS
 
 CUTOUT_SIZE = 128
-"""What a Decoder must deliver to show stamps whole: LSST's reach 102 px."""
+"""Cutout size in pixels of the Decoder, so that stamps are shown whole: LSST's stamps have up to 102 px."""
 PACKETS_AT_A_TIME = 64
 PICTURE_SIZE = 22
-"""Rows and columns of a cutout's picture, so that three stand side by side on 80 columns."""
+"""Rows and columns of a cutout's picture, so that three pictures fit side by side into 80 characters."""
 MJD_EPOCH = datetime(1858, 11, 17)
 MAIN_FIELDS = frozenset(
     ("magpsf", "sigmapsf", "psfFlux", "psfFluxErr", "snr", "isdiffpos", "sso", "ndethist", "drb", "rb", "reliability",
      "classtar", "extendedness", "fwhm", "diffmaglim", "exptime", "distnr", "magnr", "sgscore1", "distpsnr1",
      "ssdistnr", "programid", "visit", "detector")
 )  # fmt: skip
-"""What tells an astronomer which kind of alert it is."""
+"""The metadata columns that best tell an astronomer which kind of alert this is."""
 KINDS = {
     Measurement.DETECTION: "detections",
     Measurement.UPPER_LIMIT: "upper limits",
     Measurement.FORCED: "forced measurements",
 }
 READABLE = "readable"
-"""The outcome of what is not rejected."""
+"""The outcome of an alert that is not rejected."""
 
 
 @dataclass
 class Contents:
-    """What was found. `kinds` counts alerts, and packets without one: by survey, schema version, framing, outcome."""
+    """Counts of what packets contain.
+
+    `kinds` counts alerts by (survey, schema version, framing, outcome). It counts rejected inputs too: their outcome is
+    the reject reason. `examples` holds one reject for each reason, `mjd` the earliest and latest exposure, `bands` the
+    number of alerts in each band, and `first` the batch whose first row is the first readable alert.
+    """
 
     n_packets: int = 0
     n_bytes: int = 0
@@ -59,10 +64,7 @@ class Contents:
 
 
 def take_stock(packets: Iterable[Packet], decoder: Decoder, advance: Callable[[int], None]) -> Contents:
-    """Decodes `packets` and counts what they are; keeps the batch whose first row is the first readable alert.
-
-    `advance` is told how many more packets were read.
-    """
+    """Decodes `packets` and counts what they contain. Calls `advance` with the number of packets of each batch."""
     contents = Contents()
     for alerts, rejects in decoder.decode_stream(packets, PACKETS_AT_A_TIME):
         batch = alerts.packets
@@ -91,7 +93,7 @@ def _kind(alert: AlertIdentity | None) -> tuple[str, str]:
 
 
 def framing(data: bytes) -> str:
-    """How a packet is framed."""
+    """Describes the framing of a packet: container file and codec, wire format and schema id, or unknown."""
     if data.startswith(ocf.MAGIC):
         return f"container file, codec {ocf.read_container(data).codec}"
     if wire.is_wire_message(data):
@@ -100,7 +102,7 @@ def framing(data: bytes) -> str:
 
 
 def print_counts(console: Console, contents: Contents, title: str) -> None:
-    """Prints how many of what there is."""
+    """Prints the counts as a table, and one example for each reject reason."""
     n_alerts = sum(n for kind, n in contents.kinds.items() if kind[-1] == READABLE)
     size = f"{contents.n_packets} packets, {contents.n_bytes / 1e6:.1f} MB"
     console.print(f"{title}: {n_alerts} readable alerts in {size}", style="bold")
@@ -111,11 +113,11 @@ def print_counts(console: Console, contents: Contents, title: str) -> None:
     rows = [(*kind, str(n)) for kind, n in sorted(contents.kinds.items(), key=lambda item: (-item[1], item[0]))]
     _print_table(console, ("survey", "schema", "framing", "outcome", "count"), rows)
     for reason, reject in contents.examples.items():
-        console.print(f"{reason}, for one: {printable(f'{reject.packet.position}: {reject.detail}')}")
+        console.print(f"{reason}, for example {printable(f'{reject.packet.position}: {reject.detail}')}")
 
 
 def print_alert(console: Console, alerts: AlertBatch, *, every_field: bool) -> None:
-    """Shows the batch's first alert."""
+    """Prints the batch's first alert: its identity, its metadata and its cutouts."""
     alert = alerts.identity(0)
     packet = alerts.packets[alerts.packet_index[0]]
     survey = Survey(int(alerts.survey[0]))
@@ -144,7 +146,7 @@ def print_alert(console: Console, alerts: AlertBatch, *, every_field: bool) -> N
 
 
 def _light_curve(alerts: AlertBatch) -> str:
-    """The first alert's, in a line."""
+    """Describes the light curve of the first alert in one line."""
     curves = alerts.light_curves
     mine = slice(int(curves.offsets[0]), int(curves.offsets[1]))
     if mine.start == mine.stop:
@@ -161,18 +163,20 @@ def _print_cutouts(console: Console, alerts: AlertBatch, unit: str) -> None:
     for name, cutout, (y0, x0, height, width) in zip(
         CUTOUTS, alerts.cutouts[0], alerts.cutout_box[0].tolist(), strict=True
     ):
-        image = cutout[y0 : y0 + height, x0 : x0 + width].astype(np.float64)  # float32 has no room above FLT_MAX
+        image = cutout[y0 : y0 + height, x0 : x0 + width].astype(
+            np.float64
+        )  # in float32, differences of large pixels would overflow
         finite = image[np.isfinite(image)]
         range_ = "  ".join(f"{value:.5g}" for value in (finite.min(), np.median(finite), finite.max()))
         rows.append((name, f"{height} x {width} px", range_, unit, f"{image.size - finite.size}"))
         images.append(image)
-    _print_table(console, ("cutout", "size", "least, median, greatest", "unit", "not finite"), rows)
+    _print_table(console, ("cutout", "size", "minimum, median, maximum", "unit", "not finite"), rows)
     if console.is_terminal and console.color_system:
         console.print(picture(images))
 
 
 def picture(images: Sequence[NDArray[np.float64]]) -> Text:
-    """The images side by side in shades of grey, north as in the stamps; two rows of pixels a line of text."""
+    """Draws images side by side in grey levels, oriented as the stamps; a line of text holds two rows of pixels."""
     shades = np.concatenate([np.pad(_shades(image), ((0, 0), (0, 2))) for image in images], axis=1)
     text = Text()
     for upper, lower in zip(shades[0::2], shades[1::2], strict=True):
@@ -183,7 +187,7 @@ def picture(images: Sequence[NDArray[np.float64]]) -> Text:
 
 
 def _shades(image: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """PICTURE_SIZE x PICTURE_SIZE grey levels, the first row on top as on a screen (FITS has it at the bottom)."""
+    """Scales an image to grey levels, uint8[PICTURE_SIZE, PICTURE_SIZE], top row first (FITS: bottom row first)."""
     rows, columns = (np.linspace(0, n - 1, PICTURE_SIZE).round().astype(int) for n in image.shape)
     low, high = np.nanpercentile(np.where(np.isfinite(image), image, np.nan), (1, 99.5))
     scaled = (image[np.ix_(rows, columns)] - low) / max(high - low, np.finfo(np.float32).tiny)
@@ -199,7 +203,7 @@ def _print_table(console: Console, header: Sequence[str], rows: Sequence[Sequenc
 
 
 def _date(mjd: float) -> str:
-    """To the second; packets may claim years that no calendar has."""
+    """Formats a date to the second; "?" for a year beyond the calendar, which a damaged packet may hold."""
     try:
         return f"{MJD_EPOCH + timedelta(days=mjd):%Y-%m-%d %H:%M:%S}"
     except OverflowError:

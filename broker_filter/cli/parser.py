@@ -1,6 +1,6 @@
-"""The parser of the command line and of every command: one way to complain, to suggest and to show examples.
+"""The parser of the command line and of every command: shared error messages, suggestions and examples.
 
-Imports nothing heavy: every start of the program imports it.
+Imports nothing heavy, because every start of the program imports it.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from pathlib import Path
 from typing import Any
 
 USAGE = 2
-"""Exit status of a command line, a service file or a name in them that is wrong."""
+"""Exit status if the command line or the service file is wrong, or names something that does not exist."""
 _EXAMPLES = "examples:\n"
 
 
 class UsageError(Exception):
-    """Arguments that do not go together, or name what is not there."""
+    """Arguments contradict each other, or name something that does not exist."""
 
     exit_status = USAGE
 
 
 def require_files(*named: Path | None) -> None:
-    """Raises UsageError where a file or folder that the command line names is not there; None stands for none named."""
+    """Raises UsageError if a file or folder of the command line does not exist. A path that is None is skipped."""
     for path in named:
         if path is not None and not path.exists():
             raise UsageError(f"{path}: no such file or folder")
 
 
 class _Help(argparse.HelpFormatter):
-    """Wraps descriptions and leaves examples as they are."""
+    """Wraps descriptions, and keeps the line breaks of examples."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith(_EXAMPLES) else super()._fill_text(text, width, indent)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A command's parser. An error shows the usage of that very command, and suggests what may have been meant.
+    """The parser of a command. An error prints the usage of that command and suggests a similar word.
 
     `examples`: command lines, shown at the end of the help. `add_subparsers` makes parsers of this class.
     """
@@ -46,13 +46,13 @@ class CommandParser(argparse.ArgumentParser):
         if examples:
             options["epilog"] = _EXAMPLES + "\n".join(f"  {example}" for example in examples)
         super().__init__(formatter_class=_Help, **options)
-        # Before the command and after it. A command's own default would undo what stands before it.
+        # These options work before and after the command's name. A default would overwrite an option before the name.
         suppressed: dict[str, Any] = {"action": "store_true", "default": argparse.SUPPRESS}
-        self.add_argument("-v", "--verbose", help="debug lines in the log, tracebacks with errors", **suppressed)
-        self.add_argument("-q", "--quiet", help="no progress and no account: warnings and errors only", **suppressed)
+        self.add_argument("-v", "--verbose", help="log debug messages, and show tracebacks of errors", **suppressed)
+        self.add_argument("-q", "--quiet", help="print only warnings and errors: no progress, no summary", **suppressed)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does it, except that the command itself refuses what it does not know."""
+        """Parses as argparse does, but reports an unknown option with the usage of the command, not of the program."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown[0], self._options())}")
@@ -69,6 +69,6 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` where one of the `known` words is much like `word`; else nothing."""
+    """Returns `; did you mean 'x'?` if one of the `known` words is similar to `word`, else an empty string."""
     close = get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""`broker-filter reference`: the ordinary alerts beside which others are called strange."""
+"""`broker-filter reference`: builds and shows reference sets of ordinary alerts, which define what is anomalous."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "embedder"
 DEFAULT_LIMIT = 100_000
-"""Alerts: enough to know the strangest in a thousand by, and searched in a twentieth of a millisecond."""
+"""Alerts: enough to tell the strangest one in a thousand, and few enough to be searched in 0.05 ms."""
 MEASURES = ("mahalanobis", "neighbours", "centroids")
 REAL = "real"
-"""The output that says how likely an alert is real."""
+"""The label of the probability that an alert is real."""
 SURVEYS_OWN = {"ztf": "drb", "lsst": "reliability"}
-"""The column of the survey's own real/bogus score, which decides where the model's `real` was not trained for it."""
+"""The column of each survey's own real/bogus score, used if the model's `real` was not trained for the survey."""
 MORE_LIKELY_REAL = 0.5
-"""The cut in such a score."""
+"""The threshold for a survey's own real/bogus score."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `reference` with its parts."""
+    """Adds `reference` and its two commands."""
     parser = subparsers.add_parser(
         "reference",
         help="build a reference set of ordinary alerts, or show one",
@@ -39,10 +39,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     builder = parts.add_parser(
         "build",
-        help="embeddings of archived alerts into a reference set",
-        description="Embeds the alerts of files, folders and archives. Of each survey it keeps some of those that "
-        "pass a cut, drawn by their ids, and finds out on those of other objects how strange ordinary alerts look. It "
-        "prints how many alerts of each survey were read, passed and were kept; a survey with too few is left out.",
+        help="build a reference set from archived alerts",
+        description="Computes the embeddings of the alerts in files, folders and archives. For each survey, it keeps a "
+        "sample of the alerts that pass a cut, and calibrates the anomaly score on held-out alerts of other objects. "
+        "It prints how many alerts of each survey were read, passed the cut and were kept; a survey with too few "
+        "alerts is left out.",
         examples=(
             "broker-filter reference build nights/ --out ordinary.safetensors",
             "broker-filter reference build nights/ --where 'drb > 0.9 and magpsf < 20' --out ordinary.safetensors",
@@ -50,39 +51,54 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         ),
     )
     builder.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUT_HELP)
-    builder.add_argument("--out", type=Path, required=True, metavar="FILE", help="the reference to write")
-    builder.add_argument("--model", default=DEFAULT_MODEL, metavar="BUNDLE", help="what embeds (default: %(default)s)")
+    builder.add_argument("--out", type=Path, required=True, metavar="FILE", help="reference set to write")
+    builder.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="BUNDLE",
+        help="bundle that computes the embeddings (default: %(default)s)",
+    )
     builder.add_argument(
         "--where",
         metavar="EXPRESSION",
-        help="the alerts to take, as a filter's (default: the model's output `real` above its recommended threshold, "
-        "where it has one; for a survey that `real` was not trained for, the survey's own `drb` or `reliability` above "
-        f"{MORE_LIKELY_REAL})",
+        help="cut that selects the alerts, a filter expression. Default: the model's output `real` is above its "
+        "recommended threshold, if it has one; for a survey that `real` was not trained for, the survey's own `drb` or "
+        f"`reliability` is above {MORE_LIKELY_REAL}",
     )
     builder.add_argument(
         "--limit",
         type=alert_limit,
         default=DEFAULT_LIMIT,
         metavar="N",
-        help="alerts of each survey to take (default: %(default)s)",
+        help="maximum number of alerts of each survey to keep (default: %(default)s)",
     )
     builder.add_argument(
         "--measure",
         choices=MEASURES,
         default=MEASURES[0],
-        help="of how far an alert is from the ordinary ones: from their middle, from the nearest of them, or from the "
-        "nearest centroid of the classes that --labels names (default: %(default)s)",
+        help="how the distance of an alert to the ordinary alerts is measured: to their mean (mahalanobis), to the "
+        "nearest alerts (neighbours), or to the nearest centroid of the classes in --labels (centroids) (default: "
+        "%(default)s)",
     )
-    builder.add_argument("--labels", type=Path, metavar="TABLE", help=".csv or .parquet, by alert or object id")
-    builder.add_argument("--label", default="label", metavar="COLUMN", help="its column of labels (default: label)")
     builder.add_argument(
-        "--class", dest="classes", action="append", default=[], metavar="NAME=VALUES", help="values of one class"
+        "--labels", type=Path, metavar="TABLE", help="table of labels by alert id or object id, .csv or .parquet"
+    )
+    builder.add_argument(
+        "--label", default="label", metavar="COLUMN", help="column of --labels that holds the labels (default: label)"
+    )
+    builder.add_argument(
+        "--class",
+        dest="classes",
+        action="append",
+        default=[],
+        metavar="NAME=VALUES",
+        help="name of a class and its labels, comma-separated; may be repeated",
     )
     add_scoring_options(builder)
     builder.set_defaults(run=_build)
 
-    shower = parts.add_parser("show", help="what a reference set is of")
-    shower.add_argument("file", metavar="FILE", type=Path)
+    shower = parts.add_parser("show", help="show what a reference set contains")
+    shower.add_argument("file", metavar="FILE", type=Path, help="reference set, from `reference build`")
     shower.set_defaults(run=_show)
 
 
@@ -96,7 +112,7 @@ def _build(arguments: argparse.Namespace) -> int:
     from broker_filter.streaming.expressions import FIELDS, compile_filter
 
     if (arguments.measure == "centroids") != (arguments.labels is not None):
-        raise UsageError("centroids are of classes, which --labels names; the other measures need none")
+        raise UsageError("--measure centroids needs --labels; the other measures do not take it")
     require_files(arguments.labels)
     labels = None
     if arguments.labels:
@@ -115,12 +131,12 @@ def _build(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         for survey, counts in reference.card.surveys.items():
             print(f"{survey}: {_counted(counts)}")
-        print(f"ordinary: {where or 'all alerts'} -> {arguments.out}")
+        print(f"cut: {where or 'none'} -> {arguments.out}")
     return 0
 
 
 def _recommended_cut(model: Model) -> str | None:
-    """The alerts that are likely real, as a filter; None where the model has no cut for that."""
+    """A filter expression that selects likely real alerts; None if the model recommends no threshold for `real`."""
     threshold = model.bundle.card.outputs.thresholds.get(REAL)
     if threshold is None:
         return None
@@ -142,7 +158,7 @@ def _show(arguments: argparse.Namespace) -> int:
     entries = {
         "made with": f"{card.bundle} {card.version}, weights {card.weights_sha256[:12]}",
         "surveys": ", ".join(map(str, parts)),
-        "that pass": card.where or "(all were taken)",
+        "cut": card.where or "none",
         "modalities": ", ".join(card.modalities) or "none",
         "measure": " of ".join((card.measure, *([", ".join(card.classes)] if card.classes else []))),
         **{survey: _counted(counts) for survey, counts in card.surveys.items()},
@@ -151,7 +167,7 @@ def _show(arguments: argparse.Namespace) -> int:
         median, strange = (float(part.scores[int(share * (len(part.scores) - 1))]) for share in (0.5, 0.99))
         objects = len(set(part.alerts.object_id.tolist()))
         entries[f"{survey} alerts"] = f"{objects:,} objects, {part.alerts.embedding.shape[1]} dimensions"
-        entries[f"{survey} scores"] = f"median {median:.4f}, one in a hundred above {strange:.4f}"
+        entries[f"{survey} scores"] = f"median {median:.4f}, 99th percentile {strange:.4f}"
     entries["data sha256"] = card.data_sha256
     for entry, text in entries.items():
         print(f"{entry:14} {text}")
@@ -159,8 +175,8 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _counted(counts: SurveyCounts) -> str:
-    """What became of a survey's alerts, in words."""
+    """Says how many alerts of a survey were read, passed the cut, and were kept."""
     said = f"{counts.read:,} alerts read, {counts.passed:,} passed, {counts.kept:,} kept"
     if counts.kept:
-        return f"{said}, calibrated on {counts.held_out:,} of other objects"
-    return f"{said}: too few, not judged"
+        return f"{said}, calibrated on {counts.held_out:,} held-out alerts of other objects"
+    return f"{said}: too few, so this survey is left out"

@@ -1,4 +1,4 @@
-"""`broker-filter replay`: archived alerts into a Kafka topic, as a survey would send them."""
+"""`broker-filter replay`: sends archived alerts to a Kafka topic, as a survey would send them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from broker_filter.packets.packet import Packet
 
 DEAD_LETTERS = ".dead-letter"
-"""How the name of a service's topic of dead letters ends."""
+"""Suffix of the topic of a service's dead letters."""
 PATIENCE_S = 20.0
-"""For brokers that do not answer: an address that is wrong is as silent as one that is down."""
+"""How long to wait for an answer of the brokers; a wrong address gives no answer either."""
 
 
 class ReasonError(UsageError):
-    """A reason for which nothing is rejected."""
+    """The reason is not one of the reject reasons."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,9 +34,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "replay",
         help="send archived alerts to a Kafka topic",
-        description="Sends every alert of files, folders and archives to a topic, one message each, with the object id "
-        "as its key and the time of sending as its Kafka timestamp. Creates the topic where it is absent. "
-        f"Of a service's dead letters ({TOPIC}HOST:PORT/PREFIX{DEAD_LETTERS}) it sends the original messages again.",
+        description="Sends every alert of files, folders and archives to a topic. Each alert is one message, with the "
+        "object id as its key and the time of sending as its Kafka timestamp. The topic is created if it does not "
+        f"exist. If the input is a service's topic of dead letters ({TOPIC}HOST:PORT/PREFIX{DEAD_LETTERS}), sends the "
+        "original messages again.",
         examples=(
             "broker-filter replay night.tar.gz --bootstrap-servers localhost:9092 --topic rehearsal --rate 300/s",
             "broker-filter replay night.tar.gz --bootstrap-servers localhost:9092 --topic rehearsal --speed 10",
@@ -52,26 +53,36 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--reason",
         action="append",
         metavar="REASON",
-        help="of dead letters only those that were rejected for it, as unknown_schema_id; may be repeated "
-        "(default: all dead letters)",
+        help="send only dead letters with this reject reason, for example unknown_schema_id; may be repeated (default: "
+        "all dead letters)",
     )
-    parser.add_argument("--bootstrap-servers", required=True, metavar="HOST:PORT", help="brokers, comma-separated")
-    parser.add_argument("--topic", required=True)
     parser.add_argument(
-        "--partitions", type=int, default=4, metavar="N", help="of a topic that is created (default: 4)"
+        "--bootstrap-servers", required=True, metavar="HOST:PORT", help="brokers to send to, comma-separated"
+    )
+    parser.add_argument("--topic", required=True, help="topic to send to")
+    parser.add_argument(
+        "--partitions",
+        type=int,
+        default=4,
+        metavar="N",
+        help="number of partitions, if the topic is created (default: 4)",
     )
     pace = parser.add_mutually_exclusive_group()
-    pace.add_argument("--rate", type=_positive, metavar="N", help="alerts a second (`300` or `300/s`)")
-    pace.add_argument("--speed", type=_positive, metavar="X", help="X times as fast as the alerts were exposed")
-    pace.add_argument("--as-fast-as-possible", action="store_true", help="as the brokers take them (the default)")
-    parser.add_argument("--repeat", action="store_true", help="begin again at the end, until interrupted")
+    pace.add_argument("--rate", type=_positive, metavar="N", help="alerts per second (`300` or `300/s`)")
+    pace.add_argument(
+        "--speed", type=_positive, metavar="X", help="send X times as fast as the survey took the exposures"
+    )
+    pace.add_argument(
+        "--as-fast-as-possible", action="store_true", help="send as fast as the brokers accept messages (the default)"
+    )
+    parser.add_argument("--repeat", action="store_true", help="start again after the last alert, until interrupted")
     add_registry_option(parser)
     add_kafka_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Replays until the end or the first interrupt; status 1 where messages failed, 130 where it was interrupted."""
+    """Sends all alerts, or until interrupted; returns the exit status: 1 if a message failed, 130 if interrupted."""
     from confluent_kafka.admin import NewTopic
 
     from broker_filter.cli import INTERRUPTED
@@ -82,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.packets.registry import open_registry
 
     if arguments.repeat and STDIN in arguments.inputs:
-        raise UsageError(f"--repeat cannot begin {STDIN} again: standard input is read once")
+        raise UsageError(f"--repeat cannot read {STDIN} again: standard input can be read only once")
     packets = _packets(arguments)
     new_pace = as_fast_as_possible
     if arguments.rate:
@@ -112,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = time.monotonic() - started
     account_line = (
         f"sent {account.sent} alerts ({account.sent_bytes / 1e6:.1f} MB) to {arguments.topic} in {seconds:.1f} s, "
-        f"{account.sent / seconds:.0f}/s; failed {account.failed}, not sendable {account.unsendable}"
+        f"{account.sent / seconds:.0f}/s; failed {account.failed}; skipped {account.unsendable} (empty or too large)"
     )
     if not arguments.quiet:
         print(account_line)
@@ -127,11 +138,13 @@ def _packets(arguments: argparse.Namespace) -> Iterator[Packet]:
 
     reasons = set(arguments.reason or RejectReason)
     if unknown := sorted(reasons.difference(RejectReason)):
-        raise ReasonError(f"--reason {unknown[0]}: the reasons are {', '.join(RejectReason)}")
+        raise ReasonError(f"--reason {unknown[0]}: unknown reason; choose from {', '.join(RejectReason)}")
 
     def read(properties: dict[str, object], topic: str) -> Iterator[Packet]:
         if not topic.endswith(DEAD_LETTERS):
-            raise AddressError(f"{topic}: only a topic of dead letters, PREFIX{DEAD_LETTERS}, can be sent again")
+            raise AddressError(
+                f"{topic}: not a topic of dead letters (PREFIX{DEAD_LETTERS}); no other topic can be sent again"
+            )
         return read_dead_letters(properties, topic, reasons)
 
     return read_inputs(arguments, read)

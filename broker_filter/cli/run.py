@@ -1,4 +1,4 @@
-"""`broker-filter run`: the service, from its configuration to a signal."""
+"""`broker-filter run`: runs the service until a signal stops it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """The signals on which the service drains. SIGHUP comes when a terminal is closed or a supervisor reloads."""
-MEANINGLESS = (signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that other programs take as a command, as to reopen log files. By default they would end the process."""
+IGNORED = (signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that other programs take as a command, for example to reopen log files. By default they end the process."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `run`."""
     parser = subparsers.add_parser(
         "run",
-        help="the service: Kafka in, scored alerts out",
+        help="run the service: Kafka in, scored alerts out",
         examples=("broker-filter config check service.yaml && broker-filter run --config service.yaml",),
-        description="The service runs until SIGTERM, SIGINT, SIGHUP or SIGQUIT. It then commits what it has read and "
-        "ends with status 0; a second signal ends it at once. SIGUSR1 and SIGUSR2 are ignored.",
+        description="Runs the service until SIGTERM, SIGINT, SIGHUP or SIGQUIT. The service then commits the alerts in "
+        "flight and ends with status 0; a second signal ends it immediately. SIGUSR1 and SIGUSR2 are ignored.",
     )
     parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="the service's YAML file")
     parser.set_defaults(run=_run)
@@ -39,19 +39,19 @@ def _run(arguments: argparse.Namespace) -> int:
         if stopping:
             os._exit(SIGNALLED + number)
         stopping = True
-        # Not here: the main thread may be within a lock that `set` takes.
+        # In another thread: the main thread, which this handler interrupts, may hold the lock that `set` needs.
         threading.Thread(target=stop.set, daemon=True).start()
 
     for number in STOPPING:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, on_signal)
-    for number in MEANINGLESS:
+    for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
 
     from broker_filter.config_file import load_service
     from broker_filter.service import FilterService
 
     service = FilterService(load_service(arguments.config), stop)
-    gc.freeze()  # What start-up made stays. Else a full collection walks it all: a quarter of a second, in all threads.
+    gc.freeze()  # Start-up objects stay alive; a full collection of them would stop all threads for 0.25 s.
     service.run()
     return 0

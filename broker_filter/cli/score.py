@@ -35,8 +35,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "score",
         help="score archived alerts into a table",
-        description="Scores every alert of files, folders and archives; writes one row an alert, rejected ones too. "
-        "Ends with status 0 unless no alert could be read.",
+        description="Scores every alert of files, folders and archives, and writes a table with one row for each "
+        "alert. A rejected input has a row too, with the reason. Ends with status 1 if no alert could be read.",
         examples=(
             "broker-filter score ztf_public_20260225.tar.gz --out night.parquet",
             "broker-filter score nights/ --model default --model ./mine --out nights.fits --rejects rejects.csv",
@@ -49,19 +49,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=_table,
         required=True,
         metavar="FILE",
-        help=f"table to write: {', '.join(f'.{name}' for name in FORMATS)}; `-` for standard output",
+        help=f"table to write; its format follows from the ending {', '.join(f'.{name}' for name in FORMATS)}; `-` for "
+        "standard output",
     )
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="format of the table, where the name of --out does not say it (default for `-`: jsonl)",
+        help="format of the table, if the name of --out does not give it (default for `-`: jsonl)",
     )
     parser.add_argument(
         "--rejects",
         type=_table,
         metavar="FILE",
-        help="write the rows of rejected inputs to this table and not to --out, where no alert then lacks its id, time "
-        "or position",
+        help="write the rows of rejected inputs to this table instead of --out; then every row of --out has an alert "
+        "id, a time and a position",
     )
     parser.add_argument(
         "--model", action="append", metavar="BUNDLE", help="bundle to score with; may be repeated (default: `default`)"
@@ -72,16 +73,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default=[],
         choices=["ztf", "lsst"],
         metavar="SURVEY",
-        help="score this survey's alerts too, though the bundles were not trained for it; may be repeated",
+        help="also score alerts of this survey, although the bundles were not trained for it; may be repeated",
     )
     parser.add_argument(
         "--policy",
         action="append",
         default=[],
         metavar="POLICY=OUTPUT",
-        help="a column that says whether the alert's object had by then passed a policy of the Bright Transient Survey "
-        "(bts_p1, bts_p2, prod_p1, prod_p2) by the scores of an output, as in bts_p1=btsbot.bts; alerts must come in "
-        "order of time; may be repeated",
+        help="add a column that says whether the object has passed a policy of the Bright Transient Survey (bts_p1, "
+        "bts_p2, prod_p1, prod_p2) up to this alert, from the scores of an output; for example bts_p1=btsbot.bts. "
+        "Alerts must be in order of time. May be repeated",
     )
     add_registry_option(parser)
     add_cache_option(parser)

@@ -1,4 +1,4 @@
-"""`broker-filter similar`: the ordinary alerts most like a given one, listed and drawn."""
+"""`broker-filter similar`: lists and draws the ordinary alerts that are most similar to a given alert."""
 
 from __future__ import annotations
 
@@ -19,39 +19,56 @@ if TYPE_CHECKING:
 
 DEFAULT_COUNT = 8
 MAX_COUNT = 100
-"""Rows of a picture that can still be looked at."""
+"""Alerts at most: a picture with more rows cannot be read."""
 PACKETS_AT_A_TIME = 64
 
 log = logging.getLogger(__name__)
 
 
 class NothingToCompareError(Exception):
-    """No alert that was asked for."""
+    """There is no alert to compare, or the reference set cannot judge it."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `similar`."""
     parser = subparsers.add_parser(
         "similar",
-        help="list and draw the alerts of a reference set most like a given one",
-        description="Lists the ordinary alerts of its survey whose embeddings are nearest to an alert's. A reference "
-        "holds no packets: to draw them, say where they are.",
+        help="list and draw the alerts of a reference set that are most similar to a given alert",
+        description="Lists the alerts of a reference set, of the same survey, whose embeddings are nearest to the "
+        "embedding of a given alert. A reference set holds no packets: name the inputs that hold them with --packets "
+        "to draw them.",
         examples=(
             "broker-filter similar alert.avro --reference ordinary.safetensors",
             "broker-filter similar night.tar.gz --id 3224182880115015010 --reference ordinary.safetensors "
             "--out like.png --packets nights/",
         ),
     )
-    parser.add_argument("alert", metavar="ALERT", help="a packet; of an archive, its first alert, or the one of --id")
-    parser.add_argument("--id", type=int, metavar="ALERT_ID", help="which alert of ALERT is meant")
-    parser.add_argument("--reference", type=Path, required=True, metavar="FILE", help="what `reference build` wrote")
-    parser.add_argument("--model", metavar="BUNDLE", help="the bundle it was made with (default: the one of that name)")
+    parser.add_argument("alert", metavar="ALERT", help="packet, or archive that holds the alert")
+    parser.add_argument("--id", type=int, metavar="ALERT_ID", help="id of the alert (default: the first alert)")
     parser.add_argument(
-        "--count", type=_count, default=DEFAULT_COUNT, metavar="N", help="how many alerts (default: %(default)s)"
+        "--reference", type=Path, required=True, metavar="FILE", help="reference set, from `reference build`"
     )
-    parser.add_argument("--out", type=Path, metavar="PNG", help="draw the alert and those like it, a row each")
     parser.add_argument(
-        "--packets", nargs="+", default=[], metavar="INPUT", help="where the packets of the reference's alerts are"
+        "--model",
+        metavar="BUNDLE",
+        help="bundle that made the reference set (default: the bundle that ships under the recorded name)",
+    )
+    parser.add_argument(
+        "--count",
+        type=_count,
+        default=DEFAULT_COUNT,
+        metavar="N",
+        help="number of similar alerts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="PNG", help="picture to write: the alert and the similar alerts, one row each"
+    )
+    parser.add_argument(
+        "--packets",
+        nargs="+",
+        default=[],
+        metavar="INPUT",
+        help="files, folders or archives that hold the packets of the reference set",
     )
     add_scoring_options(parser)
     parser.set_defaults(run=run)
@@ -59,12 +76,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _count(text: str) -> int:
     if not 0 < (count := int(text)) <= MAX_COUNT:
-        raise argparse.ArgumentTypeError(f"between 1 and {MAX_COUNT}, not {count}")
+        raise argparse.ArgumentTypeError(f"must be between 1 and {MAX_COUNT}, not {count}")
     return count
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the list, draws the picture where one is asked for, and returns the exit status."""
+    """Prints the similar alerts, draws them if `--out` is given, and returns the exit status."""
     from broker_filter.cli.archived import keep_inputs, open_reference
     from broker_filter.console import printable
     from broker_filter.packets.batch import Survey
@@ -81,20 +98,25 @@ def run(arguments: argparse.Namespace) -> int:
     found = _find(read_packets([arguments.alert]), decoder, None if arguments.id is None else {arguments.id})
     if not found:
         which = "no readable alert" if arguments.id is None else f"no alert {arguments.id}"
-        raise NothingToCompareError(f"{arguments.alert}: {which} there")
+        raise NothingToCompareError(f"{arguments.alert}: contains {which}")
     alerts, row = next(iter(found.values()))
     [scores] = scorer.score(alerts).models
     if not scores.taken[row] or scores.embedding is None:
-        raise NothingToCompareError(f"{arguments.alert}: the model {scores.model} does not take alerts of its survey")
+        raise NothingToCompareError(
+            f"{arguments.alert}: the model {scores.model} does not score alerts of this alert's survey"
+        )
     survey = Survey(int(alerts.survey[row]))
     if survey not in reference.surveys:
-        raise NothingToCompareError(f"{arguments.reference}: has no alerts of {survey}, of which {arguments.alert} is")
+        raise NothingToCompareError(
+            f"{arguments.reference}: contains no {survey} alerts to compare {arguments.alert} with; build it from "
+            "inputs that hold some"
+        )
     ordinary = reference.surveys[survey]
     anomaly = AnomalyScorer(reference.card, ordinary)
     embedding = scores.embedding[row : row + 1]
     [score], [similar] = anomaly.score(embedding).tolist(), anomaly.nearest(embedding, arguments.count)
     identity, stranger = alerts.identity(row), float((ordinary.scores > score).mean())
-    said = f"score {score:.4f}, {stranger:.1%} of ordinary alerts are stranger"
+    said = f"score {score:.4f}; {stranger:.1%} of the held-out ordinary alerts score higher"
     print(f"{identity.survey} {identity.alert_id} of {printable(identity.object_id or '?')}: {said}")
     print(f"{'distance':>8}  {'alert':20}  object")
     for one in similar:
@@ -129,7 +151,7 @@ def _draw(
     from broker_filter.pictures.similar_alerts import Shown, draw_similar
 
     if absent := sum(one.alert_id not in packets_of for one in similar):
-        log.warning("%d of %d packets are not among --packets and the alert's own: not drawn", absent, len(similar))
+        log.warning("%d of %d similar alerts are not drawn: their packets are not in --packets", absent, len(similar))
     rows = [Shown(*asked, said)]
     rows += [
         Shown(*packets_of[one.alert_id], f"distance {one.distance:.4f}")
@@ -137,4 +159,4 @@ def _draw(
         if one.alert_id in packets_of
     ]
     identity = asked[0].identity(asked[1])
-    draw_similar(file, f"Ordinary alerts most like {identity.survey} {identity.alert_id}", rows)
+    draw_similar(file, f"Ordinary alerts most similar to {identity.survey} {identity.alert_id}", rows)

@@ -1,4 +1,4 @@
-"""Commands set the log up anew; tests after them must not inherit it."""
+"""A command sets up logging for the whole process; each test here restores it, so that later tests are not affected."""
 
 from __future__ import annotations
 

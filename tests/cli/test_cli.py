@@ -1,4 +1,4 @@
-"""The frame that all commands share."""
+"""The behaviour that all commands share: help, usage errors, exit statuses and progress."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ print("imported:", *(name for name in {heavy!r} if name in sys.modules))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help_for_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0
@@ -59,7 +59,7 @@ def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.Cap
         (["score", "x", "--out", "s3://bucket/night.parquet"], "broker-filter score [", "written to files"),
     ],
 )
-def test_wrong_arguments_show_the_usage_of_their_command_and_what_was_meant(
+def test_wrong_arguments_show_the_usage_of_the_command_and_a_suggestion(
     arguments: list[str], usage: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
@@ -87,10 +87,10 @@ def test_wrong_arguments_show_the_usage_of_their_command_and_what_was_meant(
         (["inspect", "kafka://localhost:1/t", "--kafka-file", "/no/such/file"], "no such file or folder"),
         (["models", "list", "/no/such/folder"], "no such file or folder"),
         (["models", "import", "btsbot", "/no/such/folder", "--name", "x", "--out", "y"], "no such file or folder"),
-        (["replay", "-", "--repeat", "--topic", "t", "--bootstrap-servers", "localhost:1"], "read once"),
+        (["replay", "-", "--repeat", "--topic", "t", "--bootstrap-servers", "localhost:1"], "read only once"),
     ],
 )
-def test_what_is_not_there_or_not_read_is_one_line_and_status_2(
+def test_missing_files_and_unknown_names_give_one_line_and_status_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
@@ -99,7 +99,7 @@ def test_what_is_not_there_or_not_read_is_one_line_and_status_2(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_examples_that_the_parser_takes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_in_help_are_valid_command_lines(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])
     _, _, examples = capsys.readouterr().out.partition("examples:\n")
@@ -112,7 +112,7 @@ def test_help_has_examples_that_the_parser_takes(command: str, capsys: pytest.Ca
         assert end.value.code == 0
 
 
-def test_quiet_stands_before_or_after_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_is_accepted_before_and_after_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packet = tmp_path / "night"
     packet.write_bytes(b"clouds")
     for arguments in (["-q", "score"], ["score", "--quiet"]):
@@ -124,18 +124,18 @@ def test_quiet_stands_before_or_after_the_command(tmp_path: Path, capsys: pytest
         assert logging.getLogger().isEnabledFor(logging.WARNING)
 
 
-def test_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == f"broker-filter {__version__}\n"
 
 
-def test_an_error_of_the_system_is_told_as_it_is_and_a_bug_as_one() -> None:
+def test_system_errors_are_printed_unchanged_and_bugs_as_unexpected() -> None:
     assert describe_error(FileNotFoundError(2, "No such file or directory", "x")) == "x: No such file or directory"
     assert describe_error(KeyError("x")).startswith("unexpected KeyError: 'x'")
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_closed_output_pipe_is_not_an_error() -> None:
     command = [sys.executable, "-m", "broker_filter", "config", "keys"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
@@ -145,7 +145,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert process.returncode == UNREAD
 
 
-def test_progress_without_a_terminal_is_a_log_line_now_and_then(
+def test_progress_without_a_terminal_is_logged_at_intervals(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 100.0
@@ -161,7 +161,7 @@ def test_progress_without_a_terminal_is_a_log_line_now_and_then(
     ]
 
 
-def test_progress_without_a_total_goes_by_the_share_of_the_bytes(
+def test_progress_without_a_total_shows_the_share_of_bytes_read(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 100.0

@@ -1,4 +1,4 @@
-"""`broker-filter config check`: all errors and status 2, or what would run, without secrets."""
+"""`broker-filter config check` lists every error and ends with status 2, or prints what would run, without secrets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ filters: [{name: bright, where: real > 0.65 and magpsf < 18.5}]
 """
 
 
-def test_says_what_will_run_and_no_secret(
+def test_valid_file_prints_what_will_run_without_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reference_file: Path
 ) -> None:
     monkeypatch.setenv("SURVEY_PASSWORD", "hunter2")
@@ -55,7 +55,7 @@ def test_lists_every_error_and_ends_with_status_2(
     ]
 
 
-def test_a_file_that_is_not_there_ends_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_file_ends_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "check", str(tmp_path / "none.yaml")]) == 2
     complaint = capsys.readouterr().err
     assert str(tmp_path / "none.yaml") in complaint

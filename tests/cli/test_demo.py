@@ -1,4 +1,4 @@
-"""`broker-filter demo` says what it needs before it begins."""
+"""`broker-filter demo` reports missing packages and wrong arguments before it starts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from broker_filter.cli import main
 
 
-def test_missing_extra_is_one_clear_line(tmp_path: Path) -> None:
-    # A Python that finds everything but matplotlib, as an installation without the extra would.
+def test_missing_extra_gives_one_line_that_names_it(tmp_path: Path) -> None:
+    # This Python process does not find matplotlib, as in an installation without the extra `demo`.
     program = (
         "import importlib.util as u, sys\n"
         "find = u.find_spec\n"

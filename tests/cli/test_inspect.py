@@ -1,4 +1,4 @@
-"""Inspect: what it prints is what is there."""
+"""`broker-filter inspect` prints exactly what the input contains."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NIGHT = Path("ztf/archives/ztf_public_20180819_mod1000.tar.gz")
 
 
 def inspect(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, list[str]]:
-    """The exit status, and the lines with single spaces."""
+    """Returns the exit status, and the printed lines with repeated spaces joined."""
     status = main(["inspect", *map(str, arguments)])
     return status, [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
 
@@ -38,21 +38,19 @@ def test_archive_is_counted_and_its_first_alert_shown(shared_data: Path, capsys:
     assert "science 63 x 63 px 36.088 92.854 1901.1 DN 942" in lines
 
 
-def test_every_reason_for_rejection_is_counted_with_an_example(
-    shared_data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_reject_reason_is_counted_with_an_example(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wire = shared_data / "lsst" / "wire"
     status, lines = inspect(capsys, wire, "--schema-registry", shared_data / "lsst" / "schemas")
     assert status == 0
     assert "lsst 7.4 wire format, schema id 704 readable 5" in lines
     assert "? ? wire format, schema id 12345 unknown_schema_id 1" in lines
-    assert any(line.startswith("unknown_schema_id, for one: ") for line in lines)
+    assert any(line.startswith("unknown_schema_id, for example ") for line in lines)
     counts = [re.search(r"schema id \d+ \w+ (\d+)$", line) for line in lines]
     assert sum(int(count[1]) for count in counts if count) == len(list(wire.iterdir()))
 
 
 @pytest.mark.parametrize("piped", [True, False])
-def test_standard_input_is_read_as_a_file_is(shared_data: Path, piped: bool) -> None:
+def test_standard_input_gives_the_same_result_as_a_file(shared_data: Path, piped: bool) -> None:
     command = [sys.executable, "-m", "broker_filter", "inspect", "-"]
     with (shared_data / NIGHT).open("rb") as night:
         content = {"input": night.read()} if piped else {"stdin": night}
@@ -61,7 +59,7 @@ def test_standard_input_is_read_as_a_file_is(shared_data: Path, piped: bool) -> 
     assert b"<stdin>::" in done.stdout
 
 
-def test_a_reader_that_has_seen_enough_is_no_failure(shared_data: Path) -> None:
+def test_closed_output_pipe_ends_with_status_0(shared_data: Path) -> None:
     command = [sys.executable, "-m", "broker_filter", "inspect", str(shared_data / NIGHT)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
@@ -71,7 +69,7 @@ def test_a_reader_that_has_seen_enough_is_no_failure(shared_data: Path) -> None:
     assert process.returncode == 0
 
 
-def test_nothing_readable_is_said_and_ends_with_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_input_without_a_readable_alert_ends_with_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.txt").write_text("the telescope was closed")
     status, lines = inspect(capsys, tmp_path)
     assert status == 1
@@ -82,18 +80,18 @@ def test_no_more_than_the_limit_is_read(shared_data: Path, capsys: pytest.Captur
     status, lines = inspect(capsys, shared_data / NIGHT, "--limit", 7)
     assert status == 0
     assert "7 readable alerts in 7 packets" in lines[0]
-    assert "these are the first 7 packets: --limit 0 looks at all" in lines
+    assert "only the first 7 packets were read: --limit 0 reads all" in lines
 
 
 @pytest.mark.parametrize("limit", ["-1", "some"])
-def test_a_limit_is_a_number_of_packets(limit: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_limit_must_be_a_number_of_packets(limit: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["inspect", "night.tar.gz", f"--limit={limit}"])
     assert end.value.code == 2
     assert f"{limit} is not a number of packets" in capsys.readouterr().err
 
 
-def test_topic_is_inspected_as_an_archive_is(
+def test_topic_gives_the_same_result_as_an_archive(
     ztf_packets: list[tuple[int, bytes]],
     kafka_bootstrap: str,
     unique_name: Callable[[str], str],
@@ -111,7 +109,7 @@ def test_topic_is_inspected_as_an_archive_is(
     assert "? ? unknown empty 1" in lines
 
 
-def test_missing_topic_is_one_clear_line(
+def test_missing_topic_gives_one_error_line(
     kafka_bootstrap: str, unique_name: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     topic = unique_name("absent")
@@ -120,7 +118,7 @@ def test_missing_topic_is_one_clear_line(
     assert main(["inspect", "kafka://nowhere"]) == 2
 
 
-def test_packet_cannot_command_the_terminal(
+def test_control_characters_of_a_packet_are_not_printed(
     ztf_packets: list[tuple[int, bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reader = fastavro.reader(io.BytesIO(ztf_packets[0][1]))
@@ -134,7 +132,7 @@ def test_packet_cannot_command_the_terminal(
     assert "\x1b" not in out
 
 
-def test_picture_shows_the_source_where_it_is() -> None:
+def test_picture_shows_the_source_at_its_position() -> None:
     image = np.zeros((63, 63))
     image[52:, :20] = 100.0  # high rows of a FITS image are at the top
     image[0, 0] = np.nan

@@ -1,4 +1,4 @@
-"""`broker-filter models`, as a person uses it."""
+"""`broker-filter models` on the command line: list, show, verify and import."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def corrupted(tmp_path: Path) -> Path:
     return copy
 
 
-def test_lists_what_ships_and_what_is_in_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_shipped_bundles_and_bundles_of_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other").symlink_to(DEFAULT)
     assert main(["models", "list", str(tmp_path)]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
@@ -34,7 +34,7 @@ def test_lists_what_ships_and_what_is_in_a_directory(tmp_path: Path, capsys: pyt
     assert rows[-1].endswith(str(tmp_path / "other"))
 
 
-def test_lists_what_is_sound_beside_a_corrupted_bundle(corrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_the_valid_bundles_if_another_is_corrupted(corrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (corrupted.parent / "sound").symlink_to(DEFAULT)
     assert main(["models", "list", str(corrupted.parent)]) == 1
     out, complaint = capsys.readouterr()
@@ -49,7 +49,7 @@ def test_shows_a_card(capsys: pytest.CaptureFixture[str]) -> None:
         assert entry in shown
 
 
-def test_verifies_the_bundle_that_ships_on_every_engine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verifies_a_shipped_bundle_on_every_engine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "verify", "default"]) == 0
     onnx, torch = capsys.readouterr().out.splitlines()
     assert "onnxruntime/" in onnx
@@ -80,7 +80,7 @@ def test_importing_without_torch_says_what_to_install(
 
 
 @pytest.mark.parametrize("command", ["verify", "show"])
-def test_a_corrupted_bundle_fails_and_its_file_is_named(
+def test_verifying_a_corrupted_bundle_fails_and_names_the_file(
     corrupted: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     assert main(["models", command, str(corrupted)]) == 1
@@ -99,7 +99,7 @@ def test_imports_published_weights(shared_models: Path, tmp_path: Path, capsys: 
     assert "Duev et al. 2019" in capsys.readouterr().out
 
 
-def test_weights_that_are_not_there_are_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_weights_are_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     arguments = ["models", "import", "braai", str(tmp_path / "no.h5"), "--normalisation", "row", "--name", "x"]
     assert main([*arguments, "--out", str(out)]) == 2

@@ -1,4 +1,4 @@
-"""`reference`, `similar` and `map`: from archived packets to a list, a contact sheet and a map."""
+"""`reference`, `similar` and `map` make a reference set, a list, a contact sheet and a map from archived packets."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def test_a_reference_is_built_and_shown(reference: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.shared
-def test_real_lsst_alerts_are_ordinary_by_the_surveys_own_score(
+def test_real_lsst_alerts_are_selected_by_the_survey_score(
     shared_data: Path, lsst_schemas: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The embedder's `real` was trained on ZTF alone: cut by it, 3 of 98 alerts were left."""
+    """The embedder's `real` was trained on ZTF only: a cut on it kept 3 of 98 LSST alerts."""
     lsst = shared_data / "lsst" / "more"
     inputs, file = [str(lsst / "parquet"), str(lsst / "wire")], tmp_path / "lsst.safetensors"
     arguments = ["reference", "build", *inputs, "--schema-registry", str(lsst_schemas), "--out", str(file)]
@@ -76,7 +76,9 @@ def test_real_lsst_alerts_are_ordinary_by_the_surveys_own_score(
     assert f"lsst: only 0 of {counts.read} alerts" in capsys.readouterr().err
 
 
-def test_a_limit_and_a_cut_of_ones_own(night: Path, embedding_bundle: Path, tmp_path: Path) -> None:
+def test_reference_respects_limit_and_cut_of_the_command_line(
+    night: Path, embedding_bundle: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "some.safetensors"
     arguments = ["reference", "build", str(night), "--model", str(embedding_bundle), "--out", str(file)]
     assert main([*arguments, "--where", "magpsf < 25", "--limit", "150"]) == 0
@@ -87,7 +89,7 @@ def test_a_limit_and_a_cut_of_ones_own(night: Path, embedding_bundle: Path, tmp_
     assert main([*arguments, "--where", "magpsf < 0"]) == 1
 
 
-def test_centroids_are_of_the_classes_of_a_table(
+def test_centroids_are_computed_for_the_classes_of_a_label_table(
     night: Path, embedding_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, table = tmp_path / "classes.safetensors", tmp_path / "labels.csv"
@@ -96,7 +98,7 @@ def test_centroids_are_of_the_classes_of_a_table(
     table.write_text("\n".join(["candid,when", *rows]))
     arguments = ["reference", "build", str(night), "--model", str(embedding_bundle), "--out", str(file)]
     assert main([*arguments, "--measure", "centroids"]) == 2
-    assert "which --labels names" in capsys.readouterr().err
+    assert "needs --labels" in capsys.readouterr().err
     assert main([*arguments, "--measure", "centroids", "--labels", str(table), "--label", "when"]) == 0
     built = read_reference(file)
     assert built.card.classes == ("early", "late")
@@ -108,7 +110,7 @@ def test_centroids_are_of_the_classes_of_a_table(
     assert "centroids of early, late" in capsys.readouterr().out
 
 
-def test_the_most_similar_are_listed_and_drawn(
+def test_most_similar_alerts_are_listed_and_drawn(
     reference: Path, night: Path, embedding_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alert = int(read_reference(reference).surveys[Survey.ZTF].alerts.alert_id[7])
@@ -129,7 +131,7 @@ def test_the_most_similar_are_listed_and_drawn(
     assert capsys.readouterr().out.splitlines()[:5] == lines[:5]
 
 
-def test_without_packets_the_alert_alone_is_drawn(
+def test_only_the_given_alert_is_drawn_without_packets(
     reference: Path, night: Path, embedding_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     alert = sorted(night.iterdir())[0]
@@ -140,17 +142,17 @@ def test_without_packets_the_alert_alone_is_drawn(
 
 
 @pytest.mark.parametrize("change", ["id", "model"])
-def test_what_cannot_be_compared_is_an_error_in_a_line(
+def test_alert_that_cannot_be_compared_gives_one_error_line(
     reference: Path, night: Path, embedding_bundle: Path, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
     model = "default" if change == "model" else str(embedding_bundle)
     which = ["--id", "5"] if change == "id" else []
     assert main(["similar", str(night), "--reference", str(reference), "--model", model, *which]) == 1
     complaint = capsys.readouterr().err.splitlines()[-1]
-    assert ("no alert 5 there" if change == "id" else "not among the configured models (default)") in complaint
+    assert ("contains no alert 5" if change == "id" else "not among the configured models (default)") in complaint
 
 
-def test_a_map_without_umap_says_what_to_install(
+def test_map_without_umap_names_the_extra_to_install(
     reference: Path, night: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "umap", None)
@@ -162,7 +164,7 @@ NASTY = "\x1b]0;mine\x07$\\frac$"
 """A name that commands a terminal, and that is no formula."""
 
 
-def test_names_of_objects_are_printed_and_drawn_whatever_they_hold(
+def test_object_names_with_any_characters_are_printed_and_drawn_safely(
     reference: Path, night: Path, embedding_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     built, file = read_reference(reference), tmp_path / "nasty.safetensors"
@@ -185,13 +187,13 @@ def test_names_of_objects_are_printed_and_drawn_whatever_they_hold(
 
 
 @pytest.mark.parametrize("command", [["map"], ["reference", "build"]])
-def test_some_alerts_are_kept(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_limit_outside_the_bounds_is_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*command, "night", "--out", "it", "--limit", "-5"])
     assert "between 1 and 1000000, not -5" in capsys.readouterr().err
 
 
-def test_a_map_names_the_strangest(tmp_path: Path) -> None:
+def test_map_labels_the_most_anomalous_alerts(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     place, score = rng.standard_normal((300, 2)).astype(np.float32), rng.gamma(2, 1, 300).astype(np.float32)
     draw_map(tmp_path / "map.png", "A night", place, score, [f"ZTF26a{i}" for i in range(300)])
@@ -200,7 +202,7 @@ def test_a_map_names_the_strangest(tmp_path: Path) -> None:
     assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 500  # colours of many scores
 
 
-def test_a_night_is_laid_out_and_drawn(reference: Path, night: Path, embedding_bundle: Path, tmp_path: Path) -> None:
+def test_map_of_a_night_is_drawn(reference: Path, night: Path, embedding_bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("umap", reason="maps need the extra `explore`")
     out = tmp_path / "map.png"
     arguments = ["--reference", str(reference), "--model", str(embedding_bundle), "--out", str(out)]

@@ -1,4 +1,4 @@
-"""Replay as a command: what it says where no broker is."""
+"""`broker-filter replay` reports an address where no broker answers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from broker_filter.cli import main, replay
 
 @pytest.fixture(autouse=True)
 def signals_as_they_were() -> Iterator[None]:
-    """The command takes signals for itself; the tests after it want theirs."""
+    """The command replaces signal handlers; this restores them for later tests."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, action in kept.items():
         signal.signal(number, action)
 
 
-def test_a_wrong_address_is_given_up_with_a_sentence(
+def test_wrong_broker_address_gives_one_error_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(replay, "PATIENCE_S", 2.0)

@@ -1,4 +1,4 @@
-"""`broker-filter score` on real archives: a row for every input, one account, an exit status to rely on."""
+"""`broker-filter score` on real archives: one row for every input, a summary that adds up, and the exit status."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from broker_filter.streaming import table_formats
 
 @pytest.fixture
 def few(tmp_path: Path, ztf_packets: list[tuple[int, bytes]]) -> Path:
-    """A folder with six packets, the first of them there twice, and two files that are none."""
+    """A folder with six packets, a second copy of the first packet, and two files that hold no packet."""
     folder = tmp_path / "night"
     (folder / "deeper").mkdir(parents=True)
     for candid, data in ztf_packets[:6]:
@@ -46,7 +46,7 @@ def score(*arguments: str | Path) -> int:
     return main(["score", *map(str, arguments)])
 
 
-def test_writes_a_row_for_every_input_and_one_account(
+def test_writes_one_row_for_every_input_and_a_summary(
     few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "scores.parquet"
@@ -67,7 +67,7 @@ def test_writes_a_row_for_every_input_and_one_account(
     )
 
 
-def test_a_real_night_archive_is_scored_whole(shared_data: Path, tmp_path: Path) -> None:
+def test_every_alert_of_a_real_night_is_scored(shared_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.parquet"
     [archive] = (shared_data / "ztf" / "archives").glob("ztf_public_*.tar.gz")
     assert score(archive, "--out", out) == 0
@@ -77,7 +77,7 @@ def test_a_real_night_archive_is_scored_whole(shared_data: Path, tmp_path: Path)
     assert all(source.startswith(f"{archive}::") for source in table["source"].to_pylist())
 
 
-def test_every_damaged_file_has_a_row_with_a_reason(shared_data: Path, tmp_path: Path) -> None:
+def test_every_damaged_file_has_a_row_with_its_reject_reason(shared_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.parquet"
     damaged = shared_data / "ztf" / "damaged"
     score(damaged, "--out", out)
@@ -86,7 +86,7 @@ def test_every_damaged_file_has_a_row_with_a_reason(shared_data: Path, tmp_path:
     assert all(row["reject_reason"] and row["reject_detail"] for row in rejected)
 
 
-def test_rejected_rows_go_to_their_own_table_where_one_is_asked_for(few: Path, tmp_path: Path) -> None:
+def test_rejects_option_writes_rejected_rows_to_their_own_table(few: Path, tmp_path: Path) -> None:
     out, rejects = tmp_path / "scores.parquet", tmp_path / "rejects.csv"
     assert score(few, "--out", out, "--rejects", rejects) == 0
     table = pq.read_table(out)
@@ -98,7 +98,7 @@ def test_rejected_rows_go_to_their_own_table_where_one_is_asked_for(few: Path, t
     assert len(table) + len(rejected) == 9
 
 
-def test_the_table_goes_to_standard_output_and_the_account_does_not(few: Path) -> None:
+def test_table_goes_to_standard_output_and_summary_to_standard_error(few: Path) -> None:
     command = [sys.executable, "-m", "broker_filter", "score", str(few), "--out", "-"]
     lines = subprocess.run(command, check=True, capture_output=True).stdout.splitlines()
     assert [json.loads(line)["status"] for line in lines].count("scored") == 7
@@ -107,16 +107,16 @@ def test_the_table_goes_to_standard_output_and_the_account_does_not(few: Path) -
     assert b"read 9: scored 6" in done.stderr
 
 
-def test_formats_that_are_offered_are_those_that_are_written() -> None:
+def test_offered_formats_are_the_supported_formats() -> None:
     assert tuple(table_formats.FORMATS) == FORMATS
 
 
-def test_fails_on_rejects_where_it_is_told_to(few: Path, tmp_path: Path) -> None:
+def test_fail_on_reject_ends_with_status_1(few: Path, tmp_path: Path) -> None:
     assert score(few, "--out", tmp_path / "scores.jsonl", "--fail-on-reject") == 1
     assert score(few / "deeper", "--out", tmp_path / "scores.jsonl", "--fail-on-reject") == 0
 
 
-def test_another_surveys_alerts_are_scored_only_where_the_operator_says_so(shared_data: Path, tmp_path: Path) -> None:
+def test_alerts_of_another_survey_are_scored_only_with_also(shared_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.parquet"
     archive = shared_data / "lsst" / "ocf"
     assert score(archive, "--out", out) == 0
@@ -140,7 +140,7 @@ def test_wire_format_is_read_with_a_registry(shared_data: Path, lsst_schemas: Pa
     assert "scored" in pq.read_table(out)["status"].to_pylist()
 
 
-def test_a_folder_that_is_read_may_be_written_to(few: Path) -> None:
+def test_table_may_be_written_into_the_folder_that_is_read(few: Path) -> None:
     out = few / "scores.parquet"
     for _ in range(2):
         assert score(few, "--out", out) == 0
@@ -159,7 +159,7 @@ def test_a_folder_that_is_read_may_be_written_to(few: Path) -> None:
         (["{few}", "--schema-registry", "{tmp}/none", "--out", "{tmp}/scores.avro"], "none"),
     ],
 )
-def test_what_cannot_work_is_said_in_one_line_before_work_begins(
+def test_invalid_arguments_give_one_line_before_work_begins(
     few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert score(*(one.format(few=few, tmp=tmp_path) for one in arguments)) in (1, 2)
@@ -170,7 +170,7 @@ def test_what_cannot_work_is_said_in_one_line_before_work_begins(
     assert output == ""
 
 
-def test_inputs_without_a_single_alert_are_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inputs_without_any_alert_end_with_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert score(tmp_path / "empty", "--out", tmp_path / "scores.parquet") == 1
     assert "no alert could be read" in capsys.readouterr().err
@@ -186,17 +186,17 @@ def test_an_input_is_never_overwritten(written: str, tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_keeps_the_rows_so_far_under_another_name(
+def test_interrupt_keeps_the_rows_so_far_in_a_partial_file(
     how: signal.Signals, tmp_path: Path, ztf_packets: list[tuple[int, bytes]]
 ) -> None:
-    """Interrupted while it waits for more of a tar that comes through a pipe."""
+    """The interrupt arrives while the command waits for the rest of a tar archive from a pipe."""
     pipe, out, partial = tmp_path / "night", tmp_path / "scores.jsonl", tmp_path / "scores.partial.jsonl"
     os.mkfifo(pipe)
     command = [sys.executable, "-m", "broker_filter", "score", str(pipe), "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         with pipe.open("wb") as stream, tarfile.open(fileobj=stream, mode="w|") as archive:
-            # Batches are read ahead, one a core and one more: then two are scored.
+            # Up to cores + 1 batches are read ahead, so that two of cores + 3 batches are scored.
             for candid, data in islice(cycle(ztf_packets), BATCH_SIZE * (available_cores() + 3)):
                 member = tarfile.TarInfo(f"{candid}.avro")
                 member.size = len(data)
@@ -208,7 +208,7 @@ def test_an_interrupt_keeps_the_rows_so_far_under_another_name(
             process.send_signal(how)
             _, errors = process.communicate()
             pipe.unlink()
-    except BrokenPipeError:  # at closing the archive: its reader has gone
+    except BrokenPipeError:  # raised when the archive is closed, because its reader has ended
         pass
     finally:
         process.kill()
@@ -220,7 +220,7 @@ def test_an_interrupt_keeps_the_rows_so_far_under_another_name(
 
 
 @pytest.mark.shared
-def test_policies_judge_an_alert_with_its_objects_past(
+def test_policies_use_earlier_alerts_of_the_same_object(
     shared_data: Path, ztf_packets: list[tuple[int, bytes]], tmp_path: Path
 ) -> None:
     labels = pq.read_table(shared_data / "ztf" / "labels.parquet", columns=["candid", "objectId", "magpsf"]).to_pylist()
@@ -254,7 +254,7 @@ def test_policies_judge_an_alert_with_its_objects_past(
         ("bts_p1", "no output is called ''"),
     ],
 )
-def test_a_policy_that_cannot_be_is_said_at_once(
+def test_invalid_policy_is_reported_before_scoring(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: str, complaint: str
 ) -> None:
     assert score(tmp_path, "--out", tmp_path / "scores.parquet", "--policy", policy) == 2

@@ -243,7 +243,7 @@ def test_check_names_each_missing_right_with_the_command_that_grants_it_and_leav
         assert PASSWORD not in output + errors
         found = [line for line in errors.splitlines() if line.startswith("broker-filter: ")]
         assert status == (1 if found else 0)
-        assert ("no right is missing" in output) == (not found)
+        assert ("the service has every right" in output) == (not found)
         return found
 
     rules = documented(None if plain else pipeline.topic, group, pipeline.prefix)

@@ -150,9 +150,12 @@ def test_dead_letters_are_sent_again_as_they_came_in(
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (["kafka://there:1/me.dead-letter", "--reason", "nonsense"], "--reason nonsense: the reasons are empty, "),
-        (["kafka://there:1/me.scored"], "only a topic of dead letters, PREFIX.dead-letter, can be sent again"),
-        (["kafka://nowhere"], "a topic is kafka://HOST:PORT/TOPIC"),
+        (
+            ["kafka://there:1/me.dead-letter", "--reason", "nonsense"],
+            "--reason nonsense: unknown reason; choose from empty, ",
+        ),
+        (["kafka://there:1/me.scored"], "me.scored: not a topic of dead letters (PREFIX.dead-letter)"),
+        (["kafka://nowhere"], "write kafka://HOST:PORT/TOPIC"),
     ],
 )
 def test_what_cannot_be_sent_again_is_one_clear_line(
