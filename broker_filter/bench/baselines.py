@@ -1,4 +1,5 @@
-"""Loops from topic to topic, exactly once, for processes of their own: the naive one, and one that does no work."""
+"""Baseline loops from topic to topic with exactly-once delivery, run in their own processes: a naive loop, and a loop
+that copies messages without other work."""
 
 from __future__ import annotations
 
@@ -15,21 +16,22 @@ from broker_filter.kafka.transactions import BATCH_BYTES, LINGER_MS
 from broker_filter.scoring.bundle import load_bundle
 
 NAIVE_TRANSACTION = 64
-"""Alerts to a transaction of the naive loop; transactions of one would measure little but the broker's round trips."""
+"""Alerts per transaction of the naive loop. With one alert per transaction, mostly the broker's round trips would be
+measured."""
 NO_WORK_TRANSACTION = 512
-"""As the service's: larger ones are no faster."""
+"""Messages per transaction of the copying loop, as in the service; larger transactions are no faster."""
 LEAST_COMMITS = 8
-"""In one run: short runs have smaller transactions, or there would be nothing between two commits."""
+"""Commits in one run, at least: short runs have smaller transactions, since speed is measured between two commits."""
 SILENT = {"log_level": 0}
-"""librdkafka prints what it recovers from by itself: a coordinator that loads, a broker that was stopped in the end."""
+"""Switches off librdkafka's log of events that it recovers from: a loading coordinator, a stopped broker."""
 WAIT_S = 1.0
 
 Loop = Callable[[str, str, str, int], None]
-"""Takes bootstrap servers, the topic to read, the name of the topic to write and of the group, and how many alerts."""
+"""A loop's arguments: bootstrap servers, input topic, name of the output topic and of the group, number of alerts."""
 
 
 def naive_consumer(bootstrap_servers: str, topic: str, group: str) -> Any:
-    """As examples show it, but that positions are committed with the output."""
+    """Returns a consumer set up as in usual examples, except that positions are committed with the output."""
     consumer = Consumer(
         {
             "bootstrap.servers": bootstrap_servers,
@@ -45,7 +47,7 @@ def naive_consumer(bootstrap_servers: str, topic: str, group: str) -> Any:
 
 
 def naive_producer(bootstrap_servers: str, name: str) -> Any:
-    """Transactional, and otherwise as it comes; ready to begin."""
+    """Returns a transactional producer with default settings, ready to begin a transaction."""
     producer = Producer(
         {"bootstrap.servers": bootstrap_servers, **SILENT, "transactional.id": name, "message.max.bytes": 2**24}
     )
@@ -54,7 +56,7 @@ def naive_producer(bootstrap_servers: str, name: str) -> Any:
 
 
 def naive_loop(bootstrap_servers: str, topic: str, name: str, alerts: int, model: str) -> None:
-    """Consumes, scores and produces one alert after another: a transaction for each few."""
+    """Consumes, scores and produces one alert after another, with NAIVE_TRANSACTION alerts per transaction."""
     broker = NaiveBroker(load_bundle(model))
     consumer, producer = naive_consumer(bootstrap_servers, topic, name), naive_producer(bootstrap_servers, name)
     done = 0
@@ -72,9 +74,9 @@ def naive_loop(bootstrap_servers: str, topic: str, name: str, alerts: int, model
 
 
 def no_work_loop(bootstrap_servers: str, topic: str, name: str, alerts: int) -> None:
-    """What is consumed is produced as it is, with the service's settings: the floor of any loop through these brokers.
+    """Copies messages unchanged, with the service's Kafka settings: the floor of any loop through these brokers.
 
-    librdkafka's own way, without the service's claims and accounts.
+    Uses librdkafka directly, without the service's claims of partitions and its counting of alerts.
     """
     client = {"bootstrap.servers": bootstrap_servers, **SILENT, "receive.message.max.bytes": MAX_RESPONSE_BYTES}
     consumer = Consumer(
@@ -116,13 +118,13 @@ def no_work_loop(bootstrap_servers: str, topic: str, name: str, alerts: int) -> 
 
 
 def commit(consumer: Any, producer: Any) -> None:
-    """Ends the transaction with what was consumed so far."""
+    """Adds the consumer's positions to the transaction and commits it."""
     positions = consumer.position(consumer.assignment())
     producer.send_offsets_to_transaction(positions, consumer.consumer_group_metadata())
     producer.commit_transaction()
 
 
 def wait_to_be_killed(consumer: Any) -> None:
-    """The CPU time of a process that has ended cannot be read."""
+    """Closes the consumer, and keeps the process alive: the CPU time of a process that has ended cannot be read."""
     consumer.close()
     signal.pause()

@@ -1,4 +1,4 @@
-"""The whole benchmark, in the parts that were asked for."""
+"""Runs the requested parts of the benchmark."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ from broker_filter.scoring.runtimes import available_cores
 from broker_filter.scoring.scorer import open_scorer
 
 DISTINCT_PACKETS = 512
-"""Enough that no cache holds a packet until it comes again (30 MB), few enough to keep in memory."""
+"""Packets before the first one is repeated: 30 MB, too much for a CPU cache, and little enough for memory."""
 STAGE_PACKETS = 256
 LIBRARIES = ("astropy", "broker-filter", "confluent-kafka", "deflate", "fastavro", "numpy", "onnxruntime", "torch")
 
 
 def run_benchmark(options: Options, announce: Callable[[str], None]) -> Report:
-    """Measures the parts that are asked for. `announce` is told what comes next.
+    """Measures the requested parts. Calls `announce` with the name of each part before it starts.
 
-    Raises BenchmarkError, BrokerError, and what opening the models raises.
+    Raises BenchmarkError, BrokerError, and the errors of opening a model.
     """
     scorer = open_scorer(options.models, Runtime(device=options.device))
     if scorer.models[0].columns:
-        raise BenchmarkError(f"{options.models[0]} takes more than images; name one first that the naive loop runs too")
+        raise BenchmarkError(
+            f"{options.models[0]} needs more than images, and the naive loop cannot run it: name an image model first"
+        )
     packets = choose_packets(options.inputs, min(options.alerts, DISTINCT_PACKETS))
     report = Report(
         processor=processor(),
@@ -61,7 +63,7 @@ def run_benchmark(options: Options, announce: Callable[[str], None]) -> Report:
 def measure_alone(
     options: Options, packets: Sequence[bytes], directory: Path, report: Report, announce: Callable[[str], None]
 ) -> None:
-    """What needs no broker."""
+    """Measures the parts that need no broker."""
     models, device, repetitions = options.models, options.device, options.repetitions
     if "stages" in options.parts:
         announce("Stages")
@@ -82,7 +84,7 @@ def measure_through_broker(
     report: Report,
     announce: Callable[[str], None],
 ) -> None:
-    """What goes from topic to topic."""
+    """Measures the parts that read from one topic and write to another."""
     models, device, repetitions = options.models, options.device, options.repetitions
     alerts = list(islice(cycle(packets), options.alerts))
     if {"kafka", "startup"} & set(options.parts):
@@ -109,7 +111,7 @@ def measure_through_broker(
 
 
 def processor() -> str:
-    """The processor's name, where the system says it."""
+    """The processor's model name, or the machine type if the system does not give a name."""
     with Path("/proc/cpuinfo").open() as info:
         return next(
             (line.partition(":")[2].strip() for line in info if line.startswith("model name")), platform.machine()

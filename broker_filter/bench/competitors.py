@@ -1,6 +1,6 @@
 """Readers of a testbed's topic, in their own processes: the service as it runs in production, and the baseline loops.
 
-Nothing of them outlives its `with` block, nor the process.
+Their processes end with the `with` block, and with this process, even if it is killed.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ JOIN_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
 LOOK_INTERVAL_S = 0.1
 LOG_TAIL = 2000
-"""Characters of a log that an error shows."""
+"""Number of characters at the end of a log that an error message shows."""
 
 
 class ServiceInstances:
-    """`broker-filter run`, full payload, exactly once, in so many processes of one group."""
+    """`broker-filter run` with full payload, in `instances` processes of one consumer group."""
 
     def __init__(
         self,
@@ -71,12 +71,12 @@ class ServiceInstances:
 
     @property
     def processes(self) -> list[int]:
-        """Their ids."""
+        """The process ids of the instances."""
         return [process.pid for process in self._running]
 
     @property
     def rebalances(self) -> int:
-        """How often a partition went to another instance, or was claimed again, by what the instances say."""
+        """How often a partition was claimed again after its first claim, counted in the logs of the instances."""
         claims = sum(log.read_text().count(f"reading {self._testbed.topic}/") for log in self._logs)
         return claims - len(self._testbed.partitions)
 
@@ -105,16 +105,19 @@ class ServiceInstances:
                 process.wait()
 
     def check(self) -> None:
-        """Raises BenchmarkError where an instance has ended."""
+        """Raises BenchmarkError if an instance has ended."""
         for process, log in zip(self._running, self._logs, strict=True):
             if process.poll() is not None:
                 raise BenchmarkError(
-                    f"the service ended with {process.returncode} and says: "
+                    f"the service ended with status {process.returncode}; its log ends:\n"
                     f"{log.read_text(errors='replace')[-LOG_TAIL:]}"
                 )
 
     def wait_until_joined(self) -> None:
-        """Returns once all are in the group and every partition is somebody's."""
+        """Returns when all instances have joined the group and every partition is assigned.
+
+        Raises BenchmarkError if an instance has ended, or after JOIN_TIMEOUT_S.
+        """
         deadline = time.monotonic() + JOIN_TIMEOUT_S
         while not self._joined():
             self.check()
@@ -127,7 +130,7 @@ class ServiceInstances:
         try:
             group = described[self.group].result()
         except KafkaException:
-            return False  # the group's coordinator is found, or loads
+            return False  # the group's coordinator is not known yet, or is loading
         assigned = sum(len(member.assignment.topic_partitions) for member in group.members)
         return (group.state, len(group.members), assigned) == (
             ConsumerGroupState.STABLE,
@@ -137,18 +140,18 @@ class ServiceInstances:
 
 
 class LoopProcess:
-    """One of the loops of `baselines`, over so many of the topic's alerts, into a topic with the name of its group."""
+    """A loop of `baselines` over `alerts` of the topic's alerts; its output topic has the name of its group."""
 
     def __init__(self, testbed: Testbed, loop: Loop, alerts: int, partitions: int) -> None:
         self.group = self.output = f"loop-{uuid.uuid4().hex[:8]}"
         testbed.create(self.output, partitions)
         arguments = (testbed.broker.bootstrap_servers, testbed.topic, self.group, alerts)
-        # Spawned: a fork would inherit librdkafka without its threads.
+        # Spawned, because a forked process would inherit librdkafka's state without its threads.
         self._process: Any = multiprocessing.get_context("spawn").Process(target=loop, args=arguments)
 
     @property
     def processes(self) -> list[int]:
-        """Its id."""
+        """The process id of the loop."""
         return [self._process.pid]
 
     def __enter__(self) -> LoopProcess:
@@ -164,13 +167,13 @@ class LoopProcess:
         self._process.join()
 
     def check(self) -> None:
-        """Raises BenchmarkError where it has ended."""
+        """Raises BenchmarkError if the loop has ended."""
         if self._process.exitcode is not None:
-            raise BenchmarkError(f"{self.group} ended with {self._process.exitcode}")
+            raise BenchmarkError(f"{self.group} ended early with status {self._process.exitcode}")
 
 
 def run_service(testbed: Testbed, model: str, device: str) -> Run:
-    """The service over the whole topic."""
+    """Measures the service over the whole topic."""
     with ServiceInstances(testbed, Model(bundle=model), device=device) as service:
         run = testbed.watch(service, testbed.alerts)
     testbed.check_output(service, testbed.alerts)
@@ -178,12 +181,12 @@ def run_service(testbed: Testbed, model: str, device: str) -> Run:
 
 
 def run_naive_loop(testbed: Testbed, model: str, alerts: int) -> Run:
-    """The naive loop over `alerts` of the topic's alerts."""
+    """Measures the naive loop over `alerts` of the topic's alerts."""
     return _run_loop(testbed, partial(naive_loop, model=model), alerts, partitions=1)
 
 
 def run_no_work_loop(testbed: Testbed) -> Run:
-    """The loop without work over the whole topic, into as many partitions as the service's."""
+    """Measures the copying loop over the whole topic, into as many partitions as the service writes to."""
     return _run_loop(testbed, no_work_loop, testbed.alerts, PARTITIONS)
 
 

@@ -1,6 +1,6 @@
-"""Floors: what no alert filter can do without, done by the best library there is and with nothing around it.
+"""Floors: the work that every alert filter must do, done by the fastest available library, and nothing else.
 
-Inflating the stamps, the network's floating-point operations, the network alone on tensors that are ready.
+These are decompressing the stamps, the network's floating-point operations, and the network on prepared tensors.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.runtimes import LoadedNetwork, Tensors
 
 MATRIX = 1024
-"""Rows and columns of the matrices whose product tells the machine's rate: they fit into a cache of its second level,
-and are large enough for a library's best."""
+"""Rows and columns of the matrices whose product measures the machine's rate: enough for a library's full speed."""
 
 Work = Callable[[], object]
 
 
 def inflate_stamps(packets: Sequence[bytes], broker: NaiveBroker) -> Work:
-    """libdeflate on the stamps of ZTF `packets`: their sizes are known beforehand, nobody looks at what comes out."""
+    """Returns a function that decompresses the stamps of ZTF `packets` with libdeflate, and ignores the result."""
     alerts = [broker.decode(packet)[1] for packet in packets]
     stamps = [alert[f"cutout{name.capitalize()}"]["stampData"] for alert in alerts for name in CUTOUTS]
     sized = [(stamp, int.from_bytes(stamp[-4:], "little")) for stamp in stamps]
@@ -44,8 +43,10 @@ def inflate_stamps(packets: Sequence[bytes], broker: NaiveBroker) -> Work:
 
 
 def flops_run(bundle: Bundle) -> Callable[[], Run]:
-    """A run of the floating-point operations that the network takes, but as float32 matrix products on one thread: by
-    torch or by onnxruntime, whichever is faster on this processor."""
+    """Returns a function that measures the time of as many floating-point operations as the network needs.
+
+    The operations are float32 matrix products on one thread, by torch or onnxruntime, whichever is faster.
+    """
     left, right, product = (torch.rand(MATRIX, MATRIX) for _ in range(3))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -65,13 +66,14 @@ def flops_run(bundle: Bundle) -> Callable[[], Run]:
 
 
 def product_graph() -> bytes:
-    """An ONNX model of one matrix product, `left` and `right` to `product`: onnxruntime has no call for it.
+    """Returns a serialised ONNX model of one matrix product, because onnxruntime has no function for it.
 
-    Written out because the package `onnx` is not needed otherwise; the fields' numbers are those of onnx.proto.
+    The model's inputs are `left` and `right`, its output is `product`. It is encoded by hand, so that the benchmark
+    does not need the package `onnx`; the field numbers are those of onnx.proto.
     """
 
     def field(number: int, content: bytes) -> bytes:
-        return bytes([number << 3 | 2, len(content)]) + content  # a protobuf field of some bytes
+        return bytes([number << 3 | 2, len(content)]) + content  # a length-delimited protobuf field
 
     free = field(1, b"")
     matrix = field(2, field(1, b"\x08\x01" + field(2, free + free)))  # elements of type 1, float
@@ -83,8 +85,10 @@ def product_graph() -> bytes:
 
 
 def flops(bundle: Bundle) -> int:
-    """Floating-point operations of the network for one alert, as torch counts them: two for a multiplication and its
-    addition, in convolutions and matrix products alone."""
+    """Floating-point operations of the network for one alert, counted by torch.
+
+    A multiplication with its addition counts as two; only convolutions and matrix products are counted.
+    """
     tensors = [torch.zeros(1, *shape) for shape in bundle.card.inputs.shapes().values()]
     network = load_network(bundle.card.architecture, load_file(bundle.directory / WEIGHTS))
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -93,9 +97,9 @@ def flops(bundle: Bundle) -> int:
 
 
 def network_alone(network: LoadedNetwork, bundle: Bundle, alerts: AlertBatch, threads: int) -> Work:
-    """The network on tensors that are ready, in runs as the service makes them.
+    """Returns a function that runs the network on prepared tensors, in chunks of the service's size.
 
-    `threads`: as it was opened with; torch sets them for a whole process.
+    `threads`: the number with which the network was opened; torch sets it for the whole process.
     """
     raw, step = raw_alerts(alerts), network.chunk
     ready: list[Tensors] = [

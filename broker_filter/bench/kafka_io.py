@@ -1,6 +1,6 @@
-"""The two ends of the loop without what is between them: CPU time to take messages and to publish them.
+"""CPU time to consume messages and to publish records, without the decoding and scoring in between.
 
-This process's, librdkafka's threads included; the broker is on the same machine, and its own is not counted.
+The CPU time is that of this process, including librdkafka's threads, and excluding the broker's process.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from broker_filter.streaming.filtering import score_packets
 from broker_filter.streaming.routing import Router, open_router
 
 PUBLISHED = 1024
-"""Alerts: they are held in memory, decoded, scored and encoded, before the clock starts."""
+"""Alerts that are published; they are decoded, scored, encoded and held in memory before the clock starts."""
 
 
 def measure_kafka_io(testbed: Testbed, packets: Sequence[bytes], model: str, repetitions: int) -> dict[str, Contest]:
-    """Kafka in and Kafka out. `packets`: the distinct ones among the testbed's alerts."""
+    """Measures consuming and publishing. `packets`: the distinct packets among the testbed's alerts."""
     naive, service = NaiveKafkaIO(testbed, packets, model), ServiceKafkaIO(testbed, model)
     return {
         "Kafka in": compete({NAIVE: naive.take, SERVICE: service.take}, repetitions),
@@ -43,7 +43,7 @@ def measure_kafka_io(testbed: Testbed, packets: Sequence[bytes], model: str, rep
 
 
 class NaiveKafkaIO:
-    """The naive loop's: a message at a time."""
+    """Consumes and publishes one message at a time, as the naive loop does."""
 
     def __init__(self, testbed: Testbed, packets: Sequence[bytes], model: str) -> None:
         self._testbed = testbed
@@ -51,7 +51,7 @@ class NaiveKafkaIO:
         self._records = [broker.process(packet) for packet in packets]
 
     def take(self) -> Run:
-        """All of the testbed's alerts."""
+        """Measures consuming all of the testbed's alerts."""
         watch, taken = Stopwatch(), 0
         consumer = naive_consumer(self._testbed.broker.bootstrap_servers, self._testbed.topic, _name("naive"))
         while taken < self._testbed.alerts:
@@ -62,7 +62,7 @@ class NaiveKafkaIO:
         return run
 
     def publish(self) -> Run:
-        """One record a distinct packet."""
+        """Measures publishing one record for each distinct packet."""
         name = _name("naive")
         self._testbed.create(name, partitions=1)
         producer = naive_producer(self._testbed.broker.bootstrap_servers, name)
@@ -78,7 +78,7 @@ class NaiveKafkaIO:
 
 
 class ServiceKafkaIO:
-    """The service's source and sink, joined to the group and to the broker as the service does it."""
+    """The service's source and sink, connected to the broker as in the service."""
 
     def __init__(self, testbed: Testbed, model: str) -> None:
         self._testbed = testbed
@@ -86,14 +86,14 @@ class ServiceKafkaIO:
         self._decoder = open_decoder(self._scorer)
 
     def take(self) -> Run:
-        """All of the testbed's alerts."""
+        """Measures consuming all of the testbed's alerts."""
         watch = Stopwatch()
         with self._joined(_name("service")) as (endpoints, _):
             taken = sum(len(delivery.packets) for delivery in _deliveries(endpoints, self._testbed.alerts))
             return watch.run(taken)
 
     def publish(self) -> Run:
-        """PUBLISHED of them, in the service's transactions."""
+        """Measures publishing up to PUBLISHED alerts in the service's transactions."""
         window = DuplicateWindow(PUBLISHED)
         with self._joined(_name("service")) as (endpoints, router):
             works: list[list[Work]] = []
@@ -115,7 +115,7 @@ class ServiceKafkaIO:
         config = Service(input=source, output=Output(prefix=name))
         router = open_router(config, self._scorer)
         endpoints = connect(config, router.topics, metrics, Health(), Stage("commit", metrics), threading.Event())
-        assert endpoints is not None  # it is only where a signal ended the waiting for the brokers
+        assert endpoints is not None  # `connect` returns None only if the stop event is set
         try:
             yield endpoints, router
         finally:

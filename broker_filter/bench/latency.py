@@ -1,4 +1,4 @@
-"""How long alerts take through the service: at a survey's steady rate, and in the burst that follows a visit."""
+"""Latency of alerts through the service: at a survey's steady rate, and in the burst that follows a visit."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from broker_filter.packets.batch import Survey
 from broker_filter.simulate import SCHEMAS
 
 RATE = 300
-"""Alerts a second: about Rubin's mean, 10,000 alerts in a visit of some 39 s."""
+"""Alerts per second: about Rubin's mean rate, 10,000 alerts per visit of about 39 s."""
 WARM_UP_S, STEADY_S = 5, 20
-"""Sent first and not counted, since the broker compiles its code; and sent then."""
+"""Alerts of the first WARM_UP_S are not counted, because the broker's JVM still compiles; those of STEADY_S are."""
 BURST = 10_000
 """Alerts of one visit."""
 BURST_DISTINCT = 400
 OVERDUE_S = 30.0
-"""Without any record: one was lost."""
+"""If no record arrives for so long, an alert was lost."""
 
 Place = tuple[int, int]
 """Partition and offset of an input."""
@@ -37,7 +37,7 @@ Place = tuple[int, int]
 def measure_latency(
     broker: Broker, packets: Sequence[bytes], model: str, device: Device, directory: Path
 ) -> dict[str, Spread]:
-    """Milliseconds from the input's Kafka timestamp to the output record in the hands of a read_committed reader."""
+    """Milliseconds from the input's Kafka timestamp until a read_committed reader has the output record."""
     alerts = (WARM_UP_S + STEADY_S) * RATE
     with (
         Testbed(broker, directory) as testbed,
@@ -55,7 +55,7 @@ def measure_latency(
             message = reader.poll(OVERDUE_S)
             if message is None:
                 service.check()
-                raise BenchmarkError(f"{len(arrived)} of {alerts} alerts came out at {RATE} a second")
+                raise BenchmarkError(f"only {len(arrived)} of {alerts} alerts were published, at {RATE} alerts/s")
             if message.error() is None:
                 now_ms = time.time_ns() / 1e6
                 _, partition, offset = dict(message.headers())["input"].decode().rsplit("/", 2)
@@ -69,8 +69,8 @@ def measure_latency(
 
 
 def send_steadily(testbed: Testbed, packets: Iterable[bytes], sent: dict[Place, tuple[int, float]]) -> None:
-    """Sends packets at RATE; notes where each came to stand, the how manieth it was, and its timestamp (Unix ms)."""
-    # Without linger: how long the survey's producer waits is not the service's.
+    """Sends packets at RATE. Records in `sent`, by partition and offset, the message's sequence number and Unix ms."""
+    # Without linger, because the waiting time of the survey's producer is not part of the service's latency.
     producer = Producer({**testbed.client, "linger.ms": 0, "message.max.bytes": 2**24})
     started = time.monotonic()
     for i, packet in enumerate(packets):
@@ -86,7 +86,7 @@ def send_steadily(testbed: Testbed, packets: Iterable[bytes], sent: dict[Place, 
 
 
 def measure_burst(broker: Broker, model: str, device: Device, directory: Path) -> dict[str, Spread]:
-    """A visit of simulated LSST packets, all there at one moment: how long until the last one's output is committed."""
+    """Seconds until the output of one visit of simulated LSST packets, which arrive together, is committed."""
     packets = choose_packets([], BURST_DISTINCT, Survey.LSST)
     with Testbed(broker, directory) as testbed:
         choice = Model(bundle=model, also=["lsst"])

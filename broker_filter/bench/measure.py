@@ -1,4 +1,4 @@
-"""Timing that survives a noisy machine: competitors take turns, and what counts is the median and its spread."""
+"""Timing that is robust on a noisy machine: competitors take turns, and the median over repetitions is reported."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NAIVE, SERVICE, SERVICE_2_THREADS = "naive", "service", "service, 2 threads"
-"""Competitors: an alert broker as it is usually written, and ours; on one thread where nothing else is said."""
+"""Competitors: an alert broker as it is usually written, and this service; on one thread unless stated otherwise."""
 INFLATE, FLOPS, NO_WORK, RUNTIME = "inflate", "FLOPs", "no work", "runtime alone"
-"""Floors, which do a part of the work and nothing else; see `floors`."""
+"""Floors: each does only a part of the necessary work; see `floors`."""
 _SCHEDULED = 2
 LEAST_S = 0.25
-"""Shorter work is done over and over: clocks and the scheduler's slices would show."""
+"""Shorter work is repeated for so many seconds, to average over the resolution of clocks and the scheduler's slices."""
 
 
 class BenchmarkError(RuntimeError):
-    """What would make figures meaningless: a competitor that lost or repeated an alert, or nothing to measure."""
+    """The figures would be meaningless: a competitor lost or repeated an alert, or there is nothing to measure."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one run was measured at. CPU time hardly depends on what else the machine does; throughput does."""
+    """The figures of one run. CPU time hardly depends on other load of the machine; throughput does."""
 
     alerts_per_second: float
     cpu_microseconds: float
-    """An alert, of all threads."""
+    """CPU time per alert, of all threads."""
     broker_microseconds: float | None = None
-    """CPU time of the Kafka brokers, an alert, where they are ours to look at."""
+    """CPU time of the Kafka brokers per alert; None if their processes are not accessible."""
     peak_megabytes: float | None = None
-    """The most memory that was resident, where the competitor is a process of its own."""
+    """Peak resident memory; None if the competitor runs in this process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A figure over the repetitions."""
+    """The median and the range of a figure over the repetitions."""
 
     median: float
     lowest: float
@@ -45,13 +45,13 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """The spread of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """A competitor's runs."""
+    """The figures of a competitor over its runs."""
 
     alerts_per_second: Spread
     cpu_microseconds: Spread
@@ -60,7 +60,7 @@ class Figures:
 
     @classmethod
     def of(cls, runs: Sequence[Run]) -> Figures:
-        """Of at least one run."""
+        """The figures of at least one run."""
         return cls(
             Spread.of([run.alerts_per_second for run in runs]),
             Spread.of([run.cpu_microseconds for run in runs]),
@@ -70,19 +70,19 @@ class Figures:
 
     @property
     def wall_microseconds(self) -> Spread:
-        """An alert: what counts where a GPU does the work."""
+        """Wall time per alert, which is the relevant time if a GPU does the work."""
         rate = self.alerts_per_second
         return Spread(1e6 / rate.median, 1e6 / rate.highest, 1e6 / rate.lowest)
 
 
 Contest = Mapping[str, Figures]
-"""The same alerts by competitors of these names."""
+"""The figures of each competitor, by name, on the same alerts."""
 
 
 def compete(competitors: Mapping[str, Callable[[], Run]], repetitions: int) -> Contest:
-    """Measures all in turns: a slow moment of the machine falls on all."""
+    """Measures the competitors in turns, so that a slow moment of the machine affects all of them."""
     runs: dict[str, list[Run]] = {name: [] for name in competitors}
-    gc.freeze()  # as in `run` and `score`; what was made ready for the competitors, too, is none of their work
+    gc.freeze()  # as in `run` and `score`; the competitors' inputs must not slow their garbage collection down
     for _ in range(repetitions):
         for name, competitor in competitors.items():
             runs[name].append(competitor())
@@ -90,24 +90,24 @@ def compete(competitors: Mapping[str, Callable[[], Run]], repetitions: int) -> C
 
 
 class Stopwatch:
-    """Wall and CPU time of this process from here on."""
+    """Wall time and CPU time of this process since the stopwatch was made."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     @property
     def seconds(self) -> float:
-        """Of wall time, so far."""
+        """Wall time so far."""
         return time.perf_counter() - self._wall
 
     def run(self, alerts: int) -> Run:
-        """So many alerts in the time so far."""
+        """The run of `alerts` alerts in the time so far."""
         cpu = time.process_time() - self._cpu
         return Run(alerts / self.seconds, cpu / alerts * 1e6)
 
 
 def timed(work: Callable[[], object], alerts: int) -> Run:
-    """Measures work of this process on so many alerts, done as often as it takes to be measured."""
+    """Measures `work`, which processes `alerts` alerts in this process; repeats it for at least LEAST_S."""
     watch, done = Stopwatch(), 0
     while not done or watch.seconds < LEAST_S:
         work()
@@ -116,14 +116,14 @@ def timed(work: Callable[[], object], alerts: int) -> Run:
 
 
 def cpu_seconds(processes: Iterable[int]) -> float:
-    """CPU time of all threads of some processes so far (Linux)."""
-    # clock_getcpuclockid(3), which Python does not offer: the inverted id above three bits that choose the clock.
-    # /proc has ticks of 10 ms, in which a short run is lost.
+    """CPU seconds of all threads of the processes so far, summed (Linux only)."""
+    # This is clock_getcpuclockid(3), which Python lacks: the inverted process id, above three bits that choose the
+    # clock. The ticks of /proc, 10 ms, are too coarse for a short run.
     return sum(time.clock_gettime(~process << 3 | _SCHEDULED) for process in processes)
 
 
 def memory_megabytes(process: int, *, peak: bool = False) -> float:
-    """Resident memory of a process, now or at its peak (Linux)."""
+    """Resident memory of a process in megabytes, now or at its peak (Linux only)."""
     key = "VmHWM:" if peak else "VmRSS:"
     with Path(f"/proc/{process}/status").open() as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith(key))

@@ -1,4 +1,4 @@
-"""What only shows in whole processes: how soon the first score is there, and whether memory stays flat over a night."""
+"""Measurements of whole processes: the time to the first score, and whether memory stays constant over a night."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from broker_filter.packets.ocf import encode_long
 from broker_filter.packets.registry import open_registry
 
 EARLY, LATE = 10_000, 300_000
-"""Alerts of a replay: when caches are full, and a third of a night later."""
+"""Alerts of an archive after which memory is compared: when caches are full, and about a third of a night later."""
 WINDOW, SAMPLE = 2000, 50
-"""Memory at an alert is the most that was resident over so many before it, looked at every so many."""
+"""Memory at an alert is the maximum over the WINDOW alerts before it, sampled every SAMPLE alerts."""
 ID_STEP = 1_000_003
-"""Between the ids of a repeated packet: larger than what lies between those of one exposure."""
+"""Difference between the alert ids of a repeated packet: larger than the differences within one exposure."""
 OPEN_TIMEOUT_S = 60.0
 
 
 def measure_startup(testbed: Testbed, packet: bytes, model: str, device: Device, repetitions: int) -> dict[str, Spread]:
-    """Seconds from the start of a process: to the end of a replay of one alert, and to the service's first commit."""
+    """Seconds from the start of a process until one archived alert is scored, and until the service's first commit."""
     night, table = testbed.directory / "one.avro", testbed.directory / "one.jsonl"
     night.write_bytes(packet)
     replayed, committed = [], []
@@ -49,7 +49,7 @@ def measure_startup(testbed: Testbed, packet: bytes, model: str, device: Device,
 
 
 def measure_memory(packets: Sequence[bytes], model: str, device: Device, directory: Path) -> dict[str, Spread]:
-    """Resident memory of `broker-filter score`, megabytes, as it reads a night that never lies on the disk."""
+    """Resident memory of `broker-filter score` in megabytes, while it reads a night through a pipe."""
     pipe, table, log = directory / "endless.tar", directory / "endless.parquet", directory / "endless.log"
     os.mkfifo(pipe)
     marks: dict[int, float] = {}
@@ -67,7 +67,9 @@ def measure_memory(packets: Sequence[bytes], model: str, device: Device, directo
         if process.wait():
             raise BrokenPipeError
     except BrokenPipeError:
-        raise BenchmarkError(f"the replay ended with {process.wait()}: {log.read_text(errors='replace')}") from None
+        raise BenchmarkError(
+            f"`broker-filter score` ended with status {process.wait()}: {log.read_text(errors='replace')}"
+        ) from None
     finally:
         process.kill()
         process.wait()
@@ -75,19 +77,22 @@ def measure_memory(packets: Sequence[bytes], model: str, device: Device, directo
 
 
 def resident_at(alert: int) -> str:
-    """The name of the memory at an alert."""
+    """The name of the figure of resident memory at an alert."""
     return f"resident at alert {alert:,}, MB"
 
 
 def score_command(source: Path, table: Path, model: str, device: Device) -> list[str]:
-    """A replay as a user runs it."""
+    """The command line that scores an archive."""
     command = [sys.executable, "-m", "broker_filter", "score", str(source), "--out", str(table)]
     return [*command, "--model", model, "--device", device]
 
 
 @contextmanager
 def open_pipe(pipe: Path, reader: subprocess.Popen[bytes]) -> Iterator[BinaryIO]:
-    """The writing end of a named pipe, once `reader` has opened the other."""
+    """Opens a named pipe for writing, as soon as `reader` has opened it for reading.
+
+    Raises BrokenPipeError if the reader has ended, or has not opened the pipe within OPEN_TIMEOUT_S.
+    """
     deadline = time.monotonic() + OPEN_TIMEOUT_S
     while True:
         try:
@@ -104,10 +109,10 @@ def open_pipe(pipe: Path, reader: subprocess.Popen[bytes]) -> Iterator[BinaryIO]
 
 
 def distinct_alerts(packets: Sequence[bytes]) -> Iterator[bytes]:
-    """The packets over and over, each time with another alert id: what remembers ids has to remember all of them."""
+    """Yields the packets again and again with new alert ids, so that the duplicate window must remember every id."""
     alerts, _ = Decoder(open_registry(None)).decode(in_batches(packets, len(packets))[0])
     ids = alerts.alert_id.tolist()
     for turn in count():
         for packet, alert_id in zip(packets, ids, strict=True):
-            # As many bytes as before, so that nothing else in the packet moves.
+            # The new id has as many bytes as the old one, so that nothing else in the packet moves.
             yield packet.replace(encode_long(alert_id), encode_long(alert_id + turn * ID_STEP))

@@ -1,7 +1,7 @@
-"""The baseline: an alert broker as it is usually written, one alert at a time with the field's usual libraries.
+"""The baseline: an alert broker as it is usually written, which processes one alert at a time with common libraries.
 
-fastavro reads and writes each container, astropy each stamp, torch scores at batch one. Written plainly and in good
-faith: it must never be made slower than a newcomer would write it.
+fastavro reads and writes the containers, astropy reads the stamps, and torch scores with batch size 1. The comparison
+must be fair: this code must never be slower than what a newcomer would write.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ SCORES_FIELD = {"name": "scores", "type": {"type": "map", "values": "float"}}
 
 
 class NaiveBroker:
-    """One alert at a time from packet to record; ZTF packets only."""
+    """Turns one ZTF packet at a time into an output record."""
 
     def __init__(self, bundle: Bundle) -> None:
-        """`bundle`: a model of images alone."""
-        warnings.simplefilter("ignore", VerifyWarning)  # some published stamps break a rule of FITS
-        torch.set_num_threads(1)  # one alert is too little work to share: more threads are slower where cores are busy
+        """`bundle`: a model whose only inputs are images."""
+        warnings.simplefilter("ignore", VerifyWarning)  # some published stamps violate the FITS standard
+        torch.set_num_threads(1)  # one alert is too little work for several threads
         self._card = bundle.card
         network = load_network(bundle.card.architecture, load_file(bundle.directory / WEIGHTS))
         self._network = ServedNetwork(network, bundle.card.outputs).eval()
 
     def process(self, packet: bytes) -> bytes:
-        """An output record for a packet."""
+        """Returns the output record of a packet: a container with the alert and its scores."""
         schema, alert = self.decode(packet)
         return self.encode(schema, alert, self.score(self.cutouts(alert)))
 
     def decode(self, packet: bytes) -> tuple[Schema, Alert]:
-        """The container's schema and its alert."""
+        """Returns the container's schema and its alert."""
         reader = fastavro.reader(BytesIO(packet))
         return cast(Schema, reader.writer_schema), cast(Alert, next(reader))
 
     def cutouts(self, alert: Alert) -> list[NDArray[np.float32]]:
-        """The science, template and difference images."""
+        """Returns the science, template and difference images, float32[height, width] each."""
         images = []
         for name in CUTOUTS:
             stamp = gzip.decompress(alert[f"cutout{name.capitalize()}"]["stampData"])
@@ -60,30 +60,30 @@ class NaiveBroker:
         return images
 
     def score(self, cutouts: list[NDArray[np.float32]]) -> dict[str, float]:
-        """The network's probabilities by label."""
+        """Returns the network's probabilities by label."""
         return self.infer(self.normalise(cutouts))
 
     def normalise(self, cutouts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """What the network takes, float32[1, C, size, size]."""
+        """Returns the network's input, float32[1, C, size, size]."""
         wanted = self._card.inputs.images
         images = np.full((1, len(wanted.order), wanted.size, wanted.size), wanted.padding, np.float32)
         axis = 1 if wanted.normalisation == "l2_row" else None
         for channel, name in enumerate(wanted.order):
             cutout = np.nan_to_num(cutouts[CUTOUTS.index(name)])
-            with np.errstate(over="ignore"):  # pixels of 3.4e38
+            with np.errstate(over="ignore"):  # some pixels are 3.4e38, whose square is infinite
                 norm = np.linalg.norm(cutout, axis=axis, keepdims=True)
             height, width = cutout.shape
             images[0, channel, :height, :width] = cutout / np.where(norm == 0, 1, norm)
         return images
 
     def infer(self, images: NDArray[np.float32]) -> dict[str, float]:
-        """As `score`, from normalised images."""
+        """Returns the network's probabilities by label, for normalised images."""
         with torch.inference_mode():
             probabilities, *_ = self._network(torch.from_numpy(images))
         return dict(zip(self._card.outputs.labels, probabilities[0].tolist(), strict=True))
 
     def encode(self, schema: Schema, alert: Alert, scores: dict[str, float]) -> bytes:
-        """A container with the alert and its scores."""
+        """Returns an Avro container with the alert and its scores."""
         out = BytesIO()
         fastavro.writer(out, {**schema, "fields": [*schema["fields"], SCORES_FIELD]}, [{**alert, "scores": scores}])
         return out.getvalue()

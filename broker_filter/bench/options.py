@@ -1,4 +1,4 @@
-"""What to measure, and on what. Imports nothing heavy: the command line offers the parts by name."""
+"""The options of the benchmark. Imports nothing heavy, because `--help` lists the parts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import Literal
 ALONE = ("stages", "archive", "memory")
 THROUGH_BROKER = ("kafka", "startup", "scaling", "latency", "burst")
 PARTS = (*ALONE, *THROUGH_BROKER)
-"""In the order in which they are measured: an idle broker is not quite idle."""
+"""All parts in the order in which they are measured: first those without a broker, which uses some CPU even if idle."""
 
 Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`inputs`: of ZTF packets; simulated ones without any. `models`: bundles; naive loop and floors compete with the
-    first. `alerts`: how many go through archive and broker. `bootstrap_servers`: a running cluster; without any, Apache
-    Kafka of KAFKA_HOME is started, or else the embedded broker.
+    """Options of a run.
+
+    `inputs`: files of ZTF packets; if empty, packets are simulated. `models`: bundles; the naive loop and the floors
+    are compared with the first. `alerts`: number of alerts sent through the archive and the broker.
+    `bootstrap_servers`: a running cluster; if None, Apache Kafka is started from KAFKA_HOME, or else the embedded
+    broker.
     """
 
     inputs: Sequence[Path]

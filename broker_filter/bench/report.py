@@ -1,4 +1,4 @@
-"""What a run of the benchmark found, as it was measured. What it amounts to is said in `targets`."""
+"""The figures that a run of the benchmark measured. `targets` computes and judges the ratios between them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from broker_filter.bench.measure import Contest, Spread
 
 @dataclass(slots=True)
 class Report:
-    """The figures of the parts that were measured; the others are empty."""
+    """The figures of the parts that were measured; the fields of other parts are empty."""
 
     processor: str
     cores: int
     python: str
     libraries: dict[str, str]
     models: dict[str, str]
-    """By name, what really runs each; the naive loop and the floors compete with the first."""
+    """Version and execution provider of each model by name; the naive loop and the floors run the first."""
     packets: int
-    """Distinct ones; archive and broker hold `alerts`, which repeat them."""
+    """Number of distinct packets; the archive and the topic hold `alerts` packets, which repeat them."""
     alerts: int
     repetitions: int
     broker: str | None = None
     stages: dict[str, Contest] = field(default_factory=dict)
-    """On one thread where nothing else is said."""
+    """Contests by stage, on one thread unless the competitor's name says otherwise."""
     wholes: dict[str, Contest] = field(default_factory=dict)
-    """Archives on one thread where nothing else is said; through the broker on all cores."""
+    """Contests of whole runs: archives on one thread unless the name says otherwise, Kafka to Kafka on all cores."""
     scaling: dict[str, Contest] = field(default_factory=dict)
-    """By partitions; the competitors differ in instances."""
+    """Contests by number of partitions, between different numbers of instances."""
     quantities: dict[str, Spread] = field(default_factory=dict)
-    """Their names say the unit."""
+    """Other figures; each name contains the unit."""

@@ -1,4 +1,4 @@
-"""What is measured on: packets that all competitors take, from files or simulated."""
+"""The packets of the benchmark, from files or simulated; every competitor can process them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from broker_filter.streaming.archives import read_packets
 
 SEED = 2026
 CHOICE = 4096
-"""Packets of the inputs to choose from: archives are in order of time, and the first alerts are of one field."""
+"""Packets to sample from: archives are in order of time, and their first alerts are all from one field of the sky."""
 
 
 def choose_packets(inputs: Sequence[Path], n: int, survey: Survey = Survey.ZTF) -> list[bytes]:
-    """Up to `n` packets of one alert each that decode: of `inputs`, else simulated.
+    """Returns up to `n` valid packets of one alert each, sampled from `inputs`, or simulated if there are no inputs.
 
-    Raises BenchmarkError where there is none.
+    Raises BenchmarkError if the inputs hold no such packet.
     """
     decoder = Decoder(open_registry(str(SCHEMAS)))
 
@@ -42,18 +42,18 @@ def choose_packets(inputs: Sequence[Path], n: int, survey: Survey = Survey.ZTF) 
         found = (alert.packet for alert in simulate_night(n, SEED, "ztf" if survey is Survey.ZTF else "lsst"))
     chosen = list(islice(filter(is_fit, found), n))
     if not chosen:
-        raise BenchmarkError(f"no {survey.name} alert that decodes in {', '.join(map(str, inputs))}")
+        raise BenchmarkError(f"no valid {survey.name} packet in {', '.join(map(str, inputs))}")
     return chosen
 
 
 def in_batches(packets: Sequence[bytes], size: int) -> list[list[Packet]]:
-    """Packets as a decoder takes them."""
+    """Splits packets into batches of `size` for a decoder."""
     positioned = [Packet(data, FilePosition("bench", record=i)) for i, data in enumerate(packets)]
     return [positioned[start : start + size] for start in range(0, len(packets), size)]
 
 
 class NightWriter:
-    """Writes a tar of packets, as surveys publish a night."""
+    """Writes a tar archive of packets, as surveys publish a night."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._archive = tarfile.open(fileobj=stream, mode="w|")  # noqa: SIM115 -- closed by `close`
@@ -64,16 +64,16 @@ class NightWriter:
         member = tarfile.TarInfo(f"{self._n}.avro")
         member.size = len(packet)
         self._archive.addfile(member, BytesIO(packet))
-        self._archive.members.clear()  # type: ignore[attr-defined]  # of a long night they would be a gigabyte
+        self._archive.members.clear()  # type: ignore[attr-defined]  # they would fill a gigabyte in a long night
         self._n += 1
 
     def close(self) -> None:
-        """Writes the end."""
+        """Writes the end of the archive."""
         self._archive.close()
 
 
 def write_night(path: Path, packets: Iterable[bytes]) -> None:
-    """Writes an archive."""
+    """Writes a tar archive of packets."""
     with path.open("wb") as file:
         night = NightWriter(file)
         for packet in packets:

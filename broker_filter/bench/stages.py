@@ -1,6 +1,7 @@
-"""The stages one by one: packet to pixels and columns, pixels to scores, scores to output record. Knows no Kafka.
+"""Measures each stage by itself: packet to pixels and columns, pixels to scores, scores to output record. No Kafka.
 
-All on inputs that are ready; the service's on one thread and, where they scale, on two.
+The input of each stage is prepared before the clock starts. Stages of the service run on one thread; those that scale
+run on two threads as well.
 """
 
 from __future__ import annotations
@@ -48,27 +49,27 @@ from broker_filter.streaming.routing import open_router
 
 BATCH = Batch().max_size
 POINTS = 4096
-"""Room for an alert's history; the longest of ZTF's are some hundreds."""
+"""Maximum number of light curve points of an alert; ZTF's longest histories have some hundreds."""
 ENGINES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")
 Row = Mapping[str, Callable[[], Run]]
 """The competitors of a stage."""
 
 STREAM = 8
-"""How often the batches follow each other where two threads take them: a stream, whose end does not count."""
+"""How often the batches are repeated for two threads, so that the idle time at the end of the run is negligible."""
 
 DECODE = "decode"
-"""The whole of it: framing, walk, columns and stamps."""
+"""The whole decoding: framing, walk, columns and stamps."""
 
 
 def score_stage(model: str) -> str:
-    """The stage of a model from cutouts to scores."""
+    """The name of the stage of a model from cutouts to scores."""
     return f"score: {model}"
 
 
 def measure_stages(
     packets: Sequence[bytes], models: Sequence[str], device: Device, repetitions: int
 ) -> dict[str, Contest]:
-    """A contest a stage, on ZTF packets. The naive loop runs the first of the models, which takes images alone."""
+    """One contest per stage, on ZTF packets. The naive loop runs the first model, whose only inputs are images."""
     scorer = open_scorer(models, Runtime(device=device, inference_threads=1))
     naive = NaiveBroker(scorer.models[0].bundle)
     with ThreadPoolExecutor(2) as pool:
@@ -81,7 +82,7 @@ def measure_stages(
 
 
 def open_decoder(scorer: Scorer) -> Decoder:
-    """With what the models need, and the default columns."""
+    """Returns a decoder of the columns that the models need, and of the default columns."""
     columns = dict.fromkeys((*DEFAULT_COLUMNS, *scorer.columns))
     return Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=tuple(columns))
 
@@ -89,7 +90,7 @@ def open_decoder(scorer: Scorer) -> Decoder:
 def decoding_stages(
     packets: Sequence[bytes], scorer: Scorer, naive: NaiveBroker, pool: ThreadPoolExecutor
 ) -> dict[str, Row]:
-    """Framing, walk and stamps alone, and the whole, which also makes the columns."""
+    """The contests of framing, walk and stamps by themselves, and of the whole decoding."""
     n = len(packets)
     decoder = open_decoder(scorer)
     batches = in_batches(packets, BATCH)
@@ -125,7 +126,7 @@ def decoding_stages(
 
 
 def service_decoding(packets: Sequence[bytes], cutout_size: int) -> tuple[Work, Work, Work]:
-    """Framing all packets, walking all bodies, placing all stamps: what the decoder does with them, apart."""
+    """Returns three parts of the decoder as functions: frame all packets, walk all bodies, decode all stamps."""
     (ztf,) = (known for known in FORMATS if known.survey.name == "ZTF")
     layout = Layout(ztf, DEFAULT_COLUMNS)
     scalars, ids = np.empty((1, layout.n_scalars)), np.empty((1, layout.n_ids), np.int64)
@@ -165,7 +166,7 @@ def service_decoding(packets: Sequence[bytes], cutout_size: int) -> tuple[Work, 
 
 
 def scoring_stages(packets: Sequence[bytes], scorer: Scorer, naive: NaiveBroker, device: Device) -> dict[str, Row]:
-    """Normalising, each network in each runtime, and each model as it is served."""
+    """The contests of normalisation, of each network in each runtime, and of each model as it is served."""
     n = len(packets)
     alerts, _ = open_decoder(scorer).decode(in_batches(packets, n)[0])
     cutouts = [naive.cutouts(naive.decode(packet)[1]) for packet in packets]
@@ -201,7 +202,7 @@ def scoring_stages(packets: Sequence[bytes], scorer: Scorer, naive: NaiveBroker,
                     for threads in (1, 2)
                 )
             except RuntimeUnavailableError:
-                continue  # an onnxruntime without CUDA; that no engine has the device was said before
+                continue  # this engine lacks the device; opening the scorer has failed before if every engine lacks it
             stages[f"inference: {model.name}, {one.provider}"] = {
                 **({NAIVE: partial(timed, infer_naively, n)} if model is first else {}),
                 SERVICE: partial(timed, network_alone(one, model.bundle, alerts, 1), n),
@@ -217,7 +218,7 @@ def scoring_stages(packets: Sequence[bytes], scorer: Scorer, naive: NaiveBroker,
 
 
 def encoding_stage(packets: Sequence[bytes], scorer: Scorer, naive: NaiveBroker) -> dict[str, Row]:
-    """Output records with full payload."""
+    """The contest of encoding output records with full payload."""
     decoder, window = open_decoder(scorer), DuplicateWindow(len(packets))
     source = Input(bootstrap_servers="none:9092", group_id="bench", topics=["bench"])
     router = open_router(Service(input=source, output=Output(prefix="bench")), scorer)

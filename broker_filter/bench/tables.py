@@ -1,4 +1,4 @@
-"""A report as tables, for people."""
+"""Prints a report as tables."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from broker_filter.bench.report import Report
 from broker_filter.bench.targets import Judgement, judge, ratios
 
 ORDER = (NAIVE, SERVICE, SERVICE_2_THREADS, INFLATE, FLOPS, RUNTIME, NO_WORK)
-"""Of the stages' columns."""
+"""Order of the columns in the table of stages."""
 
 
 def show(report: Report, console: Console) -> None:
-    """What it was measured on, every contest, the ratios, and the targets."""
+    """Prints the machine and the packets, every contest, the ratios, and the targets."""
     models = ", ".join(f"{name} {model}" for name, model in report.models.items())
     console.print(f"{report.processor}, {report.cores} cores; {models}; {report.broker or 'no broker'}")
     console.print(
@@ -46,9 +46,9 @@ def show(report: Report, console: Console) -> None:
 
 
 def stages_table(stages: Mapping[str, Contest], *, on_gpu: bool) -> Table:
-    """A row a stage, a column a competitor. CPU time; wall time where a GPU does a part."""
+    """One row per stage, one column per competitor. Shows CPU time, or wall time if a GPU does a part of the work."""
     columns = [name for name in ORDER if any(name in contest for contest in stages.values())]
-    table = _table(f"{'Wall' if on_gpu else 'CPU'} microseconds an alert, by stage", "stage", *columns)
+    table = _table(f"{'Wall' if on_gpu else 'CPU'} microseconds per alert, by stage", "stage", *columns)
     for stage, contest in stages.items():
         figures = [contest.get(name) for name in columns]
         spreads = [each and (each.wall_microseconds if on_gpu else each.cpu_microseconds) for each in figures]
@@ -57,15 +57,15 @@ def stages_table(stages: Mapping[str, Contest], *, on_gpu: bool) -> Table:
 
 
 def contest_table(title: str, contest: Contest) -> Table:
-    """A row a competitor."""
-    table = _table(title, "", "alerts/s", "CPU us an alert", "of the brokers", "peak MB")
+    """One row per competitor."""
+    table = _table(title, "", "alerts/s", "CPU us/alert", "brokers' CPU us/alert", "peak MB")
     for name, figures in contest.items():
         table.add_row(name, *_cells(figures))
     return table
 
 
 def quantities_table(quantities: Mapping[str, Spread]) -> Table:
-    """A row a figure, its unit in the name."""
+    """One row per figure; the name contains the unit."""
     table = _table("Other figures", "", "")
     for name, spread in quantities.items():
         table.add_row(name, _spread(spread, digits=1))
@@ -73,7 +73,7 @@ def quantities_table(quantities: Mapping[str, Spread]) -> Table:
 
 
 def ratios_table(found: Mapping[str, float]) -> Table:
-    """A row a ratio."""
+    """One row per ratio."""
     table = _table("Ratios", "", "")
     for name, ratio in found.items():
         table.add_row(name, f"{ratio:.2f}")
@@ -81,7 +81,7 @@ def ratios_table(found: Mapping[str, float]) -> Table:
 
 
 def targets_table(judgements: Sequence[Judgement]) -> Table:
-    """A row a target."""
+    """One row per target."""
     table = _table("Targets (2 cores, no GPU, braai network)", "", "figure", "target", "")
     for judgement in judgements:
         target = judgement.target

@@ -1,6 +1,6 @@
-"""The ratios that a run comes down to, the targets for them, and the comparison with an earlier run's.
+"""The ratios of a run, the targets for them, and the comparison with the ratios of an earlier run.
 
-Ratios hold between machines where microseconds do not. Only what was measured has one.
+Ratios can be compared between machines; microseconds cannot. A ratio exists only if its parts were measured.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from broker_filter.config import Section
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a ratio or another figure must reach: at least `bound`, or at most."""
+    """The bound of a ratio or another figure: a minimum, or a maximum if `at_most`."""
 
     name: str
     bound: float
@@ -55,14 +55,14 @@ TARGETS = (
     Target("first score of a replay, s", 4, at_most=True),
     Target("first score of the service, s", 4, at_most=True),
 )
-"""On 2 cores without a GPU, with the braai network. CPU time where a thread or a stage is compared, throughput through
-the broker."""
+"""Targets on 2 cores without a GPU, with the braai network. Stages and archives are compared by CPU time, numbers of
+threads and runs through the broker by throughput."""
 MODEL_TARGET = 0.85
-"""For models beside the first, whose network is most of the work: of what its runtime does alone."""
+"""Target for each model after the first, whose network is most of the work: throughput over that of its runtime."""
 
 
 def ratios(report: Report) -> dict[str, float]:
-    """By name, of what was measured."""
+    """Returns the ratios of the measured parts, by name."""
     models = list(report.models)
     found: dict[str, float] = {}
     if decode := report.stages.get(DECODE):
@@ -93,7 +93,7 @@ def ratios(report: Report) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A target, and the figure that it was measured at."""
+    """A target and the measured figure."""
 
     target: Target
     figure: float
@@ -106,23 +106,24 @@ class Judgement:
 
 
 def judge(report: Report) -> list[Judgement]:
-    """The targets for which there is a figure."""
+    """Returns the targets for which a figure was measured."""
     figures = ratios(report) | {name: spread.median for name, spread in report.quantities.items()}
     of_models = [Target(name, MODEL_TARGET) for model in list(report.models)[1:] for name in _of_runtime(model)]
     return [Judgement(target, figures[target.name]) for target in (*TARGETS, *of_models) if target.name in figures]
 
 
 class Expected(Section):
-    """An earlier run's ratio, and how much worse it may be now: 0.2 is a fifth."""
+    """A ratio of an earlier run, and its tolerance: with 0.2, it may be up to 20 % worse now."""
 
     ratio: float
     tolerance: float = Field(ge=0)
 
 
 def check(ratios: Mapping[str, float], file: Path) -> list[str]:
-    """What is worse than in `file`, beyond its tolerances: a line each. Ratios that were not measured are passed over.
+    """Returns one line for each ratio that is worse than in `file` by more than its tolerance.
 
-    Raises BenchmarkError where the file does not read, or nothing in it was measured.
+    Ratios that were not measured are skipped. Raises BenchmarkError if the file is invalid, or if none of its ratios
+    was measured.
     """
     try:
         expected = TypeAdapter(dict[str, Expected]).validate_json(file.read_bytes())
@@ -130,7 +131,7 @@ def check(ratios: Mapping[str, float], file: Path) -> list[str]:
         raise BenchmarkError(f"{file}: {error}") from error
     compared = expected.keys() & ratios.keys()
     if not compared:
-        raise BenchmarkError(f"{file}: nothing in it was measured; see --parts")
+        raise BenchmarkError(f"{file}: none of its ratios was measured; choose other --parts")
     lower_is_better = {target.name for target in TARGETS if target.at_most}
     worse = []
     for name in sorted(compared):

@@ -1,8 +1,7 @@
-"""A broker, a topic full of packets, and a clock for whoever reads it.
+"""A broker, a topic full of packets, and the measurement of a competitor that reads it.
 
-What counts is what is committed: a run is measured up to the last commit of the consumer group, from its first one or
-from when the alerts came to a competitor that waited for them, so that neither start-up nor a record that no reader may
-see yet is counted.
+Only committed alerts count. A run ends at the last commit of the competitor's consumer group. It begins at the first
+commit, or when the alerts were sent to a competitor that waited for them, so that start-up is not counted.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ REQUEST_TIMEOUT_S = 10.0
 STALL_TIMEOUT_S = 120.0
 READ_AT_A_TIME = 1000
 MISSING_S, SURPLUS_S = 30.0, 1.0
-"""How long a reader waits for records that are missing, and for any beyond what there must be."""
+"""How long a reader waits for missing records, and for records beyond the expected number."""
 QUEUED = 1000
-"""Messages on their way to the broker at most: a night does not fit into librdkafka's queue."""
+"""Maximum number of messages in flight to the broker: a night does not fit into librdkafka's queue."""
 FILL_TIMEOUT_MS = 600_000
-"""Of a transaction that holds a whole burst."""
+"""Timeout of the transaction that holds all packets of a topic."""
 
 
 @dataclass(frozen=True, slots=True)
 class Broker:
-    """A running cluster. `processes`: where they are ours to look at."""
+    """A running cluster. `processes`: ids of its broker processes; empty if this process did not start them."""
 
     name: str
     bootstrap_servers: str
@@ -47,7 +46,7 @@ class Broker:
 
 @contextmanager
 def open_broker(bootstrap_servers: str | None, directory: Path) -> Iterator[Broker]:
-    """The cluster that is given, else Apache Kafka of KAFKA_HOME, else the embedded broker."""
+    """Yields the given cluster, else an Apache Kafka started from KAFKA_HOME, else the embedded broker."""
     if bootstrap_servers:
         yield Broker(f"cluster {bootstrap_servers}", bootstrap_servers)
     elif home := kafka_home():
@@ -59,7 +58,7 @@ def open_broker(bootstrap_servers: str | None, directory: Path) -> Iterator[Brok
 
 
 class Moment(NamedTuple):
-    """How far a competitor is: alerts committed, seconds by a monotonic clock, CPU seconds of it and of the brokers."""
+    """A competitor's progress: committed alerts, monotonic seconds, CPU seconds of it and of the brokers."""
 
     committed: int
     time: float
@@ -68,30 +67,30 @@ class Moment(NamedTuple):
 
 
 class Competitor(Protocol):
-    """Processes that read a topic as one consumer group, and write another."""
+    """Processes that read one topic as one consumer group, and write another topic."""
 
     group: str
     output: str
 
     @property
     def processes(self) -> list[int]:
-        """Their ids."""
+        """The ids of the processes."""
 
     def check(self) -> None:
-        """Raises BenchmarkError where one has ended."""
+        """Raises BenchmarkError if a process has ended."""
 
 
 class Testbed:
-    """A topic, and a clock for whoever reads it. Deletes the topic in the end."""
+    """A topic, and the measurement of a competitor that reads it. Leaving the `with` block deletes the topic."""
 
     def __init__(self, broker: Broker, directory: Path, partitions: int = PARTITIONS) -> None:
-        """`directory`: for configuration and logs of the competitors."""
+        """`directory`: for the configuration and the logs of the competitors."""
         self.broker = broker
         self.directory = directory
         self.topic = f"bench-{uuid.uuid4().hex[:8]}"
         self.partitions = [TopicPartition(self.topic, i) for i in range(partitions)]
         self.alerts = 0
-        """How many were sent. Then, a partition's offset is the number of its alerts before it."""
+        """Number of alerts that were sent. An offset of a partition is the number of its alerts before that offset."""
         self.client: Mapping[str, object] = {"bootstrap.servers": broker.bootstrap_servers, **SILENT}
         self.admin = AdminClient(dict(self.client))
         self.create(self.topic, partitions)
@@ -105,8 +104,10 @@ class Testbed:
         self.delete(self.topic)
 
     def send(self, packets: Sequence[bytes]) -> float:
-        """Fills the topic, once, all at once: no reader sees the first packet before the last is there. Says when that
-        was (monotonic seconds)."""
+        """Fills the topic in one transaction, so that all packets become visible together. Call it only once.
+
+        Returns the time of the commit in monotonic seconds.
+        """
         producer = Producer(
             {
                 **self.client,
@@ -127,8 +128,11 @@ class Testbed:
         return time.monotonic()
 
     def watch(self, competitor: Competitor, alerts: int, began: Moment | None = None) -> Run:
-        """Measures a competitor until it has committed so many: from when it `began`, else from its first commit, or,
-        where nobody looked between that and the last one, from the look before them."""
+        """Measures a competitor until it has committed `alerts` alerts.
+
+        The run begins at `began`, if it is given, else at the competitor's first commit. If all alerts were committed
+        between two polls, the run begins at the earlier poll.
+        """
         moments = list(self.progress(competitor, alerts))
         first, last = began or (moments[0] if len(moments) > 1 else self._nothing_yet), moments[-1]
         done = last.committed - first.committed
@@ -140,9 +144,12 @@ class Testbed:
         )
 
     def progress(self, competitor: Competitor, alerts: int) -> Iterator[Moment]:
-        """Each moment at which more is found to be committed, up to `alerts`."""
-        # A consumer that never subscribes does not join its group: it only asks what the group has committed.
-        # Uncommitted: else it would wait for a moment without an open transaction, and there may be none.
+        """Yields a Moment each time that more alerts are committed, until `alerts` are.
+
+        Raises BenchmarkError if the competitor has ended, or has committed nothing for STALL_TIMEOUT_S.
+        """
+        # A consumer that never subscribes does not join its group: it only reads the group's positions.
+        # read_committed would wait for a moment without an open transaction, which may never come.
         watcher = Consumer({**self.client, "group.id": competitor.group, "isolation.level": "read_uncommitted"})
         committed, since = 0, time.monotonic()
         while committed < alerts:
@@ -150,7 +157,9 @@ class Testbed:
                 self._nothing_yet = self.moment(competitor)
             time.sleep(POLL_INTERVAL_S)
             competitor.check()
-            now = min(self._committed(watcher), alerts)  # a position may be past the marker behind the last alert
+            now = min(
+                self._committed(watcher), alerts
+            )  # a position may be beyond the transaction marker after the last alert
             if now > committed:
                 committed, since = now, time.monotonic()
                 yield self.moment(competitor, committed)
@@ -159,15 +168,18 @@ class Testbed:
         watcher.close()
 
     def moment(self, competitor: Competitor, committed: int = 0) -> Moment:
-        """Now."""
+        """Returns the competitor's progress now."""
         cpu, broker_cpu = cpu_seconds(competitor.processes), cpu_seconds(self.broker.processes)
         return Moment(committed, time.monotonic(), cpu, broker_cpu)
 
     def check_output(self, competitor: Competitor, expected: int) -> None:
-        """Counts what a read_committed reader finds of a competitor's output, and deletes it."""
+        """Counts the committed records of a competitor's output, and deletes its topic.
+
+        Raises BenchmarkError if there are not `expected` records.
+        """
         consumer = self.reader(competitor.output)
         found = 0
-        # No more than there must be: for a surplus it would wait as long as for what is missing.
+        # Reads no more than `expected` first: waiting for a surplus has a shorter timeout.
         while found < expected and (messages := consumer.consume(min(READ_AT_A_TIME, expected - found), MISSING_S)):
             found += sum(message.error() is None for message in messages)
         found += sum(message.error() is None for message in consumer.consume(READ_AT_A_TIME, SURPLUS_S))
@@ -177,7 +189,7 @@ class Testbed:
             raise BenchmarkError(f"{competitor.output} holds {found} committed records for {expected} alerts")
 
     def reader(self, topic: str) -> Consumer:
-        """A read_committed reader of all of a topic, from its beginning."""
+        """Returns a read_committed consumer of all partitions of a topic, at their beginning."""
         consumer = Consumer(
             {
                 **self.client,
@@ -192,7 +204,7 @@ class Testbed:
         return consumer
 
     def create(self, topic: str, partitions: int) -> None:
-        """Makes a topic."""
+        """Creates a topic."""
         for future in self.admin.create_topics([NewTopic(topic, partitions)]).values():
             future.result()
 
@@ -205,5 +217,5 @@ class Testbed:
         try:
             positions = watcher.committed(self.partitions, timeout=REQUEST_TIMEOUT_S)
         except KafkaException:
-            return 0  # a group's coordinator is found, or moves; a cluster that is gone ends as a stall
+            return 0  # the group's coordinator is not known yet, or moves; a cluster that has ended shows as a stall
         return sum(max(position.offset, 0) for position in positions)

@@ -1,4 +1,4 @@
-"""Throughput of the whole: from a night's archive to scores, from topic to topic, and by partitions and instances."""
+"""Throughput of whole runs: from an archive to scores, from topic to topic, and by partitions and instances."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_stream
 
 NAIVE_SHARE = 8
-"""The naive loop gets an eighth of the alerts, and takes about as long for them as the service for all."""
+"""The naive loop processes an eighth of the alerts, which takes about as long as all of them in the service."""
 PARTITIONS, INSTANCES = (1, 2, 4), (1, 2)
 ARCHIVE = "archive -> scores"
 
 
 def kafka_whole(model: str) -> str:
-    """The contest of a model from topic to topic."""
+    """The name of a model's contest from topic to topic."""
     return f"Kafka -> scores -> Kafka: {model}"
 
 
 def measure_archive(
     packets: Sequence[bytes], alerts: int, model: str, device: Device, repetitions: int, directory: Path
 ) -> dict[str, Contest]:
-    """From an archive of so many alerts, which repeat `packets`, to scores. Nothing is written."""
+    """Measures scoring of an archive of `alerts` alerts, which repeat `packets`. No table is written."""
     night, naive_night = directory / "night.tar", directory / "naive.tar"
     naive_alerts = max(1, alerts // NAIVE_SHARE)
     write_night(night, islice(cycle(packets), alerts))
@@ -96,9 +96,9 @@ def measure_archive(
 def measure_kafka(
     testbed: Testbed, packets: Sequence[bytes], models: Sequence[str], device: Device, repetitions: int
 ) -> dict[str, Contest]:
-    """From topic to topic, full payload, exactly once, on all cores, which the broker shares: a contest a model.
+    """Measures runs from topic to topic with full payload, on all cores, which the broker shares; a contest per model.
 
-    The naive loop and the floors compete with the first model; each model's network alone with each.
+    The contest of the first model includes the naive loop and the floors; the others include only the runtime alone.
     """
     naive_alerts = max(2 * NAIVE_TRANSACTION, testbed.alerts // NAIVE_SHARE)
     scorer = open_scorer(models, Runtime(device=device))
@@ -125,7 +125,7 @@ def measure_kafka(
 def measure_scaling(
     broker: Broker, alerts: Sequence[bytes], model: str, device: Device, repetitions: int, directory: Path
 ) -> dict[str, Contest]:
-    """Throughput by partitions and instances. All instances have joined before the first alert comes."""
+    """Measures throughput by partitions and instances. All instances have joined before the alerts are sent."""
 
     def run(partitions: int, instances: int) -> Run:
         with Testbed(broker, directory, partitions) as testbed:

@@ -1,5 +1,5 @@
-"""The main job on one machine, from nothing: a simulated night through a broker and the service, and what came of it.
+"""Runs the service on one machine: sends a simulated night through a broker and the service, and shows the results.
 
-Everything that a user of the service would see is real: a broker, a configuration file, `broker-filter run` as a
-process of its own, a plain client of the output topics. Needs the extra `demo`; no network, no Kafka.
+Everything except the sky is real: a broker, a configuration file, `broker-filter run` in its own process, and an
+independent client of the output topics. Needs the extra `demo`, but no network and no Kafka installation.
 """

@@ -1,4 +1,4 @@
-"""A picture of alerts: science, template and difference of each, with what it is called, what it is, and its score."""
+"""A picture of alerts: the cutouts of each alert, with its object id, magnitude, true kind and score."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALERTS_PER_ROW = 4
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of alerts with something in common; `kinds` is what each of them truly is."""
+    """A titled row of alerts; `kinds` are their true kinds, from the simulation."""
 
     title: str
     alerts: Sequence[Alert]

@@ -1,4 +1,4 @@
-"""What happens in the demonstration, in order: see `run_demo`."""
+"""The steps of the demonstration, in order: see `run_demo`."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ PARTITIONS = 4
 LOOK_INTERVAL_S = 0.2
 LOG_INTERVAL_S = 2.0
 STANDSTILL_S = 60.0
-"""Without one more alert accounted for: something is stuck."""
+"""If the service processes no message for so long, the demonstration gives up."""
 
 log = logging.getLogger(__name__)
 
 Show = Callable[[int, Mapping[str, int], float], None]
-"""Shows how many messages were sent, the service's account, and its alerts per second so far."""
+"""Shows progress, from: the number of messages sent, the service's counters, and its rate in alerts per second."""
 
 
 def run_demo(out: Path, n: int, seed: int) -> None:
-    """Simulates a night of `n` alerts, sends it through a broker and the service, and shows what came out.
+    """Simulates a night of `n` alerts, sends it through a broker and the service, and shows the results.
 
-    Writes to `out` the night, the service's configuration, log and last metrics, the scores and a contact sheet. Raises
-    DemoError where something fails, or where an alert was lost or came out twice.
+    Writes the files of FILES into the directory `out`. Raises DemoError if a step fails, or if an alert was lost or
+    published twice.
     """
     out.mkdir(parents=True, exist_ok=True)
     files = {name: out / name for name in FILES}
@@ -66,7 +66,7 @@ def run_demo(out: Path, n: int, seed: int) -> None:
         topics = [NewTopic(TOPIC, num_partitions=PARTITIONS)]
         ensure_topics(admin_client(properties, ThrottledErrorLog(f"brokers {bootstrap}")), topics)
         (port,) = free_ports(1)
-        log.info("embedding the night before, so that there is something to be strange beside")
+        log.info("simulating and scoring another night, for the reference set of ordinary alerts")
         write_reference(files["ordinary.safetensors"], seed)
         write_config(files["service.yaml"], bootstrap, files["ordinary.safetensors"], port)
         with ServiceProcess(files["service.yaml"], files["service.log"], port) as service:
@@ -77,7 +77,7 @@ def run_demo(out: Path, n: int, seed: int) -> None:
             rate = _replay(night, properties, service)
             files["metrics.txt"].write_text(service.metrics())
             service.stop()
-        log.info("reading what was published")
+        log.info("reading the output topics")
         results = read_results(bootstrap, PREFIX, list(FILTERS))
 
     write_scores(files["scores.parquet"], results, night)
@@ -86,33 +86,35 @@ def run_demo(out: Path, n: int, seed: int) -> None:
     screen = stdout_console()
     screen.print(kinds_table(results, night), interesting_table(results, night), anomalies_table(results, night))
     problems = audit(results, night, counts(files["metrics.txt"].read_text()), screen)
-    for name, what in FILES.items():
-        screen.print(f"  [bold]{files[name]}[/]  {what}", soft_wrap=True, highlight=False)
+    for name, meaning in FILES.items():
+        screen.print(f"  [bold]{files[name]}[/]  {meaning}", soft_wrap=True, highlight=False)
     if problems:
-        raise DemoError(f"the account is wrong: {'; '.join(problems)}")
+        raise DemoError(f"messages were lost or published twice: {'; '.join(problems)}")
 
 
 FILES = {
-    "contact-sheet.png": "the alerts that the filters took, the anomalies, and some that were called bogus",
-    "scores.parquet": "every alert's score, and what it truly was",
-    "service.yaml": "what the service was told; put your own brokers into it",
-    "service.log": "what it said",
-    "ordinary.safetensors": "what is ordinary: the reference set that anomalies are strange beside",
-    "metrics.txt": "its metrics at the end",
-    "night.tar": "the night: try `broker-filter score` or `inspect` on it",
+    "contact-sheet.png": "cutouts of alerts that the filters selected, of anomalies, and of alerts classified as bogus",
+    "scores.parquet": "table of all alerts with their scores and true kinds",
+    "service.yaml": "the service's configuration; replace its brokers by your own to run it",
+    "service.log": "the service's log",
+    "ordinary.safetensors": "reference set of ordinary alerts, with which anomalies are found",
+    "metrics.txt": "the service's metrics at the end",
+    "night.tar": "the simulated packets; try `broker-filter score` or `broker-filter inspect` on them",
 }
-"""What the demonstration leaves behind."""
+"""The files that the demonstration writes, and their meaning."""
 
 
 def _replay(night: Night, properties: Mapping[str, object], service: ServiceProcess) -> float:
-    """Sends the night, and shows how the service deals with it until it has; returns its alerts per second."""
+    """Sends the night and shows progress until the service has processed it; returns the rate in alerts per second."""
     stop = threading.Event()
     replayer = Replayer(properties, TOPIC, Decoder(open_registry(None), columns=()), stop)
     with ThreadPoolExecutor(1, "replay") as threads, _live(night.packets) as show:
         sending = threads.submit(replayer.replay, read_packets([night.archive]), as_fast_as_possible())
         try:
             moved = time.monotonic()
-            first: tuple[int, float] | None = None  # alerts dealt with, and when: from there on the rate is measured
+            first: tuple[int, float] | None = (
+                None  # count and time when the first alerts were processed: the rate is measured from then on
+            )
             consumed, rate = 0, 0.0
             while consumed < night.packets:
                 time.sleep(LOOK_INTERVAL_S)
@@ -124,7 +126,10 @@ def _replay(night: Night, properties: Mapping[str, object], service: ServiceProc
                     first = first or (consumed, now)
                     rate = (consumed - first[0]) / (now - first[1]) if now > first[1] else 0.0
                 elif now - moved > STANDSTILL_S:
-                    raise DemoError(f"{consumed} of {night.packets} messages dealt with, and no more for a minute")
+                    raise DemoError(
+                        f"the service has processed {consumed} of {night.packets} messages, and none in the last "
+                        f"{STANDSTILL_S:.0f} s; see its log"
+                    )
                 show(replayer.account.sent, account, rate)
             return rate
         finally:
@@ -133,7 +138,7 @@ def _replay(night: Night, properties: Mapping[str, object], service: ServiceProc
 
 @contextmanager
 def _live(total: int) -> Iterator[Show]:
-    """Progress bars on a terminal, log lines elsewhere."""
+    """Shows progress bars on a terminal, else log lines."""
     if not sys.stderr.isatty():
         yield _log_lines(total)
         return
@@ -149,7 +154,8 @@ def _live(total: int) -> Iterator[Show]:
 
         def show(sent: int, account: Mapping[str, int], rate: float) -> None:
             says = (
-                f"[bold green]{rate:,.0f} alerts/s[/]  {account['rejected']} rejected, {account['duplicate']} repeated"
+                f"[bold green]{rate:,.0f} alerts/s[/]  {account['rejected']} rejected, "
+                f"{account['duplicate']} duplicates"
             )
             bars.update(sent_bar, completed=sent)
             bars.update(done_bar, completed=account["consumed"], says=says)
@@ -165,7 +171,7 @@ def _log_lines(total: int) -> Show:
         if time.monotonic() - last >= LOG_INTERVAL_S or account["consumed"] == total:
             last = time.monotonic()
             log.info(
-                "replayed %d of %d; scored %d, rejected %d, repeated %d; %.0f alerts/s",
+                "replayed %d of %d; scored %d, rejected %d, duplicates %d; %.0f alerts/s",
                 sent,
                 total,
                 account["scored"],

@@ -1,5 +1,5 @@
-"""What can go wrong in the demonstration."""
+"""The error of the demonstration."""
 
 
 class DemoError(RuntimeError):
-    """The demonstration cannot go on; the message says why, and is for a person."""
+    """The demonstration cannot continue; the message says why."""

@@ -1,4 +1,4 @@
-"""The demonstration's input: a simulated night, with what goes wrong in real ones: damage, alerts sent twice."""
+"""The demonstration's input: a simulated night that includes damaged packets and alerts that are sent twice."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from broker_filter.simulate import simulate_night
 
 DAMAGED_EVERY = 100
 SENT_TWICE_EVERY = 125
-"""Of the good alerts; far more often than a survey does either, so that a short night shows them."""
+"""Alerts per damaged packet, and per repeated packet: far fewer than in a survey, so that a short night has both."""
 
 
 @dataclass(frozen=True, slots=True)
 class Night:
-    """An archive of a night: how many packets it holds, and the true kind of each alert, by its id."""
+    """An archive of a night: its file, its number of packets, and the true kind of each alert by alert id."""
 
     archive: Path
     packets: int
@@ -27,7 +27,7 @@ class Night:
 
 
 def write_night(archive: Path, n: int, seed: int, advance: Callable[[int], None]) -> Night:
-    """Simulates `n` ZTF alerts into a tar archive, a member each, damaged packets and repeated ones among them."""
+    """Simulates `n` ZTF alerts and writes a tar archive with one member per packet, some damaged or repeated."""
     rng = np.random.default_rng(seed)
     kinds: dict[int, str] = {}
     packets = 0
@@ -44,7 +44,7 @@ def write_night(archive: Path, n: int, seed: int, advance: Callable[[int], None]
 
 
 def _members(i: int, packet: bytes, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
-    """The alert, and now and then the same again, or the same damaged."""
+    """Yields suffix and bytes of an alert's archive members: the packet, sometimes a copy or a damaged copy too."""
     yield "", packet
     if i % SENT_TWICE_EVERY == SENT_TWICE_EVERY - 1:
         yield "-again", packet
@@ -62,11 +62,11 @@ def _no_alert(_packet: bytes, _rng: np.random.Generator) -> bytes:
 
 
 def _unknown_schema(packet: bytes, _rng: np.random.Generator) -> bytes:
-    """Wire format with a schema id that no registry knows."""
+    """Returns a message in wire format with a schema id that no registry knows."""
     return b"\0" + (12345).to_bytes(4, "big") + packet[-20_000:]
 
 
 def _broken_stamp(packet: bytes, rng: np.random.Generator) -> bytes:
-    """Noise within the first gzip-ed cutout."""
+    """Overwrites 400 bytes of the first gzip-compressed cutout with noise."""
     start = packet.index(b"\x1f\x8b\x08") + 200
     return packet[:start] + rng.bytes(400) + packet[start + 400 :]

@@ -1,4 +1,4 @@
-"""What is ordinary in the demonstration: the alerts of another simulated night, the one before."""
+"""The demonstration's reference set: the embeddings of the alerts of another simulated night."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from broker_filter.streaming.filtering import score_stream
 
 MODEL = "embedder"
 WHERE = f"{MODEL}.real > 0.5"
-"""Bogus alerts are strange, too."""
+"""Keeps bogus alerts out of the reference set: bogus alerts are outliers too, and must not count as ordinary."""
 ALERTS = 400
-"""Of the night before: some 320 of them look real, and a fifth of those are what others are called strange by."""
+"""Alerts of the other night: about 320 of them look real, and a fifth of these are held out to calibrate the score."""
 BATCH = 64
 
 
 def write_reference(file: Path, seed: int) -> None:
-    """Simulates the night before the one of `seed`, and writes a reference set of its alerts."""
+    """Simulates a night other than that of `seed`, and writes a reference set of its alerts to `file`."""
     scorer = open_scorer([MODEL], Runtime())
     [model] = scorer.models
     where = compile_filter(WHERE, FIELDS, model.outputs)

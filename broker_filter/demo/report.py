@@ -1,4 +1,4 @@
-"""What the demonstration shows of its results: tables, the choice of alerts for the contact sheet, and the account."""
+"""The demonstration's results: tables, the alerts of the contact sheet, and the check that no alert was lost."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from broker_filter.simulate import RATES, REAL
 SHOWN_PER_FILTER = 4
 BANDS = {1: "g", 2: "r"}
 DECIDED = 0.5
-"""Above it an alert counts as called real."""
+"""The threshold on the score above which an alert is classified as real."""
 WELL_EXPOSED = 16.0
-"""Magnitude of stars that look like one: brighter ones saturate."""
+"""Magnitude of the brightest stars that are shown: brighter ones saturate the simulated camera."""
 
 
 def write_scores(file: Path, results: Results, night: Night) -> None:
-    """Writes a Parquet table of every scored alert."""
+    """Writes a Parquet table with one row for each scored alert."""
     rows = [
         {
             "alert_id": alert["candid"],
@@ -47,12 +47,14 @@ def write_scores(file: Path, results: Results, night: Night) -> None:
 
 
 def kinds_table(results: Results, night: Night) -> Table:
-    """How the default model judges each kind of alert, which only a simulation can tell."""
+    """A table of the default model's scores for each true kind of alert, which only a simulation knows."""
     scores: dict[str, list[float]] = {kind: [] for kind in RATES}
     for alert in results.scored:
         scores[night.kinds[alert["candid"]]].append(real(alert))
     table = _table(
-        "What the default model says of each kind", ("kind", "truly"), ("alerts", "median score", "called real")
+        "Scores of the default model by kind of alert",
+        ("kind", "truth"),
+        ("alerts", "median score", "classified real"),
     )
     for kind, values in scores.items():
         if values:
@@ -63,8 +65,8 @@ def kinds_table(results: Results, night: Night) -> Table:
 
 
 def interesting_table(results: Results, night: Night) -> Table:
-    """The brightest alerts of each filter."""
-    table = _table("What the filters found", ("filter", "object", "truly", "band"), ("mag", "seen", "score"))
+    """A table of the brightest alerts that each filter selected."""
+    table = _table("Alerts that the filters selected", ("filter", "object", "truth", "band"), ("mag", "seen", "score"))
     for name, alerts in _filtered(results).items():
         for i, alert in enumerate(alerts[:SHOWN_PER_FILTER]):
             candidate = alert["candidate"]
@@ -82,10 +84,10 @@ def interesting_table(results: Results, night: Night) -> Table:
 
 
 def anomalies_table(results: Results, night: Night) -> Table:
-    """The strangest alerts, and why: the ordinary alert that is most like it, and what is most unlike."""
+    """A table of the strongest anomalies, each with its nearest ordinary alert and the modality that differs most."""
     alerts = _strangest(results)
-    words, numbers = ("object", "truly", "most like", "most unlike in"), ("distance", "score")
-    table = _table(f"Anomalies ({len(alerts)}): the strangest of what looks real", words, numbers)
+    words, numbers = ("object", "truth", "nearest", "differs in"), ("distance", "score")
+    table = _table(f"Anomalies ({len(alerts)}): outliers among the alerts that look real", words, numbers)
     for alert in alerts[:SHOWN_PER_FILTER]:
         anomaly = alert["broker_filter"]["anomaly"]
         [nearest, *_] = anomaly["reason"]["neighbours"]
@@ -110,8 +112,8 @@ def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Tabl
 
 
 def contact_sheet_rows(results: Results, night: Night) -> list[Row]:
-    """A row for each filter, one of anomalies, one of variable stars, and two of what the model calls bogus, as
-    different as may be."""
+    """Rows of the contact sheet: one for each filter, one of anomalies, one of variable stars, and two of alerts of
+    different true kinds that are classified as bogus."""
     rows = [_row(_words(name), alerts, night) for name, alerts in _filtered(results).items()]
     rows.append(_row("anomaly", _strangest(results), night))
     alerts = sorted((a for a in results.scored if not a["broker_filter"]["duplicate"]), key=_magnitude)
@@ -120,27 +122,28 @@ def contact_sheet_rows(results: Results, night: Night) -> list[Row]:
     bogus = [alert for alert in alerts if real(alert) < DECIDED]
     kinds = [night.kinds[alert["candid"]] for alert in bogus]
     first_of_kind = [alert for i, alert in enumerate(bogus) if kinds[i] not in kinds[:i]]
-    rows.append(_row("called bogus", first_of_kind, night))
+    rows.append(_row("classified as bogus", first_of_kind, night))
     rows.append(_row("", first_of_kind[ALERTS_PER_ROW:], night))
     return [row for row in rows if row.alerts]
 
 
 def audit(results: Results, night: Night, account: Mapping[str, int], screen: Console) -> list[str]:
-    """Prints the account and returns what is wrong with it: nothing, if every message came out exactly once."""
+    """Prints the counts, and returns the problems found: an empty list if every message was published exactly once."""
     published = sum(results.inputs.values())
     duplicates = sum(alert["broker_filter"]["duplicate"] for alert in results.scored)
     rejected = ", ".join(f"{reason} {count}" for reason, count in sorted(results.rejected.items()))
     screen.print(
         f"[bold]{account['consumed']:,} consumed[/] = {account['scored']:,} scored + {account['rejected']:,} rejected "
-        f"({rejected}) + {account['duplicate']:,} sent twice",
+        f"({rejected}) + {account['duplicate']:,} duplicates",
         highlight=False,
     )
     checks = {
         f"{night.packets} sent but {account['consumed']} consumed": night.packets == account["consumed"],
         "consumed is not scored + rejected + duplicates": account["consumed"]
         == account["scored"] + account["rejected"] + account["duplicate"],
-        f"{published} of {night.packets} messages came out": published == night.packets,
-        f"only {len(results.inputs)} different ones came out": len(results.inputs) == night.packets,
+        f"{published} results were published for {night.packets} messages": published == night.packets,
+        f"results of only {len(results.inputs)} different messages were published": len(results.inputs)
+        == night.packets,
         f"{duplicates} marked as duplicates but {account['duplicate']} counted": duplicates == account["duplicate"],
         f"{results.rejected.total()} dead letters but {account['rejected']} rejected": results.rejected.total()
         == account["rejected"],
@@ -148,13 +151,13 @@ def audit(results: Results, night: Night, account: Mapping[str, int], screen: Co
     problems = [problem for problem, holds in checks.items() if not holds]
     if not problems:
         screen.print(
-            f"[green]Each of the {night.packets:,} messages came out exactly once[/] (read_committed client).\n"
+            f"[green]Each of the {night.packets:,} messages was published exactly once[/] (read_committed client).\n"
         )
     return problems
 
 
 def _filtered(results: Results) -> dict[str, list[Alert]]:
-    """The alerts of each filter, brightest first, each once."""
+    """The alerts of each filter, brightest first, without duplicates."""
     by_id = {alert["candid"]: alert for alert in results.scored}
     return {
         name: sorted((by_id[alert_id] for alert_id in set(alert_ids)), key=_magnitude)
@@ -163,7 +166,7 @@ def _filtered(results: Results) -> dict[str, list[Alert]]:
 
 
 def _strangest(results: Results) -> list[Alert]:
-    """The anomalies, strangest first, each once."""
+    """The anomalies, highest score first, without duplicates."""
     by_id = {alert["candid"]: alert for alert in results.anomalies}
     return sorted(by_id.values(), key=lambda alert: -float(alert["broker_filter"]["anomaly"]["score"]))
 

@@ -1,4 +1,4 @@
-"""A client of the service's output topics, as anybody in the field would write one: confluent-kafka and fastavro."""
+"""A client of the service's output topics with confluent-kafka and fastavro only, as a user would write one."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from broker_filter.demo.error import DemoError
 
 LARGEST_ANSWER = 512 * 2**20
-"""Bytes: the small broker answers with all that it has, whatever the client asks for."""
+"""Bytes: the embedded broker answers with all messages of a partition, whatever limit the client asks for."""
 SILENCE_S = 20.0
-"""Without a message or the end of a partition: the broker is gone."""
+"""If the broker sends neither a message nor the end of a partition for so long, it no longer works."""
 
 Alert = dict[str, Any]
 
 
 @dataclass(slots=True)
 class Results:
-    """Everything that was published. Alerts are the survey's records with the field `broker_filter` added."""
+    """All published results. An alert is the survey's record with the field `broker_filter` added."""
 
     scored: list[Alert] = field(default_factory=list)
     filtered: dict[str, list[int]] = field(default_factory=dict)  # alert ids by filter
     anomalies: list[Alert] = field(default_factory=list)
     rejected: Counter[str] = field(default_factory=Counter)  # by reason
-    inputs: Counter[bytes] = field(default_factory=Counter)  # how often each input message's position came out
+    inputs: Counter[bytes] = field(default_factory=Counter)  # number of results for each input position
 
 
 def read_results(bootstrap: str, prefix: str, filters: list[str]) -> Results:
-    """Reads the output topics from beginning to end, committed records only."""
+    """Reads the committed records of all output topics. Raises DemoError if the broker stops answering."""
     results = Results(filtered={name: [] for name in filters})
     for message in _read_topic(bootstrap, f"{prefix}.scored"):
         results.inputs[_headers(message)["input"]] += 1
@@ -81,7 +81,7 @@ def _read_topic(bootstrap: str, topic: str) -> Iterator[Message]:
         while unread:
             message = consumer.poll(SILENCE_S)
             if message is None:
-                raise DemoError(f"the broker at {bootstrap} sends no more of {topic}")
+                raise DemoError(f"{topic}: the broker at {bootstrap} has sent nothing for {SILENCE_S:.0f} s")
             if (error := message.error()) is None:
                 yield message
             elif error.code() == KafkaError._PARTITION_EOF:

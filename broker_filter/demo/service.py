@@ -1,4 +1,4 @@
-"""The service as its users run it: a configuration file, a process, and its metrics over HTTP."""
+"""The service as a user runs it: a configuration file, a process, and its metrics over HTTP."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ LOG_TAIL = 2000
 """Characters of the service's log that an error shows."""
 
 CONFIG = """\
-# What the demonstration ran. Its broker is gone; put your own here, and: broker-filter run --config {name}
+# The configuration of the demonstration. Its broker has ended. To run this file, replace bootstrap_servers by your
+# own brokers, then: broker-filter run --config {name}
 input:
   bootstrap_servers: "{bootstrap}"
   group_id: demo
@@ -48,7 +49,7 @@ http: {{host: 127.0.0.1, port: {port}}}
 
 
 def write_config(file: Path, bootstrap: str, reference: Path, port: int) -> None:
-    """Writes the service file."""
+    """Writes the service file of the demonstration."""
     filters = "\n".join(f'  - name: {name}\n    where: "{where}"' for name, where in FILTERS.items())
     places = {"bootstrap": bootstrap, "topic": TOPIC, "prefix": PREFIX, "reference": reference.resolve(), "port": port}
     file.write_text(CONFIG.format(name=file.name, filters=filters, **places))
@@ -57,7 +58,7 @@ def write_config(file: Path, bootstrap: str, reference: Path, port: int) -> None
 class ServiceProcess:
     """`broker-filter run` as a child process that never outlives its `with` block.
 
-    Every method raises DemoError, with the end of the service's log, where the service has failed.
+    Every method raises DemoError, with the end of the service's log, if the service has failed.
     """
 
     def __init__(self, config: Path, log: Path, port: int) -> None:
@@ -68,7 +69,7 @@ class ServiceProcess:
     def __enter__(self) -> ServiceProcess:
         command = [sys.executable, "-m", "broker_filter", "run", "--config", str(self._config)]
         with self._log.open("wb") as log:
-            # A session of its own: Ctrl-C at the terminal is for the demonstration, which then ends the service.
+            # In its own session, so that Ctrl-C at the terminal reaches only the demonstration, which ends the service.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -84,7 +85,7 @@ class ServiceProcess:
             self._process.wait()
 
     def wait_until_ready(self) -> None:
-        """Returns once it reads its topic."""
+        """Returns when the service reads its topic."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
@@ -98,7 +99,7 @@ class ServiceProcess:
                 return
 
     def metrics(self) -> str:
-        """What it says of itself now, in Prometheus' text format."""
+        """The service's current metrics in Prometheus' text format."""
         try:
             return self._get("/metrics")
         except OSError as error:
@@ -106,7 +107,7 @@ class ServiceProcess:
             raise self._failure(f"does not answer ({error})") from None
 
     def stop(self) -> None:
-        """Ends it as an operator would, with SIGTERM, and waits until it has committed."""
+        """Stops the service with SIGTERM, as an operator would, and waits until it has committed its work."""
         self._process.terminate()
         try:
             self._process.wait(STOP_TIMEOUT_S)
@@ -129,7 +130,7 @@ class ServiceProcess:
 
 
 def counts(exposition: str) -> dict[str, int]:
-    """The account in a service's metrics: consumed, scored, rejected and duplicate alerts, whatever their labels."""
+    """Returns the numbers of consumed, scored, rejected and duplicate alerts in metrics, summed over their labels."""
     totals = dict.fromkeys(("consumed", "scored", "rejected", "duplicate"), 0)
     for family in text_string_to_metric_families(exposition):
         name = family.name.removeprefix("broker_filter_").removesuffix("_alerts")

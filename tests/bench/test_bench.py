@@ -77,7 +77,7 @@ def test_bench_measures_stages_archive_and_broker(
 
     printed = capsys.readouterr()
     assert "decode: naive / service is" in printed.err
-    assert "CPU microseconds an alert, by stage" in printed.out
+    assert "CPU microseconds per alert, by stage" in printed.out
     report = json.loads(figures.read_text())
     assert (report["alerts"], report["repetitions"], report["scaling"]) == (1024, 1, {})
     assert {"frame", "Avro", "stamps", "decode", "normalise", "score: default", "encode"} < set(report["stages"])
@@ -96,7 +96,7 @@ def test_bench_measures_stages_archive_and_broker(
 def test_unknown_parts_are_refused(parts: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "--parts", parts])
-    assert "no part" in capsys.readouterr().err
+    assert "unknown part" in capsys.readouterr().err
 
 
 def test_a_benchmark_without_torch_says_what_to_install(
