@@ -7,6 +7,7 @@ same state machine runs against Apache Kafka in `tests/integration/test_exactly_
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -37,7 +38,7 @@ from broker_filter.kafka.transactions import (
     Writer,
 )
 from broker_filter.kafka.watchdog import Stage
-from broker_filter.kafka.window import FIRST_BYTES, SHARES, Window
+from broker_filter.kafka.window import AFTER_FAILURE, AFTER_SLOW, FIRST_BYTES, SHARES, Window
 from broker_filter.metrics import Metrics
 from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.rejects import RejectReason
@@ -133,7 +134,8 @@ class Harness:
         self.admin = FakeAdmin(scored=1_000_000, dead_letter=1_000_000)
         self.limits = RecordLimits(self.admin, [SCORED, LETTERS], LETTERS)  # type: ignore[arg-type]
         self.metrics = Metrics()
-        self.window = Window(transactions.GRACE_S)
+        self.late_s = 0.0
+        self.window = Window(transactions.GRACE_S, clock=lambda: time.monotonic() + self.late_s)
         self.stop = threading.Event()
         self.refusals: dict[tuple[str, int], str] = {}
         self.failures: dict[str, list[Exception]] = {}
@@ -494,6 +496,7 @@ def test_output_beyond_the_window_waits_for_the_next_transaction(harness: Harnes
     assert [part.start for part in writer.commit()] == [0, 1]
     assert claim.committed == 2
     assert writer.held_packets == 1
+    assert len(harness.producer.pending) == 1, "the rest is on its way before the next commit is due"
     assert [part.start for part in writer.commit()] == [2]
     assert harness.stored == [{"ztf/0": 2}, {"ztf/0": 3}]
     assert harness.producer.published == [half] * 3
@@ -529,6 +532,47 @@ def test_writer_has_a_share_of_a_window_that_others_have_filled(harness: Harness
 
     assert len(committed.packets) == 4
     assert claim.committed == 4
+
+
+def test_window_grows_by_what_a_fast_transaction_has_passed(harness: Harness) -> None:
+    writer = harness.writer()
+    size = FIRST_BYTES * 3 // 4
+    writer.add(work(Claim("ztf", 0, writer, 0), 0, *[bytes(size // 4)] * 4))
+    writer.commit()
+    assert harness.window.bytes == FIRST_BYTES + size
+
+
+@pytest.mark.parametrize(
+    ("call", "divisor"), [("commit", AFTER_FAILURE), (None, AFTER_SLOW)], ids=["it fails", "it passes late"]
+)
+def test_window_shrinks_after_a_slow_transaction(harness: Harness, call: str | None, divisor: int) -> None:
+    writer = harness.writer()
+    if call:
+        harness.fail(call, ABORTABLE)
+
+    def let_time_pass() -> None:
+        harness.late_s += transactions.GRACE_S * 0.6
+        harness.before_store = lambda: None  # the next attempt is fast
+
+    harness.before_store = let_time_pass
+    writer.add(work(Claim("ztf", 0, writer, 0), 0, b"a"))
+    writer.commit()
+    assert harness.window.bytes == FIRST_BYTES // divisor
+
+
+@pytest.mark.parametrize("end", ["commit", "revoke"])
+def test_claim_is_drained_when_its_work_is_committed_or_its_partition_gone(harness: Harness, end: str) -> None:
+    writer = harness.writer()
+    claim = Claim("ztf", 0, writer, 0)
+    assert claim.drained
+    claim.enqueued = 1
+    writer.add(work(claim, 0, b"a"))
+    assert not claim.drained
+    if end == "commit":
+        writer.commit()
+    else:
+        claim.ended = True
+    assert claim.drained
 
 
 def test_topic_that_takes_less_than_before_gets_dead_letters(harness: Harness) -> None:
