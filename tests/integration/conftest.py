@@ -23,9 +23,14 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from broker_filter.kill_with_parent import KillWithParent
 from broker_filter.local_kafka import free_ports
+from broker_filter.simulate import simulate_night
+
+from ..conftest import SHARED
 
 PATIENCE_S = 120.0
 """For anything to happen at all, on a busy machine."""
+SIMULATED_PACKETS = 640
+"""More than any test sends."""
 QUIET_S = 1.0
 """After so long without another record, none comes."""
 
@@ -157,9 +162,11 @@ def alert(value: bytes) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def packets(ztf_packets: list[tuple[int, bytes]]) -> Packets:
-    """Every shared ZTF packet."""
-    return [packet for _, packet in ztf_packets]
+def packets(request: pytest.FixtureRequest) -> Packets:
+    """Every shared ZTF packet, or simulated ones where the survey data are not on this machine."""
+    if (SHARED / "data").exists():
+        return [packet for _, packet in request.getfixturevalue("ztf_packets")]
+    return [alert.packet for alert in simulate_night(SIMULATED_PACKETS, seed=1, survey="ztf")]
 
 
 @pytest.fixture(params=["one cluster", "two clusters"])

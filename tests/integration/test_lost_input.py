@@ -66,15 +66,14 @@ def test_topic_that_was_made_anew_is_refused_at_every_start_until_the_operator_d
 
 
 def test_topic_that_is_made_anew_in_a_run_loses_no_alert(
-    make_pipeline: MakePipeline, kafka_bootstrap: str, output_bootstrap: str, ztf_packets: list[tuple[int, bytes]]
+    make_pipeline: MakePipeline, kafka_bootstrap: str, output_bootstrap: str, packets: Packets
 ) -> None:
-    old, new = ztf_packets[:5], ztf_packets[5:13]
-    sent = [packet for _, packet in old]
-    pipeline = make_pipeline(sent, partitions=1, target=output_bootstrap, payload="no_cutouts")
+    old, new = packets[:5], packets[5:13]
+    pipeline = make_pipeline(old, partitions=1, target=output_bootstrap, payload="no_cutouts")
     service = pipeline.start()
     service.wait_consumed(len(old))
 
-    make_anew(kafka_bootstrap, pipeline.topic, [packet for _, packet in new])
+    make_anew(kafka_bootstrap, pipeline.topic, new)
 
     # Within one cluster Kafka forgets a deleted topic's positions. If that comes before the service sees the new topic,
     # it is read from its beginning.
@@ -87,7 +86,8 @@ def test_topic_that_is_made_anew_in_a_run_loses_no_alert(
         pipeline.config["input"]["remade"] = "read"
         service = pipeline.start()
     records = pipeline.read("scored", expected=13)
-    assert {alert(record.value())["candid"] for record in records} == {candid for candid, _ in (*old, *new)}
+    sent = {alert(packet)["candid"] for packet in (*old, *new)}
+    assert {alert(record.value())["candid"] for record in records} == sent
     assert service.end() == 0
 
 

@@ -206,7 +206,6 @@ def token_endpoint(secret: str) -> Iterator[str]:
 
 
 @pytest.mark.kafka
-@pytest.mark.shared
 def test_openid_connect_with_the_secret_from_the_environment(
     make_pipeline: MakePipeline, packets: Packets, start_cluster: Callable[..., KafkaCluster]
 ) -> None:
@@ -333,10 +332,10 @@ def test_a_silent_schema_registry_ends_nothing_and_holds_up_no_alert_that_does_n
 
 @pytest.mark.parametrize("subject", ["topic", None])
 def test_a_schema_that_the_output_registry_refuses_is_a_dead_letter_and_ends_nothing(
-    make_pipeline: MakePipeline, packets: Packets, subject: str | None
+    make_pipeline: MakePipeline, ztf_packets: list[tuple[int, bytes]], subject: str | None
 ) -> None:
-    """A registry that takes one schema a subject: each further one is incompatible."""
-    packets, subjects = packets[::40], dict[str, str]()
+    """The registry takes one schema for each subject, and real packets have several schemas."""
+    packets, subjects = [packet for _, packet in ztf_packets[::40]], dict[str, str]()
 
     class OneSchemaEach(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

@@ -47,7 +47,7 @@ SOON_S = 15.0
 Rule = tuple[str, str, str]
 """Operation, kind of resource, name (`x*` stands for all names that begin with x)."""
 
-pytestmark = [pytest.mark.kafka, pytest.mark.shared]
+pytestmark = pytest.mark.kafka
 
 
 @pytest.fixture(scope="module")
