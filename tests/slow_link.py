@@ -20,7 +20,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from broker_filter.local_kafka import KafkaCluster, free_ports
 from tests.conftest import SHARED, apache_kafka
 from tests.integration.conftest import RunningService, headers, send, service_config
-from tests.integration.test_outages import toxiproxy
+from tests.toxiproxy import toxiproxy
 
 FIRST_ALERTS, NEXT_ALERTS = 500, 1500
 """Alerts that pass while the link is unlimited, and those that are under way when it becomes slow."""

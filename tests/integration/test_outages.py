@@ -7,9 +7,7 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import time
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,10 +19,10 @@ from threading import Thread
 import pytest
 
 from broker_filter.kafka.transactions import GRACE_S
-from broker_filter.local_kafka import USER, KafkaCluster, free_ports, wait_until_listening
+from broker_filter.local_kafka import USER, KafkaCluster, free_ports
 from broker_filter.packets.registry import open_registry
 
-from ..conftest import SHARED, require
+from ..toxiproxy import toxiproxy
 from .conftest import MakePipeline, Packets, headers, inputs
 
 
@@ -71,25 +69,6 @@ def test_output_that_is_away_is_said_however_much_waits_for_it(
     pipeline.send(packets[20:400])
     service.wait_until(lambda: "output: " in service.get("/readyz")[1])
     assert service.metric("consumed_alerts_total") == 20
-
-
-@contextmanager
-def toxiproxy(listen: int, upstream: str) -> Iterator[Callable[[str, dict[str, object]], None]]:
-    """A proxy whose faults are set with `(path below /proxies/kafka, JSON)`."""
-    (port,) = free_ports(1)
-    program = require(SHARED / "toxiproxy" / "toxiproxy-server")
-    process = subprocess.Popen([program, "-port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def post(url: str, content: dict[str, object]) -> None:
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/proxies{url}", json.dumps(content).encode()).close()
-
-    try:
-        wait_until_listening(port, process, Path("/dev/null"))
-        post("", {"name": "kafka", "listen": f"127.0.0.1:{listen}", "upstream": upstream, "enabled": True})
-        yield lambda path, content: post(f"/kafka{path}", content)
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @pytest.mark.kafka

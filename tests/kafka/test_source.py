@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
 from broker_filter.config import Input
@@ -19,19 +19,17 @@ from broker_filter.kafka import source as kafka_source
 from broker_filter.kafka.checkpoint import (
     Checkpoint,
     GroupCheckpoint,
-    Position,
     PositionsCheckpoint,
     PositionsTopic,
     claim_offset,
 )
 from broker_filter.kafka.client import Cluster, RecordLimits, ThrottledErrorLog, client_properties
-from broker_filter.kafka.days import Days
 from broker_filter.kafka.source import KafkaSource, group_observer
 from broker_filter.kafka.transactions import Store, Writer
 from broker_filter.kafka.watchdog import Stage
 from broker_filter.local_kafka import KafkaCluster, free_ports
 from broker_filter.metrics import LossReason, Metrics
-from tests.integration.test_outages import toxiproxy
+from tests.toxiproxy import toxiproxy
 
 pytestmark = pytest.mark.kafka
 
@@ -215,42 +213,6 @@ def test_day_that_is_still_being_read_is_kept(
 
     assert reader.read(3) == [b"25", b"26", b"27"]
     assert {claim.topic[-2:] for claim in reader.source.claims} == {"25", "26", "27"}
-
-
-class ForgetfulCoordinator:
-    """A checkpoint without positions, whose coordinator is not chosen yet at the first glances."""
-
-    def __init__(self, *errors: int) -> None:
-        self.errors = list(errors)
-
-    def glance(self, partitions: Sequence[TopicPartition]) -> list[Position | None]:
-        if self.errors:
-            raise KafkaException(KafkaError(self.errors.pop(0)))
-        return [None] * len(partitions)
-
-
-def days_with(coordinator: ForgetfulCoordinator, bootstrap: str, template: str) -> Days:
-    section = Input(bootstrap_servers=bootstrap, group_id="group", topics=[template], start="earliest")
-    admin, error_log = AdminClient(client_properties(section)), ThrottledErrorLog("test brokers")
-    return Days(section, admin, Cluster("cluster", {}), coordinator, error_log, lambda: MIDNIGHT)  # type: ignore[arg-type]
-
-
-def test_first_look_waits_until_the_coordinator_of_the_group_is_chosen(
-    kafka_bootstrap: str, send: Callable[..., None], unique_name: Callable[[str], str]
-) -> None:
-    night = unique_name("ztf")
-    send(f"{night}_20260220", b"20th")
-    coordinator = ForgetfulCoordinator(KafkaError.NOT_COORDINATOR, KafkaError.COORDINATOR_LOAD_IN_PROGRESS)
-    days = days_with(coordinator, kafka_bootstrap, f"{night}_%Y%m%d")
-    days.start()
-    assert days.found.earlier == [f"{night}_20260220"]
-    days.stop()
-
-
-def test_first_look_that_the_access_rules_refuse_ends_at_once(kafka_bootstrap: str) -> None:
-    days = days_with(ForgetfulCoordinator(KafkaError.GROUP_AUTHORIZATION_FAILED), kafka_bootstrap, "ztf_%Y%m%d")
-    with pytest.raises(KafkaException):
-        days.start()
 
 
 @pytest.mark.parametrize("start", ["stored", "latest"])

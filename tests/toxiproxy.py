@@ -1,0 +1,32 @@
+"""A proxy in front of a broker that makes its network slow, narrow or absent."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from broker_filter.local_kafka import free_ports, wait_until_listening
+from tests.conftest import SHARED, require
+
+
+@contextmanager
+def toxiproxy(listen: int, upstream: str) -> Iterator[Callable[[str, dict[str, object]], None]]:
+    """A proxy whose faults are set with `(path below /proxies/kafka, JSON)`."""
+    (port,) = free_ports(1)
+    program = require(SHARED / "toxiproxy" / "toxiproxy-server")
+    process = subprocess.Popen([program, "-port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def post(url: str, content: dict[str, object]) -> None:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/proxies{url}", json.dumps(content).encode()).close()
+
+    try:
+        wait_until_listening(port, process, Path("/dev/null"))
+        post("", {"name": "kafka", "listen": f"127.0.0.1:{listen}", "upstream": upstream, "enabled": True})
+        yield lambda path, content: post(f"/kafka{path}", content)
+    finally:
+        process.terminate()
+        process.wait()
