@@ -39,6 +39,7 @@ SECRET_PROPERTIES = ("password", "secret", "passphrase", "key.pem")
 """Endings of the names of librdkafka properties that hold secrets."""
 
 SurveyName = Literal["ztf", "lsst"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 class Section(BaseModel):
@@ -466,7 +467,7 @@ class Runtime(ServiceSection):
         description="Library that runs the networks: `onnxruntime`, `torch`, or `auto`, which takes torch on CUDA and "
         "onnxruntime on a CPU.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
+    device: Device = Field(
         default="auto",
         description="Device: `cpu`, `cuda`, or `auto`, which takes CUDA if there is a GPU and PyTorch is installed.",
     )

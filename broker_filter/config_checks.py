@@ -15,7 +15,7 @@ from broker_filter.kafka.client import (
     refused_properties,
     security_properties,
 )
-from broker_filter.scoring.bundle import Bundle, BundleError, load_bundle
+from broker_filter.scoring.bundle import Bundle, BundleError, open_bundle
 from broker_filter.scoring.reference import ReferenceSetError, check_made_with, read_card
 from broker_filter.streaming.expressions import FIELDS, compile_filter
 
@@ -102,7 +102,7 @@ class EnvironmentChecks(ConfigChecks):
         """Returns the bundle, or the error with which it cannot be opened. Each bundle is read once."""
         if name not in self._opened:
             try:
-                self._opened[name] = load_bundle(name)
+                self._opened[name] = open_bundle(name)
             except BundleError as error:
                 self._opened[name] = error
         return self._opened[name]

@@ -222,14 +222,14 @@ def _avro_type(schema: Any) -> str:
 
 def library() -> str:
     """The documentation of the package, and of every name in `broker_filter.__all__`."""
-    names = getattr(broker_filter, "__all__", ())
+    names = broker_filter.__all__
     texts = [f"## {name}\n\n{_autodoc(f'broker_filter.{name}', getattr(broker_filter, name))}" for name in names]
     return "\n".join(["```{eval-rst}\n.. automodule:: broker_filter\n   :no-members:\n```\n", *texts])
 
 
 def library_values() -> str:
     """The documentation of the other classes whose instances the library takes and returns, by module."""
-    public = [getattr(broker_filter, name) for name in getattr(broker_filter, "__all__", ())]
+    public = [getattr(broker_filter, name) for name in broker_filter.__all__]
     sections = []
     for module in (packet, batch, rejects, scores):
         classes = [value for value in vars(module).values() if inspect.isclass(value) and value not in public]

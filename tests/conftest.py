@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, settings
 
 from broker_filter.local_kafka import KafkaCluster, embedded_broker, kafka_home
 from broker_filter.packets.batch import Survey
-from broker_filter.scoring.bundle import load_bundle
+from broker_filter.scoring.bundle import open_bundle
 from broker_filter.scoring.neighbours import normalise
 from broker_filter.scoring.reference import UNLABELLED, ReferenceAlerts, SurveyCounts, SurveyReference, make_reference
 
@@ -168,7 +168,7 @@ def reference_file(tmp_path: Path) -> Path:
     alerts = ReferenceAlerts(embedding, np.arange(100), names, np.full(100, Survey.ZTF, np.uint8))
     scores = np.sort(rng.gamma(3, 0.1, 50).astype(np.float32))
     file = tmp_path / "ordinary.safetensors"
-    card = load_bundle("default").card
+    card = open_bundle("default").card
     usual, apart = np.array([[0.2, 0.1]], np.float32), np.empty((0, 2), np.float32)
     part = SurveyReference(alerts, scores, usual, apart, np.full(100, UNLABELLED))
     counts = SurveyCounts(read=200, passed=150, kept=100, held_out=50)

@@ -20,7 +20,7 @@ from broker_filter.cli import main
 from broker_filter.config import Runtime
 from broker_filter.importers.btsbot import CONFIG, PARTS, WEIGHTS
 from broker_filter.importers.write_bundle import _test_alerts
-from broker_filter.scoring.bundle import CARD, Architecture, BundleError, load_bundle
+from broker_filter.scoring.bundle import CARD, Architecture, BundleError, open_bundle
 from broker_filter.scoring.bundle import WEIGHTS as BUNDLED_WEIGHTS
 from broker_filter.scoring.networks import build_network
 from broker_filter.scoring.preprocess import prepare
@@ -46,7 +46,7 @@ def random_network(seed: int) -> nn.Module:
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
-    inputs = load_bundle("default").card.inputs
+    inputs = open_bundle("default").card.inputs
     images = torch.from_numpy(prepare(_test_alerts(inputs), inputs)["images"])
     last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
     with torch.inference_mode():
@@ -76,7 +76,7 @@ def test_a_whole_maxvit_is_imported_and_a_damaged_one_refused(seed: int, tmp_pat
     folder = publish(random_network(seed), tmp_path / "BTSbot")
     bundle = tmp_path / "bts"
     assert main(["models", "import", "btsbot", str(folder), "--name", "bts", "--out", str(bundle)]) == 0
-    print("tolerances", load_bundle(bundle).card.tolerances)  # noqa: T201 -- what the make target shows
+    print("tolerances", open_bundle(bundle).card.tolerances)  # noqa: T201 -- what the make target shows
     weights, card = load_file(bundle / BUNDLED_WEIGHTS), yaml.safe_load((bundle / CARD).read_text())
     for name in LAYERS:
         damaged = save(weights | {name: weights[name] * DAMAGE})

@@ -15,7 +15,7 @@ import yaml
 from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
-from broker_filter.scoring.bundle import CARD, ONNX, TEST_VECTOR, WEIGHTS, load_bundle
+from broker_filter.scoring.bundle import CARD, ONNX, TEST_VECTOR, WEIGHTS, open_bundle
 from broker_filter.scoring.preprocess import prepare
 
 NAME = "looks"
@@ -27,14 +27,14 @@ SIDE = 7
 def write_embedding_bundle(directory: Path) -> Path:
     """Writes the bundle, its modalities the cutouts, and returns its directory."""
     directory.mkdir()
-    card = load_bundle("default").card.model_dump(mode="json")
+    card = open_bundle("default").card.model_dump(mode="json")
     card |= {"name": NAME, "version": "1", "architecture": {"name": "none"}}
     card["inputs"] |= {"metadata": []}
     card["outputs"] |= {"embedding": len(MODALITIES) * SIDE * SIDE, "modalities": list(MODALITIES)}
     onnx.save(_graph(), str(directory / ONNX))
     save_file({"none": np.zeros(1, np.float32)}, directory / WEIGHTS)
-    vector = load_bundle("default").test_vector()
-    inputs = load_bundle("default").card.inputs
+    vector = open_bundle("default").test_vector()
+    inputs = open_bundle("default").card.inputs
     images = prepare(vector, inputs)["images"]
     session = onnxruntime.InferenceSession(directory / ONNX)
     names = ("probabilities", "embedding", "modalities")

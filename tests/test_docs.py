@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from broker_filter.bench.targets import Expected
 from broker_filter.cli import main
 from broker_filter.packets.batch import Survey
-from broker_filter.scoring.bundle import CARD, SHIPPED, load_bundle
+from broker_filter.scoring.bundle import CARD, SHIPPED, open_bundle
 from broker_filter.scoring.neighbours import normalise
 from broker_filter.scoring.reference import UNLABELLED, ReferenceAlerts, SurveyCounts, SurveyReference, make_reference
 
@@ -70,7 +70,7 @@ def named_values(document: Any, key: str) -> set[str]:
 def write_reference(file: Path) -> None:
     """A reference set as if the bundle `embedder` had made it, of random embeddings."""
     rng = np.random.default_rng(0)
-    card = load_bundle("embedder").card
+    card = open_bundle("embedder").card
     assert card.outputs.embedding is not None
     embedding = normalise(rng.standard_normal((100, card.outputs.embedding)))
     names = np.array([f"ZTF26a{i}" for i in range(100)])

@@ -13,7 +13,7 @@ from broker_filter.bench.naive import NaiveBroker
 from broker_filter.kafka.client import MAX_RECORD_BYTES, MAX_RESPONSE_BYTES
 from broker_filter.kafka.source import FETCH_PARTITION_BYTES, PREFETCH_KBYTES, QUEUE_FULL_BACKOFF_MS
 from broker_filter.kafka.transactions import BATCH_BYTES, LINGER_MS
-from broker_filter.scoring.bundle import load_bundle
+from broker_filter.scoring.bundle import open_bundle
 
 NAIVE_TRANSACTION = 64
 """Alerts per transaction of the naive loop. With one alert per transaction, mostly the broker's round trips would be
@@ -57,7 +57,7 @@ def naive_producer(bootstrap_servers: str, name: str) -> Any:
 
 def naive_loop(bootstrap_servers: str, topic: str, name: str, alerts: int, model: str) -> None:
     """Consumes, scores and produces one alert after another, with NAIVE_TRANSACTION alerts per transaction."""
-    broker = NaiveBroker(load_bundle(model))
+    broker = NaiveBroker(open_bundle(model))
     consumer, producer = naive_consumer(bootstrap_servers, topic, name), naive_producer(bootstrap_servers, name)
     done = 0
     while done < alerts:

@@ -22,7 +22,7 @@ from broker_filter.bench.measure import BenchmarkError, Run
 from broker_filter.bench.testbed import PARTITIONS, REQUEST_TIMEOUT_S, Testbed
 from broker_filter.config import SCORED, Model, Transaction
 from broker_filter.kill_with_parent import KillWithParent
-from broker_filter.scoring.bundle import load_bundle
+from broker_filter.scoring.bundle import open_bundle
 
 JOIN_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
@@ -48,7 +48,7 @@ class ServiceInstances:
         self._testbed = testbed
         self._instances = instances
         most = Transaction().max_alerts
-        bundle = str(load_bundle(model.bundle).directory.resolve())
+        bundle = str(open_bundle(model.bundle).directory.resolve())
         service = {
             "input": {
                 "bootstrap_servers": testbed.broker.bootstrap_servers,

@@ -23,7 +23,7 @@ from broker_filter.kafka.source import Delivery
 from broker_filter.kafka.transactions import Work
 from broker_filter.kafka.watchdog import Stage
 from broker_filter.metrics import Metrics
-from broker_filter.scoring.bundle import load_bundle
+from broker_filter.scoring.bundle import open_bundle
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_packets
@@ -47,7 +47,7 @@ class NaiveKafkaIO:
 
     def __init__(self, testbed: Testbed, packets: Sequence[bytes], model: str) -> None:
         self._testbed = testbed
-        broker = NaiveBroker(load_bundle(model))
+        broker = NaiveBroker(open_bundle(model))
         self._records = [broker.process(packet) for packet in packets]
 
     def take(self) -> Run:

@@ -32,7 +32,7 @@ from broker_filter.bench.testbed import Broker, Testbed
 from broker_filter.config import Model, Runtime
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import open_registry
-from broker_filter.scoring.bundle import load_bundle
+from broker_filter.scoring.bundle import open_bundle
 from broker_filter.scoring.runtimes import available_cores
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.streaming.archives import read_packets
@@ -58,7 +58,7 @@ def measure_archive(
     naive_alerts = max(1, alerts // NAIVE_SHARE)
     write_night(night, islice(cycle(packets), alerts))
     write_night(naive_night, islice(cycle(packets), naive_alerts))
-    bundle = load_bundle(model)
+    bundle = open_bundle(model)
     broker = NaiveBroker(bundle)
     alone = open_scorer([model], Runtime(device=device, inference_threads=1))
     decoded, _ = open_decoder(alone).decode(in_batches(packets, len(packets))[0])

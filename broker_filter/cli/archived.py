@@ -10,18 +10,12 @@ from broker_filter.cli.options import STDIN
 from broker_filter.cli.parser import UsageError, require_files
 
 if TYPE_CHECKING:
+    from broker_filter.config import Device
     from broker_filter.packets.packet import Packet
     from broker_filter.scoring.reference import Reference
     from broker_filter.scoring.scorer import Scorer
     from broker_filter.streaming.anomalies import AnomalyJudge
     from broker_filter.streaming.scored import ScoredBatch
-
-
-BATCH_SIZE = 128
-"""Packets in a batch: enough that the fixed cost of a batch is small, few enough that a small archive keeps all threads
-busy."""
-DUPLICATE_WINDOW = 2_000_000
-"""Alert ids that are remembered to find duplicates: more than one night has."""
 
 
 class OverwriteError(UsageError):
@@ -56,43 +50,28 @@ def score_archives(
     a schema registry, for alerts in wire format. `judge`: flags anomalies, if it is given.
     """
     from broker_filter.console import progress
-    from broker_filter.packets.decode import Decoder
-    from broker_filter.packets.registry import open_registry
-    from broker_filter.scoring.runtimes import available_cores
     from broker_filter.streaming.archives import read_packets
-    from broker_filter.streaming.duplicates import DuplicateWindow
     from broker_filter.streaming.filtering import score_stream
 
-    wanted = tuple(dict.fromkeys((*scorer.columns, *columns)))
-    decoder = Decoder(open_registry(registry), cutout_size=scorer.cutout_size, columns=wanted)
+    decoder = scorer.decoder(registry, columns=columns)
     packets = read_packets(inputs, wanted=decoder.fields)
-    batches = score_stream(
-        packets,
-        decoder,
-        scorer,
-        DuplicateWindow(DUPLICATE_WINDOW),
-        batch_size=BATCH_SIZE,
-        threads=available_cores(),
-        judge=judge,
-    )
     with progress("Scoring", share=packets.share_read) as advance:
-        for scored in batches:
+        for scored in score_stream(packets, decoder, scorer, judge=judge):
             yield scored
             advance(len(scored.packets))
 
 
-def open_reference(file: Path, bundle: str | None, device: str) -> tuple[Reference, Scorer]:
+def open_reference(file: Path, bundle: str | None, device: Device) -> tuple[Reference, Scorer]:
     """Returns a reference set, and a scorer for the model that made it.
 
     The model is `bundle`, or else the bundle that ships under the name that the reference set records. Raises
     ReferenceSetError if another model made the reference set, and the errors of opening a bundle.
     """
-    from broker_filter.config import Runtime
     from broker_filter.scoring.reference import check_made_with, read_reference
-    from broker_filter.scoring.scorer import open_scorer
+    from broker_filter.scoring.scorer import Scorer
 
     require_files(file)
     reference = read_reference(file)
-    scorer = open_scorer([bundle or reference.card.bundle], Runtime.model_validate({"device": device}))
+    scorer = Scorer.open(bundle or reference.card.bundle, device=device)
     check_made_with(file, reference.card, [model.bundle.card for model in scorer.models])
     return reference, scorer

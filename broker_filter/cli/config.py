@@ -78,7 +78,7 @@ def _keys(_: argparse.Namespace) -> int:
 
 def summary(service: Service) -> str:
     """Describes what a valid configuration will run, without its secrets."""
-    from broker_filter.scoring.bundle import load_bundle
+    from broker_filter.scoring.bundle import open_bundle
 
     source, output = service.input, service.output
     lines = [
@@ -88,7 +88,7 @@ def summary(service: Service) -> str:
         f"{output.bootstrap_servers or source.bootstrap_servers}, payload {output.payload}",
     ]
     for model in service.models:
-        card = load_bundle(model.bundle).card
+        card = open_bundle(model.bundle).card
         surveys = ", ".join(dict.fromkeys([*card.surveys, *model.also]))
         line = f"model: {card.name} {card.version} ({', '.join(card.outputs.labels)}) for {surveys}"
         for label, trained_for in card.outputs.surveys.items():

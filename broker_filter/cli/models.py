@@ -123,7 +123,7 @@ def _report_import(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from broker_filter.scoring.bundle import CARD, BundleError, load_bundle, shipped_bundles
+    from broker_filter.scoring.bundle import CARD, BundleError, open_bundle, shipped_bundles
 
     require_files(*arguments.directories)
     found: list[str | Path] = [*shipped_bundles()]
@@ -136,7 +136,7 @@ def _list(arguments: argparse.Namespace) -> int:
     status = 0
     for path in found:
         try:
-            bundle = load_bundle(path)
+            bundle = open_bundle(path)
         except BundleError as error:  # the other bundles are still listed
             print(f"broker-filter: {error}", file=sys.stderr)
             status = 1
@@ -151,9 +151,9 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from broker_filter.scoring.bundle import load_bundle
+    from broker_filter.scoring.bundle import open_bundle
 
-    for line in _describe(load_bundle(arguments.bundle)):
+    for line in _describe(open_bundle(arguments.bundle)):
         print(line)
     return 0
 

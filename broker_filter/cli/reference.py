@@ -104,9 +104,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _build(arguments: argparse.Namespace) -> int:
     from broker_filter.cli.archived import keep_inputs, score_archives
-    from broker_filter.config import Runtime
     from broker_filter.scoring.labels import parse_rule, read_labels
-    from broker_filter.scoring.scorer import open_scorer
+    from broker_filter.scoring.scorer import Scorer
     from broker_filter.streaming.archives import check_inputs
     from broker_filter.streaming.build_reference import build_reference
     from broker_filter.streaming.expressions import FIELDS, compile_filter
@@ -119,7 +118,7 @@ def _build(arguments: argparse.Namespace) -> int:
         labels = read_labels(arguments.labels, arguments.label, [parse_rule(rule) for rule in arguments.classes])
     check_inputs(arguments.inputs)
     keep_inputs(arguments.out, arguments.inputs)
-    scorer = open_scorer([arguments.model], Runtime(device=arguments.device))
+    scorer = Scorer.open(arguments.model, device=arguments.device)
     [model] = scorer.models
     where = arguments.where or _recommended_cut(model)
     cut = compile_filter(where, FIELDS, model.outputs) if where else None

@@ -8,16 +8,15 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from broker_filter.cli.archived import BATCH_SIZE, DUPLICATE_WINDOW, keep_inputs
+from broker_filter.cli.archived import keep_inputs
 from broker_filter.cli.options import INPUT_HELP, add_cache_option, add_device_option, add_registry_option
 from broker_filter.cli.parser import UsageError
-from broker_filter.packets.packet import FilePosition, Packet
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -128,18 +127,13 @@ class Account:
 
 def run(arguments: argparse.Namespace) -> int:
     """Scores the inputs, prints the account and returns the exit status."""
-    from broker_filter.config import Model, Runtime
     from broker_filter.console import progress
     from broker_filter.packets.compiled import why_python
-    from broker_filter.packets.decode import Decoder
     from broker_filter.packets.registry import open_registry
-    from broker_filter.scoring.runtimes import available_cores
-    from broker_filter.scoring.scorer import open_scorer
-    from broker_filter.streaming.archives import check_inputs, read_packets
-    from broker_filter.streaming.duplicates import DuplicateWindow
-    from broker_filter.streaming.filtering import score_stream
-    from broker_filter.streaming.policy_columns import Policies
-    from broker_filter.streaming.tables import STDOUT, check_format, partial_path, table_schema, to_rows
+    from broker_filter.scoring.scorer import Scorer
+    from broker_filter.streaming.archive_scores import ArchiveScores
+    from broker_filter.streaming.archives import check_inputs
+    from broker_filter.streaming.tables import STDOUT, check_format, partial_path
 
     written = _written_tables(arguments)
     for path, kind in written.items():
@@ -150,29 +144,15 @@ def run(arguments: argparse.Namespace) -> int:
     if why_python:
         log.warning("%s", why_python)
     check_inputs(arguments.inputs)
-    models = [Model(bundle=bundle, also=arguments.also) for bundle in arguments.model or ["default"]]
-    scorer = open_scorer(models, Runtime(device=arguments.device))
-    policies = Policies(arguments.policy, scorer.outputs)
+    scorer = Scorer.open(arguments.model or ["default"], also=arguments.also, device=arguments.device)
     registry = open_registry(arguments.schema_registry, drop_cache=arguments.drop_schema_cache)
-    columns = tuple(dict.fromkeys((*scorer.columns, *policies.columns)))
-    decoder = Decoder(registry, cutout_size=scorer.cutout_size, columns=columns)
-    packets = read_packets(arguments.inputs, wanted=decoder.fields)
-    embeddings = [model.name for model in scorer.models if model.bundle.card.outputs.embedding is not None]
-    schema = table_schema(scorer.outputs, policies.names, embeddings)
-    batches = score_stream(
-        _not_of(packets, own),
-        decoder,
-        scorer,
-        DuplicateWindow(DUPLICATE_WINDOW),
-        batch_size=BATCH_SIZE,
-        threads=available_cores(),
-    )
+    scores = ArchiveScores(arguments.inputs, scorer, schema_registry=registry, policies=arguments.policy, skip=own)
     gc.freeze()  # as in `run`: full collections do not walk what start-up made
     account = Account()
     try:
-        with _open_tables(written, schema) as write, progress("Scoring", share=packets.share_read) as advance:
-            for batch in batches:
-                write(to_rows(batch, schema, policies.judge(batch)))
+        with _open_tables(written, scores.schema) as write, progress("Scoring", share=scores.share_read) as advance:
+            for batch, rows in scores:
+                write(rows)
                 advance(account.add(batch))
     except BaseException:
         if account.decoded:
@@ -228,13 +208,3 @@ def _open_tables(written: Mapping[Path, str | None], schema: pa.Schema) -> Itera
             rejects_table.write(rejected_rows(rows))
 
         yield write
-
-
-def _not_of(packets: Iterable[Packet], own: set[Path]) -> Iterator[Packet]:
-    """Leaves out what lies in our `own` files: a folder that is read may be the one that is written to."""
-    names, files = {path.name for path in own}, {path.resolve() for path in own}
-    for packet in packets:
-        path = Path(packet.position.path) if isinstance(packet.position, FilePosition) else None
-        if path and path.name in names and path.resolve() in files:
-            continue
-        yield packet

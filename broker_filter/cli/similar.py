@@ -85,8 +85,6 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.cli.archived import keep_inputs, open_reference
     from broker_filter.console import printable
     from broker_filter.packets.batch import Survey
-    from broker_filter.packets.decode import Decoder
-    from broker_filter.packets.registry import open_registry
     from broker_filter.scoring.anomaly import AnomalyScorer
     from broker_filter.streaming.archives import read_packets
 
@@ -94,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         require_extra("explore", "the picture", "matplotlib")
         keep_inputs(arguments.out, [arguments.alert, *arguments.packets])
     reference, scorer = open_reference(arguments.reference, arguments.model, arguments.device)
-    decoder = Decoder(open_registry(arguments.schema_registry), cutout_size=scorer.cutout_size, columns=scorer.columns)
+    decoder = scorer.decoder(arguments.schema_registry)
     found = _find(read_packets([arguments.alert]), decoder, None if arguments.id is None else {arguments.id})
     if not found:
         which = "no readable alert" if arguments.id is None else f"no alert {arguments.id}"

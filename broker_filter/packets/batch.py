@@ -126,6 +126,12 @@ class AlertBatch:
     placed at pixel (0, 0), an LSST stamp is centred, and a stamp larger than S is cropped around its centre. `metadata`
     is float64 because times and positions need this precision. A missing value (null, infinite, or the sentinel of the
     survey) is NaN.
+
+    >>> from broker_filter import Decoder, Packet
+    >>> from broker_filter.simulate import simulate_night
+    >>> alerts, _ = Decoder().decode([Packet(alert.packet) for alert in simulate_night(2, seed=1)])
+    >>> len(alerts), alerts.cutouts.shape, alerts.identity(0).survey.name
+    (2, (2, 3, 63, 63), 'ZTF')
     """
 
     packets: Sequence[Packet]

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from threading import Lock
 from typing import NamedTuple, TypeVar
 
@@ -45,7 +46,7 @@ from broker_filter.packets.ocf import (
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.photometry import NO_ALERT, Points, detections_without_flux, light_curves
 from broker_filter.packets.plan import field_paths
-from broker_filter.packets.registry import SchemaRegistry, UnknownSchemaId
+from broker_filter.packets.registry import SchemaRegistry, UnknownSchemaId, open_registry
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.packets.schema import BySchema, SchemaError, WriterSchema
 from broker_filter.packets.stamps import decode_stamps, inflated_bytes
@@ -155,19 +156,36 @@ class _Outputs:
 class Decoder:
     """Decodes packets into columns. Thread-safe.
 
-    `cutout_size`: the side S of the cutouts, in pixels. `columns`: names of metadata columns from `surveys.COLUMNS`;
-    raises ValueError for other names. `max_packet_bytes`: a larger packet is rejected, also if it becomes larger by
-    decompression.
+    `registry`: where the schemas of packets in Confluent wire format (LSST) are found: the URL of a schema registry, a
+    directory of `.avsc` files, or an opened registry; without a registry such packets are rejected. `cutout_size`: the
+    side S of the cutouts, in pixels. `columns`: names of the metadata columns to decode. `max_packet_bytes`: a larger
+    packet is rejected, also if it becomes larger by decompression.
+
+    Raises ValueError for an unknown metadata column, and what `open_registry` raises for the registry.
+
+    `Scorer.decoder` makes a decoder of everything that the models read. A decoder of other columns:
+
+    >>> from broker_filter import Decoder, Packet
+    >>> from broker_filter.simulate import simulate_night
+    >>> decoder = Decoder(columns=["magpsf", "drb"])
+    >>> packets = [Packet(alert.packet) for alert in simulate_night(3, seed=1)]
+    >>> alerts, rejects = decoder.decode([*packets, Packet(b"no alert")])
+    >>> alerts.cutouts.shape, alerts.column("magpsf").shape
+    ((3, 3, 63, 63), (3,))
+    >>> [str(reject.reason) for reject in rejects]
+    ['not_avro']
     """
 
     def __init__(
         self,
-        registry: SchemaRegistry,
+        registry: SchemaRegistry | str | Path | None = None,
         *,
         cutout_size: int = DEFAULT_CUTOUT_SIZE,
         columns: Sequence[str] = DEFAULT_COLUMNS,
         max_packet_bytes: int = MAX_CONTAINER_BYTES,
     ) -> None:
+        if registry is None or isinstance(registry, str | Path):
+            registry = open_registry(registry)
         self._registry = registry
         self._cutout_size = cutout_size
         self._slot_bytes = len(CUTOUTS) * cutout_size**2 * np.dtype(np.float32).itemsize

@@ -37,14 +37,23 @@ class FilePosition:
 
 Position = KafkaPosition | FilePosition
 
+IN_MEMORY = FilePosition("<memory>")
+"""The position of a packet whose owner names no other."""
+
 
 @dataclass(frozen=True, slots=True)
 class Packet:
     """One Kafka message, or one piece of an archive that holds whole alerts. `data` is untrusted input.
 
-    `timestamp_ms`: the Kafka timestamp of the message (Unix milliseconds); None if it has none.
+    `data`: an Avro object container file, or a record in Confluent wire format. `position`: where the bytes stood;
+    logs and tables quote it. `timestamp_ms`: the Kafka timestamp of the message (Unix milliseconds); None if it has
+    none.
+
+    >>> from broker_filter import Packet
+    >>> str(Packet(b"Obj...").position)
+    '<memory>'
     """
 
     data: bytes
-    position: Position
+    position: Position = IN_MEMORY
     timestamp_ms: int | None = None

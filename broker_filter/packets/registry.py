@@ -82,7 +82,7 @@ class SchemaRegistry(Protocol):
 
 
 def open_registry(
-    location: str | None,
+    location: str | Path | None,
     cache_dir: Path | None = None,
     *,
     drop_cache: bool = False,
@@ -99,13 +99,13 @@ def open_registry(
     """
     if location is None:
         return NoRegistry()
-    if location.startswith(("http://", "https://")):
+    if isinstance(location, str) and location.startswith(("http://", "https://")):
         registry = HttpRegistry(location, cache_dir or default_cache_dir(), waiting=waiting)
         if drop_cache:
             registry.drop_cache()
         return registry
     if not Path(location).is_dir():
-        raise NotADirectoryError(f"schema registry {location!r} is neither a URL (http, https) nor a directory")
+        raise NotADirectoryError(f"schema registry {str(location)!r} is neither a URL (http, https) nor a directory")
     return DirectoryRegistry(Path(location))
 
 

@@ -58,6 +58,11 @@ class Reject:
     `record`: the index of the alert within its packet. `alert`: the ids, time and position as far as they could be
     read; None if no record could be read. `schema`: the fingerprint of the writer's schema; None if it could not be
     read.
+
+    >>> from broker_filter import Decoder, Packet
+    >>> _, [reject] = Decoder().decode([Packet(b"")])
+    >>> print(reject.reason, reject.packet_index)
+    empty 0
     """
 
     packet: Packet

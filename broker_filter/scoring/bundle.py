@@ -324,13 +324,18 @@ def _light_curves(path: Path, tensors: Mapping[str, NDArray[Any]]) -> LightCurve
     return LightCurves(**columns)
 
 
-def load_bundle(name_or_directory: str | Path) -> Bundle:
+def open_bundle(name_or_directory: str | Path) -> Bundle:
     """Open a bundle and check the sha256 of every file.
 
     `name_or_directory`: the name of a bundle that ships with the package (`default`), else a directory (`./default` is
     always a directory).
 
     Raises BundleError, which names the missing, altered or malformed file; NoBundleError if there is no bundle.
+
+    >>> from broker_filter import open_bundle
+    >>> card = open_bundle("default").card
+    >>> card.name, card.surveys, card.outputs.labels
+    ('default', ('ztf',), ('real',))
     """
     shipped = str(name_or_directory) in shipped_bundles()
     directory = SHIPPED / name_or_directory if shipped else Path(name_or_directory)

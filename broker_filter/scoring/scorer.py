@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from broker_filter import config
 from broker_filter.packets.batch import AlertBatch, Survey
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.ocf import MAX_CONTAINER_BYTES
+from broker_filter.packets.registry import SchemaRegistry
 from broker_filter.scoring.alerts import RawAlerts, raw_alerts
-from broker_filter.scoring.bundle import PROBABILITIES, TEST_VECTOR, Bundle, BundleError, load_bundle
+from broker_filter.scoring.bundle import PROBABILITIES, TEST_VECTOR, Bundle, BundleError, open_bundle
 from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.runtimes import LoadedNetwork, Tensors, open_network
 from broker_filter.scoring.scores import ModelScores, Scores
@@ -131,9 +135,60 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """Applies all models to each batch. Thread-safe."""
+    """Applies all models to each batch. Thread-safe.
+
+    >>> from broker_filter import Packet, Scorer
+    >>> from broker_filter.simulate import simulate_night
+    >>> scorer = Scorer.open(["default"])
+    >>> packets = [Packet(alert.packet) for alert in simulate_night(3, seed=1)]
+    >>> alerts, rejects = scorer.decoder().decode(packets)
+    >>> real = scorer.score(alerts).columns()["default.real"]
+    >>> real.shape, real.dtype
+    ((3,), dtype('float32'))
+    """
 
     models: tuple[Model, ...]
+
+    @classmethod
+    def open(
+        cls,
+        models: str | Path | Sequence[str | Path] = ("default",),
+        *,
+        also: Sequence[config.SurveyName] = (),
+        device: config.Device = "auto",
+    ) -> Scorer:
+        """Open bundles, and check that each network reproduces the test vector of its bundle.
+
+        `models`: names of bundles that ship with the package (`default`, `classes`, `embedder`), or directories.
+        `also`: surveys whose alerts are scored although the bundles were not trained for them. `device`: `cpu`, `cuda`,
+        or `auto` for CUDA if the machine has it.
+
+        Raises NoBundleError for a bundle that does not exist, BundleError for a bundle that cannot be trusted or has
+        the name of another one, and RuntimeUnavailableError if the device cannot run the networks.
+        """
+        if isinstance(models, str | Path):
+            models = [models]
+        chosen = [config.Model(bundle=str(model), also=list(also)) for model in models]
+        return open_scorer(chosen, config.Runtime(device=device))
+
+    def decoder(
+        self,
+        schema_registry: SchemaRegistry | str | Path | None = None,
+        *,
+        columns: Sequence[str] = (),
+        max_packet_bytes: int = MAX_CONTAINER_BYTES,
+    ) -> Decoder:
+        """A decoder of everything that the models read: cutouts of `cutout_size`, and their metadata columns.
+
+        `schema_registry`, `max_packet_bytes` and the errors raised: see Decoder. `columns`: metadata columns to decode
+        besides those of the models.
+        """
+        return Decoder(
+            schema_registry,
+            cutout_size=self.cutout_size,
+            columns=tuple(dict.fromkeys((*self.columns, *columns))),
+            max_packet_bytes=max_packet_bytes,
+        )
 
     @property
     def cutout_size(self) -> int:
@@ -151,7 +206,11 @@ class Scorer:
         return tuple(name for model in self.models for name in model.outputs)
 
     def score(self, alerts: AlertBatch) -> Scores:
-        """Return every model's outputs, in the order of the models."""
+        """Return the outputs of every model for N alerts, in the order of the models.
+
+        Raises KeyError or ValueError if the alerts were decoded without something that a model reads; `decoder` makes a
+        decoder that fits.
+        """
         scores = tuple(model.score(alerts) for model in self.models)
         return Scores(scores, np.logical_or.reduce([model.taken for model in scores]))
 
@@ -162,7 +221,7 @@ def open_model(choice: config.Model | str, runtime: config.Runtime) -> Model:
     Raises BundleError, and RuntimeUnavailableError if the engine or device that `runtime` requests is not available.
     """
     name, also = (choice, []) if isinstance(choice, str) else (choice.bundle, choice.also)
-    bundle = load_bundle(name)
+    bundle = open_bundle(name)
     model = Model(bundle, open_network(bundle, runtime), tuple(Survey[survey.upper()] for survey in also))
     model.verify()
     return model

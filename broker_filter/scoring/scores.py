@@ -28,7 +28,16 @@ class ModelScores:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The outputs of all models for the same N alerts."""
+    """The outputs of all models for the same N alerts.
+
+    >>> from broker_filter import Packet, Scorer
+    >>> from broker_filter.simulate import simulate_night
+    >>> scorer = Scorer.open("embedder")
+    >>> alerts, _ = scorer.decoder().decode([Packet(alert.packet) for alert in simulate_night(2, seed=1)])
+    >>> scores = scorer.score(alerts)
+    >>> scores.taken.tolist(), scores.models[0].embedding.shape[0]
+    ([True, True], 2)
+    """
 
     models: tuple[ModelScores, ...]
     taken: NDArray[np.bool_]  # [N] at least one model took the alert

@@ -81,23 +81,38 @@ class NoInputError(InputError):
 
 
 def read_packets(
-    inputs: Sequence[str | Path], *, max_packet_bytes: int = MAX_PACKET_BYTES, wanted: Collection[str] = ()
+    inputs: str | Path | Sequence[str | Path],
+    *,
+    max_packet_bytes: int = MAX_PACKET_BYTES,
+    wanted: Collection[str] = (),
+    skip: Collection[Path] = (),
 ) -> Packets:
-    """The packets of every input in the order given; a folder's files, recursively, in the order of their names.
+    """Iterate over the packets of archived alerts, in flat memory.
 
-    An input is a file, a folder, or STDIN for standard input. A file or member is a Packet, except that each block of a
-    container file of several alerts is one, and each row of a Parquet file. At most a little more than
-    `max_packet_bytes` of it is read, so that one that is too large is known. Of the `wanted` fields (dotted paths), a
-    warning names those that a Parquet file has in a type that cannot be read.
+    `inputs`: a file, a folder (read recursively, in the order of the names), `-` for standard input, or several of
+    these. Avro files, Parquet files, tar archives, and files compressed with gzip, xz, bzip2, zstd or lz4 are
+    recognised by their bytes, also inside each other. A file or an archive member is one Packet, except that each block
+    of an Avro container with several alerts is one Packet, and each row of a Parquet file. At most a little more than
+    `max_packet_bytes` of a file is read as one packet; the decoder rejects a packet that is too large. `wanted`: dotted
+    paths of fields; a warning names those that a Parquet file stores in a type that cannot be read. `skip`: files that
+    are not read although they lie in a folder of the inputs.
 
-    Damage loses what comes after it and no more. The packet that is cut off has the bytes that are there; a damaged tar
-    or Parquet file ends with an empty Packet for what is lost, and a tar's sparse member is one. Decoding rejects them,
-    and the log says why.
+    Damage loses the packets behind it and no other. A packet that is cut off has the bytes that are there. A damaged
+    tar or Parquet file ends with an empty Packet for the lost part, and a sparse member of a tar is an empty Packet.
+    The decoder rejects these packets, and the log says why.
 
-    Raises `NoInputError` at once where an input is not there; reading raises `InputError` where the system refuses.
+    Raises NoInputError at once for an input that does not exist. The iteration raises InputError if the system refuses
+    to read a file.
+
+    >>> from broker_filter import read_packets
+    >>> packet = next(read_packets("night.tar"))
+    >>> print(packet.position, packet.data[:3])
+    night.tar::0.avro b'Obj'
     """
+    if isinstance(inputs, str | Path):
+        inputs = [inputs]
     check_inputs(inputs)
-    return Packets(inputs, max_packet_bytes, wanted)
+    return Packets(inputs, max_packet_bytes, wanted, skip)
 
 
 def check_inputs(inputs: Sequence[str | Path]) -> None:
@@ -127,14 +142,18 @@ def _fetch(scheme: str, url: str) -> str:
 class Packets(Iterator[Packet]):
     """The packets of inputs, as `read_packets` describes them."""
 
-    def __init__(self, inputs: Sequence[str | Path], max_packet_bytes: int, wanted: Collection[str]) -> None:
+    def __init__(
+        self, inputs: Sequence[str | Path], max_packet_bytes: int, wanted: Collection[str], skip: Collection[Path]
+    ) -> None:
         self._inputs = inputs
+        self._skipped_names = {path.name for path in skip}
+        self._skipped_files = {path.resolve() for path in skip}
         self._limit = max_packet_bytes
         self._wanted = wanted
         self._told: set[str] = set()
         self._read_bytes = 0  # of the files that were read to their ends
         self._current: io.FileIO | None = None
-        self._packets = chain.from_iterable(map(self._read_file, chain.from_iterable(map(_files, inputs))))
+        self._packets = chain.from_iterable(map(self._read_file, self._files()))
 
     def __next__(self) -> Packet:
         return next(self._packets)
@@ -152,13 +171,19 @@ class Packets(Iterator[Packet]):
     @cached_property
     def _total_bytes(self) -> int | None:
         total = 0
-        for given in self._inputs:
-            for file in _files(given):
-                status = os.fstat(_STDIN_DESCRIPTOR) if _is_stdin(file) else Path(file).stat()
-                if not stat.S_ISREG(status.st_mode):
-                    return None
-                total += status.st_size
+        for file in self._files():
+            status = os.fstat(_STDIN_DESCRIPTOR) if _is_stdin(file) else Path(file).stat()
+            if not stat.S_ISREG(status.st_mode):
+                return None
+            total += status.st_size
         return total
+
+    def _files(self) -> Iterator[str | Path]:
+        """The files of all inputs, without the skipped ones."""
+        for file in chain.from_iterable(map(_files, self._inputs)):
+            is_skipped = Path(file).name in self._skipped_names and Path(file).resolve() in self._skipped_files
+            if not is_skipped:
+                yield file
 
     def _read_file(self, file: str | Path) -> Iterator[Packet]:
         name = "<stdin>" if _is_stdin(file) else str(file)

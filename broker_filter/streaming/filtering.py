@@ -14,10 +14,16 @@ from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.rejects import Reject, RejectReason
+from broker_filter.scoring.runtimes import available_cores
 from broker_filter.scoring.scorer import Scorer
 from broker_filter.streaming.anomalies import AnomalyJudge
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.scored import ScoredBatch
+
+BATCH_SIZE = 128
+"""Packets decoded together: the fixed cost of a batch is then small, and a small archive still occupies all threads."""
+DUPLICATE_WINDOW = 2_000_000
+"""Alert ids that are remembered while archives are scored: more than one night has."""
 
 
 def score_alerts(
@@ -59,13 +65,19 @@ def score_stream(
     packets: Iterable[Packet],
     decoder: Decoder,
     scorer: Scorer,
-    window: DuplicateWindow,
+    window: DuplicateWindow | None = None,
     *,
-    batch_size: int,
-    threads: int,
+    batch_size: int = BATCH_SIZE,
+    threads: int | None = None,
     judge: AnomalyJudge | None = None,
 ) -> Iterator[ScoredBatch]:
-    """Scores packets batch by batch in the order in which they come, while `threads` threads decode the next ones."""
+    """Score packets batch by batch, in their order, while other threads decode the next batches.
+
+    `window`: the alert ids seen before; by default a new window of DUPLICATE_WINDOW ids. `threads`: decoding threads;
+    by default one for each available core.
+    """
+    window = window or DuplicateWindow(DUPLICATE_WINDOW)
+    threads = threads or available_cores()
     decoded: deque[tuple[list[Packet], Future[tuple[AlertBatch, list[Reject]]]]] = deque()
     waiting = iter(packets)
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:

@@ -17,7 +17,7 @@ from broker_filter.cli import main
 from broker_filter.config import Runtime
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import open_registry
-from broker_filter.scoring.bundle import load_bundle
+from broker_filter.scoring.bundle import open_bundle
 from broker_filter.scoring.scorer import open_scorer
 
 
@@ -28,7 +28,7 @@ def test_naive_loop_gives_the_services_scores(packets: list[bytes]) -> None:
     alerts, _ = decoder.decode(in_batches(packets, len(packets))[0])
     scores = scorer.score(alerts).columns()["default.real"]
 
-    naive = NaiveBroker(load_bundle("default"))
+    naive = NaiveBroker(open_bundle("default"))
     for i, packet in enumerate(alerts.packets[k] for k in alerts.packet_index):
         _, alert = naive.decode(packet.data)
         assert naive.score(naive.cutouts(alert))["real"] == pytest.approx(scores[i], abs=1e-5)

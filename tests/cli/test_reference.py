@@ -17,7 +17,7 @@ from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.pictures.embedding_map import draw_map
 from broker_filter.pictures.similar_alerts import Shown, draw_similar
-from broker_filter.scoring.bundle import load_bundle
+from broker_filter.scoring.bundle import open_bundle
 from broker_filter.scoring.reference import make_reference, read_reference
 
 N = 200
@@ -171,7 +171,7 @@ def test_object_names_with_any_characters_are_printed_and_drawn_safely(
     part = built.surveys[Survey.ZTF]
     named = replace(part, alerts=replace(part.alerts, object_id=np.full(len(part.alerts), NASTY)))
     counts = {Survey.ZTF: built.card.surveys["ztf"]}
-    card = load_bundle(str(embedding_bundle)).card
+    card = open_bundle(str(embedding_bundle)).card
     make_reference(card, None, {Survey.ZTF: named}, counts, "mahalanobis").write(file)
     alert = next(night.iterdir())
     assert main(["similar", str(alert), "--reference", str(file), "--model", str(embedding_bundle)]) == 0

@@ -22,11 +22,11 @@ import pytest
 from astropy.table import Table
 
 from broker_filter.cli import main
-from broker_filter.cli.archived import BATCH_SIZE
 from broker_filter.cli.score import FORMATS
 from broker_filter.scoring.bts_policies import POLICIES
 from broker_filter.scoring.runtimes import available_cores
 from broker_filter.streaming import table_formats
+from broker_filter.streaming.filtering import BATCH_SIZE
 
 
 @pytest.fixture

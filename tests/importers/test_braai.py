@@ -17,7 +17,7 @@ from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
-from broker_filter.scoring.bundle import BundleError, load_bundle
+from broker_filter.scoring.bundle import BundleError, open_bundle
 from broker_filter.scoring.scorer import open_scorer
 
 SCORED_WITH_ANOTHER_TEMPLATE = 472263571115115000
@@ -109,7 +109,7 @@ def test_reads_a_saved_model_as_well_as_bare_weights(tmp_path: Path) -> None:
 def test_an_imported_bundle_names_its_source(tmp_path: Path) -> None:
     write_keras_weights(tmp_path / "w.weights.h5")
     import_braai(tmp_path / "w.weights.h5", "image", "mine", tmp_path / "mine")
-    card = load_bundle(tmp_path / "mine").card
+    card = open_bundle(tmp_path / "mine").card
     assert (card.name, card.version, card.licence) == ("mine", "w", "MIT")
     assert card.inputs.images.normalisation == "l2_image"
     assert card.surveys == ("ztf",)

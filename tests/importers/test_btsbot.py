@@ -35,7 +35,7 @@ from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
-from broker_filter.scoring.bundle import BundleError, load_bundle
+from broker_filter.scoring.bundle import BundleError, open_bundle
 from broker_filter.scoring.preprocess import prepare_images
 from broker_filter.scoring.scorer import open_scorer
 
@@ -258,7 +258,7 @@ def folder(architectures: ModuleType, tmp_path: Path) -> Path:
 
 def test_the_card_describes_the_inputs_of_the_network(folder: Path, tmp_path: Path) -> None:
     import_btsbot(folder, "bts", tmp_path / "bts")
-    card = load_bundle(tmp_path / "bts").card
+    card = open_bundle(tmp_path / "bts").card
     assert [column.name for column in card.inputs.metadata] == COLUMNS
     assert {column.fill for column in card.inputs.metadata} == {-999, 0.5}
     assert (card.surveys, card.outputs.labels, card.licence) == (("ztf",), ("bts",), "MIT")

@@ -35,7 +35,7 @@ from broker_filter.scoring.bundle import (
     MetadataColumn,
     Outputs,
     Training,
-    load_bundle,
+    open_bundle,
 )
 from broker_filter.scoring.networks.stampnet import StampNet
 from broker_filter.scoring.preprocess import prepare
@@ -147,7 +147,7 @@ def test_every_engine_serves_a_network_with_light_curves_and_modalities(
     )
     torch.manual_seed(4)
     write_bundle(tmp_path / "joined", joined, Joined().eval())
-    vector = load_bundle(tmp_path / "joined").test_vector()
+    vector = open_bundle(tmp_path / "joined").test_vector()
     rows = np.random.default_rng(2).integers(4, size=150)
     assert vector.light_curves is not None
     assert np.diff(vector.light_curves.offsets).tolist() == [1, 9, 0, 5]
@@ -203,7 +203,7 @@ def test_a_test_vector_with_inconsistent_light_curves_is_refused(
     card["files"][TEST_VECTOR] = hashlib.sha256(path.read_bytes()).hexdigest()
     (tmp_path / "joined" / CARD).write_text(yaml.safe_dump(card))
     with pytest.raises(BundleError, match=r"offsets .* do not fit the number of points"):
-        load_bundle(tmp_path / "joined").test_vector()
+        open_bundle(tmp_path / "joined").test_vector()
 
 
 def test_a_bundle_never_replaces_another(tmp_path: Path, description: Description, network: nn.Module) -> None:
@@ -221,7 +221,7 @@ def test_a_failed_bundle_leaves_no_files(tmp_path: Path, description: Descriptio
 
 def test_the_graph_contains_no_local_paths(tmp_path: Path, description: Description, network: nn.Module) -> None:
     write_bundle(tmp_path / "classes", description, network)
-    graph = (load_bundle(tmp_path / "classes").directory / ONNX).read_bytes()
+    graph = (open_bundle(tmp_path / "classes").directory / ONNX).read_bytes()
     assert b"/" + b"test_export.py" not in graph
     assert str(Path.home()).encode() not in graph
 
@@ -231,7 +231,7 @@ def differences_of_large_numbers(size: float) -> StampNet:
 
     With a `size` of 3e5, rounding errors are about 1e-3, as in a network of a hundred layers.
     """
-    inputs = load_bundle("default").card.inputs
+    inputs = open_bundle("default").card.inputs
     images = torch.from_numpy(prepare(_test_alerts(inputs), inputs)["images"])
     torch.manual_seed(5)
     network = StampNet(dropout=0).eval()
@@ -250,7 +250,7 @@ def differences_of_large_numbers(size: float) -> StampNet:
 
 def of_stampnet() -> Description:
     """The description of a StampNet bundle with the inputs of `default`, and with its embedding."""
-    card = load_bundle("default").card
+    card = open_bundle("default").card
     outputs = card.outputs.model_copy(update={"embedding": 64})
     fields = {name: getattr(card, name) for name in Description.model_fields}
     return Description(**fields | {"outputs": outputs})
@@ -271,7 +271,7 @@ def deep(made: Path, tmp_path: Path) -> Path:
 
 def test_the_tolerance_covers_the_rounding_errors_of_the_network(deep: Path) -> None:
     """They are measured by a run in float64, and written into the card."""
-    tolerances = load_bundle(deep).card.tolerances
+    tolerances = open_bundle(deep).card.tolerances
     assert 1e-4 < tolerances["probabilities"] < MAX_TOLERANCE
     assert tolerances["embedding"] < 1e-4
     for engine in ("onnxruntime", "torch"):

@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 from broker_filter.packets.batch import AlertBatch, LightCurves, Survey
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.scoring.bundle import SHIPPED, KnownAnswers, load_bundle
+from broker_filter.scoring.bundle import SHIPPED, KnownAnswers, open_bundle
 
 
 @pytest.fixture(scope="session")
 def test_vector() -> KnownAnswers:
     """The test vector of `default`: four synthetic alerts, without survey data."""
-    return load_bundle("default").test_vector()
+    return open_bundle("default").test_vector()
 
 
 @pytest.fixture(scope="session")

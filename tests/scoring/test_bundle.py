@@ -21,7 +21,7 @@ from broker_filter.scoring.bundle import (
     TEST_VECTOR,
     WEIGHTS,
     BundleError,
-    load_bundle,
+    open_bundle,
     shipped_bundles,
 )
 from broker_filter.scoring.scorer import open_model
@@ -41,7 +41,7 @@ def replace_file(bundle: Path, name: str, data: bytes) -> None:
 
 def test_default_ships() -> None:
     assert "default" in shipped_bundles()
-    assert load_bundle("default").directory == SHIPPED / "default"
+    assert open_bundle("default").directory == SHIPPED / "default"
 
 
 def test_default_is_small() -> None:
@@ -49,7 +49,7 @@ def test_default_is_small() -> None:
 
 
 def test_the_default_card_describes_training_and_evaluation() -> None:
-    card = load_bundle("default").card
+    card = open_bundle("default").card
     assert "teacher" in card.training.data
     assert card.outputs.labels == ("real",)
     assert card.surveys == ("ztf",)
@@ -57,12 +57,12 @@ def test_the_default_card_describes_training_and_evaluation() -> None:
 
 
 def test_a_bundle_loads_from_any_directory(own_bundle: Path) -> None:
-    assert load_bundle(own_bundle).card == load_bundle("default").card
+    assert open_bundle(own_bundle).card == open_bundle("default").card
 
 
 def test_the_error_for_a_missing_bundle_lists_the_shipped_ones(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"nowhere: not a bundle: .* \(.*default.*\)"):
-        load_bundle(tmp_path / "nowhere")
+        open_bundle(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, ONNX, TEST_VECTOR])
@@ -71,21 +71,21 @@ def test_one_flipped_bit_is_found_and_named(own_bundle: Path, name: str) -> None
     data[len(data) // 2] ^= 1
     (own_bundle / name).write_bytes(data)
     with pytest.raises(BundleError, match=f"{name}: corrupted: its sha256"):
-        load_bundle(own_bundle)
+        open_bundle(own_bundle)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, ONNX, TEST_VECTOR])
 def test_a_missing_file_is_named(own_bundle: Path, name: str) -> None:
     (own_bundle / name).unlink()
     with pytest.raises(BundleError, match=f"{name}: missing"):
-        load_bundle(own_bundle)
+        open_bundle(own_bundle)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", ".hidden", "..", ""])
 def test_a_file_name_cannot_point_outside_the_bundle(own_bundle: Path, name: str) -> None:
     edit_card(own_bundle, lambda card: card["files"].update({name: "0" * 64}))
     with pytest.raises(BundleError, match=r"bundle\.yaml: files"):
-        load_bundle(own_bundle)
+        open_bundle(own_bundle)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_wrong_card_says_what_is_wrong_and_where(
 ) -> None:
     edit_card(own_bundle, change)
     with pytest.raises(BundleError) as refused:
-        load_bundle(own_bundle)
+        open_bundle(own_bundle)
     assert str(own_bundle / CARD) in str(refused.value)
     assert problem in str(refused.value)
 
@@ -128,7 +128,7 @@ def test_a_wrong_card_says_what_is_wrong_and_where(
 def test_a_file_that_is_not_a_card_is_refused(own_bundle: Path, text: bytes, problem: str) -> None:
     (own_bundle / CARD).write_bytes(text)
     with pytest.raises(BundleError, match=problem):
-        load_bundle(own_bundle)
+        open_bundle(own_bundle)
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
@@ -149,7 +149,7 @@ def test_a_test_vector_of_other_shapes_is_refused(own_bundle: Path) -> None:
     save_file(tensors, own_bundle / TEST_VECTOR)
     replace_file(own_bundle, TEST_VECTOR, (own_bundle / TEST_VECTOR).read_bytes())
     with pytest.raises(BundleError, match=f"{TEST_VECTOR}: holds"):
-        load_bundle(own_bundle).test_vector()
+        open_bundle(own_bundle).test_vector()
 
 
 @pytest.mark.parametrize(("engine", "name"), [("onnxruntime", ONNX), ("torch", WEIGHTS)])
@@ -195,4 +195,4 @@ def test_an_embedding_size_that_is_no_multiple_of_the_modalities_is_refused(
     with pytest.raises(
         BundleError, match=f"embedding has size {embedding}, which is not a multiple of its number of modalities, 3"
     ):
-        load_bundle(own_bundle)
+        open_bundle(own_bundle)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file as torch_save_file
 
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.anomaly import AnomalyScorer, Cloud, Mahalanobis, anomaly_scores
-from broker_filter.scoring.bundle import WEIGHTS, Card, load_bundle
+from broker_filter.scoring.bundle import WEIGHTS, Card, open_bundle
 from broker_filter.scoring.neighbours import normalise
 from broker_filter.scoring.reference import (
     CARD,
@@ -38,7 +38,7 @@ MODALITIES = ("image", "light_curve")
 @pytest.fixture
 def card() -> Card:
     """The card of a model with two modalities."""
-    shipped = load_bundle("default").card
+    shipped = open_bundle("default").card
     return shipped.model_copy(
         update={"outputs": shipped.outputs.model_copy(update={"embedding": 8, "modalities": MODALITIES})}
     )
@@ -107,7 +107,7 @@ def test_the_reference_of_another_bundle_is_refused(reference: Reference, file: 
         "not among the configured models": card.model_copy(update={"name": "other"}),
         r"default another\b": card.model_copy(update={"version": "another"}),
         "000000000000": card.model_copy(update={"files": card.files | {WEIGHTS: "0" * 64}}),
-        "build the reference again": load_bundle("default").card,  # without modalities
+        "build the reference again": open_bundle("default").card,  # without modalities
     }
     for message, other in others.items():
         with pytest.raises(ReferenceSetError, match=message):
@@ -184,7 +184,7 @@ def test_identical_alerts_are_refused(part: SurveyReference) -> None:
 
 def rewrite(reference: Reference, lsst: SurveyReference, file: Path) -> None:
     """Write the reference with changed arrays of a survey, and with their sha256 in the card."""
-    shipped, card = load_bundle("default").card, reference.card
+    shipped, card = open_bundle("default").card, reference.card
     made = make_reference(
         shipped.model_copy(update={"outputs": shipped.outputs.model_copy(update={"modalities": card.modalities})}),
         card.where,

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from broker_filter.importers.write_bundle import write_bundle
-from broker_filter.scoring.bundle import Architecture, Description, load_bundle
+from broker_filter.scoring.bundle import Architecture, Description, open_bundle
 from broker_filter.scoring.networks import build_network
 from training.__main__ import COMMANDS, INSTALL, main
 from training.data.datasets import Dataset
@@ -90,7 +90,7 @@ def test_an_error_is_one_line(night_table: Path, tmp_path: Path, capsys: pytest.
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of VGG6 with random weights."""
-    card = load_bundle("default").card
+    card = open_bundle("default").card
     described = {name: getattr(card, name) for name in Description.model_fields}
     vgg6 = Architecture(name="vgg6")
     bundle = tmp_path_factory.mktemp("bundles") / "vgg6"

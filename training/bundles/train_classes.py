@@ -31,7 +31,7 @@ from broker_filter.scoring.bundle import (
     MetadataColumn,
     Outputs,
     Training,
-    load_bundle,
+    open_bundle,
 )
 from broker_filter.scoring.labels import Labels, parse_rule, read_labels
 from broker_filter.scoring.networks import load_network
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
     used."""
     refuse_existing(arguments.out)
     torch.set_num_threads(1)
-    real = load_bundle(arguments.real)
+    real = open_bundle(arguments.real)
     images = real.card.inputs.images
     labels = read_labels(arguments.labels, COLUMN, [parse_rule(rule) for rule in CLASSES])
     alerts = load_alerts(arguments.inputs, images.size, METADATA)

@@ -28,7 +28,7 @@ from broker_filter.scoring.bundle import (
     ImageInput,
     Outputs,
     Training,
-    load_bundle,
+    open_bundle,
 )
 from broker_filter.scoring.networks import build_network, load_network
 from training.arguments import positive, seed, share
@@ -87,14 +87,14 @@ def run(arguments: argparse.Namespace) -> None:
     refuse_existing(arguments.out)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    bundle = load_bundle(arguments.teacher)
+    bundle = open_bundle(arguments.teacher)
     if bundle.card.architecture.name != TEACHER:
         raise TrainingError(
             f"{arguments.teacher}: its network is not {TEACHER}: import braai's weights with `models import braai`"
         )
     teacher = load_network(bundle.card.architecture, load_file(bundle.directory / WEIGHTS))
     network = build_network(ARCHITECTURE)
-    begun = load_bundle(arguments.begin_with) if arguments.begin_with else None
+    begun = open_bundle(arguments.begin_with) if arguments.begin_with else None
     if begun:
         network = load_network(ARCHITECTURE, load_file(begun.directory / WEIGHTS))
     images = bundle.card.inputs.images

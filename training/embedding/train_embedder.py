@@ -45,7 +45,7 @@ from broker_filter.scoring.bundle import (
     MetadataColumn,
     Outputs,
     Training,
-    load_bundle,
+    open_bundle,
 )
 from broker_filter.scoring.labels import parse_rule, read_labels
 from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbedder
@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
     used."""
     refuse_existing(arguments.out)
     torch.set_num_threads(1)
-    trunk = load_bundle(arguments.trunk)
+    trunk = open_bundle(arguments.trunk)
     if trunk.card.architecture.name != TRUNK:
         raise TrainingError(f"{arguments.trunk}: its network is not {TRUNK}, so it cannot be the trunk")
     labels = read_labels(arguments.labels, COLUMN, [parse_rule(rule) for rule in CLASSES])

@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from broker_filter.config import Section
 from broker_filter.importers.weights import WeightsError
-from broker_filter.scoring.bundle import Architecture, BundleError, ImageInput, describe_problems, load_bundle
+from broker_filter.scoring.bundle import Architecture, BundleError, ImageInput, describe_problems, open_bundle
 from training.atomic_write import write_whole
 from training.data.datasets import Dataset
 from training.errors import DatasetError, EvaluationError, TrainingError
@@ -196,7 +196,7 @@ def _finished(table: Path) -> set[str]:
 def _predictions(config: Fit) -> Predictions:
     """Return a finished run's predictions on the test split."""
     classes = Dataset.open(config.dataset).card.classes
-    thresholds = load_bundle(config.out / BUNDLE).card.outputs.thresholds
+    thresholds = open_bundle(config.out / BUNDLE).card.outputs.thresholds
     return Predictions.read(config.out / PREDICTIONS, classes, thresholds.get(classes[-1], DECIDED))
 
 
@@ -212,7 +212,7 @@ def _write_report(out: Path, runs: Mapping[Run, Fit]) -> None:
 
 def _add_row(table: Path, one: Run, config: Fit, seconds: float) -> None:
     """Append a run's row: its choices, its training and its metrics on the test split."""
-    card = load_bundle(config.out / BUNDLE).card
+    card = open_bundle(config.out / BUNDLE).card
     predictions = _predictions(config)
     figures = measure(predictions, np.ones(len(predictions)))
     row: dict[str, object] = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from broker_filter.config import Runtime
 from broker_filter.importers.braai import read_weights
-from broker_filter.scoring.bundle import WEIGHTS, Architecture, load_bundle
+from broker_filter.scoring.bundle import WEIGHTS, Architecture, open_bundle
 from broker_filter.scoring.networks import build_network, load_network
 from broker_filter.scoring.scorer import open_model
 from training.__main__ import main
@@ -24,7 +24,7 @@ from training.bundles.train_default import SPLIT_SEED, TEST_FRACTION, check_rate
 from training.data.datasets import Alerts, held_out, load_alerts
 from training.errors import DatasetError, TrainingError
 
-INPUTS = load_bundle("default").card.inputs.images
+INPUTS = open_bundle("default").card.inputs.images
 MAP, EMBEDDING = Hint(student=11, teacher=11), Hint(student=18, teacher=18)
 """A hint of StampNet for StampNet."""
 
@@ -40,14 +40,14 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def teacher() -> nn.Module:
-    bundle = load_bundle("default")
+    bundle = open_bundle("default")
     return load_network(bundle.card.architecture, load_file(bundle.directory / WEIGHTS))
 
 
 @pytest.fixture(scope="module")
 def alerts() -> Alerts:
     """Alerts made from the synthetic ones of the bundle `default`, with pixels of NaN and FLT_MAX."""
-    answers = load_bundle("default").test_vector()
+    answers = open_bundle("default").test_vector()
     rows = np.arange(12) % 4
     return Alerts(
         alert_id=np.arange(12),

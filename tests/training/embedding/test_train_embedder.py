@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from broker_filter.scoring.bundle import load_bundle
+from broker_filter.scoring.bundle import open_bundle
 from broker_filter.simulate import SimulatedAlert
 from training.__main__ import main
 from training.bundles.train_classes import CLASSES, COLUMN
@@ -73,7 +73,7 @@ def test_a_killed_training_resumes(arguments: list[str], tmp_path: Path, capsys:
     assert not killed.exists()
     assert main([*arguments, "--out", str(killed)]) == 0
     assert f"killed.ckpt after step {step}" in capsys.readouterr().err
-    assert load_bundle(killed).card.name == "embedder"
+    assert open_bundle(killed).card.name == "embedder"
     assert not list(tmp_path.glob("*.ckpt*"))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from broker_filter.scoring.bundle import Card, load_bundle
+from broker_filter.scoring.bundle import Card, open_bundle
 from training.data.datasets import DatasetCard
 from training.errors import EvaluationError
 from training.evaluation import compare
@@ -38,7 +38,7 @@ Write = Callable[..., Path]
 
 def card(name: str, **training: float | str) -> Card:
     """The card of `default` with another name, and another description of its training."""
-    default = load_bundle("default").card
+    default = open_bundle("default").card
     story = default.training.model_copy(update={"evaluation": training})
     return default.model_copy(update={"name": name, "training": story})
 

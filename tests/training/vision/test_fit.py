@@ -14,7 +14,7 @@ from torch import nn
 
 from broker_filter.config import Runtime
 from broker_filter.scoring.alerts import RawAlerts
-from broker_filter.scoring.bundle import WEIGHTS, Architecture, BundleError, load_bundle
+from broker_filter.scoring.bundle import WEIGHTS, Architecture, BundleError, open_bundle
 from broker_filter.scoring.labels import Labels
 from broker_filter.scoring.networks import build_network
 from broker_filter.scoring.preprocess import prepare
@@ -73,7 +73,7 @@ def test_writes_a_bundle_and_its_predictions_on_the_test_split(fitted: Fit, nigh
     predictions = parquet.read_table(fitted.out / "predictions.parquet")
     assert predictions["alert_id"].to_pylist() == test.alert_id.tolist()
     assert predictions["probability.real"].to_numpy() == pytest.approx(scores[:, 0], abs=1e-5)
-    card = load_bundle(fitted.out / BUNDLE).card
+    card = open_bundle(fitted.out / BUNDLE).card
     assert card.training.evaluation["dataset_sha256"] == night_dataset.card.sha256
     assert (card.training.evaluation["seed"], card.training.evaluation["regimen"]) == (1, "random")
     assert [(column.fill, column.flag) for column in card.inputs.metadata] == [(-999, False)] * 2
@@ -83,7 +83,7 @@ def test_the_weights_with_the_lowest_validation_loss_are_served(fitted: Fit) -> 
     rows = next((fitted.out / "log").rglob("metrics.csv")).read_text().splitlines()
     place = rows[0].split(",").index("val_loss")
     losses = [float(row.split(",")[place]) for row in rows[1:] if row.split(",")[place]]
-    evaluation = load_bundle(fitted.out / BUNDLE).card.training.evaluation
+    evaluation = open_bundle(fitted.out / BUNDLE).card.training.evaluation
     assert len(losses) == 3
     assert evaluation["epoch"] == int(np.argmin(losses)) + 1
     assert evaluation["validation_loss"] == pytest.approx(min(losses), abs=1e-5)
@@ -214,7 +214,7 @@ def test_an_epoch_with_too_small_an_improvement_is_not_kept(config: Callable[...
     rows = next((wanted.out / "log").rglob("metrics.csv")).read_text().splitlines()
     place = rows[0].split(",").index("val_loss")
     losses = [float(row.split(",")[place]) for row in rows[1:] if row.split(",")[place]]
-    evaluation = load_bundle(wanted.out / BUNDLE).card.training.evaluation
+    evaluation = open_bundle(wanted.out / BUNDLE).card.training.evaluation
     assert evaluation["epoch"] == 1
     assert evaluation["validation_loss"] == pytest.approx(losses[0], abs=1e-5)
     assert len(losses) == 3  # the first epoch and two epochs without an improvement

@@ -20,7 +20,7 @@ pytest.importorskip("timm", reason="its backbones need the extra `train`")
 
 from broker_filter.importers.encoders import load_encoder_weights
 from broker_filter.importers.weights import WeightsError
-from broker_filter.scoring.bundle import Architecture, load_bundle
+from broker_filter.scoring.bundle import Architecture, open_bundle
 from broker_filter.scoring.networks import build_network
 from training.data.datasets import Dataset
 from training.errors import DatasetError, TrainingError
@@ -169,7 +169,7 @@ def test_an_encoder_learns_and_a_fit_starts_from_it(
     pretrained, served = load_file(source), load_file(tmp_path / "begun" / BUNDLE / "weights.safetensors")
     assert len(pretrained) == 8
     assert all(torch.allclose(served[f"encoder.{name}"], tensor, atol=1e-6) for name, tensor in pretrained.items())
-    training = load_bundle(tmp_path / "begun" / BUNDLE).card.training
+    training = open_bundle(tmp_path / "begun" / BUNDLE).card.training
     assert training.evaluation["regimen"] == "galaxies"
     assert "40 galaxies simulated with GalSim" in training.method
     with pytest.raises(WeightsError, match="nowhere"):

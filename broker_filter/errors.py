@@ -1,0 +1,30 @@
+"""The base of every error that a user of the program or of the library can mend.
+
+A fault of the program (a violated invariant, a bug) must never derive from it: the command line prints one line for a
+BrokerFilterError, and logs a traceback for any other exception.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+FAILED = 1
+"""Exit status of a command that failed at work, for example because no broker answered."""
+USAGE = 2
+"""Exit status of a command whose command line, service file, or a name in them is wrong."""
+
+
+class BrokerFilterError(Exception):
+    """An error that the user can mend: the message says what is wrong, where, and what to do.
+
+    `exit_status` is the exit status of a command that ends with this error: FAILED (1) or USAGE (2).
+
+    >>> from broker_filter import BrokerFilterError, open_bundle
+    >>> try:
+    ...     open_bundle("defualt")
+    ... except BrokerFilterError as error:
+    ...     print(error.exit_status, str(error).partition("; ")[2])
+    2 did you mean 'default'?
+    """
+
+    exit_status: ClassVar[int] = FAILED

@@ -1,0 +1,135 @@
+"""The public names of the library: few, typed, documented by examples that run, and imported when they are used."""
+
+from __future__ import annotations
+
+import doctest
+import io
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import broker_filter
+from broker_filter import Packet, Scorer, read_packets, score_archive
+from broker_filter.cli import main
+from broker_filter.simulate import SCHEMAS, simulate_night
+from broker_filter.streaming.archives import InputError, NoInputError
+
+HEAVY = ("astropy", "confluent_kafka", "fastavro", "numpy", "onnxruntime", "pyarrow", "pydantic", "torch", "yaml")
+MOST_NAMES = 10
+
+
+@pytest.fixture
+def night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`night.tar` with five simulated alerts and `alert.avro` with the first of them, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open("night.tar", "w") as archive:
+        for i, alert in enumerate(simulate_night(5, seed=1)):
+            member = tarfile.TarInfo(f"{i}.avro")
+            member.size = len(alert.packet)
+            archive.addfile(member, io.BytesIO(alert.packet))
+            if i == 0:
+                Path("alert.avro").write_bytes(alert.packet)
+    return tmp_path / "night.tar"
+
+
+def run_python(program: str) -> str:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_package_imports_nothing_heavy() -> None:
+    program = f"import broker_filter, sys; print([name for name in {HEAVY!r} if name in sys.modules])"
+    assert run_python(program) == "[]\n"
+
+
+def test_at_most_ten_names_are_public_and_each_can_be_imported() -> None:
+    assert len(broker_filter.__all__) <= MOST_NAMES
+    assert set(broker_filter.__all__) < set(dir(broker_filter))
+    for name in broker_filter.__all__:
+        assert getattr(broker_filter, name).__name__ == name
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Scorrer'"):
+        broker_filter.Scorrer  # noqa: B018
+
+
+def test_mypy_sees_every_public_name(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    names = ", ".join(broker_filter.__all__)
+    script.write_text(f"from broker_filter import {names}\nreveal_type(Scorer.open())\nreveal_type(Decoder())\n")
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", str(script)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    assert 'Revealed type is "broker_filter.scoring.scorer.Scorer"' in said
+    assert 'Revealed type is "broker_filter.packets.decode.Decoder"' in said
+    assert "error" not in said
+
+
+@pytest.mark.usefixtures("night")
+@pytest.mark.parametrize("name", ["broker_filter", *broker_filter.__all__])
+def test_every_public_name_has_examples_that_run(name: str) -> None:
+    value = broker_filter if name == "broker_filter" else getattr(broker_filter, name)
+    parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()
+    example = parser.get_doctest(value.__doc__, {}, name, None, None)
+    assert example.examples, f"{name} has no example"
+    report = io.StringIO()
+    runner.run(example, out=report.write)
+    assert runner.failures == 0, report.getvalue()
+
+
+def test_score_archive_gives_the_table_that_the_command_writes(night: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.avro").write_bytes(b"Obj\1")
+    inputs = [night, tmp_path / "broken.avro"]
+    reader = score_archive(inputs, ["default", "embedder"])
+    assert isinstance(reader, pa.RecordBatchReader)
+    table = reader.read_all()
+
+    out = tmp_path / "out.parquet"
+    command = ["score", *map(str, inputs), "--model", "default", "--model", "embedder", "--out", str(out)]
+    assert main([*command, "--quiet"]) == 0
+
+    assert table.to_pylist() == pq.read_table(out).to_pylist()
+    assert table["status"].to_pylist() == ["scored"] * 5 + ["rejected"]
+
+
+def test_score_archive_takes_an_open_scorer_and_gives_its_scores(night: Path) -> None:
+    scorer = Scorer.open("default")
+    alerts, rejects = scorer.decoder().decode(list(read_packets(night)))
+    assert rejects == []
+    scores = scorer.score(alerts).columns()["default.real"]
+    np.testing.assert_array_equal(score_archive(night, scorer).read_all()["default__real"].to_numpy(), scores)
+
+
+def test_lsst_packets_are_decoded_with_a_directory_of_schemas(tmp_path: Path) -> None:
+    for alert in simulate_night(2, seed=2, survey="lsst"):
+        (tmp_path / f"{alert.alert_id}.avro").write_bytes(alert.packet)
+    scorer = Scorer.open("default", also=["lsst"])
+    table = score_archive(tmp_path, scorer, schema_registry=SCHEMAS).read_all()
+    assert table["status"].to_pylist() == ["scored"] * 2
+    assert table["default__real"].null_count == 0
+    assert score_archive(tmp_path, scorer).read_all()["reject_reason"].to_pylist() == ["unknown_schema_id"] * 2
+
+
+def test_score_archive_raises_our_errors(night: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NoInputError, match="no such file"):
+        score_archive(tmp_path / "no-such-night.tar")
+
+    reader = score_archive(night)
+    night.unlink()  # it is opened when the first row is asked for
+    with pytest.raises(InputError, match=r"night\.tar: No such file"):
+        reader.read_all()
+
+
+def test_files_to_skip_are_not_read(night: Path, tmp_path: Path) -> None:
+    assert [packet.position.path for packet in read_packets(tmp_path, skip=[night])] == [str(tmp_path / "alert.avro")]
+
+
+def test_a_packet_without_a_position_is_decoded() -> None:
+    alerts, [reject] = Scorer.open().decoder().decode([Packet(b"no alert")])
+    assert len(alerts) == 0
+    assert str(reject.packet.position) == "<memory>"
