@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from broker_filter.config import SecretFromEnvironment, SecretFromFile, Section, Service, suggestion
 from broker_filter.config_checks import EnvironmentChecks
+from broker_filter.errors import USAGE, BrokerFilterError
 
 MAX_FILE_BYTES = 1 << 20
 """A service file has some dozens of lines. A file near this size was named by mistake."""
@@ -30,10 +31,10 @@ class Problem:
         return f"{self.path}: {self.message}" if self.path else self.message
 
 
-class ConfigError(Exception):
+class ConfigError(BrokerFilterError):
     """A service file cannot be used. `problems` lists all errors in it."""
 
-    exit_status = 2
+    exit_status = USAGE
 
     def __init__(self, file: Path, problems: Sequence[Problem]) -> None:
         self.problems = list(problems)

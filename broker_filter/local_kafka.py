@@ -19,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
 
+from broker_filter.errors import BrokerFilterError
 from broker_filter.kill_with_parent import KillWithParent
 
 USER = "alice"
@@ -30,7 +31,7 @@ PORTS = range(20000, 32000)
 READY_TIMEOUT_S = 120.0
 
 
-class BrokerError(RuntimeError):
+class BrokerError(BrokerFilterError, RuntimeError):
     """A broker does not start. The message contains the end of the broker's log."""
 
 

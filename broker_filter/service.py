@@ -20,6 +20,7 @@ from typing import NoReturn, TypeVar
 from confluent_kafka import KafkaException
 
 from broker_filter.config import Service
+from broker_filter.errors import BrokerFilterError
 from broker_filter.health import Health, serve
 from broker_filter.kafka.client import KafkaSetupError, explain, pauses
 from broker_filter.kafka.connect import Endpoints, connect
@@ -64,6 +65,11 @@ T = TypeVar("T")
 
 class EndedError(Exception):
     """The service ends because another thread has failed: this one has nothing more to do."""
+
+
+def _fault(failure: BaseException | None) -> BaseException | None:
+    """A fault of the program, whose traceback is logged; None for an error that a user can mend."""
+    return None if isinstance(failure, BrokerFilterError | OSError | KafkaException) else failure
 
 
 class FilterService:
@@ -289,7 +295,7 @@ class FilterService:
 
     def _end_at_once(self, reason: str) -> NoReturn:
         """Ends the process from outside of whatever holds it."""
-        log.critical("%s", self._failure or reason)
+        log.critical("%s", self._failure or reason, exc_info=_fault(self._failure))
         faulthandler.dump_traceback(all_threads=True)
         logging.shutdown()
         os._exit(EXIT_FAILED)

@@ -11,9 +11,10 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from broker_filter.cli import INTERRUPTED
-from broker_filter.cli.parser import USAGE, did_you_mean
+from broker_filter.cli import INTERRUPTED, describe_error
+from broker_filter.cli.parser import did_you_mean
 from broker_filter.console import set_up_logging
+from broker_filter.errors import FAILED, USAGE, BrokerFilterError
 
 COMMANDS = {
     "build-dataset": ("training.data.build_dataset", "build a data set from archives and labels"),
@@ -33,7 +34,7 @@ COMMANDS = {
 }
 """Each command's module and purpose."""
 OURS = ("training", "broker_filter")
-"""Packages whose error messages are shown without a traceback."""
+"""Packages of the checkout: a missing module of theirs is a fault of the program."""
 INSTALL = "pip install --editable '.[train]' in the checkout"
 
 
@@ -63,14 +64,9 @@ def main(argv: Sequence[str]) -> int:
         implementation.run(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception as error:
-        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in OURS:
-            raise
-        said = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            said = f"{error.filename}: {error.strerror}"
-        print(f"training {command}: {said}", file=sys.stderr)
-        return 1
+    except (BrokerFilterError, OSError) as error:
+        print(f"training {command}: {describe_error(error)}", file=sys.stderr)
+        return FAILED
     return 0
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from broker_filter.errors import BrokerFilterError
 
-class DatasetError(Exception):
+
+class DatasetError(BrokerFilterError):
     """A data set, or the input for one, cannot be used."""
 
 
-class TrainingError(Exception):
+class TrainingError(BrokerFilterError):
     """A configuration, a checkpoint or weights cannot be used for training."""
 
 
-class EvaluationError(Exception):
+class EvaluationError(BrokerFilterError):
     """An evaluation or a comparison cannot be made."""
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from broker_filter.errors import BrokerFilterError
+
 NAIVE, SERVICE, SERVICE_2_THREADS = "naive", "service", "service, 2 threads"
 """Competitors: an alert broker as it is usually written, and this service; on one thread unless stated otherwise."""
 INFLATE, FLOPS, NO_WORK, RUNTIME = "inflate", "FLOPs", "no work", "runtime alone"
@@ -18,7 +20,7 @@ LEAST_S = 0.25
 """Shorter work is repeated for so many seconds, to average over the resolution of clocks and the scheduler's slices."""
 
 
-class BenchmarkError(RuntimeError):
+class BenchmarkError(BrokerFilterError, RuntimeError):
     """The figures would be meaningless: a competitor lost or repeated an alert, or there is nothing to measure."""
 
 

@@ -7,6 +7,7 @@ end: see EXIT_STATUS.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from importlib import import_module
 from broker_filter import __version__
 from broker_filter.cli.parser import CommandParser
 from broker_filter.console import set_up_logging
+from broker_filter.errors import FAILED, BrokerFilterError
 
 COMMANDS = ("score", "run", "replay", "inspect", "models", "reference", "similar", "map", "config", "bench", "demo")
 """Modules of this package in the order of `--help`; each has `add_parser(subparsers)`, which sets `run` to a function
@@ -31,6 +33,8 @@ EXIT_STATUS = (
     "exit status: 0 done; 1 failed at work, as where no alert could be read or no broker answered; 2 the command line "
     "or the service file is wrong, or names a file or a bundle that is not there; 130 interrupted; 143 terminated"
 )
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,17 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left fails no more at the end
         return UNREAD
-    except Exception as error:
+    except (BrokerFilterError, OSError) as error:
         if arguments.verbose:
             raise
         print(f"broker-filter: {describe_error(error)}", file=sys.stderr)
-        return getattr(error, "exit_status", 1)
+        return error.exit_status if isinstance(error, BrokerFilterError) else FAILED
+    except Exception:
+        log.critical("this is a fault of the program; please report it with this traceback", exc_info=True)
+        return FAILED
 
 
-def describe_error(error: Exception) -> str:
-    """What to tell the person at the terminal: our own errors and the system's say enough, any other is a bug."""
+def describe_error(error: BrokerFilterError | OSError) -> str:
+    """The line for the person at the terminal: the message; for an error of the system, the file and the reason."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if type(error).__module__.startswith("broker_filter") or isinstance(error, OSError):
-        return str(error)
-    return f"unexpected {type(error).__name__}: {error} (`broker-filter --verbose ...` shows where)"
+    return str(error)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from broker_filter.cli.extras import require_extra
 from broker_filter.cli.options import INPUT_HELP, add_scoring_options, alert_limit
+from broker_filter.errors import BrokerFilterError
 
 DEFAULT_LIMIT = 20_000
 """Alerts: UMAP takes about a minute for them, and more points could not be told apart in the picture."""
 
 
-class NothingToDrawError(Exception):
+class NothingToDrawError(BrokerFilterError):
     """There are too few alerts for a map."""
 
 

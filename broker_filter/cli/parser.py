@@ -11,12 +11,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-USAGE = 2
-"""Exit status if the command line or the service file is wrong, or names something that does not exist."""
+from broker_filter.errors import USAGE, BrokerFilterError
+
 _EXAMPLES = "examples:\n"
 
 
-class UsageError(Exception):
+class UsageError(BrokerFilterError):
     """Arguments contradict each other, or name something that does not exist."""
 
     exit_status = USAGE

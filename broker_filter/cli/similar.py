@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from broker_filter.cli.extras import require_extra
 from broker_filter.cli.options import add_scoring_options
+from broker_filter.errors import BrokerFilterError
 
 if TYPE_CHECKING:
     from broker_filter.packets.batch import AlertBatch
@@ -25,7 +26,7 @@ PACKETS_AT_A_TIME = 64
 log = logging.getLogger(__name__)
 
 
-class NothingToCompareError(Exception):
+class NothingToCompareError(BrokerFilterError):
     """There is no alert to compare, or the reference set cannot judge it."""
 
 

@@ -1,5 +1,6 @@
 """The error of the demonstration."""
 
+from broker_filter.errors import BrokerFilterError
 
-class DemoError(RuntimeError):
+class DemoError(BrokerFilterError, RuntimeError):
     """The demonstration cannot continue; the message says why."""

@@ -15,11 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from broker_filter.errors import BrokerFilterError
+
 MAX_WEIGHTS_BYTES = 2**31
 """No network that is fast enough for a stream comes near it."""
 
 
-class WeightsError(Exception):
+class WeightsError(BrokerFilterError):
     """A weights file cannot be used. The message says which, what is wrong and what to do."""
 
 

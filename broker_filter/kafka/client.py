@@ -18,6 +18,7 @@ from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicCol
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
 
 from broker_filter.config import Input, KafkaValue, Output, Sasl, Secret, SecretFromEnvironment, SecretFromFile, Tls
+from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.kafka.rights import REFUSED, Account, Right, not_among
 
 RESERVED = {
@@ -71,7 +72,7 @@ librdkafka_log = logging.getLogger("librdkafka")
 librdkafka_log.addFilter(lambda _: log.isEnabledFor(logging.DEBUG))
 
 
-class KafkaSetupError(RuntimeError):
+class KafkaSetupError(BrokerFilterError, RuntimeError):
     """Kafka, or the account that is used there, does not allow what the service needs. The message says what to do."""
 
 
@@ -79,10 +80,10 @@ class KafkaAwayError(KafkaSetupError):
     """Brokers have not answered in time. The same request may succeed later."""
 
 
-class PropertyError(ValueError):
+class PropertyError(BrokerFilterError, ValueError):
     """The configuration asks for a property that the service must set itself, or names a secret that is not there."""
 
-    exit_status = 2
+    exit_status = USAGE
 
 
 def read_secret(secret: Secret, environment: Mapping[str, str] = os.environ) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import deflate
 
+from broker_filter.errors import USAGE, BrokerFilterError
+
 Walk = Callable[..., tuple[int, int, int]]
 DecodeStamps = Callable[..., None]
 
@@ -27,10 +29,10 @@ It verifies gzip-compressed stamps with the CRC-32 function of libdeflate, which
 function is not found, it leaves gzip-compressed stamps to Python."""
 
 
-class CompiledPartsMissing(Exception):  # noqa: N818 -- it is a state of the installation
+class CompiledPartsMissing(BrokerFilterError):  # noqa: N818 -- it is a state of the installation
     """BROKER_FILTER_REQUIRE_COMPILED=1 is set, but packets would be decoded in Python."""
 
-    exit_status = 2
+    exit_status = USAGE
 
 
 why_python: str | None = None

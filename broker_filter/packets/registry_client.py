@@ -23,6 +23,7 @@ from threading import Thread
 from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from broker_filter.errors import BrokerFilterError
 from broker_filter.packets.schema import MAX_SCHEMA_BYTES
 
 DEADLINE_S = 10.0
@@ -41,7 +42,7 @@ _SHORTEST_TIMEOUT_S = 0.001
 T = TypeVar("T")
 
 
-class RegistryUnavailable(Exception):  # noqa: N818 - it is a state
+class RegistryUnavailable(BrokerFilterError):  # noqa: N818 - it is a state
     """The registry does not answer, and the schema is not in the cache. The caller should retry later."""
 
 

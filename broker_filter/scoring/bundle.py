@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from broker_filter.config import SurveyName
+from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.packets.batch import BANDS, LightCurves, Measurement
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.scores import output_name
@@ -65,14 +66,14 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-class BundleError(Exception):
+class BundleError(BrokerFilterError):
     """A bundle cannot be used. The message says which file, what is wrong with it and what to do."""
 
 
 class NoBundleError(BundleError):
     """There is no bundle of this name, or in this directory."""
 
-    exit_status = 2
+    exit_status = USAGE
 
 
 class CardSection(BaseModel):

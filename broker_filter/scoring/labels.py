@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import dataset
 
+from broker_filter.errors import BrokerFilterError
 from broker_filter.scoring.reference import UNLABELLED
 
 KEYS: dict[str, Literal["alert", "object"]] = {
@@ -40,7 +41,7 @@ CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 filters."""
 
 
-class LabelsError(Exception):
+class LabelsError(BrokerFilterError):
     """A table of labels, or a class, cannot be used. The message says which, what is wrong and what to do."""
 
 

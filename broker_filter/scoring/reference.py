@@ -21,6 +21,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from broker_filter.errors import BrokerFilterError
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring import bundle
 from broker_filter.scoring.bundle import WEIGHTS, CardSection, ModelName, Sha256, describe_problems
@@ -45,7 +46,7 @@ CARD = "card"
 """Key of the card in the file's metadata."""
 
 
-class ReferenceSetError(Exception):
+class ReferenceSetError(BrokerFilterError):
     """A reference set cannot be used or built. The message says which, what is wrong and what to do."""
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.config import Runtime
+from broker_filter.errors import BrokerFilterError
 from broker_filter.scoring.bundle import ONNX, WEIGHTS, Bundle, BundleError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ INSTALL_TORCH = "pip install 'broker-filter[gpu]'"
 log = logging.getLogger(__name__)
 
 
-class RuntimeUnavailableError(Exception):
+class RuntimeUnavailableError(BrokerFilterError):
     """The requested engine or device is not available on this machine."""
 
 

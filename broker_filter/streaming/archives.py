@@ -26,6 +26,7 @@ from typing import IO, Any, BinaryIO, Literal, Protocol, cast
 
 import pyarrow as pa
 
+from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.packets import ocf, parquet
 from broker_filter.packets.packet import FilePosition, Packet
 
@@ -70,14 +71,14 @@ _OF_MACOS = re.compile(r"(.*/)?(\._[^/]*|\.DS_Store|__MACOSX/.*)", re.DOTALL)
 log = logging.getLogger(__name__)
 
 
-class InputError(OSError):
+class InputError(BrokerFilterError, OSError):
     """An input that the system refuses to read; the message names it."""
 
 
 class NoInputError(InputError):
     """An input that is not there, or is of a kind that is not read; the message names it and says what to do."""
 
-    exit_status = 2
+    exit_status = USAGE
 
 
 def read_packets(

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.packets.batch import BANDS, UNKNOWN_BAND, AlertBatch, Survey
 from broker_filter.packets.surveys import COLUMNS
 from broker_filter.streaming.scored import ScoredBatch
@@ -50,10 +51,10 @@ FIELDS = tuple(dict.fromkeys((*IDENTITY_FIELDS, *(column.name for column in COLU
 """All that a filter can name besides model outputs."""
 
 
-class ExpressionError(ValueError):
+class ExpressionError(BrokerFilterError, ValueError):
     """A filter that cannot be compiled: what is wrong, in which column of its text, and what was probably meant."""
 
-    exit_status = 2
+    exit_status = USAGE
 
 
 class Kind(Enum):

@@ -10,16 +10,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.scoring.bts_policies import POLICIES, PolicyFilter
 from broker_filter.streaming.scored import ScoredBatch
 
 MAGNITUDE = "magpsf"
 
 
-class PolicyError(ValueError):
+class PolicyError(BrokerFilterError, ValueError):
     """A policy that does not exist, or that is to read what no model gives."""
 
-    exit_status = 2
+    exit_status = USAGE
 
 
 class Policies:

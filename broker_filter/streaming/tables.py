@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.packets.batch import AlertIdentity
 from broker_filter.packets.packet import FilePosition, Position
 from broker_filter.streaming.scored import ScoredBatch
@@ -60,10 +61,10 @@ IDENTITY = ("alert_id", "object_id", "survey", "schema_version", "mjd", "ra", "d
 UNREAD = AlertIdentity(None, None, None, None, None, None, None, None)
 
 
-class TableError(ValueError):
+class TableError(BrokerFilterError, ValueError):
     """A table that cannot be: its name says no format that is known, or two of its columns would have one name."""
 
-    exit_status = 2
+    exit_status = USAGE
 
 
 def column_name(output: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import re
 import shlex
@@ -13,6 +14,10 @@ import pytest
 
 from broker_filter import __version__, console
 from broker_filter.cli import COMMANDS, UNREAD, describe_error, main
+from broker_filter.errors import BrokerFilterError
+from broker_filter.kafka.client import KafkaSetupError
+from broker_filter.kafka.sink import UnaccountedError
+from broker_filter.streaming.archives import NoInputError
 
 
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
@@ -130,9 +135,38 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"broker-filter {__version__}\n"
 
 
-def test_system_errors_are_printed_unchanged_and_bugs_as_unexpected() -> None:
+def test_an_error_of_the_system_names_the_file_first() -> None:
     assert describe_error(FileNotFoundError(2, "No such file or directory", "x")) == "x: No such file or directory"
-    assert describe_error(KeyError("x")).startswith("unexpected KeyError: 'x'")
+
+
+def raise_on_run(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        raise error
+
+    monkeypatch.setattr("broker_filter.cli.config._keys", run)
+
+
+@pytest.mark.parametrize("fault", [KeyError("x"), UnaccountedError("packet 3 has no outcome")])
+def test_a_fault_of_the_program_logs_a_traceback(
+    fault: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raise_on_run(fault, monkeypatch)
+    assert main(["config", "keys"]) == 1
+    said = capsys.readouterr().err
+    assert "fault of the program" in said
+    assert "Traceback (most recent call last)" in said
+    assert str(fault) in said
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(NoInputError("night.tar: no such file"), 2), (KafkaSetupError("no broker answers"), 1)]
+)
+def test_an_error_that_a_user_can_mend_is_one_line(
+    error: BrokerFilterError, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raise_on_run(error, monkeypatch)
+    assert main(["config", "keys"]) == status
+    assert capsys.readouterr().err == f"broker-filter: {error}\n"
 
 
 def test_closed_output_pipe_is_not_an_error() -> None:

@@ -12,6 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from broker_filter.errors import BrokerFilterError
+
 DAYS_PER_YEAR = 365.0
 """The published value."""
 WAVELENGTHS: NDArray[np.float64] = np.arange(3850.0, 9000.0, 2.0)
@@ -39,7 +41,7 @@ curves repeats them; the code for `AstroM3Processed`, on which the published che
 zero. This matters because the attention includes the padding."""
 
 
-class ObservationsError(ValueError):
+class ObservationsError(BrokerFilterError, ValueError):
     """A light curve, a spectrum or metadata cannot be normalised; the message says why."""
 
 
