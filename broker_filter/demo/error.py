@@ -2,5 +2,6 @@
 
 from broker_filter.errors import BrokerFilterError
 
+
 class DemoError(BrokerFilterError, RuntimeError):
     """The demonstration cannot continue; the message says why."""
