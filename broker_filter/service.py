@@ -1,7 +1,8 @@
-"""The service: one thread reads, some decode, one scores and routes, one commits; queues of a few batches between them.
+"""The service: one thread reads, several decode, one scores and routes, and one commits, with short queues between
+them.
 
-Whatever goes wrong, nothing is lost: a thread that fails or is stuck ends the process with a message, and the next
-start goes on from the committed positions.
+No error loses an alert: if a thread fails or is stuck, the process ends with a message, and the next start continues
+from the committed positions.
 """
 
 from __future__ import annotations
@@ -42,29 +43,29 @@ from broker_filter.streaming.filtering import score_alerts
 from broker_filter.streaming.routing import open_router
 
 SCORED_BATCHES = 4
-"""What is scored while a transaction commits."""
+"""Length of the queue of scored batches, which fills while a transaction commits."""
 TICK_S = 0.5
-"""How long a thread may be deaf to the end of the service."""
+"""Longest time until a waiting thread notices that the service ends."""
 ROOM_S = 1.0
-"""How long the reading thread waits for room before it pauses its partitions and serves the group."""
+"""Time that the reading thread waits for room in the queue before it pauses its partitions and polls."""
 OBSERVE_INTERVAL_S = 2.0
-"""Between looks at the lag."""
+"""Time between two updates of lag and health."""
 DRAIN_TIMEOUT_S = 25.0
-"""From the signal to the end: Kubernetes kills after 30."""
+"""Longest time from SIGTERM to the end. Kubernetes kills a pod after 30 s by default."""
 END_TIMEOUT_S = 10.0
-"""For the other threads, after one has failed."""
+"""Time for the other threads to end after one thread has failed."""
 EXIT_FAILED = 1
 
 log = logging.getLogger(__name__)
 
 Decoded = tuple[AlertBatch, list[Reject]]
 Routed = tuple[list[Work], bool]
-"""Work for the committing thread, and whether it is the last of what was read together."""
+"""Work for the committing thread, and whether it is the last part of the batch that was read together."""
 T = TypeVar("T")
 
 
 class EndedError(Exception):
-    """The service ends because another thread has failed: this one has nothing more to do."""
+    """Ends a thread because another thread has failed."""
 
 
 def _fault(failure: BaseException | None) -> BaseException | None:
@@ -73,12 +74,12 @@ def _fault(failure: BaseException | None) -> BaseException | None:
 
 
 class FilterService:
-    """The stages, their threads, and the end of them all."""
+    """The stages of the service and their threads. `run` works until the service is stopped."""
 
     def __init__(self, config: Service, stop: threading.Event) -> None:
-        """Loads the models and compiles the filters: what is wrong with them is said before anything starts.
+        """Loads the models and compiles the filters. Their errors are raised here, before anything is read.
 
-        Once `stop` is set, no more is read, and what is on its way is committed.
+        Once `stop` is set, no more messages are read, and the packets in flight are committed.
         """
         self._config = config
         self._stop = stop
@@ -111,11 +112,15 @@ class FilterService:
         self._decoded: Queue[tuple[Delivery, Future[Decoded]] | None] = Queue(threads + 1)
         self._routed: Queue[Routed | None] = Queue(SCORED_BATCHES)
         self._observed = -math.inf
-        self._set_out = 0  # batches that were read; the reading thread counts them
+        self._set_out = 0  # number of batches that were read; only the reading thread changes it
         self._describe()
 
     def run(self) -> None:
-        """Works until `stop` is set; raises what ended it otherwise."""
+        """Works until `stop` is set. Raises the error of a thread that failed, and KafkaSetupError for an error of
+        Kafka.
+
+        If a thread is stuck, it ends the process with exit status EXIT_FAILED.
+        """
         http = self._config.http
         with serve(self._health, self._metrics, http.host, http.port) as port:
             log.info("metrics and health on http://%s:%d", http.host, port)
@@ -128,7 +133,7 @@ class FilterService:
             except KafkaException as error:
                 raise KafkaSetupError(explain(error.args[0])) from error
 
-    # -- the stages, in the order of the data
+    # -- the stages, in the order in which data pass them
 
     def _read(self, endpoints: Endpoints, committer: threading.Thread) -> None:
         source, batch = endpoints.source, self._config.batch
@@ -143,7 +148,7 @@ class FilterService:
                     self._metrics.batch_alerts.observe(len(delivery.packets))
                     self._offer((delivery, self._decoders.submit(self._decode, delivery)), endpoints)
                     delivery.set_out()
-            log.info("stopping: committing what was read")
+            log.info("stopping: committing the messages in flight")
             self._offer(None, endpoints)
             while committer.is_alive():
                 self._serve_group(endpoints)
@@ -173,7 +178,7 @@ class FilterService:
                 self._put((works, not delivery.packets))
                 if not delivery.packets:
                     break
-                # The rest would have taken too much memory at a time: it is decoded when this is on its way.
+                # To bound the memory, the decoder returned only a part of the batch. The rest is decoded now.
                 alerts, rejects = self._decode(delivery)
         self._put(None)
 
@@ -200,7 +205,7 @@ class FilterService:
     # -- between the stages
 
     def _offer(self, item: tuple[Delivery, Future[Decoded]] | None, endpoints: Endpoints) -> None:
-        """Puts what was read before the scorer, and stays in the group however long there is no room."""
+        """Puts a batch into the queue to the scorer. While the queue is full, it polls, to stay in the group."""
         while True:
             try:
                 self._decoded.put(item, timeout=ROOM_S)
@@ -232,7 +237,10 @@ class FilterService:
                 self._check()
 
     def _retry(self, call: Callable[[], T], stage: Stage) -> T:
-        """The answer of a call that may need the schema registry, however long that is away: no alert is at fault."""
+        """Repeats a call until the schema registry answers, and returns the result of the call.
+
+        An outage of the registry never rejects an alert, however long it lasts.
+        """
         failed = False
         for pause in pauses():
             try:
@@ -244,12 +252,12 @@ class FilterService:
                 self._check()
                 stage.rest(pause)
             else:
-                if failed:  # another thread, whose schemas are at hand, knows nothing of the registry
+                if failed:  # a call that needed no new schema says nothing about the registry
                     self._health.set("schema registry", None)
                 return answer
         raise AssertionError("pauses() does not end")
 
-    # -- the end
+    # -- the threads and their end
 
     def _work(self, endpoints: Endpoints) -> None:
         committer = self._thread("commit", lambda: self._commit(endpoints.sink))
@@ -265,7 +273,7 @@ class FilterService:
             if deadline is None and (self._stop.is_set() or self._failed.is_set()):
                 deadline = time.monotonic() + (END_TIMEOUT_S if self._failed.is_set() else DRAIN_TIMEOUT_S)
             if deadline is not None and time.monotonic() > deadline:
-                self._end_at_once("what was read could not be committed in time; it is read again at the next start")
+                self._end_at_once("messages in flight were not committed in time; the next start reads them again")
             self._failed.wait(TICK_S)
         if self._failure:
             raise self._failure
@@ -290,17 +298,17 @@ class FilterService:
     def _unhealthy_reason(self) -> str | None:
         for stage in self._stages:
             if (busy := stage.busy_s()) > self._config.stall_timeout_s:
-                return f"stage {stage.name} is stuck: at one batch for {busy:.0f} s"
+                return f"stage {stage.name} is stuck: it has worked on one batch for {busy:.0f} s"
         return None
 
     def _end_at_once(self, reason: str) -> NoReturn:
-        """Ends the process from outside of whatever holds it."""
+        """Ends the process at once with the threads' stacks on stderr, even if a thread does not return."""
         log.critical("%s", self._failure or reason, exc_info=_fault(self._failure))
         faulthandler.dump_traceback(all_threads=True)
         logging.shutdown()
         os._exit(EXIT_FAILED)
 
-    # -- what it says of itself
+    # -- metrics and health
 
     def _describe(self) -> None:
         if why_python:
@@ -314,7 +322,7 @@ class FilterService:
         self._metrics.queue_depth.labels("commit").set_function(self._routed.qsize)
 
     def _observe(self, endpoints: Endpoints) -> None:
-        """Looks, now and then, at what changes without an alert: also while there is no room for any."""
+        """Updates lag and health every OBSERVE_INTERVAL_S, also while no alerts arrive or the queue is full."""
         if time.monotonic() - self._observed < OBSERVE_INTERVAL_S:
             return
         self._observed = time.monotonic()

@@ -124,7 +124,7 @@ def test_checks_filters_models_and_thresholds(tmp_path: Path, section: str, path
         (
             "kafka: {group.id: other}",
             "input.kafka",
-            "group.id: the service sets this property itself: say it as `group_id`",
+            "group.id: the service sets this property itself: use the key `group_id`",
         ),
         ("kafka: {group.protocol: consumer}", "input.kafka", "KIP-848 protocol accepts such a commit only with"),
         ("kafka: {group.protocol: Consumer}", "input.kafka", "only 'classic' is supported"),

@@ -1,4 +1,4 @@
 """Kafka: the consumer, the transactions of the output, stored positions, and the checks before a start.
 
-Every module that talks to a broker is here. The modules of `streaming` know no Kafka.
+All modules that talk to a broker are here. The modules of `streaming` do not use Kafka.
 """

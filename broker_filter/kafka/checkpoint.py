@@ -1,7 +1,8 @@
-"""Where positions are kept: in the input's consumer group or, where the output is on another cluster, in a topic there.
+"""Stores positions: in the input's consumer group or, if the output is on another cluster, in a topic of that cluster.
 
-Either way a position is stored in the transaction of the output that it stands for, and an instance that no longer owns
-a partition cannot store one: the group refuses an old generation's, a transactional id fences its earlier holder.
+In both cases a position is stored in the transaction that holds the output of the alerts before it. An instance that no
+longer owns a partition cannot store a position: the group refuses a member of an old generation, and a transactional id
+fences its earlier owner.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ from broker_filter.kafka.rights import REFUSED, Right
 from broker_filter.kafka.transactions import Claim, ClaimEndedError, Store, Writer
 
 STABLE_TIMEOUT_S = 60.0
-"""An instance that is gone leaves its transaction open until the coordinator aborts it: 15 s, found every 10 s."""
+"""Must be longer than the transaction of a dead instance stays open: the coordinator aborts a transaction after 15 s,
+and looks for such transactions every 10 s."""
 OPENING_THREADS = 8
-"""Producers that are initialised at a time: each waits a quarter of a second for the coordinator."""
+"""Producers that are initialised in parallel. Each one waits about 0.25 s for the coordinator."""
 READ_AT_A_TIME, POLL_S = 1000, 0.5
-"""Records of the positions topic, and how long to wait for them before looking at the clock."""
+"""Largest number of records of the positions topic in one call, and the time in seconds that the call waits for
+them."""
 NOT_A_MEMBER = (
     KafkaError.UNKNOWN_MEMBER_ID,
     KafkaError.ILLEGAL_GENERATION,
@@ -53,62 +56,73 @@ NOT_A_MEMBER = (
 
 NO_LEADER_EPOCH = -1
 TOPIC_ID = re.compile(r"[A-Za-z0-9+/_-]{22}")
-"""A topic's id as Kafka writes it. Other metadata of a group's offset, an operator's tool's, are no id."""
+"""A topic id as Kafka writes it. Other tools may store other metadata with a group's offset."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """The next offset of a partition whose output is not published yet, and the topic that the offset belongs to."""
+    """The position of a partition: the first offset whose output is not committed yet."""
 
     offset: int
     topic_id: str | None
-    """The id of the topic, which differs from the id of a later topic of the same name; None where it is not known."""
+    """The id of the topic that the offset belongs to, or None if it is unknown. A topic that is deleted and created
+    again has another id."""
     leader_epoch: int | None = None
-    """The partition's leader epoch as it was read last: from it brokers tell whether the log was truncated since."""
+    """The partition's leader epoch of the last message that was read, or None. With it, brokers can tell whether the
+    log was truncated since."""
 
     def claim(self, topic: str, partition: int, writer: Writer) -> Claim:
-        """A claim on the partition, which begins at this position."""
+        """Returns a claim on the partition that starts at this position."""
         return Claim(topic, partition, writer, self.offset, topic_id=self.topic_id, leader_epoch=self.leader_epoch)
 
 
 OpenWriter = Callable[[str, Store], Writer]
-"""Opens a writer with a transactional id."""
+"""Opens a writer. Arguments: its transactional id, and the function that adds positions to its transactions."""
 Place = Callable[[Sequence[TopicPartition], Sequence[Position | None]], list[Position]]
-"""Decides where partitions are read on, from the positions that are stored for them (None where there is none)."""
+"""Decides where reading of partitions starts. Arguments: the partitions, and the stored position of each or None."""
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoint(Protocol):
-    """How partitions are claimed. `claim` and `renew` are for the thread that reads, since a consumer lets no second
-    thread in while the first one polls; `glance` is for any thread."""
+    """Claims partitions and reads their stored positions.
+
+    Only the reading thread may call `claim` and `renew`, because a consumer blocks other threads while it polls. Any
+    thread may call `glance`.
+    """
 
     def claim(self, partitions: Sequence[TopicPartition], place: Place) -> list[Claim]:
-        """Shuts earlier owners out, and only then reads the positions and asks `place` where reading goes on.
+        """Fences earlier owners first, then reads the stored positions and asks `place` where reading starts.
 
-        Stores each position that `place` has changed. Raises KafkaAwayError or KafkaException where the brokers do not
-        answer: nothing is claimed then, and the call may be repeated.
+        Returns one claim for each partition, in the same order. Stores each position that `place` has changed. Raises
+        KafkaAwayError or KafkaException if the brokers do not answer; then nothing is claimed, and the call may be
+        repeated.
         """
         ...
 
     def glance(self, partitions: Sequence[TopicPartition]) -> list[Position | None]:
-        """The positions that are committed now, whoever owns the partitions. Waits for no open transaction."""
+        """Returns the committed position of each partition, or None, whichever instance owns the partition.
+
+        Does not wait until open transactions end.
+        """
         ...
 
     def renew(self) -> None:
-        """To be called when the group has been served: positions are stored in the generation that it is in now."""
+        """Updates the group's generation with which positions are stored. Call this after each poll of the consumer."""
         ...
 
 
 class GroupCheckpoint:
-    """Positions as the input group's offsets, for input and output on one cluster. One writer serves all partitions.
+    """Positions as offsets of the consumer group, for input and output on one cluster.
 
-    The metadata of each offset hold the topic's id.
+    One writer serves all partitions. The metadata of each offset hold the topic's id.
     """
 
     def __init__(self, consumer: Consumer, open_writer: OpenWriter, transactional_id: str, observer: Consumer) -> None:
-        """`transactional_id`: unique among living instances; need not be stable, since the group does the fencing.
-        `observer`: another client of the group of `consumer`, which has not joined it."""
+        """`transactional_id`: unique among running instances; it may change, because the group fences old members.
+
+        `observer`: another client that is configured for the group of `consumer` but has not joined it.
+        """
         self._consumer = consumer
         self._open_writer = open_writer
         self._transactional_id = transactional_id
@@ -118,7 +132,7 @@ class GroupCheckpoint:
         self._metadata: object = None
 
     def claim(self, partitions: Sequence[TopicPartition], place: Place) -> list[Claim]:
-        """Reads the group's offsets, once no transaction is pending on them. To be called when they are assigned."""
+        """See Checkpoint. Waits until no open transaction holds an offset. Call this when partitions are assigned."""
         self._member = self._consumer.memberid()
         self.renew()
         if not partitions:
@@ -136,15 +150,15 @@ class GroupCheckpoint:
         return claims
 
     def glance(self, partitions: Sequence[TopicPartition]) -> list[Position | None]:
-        """Asks the group's coordinator once, for all partitions."""
+        """See Checkpoint. Sends one request to the group's coordinator, for all partitions."""
         if not partitions:
             return []
-        # Not `AdminClient.list_consumer_group_offsets`: that client has no group, and librdkafka 2.16 ends the process
-        # with a segmentation fault when the coordinator is moving.
+        # `AdminClient.list_consumer_group_offsets` is not used: that client has no group, and librdkafka 2.16 crashes
+        # with a segmentation fault while the coordinator moves to another broker.
         return _group_positions(partitions, self._observer.committed(list(partitions), timeout=REQUEST_TIMEOUT_S))
 
     def _stored(self, partitions: Sequence[TopicPartition]) -> list[Position | None]:
-        """Asks the group's coordinator, which waits until no transaction holds an offset that may yet come."""
+        """Requests the offsets from the group's coordinator, which answers when no open transaction holds one."""
         try:
             return _group_positions(partitions, self._consumer.committed(list(partitions), timeout=STABLE_TIMEOUT_S))
         except KafkaException as error:
@@ -153,10 +167,11 @@ class GroupCheckpoint:
             raise KafkaSetupError(f"the group's positions cannot be read: {explain(error.args[0])}") from None
 
     def renew(self) -> None:
-        """Takes the membership that the next positions are stored under."""
+        """See Checkpoint."""
         metadata = self._consumer.consumer_group_metadata()
-        # In this order: metadata without a member, taken while a membership is being replaced, would be anybody's, and
-        # the broker would accept them. Ids are not used twice: if it is the member's now, it was when they were taken.
+        # The metadata are read before the member id is compared. While a membership is being replaced, the metadata may
+        # have no member id, and the broker would accept such metadata from any instance. Member ids are never reused:
+        # if the id is the same now, the metadata belong to this member.
         if self._member and self._consumer.memberid() == self._member:
             self._metadata = metadata
 
@@ -166,12 +181,13 @@ class GroupCheckpoint:
         except KafkaException as error:
             if error.args[0].code() not in (*NOT_A_MEMBER, *REFUSED):
                 raise
-            # The group has moved on, and these partitions are about to be taken away again; or they may not be read,
-            # which is said when that is tried.
+            # Either the group has started a rebalance and revokes these partitions soon, or the account may not read
+            # them, which the next read reports.
 
     def _store(self, producer: Any, ends: Mapping[Claim, int]) -> None:
-        # In this order: a membership is renewed only when the claims that it cost have ended. So what is alive after
-        # the metadata were taken belongs to the generation that they name, and the broker judges whether that still is.
+        # The metadata are read before the claims are checked. `renew` runs only after the claims that a rebalance has
+        # revoked are ended. So a claim that is alive here belongs to the generation in the metadata, and the broker
+        # refuses the commit if that generation has ended.
         metadata = self._metadata
         if metadata is None or not all(claim.alive for claim in ends):
             raise ClaimEndedError("the group has taken partitions away")
@@ -180,13 +196,14 @@ class GroupCheckpoint:
 
 
 class PositionsCheckpoint:
-    """Positions as records of a compacted topic on the output's cluster. A writer for each partition.
+    """Positions as records of a compacted topic on the output's cluster. Each partition has a writer of its own.
 
-    The writer's transactional id names the partition, so that opening it fences the partition's earlier owner.
+    The writer's transactional id contains the partition, so that opening the writer fences the partition's earlier
+    owner.
     """
 
     def __init__(self, topic: PositionsTopic, open_writer: OpenWriter, prefix: str, group: str, cluster: str) -> None:
-        """`cluster`: the id of the input's."""
+        """`prefix`: output.prefix. `group`: the input's consumer group. `cluster`: the id of the input's cluster."""
         self._topic = topic
         self._open_writer = open_writer
         self._prefix = prefix
@@ -194,7 +211,7 @@ class PositionsCheckpoint:
         self._cluster = cluster
 
     def claim(self, partitions: Sequence[TopicPartition], place: Place) -> list[Claim]:
-        """Opens the partitions' writers, then reads the positions topic as it is after that."""
+        """See Checkpoint. Opens the writers of the partitions first, and then reads the positions topic to its end."""
         if not partitions:
             return []
         with ThreadPoolExecutor(OPENING_THREADS, "open-writer") as pool:
@@ -209,7 +226,7 @@ class PositionsCheckpoint:
         return claims
 
     def glance(self, partitions: Sequence[TopicPartition]) -> list[Position | None]:
-        """Reads the positions topic on, as far as it is committed."""
+        """See Checkpoint. Reads the new committed records of the positions topic."""
         return self._positions(partitions, self._topic.glance()) if partitions else []
 
     def _positions(
@@ -218,10 +235,11 @@ class PositionsCheckpoint:
         return [positions.get(self._key(p.topic, p.partition)) for p in partitions]
 
     def renew(self) -> None:
-        """Nothing to do: positions are stored under the writers' transactional ids."""
+        """See Checkpoint. Does nothing, because positions are stored with the transactional ids of the writers."""
 
     def _open(self, partition: TopicPartition) -> Writer:
-        # A topic's name has no slash, so no two partitions share an id; the prefix leads, for access rules by prefix.
+        # A topic's name contains no slash, so the id is unique. It begins with the prefix, so that one prefixed access
+        # rule covers all ids.
         identity = (self._prefix, self._group, self._cluster, partition.topic, str(partition.partition))
         return self._open_writer("/".join(identity), self._store)
 
@@ -235,28 +253,31 @@ class PositionsCheckpoint:
 
 
 def position_key(cluster: str, group: str, topic: str, partition: int) -> bytes:
-    """The key of a partition's records in the positions topic."""
+    """Returns the key of a partition's records in the positions topic. `cluster`: id of the input's cluster."""
     identity = {"cluster": cluster, "group": group, "topic": topic, "partition": partition}
     return json.dumps(identity, sort_keys=True).encode()
 
 
 def position_value(position: Position) -> bytes:
-    """The value of a partition's record in the positions topic."""
+    """Returns the value of a record in the positions topic: JSON without the keys that are unknown."""
     value = {"next_offset": position.offset, "topic_id": position.topic_id, "leader_epoch": position.leader_epoch}
     return json.dumps({name: known for name, known in value.items() if known is not None}).encode()
 
 
 def claim_offset(claim: Claim, offset: int) -> TopicPartition:
-    """A position of a claim's partition as Kafka's clients have it, with the topic's id as metadata."""
+    """Returns `offset` in the claim's partition as a TopicPartition, with the topic's id as metadata."""
     epoch = NO_LEADER_EPOCH if claim.leader_epoch is None else claim.leader_epoch
     return TopicPartition(claim.topic, claim.partition, offset, claim.topic_id or "", epoch)
 
 
 def _group_positions(partitions: Sequence[TopicPartition], answer: Sequence[TopicPartition]) -> list[Position | None]:
-    """The positions that a coordinator has answered with, in the order of `partitions`; raises KafkaException."""
+    """Converts the coordinator's answer to positions, in the order of `partitions`; None for no stored offset.
+
+    Raises KafkaException if the answer has an error for a partition.
+    """
     found: dict[tuple[str, int], Position] = {}
     for p in answer:
-        if p.error:  # is not the same as no position, from which reading would begin anew
+        if p.error:  # an error must not be taken for a partition without a position, which would be read anew
             raise KafkaException(p.error)
         if p.offset >= 0:
             known = p.metadata and TOPIC_ID.fullmatch(p.metadata)
@@ -265,15 +286,15 @@ def _group_positions(partitions: Sequence[TopicPartition], answer: Sequence[Topi
 
 
 class PositionsTopic:
-    """The committed positions of all partitions of all groups, as last read from `<prefix>.positions`.
+    """A reader of `<prefix>.positions`, which holds the committed positions of all partitions of all groups.
 
-    May be read by several threads.
+    Several threads may use it.
     """
 
     def __init__(
         self, name: str, properties: Mapping[str, object], admin: AdminClient, error_log: ThrottledErrorLog
     ) -> None:
-        """`properties`: of the output's cluster."""
+        """`name`: the topic. `properties` and `admin`: librdkafka properties and a client for the output's cluster."""
         self.name = name
         self._admin = admin
         self._account = error_log.account
@@ -282,7 +303,7 @@ class PositionsTopic:
         self._reached = 0
         self._one_at_a_time = threading.Lock()
         reader = {
-            "group.id": name,  # never joined: librdkafka wants one
+            "group.id": name,  # librdkafka requires a group, but the client never joins it
             "enable.auto.commit": False,
             "isolation.level": "read_committed",
             "enable.partition.eof": True,
@@ -293,15 +314,15 @@ class PositionsTopic:
         self._consumer.assign([self._partition])
 
     def read(self) -> Mapping[bytes, Position]:
-        """Reads on to the end that the topic has now: everything committed before this call is in the answer.
+        """Reads to the present end of the topic, and returns all positions that were committed before this call.
 
-        Raises KafkaAwayError where another producer's transaction hides that end for too long, and KafkaSetupError
-        where the topic may not be read.
+        The keys are those of `position_key`. Raises KafkaAwayError if an open transaction of another producer blocks
+        the end for too long, and KafkaSetupError if the account may not read the topic.
         """
         return self._read(IsolationLevel.READ_UNCOMMITTED, STABLE_TIMEOUT_S)
 
     def glance(self) -> Mapping[bytes, Position]:
-        """As `read`, but reads only to the first transaction that is open, and does not wait for its end."""
+        """Like `read`, but reads only to the first open transaction and does not wait until that transaction ends."""
         return self._read(IsolationLevel.READ_COMMITTED, REQUEST_TIMEOUT_S)
 
     def _read(self, isolation: IsolationLevel, timeout_s: float) -> Mapping[bytes, Position]:
@@ -321,22 +342,22 @@ class PositionsTopic:
                 if message.error() is None:
                     self._note(message)
                 elif message.error().code() == KafkaError._PARTITION_EOF:
-                    # The end of what is committed, which an open transaction holds back.
+                    # This is the last stable offset: an open transaction may hide records behind it.
                     self._reached = message.offset()
                 elif message.error().code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
-                    pass  # librdkafka looks for the coordinator of a group that is not used here
+                    pass  # librdkafka looks up the coordinator of the group, which is not used here
                 elif self._account and message.error().code() in REFUSED:
                     raise KafkaSetupError(self._account.lacks(Right(("Read",), "topic", self.name)))
                 elif not message.error().retriable():
                     log.warning("topic %s: %s", self.name, explain(message.error()))
 
     def _note(self, message: Any) -> None:
-        if message.value() is None:  # an operator's way to forget a position
+        if message.value() is None:  # a tombstone: an operator has deleted the position
             self._positions.pop(message.key(), None)
             return
         try:
             record = json.loads(message.value())
-            # Versions before these were kept wrote the offset alone.
+            # Records of old versions hold only the offset.
             topic_id, epoch = record.get("topic_id"), record.get("leader_epoch")
             self._positions[message.key()] = Position(
                 int(record["next_offset"]), topic_id and str(topic_id), None if epoch is None else int(epoch)
@@ -345,16 +366,16 @@ class PositionsTopic:
             raise KafkaSetupError(f"topic {self.name}: no position at offset {message.offset()}: {error!r}") from None
 
     def _end(self, isolation: IsolationLevel, deadline: float) -> int:
-        # Uncommitted: the high watermark, past the markers of every transaction that has ended.
+        # With READ_UNCOMMITTED this is the high watermark, which is behind the markers of all ended transactions.
         request = {self._partition: OffsetSpec.latest()}
         while True:
             answer = self._admin.list_offsets(request, isolation_level=isolation, request_timeout=REQUEST_TIMEOUT_S)
             try:
                 return int(answer[self._partition].result().offset)
-            except KafkaException as error:  # it has no leader while it is new, or while that moves
+            except KafkaException as error:  # a new partition, or one whose leader moves, has no leader for a moment
                 if time.monotonic() > deadline:
                     raise KafkaAwayError(f"topic {self.name} cannot be read: {explain(error.args[0])}") from None
             time.sleep(PROPAGATION_PAUSE_S)
-            # librdkafka may keep it for good that a new topic has no leader, and answer from that. This asks brokers.
+            # librdkafka may cache for ever that a new topic has no leader. This request refreshes its metadata.
             with suppress(KafkaException):
                 self._admin.list_topics(self.name, timeout=REQUEST_TIMEOUT_S)

@@ -1,6 +1,7 @@
-"""What every Kafka client of the service needs: its properties, a reachable cluster, topics, errors in plain words.
+"""What all Kafka clients of the service share: properties, waiting for a cluster, topics, and readable errors.
 
-Secrets are read here, when a client is made, and go nowhere but into its properties: properties are never logged.
+Secrets are read here when a client is created. They are stored only in the properties of the client, which are never
+logged.
 """
 
 from __future__ import annotations
@@ -22,74 +23,76 @@ from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.kafka.rights import REFUSED, Account, Right, not_among
 
 RESERVED = {
-    "bootstrap.servers": "say it as `bootstrap_servers`",
-    "group.id": "say it as `group_id`",
+    "bootstrap.servers": "use the key `bootstrap_servers`",
+    "group.id": "use the key `group_id`",
     "transactional.id": "it is derived from prefix, group and partition, so that an earlier owner is fenced",
-    "enable.idempotence": "transactions need it",
+    "enable.idempotence": "transactions require it",
     "enable.auto.commit": "positions are stored with the output that they belong to",
     "enable.auto.offset.store": "positions are stored with the output that they belong to",
     "isolation.level": "a position is final only when it is committed",
-    "partition.assignment.strategy": "partitions are handed over cooperatively",
-    "auto.offset.reset": "say it as `start`",
+    "partition.assignment.strategy": "partitions are reassigned cooperatively",
+    "auto.offset.reset": "use the key `start`",
 }
-"""Properties that exactly-once rests on, or that have a key of their own: why they cannot be passed through."""
+"""Properties that cannot be passed through, with the reason: exactly-once depends on them, or they have their own
+key."""
 CLASSIC_PROTOCOL = "classic"
-"""The only `group.protocol` that is taken; librdkafka ignores the case of the value."""
+"""The only supported `group.protocol`. librdkafka ignores the case of the value."""
 NOT_CLASSIC = (
     f"only {CLASSIC_PROTOCOL!r} is supported: positions are committed in transactions, and the KIP-848 protocol "
     "accepts such a commit only with the member's exact epoch, which changes with every rebalance"
 )
 
 NO_TELEMETRY = {"enable.metrics.push": False}
-"""Set for every client that an operator configures, unless the operator sets it: by default, librdkafka sends metrics
-about itself to brokers that ask for them (KIP-714)."""
+"""Turns off client metrics (KIP-714), which librdkafka otherwise sends to brokers that ask for them. An operator can
+turn them on with the key `kafka`."""
 MAX_RESPONSE_BYTES = 256 * 2**20
-"""librdkafka refuses larger answers, and would stay before a message above its own default of 100 MB for ever."""
+"""Largest response that librdkafka accepts. With its default of 100 MB it would never get past a larger message."""
 MAX_RECORD_BYTES = 200_000_000
-"""What is published at most, whatever a topic takes: every consumer must be able to read it."""
+"""Largest record that is published, whatever the topic's limit is: every consumer must be able to read the record."""
 REQUEST_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
-"""Of an attempt to reach a cluster; a signal is heeded after it."""
+"""Timeout of one attempt to reach a cluster. The service reacts to a signal after the attempt."""
 PROPAGATION_PAUSE_S = 0.1
-"""Before asking again of a topic that was made just now."""
+"""Pause before a request about a new topic is repeated, until all brokers know the topic."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
-"""Between attempts: from a blink of the network to an outage of hours."""
+"""First and longest pause between attempts: for a short network fault, and for an outage of hours."""
 REPEAT_INTERVAL_S = 30.0
-"""The same complaint is logged no more often: an outage says so, and does not fill the disk."""
+"""Shortest time between log lines about the same error, so that an outage does not fill the disk."""
 YESTERDAY_AND_TODAY = (1, 0)
-"""Days ago. Yesterday's topics too, because a night's last alerts are sent, and a backlog read, after midnight."""
+"""Number of days before now. Yesterday is included, because the last alerts of a night are sent after midnight."""
 DEFAULT_MAX_MESSAGE_BYTES = 1_048_588
-"""Kafka's own, for clusters that do not say."""
+"""Kafka's default for `max.message.bytes`, used if the cluster does not tell the value."""
 RECORD_OVERHEAD_BYTES = 512
-"""What framing adds to key, value and headers in a batch of one record; generous."""
+"""Upper bound of the framing bytes that a batch of one record adds to key, value and headers."""
 
 NO_TOPIC_ID = "A" * 22
-"""Sixteen zero bytes: what is read from brokers that give topics no ids (Kafka before 2.8, the embedded broker)."""
+"""Sixteen zero bytes in base64: the topic id from brokers without topic ids (Kafka before 2.8, the embedded broker)."""
 
 log = logging.getLogger(__name__)
 librdkafka_log = logging.getLogger("librdkafka")
-# It repeats what `ThrottledErrorLog` says, at length and without advice: for `--verbose` only.
+# librdkafka logs the same errors as `ThrottledErrorLog`, longer and without advice: they are shown with `--verbose`
+# only.
 librdkafka_log.addFilter(lambda _: log.isEnabledFor(logging.DEBUG))
 
 
 class KafkaSetupError(BrokerFilterError, RuntimeError):
-    """Kafka, or the account that is used there, does not allow what the service needs. The message says what to do."""
+    """The cluster or the account does not allow what the service needs. The message says what to do."""
 
 
 class KafkaAwayError(KafkaSetupError):
-    """Brokers have not answered in time. The same request may succeed later."""
+    """The brokers did not answer in time. The same request may succeed later."""
 
 
 class PropertyError(BrokerFilterError, ValueError):
-    """The configuration asks for a property that the service must set itself, or names a secret that is not there."""
+    """The configuration sets a property that the service must set itself, or refers to a secret that is missing."""
 
     exit_status = USAGE
 
 
 def read_secret(secret: Secret, environment: Mapping[str, str] = os.environ) -> str:
-    """The secret's text, without the newline that a file ends with, and a variable that was made of one.
+    """Returns the text of a secret, without one newline at its end.
 
-    Raises PropertyError where there is none.
+    Raises PropertyError if the variable is not set or the file cannot be read.
     """
     if isinstance(secret, SecretFromEnvironment):
         text = environment.get(secret.env)
@@ -105,9 +108,9 @@ def read_secret(secret: Secret, environment: Mapping[str, str] = os.environ) -> 
 
 
 def client_properties(section: Input | Output) -> dict[str, object]:
-    """librdkafka's properties for the section's cluster, secrets included: for a client's constructor only.
+    """Returns librdkafka's properties for the section's cluster. They include secrets: pass them to a client only.
 
-    Raises PropertyError.
+    Raises PropertyError if a reserved property is set or a secret is missing.
     """
     key = type(section).__name__.lower()
     given = plain_properties(section.kafka)
@@ -123,7 +126,7 @@ def client_properties(section: Input | Output) -> dict[str, object]:
 
 
 def output_section(source: Input, output: Output) -> Output:
-    """The output as it is connected to: where it has no brokers of its own, as the input is."""
+    """Returns the output section with its effective connection: that of the input if the output has no brokers."""
     if output.bootstrap_servers is not None:
         return output
     connection: dict[str, object] = {"bootstrap_servers": source.bootstrap_servers}
@@ -133,7 +136,7 @@ def output_section(source: Input, output: Output) -> Output:
 
 
 def refused_properties(properties: Mapping[str, object]) -> dict[str, str]:
-    """Those of the properties that cannot be passed through, each with the reason."""
+    """Returns the properties that cannot be passed through, with the reason for each."""
     refused = {
         name: f"the service sets this property itself: {why}" for name, why in RESERVED.items() if name in properties
     }
@@ -145,7 +148,7 @@ def refused_properties(properties: Mapping[str, object]) -> dict[str, str]:
 def plain_properties(
     properties: Mapping[str, KafkaValue], environment: Mapping[str, str] = os.environ
 ) -> dict[str, str | int | float | bool]:
-    """The properties with the text of each secret in the place of its name. Raises PropertyError."""
+    """Returns the properties with the text of the secrets. Raises PropertyError if a secret is missing."""
     return {
         name: read_secret(value, environment) if isinstance(value, SecretFromEnvironment | SecretFromFile) else value
         for name, value in properties.items()
@@ -153,7 +156,7 @@ def plain_properties(
 
 
 def security_properties(sasl: Sasl | None, tls: Tls | None) -> dict[str, KafkaValue]:
-    """librdkafka's properties for the sections `sasl` and `tls`; secrets are still named."""
+    """Returns librdkafka's properties for the sections `sasl` and `tls`; secrets are still references."""
     properties: dict[str, KafkaValue] = {
         "security.protocol": ("SASL_" if sasl else "") + ("SSL" if tls else "PLAINTEXT"),
     }
@@ -176,16 +179,16 @@ def security_properties(sasl: Sasl | None, tls: Tls | None) -> dict[str, KafkaVa
 
 
 class ThrottledErrorLog:
-    """Errors of one cluster in plain words, each at most once in `REPEAT_INTERVAL_S`; may be called from any thread.
+    """Logs the errors of one cluster, each at most once in `REPEAT_INTERVAL_S`. Any thread may call it.
 
-    An `error_cb` of librdkafka: there alone it says that a password is wrong.
+    It is used as `error_cb` of librdkafka, because librdkafka reports a wrong password only there.
     """
 
     def __init__(
         self, cluster: str, clock: Callable[[], float] = time.monotonic, account: Account | None = None
     ) -> None:
-        """`cluster`: what it is called in messages, as `input brokers survey:9092`. `account`: the service's account
-        there, where messages shall say what to grant."""
+        """`cluster`: name of the cluster in messages, such as `input brokers survey:9092`. `account`: the service's
+        account on the cluster, if messages shall say which right to grant."""
         self.cluster = cluster
         self.account = account
         self._clock = clock
@@ -193,19 +196,22 @@ class ThrottledErrorLog:
         self.latest = ""
 
     def note(self, error: KafkaError) -> bool:
-        """Keeps the latest reason; that all brokers are down is none, it follows one."""
+        """Stores the error's message in `latest`, and returns whether it did.
+
+        "All brokers are down" is ignored, because it follows another error that says the reason.
+        """
         if error.code() == KafkaError._ALL_BROKERS_DOWN:
             return False
         self.latest = explain(error)
         return True
 
     def __call__(self, error: KafkaError) -> None:
-        """Notes and logs what a client reports."""
+        """Stores and logs an error that a client reports."""
         if self.note(error):
             self.say(error.code(), "%s: %s", self.cluster, self.latest)
 
     def say(self, subject: object, message: str, *arguments: object) -> None:
-        """Logs a warning, unless one of the same subject was logged just now."""
+        """Logs a warning, unless a warning about the same `subject` was logged in the last `REPEAT_INTERVAL_S`."""
         now = self._clock()
         if now - self._logged.get(subject, -REPEAT_INTERVAL_S) >= REPEAT_INTERVAL_S:
             self._logged[subject] = now
@@ -213,11 +219,11 @@ class ThrottledErrorLog:
 
 
 def explain(error: KafkaError) -> str:
-    """What an error means for the person who runs the service."""
+    """Returns the text of an error, with advice for the operator if there is any."""
     advice = {
         KafkaError._AUTHENTICATION: "authentication failed, check `sasl` (mechanism, username, password)",
         KafkaError._SSL: "no TLS connection, check `tls`",
-        KafkaError._RESOLVE: "the host's name is not known, check `bootstrap_servers`",
+        KafkaError._RESOLVE: "unknown host name, check `bootstrap_servers`",
         KafkaError._TRANSPORT: "cannot be reached",
         **dict.fromkeys(REFUSED, "a right is missing, which `broker-filter config check --connect` names"),
     }.get(error.code())
@@ -225,7 +231,7 @@ def explain(error: KafkaError) -> str:
 
 
 def pauses() -> Iterator[float]:
-    """Seconds to wait after each failed attempt."""
+    """Yields, without end, the seconds to wait after each failed attempt."""
     pause = FIRST_PAUSE_S
     while True:
         yield pause
@@ -234,19 +240,20 @@ def pauses() -> Iterator[float]:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A cluster that has answered: what it calls itself (its brokers' addresses where it has no id), and how many
-    partitions each of its topics has."""
+    """A cluster that has answered."""
 
     id: str
+    """The cluster's id, or the addresses of its brokers if it has no id."""
     topics: Mapping[str, int]
+    """Number of partitions by topic."""
 
 
 def wait_for_cluster(
     properties: Mapping[str, object], error_log: ThrottledErrorLog, stop: threading.Event, patience_s: float = math.inf
 ) -> Cluster | None:
-    """Asks the cluster who it is until it answers; None once `stop` is set.
+    """Asks the cluster for its id and topics until it answers. Returns None once `stop` is set.
 
-    Raises KafkaSetupError where it has not answered within `patience_s` seconds.
+    Raises KafkaSetupError if the cluster does not answer within `patience_s` seconds.
     """
     deadline = time.monotonic() + patience_s
     admin = admin_client(properties, error_log)
@@ -264,23 +271,26 @@ def wait_for_cluster(
 
 
 def ask_cluster(admin: AdminClient, properties: Mapping[str, object], error_log: ThrottledErrorLog) -> Cluster:
-    """Asks the cluster once who it is. Raises KafkaSetupError where it does not answer."""
+    """Asks the cluster once for its id and topics. Raises KafkaSetupError if it does not answer."""
     try:
         metadata = admin.list_topics(timeout=CONNECT_TIMEOUT_S)
     except KafkaException as error:
-        admin.poll(0)  # serves error_cb, which knows more than the request that timed out
+        admin.poll(0)  # calls error_cb, which gets the reason; the request only reports a timeout
         raise KafkaSetupError(f"{error_log.cluster}: {error_log.latest or explain(error.args[0])}") from None
     topics = {name: len(topic.partitions) for name, topic in metadata.topics.items()}
     return Cluster(metadata.cluster_id or str(properties["bootstrap.servers"]), topics)
 
 
 def admin_client(properties: Mapping[str, object], error_log: ThrottledErrorLog) -> AdminClient:
-    """A client for topics and their configuration."""
+    """Returns a client that manages topics and their configuration."""
     return AdminClient({**properties, "error_cb": error_log.note}, logger=librdkafka_log)
 
 
 def topic_ids(admin: AdminClient, topics: Collection[str]) -> dict[str, str | None]:
-    """The ids of topics, in one request; None where the cluster gives none. Raises KafkaException."""
+    """Returns the ids of topics, with None for each id if the cluster has none. Sends one request.
+
+    Raises KafkaException if the request fails or a topic does not exist.
+    """
     if not topics:
         return {}
     answer = admin.describe_topics(TopicCollection(list(topics)), request_timeout=REQUEST_TIMEOUT_S)
@@ -291,9 +301,10 @@ def topic_ids(admin: AdminClient, topics: Collection[str]) -> dict[str, str | No
 def list_offsets(
     admin: AdminClient, partitions: Collection[tuple[str, int]], spec: OffsetSpec, *, committed: bool = False
 ) -> dict[tuple[str, int], int]:
-    """The offset that `spec` stands for in each partition, all in one request to each broker; -1 where there is none.
+    """Returns the offset that `spec` selects in each partition, or -1 if no offset matches. One request to each broker.
 
-    `committed`: the latest offset is the end of what is committed, and not the end of the log. Raises KafkaException.
+    `committed`: the latest offset is the last stable offset (before the first open transaction), and not the end of the
+    log. Raises KafkaException.
     """
     if not partitions:
         return {}
@@ -304,9 +315,9 @@ def list_offsets(
 
 
 def ensure_topics(admin: AdminClient, wanted: Sequence[NewTopic], account: Account | None = None) -> None:
-    """Creates the topics that are absent. Raises KafkaSetupError where the cluster does not allow it.
+    """Creates the topics that do not exist. Raises KafkaSetupError if the cluster does not allow it.
 
-    `account`: who asks, for what is said of a missing right.
+    `account`: the service's account, which the message about a missing right names.
     """
     present = admin.list_topics(timeout=REQUEST_TIMEOUT_S).topics
     absent = [topic for topic in wanted if topic.topic not in present]
@@ -332,10 +343,10 @@ def ensure_topics(admin: AdminClient, wanted: Sequence[NewTopic], account: Accou
 def topic_property(
     admin: AdminClient, topics: Collection[str], name: str, account: Account | None = None
 ) -> dict[str, str]:
-    """The property `name` of topics that are there, without those of which the cluster does not say it.
+    """Returns the property `name` of existing topics, by topic. A topic is left out if the cluster does not tell it.
 
-    Waits for topics that were made just now: it takes a moment until every broker has heard of them. With an
-    `account`, raises KafkaSetupError where that may not ask.
+    Waits for new topics, because it takes a moment until every broker knows a topic. With an `account`, raises
+    KafkaSetupError if the account may not read the configuration.
     """
     values: dict[str, str] = {}
     asked, deadline = set(topics), time.monotonic() + REQUEST_TIMEOUT_S
@@ -360,9 +371,9 @@ def topic_property(
 
 
 def missing_on_topics(admin: AdminClient, wanted: Mapping[str, Sequence[str]]) -> list[Right]:
-    """Which of the operations (as kafka-acls.sh calls them) on topics are not allowed, as far as the cluster says it.
+    """Returns the missing rights. `wanted`: operations, named as in kafka-acls.sh, by topic.
 
-    A topic that does not exist lacks nothing.
+    A topic that does not exist is ignored, and so is a topic whose rights the cluster does not tell.
     """
     missing = []
     question = TopicCollection(list(wanted))
@@ -384,17 +395,17 @@ def missing_on_topics(admin: AdminClient, wanted: Mapping[str, Sequence[str]]) -
 
 
 def require_compaction(admin: AdminClient, topic: str, account: Account | None = None) -> None:
-    """Raises KafkaSetupError where a topic forgets more than what later records replace."""
+    """Raises KafkaSetupError if the topic's cleanup policy is not `compact`."""
     for policy in topic_property(admin, [topic], "cleanup.policy", account).values():
         if policy != "compact":
             raise KafkaSetupError(
-                f"topic {topic} has cleanup.policy={policy}: the positions in it would expire, and alerts be lost or "
-                "repeated; set it to compact"
+                f"topic {topic} has cleanup.policy={policy}: the positions in it would expire, and alerts would be "
+                "lost or repeated; set it to compact"
             )
 
 
 class RecordLimits:
-    """How large a record each topic takes. Kafka's default is assumed where the cluster does not say."""
+    """The largest record of each topic. Kafka's default is assumed if the cluster does not tell the limit."""
 
     def __init__(
         self,
@@ -405,9 +416,12 @@ class RecordLimits:
         account: Account | None = None,
         positions: Sequence[str] = (),
     ) -> None:
-        """`dead_letter`: the one of the topics that takes what fits into no other. `largest`: what the producer sends
-        at most, whatever a topic takes. `account`: who asks; then KafkaSetupError is raised where it may not, since an
-        assumed limit would reject alerts. `positions`: topics that are written too, with small records."""
+        """`dead_letter`: the topic for records that are too large for their own topic. `largest`: the largest record in
+        bytes that the producer sends to any topic. `positions`: further topics that are written, with small records.
+
+        `account`: the service's account. With it, KafkaSetupError is raised if the account may not read the limits,
+        because a limit that is only assumed could reject alerts.
+        """
         self.dead_letter = dead_letter
         self._account = account
         self._written = [*topics, *positions]
@@ -417,27 +431,27 @@ class RecordLimits:
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads the topics' configuration again."""
+        """Reads the limits of the topics again."""
         known = topic_property(self._admin, self._limits, "max.message.bytes", self._account)
         self._limits |= {topic: int(size) for topic, size in known.items()}
         for topic in self._limits.keys() - known.keys():
             log.warning("topic %s gets records of at most %d bytes", topic, self._limits[topic])
 
     def unwritable(self) -> list[Right]:
-        """The rights that are missing to write the topics, as far as the cluster says it."""
+        """Returns the missing rights to write to the topics, as far as the cluster tells them."""
         return missing_on_topics(self._admin, dict.fromkeys(self._written, ("Write",)))
 
     def of(self, topic: str) -> int:
-        """The largest sum of key, value and headers in bytes."""
+        """Returns the largest allowed sum of key, value and headers of a record for `topic`, in bytes."""
         return min(self._limits[topic], self._largest) - RECORD_OVERHEAD_BYTES
 
     @property
     def smallest(self) -> int:
-        """What a batch of records fits into, whichever topic it goes to."""
+        """The size in bytes of a batch of records that every topic accepts."""
         return min(self._largest, *self._limits.values())
 
 
 def topic_names(templates: Sequence[str], now: datetime, days_ago: Sequence[int] = YESTERDAY_AND_TODAY) -> list[str]:
-    """The topics of some days: what strftime directives stand for so many days before `now` (UTC)."""
+    """Returns the topic names of some days. `days_ago`: numbers of days before `now` (UTC)."""
     days = [now - timedelta(days=n) for n in days_ago]
     return list(dict.fromkeys(day.strftime(template) for template in templates for day in days))

@@ -1,4 +1,4 @@
-"""The service's two ends, connected: which cluster is which, its topics made, positions kept where the output is."""
+"""Connects the service to the clusters of input and output, creates the output topics, and joins the consumer group."""
 
 from __future__ import annotations
 
@@ -38,28 +38,30 @@ from broker_filter.kafka.window import Window
 from broker_filter.metrics import Metrics
 
 ALERT_BYTES = 32 * 2**20
-"""Largest record of the topics that are created: twice the largest packet that is decoded."""
+"""Largest record in bytes of the alert topics that are created: twice the largest packet that is decoded."""
 DEAD_LETTER_BYTES = 128 * 2**20
-"""A dead letter is whatever the input's brokers took: 100 MiB, unless they were told otherwise."""
+"""Largest record in bytes of the dead-letter topic. A dead letter holds a whole input message, which may have 100
+MiB."""
 POSITIONS_CONFIG = {"cleanup.policy": "compact", "segment.bytes": str(16 * 2**20), "min.cleanable.dirty.ratio": "0.1"}
-"""Small segments, compacted early: the topic is read whole at every start."""
+"""Small segments that are compacted early, because the whole topic is read at every start."""
 DRAIN_TIMEOUT_S = 30.0
-"""For the output of a partition that is handed over; what comes later is done again by the new owner."""
+"""Time to commit the output of a partition before it is revoked. The new owner repeats the work that is not
+committed."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """Where alerts come from and go to."""
+    """The connected input and output of the service."""
 
     source: KafkaSource
     sink: KafkaSink
     separate_clusters: bool
-    """They are on two clusters: positions are not kept in the input's group."""
+    """Whether input and output are on two clusters, so that positions are not stored in the input's group."""
 
     def report_positions(self, *, wait: bool = False) -> None:
-        """Shows the positions in the input's group too, for the tools that look there for a lag."""
+        """Commits the positions to the input's group too, for tools that show the lag. The service never reads them."""
         if self.separate_clusters:
             self.source.report_positions(wait=wait)
 
@@ -72,9 +74,10 @@ def connect(
     committing: Stage,
     stop: threading.Event,
 ) -> Endpoints | None:
-    """Waits for the clusters, makes the output `topics` and joins the group; None once `stop` is set.
+    """Waits for the clusters, creates the output `topics` and joins the group. Returns None once `stop` is set.
 
-    Raises PropertyError and KafkaSetupError.
+    Raises PropertyError if the configuration cannot be used, and KafkaSetupError if a cluster does not allow what the
+    service needs.
     """
     output = output_section(config.input, config.output)
     in_properties, out_properties = client_properties(config.input), client_properties(output)
@@ -93,7 +96,7 @@ def connect(
     separate_clusters = in_cluster.id != out_cluster.id
     read = topic_names(config.input.topics, datetime.now(UTC))
     loops = [] if separate_clusters else sorted(set(topics).intersection(read))
-    if loops:  # whatever name the cluster is reached by
+    if loops:  # the configuration check cannot find this if two addresses lead to the same cluster
         raise KafkaSetupError(f"{', '.join(loops)} would be read and written; choose another output.prefix")
     admin = admin_client(out_properties, out_error_log)
     positions = [f"{output.prefix}.{POSITIONS}"] if separate_clusters else []
@@ -116,7 +119,9 @@ def connect(
     def drain(claims: Collection[Claim]) -> None:
         if not sink.drain(claims, DRAIN_TIMEOUT_S):
             pending = ", ".join(str(claim) for claim in claims if not claim.drained)
-            log.warning("handed over before all that was read is committed, and read again: %s", pending)
+            log.warning(
+                "revoked before all messages in flight are committed; the next owner reads them again: %s", pending
+            )
 
     source = KafkaSource(config.input, in_properties, in_cluster, in_error_log, drain, metrics)
     checkpoint: Checkpoint
@@ -126,7 +131,7 @@ def connect(
             positions_topic, open_writer, output.prefix, config.input.group_id, in_cluster.id
         )
     else:
-        # An instance that is started again under its name goes on at once: it ends its own old transaction.
+        # With `group.instance.id`, a restarted instance ends its own old transaction and continues at once.
         instance = str(in_properties.get("group.instance.id", uuid.uuid4().hex))
         transactional_id = f"{output.prefix}/{config.input.group_id}/{instance}"
         checkpoint = GroupCheckpoint(
@@ -144,7 +149,7 @@ def _waiting(health: Health, error_log: ThrottledErrorLog) -> Iterator[None]:
 
 
 def output_topics(output: Output, names: Sequence[str], *, separate_clusters: bool) -> list[NewTopic]:
-    """The topics `names`, and the one of the positions where the input is on another cluster, as they are created."""
+    """Returns the topics to create: `names` and, if `separate_clusters`, the topic of the positions."""
     dead_letter = f"{output.prefix}.{DEAD_LETTER}"
     sizes = {name: DEAD_LETTER_BYTES if name == dead_letter else ALERT_BYTES for name in names}
     alerts = [_topic(output, name, output.partitions, {"max.message.bytes": str(size)}) for name, size in sizes.items()]

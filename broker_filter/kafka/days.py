@@ -1,8 +1,8 @@
-"""Which topics are read: those of today and yesterday, and those of earlier days that hold unread messages.
+"""Chooses the topics to read: those of today and yesterday, and those of earlier days that hold unread messages.
 
-Brokers are asked in a thread of its own, about all topics at once, so that reading never waits for an answer. Brokers
-that do not answer never end the service: the topics stay as they are, and the brokers are asked again. The ids of the
-topics are looked up with them: librdkafka may go on at the old offset, and say nothing, where a topic is made anew.
+A separate thread asks the brokers about all topics at once, so that reading never waits for an answer. If the brokers
+do not answer, the service goes on with the same topics and asks again. The ids of the topics are looked up too, because
+librdkafka may continue at the old offset without an error if a topic is deleted and created again.
 """
 
 from __future__ import annotations
@@ -33,33 +33,34 @@ from broker_filter.kafka.client import (
 from broker_filter.kafka.rights import REFUSED
 
 LOOK_INTERVAL_S = 10.0
-"""Between looks for topics that are new, were made anew, or hold new messages of an earlier day."""
+"""Pause between two searches for topics that are new, were created again, or hold new messages of an earlier day."""
 FIRST_LOOK_S = 60.0
-"""How long the first look is tried: a cluster that has just started may not have chosen the group's coordinator yet."""
+"""Time limit of the first search with its repetitions: a cluster that has just started may have no group coordinator
+yet."""
 RETRY_PAUSE_S = 2.0
-"""Before brokers are asked again that have not answered."""
+"""Pause before the brokers are asked again after a failed search."""
 HORIZON_DAYS = 3660
-"""Topics of earlier days are recognised by their names, for ten years back: longer than a day's topic is kept."""
+"""Topics of earlier days are recognised by name for ten years back, which is longer than the topic of a day is kept."""
 END_TIMEOUT_S = 1.0
-"""For a look that is in flight when the service ends; after that it is left to end with the process."""
+"""Time to wait at the end for a search in flight. After it, the thread ends with the process."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a look at the brokers has found."""
+    """The result of one search for topics."""
 
     current: list[str] = field(default_factory=list)
     """The topics of today and yesterday, whether or not they exist."""
     earlier: list[str] = field(default_factory=list)
-    """The topics of earlier days that are to be read, the oldest first."""
+    """The topics of earlier days to read, the oldest first."""
     dates: Mapping[str, Mapping[str, date]] = field(default_factory=dict)
-    """The day of each topic that exists, by template."""
+    """By template (a name with strftime directives), the day of each topic that exists."""
     begun: frozenset[str] = frozenset()
-    """Those of them in which the group has a position."""
+    """The existing topics of templates in which the group has a position."""
     ids: Mapping[str, str | None] = field(default_factory=dict)
-    """The ids of the topics that are to be read and exist; None where the cluster gives none."""
+    """The ids of the existing topics to read. An id is None if the cluster has no topic ids."""
 
     @property
     def topics(self) -> list[str]:
@@ -68,7 +69,7 @@ class Found:
 
 
 class Days:
-    """The topics to subscribe to, found by one look at the brokers after another."""
+    """Searches repeatedly for the topics to subscribe to."""
 
     def __init__(
         self,
@@ -79,7 +80,8 @@ class Days:
         error_log: ThrottledErrorLog,
         clock: Callable[[], datetime],
     ) -> None:
-        """`admin`: of the input's cluster; `cluster`: as it was before reading began. `clock`: the time in UTC."""
+        """`admin`: a client for the input's cluster. `cluster`: its topics before reading began. `clock`: returns the
+        time in UTC."""
         self._section = section
         self._admin = admin
         self._cluster = cluster
@@ -93,9 +95,10 @@ class Days:
         self._thread = threading.Thread(target=self._keep_looking, name="days", daemon=True)
 
     def start(self) -> None:
-        """Looks for the first time, and from then on in the background.
+        """Searches once, and starts the thread that repeats the search.
 
-        Raises KafkaException or KafkaSetupError where the brokers refuse the look, or do not answer for `FIRST_LOOK_S`.
+        Raises KafkaException or KafkaSetupError if the brokers refuse the search or do not answer within
+        `FIRST_LOOK_S`.
         """
         deadline = time.monotonic() + FIRST_LOOK_S
         for pause in pauses():
@@ -110,7 +113,7 @@ class Days:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the looks in the background."""
+        """Stops the thread that searches."""
         self._stop.set()
         self._wake.set()
         if self._thread.is_alive():
@@ -118,14 +121,16 @@ class Days:
 
     @property
     def found(self) -> Found:
-        """What the latest look has found, another object after each look. Never waits: a change of the day wakes the
-        thread that looks."""
+        """The result of the latest search; each search creates a new object. Never waits.
+
+        If the day has changed, this starts a search in the background.
+        """
         if self._found.current != topic_names(self._section.topics, self._clock()):
             self._wake.set()
         return self._found
 
     def follows(self, topic: str) -> bool:
-        """Whether the group has begun to read another day's topic, so that all of this day's topic is to be read."""
+        """Whether the group has a position in the topic of another day, so that `topic` is read from its beginning."""
         found, start = self._found, self._section.start
         for dates in found.dates.values():
             if topic in dates and not (isinstance(start, datetime) and dates[topic] <= start.date()):
@@ -133,7 +138,7 @@ class Days:
         return False
 
     def _may_pass(self, error: KafkaException | KafkaAwayError) -> bool:
-        """Logs why a look has failed, and returns whether another look may succeed."""
+        """Logs why a search failed, and returns whether another search may succeed."""
         if isinstance(error, KafkaAwayError):
             self._error_log.say("days", "%s", error)
             return True
@@ -152,7 +157,7 @@ class Days:
                 self._error_log(error.args[0])
             except KafkaSetupError as error:
                 self._error_log.say("days", "%s", error)
-            except Exception:  # whatever it is, without this thread no topic would be found after midnight
+            except Exception:  # this thread must go on: without it, no topic would be found after midnight
                 log.exception("the topics of earlier days could not be looked up")
             else:
                 continue
@@ -178,20 +183,23 @@ class Days:
         high = list_offsets(self._admin, asked, OffsetSpec.latest())
         read = {key: position.offset if (position := stored[key]) else 0 for key in asked}
         unread = {key[0] for key in asked if max(low[key], read[key]) < high[key]}
-        if current == before.current:  # until midnight a topic stays that is read to its end: leaving it is a rebalance
+        if current == before.current:  # a topic that is read to its end stays until midnight, to avoid a rebalance
             unread |= set(before.earlier).intersection(existing)
         days = {topic: day for of_template in dates.values() for topic, day in of_template.items()}
         earlier = sorted(unread, key=lambda topic: (days[topic], topic))
         return Found(current, earlier, dates, begun, topic_ids(self._admin, {*current, *earlier} & existing.keys()))
 
     def _existing_days(self, template: str, now: datetime, existing: Mapping[str, object]) -> dict[str, date]:
-        """The days of a template's topics that exist."""
+        """Returns the days of the existing topics of a template, by topic."""
         days = (now - timedelta(days=n) for n in range(HORIZON_DAYS))
         return {topic: day.date() for day in days if (topic := day.strftime(template)) in existing}
 
     def _wanted(self, dates: Mapping[str, Mapping[str, date]], begun: frozenset[str]) -> set[str]:
-        """Topics that are to be read, as far as they are not: those since the day that the configuration says or that
-        the group has begun first, and those that were made after reading began."""
+        """Returns the topics to read if they hold unread messages.
+
+        These are the topics since the configured day or since the first day in which the group has a position, and the
+        topics that were created after reading began.
+        """
         wanted = set()
         for of_template in dates.values():
             first = min((day for topic, day in of_template.items() if topic in begun), default=date.max)
@@ -200,8 +208,8 @@ class Days:
         return wanted
 
     def _start_day(self) -> date:
-        """The first day that the configuration asks for: the one before `input.start`, since a night's last alerts are
-        sent after midnight."""
+        """Returns the first day that the configuration selects: the day before `input.start`, because the last alerts
+        of a night are sent after midnight."""
         match self._section.start:
             case "earliest":
                 return date.min

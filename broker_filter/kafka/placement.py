@@ -1,7 +1,8 @@
-"""Where partitions are read on: from their stored positions, from where the configuration says, or after a loss.
+"""Chooses where reading of partitions starts: at the stored position, at the configured start, or after lost messages.
 
-Every offset between the position that was stored and the one that is returned is accounted for: it is counted as lost,
-or the topic is a new one and refused unless the operator has decided. Asks the brokers for all partitions at once.
+Every offset between the stored and the returned position is accounted for. It is counted as lost, or the topic is
+another one of the same name, which is an error unless the operator has decided to read it. Each request to the brokers
+is about all partitions.
 """
 
 from __future__ import annotations
@@ -25,27 +26,27 @@ Key = tuple[str, int]
 
 
 class Placement:
-    """Decides where partitions are read on. For the thread that claims them.
+    """Chooses where reading of partitions starts. Only the thread that claims partitions may use it.
 
-    A gap between two offsets that are read is no loss: compaction and transactions leave such gaps. Messages are lost
-    where the log begins after the position, or ends before it.
+    Messages are lost if the log begins after the position or ends before it. A gap between two offsets that are read is
+    not a loss, because compaction and transactions leave such gaps.
     """
 
     def __init__(self, section: Input, admin: AdminClient, cluster: Cluster, days: Days, metrics: Metrics) -> None:
-        """`admin`: of the input's cluster; `cluster`: as it was before reading began."""
+        """`admin`: a client for the input's cluster. `cluster`: its topics before reading began."""
         self._section = section
         self._admin = admin
         self._cluster = cluster
         self._days = days
         self._metrics = metrics
-        self._ids: dict[str, str | None] = {}  # of the topics that were placed, when they were placed last
+        self._ids: dict[str, str | None] = {}  # ids of the topics at the latest call
         self._cut: dict[Key, int] = {}
         self._reached: dict[Key, int] = {}
 
     def note_out_of_range(self, key: Key, end: int | None, reached: int) -> None:
-        """Notes that the brokers no longer have a partition's next offset, for when the partition is placed again.
+        """Stores, for the next call, that the brokers no longer hold the next offset of a partition.
 
-        `end`: where the log departs from what was read, if the brokers have said so. `reached`: the end of the log as
+        `end`: the offset to which the log was truncated, if the brokers have told it. `reached`: the end of the log as
         it was known before.
         """
         self._reached[key] = reached
@@ -53,7 +54,10 @@ class Placement:
             self._cut[key] = end
 
     def __call__(self, partitions: Sequence[TopicPartition], stored: Sequence[Position | None]) -> list[Position]:
-        """The positions to read on from. Raises KafkaSetupError where the operator must decide, and KafkaException."""
+        """Returns the position at which reading of each partition starts, and counts lost messages.
+
+        Raises KafkaSetupError if the operator must decide, and KafkaException if a request fails.
+        """
         before = {(p.topic, p.partition): position for p, position in zip(partitions, stored, strict=True)}
         ids = topic_ids(self._admin, {topic for topic, _ in before})
         low = list_offsets(self._admin, before, OffsetSpec.earliest())
@@ -75,7 +79,7 @@ class Placement:
         return placed
 
     def _made_since(self, key: Key, ids: dict[str, str | None]) -> bool:
-        """Whether a partition was made after reading had begun, so that all of it is to be read."""
+        """Whether a partition was created after reading began, so that it is read from its beginning."""
         topic, partition = key
         return (
             partition >= self._cluster.topics.get(topic, 0)
@@ -84,7 +88,10 @@ class Placement:
         )
 
     def _starts(self, partitions: Sequence[Key]) -> dict[Key, int]:
-        """Where partitions that have no position begin, as the configuration says."""
+        """Returns the configured start offsets of partitions that have no stored position.
+
+        The result is empty for `start: earliest`. Raises KafkaSetupError for `start: stored`.
+        """
         start = self._section.start
         if start == "earliest" or not partitions:
             return {}
@@ -101,16 +108,17 @@ class Placement:
         return end | {key: offset for key, offset in found.items() if offset >= 0}
 
     def _is_remade(self, key: Key, position: Position, topic_id: str | None, high: int) -> bool:
-        """Whether the position belongs to an earlier topic of the same name. Raises KafkaSetupError unless the operator
-        wants such topics to be read."""
+        """Whether the position belongs to a deleted topic of the same name. Raises KafkaSetupError if it does, unless
+        the configuration says to read the new topic."""
         topic, partition = key
         if topic_id is not None and position.topic_id is not None:
             if topic_id == position.topic_id:
                 return False
-            fault = f"topic {topic} was deleted and made anew"
-        elif position.offset > high:  # without ids this alone tells
+            fault = f"topic {topic} was deleted and created again"
+        elif position.offset > high:  # without topic ids there is no other sign
             fault = (
-                f"topic {topic} was deleted and made anew, or has lost its end: partition {partition} ends at {high}"
+                f"topic {topic} was deleted and created again, or has lost its end: partition {partition} ends at "
+                f"offset {high}"
             )
         else:
             return False
@@ -124,7 +132,7 @@ class Placement:
         return True
 
     def _within_log(self, key: Key, position: Position, low: int, high: int) -> Position:
-        """The position, or where the log begins after it or departs before it. What lies between is counted as lost."""
+        """Returns the position, moved to the beginning or the end of the log if it is outside. Counts lost messages."""
         topic, partition = key
         told, reached, cut = key in self._reached, self._reached.pop(key, 0), self._cut.pop(key, None)
         end = high if cut is None else min(high, cut)
@@ -138,7 +146,7 @@ class Placement:
             unread = max(0, reached - position.offset)
             log.error(
                 "%s/%d: the log was truncated to offset %d, before the position %d (an unclean leader election?): %d "
-                "messages that were not read are known to be lost; what comes at these offsets now is read",
+                "unread messages are known to be lost; new messages at these offsets are read",
                 topic,
                 partition,
                 end,
@@ -146,6 +154,7 @@ class Placement:
                 unread,
             )
             self._metrics.lose(topic, LossReason.TRUNCATED, unread)
-            # The log may have grown since. With the epoch brokers say where it departs, and that is noted as `end`.
+            # The log may have grown since. If the brokers have not told where it was truncated, the leader epoch is
+            # kept, so that they tell it at the next read, and `note_out_of_range` stores it.
             return replace(position, offset=end, leader_epoch=position.leader_epoch if cut is None else None)
         return replace(position, leader_epoch=None) if told else position

@@ -1,7 +1,7 @@
-"""What a service would be refused, tried before it runs: the clusters reached, and each right that it needs.
+"""Checks, before a service runs, that its clusters can be reached and that the account has every right it needs.
 
-Makes the topics that are absent, as the service does when it starts, and writes nothing into any topic. Joins no group,
-so that a service that is running is not disturbed.
+The check creates missing topics, as the service does at its start, but writes no record. It joins no group, so it does
+not disturb a running service.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ from broker_filter.kafka.rights import REFUSED, Right, account_of, not_among
 OUTPUT_RIGHTS = ("Write", "Describe", "DescribeConfigs")
 POSITIONS_RIGHTS = ("Read", *OUTPUT_RIGHTS)
 LAST_DAYS = range(8)
-"""Days ago whose topics are looked at. A survey keeps a topic for a week, and makes a day's with its first alert."""
+"""Numbers of days before now whose topics are checked. A survey keeps a topic for about a week, and creates the topic
+of a day with the first alert of that day."""
 
 log = logging.getLogger(__name__)
 
 
 def problems(service: Service) -> Iterator[str]:
-    """Everything that would keep the service from its work, a sentence each; nothing where all was tried with success.
+    """Yields a sentence for each problem that would keep the service from working; nothing if every check succeeds.
 
-    Raises PropertyError.
+    Raises PropertyError if the configuration of a client cannot be used.
     """
     source, output = service.input, output_section(service.input, service.output)
     input_end = _End(source, f"input brokers {source.bootstrap_servers}")
@@ -62,10 +63,10 @@ def problems(service: Service) -> Iterator[str]:
 
 
 class _End:
-    """One of the two clusters, asked as the service's account."""
+    """One of the two clusters, checked with the service's account."""
 
     def __init__(self, section: Input | Output, name: str) -> None:
-        """`name`: what the cluster is called in messages."""
+        """`name`: the name of the cluster in messages."""
         self.name = name
         self.account = account_of(section)
         self._properties = client_properties(section)
@@ -73,14 +74,14 @@ class _End:
         self._admin: AdminClient = admin_client(self._properties, error_log)
         self.cluster: Cluster | None = None
         self.trouble = ""
-        """Why there is no `cluster`."""
+        """Why `cluster` is None; empty otherwise."""
         try:
             self.cluster = ask_cluster(self._admin, self._properties, error_log)
         except KafkaSetupError as error:
             self.trouble = str(error)
 
     def missing_on_input(self, source: Input) -> Iterator[Right]:
-        """Rights on the input's topics. A template's days are one right, on the names' common beginning."""
+        """Yields the missing rights on the input topics. For a template, one right covers the topics of all days."""
         for template in source.topics:
             names = topic_names([template], datetime.now(UTC), LAST_DAYS)
             missing = missing_on_topics(self._admin, dict.fromkeys(names, ("Read", "Describe")))
@@ -90,10 +91,12 @@ class _End:
             else:
                 yield from missing
             if not missing and self.cluster and not self.cluster.topics.keys() & names:
-                log.warning("no topic %s exists yet: whether it may be read can be tried only when it does", template)
+                log.warning(
+                    "no topic %s exists yet: the right to read it can be checked only after it was created", template
+                )
 
     def missing_on_group(self, group: str) -> list[Right]:
-        """The right to be a member of the group, where it is missing."""
+        """Returns the missing right to join the group; an empty list if the account has it."""
         deadline = time.monotonic() + REQUEST_TIMEOUT_S
         while True:
             answer = self._admin.describe_consumer_groups(
@@ -103,7 +106,7 @@ class _End:
                 lacking = not_among(("Read",), answer.result().authorized_operations)
             except KafkaException as error:
                 code = error.args[0].code()
-                if code not in REFUSED and time.monotonic() < deadline:  # a cluster's first group makes the coordinator
+                if code not in REFUSED and time.monotonic() < deadline:  # the first group creates the coordinator
                     time.sleep(PROPAGATION_PAUSE_S)
                     continue
                 if code not in REFUSED:
@@ -112,7 +115,8 @@ class _End:
             return [Right(lacking, "group", group)] if lacking else []
 
     def problems_of_output(self, service: Service, *, separate_clusters: bool) -> Iterator[str]:
-        """Topics that cannot be made, rights on topics, and the right to write in transactions."""
+        """Yields the problems of the output: topics that cannot be created, and missing rights on topics and
+        transactions."""
         wanted: dict[str, Sequence[str]] = {}
         for topic in output_topics(service.output, service.output_topics, separate_clusters=separate_clusters):
             try:
@@ -131,10 +135,10 @@ class _End:
             if error.args[0].code() in REFUSED:
                 yield self.account.lacks(Right(("Write",), "transactional-id", prefix, prefixed=True))
             else:
-                yield f"no transactions: {explain(error.args[0])}"
+                yield f"transactions do not work: {explain(error.args[0])}"
 
     def _missing(self, wanted: Mapping[str, Sequence[str]]) -> list[Right]:
-        # It takes a moment until every broker has heard of a topic that was made just now.
+        # It takes a moment until every broker knows a new topic.
         deadline = time.monotonic() + REQUEST_TIMEOUT_S
         while wanted.keys() - self._admin.list_topics(timeout=REQUEST_TIMEOUT_S).topics.keys():
             if time.monotonic() > deadline:

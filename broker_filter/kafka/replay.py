@@ -1,6 +1,6 @@
-"""Archived alerts -> a Kafka topic, as a survey would send them: one message an alert, at a pace of one's choice.
+"""Sends archived alerts to a Kafka topic, as a survey would: one message for each alert, at a chosen pace.
 
-Sends what it reads, damaged packets included, and never changes an alert.
+Damaged packets are sent too, and no alert is changed.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from broker_filter.streaming.archives import MAX_PACKET_BYTES
 from broker_filter.streaming.encoding import ContainerFraming, OutputSchema
 
 PACKETS_AT_A_TIME = 64
-"""Decoded together for their keys and times."""
+"""Packets that are decoded together, to read the keys and times of their alerts."""
 MAX_QUEUED_KBYTES = 65_536
-"""Of messages on their way: some hundred alerts, so that an interrupt does not wait long for them."""
+"""Size of the producer's queue: some hundred alerts, so that an interrupt does not wait long for messages in flight."""
 FLUSH_TIMEOUT_S = 10.0
-"""For the last messages after an interrupt: brokers that have not taken them by then are down."""
+"""Time for the last messages after an interrupt. Brokers that do not accept the messages in this time are down."""
 POLL_S = 0.1
-"""How long a wait may be deaf to an interrupt."""
+"""Longest time until a wait notices an interrupt."""
 SECONDS_PER_DAY = 86_400
 
 log = logging.getLogger(__name__)
 
 Pace = Callable[[int, float | None], float]
-"""When message i, exposed at an MJD (None: not known), is due: seconds after the first."""
+"""Returns when a message is due, in seconds after the first. Arguments: index, and MJD of the exposure or None."""
 
 
 def as_fast_as_possible() -> Pace:
-    """Every message at once."""
+    """A pace at which every message is due at once."""
     return lambda _i, _mjd: 0.0
 
 
 def at_rate(per_second: float) -> Pace:
-    """So many messages a second, evenly."""
+    """A pace of `per_second` messages per second at equal intervals."""
     return lambda i, _mjd: i / per_second
 
 
 def at_speed(factor: float) -> Pace:
-    """By the alerts' exposure times, `factor` times as fast as they were taken.
+    """A pace that follows the exposure times of the alerts, `factor` times as fast.
 
-    Messages keep their order: one exposed before its predecessor, or at an unknown time, goes right after it.
+    Messages keep their order: a message with an earlier or unknown time is due directly after its predecessor.
     """
     first: float | None = None
     latest = 0.0
@@ -68,17 +68,21 @@ def at_speed(factor: float) -> Pace:
 
 @dataclass(slots=True)
 class Account:
-    """What became of a replay's messages, and of packets that cannot be messages (empty, or too large to be read)."""
+    """The numbers of messages of a replay, by outcome."""
 
     sent: int = 0
+    """Messages that the brokers have accepted."""
     sent_bytes: int = 0
+    """Sum of the sizes of the sent messages."""
     failed: int = 0
+    """Messages that the brokers have refused or not accepted in time."""
     unsendable: int = 0
+    """Packets that are empty or were too large to be read, so that no message can be made of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Alert:
-    """A message to send: one alert, or a packet as it is where it was a message or holds what cannot be read."""
+    """A message to send: one alert, or an unchanged packet if the packet was a message or cannot be read."""
 
     value: bytes
     identity: AlertIdentity | None
@@ -86,20 +90,20 @@ class _Alert:
 
     @property
     def key(self) -> bytes | None:
-        """The object id, which keeps an object's alerts in order."""
+        """The object id, so that the alerts of an object stay in order; None if it is unknown."""
         return self.identity.object_id.encode() if self.identity and self.identity.object_id else None
 
     @property
     def mjd(self) -> float | None:
-        """When it was exposed."""
+        """The time of the exposure in MJD, or None if it is unknown."""
         return self.identity.mjd if self.identity else None
 
 
 class Replayer:
-    """Sends packets to a topic that is there.
+    """Sends packets to an existing topic.
 
-    `properties`: librdkafka's, `bootstrap.servers` among them. `stop` ends the replay early; what was sent by then is
-    waited for. `advance` is told how many messages the brokers have taken.
+    `properties`: librdkafka properties, including `bootstrap.servers`. `stop` ends the replay early; messages in flight
+    are waited for. `advance` is called with the number of messages that the brokers have accepted since its last call.
     """
 
     def __init__(
@@ -120,8 +124,8 @@ class Replayer:
         self._producer = Producer(
             {
                 "enable.idempotence": True,  # retried messages arrive once and in order
-                "message.timeout.ms": 0,  # an outage of the brokers is waited out
-                "message.max.bytes": limits.smallest,  # brokers refuse a batch whole: one too large, all its neighbours
+                "message.timeout.ms": 0,  # the producer waits until an outage of the brokers is over
+                "message.max.bytes": limits.smallest,  # a broker refuses a whole batch if it is too large
                 "queue.buffering.max.kbytes": MAX_QUEUED_KBYTES,
                 "linger.ms": 5,
                 **properties,
@@ -131,9 +135,11 @@ class Replayer:
         )
 
     def replay(self, packets: Iterable[Packet], pace: Pace) -> None:
-        """Sends every alert of `packets` in order, counting into `account`; returns when the brokers have them all.
+        """Sends every alert of `packets` in order and counts it in `account`. Returns when the brokers have accepted
+        all.
 
-        Raises RegistryUnavailable, KafkaException where the producer cannot go on.
+        Raises RegistryUnavailable if a schema cannot be read from the registry, and KafkaException if the producer
+        fails.
         """
         started = time.monotonic()
         for i, alert in enumerate(self._alerts(packets)):
@@ -145,7 +151,7 @@ class Replayer:
             pass
         if left := self._producer.flush(FLUSH_TIMEOUT_S):
             self.account.failed += left
-            log.warning("the brokers have not taken the last %d messages: %s", left, self._error_log.latest)
+            log.warning("the brokers have not accepted the last %d messages: %s", left, self._error_log.latest)
 
     def _alerts(self, packets: Iterable[Packet]) -> Iterator[_Alert]:
         for alerts, rejects in self._decoder.decode_stream(packets, PACKETS_AT_A_TIME):
@@ -156,7 +162,7 @@ class Replayer:
                 rows[packet_index].append(row)
             for packet_index, (packet, own) in enumerate(zip(batch, rows, strict=True)):
                 reject = rejected.get(packet_index)
-                if not 0 < len(packet.data) <= MAX_PACKET_BYTES:  # archives may hold more of it than was read
+                if not 0 < len(packet.data) <= MAX_PACKET_BYTES:  # a larger packet was not read to its end
                     log.warning("%s: not sent: %s", packet.position, "too large" if packet.data else "empty")
                     self.account.unsendable += 1
                 elif reject or len(own) == 1 or isinstance(packet.position, KafkaPosition):
@@ -180,7 +186,7 @@ class Replayer:
                     self._topic,
                     alert.value,
                     alert.key,
-                    timestamp=time.time_ns() // 1_000_000,  # of the first attempt, however long it has to be repeated
+                    timestamp=time.time_ns() // 1_000_000,  # of the first attempt, not of a retry
                     on_delivery=lambda error, message: self._delivered(error, message, alert.packet),
                 )
             except BufferError:

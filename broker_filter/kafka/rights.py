@@ -1,4 +1,4 @@
-"""Rights on a Kafka cluster: how a missing one is named, and the command that grants it."""
+"""Rights on a Kafka cluster: messages that name a missing right, and the command that grants it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ REFUSED = (
     KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
 )
-"""The codes with which a broker refuses a request because of its access rules."""
+"""Error codes with which a broker refuses a request because of its access rules."""
 
 
 @dataclass(frozen=True, slots=True)
 class Right:
-    """Operations on one resource, or on all resources whose names begin with `name`."""
+    """Operations on one resource or, if `prefixed`, on all resources whose names begin with `name`."""
 
     operations: tuple[str, ...]
-    """As kafka-acls.sh calls them."""
+    """Names of operations as in kafka-acls.sh."""
     resource: Literal["topic", "group", "transactional-id"]
     name: str
     prefixed: bool = False
@@ -37,17 +37,17 @@ class Right:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Whom a cluster's access rules know the service as."""
+    """The service's account on a cluster: `principal` is its name in the cluster's access rules."""
 
     servers: str
     principal: str
 
     def lacks(self, right: Right) -> str:
-        """Says that the right is missing, and how to grant it."""
+        """Returns a sentence that says that the right is missing and how to grant it."""
         return f"{self.principal} lacks {right}; grant it with: {self.command(right)}"
 
     def command(self, right: Right) -> str:
-        """The command with which the cluster's administrator grants the right."""
+        """Returns the command with which an administrator of the cluster grants the right."""
         operations = " ".join(f"--operation {operation}" for operation in right.operations)
         pattern = " --resource-pattern-type prefixed" if right.prefixed else ""
         return (
@@ -57,12 +57,13 @@ class Account:
 
 
 def account_of(section: Input | Output) -> Account:
-    """The account of a section's clients. Only SASL says here what its principal is called."""
+    """Returns the account of a section's clients. Without a SASL user name the principal is unknown:
+    `User:PRINCIPAL`."""
     user = section.sasl.username if section.sasl else section.kafka.get("sasl.username")
     return Account(str(section.bootstrap_servers), f"User:{user}" if isinstance(user, str) else "User:PRINCIPAL")
 
 
 def not_among(wanted: Sequence[str], allowed: Collection[AclOperation] | None) -> tuple[str, ...]:
-    """Those of the operations that are not allowed; none where a cluster does not say which are."""
+    """Returns the operations in `wanted` that are not allowed; none if the cluster does not tell the allowed ones."""
     names = {operation.name.replace("_", "").lower() for operation in allowed or ()}
     return tuple(operation for operation in wanted if names and operation.lower() not in names)

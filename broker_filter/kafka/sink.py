@@ -1,4 +1,4 @@
-"""Scored batches into transactions: records and positions together, by count or by time. Leaves nothing unaccounted."""
+"""Commits scored batches in transactions, each with its records and positions. Every alert must have an outcome."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from broker_filter.streaming.routing import Routed
 from broker_filter.streaming.scored import ScoredBatch
 
 COMMITTING_THREADS = 8
-"""Writers that commit at a time: each mostly waits for the coordinator."""
+"""Writers that commit in parallel. Each one mostly waits for the transaction coordinator."""
 
 log = logging.getLogger(__name__)
 
 
 class UnaccountedError(RuntimeError):
-    """A packet that is neither scored, rejected nor a duplicate, or whose output is missing: a fault of the program."""
+    """A packet is neither scored, rejected nor a duplicate, or its output is missing. This is a fault of the
+    program."""
 
 
 def divide(delivery: Delivery, scored: ScoredBatch, routed: Routed) -> list[Work]:
-    """The batch's output by claim, in the order of reading; without the packets whose claim has ended.
+    """Divides the output of a batch by claim, in the order of reading. Leaves out packets whose claim has ended.
 
-    Raises UnaccountedError for a packet without an outcome, or with an outcome that has no record.
+    Raises UnaccountedError for a packet without an outcome, or with an outcome but no output record.
     """
     accounts = account_packets(scored.less(routed.refused))
     published = Counter(routed.packet_index)
@@ -40,7 +41,7 @@ def divide(delivery: Delivery, scored: ScoredBatch, routed: Routed) -> list[Work
     place: dict[int, tuple[Work, int]] = {}
     for k, (packet, offset, claim) in enumerate(zip(delivery.packets, delivery.offsets, delivery.claims, strict=True)):
         account = accounts[k]
-        letters = 1 if account.rejected else 0  # however many of the packet's alerts were rejected
+        letters = 1 if account.rejected else 0  # one dead letter, even if several alerts of the packet were rejected
         due = account.scored + letters
         if published[k] < due or not due + account.duplicates:
             raise UnaccountedError(f"{packet.position}: {published[k]} records for {account}")
@@ -59,12 +60,16 @@ def divide(delivery: Delivery, scored: ScoredBatch, routed: Routed) -> list[Work
 
 
 class KafkaSink:
-    """The open transactions. `put` and `commit` are for one thread; `drain` for another."""
+    """Holds the open transactions. One thread calls `put` and `commit`; another thread may call `drain`."""
 
     def __init__(
         self, limits: Transaction, dead_letter: str, metrics: Metrics, stage: Stage, refusals: Refusals
     ) -> None:
-        """`dead_letter`: the topic whose records are counted as dead letters. `refusals`: kept by the writers."""
+        """`limits`: when a transaction is committed. `dead_letter`: the topic whose records are counted as dead
+        letters.
+
+        `refusals`: shared with the writers, which fill it.
+        """
         self._limits = limits
         self._dead_letter = dead_letter
         self._metrics = metrics
@@ -75,56 +80,59 @@ class KafkaSink:
         self._pool = ThreadPoolExecutor(COMMITTING_THREADS, "commit")
 
     def put(self, works: list[Work]) -> None:
-        """Hands work to its writers; what has lost its claim since is for another instance."""
+        """Gives work to the writers of its claims. Drops work whose claim has ended: another instance repeats it."""
         for work in works:
             if work.claim.alive:
                 self._writers.add(work.claim.writer)
                 work.claim.writer.add(work)
 
     def seconds_left(self, *, idle: bool) -> float:
-        """Until the next transaction is due; infinite while none is open. `idle`: nothing more is on its way."""
+        """Returns the seconds until the next transaction is due; infinity if no transaction is open.
+
+        `idle`: no more alerts are in flight.
+        """
         begun = [since for writer in self._writers if (since := writer.waiting_since) is not None]
         return max(0.0, min(begun, default=math.inf) + self._open_s(idle) - time.monotonic())
 
     def trouble(self, partitions: Collection[tuple[str, int]]) -> str:
-        """Why transactions are not committed at present; empty where they are.
+        """Returns why transactions are not committed at present; empty if they are.
 
-        `partitions`: those of the input that this instance has. What was refused of another is no longer its trouble.
+        `partitions`: the input partitions of this instance. A refusal that concerns another partition is left out.
         """
         refused = [reason for key, reason in self._refusals.copy().items() if key in partitions]
         troubles = [writer.trouble for writer in self._writers.copy() if writer.trouble]
         return "; ".join(dict.fromkeys([*troubles, *refused]))
 
     def commit(self, *, idle: bool) -> None:
-        """Commits the transactions that are due; lets go of writers that have nothing left.
+        """Commits the transactions that are due, and forgets writers that hold no more work.
 
-        `idle`: nothing more is on its way.
+        `idle`: no more alerts are in flight.
         """
         while due := self._due(self._open_s(idle)):
             self._commit_all(due)
 
     def commit_everything(self) -> None:
-        """Commits all that was put."""
+        """Commits all work that `put` has given to the writers."""
         while self._writers:
             self._commit_all(list(self._writers))
 
     def drain(self, claims: Collection[Claim], timeout_s: float) -> bool:
-        """Waits until all that was taken under the claims is committed; False where that takes too long."""
+        """Waits until all work of the claims is committed. Returns False if it takes longer than `timeout_s`."""
         with self._committed:
             return self._committed.wait_for(lambda: all(claim.drained for claim in claims), timeout_s)
 
     def close(self) -> None:
-        """Aborts what is open, once no other thread commits any of it."""
+        """Waits until running commits end, and aborts the open transactions."""
         self._pool.shutdown()
         for writer in self._writers:
             writer.close()
 
     def _open_s(self, idle: bool) -> float:
-        """How long a transaction stays open that is neither large nor long."""
+        """Returns the seconds after which an open transaction is committed."""
         return (min(self._limits.linger_ms, self._limits.max_ms) if idle else self._limits.max_ms) / 1000
 
     def _due(self, open_s: float) -> list[Writer]:
-        """The writers whose transactions have to end: all of them, where the window has no room for one."""
+        """Returns the writers whose transactions are due: all writers if the window is too full for one of them."""
         if any(writer.crowded for writer in self._writers):
             return list(self._writers)
         return [writer for writer in self._writers if self._is_due(writer, open_s)]
@@ -149,8 +157,8 @@ class KafkaSink:
                 return writer.commit()
             except FencedError as error:
                 log.log(
-                    logging.DEBUG if writer.refused else logging.WARNING,  # a refusal is said by the writer
-                    "fenced, to be read again from the committed positions: %s",
+                    logging.DEBUG if writer.refused else logging.WARNING,  # the writer has logged a refusal already
+                    "producer fenced; its partitions are read again from the committed positions: %s",
                     error,
                 )
                 writer.close()

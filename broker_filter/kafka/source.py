@@ -1,8 +1,8 @@
-"""The consumer: messages in, as packets with the claim that they were read under. All its methods are for one thread.
+"""The consumer: reads messages as packets, each with the claim on its partition. Only one thread may use it.
 
-Never commits a position: that is for the transaction that holds the output. Never waits long without serving the group:
-whoever does is taken for dead, and its partitions are given away. Never reads the headers of a message, which may be
-anybody's: confluent-kafka 2.16.1 ends the process with a segmentation fault where a header's key is not UTF-8.
+It never commits a position: the transaction that holds the output does. It never waits long without polling, because
+the group would take this instance for dead and give its partitions to others. It never reads the headers of a message,
+which are untrusted input: confluent-kafka 2.16.1 crashes with a segmentation fault if the key of a header is not UTF-8.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ from broker_filter.metrics import Metrics
 from broker_filter.packets.packet import KafkaPosition, Packet
 
 SESSION_TIMEOUT_MS = 10_000
-"""After so long without a heartbeat a dead instance's partitions go to another: a minute is all that an alert has."""
+"""After this time without a heartbeat, the partitions of a dead instance go to another. An alert must arrive within a
+minute."""
 MAX_POLL_INTERVAL_MS = 300_000
 METADATA_REFRESH_MS = 10_000
-"""How soon a topic is found that was waited for."""
+"""Time until a new topic is found."""
 PREFETCH_KBYTES = 64 * 1024
-"""Read ahead, at most; with the queues' bounds this keeps memory flat."""
+"""Largest amount that librdkafka reads ahead. With the bounded queues, it limits the memory."""
 FETCH_PARTITION_BYTES = 4 * 2**20
-"""About fifty alerts of a partition at a time. A larger message still comes, alone."""
+"""About fifty alerts of a partition in one response. A larger message still arrives, alone in a response."""
 QUEUE_FULL_BACKOFF_MS = 10
-"""Before fetching on when the read-ahead was full: librdkafka's second would be a second's silence in a burst."""
+"""Pause before the next fetch when the read-ahead queue is full. librdkafka's default of 1 s would delay a burst."""
 IDLE_S = 0.1
-"""How long to wait for a first message before looking at anything else, as at what was assigned meanwhile."""
+"""Time to wait for the first message of a batch before other work, such as new claims, is done."""
 DELIVERY_BYTES = 32 * 2**20
-"""Messages that are taken at a time end here: a dozen such batches are on their way. 128 LSST alerts have 18 MB."""
+"""A batch ends at this size, because about twelve batches are in flight. 128 LSST alerts have 18 MB."""
 MESSAGES_AT_A_TIME = 16
-"""How many are asked of librdkafka before their bytes are counted."""
+"""Messages that are requested from librdkafka before the size of the batch is checked."""
 CLAIM_PAUSE_S = 2.0
-"""Before claiming again what the group says is ours: time for the group to say whose it is, or for brokers to come
-back."""
+"""Pause before an assigned partition is claimed again: time for the group to rebalance, or for brokers to come back."""
 FENCED = "fenced"
-"""Why a partition is claimed again whose transaction was fenced: routine, and logged as that."""
+"""Why a partition is claimed again after its transaction was fenced. This is routine and logged at level DEBUG."""
 TRUNCATED = re.compile(r"broker end offset is (\d+)")
-"""How librdkafka says where a log that was truncated departs from what was read (its rdkafka_offset.c)."""
+"""The part of librdkafka's error message (rdkafka_offset.c) that tells the offset to which a log was truncated."""
 
 log = logging.getLogger(__name__)
 
@@ -68,24 +68,24 @@ Key = tuple[str, int]
 
 
 class UnexpectedMessageError(RuntimeError):
-    """A message that the rules of this client rule out. Work ends, since its position cannot be trusted."""
+    """A message arrived that the consumer should not deliver. The service ends, because positions cannot be trusted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """Packets in the order in which they were read, each with the claim on its partition."""
+    """N packets in the order of reading, with the offset and the claim of each."""
 
     packets: list[Packet] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
 
     def set_out(self) -> None:
-        """Says that the packets are on their way: a partition that is taken away now is waited for."""
+        """Marks the packets as in flight; revocation of a partition waits for them."""
         for offset, claim in zip(self.offsets, self.claims, strict=True):
             claim.enqueued = offset + 1
 
     def split(self, n_packets: int) -> tuple[Delivery, Delivery]:
-        """The first `n_packets`, and the others."""
+        """Returns a delivery with the first `n_packets`, and one with the other packets."""
         first, rest = slice(n_packets), slice(n_packets, None)
         return (
             Delivery(self.packets[first], self.offsets[first], self.claims[first]),
@@ -94,7 +94,7 @@ class Delivery:
 
 
 class KafkaSource:
-    """A member of the consumer group, and the claims on the partitions that it was given."""
+    """A member of the consumer group, with the claims on its assigned partitions."""
 
     def __init__(
         self,
@@ -106,8 +106,11 @@ class KafkaSource:
         metrics: Metrics,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """`drain` waits, not for ever, until what was read under the claims is committed. `metrics`: where lost
-        messages are counted. `clock`: the time in UTC."""
+        """`drain`: waits, for a limited time, until all messages that were read under the claims are committed.
+
+        `cluster`: the input's cluster with its topics before reading began. `metrics`: counts lost messages. `clock`:
+        returns the time in UTC.
+        """
         self._section = section
         self._cluster = cluster
         self._error_log = error_log
@@ -134,19 +137,19 @@ class KafkaSource:
         self.consumer = Consumer({**defaults, **properties, **own}, logger=librdkafka_log)
         self._admin = admin_client(properties, error_log)
         self._claims: dict[Key, Claim] = {}
-        self._highs: dict[Key, int] = {}  # the ends of logs as they were seen while messages of them were on their way
-        self._ends: dict[Claim, tuple[int, int]] = {}  # the end that was reached, and what was to be read before it
-        self._refused: dict[str, str] = {}  # topics that may not be read, until something of them comes: why
+        self._highs: dict[Key, int] = {}  # ends of logs, as seen while their messages were in flight
+        self._ends: dict[Claim, tuple[int, int]] = {}  # the end that was reached, and `read` at that time
+        self._refused: dict[str, str] = {}  # by topic that may not be read, the reason
         self._unread: list[Claim] = []  # paused since they were claimed
         self._paused: set[Key] = set()
-        self._adrift: dict[Key, str] = {}  # ours, but not read until they are claimed again, and why
+        self._adrift: dict[Key, str] = {}  # assigned partitions that must be claimed again, and why
         self._claim_after: float | None = None
         self._subscribed: list[str] = []
         self._found: Found | None = None
         self.joined = False
 
     def subscribe(self, checkpoint: Checkpoint) -> None:
-        """Joins the group. Partitions are claimed through `checkpoint`."""
+        """Joins the group. `checkpoint` claims the partitions that are assigned later."""
         self._checkpoint = checkpoint
         self._days = Days(self._section, self._admin, self._cluster, checkpoint, self._error_log, self._clock)
         self._days.start()
@@ -155,12 +158,12 @@ class KafkaSource:
 
     @property
     def claims(self) -> list[Claim]:
-        """The living claims."""
+        """The claims that are alive."""
         return [claim for claim in self._claims.values() if claim.alive]
 
     @property
     def waits_for(self) -> str:
-        """Why it is not in the group, or may not read a topic, as far as it is known; empty where it does both."""
+        """Why this instance is not in the group or does not read a topic; empty if there is no such reason."""
         if self.joined:
             unclaimed = len(self._adrift.keys() - self._claims.keys())
             away = f"{unclaimed} partitions cannot be claimed yet: {self._error_log.latest}" if unclaimed else ""
@@ -169,9 +172,10 @@ class KafkaSource:
         return f"not joined yet: {self._error_log.latest}" if self._error_log.latest else "not joined yet"
 
     def take(self, max_packets: int, max_wait_s: float) -> Delivery | None:
-        """Up to `max_packets`, or fewer where no more come within `max_wait_s` of the first; None where none come.
+        """Reads up to `max_packets` packets. Returns None if no packet arrives within IDLE_S.
 
-        Also fewer where they have DELIVERY_BYTES already.
+        Returns fewer packets if no more arrive within `max_wait_s` seconds of the first, or when they have
+        DELIVERY_BYTES.
         """
         self._follow_topics()
         self._claim_again()
@@ -193,12 +197,12 @@ class KafkaSource:
             n_bytes += sum(map(len, some))
         self._checkpoint.renew()
         for message, claim in messages:
-            if claim is self._claim_of(message):  # the group may have been served in between
+            if claim is self._claim_of(message):  # a poll since may have revoked the claim
                 self._admit(message, delivery)
         return delivery if delivery.packets else None
 
     def pause(self) -> None:
-        """Serves the group and takes no message: for as long as there is no room for what was taken last."""
+        """Pauses all partitions and polls, to stay in the group while the queue to the scorer is full."""
         unpaused = [key for key in self._claims if key not in self._paused]
         if unpaused:
             self.consumer.pause([TopicPartition(*key) for key in unpaused])
@@ -209,29 +213,35 @@ class KafkaSource:
             self._admit(message, Delivery())
 
     def lags(self) -> dict[Key, int]:
-        """Messages between the committed position and the end of each partition, 0 until its end is known."""
+        """Returns the number of messages between the committed position and the end of each partition.
+
+        The number is 0 until the end of the partition is known.
+        """
         lags = {}
         for key, claim in self._claims.items():
             _, high = self.consumer.get_watermark_offsets(TopicPartition(*key), cached=True)
-            if claim.read > claim.committed and key not in self._adrift:  # the log is the one that was read
+            if claim.read > claim.committed and key not in self._adrift:  # the log has not been replaced or truncated
                 self._highs[key] = high
             end, last = self._ends.get(claim, (0, 0))
-            # Behind the last message there may be transactions' marks and what they aborted: nothing that is to come.
+            # Offsets after the last message may be transaction markers or aborted records, which are never delivered.
             lags[key] = max(0, high - (end if claim.committed == last else claim.committed))
         return lags
 
     def report_positions(self, *, wait: bool = False) -> None:
-        """Tells the input's group where its partitions are, for tools that show lag: not where anything starts from."""
+        """Commits the positions to the input's group, for tools that show the lag. The service never reads them.
+
+        `wait`: returns after the brokers have answered.
+        """
         offsets = [TopicPartition(claim.topic, claim.partition, claim.committed) for claim in self.claims]
         if not offsets:
             return
         try:
             self.consumer.commit(offsets=offsets, asynchronous=not wait)
         except KafkaException as error:
-            log.debug("positions are not shown in group %s: %s", self._section.group_id, error)
+            log.debug("positions were not committed to group %s: %s", self._section.group_id, error)
 
     def close(self) -> None:
-        """Leaves the group. What was read and is not committed is left to the next owner."""
+        """Leaves the group. The next owner reads uncommitted messages again."""
         for claim in self._claims.values():
             claim.ended = not claim.drained
         self._days.stop()
@@ -257,14 +267,14 @@ class KafkaSource:
                         self._refused[message.topic()] = reason
             return
         if claim is None or not claim.alive:
-            return  # its next owner reads it again
+            return  # the next owner of the partition reads the message again
         offset = message.offset()
         if (claim.topic, claim.partition) in self._paused:
-            raise UnexpectedMessageError(f"{claim}: offset {offset} came although the partition is paused")
+            raise UnexpectedMessageError(f"{claim}: offset {offset} was delivered although the partition is paused")
         if offset < claim.read:
             raise UnexpectedMessageError(
-                f"{claim}: offset {offset} came after {claim.read - 1}: was the topic deleted and made anew? "
-                "Start again: the stored position is compared with the topic then"
+                f"{claim}: offset {offset} was delivered after {claim.read - 1}: was the topic deleted and created "
+                "again? Restart the service: it compares the stored position with the topic"
             )
         claim.read = offset + 1
         claim.leader_epoch = message.leader_epoch()
@@ -281,7 +291,7 @@ class KafkaSource:
         self.joined = True
         try:
             self._claim(partitions)
-        except KafkaException as error:  # as it is, it would lose its type on its way through librdkafka
+        except KafkaException as error:  # librdkafka would not keep the type of this exception
             raise KafkaSetupError(f"{self._error_log.cluster}: {explain(error.args[0])}") from None
 
     def _claim(self, partitions: Sequence[TopicPartition], level: int = logging.INFO) -> None:
@@ -294,7 +304,7 @@ class KafkaSource:
             return
         placed = [claim_offset(claim, claim.committed) for claim in claims]
         self.consumer.incremental_assign(placed)
-        # Paused until `take` resumes it, so that nothing fetched for an earlier claim passes for a message of this one.
+        # Paused until `take` resumes the partitions, so that a message fetched for an earlier claim is not delivered.
         self.consumer.pause(placed)
         for claim in claims:
             key = (claim.topic, claim.partition)
@@ -304,7 +314,7 @@ class KafkaSource:
             log.log(level, "reading %s from offset %d", claim, claim.committed)
 
     def _put_off(self, partitions: Sequence[TopicPartition], error: KafkaAwayError | KafkaException) -> None:
-        """Takes partitions that cannot be claimed while brokers are away, so that the group is served meanwhile."""
+        """Accepts partitions that cannot be claimed yet because brokers do not answer, so that polling can go on."""
         if isinstance(error, KafkaException):
             if error.args[0].fatal() or error.args[0].code() in REFUSED:
                 raise error
@@ -320,7 +330,7 @@ class KafkaSource:
         claims = [self._claims[key] for p in partitions if (key := (p.topic, p.partition)) in self._claims]
         self._checkpoint.renew()
         self._drain(claims)
-        self._end(consumer, partitions, "handed over")
+        self._end(consumer, partitions, "revoked")
 
     def _on_lost(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         self.joined = False
@@ -346,29 +356,30 @@ class KafkaSource:
             self.consumer.resume([TopicPartition(*key) for key in self._paused])
             self._paused.clear()
         if self._unread:
-            with suppress(KafkaException):  # reading can begin without either
-                # librdkafka compares the epoch of a position that is sought, but not always of one that is assigned.
+            with suppress(KafkaException):  # reading works without these two calls
+                # librdkafka always checks the leader epoch after a seek, but not always after an assignment.
                 for claim in self._unread:
                     if claim.leader_epoch is not None:
                         self.consumer.seek(claim_offset(claim, claim.committed))
-                # Only now: the answers wake librdkafka's threads for the brokers. They would sleep for up to a second
-                # before they fetched what was resumed.
+                # This request must follow `resume`: its answers wake librdkafka's broker threads, which could otherwise
+                # sleep for up to a second before they fetch the resumed partitions.
                 times = [TopicPartition(claim.topic, claim.partition, 0) for claim in self._unread]
                 self.consumer.offsets_for_times(times, timeout=REQUEST_TIMEOUT_S)
             self._unread.clear()
 
     def _leave(self, claim: Claim, error: KafkaError) -> None:
-        """Puts a partition aside whose next offset is gone, until what was read of it before is committed."""
+        """Marks a partition whose next offset is gone: it is claimed again when all its messages are committed."""
         key = (claim.topic, claim.partition)
         truncated = TRUNCATED.search(error.str())
         self._placement.note_out_of_range(key, int(truncated[1]) if truncated else None, self._highs.pop(key, 0))
         self._adrift[key] = f"left: {error.str()}"
 
     def _claim_again(self) -> None:
-        """Claims again what the group still says is ours and no living claim reads.
+        """Claims assigned partitions that no living claim reads.
 
-        A claim was fenced by somebody who had been away for long and did not know that the partition was no longer
-        theirs; the log no longer holds the next offset; or brokers were away when the partition was to be claimed.
+        There are three causes. The claim was fenced by an instance that did not know yet that it had lost the
+        partition; the log no longer holds the next offset; or the brokers did not answer when the partition was to be
+        claimed.
         """
         self._adrift |= {key: FENCED for key, claim in self._claims.items() if not claim.alive}
         if not self._adrift:
@@ -387,14 +398,14 @@ class KafkaSource:
                 self._claim([TopicPartition(*key) for key in ready], level)
 
     def _follow_topics(self) -> None:
-        """Subscribes to the topics that are to be read, and leaves partitions of topics that were made anew."""
+        """Subscribes to the topics to read, and marks partitions of topics that were created again."""
         found = self._days.found
         if found is self._found:
             return
         self._found = found
         for key, claim in self._claims.items():
             if claim.topic_id and found.ids.get(claim.topic, claim.topic_id) not in (claim.topic_id, None):
-                self._adrift[key] = "left: its topic was made anew"
+                self._adrift[key] = "left: its topic was created again"
         if found.topics != self._subscribed:
             self._subscribed = found.topics
             log.info("subscribed to %s", ", ".join(self._subscribed))
@@ -402,10 +413,13 @@ class KafkaSource:
                 self._subscribed, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
             )
 
-    # -- what comes
+    # -- errors of the consumer
 
     def _judge(self, error: KafkaError, topic: str | None) -> str:
-        """Logs an error of `topic`, or of the group without one, and returns what it says. Raises where it is fatal."""
+        """Logs an error of `topic`, or of the group if `topic` is None, and returns its message.
+
+        Raises KafkaSetupError if the error is fatal.
+        """
         code = error.code()
         if error.fatal():
             raise KafkaSetupError(f"{self._error_log.cluster}: {explain(error)}")
@@ -419,7 +433,7 @@ class KafkaSource:
         return self._error_log.latest
 
     def _refusal(self, error: KafkaError, topic: str | None) -> str:
-        """Logs what the account may not do, and how that is granted."""
+        """Logs and returns which right the account lacks and how to grant it."""
         right = (
             Right(("Read", "Describe"), "topic", topic) if topic else Right(("Read",), "group", self._section.group_id)
         )
@@ -430,12 +444,15 @@ class KafkaSource:
 
 
 def group_observer(properties: Mapping[str, object], group: str) -> Consumer:
-    """A client that reads a group's positions without being a member, for another thread than the member's own."""
+    """Returns a client that reads a group's positions without joining it, so that another thread can use the client."""
     own = {"group.id": group, "enable.auto.commit": False, "isolation.level": "read_uncommitted"}
     return Consumer({**properties, **own}, logger=librdkafka_log)
 
 
 def _timestamp_ms(message: Any) -> int | None:
-    """Kafka's timestamp: when the producer sent the message or, where the topic says so, when the broker took it."""
+    """Returns the message's Kafka timestamp in Unix milliseconds, or None.
+
+    It is the time at which the producer sent the message or, if the topic is configured so, the broker stored it.
+    """
     kind, milliseconds = message.timestamp()
     return int(milliseconds) if kind else None

@@ -1,6 +1,6 @@
-"""A Kafka topic as Packets, from its start to where it ends now: for looking at it, and for sending dead letters again.
+"""Reads a Kafka topic as Packets, from its beginning to its present end: to inspect it, or to send dead letters again.
 
-Joins no group and commits nothing.
+The reader joins no group and commits nothing.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from broker_filter.kafka.transactions import TRUNCATED
 from broker_filter.packets.packet import KafkaPosition, Packet
 
 PATIENCE_S = 30.0
-"""Without a message for so long, and not at the end: the brokers do not answer any more."""
+"""If no message arrives for so long before the end of the topic, the brokers are taken as not answering."""
 
 log = logging.getLogger(__name__)
 
 
 def read_topic(properties: Mapping[str, object], topic: str) -> Iterator[Packet]:
-    """Yields the committed messages of every partition. Never looks at their headers.
+    """Yields the committed messages of every partition, without reading their headers.
 
-    `properties`: librdkafka's, `bootstrap.servers` among them. Raises KafkaSetupError where the brokers do not answer
-    or the topic is not there.
+    `properties`: librdkafka properties, including `bootstrap.servers`. Raises KafkaSetupError if the brokers do not
+    answer or the topic does not exist.
     """
     for packet, _ in _read(properties, topic):
         yield packet
 
 
 def read_dead_letters(properties: Mapping[str, object], topic: str, reasons: Collection[str]) -> Iterator[Packet]:
-    """Yields the messages that a service has rejected for one of the `reasons`, as they came in, each once.
+    """Yields each input message that a service has rejected for one of the `reasons`, once and unchanged.
 
-    Those that no longer hold all of their bytes are left out, and counted in a warning. `topic`: a service's dead
-    letters; headers of a foreign topic must not be read (a malformed one crashes the client). Otherwise as read_topic.
+    A dead letter that was shortened to fit into the topic is left out; a warning says how many. `topic` must be the
+    dead-letter topic of a service, because malformed headers crash the client. Raises the errors of read_topic.
     """
     seen: set[int] = set()
     shortened = 0
@@ -50,18 +50,20 @@ def read_dead_letters(properties: Mapping[str, object], topic: str, reasons: Col
         headers = dict(message.headers() or ())
         if not _reasons(headers).intersection(reasons):
             continue
-        message_id = hash(headers.get("input"))  # several records of one message may have been rejected
+        message_id = hash(headers.get("input"))  # a message may have several dead letters
         if TRUNCATED in headers:
             shortened += 1
         elif message_id not in seen:
             seen.add(message_id)
             yield packet
     if shortened:
-        log.warning("%s: dead letters that were cut short to fit into the topic, are left out: %d", topic, shortened)
+        log.warning(
+            "%s: %d dead letters are left out because they were shortened to fit into the topic", topic, shortened
+        )
 
 
 def _reasons(headers: Mapping[str, bytes | None]) -> set[str]:
-    """Why a dead letter's alerts were rejected: the first one's `reason`, and those in `rejected` (`corrupt=3,...`)."""
+    """Returns the reasons of a dead letter, from its headers `reason` and `rejected` (`corrupt=3,...`)."""
     counts = (headers.get("rejected") or b"").decode(errors="replace").split(",")
     return {(headers.get("reason") or b"").decode(errors="replace"), *(count.partition("=")[0] for count in counts)}
 
@@ -72,11 +74,11 @@ def _read(properties: Mapping[str, object], topic: str) -> Iterator[tuple[Packet
         {
             "receive.message.max.bytes": MAX_RESPONSE_BYTES,
             **properties,
-            "group.id": "broker-filter",  # librdkafka wants one; nothing is stored under it
+            "group.id": "broker-filter",  # librdkafka requires a group; no offset is stored in it
             "enable.auto.commit": False,
             "enable.partition.eof": True,
             "isolation.level": "read_committed",
-            "auto.offset.reset": "earliest",  # where messages expire while they are read, the rest is still shown
+            "auto.offset.reset": "earliest",  # if messages expire during the reading, the rest is read
             "error_cb": error_log.note,
         },
         logger=librdkafka_log,
@@ -85,7 +87,7 @@ def _read(properties: Mapping[str, object], topic: str) -> Iterator[tuple[Packet
         try:
             metadata = consumer.list_topics(topic, timeout=REQUEST_TIMEOUT_S)
         except KafkaException as error:
-            consumer.poll(0)  # serves error_cb, which knows more than the request that timed out
+            consumer.poll(0)  # calls error_cb, which gets the reason; the request only reports a timeout
             raise KafkaSetupError(f"{error_log.cluster}: {error_log.latest or explain(error.args[0])}") from None
         if metadata.topics[topic].error is not None:
             raise KafkaSetupError(f"{error_log.cluster}: topic {topic}: {metadata.topics[topic].error.str()}")
@@ -104,7 +106,7 @@ def _read(properties: Mapping[str, object], topic: str) -> Iterator[tuple[Packet
                     raise KafkaSetupError(f"{error_log.cluster}: {error_log.latest or 'no answer'}")
                 continue
             if message.error() is None:
-                if message.offset() < ends[message.partition()]:  # what has come since is not read: it may never end
+                if message.offset() < ends[message.partition()]:  # later messages are not read, or it might never end
                     position = KafkaPosition(cluster, topic, message.partition(), message.offset())
                     yield Packet(message.value() or b"", position), message
                 if message.offset() + 1 >= ends[message.partition()]:

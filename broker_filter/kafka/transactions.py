@@ -1,8 +1,8 @@
-"""Exactly-once, as a state machine: partitions claimed, work produced, transactions committed or begun again.
+"""Exactly-once, as a state machine: partitions are claimed, work is produced, transactions are committed or repeated.
 
-Invariants. A position moves only in the transaction that holds the output of every packet before it. It grows as long
-as a claim lasts. Work is let go when its transaction is committed or its claim has ended, and at no other time: never
-because something failed.
+Invariants. A position moves only in the transaction that holds the output of every packet before it. While a claim
+lasts, its position only grows. Work is dropped only when its transaction is committed or its claim has ended, and never
+because of an error.
 """
 
 from __future__ import annotations
@@ -40,67 +40,68 @@ from broker_filter.streaming.account import Account
 from broker_filter.streaming.encoding import OutputRecord
 
 BATCH_BYTES = 1_000_000
-"""librdkafka's own: a batch of records is smaller, unless it is one record."""
+"""librdkafka's default. A batch of records is smaller, unless it holds a single record."""
 LINGER_MS = 50
-"""For a batch to fill: fewer requests cost both sides less. A transaction that ends waits for none, it flushes."""
+"""Time for a batch to fill, so that fewer requests are sent. A commit does not wait for it, because it flushes."""
 GRACE_S = 15.0
-"""When a transaction is so late, the coordinator aborts it: its instance is gone, and others wait for its partitions.
-The time is longer than a cluster needs to move a coordinator from a node that died (6 to 10 s)."""
+"""The coordinator aborts a transaction that is late by this time, because others may wait for the partitions of a dead
+instance. A cluster needs 6 to 10 s to move a coordinator from a dead node, which is less."""
 OPEN_TIMEOUT_S = 45.0
-"""For a coordinator that is moving to another node, or that first has to end an earlier owner's transaction. With what
-reading the positions may take, less than a stage may stand still."""
+"""Time limit to open a writer. The coordinator may be moving to another node, or may first have to end the transaction
+of an earlier owner. Together with the time to read the positions, it is less than the default of `stall_timeout_s`."""
 CALL_TIMEOUT_S = 5.0
-"""Of one call to the transaction coordinator. A call that timed out is made again, so this bounds only how long the
-watchdog hears nothing."""
+"""Timeout of one call to the transaction coordinator. A call that timed out is repeated, so this only limits the time
+between two beats for the watchdog."""
 RETRY_PAUSE_S = 0.1
 REFUSED_PAUSE_S = 10.0
-"""Before a refused transaction is tried again as a whole: somebody has to grant the right first."""
+"""Pause before a refused transaction is repeated, because an administrator must grant the right first."""
 GIVEN_UP = (KafkaError._FENCED, KafkaError.INVALID_TXN_STATE)
-"""After these a producer can do no more, and its successor can: another instance has its name now, or the coordinator
-died before it had heard of the transaction that is to be aborted."""
+"""Errors after which a producer is useless but a new one works: another instance has its transactional id, or the
+coordinator died before it knew the transaction that is to be aborted."""
 TRUNCATED = "truncated"
-"""Header of a dead letter that no longer holds all bytes: how many there were."""
+"""Header of a dead letter that was shortened. Its value is the original size in bytes."""
 
 log = logging.getLogger(__name__)
 
 
 class PositionError(RuntimeError):
-    """A position would have gone back: work was about to be done twice."""
+    """A position would go back: the same packets would be published twice."""
 
 
 class FencedError(RuntimeError):
-    """Another instance has taken over what this producer wrote, or the producer can do no more for another reason."""
+    """Another instance has fenced this producer, or the producer is useless for another reason."""
 
 
 class ClaimEndedError(RuntimeError):
-    """Work in the transaction is of a partition that is not, or perhaps no longer, this instance's."""
+    """The transaction holds work of a partition that this instance does not own, or may no longer own."""
 
 
 @dataclass(eq=False, slots=True)
 class Claim:
-    """This instance's hold on a partition, from its assignment until it is revoked, lost or fenced.
+    """This instance's claim on a partition, from the assignment until the partition is revoked, lost or fenced.
 
-    Claimed again, the partition gets a new claim, and what is left of the old one's work is dropped. The thread that
-    reads writes `read` and `enqueued`, the one that commits `produced` and `committed`.
+    A partition that is claimed again gets a new claim, and the remaining work of the old claim is dropped. The reading
+    thread sets `read` and `enqueued`; the committing thread sets `produced` and `committed`.
     """
 
     topic: str
     partition: int
     writer: Writer
     committed: int
-    """The position, as Kafka has it: the next offset whose output is not there yet."""
+    """The position that is stored in Kafka: the first offset whose output is not committed."""
     read: int = field(init=False)
-    """The next offset after the last message that was read."""
+    """The offset of the last message that was read, plus one."""
     enqueued: int = field(init=False)
-    """The next offset after the last packet that went on its way to be decoded, scored and committed."""
+    """The offset of the last packet that was sent to the decoder, plus one. Up to it, packets are in flight."""
     produced: int = field(init=False)
-    """The next offset after the last packet whose output was handed to the writer."""
+    """The offset of the last packet whose output was given to the writer, plus one."""
     ended: bool = False
-    """The group has taken the partition away."""
+    """Whether the group has taken the partition away."""
     topic_id: str | None = None
-    """The id of the topic that the offsets belong to; None where it is not known. It is stored with each position."""
+    """The id of the topic that the offsets belong to, or None if it is unknown. It is stored with each position."""
     leader_epoch: int | None = None
-    """The partition's leader epoch when its latest message was written, stored likewise: it tells a truncated log."""
+    """The leader epoch of the latest message that was read, or None. It is stored with each position, so that a
+    truncated log can be recognised."""
 
     def __post_init__(self) -> None:
         self.read = self.enqueued = self.produced = self.committed
@@ -110,23 +111,23 @@ class Claim:
 
     @property
     def key(self) -> tuple[str, int]:
-        """The partition, whoever claims it."""
+        """The partition as (topic, number)."""
         return self.topic, self.partition
 
     @property
     def alive(self) -> bool:
-        """Whether a position may be stored for it."""
+        """Whether a position may still be stored for this claim."""
         return not (self.ended or self.writer.fenced)
 
     @property
     def drained(self) -> bool:
-        """Nothing of it is on its way, or nothing that will be committed."""
+        """Whether no packet of this claim is in flight that can still be committed."""
         return self.committed >= self.enqueued or not self.alive
 
 
 @dataclass(slots=True)
 class Work:
-    """Some packets of one claim, their output, and what became of their alerts."""
+    """Some consecutive packets of one claim, with their output records and the outcome of their alerts."""
 
     claim: Claim
     start: int
@@ -135,17 +136,20 @@ class Work:
     """The last packet's offset, plus one."""
     packets: list[Packet] = field(default_factory=list)
     accounts: list[Account] = field(default_factory=list)
-    """One a packet."""
+    """The account of each packet."""
     records: list[tuple[int, OutputRecord]] = field(default_factory=list)
-    """Each with the index in `packets` of what it was made from."""
+    """Output records, each with the index in `packets` of the packet that it was made from."""
 
     @property
     def size(self) -> int:
-        """Bytes of output."""
+        """The size of the output records in bytes."""
         return sum(len(record.value) for _, record in self.records)
 
     def split(self, room: int) -> list[Work]:
-        """Divides the work in two, where it can be: the first packets, as many as fit into `room` but at least one."""
+        """Divides the work after the packets whose output fits into `room` bytes, but after at least one packet.
+
+        Returns a list of one or two pieces of work.
+        """
         sizes = [0] * len(self.packets)
         for i, record in self.records:
             sizes[i] += len(record.value)
@@ -163,7 +167,10 @@ class Work:
         ]
 
     def fit(self, limits: RecordLimits) -> None:
-        """Makes every record one that its topic takes: what is too large becomes a dead letter, at worst cut short."""
+        """Makes every record fit into its topic. A record that is too large becomes a dead letter.
+
+        A dead letter that is too large is shortened, and gets the header TRUNCATED.
+        """
         too_large = [(i, record) for i, record in self.records if _size(record) > limits.of(record.topic)]
         if not too_large:
             return
@@ -173,7 +180,7 @@ class Work:
         self.records = [(i, _cut(record, limits)) for i, record in self.records]
 
     def _reject_too_large(self, i: int, record: OutputRecord, limits: RecordLimits) -> None:
-        detail = f"topic {record.topic} takes no record of {_size(record)} bytes: raise its max.message.bytes"
+        detail = f"topic {record.topic} accepts no record of {_size(record)} bytes: raise its max.message.bytes"
         headers = [*record.headers, ("reason", RejectReason.TOO_LARGE.encode()), ("detail", detail.encode())]
         letter = OutputRecord(limits.dead_letter, record.key, self.packets[i].data, headers)
         account = self.accounts[i]
@@ -191,7 +198,7 @@ def _cut(record: OutputRecord, limits: RecordLimits) -> OutputRecord:
     excess = _size(record) - limits.of(record.topic)
     if excess <= 0:
         return record
-    if record.key and excess > len(record.value):  # an object id that fills a record by itself
+    if record.key and excess > len(record.value):  # the key alone is too large for a record
         return _cut(replace(record, key=None), limits)
     headers = record.headers
     if TRUNCATED not in dict(headers):
@@ -200,13 +207,13 @@ def _cut(record: OutputRecord, limits: RecordLimits) -> OutputRecord:
 
 
 Refusals = dict[tuple[str, int], str]
-"""By input partition, why its output was refused last: what must be granted. Outlives the writer that was refused."""
+"""By input partition, why its output was refused last and which right to grant. It outlives the refused writer."""
 Store = Callable[[Any, Mapping[Claim, int]], None]
-"""Adds positions to the producer's open transaction; raises ClaimEndedError where one of the claims is in doubt."""
+"""Adds positions to the producer's open transaction. Raises ClaimEndedError if one of the claims may have ended."""
 
 
 class Writer:
-    """A transactional producer, and the work that it holds until it is committed."""
+    """A transactional producer. It holds work until the work's transaction is committed."""
 
     def __init__(
         self,
@@ -222,10 +229,10 @@ class Writer:
         stop: threading.Event | None = None,
         refusals: Refusals | None = None,
     ) -> None:
-        """Fences whoever had `transactional_id` before. `stage` hears that a wait is no standstill.
+        """Fences the producer that had `transactional_id` before. Waits count as progress of `stage`.
 
-        `window` and `refusals` are shared by the writers of one cluster. Once `stop` is set, a writer that is refused
-        raises KafkaSetupError. Raises KafkaAwayError where the coordinator does not answer.
+        The writers of one cluster share `window` and `refusals`. Once `stop` is set, a writer that is refused raises
+        KafkaSetupError. Raises KafkaAwayError if the coordinator does not answer, and KafkaSetupError if it refuses.
         """
         self._limits = limits
         self._metrics = metrics
@@ -237,23 +244,23 @@ class Writer:
         self._refusals = {} if refusals is None else refusals
         self._held: list[Work] = []
         self._produced = 0  # how many of `_held` are in the open transaction
-        self._in_flight = 0  # their bytes
+        self._in_flight = 0  # bytes of the open transaction
         self._open = False
         self._opened = 0.0
         self._failure: KafkaException | None = None
         self._began = 0.0
         self.fenced = False
         self.refused = False
-        """It was given up because its brokers refused the output, and has said so."""
+        """Whether this writer was closed because the brokers refused its output. The refusal is logged."""
         self.trouble = ""
-        """Why the latest attempt to commit has failed; empty once one has not."""
+        """Why the latest attempt to commit failed; empty if it succeeded."""
         self._batch_bytes = min(BATCH_BYTES, limits.smallest)
         defaults = {
             "batch.size": self._batch_bytes,
             "linger.ms": LINGER_MS,
             "message.max.bytes": MAX_RECORD_BYTES,
-            # By the default, after all brokers were away, librdkafka 2.16 waits for ever in send_offsets_to_transaction
-            # for a group coordinator among the brokers that it has just forgotten.
+            # With the default, librdkafka 2.16 can wait for ever in send_offsets_to_transaction after an outage of all
+            # brokers: it waits for a group coordinator that it has dropped from its list of brokers.
             "metadata.recovery.strategy": "none",
         }
         own = {"transactional.id": transactional_id, "error_cb": error_log}
@@ -270,16 +277,16 @@ class Writer:
                 if not error.args[0].retriable() or time.monotonic() > deadline:
                     failure = KafkaAwayError if error.args[0].retriable() else KafkaSetupError
                     raise failure(
-                        f"{self._error_log.cluster}: no transactions as {self._transactional_id!r}: "
+                        f"{self._error_log.cluster}: cannot open transactions as {self._transactional_id!r}: "
                         f"{self._explain(error.args[0])}"
                     ) from None
             else:
                 return
 
     def store_start(self, claim: Claim) -> None:
-        """Commits where a claim starts before anything is read of it, so that a restart does not start elsewhere.
+        """Commits the start of a claim before anything is read, so that a restart starts at the same position.
 
-        Where that is refused, the claim is not alive any more. Raises KafkaSetupError where it fails otherwise.
+        If the brokers refuse it, the writer is fenced and the claim ends. Raises KafkaSetupError if it fails otherwise.
         """
         try:
             self._producer.begin_transaction()
@@ -297,7 +304,7 @@ class Writer:
             self._refusals.pop(claim.key, None)
 
     def add(self, work: Work) -> None:
-        """Takes work into the open or a new transaction. Raises PositionError where its packets come again."""
+        """Adds work to the open transaction, or to a new one. Raises PositionError if its packets were added before."""
         claim = work.claim
         if work.start < claim.produced or work.end <= work.start:
             raise PositionError(f"{claim}: packets {work.start} to {work.end - 1} after position {claim.produced}")
@@ -310,24 +317,24 @@ class Writer:
 
     @property
     def waiting_since(self) -> float | None:
-        """When the oldest work that is held came (monotonic seconds); None where none is held."""
+        """The monotonic time in seconds at which the oldest held work was added; None if no work is held."""
         return self._began if self._held else None
 
     @property
     def crowded(self) -> bool:
-        """The window has no room for all that is held: it is time to commit."""
+        """Whether the window has no room for all held work, so that a commit is due."""
         return self._produced < len(self._held)
 
     @property
     def held_packets(self) -> int:
-        """Packets whose output is not committed yet."""
+        """The number of packets whose output is not committed yet."""
         return sum(len(work.packets) for work in self._held)
 
     def commit(self) -> list[Work]:
-        """Commits one transaction, however often it takes, of what is held; gives back what was committed.
+        """Commits held work in one transaction, repeats this until it succeeds, and returns the committed work.
 
-        That is all of it, or as much as the window has room for. Work whose claim has ended is dropped. Raises
-        FencedError where none of it may be committed here any more, and KafkaSetupError where trying again cannot help.
+        The transaction holds all work, or as much as the window has room for. Work whose claim has ended is dropped.
+        Raises FencedError if this writer may not commit any more, and KafkaSetupError if a repetition cannot succeed.
         """
         for pause in pauses():
             try:
@@ -343,10 +350,10 @@ class Writer:
         raise AssertionError("pauses() does not end")
 
     def close(self) -> None:
-        """Gives up what is held, and the producer."""
+        """Drops the held work, and aborts the open transaction."""
         self._held.clear()
         if self._open and not self.fenced:
-            with suppress(KafkaException):  # the coordinator ends the transaction by itself
+            with suppress(KafkaException):  # if the abort fails, the coordinator ends the transaction after its timeout
                 self._producer.abort_transaction(CALL_TIMEOUT_S)
         self._reset()
 
@@ -372,20 +379,20 @@ class Writer:
         self.trouble = ""
         self._began = time.monotonic()
         if self._batches_too_large and not self._held:
-            self.fenced = True  # a record at a time is slow: the partitions are claimed anew, by a producer that fits
+            self.fenced = True  # batches of one record are slow: a new producer with smaller batches takes over
         self._produce_ahead()
         return committed
 
     def _produce_ahead(self) -> None:
-        """Produces what is held as far as the window has room, so that it is on its way before the commit is due."""
+        """Produces held work as far as the window has room, so that it is in flight before the commit is due."""
         if self._failure is None:
             try:
                 self._produce(least=0)
             except KafkaException as error:
-                self._failure = error  # `commit` deals with it
+                self._failure = error  # `commit` handles it
 
     def _produce(self, least: int) -> None:
-        """Produces what is held as far as the window has room, but works until `least` are in the transaction."""
+        """Produces held work as far as the window has room, but at least `least` pieces of work."""
         while self._produced < len(self._held):
             work = self._held[self._produced]
             size = work.size
@@ -408,30 +415,30 @@ class Writer:
                 if self._batches_too_large:
                     self._flush()
             self._produced += 1
-            self._producer.poll(0)  # not for every record: each time the interpreter is given away
+            self._producer.poll(0)  # not for every record, because each call releases the interpreter lock
 
     def _send(self, record: OutputRecord) -> None:
         self._producer.produce(record.topic, record.value, record.key, headers=record.headers)
 
     @property
     def _batches_too_large(self) -> bool:
-        """A topic takes less at a time now than the producer puts into a batch. Its batches keep their size."""
+        """Whether a topic now accepts less than the producer's batch size, which cannot be changed."""
         return self._batch_bytes > self._limits.smallest
 
     def _flush(self) -> None:
-        """Sends what was produced, so that the next record is in another batch."""
+        """Waits until all produced records are sent, so that the next record is in another batch."""
         while self._producer.flush(CALL_TIMEOUT_S):
             self._stage.beat()
 
     def _retry(self, call: Callable[[], None]) -> None:
-        """Makes a call until it succeeds: after a timeout the protocol allows only the same call again."""
+        """Repeats a call until it succeeds, because after a timeout the protocol allows only the same call."""
         for attempt in count():
             try:
                 call()
             except KafkaException as error:
                 if not error.args[0].retriable():
                     raise
-                if attempt:  # a commit over a slow link lasts longer than one call, and nothing is wrong
+                if attempt:  # one timeout is normal for a commit over a slow link
                     self._log_error(error.args[0])
                 self._stage.rest(RETRY_PAUSE_S)
             except BufferError:  # librdkafka's queue is full
@@ -446,26 +453,29 @@ class Writer:
         self._reset()
 
     def _reset(self) -> None:
-        """Forgets the transaction, which is counted as aborted where it is still open: all that is held is to be
-        produced again."""
+        """Resets the state of the transaction, so that all held work is produced again.
+
+        A transaction that is still open is counted as aborted.
+        """
         if self._open:
             self._metrics.abort()
         self._window.give_back(self._in_flight)
         self._open, self._produced, self._in_flight = False, 0, 0
 
     def _cause(self, error: KafkaError) -> KafkaError:
-        """Why a transaction has failed, where a call only says that the producer is in a state for aborting it."""
+        """Returns the cause of a failed transaction if `error` only says that the transaction must be aborted."""
         if error.code() == KafkaError._STATE and self._open:
             try:
-                self._producer.begin_transaction()  # changes nothing in this state, and is refused with the cause
+                self._producer.begin_transaction()  # in this state it fails with the cause
             except KafkaException as refusal:
                 return refusal.args[0]
         return error
 
     def _recover(self, cause: KafkaError | None, refused: bool) -> None:
-        """Ends the failed transaction, so that all that is held can be produced again in the next.
+        """Aborts the failed transaction, so that all held work can be produced again in the next transaction.
 
-        What is said is the `cause` of the failure, whatever becomes of the abort; None where a claim has ended.
+        `cause`: the error, which is logged; None if the transaction failed because a claim has ended. Raises
+        FencedError if a new producer is needed, and KafkaSetupError if a repetition cannot succeed.
         """
         if self._open:
             self._window.failed(self._opened)
@@ -495,7 +505,7 @@ class Writer:
     def _give_up_if_stopped(self) -> None:
         if self._stop.is_set():
             raise KafkaSetupError(
-                f"{self._error_log.cluster}: what was read is not committed, and is read again at the next start: "
+                f"{self._error_log.cluster}: messages in flight are not committed; the next start reads them again: "
                 f"{self.trouble}"
             )
 
@@ -506,10 +516,10 @@ class Writer:
 
     def _log_error(self, error: KafkaError) -> None:
         self.trouble = self._explain(error)
-        self._error_log.say(error.code(), "%s: transaction tried again: %s", self._error_log.cluster, self.trouble)
+        self._error_log.say(error.code(), "%s: transaction is repeated: %s", self._error_log.cluster, self.trouble)
 
     def _explain(self, error: KafkaError) -> str:
-        """What went wrong; of a refusal, what to grant."""
+        """Returns the text of an error; for a refusal, the right to grant."""
         account = self._error_log.account
         if account is None:
             return explain(error)

@@ -1,4 +1,4 @@
-"""Who works, and since when: so that a stage which is stuck ends the process instead of holding the alerts for ever."""
+"""Records since when each stage has been working, so that the service can end the process if a stage is stuck."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from broker_filter.metrics import Metrics
 
 BEAT_S = 0.5
-"""Between signs of life: far below any sensible limit for a standstill."""
+"""Time between two beats of a waiting thread: far below any sensible `stall_timeout_s`."""
 
 
 class Stage:
-    """A step of the service, in however many threads: since when each has been at what it is doing now.
+    """A step of the service, run by one or more threads. It records when each thread began its present piece of work.
 
-    A thread that waits for work, or for room behind it, is not at work: what it waits for is.
+    A thread that waits for input, or for room in the next queue, is not working: another stage makes it wait.
     """
 
     def __init__(self, name: str, metrics: Metrics) -> None:
@@ -27,7 +27,7 @@ class Stage:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """One piece of work of the calling thread."""
+        """Marks the block as one piece of work of the calling thread."""
         thread = threading.get_ident()
         self._since[thread] = time.monotonic()
         try:
@@ -37,23 +37,23 @@ class Stage:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """One piece of work of the calling thread, its time measured."""
+        """Like `watched`, and observes the time of the block in the metric of the stage."""
         with self.watched(), self._metrics.time_stage(self.name):
             yield
 
     def beat(self) -> None:
-        """Says that the calling thread is waiting for somebody outside, and not stuck."""
+        """Restarts the time of the calling thread, because it waits for an external system and is not stuck."""
         thread = threading.get_ident()
         if thread in self._since:
             self._since[thread] = time.monotonic()
 
     def rest(self, seconds: float, until: threading.Event | None = None) -> None:
-        """Waits for somebody outside: so many seconds, or until the event is set."""
+        """Waits for some seconds, or until the event `until` is set, without counting as stuck."""
         end, until = time.monotonic() + seconds, until or threading.Event()
         while (left := end - time.monotonic()) > 0 and not until.wait(min(left, BEAT_S)):
             self.beat()
 
     def busy_s(self) -> float:
-        """How long the slowest thread has been at its present piece of work, in seconds; 0 where none is at work."""
+        """Returns for how many seconds the slowest thread has been at its present piece of work; 0 if none works."""
         now = time.monotonic()
         return now - min(self._since.copy().values(), default=now)

@@ -1,1 +1,2 @@
-"""From packets to output records and tables: archives are read, alerts scored, filtered and encoded. Knows no Kafka."""
+"""From packets to output records and tables: reads archives, scores, filters and encodes alerts. It does not use
+Kafka."""

@@ -1,8 +1,8 @@
-"""Which scored alerts are anomalies: how strange each is, and which are the strangest share of them.
+"""Flags anomalies in scored batches: the requested fraction of alerts with the highest anomaly scores.
 
-Holds a threshold for each survey, which moves with every alert of it that is judged: batches must be judged once each,
-in their order. A start begins from the reference's own thresholds, so that a message read again may be flagged
-otherwise than the first time, as far as the threshold has moved.
+Each survey has a threshold, which moves with every judged alert of the survey. So each batch must be judged once, and
+in order. At a start, the thresholds are those of the reference. So a message that is read again after a restart may be
+flagged differently, because the threshold has moved.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ log = logging.getLogger(__name__)
 
 
 class AnomalyJudge:
-    """Judges scored batches by a reference, the alerts of each survey by the reference's alerts of that survey."""
+    """Compares the alerts of scored batches with the reference's alerts of the same survey."""
 
     def __init__(self, reference: Reference, rate: float, where: Expression | None) -> None:
-        """`rate`: the share of each survey's judged alerts to flag; `where`: which are judged, all if None. Of those,
-        the ones that have an embedding, of surveys that the reference has alerts of."""
+        """`rate`: fraction of each survey's judged alerts to flag. `where`: selects the alerts to judge; None selects
+        all.
+
+        An alert is judged only if the model gives it an embedding and the reference has alerts of its survey.
+        """
         self._model = reference.card.bundle
         self._surveys = {
             survey: (AnomalyScorer(reference.card, part), RateTracker(part.scores, rate))
@@ -37,11 +40,15 @@ class AnomalyJudge:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The metadata columns that it reads, which must be decoded."""
+        """The metadata columns that `where` reads, and that must be decoded."""
         return tuple(self._where.columns) if self._where else ()
 
     def judge(self, scored: ScoredBatch) -> Anomalies:
-        """Scores, flags and reasons. Alerts seen before are flagged as others are, but move nothing."""
+        """Returns score, threshold, flag and reason of each alert. A duplicate is judged but does not move the
+        threshold.
+
+        Raises ReferenceSetError if the model gives no embedding.
+        """
         model = next(one for one in scored.scores.models if one.model == self._model)
         if model.embedding is None:
             raise ReferenceSetError(f"the model {self._model} gives no embedding")
@@ -63,10 +70,10 @@ class AnomalyJudge:
 
 
 def open_judge(asked: config.Anomalies, scorer: Scorer) -> AnomalyJudge:
-    """What a configuration asks for. Logs which surveys' alerts the model takes and the reference cannot judge.
+    """Opens the judge that a configuration describes. Logs for which surveys the reference cannot judge alerts.
 
-    Raises ReferenceSetError where the reference cannot be used with the models, ExpressionError for a filter that does
-    not compile.
+    Raises ReferenceSetError if the reference cannot be used with the models, and ExpressionError if the filter does not
+    compile.
     """
     reference = read_reference(asked.reference)
     check_made_with(asked.reference, reference.card, [model.bundle.card for model in scorer.models])
@@ -74,11 +81,11 @@ def open_judge(asked: config.Anomalies, scorer: Scorer) -> AnomalyJudge:
     for survey in model.surveys:
         if counts := None if survey in reference.surveys else reference.card.surveys.get(str(survey)):
             log.warning(
-                "%s: alerts of %s are not judged: of %d that the reference was built from %d passed its filter, which "
-                "are too few",
-                *(asked.reference, survey, counts.read, counts.passed),
+                "%s: alerts of %s are not judged: the reference was built from too few alerts of this survey (%d "
+                "passed its filter, of %d)",
+                *(asked.reference, survey, counts.passed, counts.read),
             )
         elif survey not in reference.surveys:
-            log.info("%s: alerts of %s are not judged: the reference was built from none", asked.reference, survey)
+            log.info("%s: alerts of %s are not judged: the reference has none", asked.reference, survey)
     where = asked.where if asked.where is not None else reference.card.where
     return AnomalyJudge(reference, asked.rate, compile_filter(where, FIELDS, scorer.outputs) if where else None)

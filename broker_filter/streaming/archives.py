@@ -1,8 +1,8 @@
-"""INPUT... -> Packets: files, folders, archives and standard input, nested as they come, as one forward stream.
+"""Reads files, folders, archives and standard input as one forward stream of Packets, also if archives are nested.
 
-What a file holds is told from its bytes, never from its name. Memory stays flat whatever the size: nothing is extracted
-to disk, and no archive is ever held whole. Decides nothing about alerts: what is not understood becomes a Packet as it
-is, for decoding to reject.
+The bytes of a file decide its format, never its name. Memory does not grow with the size of an input: nothing is
+extracted to disk, and no archive is held as a whole. Data that this module does not understand become a Packet, which
+decoding rejects.
 """
 
 from __future__ import annotations
@@ -31,52 +31,53 @@ from broker_filter.packets import ocf, parquet
 from broker_filter.packets.packet import FilePosition, Packet
 
 MAX_PACKET_BYTES = 16 * 2**20
-"""Of a packet; real ones reach 0.2 MB. The service's is `config.Input.max_packet_bytes`."""
+"""Largest packet in bytes; real packets have up to 0.2 MB. The service uses `config.Input.max_packet_bytes` instead."""
 MAX_DEPTH = 8
-"""Of archives within archives: an `.avro.gz` in a `.tar.gz` in a `.tar.gz` is 5 deep; a bomb may nest for ever."""
+"""Largest nesting of archives: an `.avro.gz` in a `.tar.gz` in a `.tar.gz` has depth 5. A bomb may nest without end."""
 MAX_EXTENDED_HEADER_BYTES = 64 * 2**10
-"""Of a tar member's long name or pax attributes, which tarfile holds in memory whatever size they claim."""
+"""Largest size of a tar member's long name or pax attributes, which tarfile would hold in memory at any size."""
 MAX_MEMBER_BYTES = 2**40
-"""Of a tar's member with its headers, ten times a night: past an archive's end tarfile goes on in steps of 10 kB."""
+"""Largest size of a tar member with its headers, ten times a night. Beyond the end of an archive, tarfile would go on
+in steps of 10 kB."""
 
 MAX_TRAILING_BYTES = 64 * 2**20
-"""Of padding behind a tar's end, which real archives have 10 kB of. More of it is a bomb."""
+"""Largest padding after the end of a tar; real archives have 10 kB. More padding is taken for a bomb."""
 _EXPANSION_ALLOWANCE = 16 * 2**20
-"""Bytes that a compressed file may expand to whatever its ratio: a tar of few alerts has more padding than content."""
+"""Size in bytes up to which the compression ratio is not checked, because a tar of few alerts is mostly padding."""
 STDIN = "-"
-"""In the place of a file: standard input."""
+"""Stands for standard input in the place of a file."""
 _STDIN_DESCRIPTOR = 0
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _FILE_BUFFER = 256 * 1024
 _PACKET_BUFFER = 64 * 1024
 _PIECE = 32 * 1024
-"""Bytes that are decompressed at once: where the stream is damaged, so many may be lost before the damage."""
+"""Number of bytes that are decompressed at once. Up to this number may be lost before a damaged place."""
 _WHOLE_MEMBER = 2**20
-"""Bytes of a tar's member that are read at once; packets are smaller, and a buffer would copy them three times."""
+"""A tar member up to this size is read at once, without a buffer that would copy its bytes three times."""
 _EXTENDED_HEADERS = frozenset((tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE))
 _PLAIN_HEADER = re.compile(
-    rb"([^\0]+)\0*"  # name, in the 100 bytes that the others leave
+    rb"([^\0]+)\0*"  # name; the other fields leave 100 bytes for it
     rb"(?:(?:[0-7]{7}\0|[0-7]{6} \0)){3}([0-7]{11})[ \0][0-7]{11}[ \0]"  # mode, owner and group; size; time
-    rb"([0-7]{6})\0 0.{172}"  # checksum; that it is a file; link, format, names of owner and group
-    rb"(?:[0-7]{7}\0|\0{8}){2}\0.{166}",  # device; no beginning of a longer name
+    rb"([0-7]{6})\0 0.{172}"  # checksum; type (a file); link, format, names of owner and group
+    rb"(?:[0-7]{7}\0|\0{8}){2}\0.{166}",  # device; no prefix of the name
     re.DOTALL,
 )
-"""The header that nearly every member of an archive has; anything about it that is less usual is left to tarfile."""
+"""The usual header of a tar member, which is parsed here. Any other header is left to tarfile."""
 _TAR_ENDS = (tarfile.EOFHeaderError, tarfile.EmptyHeaderError)  # type: ignore[attr-defined]
-"""At the mark of a tar's end, and at the end of one without it: real night archives have none."""
+"""Errors at the end marker of a tar, and at the end of a tar without a marker, such as real night archives."""
 
 _OF_MACOS = re.compile(r"(.*/)?(\._[^/]*|\.DS_Store|__MACOSX/.*)", re.DOTALL)
-"""Files that macOS writes beside the user's own."""
+"""Names of files that macOS adds to archives."""
 
 log = logging.getLogger(__name__)
 
 
 class InputError(BrokerFilterError, OSError):
-    """An input that the system refuses to read; the message names it."""
+    """The system cannot read an input. The message names the input."""
 
 
 class NoInputError(InputError):
-    """An input that is not there, or is of a kind that is not read; the message names it and says what to do."""
+    """An input does not exist or is of an unsupported kind. The message names the input and says what to do."""
 
     exit_status = USAGE
 
@@ -117,11 +118,11 @@ def read_packets(
 
 
 def check_inputs(inputs: Sequence[str | Path]) -> None:
-    """Raises `NoInputError` where an input is not there, or is of a kind that is not read."""
+    """Raises NoInputError if an input does not exist or is of an unsupported kind."""
     for i, given in enumerate(inputs):
         if _is_stdin(given):
             if any(map(_is_stdin, inputs[:i])):
-                raise NoInputError(f"{STDIN}: standard input can be read once only")
+                raise NoInputError(f"{STDIN}: standard input can only be read once")
         elif match := _URL.match(str(given)):
             raise NoInputError(f"{given}: {_fetch(match[1], str(given))}")
         elif not Path(given).exists():
@@ -133,15 +134,17 @@ def _is_stdin(given: str | Path) -> bool:
 
 
 def _fetch(scheme: str, url: str) -> str:
-    """What to do about an input that is no file of this machine."""
+    """Returns what to do about an input that is a URL."""
     if scheme == "kafka":
         return "a topic is read by `run`, `inspect` and `replay` only"
     fetch = f"aws s3 cp {url} -" if scheme == "s3" else f"curl -L {url}"
-    return f"{scheme}:// is not read: fetch it first, or pipe it: {fetch} | broker-filter COMMAND {STDIN} ..."
+    return (
+        f"{scheme}:// is not supported: fetch the file first, or pipe it: {fetch} | broker-filter COMMAND {STDIN} ..."
+    )
 
 
 class Packets(Iterator[Packet]):
-    """The packets of inputs, as `read_packets` describes them."""
+    """An iterator over the packets of inputs: see `read_packets`."""
 
     def __init__(
         self, inputs: Sequence[str | Path], max_packet_bytes: int, wanted: Collection[str], skip: Collection[Path]
@@ -160,9 +163,10 @@ class Packets(Iterator[Packet]):
         return next(self._packets)
 
     def share_read(self) -> float | None:
-        """The share of the inputs' bytes that was read so far; None where nobody knows how many there will be.
+        """Returns the fraction of the inputs' bytes that was read, from 0 to 1; None if the total is unknown, as for
+        pipes.
 
-        Must be called by the thread that reads. The first call looks at every file of the inputs.
+        Only the reading thread may call this. The first call reads the sizes of all files.
         """
         if self._total_bytes is None:
             return None
@@ -188,7 +192,7 @@ class Packets(Iterator[Packet]):
 
     def _read_file(self, file: str | Path) -> Iterator[Packet]:
         name = "<stdin>" if _is_stdin(file) else str(file)
-        readable_name = name.encode(errors="replace").decode()  # names on disk may be no Unicode, outputs must be
+        readable_name = name.encode(errors="replace").decode()  # names on disk may be invalid Unicode
         try:
             raw = io.FileIO(_STDIN_DESCRIPTOR, closefd=False) if _is_stdin(file) else io.FileIO(file)
             with io.BufferedReader(raw, _FILE_BUFFER) as stream:
@@ -201,7 +205,7 @@ class Packets(Iterator[Packet]):
             self._current = None
 
     def _read_stream(self, stream: io.BufferedReader[Any], position: FilePosition, depth: int = 0) -> Iterator[Packet]:
-        """The packets in a file or member, told by its first bytes."""
+        """Yields the packets in a file or member. Its first bytes decide its format."""
         start = stream.peek(tarfile.BLOCKSIZE)[: tarfile.BLOCKSIZE]
         if start.startswith(ocf.MAGIC):
             yield from self._read_container(stream, position)
@@ -234,11 +238,13 @@ class Packets(Iterator[Packet]):
 
     def _read_parquet(self, stream: io.BufferedReader[Any], position: FilePosition) -> Iterator[Packet]:
         file: IO[bytes] = stream
-        if not stream.seekable():  # in an archive or a pipe; Parquet is read from its end
+        if not stream.seekable():  # a file in an archive or a pipe; reading Parquet starts at its end
             data = _read_up_to(self._limit + 1, stream)
             if len(data) > self._limit:
                 log.warning(
-                    "%s: Parquet of more than %d bytes is only read from a file of its own", position, self._limit
+                    "%s: Parquet of more than %d bytes is only read if it is a file, not in an archive or a pipe",
+                    position,
+                    self._limit,
                 )
                 yield Packet(data, position)
                 return
@@ -254,7 +260,7 @@ class Packets(Iterator[Packet]):
             yield Packet(b"", replace(position, record=row))
 
     def _tell_left_out(self, left_out: Mapping[str, object], position: FilePosition) -> None:
-        """Warns, once for all files that lack the same, of wanted columns that cannot be read."""
+        """Warns of wanted columns that cannot be read, once for all files with the same columns."""
         columns = [
             f"{path} ({kind})"
             for path, kind in left_out.items()
@@ -274,7 +280,7 @@ class Packets(Iterator[Packet]):
             mode: Literal["r:", "r|"] = "r:" if stream.seekable() else "r|"
             with tarfile.open(fileobj=stream, mode=mode, tarinfo=_Member, errors="replace") as archive:
                 while (member := archive.next()) is not None:
-                    archive.members.clear()  # type: ignore[attr-defined]  # they would be a gigabyte in a night
+                    archive.members.clear()  # type: ignore[attr-defined]  # they would need a gigabyte for a night
                     if not member.isfile():  # a folder or a link
                         continue
                     place = FilePosition(position.path, f"{position.member}/{member.name}".lstrip("/"), position.record)
@@ -283,12 +289,12 @@ class Packets(Iterator[Packet]):
                         yield Packet(b"", place)
                     else:
                         yield from self._read_member(cast(IO[bytes], archive.fileobj), member.size, place, depth + 1)
-            trailing = 0  # padding: the checksum of a gzip around it stands behind that
+            trailing = 0  # bytes of padding; the padding is read because a gzip checksum follows it
             while trailing <= MAX_TRAILING_BYTES and (padding := stream.read(_FILE_BUFFER)):
                 trailing += len(padding)
             damage = getattr(stream.raw, "damage", None)
             if trailing > MAX_TRAILING_BYTES:
-                damage = tarfile.ReadError(f"more than {MAX_TRAILING_BYTES} bytes behind its end")
+                damage = tarfile.ReadError(f"more than {MAX_TRAILING_BYTES} bytes after its end")
         except tarfile.ReadError as error:
             damage = error
         if damage:
@@ -296,7 +302,7 @@ class Packets(Iterator[Packet]):
             yield Packet(b"", position)
 
     def _read_member(self, archive: IO[bytes], size: int, position: FilePosition, depth: int) -> Iterator[Packet]:
-        """The packets in a tar's member of `size` bytes, at which `archive` stands."""
+        """Yields the packets in the tar member of `size` bytes that begins at the position of `archive`."""
         if size > _WHOLE_MEMBER:
             stored = io.BufferedReader(_Stored(archive, size), _PACKET_BUFFER)
             yield from self._read_stream(stored, position, depth)
@@ -309,7 +315,7 @@ class Packets(Iterator[Packet]):
 
 
 def _files(given: str | Path) -> Iterator[str | Path]:
-    """An input's files."""
+    """Yields the files of an input."""
     if _is_stdin(given) or not Path(given).is_dir():
         yield given
         return
@@ -326,17 +332,17 @@ def _files(given: str | Path) -> Iterator[str | Path]:
 
 
 def _is_of_macos(name: str, start: bytes) -> bool:
-    """Whether this is a file that macOS writes beside another one: they begin with a zero byte, or are empty."""
+    """Whether this is a file that macOS has added to an archive. Such a file is empty or begins with a zero byte."""
     return start[:1] in (b"", b"\0") and _OF_MACOS.fullmatch(name) is not None
 
 
 def _is_packet(container: bytes, limit: int) -> bool:
-    """Whether a container is a packet as it is, as nearly all are: of one alert at most, and not too large."""
+    """Whether a container holds at most one alert and is not too large, so that it need not be divided."""
     return len(container) <= limit and ocf.count_records(container) <= 1
 
 
 def _read_up_to(size: int, stream: io.BufferedReader[Any]) -> bytes:
-    """At most `size` bytes, without setting as many aside first, as `read(size)` does."""
+    """Reads at most `size` bytes. Unlike `read(size)`, it does not allocate `size` bytes first."""
     pieces = []
     while size > 0 and (piece := stream.read(min(size, _FILE_BUFFER))):
         pieces.append(piece)
@@ -345,7 +351,7 @@ def _read_up_to(size: int, stream: io.BufferedReader[Any]) -> bytes:
 
 
 class _Continued:
-    """A stream of which the beginning was read already."""
+    """A stream whose beginning was read already."""
 
     def __init__(self, beginning: bytes, rest: io.BufferedReader[Any]) -> None:
         self._beginning = io.BytesIO(beginning)
@@ -359,16 +365,16 @@ class _Reader(Protocol):
     """A compressed stream's content."""
 
     def read1(self, size: int, /) -> bytes:
-        """At most `size` bytes; none at the end. Raises one of `_DAMAGE`."""
+        """Returns at most `size` bytes, and no bytes at the end. Raises one of `_DAMAGE`."""
         ...
 
 
 _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, pa.ArrowException, OSError)
-"""How damage shows; an OSError with a number is the system's."""
+"""Errors that damaged data cause. An OSError with an error number comes from the system instead."""
 
 
 class _Inflated(io.RawIOBase):
-    """A compressed stream's content up to where it is damaged, and how: what stands before that is still read."""
+    """The content of a compressed stream up to its first damaged place. `damage` is the error there."""
 
     def __init__(self, reader: _Reader) -> None:
         self._reader = reader
@@ -395,7 +401,7 @@ class _Inflated(io.RawIOBase):
 
 
 class _Source(io.RawIOBase):
-    """Compressed bytes, which counts how many were taken."""
+    """A stream of compressed bytes that counts how many bytes were read."""
 
     def __init__(self, stream: io.BufferedReader[Any]) -> None:
         self._stream = stream
@@ -411,7 +417,7 @@ class _Source(io.RawIOBase):
 
 
 class _Bounded:
-    """A reader that ends where the content is more than `ocf.GREATEST_RATIO` times as long as what it was made of."""
+    """A reader that raises EOFError if the content is more than `ocf.GREATEST_RATIO` times its compressed size."""
 
     def __init__(self, source: _Source, read: Callable[[int], bytes]) -> None:
         self._source = source
@@ -427,11 +433,11 @@ class _Bounded:
 
 
 _Decompressor = lzma.LZMADecompressor | bz2.BZ2Decompressor
-"""Of one stream."""
+"""The decompressor of one stream."""
 
 
 class _Streams:
-    """The content of a file of compressed streams, one after the other, as xz and bzip2 have it."""
+    """The content of a file with several compressed streams in a row, as xz and bzip2 allow."""
 
     def __init__(self, source: _Source, new: Callable[[], _Decompressor]) -> None:
         self._source = source
@@ -441,7 +447,7 @@ class _Streams:
     def read(self, size: int) -> bytes:
         while True:
             if self._stream.eof:
-                # Between streams xz may pad with zeros.
+                # xz allows zeros as padding between streams.
                 data = self._stream.unused_data.lstrip(b"\0") or self._source.read(_FILE_BUFFER).lstrip(b"\0")
                 if not data:
                     return b""
@@ -456,7 +462,7 @@ class _Streams:
 
 @dataclass(frozen=True, slots=True)
 class _Compression:
-    """A way of compressing: what it is called, how its files begin, and how their content is read."""
+    """A compression format: its name, the first bytes of its files, and a function that opens a file."""
 
     name: str
     beginning: bytes
@@ -493,12 +499,12 @@ _COMPRESSIONS = (
 
 
 def _compression_of(start: bytes) -> _Compression | None:
-    """How the file that begins with `start` is compressed; None where it is not."""
+    """Returns the compression format of a file that begins with `start`, or None."""
     return next((known for known in _COMPRESSIONS if start.startswith(known.beginning)), None)
 
 
 class _Stored(io.RawIOBase):
-    """A tar member's content, or as much of it as there is: tarfile's own reader drops what is cut off."""
+    """The content of a tar member. If it is incomplete, the rest is read too, which tarfile's reader would drop."""
 
     def __init__(self, archive: IO[bytes], size: int) -> None:
         self._archive = archive
@@ -515,11 +521,12 @@ class _Stored(io.RawIOBase):
 
 
 class _Member(tarfile.TarInfo):
-    """A member's header, refused where it is damaged: tarfile takes damage for the archive's end, or fails of it."""
+    """The header of a tar member. A damaged header raises ReadError; tarfile would take it for the end of the
+    archive."""
 
     @classmethod
     def fromtarfile(cls, archive: Any) -> _Member:
-        """The next member of an open archive, where its file stands: as tarfile does it, and quicker."""
+        """Reads the next member of an open archive at the position of its file. Faster than tarfile, same result."""
         header = archive.fileobj.read(tarfile.BLOCKSIZE)
         start = archive.fileobj.tell() - len(header)
         try:
@@ -528,21 +535,21 @@ class _Member(tarfile.TarInfo):
             member = member._proc_member(archive)
         except (OSError, *_TAR_ENDS):
             raise
-        except Exception as error:  # of its arithmetic, or of nesting
+        except Exception as error:  # errors of arithmetic or nesting in tarfile
             raise tarfile.ReadError(str(error)) from error
-        if member.size < 0 or not 0 < archive.offset - start <= MAX_MEMBER_BYTES:  # by its pax attributes
+        if member.size < 0 or not 0 < archive.offset - start <= MAX_MEMBER_BYTES:  # pax attributes can claim any size
             raise tarfile.ReadError(f"impossible size {member.size}")
         return member
 
     @classmethod
     def _of_plain_file(cls, header: bytes) -> _Member | None:
-        """Name and size, which is all that is looked at here; None where the header is less usual, or damaged."""
+        """Parses name and size of a usual header. Returns None if the header is unusual or damaged."""
         plain = _PLAIN_HEADER.fullmatch(header)
         if not plain or not header.isascii():
             return None
         name, size, checksum = plain.groups()
-        # It counts its own 8 bytes as blanks. Adler-32 has in its lower half 1 + the sum of bytes modulo 65521, which
-        # that of 512 ASCII characters does not reach.
+        # The checksum counts its own 8 bytes as blanks. The lower half of Adler-32 is 1 + the sum of the bytes modulo
+        # 65521, and the sum of 512 ASCII characters is smaller than that.
         counted = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * ord(" ")
         if counted != int(checksum, 8):
             return None

@@ -1,7 +1,7 @@
-"""Archives into a reference set: which of their alerts stand for the ordinary, and how strange others of them look.
+"""Builds a reference set from scored alerts: a sample of ordinary alerts, calibrated on held-out ordinary alerts.
 
-Each survey has a sample and a calibration of its own. Holds at most a few times the alerts that are kept, however many
-there are; which ones those are depends on their ids alone, not on the order in which they come. Knows no files.
+Each survey has its own sample and calibration. The memory is bounded by a few times the number of alerts that are kept.
+The sample depends only on the ids of the alerts, not on their order. This module reads and writes no files.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ if TYPE_CHECKING:
     from broker_filter.scoring.labels import Labels
 
 HELD_OUT = 0.2
-"""Share of the objects that the reference is calibrated on: their alerts are as ordinary, and it does not know them."""
+"""Fraction of the objects that are held out of the reference, for its calibration."""
 MAX_COMPARED = 10_000
-"""Of those, to find out how unlike its neighbours an ordinary alert is: more would only take room."""
+"""Largest number of held-out alerts that are compared with their neighbours, which bounds the memory."""
 MIN_ALERTS = 20
-"""Of a survey, in its reference and for its calibration: with fewer there is no tail to find a threshold in."""
+"""Smallest number of alerts of a survey, both in the reference and held out. A threshold needs a tail of scores."""
 FEW_PASS = 0.1
-"""Share of a survey's alerts: where fewer pass the filter, it most likely does not suit the survey."""
+"""If a smaller fraction of a survey's alerts passes the filter, the filter is probably wrong for the survey."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Sample:
-    """Up to `limit` of the alerts that are put in, drawn by their ids; each id once."""
+    """A random sample of at most `limit` alerts. The ids alone decide which alerts are drawn; each id occurs once."""
 
     limit: int
     _parts: list[tuple[NDArray[np.uint64], ReferenceAlerts]] = field(default_factory=list)
@@ -59,13 +59,13 @@ class Sample:
         return len(self._drawn()[0]) if self._parts else 0
 
     def put(self, alerts: ReferenceAlerts) -> None:
-        """Adds alerts, and forgets those that the draw leaves out."""
+        """Adds alerts to the sample, and drops alerts that are not drawn."""
         self._parts.append((np.array([_draw(str(alert)) for alert in alerts.alert_id.tolist()], np.uint64), alerts))
         if sum(len(part) for _, part in self._parts) > 2 * self.limit:
             self._parts = [self._drawn()]
 
     def take(self) -> ReferenceAlerts:
-        """The alerts, in the order of the draw. Raises ReferenceSetError where there are none."""
+        """Returns the sample, in the order of the draw. Raises ReferenceSetError if it is empty."""
         if not self._parts:
             raise ReferenceSetError("no ordinary alert among the inputs")
         return self._drawn()[1]
@@ -78,9 +78,9 @@ class Sample:
 
 
 def ordinary_alerts(scored: ScoredBatch, model: Model, where: Expression | None) -> ReferenceAlerts:
-    """The batch's alerts that may stand for the ordinary: those that pass `where`, all if None; none seen before.
+    """Returns the ordinary alerts of a batch: those that pass `where` (all alerts if None), without duplicates.
 
-    Raises ReferenceSetError for a model without an embedding.
+    Raises ReferenceSetError if the model gives no embedding.
     """
     scores = next(one for one in scored.scores.models if one.model == model.name)
     if scores.embedding is None:
@@ -99,10 +99,11 @@ def build_reference(
     measure: Measure = "mahalanobis",
     labels: Labels | None = None,
 ) -> Reference:
-    """A reference of up to `limit` of the batches' alerts of each survey, calibrated on those of other objects.
+    """Builds a reference from up to `limit` alerts of each survey, calibrated on alerts of other objects.
 
-    `labels`: of some of them, for the measure `centroids`. A survey with too few alerts is left out, which is logged;
-    so is a survey of which hardly an alert passes. Raises ReferenceSetError where no survey has enough.
+    `where`: selects the ordinary alerts; None selects all. `labels`: classes of some alerts, for the measure
+    `centroids`. A survey with too few alerts is left out with a warning. A survey of which few alerts pass `where` is
+    logged too. Raises ReferenceSetError if no survey has enough alerts.
     """
     samples = {survey: Sample(limit) for survey in Survey}
     read: Counter[int] = Counter()
@@ -126,27 +127,29 @@ def build_reference(
         counts[survey] = SurveyCounts(read=read[survey], passed=passed[survey], kept=kept, held_out=held_out)
         if passed[survey] < FEW_PASS * read[survey]:
             log.warning(
-                "%s: only %d of %d alerts are taken by %s and pass `%s`; choose a filter that suits the survey",
+                "%s: only %d of %d alerts are scored by %s and pass `%s`; choose a filter that suits the survey",
                 *(survey, passed[survey], read[survey], model.name, where.text if where else ""),
             )
     if not parts:
         said = "; ".join(f"{survey}: {problem}" for survey, problem in problems.items())
         raise ReferenceSetError(said or "no ordinary alert among the inputs")
     for survey, problem in problems.items():
-        log.warning("%s: %s. The reference is made without it, and its alerts will not be judged", survey, problem)
+        log.warning("%s: %s. The reference is built without this survey: its alerts are not judged", survey, problem)
     passing, classes = where.text if where else None, labels.classes if labels else ()
     return make_reference(model.bundle.card, passing, parts, counts, measure, classes)
 
 
 def _calibrate(alerts: ReferenceAlerts, model: Model, measure: Measure, labels: Labels | None) -> SurveyReference:
-    """Some of a survey's alerts as its reference, calibrated on the others. Raises ReferenceSetError for too few."""
+    """Divides a survey's alerts into its reference and held-out alerts, and calibrates the reference on the latter.
+
+    Raises ReferenceSetError if there are too few alerts, or if all distances of a modality are equal.
+    """
     held_out = _held_out(alerts.object_id)
     kept, others = alerts[~held_out], alerts[held_out]
     if len(kept) < MIN_ALERTS or len(others) < MIN_ALERTS:
         raise ReferenceSetError(
-            f"{len(alerts)} ordinary alerts of {len(np.unique(alerts.object_id))} objects are too few to say what is "
-            f"strange: at least {MIN_ALERTS} are needed, and {MIN_ALERTS} of other objects; give more inputs, or a "
-            "wider filter"
+            f"{len(alerts)} ordinary alerts of {len(np.unique(alerts.object_id))} objects are too few for a reference: "
+            f"it needs at least {MIN_ALERTS}, and {MIN_ALERTS} more of other objects; add inputs, or use a wider filter"
         )
     modalities = len(model.bundle.card.outputs.modalities)
     label = labels.of(kept.alert_id, kept.object_id) if labels else np.full(len(kept), UNLABELLED)
@@ -156,12 +159,18 @@ def _calibrate(alerts: ReferenceAlerts, model: Model, measure: Measure, labels: 
     usual = _mean_and_deviation(distances)
     apart = _mean_and_deviation(from_neighbours(few, theirs, modalities))
     if not ((usual[:, 1] > 0).all() and (apart[:, 1] > 0).all()):
-        raise ReferenceSetError("in some modality all alerts are equally strange: the embedding says nothing there")
+        raise ReferenceSetError(
+            "in at least one modality, calibration distances have zero variance: the embedding is the same for all "
+            "alerts there; add more alerts or use another bundle"
+        )
     return SurveyReference(kept, np.sort(anomaly_scores(distances, usual)), usual, apart, label)
 
 
 def _held_out(object_id: NDArray[np.str_]) -> NDArray[np.bool_]:
-    """Which alerts [N] the scores are calibrated on: those of a share of the objects, and of as many as are needed."""
+    """Returns which alerts are held out for the calibration, bool[N].
+
+    These are the alerts of a fraction HELD_OUT of the objects, or of more objects if there are too few alerts.
+    """
     objects, index, alerts_of = np.unique(object_id, return_inverse=True, return_counts=True)
     draw = np.array([_draw(name) for name in objects.tolist()], np.uint64)
     order = np.argsort(draw)
@@ -172,12 +181,12 @@ def _held_out(object_id: NDArray[np.str_]) -> NDArray[np.bool_]:
 
 
 def _mean_and_deviation(distances: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Of the columns of [N, P], leaving out NaN, [P, 2]."""
+    """Returns mean and standard deviation of each column of [N, P] without NaN, float32[P, 2]."""
     return np.stack([np.nanmean(distances, axis=0), np.nanstd(distances, axis=0)], axis=1).astype(np.float32)
 
 
 def _draw(name: str) -> int:
-    """A number below 2**64 that a name alone decides."""
+    """Returns a pseudo-random number below 2**64 that depends on the name only."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
 
 

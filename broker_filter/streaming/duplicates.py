@@ -1,4 +1,4 @@
-"""Alerts whose id was seen before. Marks them and forgets the oldest; what becomes of them is decided elsewhere."""
+"""Marks alerts whose id was seen before. Whether such an alert is published is decided by the router."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from numpy.typing import NDArray
 from broker_filter.packets.batch import AlertBatch
 
 SETTLE = 8_192
-"""Ids that are gathered before they are put among the others, which moves all of those: some 20 ms for a million."""
+"""Number of new ids that are collected before they are merged into the sorted array of ids. One merge copies the array,
+which takes about 20 ms for a million ids."""
 
 FORGOTTEN = np.iinfo(np.int64).min
-"""The number of an id that is in no window, however large that is."""
+"""Sequence number of an id that is no longer remembered, whatever the size of the window is."""
 
 
 class DuplicateWindow:
-    """The latest `size` alert ids that were scored, each with the position where it was first seen.
+    """The latest `size` alert ids that were scored, each with the position at which it was first seen.
 
-    Invariant: a packet read again from its own position (after a rebalance, or when a transaction is tried again) is
-    not a duplicate, so that marking a batch twice gives the same marks. A second packet with the id, at another
-    position, is one. Lives in one process: ids seen before a restart, or by another instance, are not known.
+    Invariant: a packet that is read again from its own position (after a rebalance, or when a transaction is repeated)
+    is not a duplicate, so that marking a batch twice gives the same marks. A packet with the same id at another
+    position is a duplicate. The window is in memory: ids seen before a restart, or by another instance, are unknown.
 
-    An id takes 24 bytes; in a dictionary of integers it would take 140, most of what a process grows by in a night.
+    An id needs 24 bytes. In a dictionary of integers it would need 140 bytes.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._remembered = 0  # ids so far; those numbered from `_remembered - _size` on are in the window
-        self._latest: dict[int, tuple[int, int]] = {}  # number and place by identity, of ids that have not settled
-        self._identities = np.empty(0, np.uint64)  # of those that have, in order
+        self._remembered = 0  # sequence number of the next id; ids from `_remembered - _size` on are in the window
+        self._latest: dict[int, tuple[int, int]] = {}  # ids not merged yet: identity to sequence number and place
+        self._identities = np.empty(0, np.uint64)  # merged ids, sorted; the two arrays below belong to it
         self._numbers = np.empty(0, np.int64)
         self._places = np.empty(0, np.int64)
 
     def mark(self, alerts: AlertBatch, taken: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which of the `taken` rows repeat an id, bool[N]; remembers those that do not. Other rows are passed over."""
+        """Returns which rows repeat an id, bool[N], and remembers the new ids. Rows that are not `taken` are
+        ignored."""
         duplicate = np.zeros(len(alerts), dtype=np.bool_)
         identities = _identities(alerts)
         settled = self._find(identities)
@@ -43,7 +45,7 @@ class DuplicateWindow:
         for i, identity in enumerate(identities.tolist()):
             if not taken[i]:
                 continue
-            # Two places with the same 64-bit hash would leave a duplicate unmarked, nothing worse.
+            # If two places have the same 64-bit hash, a duplicate stays unmarked. There is no other consequence.
             place = hash((alerts.packets[packet_index[i]].position, record_index[i]))
             first = self._latest.get(identity) or settled.get(identity)
             if first is not None and first[0] >= self._remembered - self._size:
@@ -56,7 +58,8 @@ class DuplicateWindow:
         return duplicate
 
     def forget(self, alerts: AlertBatch, rows: Iterable[int]) -> None:
-        """Takes back that some rows were seen: alerts that were not published, and are new when they come again."""
+        """Forgets the ids of some rows. These alerts were not published, so they are not duplicates when they come
+        again."""
         identities = _identities(alerts)
         for i in rows:
             self._latest.pop(int(identities[i]), None)
@@ -65,7 +68,7 @@ class DuplicateWindow:
                 self._numbers[at] = FORGOTTEN
 
     def _find(self, identities: NDArray[np.uint64]) -> dict[int, tuple[int, int]]:
-        """Number and place by identity, of those that have settled."""
+        """Returns sequence number and place by identity, for those of the identities that are in the sorted array."""
         at = np.searchsorted(self._identities, identities)
         at = at[at < len(self._identities)]
         at = at[np.isin(self._identities[at], identities)]
@@ -73,7 +76,7 @@ class DuplicateWindow:
         return dict(zip(self._identities[at].tolist(), found, strict=True))
 
     def _settle(self) -> None:
-        """Puts the latest ids among the others, and drops those that have left the window."""
+        """Merges the latest ids into the sorted array, and drops ids that have left the window."""
         identities = np.fromiter(self._latest, np.uint64, len(self._latest))
         numbers, places = np.array(list(self._latest.values()), np.int64).T
         self._latest.clear()
@@ -86,5 +89,5 @@ class DuplicateWindow:
 
 
 def _identities(alerts: AlertBatch) -> NDArray[np.uint64]:
-    """What tells alerts apart, uint64[N]: the id, and the survey in the highest bit, which no survey's ids use."""
+    """Returns a key for each of N alerts, uint64[N]: the id, with the survey in the highest bit, which no id uses."""
     return alerts.alert_id.view(np.uint64) ^ (alerts.survey.astype(np.uint64) << np.uint64(63))

@@ -1,8 +1,8 @@
-"""Output records: the survey's own bytes with one field added.
+"""Encodes output records: the survey's own bytes, with one field added.
 
-An alert's Avro body is never decoded and encoded again: it is copied as it came (for `no_cutouts` less the bytes of the
-cutouts), the encoded field `broker_filter` is put behind it, and the writer's schema gets that field as its last. So a
-reader sees every field exactly as the survey wrote it.
+An alert's Avro body is never decoded and encoded again. It is copied (for `no_cutouts` without the bytes of the
+cutouts), the encoded field `broker_filter` is appended to it, and the writer's schema gets this field as its last one.
+So a reader gets every field exactly as the survey wrote it.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ Payload = Literal["full", "no_cutouts", "scores"]
 SubjectStrategy = Literal["topic", "record", "topic-record"]
 
 FIELD = "broker_filter"
-"""The added field, and the namespace of its types. Where the packet has been through broker-filter before and carries
-that field already, the new one is `broker_filter_2` (3, ...): the highest number is the newest."""
+"""Name of the added field, and namespace of its types. If the packet already has this field from an earlier
+broker-filter, the new field is `broker_filter_2` (then 3, ...): the highest number is the newest."""
 CUTOUT_FIELDS = frozenset({"cutoutScience", "cutoutTemplate", "cutoutDifference"})
 REGISTERED_SCHEMAS = 10_000
-"""Ids and refusals that are kept: packets from outside cannot make them grow either."""
+"""Largest number of ids and of refusals that are cached: untrusted packets cannot make the caches grow further."""
 FORGET_REFUSAL_S = 60.0
-"""How long a refused schema is not offered again: not with every alert, but soon after the registry's rules change."""
+"""Time in seconds until a refused schema is sent to the registry again, because the registry's rules may change."""
 REFUSALS = frozenset(
     {
         HTTPStatus.CONFLICT,
@@ -54,22 +54,23 @@ REFUSALS = frozenset(
         HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     }
 )
-"""Answers that are about the schema: it is incompatible, invalid, or too large, and will be tomorrow."""
+"""HTTP statuses that say that the schema itself is incompatible, invalid or too large."""
 NOT_WRITABLE = 42205
-"""Confluent's error code for a registry that takes no schema at present: a state, and no answer about the schema."""
+"""Confluent's error code of a registry that accepts no schemas at present. It says nothing about the schema."""
 MAX_SUBJECT_CHARACTERS = 1000
-"""A name comes with a packet, and goes into a URL; servers take some thousands of characters there."""
+"""Largest length of a subject. Names come from untrusted packets and go into a URL, which servers limit to some
+thousand characters."""
 MAX_SCHEMA_ID = 2**32 - 1
-"""Wire format has four bytes for it."""
+"""The wire format has four bytes for the id."""
 NAMED = ("record", "error", "enum", "fixed")
-"""Kinds of types that have names."""
+"""Avro types that have names."""
 
 
 HOP_FORMAT = ("_format", b"avro")
-"""The header by which hop-client knows that a message is an Avro object container file (hop.models.AvroBlob)."""
+"""The header by which hop-client recognises an Avro object container file (hop.models.AvroBlob)."""
 
 Body = Sequence[bytes | memoryview]
-"""An encoded record in pieces, which are joined once, when the whole value is known."""
+"""An encoded record in pieces, which are joined only once to the value of the output record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ class OutputRecord:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputSchema:
-    """What output bodies are written by. `sync` derives from the schema, so that equal alerts give equal bytes."""
+    """The schema of output bodies. `sync` is computed from the schema, so that equal alerts give equal bytes."""
 
     text: bytes
     sync: bytes
@@ -92,49 +93,49 @@ class OutputSchema:
 
     @classmethod
     def of(cls, definition: Mapping[str, Any]) -> OutputSchema:
-        """From a schema's JSON as Python values."""
+        """Returns the output schema for a parsed JSON schema."""
         text = json.dumps(definition, separators=(",", ":")).encode()
         sync = hashlib.blake2b(text, digest_size=16).digest()
         return cls(text, sync, container_header(text, sync))
 
 
 class Framing(Protocol):
-    """How a body becomes a record's value."""
+    """Turns a body into the value of an output record."""
 
     @property
     def headers(self) -> Sequence[tuple[str, bytes]]:
-        """Kafka headers that say how the value is framed."""
+        """Kafka headers that tell how the value is framed."""
         ...
 
     def frame(self, schema: OutputSchema, body: Body, topic: str) -> bytes:
-        """The value to publish to `topic`."""
+        """Returns the value to publish to `topic`."""
         ...
 
 
 class ContainerFraming:
-    """An Avro object container file with one record: what `fastavro.reader` reads."""
+    """Frames a body as an Avro object container file with one record, which `fastavro.reader` can read."""
 
     headers = (HOP_FORMAT,)
 
     def frame(self, schema: OutputSchema, body: Body, topic: str) -> bytes:  # noqa: ARG002
-        """The value to publish, the same for every topic."""
+        """Returns the value to publish, which is the same for every topic."""
         size = sum(map(len, body))
         return b"".join((schema.header, encode_long(1), encode_long(size), *body, schema.sync))
 
 
 class RegistryRefusalError(Exception):
-    """The schema registry does not accept an output schema. The message says which subject, and what it answered."""
+    """The schema registry does not accept an output schema. The message tells the subject and the registry's answer."""
 
 
 class WireFraming:
-    """Confluent wire format: schemas are registered when they are first needed, under a subject for each `strategy`.
+    """Frames a body in Confluent wire format. A schema is registered when it is first needed.
 
-    `topic` (Confluent's TopicNameStrategy): `<topic>-value`. `record` (RecordNameStrategy): the record's full name.
-    `topic-record` (TopicRecordNameStrategy): `<topic>-<full name>`. Many versions of a survey's schema share one full
-    name and are not compatible with each other. Where the registry refuses one for that, it is registered under a
-    name of its own: `name_of_its_own`.
+    `strategy` chooses the subject. `topic` (Confluent's TopicNameStrategy): `<topic>-value`. `record`
+    (RecordNameStrategy): the record's full name. `topic-record` (TopicRecordNameStrategy): `<topic>-<full name>`. Many
+    versions of a survey's schema have the same full name and are not compatible with each other. If the registry
+    refuses a version for that reason, it is registered under a unique name: see `name_of_its_own`.
 
-    `waiting`: see RegistryClient.
+    `waiting`: see RegistryClient. `clock`: returns monotonic seconds.
     """
 
     headers = ()
@@ -149,12 +150,16 @@ class WireFraming:
         self._client = RegistryClient(registry_url, waiting)
         self._strategy = strategy
         self._clock = clock
-        # By what derives from the schema, and by topic: the schema's object is forgotten.
+        # The keys are `sync` and topic, so that the caches keep no schema objects alive.
         self._ids: dict[tuple[bytes, str], int] = {}
-        self._refusals: dict[tuple[bytes, str], tuple[float, RegistryRefusalError]] = {}  # when, and what it answered
+        self._refusals: dict[tuple[bytes, str], tuple[float, RegistryRefusalError]] = {}  # time, error
 
     def frame(self, schema: OutputSchema, body: Body, topic: str) -> bytes:
-        """The value to publish. Raises RegistryUnavailable (try again later) and RegistryRefusalError."""
+        """Returns the value to publish to `topic`.
+
+        Raises RegistryUnavailable if the registry does not answer (a later call may succeed), and RegistryRefusalError
+        if it refuses the schema.
+        """
         schema_id = self._ids.get((schema.sync, topic))
         if schema_id is None:
             schema_id = self._registered(schema, topic)
@@ -164,7 +169,7 @@ class WireFraming:
         key = schema.sync, topic
         refused, refusal = self._refusals.get(key, (-math.inf, None))
         if refusal is not None and self._clock() - refused < FORGET_REFUSAL_S:
-            raise refusal.with_traceback(None)  # it would grow with every time that it is raised
+            raise refusal.with_traceback(None)  # otherwise its traceback would grow each time
         for cached in (self._ids, self._refusals):
             if len(cached) >= REGISTERED_SCHEMAS:
                 cached.clear()
@@ -208,10 +213,10 @@ class WireFraming:
 
 
 def name_of_its_own(definition: dict[str, Any], sync: bytes) -> dict[str, Any]:
-    """A record's schema in a namespace that no other schema has: `ztf.alert` becomes `ztf.v1a2b3c4d5e6f7081.alert`.
+    """Moves a record's schema to a unique namespace: `ztf.alert` becomes `ztf.v1a2b3c4d5e6f7081.alert`.
 
-    Avro matches a reader's record with a writer's by the name without its namespace, and bodies hold no names. So
-    readers and bytes are the same as without it. `sync`: what derives from the schema.
+    Avro compares the records of reader and writer by name without namespace, and bodies contain no names. So neither
+    the bytes nor the readers change. `sync`: the sync marker of the schema, from which the namespace is made.
     """
     space = full_name(definition, "").rpartition(".")[0]
     moved: dict[str, Any] = moved_to(f"{space}.v{sync.hex()[:16]}".lstrip("."), space, definition)
@@ -219,13 +224,14 @@ def name_of_its_own(definition: dict[str, Any], sync: bytes) -> dict[str, Any]:
 
 
 class Encoder:
-    """Bodies of output records for one kind of payload."""
+    """Encodes the bodies of output records for one kind of payload."""
 
     def __init__(self, payload: Payload) -> None:
         self._payload = payload
 
     def encode(self, scored: ScoredBatch, scored_at_ms: int) -> list[tuple[OutputSchema, Body]]:
-        """Schema and body of each alert in `scored.scored`, in that order. `scored_at_ms`: Unix milliseconds."""
+        """Returns schema and body of each alert in `scored.scored`, in this order. `scored_at_ms`: Unix
+        milliseconds."""
         rows = scored.scored.tolist()
         annotations = encode_annotations(scored, scored_at_ms)
         if self._payload == "scores":
@@ -239,7 +245,7 @@ class Encoder:
 
 
 def _kept(record: Record, cutouts: bool) -> list[memoryview]:
-    """The pieces of an alert's body that travel on."""
+    """Returns the pieces of an alert's body that are copied to the output."""
     if cutouts:
         return [record.body]
     starts = [0, *(end for _, end in record.cutout_spans)]
@@ -248,7 +254,7 @@ def _kept(record: Record, cutouts: bool) -> list[memoryview]:
 
 
 def encode_annotations(scored: ScoredBatch, scored_at_ms: int) -> list[bytes]:
-    """The field `broker_filter` of every alert of the batch, as Avro."""
+    """Returns the Avro encoding of the field `broker_filter` for each of the batch's N alerts."""
     head = _string(__version__) + encode_long(scored_at_ms)
     duplicate = [b"\1" if seen else b"\0" for seen in scored.duplicate.tolist()]
     anomaly = _encode_anomalies(scored.anomalies) if scored.anomalies else [NULL] * len(duplicate)
@@ -261,7 +267,7 @@ def encode_annotations(scored: ScoredBatch, scored_at_ms: int) -> list[bytes]:
 
 
 def encode_identity(alerts: AlertBatch, i: int) -> bytes:
-    """The fields of scored_alert.avsc before `broker_filter`, of alert i."""
+    """Returns the Avro encoding of the fields of scored_alert.avsc before `broker_filter`, for alert `i`."""
     band = alerts.identity(i).band
     return b"".join(
         (
@@ -277,10 +283,11 @@ def encode_identity(alerts: AlertBatch, i: int) -> bytes:
 
 NULL = b"\0"
 SECOND_BRANCH = b"\2"
-"""Union branches 0 and 1, as zigzag integers; `null` stands first in all unions of ours."""
+"""NULL and SECOND_BRANCH are union branches 0 and 1 as zigzag integers. `null` is the first branch of all unions
+here."""
 FLOAT_BYTES = 4
 END = b"\0"
-"""Ends the blocks of an array or map."""
+"""The end of the blocks of an array or map."""
 
 
 def _string(text: str) -> bytes:
@@ -293,7 +300,7 @@ def _array(items: Sequence[bytes]) -> tuple[bytes, ...]:
 
 
 def _encode_anomalies(anomalies: Anomalies) -> list[bytes]:
-    """A null or an Anomaly record for each of the N rows; few of them have a reason."""
+    """Returns an encoded null or Anomaly record for each of the N rows."""
     scores, thresholds = (values.astype("<f4").tobytes() for values in (anomalies.score, anomalies.threshold))
     model = SECOND_BRANCH + _string(anomalies.model) + SECOND_BRANCH
     encoded = []
@@ -319,7 +326,8 @@ def _encode_reason(reason: Reason) -> bytes:
 
 
 def _encode_model(scores: ModelScores) -> list[bytes]:
-    """A ModelScores record for each of the N rows: all have one length, so all are filled in at once."""
+    """Returns an encoded ModelScores record for each of N rows. All have the same length and are filled in one
+    array."""
     template = bytearray(_string(scores.model) + _string(scores.version))
     floats: list[tuple[int, NDArray[np.float32]]] = []
 
@@ -354,9 +362,9 @@ def _scored_alert_definition() -> dict[str, Any]:
 
 @cache
 def scored_alert_schema() -> OutputSchema:
-    """The schema of `payload: scores`: schemas/scored_alert.avsc without its documentation.
+    """Returns the schema of `payload: scores`: schemas/scored_alert.avsc without its documentation.
 
-    A container file repeats the schema with every record, and the documentation is half of its text.
+    The schema is repeated in each container file, and the documentation would double its size.
     """
     return OutputSchema.of(_undocumented(_scored_alert_definition()))
 
@@ -370,7 +378,8 @@ def _undocumented(part: Any) -> Any:
 
 
 def annotated_schema(schema: WriterSchema, cutouts: bool) -> OutputSchema:
-    """The writer's schema with the annotation as its last field, with or without cutouts, and no invalid defaults."""
+    """Returns the writer's schema with the added field at its end, with or without cutouts, without invalid
+    defaults."""
     return _with_cutouts(schema) if cutouts else _without_cutouts(schema)
 
 
@@ -395,13 +404,13 @@ _without_cutouts = BySchema(partial(_annotate, cutouts=False))
 
 
 def _taken_names(schema: WriterSchema, definitions: Mapping[str, Any]) -> set[str]:
-    """Names that the new field and its namespace must not have."""
+    """Returns the names that the added field and its namespace must not have."""
     fields = {field["name"] for field in schema.definition["fields"]}
     return fields | {name.partition(".")[0] for name in definitions}
 
 
 def _named_types(type_: Any, namespace: str = "") -> dict[str, Any]:
-    """All named types that a schema defines, by full name."""
+    """Returns all named types that a schema defines, by full name."""
     if isinstance(type_, list):
         return {name: found for branch in type_ for name, found in _named_types(branch, namespace).items()}
     if not isinstance(type_, dict):

@@ -1,18 +1,19 @@
 """Filters: one line of text over scores and alert fields, checked when it is compiled and evaluated on whole batches.
 
-The language is a small part of Python's expressions, read with `ast` and walked here; nothing is ever executed as
-Python.
+The language is a small part of Python's expressions. Text is parsed with `ast` and compiled here; it is never executed
+as Python.
 
 - Numbers: metadata columns, `alert_id`, `mjd`, `ra`, `dec`, model outputs, literals; `+ - * /`, `abs(x)`.
 - Text: `object_id`, `survey`, `band`, `schema_version`, literals; only `==`, `!=` and `in` compare it.
-- A model output is called `<model>.<label>`, or `<label>` where one model alone has it and no field is called so. A
-  name that is not made of Python identifiers is put in backquotes: `` `my-model.SN Ia` > 0.5 ``.
+- A model output is written `<model>.<label>`, or `<label>` if only one model has this label and no field has this name.
+A name that is not a Python identifier is written in backquotes: `` `my-model.SN Ia` > 0.5 ``.
 - `and`, `or`, `not`; comparisons, also chained (`0.3 < real <= 0.65`); `band in ("g", "r")`. A number stands for true
   where it is not zero, as in `not sso`.
 
 A missing value (null, the survey's sentinel, another survey's score, division by zero) makes every comparison with it
-neither true nor false, and `not` leaves it so, as in SQL: `magpsf < 18` and `not magpsf < 18` both pass over an alert
-without a magnitude. `isnull(x)` asks for it. A filter takes the alerts for which it is true.
+neither true nor false, and `not` does not change that, as in SQL: an alert without a magnitude passes neither
+`magpsf < 18` nor `not magpsf < 18`. `isnull(x)` is true for a missing value. Alerts pass a filter that is true for
+them.
 """
 
 from __future__ import annotations
@@ -37,28 +38,29 @@ from broker_filter.packets.surveys import COLUMNS
 from broker_filter.streaming.scored import ScoredBatch
 
 MAX_LENGTH = 2000
-"""Characters of one filter: no person writes more, and it bounds what the parser is given."""
+"""Largest length of a filter in characters, which bounds the work of the parser."""
 MAX_DEPTH = 50
-"""Nesting of one filter: far from the interpreter's recursion limit."""
+"""Largest nesting of a filter, far below the interpreter's recursion limit."""
 LARGEST_INTEGER = 2**63 - 1
-"""Of the alert ids that integers are compared with."""
+"""The largest integer literal: alert ids are signed 64-bit integers."""
 
 IDENTITY_NUMBERS = ("alert_id", "mjd", "ra", "dec")
 IDENTITY_TEXTS = ("object_id", "survey", "band", "schema_version")
 IDENTITY_FIELDS = IDENTITY_NUMBERS + IDENTITY_TEXTS
-"""Fields that every alert has; the others are metadata columns, all of them numbers."""
+"""Fields that every alert has. All other fields are metadata columns, which are numbers."""
 FIELDS = tuple(dict.fromkeys((*IDENTITY_FIELDS, *(column.name for column in COLUMNS))))
-"""All that a filter can name besides model outputs."""
+"""The names that a filter can use besides model outputs."""
 
 
 class ExpressionError(BrokerFilterError, ValueError):
-    """A filter that cannot be compiled: what is wrong, in which column of its text, and what was probably meant."""
+    """A filter cannot be compiled. The message tells the column of its text, the error, and a correction if
+    possible."""
 
     exit_status = USAGE
 
 
 class Kind(Enum):
-    """What a part of an expression stands for."""
+    """The type of a part of an expression."""
 
     NUMBER = "a number"
     TEXT = "text"
@@ -66,7 +68,7 @@ class Kind(Enum):
 
 
 class Truth(NamedTuple):
-    """Three-valued truth over a batch: where it is true, where it is false; where neither, a value was missing."""
+    """Three-valued truth of N alerts, two bool[N]: `true` and `false`. If both are False, a value was missing."""
 
     true: NDArray[np.bool_]
     false: NDArray[np.bool_]
@@ -87,15 +89,18 @@ class Expression:
 
     @property
     def columns(self) -> list[str]:
-        """The metadata columns among the names: what must be decoded for it."""
+        """The metadata columns among the names, which must be decoded."""
         return sorted(name for name in self.names if "." not in name and name not in IDENTITY_FIELDS)
 
     def evaluate(self, scored: ScoredBatch) -> NDArray[np.bool_]:
-        """For which alerts the filter is true, bool[N]."""
+        """Returns for which alerts of a batch the filter is true, bool[N]."""
         return self.holds(scored.alerts, scored.scores.columns())
 
     def holds(self, alerts: AlertBatch, outputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.bool_]:
-        """For which alerts the filter is true, bool[N]. `outputs`: the models' outputs [N] by name."""
+        """Returns for which alerts the filter is true, bool[N]. `outputs`: float32[N] by name `<model>.<label>`.
+
+        Raises KeyError if the batch lacks a column that the filter reads.
+        """
         values = {name: outputs[name] if name in outputs else field(alerts, name) for name in self.names}
         with np.errstate(all="ignore"):
             true = self._evaluate(values).true
@@ -103,9 +108,9 @@ class Expression:
 
 
 def field(alerts: AlertBatch, name: str) -> NDArray[Any]:
-    """An identity field or metadata column over N alerts: numbers, or text (dtype object); missing are NaN and None.
+    """Returns an identity field or metadata column of N alerts: numbers [N], or text (dtype object)[N].
 
-    Raises KeyError where the batch has no such column.
+    A missing number is NaN, and a missing text is None. Raises KeyError if the batch has no such column.
     """
     match name:
         case "alert_id" | "mjd" | "ra" | "dec":
@@ -124,9 +129,9 @@ def field(alerts: AlertBatch, name: str) -> NDArray[Any]:
 def compile_filter(text: str, fields: Sequence[str], outputs: Sequence[str] | None) -> Expression:
     """Compiles a filter.
 
-    `fields`: the identity fields and metadata columns that may be named; `outputs`: the models' outputs,
-    `<model>.<label>`. Where those are not known (None), any other name is taken for one, so that the rest is checked.
-    Raises ExpressionError.
+    `fields`: the identity fields and metadata columns that the filter may use. `outputs`: the names of the models'
+    outputs, `<model>.<label>`. If `outputs` is None, any other name is accepted as an output. Raises ExpressionError if
+    the text is not a valid filter.
     """
     if len(text) > MAX_LENGTH:
         raise ExpressionError(f"a filter of {len(text)} characters; at most {MAX_LENGTH} are allowed")
@@ -137,7 +142,7 @@ def compile_filter(text: str, fields: Sequence[str], outputs: Sequence[str] | No
         column = error.offset or 1
         hint = "; `==` compares" if source[column - 1 : column] == "=" else ""
         raise ExpressionError(f"column {column}: {error.msg}{hint}") from None
-    except (ValueError, RecursionError, MemoryError) as error:  # what deep nesting and null characters give
+    except (ValueError, RecursionError, MemoryError) as error:  # from deep nesting and null characters
         raise ExpressionError(f"not an expression: {error}") from None
     compiler = _Compiler(fields, outputs, quoted)
     evaluate = compiler.truth(tree.body, depth=0)
@@ -145,7 +150,10 @@ def compile_filter(text: str, fields: Sequence[str], outputs: Sequence[str] | No
 
 
 def _take_quoted_names(source: str) -> tuple[str, dict[str, str]]:
-    """Puts a placeholder of the same length in the place of each name in backquotes, outside of string literals."""
+    """Replaces each name in backquotes, outside of string literals, by a placeholder of the same length.
+
+    Returns the new text, and the names by placeholder.
+    """
     quoted: dict[str, str] = {}
 
     def placeholder(match: re.Match[str]) -> str:
@@ -168,7 +176,7 @@ class _Part:
 
 
 class _Compiler:
-    """Turns a syntax tree into closures, refusing what is not of the language. Gathers the `names` that are read."""
+    """Compiles a syntax tree to closures, and collects the `names` that are read. Raises ExpressionError if invalid."""
 
     def __init__(self, fields: Sequence[str], outputs: Sequence[str] | None, quoted: Mapping[str, str]) -> None:
         self.names: set[str] = set()
@@ -181,7 +189,7 @@ class _Compiler:
         self._known |= {name: name for name in (*outputs, *fields)}
 
     def truth(self, node: ast.expr, depth: int) -> Evaluate:
-        """Compiles `node` into something that is true or false."""
+        """Compiles `node` to a function that returns a Truth."""
         part = self._part(node, depth)
         match part.kind:
             case Kind.TRUTH:
@@ -190,13 +198,13 @@ class _Compiler:
                 number = part.evaluate
                 return lambda values: _not_zero(number(values))
             case Kind.TEXT:
-                raise _refusal(node, "text where something true or false is wanted; compare it with `==` or `in`")
+                raise _refusal(node, "this is text, but a truth value is needed; compare the text with `==` or `in`")
 
     def number(self, node: ast.expr, depth: int) -> Evaluate:
-        """Compiles `node` into a number."""
+        """Compiles `node` to a function that returns a number."""
         part = self._part(node, depth)
         if part.kind is not Kind.NUMBER:
-            raise _refusal(node, f"a number is wanted here, this is {part.kind.value}")
+            raise _refusal(node, f"a number is needed here, but this is {part.kind.value}")
         return part.evaluate
 
     def _part(self, node: ast.expr, depth: int) -> _Part:
@@ -232,7 +240,7 @@ class _Compiler:
             case ast.Call():
                 raise _refusal(node, "the only functions are abs(x) and isnull(x)")
             case _:
-                raise _refusal(node, f"a filter cannot hold this ({type(node).__name__})")
+                raise _refusal(node, f"filters do not support this ({type(node).__name__})")
 
     def _literal(self, node: ast.Constant) -> _Part:
         literal = node.value
@@ -242,7 +250,7 @@ class _Compiler:
         if isinstance(literal, bool) or not isinstance(literal, int | float):
             raise _refusal(node, f"{literal!r} is neither a number nor text; write `x`, `not x` or `isnull(x)`")
         if abs(literal) > LARGEST_INTEGER and isinstance(literal, int):
-            raise _refusal(node, "an integer beyond 64 bits")
+            raise _refusal(node, "this integer needs more than 64 bits")
         return _Part(Kind.NUMBER, lambda _: literal)
 
     def _name(self, node: ast.Name | ast.Attribute) -> _Part:
@@ -273,12 +281,12 @@ class _Compiler:
                     return lambda values: reduce(_either, (equal(values) for equal in equals))
                 return lambda values: _opposite(reduce(_either, (equal(values) for equal in equals)))
             case ast.Is() | ast.IsNot():
-                raise _refusal(right, "`is` is not of this language; write `==`, or isnull(x)")
+                raise _refusal(right, "filters do not support `is`; write `==`, or isnull(x)")
         a, b = self._part(left, depth), self._part(right, depth)
         if a.kind is not b.kind or a.kind is Kind.TRUTH:
             raise _refusal(right, f"{a.kind.value} cannot be compared with {b.kind.value}")
         if a.kind is Kind.TEXT and not isinstance(op, ast.Eq | ast.NotEq):
-            raise _refusal(right, "text has no order here; only `==`, `!=` and `in` compare it")
+            raise _refusal(right, "text can only be compared with `==`, `!=` and `in`")
         compare = _COMPARISONS[type(op)]
 
         def evaluate(values: Mapping[str, Values]) -> Truth:
@@ -292,7 +300,7 @@ class _Compiler:
     def _is_null(self, argument: ast.expr, depth: int) -> _Part:
         part = self._part(argument, depth)
         if part.kind is Kind.TRUTH:
-            raise _refusal(argument, "isnull(x) asks for a field, a score or a number")
+            raise _refusal(argument, "isnull(x) needs a field, a score or a number")
 
         def evaluate(values: Mapping[str, Values]) -> Truth:
             missing = _missing(part.evaluate(values))
@@ -310,7 +318,7 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Values, Values], Values]] = {
     ast.NotEq: operator.ne,
 }
 _ARITHMETIC: dict[type[ast.operator], Callable[[Values, Values], Values]] = {
-    # In float64 always: 64-bit integers would wrap around in silence.
+    # Always in float64, because 64-bit integers would overflow without an error.
     ast.Add: lambda a, b: np.add(a, b, dtype=np.float64),
     ast.Sub: lambda a, b: np.subtract(a, b, dtype=np.float64),
     ast.Mult: lambda a, b: np.multiply(a, b, dtype=np.float64),
@@ -323,7 +331,7 @@ def _refusal(node: ast.expr, what: str) -> ExpressionError:
 
 
 def _missing(value: Values) -> NDArray[np.bool_]:
-    """Where a number is NaN, or a text None."""
+    """Returns where a number is NaN or a text is None, as a bool array or scalar."""
     array = np.asarray(value)
     return np.asarray(array == None if array.dtype == object else np.isnan(array), dtype=np.bool_)  # noqa: E711
 

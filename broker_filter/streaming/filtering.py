@@ -1,4 +1,5 @@
-"""The one path from packets to scores, for the service and for archives alike. Knows neither Kafka nor files."""
+"""The path from packets to scored batches, the same for the service and for archives. It uses neither Kafka nor
+files."""
 
 from __future__ import annotations
 
@@ -33,9 +34,10 @@ def score_alerts(
     window: DuplicateWindow,
     judge: AnomalyJudge | None = None,
 ) -> ScoredBatch:
-    """Scores decoded alerts, marks the ones seen before, and judges which are anomalies where there is a `judge`.
+    """Scores decoded alerts, marks duplicates and, with a `judge`, flags anomalies.
 
-    Must be called once for each batch, in the order in which packets arrived.
+    Call this once for each batch, in the order in which the packets arrived. `rejects`: the rejects of decoding; the
+    returned batch also holds a reject for each alert that no model takes.
     """
     scores = scorer.score(alerts)
     unclaimed = [
@@ -56,7 +58,7 @@ def score_alerts(
 
 
 def score_packets(packets: Sequence[Packet], decoder: Decoder, scorer: Scorer, window: DuplicateWindow) -> ScoredBatch:
-    """Decodes and scores one batch of packets."""
+    """Decodes and scores one batch of packets. Raises RegistryUnavailable if a schema cannot be read."""
     alerts, rejects = decoder.decode(packets)
     return score_alerts(alerts, rejects, scorer, window)
 
@@ -74,7 +76,8 @@ def score_stream(
     """Score packets batch by batch, in their order, while other threads decode the next batches.
 
     `window`: the alert ids seen before; by default a new window of DUPLICATE_WINDOW ids. `threads`: decoding threads;
-    by default one for each available core.
+    by default one for each available core. Raises RegistryUnavailable if a schema cannot be read, and the errors of the
+    iterator `packets`.
     """
     window = window or DuplicateWindow(DUPLICATE_WINDOW)
     threads = threads or available_cores()
@@ -90,7 +93,7 @@ def score_stream(
                 batch, future = decoded.popleft()
                 alerts, rejects = future.result()
                 yield score_alerts(alerts, rejects, scorer, window, judge)
-                while batch := batch[len(alerts.packets) :]:  # what would have taken too much memory at a time
+                while batch := batch[len(alerts.packets) :]:  # packets that were not decoded yet, to bound the memory
                     alerts, rejects = decoder.decode_some(batch)
                     yield score_alerts(alerts, rejects, scorer, window, judge)
         finally:

@@ -1,7 +1,7 @@
-"""Policies over an archive that is scored: each alert with its object's past, alerts seen before left out.
+"""Applies policies to a scored archive: each alert is judged with the earlier alerts of its object, without duplicates.
 
-For archives alone. What a policy says of an alert depends on every earlier one of the object, which a service that
-starts again, or shares its partitions, has not seen.
+Policies are for archives only. They depend on all earlier alerts of an object, which a service does not have after a
+restart or if several instances share the partitions.
 """
 
 from __future__ import annotations
@@ -18,40 +18,45 @@ MAGNITUDE = "magpsf"
 
 
 class PolicyError(BrokerFilterError, ValueError):
-    """A policy that does not exist, or that is to read what no model gives."""
+    """The policy does not exist, or no model has the output that the policy is to read."""
 
     exit_status = USAGE
 
 
 class Policies:
-    """The policies that were asked for, each `POLICY=OUTPUT`."""
+    """The requested policies, each written as `POLICY=OUTPUT`."""
 
     def __init__(self, asked: Sequence[str], outputs: Sequence[str]) -> None:
-        """`outputs`: what the models give, `<model>.<label>`. Raises PolicyError."""
+        """`outputs`: names of the models' outputs, `<model>.<label>`.
+
+        Raises PolicyError for an unknown policy or output, or a policy that is requested twice.
+        """
         self._filters: dict[str, tuple[str, PolicyFilter]] = {}
         for text in asked:
             name, _, output = text.partition("=")
             if name not in POLICIES:
-                raise PolicyError(f"--policy {text}: no policy is called {name!r}; there are {', '.join(POLICIES)}")
+                raise PolicyError(f"--policy {text}: unknown policy {name!r}; known are {', '.join(POLICIES)}")
             if output not in outputs:
-                raise PolicyError(f"--policy {text}: no output is called {output!r}; there are {', '.join(outputs)}")
+                raise PolicyError(f"--policy {text}: unknown output {output!r}; known are {', '.join(outputs)}")
             if name in self._filters:
-                raise PolicyError(f"--policy {text}: {name} has been asked for already")
+                raise PolicyError(f"--policy {text}: {name} is requested twice")
             self._filters[name] = (output, PolicyFilter(POLICIES[name]))
 
     @property
     def names(self) -> list[str]:
-        """The policies."""
+        """The names of the policies."""
         return list(self._filters)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The metadata columns that they read, which must be decoded."""
+        """The metadata columns that the policies read, and that must be decoded."""
         return (MAGNITUDE,) if self._filters else ()
 
     def judge(self, batch: ScoredBatch) -> dict[str, list[bool | None]]:
-        """By policy whether the object of each of N alerts had passed by then; None of what was not scored or was seen
-        before. Must be called once for each batch, in order."""
+        """Returns, for each policy, a list of N values: whether the object of the alert has passed the policy by then.
+
+        The value is None for an alert that was not scored or is a duplicate. Call this once for each batch, in order.
+        """
         rows = batch.scored[~batch.duplicate[batch.scored]]
         objects = [batch.alerts.object_id[i] for i in rows.tolist()]
         judged: dict[str, list[bool | None]] = {}

@@ -1,8 +1,9 @@
-"""Which topics an alert goes to. Turns a scored batch into Kafka records, and knows no Kafka.
+"""Chooses the topics of each alert, and turns a scored batch into output records. It does not use Kafka.
 
-Every alert that a model scored goes to `<prefix>.scored`, to `<prefix>.anomalies` where it is flagged as one, and to
-`<prefix>.<name>` of every filter that takes it. A message of which something was rejected goes to
-`<prefix>.dead-letter` once, with its original bytes, however many alerts it holds: output must never multiply input.
+An alert that a model scored goes to `<prefix>.scored`, to `<prefix>.anomalies` if it is flagged as an anomaly, and to
+`<prefix>.<name>` of each filter that it passes. A message with a rejected alert goes to `<prefix>.dead-letter` once,
+with its original bytes. It goes there only once even if several of its alerts are rejected, so that output cannot
+multiply input.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from broker_filter.streaming.expressions import FIELDS, Expression, compile_filt
 from broker_filter.streaming.scored import ScoredBatch
 
 MAX_DETAIL_BYTES = 500
-"""Of a dead letter's `detail` header: a sentence, whatever a packet put into it."""
+"""Largest size of a dead letter's header `detail`, which may contain text from a packet."""
 
 Header = tuple[str, bytes]
 
@@ -40,7 +41,7 @@ Header = tuple[str, bytes]
 class Routed:
     """The output records of a batch. Record k was made from the packet `packet_index[k]` of the batch.
 
-    `refused`: for each scored row whose output schema the schema registry refused, the reject that takes its place.
+    `refused`: rejects by row, for the scored rows whose output schema the schema registry refused.
     """
 
     refused: Mapping[int, Reject] = field(default_factory=dict)
@@ -49,14 +50,14 @@ class Routed:
     published: Counter[str] = field(default_factory=Counter)  # records by topic
 
     def add(self, record: OutputRecord, packet_index: int) -> None:
-        """Appends a record."""
+        """Appends a record that was made from the packet `packet_index` of the batch."""
         self.records.append(record)
         self.packet_index.append(packet_index)
         self.published[record.topic] += 1
 
 
 class Router:
-    """One rule for every batch; holds no state but caches of encoded schemas."""
+    """Turns scored batches into output records. Its only state are caches of encoded schemas."""
 
     def __init__(
         self,
@@ -70,9 +71,10 @@ class Router:
         drop_duplicates: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`models`: name and version of each, for the `models` header. `anomalies`: whether batches come with them.
+        """`models`: name and version of each model, for the header `models`. `anomalies`: whether anomaly detection is
+        on.
 
-        `clock`: Unix seconds, for `scored_at`.
+        `filters`: name and expression of each filter. `clock`: returns Unix seconds, for the field `scored_at`.
         """
         self._scored = f"{prefix}.{SCORED}"
         self._anomalous = f"{prefix}.{ANOMALIES}"
@@ -87,17 +89,17 @@ class Router:
 
     @property
     def topics(self) -> list[str]:
-        """Every topic that records may go to."""
+        """The names of all output topics."""
         anomalous = [self._anomalous] if self._anomalies else []
         return [self._scored, *anomalous, *(topic for topic, _ in self._filters), self._dead_letter]
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The metadata columns that the filters read, which must be decoded."""
+        """The metadata columns that the filters read, and that must be decoded."""
         return tuple(dict.fromkeys(column for _, expression in self._filters for column in expression.columns))
 
     def route(self, scored: ScoredBatch) -> Routed:
-        """Makes the batch's records. Raises RegistryUnavailable where a schema cannot be registered at present."""
+        """Returns the output records of a batch. Raises RegistryUnavailable if the schema registry does not answer."""
         alerts, rows = scored.alerts, scored.scored
         chosen = [(self._scored, np.ones(len(alerts), dtype=np.bool_))]
         if scored.anomalies:
@@ -113,7 +115,7 @@ class Router:
             headers = self._headers(scored.packets[packet_index], int(alerts.record_index[i]))
             headers += [("schema", alerts.records[i].schema.fingerprint.encode()), *self._framing.headers]
             key = alerts.object_id[i].encode()
-            try:  # an alert goes to all of its topics or to none: it is counted once
+            try:  # an alert goes to all of its topics or to none, because it is counted once
                 values = [(topic, self._framing.frame(schema, body, topic)) for topic, takes in chosen if takes[i]]
             except RegistryRefusalError as error:
                 refused[i] = _refused(scored, i, str(error))
@@ -131,7 +133,8 @@ class Router:
         return routed
 
     def _dead_letter_record(self, rejects: Sequence[Reject]) -> OutputRecord:
-        """The dead letter of a packet with these `rejects`, which says the first of them, and how many there are."""
+        """Returns the dead letter of a packet with these `rejects`. Its headers tell the first reject and the
+        counts."""
         first = min(rejects, key=lambda reject: reject.record)
         object_id = first.alert.object_id if first.alert else None
         headers = [
@@ -146,7 +149,7 @@ class Router:
         return OutputRecord(self._dead_letter, object_id.encode() if object_id else None, first.packet.data, headers)
 
     def _headers(self, packet: Packet, record: int) -> list[Header]:
-        """What every output record says; `record` where it is not the packet's first."""
+        """Returns the headers that all output records have. The header `record` is left out for the first alert."""
         which = [("record", str(record).encode())] if record else []
         return [("input", str(packet.position).encode()), *which, self._models]
 
@@ -166,11 +169,11 @@ def _refused(scored: ScoredBatch, i: int, detail: str) -> Reject:
 
 def _bounded(detail: str) -> bytes:
     cut = detail.encode(errors="replace")[:MAX_DETAIL_BYTES]
-    return cut.decode(errors="ignore").encode()  # without half a character at the end
+    return cut.decode(errors="ignore").encode()  # drops an incomplete character at the end
 
 
 def open_router(service: Service, scorer: Scorer, waiting: Callable[[], None] = no_beat) -> Router:
-    """The router that a configuration asks for. Raises ExpressionError for a filter that does not compile.
+    """Opens the router that a configuration describes. Raises ExpressionError if a filter does not compile.
 
     `waiting`: see RegistryClient.
     """

@@ -1,6 +1,6 @@
-"""A batch of packets after decoding and scoring: the rows that were scored, the rejects, and the anomalies among them.
+"""A batch of packets after decoding and scoring: its scored alerts, its rejects, and its anomalies.
 
-Holds data only, and imports no model runtime: a filter is compiled without one.
+This module holds data only and imports no model runtime, so that filters can be compiled without one.
 """
 
 from __future__ import annotations
@@ -23,43 +23,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Anomalies:
-    """What was found of N alerts; those that are not judged have NaN for a score and are not flagged."""
+    """The anomaly scores of N alerts. An alert that was not judged has the score NaN and is not flagged."""
 
     model: str
+    """Name of the model whose embedding was judged."""
     score: NDArray[np.float32]  # [N]
-    threshold: NDArray[np.float32]  # [N] of its survey, what the score met
+    threshold: NDArray[np.float32]  # [N]; the threshold of the survey when the alert was judged
     flag: NDArray[np.bool_]  # [N]
-    reasons: dict[int, Reason] = field(default_factory=dict)  # of the rows that are flagged
+    reasons: dict[int, Reason] = field(default_factory=dict)  # by flagged row
     unjudged: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    """Rows that passed the cut, of surveys that the reference has too few alerts of."""
+    """Rows that passed the cut but were not judged, because the reference has too few alerts of their survey."""
 
     @property
     def judged(self) -> NDArray[np.bool_]:
-        """Which have a score, [N]."""
+        """Whether each alert was judged, bool[N]."""
         return ~np.isnan(self.score)
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredBatch:
-    """What became of a batch of packets: every alert in them is a scored row of `alerts` or one of `rejects`.
+    """The outcome of a batch of packets: each alert in them is either a scored row of `alerts` or one of `rejects`.
 
-    Rows of `alerts` that no model takes are among the rejects (`no_model_for_survey`) and not in `scored`.
+    A row of `alerts` that no model takes is one of the rejects (`no_model_for_survey`) and not in `scored`.
     """
 
     packets: Sequence[Packet]
     alerts: AlertBatch
     scores: Scores
-    duplicate: NDArray[np.bool_]  # [N] the alert id was seen before within the window
+    duplicate: NDArray[np.bool_]  # [N]; whether the alert id was seen before within the window
     rejects: Sequence[Reject]
-    anomalies: Anomalies | None = None  # where they are looked for
+    anomalies: Anomalies | None = None  # None without anomaly detection
 
     @property
     def scored(self) -> NDArray[np.int64]:
-        """Indices of the alerts that at least one model scored."""
+        """Indices of the rows of `alerts` that at least one model scored, int64[number of scored alerts]."""
         return np.flatnonzero(self.scores.taken)
 
     def less(self, refused: Mapping[int, Reject]) -> ScoredBatch:
-        """The batch with some of its scored rows as rejects instead."""
+        """Returns the batch with some scored rows turned into rejects. `refused`: rejects by row."""
         if not refused:
             return self
         taken = self.scores.taken.copy()

@@ -1,8 +1,8 @@
-"""The formats of tables: Parquet, Avro, JSON lines, CSV, ECSV and FITS, each written row group by row group.
+"""The formats of tables: Parquet, Avro, JSON lines, CSV, ECSV and FITS.
 
-No format holds more than a row group in memory. FITS, whose header says how many rows there are and how wide the texts
-are, waits in a temporary file until all rows are known. Units and descriptions of columns are the metadata `unit` and
-`description` of the schema's fields. Nothing here knows what a column means.
+Each format is written in row groups, and at most one row group is in memory. The header of FITS contains the number of
+rows and the width of texts, so its rows are kept in a temporary file until all rows are known. The unit and description
+of a column are the metadata `unit` and `description` of the schema's field.
 """
 
 from __future__ import annotations
@@ -22,39 +22,41 @@ from fastavro.write import Writer as ContainerWriter
 from numpy.typing import NDArray
 
 ROW_GROUP = 8_192
-"""Rows of a Parquet row group. They wait in memory, 2 kB each with embeddings; of far fewer, readers would spend their
-time on metadata."""
+"""Rows of a Parquet row group. They are kept in memory, 2 kB each with embeddings. With much smaller groups, readers
+would spend their time on metadata."""
 IDS = ("alert_id",)
-"""Integers beyond 2^53, where a reader that has only doubles (jq, JavaScript, Excel) would round them."""
+"""Columns with integers above 2^53, which readers with doubles only (jq, JavaScript, Excel) would round."""
 NULL_TEXT = "None"
-"""What astropy makes of a null among texts; a narrower column would cut it off."""
+"""The text that astropy writes for a null. A text column must be wide enough for it."""
 FITS_BLOCK = 2880
-"""Bytes: every part of a FITS file is padded to a multiple of them (FITS standard 4.0, section 3.1)."""
+"""Block size in bytes: each part of a FITS file is padded to a multiple of it (FITS standard 4.0, section 3.1)."""
 FITS_COMMENT = 70
-"""Characters of a COMMENT card that astropy fills."""
+"""Number of characters that astropy writes in a COMMENT card."""
 FITS_NULL = np.iinfo(np.int64).min
 """The integer that stands for null in FITS (TNULLn)."""
 _YAML_WIDTH = 1 << 16
-"""Columns: astropy reads the header of a column from one line."""
+"""Line width for the YAML writer, so large that it never breaks a line: astropy reads a column's header from one
+line."""
 
 
 class Table(Protocol):
-    """A file that rows are put into."""
+    """A table to which rows are written."""
 
     def write(self, rows: pa.RecordBatch) -> None:
-        """Appends rows of the schema that the table was opened with."""
+        """Appends rows, which have the schema with which the table was opened."""
         ...
 
     def close(self) -> None:
-        """Completes the file with the rows that it has; leaves the stream open."""
+        """Completes the file with the rows that were written. The stream stays open."""
         ...
 
 
 class _Parquet:
-    """Parquet that pandas and astropy read as it is meant: nullable integers and booleans, lengths of texts, units.
+    """Parquet with metadata from which pandas and astropy restore nullable integers and booleans, text lengths and
+    units.
 
-    pandas takes dtypes, astropy takes units, descriptions and lengths from the file's metadata. The Arrow schema is
-    not stored beside it: readers would then see only its own metadata, in which the lengths cannot be.
+    pandas reads dtypes from the file's metadata; astropy reads units, descriptions and lengths. The Arrow schema is not
+    stored, because readers would then use only its metadata, which cannot contain the lengths.
     """
 
     def __init__(self, stream: IO[bytes], schema: pa.Schema) -> None:
@@ -98,7 +100,7 @@ class _Avro:
 
 
 class _JsonLines:
-    """JSON as RFC 8259 has it: ids are strings, and what is not finite is null."""
+    """JSON as in RFC 8259, one object per line. Ids are strings, and a number that is not finite is null."""
 
     def __init__(self, stream: IO[bytes], schema: pa.Schema) -> None:  # noqa: ARG002 -- every line names its columns
         self._stream = stream
@@ -116,7 +118,7 @@ class _JsonLines:
 
 
 class _Csv:
-    """CSV (RFC 4180) with a line of names; null is an empty field, a vector is JSON."""
+    """CSV (RFC 4180) with a header line. A null is an empty field, and a vector is a JSON array."""
 
     def __init__(self, stream: IO[bytes], schema: pa.Schema) -> None:
         self._schema = pa.schema([pa.field(field.name, self._type(field.type)) for field in schema])
@@ -141,7 +143,7 @@ class _Csv:
 
 
 class _Ecsv(_Csv):
-    """CSV under a header with types, units and descriptions: astropy's ECSV (APE 6)."""
+    """ECSV (astropy's APE 6): CSV below a header with types, units and descriptions."""
 
     def __init__(self, stream: IO[bytes], schema: pa.Schema) -> None:
         header = _astropy_header(schema) + "delimiter: ','\nschema: astropy-2.0\n"
@@ -154,13 +156,13 @@ class _Ecsv(_Csv):
         return pa.string() if pa.types.is_boolean(kind) else _Csv._type(kind)
 
     def _column(self, column: pa.Array) -> pa.Array:
-        if pa.types.is_boolean(column.type):  # ECSV spells them as Python does
+        if pa.types.is_boolean(column.type):  # ECSV writes booleans as Python does
             return pc.if_else(column, "True", "False")
         return super()._column(column)
 
 
 class _Fits:
-    """A binary table of FITS (standard 4.0, section 7.3). Texts are ASCII there: any other character becomes `?`."""
+    """A FITS binary table (standard 4.0, section 7.3). Texts are ASCII; any other character becomes `?`."""
 
     def __init__(self, stream: IO[bytes], schema: pa.Schema) -> None:
         self._stream = stream
@@ -204,7 +206,7 @@ class _Fits:
         self._stream.write(bytes(-self._rows * dtype.itemsize % FITS_BLOCK))
 
     def _format(self, field: pa.Field) -> tuple[str, Any]:
-        """The column's format in FITS, and the same for numpy."""
+        """Returns the column's format in FITS and in numpy."""
         plain = {
             pa.int64(): ("K", ">i8"),
             pa.float64(): ("D", ">f8"),
@@ -225,11 +227,11 @@ FORMATS: dict[str, Callable[[IO[bytes], pa.Schema], Table]] = {
     "ecsv": _Ecsv,
     "fits": _Fits,
 }
-"""By the suffix of the file's name."""
+"""The formats, by suffix of the file name."""
 
 
 class _Widths:
-    """How long the longest text and the longest vector of each column are: at least 1, which every reader takes."""
+    """The length of the longest text or vector in each column, at least 1, which every reader accepts."""
 
     def __init__(self, schema: pa.Schema) -> None:
         self.of = {field.name: 1 for field in schema if pa.types.is_string(field.type) or pa.types.is_list(field.type)}
@@ -237,7 +239,7 @@ class _Widths:
         self._with_nulls: set[str] = set()
 
     def add(self, rows: pa.RecordBatch | pa.Table) -> None:
-        """Takes note of these rows."""
+        """Updates the widths with these rows."""
         for name in self.of:
             column = rows.column(name)
             lengths = pc.utf8_length(column) if name in self._texts else pc.list_value_length(column)
@@ -246,20 +248,20 @@ class _Widths:
                 self._with_nulls.add(name)
 
     def of_texts(self, null: str) -> dict[str, int]:
-        """The widths of the texts where a null is written as `null`."""
+        """Returns the widths of text columns if a null is written as the text `null`."""
         return {
             name: max(self.of[name], len(null)) if name in self._with_nulls else self.of[name] for name in self._texts
         }
 
 
 def _said(field: pa.Field, key: str) -> str:
-    """The `unit` or the `description` of a column; empty where it has none."""
+    """Returns the `unit` or the `description` of a column; empty if it has none."""
     said: dict[bytes, bytes] = field.metadata or {}
     return said.get(key.encode(), b"").decode()
 
 
 def _finite(column: pa.Array) -> pa.Array:
-    """The column with null in the place of what is not finite, inside vectors too."""
+    """Returns the column with null for each number that is not finite, also inside vectors."""
     if pa.types.is_floating(column.type):
         return pc.if_else(pc.is_finite(column), column, None)
     if pa.types.is_list(column.type):
@@ -268,8 +270,8 @@ def _finite(column: pa.Array) -> pa.Array:
 
 
 def _pandas_metadata(schema: pa.Schema) -> str:
-    """What `pandas.read_parquet` goes by: without it, an integer or boolean column with a null becomes floats or
-    objects. Reference: https://pandas.pydata.org/docs/development/developer.html."""
+    """Returns the metadata that `pandas.read_parquet` uses. Without it, an integer or boolean column with a null
+    becomes floats or objects. Reference: https://pandas.pydata.org/docs/development/developer.html."""
     nullable = {pa.int64(): "Int64", pa.bool_(): "boolean"}
     plain = {pa.int64(): "int64", pa.bool_(): "bool", pa.float64(): "float64", pa.float32(): "float32"}
     names = {pa.string(): "unicode", pa.list_(pa.float32()): "list[float32]"}
@@ -287,7 +289,7 @@ def _pandas_metadata(schema: pa.Schema) -> str:
 
 
 def _astropy_header(schema: pa.Schema) -> str:
-    """Types, units and descriptions as astropy writes them: the YAML of `table_meta_yaml` and of ECSV's header."""
+    """Returns types, units and descriptions as astropy's YAML, for `table_meta_yaml` and for the header of ECSV."""
     types = {pa.bool_(): "bool", pa.int64(): "int64", pa.float64(): "float64", pa.float32(): "float32"}
     entries = []
     for field in schema:
@@ -300,7 +302,8 @@ def _astropy_header(schema: pa.Schema) -> str:
 
 
 def _astropy_comments(schema: pa.Schema) -> Iterator[str]:
-    """The same as COMMENT cards of FITS: lines of FITS_COMMENT characters, with a backslash where one goes on."""
+    """Yields the same YAML as the text of FITS COMMENT cards, FITS_COMMENT characters each. A backslash at the end of a
+    card means that the line continues in the next card."""
     header = _astropy_header(schema).encode("ascii", "replace").decode()
     yield "--BEGIN-ASTROPY-SERIALIZED-COLUMNS--"
     for line in [*header.splitlines(), "meta:", "  __serialized_columns__: {}"]:
@@ -334,7 +337,7 @@ def _avro_schema(schema: pa.Schema) -> dict[str, Any]:
 
 
 def _fits_rows(rows: pa.RecordBatch, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The rows as they stand in a FITS file, [N]."""
+    """Returns N rows as they are stored in a FITS file, a structured array [N] of `dtype`."""
     table = np.zeros(len(rows), dtype)
     for name, column in zip(rows.schema.names, rows.columns, strict=True):
         if pa.types.is_string(column.type):

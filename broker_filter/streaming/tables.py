@@ -1,7 +1,7 @@
 """Scored and rejected alerts as rows of a table, in a file of one of the formats of `table_formats` or on stdout.
 
-The rows grow in `NAME.partial.SUFFIX` beside the file that was asked for, which appears only when all of them are
-there. If the work ends early, the partial file is closed properly and stays: what it has can be read.
+The rows are written to `NAME.partial.SUFFIX`, which is renamed to the requested file only when it is complete. If the
+work ends early, the partial file is closed properly and stays, so that its rows can be read.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from broker_filter.streaming.scored import ScoredBatch
 from broker_filter.streaming.table_formats import FORMATS, Table
 
 STDOUT = Path("-")
-"""In the place of a file: the table goes to standard output."""
+"""Stands for standard output in the place of a file."""
 STDOUT_FORMAT = "jsonl"
-"""What is written there unless another format is asked for: the one format that a person can read as it comes."""
+"""Default format of standard output: the one that a person can read line by line."""
 SCORED, REJECTED = "scored", "rejected"
 
 
@@ -40,20 +40,21 @@ FIXED_COLUMNS = pa.schema(
         _column("alert_id", pa.int64(), "id of the alert: candid (ZTF) or diaSourceId (LSST)"),
         _column("object_id", pa.string(), "id of the object: objectId (ZTF); diaObjectId, else ssObjectId (LSST)"),
         _column("survey", pa.string(), "survey: ztf or lsst"),
-        _column("schema_version", pa.string(), "version of the alert's schema, as the packet says it"),
+        _column("schema_version", pa.string(), "version of the alert's schema, as given in the packet"),
         _column("mjd", pa.float64(), "time: start of the exposure, UTC (ZTF); middle of the exposure, TAI (LSST)", "d"),
         _column("ra", pa.float64(), "right ascension (ICRS)", "deg"),
         _column("dec", pa.float64(), "declination (ICRS)", "deg"),
         _column("band", pa.string(), "band: u, g, r, i, z or y"),
-        _column("status", pa.string(), f"what became of the alert: {SCORED} or {REJECTED}"),
-        _column("reject_reason", pa.string(), "why the alert was rejected, one word of a closed list"),
-        _column("reject_detail", pa.string(), "why the alert was rejected, in words"),
+        _column("status", pa.string(), f"outcome of the alert: {SCORED} or {REJECTED}"),
+        _column("reject_reason", pa.string(), "reason for the rejection, one of a fixed list"),
+        _column("reject_detail", pa.string(), "explanation of the rejection, as text"),
         _column("duplicate", pa.bool_(), "whether an earlier row has the same alert_id"),
-        _column("source", pa.string(), "where the alert was read: FILE::MEMBER#RECORD"),
+        _column("source", pa.string(), "file that the alert was read from: FILE::MEMBER#RECORD"),
     ]
 )
-"""The columns of every table. A float32 column `<model>__<label>` for each model output follows, a column for each
-policy that was asked for, and lists of float32 `<model>__embedding` for each model that gives one."""
+"""The first columns of every table. They are followed by a float32 column `<model>__<label>` for each model output, a
+column for each requested policy, and a column `<model>__embedding` (lists of float32) for each model with an
+embedding."""
 REJECT_COLUMNS = ("reject_reason", "reject_detail")
 """The columns that only rejected rows fill."""
 
@@ -62,46 +63,53 @@ UNREAD = AlertIdentity(None, None, None, None, None, None, None, None)
 
 
 class TableError(BrokerFilterError, ValueError):
-    """A table that cannot be: its name says no format that is known, or two of its columns would have one name."""
+    """The table cannot be written: its file name has no known format, or two of its columns would have the same
+    name."""
 
     exit_status = USAGE
 
 
 def column_name(output: str) -> str:
-    """The column of a model's output `<model>.<label>`. A dot in a name would mean a nested field to Spark and SQL."""
+    """Returns the column name of a model output `<model>.<label>`: without a dot, which is a nested field in Spark."""
     return output.replace(".", "__")
 
 
 def embedding_column(model: str) -> str:
-    """The column of a model's embeddings."""
+    """Returns the column name of a model's embeddings."""
     return f"{model}__embedding"
 
 
 def table_schema(outputs: Sequence[str], policies: Sequence[str] = (), embeddings: Sequence[str] = ()) -> pa.Schema:
-    """The columns of a table with these model outputs `<model>.<label>`, policies, and embeddings of these models.
+    """Returns the columns of a table. `outputs`: `<model>.<label>`. `embeddings`: models whose embeddings are written.
 
-    Every column may be null. Raises TableError where two columns would have one name.
+    Every column may be null. Raises TableError if two columns would have the same name.
     """
     scores = (_column(column_name(output), pa.float32(), f"output {output}") for output in outputs)
-    passed = (_column(policy, pa.bool_(), f"the object had passed the policy {policy} by then") for policy in policies)
+    passed = (
+        _column(policy, pa.bool_(), f"whether the object has passed the policy {policy} up to this alert")
+        for policy in policies
+    )
     vectors = (
         _column(embedding_column(model), pa.list_(pa.float32()), f"embedding by {model}") for model in embeddings
     )
     columns = [*FIXED_COLUMNS, *scores, *passed, *vectors]
     names = [column.name for column in columns]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise TableError(f"two columns would be called {', '.join(twice)}: give a bundle another name")
+        raise TableError(f"two columns would have the name {', '.join(twice)}: give a bundle another name")
     return pa.schema(columns)
 
 
 def scored_schema(schema: pa.Schema) -> pa.Schema:
-    """The columns of a table without rejected rows: of FIXED_COLUMNS, none is null and REJECT_COLUMNS are not there."""
+    """Returns the columns of a table without rejected rows: without REJECT_COLUMNS; no fixed column may be null."""
     fixed = [column.with_nullable(False) for column in FIXED_COLUMNS if column.name not in REJECT_COLUMNS]
     return pa.schema([*fixed, *list(schema)[len(FIXED_COLUMNS) :]])
 
 
 def scored_rows(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The scored ones of `to_rows`, with the columns of a `scored_schema`; a text that is not known is empty."""
+    """Returns the scored rows, with the columns of a `scored_schema`. An unknown text becomes an empty text.
+
+    `rows`: the result of `to_rows`.
+    """
     kept = rows.filter(pc.equal(rows.column("status"), SCORED))
     columns = [
         kept.column(column.name)
@@ -113,7 +121,7 @@ def scored_rows(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def rejected_rows(rows: pa.RecordBatch) -> pa.RecordBatch:
-    """The rejected ones of `to_rows`, with FIXED_COLUMNS alone."""
+    """Returns the rejected rows, with FIXED_COLUMNS only. `rows`: the result of `to_rows`."""
     kept = rows.filter(pc.equal(rows.column("status"), REJECTED))
     return pa.RecordBatch.from_arrays(kept.columns[: len(FIXED_COLUMNS)], schema=FIXED_COLUMNS)
 
@@ -121,9 +129,9 @@ def rejected_rows(rows: pa.RecordBatch) -> pa.RecordBatch:
 def to_rows(
     scored: ScoredBatch, schema: pa.Schema, passed: Mapping[str, Sequence[bool | None]] = MappingProxyType({})
 ) -> pa.RecordBatch:
-    """A row for every alert and every reject of the batch, in the order in which they stood in its packets.
+    """Returns a row for each alert and each reject of the batch, in the order of the packets and their records.
 
-    `passed`: of each policy whether the object of each of the batch's N alerts had passed by then.
+    `passed`: by policy, for each of the batch's N alerts, whether its object has passed the policy by then, or None.
     """
     alerts = scored.alerts
     outputs = {column_name(name): values.tolist() for name, values in scored.scores.columns().items()}
@@ -160,10 +168,10 @@ def _row(alert: AlertIdentity, position: Position, record: int, status: str) -> 
 
 @contextmanager
 def open_table(path: Path, schema: pa.Schema, kind: str | None = None) -> Iterator[Table]:
-    """A table at `path`, or on stdout where it is STDOUT; `kind`: one of FORMATS, in the place of the name's suffix.
+    """Opens a table at `path`, or on standard output if `path` is STDOUT.
 
-    Raises TableError for another kind or suffix, and OSError where the file cannot be written: both at once, before any
-    work.
+    `kind`: one of FORMATS; by default the suffix of the name decides. Raises TableError for an unknown format and
+    OSError if the file cannot be written, both before any row is written.
     """
     open_format = FORMATS[check_format(path, kind)]
     if path == STDOUT:
@@ -184,7 +192,7 @@ def open_table(path: Path, schema: pa.Schema, kind: str | None = None) -> Iterat
 
 
 def check_format(path: Path, kind: str | None = None) -> str:
-    """The format of the table at `path`: `kind`, else what the name's suffix says. Raises TableError."""
+    """Returns the format of a table: `kind` or, if it is None, the suffix of `path`. Raises TableError if unknown."""
     kind = kind or (STDOUT_FORMAT if path == STDOUT else path.suffix.removeprefix("."))
     if kind not in FORMATS:
         raise TableError(f"{path}: the name should end in {', '.join(f'.{name}' for name in FORMATS)}")
@@ -192,5 +200,5 @@ def check_format(path: Path, kind: str | None = None) -> str:
 
 
 def partial_path(path: Path) -> Path:
-    """Where rows grow before the table is whole."""
+    """Returns the path of the partial file, to which rows are written until the table is complete."""
     return path.with_name(f"{path.stem}.partial{path.suffix}")

@@ -81,7 +81,7 @@ def test_wrong_arguments_show_the_usage_of_the_command_and_a_suggestion(
         (["score", "https://example.org/night.tar.gz", "--out", "x.csv"], "curl -L https://example.org/night.tar.gz |"),
         (["inspect", "s3://bucket/night.tar.gz"], "aws s3 cp s3://bucket/night.tar.gz - |"),
         (["score", "kafka://localhost:9092/topic", "--out", "x.csv"], "`run`, `inspect` and `replay`"),
-        (["score", "-", "-", "--out", "x.csv"], "read once only"),
+        (["score", "-", "-", "--out", "x.csv"], "only be read once"),
         (["models", "show", "defualt"], "did you mean 'default'?"),
         (["inspect", "/no/such/night"], "no such file or folder"),
         (["score", "/no/such/night", "--out", "x.csv"], "no such file or folder"),

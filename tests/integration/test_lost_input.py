@@ -54,7 +54,7 @@ def test_topic_that_was_made_anew_is_refused_at_every_start_until_the_operator_d
     for _ in range(2):
         refused = pipeline.start()
         assert refused.wait_ended() == 1
-        assert f"topic {pipeline.topic} was deleted and made anew" in refused.log
+        assert f"topic {pipeline.topic} was deleted and created again" in refused.log
         assert "Set input.remade to read" in refused.log
     assert len(pipeline.read("scored", expected=5)) == 5
 
@@ -82,7 +82,7 @@ def test_topic_that_is_made_anew_in_a_run_loses_no_alert(
     if output_bootstrap != kafka_bootstrap or service.process.poll() is not None:
         for running in (service, pipeline.start()):
             assert running.wait_ended() == 1
-            assert f"topic {pipeline.topic} was deleted and made anew" in running.log
+            assert f"topic {pipeline.topic} was deleted and created again" in running.log
         pipeline.config["input"]["remade"] = "read"
         service = pipeline.start()
     records = pipeline.read("scored", expected=13)

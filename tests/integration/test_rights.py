@@ -202,7 +202,7 @@ def test_missing_write_is_said_through_all_attempts_and_holds_up_no_end(unwritab
     assert len(service.log.splitlines()) < 40
     if end_soon(service):  # it is 0 where nothing is in flight, between two attempts
         assert service.process.returncode == 1
-        assert "is read again at the next start: User:alice lacks Write on topic" in service.log
+        assert "the next start reads them again: User:alice lacks Write on topic" in service.log
     assert "Traceback" not in service.log
     assert "most recent call" not in service.log
 

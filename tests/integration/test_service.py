@@ -181,7 +181,7 @@ def test_what_a_topic_refuses_by_size_is_cut_short_or_a_dead_letter(
 
     letters = {headers(record)["reason"]: record for record in records}
     assert letters["too_large"].value() == packet
-    assert f"{pipeline.prefix}.scored takes no record of" in headers(letters["too_large"])["detail"]
+    assert f"{pipeline.prefix}.scored accepts no record of" in headers(letters["too_large"])["detail"]
     cut = letters["not_avro"].value()
     assert (b"no Avro" * letter_bytes).startswith(cut)
     assert len(cut) > letter_bytes / 2
@@ -403,5 +403,5 @@ def test_hang_up_drains_and_a_user_signal_is_ignored(make_pipeline: MakePipeline
     service.wait_consumed(20)
 
     assert service.end(signal.SIGHUP) == 0
-    assert "stopping: committing what was read" in service.log
+    assert "stopping: committing the messages in flight" in service.log
     assert len(pipeline.read("scored", expected=20)) == 20

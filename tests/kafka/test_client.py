@@ -1,4 +1,4 @@
-"""Properties, secrets and dated topics; what is said when a broker complains."""
+"""Properties, secrets and dated topics, and the log of errors that brokers report."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_dated_topics_are_those_of_yesterday_and_today_in_utc() -> None:
 
 def test_secrets_come_from_files_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "password").write_text("from-file\n")
-    monkeypatch.setenv("KEY_PASSWORD", "from-environment\n")  # as Kubernetes makes it of a file
+    monkeypatch.setenv("KEY_PASSWORD", "from-environment\n")  # as Kubernetes sets it from a file
     section = source(
         sasl=Sasl(username="alice", password=SecretFromFile(file=tmp_path / "password")),
         tls=Tls(key_password=SecretFromEnvironment(env="KEY_PASSWORD")),
@@ -57,7 +57,7 @@ def test_secrets_come_from_files_and_the_environment(tmp_path: Path, monkeypatch
     assert "from-" not in repr(section)
 
 
-def test_secret_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_secret_is_named(tmp_path: Path) -> None:
     with pytest.raises(PropertyError, match="environment variable NO_SUCH_SECRET"):
         client_properties(source(sasl=Sasl(username="a", password=SecretFromEnvironment(env="NO_SUCH_SECRET"))))
     with pytest.raises(PropertyError, match="no-such-file"):
@@ -65,17 +65,17 @@ def test_secret_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["isolation.level", "enable.auto.commit", "partition.assignment.strategy"])
-def test_properties_that_exactly_once_rests_on_cannot_be_changed(name: str) -> None:
+def test_properties_that_exactly_once_needs_cannot_be_changed(name: str) -> None:
     with pytest.raises(PropertyError, match=rf"input\.kafka\.{name}: the service sets this property itself"):
         client_properties(source(kafka={name: "x"}))
 
 
-def test_clients_send_brokers_no_metrics_of_their_own_unless_the_operator_says_so() -> None:
+def test_clients_send_no_metrics_to_brokers_unless_configured() -> None:
     assert client_properties(source())["enable.metrics.push"] is False
     assert client_properties(source(kafka={"enable.metrics.push": True}))["enable.metrics.push"] is True
 
 
-def test_output_without_brokers_of_its_own_is_reached_as_the_input_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_without_brokers_uses_the_connection_of_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "s")
     sasl = Sasl(username="alice", password=SecretFromEnvironment(env="SECRET"))
     here = output_section(source(sasl=sasl), Output(prefix="me"))
@@ -87,11 +87,9 @@ def test_output_without_brokers_of_its_own_is_reached_as_the_input_is(monkeypatc
 
 
 @pytest.mark.kafka
-def test_topic_that_was_made_just_now_gets_records_as_large_as_it_takes(
-    kafka_bootstrap: str, unique_name: Callable[[str], str]
-) -> None:
+def test_record_limit_of_a_new_topic_is_read(kafka_bootstrap: str, unique_name: Callable[[str], str]) -> None:
     admin = admin_client({"bootstrap.servers": kafka_bootstrap}, ThrottledErrorLog("test brokers"))
-    for _ in range(5):  # brokers are not always so slow to hear of it
+    for _ in range(5):  # only sometimes a broker does not know a new topic yet
         topics = [unique_name("new") for _ in range(5)]
         ensure_topics(admin, [NewTopic(topic, 4, 1, config={"max.message.bytes": "32000000"}) for topic in topics])
         limits = RecordLimits(admin, topics, topics[-1])

@@ -20,7 +20,7 @@ MIDNIGHT = datetime(2026, 2, 26, tzinfo=UTC)
 
 
 class ForgetfulCoordinator:
-    """A checkpoint without positions, whose coordinator is not chosen yet at the first glances."""
+    """A checkpoint without positions, whose first calls of `glance` fail because there is no coordinator yet."""
 
     def __init__(self, *errors: int) -> None:
         self.errors = list(errors)
@@ -37,7 +37,7 @@ def days_with(coordinator: ForgetfulCoordinator, bootstrap: str, template: str) 
     return Days(section, admin, Cluster("cluster", {}), coordinator, error_log, lambda: MIDNIGHT)  # type: ignore[arg-type]
 
 
-def test_first_look_waits_until_the_coordinator_of_the_group_is_chosen(
+def test_first_search_waits_until_the_group_has_a_coordinator(
     kafka_bootstrap: str, unique_name: Callable[[str], str]
 ) -> None:
     night = unique_name("ztf")
@@ -51,7 +51,7 @@ def test_first_look_waits_until_the_coordinator_of_the_group_is_chosen(
     days.stop()
 
 
-def test_first_look_that_the_access_rules_refuse_ends_at_once(kafka_bootstrap: str) -> None:
+def test_first_search_that_the_access_rules_refuse_fails_at_once(kafka_bootstrap: str) -> None:
     days = days_with(ForgetfulCoordinator(KafkaError.GROUP_AUTHORIZATION_FAILED), kafka_bootstrap, "ztf_%Y%m%d")
     with pytest.raises(KafkaException):
         days.start()

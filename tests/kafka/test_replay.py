@@ -1,4 +1,4 @@
-"""Replay: what an archive holds stands in the topic, one message an alert, and the account says what became of it."""
+"""Replay: each alert of an archive becomes one message in the topic, and the account counts the outcomes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def topic(kafka_bootstrap: str, unique_name: Callable[[str], str]) -> Iterator[s
 
 
 def messages_in(bootstrap_servers: str, topic: str) -> list[Message]:
-    """Everything that is in the topic now."""
+    """All messages that are in the topic now."""
     consumer = Consumer({"bootstrap.servers": bootstrap_servers, "group.id": "reader", "enable.auto.commit": False})
     partitions = [TopicPartition(topic, p, 0) for p in consumer.list_topics(topic).topics[topic].partitions]
     n_messages = sum(consumer.get_watermark_offsets(partition)[1] for partition in partitions)
@@ -82,7 +82,7 @@ def test_every_packet_of_a_night_arrives_once_keyed_by_object(
         assert before <= message.timestamp()[1] <= time.time_ns() // 1_000_000
 
 
-def test_container_of_several_alerts_becomes_a_message_each(
+def test_each_alert_of_a_container_becomes_a_message(
     ztf_packets: list[tuple[int, bytes]], kafka_bootstrap: str, topic: str
 ) -> None:
     packets = [data for _, data in ztf_packets[:3]]
@@ -97,7 +97,7 @@ def test_container_of_several_alerts_becomes_a_message_each(
     assert arrived == {each["objectId"]: each for each in alerts}
 
 
-def test_damaged_packets_are_sent_as_they_are(
+def test_damaged_packets_are_sent_unchanged(
     ztf_packets: list[tuple[int, bytes]], kafka_bootstrap: str, topic: str
 ) -> None:
     whole = ztf_packets[0][1]
@@ -107,7 +107,7 @@ def test_damaged_packets_are_sent_as_they_are(
     assert sorted(message.value() for message in messages_in(kafka_bootstrap, topic)) == sorted(values)
 
 
-def test_what_was_not_read_whole_is_not_sent_and_is_counted(kafka_bootstrap: str, topic: str) -> None:
+def test_packet_that_was_not_read_completely_is_counted_and_not_sent(kafka_bootstrap: str, topic: str) -> None:
     replay = replayer(kafka_bootstrap, topic)
     values = [b"", bytes(MAX_PACKET_BYTES + 1), b"no alert"]
     replay.replay([Packet(value, FilePosition("night.tar.gz")) for value in values], as_fast_as_possible())
@@ -115,7 +115,7 @@ def test_what_was_not_read_whole_is_not_sent_and_is_counted(kafka_bootstrap: str
     assert [message.value() for message in messages_in(kafka_bootstrap, topic)] == [b"no alert"]
 
 
-def test_dead_letters_are_sent_again_as_they_came_in(
+def test_dead_letters_are_sent_again_unchanged(
     kafka_bootstrap: str, ztf_packets: list[tuple[int, bytes]], unique_name: Callable[[str], str]
 ) -> None:
     letters, again = f"{unique_name('filter')}.dead-letter", unique_name("again")
@@ -140,7 +140,7 @@ def test_dead_letters_are_sent_again_as_they_came_in(
     command = [sys.executable, "-m", "broker_filter", "replay", address, "--bootstrap-servers", kafka_bootstrap]
     reasons = ["--reason", "unknown_schema_id", "--reason", "schema_refused"]
     ended = subprocess.run([*command, "--topic", again, *reasons], capture_output=True, text=True, check=True)
-    assert "cut short to fit into the topic, are left out: 1" in ended.stderr
+    assert "1 dead letters are left out because they were shortened to fit into the topic" in ended.stderr
     expected = [b"\0\0\0\0\7 wire format", several.getvalue(), b"schema"]
     assert sorted(message.value() for message in messages_in(kafka_bootstrap, again)) == sorted(expected)
     everything = read_dead_letters({"bootstrap.servers": kafka_bootstrap}, letters, set(RejectReason))
@@ -158,17 +158,17 @@ def test_dead_letters_are_sent_again_as_they_came_in(
         (["kafka://nowhere"], "write kafka://HOST:PORT/TOPIC"),
     ],
 )
-def test_what_cannot_be_sent_again_is_one_clear_line(
+def test_error_of_a_repeated_sending_is_one_clear_line(
     source: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["replay", *source, "--bootstrap-servers", "127.0.0.1:1", "--topic", "again"]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_dead_letters_that_come_while_they_are_sent_again_are_left_for_the_next_time(
+def test_new_dead_letters_are_not_sent_again_in_the_same_run(
     kafka_bootstrap: str, unique_name: Callable[[str], str]
 ) -> None:
-    """They are rejected once more, and would come round for ever."""
+    """A dead letter that is rejected again must not be sent again in an endless loop."""
     letters = f"{unique_name('filter')}.dead-letter"
     admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
     admin.create_topics([NewTopic(letters, 1, 1)])[letters].result()
@@ -188,7 +188,7 @@ def test_dead_letters_that_come_while_they_are_sent_again_are_left_for_the_next_
 
 
 @pytest.mark.kafka
-def test_message_that_the_brokers_refuse_is_counted_and_the_rest_arrive(
+def test_refused_message_is_counted_and_the_other_messages_arrive(
     kafka_bootstrap: str, unique_name: Callable[[str], str], caplog: pytest.LogCaptureFixture
 ) -> None:
     topic = unique_name("narrow")
@@ -203,7 +203,7 @@ def test_message_that_the_brokers_refuse_is_counted_and_the_rest_arrive(
 
 
 @pytest.mark.kafka
-def test_outage_of_the_brokers_is_waited_out(
+def test_replay_continues_after_an_outage_of_the_brokers(
     start_cluster: Callable[..., KafkaCluster], unique_name: Callable[[str], str]
 ) -> None:
     cluster, topic = start_cluster(), unique_name("outage")
@@ -224,7 +224,7 @@ def test_outage_of_the_brokers_is_waited_out(
     assert arrived == [f"alert {i}" for i in range(400)]
 
 
-def test_a_stopped_replay_has_delivered_what_it_counts(
+def test_stopped_replay_has_delivered_the_messages_that_it_counts(
     ztf_packets: list[tuple[int, bytes]], kafka_bootstrap: str, topic: str
 ) -> None:
     stop = threading.Event()
@@ -257,7 +257,7 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "broker_filter", "replay", *map(str, arguments)]
 
 
-def test_command_creates_the_topic_and_says_the_account(
+def test_command_creates_the_topic_and_prints_the_account(
     shared_data: Path, tmp_path: Path, kafka_bootstrap: str, unique_name: Callable[[str], str]
 ) -> None:
     topic = unique_name("new")
@@ -272,7 +272,7 @@ def test_command_creates_the_topic_and_says_the_account(
     assert len({message.partition() for message in arrived}) > 1
 
 
-def test_interrupt_ends_an_endless_replay_with_its_account(
+def test_interrupt_ends_an_endless_replay_and_prints_the_account(
     ztf_packets: list[tuple[int, bytes]], tmp_path: Path, kafka_bootstrap: str, topic: str
 ) -> None:
     archive = tmp_path / "one.avro.gz"

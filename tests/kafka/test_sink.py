@@ -1,4 +1,4 @@
-"""What became of each packet, and that nothing can slip through."""
+"""The account of each packet: a packet without an outcome or without its output is an error."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ MakeScored = Callable[..., ScoredBatch]
 
 @pytest.fixture
 def scored(make_alerts: MakeAlerts, make_scored: MakeScored) -> ScoredBatch:
-    """Four packets: scored, a duplicate, taken by no model and so rejected, scored."""
+    """Four packets: scored, a duplicate, rejected because no model takes it, and scored."""
     batch = make_scored(make_alerts([1, 2, 3, 4]), {"default": [0.1, 0.2, np.nan, 0.4]})
     reject = Reject(batch.packets[2], 2, RejectReason.NO_MODEL_FOR_SURVEY, "none")
     return replace(batch, duplicate=np.array([False, True, False, False]), rejects=[reject])
 
 
 class NoWriter:
-    """In the place of a producer that is not reached in these tests."""
+    """Stands in for a writer, which these tests never call."""
 
     fenced = False
 
@@ -56,7 +56,7 @@ def test_every_packet_has_its_account(scored: ScoredBatch) -> None:
     assert [account.consumed for account in accounts] == [1, 1, 1, 1]
 
 
-def test_output_is_divided_by_claim_and_what_lost_its_claim_is_left_out(scored: ScoredBatch) -> None:
+def test_output_is_divided_by_claim_without_packets_whose_claim_has_ended(scored: ScoredBatch) -> None:
     first, second, lost = claim(0), claim(1), claim(2)
     lost.ended = True
     delivery = Delivery(list(scored.packets), [7, 3, 9, 9], [first, second, lost, first])
@@ -71,20 +71,20 @@ def test_output_is_divided_by_claim_and_what_lost_its_claim_is_left_out(scored: 
 
 
 @pytest.mark.parametrize("missing", [0, 2])
-def test_packet_whose_output_is_missing_stops_the_work(scored: ScoredBatch, missing: int) -> None:
+def test_packet_whose_output_is_missing_is_an_error(scored: ScoredBatch, missing: int) -> None:
     delivery = Delivery(list(scored.packets), [0, 1, 2, 3], [claim(0)] * 4)
     published = [k for k in range(4) if k != missing]
     with pytest.raises(UnaccountedError, match=str(scored.packets[missing].position)):
         divide(delivery, scored, routed(published))
 
 
-def test_packet_without_any_outcome_stops_the_work(scored: ScoredBatch) -> None:
+def test_packet_without_an_outcome_is_an_error(scored: ScoredBatch) -> None:
     delivery = Delivery(list(scored.packets), [0, 1, 2, 3], [claim(0)] * 4)
     with pytest.raises(UnaccountedError, match="ztf/0/2"):
         divide(delivery, replace(scored, rejects=[]), routed([0, 1, 2, 3]))
 
 
-def test_one_dead_letter_is_the_output_of_all_of_a_packets_rejected_alerts(scored: ScoredBatch) -> None:
+def test_one_dead_letter_is_enough_for_all_rejected_alerts_of_a_packet(scored: ScoredBatch) -> None:
     delivery = Delivery(list(scored.packets), [0, 1, 2, 3], [claim(0)] * 4)
     more = [Reject(scored.packets[2], 2, RejectReason.CORRUPT, "damaged", record=k) for k in range(1, 100)]
     (work,) = divide(delivery, replace(scored, rejects=[*scored.rejects, *more]), routed([0, 1, 2, 3]))

@@ -1,4 +1,4 @@
-"""Topics by the calendar, and where reading starts, on a real broker."""
+"""The topics of each day, and the position at which reading starts, tested on a real broker."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ pytestmark = pytest.mark.kafka
 
 MIDNIGHT = datetime(2026, 2, 26, tzinfo=UTC)
 PATIENCE_S = 120.0
-"""For messages to come, on a busy machine."""
+"""Seconds to wait for expected messages, on a busy machine."""
 QUIET_S = 1.5
-"""For messages that must not come."""
+"""Seconds to wait for messages that must not arrive."""
 
 
 class Reader:
-    """A source whose clock is set by hand, and what it has read."""
+    """A source whose clock the test sets, and the messages that it has read."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Reader:
         positions_bootstrap: str | None = None,
         **options: object,
     ) -> None:
-        """`name`: of the group. `positions_bootstrap`: the cluster of the positions, where it is another one."""
+        """`name`: the consumer group. `positions_bootstrap`: the cluster of the positions, if it is another one."""
         section = Input(
             bootstrap_servers=bootstrap,
             group_id=name,
@@ -96,20 +96,20 @@ class Reader:
             writer.close()
 
     def lost(self, topic: str, reason: LossReason) -> float:
-        """What is counted as lost of a topic."""
+        """Returns the number of messages of a topic that are counted as lost."""
         name = f'broker_filter_lost_messages_total{{reason="{reason}",topic="{topic}"}} '
         lines = self.metrics.exposition().decode().splitlines()
         return next(float(line.removeprefix(name)) for line in lines if line.startswith(name))
 
     def commit(self) -> None:
-        """Commits all that was read, as a transaction would."""
+        """Commits the positions of all messages that were read, as a transaction would."""
         ends = [claim_offset(claim, claim.enqueued) for claim in self.source.claims]
         self.source.consumer.commit(offsets=ends, asynchronous=False)
         for claim in self.source.claims:
             claim.committed = claim.enqueued
 
     def read(self, expected: int, patience_s: float = PATIENCE_S) -> list[bytes]:
-        """Reads until so many messages have come in all."""
+        """Reads until the total number of messages is reached."""
         deadline = time.monotonic() + patience_s
         while len(self.values) < expected and time.monotonic() < deadline:
             if delivery := self.source.take(100, 0.1):
@@ -120,7 +120,7 @@ class Reader:
 
 @pytest.fixture(autouse=True)
 def frequent_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look for new topics each second: in service, a test would wait ten for what it has just made."""
+    """Searches for new topics each second: with the default, a test would wait ten seconds for a new topic."""
     monkeypatch.setattr(kafka_days, "LOOK_INTERVAL_S", 1.0)
 
 
@@ -128,7 +128,7 @@ def frequent_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 def start_reader(
     kafka_bootstrap: str, unique_name: Callable[[str], str], caplog: pytest.LogCaptureFixture
 ) -> Iterator[Callable[..., Reader]]:
-    caplog.set_level("INFO")  # what was claimed when, if a test fails
+    caplog.set_level("INFO")  # shows the claims if a test fails
     readers = []
 
     def start(template: str, now: datetime = MIDNIGHT, group: str = "", **options: object) -> Reader:
@@ -142,13 +142,13 @@ def start_reader(
 
 @pytest.fixture
 def send(kafka_bootstrap: str) -> Callable[..., None]:
-    """Sends values to a topic of one partition, which is made if it is not there."""
+    """Sends values to a topic of one partition, which is created if it does not exist."""
     properties = {"bootstrap.servers": kafka_bootstrap}
     admin = AdminClient(properties)
 
     def send(topic: str, *values: bytes, timestamp: datetime | None = None) -> None:
         if topic not in admin.list_topics(timeout=10).topics:
-            # The night of these alerts may be long ago: brokers would delete them before they are read.
+            # The timestamps may be old, so that brokers would delete the messages before they are read.
             admin.create_topics([NewTopic(topic, 1, -1, config={"retention.ms": "-1"})])[topic].result()
         producer = Producer(properties)
         for value in values:
@@ -158,7 +158,7 @@ def send(kafka_bootstrap: str) -> Callable[..., None]:
     return send
 
 
-def test_topics_roll_over_at_midnight_utc_and_new_ones_are_read_from_their_beginning(
+def test_topics_change_at_midnight_utc_and_new_topics_are_read_from_their_beginning(
     send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
 ) -> None:
     night = unique_name("ztf")
@@ -178,7 +178,7 @@ def test_topics_roll_over_at_midnight_utc_and_new_ones_are_read_from_their_begin
     assert len(reader.read(3)) == 3
 
 
-def test_no_more_is_taken_at_a_time_than_memory_is_for(
+def test_size_of_a_batch_is_bounded_in_bytes(
     send: Callable[..., None],
     start_reader: Callable[..., Reader],
     unique_name: Callable[[str], str],
@@ -198,7 +198,7 @@ def test_no_more_is_taken_at_a_time_than_memory_is_for(
     assert max(sizes) <= 1_000_000 + 100_000 * kafka_source.MESSAGES_AT_A_TIME
 
 
-def test_day_that_is_still_being_read_is_kept(
+def test_topic_of_an_earlier_day_is_read_to_its_end(
     send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
 ) -> None:
     night = unique_name("ztf")
@@ -208,7 +208,7 @@ def test_day_that_is_still_being_read_is_kept(
     assert reader.read(2) == [b"25", b"26"]
     for claim in reader.source.claims:
         if claim.topic.endswith("26"):
-            claim.committed = claim.read  # the 25th lags: nothing of it is committed
+            claim.committed = claim.read  # the 25th has a lag: none of its messages is committed
     reader.now = MIDNIGHT + timedelta(days=1)
 
     assert reader.read(3) == [b"25", b"26", b"27"]
@@ -216,7 +216,7 @@ def test_day_that_is_still_being_read_is_kept(
 
 
 @pytest.mark.parametrize("start", ["stored", "latest"])
-def test_day_that_began_while_the_group_was_away_is_read_from_its_beginning(
+def test_topic_created_while_the_group_was_away_is_read_from_its_beginning(
     start: str, send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
 ) -> None:
     night, group = unique_name("ztf"), unique_name("group")
@@ -230,7 +230,7 @@ def test_day_that_began_while_the_group_was_away_is_read_from_its_beginning(
     assert start_reader(f"{night}_%Y%m%d", MIDNIGHT, group, start=start).read(1) == [b"26th"]
 
 
-def test_days_that_passed_while_the_group_was_away_are_read(
+def test_topics_of_days_while_the_group_was_away_are_read(
     send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
 ) -> None:
     night, group = unique_name("ztf"), unique_name("group")
@@ -240,7 +240,7 @@ def test_days_that_passed_while_the_group_was_away_are_read(
         while not before.source.claims:
             before.source.take(1, 0.1)
         before.close()
-    for day in ("18", "23", "24", "25", "26"):  # the 18th was there before the group
+    for day in ("18", "23", "24", "25", "26"):  # the topic of the 18th existed before the group
         send(f"{night}_202602{day}", day.encode())
 
     reader = start_reader(f"{night}_%Y%m%d", MIDNIGHT, group, start="latest")
@@ -270,7 +270,7 @@ def test_partition_that_is_added_later_is_read_from_its_beginning(
     assert reader.read(1) == [b"in the new one"]
 
 
-def test_nothing_lags_behind_the_last_message_of_a_transaction(
+def test_transaction_marker_after_the_last_message_is_no_lag(
     kafka_bootstrap: str,
     send: Callable[..., None],
     start_reader: Callable[..., Reader],
@@ -286,7 +286,7 @@ def test_nothing_lags_behind_the_last_message_of_a_transaction(
     reader = start_reader(topic, start="earliest")
     assert reader.read(1) == [b"the last one"]
     (claim,) = reader.source.claims
-    while reader.source.lags() != {(topic, 0): 2}:  # and the mark behind it
+    while reader.source.lags() != {(topic, 0): 2}:  # the message and the transaction marker
         reader.source.take(1, 0.1)
 
     claim.committed = claim.read
@@ -310,7 +310,7 @@ def test_all_days_since_the_start_are_read(
     start: str, send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
 ) -> None:
     night = unique_name("ztf")
-    for day in (20, 22, 23, 24, 25, 26):  # there is none of the 21st
+    for day in (20, 22, 23, 24, 25, 26):  # the 21st has no topic
         at = datetime(2026, 2, day, 6, tzinfo=UTC)
         send(f"{night}_202602{day}", f"{day} morning".encode(), timestamp=at)
         send(f"{night}_202602{day}", f"{day} evening".encode(), timestamp=at + timedelta(hours=12))
@@ -326,7 +326,7 @@ def test_all_days_since_the_start_are_read(
 
 
 @pytest.mark.parametrize("start", ["earliest", "latest", "2026-02-25T00:00:00"])
-def test_night_that_is_delivered_days_late_is_found(
+def test_topic_that_is_created_days_late_is_found(
     start: str, send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
 ) -> None:
     night = unique_name("ztf")
@@ -343,7 +343,7 @@ def test_night_that_is_delivered_days_late_is_found(
     assert b"24, late" in reader.read(before + 1)
 
 
-def test_day_that_was_read_to_its_end_is_read_again_when_more_comes(
+def test_topic_read_to_its_end_is_read_on_when_more_messages_arrive(
     send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
 ) -> None:
     night = unique_name("ztf")
@@ -361,7 +361,7 @@ def test_day_that_was_read_to_its_end_is_read_again_when_more_comes(
     assert reader.read(3) == [b"24", b"24, more", b"25"]
 
 
-def test_gaps_of_transactions_and_compaction_are_no_losses(
+def test_gaps_from_transactions_and_compaction_are_not_losses(
     kafka_bootstrap: str,
     send: Callable[..., None],
     start_reader: Callable[..., Reader],
@@ -383,14 +383,14 @@ def test_gaps_of_transactions_and_compaction_are_no_losses(
             producer.commit_transaction(PATIENCE_S)
     reader = start_reader(topic, start="earliest")
 
-    read = reader.read(5, 5.0)  # as many of them as compaction has left
+    read = reader.read(5, 5.0)  # those that compaction has kept
 
     assert read[-1] == b"8"
     assert set(read) <= {b"0", b"2", b"4", b"6", b"8"}
     assert [reader.lost(topic, reason) for reason in LossReason] == [0, 0]
 
 
-def test_messages_that_expire_unread_are_counted_and_what_was_read_before_is_not_lost(
+def test_expired_messages_are_counted_as_lost_and_messages_in_flight_are_kept(
     kafka_bootstrap: str,
     send: Callable[..., None],
     start_reader: Callable[..., Reader],
@@ -409,7 +409,7 @@ def test_messages_that_expire_unread_are_counted_and_what_was_read_before_is_not
         deleted.result()
 
     reader.read(6, 4 * QUIET_S)
-    assert old.alive  # what was read under it is still to be committed
+    assert old.alive  # its messages in flight can still be committed
     reader.commit()
 
     values = reader.read(15)
@@ -421,7 +421,7 @@ def test_messages_that_expire_unread_are_counted_and_what_was_read_before_is_not
 
 
 def cut_log(file: Path, offset: int) -> None:
-    """Cuts a segment of Kafka's log (format v2) before the batch that begins with `offset`."""
+    """Truncates a segment of Kafka's log (format v2) before the batch that begins with `offset`."""
     content, at = file.read_bytes(), 0
     while at < len(content):
         first, length = struct.unpack_from(">qi", content, at)
@@ -433,7 +433,7 @@ def cut_log(file: Path, offset: int) -> None:
 
 
 @pytest.mark.parametrize("more", [2, 10], ids=["it ends before the position", "it has grown past the position"])
-def test_log_that_was_truncated_is_read_from_where_it_departs(
+def test_truncated_log_is_read_from_the_offset_of_the_truncation(
     more: int,
     start_cluster: Callable[..., KafkaCluster],
     unique_name: Callable[[str], str],
@@ -448,7 +448,7 @@ def test_log_that_was_truncated_is_read_from_where_it_departs(
     def send(*values: int) -> None:
         for value in values:
             producer.produce(topic, str(value).encode())
-            assert producer.flush(PATIENCE_S) == 0  # each is a batch
+            assert producer.flush(PATIENCE_S) == 0  # each message is a batch
 
     send(*range(10))
     reader = Reader(cluster.bootstrap_servers, unique_name("group"), topic, MIDNIGHT, start="earliest")
@@ -464,11 +464,11 @@ def test_log_that_was_truncated_is_read_from_where_it_departs(
     reader.read(10 + more, 40)
     assert {str(value).encode() for value in range(100, 100 + more)} < set(reader.values)
     assert f"{topic}/0: the log was truncated to offset 6" in caplog.text
-    assert reader.lost(topic, LossReason.TRUNCATED) == 0  # what was cut off had been read
+    assert reader.lost(topic, LossReason.TRUNCATED) == 0  # the truncated messages had been read
     reader.close()
 
 
-def test_reading_goes_on_at_midnight_while_the_positions_cannot_be_read(
+def test_reading_continues_at_midnight_while_positions_cannot_be_read(
     kafka_bootstrap: str,
     start_cluster: Callable[..., KafkaCluster],
     send: Callable[..., None],
@@ -496,7 +496,7 @@ def test_reading_goes_on_at_midnight_while_the_positions_cannot_be_read(
 
 
 @pytest.mark.shared
-def test_midnight_far_from_the_brokers_is_no_pause(
+def test_midnight_causes_no_pause_even_with_slow_brokers(
     start_cluster: Callable[..., KafkaCluster], unique_name: Callable[[str], str]
 ) -> None:
     (port,) = free_ports(1)
@@ -520,5 +520,5 @@ def test_midnight_far_from_the_brokers_is_no_pause(
             longest = max(longest, time.monotonic() - began)
 
         logging.getLogger(__name__).info("the longest pause was %.1f s", longest)
-        assert longest < 15  # one look-up after another took 33 s
+        assert longest < 15  # 33 s with one request after another
         reader.close()

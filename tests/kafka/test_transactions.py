@@ -57,13 +57,13 @@ REFUSED = KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED, "not authorized", tx
 
 @dataclass
 class ConfigEntry:
-    """A property of a topic, as `AdminClient.describe_configs` gives it."""
+    """A property of a topic, as `AdminClient.describe_configs` returns it."""
 
     value: str
 
 
 class FakeAdmin:
-    """Stands in for `AdminClient`: topics that each take messages of so many bytes."""
+    """Stands in for `AdminClient`: topics with the given limits of messages in bytes."""
 
     def __init__(self, **max_message_bytes: int) -> None:
         self.max_message_bytes = {f"me.{name.replace('_', '-')}": size for name, size in max_message_bytes.items()}
@@ -128,7 +128,7 @@ class FakeProducer:
 
 
 class Harness:
-    """Writers with producers of no broker, on topics whose sizes a test sets."""
+    """Writers whose producers have no broker, on topics whose limits a test sets."""
 
     def __init__(self) -> None:
         self.admin = FakeAdmin(scored=1_000_000, dead_letter=1_000_000)
@@ -194,7 +194,7 @@ def work(claim: Claim, start: int, *values: bytes, topic: str = SCORED) -> Work:
 
 
 class NoWriter:
-    """Stands where a claim has its writer, in tests that write nothing."""
+    """Stands in for the writer of a claim in tests that write nothing."""
 
     fenced = False
 
@@ -203,15 +203,15 @@ CLAIM = Claim("ztf", 0, NoWriter(), 0)  # type: ignore[arg-type]
 
 
 def limits(scored: int = 1_000_000, dead_letter: int = 1_000_000) -> RecordLimits:
-    """Topics that take records of so many bytes, beside what a batch adds to a record."""
+    """Topics that accept records of the given sizes in bytes, without the framing of a batch."""
     sizes = {"scored": scored + RECORD_OVERHEAD_BYTES, "dead_letter": dead_letter + RECORD_OVERHEAD_BYTES}
     return RecordLimits(FakeAdmin(**sizes), [SCORED, LETTERS], LETTERS)  # type: ignore[arg-type]
 
 
-# -- what fits into a topic
+# -- records that fit into a topic
 
 
-def test_records_that_their_topics_take_are_left_as_they_are() -> None:
+def test_records_that_fit_into_their_topics_are_not_changed() -> None:
     some = work(CLAIM, 0, bytes(50), bytes(49))
     before = list(some.records)
     some.fit(limits(scored=50))
@@ -219,7 +219,7 @@ def test_records_that_their_topics_take_are_left_as_they_are() -> None:
     assert [account.scored for account in some.accounts] == [1, 1]
 
 
-def test_record_that_its_topic_does_not_take_becomes_a_dead_letter_with_the_packet_and_the_reason() -> None:
+def test_too_large_record_becomes_a_dead_letter_with_the_packet_and_the_reason() -> None:
     some = work(CLAIM, 0, b"first", bytes(51), b"third")
     some.fit(limits(scored=50))
 
@@ -228,7 +228,7 @@ def test_record_that_its_topic_does_not_take_becomes_a_dead_letter_with_the_pack
     assert letter.value == b"packet"
     assert dict(letter.headers)["reason"] == b"too_large"
     assert dict(letter.headers)["detail"] == (
-        b"topic me.scored takes no record of 51 bytes: raise its max.message.bytes"
+        b"topic me.scored accepts no record of 51 bytes: raise its max.message.bytes"
     )
     assert [account.scored for account in some.accounts] == [1, 0, 1]
     assert [dict(account.rejected) for account in some.accounts] == [{}, {RejectReason.TOO_LARGE: 1}, {}]
@@ -258,7 +258,7 @@ def test_a_packet_with_a_large_alert_and_a_large_dead_letter_becomes_one_letter(
     assert (account.scored, account.duplicates, account.rejected) == (0, 0, {RejectReason.TOO_LARGE: 3})
 
 
-def test_dead_letter_that_is_too_large_is_cut_and_says_how_long_it_was() -> None:
+def test_too_large_dead_letter_is_shortened_and_tells_its_original_size() -> None:
     content = bytes(range(200))
     some = work(CLAIM, 0, content, topic=LETTERS)
     some.fit(limits(dead_letter=120))
@@ -269,7 +269,7 @@ def test_dead_letter_that_is_too_large_is_cut_and_says_how_long_it_was() -> None
     assert [account.scored for account in some.accounts] == [1], "a letter that is cut rejects nothing more"
 
 
-def test_letter_of_just_the_largest_size_is_left_whole_beside_one_that_is_cut() -> None:
+def test_dead_letter_of_exactly_the_largest_size_is_not_shortened() -> None:
     some = work(CLAIM, 0, bytes(200), bytes(120), topic=LETTERS)
     some.fit(limits(dead_letter=120))
     assert [(len(letter.value), letter.headers) for _, letter in some.records] == [
@@ -278,7 +278,7 @@ def test_letter_of_just_the_largest_size_is_left_whole_beside_one_that_is_cut() 
     ]
 
 
-def test_letter_that_is_cut_again_still_says_how_long_it_was_at_first() -> None:
+def test_dead_letter_that_is_shortened_twice_tells_its_first_size() -> None:
     some = work(CLAIM, 0, bytes(200), topic=LETTERS)
     some.fit(limits(dead_letter=120))
     some.fit(limits(dead_letter=80))
@@ -287,7 +287,7 @@ def test_letter_that_is_cut_again_still_says_how_long_it_was_at_first() -> None:
     assert len(letter.value) + len(TRUNCATED) + len(b"200") == 80
 
 
-def test_key_that_leaves_no_room_for_the_value_is_left_out() -> None:
+def test_key_that_leaves_no_room_for_the_value_is_removed() -> None:
     some = work(CLAIM, 0, b"small", topic=LETTERS)
     some.records = [(0, OutputRecord(LETTERS, bytes(1000), b"small", []))]
     some.fit(limits(dead_letter=100))
@@ -295,7 +295,7 @@ def test_key_that_leaves_no_room_for_the_value_is_left_out() -> None:
     assert (letter.key, letter.value, letter.headers) == (None, b"small", [])
 
 
-def test_key_for_which_there_is_room_is_kept_when_the_value_is_cut() -> None:
+def test_key_is_kept_when_shortening_the_value_is_enough() -> None:
     some = work(CLAIM, 0, bytes(200), topic=LETTERS)
     some.records = [(0, OutputRecord(LETTERS, b"ZTF26a", bytes(200), []))]
     some.fit(limits(dead_letter=106))
@@ -304,7 +304,7 @@ def test_key_for_which_there_is_room_is_kept_when_the_value_is_cut() -> None:
 
 
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8), room=st.integers(0, 120))
-def test_division_loses_nothing_and_the_first_part_is_the_longest_that_has_room(sizes: list[int], room: int) -> None:
+def test_split_loses_nothing_and_its_first_part_is_the_longest_that_fits(sizes: list[int], room: int) -> None:
     whole = work(CLAIM, 7, *map(bytes, sizes))
     parts = whole.split(room)
 
@@ -342,12 +342,12 @@ def test_position_is_stored_in_the_transaction_of_the_output_before_it(harness: 
     assert (writer.held_packets, writer.waiting_since) == (0, None)
 
 
-def test_nothing_is_committed_where_nothing_is_held(harness: Harness) -> None:
+def test_writer_without_work_commits_nothing(harness: Harness) -> None:
     assert harness.writer().commit() == []
     assert harness.producer.calls == ["init"]
 
 
-def test_record_that_its_topic_does_not_take_is_never_produced(harness: Harness) -> None:
+def test_too_large_record_is_never_produced(harness: Harness) -> None:
     harness.admin.max_message_bytes[SCORED] = 10_000
     harness.limits.refresh()
     writer = harness.writer()
@@ -357,7 +357,7 @@ def test_record_that_its_topic_does_not_take_is_never_produced(harness: Harness)
     assert "abort" not in harness.producer.calls
 
 
-def test_packet_that_comes_again_is_an_error(harness: Harness) -> None:
+def test_packet_that_is_added_twice_is_an_error(harness: Harness) -> None:
     writer = harness.writer()
     claim = Claim("ztf", 0, writer, 0)
     writer.add(work(claim, 0, b"a", b"b"))
@@ -369,7 +369,7 @@ def test_packet_that_comes_again_is_an_error(harness: Harness) -> None:
 
 
 @pytest.mark.parametrize("call", ["store", "commit"])
-def test_call_that_timed_out_is_made_again_in_the_same_transaction(harness: Harness, call: str) -> None:
+def test_call_that_timed_out_is_repeated_in_the_same_transaction(harness: Harness, call: str) -> None:
     writer = harness.writer()
     claim = Claim("ztf", 0, writer, 0)
     writer.add(work(claim, 0, b"a"))
@@ -393,7 +393,7 @@ def test_record_that_the_full_queue_refuses_is_produced_again(harness: Harness) 
 
 
 @pytest.mark.parametrize("call", ["begin", "produce", "store", "commit"])
-def test_transaction_that_failed_is_aborted_and_begun_again_with_the_same_records(harness: Harness, call: str) -> None:
+def test_failed_transaction_is_aborted_and_repeated_with_the_same_records(harness: Harness, call: str) -> None:
     writer = harness.writer()
     claim = Claim("ztf", 0, writer, 0)
     harness.fail(call, ABORTABLE)
@@ -410,7 +410,7 @@ def test_transaction_that_failed_is_aborted_and_begun_again_with_the_same_record
     assert harness.window.room == FIRST_BYTES
 
 
-def test_cause_of_a_failure_is_logged_where_the_call_names_only_the_state(
+def test_cause_of_a_failure_is_logged_if_the_call_names_only_the_state(
     harness: Harness, caplog: pytest.LogCaptureFixture
 ) -> None:
     writer = harness.writer()
@@ -418,7 +418,7 @@ def test_cause_of_a_failure_is_logged_where_the_call_names_only_the_state(
     harness.fail("commit", IN_ERROR_STATE)
     harness.fail("begin", ABORTABLE)
     assert len(writer.commit()) == 1
-    assert caplog.messages == ["test brokers: transaction tried again: too few replicas"]
+    assert caplog.messages == ["test brokers: transaction is repeated: too few replicas"]
 
 
 def test_fenced_writer_commits_nothing_and_its_claims_end(harness: Harness) -> None:
@@ -439,7 +439,7 @@ def test_fenced_writer_commits_nothing_and_its_claims_end(harness: Harness) -> N
     assert harness.producer.calls.count("abort") == 0, "another instance has the transaction"
 
 
-def test_writer_that_can_do_no_more_is_an_error_of_the_setup(harness: Harness) -> None:
+def test_fatal_error_of_a_producer_is_a_setup_error(harness: Harness) -> None:
     writer = harness.writer()
     writer.add(work(Claim("ztf", 0, writer, 0), 0, b"a"))
     harness.fail("commit", FATAL)
@@ -463,7 +463,7 @@ def test_work_of_a_claim_that_has_ended_is_dropped_and_the_rest_committed(harnes
     assert revoked.committed == 0
 
 
-def test_claim_that_ends_while_its_position_is_stored_takes_no_other_work_with_it(harness: Harness) -> None:
+def test_claim_that_ends_during_a_commit_does_not_drop_other_work(harness: Harness) -> None:
     writer = harness.writer()
     kept, revoked = (Claim("ztf", partition, writer, 0) for partition in (0, 1))
     writer.add(work(kept, 0, b"kept"))
@@ -534,7 +534,7 @@ def test_writer_has_a_share_of_a_window_that_others_have_filled(harness: Harness
     assert claim.committed == 4
 
 
-def test_window_grows_by_what_a_fast_transaction_has_passed(harness: Harness) -> None:
+def test_window_grows_by_the_bytes_of_a_fast_transaction(harness: Harness) -> None:
     writer = harness.writer()
     size = FIRST_BYTES * 3 // 4
     writer.add(work(Claim("ztf", 0, writer, 0), 0, *[bytes(size // 4)] * 4))
@@ -561,7 +561,7 @@ def test_window_shrinks_after_a_slow_transaction(harness: Harness, call: str | N
 
 
 @pytest.mark.parametrize("end", ["commit", "revoke"])
-def test_claim_is_drained_when_its_work_is_committed_or_its_partition_gone(harness: Harness, end: str) -> None:
+def test_claim_is_drained_when_its_work_is_committed_or_its_partition_revoked(harness: Harness, end: str) -> None:
     writer = harness.writer()
     claim = Claim("ztf", 0, writer, 0)
     assert claim.drained
@@ -575,7 +575,7 @@ def test_claim_is_drained_when_its_work_is_committed_or_its_partition_gone(harne
     assert claim.drained
 
 
-def test_topic_that_takes_less_than_before_gets_dead_letters(harness: Harness) -> None:
+def test_topic_with_a_lowered_limit_gets_dead_letters(harness: Harness) -> None:
     writer = harness.writer()
     claim = Claim("ztf", 0, writer, 0)
     writer.add(work(claim, 0, b"small", bytes(50_000)))
@@ -592,7 +592,7 @@ def test_topic_that_takes_less_than_before_gets_dead_letters(harness: Harness) -
     assert claim.committed == 2
 
 
-def test_writer_whose_batches_no_topic_takes_sends_its_records_one_by_one_and_is_replaced(harness: Harness) -> None:
+def test_writer_with_too_large_batches_sends_single_records_and_is_replaced(harness: Harness) -> None:
     writer = harness.writer()
     claim = Claim("ztf", 0, writer, 0)
     writer.add(work(claim, 0, b"a", b"b"))
@@ -609,7 +609,7 @@ def test_writer_whose_batches_no_topic_takes_sends_its_records_one_by_one_and_is
     assert harness.producer.properties["batch.size"] == 10_000
 
 
-def test_refused_output_is_tried_until_the_right_is_granted(harness: Harness) -> None:
+def test_refused_output_is_repeated_until_the_right_is_granted(harness: Harness) -> None:
     writer = harness.writer()
     claim = Claim("ztf", 0, writer, 0)
     harness.fail("commit", REFUSED, REFUSED)
@@ -625,12 +625,12 @@ def test_refused_output_does_not_delay_the_end_of_the_service(harness: Harness) 
     harness.fail("commit", REFUSED)
     writer.add(work(Claim("ztf", 0, writer, 0), 0, b"a"))
     harness.stop.set()
-    with pytest.raises(KafkaSetupError, match="is read again at the next start: a right is missing"):
+    with pytest.raises(KafkaSetupError, match="the next start reads them again: a right is missing"):
         writer.commit()
     assert harness.producer.published == []
 
 
-def test_refusal_that_the_abort_does_not_survive_is_remembered_until_the_partition_is_committed(
+def test_refusal_is_kept_until_the_partition_is_committed_even_if_the_abort_fails(
     harness: Harness,
 ) -> None:
     refused = harness.writer()
@@ -672,7 +672,7 @@ def test_claim_whose_start_the_brokers_refuse_is_not_alive(harness: Harness) -> 
     assert harness.transactions("aborted") == 1
 
 
-def test_start_of_a_claim_that_cannot_be_stored_is_an_error_of_the_setup(harness: Harness) -> None:
+def test_failure_to_store_the_start_of_a_claim_is_a_setup_error(harness: Harness) -> None:
     writer = harness.writer()
     harness.fail("store", FATAL)
     with pytest.raises(KafkaSetupError, match="test brokers: out of order"):
@@ -685,14 +685,16 @@ def test_writer_waits_for_a_coordinator_that_is_moving(harness: Harness) -> None
     assert harness.producer.calls == ["init"] * 3
 
 
-def test_coordinator_that_does_not_answer_in_time_is_away(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coordinator_that_does_not_answer_in_time_raises_kafka_away_error(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(transactions, "OPEN_TIMEOUT_S", -1.0)
     harness.fail("init", TIMED_OUT)
-    with pytest.raises(KafkaAwayError, match="no transactions as 'me/group/0': timed out"):
+    with pytest.raises(KafkaAwayError, match="cannot open transactions as 'me/group/0': timed out"):
         harness.writer()
 
 
-def test_coordinator_that_refuses_is_an_error_of_the_setup(harness: Harness) -> None:
+def test_refusal_by_the_coordinator_is_a_setup_error(harness: Harness) -> None:
     harness.fail("init", FATAL)
     with pytest.raises(KafkaSetupError) as raised:
         harness.writer()
@@ -700,7 +702,7 @@ def test_coordinator_that_refuses_is_an_error_of_the_setup(harness: Harness) -> 
 
 
 @pytest.mark.parametrize("errors", [(), (TIMED_OUT,)], ids=["the abort succeeds", "the abort fails"])
-def test_writer_that_is_closed_gives_up_what_it_holds(harness: Harness, errors: Sequence[Any]) -> None:
+def test_closed_writer_drops_its_work(harness: Harness, errors: Sequence[Any]) -> None:
     writer = harness.writer()
     claim = Claim("ztf", 0, writer, 0)
     writer.add(work(claim, 0, b"a"))

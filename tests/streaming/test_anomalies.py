@@ -1,4 +1,4 @@
-"""The strangest alerts of a stream are flagged, at the rate that was asked for, with what makes them strange."""
+"""Anomalies: outliers are flagged at the requested rate, with a reason."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ PASSES = compile_filter("default.real > 0.5 and magpsf < 20", FIELDS, ["default.
 
 
 def ordinary(n: int, seed: int) -> Embeddings:
-    """Near one direction of many."""
+    """Embeddings near one direction."""
     return normalise(np.eye(1, 8) + 0.2 * np.random.default_rng(seed).standard_normal((n, 8)))
 
 
 @pytest.fixture
 def make(make_alerts: Callable[..., AlertBatch], make_scored: Scored) -> Scored:
-    """Scored alerts with these embeddings [N, D]; two in a row are of one object."""
+    """Scored alerts with these embeddings [N, D]; each pair of consecutive alerts has the same object."""
 
     def make(
         embedding: NDArray[np.float32], real: list[float] | None = None, first_id: int = 0, **fields: object
@@ -71,11 +71,11 @@ def reference(make: Scored, model: Model) -> Reference:
     return build_reference(batches, model, PASSES, limit=1500)
 
 
-def test_a_reference_is_of_the_alerts_that_pass_and_no_more_than_asked_for(make: Scored, model: Model) -> None:
+def test_reference_holds_alerts_that_pass_the_cut_up_to_the_limit(make: Scored, model: Model) -> None:
     real = [0.9, 0.1] * 100
     batches = [
         make(ordinary(200, 1), real, magpsf=[18.0] * 100 + [21.0] * 100),
-        make(ordinary(200, 1), real, magpsf=[18.0] * 100 + [21.0] * 100),  # the same again
+        make(ordinary(200, 1), real, magpsf=[18.0] * 100 + [21.0] * 100),  # the same alerts again
         make(ordinary(200, 2), first_id=200),
     ]
     built = build_reference(batches, model, PASSES, limit=1000)
@@ -92,16 +92,16 @@ def test_a_reference_is_of_the_alerts_that_pass_and_no_more_than_asked_for(make:
     )
 
 
-def test_a_reference_is_calibrated_on_other_objects(make: Scored, model: Model, reference: Reference) -> None:
-    """An object's alerts are alike: beside its own others, every alert would look ordinary."""
+def test_reference_is_calibrated_on_held_out_objects(make: Scored, model: Model, reference: Reference) -> None:
+    """Alerts of one object are similar: compared with other alerts of its object, every alert would look ordinary."""
     alone = ordinary(400, 7)
-    pairs = make(np.repeat(alone, 2, axis=0))  # ids 2 i and 2 i + 1 are of one object, and the same
+    pairs = make(np.repeat(alone, 2, axis=0))  # the alerts 2 i and 2 i + 1 have the same object and embedding
     beside_others = build_reference([pairs], model, None, limit=1000).surveys[Survey.ZTF]
     assert set(np.unique(beside_others.alerts.object_id, return_counts=True)[1].tolist()) == {2}
     assert len(beside_others.alerts) + len(beside_others.scores) == 800
 
 
-def test_too_few_alerts_are_no_reference(make: Scored, model: Model) -> None:
+def test_too_few_alerts_for_a_reference_are_an_error(make: Scored, model: Model) -> None:
     with pytest.raises(ReferenceSetError, match="20 ordinary alerts of 10 objects are too few"):
         build_reference([make(ordinary(20, 0))], model, None, limit=100)
     with pytest.raises(ReferenceSetError, match="no ordinary alert"):
@@ -113,7 +113,7 @@ def test_too_few_alerts_are_no_reference(make: Scored, model: Model) -> None:
         build_reference([without], model, None, limit=100)
 
 
-def test_flags_strange_alerts_that_pass_the_cut_and_says_why(make: Scored, reference: Reference) -> None:
+def test_flags_outliers_that_pass_the_cut_and_gives_the_reason(make: Scored, reference: Reference) -> None:
     judge = AnomalyJudge(reference, 0.01, PASSES)
     strange = -ordinary(3, 5)
     anomalies = judge.judge(make(np.concatenate([ordinary(5, 6), strange]), [0.9] * 6 + [0.1, np.nan]))
@@ -127,8 +127,8 @@ def test_flags_strange_alerts_that_pass_the_cut_and_says_why(make: Scored, refer
     assert judge.columns == ("magpsf",)
 
 
-def test_alerts_of_a_survey_that_the_reference_lacks_are_not_judged(make: Scored, reference: Reference) -> None:
-    """Telescopes differ more than alerts do: all of another's would be strange, and all that is flagged."""
+def test_alerts_of_a_survey_without_reference_are_not_judged(make: Scored, reference: Reference) -> None:
+    """Telescopes differ more than alerts: all alerts of another survey would be flagged."""
     both = make(-ordinary(4, 5), survey=[Survey.ZTF, Survey.LSST] * 2)
     anomalies = AnomalyJudge(reference, 0.01, None).judge(both)
     assert anomalies.judged.tolist() == anomalies.flag.tolist() == [True, False] * 2
@@ -140,7 +140,7 @@ def model_of_both(model: Model) -> Model:
 
 
 def of_lsst(n: int, seed: int) -> Embeddings:
-    """Near another direction, and further apart: another telescope's."""
+    """Embeddings near another direction and with a larger scatter, as of another telescope."""
     return normalise(np.roll(np.eye(1, 8), 4) + 0.4 * np.random.default_rng(seed).standard_normal((n, 8)))
 
 
@@ -152,7 +152,7 @@ def two_surveys(make: Scored, seed: int, n_ztf: int, n_lsst: int) -> ScoredBatch
     )
 
 
-def test_each_survey_is_judged_beside_its_own_at_the_same_rate(make: Scored, model_of_both: Model) -> None:
+def test_each_survey_is_compared_with_its_own_reference_at_the_same_rate(make: Scored, model_of_both: Model) -> None:
     batches = [two_surveys(make, seed, 90, 10) for seed in range(20)]
     reference = build_reference(batches, model_of_both, None, limit=2000)
     assert reference.card.surveys["lsst"].read == reference.card.surveys["lsst"].passed == 200
@@ -162,7 +162,7 @@ def test_each_survey_is_judged_beside_its_own_at_the_same_rate(make: Scored, mod
     np.testing.assert_allclose(flags.mean(axis=(0, 2)), [0.02, 0.02], atol=0.006)
 
 
-def test_a_survey_scores_the_same_whoever_else_is_in_the_reference(make: Scored, model_of_both: Model) -> None:
+def test_scores_of_a_survey_do_not_depend_on_other_surveys_in_the_reference(make: Scored, model_of_both: Model) -> None:
     both = build_reference([two_surveys(make, 3, 300, 300)], model_of_both, None, limit=2000)
     alone = build_reference([make(ordinary(300, 3), first_id=1800)], model_of_both, None, limit=2000)
     asked = make(ordinary(20, 9))
@@ -171,13 +171,13 @@ def test_a_survey_scores_the_same_whoever_else_is_in_the_reference(make: Scored,
     np.testing.assert_array_equal(first.flag, second.flag)
 
 
-def test_a_survey_with_too_few_in_the_reference_is_not_judged_and_this_is_said(
+def test_survey_with_too_few_reference_alerts_is_not_judged_with_a_warning(
     make: Scored, model_of_both: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     batches = [two_surveys(make, 0, 300, 2)]
     reference = build_reference(batches, model_of_both, None, limit=1000)
     assert "lsst: 2 ordinary alerts" in caplog.text
-    assert "will not be judged" in caplog.text
+    assert "its alerts are not judged" in caplog.text
     assert list(reference.surveys) == [Survey.ZTF]
     assert reference.card.surveys["lsst"] == SurveyCounts(read=2, passed=2, kept=0, held_out=0)
     file = tmp_path / "mixed.safetensors"
@@ -197,24 +197,26 @@ def test_a_survey_with_too_few_in_the_reference_is_not_judged_and_this_is_said(
     assert "broker_filter_judged_alerts_total 10.0" in exposed
 
 
-def test_a_filter_that_hardly_an_alert_of_a_survey_passes_is_warned_of(
+def test_filter_that_few_alerts_of_a_survey_pass_gives_a_warning(
     make: Scored, model_of_both: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
     bogus = make(of_lsst(98, 1), [0.9] * 3 + [0.01] * 95, survey=[Survey.LSST] * 98, first_id=1000)
     build_reference([make(ordinary(300, 0)), bogus], model_of_both, PASSES, limit=1000)
-    assert "lsst: only 3 of 98 alerts are taken by default and pass `default.real > 0.5" in caplog.text
+    assert "lsst: only 3 of 98 alerts are scored by default and pass `default.real > 0.5" in caplog.text
     assert "ztf: only" not in caplog.text
 
 
 @pytest.mark.parametrize("measure", ["mahalanobis", "neighbours"])
-def test_a_stream_of_ordinary_alerts_is_flagged_at_the_rate(make: Scored, model: Model, measure: Measure) -> None:
+def test_stream_of_ordinary_alerts_is_flagged_at_the_requested_rate(
+    make: Scored, model: Model, measure: Measure
+) -> None:
     batches = [make(ordinary(100, seed), first_id=100 * seed) for seed in range(20)]
     judge = AnomalyJudge(build_reference(batches, model, None, 1500, measure), 0.02, None)
     flags = np.concatenate([judge.judge(make(ordinary(500, seed))).flag for seed in range(100, 120)])
     assert flags.mean() == pytest.approx(0.02, rel=0.2)
 
 
-def test_the_same_stream_is_flagged_alike_in_any_batches(make: Scored, reference: Reference) -> None:
+def test_flags_do_not_depend_on_the_size_of_batches(make: Scored, reference: Reference) -> None:
     stream = ordinary(300, 8)
     whole = AnomalyJudge(reference, 0.05, None).judge(make(stream))
     judge = AnomalyJudge(reference, 0.05, None)
@@ -223,7 +225,7 @@ def test_the_same_stream_is_flagged_alike_in_any_batches(make: Scored, reference
     np.testing.assert_allclose(np.concatenate([part.score for part in parts]), whole.score, atol=1e-6)
 
 
-def test_duplicates_are_flagged_and_not_counted(make: Scored, reference: Reference) -> None:
+def test_duplicates_are_flagged_but_do_not_move_the_threshold(make: Scored, reference: Reference) -> None:
     judge = AnomalyJudge(reference, 0.01, None)
     scored = replace(make(-ordinary(4, 5)), duplicate=np.array([False, True, True, False]))
     anomalies = judge.judge(scored)
@@ -233,7 +235,7 @@ def test_duplicates_are_flagged_and_not_counted(make: Scored, reference: Referen
     assert [(account.judged, account.anomalous) for account in accounts] == [(1, 1), (0, 0), (0, 0), (1, 1)]
 
 
-def test_a_configuration_opens_a_judge_by_the_references_own_cut(
+def test_judge_uses_the_cut_of_the_reference_by_default(
     reference: Reference, tmp_path: Path, reference_file: Path
 ) -> None:
     file = tmp_path / "own.safetensors"
@@ -248,10 +250,10 @@ def test_a_configuration_opens_a_judge_by_the_references_own_cut(
         open_judge(config.Anomalies(reference=file), scorer)
 
 
-def test_the_strangest_of_real_packets_go_to_their_topic_with_embedding_and_reason(
+def test_anomalies_among_real_packets_are_published_with_embedding_and_reason(
     ztf_packets: list[tuple[int, bytes]], embedding_bundle: Path, tmp_path: Path
 ) -> None:
-    """From bytes to records, as the service does it."""
+    """The whole path from packets to output records, as in the service."""
     packets = [Packet(data, KafkaPosition("c", "ztf", 0, i)) for i, (_, data) in enumerate(ztf_packets[:400])]
     file, section = tmp_path / "ordinary.safetensors", {"bundle": str(embedding_bundle)}
     scorer = open_scorer([config.Model.model_validate(section)], Runtime())

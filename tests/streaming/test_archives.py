@@ -1,4 +1,4 @@
-"""Archives: every packet comes out byte for byte, in flat memory, whatever is nested, misnamed or damaged."""
+"""Archives: packets are read byte for byte in constant memory, also from nested, misnamed or damaged files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SCHEMA = {
 
 
 def container(*candids: int, stamp_bytes: int = 3000, block_bytes: int = 1) -> bytes:
-    """A container file of one alert or more, each in a block of its own unless `block_bytes` says otherwise."""
+    """A container file of one or more alerts; by default each alert has its own block, else see `block_bytes`."""
     alerts = [{"candid": candid, "stamp": random.Random(candid).randbytes(stamp_bytes)} for candid in candids]
     file = io.BytesIO()
     fastavro.writer(file, SCHEMA, alerts, sync_interval=block_bytes, sync_marker=b"0123456789abcdef")
@@ -79,7 +79,7 @@ def test_every_member_of_the_shared_archive_is_a_packet_byte_for_byte(
     assert read(path) == expected
 
 
-def test_real_night_archive_is_read_whole(shared_data: Path) -> None:
+def test_real_night_archive_is_read_completely(shared_data: Path) -> None:
     path = shared_data / "ztf" / "archives" / "ztf_public_20180819_mod1000.tar.gz"
     with tarfile.open(path) as archive:
         expected = [archive.extractfile(member).read() for member in archive]
@@ -87,7 +87,7 @@ def test_real_night_archive_is_read_whole(shared_data: Path) -> None:
     assert [data for _, data in read(path)] == expected
 
 
-def test_what_a_file_holds_is_told_from_its_bytes_not_its_name(tmp_path: Path) -> None:
+def test_bytes_and_not_the_name_decide_the_format_of_a_file(tmp_path: Path) -> None:
     (name, packet), *_ = PACKETS
     wire = b"\x00\x00\x00\x02\xc0 a body"
     saved = {
@@ -112,7 +112,7 @@ def test_what_a_file_holds_is_told_from_its_bytes_not_its_name(tmp_path: Path) -
     ]
 
 
-def test_archives_nest(tmp_path: Path) -> None:
+def test_nested_archives_are_read(tmp_path: Path) -> None:
     night = gzip.compress(tar([("night/", b""), *((f"night/{name}", data) for name, data in PACKETS)]))
     season = gzip.compress(tar([("20180819.tar.gz", night), ("one.avro.gz", gzip.compress(PACKETS[0][1]))]))
     path = save(tmp_path, "season.tar.gz", season)
@@ -138,7 +138,7 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_every_compression_is_read_alone_in_a_tar_and_around_one(tmp_path: Path, suffix: str) -> None:
+def test_every_compression_is_read_alone_inside_a_tar_and_around_a_tar(tmp_path: Path, suffix: str) -> None:
     compress = COMPRESS[suffix]
     packet = PACKETS[0][1]
     alone = save(tmp_path, f"1.avro.{suffix}", compress(packet))
@@ -148,14 +148,14 @@ def test_every_compression_is_read_alone_in_a_tar_and_around_one(tmp_path: Path,
     assert read(night) == expected
 
 
-def test_what_pzstd_writes_is_read(tmp_path: Path) -> None:
+def test_files_of_pzstd_are_read(tmp_path: Path) -> None:
     size_of_the_next_frame = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + bytes(4)
     path = save(tmp_path, "night.tar.zst", size_of_the_next_frame + zstd(tar(PACKETS)))
     assert [data for _, data in read(path)] == [data for _, data in PACKETS]
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_streams_that_were_joined_are_read_to_the_end(tmp_path: Path, suffix: str) -> None:
+def test_concatenated_compressed_streams_are_read_to_the_end(tmp_path: Path, suffix: str) -> None:
     archive, compress = tar(PACKETS), COMPRESS[suffix]
     parts = [archive[i : i + 5000] for i in range(0, len(archive), 5000)]
     path = save(tmp_path, "night", b"".join(compress(part) for part in parts))
@@ -163,7 +163,7 @@ def test_streams_that_were_joined_are_read_to_the_end(tmp_path: Path, suffix: st
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_damage_to_any_compression_is_a_packet_that_cannot_decode(
+def test_damage_in_any_compression_gives_a_packet_that_cannot_be_decoded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str
 ) -> None:
     many = [(f"{candid}.avro", container(candid)) for candid in range(200)]
@@ -172,9 +172,9 @@ def test_damage_to_any_compression_is_a_packet_that_cannot_decode(
     *packets, (last, rest) = read(path)
     assert (last, rest) == (str(path), b"")
     assert f"{path}: damaged" in caplog.text
-    # Random bytes do not compress: half of the file is half of the packets, less a block of the compression's.
+    # Random bytes do not compress, so half of the file holds half of the packets, minus one compressed block.
     complete = [data for (_, data), (_, original) in zip(packets, many, strict=False) if data == original]
-    if suffix != "bz2":  # whose blocks are 900 kB
+    if suffix != "bz2":  # bzip2 has blocks of 900 kB
         assert len(complete) > 50
     damaged = bytearray(whole)
     damaged[len(whole) // 2] ^= 0xFF
@@ -182,7 +182,9 @@ def test_damage_to_any_compression_is_a_packet_that_cannot_decode(
 
 
 @pytest.mark.parametrize("suffix", ["xz", "bz2", "zst"])
-def test_a_decompression_bomb_ends_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str) -> None:
+def test_decompression_bomb_is_stopped_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str
+) -> None:
     bombs = {
         "one large member": header("huge", 1 << 30) + bytes(40 << 20),
         "padding": tar(PACKETS[:1]) + bytes(40 << 20),
@@ -197,10 +199,10 @@ def test_a_decompression_bomb_ends_with_a_word(tmp_path: Path, caplog: pytest.Lo
         finally:
             tracemalloc.stop()
         assert len(packets) <= 2
-    assert "decompression bomb" in caplog.text or "behind its end" in caplog.text
+    assert "decompression bomb" in caplog.text or "after its end" in caplog.text
 
 
-def test_files_that_macos_writes_are_passed_over(tmp_path: Path) -> None:
+def test_files_that_macos_adds_are_ignored(tmp_path: Path) -> None:
     apple_double = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(100)
     members = [
         ("._night", apple_double),
@@ -208,7 +210,7 @@ def test_files_that_macos_writes_are_passed_over(tmp_path: Path) -> None:
         (f"night/{PACKETS[0][0]}", PACKETS[0][1]),
         ("__MACOSX/night/._1.avro", apple_double),
         ("night/.DS_Store", b"\x00\x00\x00\x01Bud1"),
-        ("night/._2.avro", PACKETS[1][1]),  # an alert for all that: bytes tell, not names
+        ("night/._2.avro", PACKETS[1][1]),  # this is an alert: bytes decide, not names
     ]
     path = save(tmp_path / "archive", "night.tar", tar(members))
     assert [data for _, data in read(path)] == [PACKETS[0][1], PACKETS[1][1]]
@@ -224,7 +226,7 @@ def test_folders_are_read_recursively_in_order_of_names_and_inputs_in_the_order_
     assert [data for _, data in read(alone, tmp_path / "night")] == [b"alone", b"a", b"b/1", b"b/2", b"c/d/3"]
 
 
-def test_blocks_of_a_container_file_are_packets_that_know_their_first_record(tmp_path: Path) -> None:
+def test_each_block_of_a_container_file_is_a_packet_with_its_first_record_number(tmp_path: Path) -> None:
     path = save(tmp_path, "many.avro", container(*range(100), block_bytes=20_000))
     seen: list[int] = []
     for packet in read_packets([path]):
@@ -234,7 +236,7 @@ def test_blocks_of_a_container_file_are_packets_that_know_their_first_record(tmp
     assert seen == list(range(100))
 
 
-def test_rows_of_parquet_are_packets_also_inside_an_archive(tmp_path: Path) -> None:
+def test_each_row_of_parquet_is_a_packet_also_inside_an_archive(tmp_path: Path) -> None:
     alone = save(tmp_path, "alerts", parquet([7, 8]))
     archived = save(tmp_path, "alerts.tar.gz", gzip.compress(tar([("part-0", parquet([9]))])))
     packets = list(read_packets([alone, archived]))
@@ -242,7 +244,7 @@ def test_rows_of_parquet_are_packets_also_inside_an_archive(tmp_path: Path) -> N
     assert [str(packet.position) for packet in packets] == [f"{alone}", f"{alone}#1", f"{archived}::part-0"]
 
 
-def test_no_more_is_read_of_a_packet_than_shows_that_it_is_too_large(tmp_path: Path) -> None:
+def test_too_large_packet_is_not_read_to_its_end(tmp_path: Path) -> None:
     members = [("huge", b"x" * 2_000_000), ("huge.avro", container(1, stamp_bytes=2_000_000)), PACKETS[1]]
     path = save(tmp_path, "night.tar.gz", gzip.compress(tar(members)))
     (_, huge), (_, huge_container), last = read(path, max_packet_bytes=100_000)
@@ -252,7 +254,7 @@ def test_no_more_is_read_of_a_packet_than_shows_that_it_is_too_large(tmp_path: P
 
 
 def readable_part(archive: bytes) -> bytes:
-    """What a cut archive of PACKETS still holds of them, headers and padding left out."""
+    """The contents of PACKETS that a truncated archive still holds, without headers and padding."""
     stream = zlib.decompressobj(wbits=31)
     left = stream.decompress(archive) if archive.startswith(b"\x1f\x8b") else archive
     parts = []
@@ -263,7 +265,7 @@ def readable_part(archive: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, bytes], ids=["tar.gz", "tar"])
-def test_cut_archive_yields_what_is_there_and_then_packets_that_cannot_decode(
+def test_truncated_archive_yields_its_packets_and_then_one_that_cannot_be_decoded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, compress: type[bytes]
 ) -> None:
     whole = compress(tar(PACKETS))
@@ -276,7 +278,7 @@ def test_cut_archive_yields_what_is_there_and_then_packets_that_cannot_decode(
         assert b"".join(data for _, data in packets) == readable_part(whole[:cut])
 
 
-def test_damaged_gzip_loses_only_what_comes_after_the_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_gzip_loses_only_packets_after_the_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     archive = bytearray(gzip.compress(tar(PACKETS)))
     archive[-4000] ^= 0xFF
     path = save(tmp_path, "night.tar.gz", bytes(archive))
@@ -286,14 +288,14 @@ def test_damaged_gzip_loses_only_what_comes_after_the_damage(tmp_path: Path, cap
     assert "damaged" in caplog.text
 
 
-def test_wrong_gzip_checksum_is_noticed_behind_the_last_packet(tmp_path: Path) -> None:
+def test_wrong_gzip_checksum_is_reported_after_the_last_packet(tmp_path: Path) -> None:
     archive = bytearray(gzip.compress(tar(PACKETS)))
     archive[-8] ^= 0xFF
     path = save(tmp_path, "night.tar.gz", bytes(archive))
     assert [data for _, data in read(path)] == [*(data for _, data in PACKETS), b""]
 
 
-def test_damaged_tar_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
+def test_damaged_tar_header_is_not_taken_for_the_end_of_the_archive(tmp_path: Path) -> None:
     archive = bytearray(tar(PACKETS))
     second_header = archive.index(PACKETS[1][0].encode())
     archive[second_header + 148] ^= 0xFF  # the header's checksum
@@ -333,12 +335,12 @@ ASTRAY = {
 
 @pytest.mark.parametrize("compress", [gzip.compress, bytes], ids=["tar.gz", "tar"])
 @pytest.mark.parametrize("astray", ASTRAY)
-def test_headers_that_lead_astray_are_damage(tmp_path: Path, astray: str, compress: type[bytes]) -> None:
+def test_malicious_headers_are_reported_as_damage(tmp_path: Path, astray: str, compress: type[bytes]) -> None:
     path = save(tmp_path, "night.tar", compress(PLAIN + ASTRAY[astray] + PLAIN + bytes(1024)))
     assert read(path) == [(f"{path}::{PACKETS[0][0]}", PACKETS[0][1]), (str(path), b"")]
 
 
-def test_members_stored_without_their_holes_are_passed_over(tmp_path: Path) -> None:
+def test_sparse_members_are_not_read(tmp_path: Path) -> None:
     stored = padded(bytes(700))
     members = [
         attributes(b"GNU.sparse.size=9000", b"GNU.sparse.map=0,500,800,200") + header("pax", 700) + stored,
@@ -350,7 +352,7 @@ def test_members_stored_without_their_holes_are_passed_over(tmp_path: Path) -> N
 
 
 def edited(member: bytes, edits: list[tuple[int, int]]) -> bytes:
-    """A member's header with other bytes, and the checksum that they have."""
+    """A member's header with changed bytes and the correct checksum for them."""
     block = bytearray(member)
     for at, value in edits:
         block[at] = value
@@ -367,7 +369,7 @@ def as_tarfile_reads(archive: bytes) -> list[tuple[str, bytes]]:
                 data = archive[member.offset_data : member.offset_data + member.size]
                 if member.isfile():
                     members.append((member.name.lstrip("/"), b"" if member.issparse() else data))
-    except tarfile.ReadError:  # once the archive ends early
+    except tarfile.ReadError:  # the archive ends early
         pass
     return members
 
@@ -378,7 +380,7 @@ def as_tarfile_reads(archive: bytes) -> list[tuple[str, bytes]]:
     layout=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
     edits=st.lists(st.tuples(st.integers(0, 511), st.sampled_from(b"\0 /0178xS\xe9")), max_size=3),
 )
-def test_any_header_is_read_as_tarfile_reads_it(
+def test_headers_are_read_as_tarfile_reads_them(
     tmp_path: Path, name: str, layout: int, edits: list[tuple[int, int]]
 ) -> None:
     headers = header(name, 700, layout=layout)
@@ -390,7 +392,7 @@ def test_any_header_is_read_as_tarfile_reads_it(
     assert packets[len(expected) :] in ([], [("", b"")])
 
 
-def test_damaged_parquet_ends_with_a_packet_that_cannot_decode(
+def test_damaged_parquet_ends_with_a_packet_that_cannot_be_decoded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = save(tmp_path, "alerts.parquet", parquet([7, 8])[:-30])
@@ -398,7 +400,7 @@ def test_damaged_parquet_ends_with_a_packet_that_cannot_decode(
     assert f"{path}: damaged Parquet" in caplog.text
 
 
-def test_a_wanted_column_that_cannot_be_read_is_one_line_and_no_other_is_any(
+def test_only_wanted_columns_that_cannot_be_read_are_logged_and_in_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     wait = pa.array([1, 2], pa.duration("us"))
@@ -448,7 +450,7 @@ def test_no_damage_escapes_as_an_exception_or_without_a_packet(
     assert read(save(tmp_path, "damaged", bytes(damaged)), max_packet_bytes=50_000)
 
 
-def test_nesting_ends(tmp_path: Path) -> None:
+def test_nesting_is_limited(tmp_path: Path) -> None:
     bomb = PACKETS[0][1]
     for _ in range(MAX_DEPTH + 1):
         bomb = gzip.compress(bomb)
@@ -456,7 +458,7 @@ def test_nesting_ends(tmp_path: Path) -> None:
     assert gzip.decompress(data) == PACKETS[0][1]
 
 
-def test_memory_is_flat_over_an_archive_of_many_packets(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_number_of_packets(tmp_path: Path) -> None:
     path = save(tmp_path, "night.tar.gz", gzip.compress(tar((f"{i}.avro", b"\x00" * 700) for i in range(10_000)), 1))
     packets = read_packets([path])
     for _ in range(1000):
@@ -470,7 +472,7 @@ def test_memory_is_flat_over_an_archive_of_many_packets(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def test_the_share_that_was_read_grows_from_0_to_1(tmp_path: Path) -> None:
+def test_fraction_read_grows_from_0_to_1(tmp_path: Path) -> None:
     folder = tmp_path / "nights"
     for night in ("1.tar", "2.tar.gz"):
         content = tar((f"{i}.avro", random.Random(i).randbytes(20_000)) for i in range(100))
@@ -484,7 +486,7 @@ def test_the_share_that_was_read_grows_from_0_to_1(tmp_path: Path) -> None:
     assert packets.share_read() == 1.0
 
 
-def test_nobody_knows_the_share_of_a_pipe(tmp_path: Path) -> None:
+def test_fraction_read_of_a_pipe_is_unknown(tmp_path: Path) -> None:
     pipe = tmp_path / "night"
     os.mkfifo(pipe)
     assert read_packets([pipe]).share_read() is None
@@ -495,7 +497,7 @@ def test_missing_input_is_named_before_anything_is_read(tmp_path: Path) -> None:
         read_packets([save(tmp_path, "there", b""), tmp_path / "no-such-night.tar.gz"])
 
 
-def test_names_that_are_no_unicode_do_not_reach_the_outputs(tmp_path: Path) -> None:
+def test_names_that_are_not_unicode_are_replaced_in_positions(tmp_path: Path) -> None:
     path = Path(str(tmp_path), "night-\udcff")
     path.write_bytes(b"")
     ((position, _),) = read(path)

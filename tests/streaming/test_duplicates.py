@@ -1,4 +1,4 @@
-"""An alert id is a duplicate at a second position, and never at its own."""
+"""An alert is a duplicate if its id was seen at another position, and not if it is read again from the same one."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ def test_an_id_at_a_second_position_is_a_duplicate(make_alerts: MakeAlerts) -> N
     assert mark(window, make_alerts([2, 3], offset=3)) == [True, False]
 
 
-def test_a_batch_that_is_read_again_gets_the_same_marks(make_alerts: MakeAlerts) -> None:
+def test_batch_that_is_read_again_gets_the_same_marks(make_alerts: MakeAlerts) -> None:
     window = DuplicateWindow(10)
     alerts = make_alerts([1, 2, 1])
     assert mark(window, alerts) == mark(window, alerts) == [False, False, True]
@@ -41,7 +41,7 @@ def test_two_surveys_may_use_one_id(make_alerts: MakeAlerts) -> None:
     assert mark(window, make_alerts([7], offset=1, survey=Survey.LSST)) == [False]
 
 
-def test_ids_and_surveys_do_not_run_into_each_other(make_alerts: MakeAlerts) -> None:
+def test_keys_of_ids_and_surveys_do_not_collide(make_alerts: MakeAlerts) -> None:
     window = DuplicateWindow(100)
     mark(window, make_alerts(list(range(-20, 20)), survey=Survey.ZTF))
     assert mark(window, make_alerts(list(range(-20, 20)), offset=50, survey=Survey.LSST)) == [False] * 40
@@ -60,13 +60,13 @@ def test_the_oldest_ids_are_forgotten_first(make_alerts: MakeAlerts) -> None:
     assert mark(window, make_alerts([1], offset=20)) == [False]
 
 
-def test_a_window_of_no_size_marks_nothing(make_alerts: MakeAlerts) -> None:
+def test_window_of_size_zero_marks_nothing(make_alerts: MakeAlerts) -> None:
     assert mark(DuplicateWindow(0), make_alerts([1, 1])) == [False, False]
 
 
 @pytest.mark.parametrize("settle", [1, 2, 7, 1000])
 @pytest.mark.parametrize("size", [0, 1, 5, 40, 1000])
-def test_marks_are_those_of_a_plain_list_of_the_latest_ids(
+def test_marks_equal_those_of_a_simple_list_of_the_latest_ids(
     make_alerts: MakeAlerts, monkeypatch: pytest.MonkeyPatch, size: int, settle: int
 ) -> None:
     monkeypatch.setattr(duplicates, "SETTLE", settle)
@@ -83,7 +83,7 @@ def test_marks_are_those_of_a_plain_list_of_the_latest_ids(
 
 
 @pytest.mark.parametrize("settle", [1, 8192])
-def test_an_alert_that_was_not_published_is_new_when_it_comes_again(
+def test_alert_that_was_not_published_is_not_a_duplicate_later(
     make_alerts: MakeAlerts, monkeypatch: pytest.MonkeyPatch, settle: int
 ) -> None:
     monkeypatch.setattr(duplicates, "SETTLE", settle)

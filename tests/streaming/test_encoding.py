@@ -1,4 +1,4 @@
-"""Output records hold the survey's fields exactly as they came, and one more."""
+"""Output records hold the survey's fields unchanged, and one more field."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def chunks(data: list[bytes], size: int = 64) -> Iterator[list[bytes]]:
         yield data[start : start + size]
 
 
-def test_every_ztf_packet_travels_on_with_one_more_field(ztf_packets: list[tuple[int, bytes]]) -> None:
+def test_output_of_every_ztf_packet_has_its_fields_and_one_more(ztf_packets: list[tuple[int, bytes]]) -> None:
     for some in chunks([data for _, data in ztf_packets]):
         alerts = decode(some)
         assert len(alerts) == len(some)
@@ -105,10 +105,10 @@ def test_every_ztf_packet_travels_on_with_one_more_field(ztf_packets: list[tuple
             original, record = read(sent), read(value)
             assert list(record) == [*original, "broker_filter"]
             del record["broker_filter"]
-            assert same(record, original)  # NaN and the cutouts' bytes included
+            assert same(record, original)  # also NaN and the bytes of the cutouts
 
 
-def test_without_cutouts_all_other_fields_travel_on(ztf_packets: list[tuple[int, bytes]]) -> None:
+def test_payload_no_cutouts_keeps_all_other_fields(ztf_packets: list[tuple[int, bytes]]) -> None:
     some = [packet.data for packet in alerts_of_many_schemas(ztf_packets).packets]
     assert len(some) > 20
     for sent, value in zip(some, values(score(decode(some)), "no_cutouts"), strict=True):
@@ -121,7 +121,7 @@ def test_without_cutouts_all_other_fields_travel_on(ztf_packets: list[tuple[int,
 
 
 @pytest.mark.parametrize("payload", ["full", "no_cutouts"])
-def test_every_lsst_container_travels_on(shared_data: Path, payload: Payload) -> None:
+def test_output_of_every_lsst_container_has_its_fields(shared_data: Path, payload: Payload) -> None:
     some = [path.read_bytes() for path in sorted((shared_data / "lsst" / "ocf").rglob("*.avro"))]
     alerts = decode(some)
     assert len(alerts) > 30
@@ -152,7 +152,7 @@ def test_lsst_wire_packets_become_containers(
         assert same(record, {name: content for name, content in original.items() if name not in dropped})
 
 
-def test_the_annotation_says_who_said_what_and_when(make_alerts: Callable[..., AlertBatch]) -> None:
+def test_annotation_holds_models_scores_and_time(make_alerts: Callable[..., AlertBatch]) -> None:
     scored = score(make_alerts([1, 2]))
     first, second = (read(value)["broker_filter"] for value in values(scored, "full"))
     default, classes = scored.scores.models
@@ -181,7 +181,7 @@ def test_the_annotation_says_who_said_what_and_when(make_alerts: Callable[..., A
 
 
 def anomalies_of(n: int) -> Anomalies:
-    """Of n alerts every third is flagged, every fifth not judged; one in six has modalities."""
+    """Anomalies of n alerts: each third is flagged, each fifth is not judged, and each sixth has modalities."""
     rows = np.arange(n)
     score = np.where(rows % 5 == 4, np.nan, rows / 64).astype(np.float32)
     flag = (rows % 3 == 0) & (rows % 5 != 4)
@@ -191,7 +191,7 @@ def anomalies_of(n: int) -> Anomalies:
     return Anomalies("default", score, np.full(n, 0.125, np.float32), flag, reasons)
 
 
-def test_an_anomaly_says_which_ordinary_alerts_are_nearest_and_in_what_it_differs(
+def test_anomaly_holds_its_nearest_reference_alerts_and_distances_by_modality(
     make_alerts: Callable[..., AlertBatch],
 ) -> None:
     scored = replace(score(make_alerts(list(range(5)))), anomalies=anomalies_of(5))
@@ -215,12 +215,14 @@ def test_an_anomaly_says_which_ordinary_alerts_are_nearest_and_in_what_it_differ
     assert unjudged is None
 
 
-def test_readers_of_the_first_anomalies_read_these(make_alerts: Callable[..., AlertBatch]) -> None:
+def test_readers_with_the_first_schema_of_anomalies_can_read_new_records(
+    make_alerts: Callable[..., AlertBatch],
+) -> None:
     scored = replace(score(make_alerts([1, 2])), anomalies=anomalies_of(2))
     first = json.loads(scored_alert_schema().text)
     anomaly = next(field for field in first["fields"][-1]["type"]["fields"] if field["name"] == "anomaly")["type"][1]
     added = [field for field in anomaly["fields"] if field["name"] not in ("score", "flag")]
-    assert all(field["default"] is None for field in added)  # and so do today's readers what was written then
+    assert all(field["default"] is None for field in added)  # so readers with the new schema can read old records
     anomaly["fields"] = [field for field in anomaly["fields"] if field not in added]
     for value in values(scored, "scores"):
         [record] = fastavro.reader(io.BytesIO(value), first)
@@ -240,7 +242,7 @@ def test_encodes_the_annotation_as_fastavro_does(make_alerts: Callable[..., Aler
         assert again.getvalue() == encoded
 
 
-def test_scores_alone_say_which_alert_they_are_of(make_alerts: Callable[..., AlertBatch]) -> None:
+def test_payload_scores_identifies_the_alert(make_alerts: Callable[..., AlertBatch]) -> None:
     alerts = make_alerts([3224182880115015010, -5], object_id=["ZTF26aaé", "ZTF26b"], band=[2, 255], ra=[359.75, 0.5])
     first, second = (read(value) for value in values(score(alerts), "scores"))
     assert first["broker_filter"]["models"][0]["model"] == "default"
@@ -258,7 +260,7 @@ def test_scores_alone_say_which_alert_they_are_of(make_alerts: Callable[..., Ale
     assert (second["alert_id"], second["band"]) == (-5, None)
 
 
-def test_scores_travel_without_the_documentation_of_their_schema(make_alerts: Callable[..., AlertBatch]) -> None:
+def test_schema_of_payload_scores_has_no_documentation(make_alerts: Callable[..., AlertBatch]) -> None:
     documented = json.loads(files("broker_filter.schemas").joinpath("scored_alert.avsc").read_bytes())
     assert b'"doc"' not in scored_alert_schema().text
     canonical = fastavro.schema.to_parsing_canonical_form
@@ -325,7 +327,7 @@ CUTOUT = {
         ("digest", b"12"),
     ],
 )
-def test_types_that_left_with_the_cutouts_are_defined_where_they_are_used_next(later_type: Any, later: Any) -> None:
+def test_types_defined_in_removed_cutouts_are_defined_at_their_next_use(later_type: Any, later: Any) -> None:
     definition = {
         "type": "record",
         "name": "alert",
@@ -349,8 +351,8 @@ def test_types_that_left_with_the_cutouts_are_defined_where_they_are_used_next(l
     )
 
 
-def test_names_of_the_survey_are_left_to_it() -> None:
-    """A type `broker_filter.Annotation` of another's making."""
+def test_added_field_does_not_use_names_of_the_survey() -> None:
+    """The packet's schema already has a type `broker_filter.Annotation`."""
     other = {"type": "fixed", "name": "broker_filter.Annotation", "size": 1}
     definition = {"type": "record", "name": "alert", "fields": [{"name": "x", "type": other}]}
     output = json.loads(annotated_schema(parse_schema(json.dumps(definition)), True).text)
@@ -359,7 +361,7 @@ def test_names_of_the_survey_are_left_to_it() -> None:
 
 
 class Registry(BaseHTTPRequestHandler):
-    """A schema registry as small as can be: gives ids by schema, and fails for some subjects.
+    """A minimal schema registry: returns ids by schema, and fails for some subjects.
 
     With `strict` it takes one schema a subject, as a registry does whose schemas are incompatible.
     """
@@ -419,7 +421,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def registered(value: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The schema that a wire format message names, and the record in it."""
+    """The schema to which a wire format message refers, and the record in the message."""
     message = unframe(value)
     text = next(text for text, number in Registry.schemas.items() if number == message.schema_id)
     record = fastavro.schemaless_reader(io.BytesIO(message.body), json.loads(text), None)
@@ -427,7 +429,9 @@ def registered(value: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     return json.loads(text), record
 
 
-def test_wire_format_registers_each_topics_schema_once(registry: str, ztf_packets: list[tuple[int, bytes]]) -> None:
+def test_wire_format_registers_the_schema_of_each_topic_once(
+    registry: str, ztf_packets: list[tuple[int, bytes]]
+) -> None:
     scored = score(decode([data for _, data in ztf_packets[:5]]))
     framing = WireFraming(registry, "topic")
     for topic in ("me.scored", "me.anomalies"):
@@ -442,7 +446,7 @@ def test_wire_format_registers_each_topics_schema_once(registry: str, ztf_packet
     ("strategy", "subject"),
     [("topic", "me.scored-value"), ("record", "ztf.alert"), ("topic-record", "me.scored-ztf.alert")],
 )
-def test_subjects_are_named_as_confluents_strategies_name_them(
+def test_subjects_follow_the_strategies_of_confluent(
     registry: str, ztf_packets: list[tuple[int, bytes]], strategy: SubjectStrategy, subject: str
 ) -> None:
     scored = score(decode([ztf_packets[0][1]]))
@@ -460,7 +464,7 @@ def alerts_of_many_schemas(ztf_packets: list[tuple[int, bytes]]) -> AlertBatch:
 
 
 @pytest.mark.parametrize("strategy", ["record", "topic-record"])
-def test_every_schema_of_a_mixed_topic_is_registered_where_none_is_compatible_with_another(
+def test_all_incompatible_schemas_of_one_topic_are_registered(
     registry: str, ztf_packets: list[tuple[int, bytes]], strategy: SubjectStrategy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Registry, "strict", True)
@@ -472,13 +476,13 @@ def test_every_schema_of_a_mixed_topic_is_registered_where_none_is_compatible_wi
         for i, (schema, body) in enumerate(Encoder(payload).encode(score(alerts), SCORED_AT_MS)):
             definition, record = registered(framing.frame(schema, body, "me.scored"))
             assert record["candidate"]["ra"] == alerts.ra[i]
-            # A reader with the schema as it is in a container file reads it: names match by Avro's rules.
+            # A reader with the schema of a container file can read it: names match by Avro's rules.
             message = framing.frame(schema, body, "me.scored")
             again = fastavro.schemaless_reader(io.BytesIO(unframe(message).body), definition, json.loads(schema.text))
             assert same(again, record)
 
 
-def test_an_incompatible_schema_is_refused_under_the_topics_name(
+def test_incompatible_schema_is_refused_with_subject_topic(
     registry: str, ztf_packets: list[tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Registry, "strict", True)
@@ -490,7 +494,7 @@ def test_an_incompatible_schema_is_refused_under_the_topics_name(
             framing.frame(schema, body, "me.scored")
 
 
-def test_a_refused_schema_is_offered_again_after_a_while(registry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_schema_is_sent_again_after_some_time(registry: str, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     framing = WireFraming(registry, "topic", clock=lambda: now)
     for _ in range(3):
@@ -516,14 +520,14 @@ def test_a_refused_schema_is_offered_again_after_a_while(registry: str, monkeypa
         ("garbled", RegistryUnavailable, "SMTP at your service"),
     ],
 )
-def test_a_registry_that_says_no_is_told_apart_from_one_that_is_down(
+def test_refusal_by_a_registry_differs_from_an_outage(
     registry: str, topic: str, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         WireFraming(registry, "topic").frame(scored_alert_schema(), [], topic)
 
 
-def test_a_name_that_fits_in_no_url_is_refused() -> None:
+def test_subject_too_long_for_a_url_is_refused() -> None:
     definition = {"type": "record", "name": "a" * 100_000, "fields": [{"name": "x", "type": "long"}]}
     schema = annotated_schema(parse_schema(json.dumps(definition)), True)
     with pytest.raises(RegistryRefusalError, match="100010 characters"):
@@ -531,7 +535,7 @@ def test_a_name_that_fits_in_no_url_is_refused() -> None:
 
 
 @pytest.mark.parametrize("later", ["other.kind", "kind", "digest"])
-def test_a_schema_in_a_namespace_of_its_own_means_the_same(later: str) -> None:
+def test_schema_in_a_unique_namespace_is_equivalent(later: str) -> None:
     definition = {
         "type": "record",
         "name": "alert",
@@ -558,7 +562,7 @@ def test_a_schema_in_a_namespace_of_its_own_means_the_same(later: str) -> None:
 
 
 @pytest.mark.parametrize("credentials", ["", "me:secret@"])
-def test_a_registry_that_is_not_there_is_unavailable_and_its_credentials_are_not_shown(credentials: str) -> None:
+def test_missing_registry_is_unavailable_and_its_credentials_are_not_shown(credentials: str) -> None:
     with pytest.raises(RegistryUnavailable, match=r"schema registry http://127\.0\.0\.1:1: ") as raised:
         WireFraming(f"http://{credentials}127.0.0.1:1").frame(scored_alert_schema(), [], "topic")
     assert "secret" not in str(raised.value)

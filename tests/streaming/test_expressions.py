@@ -1,4 +1,4 @@
-"""Filters: what they take, what they pass over, and what is refused when they are compiled."""
+"""Filters: which alerts pass, missing values, and errors of compilation."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def batch(make_alerts: Callable[..., AlertBatch], make_scored: Callable[..., Sco
         ("\n real > 0.65\n and sso == 0\n", [True, False, True]),
     ],
 )
-def test_takes_the_alerts_for_which_it_is_true(batch: ScoredBatch, text: str, expected: list[bool]) -> None:
+def test_alerts_pass_for_which_the_filter_is_true(batch: ScoredBatch, text: str, expected: list[bool]) -> None:
     assert compile_filter(text, FIELDS, OUTPUTS[:1]).evaluate(batch).tolist() == expected
 
 
@@ -81,7 +81,7 @@ def test_a_missing_value_is_neither_true_nor_false(batch: ScoredBatch, text: str
     assert not compile_filter(text, FIELDS, OUTPUTS[:1]).evaluate(batch).any()
 
 
-def test_a_missing_value_does_not_hide_what_is_known(batch: ScoredBatch) -> None:
+def test_missing_value_does_not_change_a_result_that_other_values_decide(batch: ScoredBatch) -> None:
     assert compile_filter("magpsf < 18.5 or real > 0.6", FIELDS, OUTPUTS).evaluate(batch).tolist() == [
         True,
         False,
@@ -95,7 +95,7 @@ def test_a_missing_value_does_not_hide_what_is_known(batch: ScoredBatch) -> None
     ]
 
 
-def test_knows_which_fields_and_outputs_it_reads() -> None:
+def test_expression_lists_the_fields_and_outputs_that_it_reads() -> None:
     expression = compile_filter("real > 0.5 and (sn < 1 or magpsf < 18 and ra > 0)", FIELDS, OUTPUTS)
     assert expression.names == {"default.real", "other.sn", "magpsf", "ra"}
     assert expression.columns == ["magpsf"]
@@ -108,33 +108,33 @@ def test_knows_which_fields_and_outputs_it_reads() -> None:
         ("reel > 1", r"column 1: unknown name 'reel'; did you mean 'real'\?"),
         ("defualt.real > 1", r"did you mean 'default.real'\?"),
         ("`not there` > 1", "column 1: unknown name 'not there'"),
-        ("band > 'g'", "column 8: text has no order"),
+        ("band > 'g'", "column 8: text can only be compared with"),
         ("band == 1", "column 9: text cannot be compared with a number"),
-        ("band", "column 1: text where something true or false"),
-        ("band + 1 > 2", "column 1: a number is wanted here, this is text"),
+        ("band", "column 1: this is text, but a truth value is needed"),
+        ("band + 1 > 2", "column 1: a number is needed here, but this is text"),
         ("(ra > 1) == (dec > 1)", "column 14: true or false cannot be compared"),
-        ("-(ra > 1) > 2", "column 3: a number is wanted here"),
+        ("-(ra > 1) > 2", "column 3: a number is needed here"),
         ("ra > 1 and", "column 1: invalid syntax"),
         ("ra = 1", "column 4: invalid syntax; `==` compares"),
         ("", "column 1: invalid syntax"),
         ("ra > 1; dec > 1", "invalid syntax"),
         ("sso == True", "True is neither a number nor text"),
-        ("band is None", "column 9: `is` is not of this language"),
+        ("band is None", "column 9: filters do not support `is`"),
         ("ra in 5", "column 7: `in` is followed by values"),
         ("ra in ()", "column 7: `in` is followed by values"),
         ("band in (1, 2)", "column 10: text cannot be compared with a number"),
-        ("ra ** 2 > 1", "column 1: a filter cannot hold this"),
-        ("ra if sso else dec", "column 1: a filter cannot hold this"),
-        ("[ra for ra in (1, 2)]", "a filter cannot hold this"),
+        ("ra ** 2 > 1", "column 1: filters do not support this"),
+        ("ra if sso else dec", "column 1: filters do not support this"),
+        ("[ra for ra in (1, 2)]", "filters do not support this"),
         ("sqrt(ra) > 1", r"column 1: the only functions are abs\(x\) and isnull\(x\)"),
         ("abs(ra, dec) > 1", "the only functions"),
-        ("isnull(ra > 1)", "asks for a field"),
+        ("isnull(ra > 1)", "needs a field"),
         ("__import__('os').system('true')", "the only functions"),
         ("().__class__.__bases__", "a name has at most one dot"),
         ("default.real.real > 1", "a name has at most one dot"),
-        ("alert_id == 99999999999999999999", "beyond 64 bits"),
+        ("alert_id == 99999999999999999999", "needs more than 64 bits"),
         ("ra > 1j", "neither a number nor text"),
-        ("f'{ra}' == 'x'", "a filter cannot hold this"),
+        ("f'{ra}' == 'x'", "filters do not support this"),
         ("not " * 60 + "sso", "nested deeper than 50"),
         ("(" * 500 + "ra" + ")" * 500, "column|not an expression"),
         ("-" * 1900 + "ra > 0", "nested deeper|not an expression"),
@@ -142,23 +142,23 @@ def test_knows_which_fields_and_outputs_it_reads() -> None:
         ("ra > \0", "not an expression|column"),
     ],
 )
-def test_refuses_with_the_column_and_what_was_meant(text: str, message: str) -> None:
+def test_error_names_the_column_and_a_correction(text: str, message: str) -> None:
     with pytest.raises(ExpressionError, match=message):
         compile_filter(text, FIELDS, OUTPUTS)
 
 
-def test_a_label_of_two_models_must_say_which() -> None:
+def test_label_of_two_models_needs_the_name_of_the_model() -> None:
     outputs = ("default.real", "d6_m7.real")
     with pytest.raises(ExpressionError, match="column 1: more than one model has an output 'real'"):
         compile_filter("real > 0.5", FIELDS, outputs)
     assert compile_filter("d6_m7.real > 0.5", FIELDS, outputs).names == {"d6_m7.real"}
 
 
-def test_a_field_goes_before_a_label_of_its_name() -> None:
+def test_field_has_precedence_over_a_label_of_the_same_name() -> None:
     assert compile_filter("drb > 0.5", FIELDS, ("mine.drb",)).names == {"drb"}
 
 
-def test_large_integers_do_not_wrap_around(batch: ScoredBatch) -> None:
+def test_large_integers_do_not_overflow(batch: ScoredBatch) -> None:
     assert compile_filter("alert_id * 100 > 0", FIELDS, OUTPUTS).evaluate(batch).all()
 
 

@@ -1,4 +1,4 @@
-"""The one path from packets to scores: nothing lost, nothing out of order, no more read ahead than threads need."""
+"""The path from packets to scores: nothing is lost, the order is kept, and reading ahead is limited."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def scorer() -> Scorer:
 
 @pytest.fixture(scope="module")
 def packets(ztf_packets: list[tuple[int, bytes]], shared_data: Path) -> list[Packet]:
-    """ZTF alerts, one of them twice; LSST alerts, which the default bundle does not take; and what is no alert."""
+    """ZTF alerts, one of them twice; LSST alerts, which the default bundle does not take; a packet without alert."""
     lsst = [path.read_bytes() for path in sorted((shared_data / "lsst" / "ocf" / "lsst_v7_4").iterdir())[:5]]
     data = [data for _, data in ztf_packets[:60]]
     mixed = [*data[:30], *lsst, b"", data[3], b"Obj\1", *data[30:]]
@@ -45,7 +45,7 @@ def test_every_packet_is_scored_or_rejected_once(packets: list[Packet], scorer: 
     assert scored.alerts.alert_id[duplicate] == scored.alerts.alert_id[3]
 
 
-def test_an_alert_without_a_model_keeps_its_name_and_schema(packets: list[Packet], scorer: Scorer) -> None:
+def test_reject_of_an_alert_without_model_has_its_identity_and_schema(packets: list[Packet], scorer: Scorer) -> None:
     scored = score_packets(packets[30:31], Decoder(open_registry(None)), scorer, DuplicateWindow(100))
     [reject] = scored.rejects
     assert reject.reason is RejectReason.NO_MODEL_FOR_SURVEY
@@ -55,7 +55,9 @@ def test_an_alert_without_a_model_keeps_its_name_and_schema(packets: list[Packet
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_and_batches_change_no_score_and_no_order(packets: list[Packet], scorer: Scorer, threads: int) -> None:
+def test_number_of_threads_changes_neither_scores_nor_order(
+    packets: list[Packet], scorer: Scorer, threads: int
+) -> None:
     decoder = Decoder(open_registry(None))
     whole = score_packets(packets, decoder, scorer, DuplicateWindow(100))
     batches = list(score_stream(packets, decoder, scorer, DuplicateWindow(100), batch_size=7, threads=threads))
@@ -66,7 +68,7 @@ def test_threads_and_batches_change_no_score_and_no_order(packets: list[Packet],
     np.testing.assert_allclose(scores, whole.scores.columns()["default.real"], atol=1e-5)
 
 
-def test_reads_no_further_ahead_than_the_threads_need(packets: list[Packet], scorer: Scorer) -> None:
+def test_reading_ahead_is_limited_by_the_number_of_threads(packets: list[Packet], scorer: Scorer) -> None:
     read = count()
 
     def endless() -> Iterator[Packet]:
@@ -82,7 +84,7 @@ def test_reads_no_further_ahead_than_the_threads_need(packets: list[Packet], sco
     assert next(read) == 3 * 4
 
 
-def test_an_outage_of_the_registry_is_not_the_packets_fault(
+def test_outage_of_the_registry_rejects_no_packet(
     lsst_packets: list[tuple[str, bytes]], scorer: Scorer, tmp_path: Path
 ) -> None:
     decoder = Decoder(open_registry("http://127.0.0.1:1", tmp_path))

@@ -1,4 +1,4 @@
-"""Each input is counted once, and goes to the topics it belongs to with its headers."""
+"""Routing: each alert is counted once, and is published to the right topics with headers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def of_topic(records: Sequence[OutputRecord], topic: str) -> list[OutputRecord]:
 
 @pytest.fixture
 def scored(make_alerts: Callable[..., AlertBatch], make_scored: Callable[..., ScoredBatch]) -> ScoredBatch:
-    """Four alerts, the last of which no model takes, the second seen before."""
+    """Four alerts: the second is a duplicate, and no model takes the last."""
     batch = make_scored(
         make_alerts([1, 2, 3, 4], offset=40, magpsf=[18, 19, NAN, 17]), {"default": [0.9, 0.8, 0.1, NAN]}
     )
@@ -100,7 +100,7 @@ def test_every_input_is_counted_once(scored: ScoredBatch) -> None:
         assert account.rejected == {RejectReason.NO_MODEL_FOR_SURVEY: 1}
 
 
-def test_duplicates_are_published_marked_or_dropped(scored: ScoredBatch) -> None:
+def test_duplicates_are_published_with_a_mark_or_dropped(scored: ScoredBatch) -> None:
     def marks(routed_records: Sequence[OutputRecord]) -> list[bool]:
         values = [record.value for record in of_topic(routed_records, "me.scored")]
         return [next(iter(fastavro.reader(io.BytesIO(value))))["broker_filter"]["duplicate"] for value in values]
@@ -109,7 +109,7 @@ def test_duplicates_are_published_marked_or_dropped(scored: ScoredBatch) -> None
     assert marks(router(drop_duplicates=True).route(scored).records) == [False, False]
 
 
-def test_records_say_where_they_come_from(scored: ScoredBatch) -> None:
+def test_headers_of_records_name_the_input_and_the_models(scored: ScoredBatch) -> None:
     routed = router().route(scored)
     first = routed.records[0]
     assert first.key == b"ZTF26a0"
@@ -124,7 +124,7 @@ def test_records_say_where_they_come_from(scored: ScoredBatch) -> None:
 
 
 def test_only_container_files_are_marked_as_such_for_hop(scored: ScoredBatch) -> None:
-    """Dead letters are what came in, and wire format is not what hop-client reads."""
+    """Dead letters hold the input unchanged, and hop-client does not read the wire format."""
     container, wire = router().route(scored), router(framing=Refusing()).route(scored)
     assert {record.topic: dict(record.headers).get("_format") for record in container.records} == {
         "me.scored": b"avro",
@@ -134,7 +134,7 @@ def test_only_container_files_are_marked_as_such_for_hop(scored: ScoredBatch) ->
     assert not any("_format" in dict(record.headers) for record in wire.records)
 
 
-def test_dead_letters_hold_the_original_bytes_and_why(scored: ScoredBatch) -> None:
+def test_dead_letters_hold_the_original_bytes_and_the_reason(scored: ScoredBatch) -> None:
     [letter] = of_topic(router().route(scored).records, "me.dead-letter")
     assert letter.value is scored.packets[3].data
     assert letter.key == b"ZTF26a3"
@@ -198,7 +198,7 @@ def test_an_alert_whose_schema_is_refused_is_a_dead_letter_and_goes_to_no_other_
     assert (total.duplicates, total.rejected[RejectReason.SCHEMA_REFUSED]) == (1, 2)
 
 
-def test_a_message_is_one_dead_letter_however_many_of_its_alerts_were_rejected(scored: ScoredBatch) -> None:
+def test_message_with_several_rejected_alerts_is_one_dead_letter(scored: ScoredBatch) -> None:
     def rejected(reason: RejectReason, record: int) -> Reject:
         return Reject(scored.packets[3], 3, reason, f"alert {record}", record=record)
 
@@ -215,7 +215,7 @@ def test_a_message_is_one_dead_letter_however_many_of_its_alerts_were_rejected(s
     assert headers["rejected"] == b"bad_cutout=4999,truncated=1"
 
 
-def test_knows_its_topics_before_any_alert_comes() -> None:
+def test_topics_are_known_before_the_first_alert() -> None:
     assert router(filters=[("bright", "magpsf < 18.5")]).topics == [
         "me.scored",
         "me.anomalies",
@@ -251,7 +251,7 @@ def test_a_configuration_routes_real_packets(ztf_packets: list[tuple[int, bytes]
         assert record.key == alert["objectId"].encode()
 
 
-def test_a_dead_letter_of_a_damaged_alert_still_says_its_schema(shared_data: Path) -> None:
+def test_dead_letter_of_a_damaged_alert_names_its_schema(shared_data: Path) -> None:
     archive = shared_data / "ztf" / "archives" / "ZTF18abxhyqv.tar.gz"  # four of its alerts have no cutouts
     scorer = open_scorer(["default"], Runtime())
     scored = score_packets(list(read_packets([archive])), Decoder(open_registry(None)), scorer, DuplicateWindow(100))

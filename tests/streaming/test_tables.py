@@ -1,4 +1,4 @@
-"""Tables have a row for every alert and every reject, in every format, and appear only when they are whole."""
+"""Tables: each alert and each reject has a row in every format, and a file appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SCHEMA = table_schema(["default.real", "d6_m7.real"])
 
 @pytest.fixture
 def scored(make_alerts: Callable[..., AlertBatch], make_scored: Callable[..., ScoredBatch]) -> ScoredBatch:
-    """Two packets of a tar: one with two alerts and a reject between them, one with nothing readable."""
+    """Two packets of a tar: one with two alerts and a reject between them, and one that cannot be read."""
     alerts = make_alerts([3224182880115015010, 2], object_id=["ZTF26aaé", "ZTF26b"], band=[2, 255])
     first = Packet(b"", FilePosition("night.tar", "a.avro", 10))
     second = Packet(b"", FilePosition("night.tar", "b.avro"))
@@ -61,7 +61,7 @@ def scored(make_alerts: Callable[..., AlertBatch], make_scored: Callable[..., Sc
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows as the format's own reader gives them, null as None."""
+    """The rows as read by a standard reader of the format, with None for null."""
     match path.suffix:
         case ".parquet":
             return list(pq.read_table(path).to_pylist())
@@ -81,7 +81,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def typed(name: str, cell: str) -> Any:
-    """A cell of CSV, which knows no types."""
+    """The value of a CSV cell, which has no type."""
     if cell == "":
         return None
     kind = SCHEMA.field(name).type
@@ -91,7 +91,7 @@ def typed(name: str, cell: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A cell of an astropy table."""
+    """The value of a cell of an astropy table."""
     return None if np.ma.is_masked(value) else value.item() if isinstance(value, np.generic) else value
 
 
@@ -154,7 +154,7 @@ def test_scores_are_float32_columns_named_by_model_and_label(tmp_path: Path, sco
     assert schema.field("alert_id").type == pa.int64()
 
 
-def test_parquet_rows_are_gathered_into_groups(tmp_path: Path, scored: ScoredBatch) -> None:
+def test_parquet_rows_are_collected_into_row_groups(tmp_path: Path, scored: ScoredBatch) -> None:
     path = tmp_path / "scores.parquet"
     rows = to_rows(scored, SCHEMA)
     with open_table(path, SCHEMA) as table:
@@ -165,7 +165,7 @@ def test_parquet_rows_are_gathered_into_groups(tmp_path: Path, scored: ScoredBat
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_an_empty_table_is_a_table(tmp_path: Path, suffix: str) -> None:
+def test_table_without_rows_is_valid(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"scores{suffix}"
     with open_table(path, SCHEMA):
         pass
@@ -173,9 +173,7 @@ def test_an_empty_table_is_a_table(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_work_that_ends_early_leaves_its_rows_readable_beside_the_name(
-    tmp_path: Path, scored: ScoredBatch, suffix: str
-) -> None:
+def test_work_that_ends_early_leaves_a_readable_partial_file(tmp_path: Path, scored: ScoredBatch, suffix: str) -> None:
     path = tmp_path / f"scores{suffix}"
     path.write_text("last night's")
     with suppress(KeyboardInterrupt), open_table(path, SCHEMA) as table:
@@ -194,14 +192,14 @@ def test_work_that_ends_early_leaves_its_rows_readable_beside_the_name(
         ("folder.parquet", IsADirectoryError),
     ],
 )
-def test_what_cannot_be_written_is_refused_before_any_row(tmp_path: Path, name: str, error: type[Exception]) -> None:
+def test_errors_of_the_file_name_are_raised_before_any_row(tmp_path: Path, name: str, error: type[Exception]) -> None:
     (tmp_path / "folder.parquet").mkdir()
     with pytest.raises(error, match=str(tmp_path)), open_table(tmp_path / name, SCHEMA):
         raise AssertionError("work began")
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".avro", ".jsonl"])
-def test_an_embedding_is_a_list_and_null_where_the_model_did_not_look(
+def test_embedding_is_a_list_and_null_if_the_model_does_not_take_the_alert(
     tmp_path: Path, scored: ScoredBatch, suffix: str
 ) -> None:
     embedding = np.array([[0.5, -0.25, 1], [NAN, NAN, NAN]], np.float32)
@@ -231,7 +229,7 @@ def clean(tmp_path: Path, scored: ScoredBatch) -> Callable[[str], Path]:
 IDS = [3224182880115015010, 2]
 
 
-def test_pandas_keeps_every_digit_of_an_id_where_a_row_has_none(tmp_path: Path, scored: ScoredBatch) -> None:
+def test_pandas_keeps_all_digits_of_ids_in_a_column_with_null(tmp_path: Path, scored: ScoredBatch) -> None:
     pandas = pytest.importorskip("pandas")
     path = tmp_path / "scores.parquet"
     with open_table(path, SCHEMA) as table:
@@ -241,7 +239,7 @@ def test_pandas_keeps_every_digit_of_an_id_where_a_row_has_none(tmp_path: Path, 
     assert frame["alert_id"].tolist() == [IDS[0], 2, 2, pandas.NA]
 
 
-def test_a_table_without_rejects_has_no_null_but_where_a_model_said_nothing(
+def test_table_without_rejects_has_nulls_only_in_columns_of_models(
     clean: Callable[[str], Path], scored: ScoredBatch
 ) -> None:
     pandas = pytest.importorskip("pandas")
@@ -279,10 +277,10 @@ def test_astropy_opens_a_table_with_rejects(tmp_path: Path, scored: ScoredBatch)
         table.write(to_rows(scored, SCHEMA))
     found = Table.read(path)
     assert list(found["reject_reason"]) == ["None", "blank_cutout", "None", "truncated"]
-    assert list(found["band"]) == ["r", "None", "None", "None"]  # not cut off after a letter
+    assert list(found["band"]) == ["r", "None", "None", "None"]  # not truncated to one letter
 
 
-def test_json_has_ids_as_strings_and_null_where_a_number_is_not_finite(tmp_path: Path, scored: ScoredBatch) -> None:
+def test_json_has_ids_as_strings_and_null_for_numbers_that_are_not_finite(tmp_path: Path, scored: ScoredBatch) -> None:
     path = tmp_path / "scores.jsonl"
     schema = table_schema(["default.real"], embeddings=["looks"])
     rows = [
@@ -296,7 +294,7 @@ def test_json_has_ids_as_strings_and_null_where_a_number_is_not_finite(tmp_path:
     assert second == dict.fromkeys(schema.names) | {"looks__embedding": [1.0, None, None]}
 
 
-def test_a_fits_file_is_whole_whatever_the_number_of_rows(tmp_path: Path, scored: ScoredBatch) -> None:
+def test_fits_file_is_complete_for_any_number_of_rows(tmp_path: Path, scored: ScoredBatch) -> None:
     path = tmp_path / "scores.fits"
     rows = to_rows(scored, SCHEMA)
     with open_table(path, SCHEMA) as table:
