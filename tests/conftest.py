@@ -1,9 +1,9 @@
-"""Real packets, real weights and real brokers for the tests, from where this machine has them.
+"""Fixtures that give the tests real packets, real weights and real brokers.
 
-Survey data and weights stand beside the checkout (`../shared`, or where `BROKER_FILTER_SHARED` says); a test that needs
-them skips without. Brokers: a running cluster (`KAFKA_BOOTSTRAP_SERVERS`), else Apache Kafka started from `KAFKA_HOME`
-or `../shared/kafka`, else the embedded broker. Tests marked `kafka` do not run on the embedded one: they skip, or fail
-where `BROKER_FILTER_REQUIRE_KAFKA=1`. Where only the survey data are absent, they skip.
+Survey data and weights are in `../shared` beside the checkout, or in `BROKER_FILTER_SHARED`; a test that needs them is
+skipped without them. The broker is a running cluster (`KAFKA_BOOTSTRAP_SERVERS`), else Apache Kafka started from
+`KAFKA_HOME` or `../shared/kafka`, else the embedded broker. Tests marked `kafka` need Apache Kafka: without it they are
+skipped, or fail if `BROKER_FILTER_REQUIRE_KAFKA=1`.
 """
 
 from __future__ import annotations
