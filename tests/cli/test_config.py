@@ -67,4 +67,4 @@ def test_keys_are_listed_as_a_markdown_table(capsys: pytest.CaptureFixture[str])
     head, rule, *rows = capsys.readouterr().out.splitlines()
     assert (head, rule) == ("| key | default | meaning |", "|---|---|---|")
     assert len(rows) == len(list(document_keys()))
-    assert "| `http.port` | `9108` | 0 takes a free port. |" in rows
+    assert "| `http.port` | `9108` | Port to listen on; 0 takes a free port. |" in rows
