@@ -64,7 +64,7 @@ def test_demo_shows_and_accounts_for_a_night(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_demo_ends_its_broker_and_service_when_it_is_ended(tmp_path: Path, number: signal.Signals) -> None:
+def test_interrupted_demo_stops_its_broker_and_service(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "broker_filter", "demo", "--out", str(out), "--alerts", "100000"]
     demo = subprocess.Popen(

@@ -73,7 +73,7 @@ def test_the_dashboard_asks_for_its_data_source() -> None:
 
 
 @pytest.mark.parametrize("panel", panels(), ids=lambda panel: panel["title"])
-def test_a_panel_says_its_unit_and_what_it_shows_without_data(panel: dict[str, Any]) -> None:
+def test_panel_has_a_unit_and_a_text_for_missing_data(panel: dict[str, Any]) -> None:
     defaults = panel["fieldConfig"]["defaults"]
     assert panel["description"]
     assert defaults["noValue"]
@@ -98,13 +98,13 @@ def test_a_panel_shows_the_limit_of_the_rule_that_watches_the_same() -> None:
     assert limits["Resident memory"] == [None, int(memory.removesuffix("Gi")) * 2**30]
 
 
-def test_every_alert_is_explained_for_who_is_woken_by_it() -> None:
+def test_every_alert_rule_is_explained_in_the_operations_guide() -> None:
     guide = (HOW_TO / "operations.md").read_text()
     for rule in (rule for group in documents(RULES)[0]["groups"] for rule in group["rules"]):
         assert f"\n### {rule['alert']}\n" in guide
 
 
-def test_rules_fire_in_trouble_and_only_then() -> None:
+def test_alert_rules_fire_only_for_their_problem() -> None:
     promtool = shutil.which("promtool")
     if not promtool:
         pytest.skip("promtool (Debian: prometheus) is not installed")
@@ -175,7 +175,7 @@ def test_kubernetes_manifests_fit_together() -> None:
     assert {variable["name"] for variable in container["env"]} == set(SECRETS)
 
 
-def test_the_pods_threads_are_bounded_as_its_memory_is() -> None:
+def test_pod_limits_are_the_documented_cpus_and_memory() -> None:
     pod = documents(DEPLOY / "kubernetes" / "deployment.yaml")[0]["spec"]["template"]["spec"]
     resources = pod["containers"][0]["resources"]
     assert resources["limits"]["cpu"] == resources["requests"]["cpu"]  # `available_cores` reads it as the quota

@@ -39,7 +39,7 @@ def listens(port: int) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["embedded", pytest.param("Apache Kafka", marks=pytest.mark.kafka)])
-def test_broker_ends_with_who_started_it_and_was_killed(kind: str, tmp_path: Path) -> None:
+def test_broker_ends_when_the_process_that_started_it_is_killed(kind: str, tmp_path: Path) -> None:
     home = apache_kafka() if kind == "Apache Kafka" else None
     if kind == "Apache Kafka" and home is None:
         pytest.skip("needs an Apache Kafka to start: KAFKA_HOME (or ../shared/kafka) and Java")

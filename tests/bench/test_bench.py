@@ -21,7 +21,7 @@ from broker_filter.scoring.bundle import open_bundle
 from broker_filter.scoring.scorer import open_scorer
 
 
-def test_naive_loop_gives_the_services_scores(packets: list[bytes]) -> None:
+def test_naive_loop_and_service_give_the_same_scores(packets: list[bytes]) -> None:
     """A baseline that computes something else would be no baseline."""
     scorer = open_scorer(["default"], Runtime())
     decoder = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=scorer.columns)
@@ -34,7 +34,7 @@ def test_naive_loop_gives_the_services_scores(packets: list[bytes]) -> None:
         assert naive.score(naive.cutouts(alert))["real"] == pytest.approx(scores[i], abs=1e-5)
 
 
-def test_packets_from_files_are_measured_without_the_extra_that_simulates_them() -> None:
+def test_packets_from_files_are_measured_without_the_simulation_extra() -> None:
     """A machine that serves, with a GPU say, has no GalSim: the benchmark must still run there on archived alerts."""
     program = "import sys; sys.modules['galsim'] = None; import broker_filter.bench.benchmark"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
@@ -107,7 +107,7 @@ def test_a_benchmark_without_torch_says_what_to_install(
     assert "(torch): pip install 'broker-filter[bench]'" in capsys.readouterr().err
 
 
-def test_a_gpu_that_is_not_there_is_said_and_never_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_gpu_is_an_error_and_never_replaced_by_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("this machine has one")

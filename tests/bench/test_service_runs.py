@@ -44,7 +44,7 @@ def test_two_instances_share_two_partitions(
     assert figures.alerts_per_second.median > 0
 
 
-def test_loop_without_work_passes_every_alert_on(broker: Broker, packets: list[bytes], directory: Path) -> None:
+def test_copying_loop_publishes_every_alert(broker: Broker, packets: list[bytes], directory: Path) -> None:
     with Testbed(broker, directory) as testbed:
         testbed.send(packets * 40)  # more than two transactions of it
         assert run_no_work_loop(testbed).alerts_per_second > 0  # which counts what came out
@@ -61,7 +61,7 @@ class Group:
         pass
 
 
-def test_run_that_is_committed_in_one_look_is_measured_from_the_look_before(
+def test_run_committed_between_two_polls_is_measured_from_the_earlier_poll(
     broker: Broker, packets: list[bytes], directory: Path
 ) -> None:
     with Testbed(broker, directory) as testbed:
@@ -75,7 +75,7 @@ def test_run_that_is_committed_in_one_look_is_measured_from_the_look_before(
         assert testbed.watch(Group(testbed.topic), testbed.alerts).alerts_per_second > 0
 
 
-def test_memory_is_looked_at_early_and_late(
+def test_memory_is_measured_early_and_late(
     packets: list[bytes], directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "EARLY", 200)

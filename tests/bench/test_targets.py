@@ -65,7 +65,7 @@ def test_ratios_are_between_competitors_of_one_contest(report: Report) -> None:
     )
 
 
-def test_targets_are_judged_by_their_direction(report: Report) -> None:
+def test_minimum_and_maximum_targets_are_judged_correctly(report: Report) -> None:
     met = {judgement.target.name: judgement.met for judgement in judge(report)}
     assert met == {
         "decode: naive / service": True,
@@ -92,7 +92,7 @@ def test_targets_are_judged_by_their_direction(report: Report) -> None:
         ("decode: service / inflate", 1, False),
     ],
 )
-def test_only_what_is_worse_beyond_its_tolerance_fails(tmp_path: Path, name: str, now: float, is_worse: bool) -> None:
+def test_only_ratios_worse_than_their_tolerance_fail(tmp_path: Path, name: str, now: float, is_worse: bool) -> None:
     file = tmp_path / "ratios.json"
     expected = {name: {"ratio": 10, "tolerance": 0.2}, "not measured": {"ratio": 1, "tolerance": 0}}
     file.write_text(json.dumps(expected))
