@@ -363,7 +363,7 @@ def topic_property(
                     raise KafkaSetupError(f"{name} of topic {resource.name} must be known: {lacks}") from None
                 log.warning("%s of topic %s is not known: %s", name, resource.name, explain(error.args[0]))
             except KeyError:
-                log.warning("%s of topic %s is not known: the cluster does not say it", name, resource.name)
+                log.warning("%s of topic %s is not known: the cluster does not tell it", name, resource.name)
             asked.discard(resource.name)
         if asked:
             time.sleep(PROPAGATION_PAUSE_S)
@@ -388,7 +388,7 @@ def missing_on_topics(admin: AdminClient, wanted: Mapping[str, Sequence[str]]) -
                 log.warning("the rights on topic %s are not known: %s", topic, explain(error.args[0]))
         else:
             if not allowed:
-                log.warning("the cluster does not say what is allowed on topic %s", topic)
+                log.warning("the cluster does not tell the rights on topic %s", topic)
             if lacking := not_among(wanted[topic], allowed):
                 missing.append(Right(lacking, "topic", topic))
     return missing

@@ -157,7 +157,7 @@ class Work:
         if n == len(sizes):
             return [self]
         position = self.packets[n].position
-        assert isinstance(position, KafkaPosition), "what is written to Kafka was read from it"
+        assert isinstance(position, KafkaPosition), "packets of the service come from Kafka"
         first = [(i, record) for i, record in self.records if i < n]
         rest = [(i - n, record) for i, record in self.records if i >= n]
         middle = position.offset

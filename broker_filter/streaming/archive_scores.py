@@ -17,7 +17,7 @@ from broker_filter.streaming.tables import table_schema, to_rows
 
 
 class ArchiveScores:
-    """The scores of all alerts of `inputs`, which are read and scored while somebody iterates, once.
+    """The scores of all alerts of `inputs`, which are read and scored during the iteration, once.
 
     The iteration gives each scored batch and its rows, which have the columns of `schema`.
     """

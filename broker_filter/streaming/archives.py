@@ -504,7 +504,7 @@ def _compression_of(start: bytes) -> _Compression | None:
 
 
 class _Stored(io.RawIOBase):
-    """The content of a tar member. If it is incomplete, the rest is read too, which tarfile's reader would drop."""
+    """The content of a tar member. If the archive ends inside the member, its present bytes are still read."""
 
     def __init__(self, archive: IO[bytes], size: int) -> None:
         self._archive = archive
