@@ -42,7 +42,7 @@ SUITE := -n 2 --dist loadfile --no-loadscope-reorder
 suite: $(VENV)/installed-test
 	$(BIN)/pytest $(SUITE)
 
-# Child processes are measured too, unless they are killed. pyproject.toml holds the least share that passes.
+# Child processes are measured too, unless they are killed.
 coverage: $(VENV)/installed-test
 	rm -rf .coverage .coverage.* htmlcov
 	$(BIN)/pytest $(SUITE) --cov --cov-report=term --cov-report=html
