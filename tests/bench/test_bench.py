@@ -70,7 +70,7 @@ def test_bench_measures_stages_archive_and_broker(
     monkeypatch.setattr(benchmark, "DISTINCT_PACKETS", 64)
     figures, expected = tmp_path / "bench.json", tmp_path / "ratios.json"
     expected.write_text(json.dumps({"decode: naive / service": {"ratio": 1e9, "tolerance": 0.1}}))
-    options = ["--parts", "stages,archive,kafka,startup", "--alerts", "1024", "--repetitions", "1"]
+    options = ["--parts", "stages,archive,kafka,startup", "--alerts", "512", "--repetitions", "1"]
     files = ["--out", str(figures), "--check", str(expected)]
 
     assert main(["bench", "--bootstrap-servers", kafka_bootstrap, *options, *files]) == 1
@@ -79,7 +79,7 @@ def test_bench_measures_stages_archive_and_broker(
     assert "decode: naive / service is" in printed.err
     assert "CPU microseconds per alert, by stage" in printed.out
     report = json.loads(figures.read_text())
-    assert (report["alerts"], report["repetitions"], report["scaling"]) == (1024, 1, {})
+    assert (report["alerts"], report["repetitions"], report["scaling"]) == (512, 1, {})
     assert {"frame", "Avro", "stamps", "decode", "normalise", "score: default", "encode"} < set(report["stages"])
     assert {"Kafka in", "Kafka out"} < set(report["stages"])
     assert set(report["wholes"]) == {"archive -> scores", "Kafka -> scores -> Kafka: default"}
