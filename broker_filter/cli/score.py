@@ -7,10 +7,8 @@ import gc
 import logging
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +19,7 @@ from broker_filter.cli.parser import UsageError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from broker_filter.streaming.scored import ScoredBatch
+    from broker_filter.streaming.account import Account
 
 FORMATS = ("parquet", "avro", "jsonl", "csv", "ecsv", "fits")
 """Those of `streaming.table_formats`, whose import would take longer than `--help` may."""
@@ -96,41 +94,13 @@ def _table(text: str) -> Path:
     return Path(text)
 
 
-@dataclass
-class Account:
-    """What became of the inputs: each alert, and each input without a readable one, is counted exactly once."""
-
-    decoded: int = 0
-    scored: int = 0
-    duplicates: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    started: float = field(default_factory=time.monotonic)
-
-    def add(self, batch: ScoredBatch) -> int:
-        """Counts a batch and returns how many inputs it had."""
-        duplicates = int(batch.duplicate.sum())
-        self.decoded += len(batch.alerts)
-        self.duplicates += duplicates
-        self.scored += len(batch.scored) - duplicates
-        self.rejected.update(reject.reason.value for reject in batch.rejects)
-        return len(batch.scored) + len(batch.rejects)
-
-    def __str__(self) -> str:
-        read = self.scored + self.duplicates + self.rejected.total()
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.rejected.most_common())
-        why = f" ({reasons})" if reasons else ""
-        return (
-            f"read {read:,}: scored {self.scored:,}, rejected {self.rejected.total():,}{why}, "
-            f"duplicates {self.duplicates:,}; {read / (time.monotonic() - self.started):,.0f} alerts/s"
-        )
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Scores the inputs, prints the account and returns the exit status."""
     from broker_filter.console import progress
     from broker_filter.packets.compiled import why_python
     from broker_filter.packets.registry import open_registry
     from broker_filter.scoring.scorer import Scorer
+    from broker_filter.streaming.account import Account, account_batch
     from broker_filter.streaming.archive_scores import ArchiveScores
     from broker_filter.streaming.archives import check_inputs
     from broker_filter.streaming.tables import STDOUT, check_format, partial_path
@@ -148,25 +118,39 @@ def run(arguments: argparse.Namespace) -> int:
     registry = open_registry(arguments.schema_registry, drop_cache=arguments.drop_schema_cache)
     scores = ArchiveScores(arguments.inputs, scorer, schema_registry=registry, policies=arguments.policy, skip=own)
     gc.freeze()  # as in `run`: full collections do not walk what start-up made
-    account = Account()
+    account, decoded, started = Account(), 0, time.monotonic()
     try:
         with _open_tables(written, scores.schema) as write, progress("Scoring", share=scores.share_read) as advance:
             for batch, rows in scores:
                 write(rows)
-                advance(account.add(batch))
+                of_batch = account_batch(batch)
+                account.add(of_batch)
+                decoded += len(batch.alerts)
+                advance(of_batch.consumed)
     except BaseException:
-        if account.decoded:
+        if decoded:
             for path in written:
                 if path != STDOUT:
                     log.warning("ended early; the rows so far are in %s", partial_path(path))
         raise
     if not arguments.quiet:
         files = ", ".join(str(path) for path in written)
-        print(f"{account} -> {files}", file=sys.stderr if STDOUT in written else sys.stdout)
-    if not account.decoded:
+        summary = _summary(account, time.monotonic() - started)
+        print(f"{summary} -> {files}", file=sys.stderr if STDOUT in written else sys.stdout)
+    if not decoded:
         print("broker-filter: no alert could be read", file=sys.stderr)
         return 1
     return 1 if arguments.fail_on_reject and account.rejected else 0
+
+
+def _summary(account: Account, seconds: float) -> str:
+    """The counts of all inputs in one line, with the reasons of the rejects and the rate."""
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in account.rejected.most_common())
+    why = f" ({reasons})" if reasons else ""
+    return (
+        f"read {account.consumed:,}: scored {account.scored:,}, rejected {account.rejected.total():,}{why}, "
+        f"duplicates {account.duplicates:,}; {account.consumed / seconds:,.0f} alerts/s"
+    )
 
 
 def _written_tables(arguments: argparse.Namespace) -> dict[Path, str | None]:
