@@ -542,7 +542,7 @@ class _Columns:
         )
 
     def _warn_of_lost_detections(self, lost: NDArray[np.int64], walked: Sequence[_Walked]) -> None:
-        """Logs, once per schema, that detections of the alerts in the rows `lost` of the batch have no flux."""
+        """Log, once per schema, that detections of the alerts in the rows `lost` of the batch have no flux."""
         for fingerprint in dict.fromkeys(walked[row].plan.schema.fingerprint for row in lost.tolist()):
             if fingerprint not in _warned_schemas and len(_warned_schemas) < _MAX_WARNINGS:
                 _warned_schemas.add(fingerprint)

@@ -210,7 +210,7 @@ class Layout:
         return pieces
 
     def _first(self, paths: Sequence[str], ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """For each record, the first id in the order of `paths` that is not missing, int64[N]."""
+        """Return, for each record, the first id in the order of `paths` that is not missing: int64[N]."""
         first = ids[:, self._ids[paths[0]]]
         for path in paths[1:]:
             first = np.where(first == MISSING_ID, ids[:, self._ids[path]], first)

@@ -99,7 +99,7 @@ class Rows:
                     yield container
 
     def _check_claims(self, metadata: pq.FileMetaData) -> None:
-        """Raises ParquetError if the metadata of a column claims more bytes, or more values, than are allowed."""
+        """Raise ParquetError if the metadata of a column claims more bytes, or more values, than are allowed."""
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
             for column in map(group.column, range(group.num_columns)):
                 if max(column.num_values * VALUE_BYTES, column.total_uncompressed_size) > self._allowed:

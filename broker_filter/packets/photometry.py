@@ -74,7 +74,7 @@ def nanojansky(magnitude: Values) -> Values:
 
 
 def flag(values: Values) -> Values:
-    """Booleans as numbers: 1 for true, 0 for false, NaN for any other value.
+    """Return booleans as numbers: 1 for true, 0 for false, NaN for any other value.
 
     Redistributors write booleans, and ZTF's `isdiffpos`, as numbers or as text: true, True, t, 1, 1.0, +1; false,
     False, f, 0, 0.0, -1. For text, `values` holds the code of its first character.
@@ -88,7 +88,7 @@ def sign(isdiffpos: Values) -> Values:
 
 
 def ztf_filter(fid: Values) -> Values:
-    """ZTF's filter ids: 1 is g, 2 is r, 3 is i.
+    """Return ZTF's filter ids: 1 is g, 2 is r, 3 is i.
 
     Some redistributors write the id, or the letter of the filter, as text. `fid` then holds the code of that character.
     """

@@ -118,7 +118,7 @@ class NoRegistry:
     """Stands for a registry if none is configured. All ids are unknown."""
 
     def get(self, schema_id: int, doubted: WriterSchema | None = None) -> WriterSchema:  # noqa: ARG002
-        """Always raises UnknownSchemaId."""
+        """Raise UnknownSchemaId: without a registry, no id is known."""
         raise UnknownSchemaId(f"schema id {schema_id}: no schema registry is configured")
 
 

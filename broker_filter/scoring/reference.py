@@ -191,7 +191,10 @@ def read_reference(file: Path) -> Reference:
         try:
             ((k, d), _), ((q,), _) = found[f"{survey}.embedding"], found[f"{survey}.scores"]
         except (KeyError, ValueError):
-            raise ReferenceSetError(f"{file}: holds {', '.join(sorted(found))}; build the reference again") from None
+            raise ReferenceSetError(
+                f"{file}: the embeddings or scores of {survey} are missing or have a wrong shape; "
+                "build the reference again"
+            ) from None
         if not all(MIN_ALERTS <= n <= MAX_ALERTS for n in (k, q)):
             raise ReferenceSetError(
                 f"{file}: holds {k} alerts and {q} scores of {survey}; each must be between {MIN_ALERTS} and "

@@ -169,7 +169,9 @@ def _open_torch(bundle: Bundle, runtime: Runtime, threads: int) -> LoadedNetwork
     from broker_filter.scoring.networks import ServedNetwork, load_network
 
     if runtime.device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeUnavailableError("torch sees no CUDA device: see its driver and build, or do not ask for cuda")
+        raise RuntimeUnavailableError(
+            "PyTorch sees no CUDA device: check the driver and the build of PyTorch, or choose device cpu"
+        )
     path = bundle.directory / WEIGHTS
     try:
         network = load_network(bundle.card.architecture, load_file(path))
@@ -212,13 +214,13 @@ def available_cores() -> int:
 
 
 def torch_is_installed() -> bool:
-    """Whether torch can be imported. Does not import it."""
+    """Return whether torch can be imported. Does not import it."""
     return find_spec("torch") is not None
 
 
 @cache
 def _cuda_is_usable() -> bool:
-    """Whether torch can use a GPU here. Logs a warning, once in a process, if there is a GPU that it cannot use."""
+    """Return whether torch can use a GPU here. If a GPU exists that it cannot use, logs a warning once per process."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in NO_CUDA_DEVICES
     if hidden or not any(path.exists() for path in NVIDIA_DEVICES):
         return False

@@ -178,7 +178,7 @@ class Scorer:
         columns: Sequence[str] = (),
         max_packet_bytes: int = MAX_CONTAINER_BYTES,
     ) -> Decoder:
-        """A decoder of everything that the models read: cutouts of `cutout_size`, and their metadata columns.
+        """Return a decoder of everything that the models read: cutouts of `cutout_size`, and their metadata columns.
 
         `schema_registry`, `max_packet_bytes` and the errors raised: see Decoder. `columns`: metadata columns to decode
         besides those of the models.

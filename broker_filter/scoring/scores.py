@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 def output_name(model: str, label: str) -> str:
-    """The name of a model's output column for one of its labels: in filters, tables and output records."""
+    """Return the name of a model's output for one label, `<model>.<label>`, as in filters, tables and records."""
     return f"{model}.{label}"
 
 

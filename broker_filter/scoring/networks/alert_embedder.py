@@ -50,9 +50,12 @@ class AlertEmbedder(nn.Module):
         hidden: int = 128,
         labels: int = 1,
     ) -> None:
-        """`trunk`: `stampnet`, or the name of a timm backbone; `metadata`: F; `size`: dimensions of a modality;
-        `width`, `layers`, `heads`: of the light-curve transformer; `hidden`: width of the layer before each projection;
-        `labels`: of the trunk."""
+        """Build the network with initial parameters.
+
+        `trunk`: `stampnet`, or the name of a timm backbone. `metadata`: F, the number of columns. `size`: the number
+        of dimensions of each modality's vector. `width`, `layers`, `heads`: the size of the light-curve transformer.
+        `hidden`: the width of the layer before each projection. `labels`: the number of labels of the trunk.
+        """
         super().__init__()
         self.trunk: StampNetTrunk | TimmTrunk
         self.trunk = StampNetTrunk(labels) if trunk == "stampnet" else TimmTrunk(trunk, labels)
@@ -107,7 +110,7 @@ class StampNetTrunk(nn.Module):
         self.network = StampNet(labels)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [N, 3, 63, 63] -> logits [N, labels], features [N, 128]."""
+        """Return the logits [N, labels] and the features [N, 128] of images [N, 3, 63, 63]."""
         layers = self.network.features
         tapped = layers[:TAPPED](images)
         embedding = layers[TAPPED:](tapped)
@@ -125,7 +128,7 @@ class TimmTrunk(nn.Module):
         self.features = self.network.encoder.features
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [N, 3, S, S] -> logits [N, labels], features [N, T]."""
+        """Return the logits [N, labels] and the features [N, T] of images [N, 3, S, S]."""
         logits, features = self.network(images)
         return logits, features
 
