@@ -1,10 +1,23 @@
 """The compiled parts of the package; everything else is in pyproject.toml."""
 
 import os
+import shutil
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
+
+
+class CleanBuild(build):
+    """Builds into an empty directory, so that no file of an earlier build gets into the wheel."""
+
+    def run(self) -> None:
+        """Deletes what an earlier build left, and builds."""
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
 
 setup(
+    cmdclass={"build": CleanBuild},
     ext_modules=[
         Extension(
             f"broker_filter.{name}",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 import zipfile
 from collections.abc import Sequence
@@ -87,6 +89,25 @@ def test_everything_that_is_tracked_travels_in_the_wheel(wheel: Path) -> None:
     }
     with zipfile.ZipFile(wheel) as archive:
         assert expected - set(archive.namelist()) == set()
+
+
+def test_no_file_of_an_earlier_build_gets_into_the_wheel(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    shutil.copytree(
+        CHECKOUT / "broker_filter", checkout / "broker_filter", ignore=shutil.ignore_patterns("*.so", "*.c")
+    )
+    shutil.copytree(CHECKOUT / "schemas", checkout / "schemas")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(CHECKOUT / name, checkout)
+    earlier = checkout / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "broker_filter"
+    earlier.mkdir(parents=True)
+    (earlier / "removed.py").touch()
+    run([sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, checkout], cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert "broker_filter/service.py" in names
+    assert "broker_filter/removed.py" not in names
 
 
 def test_the_package_is_imported_from_the_wheel(installed: Path, tmp_path: Path) -> None:

@@ -113,23 +113,24 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     with progress("Replaying", share=lambda: share_read(packets)) as advance:
         replayer = Replayer(properties, arguments.topic, decoder, stop, advance)
-        account = replayer.account
+        deliveries = replayer.deliveries
         while True:
-            sent_before = account.sent
+            sent_before = deliveries.sent
             replayer.replay(packets, new_pace())
-            if stop.is_set() or not arguments.repeat or account.sent == sent_before:
+            if stop.is_set() or not arguments.repeat or deliveries.sent == sent_before:
                 break
             packets = _packets(arguments)
     seconds = time.monotonic() - started
-    account_line = (
-        f"sent {account.sent} alerts ({account.sent_bytes / 1e6:.1f} MB) to {arguments.topic} in {seconds:.1f} s, "
-        f"{account.sent / seconds:.0f}/s; failed {account.failed}; skipped {account.unsendable} (empty or too large)"
+    summary = (
+        f"sent {deliveries.sent} alerts ({deliveries.sent_bytes / 1e6:.1f} MB) to {arguments.topic} "
+        f"in {seconds:.1f} s, {deliveries.sent / seconds:.0f}/s; "
+        f"failed {deliveries.failed}; skipped {deliveries.unsendable} (empty or too large)"
     )
     if not arguments.quiet:
-        print(account_line)
+        print(summary)
     if stop.is_set():
         return INTERRUPTED
-    return 1 if account.failed else 0
+    return 1 if deliveries.failed else 0
 
 
 def _packets(arguments: argparse.Namespace) -> Iterator[Packet]:

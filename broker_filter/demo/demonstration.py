@@ -130,7 +130,7 @@ def _replay(night: Night, properties: Mapping[str, object], service: ServiceProc
                         f"the service has processed {consumed} of {night.packets} messages, and none in the last "
                         f"{STANDSTILL_S:.0f} s; see its log"
                     )
-                show(replayer.account.sent, account, rate)
+                show(replayer.deliveries.sent, account, rate)
             return rate
         finally:
             stop.set()

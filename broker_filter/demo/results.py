@@ -33,7 +33,8 @@ class Results:
 
 
 def read_results(bootstrap: str, prefix: str, filters: list[str]) -> Results:
-    """Reads the committed records of all output topics. Raises DemoError if the broker stops answering."""
+    """Reads the committed records of all output topics. Raises DemoError if the broker does not answer or reports an
+    error."""
     results = Results(filtered={name: [] for name in filters})
     for message in _read_topic(bootstrap, f"{prefix}.scored"):
         results.inputs[_headers(message)["input"]] += 1
@@ -88,5 +89,9 @@ def _read_topic(bootstrap: str, topic: str) -> Iterator[Message]:
                 unread.discard(message.partition())
             else:
                 raise KafkaException(error)
+    except KafkaException as error:
+        raise DemoError(
+            f"{topic}: the broker at {bootstrap} cannot be read: {error.args[0].str()}; run the demonstration again"
+        ) from None
     finally:
         consumer.close()

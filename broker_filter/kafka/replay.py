@@ -67,7 +67,7 @@ def at_speed(factor: float) -> Pace:
 
 
 @dataclass(slots=True)
-class Account:
+class Deliveries:
     """The numbers of messages of a replay, by outcome."""
 
     sent: int = 0
@@ -114,7 +114,7 @@ class Replayer:
         stop: threading.Event,
         advance: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.account = Account()
+        self.deliveries = Deliveries()
         self._topic = topic
         self._decoder = decoder
         self._stop = stop
@@ -135,7 +135,7 @@ class Replayer:
         )
 
     def replay(self, packets: Iterable[Packet], pace: Pace) -> None:
-        """Sends every alert of `packets` in order and counts it in `account`. Returns when the brokers have accepted
+        """Sends every alert of `packets` in order and counts it in `deliveries`. Returns when the brokers have accepted
         all.
 
         Raises RegistryUnavailable if a schema cannot be read from the registry, and KafkaException if the producer
@@ -150,7 +150,7 @@ class Replayer:
         while self._producer.flush(POLL_S) and not self._stop.is_set():
             pass
         if left := self._producer.flush(FLUSH_TIMEOUT_S):
-            self.account.failed += left
+            self.deliveries.failed += left
             log.warning("the brokers have not accepted the last %d messages: %s", left, self._error_log.latest)
 
     def _alerts(self, packets: Iterable[Packet]) -> Iterator[_Alert]:
@@ -164,7 +164,7 @@ class Replayer:
                 reject = rejected.get(packet_index)
                 if not 0 < len(packet.data) <= MAX_PACKET_BYTES:  # a larger packet was not read to its end
                     log.warning("%s: not sent: %s", packet.position, "too large" if packet.data else "empty")
-                    self.account.unsendable += 1
+                    self.deliveries.unsendable += 1
                 elif reject or len(own) == 1 or isinstance(packet.position, KafkaPosition):
                     read = alerts.identity(own[0]) if own else None
                     yield _Alert(packet.data, read or (reject.alert if reject else None), packet)
@@ -203,12 +203,12 @@ class Replayer:
         if error is not None:
             self._refused(error, packet)
             return
-        self.account.sent += 1
-        self.account.sent_bytes += len(message)
+        self.deliveries.sent += 1
+        self.deliveries.sent_bytes += len(message)
         self._advance(1)
 
     def _refused(self, error: KafkaError, packet: Packet) -> None:
-        self.account.failed += 1
+        self.deliveries.failed += 1
         self._error_log.say(error.code(), "%s: refused: %s", packet.position, error.str())
 
 

@@ -352,7 +352,7 @@ class Writer:
     def close(self) -> None:
         """Drops the held work, and aborts the open transaction."""
         self._held.clear()
-        if self._open and not self.fenced:
+        if self._open:
             with suppress(KafkaException):  # if the abort fails, the coordinator ends the transaction after its timeout
                 self._producer.abort_transaction(CALL_TIMEOUT_S)
         self._reset()

@@ -1,4 +1,4 @@
-"""Replay: each alert of an archive becomes one message in the topic, and the account counts the outcomes."""
+"""Replay: each alert of an archive becomes one message in the topic, and the outcomes are counted."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_every_packet_of_a_night_arrives_once_keyed_by_object(
     before = time.time_ns() // 1_000_000
     replay = replayer(kafka_bootstrap, topic)
     replay.replay(packets, as_fast_as_possible())
-    assert (replay.account.sent, replay.account.failed, replay.account.unsendable) == (30, 0, 0)
+    assert (replay.deliveries.sent, replay.deliveries.failed, replay.deliveries.unsendable) == (30, 0, 0)
     arrived = messages_in(kafka_bootstrap, topic)
     assert sorted(message.value() for message in arrived) == sorted(packet.data for packet in packets)
     for message in arrived:
@@ -92,7 +92,7 @@ def test_each_alert_of_a_container_becomes_a_message(
     fastavro.writer(file, first.writer_schema, alerts)
     replay = replayer(kafka_bootstrap, topic)
     replay.replay([Packet(file.getvalue(), FilePosition("three.avro"))], as_fast_as_possible())
-    assert replay.account.sent == 3
+    assert replay.deliveries.sent == 3
     arrived = {message.key().decode(): alert(message.value()) for message in messages_in(kafka_bootstrap, topic)}
     assert arrived == {each["objectId"]: each for each in alerts}
 
@@ -111,7 +111,7 @@ def test_packet_that_was_not_read_completely_is_counted_and_not_sent(kafka_boots
     replay = replayer(kafka_bootstrap, topic)
     values = [b"", bytes(MAX_PACKET_BYTES + 1), b"no alert"]
     replay.replay([Packet(value, FilePosition("night.tar.gz")) for value in values], as_fast_as_possible())
-    assert (replay.account.sent, replay.account.unsendable) == (1, 2)
+    assert (replay.deliveries.sent, replay.deliveries.unsendable) == (1, 2)
     assert [message.value() for message in messages_in(kafka_bootstrap, topic)] == [b"no alert"]
 
 
@@ -197,7 +197,7 @@ def test_refused_message_is_counted_and_the_other_messages_arrive(
     replay = replayer(kafka_bootstrap, topic)
     packets = [Packet(bytes([i]) * size, FilePosition(f"{i}.avro")) for i, size in enumerate((100, 5000, 100), start=1)]
     replay.replay(packets, as_fast_as_possible())
-    assert (replay.account.sent, replay.account.failed) == (2, 1)
+    assert (replay.deliveries.sent, replay.deliveries.failed) == (2, 1)
     assert "2.avro: refused" in caplog.text
     assert len(messages_in(kafka_bootstrap, topic)) == 2
 
@@ -219,7 +219,7 @@ def test_replay_continues_after_an_outage_of_the_brokers(
 
     replay = replayer(cluster.bootstrap_servers, topic)
     replay.replay(packets(), at_rate(100))
-    assert (replay.account.sent, replay.account.failed) == (400, 0)
+    assert (replay.deliveries.sent, replay.deliveries.failed) == (400, 0)
     arrived = [message.value().decode() for message in messages_in(cluster.bootstrap_servers, topic)]
     assert arrived == [f"alert {i}" for i in range(400)]
 
@@ -237,8 +237,8 @@ def test_stopped_replay_has_delivered_the_messages_that_it_counts(
 
     replay = replayer(kafka_bootstrap, topic, stop)
     replay.replay(packets(), as_fast_as_possible())
-    assert replay.account.sent > 0
-    assert len(messages_in(kafka_bootstrap, topic)) == replay.account.sent
+    assert replay.deliveries.sent > 0
+    assert len(messages_in(kafka_bootstrap, topic)) == replay.deliveries.sent
 
 
 def test_rate_spaces_messages_evenly() -> None:
@@ -257,7 +257,7 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "broker_filter", "replay", *map(str, arguments)]
 
 
-def test_command_creates_the_topic_and_prints_the_account(
+def test_command_creates_the_topic_and_prints_the_outcomes(
     shared_data: Path, tmp_path: Path, kafka_bootstrap: str, unique_name: Callable[[str], str]
 ) -> None:
     topic = unique_name("new")
@@ -272,7 +272,7 @@ def test_command_creates_the_topic_and_prints_the_account(
     assert len({message.partition() for message in arrived}) > 1
 
 
-def test_interrupt_ends_an_endless_replay_and_prints_the_account(
+def test_interrupt_ends_an_endless_replay_and_prints_the_outcomes(
     ztf_packets: list[tuple[int, bytes]], tmp_path: Path, kafka_bootstrap: str, topic: str
 ) -> None:
     archive = tmp_path / "one.avro.gz"
