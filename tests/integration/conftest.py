@@ -1,4 +1,4 @@
-"""The service as a process of its own, fed and read through a broker."""
+"""Fixtures that run the service as a separate process, send messages to it and read its output through a broker."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from broker_filter.simulate import simulate_night
 from ..conftest import SHARED
 
 PATIENCE_S = 120.0
-"""For anything to happen at all, on a busy machine."""
+"""Seconds to wait for an expected event on a busy machine."""
 SIMULATED_PACKETS = 640
-"""More than any test sends."""
+"""Number of simulated packets; no test sends more."""
 QUIET_S = 1.0
-"""After so long without another record, none comes."""
+"""Seconds without a new record after which a topic is taken as complete."""
 
 
 class RunningService:
-    """`broker-filter run` with a configuration, its log and its HTTP endpoints."""
+    """A running `broker-filter run` with its configuration, log file and HTTP endpoints."""
 
     def __init__(self, directory: Path, config: Mapping[str, Any], environment: Mapping[str, str] | None) -> None:
         self.log_path = directory / "service.log"
@@ -53,7 +53,7 @@ class RunningService:
         return self.log_path.read_text()
 
     def get(self, path: str) -> tuple[int, str]:
-        """Status and body; status 0 while nobody listens."""
+        """Return status and body of a GET request; status 0 and an empty body if nothing listens."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as response:
                 return response.status, response.read().decode()
@@ -63,11 +63,12 @@ class RunningService:
             return 0, ""
 
     def metric(self, sample: str) -> float:
-        """The value of `name` or `name{label="..."}`, 0 where there is none."""
+        """Return the value of the sample `name` or `name{label="..."}`; 0 if it does not exist."""
         lines = (line.rpartition(" ") for line in self.get("/metrics")[1].splitlines())
         return next((float(value) for name, _, value in lines if name == f"broker_filter_{sample}"), 0.0)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until the condition is true; fail if the process ends or PATIENCE_S pass before."""
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
             assert self.process.poll() is None, self.log
@@ -85,18 +86,18 @@ class RunningService:
         self.wait_until(lambda: text in self.log)
 
     def end(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """Sends a signal and returns the exit status."""
+        """Send a signal, wait until the process has ended, and return the exit status."""
         self.process.send_signal(how)
         return self.wait_ended()
 
     def wait_ended(self) -> int:
-        """The exit status, when it has ended by itself."""
+        """Wait until the process has ended without a signal, and return the exit status."""
         return self.process.wait(PATIENCE_S)
 
 
 Packets = list[bytes]
 Cluster = str | Mapping[str, str]
-"""How the tests reach a cluster: `host:port`, or the properties of a librdkafka client."""
+"""Address of a cluster: `host:port`, or the properties of a librdkafka client."""
 StartService = Callable[..., RunningService]
 MakeTopic = Callable[..., str]
 ReadCommitted = Callable[..., list[Message]]
@@ -133,7 +134,7 @@ class Pipeline:
 
 
 def client_properties(cluster: Cluster) -> dict[str, str]:
-    """The properties of a librdkafka client of the cluster."""
+    """Return the properties of a librdkafka client of the cluster."""
     return {"bootstrap.servers": cluster} if isinstance(cluster, str) else dict(cluster)
 
 
@@ -150,12 +151,12 @@ def headers(message: Any) -> dict[str, str]:
 
 
 def inputs(records: Sequence[Message]) -> Counter[str]:
-    """How often each input position (`topic/partition/offset`) is in the output."""
+    """Return the number of output records for each input position (`topic/partition/offset`)."""
     return Counter(headers(record)["input"].partition("/")[2] for record in records)
 
 
 def alert(value: bytes) -> dict[str, Any]:
-    """The one alert of an output record, as any client reads it."""
+    """Decode the single alert of an output record with fastavro, as other clients do."""
     (record,) = fastavro.reader(io.BytesIO(value))
     assert isinstance(record, dict)
     return record
@@ -163,7 +164,7 @@ def alert(value: bytes) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def packets(request: pytest.FixtureRequest) -> Packets:
-    """Every shared ZTF packet, or simulated ones where the survey data are not on this machine."""
+    """All shared ZTF packets; simulated packets if this machine has no survey data."""
     if (SHARED / "data").exists():
         return [packet for _, packet in request.getfixturevalue("ztf_packets")]
     return [alert.packet for alert in simulate_night(SIMULATED_PACKETS, seed=1, survey="ztf")]
@@ -171,7 +172,7 @@ def packets(request: pytest.FixtureRequest) -> Packets:
 
 @pytest.fixture(params=["one cluster", "two clusters"])
 def output_bootstrap(request: pytest.FixtureRequest, kafka_bootstrap: str) -> str:
-    """Where the output goes: to the cluster of the input, or to another."""
+    """Address of the output cluster: the cluster of the input, or a second cluster."""
     if request.param == "one cluster":
         return kafka_bootstrap
     other: str = request.getfixturevalue("second_kafka_bootstrap")
@@ -186,7 +187,7 @@ def make_pipeline(
     read_committed: ReadCommitted,
     unique_name: Callable[[str], str],
 ) -> MakePipeline:
-    """Makes an input topic with messages in it, and the configuration of a service that reads it."""
+    """Return a function that creates an input topic with messages and the configuration of a service that reads it."""
 
     def make(
         messages: Sequence[bytes | None] = (),
@@ -197,10 +198,10 @@ def make_pipeline(
         target: Cluster | None = None,
         **output: Any,
     ) -> Pipeline:
-        """Make a pipeline; `output` is the section of the configuration beside its prefix and brokers.
+        """Return a new pipeline; `output` holds further keys of the section `output` of the configuration.
 
-        `topic` names a topic that the test makes itself, `source` the cluster of the input (`kafka_bootstrap` by
-        default), `target` the cluster of the output (by default, the configuration names none).
+        `topic`: name of a topic that the test itself creates. `source`: cluster of the input, `kafka_bootstrap` by
+        default. `target`: cluster of the output; by default, the configuration names no output cluster.
         """
         source_properties = client_properties(source or request.getfixturevalue("kafka_bootstrap"))
         target_properties = client_properties(target) if target else source_properties
@@ -215,7 +216,10 @@ def make_pipeline(
 
 @pytest.fixture
 def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartService]:
-    """Starts the service with a configuration (a mapping) and, if wanted, an `environment`; ends it with the test."""
+    """Return a function that starts the service with a configuration and an optional `environment`.
+
+    Every service that it started is killed at the end of the test.
+    """
     started = []
 
     def start(config: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> RunningService:
@@ -231,7 +235,7 @@ def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSer
 
 @pytest.fixture
 def make_topic(unique_name: Callable[[str], str]) -> MakeTopic:
-    """Makes a topic with messages in it: `make_topic(cluster, messages)`; returns its name."""
+    """Return a function that creates a topic, sends messages to it and returns the topic's name."""
 
     def make(
         cluster: Cluster,
@@ -253,10 +257,10 @@ def make_topic(unique_name: Callable[[str], str]) -> MakeTopic:
 
 
 def send(properties: Mapping[str, str], topic: str, messages: Sequence[bytes | None], key: bytes | None = None) -> None:
-    """Sends messages, spread over the partitions in turn."""
+    """Send messages, spread over the partitions in turn."""
     producer = Producer({**properties, "message.max.bytes": 200_000_000})
     while not (partitions := len(producer.list_topics(topic, timeout=PATIENCE_S).topics[topic].partitions)):
-        time.sleep(0.1)  # the broker has not heard of it yet
+        time.sleep(0.1)  # the broker does not know the topic yet
     for i, message in enumerate(messages):
         producer.produce(topic, message, key, partition=i % partitions)
         producer.poll(0)
@@ -265,7 +269,10 @@ def send(properties: Mapping[str, str], topic: str, messages: Sequence[bytes | N
 
 @pytest.fixture
 def read_committed(unique_name: Callable[[str], str]) -> ReadCommitted:
-    """Reads topics from their beginning until `expected` records are there and no more come."""
+    """Return a function that reads topics from the beginning, with `isolation.level=read_committed`.
+
+    It reads until `expected` records are there and no more arrive for QUIET_S.
+    """
 
     def read(cluster: Cluster, topics: Sequence[str], expected: int) -> list[Message]:
         properties = client_properties(cluster)

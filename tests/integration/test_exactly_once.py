@@ -1,4 +1,4 @@
-"""Nothing lost, nothing twice: kills, zombies, fences, handovers, on one cluster and across two."""
+"""Exactly-once delivery with real brokers: kills, fenced producers and rebalances, on one cluster and across two."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ pytestmark = pytest.mark.kafka
 
 CHAOS = Path(__file__).resolve().parents[1] / "chaos.py"
 REGISTRATION = "AddPartitionsToTxn"
-"""What a producer asks the coordinator, before it sends the first record of a transaction to a partition."""
+"""The request that a producer sends to the coordinator before its first record to a partition in a transaction."""
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("clusters", ["one", "two"])
-def test_kills_at_random_moments_lose_and_repeat_nothing(
+def test_kills_at_random_moments_neither_lose_nor_repeat_alerts(
     kafka_bootstrap: str, second_kafka_bootstrap: str, clusters: str
 ) -> None:
     command = [sys.executable, str(CHAOS), "--alerts", "1000", "--kills", "2", "--clusters", clusters]
@@ -48,7 +48,7 @@ def test_kills_at_random_moments_lose_and_repeat_nothing(
     assert "0 missing, 0 repeated" in done.stdout
 
 
-def test_instance_that_was_away_too_long_repeats_nothing(
+def test_instance_that_was_suspended_beyond_its_session_repeats_no_alert(
     make_pipeline: MakePipeline, output_bootstrap: str, packets: Packets
 ) -> None:
     sent = packets[:300]
@@ -57,7 +57,7 @@ def test_instance_that_was_away_too_long_repeats_nothing(
     away = pipeline.start(transaction={"linger_ms": 10_000, "max_alerts": 100_000, "max_ms": 10_000})
     away.wait_until(lambda: away.metric("batch_alerts_sum") >= 100)
     assert away.metric("consumed_alerts_total") == 0
-    away.process.send_signal(signal.SIGSTOP)  # in the midst of a transaction
+    away.process.send_signal(signal.SIGSTOP)  # within a transaction
 
     other = pipeline.start()
     other.wait_consumed(len(sent))
@@ -72,7 +72,7 @@ def test_instance_that_was_away_too_long_repeats_nothing(
     assert other.end() == 0
 
 
-def test_partitions_are_handed_over_between_instances_without_repeating(
+def test_rebalance_between_instances_repeats_no_alert(
     make_pipeline: MakePipeline, output_bootstrap: str, packets: Packets
 ) -> None:
     batch = packets[:200]
@@ -95,7 +95,7 @@ def test_partitions_are_handed_over_between_instances_without_repeating(
     assert second.end() == 0
 
 
-def test_across_clusters_the_positions_topic_is_the_truth(
+def test_across_clusters_reading_continues_from_the_positions_topic(
     make_pipeline: MakePipeline, kafka_bootstrap: str, second_kafka_bootstrap: str, packets: Packets
 ) -> None:
     sent = packets[:40]
@@ -116,7 +116,9 @@ def test_across_clusters_the_positions_topic_is_the_truth(
     member = Consumer({"bootstrap.servers": kafka_bootstrap, "group.id": prefix})
     shown = member.committed([TopicPartition(topic, p) for p in (0, 1)], timeout=10)
     assert [partition.offset for partition in shown] == [len(sent) // 2] * 2
-    member.commit(offsets=[TopicPartition(topic, p, 0) for p in (0, 1)], asynchronous=False)  # a lie
+    member.commit(
+        offsets=[TopicPartition(topic, p, 0) for p in (0, 1)], asynchronous=False
+    )  # a wrong position, to be ignored
     member.close()
 
     second = pipeline.start()
@@ -127,7 +129,7 @@ def test_across_clusters_the_positions_topic_is_the_truth(
     assert second.end() == 0
 
 
-def test_partition_that_a_stranger_fenced_is_taken_back(
+def test_partition_fenced_by_another_producer_is_claimed_again(
     make_pipeline: MakePipeline, kafka_bootstrap: str, output_bootstrap: str, packets: Packets
 ) -> None:
     sent = packets[:40]
@@ -150,7 +152,7 @@ def test_partition_that_a_stranger_fenced_is_taken_back(
 
 
 class Harness:
-    """Writers on one topic, as the service opens them."""
+    """Writers on one topic, opened as the service opens its writers."""
 
     def __init__(self, bootstrap: str, topic: str) -> None:
         properties = {
@@ -173,7 +175,7 @@ class Harness:
 
     @property
     def aborted(self) -> float:
-        """How many transactions are counted as aborted."""
+        """Number of transactions that the metrics count as aborted."""
         lines = self.metrics.exposition().decode().splitlines()
         name = 'broker_filter_transactions_total{outcome="aborted"} '
         return next(float(line.removeprefix(name)) for line in lines if line.startswith(name))
@@ -215,7 +217,7 @@ def test_fenced_owner_cannot_commit(
     assert [record.value() for record in read_committed(kafka_bootstrap, [harness.topic], 1)] == [b"new"]
 
 
-def test_transaction_that_the_coordinator_never_heard_of_is_given_up_as_if_fenced(
+def test_transaction_unknown_to_the_coordinator_is_treated_as_fenced(
     kafka_bootstrap: str, unique_name: Callable[[str], str], harness: Harness
 ) -> None:
     name = unique_name("writer")
@@ -224,7 +226,9 @@ def test_transaction_that_the_coordinator_never_heard_of_is_given_up_as_if_fence
     claim.writer.commit()
 
     admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
-    admin.delete_topics([harness.topic])[harness.topic].result()  # so that its partitions are refused, and tried again
+    admin.delete_topics([harness.topic])[
+        harness.topic
+    ].result()  # the coordinator refuses its partitions, and librdkafka retries
     for position in count(1):
         claim.writer.add(harness.work(claim, position, b"in vain"))
         if harness.registrations > 1:
@@ -256,20 +260,20 @@ def test_work_whose_claim_has_ended_is_dropped_and_the_rest_committed(
     assert [record.value() for record in read_committed(kafka_bootstrap, [harness.topic], 1)] == [b"kept"]
 
 
-def test_position_that_would_go_back_is_an_error(unique_name: Callable[[str], str], harness: Harness) -> None:
+def test_position_that_decreases_is_an_error(unique_name: Callable[[str], str], harness: Harness) -> None:
     claim = harness.claim(unique_name("writer"))
     claim.writer.add(harness.work(claim, 0, b"x", n=5))
     with pytest.raises(PositionError, match="input/0: packets 4 to 4 after position 5"):
         claim.writer.add(harness.work(claim, 4, b"x"))
 
 
-def test_aborted_transaction_is_produced_again_whole(
+def test_all_records_of_an_aborted_transaction_are_produced_again(
     kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str], harness: Harness
 ) -> None:
     claim = harness.claim(unique_name("writer"))
     claim.writer.add(harness.work(claim, 0, b"small"))
     admin = AdminClient({"bootstrap.servers": kafka_bootstrap})
-    set_max_message_bytes(admin, harness.topic, 5_000)  # behind the writer's back
+    set_max_message_bytes(admin, harness.topic, 5_000)  # without the writer's knowledge
     claim.writer.add(harness.work(claim, 1, bytes(20_000)))
 
     assert len(claim.writer.commit()) == 2
@@ -281,7 +285,7 @@ def test_aborted_transaction_is_produced_again_whole(
     assert claim.committed == 2
 
 
-def test_records_that_fit_pass_although_the_batches_that_they_were_in_no_longer_do(
+def test_records_within_a_lowered_limit_are_committed_although_their_batches_exceed_it(
     kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str], harness: Harness
 ) -> None:
     name, value = unique_name("writer"), os.urandom(8_000)
@@ -290,7 +294,7 @@ def test_records_that_fit_pass_although_the_batches_that_they_were_in_no_longer_
     old.writer.add(harness.work(old, 0, value, n=40))
     assert len(old.writer.commit()) == 1
     assert old.committed == 40
-    assert not old.alive  # for the next producer, whose batches fit
+    assert not old.alive  # a new producer with smaller batches replaces it
 
     new = harness.claim(name)
     new.writer.add(harness.work(new, 40, value, n=40))
@@ -300,7 +304,7 @@ def test_records_that_fit_pass_although_the_batches_that_they_were_in_no_longer_
     assert [record.value() for record in records] == [value] * 80
 
 
-def test_key_that_fills_a_record_by_itself_is_left_out(
+def test_key_larger_than_a_record_is_removed(
     kafka_bootstrap: str, read_committed: ReadCommitted, unique_name: Callable[[str], str], harness: Harness
 ) -> None:
     claim = harness.claim(unique_name("writer"))

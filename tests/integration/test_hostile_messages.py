@@ -1,4 +1,4 @@
-"""Messages that somebody made to do harm, through the real service and a broker of their own."""
+"""Hostile messages, sent through a real broker to the running service."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.packets.test_costs import BOOLEAN_ROW, CASES, POD_BYTES, alerts
 from .conftest import MakePipeline, Packets, headers
 
 BROKER_TAKES = 1_000_000
-"""Bytes of a message, unless a broker is told otherwise."""
+"""Largest message in bytes that a broker with default settings accepts."""
 
 
 @pytest.mark.kafka
-def test_a_message_of_many_bad_alerts_is_one_dead_letter_and_each_is_counted(
+def test_message_with_many_bad_alerts_is_one_dead_letter_and_each_alert_is_counted(
     make_pipeline: MakePipeline, packets: Packets
 ) -> None:
     reader = fastavro.reader(io.BytesIO(packets[-1]))
@@ -47,7 +47,7 @@ def test_a_message_of_many_bad_alerts_is_one_dead_letter_and_each_is_counted(
 
 
 @pytest.mark.kafka
-def test_hostile_messages_neither_stop_the_service_nor_take_its_memory(
+def test_hostile_messages_neither_stop_the_service_nor_exhaust_its_memory(
     make_pipeline: MakePipeline, packets: Packets
 ) -> None:
     long = hostile.schema(BOOLEAN_ROW, [], doc="d" * 500_000)
@@ -62,7 +62,7 @@ def test_hostile_messages_neither_stop_the_service_nor_take_its_memory(
         lambda: (
             service.metric("scored_alerts_total") > 1000 + len(good)
             and service.metric("dead_letters_total") > len(messages) / 2
-            and service.metric(lag) == 0  # known only some time after the first messages
+            and service.metric(lag) == 0  # exported only some time after the first messages
         )
     )
 

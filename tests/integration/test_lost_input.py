@@ -1,4 +1,4 @@
-"""Input that is gone before it is read: topics that are made anew, messages that expire, and what the service says."""
+"""Input that is lost before it is read: topics that are deleted and created again, and messages that expire."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .conftest import MakePipeline, MakeTopic, Packets, alert, headers, send
 pytestmark = pytest.mark.kafka
 
 
-def make_anew(bootstrap: str, topic: str, messages: Sequence[bytes]) -> None:
-    """Deletes a topic, makes another one of its name with one partition, and sends messages to it."""
+def recreate(bootstrap: str, topic: str, messages: Sequence[bytes]) -> None:
+    """Delete a topic, create it again with one partition, and send messages to it."""
     admin = AdminClient({"bootstrap.servers": bootstrap})
     admin.delete_topics([topic])[topic].result()
     while topic in admin.list_topics(timeout=10).topics:
@@ -30,18 +30,18 @@ def make_anew(bootstrap: str, topic: str, messages: Sequence[bytes]) -> None:
 
 
 def delete_before(bootstrap: str, topic: str, offset: int) -> None:
-    """Deletes what partition 0 holds before an offset, as the topic's retention does."""
+    """Delete the messages of partition 0 before an offset, as the topic's retention does."""
     admin = AdminClient({"bootstrap.servers": bootstrap})
     for deleted in admin.delete_records([TopicPartition(topic, 0, offset)]).values():
         deleted.result()
 
 
 def offsets(records: Sequence[Message]) -> list[int]:
-    """The input offsets of output records, in order."""
+    """Return the input offsets of output records in ascending order."""
     return sorted(int(headers(record)["input"].rpartition("/")[2]) for record in records)
 
 
-def test_topic_that_was_made_anew_is_refused_at_every_start_until_the_operator_decides(
+def test_recreated_topic_is_refused_at_every_start_until_the_operator_decides(
     make_pipeline: MakePipeline, kafka_bootstrap: str, second_kafka_bootstrap: str, packets: Packets
 ) -> None:
     packets = packets[:13]
@@ -49,7 +49,7 @@ def test_topic_that_was_made_anew_is_refused_at_every_start_until_the_operator_d
     first = pipeline.start()
     first.wait_consumed(5)
     assert first.end() == 0
-    make_anew(kafka_bootstrap, pipeline.topic, packets[5:])
+    recreate(kafka_bootstrap, pipeline.topic, packets[5:])
 
     for _ in range(2):
         refused = pipeline.start()
@@ -65,7 +65,7 @@ def test_topic_that_was_made_anew_is_refused_at_every_start_until_the_operator_d
     assert reading.end() == 0
 
 
-def test_topic_that_is_made_anew_in_a_run_loses_no_alert(
+def test_topic_that_is_recreated_during_a_run_loses_no_alert(
     make_pipeline: MakePipeline, kafka_bootstrap: str, output_bootstrap: str, packets: Packets
 ) -> None:
     old, new = packets[:5], packets[5:13]
@@ -73,10 +73,10 @@ def test_topic_that_is_made_anew_in_a_run_loses_no_alert(
     service = pipeline.start()
     service.wait_consumed(len(old))
 
-    make_anew(kafka_bootstrap, pipeline.topic, new)
+    recreate(kafka_bootstrap, pipeline.topic, new)
 
-    # Within one cluster Kafka forgets a deleted topic's positions. If that comes before the service sees the new topic,
-    # it is read from its beginning.
+    # Within one cluster, Kafka deletes the positions of a deleted topic. If it does so before the service sees the new
+    # topic, the service reads the new topic from its beginning.
     while service.process.poll() is None and service.metric("consumed_alerts_total") < 13:
         time.sleep(0.1)
     if output_bootstrap != kafka_bootstrap or service.process.poll() is not None:
@@ -91,7 +91,7 @@ def test_topic_that_is_made_anew_in_a_run_loses_no_alert(
     assert service.end() == 0
 
 
-def test_position_of_an_earlier_version_has_no_topic_and_is_believed(
+def test_position_of_an_earlier_version_without_topic_id_is_used(
     make_pipeline: MakePipeline,
     kafka_bootstrap: str,
     second_kafka_bootstrap: str,
@@ -112,7 +112,7 @@ def test_position_of_an_earlier_version_has_no_topic_and_is_believed(
     assert service.end() == 0
 
 
-def test_messages_that_expire_in_front_of_a_running_instance_are_said_and_counted(
+def test_messages_that_expire_before_a_running_instance_reads_them_are_logged_and_counted(
     make_pipeline: MakePipeline, kafka_bootstrap: str, output_bootstrap: str, packets: Packets
 ) -> None:
     packets = packets[:10]
@@ -124,7 +124,7 @@ def test_messages_that_expire_in_front_of_a_running_instance_are_said_and_counte
 
     service.process.send_signal(signal.SIGSTOP)
     pipeline.send(packets[:1])
-    time.sleep(1.5)  # this one answers the fetch that is waiting at the broker
+    time.sleep(1.5)  # this message answers the fetch request that waits at the broker
     pipeline.send(packets[1:])
     delete_before(kafka_bootstrap, pipeline.topic, 17)
     service.process.send_signal(signal.SIGCONT)
@@ -162,7 +162,7 @@ def test_messages_that_expire_between_two_runs_are_counted_once(
         assert service.end() == 0
 
 
-def test_header_whose_key_is_not_text_stops_nothing(
+def test_header_with_a_key_that_is_not_text_is_ignored(
     make_pipeline: MakePipeline, kafka_bootstrap: str, packets: Packets
 ) -> None:
     pipeline = make_pipeline(partitions=1)

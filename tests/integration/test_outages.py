@@ -1,4 +1,4 @@
-"""What the service does while something that it needs is away, refuses it, or is not there yet."""
+"""The service while something that it needs is unavailable: brokers, network, credentials, schema registries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .conftest import MakePipeline, Packets, headers, inputs
 
 
 @pytest.mark.kafka
-def test_waits_for_brokers_that_are_down_at_start_and_outlives_their_restart(
+def test_service_waits_for_brokers_at_start_and_survives_their_restart(
     make_pipeline: MakePipeline, packets: Packets, start_cluster: Callable[..., KafkaCluster]
 ) -> None:
     cluster = start_cluster()
@@ -52,12 +52,12 @@ def test_waits_for_brokers_that_are_down_at_start_and_outlives_their_restart(
     records = pipeline.read("scored", expected=60)
     assert len(inputs(records)) == len(records) == 60, service.log
     assert "Traceback" not in service.log
-    assert len(service.log.splitlines()) < 100  # an outage must not fill the disk
+    assert len(service.log.splitlines()) < 100  # an outage must not fill the disk with log lines
     assert service.end() == 0
 
 
 @pytest.mark.kafka
-def test_output_that_is_away_is_said_however_much_waits_for_it(
+def test_unavailable_output_is_reported_while_a_backlog_waits(
     make_pipeline: MakePipeline, packets: Packets, start_cluster: Callable[..., KafkaCluster]
 ) -> None:
     output = start_cluster()
@@ -73,7 +73,7 @@ def test_output_that_is_away_is_said_however_much_waits_for_it(
 
 @pytest.mark.kafka
 @pytest.mark.shared
-def test_slow_network_and_a_cut_of_five_seconds_lose_and_repeat_nothing(
+def test_slow_network_and_interruption_of_five_seconds_neither_lose_nor_repeat_alerts(
     make_pipeline: MakePipeline, packets: Packets, start_cluster: Callable[..., KafkaCluster]
 ) -> None:
     (port,) = free_ports(1)
@@ -94,17 +94,17 @@ def test_slow_network_and_a_cut_of_five_seconds_lose_and_repeat_nothing(
 
 
 SLOW_KB_PER_S = 200
-"""The slowest link to the output that docs/how-to/deploy.md gives a rate for."""
+"""Rate of the slowest link to the output for which docs/how-to/deploy.md states a throughput."""
 
 
 @pytest.mark.kafka
 @pytest.mark.shared
-def test_backlog_passes_a_link_on_which_it_lasts_longer_than_a_transaction_may(
+def test_backlog_that_needs_longer_than_one_transaction_may_last_passes_a_slow_link(
     make_pipeline: MakePipeline, packets: Packets, start_cluster: Callable[..., KafkaCluster]
 ) -> None:
     (port,) = free_ports(1)
     cluster, packets = start_cluster(proxy_port=port), packets[:55]
-    assert sum(map(len, packets)) > 1000 * SLOW_KB_PER_S * (GRACE_S + 1)  # one transaction of them all would fail
+    assert sum(map(len, packets)) > 1000 * SLOW_KB_PER_S * (GRACE_S + 1)  # a single transaction would time out
     with toxiproxy(port, cluster.listener) as fault:
         pipeline = make_pipeline(packets, source=cluster.client_properties(), partitions=1, payload="full")
         slow = {"type": "bandwidth", "stream": "upstream", "attributes": {"rate": SLOW_KB_PER_S}}
@@ -119,7 +119,7 @@ def test_backlog_passes_a_link_on_which_it_lasts_longer_than_a_transaction_may(
 
 
 @pytest.mark.kafka
-def test_tls_and_scram_with_the_password_from_the_environment(
+def test_service_connects_with_tls_and_scram_and_a_password_from_the_environment(
     make_pipeline: MakePipeline, packets: Packets, secure_cluster: KafkaCluster
 ) -> None:
     pipeline = make_pipeline(packets[:20], source=secure_cluster.client_properties())
@@ -146,7 +146,7 @@ OAUTH = {
 
 @contextmanager
 def http_server(handler: Callable[..., BaseHTTPRequestHandler], port: int = 0) -> Iterator[str]:
-    """Serves HTTP on loopback until the block ends; yields the URL."""
+    """Serve HTTP on loopback until the block ends; yield the URL."""
     server = ThreadingHTTPServer(("127.0.0.1", port), handler)
     thread = Thread(target=server.serve_forever)
     thread.start()
@@ -160,7 +160,7 @@ def http_server(handler: Callable[..., BaseHTTPRequestHandler], port: int = 0) -
 
 @contextmanager
 def token_endpoint(secret: str) -> Iterator[str]:
-    """An OpenID Connect provider that gives unsigned tokens to whoever knows the secret; yields its URL."""
+    """Run an OpenID Connect provider that gives unsigned tokens to clients that know the secret; yield its URL."""
 
     def part(content: dict[str, object]) -> str:
         return base64.urlsafe_b64encode(json.dumps(content).encode()).decode().rstrip("=")
@@ -185,7 +185,7 @@ def token_endpoint(secret: str) -> Iterator[str]:
 
 
 @pytest.mark.kafka
-def test_openid_connect_with_the_secret_from_the_environment(
+def test_service_connects_with_openid_connect_and_a_secret_from_the_environment(
     make_pipeline: MakePipeline, packets: Packets, start_cluster: Callable[..., KafkaCluster]
 ) -> None:
     cluster, secret = start_cluster(overrides=OAUTH), "a-secret-of-alice"
@@ -209,7 +209,7 @@ def test_openid_connect_with_the_secret_from_the_environment(
 
 
 @pytest.mark.kafka
-def test_wrong_password_is_said_plainly_and_never_shown(
+def test_wrong_password_is_reported_and_never_shown(
     make_pipeline: MakePipeline, secure_cluster: KafkaCluster, tmp_path: Path
 ) -> None:
     wrong = tmp_path / "password"
@@ -229,7 +229,7 @@ def test_wrong_password_is_said_plainly_and_never_shown(
 
 
 class SchemaFiles(SimpleHTTPRequestHandler):
-    """Serves the files `schemas/ids/<id>` of a directory, and says as a schema registry does where there is none."""
+    """Serves the files `schemas/ids/<id>` of a directory; for other ids, it answers as a schema registry does."""
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         body = json.dumps({"error_code": 40403, "message": "Schema not found"}).encode()
@@ -240,11 +240,11 @@ class SchemaFiles(SimpleHTTPRequestHandler):
 
 
 def schema_registry(directory: Path, port: int) -> AbstractContextManager[str]:
-    """A registry that serves the files `schemas/ids/<id>` of a directory."""
+    """Run a schema registry that serves the files `schemas/ids/<id>` of a directory."""
     return http_server(partial(SchemaFiles, directory=str(directory)), port)
 
 
-def test_no_alert_is_rejected_because_the_schema_registry_is_away(
+def test_no_alert_is_rejected_while_the_schema_registry_is_unavailable(
     make_pipeline: MakePipeline, lsst_packets: list[tuple[str, bytes]], lsst_schemas: Path, tmp_path: Path
 ) -> None:
     ids = tmp_path / "registry" / "schemas" / "ids"
@@ -272,14 +272,14 @@ def test_no_alert_is_rejected_because_the_schema_registry_is_away(
     assert service.end() == 0
 
 
-def test_a_silent_schema_registry_ends_nothing_and_holds_up_no_alert_that_does_not_need_it(
+def test_schema_registry_that_never_answers_delays_only_alerts_that_need_it(
     make_pipeline: MakePipeline,
     packets: Packets,
     lsst_packets: list[tuple[str, bytes]],
     lsst_schemas: Path,
     tmp_path: Path,
 ) -> None:
-    """It takes connections and never answers, for longer than a stage may be stuck."""
+    """The registry accepts connections and does not answer for longer than the stall timeout of a stage."""
     (port,) = free_ports(1)
     pipeline = make_pipeline(packets[:10])
     pipeline.config["input"]["schema_registry"] = f"http://127.0.0.1:{port}"
@@ -310,10 +310,10 @@ def test_a_silent_schema_registry_ends_nothing_and_holds_up_no_alert_that_does_n
 
 
 @pytest.mark.parametrize("subject", ["topic", None])
-def test_a_schema_that_the_output_registry_refuses_is_a_dead_letter_and_ends_nothing(
+def test_alert_with_a_schema_that_the_output_registry_refuses_is_a_dead_letter(
     make_pipeline: MakePipeline, ztf_packets: list[tuple[int, bytes]], subject: str | None
 ) -> None:
-    """The registry takes one schema for each subject, and real packets have several schemas."""
+    """The registry accepts one schema for each subject, and real packets have several schemas."""
     packets, subjects = [packet for _, packet in ztf_packets[::40]], dict[str, str]()
 
     class OneSchemaEach(BaseHTTPRequestHandler):

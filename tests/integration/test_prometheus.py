@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes the running service, and its answers are what Kafka holds."""
+"""A real Prometheus scrapes the running service; its values are compared with the records in Kafka."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ PATIENCE_S = 120.0
 
 
 class Prometheus:
-    """A server that scrapes one target every second, with the rules that we deploy."""
+    """A server that scrapes one target every second and has the rules of `deploy/`."""
 
     def __init__(self, address: str) -> None:
         self._address = address
 
     def query(self, expression: str) -> dict[tuple[str, ...], float]:
-        """Its answer: values by the values of their labels."""
+        """Return the answer to an expression: values by the values of their labels."""
         url = f"http://{self._address}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
         with urllib.request.urlopen(url, timeout=10) as response:
             answer = json.load(response)
         return {tuple(one["metric"].values()): float(one["value"][1]) for one in answer["data"]["result"]}
 
     def wait_for(self, expression: str) -> None:
-        """Waits until the expression has an answer."""
+        """Wait until the expression has an answer."""
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             try:
                 if self.query(expression):
                     return
-            except OSError:  # it does not listen yet
+            except OSError:  # the server does not listen yet
                 pass
             time.sleep(0.5)
         pytest.fail(f"{expression} had no answer in {PATIENCE_S} s")
@@ -58,7 +58,7 @@ class Prometheus:
 
 @contextmanager
 def prometheus(target: str, directory: Path) -> Iterator[Prometheus]:
-    """Debian's Prometheus, ended with the block."""
+    """Run Debian's Prometheus until the block ends."""
     program = shutil.which("prometheus")
     if not program:
         pytest.skip("prometheus (Debian: prometheus) is not installed")
@@ -88,10 +88,8 @@ def prometheus(target: str, directory: Path) -> Iterator[Prometheus]:
         process.wait(PATIENCE_S)
 
 
-def test_no_panel_shows_a_number_that_is_none_in_a_night_without_alerts(
-    start_service: StartService, tmp_path: Path
-) -> None:
-    service = start_service(service_config("127.0.0.1:1", "night", "me"))  # no broker is there: nothing is ever read
+def test_no_panel_shows_nan_in_a_night_without_alerts(start_service: StartService, tmp_path: Path) -> None:
+    service = start_service(service_config("127.0.0.1:1", "night", "me"))  # no broker listens there, so nothing is read
     service.wait_until(lambda: service.get("/metrics")[0] == 200)
     expressions = [
         target["expr"] for panel in json.loads(DASHBOARD.read_text())["panels"] for target in panel["targets"]
@@ -109,7 +107,9 @@ def test_no_panel_shows_a_number_that_is_none_in_a_night_without_alerts(
 
 
 @pytest.mark.kafka
-def test_prometheus_counts_what_kafka_holds(make_pipeline: MakePipeline, packets: Packets, tmp_path: Path) -> None:
+def test_prometheus_counts_agree_with_the_records_in_kafka(
+    make_pipeline: MakePipeline, packets: Packets, tmp_path: Path
+) -> None:
     packets = [alert.packet for alert in simulate_night(ALERTS, seed=7)]
     packets[:DAMAGED] = [packet[: len(packet) // 2] for packet in packets[:DAMAGED]]
     pipeline = make_pipeline(packets)

@@ -1,4 +1,4 @@
-"""What is said and what happens where a broker's access rules lack a right that the service needs."""
+"""Missing rights on a cluster: the service reports each one, and continues when the right is granted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .conftest import MakePipeline, Packets, Pipeline, RunningService, inputs
 USER, PASSWORD = "alice", "the password of alice"
 ACCESS_RULES = {
     "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-    "super.users": "User:ANONYMOUS;User:admin",  # ANONYMOUS: the nodes among themselves
+    "super.users": "User:ANONYMOUS;User:admin",  # ANONYMOUS: connections between the nodes
     "listener.security.protocol.map": "CLIENT:SASL_PLAINTEXT,INTERNAL:PLAINTEXT,CONTROLLER:PLAINTEXT",
     "sasl.enabled.mechanisms": "PLAIN",
     "listener.name.client.plain.sasl.jaas.config": (
@@ -42,17 +42,17 @@ ACCESS_RULES = {
 ENVIRONMENT = {**os.environ, "PASSWORD": PASSWORD}
 KINDS = {"--topic", "--group", "--transactional-id"}
 SOON_S = 15.0
-"""The end of a service that drains nothing. Kubernetes kills after 30 s."""
+"""Seconds in which a service that has nothing to drain must end; Kubernetes kills it after 30 s."""
 
 Rule = tuple[str, str, str]
-"""Operation, kind of resource, name (`x*` stands for all names that begin with x)."""
+"""Operation, resource type and resource name (`x*` matches all names that begin with x)."""
 
 pytestmark = pytest.mark.kafka
 
 
 @pytest.fixture(scope="module")
 def guarded(start_cluster: Callable[..., KafkaCluster]) -> KafkaCluster:
-    """One node of Apache Kafka on which nothing is allowed that is not granted."""
+    """One node of Apache Kafka that allows only operations that are granted."""
     return start_cluster(overrides=ACCESS_RULES)
 
 
@@ -68,7 +68,7 @@ def admin_properties(guarded: KafkaCluster) -> dict[str, str]:
 
 
 class Grants:
-    """The rules of a cluster for one user."""
+    """The access rules of one user on a cluster."""
 
     def __init__(self, properties: dict[str, str]) -> None:
         self._admin = AdminClient(properties)
@@ -77,7 +77,7 @@ class Grants:
         bindings = [AclBinding(*self._fields(rule)) for rule in rules]
         for answer in self._admin.create_acls(bindings).values():
             answer.result()
-        time.sleep(0.5)  # until the authorizer has them, too
+        time.sleep(0.5)  # until the authorizer has loaded them
 
     def remove(self, *rules: Rule) -> None:
         for answer in self._admin.delete_acls([AclBindingFilter(*self._fields(rule)) for rule in rules]).values():
@@ -85,7 +85,7 @@ class Grants:
         time.sleep(0.5)
 
     def run(self, command: str) -> None:
-        """Does what a kafka-acls.sh command does that a message recommends."""
+        """Apply a kafka-acls.sh command that a message of the service recommends."""
         words = shlex.split(command)
         assert words[0] == "kafka-acls.sh"
         given = dict(pairwise(words))
@@ -115,7 +115,7 @@ def grants(admin_properties: dict[str, str]) -> Grants:
 
 
 def documented(topic: str | None, group: str, prefix: str) -> list[Rule]:
-    """The rights that docs/how-to/connect.md grants; `topic` is None where the input is on another cluster."""
+    """Return the rights that docs/how-to/connect.md grants; `topic` is None if the input is on another cluster."""
     text = (CHECKOUT / "docs" / "how-to" / "connect.md").read_text()
     commands = [line.split()[1:] for line in text.splitlines() if line.startswith("$acl ")]
     assert len(commands) == 5
@@ -137,7 +137,7 @@ SASL = {"sasl": {"mechanism": "PLAIN", "username": USER, "password": {"env": "PA
 
 @pytest.fixture
 def make_guarded(make_pipeline: MakePipeline, admin_properties: dict[str, str]) -> MakePipeline:
-    """Makes a pipeline within the guarded cluster, or from a `plain` cluster into it."""
+    """Return a function that makes a pipeline within the guarded cluster, or from a `plain` cluster into it."""
 
     def make(plain: str | None, messages: Sequence[bytes] = (), topic: str | None = None) -> Pipeline:
         if plain:
@@ -150,7 +150,7 @@ def make_guarded(make_pipeline: MakePipeline, admin_properties: dict[str, str]) 
 
 
 def end_soon(service: RunningService) -> int:
-    """The exit status after SIGTERM, which must not take as long as a drain may."""
+    """Send SIGTERM and return the exit status; fail if the service needs longer than SOON_S."""
     began = time.monotonic()
     status = service.end()
     assert time.monotonic() - began < SOON_S, service.log
@@ -159,13 +159,13 @@ def end_soon(service: RunningService) -> int:
 
 @pytest.fixture(params=["one cluster", "two clusters"])
 def plain(request: pytest.FixtureRequest) -> str | None:
-    """The input's brokers, where they are not the output's."""
+    """Brokers of the input if they are not those of the output; otherwise None."""
     return None if request.param == "one cluster" else str(request.getfixturevalue("kafka_bootstrap"))
 
 
 @dataclass
 class Unwritable:
-    """A service that may not write its output, except for positions."""
+    """A service that may write positions but no other output."""
 
     pipeline: Pipeline
     service: RunningService
@@ -190,9 +190,9 @@ def unwritable(
     return Unwritable(pipeline, service, len(packets))
 
 
-def test_missing_write_is_said_through_all_attempts_and_holds_up_no_end(unwritable: Unwritable) -> None:
+def test_missing_write_right_is_reported_at_every_attempt_and_does_not_delay_the_end(unwritable: Unwritable) -> None:
     service, prefix = unwritable.service, unwritable.pipeline.prefix
-    for _ in range(13):  # through several attempts
+    for _ in range(13):  # long enough for several attempts
         status, reason = service.get("/readyz")
         assert status == 503
         assert f"User:{USER} lacks Write on topic {prefix}.scored" in reason
@@ -200,14 +200,14 @@ def test_missing_write_is_said_through_all_attempts_and_holds_up_no_end(unwritab
     assert service.metric('transactions_total{outcome="aborted"}') > 0
     assert "fenced" not in service.log
     assert len(service.log.splitlines()) < 40
-    if end_soon(service):  # it is 0 where nothing is in flight, between two attempts
+    if end_soon(service):  # the status is 0 if nothing is in flight, between two attempts
         assert service.process.returncode == 1
         assert "the next start reads them again: User:alice lacks Write on topic" in service.log
     assert "Traceback" not in service.log
     assert "most recent call" not in service.log
 
 
-def test_service_goes_on_by_itself_when_the_missing_write_is_granted(unwritable: Unwritable, grants: Grants) -> None:
+def test_service_continues_when_the_missing_write_right_is_granted(unwritable: Unwritable, grants: Grants) -> None:
     service = unwritable.service
     for sentence in service.get("/readyz")[1].split("; "):
         if "grant it with: " in sentence:
@@ -220,10 +220,10 @@ def test_service_goes_on_by_itself_when_the_missing_write_is_granted(unwritable:
 
 
 IMPLIED = ("Describe", "Create")
-"""Describe is part of Read and of Write, and Create is not needed where the topics are there."""
+"""Rights that are not missed: Read and Write include Describe, and Create is not needed if the topics exist."""
 
 
-def test_check_names_each_missing_right_with_the_command_that_grants_it_and_leaves_no_record(
+def test_check_names_each_missing_right_with_its_command_and_writes_no_record(
     make_guarded: MakePipeline,
     unique_name: Callable[[str], str],
     plain: str | None,
@@ -265,7 +265,7 @@ def test_check_names_each_missing_right_with_the_command_that_grants_it_and_leav
     assert pipeline.read("scored", "dead-letter", *(["positions"] if plain else []), expected=0) == []
 
 
-def test_check_says_that_a_cluster_is_not_reached_or_the_password_wrong(
+def test_check_reports_an_unreachable_cluster_and_a_wrong_password(
     make_guarded: MakePipeline,
     guarded: KafkaCluster,
     tmp_path: Path,
@@ -290,7 +290,7 @@ def test_check_says_that_a_cluster_is_not_reached_or_the_password_wrong(
         (("Create", "topic"), "Describe and Create on topic {prefix}."),
     ],
 )
-def test_service_that_cannot_begin_ends_and_says_what_to_grant(
+def test_service_that_cannot_start_ends_and_names_the_right_to_grant(
     make_guarded: MakePipeline,
     plain: str | None,
     grants: Grants,
@@ -314,7 +314,7 @@ def test_service_that_cannot_begin_ends_and_says_what_to_grant(
     [("topic", ["Read"]), ("topic", ["Read", "Describe"]), ("group", ["Read"])],
     ids=["Read on the topic", "Read and Describe on the topic", "Read on the group"],
 )
-def test_missing_read_is_said_until_it_is_granted(
+def test_missing_read_right_is_reported_until_it_is_granted(
     make_guarded: MakePipeline,
     packets: Packets,
     grants: Grants,

@@ -1,4 +1,4 @@
-"""The service end to end: real packets in, what a read_committed reader finds out."""
+"""The service end to end: packets in, and the records that a read_committed reader finds in the output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .conftest import MakePipeline, MakeTopic, Packets, StartService, alert, hea
 
 @pytest.fixture(scope="session")
 def d6_m7(shared_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The survey's own network as a bundle."""
+    """The bundle of braai d6_m7, the survey's own network."""
     out = tmp_path_factory.mktemp("bundles") / "d6_m7"
     weights = next((shared_models / "braai").glob("*d6_m7*"))
     assert (
@@ -34,10 +34,10 @@ def d6_m7(shared_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
-def test_before_the_first_alert_every_counter_of_a_topic_a_reason_or_an_outcome_is_zero(
+def test_counters_by_topic_reason_and_outcome_are_zero_before_the_first_alert(
     start_service: StartService,
 ) -> None:
-    config = service_config("127.0.0.1:1", "night", "me")  # no broker is there: nothing is ever read
+    config = service_config("127.0.0.1:1", "night", "me")  # no broker listens there, so nothing is read
     service = start_service(config | {"filters": [{"name": "rare", "where": "real > 0.999"}]})
     service.wait_until(lambda: service.get("/metrics")[0] == 200)
 
@@ -56,7 +56,7 @@ def test_before_the_first_alert_every_counter_of_a_topic_a_reason_or_an_outcome_
     assert service.end() == 0
 
 
-def test_scores_read_back_from_kafka_are_the_surveys_own(
+def test_scores_in_kafka_agree_with_the_survey_scores(
     make_pipeline: MakePipeline, packets: Packets, d6_m7: Path
 ) -> None:
     sent = packets[::4]
@@ -104,7 +104,7 @@ def other_survey() -> bytes:
 
 
 def with_stamp(packet: bytes, stamp: bytes | None) -> bytes:
-    """The packet with another science stamp."""
+    """Return the packet with another science stamp, or with none."""
     reader = fastavro.reader(io.BytesIO(packet))
     (record,) = reader
     assert isinstance(record, dict)
@@ -127,7 +127,7 @@ def nan_stamp() -> bytes:
 
 
 @pytest.mark.kafka
-def test_each_bad_packet_is_one_dead_letter_and_the_rest_is_scored(
+def test_each_bad_packet_is_one_dead_letter_and_the_others_are_scored(
     make_pipeline: MakePipeline, packets: Packets
 ) -> None:
     good = packets[-50:]
@@ -151,7 +151,7 @@ def test_each_bad_packet_is_one_dead_letter_and_the_rest_is_scored(
 
 
 @pytest.mark.kafka
-def test_message_of_100_mb_is_a_dead_letter_whole(make_pipeline: MakePipeline, packets: Packets) -> None:
+def test_message_of_100_mb_is_a_complete_dead_letter(make_pipeline: MakePipeline, packets: Packets) -> None:
     huge = bytes(range(256)) * (100_000_000 // 256)
     pipeline = make_pipeline([packets[-1], huge, packets[-2]])
     service = pipeline.start()
@@ -166,7 +166,7 @@ def test_message_of_100_mb_is_a_dead_letter_whole(make_pipeline: MakePipeline, p
 
 
 @pytest.mark.kafka
-def test_what_a_topic_refuses_by_size_is_cut_short_or_a_dead_letter(
+def test_record_larger_than_its_topic_allows_is_shortened_or_a_dead_letter(
     make_pipeline: MakePipeline, kafka_bootstrap: str, packets: Packets, make_topic: MakeTopic
 ) -> None:
     packet = packets[-1]
@@ -192,7 +192,7 @@ def test_what_a_topic_refuses_by_size_is_cut_short_or_a_dead_letter(
 
 
 @pytest.mark.kafka
-def test_nothing_is_larger_than_the_operator_lets_the_producer_send(
+def test_no_record_is_larger_than_the_configured_limit_of_the_producer(
     make_pipeline: MakePipeline, packets: Packets
 ) -> None:
     huge = b"no Avro" * 100_000
@@ -210,12 +210,12 @@ def test_nothing_is_larger_than_the_operator_lets_the_producer_send(
 
 
 @pytest.mark.kafka
-def test_positions_are_not_kept_where_they_would_expire(
+def test_positions_topic_that_deletes_old_records_is_refused(
     make_pipeline: MakePipeline, second_kafka_bootstrap: str, make_topic: MakeTopic
 ) -> None:
     pipeline = make_pipeline(target=second_kafka_bootstrap)
     positions = f"{pipeline.prefix}.positions"
-    make_topic(second_kafka_bootstrap, name=positions, partitions=1)  # with the broker's defaults
+    make_topic(second_kafka_bootstrap, name=positions, partitions=1)  # with the broker's default settings
     service = pipeline.start()
 
     assert service.wait_ended() == 1
@@ -224,7 +224,7 @@ def test_positions_are_not_kept_where_they_would_expire(
 
 
 @pytest.mark.kafka
-def test_sigterm_commits_what_was_read_and_the_next_start_goes_on(
+def test_sigterm_commits_alerts_in_flight_and_the_next_start_continues(
     make_pipeline: MakePipeline, packets: Packets
 ) -> None:
     sent = packets[:600]
@@ -247,7 +247,7 @@ def test_sigterm_commits_what_was_read_and_the_next_start_goes_on(
 
 
 @pytest.mark.kafka
-def test_alert_that_comes_alone_does_not_wait_for_others(make_pipeline: MakePipeline, packets: Packets) -> None:
+def test_single_alert_is_committed_without_waiting_for_others(make_pipeline: MakePipeline, packets: Packets) -> None:
     pipeline = make_pipeline([packets[0]])
     service = pipeline.start(transaction={"max_alerts": 100_000, "max_ms": 600_000})
     service.wait_until(lambda: service.metric("scored_alerts_total") == 1)
@@ -255,9 +255,7 @@ def test_alert_that_comes_alone_does_not_wait_for_others(make_pipeline: MakePipe
 
 
 @pytest.mark.kafka
-def test_duplicate_ids_are_counted_and_dropped_where_the_operator_says_so(
-    make_pipeline: MakePipeline, packets: Packets
-) -> None:
+def test_duplicate_alerts_are_counted_and_dropped_if_configured(make_pipeline: MakePipeline, packets: Packets) -> None:
     some = packets[-30:]
     pipeline = make_pipeline([*some, *some[:10]], partitions=1)
     service = pipeline.start(duplicates="drop")
@@ -272,7 +270,7 @@ def test_duplicate_ids_are_counted_and_dropped_where_the_operator_says_so(
 
 
 @pytest.mark.kafka
-def test_the_strangest_alerts_are_published_as_anomalies_with_what_they_are_least_unlike(
+def test_anomalies_are_published_with_score_reason_and_neighbours(
     make_pipeline: MakePipeline, packets: Packets, shared_data: Path, tmp_path: Path
 ) -> None:
     reference, archive = tmp_path / "ordinary.safetensors", shared_data / "ztf" / "ztf_alerts.tar"
@@ -301,7 +299,7 @@ def test_the_strangest_alerts_are_published_as_anomalies_with_what_they_are_leas
     assert service.end() == 0
 
 
-def test_serves_the_embedded_broker_that_the_demonstration_uses(
+def test_service_works_with_the_embedded_broker_of_the_demonstration(
     make_pipeline: MakePipeline, packets: Packets, tmp_path: Path
 ) -> None:
     from broker_filter.local_kafka import embedded_broker
@@ -314,7 +312,7 @@ def test_serves_the_embedded_broker_that_the_demonstration_uses(
 
 
 @pytest.mark.kafka
-def test_topic_that_comes_later_is_waited_for_and_read_from_its_beginning(
+def test_topic_that_is_created_later_is_read_from_its_beginning(
     make_pipeline: MakePipeline,
     kafka_bootstrap: str,
     packets: Packets,
@@ -336,7 +334,7 @@ def test_topic_that_comes_later_is_waited_for_and_read_from_its_beginning(
 
 
 @pytest.mark.kafka
-def test_refuses_to_guess_where_to_start(make_pipeline: MakePipeline, packets: Packets) -> None:
+def test_missing_start_position_is_an_error(make_pipeline: MakePipeline, packets: Packets) -> None:
     pipeline = make_pipeline([packets[0]])
     del pipeline.config["input"]["start"]
     service = pipeline.start()
@@ -347,7 +345,7 @@ def test_refuses_to_guess_where_to_start(make_pipeline: MakePipeline, packets: P
 
 
 @pytest.mark.kafka
-def test_refuses_to_read_what_it_writes_by_whatever_name_the_cluster_is_reached(
+def test_output_topic_as_input_is_refused_for_every_address_of_the_cluster(
     make_pipeline: MakePipeline, kafka_bootstrap: str, make_topic: MakeTopic, unique_name: Callable[[str], str]
 ) -> None:
     pipeline = make_pipeline(target=f"{kafka_bootstrap},{kafka_bootstrap}")
@@ -360,7 +358,7 @@ def test_refuses_to_read_what_it_writes_by_whatever_name_the_cluster_is_reached(
 
 
 @pytest.mark.kafka
-def test_start_latest_reads_only_what_comes_after_even_if_killed_before_the_first_commit(
+def test_start_latest_reads_only_later_messages_even_after_a_kill_before_the_first_commit(
     make_pipeline: MakePipeline, packets: Packets
 ) -> None:
     old, new = [packets[a:b] for a, b in ((0, 10), (10, 30))]
@@ -382,8 +380,7 @@ def test_start_latest_reads_only_what_comes_after_even_if_killed_before_the_firs
 
 @pytest.mark.kafka
 def test_stage_without_progress_ends_the_process(make_pipeline: MakePipeline) -> None:
-    # Reading waits a tenth of a second for a first message, and nothing else is at work: with so little patience it
-    # counts as stuck.
+    # The stage `read` waits a tenth of a second for a first message, longer than this timeout; no other stage works.
     service = make_pipeline().start(stall_timeout_s=0.01)
 
     assert service.wait_ended() == 1
@@ -391,7 +388,7 @@ def test_stage_without_progress_ends_the_process(make_pipeline: MakePipeline) ->
     assert "most recent call first" in service.log
 
 
-def test_hang_up_drains_and_a_user_signal_is_ignored(make_pipeline: MakePipeline, packets: Packets) -> None:
+def test_sighup_drains_the_service_and_user_signals_are_ignored(make_pipeline: MakePipeline, packets: Packets) -> None:
     packets = packets[:20]
     pipeline = make_pipeline(packets[:10])
     service = pipeline.start()
