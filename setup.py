@@ -11,7 +11,7 @@ class CleanBuild(build):
     """Builds into an empty directory, so that no file of an earlier build gets into the wheel."""
 
     def run(self) -> None:
-        """Deletes what an earlier build left, and builds."""
+        """Delete the results of an earlier build, then build."""
         shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 

@@ -63,23 +63,23 @@ class ConfigChecks(ABC):
 
     @abstractmethod
     def check_variable(self, name: str) -> None:
-        """Checks that an environment variable is set."""
+        """Check that an environment variable is set."""
 
     @abstractmethod
     def model_name(self, bundle: str) -> str:
-        """Checks that a bundle can be read, and returns the name of its model."""
+        """Check that a bundle can be read, and return the name of its model."""
 
     @abstractmethod
     def outputs(self) -> list[str] | None:
-        """Returns the outputs of all models as `<model>.<label>`, or None if a bundle cannot be read."""
+        """Return the outputs of all models as `<model>.<label>`, or None if a bundle cannot be read."""
 
     @abstractmethod
     def check_reference(self, file: Path) -> None:
-        """Checks that a file is a reference set that was made with one of the models."""
+        """Check that a file is a reference set that was made with one of the models."""
 
     @abstractmethod
     def check_filter(self, where: str, outputs: Sequence[str] | None) -> None:
-        """Checks that an expression compiles with the fields of alerts and, unless `outputs` is None, the outputs."""
+        """Check that an expression compiles with the fields of alerts and, unless `outputs` is None, the outputs."""
 
     @abstractmethod
     def check_properties(
@@ -89,7 +89,7 @@ class ConfigChecks(ABC):
         sasl: Sasl | None,
         tls: Tls | None,
     ) -> None:
-        """Checks that librdkafka accepts the properties together with `sasl` and `tls`, and that none is reserved."""
+        """Check that librdkafka accepts the properties together with `sasl` and `tls`, and that none is reserved."""
 
 
 def _checks(info: ValidationInfo) -> ConfigChecks | None:
@@ -125,7 +125,7 @@ class SecretFromFile(ServiceSection):
 
 
 def _kind(value: Any) -> str:
-    """The tag of the type that a value is validated as."""
+    """Return the tag of the type that a value is validated as."""
     if isinstance(value, SecretFromFile) or (isinstance(value, dict) and "file" in value):
         return "file"
     return "env" if isinstance(value, SecretFromEnvironment | dict) else "plain"
@@ -209,7 +209,7 @@ StartName = Literal["earliest", "latest", "stored"]
 
 
 def _utc(value: Any) -> Any:
-    """Converts a date or time to UTC; a time without a zone is taken as UTC. Returns the names of `StartName` as they
+    """Convert a date or time to UTC; a time without a zone is taken as UTC. Returns the names of `StartName` as they
     are, and raises ValueError for anything else."""
     if isinstance(value, str) and value not in get_args(StartName):
         try:
@@ -562,11 +562,11 @@ class Service(ServiceSection):
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
-    """Text to append to a message about an unknown word: the most similar known word, or else all known words."""
+    """Return text to append to a message about an unknown word: the most similar known word, or all known words."""
     close = get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}" if known else ""
 
 
 def _is_http_url(location: str) -> bool:
-    """Whether `location` is an HTTP(S) URL, not a path."""
+    """Return whether `location` is an HTTP(S) URL, not a path."""
     return urlsplit(location).scheme in ("http", "https")

@@ -99,7 +99,7 @@ class EnvironmentChecks(ConfigChecks):
             raise ValueError(message) from None
 
     def _open(self, name: str) -> Bundle | BundleError:
-        """Returns the bundle, or the error with which it cannot be opened. Each bundle is read once."""
+        """Return the bundle, or the error with which it cannot be opened. Each bundle is read once."""
         if name not in self._opened:
             try:
                 self._opened[name] = open_bundle(name)

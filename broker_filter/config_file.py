@@ -42,7 +42,7 @@ class ConfigError(BrokerFilterError):
 
 
 def load_service(file: Path, environment: Mapping[str, str] = os.environ) -> Service:
-    """Reads a service file and checks all of it.
+    """Read a service file and check all of it.
 
     `environment`: the variable `BROKER_FILTER__INPUT__GROUP_ID=me` overrides the key input.group_id. Values are YAML; a
     value for a section replaces the whole section. Raises ConfigError with all errors.
@@ -104,7 +104,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _override(document: dict[str, Any], environment: Mapping[str, str]) -> None:
-    """Writes the values of the BROKER_FILTER__... variables into the document."""
+    """Write the values of the BROKER_FILTER__... variables into the document."""
     for variable in sorted(environment):
         if not variable.startswith(ENVIRONMENT_PREFIX):
             continue
@@ -123,7 +123,7 @@ def _override(document: dict[str, Any], environment: Mapping[str, str]) -> None:
 
 
 def _bundles(document: dict[str, Any]) -> list[str]:
-    """The names of the bundles in a document that is not validated yet."""
+    """Return the names of the bundles in a document that is not validated yet."""
     models = document.get("models", ["default"])
     entries = models if isinstance(models, list) else []
     named = [entry.get("bundle") if isinstance(entry, dict) else entry for entry in entries]
@@ -131,7 +131,7 @@ def _bundles(document: dict[str, Any]) -> list[str]:
 
 
 def _describe(error: ValidationError, document: Any) -> Iterator[Problem]:
-    """Converts pydantic's errors to problems with the path of the key and a plain message."""
+    """Convert pydantic's errors to problems with the path of the key and a plain message."""
     for detail in error.errors(include_url=False, include_input=False):
         keys = list(_keys(detail["loc"], document))
         path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
@@ -149,7 +149,7 @@ def _describe(error: ValidationError, document: Any) -> Iterator[Problem]:
 
 
 def _keys(location: Sequence[int | str], document: Any) -> Iterator[int | str]:
-    """The parts of pydantic's location that are keys of the document. Other parts are the names of union members."""
+    """Return the parts of pydantic's location that are keys of the document; the others name members of unions."""
     for part in location:
         if isinstance(document, list) and isinstance(part, int):
             document = document[part]
@@ -169,7 +169,7 @@ def _known_keys(path: Sequence[int | str]) -> list[str]:
 
 
 def _sections(annotation: Any) -> Iterator[type[Section]]:
-    """The sections in a field's type: the type itself, the elements of a list, or the members of a union."""
+    """Return the sections in a field's type: the type itself, the elements of a list, or the members of a union."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for argument in get_args(annotation):
@@ -177,7 +177,7 @@ def _sections(annotation: Any) -> Iterator[type[Section]]:
 
 
 def document_keys(section: type[Section] = Service, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yields (path, default, description) for every key of a service file.
+    """Yield (path, default, description) for every key of a service file.
 
     The default is `required` for a required key and empty for a key that may be absent.
     """

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def set_up_logging(*, verbose: bool = False, quiet: bool = False) -> None:
-    """Sends the log to stderr: formatted with rich on a terminal, as plain lines with UTC times elsewhere.
+    """Send the log to stderr: formatted with rich on a terminal, as plain lines with UTC times elsewhere.
 
     `verbose`: debug messages too. `quiet`: warnings and errors only.
     """
@@ -44,7 +44,7 @@ def set_up_logging(*, verbose: bool = False, quiet: bool = False) -> None:
 def progress(
     description: str, total: int | None = None, unit: str = "alerts", share: Callable[[], float | None] | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Shows the progress and the remaining time of work: `with progress("Scoring", n) as advance: advance(64)`.
+    """Show the progress and the remaining time of work.
 
     It shows a bar on a terminal, a log line every ten seconds elsewhere, and nothing if the log is quiet. Yields a
     function to call with the number of units that were done since the last call. `total`: the number of units, or None
@@ -126,7 +126,7 @@ def _count(done: int, total: int | None) -> str:
 
 
 def stdout_console(**options: Any) -> Console:
-    """Returns a rich console for results. Like `print`, it raises BrokenPipeError if the reader of stdout is gone."""
+    """Return a rich console for results. Like `print`, it raises BrokenPipeError if the reader of stdout is gone."""
     from rich.console import Console
 
     class ResultConsole(Console):
@@ -138,12 +138,12 @@ def stdout_console(**options: Any) -> Console:
 
 @cache
 def _terminal() -> Console:
-    """Returns the console on stderr that log lines and the progress bar share, so that neither overwrites the other."""
+    """Return the console on stderr that log lines and the progress bar share, so that neither overwrites the other."""
     from rich.console import Console
 
     return Console(stderr=True)
 
 
 def printable(text: str) -> str:
-    """Replaces non-printable characters by `?`. Text from packets is untrusted and could control the terminal."""
+    """Replace non-printable characters by `?`. Text from packets is untrusted and could control the terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)

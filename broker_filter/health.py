@@ -29,7 +29,7 @@ class Health:
         """Returns why the service is unhealthy: which stage is stuck or has ended. Returns None if it is healthy."""
 
     def set(self, subject: str, reason: str | None) -> None:
-        """Sets why `subject` keeps the service from being ready. With None or an empty `reason`, `subject` is ready."""
+        """Set why `subject` keeps the service from being ready. With None or an empty `reason`, `subject` is ready."""
         if reason:
             self._waiting[subject] = reason
         else:
@@ -47,7 +47,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
-        """Logs why a request ended: one line if the client closed the connection, a traceback otherwise."""
+        """Log why a request ended: one line if the client closed the connection, a traceback otherwise."""
         error = sys.exception()
         if isinstance(error, OSError):
             log.debug("HTTP client %s: %s", client_address, error)
@@ -57,7 +57,7 @@ class _Server(ThreadingHTTPServer):
 
 @contextmanager
 def serve(health: Health, metrics: Metrics, host: str, port: int) -> Iterator[int]:
-    """Serves on `host:port` until the block ends, and yields the port. The system chooses a port if `port` is 0.
+    """Serve on `host:port` until the block ends, and yield the port. The system chooses a port if `port` is 0.
 
     Raises OSError if the service cannot listen on the address.
     """
@@ -90,7 +90,7 @@ def serve(health: Health, metrics: Metrics, host: str, port: int) -> Iterator[in
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Logs nothing: Prometheus sends a request every few seconds."""
+            """Log nothing: Prometheus sends a request every few seconds."""
 
     try:
         server = _Server((host, port), Request)

@@ -17,7 +17,7 @@ class Child(Protocol):
         """The process id."""
 
     def kill(self) -> None:
-        """Kills the process."""
+        """Kill the process."""
 
 
 class KillWithParent:
@@ -37,6 +37,6 @@ class KillWithParent:
             raise
 
     def release(self) -> None:
-        """Stops guarding the child. Call this before waiting for the child: its id may be reused after that."""
+        """Stop guarding the child. Call this before waiting for the child: its id may be reused after that."""
         self._watcher.kill()
         self._watcher.communicate()

@@ -36,13 +36,13 @@ class BrokerError(BrokerFilterError, RuntimeError):
 
 
 def kafka_home() -> Path | None:
-    """The Apache Kafka installation that `KAFKA_HOME` names, or None."""
+    """Return the Apache Kafka installation that `KAFKA_HOME` names, or None."""
     home = os.environ.get("KAFKA_HOME")
     return Path(home) if home else None
 
 
 def free_ports(n: int) -> list[int]:
-    """Returns `n` free ports of the loopback interface. Raises BrokerError if there are fewer."""
+    """Return `n` free ports of the loopback interface. Raises BrokerError if there are fewer."""
     ports: list[int] = []
     for port in random.sample(PORTS, len(PORTS)):
         with socket.socket() as probe, suppress(OSError):
@@ -54,7 +54,7 @@ def free_ports(n: int) -> list[int]:
 
 
 def new_cluster_id() -> str:
-    """Returns a random cluster id: 16 bytes in URL-safe base64.
+    """Return a random cluster id: 16 bytes in URL-safe base64.
 
     The first byte is 0, because Kafka's scripts take an id that begins with a dash as an option.
     """
@@ -114,7 +114,7 @@ class KafkaCluster:
         return self.directory / "ca.pem"
 
     def client_properties(self) -> dict[str, str]:
-        """Returns the librdkafka properties with which a client connects, including the password."""
+        """Return the librdkafka properties with which a client connects, including the password."""
         if not self.secure:
             return {"bootstrap.servers": self.bootstrap_servers}
         return {
@@ -144,19 +144,19 @@ class KafkaCluster:
         self.stop()
 
     def start(self, node: int) -> None:
-        """Starts a node that was killed and waits until it listens. Raises BrokerError if it does not start."""
+        """Start a node that was killed and wait until it listens. Raises BrokerError if it does not start."""
         self._launch(node)
         self._wait_until_listening(node)
 
     def kill(self, node: int, signal_number: int = signal.SIGKILL) -> None:
-        """Sends a signal to a node and waits until it ends: at once with SIGKILL, in an orderly way with SIGTERM."""
+        """Send a signal to a node and wait until it ends: at once with SIGKILL, in an orderly way with SIGTERM."""
         process = self._processes.pop(node)
         self._guards.pop(node).release()
         process.send_signal(signal_number)
         process.wait(READY_TIMEOUT_S)
 
     def stop(self) -> None:
-        """Ends every node."""
+        """End every node."""
         for node in list(self._processes):
             self.kill(node)
 
@@ -263,7 +263,7 @@ class KafkaCluster:
 
 @contextmanager
 def embedded_broker(directory: Path) -> Iterator[str]:
-    """Runs a small broker without Java (noida-db, from the extra `demo`), and yields its address `host:port`.
+    """Run a small broker without Java (noida-db, from the extra `demo`), and yield its address `host:port`.
 
     It supports groups, transactions and read_committed, but it is not Apache Kafka: a test with it does not prove that
     the service works with Apache Kafka. Raises BrokerError if it is not installed or does not start.
@@ -292,7 +292,7 @@ def embedded_broker(directory: Path) -> Iterator[str]:
 
 
 def wait_until_listening(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Waits until `process` accepts connections on `port`. Raises BrokerError if it ends or takes too long."""
+    """Wait until `process` accepts connections on `port`. Raises BrokerError if it ends or takes too long."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     while True:
         if process.poll() is not None or time.monotonic() > deadline:

@@ -129,7 +129,7 @@ class Metrics:
             self._unjudged.labels(str(survey))
 
     def expect(self, *, topics: Iterable[str] = (), stages: Iterable[str] = ()) -> None:
-        """Creates the series of output topics and of stages with the value 0.
+        """Create the series of output topics and of stages with the value 0.
 
         A series that appears with its first event starts at 1, so `rate()` and `increase()` do not show that event.
         """
@@ -139,21 +139,21 @@ class Metrics:
             self._stage.labels(stage)
 
     def describe_build(self, decoder: str) -> None:
-        """Sets the metric of the program's version. `decoder`: the implementation that decodes packets."""
+        """Set the metric of the program's version. `decoder`: the implementation that decodes packets."""
         self._build.labels(__version__, decoder).set(1)
 
     def describe_model(self, name: str, version: str, provider: str) -> None:
-        """Sets the metric of a loaded model. `provider`: the engine and device that run it."""
+        """Set the metric of a loaded model. `provider`: the engine and device that run it."""
         self._model.labels(name, version, provider).set(1)
 
     @contextmanager
     def time_stage(self, stage: str) -> Iterator[None]:
-        """Observes the time that the block takes as the time of one batch in a stage."""
+        """Observe the time that the block takes as the time of one batch in a stage."""
         with self._stage.labels(stage).time():
             yield
 
     def set_partitions(self, lags: Mapping[tuple[str, int], int]) -> None:
-        """Replaces the partitions that are read. `lags`: messages that each (topic, partition) is behind."""
+        """Replace the partitions that are read. `lags`: messages that each (topic, partition) is behind."""
         with self._consistent:
             self._assigned.set(len(lags))
             self._lag.clear()
@@ -161,20 +161,20 @@ class Metrics:
                 self._lag.labels(topic, str(partition)).set(lag)
 
     def expect_losses(self, topic: str) -> None:
-        """Creates a topic's counters of lost messages with the value 0, so that `increase()` shows the first loss."""
+        """Create a topic's counters of lost messages with the value 0, so that `increase()` shows the first loss."""
         for reason in LossReason:
             self._lost.labels(topic, reason.value)
 
     def lose(self, topic: str, reason: LossReason, n: int) -> None:
-        """Counts `n` messages of an input topic as lost before they were read."""
+        """Count `n` messages of an input topic as lost before they were read."""
         self._lost.labels(topic, reason.value).inc(n)
 
     def abort(self) -> None:
-        """Counts one aborted transaction."""
+        """Count one aborted transaction."""
         self._transactions.labels("aborted").inc()
 
     def commit(self, accounts: list[Account], published: Tally[str], dead_letter: str) -> None:
-        """Counts the content of one committed transaction.
+        """Count the content of one committed transaction.
 
         `accounts`: one for each packet. `published`: number of records by topic. `dead_letter`: the topic whose
         records are counted as dead letters.
@@ -207,7 +207,7 @@ class Metrics:
                 self._since_exposure.observe(max(0.0, now - exposed))
 
     def exposition(self) -> bytes:
-        """Returns all metrics in Prometheus' text format. A transaction is counted in it as a whole or not at all."""
+        """Return all metrics in Prometheus' text format. A transaction is counted in it as a whole or not at all."""
         with self._consistent:
             return generate_latest(self._registry)
 

@@ -69,7 +69,7 @@ class EndedError(Exception):
 
 
 def _fault(failure: BaseException | None) -> BaseException | None:
-    """A fault of the program, whose traceback is logged; None for an error that a user can mend."""
+    """Return a fault of the program, whose traceback is logged; None for an error that a user can mend."""
     return None if isinstance(failure, BrokerFilterError | OSError | KafkaException) else failure
 
 
@@ -77,7 +77,7 @@ class FilterService:
     """The stages of the service and their threads. `run` works until the service is stopped."""
 
     def __init__(self, config: Service, stop: threading.Event) -> None:
-        """Loads the models and compiles the filters. Their errors are raised here, before anything is read.
+        """Load the models and compile the filters. Their errors are raised here, before anything is read.
 
         Once `stop` is set, no more messages are read, and the packets in flight are committed.
         """
@@ -116,7 +116,7 @@ class FilterService:
         self._describe()
 
     def run(self) -> None:
-        """Works until `stop` is set. Raises the error of a thread that failed, and KafkaSetupError for an error of
+        """Work until `stop` is set. Raises the error of a thread that failed, and KafkaSetupError for an error of
         Kafka.
 
         If a thread is stuck, it ends the process with exit status EXIT_FAILED.
@@ -205,7 +205,7 @@ class FilterService:
     # -- between the stages
 
     def _offer(self, item: tuple[Delivery, Future[Decoded]] | None, endpoints: Endpoints) -> None:
-        """Puts a batch into the queue to the scorer. While the queue is full, it polls, to stay in the group."""
+        """Put a batch into the queue to the scorer. While the queue is full, it polls, to stay in the group."""
         while True:
             try:
                 self._decoded.put(item, timeout=ROOM_S)
@@ -237,7 +237,7 @@ class FilterService:
                 self._check()
 
     def _retry(self, call: Callable[[], T], stage: Stage) -> T:
-        """Repeats a call until the schema registry answers, and returns the result of the call.
+        """Repeat a call until the schema registry answers, and return the result of the call.
 
         An outage of the registry never rejects an alert, however long it lasts.
         """
@@ -302,7 +302,7 @@ class FilterService:
         return None
 
     def _end_at_once(self, reason: str) -> NoReturn:
-        """Ends the process at once with the threads' stacks on stderr, even if a thread does not return."""
+        """End the process at once with the threads' stacks on stderr, even if a thread does not return."""
         log.critical("%s", self._failure or reason, exc_info=_fault(self._failure))
         faulthandler.dump_traceback(all_threads=True)
         logging.shutdown()
@@ -322,7 +322,7 @@ class FilterService:
         self._metrics.queue_depth.labels("commit").set_function(self._routed.qsize)
 
     def _observe(self, endpoints: Endpoints) -> None:
-        """Updates lag and health every OBSERVE_INTERVAL_S, also while no alerts arrive or the queue is full."""
+        """Update lag and health every OBSERVE_INTERVAL_S, also while no alerts arrive or the queue is full."""
         if time.monotonic() - self._observed < OBSERVE_INTERVAL_S:
             return
         self._observed = time.monotonic()

@@ -46,7 +46,7 @@ MARKUP = re.compile(r"([\\*_<>\[\]#])")
 
 
 def command_line() -> str:
-    """A section for each command: usage, description, arguments and options, examples."""
+    """Return a section for each command: usage, description, arguments and options, examples."""
     parser = CommandParser(prog=PROGRAM)
     commands = parser.add_subparsers()
     for name in COMMANDS:
@@ -67,7 +67,7 @@ def _parsers(commands: argparse.Action) -> Iterator[tuple[int, CommandParser, st
 
 
 def _command(found: tuple[int, CommandParser, str], common: set[str]) -> str:
-    """The section of one command, without the options `common` to all commands."""
+    """Return the section of one command, without the options `common` to all commands."""
     depth, parser, text = found
     formatter = argparse.HelpFormatter(prog=parser.prog)
     rows = []
@@ -91,7 +91,7 @@ def _command(found: tuple[int, CommandParser, str], common: set[str]) -> str:
 
 
 def _usage(usage: str) -> str:
-    """A usage on lines of one width, whatever the width of the terminal is. An option stays beside its value."""
+    """Return a usage on lines of one width, whatever the width of the terminal is. An option stays beside its value."""
     words = re.findall(r"\[[^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*\]|\S+", " ".join(usage.split()))
     kept = [word.replace(" ", "\0") for word in words if word not in ("[-h]", "[-v]", "[-q]")]
     lines = textwrap.wrap(" ".join(kept), USAGE_WIDTH, subsequent_indent=" " * 4, break_on_hyphens=False)
@@ -99,7 +99,7 @@ def _usage(usage: str) -> str:
 
 
 def configuration_keys() -> str:
-    """The keys at the top of a service file, and a table for each of its sections."""
+    """Return the keys at the top of a service file, and a table for each of its sections."""
     keys = list(document_keys())
     sections = [(section, list(inside)) for section, inside in groupby(keys, lambda key: re.split(r"[.\[]", key[0])[0])]
     head = ("key", "default", "meaning")
@@ -116,7 +116,7 @@ def _key(path: str, default: str, meaning: str) -> tuple[str, str, str]:
 
 
 def metrics() -> str:
-    """A table of every metric that the service exports, besides those of its process."""
+    """Return a table of every metric that the service exports, besides those of its process."""
     registry = CollectorRegistry()
     Metrics(registry)
     rows = []
@@ -130,13 +130,13 @@ def metrics() -> str:
 
 
 def reject_reasons() -> str:
-    """A table of every reason of the closed list."""
+    """Return a table of every reason of the closed list."""
     meanings = _attribute_docstrings(RejectReason)
     return _table(("reason", "meaning"), ((f"`{reason}`", _markdown(meanings[reason.name])) for reason in RejectReason))
 
 
 def metadata_columns() -> str:
-    """A table of every metadata column, with the fields of a packet that each survey's values come from."""
+    """Return a table of every metadata column, with the fields of a packet that each survey's values come from."""
     return _table(
         ("column", "unit", "meaning", "ZTF", "LSST"),
         (
@@ -159,7 +159,7 @@ def _source(source: Source | None) -> str:
 
 
 def table_columns() -> str:
-    """A table of the columns that `broker-filter score` writes."""
+    """Return a table of the columns that `broker-filter score` writes."""
     schema = table_schema(["<model>.<label>"], ["<policy>"], ["<model>"])
     rows = []
     for column in schema:
@@ -169,14 +169,14 @@ def table_columns() -> str:
 
 
 def _arrow_type(kind: pa.DataType) -> str:
-    """The name of a type as numpy has it; Arrow calls float32 `float`."""
+    """Return the name of a type as numpy has it; Arrow calls float32 `float`."""
     if pa.types.is_list(kind):
         return f"list of {_arrow_type(kind.value_type)}"
     return {"float": "float32", "double": "float64"}.get(str(kind), str(kind))
 
 
 def output_schema() -> str:
-    """A table of the fields of each record type in the schema of a scored record."""
+    """Return a table of the fields of each record type in the schema of a scored record."""
     schema = json.loads((files("broker_filter.schemas") / "scored_alert.avsc").read_text())
     texts = []
     for path, record in _avro_records("", schema):
@@ -221,14 +221,14 @@ def _avro_type(schema: Any) -> str:
 
 
 def library() -> str:
-    """The documentation of the package, and of every name in `broker_filter.__all__`."""
+    """Return the documentation of the package, and of every name in `broker_filter.__all__`."""
     names = broker_filter.__all__
     texts = [f"## {name}\n\n{_autodoc(f'broker_filter.{name}', getattr(broker_filter, name))}" for name in names]
     return "\n".join(["```{eval-rst}\n.. automodule:: broker_filter\n   :no-members:\n```\n", *texts])
 
 
 def library_values() -> str:
-    """The documentation of the other classes whose instances the library takes and returns, by module."""
+    """Return the documentation of the other classes whose instances the library takes and returns, by module."""
     public = [getattr(broker_filter, name) for name in broker_filter.__all__]
     sections = []
     for module in (packet, batch, rejects, scores):
@@ -240,7 +240,7 @@ def library_values() -> str:
 
 
 def _autodoc(path: str, value: object) -> str:
-    """The directive that documents a class, an exception or a function."""
+    """Return the directive that documents a class, an exception or a function."""
     if not inspect.isclass(value):
         return f"```{{eval-rst}}\n.. autofunction:: {path}\n```\n"
     if issubclass(value, BaseException):
@@ -266,7 +266,7 @@ GENERATED: dict[str, Callable[[], str]] = {
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """A Markdown table whose rows become blocks on a narrow screen. The cells are Markdown of one line each."""
+    """Return a Markdown table whose rows become blocks on a narrow screen. The cells are Markdown of one line each."""
     lines = [head, ("---",) * len(head), *rows]
     table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
     return f":::{{container}} stacked\n\n{table}\n\n:::\n"
@@ -279,12 +279,12 @@ def _markdown(text: str) -> str:
 
 
 def _sentence(text: str) -> str:
-    """A text that begins with a capital letter and ends with a full stop."""
+    """Return a text that begins with a capital letter and ends with a full stop."""
     return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 def _attribute_docstrings(cls: type) -> dict[str, str]:
-    """The string literals below the attributes of a class, by the name of the attribute."""
+    """Return the string literals below the attributes of a class, by the name of the attribute."""
     [definition] = ast.parse(inspect.getsource(cls)).body
     assert isinstance(definition, ast.ClassDef)
     found = {}
@@ -296,12 +296,12 @@ def _attribute_docstrings(cls: type) -> dict[str, str]:
 
 
 def generate(text: str) -> str:
-    """The text of a page with every marker replaced. Raises KeyError for a name that is not in `GENERATED`."""
+    """Return the text of a page with every marker replaced. Raises KeyError for a name that is not in `GENERATED`."""
     return MARKER.sub(lambda marker: GENERATED[marker[1]](), text)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Replaces the markers of each page before Sphinx parses it."""
+    """Replace the markers of each page before Sphinx parses it."""
 
     def on_source_read(_app: Sphinx, _page: str, source: list[str]) -> None:
         source[0] = generate(source[0])

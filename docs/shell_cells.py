@@ -19,7 +19,7 @@ FORCING_COLOUR = ("FORCE_COLOR", "CLICOLOR_FORCE")
 
 
 def bash(_line: str, cell: str) -> None:
-    """Runs the commands of a cell and prints what they print, in one piece. Raises CalledProcessError."""
+    """Run the commands of a cell and print what they print, in one piece. Raises CalledProcessError."""
     environment = {name: value for name, value in os.environ.items() if name not in FORCING_COLOUR}
     command = ["bash", "-e", "-o", "pipefail", "-c", cell]
     done = subprocess.run(
@@ -30,12 +30,12 @@ def bash(_line: str, cell: str) -> None:
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """Puts `bash` in the place of IPython's own, which prints in pieces of 100 bytes."""
+    """Put `bash` in the place of IPython's own, which prints in pieces of 100 bytes."""
     shell.register_magic_function(bash, "cell", "bash")
 
 
 def show_commands(_app: Sphinx, document: nodes.document) -> None:
-    """Removes the first line of each shell cell, and colours the rest as shell commands."""
+    """Remove the first line of each shell cell, and colour the rest as shell commands."""
     for block in document.findall(nodes.literal_block):
         if block.rawsource.startswith(MAGIC):
             text = block.rawsource.removeprefix(MAGIC)
@@ -45,6 +45,6 @@ def show_commands(_app: Sphinx, document: nodes.document) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Connects the extension of Sphinx."""
+    """Connect the extension of Sphinx."""
     app.connect("doctree-read", show_commands)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,4 +1,4 @@
-"""Checkpoints of trainings that are counted in steps. (`learner` leaves its checkpoints to Lightning.)
+"""Checkpoints of trainings that are counted in steps. `learner` leaves its checkpoints to Lightning.
 
 A training that is killed and resumed from its checkpoint gives the same result as an uninterrupted one. Nothing is ever
 unpickled.

@@ -31,7 +31,7 @@ Loop = Callable[[str, str, str, int], None]
 
 
 def naive_consumer(bootstrap_servers: str, topic: str, group: str) -> Any:
-    """Returns a consumer set up as in usual examples, except that positions are committed with the output."""
+    """Return a consumer set up as in usual examples, except that positions are committed with the output."""
     consumer = Consumer(
         {
             "bootstrap.servers": bootstrap_servers,
@@ -47,7 +47,7 @@ def naive_consumer(bootstrap_servers: str, topic: str, group: str) -> Any:
 
 
 def naive_producer(bootstrap_servers: str, name: str) -> Any:
-    """Returns a transactional producer with default settings, ready to begin a transaction."""
+    """Return a transactional producer with default settings, ready to begin a transaction."""
     producer = Producer(
         {"bootstrap.servers": bootstrap_servers, **SILENT, "transactional.id": name, "message.max.bytes": 2**24}
     )
@@ -56,7 +56,7 @@ def naive_producer(bootstrap_servers: str, name: str) -> Any:
 
 
 def naive_loop(bootstrap_servers: str, topic: str, name: str, alerts: int, model: str) -> None:
-    """Consumes, scores and produces one alert after another, with NAIVE_TRANSACTION alerts per transaction."""
+    """Consume, score and produce one alert after another, with NAIVE_TRANSACTION alerts per transaction."""
     broker = NaiveBroker(open_bundle(model))
     consumer, producer = naive_consumer(bootstrap_servers, topic, name), naive_producer(bootstrap_servers, name)
     done = 0
@@ -74,7 +74,7 @@ def naive_loop(bootstrap_servers: str, topic: str, name: str, alerts: int, model
 
 
 def no_work_loop(bootstrap_servers: str, topic: str, name: str, alerts: int) -> None:
-    """Copies messages unchanged, with the service's Kafka settings: the floor of any loop through these brokers.
+    """Copy messages unchanged, with the service's Kafka settings: the floor of any loop through these brokers.
 
     Uses librdkafka directly, without the service's claims of partitions and its counting of alerts.
     """
@@ -118,13 +118,13 @@ def no_work_loop(bootstrap_servers: str, topic: str, name: str, alerts: int) -> 
 
 
 def commit(consumer: Any, producer: Any) -> None:
-    """Adds the consumer's positions to the transaction and commits it."""
+    """Add the consumer's positions to the transaction and commit it."""
     positions = consumer.position(consumer.assignment())
     producer.send_offsets_to_transaction(positions, consumer.consumer_group_metadata())
     producer.commit_transaction()
 
 
 def wait_to_be_killed(consumer: Any) -> None:
-    """Closes the consumer, and keeps the process alive: the CPU time of a process that has ended cannot be read."""
+    """Close the consumer, and keep the process alive: the CPU time of a process that has ended cannot be read."""
     consumer.close()
     signal.pause()

@@ -30,7 +30,7 @@ LIBRARIES = ("astropy", "broker-filter", "confluent-kafka", "deflate", "fastavro
 
 
 def run_benchmark(options: Options, announce: Callable[[str], None]) -> Report:
-    """Measures the requested parts. Calls `announce` with the name of each part before it starts.
+    """Measure the requested parts. Calls `announce` with the name of each part before it starts.
 
     Raises BenchmarkError, BrokerError, and the errors of opening a model.
     """
@@ -63,7 +63,7 @@ def run_benchmark(options: Options, announce: Callable[[str], None]) -> Report:
 def measure_alone(
     options: Options, packets: Sequence[bytes], directory: Path, report: Report, announce: Callable[[str], None]
 ) -> None:
-    """Measures the parts that need no broker."""
+    """Measure the parts that need no broker."""
     models, device, repetitions = options.models, options.device, options.repetitions
     if "stages" in options.parts:
         announce("Stages")
@@ -84,7 +84,7 @@ def measure_through_broker(
     report: Report,
     announce: Callable[[str], None],
 ) -> None:
-    """Measures the parts that read from one topic and write to another."""
+    """Measure the parts that read from one topic and write to another."""
     models, device, repetitions = options.models, options.device, options.repetitions
     alerts = list(islice(cycle(packets), options.alerts))
     if {"kafka", "startup"} & set(options.parts):
@@ -111,7 +111,7 @@ def measure_through_broker(
 
 
 def processor() -> str:
-    """The processor's model name, or the machine type if the system does not give a name."""
+    """Return the processor's model name, or the machine type if the system does not give a name."""
     with Path("/proc/cpuinfo").open() as info:
         return next(
             (line.partition(":")[2].strip() for line in info if line.startswith("model name")), platform.machine()

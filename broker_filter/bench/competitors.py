@@ -105,7 +105,7 @@ class ServiceInstances:
                 process.wait()
 
     def check(self) -> None:
-        """Raises BenchmarkError if an instance has ended."""
+        """Raise BenchmarkError if an instance has ended."""
         for process, log in zip(self._running, self._logs, strict=True):
             if process.poll() is not None:
                 raise BenchmarkError(
@@ -114,7 +114,7 @@ class ServiceInstances:
                 )
 
     def wait_until_joined(self) -> None:
-        """Returns when all instances have joined the group and every partition is assigned.
+        """Return when all instances have joined the group and every partition is assigned.
 
         Raises BenchmarkError if an instance has ended, or after JOIN_TIMEOUT_S.
         """
@@ -167,13 +167,13 @@ class LoopProcess:
         self._process.join()
 
     def check(self) -> None:
-        """Raises BenchmarkError if the loop has ended."""
+        """Raise BenchmarkError if the loop has ended."""
         if self._process.exitcode is not None:
             raise BenchmarkError(f"{self.group} ended early with status {self._process.exitcode}")
 
 
 def run_service(testbed: Testbed, model: str, device: str) -> Run:
-    """Measures the service over the whole topic."""
+    """Measure the service over the whole topic."""
     with ServiceInstances(testbed, Model(bundle=model), device=device) as service:
         run = testbed.watch(service, testbed.alerts)
     testbed.check_output(service, testbed.alerts)
@@ -181,12 +181,12 @@ def run_service(testbed: Testbed, model: str, device: str) -> Run:
 
 
 def run_naive_loop(testbed: Testbed, model: str, alerts: int) -> Run:
-    """Measures the naive loop over `alerts` of the topic's alerts."""
+    """Measure the naive loop over `alerts` of the topic's alerts."""
     return _run_loop(testbed, partial(naive_loop, model=model), alerts, partitions=1)
 
 
 def run_no_work_loop(testbed: Testbed) -> Run:
-    """Measures the copying loop over the whole topic, into as many partitions as the service writes to."""
+    """Measure the copying loop over the whole topic, into as many partitions as the service writes to."""
     return _run_loop(testbed, no_work_loop, testbed.alerts, PARTITIONS)
 
 

@@ -30,7 +30,7 @@ Work = Callable[[], object]
 
 
 def inflate_stamps(packets: Sequence[bytes], broker: NaiveBroker) -> Work:
-    """Returns a function that decompresses the stamps of ZTF `packets` with libdeflate, and ignores the result."""
+    """Return a function that decompresses the stamps of ZTF `packets` with libdeflate, and ignores the result."""
     alerts = [broker.decode(packet)[1] for packet in packets]
     stamps = [alert[f"cutout{name.capitalize()}"]["stampData"] for alert in alerts for name in CUTOUTS]
     sized = [(stamp, int.from_bytes(stamp[-4:], "little")) for stamp in stamps]
@@ -43,7 +43,7 @@ def inflate_stamps(packets: Sequence[bytes], broker: NaiveBroker) -> Work:
 
 
 def flops_run(bundle: Bundle) -> Callable[[], Run]:
-    """Returns a function that measures the time of as many floating-point operations as the network needs.
+    """Return a function that measures the time of as many floating-point operations as the network needs.
 
     The operations are float32 matrix products on one thread, by torch or onnxruntime, whichever is faster.
     """
@@ -66,7 +66,7 @@ def flops_run(bundle: Bundle) -> Callable[[], Run]:
 
 
 def product_graph() -> bytes:
-    """Returns a serialised ONNX model of one matrix product, because onnxruntime has no function for it.
+    """Return a serialised ONNX model of one matrix product, because onnxruntime has no function for it.
 
     The model's inputs are `left` and `right`, its output is `product`. It is encoded by hand, so that the benchmark
     does not need the package `onnx`; the field numbers are those of onnx.proto.
@@ -85,7 +85,7 @@ def product_graph() -> bytes:
 
 
 def flops(bundle: Bundle) -> int:
-    """Floating-point operations of the network for one alert, counted by torch.
+    """Return the number of floating-point operations of the network for one alert, counted by torch.
 
     A multiplication with its addition counts as two; only convolutions and matrix products are counted.
     """
@@ -97,7 +97,7 @@ def flops(bundle: Bundle) -> int:
 
 
 def network_alone(network: LoadedNetwork, bundle: Bundle, alerts: AlertBatch, threads: int) -> Work:
-    """Returns a function that runs the network on prepared tensors, in chunks of the service's size.
+    """Return a function that runs the network on prepared tensors, in chunks of the service's size.
 
     `threads`: the number with which the network was opened; torch sets it for the whole process.
     """

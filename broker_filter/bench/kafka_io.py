@@ -34,7 +34,7 @@ PUBLISHED = 1024
 
 
 def measure_kafka_io(testbed: Testbed, packets: Sequence[bytes], model: str, repetitions: int) -> dict[str, Contest]:
-    """Measures consuming and publishing. `packets`: the distinct packets among the testbed's alerts."""
+    """Measure consuming and publishing. `packets`: the distinct packets among the testbed's alerts."""
     naive, service = NaiveKafkaIO(testbed, packets, model), ServiceKafkaIO(testbed, model)
     return {
         "Kafka in": compete({NAIVE: naive.take, SERVICE: service.take}, repetitions),
@@ -51,7 +51,7 @@ class NaiveKafkaIO:
         self._records = [broker.process(packet) for packet in packets]
 
     def take(self) -> Run:
-        """Measures consuming all of the testbed's alerts."""
+        """Measure consuming all of the testbed's alerts."""
         watch, taken = Stopwatch(), 0
         consumer = naive_consumer(self._testbed.broker.bootstrap_servers, self._testbed.topic, _name("naive"))
         while taken < self._testbed.alerts:
@@ -62,7 +62,7 @@ class NaiveKafkaIO:
         return run
 
     def publish(self) -> Run:
-        """Measures publishing one record for each distinct packet."""
+        """Measure publishing one record for each distinct packet."""
         name = _name("naive")
         self._testbed.create(name, partitions=1)
         producer = naive_producer(self._testbed.broker.bootstrap_servers, name)
@@ -86,14 +86,14 @@ class ServiceKafkaIO:
         self._decoder = open_decoder(self._scorer)
 
     def take(self) -> Run:
-        """Measures consuming all of the testbed's alerts."""
+        """Measure consuming all of the testbed's alerts."""
         watch = Stopwatch()
         with self._joined(_name("service")) as (endpoints, _):
             taken = sum(len(delivery.packets) for delivery in _deliveries(endpoints, self._testbed.alerts))
             return watch.run(taken)
 
     def publish(self) -> Run:
-        """Measures publishing up to PUBLISHED alerts in the service's transactions."""
+        """Measure publishing up to PUBLISHED alerts in the service's transactions."""
         window = DuplicateWindow(PUBLISHED)
         with self._joined(_name("service")) as (endpoints, router):
             works: list[list[Work]] = []

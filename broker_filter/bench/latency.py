@@ -37,7 +37,7 @@ Place = tuple[int, int]
 def measure_latency(
     broker: Broker, packets: Sequence[bytes], model: str, device: Device, directory: Path
 ) -> dict[str, Spread]:
-    """Milliseconds from the input's Kafka timestamp until a read_committed reader has the output record."""
+    """Measure the milliseconds from an input's Kafka timestamp until a read_committed reader has the output."""
     alerts = (WARM_UP_S + STEADY_S) * RATE
     with (
         Testbed(broker, directory) as testbed,
@@ -69,7 +69,7 @@ def measure_latency(
 
 
 def send_steadily(testbed: Testbed, packets: Iterable[bytes], sent: dict[Place, tuple[int, float]]) -> None:
-    """Sends packets at RATE. Records in `sent`, by partition and offset, the message's sequence number and Unix ms."""
+    """Send packets at RATE. Records in `sent`, by partition and offset, the message's sequence number and Unix ms."""
     # Without linger, because the waiting time of the survey's producer is not part of the service's latency.
     producer = Producer({**testbed.client, "linger.ms": 0, "message.max.bytes": 2**24})
     started = time.monotonic()
@@ -86,7 +86,7 @@ def send_steadily(testbed: Testbed, packets: Iterable[bytes], sent: dict[Place, 
 
 
 def measure_burst(broker: Broker, model: str, device: Device, directory: Path) -> dict[str, Spread]:
-    """Seconds until the output of one visit of simulated LSST packets, which arrive together, is committed."""
+    """Measure the seconds until the output of one visit of simulated LSST packets, sent together, is committed."""
     packets = choose_packets([], BURST_DISTINCT, Survey.LSST)
     with Testbed(broker, directory) as testbed:
         choice = Model(bundle=model, also=["lsst"])

@@ -47,7 +47,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of at least one value."""
+        """Return the spread of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
 
@@ -62,7 +62,7 @@ class Figures:
 
     @classmethod
     def of(cls, runs: Sequence[Run]) -> Figures:
-        """The figures of at least one run."""
+        """Return the figures of at least one run."""
         return cls(
             Spread.of([run.alerts_per_second for run in runs]),
             Spread.of([run.cpu_microseconds for run in runs]),
@@ -82,7 +82,7 @@ Contest = Mapping[str, Figures]
 
 
 def compete(competitors: Mapping[str, Callable[[], Run]], repetitions: int) -> Contest:
-    """Measures the competitors in turns, so that a slow moment of the machine affects all of them."""
+    """Measure the competitors in turns, so that a slow moment of the machine affects all of them."""
     runs: dict[str, list[Run]] = {name: [] for name in competitors}
     gc.freeze()  # as in `run` and `score`; the competitors' inputs must not slow their garbage collection down
     for _ in range(repetitions):
@@ -103,13 +103,13 @@ class Stopwatch:
         return time.perf_counter() - self._wall
 
     def run(self, alerts: int) -> Run:
-        """The run of `alerts` alerts in the time so far."""
+        """Return the run of `alerts` alerts in the time so far."""
         cpu = time.process_time() - self._cpu
         return Run(alerts / self.seconds, cpu / alerts * 1e6)
 
 
 def timed(work: Callable[[], object], alerts: int) -> Run:
-    """Measures `work`, which processes `alerts` alerts in this process; repeats it for at least LEAST_S."""
+    """Measure `work`, which processes `alerts` alerts in this process; repeats it for at least LEAST_S."""
     watch, done = Stopwatch(), 0
     while not done or watch.seconds < LEAST_S:
         work()
@@ -118,14 +118,14 @@ def timed(work: Callable[[], object], alerts: int) -> Run:
 
 
 def cpu_seconds(processes: Iterable[int]) -> float:
-    """CPU seconds of all threads of the processes so far, summed (Linux only)."""
+    """Return the CPU time in seconds that all threads of the processes have used, summed (Linux only)."""
     # This is clock_getcpuclockid(3), which Python lacks: the inverted process id, above three bits that choose the
     # clock. The ticks of /proc, 10 ms, are too coarse for a short run.
     return sum(time.clock_gettime(~process << 3 | _SCHEDULED) for process in processes)
 
 
 def memory_megabytes(process: int, *, peak: bool = False) -> float:
-    """Resident memory of a process in megabytes, now or at its peak (Linux only)."""
+    """Return the resident memory of a process in megabytes, now or at its peak (Linux only)."""
     key = "VmHWM:" if peak else "VmRSS:"
     with Path(f"/proc/{process}/status").open() as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith(key))

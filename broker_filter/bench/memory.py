@@ -33,7 +33,7 @@ OPEN_TIMEOUT_S = 60.0
 
 
 def measure_startup(testbed: Testbed, packet: bytes, model: str, device: Device, repetitions: int) -> dict[str, Spread]:
-    """Seconds from the start of a process until one archived alert is scored, and until the service's first commit."""
+    """Measure the seconds from the start of a process to one scored archived alert, and to a service's first commit."""
     night, table = testbed.directory / "one.avro", testbed.directory / "one.jsonl"
     night.write_bytes(packet)
     replayed, committed = [], []
@@ -49,7 +49,7 @@ def measure_startup(testbed: Testbed, packet: bytes, model: str, device: Device,
 
 
 def measure_memory(packets: Sequence[bytes], model: str, device: Device, directory: Path) -> dict[str, Spread]:
-    """Resident memory of `broker-filter score` in megabytes, while it reads a night through a pipe."""
+    """Measure the resident memory of `broker-filter score` in megabytes, while it reads a night through a pipe."""
     pipe, table, log = directory / "endless.tar", directory / "endless.parquet", directory / "endless.log"
     os.mkfifo(pipe)
     marks: dict[int, float] = {}
@@ -77,19 +77,19 @@ def measure_memory(packets: Sequence[bytes], model: str, device: Device, directo
 
 
 def resident_at(alert: int) -> str:
-    """The name of the figure of resident memory at an alert."""
+    """Return the name of the figure of resident memory at an alert."""
     return f"resident at alert {alert:,}, MB"
 
 
 def score_command(source: Path, table: Path, model: str, device: Device) -> list[str]:
-    """The command line that scores an archive."""
+    """Return the command line that scores an archive."""
     command = [sys.executable, "-m", "broker_filter", "score", str(source), "--out", str(table)]
     return [*command, "--model", model, "--device", device]
 
 
 @contextmanager
 def open_pipe(pipe: Path, reader: subprocess.Popen[bytes]) -> Iterator[BinaryIO]:
-    """Opens a named pipe for writing, as soon as `reader` has opened it for reading.
+    """Open a named pipe for writing, as soon as `reader` has opened it for reading.
 
     Raises BrokenPipeError if the reader has ended, or has not opened the pipe within OPEN_TIMEOUT_S.
     """
@@ -109,7 +109,7 @@ def open_pipe(pipe: Path, reader: subprocess.Popen[bytes]) -> Iterator[BinaryIO]
 
 
 def distinct_alerts(packets: Sequence[bytes]) -> Iterator[bytes]:
-    """Yields the packets again and again with new alert ids, so that the duplicate window must remember every id."""
+    """Yield the packets again and again with new alert ids, so that the duplicate window must remember every id."""
     alerts, _ = Decoder(open_registry(None)).decode(in_batches(packets, len(packets))[0])
     ids = alerts.alert_id.tolist()
     for turn in count():

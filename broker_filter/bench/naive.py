@@ -41,17 +41,17 @@ class NaiveBroker:
         self._network = ServedNetwork(network, bundle.card.outputs).eval()
 
     def process(self, packet: bytes) -> bytes:
-        """Returns the output record of a packet: a container with the alert and its scores."""
+        """Return the output record of a packet: a container with the alert and its scores."""
         schema, alert = self.decode(packet)
         return self.encode(schema, alert, self.score(self.cutouts(alert)))
 
     def decode(self, packet: bytes) -> tuple[Schema, Alert]:
-        """Returns the container's schema and its alert."""
+        """Return the container's schema and its alert."""
         reader = fastavro.reader(BytesIO(packet))
         return cast(Schema, reader.writer_schema), cast(Alert, next(reader))
 
     def cutouts(self, alert: Alert) -> list[NDArray[np.float32]]:
-        """Returns the science, template and difference images, float32[height, width] each."""
+        """Return the science, template and difference images, float32[height, width] each."""
         images = []
         for name in CUTOUTS:
             stamp = gzip.decompress(alert[f"cutout{name.capitalize()}"]["stampData"])
@@ -60,11 +60,11 @@ class NaiveBroker:
         return images
 
     def score(self, cutouts: list[NDArray[np.float32]]) -> dict[str, float]:
-        """Returns the network's probabilities by label."""
+        """Return the network's probabilities by label."""
         return self.infer(self.normalise(cutouts))
 
     def normalise(self, cutouts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Returns the network's input, float32[1, C, size, size]."""
+        """Return the network's input, float32[1, C, size, size]."""
         wanted = self._card.inputs.images
         images = np.full((1, len(wanted.order), wanted.size, wanted.size), wanted.padding, np.float32)
         axis = 1 if wanted.normalisation == "l2_row" else None
@@ -77,13 +77,13 @@ class NaiveBroker:
         return images
 
     def infer(self, images: NDArray[np.float32]) -> dict[str, float]:
-        """Returns the network's probabilities by label, for normalised images."""
+        """Return the network's probabilities by label, for normalised images."""
         with torch.inference_mode():
             probabilities, *_ = self._network(torch.from_numpy(images))
         return dict(zip(self._card.outputs.labels, probabilities[0].tolist(), strict=True))
 
     def encode(self, schema: Schema, alert: Alert, scores: dict[str, float]) -> bytes:
-        """Returns an Avro container with the alert and its scores."""
+        """Return an Avro container with the alert and its scores."""
         out = BytesIO()
         fastavro.writer(out, {**schema, "fields": [*schema["fields"], SCORES_FIELD]}, [{**alert, "scores": scores}])
         return out.getvalue()

@@ -24,7 +24,7 @@ CHOICE = 4096
 
 
 def choose_packets(inputs: Sequence[Path], n: int, survey: Survey = Survey.ZTF) -> list[bytes]:
-    """Returns up to `n` valid packets of one alert each, sampled from `inputs`, or simulated if there are no inputs.
+    """Return up to `n` valid packets of one alert each, sampled from `inputs`, or simulated if there are no inputs.
 
     Raises BenchmarkError if the inputs hold no such packet.
     """
@@ -47,7 +47,7 @@ def choose_packets(inputs: Sequence[Path], n: int, survey: Survey = Survey.ZTF) 
 
 
 def in_batches(packets: Sequence[bytes], size: int) -> list[list[Packet]]:
-    """Splits packets into batches of `size` for a decoder."""
+    """Split packets into batches of `size` for a decoder."""
     positioned = [Packet(data, FilePosition("bench", record=i)) for i, data in enumerate(packets)]
     return [positioned[start : start + size] for start in range(0, len(packets), size)]
 
@@ -60,7 +60,7 @@ class NightWriter:
         self._n = 0
 
     def add(self, packet: bytes) -> None:
-        """Appends a packet."""
+        """Append a packet."""
         member = tarfile.TarInfo(f"{self._n}.avro")
         member.size = len(packet)
         self._archive.addfile(member, BytesIO(packet))
@@ -68,12 +68,12 @@ class NightWriter:
         self._n += 1
 
     def close(self) -> None:
-        """Writes the end of the archive."""
+        """Write the end of the archive."""
         self._archive.close()
 
 
 def write_night(path: Path, packets: Iterable[bytes]) -> None:
-    """Writes a tar archive of packets."""
+    """Write a tar archive of packets."""
     with path.open("wb") as file:
         night = NightWriter(file)
         for packet in packets:

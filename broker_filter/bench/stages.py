@@ -62,14 +62,17 @@ DECODE = "decode"
 
 
 def score_stage(model: str) -> str:
-    """The name of the stage of a model from cutouts to scores."""
+    """Return the name of the stage of a model from cutouts to scores."""
     return f"score: {model}"
 
 
 def measure_stages(
     packets: Sequence[bytes], models: Sequence[str], device: Device, repetitions: int
 ) -> dict[str, Contest]:
-    """One contest per stage, on ZTF packets. The naive loop runs the first model, whose only inputs are images."""
+    """Measure one contest per stage, on ZTF packets.
+
+    The naive loop runs the first model, whose only inputs must be images.
+    """
     scorer = open_scorer(models, Runtime(device=device, inference_threads=1))
     naive = NaiveBroker(scorer.models[0].bundle)
     with ThreadPoolExecutor(2) as pool:
@@ -82,7 +85,7 @@ def measure_stages(
 
 
 def open_decoder(scorer: Scorer) -> Decoder:
-    """Returns a decoder of the columns that the models need, and of the default columns."""
+    """Return a decoder of the columns that the models need, and of the default columns."""
     columns = dict.fromkeys((*DEFAULT_COLUMNS, *scorer.columns))
     return Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=tuple(columns))
 
@@ -90,7 +93,7 @@ def open_decoder(scorer: Scorer) -> Decoder:
 def decoding_stages(
     packets: Sequence[bytes], scorer: Scorer, naive: NaiveBroker, pool: ThreadPoolExecutor
 ) -> dict[str, Row]:
-    """The contests of framing, walk and stamps by themselves, and of the whole decoding."""
+    """Return the contests of framing, walk and stamps by themselves, and of the whole decoding."""
     n = len(packets)
     decoder = open_decoder(scorer)
     batches = in_batches(packets, BATCH)
@@ -126,7 +129,7 @@ def decoding_stages(
 
 
 def service_decoding(packets: Sequence[bytes], cutout_size: int) -> tuple[Work, Work, Work]:
-    """Returns three parts of the decoder as functions: frame all packets, walk all bodies, decode all stamps."""
+    """Return three parts of the decoder as functions: frame all packets, walk all bodies, decode all stamps."""
     (ztf,) = (known for known in FORMATS if known.survey.name == "ZTF")
     layout = Layout(ztf, DEFAULT_COLUMNS)
     scalars, ids = np.empty((1, layout.n_scalars)), np.empty((1, layout.n_ids), np.int64)
@@ -166,7 +169,7 @@ def service_decoding(packets: Sequence[bytes], cutout_size: int) -> tuple[Work, 
 
 
 def scoring_stages(packets: Sequence[bytes], scorer: Scorer, naive: NaiveBroker, device: Device) -> dict[str, Row]:
-    """The contests of normalisation, of each network in each runtime, and of each model as it is served."""
+    """Return the contests of normalisation, of each network in each runtime, and of each model as it is served."""
     n = len(packets)
     alerts, _ = open_decoder(scorer).decode(in_batches(packets, n)[0])
     cutouts = [naive.cutouts(naive.decode(packet)[1]) for packet in packets]
@@ -218,7 +221,7 @@ def scoring_stages(packets: Sequence[bytes], scorer: Scorer, naive: NaiveBroker,
 
 
 def encoding_stage(packets: Sequence[bytes], scorer: Scorer, naive: NaiveBroker) -> dict[str, Row]:
-    """The contest of encoding output records with full payload."""
+    """Return the contest of encoding output records with full payload."""
     decoder, window = open_decoder(scorer), DuplicateWindow(len(packets))
     source = Input(bootstrap_servers="none:9092", group_id="bench", topics=["bench"])
     router = open_router(Service(input=source, output=Output(prefix="bench")), scorer)

@@ -27,7 +27,7 @@ ORDER = (NAIVE, SERVICE, SERVICE_2_THREADS, INFLATE, FLOPS, RUNTIME, NO_WORK)
 
 
 def show(report: Report, console: Console) -> None:
-    """Prints the machine and the packets, every contest, the ratios, and the targets."""
+    """Print the machine and the packets, every contest, the ratios, and the targets."""
     models = ", ".join(f"{name} {model}" for name, model in report.models.items())
     console.print(f"{report.processor}, {report.cores} cores; {models}; {report.broker or 'no broker'}")
     console.print(
@@ -46,7 +46,10 @@ def show(report: Report, console: Console) -> None:
 
 
 def stages_table(stages: Mapping[str, Contest], *, on_gpu: bool) -> Table:
-    """One row per stage, one column per competitor. Shows CPU time, or wall time if a GPU does a part of the work."""
+    """Return a table with a row per stage and a column per competitor.
+
+    It shows the CPU time, or the wall time if a GPU does a part of the work.
+    """
     columns = [name for name in ORDER if any(name in contest for contest in stages.values())]
     table = _table(f"{'Wall' if on_gpu else 'CPU'} microseconds per alert, by stage", "stage", *columns)
     for stage, contest in stages.items():
@@ -57,7 +60,7 @@ def stages_table(stages: Mapping[str, Contest], *, on_gpu: bool) -> Table:
 
 
 def contest_table(title: str, contest: Contest) -> Table:
-    """One row per competitor."""
+    """Return a table with a row per competitor."""
     table = _table(title, "", "alerts/s", "CPU us/alert", "brokers' CPU us/alert", "peak MB")
     for name, figures in contest.items():
         table.add_row(name, *_cells(figures))
@@ -65,7 +68,7 @@ def contest_table(title: str, contest: Contest) -> Table:
 
 
 def quantities_table(quantities: Mapping[str, Spread]) -> Table:
-    """One row per figure; the name contains the unit."""
+    """Return a table with a row per figure; the name of a figure contains the unit."""
     table = _table("Other figures", "", "")
     for name, spread in quantities.items():
         table.add_row(name, _spread(spread, digits=1))
@@ -73,7 +76,7 @@ def quantities_table(quantities: Mapping[str, Spread]) -> Table:
 
 
 def ratios_table(found: Mapping[str, float]) -> Table:
-    """One row per ratio."""
+    """Return a table with a row per ratio."""
     table = _table("Ratios", "", "")
     for name, ratio in found.items():
         table.add_row(name, f"{ratio:.2f}")
@@ -81,7 +84,7 @@ def ratios_table(found: Mapping[str, float]) -> Table:
 
 
 def targets_table(judgements: Sequence[Judgement]) -> Table:
-    """One row per target."""
+    """Return a table with a row per target."""
     table = _table("Targets (2 cores, no GPU, braai network)", "", "figure", "target", "")
     for judgement in judgements:
         target = judgement.target

@@ -62,7 +62,7 @@ MODEL_TARGET = 0.85
 
 
 def ratios(report: Report) -> dict[str, float]:
-    """Returns the ratios of the measured parts, by name."""
+    """Return the ratios of the measured parts, by name."""
     models = list(report.models)
     found: dict[str, float] = {}
     if decode := report.stages.get(DECODE):
@@ -106,7 +106,7 @@ class Judgement:
 
 
 def judge(report: Report) -> list[Judgement]:
-    """Returns the targets for which a figure was measured."""
+    """Return the targets for which a figure was measured."""
     figures = ratios(report) | {name: spread.median for name, spread in report.quantities.items()}
     of_models = [Target(name, MODEL_TARGET) for model in list(report.models)[1:] for name in _of_runtime(model)]
     return [Judgement(target, figures[target.name]) for target in (*TARGETS, *of_models) if target.name in figures]
@@ -120,7 +120,7 @@ class Expected(Section):
 
 
 def check(ratios: Mapping[str, float], file: Path) -> list[str]:
-    """Returns one line for each ratio that is worse than in `file` by more than its tolerance.
+    """Return one line for each ratio that is worse than in `file` by more than its tolerance.
 
     Ratios that were not measured are skipped. Raises BenchmarkError if the file is invalid, or if none of its ratios
     was measured.

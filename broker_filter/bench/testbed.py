@@ -46,7 +46,7 @@ class Broker:
 
 @contextmanager
 def open_broker(bootstrap_servers: str | None, directory: Path) -> Iterator[Broker]:
-    """Yields the given cluster, else an Apache Kafka started from KAFKA_HOME, else the embedded broker."""
+    """Yield the given cluster, else an Apache Kafka started from KAFKA_HOME, else the embedded broker."""
     if bootstrap_servers:
         yield Broker(f"cluster {bootstrap_servers}", bootstrap_servers)
     elif home := kafka_home():
@@ -77,7 +77,7 @@ class Competitor(Protocol):
         """The ids of the processes."""
 
     def check(self) -> None:
-        """Raises BenchmarkError if a process has ended."""
+        """Raise BenchmarkError if a process has ended."""
 
 
 class Testbed:
@@ -104,7 +104,7 @@ class Testbed:
         self.delete(self.topic)
 
     def send(self, packets: Sequence[bytes]) -> float:
-        """Fills the topic in one transaction, so that all packets become visible together. Call it only once.
+        """Fill the topic in one transaction, so that all packets become visible together. Call it only once.
 
         Returns the time of the commit in monotonic seconds.
         """
@@ -128,7 +128,7 @@ class Testbed:
         return time.monotonic()
 
     def watch(self, competitor: Competitor, alerts: int, began: Moment | None = None) -> Run:
-        """Measures a competitor until it has committed `alerts` alerts.
+        """Measure a competitor until it has committed `alerts` alerts.
 
         The run begins at `began`, if it is given, else at the competitor's first commit. If all alerts were committed
         between two polls, the run begins at the earlier poll.
@@ -144,7 +144,7 @@ class Testbed:
         )
 
     def progress(self, competitor: Competitor, alerts: int) -> Iterator[Moment]:
-        """Yields a Moment each time that more alerts are committed, until `alerts` are.
+        """Yield a Moment each time that more alerts are committed, until `alerts` are.
 
         Raises BenchmarkError if the competitor has ended, or has committed nothing for STALL_TIMEOUT_S.
         """
@@ -168,12 +168,12 @@ class Testbed:
         watcher.close()
 
     def moment(self, competitor: Competitor, committed: int = 0) -> Moment:
-        """Returns the competitor's progress now."""
+        """Return the competitor's progress now."""
         cpu, broker_cpu = cpu_seconds(competitor.processes), cpu_seconds(self.broker.processes)
         return Moment(committed, time.monotonic(), cpu, broker_cpu)
 
     def check_output(self, competitor: Competitor, expected: int) -> None:
-        """Counts the committed records of a competitor's output, and deletes its topic.
+        """Count the committed records of a competitor's output, and delete its topic.
 
         Raises BenchmarkError if there are not `expected` records.
         """
@@ -189,7 +189,7 @@ class Testbed:
             raise BenchmarkError(f"{competitor.output} holds {found} committed records for {expected} alerts")
 
     def reader(self, topic: str) -> Consumer:
-        """Returns a read_committed consumer of all partitions of a topic, at their beginning."""
+        """Return a read_committed consumer of all partitions of a topic, at their beginning."""
         consumer = Consumer(
             {
                 **self.client,
@@ -204,12 +204,12 @@ class Testbed:
         return consumer
 
     def create(self, topic: str, partitions: int) -> None:
-        """Creates a topic."""
+        """Create a topic."""
         for future in self.admin.create_topics([NewTopic(topic, partitions)]).values():
             future.result()
 
     def delete(self, topic: str) -> None:
-        """Deletes a topic."""
+        """Delete a topic."""
         for future in self.admin.delete_topics([topic]).values():
             future.result()
 

@@ -46,14 +46,14 @@ ARCHIVE = "archive -> scores"
 
 
 def kafka_whole(model: str) -> str:
-    """The name of a model's contest from topic to topic."""
+    """Return the name of a model's contest from topic to topic."""
     return f"Kafka -> scores -> Kafka: {model}"
 
 
 def measure_archive(
     packets: Sequence[bytes], alerts: int, model: str, device: Device, repetitions: int, directory: Path
 ) -> dict[str, Contest]:
-    """Measures scoring of an archive of `alerts` alerts, which repeat `packets`. No table is written."""
+    """Measure scoring of an archive of `alerts` alerts, which repeat `packets`. No table is written."""
     night, naive_night = directory / "night.tar", directory / "naive.tar"
     naive_alerts = max(1, alerts // NAIVE_SHARE)
     write_night(night, islice(cycle(packets), alerts))
@@ -96,7 +96,7 @@ def measure_archive(
 def measure_kafka(
     testbed: Testbed, packets: Sequence[bytes], models: Sequence[str], device: Device, repetitions: int
 ) -> dict[str, Contest]:
-    """Measures runs from topic to topic with full payload, on all cores, which the broker shares; a contest per model.
+    """Measure runs from topic to topic with full payload, on all cores, which the broker shares; a contest per model.
 
     The contest of the first model includes the naive loop and the floors; the others include only the runtime alone.
     """
@@ -125,7 +125,7 @@ def measure_kafka(
 def measure_scaling(
     broker: Broker, alerts: Sequence[bytes], model: str, device: Device, repetitions: int, directory: Path
 ) -> dict[str, Contest]:
-    """Measures throughput by partitions and instances. All instances have joined before the alerts are sent."""
+    """Measure throughput by partitions and instances. All instances have joined before the alerts are sent."""
 
     def run(partitions: int, instances: int) -> Run:
         with Testbed(broker, directory, partitions) as testbed:

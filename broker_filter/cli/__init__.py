@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status."""
+    """Run one command and return its exit status."""
     parser = CommandParser(
         prog="broker-filter",
         description="Kafka or archived nights in, scored and anomaly-flagged astronomical alerts out.",
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def describe_error(error: BrokerFilterError | OSError) -> str:
-    """The line for the person at the terminal: the message; for an error of the system, the file and the reason."""
+    """Return one line for stderr: the message of an error; for an error of the system, the file and the reason."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)

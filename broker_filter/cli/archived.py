@@ -23,14 +23,14 @@ class OverwriteError(UsageError):
 
 
 def keep_inputs(out: Path, inputs: Sequence[str | Path]) -> None:
-    """Raises OverwriteError if the file `out` is one of the inputs: writing it would destroy the input's alerts."""
+    """Raise OverwriteError if the file `out` is one of the inputs: writing it would destroy the input's alerts."""
     for given in inputs:
         if str(given) != STDIN and Path(given).resolve() == out.resolve():
             raise OverwriteError(f"{given} is an input and would be overwritten: choose another --out")
 
 
 def share_read(packets: Iterator[Packet]) -> float | None:
-    """The fraction of the inputs' bytes that was read so far, from 0 to 1; None if their total size is unknown."""
+    """Return the fraction of the inputs' bytes that was read, from 0 to 1; None if the total size is unknown."""
     from broker_filter.streaming.archives import Packets
 
     return packets.share_read() if isinstance(packets, Packets) else None
@@ -44,7 +44,7 @@ def score_archives(
     registry: str | None = None,
     judge: AnomalyJudge | None = None,
 ) -> Iterator[ScoredBatch]:
-    """Scores the alerts of files, folders and archives, and shows a progress bar.
+    """Score the alerts of files, folders and archives, and show a progress bar.
 
     `columns`: metadata columns to decode in addition to those that the models need. `registry`: the URL or directory of
     a schema registry, for alerts in wire format. `judge`: flags anomalies, if it is given.
@@ -62,7 +62,7 @@ def score_archives(
 
 
 def open_reference(file: Path, bundle: str | None, device: Device) -> tuple[Reference, Scorer]:
-    """Returns a reference set, and a scorer for the model that made it.
+    """Return a reference set, and a scorer for the model that made it.
 
     The model is `bundle`, or else the bundle that ships under the name that the reference set records. Raises
     ReferenceSetError if another model made the reference set, and the errors of opening a bundle.

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `bench`."""
+    """Add `bench`."""
     parser = subparsers.add_parser(
         "bench",
         help="measure speed, compared with a naive loop and with lower bounds",
@@ -87,7 +87,7 @@ def _parts(text: str) -> tuple[str, ...]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the benchmark, prints and writes its figures, compares the ratios, and returns the exit status."""
+    """Run the benchmark, print and write its figures, compare the ratios, and return the exit status."""
     require_extra("bench", "the benchmark", "torch")
     from broker_filter.bench.benchmark import run_benchmark
     from broker_filter.bench.tables import show

@@ -15,7 +15,7 @@ FAILED = 1
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `config` and its two commands."""
+    """Add `config` and its two commands."""
     parser = subparsers.add_parser(
         "config",
         help="check a service file, or list its keys",
@@ -77,7 +77,7 @@ def _keys(_: argparse.Namespace) -> int:
 
 
 def summary(service: Service) -> str:
-    """Describes what a valid configuration will run, without its secrets."""
+    """Describe what a valid configuration will run, without its secrets."""
     from broker_filter.scoring.bundle import open_bundle
 
     source, output = service.input, service.output

@@ -12,7 +12,7 @@ EXTRA = ("galsim", "matplotlib", "noida_db")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `demo`."""
+    """Add `demo`."""
     parser = subparsers.add_parser(
         "demo",
         help="run the service on a simulated night, on this machine",
@@ -38,7 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the demonstration and returns the exit status."""
+    """Run the demonstration and return the exit status."""
     require_extra("demo", "the demo", *EXTRA)
     from broker_filter.demo.demonstration import run_demo
 

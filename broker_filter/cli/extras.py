@@ -15,7 +15,7 @@ class MissingExtraError(UsageError):
 
 
 def require_extra(extra: str, task: str, *modules: str) -> None:
-    """Raises MissingExtraError, which names the extra to install, if a module is not installed.
+    """Raise MissingExtraError, which names the extra to install, if a module is not installed.
 
     `task` begins the message: "the demo" gives "the demo needs packages that are not installed (galsim): ...".
     """

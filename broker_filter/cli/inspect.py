@@ -17,7 +17,7 @@ PLAIN_WIDTH = 160
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `inspect`."""
+    """Add `inspect`."""
     parser = subparsers.add_parser(
         "inspect",
         help="show what a packet, archive or topic contains",
@@ -52,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the counts and the first alert; returns the exit status, which is 1 if there is no readable alert."""
+    """Print the counts and the first alert, and return the exit status, which is 1 if there is no readable alert."""
     from broker_filter.cli.packet_summary import CUTOUT_SIZE, print_alert, print_counts, take_stock
     from broker_filter.console import progress, stdout_console
     from broker_filter.kafka.topic_reader import read_topic

@@ -26,7 +26,7 @@ class PropertiesError(UsageError):
 
 
 def add_kafka_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--kafka` and `--kafka-file`."""
+    """Add `--kafka` and `--kafka-file`."""
     parser.add_argument(
         "--kafka", action="append", default=[], metavar="KEY=VALUE", help="librdkafka property; may be repeated"
     )
@@ -39,7 +39,7 @@ def add_kafka_options(parser: argparse.ArgumentParser) -> None:
 
 
 def split_address(address: str) -> tuple[str, str]:
-    """Splits an address that begins with `kafka://` into bootstrap servers and topic name. Raises AddressError."""
+    """Split an address that begins with `kafka://` into bootstrap servers and topic name. Raises AddressError."""
     bootstrap_servers, _, topic = address.removeprefix(TOPIC).partition("/")
     if not bootstrap_servers or not topic:
         raise AddressError(f"{address}: not the address of a topic; write {TOPIC}HOST:PORT/TOPIC")
@@ -51,7 +51,7 @@ def read_inputs(
     read: Callable[[dict[str, object], str], Iterator[Packet]],
     wanted: Collection[str] = (),
 ) -> Iterator[Packet]:
-    """Yields the packets of the archives and topics in `arguments.inputs`.
+    """Yield the packets of the archives and topics in `arguments.inputs`.
 
     `read` returns the packets of a topic, given librdkafka's properties and the topic's name. `wanted`: fields to read
     from Parquet archives. Raises AddressError, PropertiesError and NoInputError before anything is read.
@@ -73,7 +73,7 @@ def read_inputs(
 
 
 def kafka_properties(arguments: argparse.Namespace, bootstrap_servers: str) -> dict[str, object]:
-    """Returns librdkafka's properties from `--kafka-file` and `--kafka`, which overrides the file.
+    """Return librdkafka's properties from `--kafka-file` and `--kafka`, which overrides the file.
 
     Raises UsageError if the file does not exist, PropertiesError if a property is malformed, and OSError if the file
     cannot be read.

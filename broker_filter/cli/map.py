@@ -18,7 +18,7 @@ class NothingToDrawError(BrokerFilterError):
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `map`."""
+    """Add `map`."""
     parser = subparsers.add_parser(
         "map",
         help="draw a map of a night's alerts, with similar alerts close together",
@@ -50,7 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draws the map and returns the exit status."""
+    """Draw the map and return the exit status."""
     from broker_filter.cli.archived import keep_inputs, open_reference, score_archives
 
     require_extra("explore", "the map", "matplotlib", "umap")

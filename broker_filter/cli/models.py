@@ -24,7 +24,7 @@ IMPORT_MODULES = ("h5py", "onnx", "onnxscript", "timm", "torch")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `models` and its four commands."""
+    """Add `models` and its four commands."""
     parser = subparsers.add_parser(
         "models",
         help="import, list, show and verify model bundles",

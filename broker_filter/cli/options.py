@@ -10,7 +10,7 @@ INPUT_HELP = f"file, folder (read recursively) or archive; `{STDIN}` for standar
 
 
 def add_registry_option(parser: argparse.ArgumentParser) -> None:
-    """Adds `--schema-registry`."""
+    """Add `--schema-registry`."""
     parser.add_argument(
         "--schema-registry",
         metavar="URL|DIR",
@@ -19,7 +19,7 @@ def add_registry_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cache_option(parser: argparse.ArgumentParser) -> None:
-    """Adds `--drop-schema-cache`."""
+    """Add `--drop-schema-cache`."""
     parser.add_argument(
         "--drop-schema-cache",
         action="store_true",
@@ -28,7 +28,7 @@ def add_cache_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
-    """Adds `--device`."""
+    """Add `--device`."""
     parser.add_argument(
         "--device",
         choices=["auto", "cpu", "cuda"],
@@ -38,13 +38,13 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_scoring_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of every command that scores archives: `--schema-registry` and `--device`."""
+    """Add the options of every command that scores archives: `--schema-registry` and `--device`."""
     add_registry_option(parser)
     add_device_option(parser)
 
 
 def alert_limit(text: str) -> int:
-    """Parses the number of alerts that a command keeps: from 1 to the most that a reference set holds.
+    """Parse the number of alerts that a command keeps: from 1 to the most that a reference set holds.
 
     Raises ArgumentTypeError outside these limits, ValueError if the text is not an integer.
     """

@@ -64,7 +64,7 @@ class Contents:
 
 
 def take_stock(packets: Iterable[Packet], decoder: Decoder, advance: Callable[[int], None]) -> Contents:
-    """Decodes `packets` and counts what they contain. Calls `advance` with the number of packets of each batch."""
+    """Decode `packets` and count what they contain. Calls `advance` with the number of packets of each batch."""
     contents = Contents()
     for alerts, rejects in decoder.decode_stream(packets, PACKETS_AT_A_TIME):
         batch = alerts.packets
@@ -93,7 +93,7 @@ def _kind(alert: AlertIdentity | None) -> tuple[str, str]:
 
 
 def framing(data: bytes) -> str:
-    """Describes the framing of a packet: container file and codec, wire format and schema id, or unknown."""
+    """Describe the framing of a packet: container file and codec, wire format and schema id, or unknown."""
     if data.startswith(ocf.MAGIC):
         return f"container file, codec {ocf.read_container(data).codec}"
     if wire.is_wire_message(data):
@@ -102,7 +102,7 @@ def framing(data: bytes) -> str:
 
 
 def print_counts(console: Console, contents: Contents, title: str) -> None:
-    """Prints the counts as a table, and one example for each reject reason."""
+    """Print the counts as a table, and one example for each reject reason."""
     n_alerts = sum(n for kind, n in contents.kinds.items() if kind[-1] == READABLE)
     size = f"{contents.n_packets} packets, {contents.n_bytes / 1e6:.1f} MB"
     console.print(f"{title}: {n_alerts} readable alerts in {size}", style="bold")
@@ -117,7 +117,7 @@ def print_counts(console: Console, contents: Contents, title: str) -> None:
 
 
 def print_alert(console: Console, alerts: AlertBatch, *, every_field: bool) -> None:
-    """Prints the batch's first alert: its identity, its metadata and its cutouts."""
+    """Print the batch's first alert: its identity, its metadata and its cutouts."""
     alert = alerts.identity(0)
     packet = alerts.packets[alerts.packet_index[0]]
     survey = Survey(int(alerts.survey[0]))
@@ -146,7 +146,7 @@ def print_alert(console: Console, alerts: AlertBatch, *, every_field: bool) -> N
 
 
 def _light_curve(alerts: AlertBatch) -> str:
-    """Describes the light curve of the first alert in one line."""
+    """Describe the light curve of the first alert in one line."""
     curves = alerts.light_curves
     mine = slice(int(curves.offsets[0]), int(curves.offsets[1]))
     if mine.start == mine.stop:
@@ -176,7 +176,7 @@ def _print_cutouts(console: Console, alerts: AlertBatch, unit: str) -> None:
 
 
 def picture(images: Sequence[NDArray[np.float64]]) -> Text:
-    """Draws images side by side in grey levels, oriented as the stamps; a line of text holds two rows of pixels."""
+    """Draw images side by side in grey levels, oriented as the stamps; a line of text holds two rows of pixels."""
     shades = np.concatenate([np.pad(_shades(image), ((0, 0), (0, 2))) for image in images], axis=1)
     text = Text()
     for upper, lower in zip(shades[0::2], shades[1::2], strict=True):
@@ -187,7 +187,7 @@ def picture(images: Sequence[NDArray[np.float64]]) -> Text:
 
 
 def _shades(image: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Scales an image to grey levels, uint8[PICTURE_SIZE, PICTURE_SIZE], top row first (FITS: bottom row first)."""
+    """Scale an image to grey levels, uint8[PICTURE_SIZE, PICTURE_SIZE], top row first (FITS: bottom row first)."""
     rows, columns = (np.linspace(0, n - 1, PICTURE_SIZE).round().astype(int) for n in image.shape)
     low, high = np.nanpercentile(np.where(np.isfinite(image), image, np.nan), (1, 99.5))
     scaled = (image[np.ix_(rows, columns)] - low) / max(high - low, np.finfo(np.float32).tiny)
@@ -203,7 +203,7 @@ def _print_table(console: Console, header: Sequence[str], rows: Sequence[Sequenc
 
 
 def _date(mjd: float) -> str:
-    """Formats a date to the second; "?" for a year beyond the calendar, which a damaged packet may hold."""
+    """Format a date to the second; "?" for a year beyond the calendar, which a damaged packet may hold."""
     try:
         return f"{MJD_EPOCH + timedelta(days=mjd):%Y-%m-%d %H:%M:%S}"
     except OverflowError:

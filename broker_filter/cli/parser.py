@@ -23,7 +23,7 @@ class UsageError(BrokerFilterError):
 
 
 def require_files(*named: Path | None) -> None:
-    """Raises UsageError if a file or folder of the command line does not exist. A path that is None is skipped."""
+    """Raise UsageError if a file or folder of the command line does not exist. A path that is None is skipped."""
     for path in named:
         if path is not None and not path.exists():
             raise UsageError(f"{path}: no such file or folder")
@@ -52,7 +52,7 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("-q", "--quiet", help="print only warnings and errors: no progress, no summary", **suppressed)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parses as argparse does, but reports an unknown option with the usage of the command, not of the program."""
+        """Parse as argparse does, but reports an unknown option with the usage of the command, not of the program."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown[0], self._options())}")
@@ -69,6 +69,6 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns `; did you mean 'x'?` if one of the `known` words is similar to `word`, else an empty string."""
+    """Return `; did you mean 'x'?` if one of the `known` words is similar to `word`, else an empty string."""
     close = get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

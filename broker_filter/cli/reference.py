@@ -26,7 +26,7 @@ MORE_LIKELY_REAL = 0.5
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `reference` and its two commands."""
+    """Add `reference` and its two commands."""
     parser = subparsers.add_parser(
         "reference",
         help="build a reference set of ordinary alerts, or show one",
@@ -135,7 +135,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _recommended_cut(model: Model) -> str | None:
-    """A filter expression that selects likely real alerts; None if the model recommends no threshold for `real`."""
+    """Return a filter that selects likely real alerts; None if the model recommends no threshold for `real`."""
     threshold = model.bundle.card.outputs.thresholds.get(REAL)
     if threshold is None:
         return None
@@ -174,7 +174,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _counted(counts: SurveyCounts) -> str:
-    """Says how many alerts of a survey were read, passed the cut, and were kept."""
+    """Say how many alerts of a survey were read, passed the cut, and were kept."""
     said = f"{counts.read:,} alerts read, {counts.passed:,} passed, {counts.kept:,} kept"
     if counts.kept:
         return f"{said}, calibrated on {counts.held_out:,} held-out alerts of other objects"

@@ -30,7 +30,7 @@ class ReasonError(UsageError):
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `replay`."""
+    """Add `replay`."""
     parser = subparsers.add_parser(
         "replay",
         help="send archived alerts to a Kafka topic",
@@ -82,7 +82,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Sends all alerts, or until interrupted; returns the exit status: 1 if a message failed, 130 if interrupted."""
+    """Send all alerts, or until interrupted. Returns the exit status: 1 if a message failed, 130 if interrupted."""
     from confluent_kafka.admin import NewTopic
 
     from broker_filter.cli import INTERRUPTED

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `score`."""
+    """Add `score`."""
     parser = subparsers.add_parser(
         "score",
         help="score archived alerts into a table",
@@ -95,7 +95,7 @@ def _table(text: str) -> Path:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Scores the inputs, prints the account and returns the exit status."""
+    """Score the inputs, print the counts and return the exit status."""
     from broker_filter.console import progress
     from broker_filter.packets.compiled import why_python
     from broker_filter.packets.registry import open_registry
@@ -144,7 +144,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _summary(account: Account, seconds: float) -> str:
-    """The counts of all inputs in one line, with the reasons of the rejects and the rate."""
+    """Return the counts of all inputs in one line, with the reasons of the rejects and the rate."""
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in account.rejected.most_common())
     why = f" ({reasons})" if reasons else ""
     return (
@@ -154,9 +154,9 @@ def _summary(account: Account, seconds: float) -> str:
 
 
 def _written_tables(arguments: argparse.Namespace) -> dict[Path, str | None]:
-    """The tables to write, with their formats where the names do not say them: the scored rows', the rejected rows'.
+    """Return the tables to write, each with its format, or None if the file name decides the format.
 
-    Raises UsageError.
+    Raises UsageError if two tables have the same name.
     """
     if arguments.rejects == arguments.out:
         raise UsageError(f"--out and --rejects are both {arguments.out}: name two tables, or leave --rejects out")
@@ -166,7 +166,7 @@ def _written_tables(arguments: argparse.Namespace) -> dict[Path, str | None]:
 
 @contextmanager
 def _open_tables(written: Mapping[Path, str | None], schema: pa.Schema) -> Iterator[Callable[[pa.RecordBatch], None]]:
-    """Opens one table for all rows, or one for those of scored alerts and one for the rejected; what writes to them."""
+    """Open one table for all rows, or one for scored and one for rejected rows. Yields a function that writes rows."""
     from broker_filter.streaming.tables import (
         FIXED_COLUMNS,
         open_table,

@@ -31,7 +31,7 @@ class NothingToCompareError(BrokerFilterError):
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `similar`."""
+    """Add `similar`."""
     parser = subparsers.add_parser(
         "similar",
         help="list and draw the alerts of a reference set that are most similar to a given alert",
@@ -82,7 +82,7 @@ def _count(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the similar alerts, draws them if `--out` is given, and returns the exit status."""
+    """Print the similar alerts, draw them if `--out` is given, and return the exit status."""
     from broker_filter.cli.archived import keep_inputs, open_reference
     from broker_filter.console import printable
     from broker_filter.packets.batch import Survey
@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _find(packets: Iterable[Packet], decoder: Decoder, wanted: set[int] | None) -> dict[int, tuple[AlertBatch, int]]:
-    """Where alerts are, batch and row, by id: until all `wanted` are found, or the first where none is named."""
+    """Return the batch and the row of each wanted alert, by id; of the first alert only if `wanted` is None."""
     found: dict[int, tuple[AlertBatch, int]] = {}
     for alerts, _ in decoder.decode_stream(packets, PACKETS_AT_A_TIME):
         for row, alert_id in enumerate(alerts.alert_id.tolist()):

@@ -33,7 +33,7 @@ class Row:
 
 
 def draw_contact_sheet(file: Path, title: str, rows: Sequence[Row]) -> None:
-    """Writes a PNG with the first ALERTS_PER_ROW alerts of each row."""
+    """Write a PNG with the first ALERTS_PER_ROW alerts of each row."""
     with plt.rc_context({"font.family": "DejaVu Sans", "text.color": TEXT, "savefig.facecolor": BACKGROUND}):
         figure = plt.figure(figsize=(17, 0.7 + 2.15 * len(rows)), facecolor=BACKGROUND)
         heights = [0.7, *[2.15] * len(rows)]

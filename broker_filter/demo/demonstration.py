@@ -51,7 +51,7 @@ Show = Callable[[int, Mapping[str, int], float], None]
 
 
 def run_demo(out: Path, n: int, seed: int) -> None:
-    """Simulates a night of `n` alerts, sends it through a broker and the service, and shows the results.
+    """Simulate a night of `n` alerts, send it through a broker and the service, and show the results.
 
     Writes the files of FILES into the directory `out`. Raises DemoError if a step fails, or if an alert was lost or
     published twice.
@@ -105,7 +105,7 @@ FILES = {
 
 
 def _replay(night: Night, properties: Mapping[str, object], service: ServiceProcess) -> float:
-    """Sends the night and shows progress until the service has processed it; returns the rate in alerts per second."""
+    """Send the night and show progress until the service has processed it. Returns the rate in alerts per second."""
     stop = threading.Event()
     replayer = Replayer(properties, TOPIC, Decoder(open_registry(None), columns=()), stop)
     with ThreadPoolExecutor(1, "replay") as threads, _live(night.packets) as show:
@@ -138,7 +138,7 @@ def _replay(night: Night, properties: Mapping[str, object], service: ServiceProc
 
 @contextmanager
 def _live(total: int) -> Iterator[Show]:
-    """Shows progress bars on a terminal, else log lines."""
+    """Show progress bars on a terminal, else log lines."""
     if not sys.stderr.isatty():
         yield _log_lines(total)
         return

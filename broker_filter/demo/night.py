@@ -27,7 +27,7 @@ class Night:
 
 
 def write_night(archive: Path, n: int, seed: int, advance: Callable[[int], None]) -> Night:
-    """Simulates `n` ZTF alerts and writes a tar archive with one member per packet, some damaged or repeated."""
+    """Simulate `n` ZTF alerts and write a tar archive with one member per packet, some damaged or repeated."""
     rng = np.random.default_rng(seed)
     kinds: dict[int, str] = {}
     packets = 0
@@ -44,7 +44,7 @@ def write_night(archive: Path, n: int, seed: int, advance: Callable[[int], None]
 
 
 def _members(i: int, packet: bytes, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
-    """Yields suffix and bytes of an alert's archive members: the packet, sometimes a copy or a damaged copy too."""
+    """Yield suffix and bytes of an alert's archive members: the packet, sometimes a copy or a damaged copy too."""
     yield "", packet
     if i % SENT_TWICE_EVERY == SENT_TWICE_EVERY - 1:
         yield "-again", packet
@@ -62,11 +62,11 @@ def _no_alert(_packet: bytes, _rng: np.random.Generator) -> bytes:
 
 
 def _unknown_schema(packet: bytes, _rng: np.random.Generator) -> bytes:
-    """Returns a message in wire format with a schema id that no registry knows."""
+    """Return a message in wire format with a schema id that no registry knows."""
     return b"\0" + (12345).to_bytes(4, "big") + packet[-20_000:]
 
 
 def _broken_stamp(packet: bytes, rng: np.random.Generator) -> bytes:
-    """Overwrites 400 bytes of the first gzip-compressed cutout with noise."""
+    """Overwrite 400 bytes of the first gzip-compressed cutout with noise."""
     start = packet.index(b"\x1f\x8b\x08") + 200
     return packet[:start] + rng.bytes(400) + packet[start + 400 :]

@@ -24,7 +24,7 @@ BATCH = 64
 
 
 def write_reference(file: Path, seed: int) -> None:
-    """Simulates a night other than that of `seed`, and writes a reference set of its alerts to `file`."""
+    """Simulate a night other than that of `seed`, and write a reference set of its alerts to `file`."""
     scorer = open_scorer([MODEL], Runtime())
     [model] = scorer.models
     where = compile_filter(WHERE, FIELDS, model.outputs)

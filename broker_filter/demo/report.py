@@ -27,7 +27,7 @@ WELL_EXPOSED = 16.0
 
 
 def write_scores(file: Path, results: Results, night: Night) -> None:
-    """Writes a Parquet table with one row for each scored alert."""
+    """Write a Parquet table with one row for each scored alert."""
     rows = [
         {
             "alert_id": alert["candid"],
@@ -47,7 +47,7 @@ def write_scores(file: Path, results: Results, night: Night) -> None:
 
 
 def kinds_table(results: Results, night: Night) -> Table:
-    """A table of the default model's scores for each true kind of alert, which only a simulation knows."""
+    """Return a table of the default model's scores for each true kind of alert, which only a simulation knows."""
     scores: dict[str, list[float]] = {kind: [] for kind in RATES}
     for alert in results.scored:
         scores[night.kinds[alert["candid"]]].append(real(alert))
@@ -65,7 +65,7 @@ def kinds_table(results: Results, night: Night) -> Table:
 
 
 def interesting_table(results: Results, night: Night) -> Table:
-    """A table of the brightest alerts that each filter selected."""
+    """Return a table of the brightest alerts that each filter selected."""
     table = _table("Alerts that the filters selected", ("filter", "object", "truth", "band"), ("mag", "seen", "score"))
     for name, alerts in _filtered(results).items():
         for i, alert in enumerate(alerts[:SHOWN_PER_FILTER]):
@@ -84,7 +84,7 @@ def interesting_table(results: Results, night: Night) -> Table:
 
 
 def anomalies_table(results: Results, night: Night) -> Table:
-    """A table of the strongest anomalies, each with its nearest ordinary alert and the modality that differs most."""
+    """Return a table of the strongest anomalies, with the nearest ordinary alert and the most unusual modality."""
     alerts = _strangest(results)
     words, numbers = ("object", "truth", "nearest", "differs in"), ("distance", "score")
     table = _table(f"Anomalies ({len(alerts)}): outliers among the alerts that look real", words, numbers)
@@ -112,8 +112,8 @@ def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Tabl
 
 
 def contact_sheet_rows(results: Results, night: Night) -> list[Row]:
-    """Rows of the contact sheet: one for each filter, one of anomalies, one of variable stars, and two of alerts of
-    different true kinds that are classified as bogus."""
+    """Return the rows of the contact sheet: one for each filter, one of anomalies, one of variable stars, and two of
+    alerts of different true kinds that are classified as bogus."""
     rows = [_row(_words(name), alerts, night) for name, alerts in _filtered(results).items()]
     rows.append(_row("anomaly", _strangest(results), night))
     alerts = sorted((a for a in results.scored if not a["broker_filter"]["duplicate"]), key=_magnitude)
@@ -128,7 +128,7 @@ def contact_sheet_rows(results: Results, night: Night) -> list[Row]:
 
 
 def audit(results: Results, night: Night, account: Mapping[str, int], screen: Console) -> list[str]:
-    """Prints the counts, and returns the problems found: an empty list if every message was published exactly once."""
+    """Print the counts, and return the problems found: an empty list if every message was published exactly once."""
     published = sum(results.inputs.values())
     duplicates = sum(alert["broker_filter"]["duplicate"] for alert in results.scored)
     rejected = ", ".join(f"{reason} {count}" for reason, count in sorted(results.rejected.items()))
@@ -157,7 +157,7 @@ def audit(results: Results, night: Night, account: Mapping[str, int], screen: Co
 
 
 def _filtered(results: Results) -> dict[str, list[Alert]]:
-    """The alerts of each filter, brightest first, without duplicates."""
+    """Return the alerts of each filter, brightest first, without duplicates."""
     by_id = {alert["candid"]: alert for alert in results.scored}
     return {
         name: sorted((by_id[alert_id] for alert_id in set(alert_ids)), key=_magnitude)
@@ -166,7 +166,7 @@ def _filtered(results: Results) -> dict[str, list[Alert]]:
 
 
 def _strangest(results: Results) -> list[Alert]:
-    """The anomalies, highest score first, without duplicates."""
+    """Return the anomalies, highest score first, without duplicates."""
     by_id = {alert["candid"]: alert for alert in results.anomalies}
     return sorted(by_id.values(), key=lambda alert: -float(alert["broker_filter"]["anomaly"]["score"]))
 

@@ -33,7 +33,7 @@ class Results:
 
 
 def read_results(bootstrap: str, prefix: str, filters: list[str]) -> Results:
-    """Reads the committed records of all output topics. Raises DemoError if the broker does not answer or reports an
+    """Read the committed records of all output topics. Raises DemoError if the broker does not answer or reports an
     error."""
     results = Results(filtered={name: [] for name in filters})
     for message in _read_topic(bootstrap, f"{prefix}.scored"):
@@ -52,7 +52,7 @@ def read_results(bootstrap: str, prefix: str, filters: list[str]) -> Results:
 
 
 def real(alert: Alert) -> float:
-    """The probability that an alert is real, by the default model."""
+    """Return the probability that an alert is real, by the default model."""
     return float(alert["broker_filter"]["models"][0]["outputs"]["real"])
 
 

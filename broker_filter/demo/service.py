@@ -49,7 +49,7 @@ http: {{host: 127.0.0.1, port: {port}}}
 
 
 def write_config(file: Path, bootstrap: str, reference: Path, port: int) -> None:
-    """Writes the service file of the demonstration."""
+    """Write the service file of the demonstration."""
     filters = "\n".join(f'  - name: {name}\n    where: "{where}"' for name, where in FILTERS.items())
     places = {"bootstrap": bootstrap, "topic": TOPIC, "prefix": PREFIX, "reference": reference.resolve(), "port": port}
     file.write_text(CONFIG.format(name=file.name, filters=filters, **places))
@@ -85,7 +85,7 @@ class ServiceProcess:
             self._process.wait()
 
     def wait_until_ready(self) -> None:
-        """Returns when the service reads its topic."""
+        """Return when the service reads its topic."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
@@ -99,7 +99,7 @@ class ServiceProcess:
                 return
 
     def metrics(self) -> str:
-        """The service's current metrics in Prometheus' text format."""
+        """Return the service's current metrics in Prometheus' text format."""
         try:
             return self._get("/metrics")
         except OSError as error:
@@ -107,7 +107,7 @@ class ServiceProcess:
             raise self._failure(f"does not answer ({error})") from None
 
     def stop(self) -> None:
-        """Stops the service with SIGTERM, as an operator would, and waits until it has committed its work."""
+        """Stop the service with SIGTERM, as an operator would, and wait until it has committed its work."""
         self._process.terminate()
         try:
             self._process.wait(STOP_TIMEOUT_S)
@@ -130,7 +130,7 @@ class ServiceProcess:
 
 
 def counts(exposition: str) -> dict[str, int]:
-    """Returns the numbers of consumed, scored, rejected and duplicate alerts in metrics, summed over their labels."""
+    """Return the numbers of consumed, scored, rejected and duplicate alerts in metrics, summed over their labels."""
     totals = dict.fromkeys(("consumed", "scored", "rejected", "duplicate"), 0)
     for family in text_string_to_metric_families(exposition):
         name = family.name.removeprefix("broker_filter_").removesuffix("_alerts")

@@ -72,7 +72,7 @@ class Position:
     log was truncated since."""
 
     def claim(self, topic: str, partition: int, writer: Writer) -> Claim:
-        """Returns a claim on the partition that starts at this position."""
+        """Return a claim on the partition that starts at this position."""
         return Claim(topic, partition, writer, self.offset, topic_id=self.topic_id, leader_epoch=self.leader_epoch)
 
 
@@ -92,7 +92,7 @@ class Checkpoint(Protocol):
     """
 
     def claim(self, partitions: Sequence[TopicPartition], place: Place) -> list[Claim]:
-        """Fences earlier owners first, then reads the stored positions and asks `place` where reading starts.
+        """Fence earlier owners first, then read the stored positions and ask `place` where reading starts.
 
         Returns one claim for each partition, in the same order. Stores each position that `place` has changed. Raises
         KafkaAwayError or KafkaException if the brokers do not answer; then nothing is claimed, and the call may be
@@ -101,14 +101,14 @@ class Checkpoint(Protocol):
         ...
 
     def glance(self, partitions: Sequence[TopicPartition]) -> list[Position | None]:
-        """Returns the committed position of each partition, or None, whichever instance owns the partition.
+        """Return the committed position of each partition, or None, whichever instance owns the partition.
 
         Does not wait until open transactions end.
         """
         ...
 
     def renew(self) -> None:
-        """Updates the group's generation with which positions are stored. Call this after each poll of the consumer."""
+        """Update the group's generation with which positions are stored. Call this after each poll of the consumer."""
         ...
 
 
@@ -158,7 +158,7 @@ class GroupCheckpoint:
         return _group_positions(partitions, self._observer.committed(list(partitions), timeout=REQUEST_TIMEOUT_S))
 
     def _stored(self, partitions: Sequence[TopicPartition]) -> list[Position | None]:
-        """Requests the offsets from the group's coordinator, which answers when no open transaction holds one."""
+        """Request the offsets from the group's coordinator, which answers when no open transaction holds one."""
         try:
             return _group_positions(partitions, self._consumer.committed(list(partitions), timeout=STABLE_TIMEOUT_S))
         except KafkaException as error:
@@ -253,25 +253,25 @@ class PositionsCheckpoint:
 
 
 def position_key(cluster: str, group: str, topic: str, partition: int) -> bytes:
-    """Returns the key of a partition's records in the positions topic. `cluster`: id of the input's cluster."""
+    """Return the key of a partition's records in the positions topic. `cluster`: id of the input's cluster."""
     identity = {"cluster": cluster, "group": group, "topic": topic, "partition": partition}
     return json.dumps(identity, sort_keys=True).encode()
 
 
 def position_value(position: Position) -> bytes:
-    """Returns the value of a record in the positions topic: JSON without the keys that are unknown."""
+    """Return the value of a record in the positions topic: JSON without the keys that are unknown."""
     value = {"next_offset": position.offset, "topic_id": position.topic_id, "leader_epoch": position.leader_epoch}
     return json.dumps({name: known for name, known in value.items() if known is not None}).encode()
 
 
 def claim_offset(claim: Claim, offset: int) -> TopicPartition:
-    """Returns `offset` in the claim's partition as a TopicPartition, with the topic's id as metadata."""
+    """Return `offset` in the claim's partition as a TopicPartition, with the topic's id as metadata."""
     epoch = NO_LEADER_EPOCH if claim.leader_epoch is None else claim.leader_epoch
     return TopicPartition(claim.topic, claim.partition, offset, claim.topic_id or "", epoch)
 
 
 def _group_positions(partitions: Sequence[TopicPartition], answer: Sequence[TopicPartition]) -> list[Position | None]:
-    """Converts the coordinator's answer to positions, in the order of `partitions`; None for no stored offset.
+    """Convert the coordinator's answer to positions, in the order of `partitions`; None for no stored offset.
 
     Raises KafkaException if the answer has an error for a partition.
     """
@@ -314,7 +314,7 @@ class PositionsTopic:
         self._consumer.assign([self._partition])
 
     def read(self) -> Mapping[bytes, Position]:
-        """Reads to the present end of the topic, and returns all positions that were committed before this call.
+        """Read to the present end of the topic, and return all positions that were committed before this call.
 
         The keys are those of `position_key`. Raises KafkaAwayError if an open transaction of another producer blocks
         the end for too long, and KafkaSetupError if the account may not read the topic.
@@ -322,7 +322,7 @@ class PositionsTopic:
         return self._read(IsolationLevel.READ_UNCOMMITTED, STABLE_TIMEOUT_S)
 
     def glance(self) -> Mapping[bytes, Position]:
-        """Like `read`, but reads only to the first open transaction and does not wait until that transaction ends."""
+        """Read as `read` does, but only to the first open transaction, without waiting until that transaction ends."""
         return self._read(IsolationLevel.READ_COMMITTED, REQUEST_TIMEOUT_S)
 
     def _read(self, isolation: IsolationLevel, timeout_s: float) -> Mapping[bytes, Position]:

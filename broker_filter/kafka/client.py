@@ -90,7 +90,7 @@ class PropertyError(BrokerFilterError, ValueError):
 
 
 def read_secret(secret: Secret, environment: Mapping[str, str] = os.environ) -> str:
-    """Returns the text of a secret, without one newline at its end.
+    """Return the text of a secret, without one newline at its end.
 
     Raises PropertyError if the variable is not set or the file cannot be read.
     """
@@ -108,7 +108,7 @@ def read_secret(secret: Secret, environment: Mapping[str, str] = os.environ) -> 
 
 
 def client_properties(section: Input | Output) -> dict[str, object]:
-    """Returns librdkafka's properties for the section's cluster. They include secrets: pass them to a client only.
+    """Return librdkafka's properties for the section's cluster. They include secrets: pass them to a client only.
 
     Raises PropertyError if a reserved property is set or a secret is missing.
     """
@@ -126,7 +126,7 @@ def client_properties(section: Input | Output) -> dict[str, object]:
 
 
 def output_section(source: Input, output: Output) -> Output:
-    """Returns the output section with its effective connection: that of the input if the output has no brokers."""
+    """Return the output section with its effective connection: that of the input if the output has no brokers."""
     if output.bootstrap_servers is not None:
         return output
     connection: dict[str, object] = {"bootstrap_servers": source.bootstrap_servers}
@@ -136,7 +136,7 @@ def output_section(source: Input, output: Output) -> Output:
 
 
 def refused_properties(properties: Mapping[str, object]) -> dict[str, str]:
-    """Returns the properties that cannot be passed through, with the reason for each."""
+    """Return the properties that cannot be passed through, with the reason for each."""
     refused = {
         name: f"the service sets this property itself: {why}" for name, why in RESERVED.items() if name in properties
     }
@@ -148,7 +148,7 @@ def refused_properties(properties: Mapping[str, object]) -> dict[str, str]:
 def plain_properties(
     properties: Mapping[str, KafkaValue], environment: Mapping[str, str] = os.environ
 ) -> dict[str, str | int | float | bool]:
-    """Returns the properties with the text of the secrets. Raises PropertyError if a secret is missing."""
+    """Return the properties with the text of the secrets. Raises PropertyError if a secret is missing."""
     return {
         name: read_secret(value, environment) if isinstance(value, SecretFromEnvironment | SecretFromFile) else value
         for name, value in properties.items()
@@ -156,7 +156,7 @@ def plain_properties(
 
 
 def security_properties(sasl: Sasl | None, tls: Tls | None) -> dict[str, KafkaValue]:
-    """Returns librdkafka's properties for the sections `sasl` and `tls`; secrets are still references."""
+    """Return librdkafka's properties for the sections `sasl` and `tls`; secrets are still references."""
     properties: dict[str, KafkaValue] = {
         "security.protocol": ("SASL_" if sasl else "") + ("SSL" if tls else "PLAINTEXT"),
     }
@@ -196,7 +196,7 @@ class ThrottledErrorLog:
         self.latest = ""
 
     def note(self, error: KafkaError) -> bool:
-        """Stores the error's message in `latest`, and returns whether it did.
+        """Store the error's message in `latest`, and return whether it did.
 
         "All brokers are down" is ignored, because it follows another error that says the reason.
         """
@@ -206,12 +206,12 @@ class ThrottledErrorLog:
         return True
 
     def __call__(self, error: KafkaError) -> None:
-        """Stores and logs an error that a client reports."""
+        """Store and log an error that a client reports."""
         if self.note(error):
             self.say(error.code(), "%s: %s", self.cluster, self.latest)
 
     def say(self, subject: object, message: str, *arguments: object) -> None:
-        """Logs a warning, unless a warning about the same `subject` was logged in the last `REPEAT_INTERVAL_S`."""
+        """Log a warning, unless a warning about the same `subject` was logged in the last `REPEAT_INTERVAL_S`."""
         now = self._clock()
         if now - self._logged.get(subject, -REPEAT_INTERVAL_S) >= REPEAT_INTERVAL_S:
             self._logged[subject] = now
@@ -219,7 +219,7 @@ class ThrottledErrorLog:
 
 
 def explain(error: KafkaError) -> str:
-    """Returns the text of an error, with advice for the operator if there is any."""
+    """Return the text of an error, with advice for the operator if there is any."""
     advice = {
         KafkaError._AUTHENTICATION: "authentication failed, check `sasl` (mechanism, username, password)",
         KafkaError._SSL: "no TLS connection, check `tls`",
@@ -231,7 +231,7 @@ def explain(error: KafkaError) -> str:
 
 
 def pauses() -> Iterator[float]:
-    """Yields, without end, the seconds to wait after each failed attempt."""
+    """Yield, without end, the seconds to wait after each failed attempt."""
     pause = FIRST_PAUSE_S
     while True:
         yield pause
@@ -251,7 +251,7 @@ class Cluster:
 def wait_for_cluster(
     properties: Mapping[str, object], error_log: ThrottledErrorLog, stop: threading.Event, patience_s: float = math.inf
 ) -> Cluster | None:
-    """Asks the cluster for its id and topics until it answers. Returns None once `stop` is set.
+    """Ask the cluster for its id and topics until it answers. Returns None once `stop` is set.
 
     Raises KafkaSetupError if the cluster does not answer within `patience_s` seconds.
     """
@@ -271,7 +271,7 @@ def wait_for_cluster(
 
 
 def ask_cluster(admin: AdminClient, properties: Mapping[str, object], error_log: ThrottledErrorLog) -> Cluster:
-    """Asks the cluster once for its id and topics. Raises KafkaSetupError if it does not answer."""
+    """Ask the cluster once for its id and topics. Raises KafkaSetupError if it does not answer."""
     try:
         metadata = admin.list_topics(timeout=CONNECT_TIMEOUT_S)
     except KafkaException as error:
@@ -282,12 +282,12 @@ def ask_cluster(admin: AdminClient, properties: Mapping[str, object], error_log:
 
 
 def admin_client(properties: Mapping[str, object], error_log: ThrottledErrorLog) -> AdminClient:
-    """Returns a client that manages topics and their configuration."""
+    """Return a client that manages topics and their configuration."""
     return AdminClient({**properties, "error_cb": error_log.note}, logger=librdkafka_log)
 
 
 def topic_ids(admin: AdminClient, topics: Collection[str]) -> dict[str, str | None]:
-    """Returns the ids of topics, with None for each id if the cluster has none. Sends one request.
+    """Return the ids of topics, with None for each id if the cluster has none. Sends one request.
 
     Raises KafkaException if the request fails or a topic does not exist.
     """
@@ -301,7 +301,7 @@ def topic_ids(admin: AdminClient, topics: Collection[str]) -> dict[str, str | No
 def list_offsets(
     admin: AdminClient, partitions: Collection[tuple[str, int]], spec: OffsetSpec, *, committed: bool = False
 ) -> dict[tuple[str, int], int]:
-    """Returns the offset that `spec` selects in each partition, or -1 if no offset matches. One request to each broker.
+    """Return the offset that `spec` selects in each partition, or -1 if no offset matches. One request to each broker.
 
     `committed`: the latest offset is the last stable offset (before the first open transaction), and not the end of the
     log. Raises KafkaException.
@@ -315,7 +315,7 @@ def list_offsets(
 
 
 def ensure_topics(admin: AdminClient, wanted: Sequence[NewTopic], account: Account | None = None) -> None:
-    """Creates the topics that do not exist. Raises KafkaSetupError if the cluster does not allow it.
+    """Create the topics that do not exist. Raises KafkaSetupError if the cluster does not allow it.
 
     `account`: the service's account, which the message about a missing right names.
     """
@@ -343,7 +343,7 @@ def ensure_topics(admin: AdminClient, wanted: Sequence[NewTopic], account: Accou
 def topic_property(
     admin: AdminClient, topics: Collection[str], name: str, account: Account | None = None
 ) -> dict[str, str]:
-    """Returns the property `name` of existing topics, by topic. A topic is left out if the cluster does not tell it.
+    """Return the property `name` of existing topics, by topic. A topic is left out if the cluster does not tell it.
 
     Waits for new topics, because it takes a moment until every broker knows a topic. With an `account`, raises
     KafkaSetupError if the account may not read the configuration.
@@ -371,7 +371,7 @@ def topic_property(
 
 
 def missing_on_topics(admin: AdminClient, wanted: Mapping[str, Sequence[str]]) -> list[Right]:
-    """Returns the missing rights. `wanted`: operations, named as in kafka-acls.sh, by topic.
+    """Return the missing rights. `wanted`: operations, named as in kafka-acls.sh, by topic.
 
     A topic that does not exist is ignored, and so is a topic whose rights the cluster does not tell.
     """
@@ -395,7 +395,7 @@ def missing_on_topics(admin: AdminClient, wanted: Mapping[str, Sequence[str]]) -
 
 
 def require_compaction(admin: AdminClient, topic: str, account: Account | None = None) -> None:
-    """Raises KafkaSetupError if the topic's cleanup policy is not `compact`."""
+    """Raise KafkaSetupError if the topic's cleanup policy is not `compact`."""
     for policy in topic_property(admin, [topic], "cleanup.policy", account).values():
         if policy != "compact":
             raise KafkaSetupError(
@@ -431,18 +431,18 @@ class RecordLimits:
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads the limits of the topics again."""
+        """Read the limits of the topics again."""
         known = topic_property(self._admin, self._limits, "max.message.bytes", self._account)
         self._limits |= {topic: int(size) for topic, size in known.items()}
         for topic in self._limits.keys() - known.keys():
             log.warning("topic %s gets records of at most %d bytes", topic, self._limits[topic])
 
     def unwritable(self) -> list[Right]:
-        """Returns the missing rights to write to the topics, as far as the cluster tells them."""
+        """Return the missing rights to write to the topics, as far as the cluster tells them."""
         return missing_on_topics(self._admin, dict.fromkeys(self._written, ("Write",)))
 
     def of(self, topic: str) -> int:
-        """Returns the largest allowed sum of key, value and headers of a record for `topic`, in bytes."""
+        """Return the largest allowed sum of key, value and headers of a record for `topic`, in bytes."""
         return min(self._limits[topic], self._largest) - RECORD_OVERHEAD_BYTES
 
     @property
@@ -452,6 +452,6 @@ class RecordLimits:
 
 
 def topic_names(templates: Sequence[str], now: datetime, days_ago: Sequence[int] = YESTERDAY_AND_TODAY) -> list[str]:
-    """Returns the topic names of some days. `days_ago`: numbers of days before `now` (UTC)."""
+    """Return the topic names of some days. `days_ago`: numbers of days before `now` (UTC)."""
     days = [now - timedelta(days=n) for n in days_ago]
     return list(dict.fromkeys(day.strftime(template) for template in templates for day in days))

@@ -61,7 +61,7 @@ class Endpoints:
     """Whether input and output are on two clusters, so that positions are not stored in the input's group."""
 
     def report_positions(self, *, wait: bool = False) -> None:
-        """Commits the positions to the input's group too, for tools that show the lag. The service never reads them."""
+        """Commit the positions to the input's group too, for tools that show the lag. The service never reads them."""
         if self.separate_clusters:
             self.source.report_positions(wait=wait)
 
@@ -74,7 +74,7 @@ def connect(
     committing: Stage,
     stop: threading.Event,
 ) -> Endpoints | None:
-    """Waits for the clusters, creates the output `topics` and joins the group. Returns None once `stop` is set.
+    """Wait for the clusters, create the output `topics` and join the group. Returns None once `stop` is set.
 
     Raises PropertyError if the configuration cannot be used, and KafkaSetupError if a cluster does not allow what the
     service needs.
@@ -149,7 +149,7 @@ def _waiting(health: Health, error_log: ThrottledErrorLog) -> Iterator[None]:
 
 
 def output_topics(output: Output, names: Sequence[str], *, separate_clusters: bool) -> list[NewTopic]:
-    """Returns the topics to create: `names` and, if `separate_clusters`, the topic of the positions."""
+    """Return the topics to create: `names` and, if `separate_clusters`, the topic of the positions."""
     dead_letter = f"{output.prefix}.{DEAD_LETTER}"
     sizes = {name: DEAD_LETTER_BYTES if name == dead_letter else ALERT_BYTES for name in names}
     alerts = [_topic(output, name, output.partitions, {"max.message.bytes": str(size)}) for name, size in sizes.items()]

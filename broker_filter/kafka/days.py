@@ -95,7 +95,7 @@ class Days:
         self._thread = threading.Thread(target=self._keep_looking, name="days", daemon=True)
 
     def start(self) -> None:
-        """Searches once, and starts the thread that repeats the search.
+        """Search once, and start the thread that repeats the search.
 
         Raises KafkaException or KafkaSetupError if the brokers refuse the search or do not answer within
         `FIRST_LOOK_S`.
@@ -113,7 +113,7 @@ class Days:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stops the thread that searches."""
+        """Stop the thread that searches."""
         self._stop.set()
         self._wake.set()
         if self._thread.is_alive():
@@ -130,7 +130,7 @@ class Days:
         return self._found
 
     def follows(self, topic: str) -> bool:
-        """Whether the group has a position in the topic of another day, so that `topic` is read from its beginning."""
+        """Return whether the group has a position in another day's topic, so that `topic` is read from its start."""
         found, start = self._found, self._section.start
         for dates in found.dates.values():
             if topic in dates and not (isinstance(start, datetime) and dates[topic] <= start.date()):
@@ -138,7 +138,7 @@ class Days:
         return False
 
     def _may_pass(self, error: KafkaException | KafkaAwayError) -> bool:
-        """Logs why a search failed, and returns whether another search may succeed."""
+        """Log why a search failed, and return whether another search may succeed."""
         if isinstance(error, KafkaAwayError):
             self._error_log.say("days", "%s", error)
             return True
@@ -190,12 +190,12 @@ class Days:
         return Found(current, earlier, dates, begun, topic_ids(self._admin, {*current, *earlier} & existing.keys()))
 
     def _existing_days(self, template: str, now: datetime, existing: Mapping[str, object]) -> dict[str, date]:
-        """Returns the days of the existing topics of a template, by topic."""
+        """Return the days of the existing topics of a template, by topic."""
         days = (now - timedelta(days=n) for n in range(HORIZON_DAYS))
         return {topic: day.date() for day in days if (topic := day.strftime(template)) in existing}
 
     def _wanted(self, dates: Mapping[str, Mapping[str, date]], begun: frozenset[str]) -> set[str]:
-        """Returns the topics to read if they hold unread messages.
+        """Return the topics to read if they hold unread messages.
 
         These are the topics since the configured day or since the first day in which the group has a position, and the
         topics that were created after reading began.
@@ -208,7 +208,7 @@ class Days:
         return wanted
 
     def _start_day(self) -> date:
-        """Returns the first day that the configuration selects: the day before `input.start`, because the last alerts
+        """Return the first day that the configuration selects: the day before `input.start`, because the last alerts
         of a night are sent after midnight."""
         match self._section.start:
             case "earliest":

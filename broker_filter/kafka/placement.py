@@ -44,7 +44,7 @@ class Placement:
         self._reached: dict[Key, int] = {}
 
     def note_out_of_range(self, key: Key, end: int | None, reached: int) -> None:
-        """Stores, for the next call, that the brokers no longer hold the next offset of a partition.
+        """Store, for the next call, that the brokers no longer hold the next offset of a partition.
 
         `end`: the offset to which the log was truncated, if the brokers have told it. `reached`: the end of the log as
         it was known before.
@@ -54,7 +54,7 @@ class Placement:
             self._cut[key] = end
 
     def __call__(self, partitions: Sequence[TopicPartition], stored: Sequence[Position | None]) -> list[Position]:
-        """Returns the position at which reading of each partition starts, and counts lost messages.
+        """Return the position at which reading of each partition starts, and count lost messages.
 
         Raises KafkaSetupError if the operator must decide, and KafkaException if a request fails.
         """
@@ -79,7 +79,7 @@ class Placement:
         return placed
 
     def _made_since(self, key: Key, ids: dict[str, str | None]) -> bool:
-        """Whether a partition was created after reading began, so that it is read from its beginning."""
+        """Return whether a partition was created after reading began, so that it is read from its beginning."""
         topic, partition = key
         return (
             partition >= self._cluster.topics.get(topic, 0)
@@ -88,7 +88,7 @@ class Placement:
         )
 
     def _starts(self, partitions: Sequence[Key]) -> dict[Key, int]:
-        """Returns the configured start offsets of partitions that have no stored position.
+        """Return the configured start offsets of partitions that have no stored position.
 
         The result is empty for `start: earliest`. Raises KafkaSetupError for `start: stored`.
         """
@@ -108,8 +108,10 @@ class Placement:
         return end | {key: offset for key, offset in found.items() if offset >= 0}
 
     def _is_remade(self, key: Key, position: Position, topic_id: str | None, high: int) -> bool:
-        """Whether the position belongs to a deleted topic of the same name. Raises KafkaSetupError if it does, unless
-        the configuration says to read the new topic."""
+        """Return whether the position belongs to a deleted topic of the same name.
+
+        Raises KafkaSetupError if it does, unless the configuration says to read the new topic.
+        """
         topic, partition = key
         if topic_id is not None and position.topic_id is not None:
             if topic_id == position.topic_id:
@@ -132,7 +134,7 @@ class Placement:
         return True
 
     def _within_log(self, key: Key, position: Position, low: int, high: int) -> Position:
-        """Returns the position, moved to the beginning or the end of the log if it is outside. Counts lost messages."""
+        """Return the position, moved to the beginning or the end of the log if it is outside. Counts lost messages."""
         topic, partition = key
         told, reached, cut = key in self._reached, self._reached.pop(key, 0), self._cut.pop(key, None)
         end = high if cut is None else min(high, cut)

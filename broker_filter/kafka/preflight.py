@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 def problems(service: Service) -> Iterator[str]:
-    """Yields a sentence for each problem that would keep the service from working; nothing if every check succeeds.
+    """Yield a sentence for each problem that would keep the service from working; nothing if every check succeeds.
 
     Raises PropertyError if the configuration of a client cannot be used.
     """
@@ -81,7 +81,7 @@ class _End:
             self.trouble = str(error)
 
     def missing_on_input(self, source: Input) -> Iterator[Right]:
-        """Yields the missing rights on the input topics. For a template, one right covers the topics of all days."""
+        """Yield the missing rights on the input topics. For a template, one right covers the topics of all days."""
         for template in source.topics:
             names = topic_names([template], datetime.now(UTC), LAST_DAYS)
             missing = missing_on_topics(self._admin, dict.fromkeys(names, ("Read", "Describe")))
@@ -96,7 +96,7 @@ class _End:
                 )
 
     def missing_on_group(self, group: str) -> list[Right]:
-        """Returns the missing right to join the group; an empty list if the account has it."""
+        """Return the missing right to join the group; an empty list if the account has it."""
         deadline = time.monotonic() + REQUEST_TIMEOUT_S
         while True:
             answer = self._admin.describe_consumer_groups(
@@ -115,7 +115,7 @@ class _End:
             return [Right(lacking, "group", group)] if lacking else []
 
     def problems_of_output(self, service: Service, *, separate_clusters: bool) -> Iterator[str]:
-        """Yields the problems of the output: topics that cannot be created, and missing rights on topics and
+        """Yield the problems of the output: topics that cannot be created, and missing rights on topics and
         transactions."""
         wanted: dict[str, Sequence[str]] = {}
         for topic in output_topics(service.output, service.output_topics, separate_clusters=separate_clusters):

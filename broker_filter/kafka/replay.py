@@ -39,17 +39,17 @@ Pace = Callable[[int, float | None], float]
 
 
 def as_fast_as_possible() -> Pace:
-    """A pace at which every message is due at once."""
+    """Return a pace at which every message is due at once."""
     return lambda _i, _mjd: 0.0
 
 
 def at_rate(per_second: float) -> Pace:
-    """A pace of `per_second` messages per second at equal intervals."""
+    """Return a pace of `per_second` messages per second at equal intervals."""
     return lambda i, _mjd: i / per_second
 
 
 def at_speed(factor: float) -> Pace:
-    """A pace that follows the exposure times of the alerts, `factor` times as fast.
+    """Return a pace that follows the exposure times of the alerts, `factor` times as fast.
 
     Messages keep their order: a message with an earlier or unknown time is due directly after its predecessor.
     """
@@ -135,7 +135,7 @@ class Replayer:
         )
 
     def replay(self, packets: Iterable[Packet], pace: Pace) -> None:
-        """Sends every alert of `packets` in order and counts it in `deliveries`. Returns when the brokers have accepted
+        """Send every alert of `packets` in order and count it in `deliveries`. Returns when the brokers have accepted
         all.
 
         Raises RegistryUnavailable if a schema cannot be read from the registry, and KafkaException if the producer

@@ -43,11 +43,11 @@ class Account:
     principal: str
 
     def lacks(self, right: Right) -> str:
-        """Returns a sentence that says that the right is missing and how to grant it."""
+        """Return a sentence that says that the right is missing and how to grant it."""
         return f"{self.principal} lacks {right}; grant it with: {self.command(right)}"
 
     def command(self, right: Right) -> str:
-        """Returns the command with which an administrator of the cluster grants the right."""
+        """Return the command with which an administrator of the cluster grants the right."""
         operations = " ".join(f"--operation {operation}" for operation in right.operations)
         pattern = " --resource-pattern-type prefixed" if right.prefixed else ""
         return (
@@ -57,13 +57,13 @@ class Account:
 
 
 def account_of(section: Input | Output) -> Account:
-    """Returns the account of a section's clients. Without a SASL user name the principal is unknown:
+    """Return the account of a section's clients. Without a SASL user name the principal is unknown:
     `User:PRINCIPAL`."""
     user = section.sasl.username if section.sasl else section.kafka.get("sasl.username")
     return Account(str(section.bootstrap_servers), f"User:{user}" if isinstance(user, str) else "User:PRINCIPAL")
 
 
 def not_among(wanted: Sequence[str], allowed: Collection[AclOperation] | None) -> tuple[str, ...]:
-    """Returns the operations in `wanted` that are not allowed; none if the cluster does not tell the allowed ones."""
+    """Return the operations in `wanted` that are not allowed; none if the cluster does not tell the allowed ones."""
     names = {operation.name.replace("_", "").lower() for operation in allowed or ()}
     return tuple(operation for operation in wanted if names and operation.lower() not in names)

@@ -31,7 +31,7 @@ class UnaccountedError(RuntimeError):
 
 
 def divide(delivery: Delivery, scored: ScoredBatch, routed: Routed) -> list[Work]:
-    """Divides the output of a batch by claim, in the order of reading. Leaves out packets whose claim has ended.
+    """Divide the output of a batch by claim, in the order of reading. Leaves out packets whose claim has ended.
 
     Raises UnaccountedError for a packet without an outcome, or with an outcome but no output record.
     """
@@ -80,14 +80,14 @@ class KafkaSink:
         self._pool = ThreadPoolExecutor(COMMITTING_THREADS, "commit")
 
     def put(self, works: list[Work]) -> None:
-        """Gives work to the writers of its claims. Drops work whose claim has ended: another instance repeats it."""
+        """Give work to the writers of its claims. Drops work whose claim has ended: another instance repeats it."""
         for work in works:
             if work.claim.alive:
                 self._writers.add(work.claim.writer)
                 work.claim.writer.add(work)
 
     def seconds_left(self, *, idle: bool) -> float:
-        """Returns the seconds until the next transaction is due; infinity if no transaction is open.
+        """Return the seconds until the next transaction is due; infinity if no transaction is open.
 
         `idle`: no more alerts are in flight.
         """
@@ -95,7 +95,7 @@ class KafkaSink:
         return max(0.0, min(begun, default=math.inf) + self._open_s(idle) - time.monotonic())
 
     def trouble(self, partitions: Collection[tuple[str, int]]) -> str:
-        """Returns why transactions are not committed at present; empty if they are.
+        """Return why transactions are not committed at present; empty if they are.
 
         `partitions`: the input partitions of this instance. A refusal that concerns another partition is left out.
         """
@@ -104,7 +104,7 @@ class KafkaSink:
         return "; ".join(dict.fromkeys([*troubles, *refused]))
 
     def commit(self, *, idle: bool) -> None:
-        """Commits the transactions that are due, and forgets writers that hold no more work.
+        """Commit the transactions that are due, and forget writers that hold no more work.
 
         `idle`: no more alerts are in flight.
         """
@@ -112,27 +112,27 @@ class KafkaSink:
             self._commit_all(due)
 
     def commit_everything(self) -> None:
-        """Commits all work that `put` has given to the writers."""
+        """Commit all work that `put` has given to the writers."""
         while self._writers:
             self._commit_all(list(self._writers))
 
     def drain(self, claims: Collection[Claim], timeout_s: float) -> bool:
-        """Waits until all work of the claims is committed. Returns False if it takes longer than `timeout_s`."""
+        """Wait until all work of the claims is committed. Returns False if it takes longer than `timeout_s`."""
         with self._committed:
             return self._committed.wait_for(lambda: all(claim.drained for claim in claims), timeout_s)
 
     def close(self) -> None:
-        """Waits until running commits end, and aborts the open transactions."""
+        """Wait until running commits end, and abort the open transactions."""
         self._pool.shutdown()
         for writer in self._writers:
             writer.close()
 
     def _open_s(self, idle: bool) -> float:
-        """Returns the seconds after which an open transaction is committed."""
+        """Return the seconds after which an open transaction is committed."""
         return (min(self._limits.linger_ms, self._limits.max_ms) if idle else self._limits.max_ms) / 1000
 
     def _due(self, open_s: float) -> list[Writer]:
-        """Returns the writers whose transactions are due: all writers if the window is too full for one of them."""
+        """Return the writers whose transactions are due: all writers if the window is too full for one of them."""
         if any(writer.crowded for writer in self._writers):
             return list(self._writers)
         return [writer for writer in self._writers if self._is_due(writer, open_s)]

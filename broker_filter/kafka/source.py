@@ -80,12 +80,12 @@ class Delivery:
     claims: list[Claim] = field(default_factory=list)
 
     def set_out(self) -> None:
-        """Marks the packets as in flight; revocation of a partition waits for them."""
+        """Mark the packets as in flight; revocation of a partition waits for them."""
         for offset, claim in zip(self.offsets, self.claims, strict=True):
             claim.enqueued = offset + 1
 
     def split(self, n_packets: int) -> tuple[Delivery, Delivery]:
-        """Returns a delivery with the first `n_packets`, and one with the other packets."""
+        """Return a delivery with the first `n_packets`, and one with the other packets."""
         first, rest = slice(n_packets), slice(n_packets, None)
         return (
             Delivery(self.packets[first], self.offsets[first], self.claims[first]),
@@ -149,7 +149,7 @@ class KafkaSource:
         self.joined = False
 
     def subscribe(self, checkpoint: Checkpoint) -> None:
-        """Joins the group. `checkpoint` claims the partitions that are assigned later."""
+        """Join the group. `checkpoint` claims the partitions that are assigned later."""
         self._checkpoint = checkpoint
         self._days = Days(self._section, self._admin, self._cluster, checkpoint, self._error_log, self._clock)
         self._days.start()
@@ -172,7 +172,7 @@ class KafkaSource:
         return f"not joined yet: {self._error_log.latest}" if self._error_log.latest else "not joined yet"
 
     def take(self, max_packets: int, max_wait_s: float) -> Delivery | None:
-        """Reads up to `max_packets` packets. Returns None if no packet arrives within IDLE_S.
+        """Read up to `max_packets` packets. Returns None if no packet arrives within IDLE_S.
 
         Returns fewer packets if no more arrive within `max_wait_s` seconds of the first, or when they have
         DELIVERY_BYTES.
@@ -202,7 +202,7 @@ class KafkaSource:
         return delivery if delivery.packets else None
 
     def pause(self) -> None:
-        """Pauses all partitions and polls, to stay in the group while the queue to the scorer is full."""
+        """Pause all partitions and poll, to stay in the group while the queue to the scorer is full."""
         unpaused = [key for key in self._claims if key not in self._paused]
         if unpaused:
             self.consumer.pause([TopicPartition(*key) for key in unpaused])
@@ -213,7 +213,7 @@ class KafkaSource:
             self._admit(message, Delivery())
 
     def lags(self) -> dict[Key, int]:
-        """Returns the number of messages between the committed position and the end of each partition.
+        """Return the number of messages between the committed position and the end of each partition.
 
         The number is 0 until the end of the partition is known.
         """
@@ -228,7 +228,7 @@ class KafkaSource:
         return lags
 
     def report_positions(self, *, wait: bool = False) -> None:
-        """Commits the positions to the input's group, for tools that show the lag. The service never reads them.
+        """Commit the positions to the input's group, for tools that show the lag. The service never reads them.
 
         `wait`: returns after the brokers have answered.
         """
@@ -241,7 +241,7 @@ class KafkaSource:
             log.debug("positions were not committed to group %s: %s", self._section.group_id, error)
 
     def close(self) -> None:
-        """Leaves the group. The next owner reads uncommitted messages again."""
+        """Leave the group. The next owner reads uncommitted messages again."""
         for claim in self._claims.values():
             claim.ended = not claim.drained
         self._days.stop()
@@ -314,7 +314,7 @@ class KafkaSource:
             log.log(level, "reading %s from offset %d", claim, claim.committed)
 
     def _put_off(self, partitions: Sequence[TopicPartition], error: KafkaAwayError | KafkaException) -> None:
-        """Accepts partitions that cannot be claimed yet because brokers do not answer, so that polling can go on."""
+        """Accept partitions that cannot be claimed yet because brokers do not answer, so that polling can go on."""
         if isinstance(error, KafkaException):
             if error.args[0].fatal() or error.args[0].code() in REFUSED:
                 raise error
@@ -368,14 +368,14 @@ class KafkaSource:
             self._unread.clear()
 
     def _leave(self, claim: Claim, error: KafkaError) -> None:
-        """Marks a partition whose next offset is gone: it is claimed again when all its messages are committed."""
+        """Mark a partition whose next offset is gone: it is claimed again when all its messages are committed."""
         key = (claim.topic, claim.partition)
         truncated = TRUNCATED.search(error.str())
         self._placement.note_out_of_range(key, int(truncated[1]) if truncated else None, self._highs.pop(key, 0))
         self._adrift[key] = f"left: {error.str()}"
 
     def _claim_again(self) -> None:
-        """Claims assigned partitions that no living claim reads.
+        """Claim assigned partitions that no living claim reads.
 
         There are three causes. The claim was fenced by an instance that did not know yet that it had lost the
         partition; the log no longer holds the next offset; or the brokers did not answer when the partition was to be
@@ -398,7 +398,7 @@ class KafkaSource:
                 self._claim([TopicPartition(*key) for key in ready], level)
 
     def _follow_topics(self) -> None:
-        """Subscribes to the topics to read, and marks partitions of topics that were created again."""
+        """Subscribe to the topics to read, and mark partitions of topics that were created again."""
         found = self._days.found
         if found is self._found:
             return
@@ -416,7 +416,7 @@ class KafkaSource:
     # -- errors of the consumer
 
     def _judge(self, error: KafkaError, topic: str | None) -> str:
-        """Logs an error of `topic`, or of the group if `topic` is None, and returns its message.
+        """Log an error of `topic`, or of the group if `topic` is None, and return its message.
 
         Raises KafkaSetupError if the error is fatal.
         """
@@ -433,7 +433,7 @@ class KafkaSource:
         return self._error_log.latest
 
     def _refusal(self, error: KafkaError, topic: str | None) -> str:
-        """Logs and returns which right the account lacks and how to grant it."""
+        """Log and return which right the account lacks and how to grant it."""
         right = (
             Right(("Read", "Describe"), "topic", topic) if topic else Right(("Read",), "group", self._section.group_id)
         )
@@ -444,13 +444,13 @@ class KafkaSource:
 
 
 def group_observer(properties: Mapping[str, object], group: str) -> Consumer:
-    """Returns a client that reads a group's positions without joining it, so that another thread can use the client."""
+    """Return a client that reads a group's positions without joining it, so that another thread can use the client."""
     own = {"group.id": group, "enable.auto.commit": False, "isolation.level": "read_uncommitted"}
     return Consumer({**properties, **own}, logger=librdkafka_log)
 
 
 def _timestamp_ms(message: Any) -> int | None:
-    """Returns the message's Kafka timestamp in Unix milliseconds, or None.
+    """Return the message's Kafka timestamp in Unix milliseconds, or None.
 
     It is the time at which the producer sent the message or, if the topic is configured so, the broker stored it.
     """

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def read_topic(properties: Mapping[str, object], topic: str) -> Iterator[Packet]:
-    """Yields the committed messages of every partition, without reading their headers.
+    """Yield the committed messages of every partition, without reading their headers.
 
     `properties`: librdkafka properties, including `bootstrap.servers`. Raises KafkaSetupError if the brokers do not
     answer or the topic does not exist.
@@ -39,7 +39,7 @@ def read_topic(properties: Mapping[str, object], topic: str) -> Iterator[Packet]
 
 
 def read_dead_letters(properties: Mapping[str, object], topic: str, reasons: Collection[str]) -> Iterator[Packet]:
-    """Yields each input message that a service has rejected for one of the `reasons`, once and unchanged.
+    """Yield each input message that a service has rejected for one of the `reasons`, once and unchanged.
 
     A dead letter that was shortened to fit into the topic is left out; a warning says how many. `topic` must be the
     dead-letter topic of a service, because malformed headers crash the client. Raises the errors of read_topic.
@@ -63,7 +63,7 @@ def read_dead_letters(properties: Mapping[str, object], topic: str, reasons: Col
 
 
 def _reasons(headers: Mapping[str, bytes | None]) -> set[str]:
-    """Returns the reasons of a dead letter, from its headers `reason` and `rejected` (`corrupt=3,...`)."""
+    """Return the reasons of a dead letter, from its headers `reason` and `rejected` (`corrupt=3,...`)."""
     counts = (headers.get("rejected") or b"").decode(errors="replace").split(",")
     return {(headers.get("reason") or b"").decode(errors="replace"), *(count.partition("=")[0] for count in counts)}
 

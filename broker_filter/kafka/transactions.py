@@ -78,7 +78,7 @@ class ClaimEndedError(RuntimeError):
 
 @dataclass(eq=False, slots=True)
 class Claim:
-    """This instance's claim on a partition, from the assignment until the partition is revoked, lost or fenced.
+    """The claim of this instance on a partition, from the assignment until the partition is revoked, lost or fenced.
 
     A partition that is claimed again gets a new claim, and the remaining work of the old claim is dropped. The reading
     thread sets `read` and `enqueued`; the committing thread sets `produced` and `committed`.
@@ -146,7 +146,7 @@ class Work:
         return sum(len(record.value) for _, record in self.records)
 
     def split(self, room: int) -> list[Work]:
-        """Divides the work after the packets whose output fits into `room` bytes, but after at least one packet.
+        """Divide the work after the packets whose output fits into `room` bytes, but after at least one packet.
 
         Returns a list of one or two pieces of work.
         """
@@ -167,7 +167,7 @@ class Work:
         ]
 
     def fit(self, limits: RecordLimits) -> None:
-        """Makes every record fit into its topic. A record that is too large becomes a dead letter.
+        """Make every record fit into its topic. A record that is too large becomes a dead letter.
 
         A dead letter that is too large is shortened, and gets the header TRUNCATED.
         """
@@ -229,7 +229,7 @@ class Writer:
         stop: threading.Event | None = None,
         refusals: Refusals | None = None,
     ) -> None:
-        """Fences the producer that had `transactional_id` before. Waits count as progress of `stage`.
+        """Fence the producer that had `transactional_id` before. Waits count as progress of `stage`.
 
         The writers of one cluster share `window` and `refusals`. Once `stop` is set, a writer that is refused raises
         KafkaSetupError. Raises KafkaAwayError if the coordinator does not answer, and KafkaSetupError if it refuses.
@@ -284,7 +284,7 @@ class Writer:
                 return
 
     def store_start(self, claim: Claim) -> None:
-        """Commits the start of a claim before anything is read, so that a restart starts at the same position.
+        """Commit the start of a claim before anything is read, so that a restart starts at the same position.
 
         If the brokers refuse it, the writer is fenced and the claim ends. Raises KafkaSetupError if it fails otherwise.
         """
@@ -304,7 +304,7 @@ class Writer:
             self._refusals.pop(claim.key, None)
 
     def add(self, work: Work) -> None:
-        """Adds work to the open transaction, or to a new one. Raises PositionError if its packets were added before."""
+        """Add work to the open transaction, or to a new one. Raises PositionError if its packets were added before."""
         claim = work.claim
         if work.start < claim.produced or work.end <= work.start:
             raise PositionError(f"{claim}: packets {work.start} to {work.end - 1} after position {claim.produced}")
@@ -331,7 +331,7 @@ class Writer:
         return sum(len(work.packets) for work in self._held)
 
     def commit(self) -> list[Work]:
-        """Commits held work in one transaction, repeats this until it succeeds, and returns the committed work.
+        """Commit held work in one transaction, repeat this until it succeeds, and return the committed work.
 
         The transaction holds all work, or as much as the window has room for. Work whose claim has ended is dropped.
         Raises FencedError if this writer may not commit any more, and KafkaSetupError if a repetition cannot succeed.
@@ -350,7 +350,7 @@ class Writer:
         raise AssertionError("pauses() does not end")
 
     def close(self) -> None:
-        """Drops the held work, and aborts the open transaction."""
+        """Drop the held work, and abort the open transaction."""
         self._held.clear()
         if self._open:
             with suppress(KafkaException):  # if the abort fails, the coordinator ends the transaction after its timeout
@@ -384,7 +384,7 @@ class Writer:
         return committed
 
     def _produce_ahead(self) -> None:
-        """Produces held work as far as the window has room, so that it is in flight before the commit is due."""
+        """Produce held work as far as the window has room, so that it is in flight before the commit is due."""
         if self._failure is None:
             try:
                 self._produce(least=0)
@@ -392,7 +392,7 @@ class Writer:
                 self._failure = error  # `commit` handles it
 
     def _produce(self, least: int) -> None:
-        """Produces held work as far as the window has room, but at least `least` pieces of work."""
+        """Produce held work as far as the window has room, but at least `least` pieces of work."""
         while self._produced < len(self._held):
             work = self._held[self._produced]
             size = work.size
@@ -426,12 +426,12 @@ class Writer:
         return self._batch_bytes > self._limits.smallest
 
     def _flush(self) -> None:
-        """Waits until all produced records are sent, so that the next record is in another batch."""
+        """Wait until all produced records are sent, so that the next record is in another batch."""
         while self._producer.flush(CALL_TIMEOUT_S):
             self._stage.beat()
 
     def _retry(self, call: Callable[[], None]) -> None:
-        """Repeats a call until it succeeds, because after a timeout the protocol allows only the same call."""
+        """Repeat a call until it succeeds, because after a timeout the protocol allows only the same call."""
         for attempt in count():
             try:
                 call()
@@ -453,7 +453,7 @@ class Writer:
         self._reset()
 
     def _reset(self) -> None:
-        """Resets the state of the transaction, so that all held work is produced again.
+        """Reset the state of the transaction, so that all held work is produced again.
 
         A transaction that is still open is counted as aborted.
         """
@@ -463,7 +463,7 @@ class Writer:
         self._open, self._produced, self._in_flight = False, 0, 0
 
     def _cause(self, error: KafkaError) -> KafkaError:
-        """Returns the cause of a failed transaction if `error` only says that the transaction must be aborted."""
+        """Return the cause of a failed transaction if `error` only says that the transaction must be aborted."""
         if error.code() == KafkaError._STATE and self._open:
             try:
                 self._producer.begin_transaction()  # in this state it fails with the cause
@@ -472,7 +472,7 @@ class Writer:
         return error
 
     def _recover(self, cause: KafkaError | None, refused: bool) -> None:
-        """Aborts the failed transaction, so that all held work can be produced again in the next transaction.
+        """Abort the failed transaction, so that all held work can be produced again in the next transaction.
 
         `cause`: the error, which is logged; None if the transaction failed because a claim has ended. Raises
         FencedError if a new producer is needed, and KafkaSetupError if a repetition cannot succeed.
@@ -519,7 +519,7 @@ class Writer:
         self._error_log.say(error.code(), "%s: transaction is repeated: %s", self._error_log.cluster, self.trouble)
 
     def _explain(self, error: KafkaError) -> str:
-        """Returns the text of an error; for a refusal, the right to grant."""
+        """Return the text of an error; for a refusal, the right to grant."""
         account = self._error_log.account
         if account is None:
             return explain(error)

@@ -27,7 +27,7 @@ class Stage:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Marks the block as one piece of work of the calling thread."""
+        """Mark the block as one piece of work of the calling thread."""
         thread = threading.get_ident()
         self._since[thread] = time.monotonic()
         try:
@@ -37,23 +37,23 @@ class Stage:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Like `watched`, and observes the time of the block in the metric of the stage."""
+        """Mark the block as `watched` does, and observe its time in the metric of the stage."""
         with self.watched(), self._metrics.time_stage(self.name):
             yield
 
     def beat(self) -> None:
-        """Restarts the time of the calling thread, because it waits for an external system and is not stuck."""
+        """Restart the time of the calling thread, because it waits for an external system and is not stuck."""
         thread = threading.get_ident()
         if thread in self._since:
             self._since[thread] = time.monotonic()
 
     def rest(self, seconds: float, until: threading.Event | None = None) -> None:
-        """Waits for some seconds, or until the event `until` is set, without counting as stuck."""
+        """Wait for some seconds, or until the event `until` is set, without counting as stuck."""
         end, until = time.monotonic() + seconds, until or threading.Event()
         while (left := end - time.monotonic()) > 0 and not until.wait(min(left, BEAT_S)):
             self.beat()
 
     def busy_s(self) -> float:
-        """Returns for how many seconds the slowest thread has been at its present piece of work; 0 if none works."""
+        """Return for how many seconds the slowest thread has been at its present piece of work; 0 if none works."""
         now = time.monotonic()
         return now - min(self._since.copy().values(), default=now)

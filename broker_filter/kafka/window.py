@@ -43,7 +43,7 @@ class Window:
         return self._bytes
 
     def take(self, size: int) -> bool:
-        """Counts `size` more bytes in flight and returns True; returns False and counts nothing if there is no room."""
+        """Count `size` more bytes in flight and return True; if there is no room, count nothing and return False."""
         with self._lock:
             if self._in_flight + size > self._bytes:
                 return False
@@ -51,12 +51,12 @@ class Window:
             return True
 
     def overdraw(self, size: int) -> None:
-        """Counts `size` more bytes in flight even if there is no room for them."""
+        """Count `size` more bytes in flight even if there is no room for them."""
         with self._lock:
             self._in_flight += size
 
     def give_back(self, size: int) -> None:
-        """Counts `size` bytes as no longer in flight."""
+        """Count `size` bytes as no longer in flight."""
         with self._lock:
             self._in_flight -= size
 
@@ -71,7 +71,7 @@ class Window:
         return self._bytes // SHARES
 
     def passed(self, size: int, began: float) -> None:
-        """Adapts the window to a commit of `size` bytes that began at clock time `began` and has just succeeded."""
+        """Adapt the window to a commit of `size` bytes that began at clock time `began` and has just succeeded."""
         took = self._clock() - began
         with self._lock:
             if took < FAST * self._timeout_s and self._in_flight > self._bytes / 2:  # else the commit says little
@@ -80,7 +80,7 @@ class Window:
                 self._shrink(AFTER_SLOW, began)
 
     def failed(self, began: float) -> None:
-        """Shrinks the window if a transaction that began at clock time `began` has just failed and was slow."""
+        """Shrink the window if a transaction that began at clock time `began` has just failed and was slow."""
         with self._lock:
             if self._clock() - began > SLOW * self._timeout_s:
                 self._shrink(AFTER_FAILURE, began)

@@ -26,7 +26,7 @@ CROWDED, SPARSE = 3.0, 14.0
 
 
 def lay_out(embedding: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Positions float32[N, 2] on the map of embeddings float32[N, D]: UMAP (McInnes et al. 2018, arXiv:1802.03426)."""
+    """Return positions float32[N, 2] for embeddings float32[N, D], by UMAP (McInnes et al. 2018, arXiv:1802.03426)."""
     from umap import UMAP
 
     layout = UMAP(n_neighbors=NEIGHBOURS, metric="cosine", random_state=SEED, n_jobs=1)

@@ -62,7 +62,7 @@ def ghost(conditions: Conditions, rng: np.random.Generator) -> Image:
 
 
 def edge_glow(conditions: Conditions, rng: np.random.Generator, distance: int, axis: int, towards: int) -> Image:
-    """Glow at the edge of the detector, `distance` pixels from the central pixel.
+    """Return the image of a glow at the edge of the detector, `distance` pixels from the central pixel.
 
     `axis`: 0 for an edge in y, 1 for x. `towards`: the direction of the edge along that axis, -1 or +1.
     """

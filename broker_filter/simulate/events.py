@@ -130,7 +130,7 @@ def ghost(at: Circumstances, rng: np.random.Generator) -> Event:
 
 
 def edge(at: Circumstances, rng: np.random.Generator) -> Event:
-    """Glow at the edge of the detector."""
+    """Simulate a glow at the edge of the detector."""
     return Event(light_curves.never_before(at.mjd), artefact=artefacts.edge_glow(at.conditions, rng, *at.edge))
 
 

@@ -247,7 +247,7 @@ class Night:
         return min(Edge(y, 0, -1), Edge(rows - 1 - y, 0, 1), Edge(x, 1, -1), Edge(columns - 1 - x, 1, 1))
 
     def _draw_surroundings(self, exposure: Exposure, rng: np.random.Generator) -> tuple[list[Point], list[Galaxy]]:
-        """Random field stars and galaxies, unrelated to the alert."""
+        """Return random field stars and galaxies, unrelated to the alert."""
         instrument, half = self._instrument, self._instrument.grid / 2
         deepest = exposure.conditions.limiting_magnitude + 2
         points, galaxies = [], []
@@ -261,7 +261,7 @@ class Night:
         return points, galaxies
 
     def _blank_unread(self, stamps: Stamps, rng: np.random.Generator) -> None:
-        """In 8 % of the alerts, sets some blocks of pixels away from the centre to NaN in all three images."""
+        """Set, in 8 % of the alerts, some blocks of pixels away from the centre to NaN in all three images."""
         if rng.random() > 0.08:
             return
         grid = self._instrument.grid
@@ -291,7 +291,7 @@ class Night:
         return sorted(listed, key=lambda neighbour: neighbour.distance)
 
     def _look_back(self, exposure: Exposure, curve: LightCurve, rng: np.random.Generator) -> History:
-        """Earlier visits of the same position: those of the last 30 nights for ZTF, of the last year for LSST."""
+        """Return the earlier visits of the same position: of the last 30 nights for ZTF, of the last year for LSST."""
         bands = self._instrument.bands
         span, visited, per_visit = (30, 0.45, 2) if len(bands) == 2 else (365, 0.08, 1)
         nights = np.flatnonzero(rng.random(span) < visited)

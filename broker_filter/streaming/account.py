@@ -44,7 +44,7 @@ class Account:
     """Unix seconds of the exposure of each scored alert."""
 
     def add(self, other: Account) -> None:
-        """Adds the counts of another account. The times are not kept: an archive may hold any number of them."""
+        """Add the counts of another account. The times are not kept: an archive may hold any number of them."""
         self.consumed += other.consumed
         self.scored += other.scored
         self.duplicates += other.duplicates
@@ -55,7 +55,7 @@ class Account:
 
 
 def account_batch(scored: ScoredBatch) -> Account:
-    """The counts of all packets of a batch."""
+    """Return the counts of all packets of a batch."""
     total = Account()
     for account in account_packets(scored):
         total.add(account)
@@ -63,7 +63,7 @@ def account_batch(scored: ScoredBatch) -> Account:
 
 
 def account_packets(scored: ScoredBatch) -> list[Account]:
-    """The account of each packet of a batch, in the order of the packets.
+    """Return the account of each packet of a batch, in the order of the packets.
 
     `consumed` is counted from what decoding delivered, the other counts from what scoring made of it. The two may only
     differ through a fault of the program, which the metric `broker_filter_unaccounted_alerts` shows.
@@ -98,6 +98,6 @@ def account_packets(scored: ScoredBatch) -> list[Account]:
 
 
 def exposure_times(alerts: AlertBatch) -> NDArray[np.float64]:
-    """The times of the exposures of N alerts in Unix seconds, float64[N]."""
+    """Return the times of the exposures of N alerts in Unix seconds, float64[N]."""
     seconds = (alerts.mjd - MJD_OF_UNIX_EPOCH) * SECONDS_PER_DAY
     return np.where(alerts.survey == Survey.LSST, seconds - TAI_MINUS_UTC_S, seconds)

@@ -44,7 +44,7 @@ class AnomalyJudge:
         return tuple(self._where.columns) if self._where else ()
 
     def judge(self, scored: ScoredBatch) -> Anomalies:
-        """Returns score, threshold, flag and reason of each alert. A duplicate is judged but does not move the
+        """Return score, threshold, flag and reason of each alert. A duplicate is judged but does not move the
         threshold.
 
         Raises ReferenceSetError if the model gives no embedding.
@@ -70,7 +70,7 @@ class AnomalyJudge:
 
 
 def open_judge(asked: config.Anomalies, scorer: Scorer) -> AnomalyJudge:
-    """Opens the judge that a configuration describes. Logs for which surveys the reference cannot judge alerts.
+    """Open the judge that a configuration describes. Logs for which surveys the reference cannot judge alerts.
 
     Raises ReferenceSetError if the reference cannot be used with the models, and ExpressionError if the filter does not
     compile.

@@ -44,7 +44,7 @@ class ArchiveScores:
             yield batch, to_rows(batch, self.schema, self._policies.judge(batch))
 
     def share_read(self) -> float | None:
-        """The share of the bytes of the inputs that was read so far; None if their total is not known."""
+        """Return the share of the bytes of the inputs that was read so far; None if their total is not known."""
         return self._packets.share_read()
 
 

@@ -118,7 +118,7 @@ def read_packets(
 
 
 def check_inputs(inputs: Sequence[str | Path]) -> None:
-    """Raises NoInputError if an input does not exist or is of an unsupported kind."""
+    """Raise NoInputError if an input does not exist or is of an unsupported kind."""
     for i, given in enumerate(inputs):
         if _is_stdin(given):
             if any(map(_is_stdin, inputs[:i])):
@@ -134,7 +134,7 @@ def _is_stdin(given: str | Path) -> bool:
 
 
 def _fetch(scheme: str, url: str) -> str:
-    """Returns what to do about an input that is a URL."""
+    """Return what to do about an input that is a URL."""
     if scheme == "kafka":
         return "a topic is read by `run`, `inspect` and `replay` only"
     fetch = f"aws s3 cp {url} -" if scheme == "s3" else f"curl -L {url}"
@@ -163,7 +163,7 @@ class Packets(Iterator[Packet]):
         return next(self._packets)
 
     def share_read(self) -> float | None:
-        """Returns the fraction of the inputs' bytes that was read, from 0 to 1; None if the total is unknown, as for
+        """Return the fraction of the inputs' bytes that was read, from 0 to 1; None if the total is unknown, as for
         pipes.
 
         Only the reading thread may call this. The first call reads the sizes of all files.
@@ -184,7 +184,7 @@ class Packets(Iterator[Packet]):
         return total
 
     def _files(self) -> Iterator[str | Path]:
-        """The files of all inputs, without the skipped ones."""
+        """Return the files of all inputs, without the skipped ones."""
         for file in chain.from_iterable(map(_files, self._inputs)):
             is_skipped = Path(file).name in self._skipped_names and Path(file).resolve() in self._skipped_files
             if not is_skipped:
@@ -205,7 +205,7 @@ class Packets(Iterator[Packet]):
             self._current = None
 
     def _read_stream(self, stream: io.BufferedReader[Any], position: FilePosition, depth: int = 0) -> Iterator[Packet]:
-        """Yields the packets in a file or member. Its first bytes decide its format."""
+        """Yield the packets in a file or member. Its first bytes decide its format."""
         start = stream.peek(tarfile.BLOCKSIZE)[: tarfile.BLOCKSIZE]
         if start.startswith(ocf.MAGIC):
             yield from self._read_container(stream, position)
@@ -260,7 +260,7 @@ class Packets(Iterator[Packet]):
             yield Packet(b"", replace(position, record=row))
 
     def _tell_left_out(self, left_out: Mapping[str, object], position: FilePosition) -> None:
-        """Warns of wanted columns that cannot be read, once for all files with the same columns."""
+        """Warn of wanted columns that cannot be read, once for all files with the same columns."""
         columns = [
             f"{path} ({kind})"
             for path, kind in left_out.items()
@@ -302,7 +302,7 @@ class Packets(Iterator[Packet]):
             yield Packet(b"", position)
 
     def _read_member(self, archive: IO[bytes], size: int, position: FilePosition, depth: int) -> Iterator[Packet]:
-        """Yields the packets in the tar member of `size` bytes that begins at the position of `archive`."""
+        """Yield the packets in the tar member of `size` bytes that begins at the position of `archive`."""
         if size > _WHOLE_MEMBER:
             stored = io.BufferedReader(_Stored(archive, size), _PACKET_BUFFER)
             yield from self._read_stream(stored, position, depth)
@@ -315,7 +315,7 @@ class Packets(Iterator[Packet]):
 
 
 def _files(given: str | Path) -> Iterator[str | Path]:
-    """Yields the files of an input."""
+    """Yield the files of an input."""
     if _is_stdin(given) or not Path(given).is_dir():
         yield given
         return
@@ -332,17 +332,17 @@ def _files(given: str | Path) -> Iterator[str | Path]:
 
 
 def _is_of_macos(name: str, start: bytes) -> bool:
-    """Whether this is a file that macOS has added to an archive. Such a file is empty or begins with a zero byte."""
+    """Return whether macOS has added this file to an archive. Such a file is empty or begins with a zero byte."""
     return start[:1] in (b"", b"\0") and _OF_MACOS.fullmatch(name) is not None
 
 
 def _is_packet(container: bytes, limit: int) -> bool:
-    """Whether a container holds at most one alert and is not too large, so that it need not be divided."""
+    """Return whether a container holds at most one alert and is not too large, so that it need not be divided."""
     return len(container) <= limit and ocf.count_records(container) <= 1
 
 
 def _read_up_to(size: int, stream: io.BufferedReader[Any]) -> bytes:
-    """Reads at most `size` bytes. Unlike `read(size)`, it does not allocate `size` bytes first."""
+    """Read at most `size` bytes. Unlike `read(size)`, it does not allocate `size` bytes first."""
     pieces = []
     while size > 0 and (piece := stream.read(min(size, _FILE_BUFFER))):
         pieces.append(piece)
@@ -365,7 +365,7 @@ class _Reader(Protocol):
     """A compressed stream's content."""
 
     def read1(self, size: int, /) -> bytes:
-        """Returns at most `size` bytes, and no bytes at the end. Raises one of `_DAMAGE`."""
+        """Return at most `size` bytes, and no bytes at the end. Raises one of `_DAMAGE`."""
         ...
 
 
@@ -499,7 +499,7 @@ _COMPRESSIONS = (
 
 
 def _compression_of(start: bytes) -> _Compression | None:
-    """Returns the compression format of a file that begins with `start`, or None."""
+    """Return the compression format of a file that begins with `start`, or None."""
     return next((known for known in _COMPRESSIONS if start.startswith(known.beginning)), None)
 
 
@@ -526,7 +526,7 @@ class _Member(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, archive: Any) -> _Member:
-        """Reads the next member of an open archive at the position of its file. Faster than tarfile, same result."""
+        """Read the next member of an open archive at the position of its file. Faster than tarfile, same result."""
         header = archive.fileobj.read(tarfile.BLOCKSIZE)
         start = archive.fileobj.tell() - len(header)
         try:
@@ -543,7 +543,7 @@ class _Member(tarfile.TarInfo):
 
     @classmethod
     def _of_plain_file(cls, header: bytes) -> _Member | None:
-        """Parses name and size of a usual header. Returns None if the header is unusual or damaged."""
+        """Parse name and size of a usual header. Returns None if the header is unusual or damaged."""
         plain = _PLAIN_HEADER.fullmatch(header)
         if not plain or not header.isascii():
             return None

@@ -59,13 +59,13 @@ class Sample:
         return len(self._drawn()[0]) if self._parts else 0
 
     def put(self, alerts: ReferenceAlerts) -> None:
-        """Adds alerts to the sample, and drops alerts that are not drawn."""
+        """Add alerts to the sample, and drop alerts that are not drawn."""
         self._parts.append((np.array([_draw(str(alert)) for alert in alerts.alert_id.tolist()], np.uint64), alerts))
         if sum(len(part) for _, part in self._parts) > 2 * self.limit:
             self._parts = [self._drawn()]
 
     def take(self) -> ReferenceAlerts:
-        """Returns the sample, in the order of the draw. Raises ReferenceSetError if it is empty."""
+        """Return the sample, in the order of the draw. Raises ReferenceSetError if it is empty."""
         if not self._parts:
             raise ReferenceSetError("no ordinary alert among the inputs")
         return self._drawn()[1]
@@ -78,7 +78,7 @@ class Sample:
 
 
 def ordinary_alerts(scored: ScoredBatch, model: Model, where: Expression | None) -> ReferenceAlerts:
-    """Returns the ordinary alerts of a batch: those that pass `where` (all alerts if None), without duplicates.
+    """Return the ordinary alerts of a batch: those that pass `where` (all alerts if None), without duplicates.
 
     Raises ReferenceSetError if the model gives no embedding.
     """
@@ -99,7 +99,7 @@ def build_reference(
     measure: Measure = "mahalanobis",
     labels: Labels | None = None,
 ) -> Reference:
-    """Builds a reference from up to `limit` alerts of each survey, calibrated on alerts of other objects.
+    """Build a reference from up to `limit` alerts of each survey, calibrated on alerts of other objects.
 
     `where`: selects the ordinary alerts; None selects all. `labels`: classes of some alerts, for the measure
     `centroids`. A survey with too few alerts is left out with a warning. A survey of which few alerts pass `where` is
@@ -140,7 +140,7 @@ def build_reference(
 
 
 def _calibrate(alerts: ReferenceAlerts, model: Model, measure: Measure, labels: Labels | None) -> SurveyReference:
-    """Divides a survey's alerts into its reference and held-out alerts, and calibrates the reference on the latter.
+    """Divide a survey's alerts into its reference and held-out alerts, and calibrate the reference on the latter.
 
     Raises ReferenceSetError if there are too few alerts, or if all distances of a modality are equal.
     """
@@ -167,7 +167,7 @@ def _calibrate(alerts: ReferenceAlerts, model: Model, measure: Measure, labels: 
 
 
 def _held_out(object_id: NDArray[np.str_]) -> NDArray[np.bool_]:
-    """Returns which alerts are held out for the calibration, bool[N].
+    """Return which alerts are held out for the calibration, bool[N].
 
     These are the alerts of a fraction HELD_OUT of the objects, or of more objects if there are too few alerts.
     """
@@ -181,12 +181,12 @@ def _held_out(object_id: NDArray[np.str_]) -> NDArray[np.bool_]:
 
 
 def _mean_and_deviation(distances: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Returns mean and standard deviation of each column of [N, P] without NaN, float32[P, 2]."""
+    """Return mean and standard deviation of each column of [N, P] without NaN, float32[P, 2]."""
     return np.stack([np.nanmean(distances, axis=0), np.nanstd(distances, axis=0)], axis=1).astype(np.float32)
 
 
 def _draw(name: str) -> int:
-    """Returns a pseudo-random number below 2**64 that depends on the name only."""
+    """Return a pseudo-random number below 2**64 that depends on the name only."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
 
 

@@ -36,7 +36,7 @@ class DuplicateWindow:
         self._places = np.empty(0, np.int64)
 
     def mark(self, alerts: AlertBatch, taken: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Returns which rows repeat an id, bool[N], and remembers the new ids. Rows that are not `taken` are
+        """Return which rows repeat an id, bool[N], and remember the new ids. Rows that are not `taken` are
         ignored."""
         duplicate = np.zeros(len(alerts), dtype=np.bool_)
         identities = _identities(alerts)
@@ -58,7 +58,7 @@ class DuplicateWindow:
         return duplicate
 
     def forget(self, alerts: AlertBatch, rows: Iterable[int]) -> None:
-        """Forgets the ids of some rows. These alerts were not published, so they are not duplicates when they come
+        """Forget the ids of some rows. These alerts were not published, so they are not duplicates when they come
         again."""
         identities = _identities(alerts)
         for i in rows:
@@ -68,7 +68,7 @@ class DuplicateWindow:
                 self._numbers[at] = FORGOTTEN
 
     def _find(self, identities: NDArray[np.uint64]) -> dict[int, tuple[int, int]]:
-        """Returns sequence number and place by identity, for those of the identities that are in the sorted array."""
+        """Return sequence number and place by identity, for those of the identities that are in the sorted array."""
         at = np.searchsorted(self._identities, identities)
         at = at[at < len(self._identities)]
         at = at[np.isin(self._identities[at], identities)]
@@ -76,7 +76,7 @@ class DuplicateWindow:
         return dict(zip(self._identities[at].tolist(), found, strict=True))
 
     def _settle(self) -> None:
-        """Merges the latest ids into the sorted array, and drops ids that have left the window."""
+        """Merge the latest ids into the sorted array, and drop ids that have left the window."""
         identities = np.fromiter(self._latest, np.uint64, len(self._latest))
         numbers, places = np.array(list(self._latest.values()), np.int64).T
         self._latest.clear()
@@ -89,5 +89,5 @@ class DuplicateWindow:
 
 
 def _identities(alerts: AlertBatch) -> NDArray[np.uint64]:
-    """Returns a key for each of N alerts, uint64[N]: the id, with the survey in the highest bit, which no id uses."""
+    """Return a key for each of N alerts, uint64[N]: the id, with the survey in the highest bit, which no id uses."""
     return alerts.alert_id.view(np.uint64) ^ (alerts.survey.astype(np.uint64) << np.uint64(63))

@@ -93,7 +93,7 @@ class OutputSchema:
 
     @classmethod
     def of(cls, definition: Mapping[str, Any]) -> OutputSchema:
-        """Returns the output schema for a parsed JSON schema."""
+        """Return the output schema for a parsed JSON schema."""
         text = json.dumps(definition, separators=(",", ":")).encode()
         sync = hashlib.blake2b(text, digest_size=16).digest()
         return cls(text, sync, container_header(text, sync))
@@ -108,7 +108,7 @@ class Framing(Protocol):
         ...
 
     def frame(self, schema: OutputSchema, body: Body, topic: str) -> bytes:
-        """Returns the value to publish to `topic`."""
+        """Return the value to publish to `topic`."""
         ...
 
 
@@ -118,7 +118,7 @@ class ContainerFraming:
     headers = (HOP_FORMAT,)
 
     def frame(self, schema: OutputSchema, body: Body, topic: str) -> bytes:  # noqa: ARG002
-        """Returns the value to publish, which is the same for every topic."""
+        """Return the value to publish, which is the same for every topic."""
         size = sum(map(len, body))
         return b"".join((schema.header, encode_long(1), encode_long(size), *body, schema.sync))
 
@@ -155,7 +155,7 @@ class WireFraming:
         self._refusals: dict[tuple[bytes, str], tuple[float, RegistryRefusalError]] = {}  # time, error
 
     def frame(self, schema: OutputSchema, body: Body, topic: str) -> bytes:
-        """Returns the value to publish to `topic`.
+        """Return the value to publish to `topic`.
 
         Raises RegistryUnavailable if the registry does not answer (a later call may succeed), and RegistryRefusalError
         if it refuses the schema.
@@ -213,7 +213,7 @@ class WireFraming:
 
 
 def name_of_its_own(definition: dict[str, Any], sync: bytes) -> dict[str, Any]:
-    """Moves a record's schema to a unique namespace: `ztf.alert` becomes `ztf.v1a2b3c4d5e6f7081.alert`.
+    """Move a record's schema to a unique namespace: `ztf.alert` becomes `ztf.v1a2b3c4d5e6f7081.alert`.
 
     Avro compares the records of reader and writer by name without namespace, and bodies contain no names. So neither
     the bytes nor the readers change. `sync`: the sync marker of the schema, from which the namespace is made.
@@ -230,7 +230,7 @@ class Encoder:
         self._payload = payload
 
     def encode(self, scored: ScoredBatch, scored_at_ms: int) -> list[tuple[OutputSchema, Body]]:
-        """Returns schema and body of each alert in `scored.scored`, in this order. `scored_at_ms`: Unix
+        """Return schema and body of each alert in `scored.scored`, in this order. `scored_at_ms`: Unix
         milliseconds."""
         rows = scored.scored.tolist()
         annotations = encode_annotations(scored, scored_at_ms)
@@ -245,7 +245,7 @@ class Encoder:
 
 
 def _kept(record: Record, cutouts: bool) -> list[memoryview]:
-    """Returns the pieces of an alert's body that are copied to the output."""
+    """Return the pieces of an alert's body that are copied to the output."""
     if cutouts:
         return [record.body]
     starts = [0, *(end for _, end in record.cutout_spans)]
@@ -254,7 +254,7 @@ def _kept(record: Record, cutouts: bool) -> list[memoryview]:
 
 
 def encode_annotations(scored: ScoredBatch, scored_at_ms: int) -> list[bytes]:
-    """Returns the Avro encoding of the field `broker_filter` for each of the batch's N alerts."""
+    """Return the Avro encoding of the field `broker_filter` for each of the batch's N alerts."""
     head = _string(__version__) + encode_long(scored_at_ms)
     duplicate = [b"\1" if seen else b"\0" for seen in scored.duplicate.tolist()]
     anomaly = _encode_anomalies(scored.anomalies) if scored.anomalies else [NULL] * len(duplicate)
@@ -267,7 +267,7 @@ def encode_annotations(scored: ScoredBatch, scored_at_ms: int) -> list[bytes]:
 
 
 def encode_identity(alerts: AlertBatch, i: int) -> bytes:
-    """Returns the Avro encoding of the fields of scored_alert.avsc before `broker_filter`, for alert `i`."""
+    """Return the Avro encoding of the fields of scored_alert.avsc before `broker_filter`, for alert `i`."""
     band = alerts.identity(i).band
     return b"".join(
         (
@@ -300,7 +300,7 @@ def _array(items: Sequence[bytes]) -> tuple[bytes, ...]:
 
 
 def _encode_anomalies(anomalies: Anomalies) -> list[bytes]:
-    """Returns an encoded null or Anomaly record for each of the N rows."""
+    """Return an encoded null or Anomaly record for each of the N rows."""
     scores, thresholds = (values.astype("<f4").tobytes() for values in (anomalies.score, anomalies.threshold))
     model = SECOND_BRANCH + _string(anomalies.model) + SECOND_BRANCH
     encoded = []
@@ -326,7 +326,7 @@ def _encode_reason(reason: Reason) -> bytes:
 
 
 def _encode_model(scores: ModelScores) -> list[bytes]:
-    """Returns an encoded ModelScores record for each of N rows. All have the same length and are filled in one
+    """Return an encoded ModelScores record for each of N rows. All have the same length and are filled in one
     array."""
     template = bytearray(_string(scores.model) + _string(scores.version))
     floats: list[tuple[int, NDArray[np.float32]]] = []
@@ -362,7 +362,7 @@ def _scored_alert_definition() -> dict[str, Any]:
 
 @cache
 def scored_alert_schema() -> OutputSchema:
-    """Returns the schema of `payload: scores`: schemas/scored_alert.avsc without its documentation.
+    """Return the schema of `payload: scores`: schemas/scored_alert.avsc without its documentation.
 
     The schema is repeated in each container file, and the documentation would double its size.
     """
@@ -378,7 +378,7 @@ def _undocumented(part: Any) -> Any:
 
 
 def annotated_schema(schema: WriterSchema, cutouts: bool) -> OutputSchema:
-    """Returns the writer's schema with the added field at its end, with or without cutouts, without invalid
+    """Return the writer's schema with the added field at its end, with or without cutouts, without invalid
     defaults."""
     return _with_cutouts(schema) if cutouts else _without_cutouts(schema)
 
@@ -404,13 +404,13 @@ _without_cutouts = BySchema(partial(_annotate, cutouts=False))
 
 
 def _taken_names(schema: WriterSchema, definitions: Mapping[str, Any]) -> set[str]:
-    """Returns the names that the added field and its namespace must not have."""
+    """Return the names that the added field and its namespace must not have."""
     fields = {field["name"] for field in schema.definition["fields"]}
     return fields | {name.partition(".")[0] for name in definitions}
 
 
 def _named_types(type_: Any, namespace: str = "") -> dict[str, Any]:
-    """Returns all named types that a schema defines, by full name."""
+    """Return all named types that a schema defines, by full name."""
     if isinstance(type_, list):
         return {name: found for branch in type_ for name, found in _named_types(branch, namespace).items()}
     if not isinstance(type_, dict):

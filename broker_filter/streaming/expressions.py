@@ -93,11 +93,11 @@ class Expression:
         return sorted(name for name in self.names if "." not in name and name not in IDENTITY_FIELDS)
 
     def evaluate(self, scored: ScoredBatch) -> NDArray[np.bool_]:
-        """Returns for which alerts of a batch the filter is true, bool[N]."""
+        """Return for which alerts of a batch the filter is true, bool[N]."""
         return self.holds(scored.alerts, scored.scores.columns())
 
     def holds(self, alerts: AlertBatch, outputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.bool_]:
-        """Returns for which alerts the filter is true, bool[N]. `outputs`: float32[N] by name `<model>.<label>`.
+        """Return for which alerts the filter is true, bool[N]. `outputs`: float32[N] by name `<model>.<label>`.
 
         Raises KeyError if the batch lacks a column that the filter reads.
         """
@@ -108,7 +108,7 @@ class Expression:
 
 
 def field(alerts: AlertBatch, name: str) -> NDArray[Any]:
-    """Returns an identity field or metadata column of N alerts: numbers [N], or text (dtype object)[N].
+    """Return an identity field or metadata column of N alerts: numbers [N], or text (dtype object)[N].
 
     A missing number is NaN, and a missing text is None. Raises KeyError if the batch has no such column.
     """
@@ -127,7 +127,7 @@ def field(alerts: AlertBatch, name: str) -> NDArray[Any]:
 
 
 def compile_filter(text: str, fields: Sequence[str], outputs: Sequence[str] | None) -> Expression:
-    """Compiles a filter.
+    """Compile a filter.
 
     `fields`: the identity fields and metadata columns that the filter may use. `outputs`: the names of the models'
     outputs, `<model>.<label>`. If `outputs` is None, any other name is accepted as an output. Raises ExpressionError if
@@ -150,7 +150,7 @@ def compile_filter(text: str, fields: Sequence[str], outputs: Sequence[str] | No
 
 
 def _take_quoted_names(source: str) -> tuple[str, dict[str, str]]:
-    """Replaces each name in backquotes, outside of string literals, by a placeholder of the same length.
+    """Replace each name in backquotes, outside of string literals, by a placeholder of the same length.
 
     Returns the new text, and the names by placeholder.
     """
@@ -189,7 +189,7 @@ class _Compiler:
         self._known |= {name: name for name in (*outputs, *fields)}
 
     def truth(self, node: ast.expr, depth: int) -> Evaluate:
-        """Compiles `node` to a function that returns a Truth."""
+        """Compile `node` to a function that returns a Truth."""
         part = self._part(node, depth)
         match part.kind:
             case Kind.TRUTH:
@@ -201,7 +201,7 @@ class _Compiler:
                 raise _refusal(node, "this is text, but a truth value is needed; compare the text with `==` or `in`")
 
     def number(self, node: ast.expr, depth: int) -> Evaluate:
-        """Compiles `node` to a function that returns a number."""
+        """Compile `node` to a function that returns a number."""
         part = self._part(node, depth)
         if part.kind is not Kind.NUMBER:
             raise _refusal(node, f"a number is needed here, but this is {part.kind.value}")
@@ -331,7 +331,7 @@ def _refusal(node: ast.expr, what: str) -> ExpressionError:
 
 
 def _missing(value: Values) -> NDArray[np.bool_]:
-    """Returns where a number is NaN or a text is None, as a bool array or scalar."""
+    """Return where a number is NaN or a text is None, as a bool array or scalar."""
     array = np.asarray(value)
     return np.asarray(array == None if array.dtype == object else np.isnan(array), dtype=np.bool_)  # noqa: E711
 

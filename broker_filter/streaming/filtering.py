@@ -34,7 +34,7 @@ def score_alerts(
     window: DuplicateWindow,
     judge: AnomalyJudge | None = None,
 ) -> ScoredBatch:
-    """Scores decoded alerts, marks duplicates and, with a `judge`, flags anomalies.
+    """Score decoded alerts, mark duplicates and, with a `judge`, flag anomalies.
 
     Call this once for each batch, in the order in which the packets arrived. `rejects`: the rejects of decoding; the
     returned batch also holds a reject for each alert that no model takes.
@@ -58,7 +58,7 @@ def score_alerts(
 
 
 def score_packets(packets: Sequence[Packet], decoder: Decoder, scorer: Scorer, window: DuplicateWindow) -> ScoredBatch:
-    """Decodes and scores one batch of packets. Raises RegistryUnavailable if a schema cannot be read."""
+    """Decode and score one batch of packets. Raises RegistryUnavailable if a schema cannot be read."""
     alerts, rejects = decoder.decode(packets)
     return score_alerts(alerts, rejects, scorer, window)
 

@@ -27,7 +27,7 @@ class Policies:
     """The requested policies, each written as `POLICY=OUTPUT`."""
 
     def __init__(self, asked: Sequence[str], outputs: Sequence[str]) -> None:
-        """`outputs`: names of the models' outputs, `<model>.<label>`.
+        """Parse the requested policies. `outputs`: names of the models' outputs, `<model>.<label>`.
 
         Raises PolicyError for an unknown policy or output, or a policy that is requested twice.
         """
@@ -53,7 +53,7 @@ class Policies:
         return (MAGNITUDE,) if self._filters else ()
 
     def judge(self, batch: ScoredBatch) -> dict[str, list[bool | None]]:
-        """Returns, for each policy, a list of N values: whether the object of the alert has passed the policy by then.
+        """Return, for each policy, a list of N values: whether the object of the alert has passed the policy by then.
 
         The value is None for an alert that was not scored or is a duplicate. Call this once for each batch, in order.
         """

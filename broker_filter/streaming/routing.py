@@ -50,7 +50,7 @@ class Routed:
     published: Counter[str] = field(default_factory=Counter)  # records by topic
 
     def add(self, record: OutputRecord, packet_index: int) -> None:
-        """Appends a record that was made from the packet `packet_index` of the batch."""
+        """Append a record that was made from the packet `packet_index` of the batch."""
         self.records.append(record)
         self.packet_index.append(packet_index)
         self.published[record.topic] += 1
@@ -99,7 +99,7 @@ class Router:
         return tuple(dict.fromkeys(column for _, expression in self._filters for column in expression.columns))
 
     def route(self, scored: ScoredBatch) -> Routed:
-        """Returns the output records of a batch. Raises RegistryUnavailable if the schema registry does not answer."""
+        """Return the output records of a batch. Raises RegistryUnavailable if the schema registry does not answer."""
         alerts, rows = scored.alerts, scored.scored
         chosen = [(self._scored, np.ones(len(alerts), dtype=np.bool_))]
         if scored.anomalies:
@@ -133,7 +133,7 @@ class Router:
         return routed
 
     def _dead_letter_record(self, rejects: Sequence[Reject]) -> OutputRecord:
-        """Returns the dead letter of a packet with these `rejects`. Its headers tell the first reject and the
+        """Return the dead letter of a packet with these `rejects`. Its headers tell the first reject and the
         counts."""
         first = min(rejects, key=lambda reject: reject.record)
         object_id = first.alert.object_id if first.alert else None
@@ -149,7 +149,7 @@ class Router:
         return OutputRecord(self._dead_letter, object_id.encode() if object_id else None, first.packet.data, headers)
 
     def _headers(self, packet: Packet, record: int) -> list[Header]:
-        """Returns the headers that all output records have. The header `record` is left out for the first alert."""
+        """Return the headers that all output records have. The header `record` is left out for the first alert."""
         which = [("record", str(record).encode())] if record else []
         return [("input", str(packet.position).encode()), *which, self._models]
 
@@ -173,7 +173,7 @@ def _bounded(detail: str) -> bytes:
 
 
 def open_router(service: Service, scorer: Scorer, waiting: Callable[[], None] = no_beat) -> Router:
-    """Opens the router that a configuration describes. Raises ExpressionError if a filter does not compile.
+    """Open the router that a configuration describes. Raises ExpressionError if a filter does not compile.
 
     `waiting`: see RegistryClient.
     """

@@ -60,7 +60,7 @@ class ScoredBatch:
         return np.flatnonzero(self.scores.taken)
 
     def less(self, refused: Mapping[int, Reject]) -> ScoredBatch:
-        """Returns the batch with some scored rows turned into rejects. `refused`: rejects by row."""
+        """Return the batch with some scored rows turned into rejects. `refused`: rejects by row."""
         if not refused:
             return self
         taken = self.scores.taken.copy()

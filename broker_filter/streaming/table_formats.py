@@ -43,11 +43,11 @@ class Table(Protocol):
     """A table to which rows are written."""
 
     def write(self, rows: pa.RecordBatch) -> None:
-        """Appends rows, which have the schema with which the table was opened."""
+        """Append rows, which have the schema with which the table was opened."""
         ...
 
     def close(self) -> None:
-        """Completes the file with the rows that were written. The stream stays open."""
+        """Complete the file with the rows that were written. The stream stays open."""
         ...
 
 
@@ -206,7 +206,7 @@ class _Fits:
         self._stream.write(bytes(-self._rows * dtype.itemsize % FITS_BLOCK))
 
     def _format(self, field: pa.Field) -> tuple[str, Any]:
-        """Returns the column's format in FITS and in numpy."""
+        """Return the column's format in FITS and in numpy."""
         plain = {
             pa.int64(): ("K", ">i8"),
             pa.float64(): ("D", ">f8"),
@@ -239,7 +239,7 @@ class _Widths:
         self._with_nulls: set[str] = set()
 
     def add(self, rows: pa.RecordBatch | pa.Table) -> None:
-        """Updates the widths with these rows."""
+        """Update the widths with these rows."""
         for name in self.of:
             column = rows.column(name)
             lengths = pc.utf8_length(column) if name in self._texts else pc.list_value_length(column)
@@ -248,20 +248,20 @@ class _Widths:
                 self._with_nulls.add(name)
 
     def of_texts(self, null: str) -> dict[str, int]:
-        """Returns the widths of text columns if a null is written as the text `null`."""
+        """Return the widths of text columns if a null is written as the text `null`."""
         return {
             name: max(self.of[name], len(null)) if name in self._with_nulls else self.of[name] for name in self._texts
         }
 
 
 def _said(field: pa.Field, key: str) -> str:
-    """Returns the `unit` or the `description` of a column; empty if it has none."""
+    """Return the `unit` or the `description` of a column; empty if it has none."""
     said: dict[bytes, bytes] = field.metadata or {}
     return said.get(key.encode(), b"").decode()
 
 
 def _finite(column: pa.Array) -> pa.Array:
-    """Returns the column with null for each number that is not finite, also inside vectors."""
+    """Return the column with null for each number that is not finite, also inside vectors."""
     if pa.types.is_floating(column.type):
         return pc.if_else(pc.is_finite(column), column, None)
     if pa.types.is_list(column.type):
@@ -270,7 +270,7 @@ def _finite(column: pa.Array) -> pa.Array:
 
 
 def _pandas_metadata(schema: pa.Schema) -> str:
-    """Returns the metadata that `pandas.read_parquet` uses. Without it, an integer or boolean column with a null
+    """Return the metadata that `pandas.read_parquet` uses. Without it, an integer or boolean column with a null
     becomes floats or objects. Reference: https://pandas.pydata.org/docs/development/developer.html."""
     nullable = {pa.int64(): "Int64", pa.bool_(): "boolean"}
     plain = {pa.int64(): "int64", pa.bool_(): "bool", pa.float64(): "float64", pa.float32(): "float32"}
@@ -289,7 +289,7 @@ def _pandas_metadata(schema: pa.Schema) -> str:
 
 
 def _astropy_header(schema: pa.Schema) -> str:
-    """Returns types, units and descriptions as astropy's YAML, for `table_meta_yaml` and for the header of ECSV."""
+    """Return types, units and descriptions as astropy's YAML, for `table_meta_yaml` and for the header of ECSV."""
     types = {pa.bool_(): "bool", pa.int64(): "int64", pa.float64(): "float64", pa.float32(): "float32"}
     entries = []
     for field in schema:
@@ -302,7 +302,7 @@ def _astropy_header(schema: pa.Schema) -> str:
 
 
 def _astropy_comments(schema: pa.Schema) -> Iterator[str]:
-    """Yields the same YAML as the text of FITS COMMENT cards, FITS_COMMENT characters each. A backslash at the end of a
+    """Yield the same YAML as the text of FITS COMMENT cards, FITS_COMMENT characters each. A backslash at the end of a
     card means that the line continues in the next card."""
     header = _astropy_header(schema).encode("ascii", "replace").decode()
     yield "--BEGIN-ASTROPY-SERIALIZED-COLUMNS--"
@@ -337,7 +337,7 @@ def _avro_schema(schema: pa.Schema) -> dict[str, Any]:
 
 
 def _fits_rows(rows: pa.RecordBatch, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Returns N rows as they are stored in a FITS file, a structured array [N] of `dtype`."""
+    """Return N rows as they are stored in a FITS file, a structured array [N] of `dtype`."""
     table = np.zeros(len(rows), dtype)
     for name, column in zip(rows.schema.names, rows.columns, strict=True):
         if pa.types.is_string(column.type):

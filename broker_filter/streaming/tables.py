@@ -70,17 +70,17 @@ class TableError(BrokerFilterError, ValueError):
 
 
 def column_name(output: str) -> str:
-    """Returns the column name of a model output `<model>.<label>`: without a dot, which is a nested field in Spark."""
+    """Return the column name of a model output `<model>.<label>`: without a dot, which is a nested field in Spark."""
     return output.replace(".", "__")
 
 
 def embedding_column(model: str) -> str:
-    """Returns the column name of a model's embeddings."""
+    """Return the column name of a model's embeddings."""
     return f"{model}__embedding"
 
 
 def table_schema(outputs: Sequence[str], policies: Sequence[str] = (), embeddings: Sequence[str] = ()) -> pa.Schema:
-    """Returns the columns of a table. `outputs`: `<model>.<label>`. `embeddings`: models whose embeddings are written.
+    """Return the columns of a table. `outputs`: `<model>.<label>`. `embeddings`: models whose embeddings are written.
 
     Every column may be null. Raises TableError if two columns would have the same name.
     """
@@ -100,13 +100,13 @@ def table_schema(outputs: Sequence[str], policies: Sequence[str] = (), embedding
 
 
 def scored_schema(schema: pa.Schema) -> pa.Schema:
-    """Returns the columns of a table without rejected rows: without REJECT_COLUMNS; no fixed column may be null."""
+    """Return the columns of a table without rejected rows: without REJECT_COLUMNS; no fixed column may be null."""
     fixed = [column.with_nullable(False) for column in FIXED_COLUMNS if column.name not in REJECT_COLUMNS]
     return pa.schema([*fixed, *list(schema)[len(FIXED_COLUMNS) :]])
 
 
 def scored_rows(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """Returns the scored rows, with the columns of a `scored_schema`. An unknown text becomes an empty text.
+    """Return the scored rows, with the columns of a `scored_schema`. An unknown text becomes an empty text.
 
     `rows`: the result of `to_rows`.
     """
@@ -121,7 +121,7 @@ def scored_rows(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def rejected_rows(rows: pa.RecordBatch) -> pa.RecordBatch:
-    """Returns the rejected rows, with FIXED_COLUMNS only. `rows`: the result of `to_rows`."""
+    """Return the rejected rows, with FIXED_COLUMNS only. `rows`: the result of `to_rows`."""
     kept = rows.filter(pc.equal(rows.column("status"), REJECTED))
     return pa.RecordBatch.from_arrays(kept.columns[: len(FIXED_COLUMNS)], schema=FIXED_COLUMNS)
 
@@ -129,7 +129,7 @@ def rejected_rows(rows: pa.RecordBatch) -> pa.RecordBatch:
 def to_rows(
     scored: ScoredBatch, schema: pa.Schema, passed: Mapping[str, Sequence[bool | None]] = MappingProxyType({})
 ) -> pa.RecordBatch:
-    """Returns a row for each alert and each reject of the batch, in the order of the packets and their records.
+    """Return a row for each alert and each reject of the batch, in the order of the packets and their records.
 
     `passed`: by policy, for each of the batch's N alerts, whether its object has passed the policy by then, or None.
     """
@@ -168,7 +168,7 @@ def _row(alert: AlertIdentity, position: Position, record: int, status: str) -> 
 
 @contextmanager
 def open_table(path: Path, schema: pa.Schema, kind: str | None = None) -> Iterator[Table]:
-    """Opens a table at `path`, or on standard output if `path` is STDOUT.
+    """Open a table at `path`, or on standard output if `path` is STDOUT.
 
     `kind`: one of FORMATS; by default the suffix of the name decides. Raises TableError for an unknown format and
     OSError if the file cannot be written, both before any row is written.
@@ -192,7 +192,7 @@ def open_table(path: Path, schema: pa.Schema, kind: str | None = None) -> Iterat
 
 
 def check_format(path: Path, kind: str | None = None) -> str:
-    """Returns the format of a table: `kind` or, if it is None, the suffix of `path`. Raises TableError if unknown."""
+    """Return the format of a table: `kind` or, if it is None, the suffix of `path`. Raises TableError if unknown."""
     kind = kind or (STDOUT_FORMAT if path == STDOUT else path.suffix.removeprefix("."))
     if kind not in FORMATS:
         raise TableError(f"{path}: the name should end in {', '.join(f'.{name}' for name in FORMATS)}")
@@ -200,5 +200,5 @@ def check_format(path: Path, kind: str | None = None) -> str:
 
 
 def partial_path(path: Path) -> Path:
-    """Returns the path of the partial file, to which rows are written until the table is complete."""
+    """Return the path of the partial file, to which rows are written until the table is complete."""
     return path.with_name(f"{path.stem}.partial{path.suffix}")

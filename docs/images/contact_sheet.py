@@ -22,7 +22,7 @@ WIDTH = 1280
 
 
 def main(sheet: Path) -> None:
-    """Writes the picture beside this file."""
+    """Write the picture beside this file."""
     with Image.open(sheet) as image:
         inch = image.width / SHEET_WIDTH
         height = round(ROW_HEIGHT * inch)

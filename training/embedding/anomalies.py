@@ -236,8 +236,10 @@ def by_embedding(
 
 
 def standardised(distances: NDArray[np.float64], ordinary: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Standardise distances [N, P] with mean and deviation of `ordinary` [K, P]. (Every real alert has all
-    modalities.)"""
+    """Standardise distances [N, P] with mean and standard deviation of `ordinary` [K, P].
+
+    Returns float64[N, P]. No value is missing, because every real alert has all modalities.
+    """
     unusual: NDArray[np.float64] = (distances - ordinary.mean(axis=0)) / ordinary.std(axis=0)
     return unusual
 

@@ -51,7 +51,7 @@ class Variable:
 
     @property
     def gravity(self) -> float:
-        """log g (cgs) for one solar mass."""
+        """Surface gravity, log g (cgs), for one solar mass."""
         return SUN_GRAVITY - 2 * float(np.log10(radius(self.temperature, self.absolute_magnitude)))
 
 
