@@ -55,7 +55,7 @@ class ServiceSection(Section):
 
 
 class ConfigChecks(ABC):
-    """Checks of a service file against its surroundings. Pydantic gets an instance as the context of a validation.
+    """Checks of a service file against its environment. Pydantic gets an instance as the context of a validation.
 
     Without an instance, only the form of the file is checked. Every method but `outputs` raises ValueError if its check
     fails.
@@ -158,7 +158,8 @@ class Tls(ServiceSection):
     """TLS to the brokers. With `certificate` and `key`, mutual TLS."""
 
     ca: ReadablePath | None = Field(
-        default=None, description="PEM file of the trusted certificate authorities; those of the system if absent."
+        default=None,
+        description="PEM file of the trusted certificate authorities; if absent, the system's authorities.",
     )
     certificate: ReadablePath | None = Field(
         default=None, description="PEM file of the client certificate, for mutual TLS."
@@ -255,7 +256,7 @@ class Input(ServiceSection):
     )
     sasl: Sasl | None = Field(default=None, description="SASL credentials.")
     tls: Tls | None = Field(
-        default=None, description="TLS towards the brokers; `{}` for TLS with the system's authorities."
+        default=None, description="TLS to the brokers; `{}` for TLS with the system's certificate authorities."
     )
     kafka: KafkaProperties = Field(default={}, description="librdkafka properties, passed through as they are.")
     schema_registry: str | None = Field(
@@ -307,7 +308,7 @@ class Output(ServiceSection):
         description="Beginning of the output topics' names: `<prefix>.scored`, `<prefix>.anomalies`, ...",
     )
     bootstrap_servers: str | None = Field(
-        default=None, min_length=1, description="Addresses of your own brokers; those of the input if absent."
+        default=None, min_length=1, description="Addresses of the output's brokers; if absent, the input's brokers."
     )
     payload: Literal["full", "no_cutouts", "scores"] = Field(
         default="full",
@@ -326,7 +327,7 @@ class Output(ServiceSection):
     )
     sasl: Sasl | None = Field(default=None, description="SASL credentials.")
     tls: Tls | None = Field(
-        default=None, description="TLS towards the brokers; `{}` for TLS with the system's authorities."
+        default=None, description="TLS to the brokers; `{}` for TLS with the system's certificate authorities."
     )
     kafka: KafkaProperties = Field(default={}, description="librdkafka properties, passed through as they are.")
     partitions: int = Field(default=4, gt=0, description="Number of partitions of a topic that the service creates.")
@@ -388,8 +389,8 @@ class Anomalies(ServiceSection):
     )
     where: str | None = Field(
         default=None,
-        description="Which alerts are judged: an expression as in a filter; the one of the reference if absent. "
-        "`real > 0.9` excludes bogus alerts, which would be flagged otherwise.",
+        description="Filter expression that selects the alerts to judge; if absent, the expression of the reference. "
+        "For example, `real > 0.9` excludes bogus alerts, which would otherwise be flagged.",
     )
 
     @field_validator("reference")
@@ -412,8 +413,8 @@ class Filter(ServiceSection):
 
     name: str = Field(pattern=r"^[a-zA-Z0-9._-]+$", description="Last part of the name of the filter's topic.")
     where: str = Field(
-        description="Which alerts pass: an expression over scores and alert fields, such as `real > 0.65 and magpsf < "
-        "18.5`."
+        description="Expression over scores and alert fields that is true for the alerts that pass, such as "
+        "`real > 0.65 and magpsf < 18.5`."
     )
 
     @field_validator("name")
@@ -435,7 +436,9 @@ class Batch(ServiceSection):
     """How many alerts are decoded and scored together."""
 
     max_size: int = Field(default=128, gt=0, le=4096, description="Largest number of packets in a batch.")
-    max_wait_ms: int = Field(default=20, ge=0, description="Time in milliseconds to wait until a batch is full.")
+    max_wait_ms: int = Field(
+        default=20, ge=0, description="Longest time in milliseconds to wait until a batch is full."
+    )
 
 
 class Transaction(ServiceSection):
@@ -475,10 +478,10 @@ class Runtime(ServiceSection):
         default="float32", description="Floating-point type of torch on a CUDA device. Scores are float32 in any case."
     )
     decode_threads: int | None = Field(
-        default=None, gt=0, description="Number of decoding threads; the number of available cores if absent."
+        default=None, gt=0, description="Number of decoding threads; if absent, the number of available cores."
     )
     inference_threads: int | None = Field(
-        default=None, gt=0, description="Number of threads of one inference; chosen by the available cores if absent."
+        default=None, gt=0, description="Number of threads of one inference; if absent, the number of available cores."
     )
 
 
@@ -499,9 +502,9 @@ class Service(ServiceSection):
     models: list[Model] = Field(
         default=[Model(bundle="default")],
         min_length=1,
-        description="Bundles to score with, such as `[default, ./mine]`; the bundle `default` if absent.",
+        description="Bundles to score with, such as `[default, ./mine]`; if absent, the bundle `default`.",
     )
-    anomalies: Anomalies | None = Field(default=None, description="Anomaly detection; off if absent.")
+    anomalies: Anomalies | None = Field(default=None, description="Anomaly detection; if absent, it is off.")
     filters: list[Filter] = Field(default=[], description="Filters, each with a topic of its own.")
     duplicates: Literal["mark", "drop"] = Field(
         default="mark",

@@ -1,8 +1,8 @@
-"""The command line: one module a command.
+"""The command line: one module for each command.
 
-Imports nothing heavy: a command's module imports what it needs inside its `run` function, so that `--help` answers at
-once. An error that a person can mend is one line on stderr, never a traceback. The exit status is one for each kind of
-end: see EXIT_STATUS.
+No module imports a slow library at its top: each command imports what it needs inside its `run` function, so that
+`--help` answers at once. An error that a user can mend is one line on stderr, never a traceback. EXIT_STATUS lists the
+exit statuses.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from broker_filter.console import set_up_logging
 from broker_filter.errors import FAILED, BrokerFilterError
 
 COMMANDS = ("score", "run", "replay", "inspect", "models", "reference", "similar", "map", "config", "bench", "demo")
-"""Modules of this package in the order of `--help`; each has `add_parser(subparsers)`, which sets `run` to a function
-of the parsed arguments that returns the exit status."""
+"""The modules of the commands, in the order of `--help`. Each module has a function `add_parser(subparsers)`, which
+sets `run` to a function that takes the parsed arguments and returns the exit status."""
 
 INTERRUPTED = 130
-"""What shells give for a process that SIGINT ended: 128 + 2."""
+"""The exit status after SIGINT, as shells report it: 128 + 2."""
 SIGNALLED = 128
-"""Added to a signal's number for the exit status of what it ended."""
+"""The exit status after a signal is this number plus the number of the signal."""
 UNREAD = 0
-"""Where the reader of stdout has left, as `head` does: it has what it wanted."""
+"""The exit status if the reader of stdout closes the pipe, as `head` does when it has read enough."""
 EXIT_STATUS = (
-    "exit status: 0 done; 1 failed at work, as where no alert could be read or no broker answered; 2 the command line "
-    "or the service file is wrong, or names a file or a bundle that is not there; 130 interrupted; 143 terminated"
+    "exit status: 0 success; 1 the work failed, for example because no alert could be read or no broker answered; 2 "
+    "the command line or the service file is wrong, or names a file or a bundle that does not exist; 130 interrupted; "
+    "143 terminated"
 )
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = CommandParser(
         prog="broker-filter",
-        description="Kafka or archived nights in, scored and anomaly-flagged astronomical alerts out.",
+        description="Scores astronomical alerts, from Kafka or from archives, and flags anomalies.",
         epilog=EXIT_STATUS,
     )
     parser.set_defaults(verbose=False, quiet=False)
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_module(f"broker_filter.cli.{command}").add_parser(subparsers)
     arguments = parser.parse_args(argv)
     set_up_logging(verbose=arguments.verbose, quiet=arguments.quiet)
-    # Ended from outside, a command still closes its files and ends what it has started.
+    # After SIGTERM, a command still closes its files and ends the processes that it has started.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(SIGNALLED + number))
     try:
         status = int(arguments.run(arguments))
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("broker-filter: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left fails no more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail
         return UNREAD
     except (BrokerFilterError, OSError) as error:
         if arguments.verbose:

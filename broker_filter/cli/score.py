@@ -1,4 +1,4 @@
-"""`broker-filter score`: archived alerts through the models, one row each into a table."""
+"""`broker-filter score`: scores archived alerts and writes a table with one row for each alert."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from broker_filter.streaming.account import Account
 
 FORMATS = ("parquet", "avro", "jsonl", "csv", "ecsv", "fits")
-"""Those of `streaming.table_formats`, whose import would take longer than `--help` may."""
+"""The formats of `streaming.table_formats`, repeated here because importing that module would slow down `--help`."""
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=_table,
         required=True,
         metavar="FILE",
-        help=f"table to write; its format follows from the ending {', '.join(f'.{name}' for name in FORMATS)}; `-` for "
+        help=f"table to write; its name ends with the format: {', '.join(f'.{name}' for name in FORMATS)}; `-` for "
         "standard output",
     )
     parser.add_argument(
@@ -90,7 +90,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _table(text: str) -> Path:
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text}: tables are written to files; write one and copy it there")
+        raise argparse.ArgumentTypeError(f"{text}: a table cannot be written to a URL; write a file and copy it there")
     return Path(text)
 
 
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     scorer = Scorer.open(arguments.model or ["default"], also=arguments.also, device=arguments.device)
     registry = open_registry(arguments.schema_registry, drop_cache=arguments.drop_schema_cache)
     scores = ArchiveScores(arguments.inputs, scorer, schema_registry=registry, policies=arguments.policy, skip=own)
-    gc.freeze()  # as in `run`: full collections do not walk what start-up made
+    gc.freeze()  # full collections then skip the objects that start-up created
     account, decoded, started = Account(), 0, time.monotonic()
     try:
         with _open_tables(written, scores.schema) as write, progress("Scoring", share=scores.share_read) as advance:
@@ -131,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
         if decoded:
             for path in written:
                 if path != STDOUT:
-                    log.warning("ended early; the rows so far are in %s", partial_path(path))
+                    log.warning("the run ended early; the rows so far are in %s", partial_path(path))
         raise
     if not arguments.quiet:
         files = ", ".join(str(path) for path in written)
@@ -159,7 +159,7 @@ def _written_tables(arguments: argparse.Namespace) -> dict[Path, str | None]:
     Raises UsageError if two tables have the same name.
     """
     if arguments.rejects == arguments.out:
-        raise UsageError(f"--out and --rejects are both {arguments.out}: name two tables, or leave --rejects out")
+        raise UsageError(f"--out and --rejects are both {arguments.out}: name two tables, or omit --rejects")
     written = {arguments.out: arguments.format}
     return written | ({} if arguments.rejects is None else {arguments.rejects: None})
 
