@@ -1,8 +1,8 @@
-"""Kills the service at random moments, over and over, and counts what comes out: `make chaos`.
+"""Kills the service at random moments and checks that its output is complete and without repetition: `make chaos`.
 
-Alerts are sent in bursts; in the midst of each an instance is ended with SIGKILL and started again, now and then a
-second instance joins or leaves. At the end a read_committed reader must find every input exactly once, among the scored
-alerts or the dead letters. Once with input and output on one cluster, once on two.
+Alerts are sent in bursts. During each burst, an instance is ended with SIGKILL and started again; sometimes a second
+instance joins or leaves. At the end, a read_committed reader must find every input exactly once, among the scored
+alerts or the dead letters. The test runs with input and output on one cluster, and on two clusters.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from broker_filter.local_kafka import KafkaCluster, free_ports, kafka_home
 SHARED = Path(os.environ.get("BROKER_FILTER_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 PARTITIONS = 4
 DAMAGED_EVERY = 40
-"""One packet in so many is cut short, and must be found among the dead letters."""
+"""One of this many packets is truncated, and must be found among the dead letters."""
 BURST_S = (0.5, 15.0)
-"""From a burst to the next kill: from before the instances have started to after they have done all."""
+"""Range of the time from a burst to the next kill: the instances may not have started yet, or may have finished."""
 AWAY_S = (0.0, 3.0)
-"""From a kill to the next start."""
-IN_GOOD_ORDER = {0, -signal.SIGTERM}
-"""Exit statuses on SIGTERM, which may come before Python has begun."""
+"""Range of the time from a kill to the next start."""
+ORDERLY_EXITS = {0, -signal.SIGTERM}
+"""Valid exit statuses after SIGTERM, which may arrive before Python has installed its handler."""
 QUIET_S = 90.0
-"""The end has come, or something is wrong, when nothing new is committed for so long."""
+"""Seconds without a new commit after which the run is considered complete or failed."""
 
 
 def packets() -> Iterator[bytes]:
-    """Alert packets without end: real ones where they are at hand, else simulated."""
+    """Yield alert packets without end: real ones if the survey data are available, otherwise simulated ones."""
     archive = SHARED / "data" / "ztf" / "ztf_alerts.tar"
     if archive.exists():
         with tarfile.open(archive) as tar:
@@ -58,12 +58,12 @@ def packets() -> Iterator[bytes]:
 
 
 class Chaos:
-    """One run: a topic of its own, instances of the service, and a seeded source of bad luck."""
+    """One run: its own topic, instances of the service, and a seeded generator of random events."""
 
     def __init__(self, directory: Path, source: str, output: str, seed: int) -> None:
         self.directory = directory
         self.source, self.output = source, output
-        self.luck = random.Random(seed)
+        self.random = random.Random(seed)
         self.name = f"chaos-{os.getpid()}-{time.time_ns()}"
         self.instances: dict[int, subprocess.Popen[bytes]] = {}
         self.guards: dict[int, KillWithParent] = {}
@@ -75,7 +75,7 @@ class Chaos:
         self.reader = OutputReader(output, [f"{self.name}.scored", f"{self.name}.dead-letter"])
 
     def start(self, slot: int) -> None:
-        """Starts an instance. Each slot has its own log."""
+        """Start an instance. Each slot has its own log."""
         config = {
             "input": {
                 "bootstrap_servers": self.source,
@@ -98,14 +98,14 @@ class Chaos:
         self.guards[slot] = KillWithParent(self.instances[slot])
 
     def end(self, slot: int, how: signal.Signals) -> int:
-        """Ends an instance and returns its exit status."""
+        """End an instance and return its exit status."""
         process = self.instances.pop(slot)
         self.guards.pop(slot).release()
         process.send_signal(how)
         return process.wait(120)
 
     def burst(self, n: int) -> None:
-        """Sends n packets."""
+        """Send n packets."""
         for _ in range(n):
             self.producer.produce(self.name, next(self.packets), partition=self.sent % PARTITIONS)
             self.producer.poll(0)
@@ -113,7 +113,7 @@ class Chaos:
         self.producer.flush()
 
     def run(self, alerts: int, kills: int) -> bool:
-        """Sends `alerts` and kills `kills` times; True where every input has come out exactly once."""
+        """Send `alerts` packets and kill `kills` times; return whether every input was published exactly once."""
         began = time.monotonic()
         joined = left = 0
         self.start(0)
@@ -125,24 +125,24 @@ class Chaos:
             elif kill % 3 == 0 and 1 in self.instances:
                 status = self.end(1, signal.SIGTERM)
                 left += 1
-                if status not in IN_GOOD_ORDER:
+                if status not in ORDERLY_EXITS:
                     print(f"instance 1 ended with {status} on SIGTERM")
                     return False
-            time.sleep(self.luck.uniform(*BURST_S))
-            victim = self.luck.choice(sorted(self.instances))
+            time.sleep(self.random.uniform(*BURST_S))
+            victim = self.random.choice(sorted(self.instances))
             self.end(victim, signal.SIGKILL)
-            time.sleep(self.luck.uniform(*AWAY_S))
+            time.sleep(self.random.uniform(*AWAY_S))
             self.start(victim)
             self.reader.read(0)
             print(f"kill {kill + 1}/{kills}: {self.sent} sent, {len(self.reader.seen)} out", flush=True)
         self.burst(alerts - self.sent)
         self.reader.read_until(self.sent)
         statuses = [self.end(slot, signal.SIGTERM) for slot in list(self.instances)]
-        self.reader.read(3.0)  # whatever comes now comes twice
+        self.reader.read(3.0)  # every record that arrives now is a repetition
         return self.report(kills, joined, left, statuses, time.monotonic() - began)
 
     def report(self, kills: int, joined: int, left: int, statuses: list[int], seconds: float) -> bool:
-        """Prints the account; True where it is right."""
+        """Print the account of the run; return whether nothing is missing or repeated."""
         seen = self.reader.seen
         repeated = sum(n - 1 for n in seen.values())
         missing = self.sent - len(seen)
@@ -152,7 +152,7 @@ class Chaos:
             f"{kills} kills, {joined} joined, {left} left, last exits {statuses}, {seconds:.0f} s",
             flush=True,
         )
-        return not missing and not repeated and IN_GOOD_ORDER.issuperset(statuses)
+        return not missing and not repeated and ORDERLY_EXITS.issuperset(statuses)
 
     def __enter__(self) -> Chaos:
         return self
@@ -163,7 +163,7 @@ class Chaos:
 
 
 class OutputReader:
-    """What a read_committed reader finds: how often each input position is in the output."""
+    """A read_committed reader that counts the output records of each input position."""
 
     def __init__(self, bootstrap: str, topics: list[str]) -> None:
         self.topics = topics
@@ -181,7 +181,7 @@ class OutputReader:
         self.assigned = False
 
     def read(self, quiet_s: float) -> None:
-        """Reads until nothing comes for `quiet_s`."""
+        """Read until nothing arrives for `quiet_s` seconds."""
         if not self.assigned:
             known = self.consumer.list_topics(timeout=10).topics
             partitions = [TopicPartition(t, p, 0) for t in self.topics if t in known for p in known[t].partitions]
@@ -196,7 +196,7 @@ class OutputReader:
                     self.by_topic[message.topic()] += 1
 
     def read_until(self, n: int) -> None:
-        """Reads until n positions were seen, or nothing new comes for long."""
+        """Read until n input positions were seen, or nothing new arrives for QUIET_S."""
         last, at = -1, time.monotonic()
         while len(self.seen) < n and time.monotonic() - at < QUIET_S:
             self.read(1.0)
@@ -210,9 +210,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clusters", choices=("one", "two", "both"), default="both")
-    parser.add_argument("--bootstrap-servers", help="a running cluster, in place of one that is started")
-    parser.add_argument("--output-bootstrap-servers", help="another running cluster")
-    parser.add_argument("--logs", type=Path, help="where to keep the instances' logs")
+    parser.add_argument("--bootstrap-servers", help="a running cluster; by default, a cluster is started")
+    parser.add_argument("--output-bootstrap-servers", help="a second running cluster, for the output")
+    parser.add_argument("--logs", type=Path, help="directory in which the logs of the instances are kept")
     args = parser.parse_args()
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True)))

@@ -1,9 +1,9 @@
-"""Fixtures that give the tests real packets, real weights and real brokers.
+"""Fixtures that give the tests real packets, published weights and brokers.
 
-Survey data and weights are in `../shared` beside the checkout, or in `BROKER_FILTER_SHARED`; a test that needs them is
-skipped without them. The broker is a running cluster (`KAFKA_BOOTSTRAP_SERVERS`), else Apache Kafka started from
-`KAFKA_HOME` or `../shared/kafka`, else the embedded broker. Tests marked `kafka` need Apache Kafka: without it they are
-skipped, or fail if `BROKER_FILTER_REQUIRE_KAFKA=1`.
+Survey data and weights are in `../shared` beside the checkout, or in `BROKER_FILTER_SHARED`; tests that need them are
+skipped if they are missing. The broker is a running cluster (`KAFKA_BOOTSTRAP_SERVERS`); otherwise Apache Kafka,
+started from `KAFKA_HOME` or `../shared/kafka`; otherwise the embedded broker. Tests marked `kafka` need Apache Kafka:
+without it they are skipped, or fail if `BROKER_FILTER_REQUIRE_KAFKA=1`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ SHARED = Path(os.environ.get("BROKER_FILTER_SHARED", CHECKOUT.parent / "shared")
 RUNNING_CLUSTER = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
 REQUIRE_KAFKA = os.environ.get("BROKER_FILTER_REQUIRE_KAFKA") == "1"
 
-# The same examples each time, and no limit to how slowly a busy machine comes by them.
+# Every run generates the same examples, and a busy machine may be slow to generate them.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
 
 def apache_kafka() -> Path | None:
-    """The Kafka installation to start clusters from."""
+    """Return the Kafka installation from which clusters are started, or None without Kafka or Java."""
     home = kafka_home() or SHARED / "kafka"
     return home if (home / "bin" / "kafka-server-start.sh").exists() and shutil.which("java") else None
 
@@ -48,7 +48,7 @@ NO_KAFKA = "needs an Apache Kafka to start: KAFKA_HOME (or ../shared/kafka) and 
 
 
 def skip_without_kafka(reason: str) -> NoReturn:
-    """Skip the test, or fail it where BROKER_FILTER_REQUIRE_KAFKA=1."""
+    """Skip the test, or fail it if BROKER_FILTER_REQUIRE_KAFKA=1."""
     if REQUIRE_KAFKA:
         pytest.fail(f"BROKER_FILTER_REQUIRE_KAFKA=1, but this test {reason}")
     pytest.skip(reason)
@@ -60,7 +60,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def require(path: Path) -> Path:
-    """The path, or a skip that says what is missing."""
+    """Return the path if it exists; otherwise skip the test with a message that names the path."""
     if not path.exists():
         pytest.skip(f"{path} is not on this machine")
     return path
@@ -91,7 +91,7 @@ def ztf_packets(shared_data: Path) -> list[tuple[int, bytes]]:
 
 @pytest.fixture(scope="session")
 def lsst_schemas(shared_data: Path) -> Path:
-    """The official LSST schemas, in the place of a schema registry."""
+    """The official LSST schemas, as a directory that replaces a schema registry."""
     return shared_data / "lsst" / "schemas"
 
 
@@ -105,10 +105,10 @@ def lsst_packets(shared_data: Path) -> list[tuple[str, bytes]]:
 
 @pytest.fixture(scope="module")
 def start_cluster() -> Iterator[Callable[..., KafkaCluster]]:
-    """Starts Apache Kafka with KafkaCluster's options (`nodes`, `secure`, `overrides`); it ends with the module.
+    """Return a function that starts Apache Kafka with the options of KafkaCluster (`nodes`, `secure`, `overrides`).
 
-    A module has brokers of its own: a network thread of a broker was seen to spin for good after many tests, and would
-    hold up the tests of every module after it.
+    The clusters end with the module. Each module has its own brokers, because after many tests a broker's network
+    thread was once observed in an endless loop, which would delay the tests of all later modules.
     """
     home = apache_kafka()
     if home is None:
@@ -116,7 +116,7 @@ def start_cluster() -> Iterator[Callable[..., KafkaCluster]]:
     with ExitStack() as stack:
 
         def start(**options: object) -> KafkaCluster:
-            # Not below pytest's own folder, which keeps what the last three runs wrote: alerts fill a disk.
+            # Not below pytest's own folder, which keeps the files of the last three runs: alerts would fill the disk.
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="kafka-", ignore_cleanup_errors=True))
             return stack.enter_context(KafkaCluster(home, Path(directory), **options))  # type: ignore[arg-type]
 
@@ -125,19 +125,19 @@ def start_cluster() -> Iterator[Callable[..., KafkaCluster]]:
 
 @pytest.fixture(scope="module")
 def kafka_cluster(start_cluster: Callable[..., KafkaCluster]) -> KafkaCluster:
-    """One node of Apache Kafka, shared by the session: stop it in no test."""
+    """One node of Apache Kafka, shared by the tests of a module; no test may stop it."""
     return start_cluster()
 
 
 @pytest.fixture(scope="module")
 def secure_cluster(start_cluster: Callable[..., KafkaCluster]) -> KafkaCluster:
-    """One node of Apache Kafka that asks for TLS and SCRAM-SHA-512."""
+    """One node of Apache Kafka that requires TLS and SCRAM-SHA-512."""
     return start_cluster(secure=True)
 
 
 @pytest.fixture(scope="module")
 def kafka_bootstrap(request: pytest.FixtureRequest) -> Iterator[str]:
-    """`host:port` of a broker; Apache Kafka for every test marked `kafka`."""
+    """Address `host:port` of a broker; for tests marked `kafka` it is Apache Kafka."""
     if RUNNING_CLUSTER:
         yield RUNNING_CLUSTER
     elif apache_kafka():
@@ -149,7 +149,7 @@ def kafka_bootstrap(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def second_kafka_bootstrap(request: pytest.FixtureRequest) -> Iterator[str]:
-    """`host:port` of another cluster than `kafka_bootstrap`: one's own, beside the survey's."""
+    """Address `host:port` of a second cluster, for output that is not written to the cluster of the input."""
     if apache_kafka():
         yield request.getfixturevalue("start_cluster")().bootstrap_servers
     elif RUNNING_CLUSTER:
@@ -161,7 +161,7 @@ def second_kafka_bootstrap(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def reference_file(tmp_path: Path) -> Path:
-    """A reference set as if the default bundle gave embeddings: a hundred, and the scores of fifty others."""
+    """A reference set of random embeddings for the bundle `default`: 100 alerts, and the scores of 50 others."""
     rng = np.random.default_rng(0)
     names = np.array([f"ZTF26a{i}" for i in range(100)])
     embedding = normalise(rng.standard_normal((100, 8)))
@@ -178,7 +178,7 @@ def reference_file(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def embedding_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small bundle that gives an embedding in three modalities: see `tests/embedding_bundle.py`."""
+    """A small bundle that gives an embedding of three modalities (`tests/embedding_bundle.py`)."""
     pytest.importorskip("onnx", reason="making a bundle needs the extra `train`")
     from tests.embedding_bundle import write_embedding_bundle
 
@@ -187,5 +187,5 @@ def embedding_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def unique_name() -> Callable[[str], str]:
-    """Makes a name for a topic, group or prefix that no other test uses: `unique_name("ztf")`."""
+    """Return a function that makes a unique name of a topic, group or prefix: `unique_name("ztf")`."""
     return lambda prefix: f"{prefix}-{uuid.uuid4().hex[:12]}"

@@ -1,7 +1,8 @@
-"""Whole MaxViT-tiny networks, as BTSbot's are, become bundles, and damaged ones are refused: `make deep`.
+"""Checks at full size that MaxViT-tiny networks, as BTSbot's, become bundles, and damaged ones are refused: `make
+deep`.
 
-The suite has a twin of it in `scoring/test_export.py`, of a small network that rounding moves as much; exporting a
-network of this size takes a minute.
+The suite has the same test for a small network with equally large rounding errors, in `importers/test_write_bundle.py`;
+exporting a network of full size takes a minute.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ BACKBONE = "maxvit_tiny_rw_224"
 HEAD = {"fc1_neurons": 32, "fc2_neurons": 8, "dropout": 0.7}
 SEEDS = range(4)
 DAMAGE = 1.05
-"""What a tensor is multiplied with."""
+"""Factor by which a tensor is damaged."""
 LAYERS = (
     "encoder.backbone.stem.conv1.weight",
     "encoder.backbone.stages.2.blocks.3.attn_grid.mlp.fc1.weight",
@@ -39,7 +40,7 @@ LAYERS = (
 
 
 def random_network(seed: int) -> nn.Module:
-    """Random weights that tell the test alerts apart, as trained ones do."""
+    """Return a network with random weights whose scores differ between the test alerts, as trained networks do."""
     torch.manual_seed(seed)
     arguments = {"backbone": BACKBONE, "hidden": (32, 8), "dropout": 0.7}
     network = build_network(Architecture(name="timm", arguments=arguments)).eval()
@@ -58,7 +59,7 @@ def random_network(seed: int) -> nn.Module:
 
 
 def publish(network: nn.Module, folder: Path) -> Path:
-    """The folder as BTSbot's authors publish theirs."""
+    """Write the folder in the layout in which BTSbot's authors publish their networks."""
 
     def their_name(ours: str) -> str:
         part = next(part for part in PARTS["MaxViT"] if ours.startswith(part))
@@ -72,11 +73,11 @@ def publish(network: nn.Module, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_whole_maxvit_is_imported_and_a_damaged_one_refused(seed: int, tmp_path: Path) -> None:
+def test_maxvit_of_full_size_is_imported_and_a_damaged_one_is_refused(seed: int, tmp_path: Path) -> None:
     folder = publish(random_network(seed), tmp_path / "BTSbot")
     bundle = tmp_path / "bts"
     assert main(["models", "import", "btsbot", str(folder), "--name", "bts", "--out", str(bundle)]) == 0
-    print("tolerances", open_bundle(bundle).card.tolerances)  # noqa: T201 -- what the make target shows
+    print("tolerances", open_bundle(bundle).card.tolerances)  # noqa: T201 -- the output of the make target
     weights, card = load_file(bundle / BUNDLED_WEIGHTS), yaml.safe_load((bundle / CARD).read_text())
     for name in LAYERS:
         damaged = save(weights | {name: weights[name] * DAMAGE})

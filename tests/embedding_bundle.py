@@ -1,6 +1,6 @@
-"""A bundle as small as can be that gives an embedding: what an alert looks like, shrunk to a few pixels a cutout.
+"""A minimal bundle that gives an embedding: the pixels of each cutout, reduced to 7 x 7.
 
-For tests of what is done with embeddings; its engine is onnxruntime alone, its weights are none.
+It is for tests of the code that uses embeddings. It has no weights, and runs on onnxruntime only.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from broker_filter.scoring.preprocess import prepare
 NAME = "looks"
 MODALITIES = ("science", "template", "difference")
 SIDE = 7
-"""Pixels: 63 shrink to them evenly."""
+"""Side of a reduced cutout in pixels; 63 is a multiple of it."""
 
 
 def write_embedding_bundle(directory: Path) -> Path:
-    """Writes the bundle, its modalities the cutouts, and returns its directory."""
+    """Write the bundle, whose modalities are the three cutouts, and return its directory."""
     directory.mkdir()
     card = open_bundle("default").card.model_dump(mode="json")
     card |= {"name": NAME, "version": "1", "architecture": {"name": "none"}}

@@ -1,4 +1,4 @@
-"""Messages that confluent-kafka cannot send: made through the C interface of the librdkafka that it brings along."""
+"""Messages that confluent-kafka cannot send; they are sent through the C interface of its librdkafka."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import confluent_kafka
 
 PRODUCER = 0
 END, TOPIC, VALUE, FLAGS, HEADER = 0, 1, 4, 7, 9
-"""Of `rd_kafka_type_t` and `rd_kafka_vtype_t`, in rdkafka.h."""
+"""Values of `rd_kafka_type_t` and `rd_kafka_vtype_t` in rdkafka.h."""
 MESSAGE_SIZE, COPY = 512, 2
 TIMEOUT_MS = 30_000
 
 
 def librdkafka() -> ctypes.CDLL:
-    """The library that confluent-kafka is linked with."""
+    """Return the library with which confluent-kafka is linked."""
     package = Path(confluent_kafka.__file__).parent
     (library,) = (package.parent / "confluent_kafka.libs").glob("librdkafka*.so*")
     return ctypes.CDLL(str(library))
 
 
 def send_with_header(bootstrap: str, topic: str, value: bytes, key: bytes) -> None:
-    """Sends a message with one header, whose key may be any bytes but zeros."""
+    """Send a message with one header, whose key may contain any bytes except zeros."""
     library = librdkafka()
     library.rd_kafka_conf_new.restype = library.rd_kafka_new.restype = ctypes.c_void_p
     reason = ctypes.create_string_buffer(MESSAGE_SIZE)

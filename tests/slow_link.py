@@ -1,7 +1,8 @@
-"""Measures what passes a slow link to the output, and how long nothing is committed: `make slow-link`.
+"""Measures throughput and the longest pause between commits on a slow link to the output: `make slow-link`.
 
-A backlog of full alerts goes through toxiproxy, which limits each of the service's connections to a rate. The link
-begins unlimited, so that transactions have grown to their largest when it becomes slow. Every alert must come out once.
+A backlog of full alerts passes through toxiproxy, which limits the rate of each connection of the service. At first the
+link is unlimited, so that transactions have grown to their largest size when it becomes slow. Every alert must be
+published exactly once.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from tests.integration.conftest import RunningService, headers, send, service_co
 from tests.toxiproxy import toxiproxy
 
 FIRST_ALERTS, NEXT_ALERTS = 500, 1500
-"""Alerts that pass while the link is unlimited, and those that are under way when it becomes slow."""
+"""Alerts that are committed while the link is unlimited, and further alerts, in flight when it becomes slow."""
 LOOK_S = 0.5
 LONGEST_GAP_S = 60.0
-"""Without a commit: after one transaction that the slow link lets down, the next ones must pass."""
+"""Longest allowed pause between commits: one transaction may fail on the slow link, the next ones must pass."""
 
 
 def main() -> int:
-    """Runs the measurement and returns the exit status."""
+    """Run the measurement and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rate", type=int, default=200, help="kB/s of a connection once the link is slow")
-    parser.add_argument("--partitions", type=int, default=4, help="of the input")
-    parser.add_argument("--elsewhere", action="store_true", help="the output is on another cluster than the input")
-    parser.add_argument("--seconds", type=float, default=120, help="how long the link is slow")
+    parser.add_argument("--rate", type=int, default=200, help="rate of each connection on the slow link, in kB/s")
+    parser.add_argument("--partitions", type=int, default=4, help="number of partitions of the input topic")
+    parser.add_argument("--elsewhere", action="store_true", help="put input and output on separate clusters")
+    parser.add_argument("--seconds", type=float, default=120, help="duration of the slow link, in seconds")
     arguments = parser.parse_args()
     home, archive = apache_kafka(), SHARED / "data" / "ztf" / "ztf_alerts.tar"
     if home is None or not archive.exists() or not (SHARED / "toxiproxy").exists():
@@ -66,7 +67,7 @@ def measure(
     directory: Path,
     fault: object,
 ) -> int:
-    """Sends, slows the link down, and looks at what is committed and when."""
+    """Send the alerts, slow the link down, measure the commits, print the result and return the exit status."""
     admin = AdminClient({"bootstrap.servers": bootstrap})
     admin.create_topics([NewTopic("in", arguments.partitions, 1)])["in"].result()
     config = service_config(bootstrap, "in", "me", payload="full", bootstrap_servers=output.bootstrap_servers)
@@ -99,14 +100,14 @@ def measure(
             service.end(signal.SIGKILL)
     inputs = read_inputs(output, len(sent)) if done == len(sent) else []
     whole = len(inputs) == len(set(inputs)) == len(sent)
-    print(f"{len(sent)} sent, {len(inputs)} found, {len(set(inputs))} of them different; ended with {status}")
+    print(f"{len(sent)} sent, {len(inputs)} found, {len(set(inputs))} different; exit status {status}")
     if not whole:
         print(service.log)
     return 0 if whole and status == 0 and gap < LONGEST_GAP_S else 1
 
 
 def read_inputs(output: KafkaCluster, expected: int) -> list[str]:
-    """The input of every record that a read_committed reader finds."""
+    """Return the input position of every record that a read_committed reader finds."""
     properties = {"group.id": "reader", "auto.offset.reset": "earliest"}
     reader = confluent_kafka.Consumer({**properties, "bootstrap.servers": output.bootstrap_servers})
     reader.subscribe(["me.scored", "me.dead-letter"])

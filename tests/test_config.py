@@ -29,7 +29,7 @@ def load(tmp_path: Path, text: str, environment: dict[str, str] | None = None) -
 
 
 def problems(tmp_path: Path, text: str, environment: dict[str, str] | None = None) -> dict[str, str]:
-    """The error messages for a file, by the path of the key."""
+    """Return the error messages for a file, by the path of the key."""
     with pytest.raises(ConfigError) as refused:
         load(tmp_path, text, environment)
     for problem in refused.value.problems:

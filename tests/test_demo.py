@@ -1,4 +1,4 @@
-"""The demonstration runs as a user runs it, and keeps its account."""
+"""The demonstration runs as a user runs it, and its account is complete."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ pytest.importorskip("galsim", reason="the demonstration needs the extra `demo`")
 
 N = 240
 PATIENCE_S = 120
-"""For anything to happen at all, on a busy machine."""
+"""Seconds to wait for an expected event on a busy machine."""
 
 
 def processes_of(directory: Path) -> list[str]:
-    """Command lines of running processes that were started with a file of `directory`."""
+    """Return the command lines of running processes that were started with a file of `directory`."""
     lines = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         if str(directory) in line:
             lines.append(line)
     return lines
 
 
-def test_demo_shows_and_accounts_for_a_night(tmp_path: Path) -> None:
+def test_demo_publishes_every_message_of_a_night_once(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "broker_filter", "demo", "--out", str(out), "--alerts", str(N), "--seed", "4"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
-    # Two damaged packets, one alert sent twice.
+    # Two packets are damaged, and one alert is sent twice.
     assert "243 consumed = 240 scored + 2 rejected (not_avro 1, truncated 1) + 1 duplicates" in done.stdout
     assert "Each of the 243 messages was published exactly once" in done.stdout
     assert "young supernova" in done.stdout
@@ -73,11 +73,11 @@ def test_interrupted_demo_stops_its_broker_and_service(tmp_path: Path, number: s
     try:
         deadline = time.monotonic() + PATIENCE_S
         log = out / "service.log"
-        while not (log.exists() and log.stat().st_size):  # the service runs, and has begun to speak
+        while not (log.exists() and log.stat().st_size):  # wait until the service writes to its log
             assert demo.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        assert len(processes_of(tmp_path)) == 3  # the demonstration, its broker, its service
+        assert len(processes_of(tmp_path)) == 3  # the demonstration, its broker and its service
         demo.send_signal(number)
         output, _ = demo.communicate(timeout=PATIENCE_S)
     finally:

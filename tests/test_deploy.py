@@ -1,4 +1,4 @@
-"""What deploy/ holds fits the program: metrics that exist, configuration that it takes, rules that fire."""
+"""The files in deploy/ agree with the program: metrics exist, service files are valid, and alert rules fire."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def documents(path: Path) -> list[Any]:
 
 
 def named_metrics(text: str) -> set[str]:
-    """The service's metrics in PromQL, by the names that they have in the text format's `# TYPE` lines."""
+    """Return the service's metrics in PromQL text, named as in the `# TYPE` lines of the text format."""
     return {re.sub(r"_(bucket|sum|count)$", "", name) for name in re.findall(r"broker_filter_\w+", text)}
 
 
@@ -60,11 +60,11 @@ def test_every_metric_in_rules_and_dashboard_exists() -> None:
 
 def test_every_metric_of_the_service_is_on_the_dashboard() -> None:
     own = {name for name in exported_metrics() if name.startswith("broker_filter_")}
-    # Dead letters are published records of one topic, and shown as that.
+    # Dead letters are shown as published records of their topic.
     assert own - named_metrics("\n".join(panel_expressions())) == {"broker_filter_dead_letters_total"}
 
 
-def test_the_dashboard_asks_for_its_data_source() -> None:
+def test_dashboard_has_a_variable_for_its_data_source() -> None:
     text = DASHBOARD.read_text()
     variable, *_ = json.loads(text)["templating"]["list"]
     assert (variable["name"], variable["type"], variable["query"]) == ("datasource", "datasource", "prometheus")
@@ -82,7 +82,7 @@ def test_panel_has_a_unit_and_a_text_for_missing_data(panel: dict[str, Any]) -> 
         assert re.search(r"/s$|alerts$|percentunit", defaults["unit"])
 
 
-def test_a_panel_shows_the_limit_of_the_rule_that_watches_the_same() -> None:
+def test_panel_shows_the_limit_of_its_alert_rule() -> None:
     limits = {
         panel["title"]: [step["value"] for step in panel["fieldConfig"]["defaults"]["thresholds"]["steps"]]
         for panel in panels()
@@ -118,13 +118,13 @@ def test_alert_rules_fire_only_for_their_problem() -> None:
 
 
 @pytest.mark.parametrize("path", ["service.yaml", "kubernetes/config/service.yaml"])
-def test_service_files_are_valid_and_can_be_probed(path: str) -> None:
+def test_service_files_are_valid_and_serve_http_to_other_hosts(path: str) -> None:
     service = load_service(DEPLOY / path, environment=SECRETS)
     assert (service.http.host, service.http.port) == ("0.0.0.0", 9108)
 
 
 def rendered_manifests() -> list[Any]:
-    """What `kubectl apply -k` sends to the cluster."""
+    """Return the manifests that `kubectl apply -k` sends to the cluster."""
     kubectl = shutil.which("kubectl")
     if not kubectl:
         pytest.skip("kubectl is not installed")
@@ -135,16 +135,16 @@ def rendered_manifests() -> list[Any]:
 
 
 @pytest.mark.parametrize("version", ["1.30", "1.37"])
-def test_every_file_beside_the_kustomization_is_a_valid_manifest(version: str) -> None:
-    validator = pytest.importorskip("kubernetes_validate", reason="it comes with the extra `test`")
+def test_every_kubernetes_file_is_a_valid_manifest(version: str) -> None:
+    validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate comes with the extra `test`")
     paths = {path for path in (DEPLOY / "kubernetes").glob("*.yaml") if path.name != "kustomization.yaml"}
     assert len(paths) >= 3
     for manifest in (manifest for path in paths for manifest in documents(path)):
         validator.validate(manifest, version, strict=True)
 
 
-def test_what_kustomize_makes_of_them_is_valid_and_mounts_the_configuration() -> None:
-    validator = pytest.importorskip("kubernetes_validate", reason="it comes with the extra `test`")
+def test_output_of_kustomize_is_valid_and_mounts_the_configuration() -> None:
+    validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate comes with the extra `test`")
     manifests = {manifest["kind"]: manifest for manifest in rendered_manifests()}
     for manifest in manifests.values():
         validator.validate(manifest, "1.37", strict=True)
@@ -156,7 +156,7 @@ def test_what_kustomize_makes_of_them_is_valid_and_mounts_the_configuration() ->
     assert {"name": "configuration", "configMap": {"name": configuration["metadata"]["name"]}} in volumes
 
 
-def test_kubernetes_manifests_fit_together() -> None:
+def test_kubernetes_manifests_refer_to_each_other_correctly() -> None:
     kubernetes = DEPLOY / "kubernetes"
     kustomization = documents(kubernetes / "kustomization.yaml")[0]
     manifests = {
@@ -183,7 +183,7 @@ def test_pod_limits_are_the_documented_cpus_and_memory() -> None:
     assert f"{resources['limits']['cpu']} CPUs and {memory}" in (HOW_TO / "deploy.md").read_text()
 
 
-def test_compose_stack_fits_together() -> None:
+def test_compose_stack_refers_to_existing_services_files_and_topics() -> None:
     compose = documents(DEPLOY / "compose.yaml")[0]
     for name, service in compose["services"].items():
         for dependency in service.get("depends_on", {}):

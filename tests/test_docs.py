@@ -1,4 +1,4 @@
-"""What README.md and the pages below docs/ show works: service files load, commands parse, links lead to a file."""
+"""The contents of README.md and docs/ are valid: service files load, commands parse, and links lead to files."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from broker_filter.scoring.reference import UNLABELLED, ReferenceAlerts, SurveyC
 CHECKOUT = Path(__file__).resolve().parents[1]
 PAGES = [CHECKOUT / "README.md", CHECKOUT / "deploy" / "README.md", *sorted((CHECKOUT / "docs").rglob("*.md"))]
 REQUIRED_KEYS = {"input", "output"}
-"""What every service file has: a block of YAML without them is a part of one, or something else."""
+"""Keys that every service file has; a block of YAML without them is not a whole service file."""
 
 
 def blocks(language: str) -> Iterator[tuple[str, str]]:
-    """The fenced blocks of a language in all pages: where each stands, and its text."""
+    """Return the fenced blocks of a language in all pages: the position and the text of each."""
     for page in PAGES:
         text = page.read_text()
         for block in re.finditer(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
@@ -40,13 +40,13 @@ def blocks(language: str) -> Iterator[tuple[str, str]]:
 
 
 def service_files() -> list[Any]:
-    """The blocks of YAML that are whole service files."""
+    """Return the blocks of YAML that are whole service files."""
     found = [(place, text) for place, text in blocks("yaml") if yaml.safe_load(text).keys() >= REQUIRED_KEYS]
     return [pytest.param(text, id=place) for place, text in found]
 
 
 def commands(program: str) -> list[Any]:
-    """The arguments of each command line of a program. Blocks of shell commands may continue lines with a backslash."""
+    """Return the arguments of each command line of a program; lines may continue after a backslash."""
     pattern = re.compile(rf"(?:[A-Z_]+=\S+ )*{program} (.*)")
     return [
         pytest.param(shlex.split(match[1]), id=f"{place} {match[1]}")
@@ -58,7 +58,7 @@ def commands(program: str) -> list[Any]:
 
 
 def named_values(document: Any, key: str) -> set[str]:
-    """The text that a key has anywhere in a document."""
+    """Return the texts that a key has anywhere in a document."""
     if isinstance(document, list):
         return {text for value in document for text in named_values(value, key)}
     if not isinstance(document, dict):
@@ -68,7 +68,7 @@ def named_values(document: Any, key: str) -> set[str]:
 
 
 def write_reference(file: Path) -> None:
-    """A reference set as if the bundle `embedder` had made it, of random embeddings."""
+    """Write a reference set of random embeddings for the bundle `embedder`."""
     rng = np.random.default_rng(0)
     card = open_bundle("embedder").card
     assert card.outputs.embedding is not None
@@ -84,7 +84,7 @@ def write_reference(file: Path) -> None:
 
 
 def write_certificate(file: Path) -> None:
-    """A certificate of its own authority."""
+    """Write a self-signed certificate."""
     if not shutil.which("openssl"):
         pytest.skip("needs openssl to make a certificate")
     key = file.with_suffix(".key")
@@ -109,7 +109,7 @@ def write_certificate(file: Path) -> None:
 def test_a_service_file_in_the_documentation_loads(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The files that it names are made first: a reference, a certificate, and a bundle with the name of its folder."""
+    """The files that it names are created first: a reference, a certificate, and a bundle named like its folder."""
     monkeypatch.chdir(tmp_path)
     document = yaml.safe_load(text)
     for variable in named_values(document, "env"):
@@ -136,7 +136,7 @@ class ParsedError(BaseException):
 
 @pytest.fixture
 def only_parse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ends a command with ParsedError when its arguments are parsed. argparse still ends it where they are wrong."""
+    """Make every command raise ParsedError after its arguments are parsed; wrong arguments still end in argparse."""
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_end(*arguments: Any, **options: Any) -> NoReturn:
@@ -186,5 +186,5 @@ def test_every_recorded_ratio_is_in_the_documentation() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    """Details belong on a page below docs/."""
+    """Details belong on the pages in docs/."""
     assert len((CHECKOUT / "README.md").read_text().splitlines()) <= MAX_README_LINES

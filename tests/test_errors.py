@@ -34,7 +34,7 @@ BASE = re.compile(r"(Error|Exception|Unavailable|Missing|Id)$")
 
 
 def exception_classes() -> list[type[BaseException]]:
-    """The exception classes that the two packages define, found in the source and imported."""
+    """Return the exception classes that the two packages define, found in the source and imported."""
     found = []
     for package in (broker_filter, training):
         root = Path(next(iter(package.__path__)))

@@ -27,12 +27,12 @@ DERIVED_SERIES = re.compile(r"_(bucket|count|sum|created|total)$")
 
 
 def first_column(name: str) -> list[str]:
-    """The code in the first cells of the generated tables."""
+    """Return the code in the first cells of the generated tables."""
     return re.findall(r"^\| `([^`]+)` \|", GENERATED[name](), re.MULTILINE)
 
 
 def keys(schema: dict[str, Any], definitions: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The paths of a JSON schema's properties, without those of named secrets."""
+    """Return the paths of a JSON schema's properties, without those of named secrets."""
     for name, key in schema.get("properties", {}).items():
         yield f"{prefix}{name}"
         for branch in (key, *key.get("anyOf", ())):

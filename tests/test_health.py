@@ -1,4 +1,4 @@
-"""Liveness, readiness and metrics over HTTP."""
+"""The HTTP endpoints: liveness, readiness and metrics."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def get(port: int, path: str) -> tuple[int, str]:
 
 
 def written(capfd: pytest.CaptureFixture[str]) -> list[str]:
-    """The lines on standard error, without the lines of Kafka clients that other tests left in this process."""
+    """Return the lines on standard error, without lines of Kafka clients that other tests started in this process."""
     return [line for line in capfd.readouterr().err.splitlines() if "|rdkafka#" not in line]
 
 
-def test_ready_when_no_reason_is_left() -> None:
+def test_service_is_ready_when_no_reason_against_it_is_left() -> None:
     health = Health()
     health.set("group", "not joined yet")
     health.set("schema registry", "refused")
@@ -59,14 +59,14 @@ def test_metrics_are_served_in_the_text_format() -> None:
 
 def test_client_that_disconnects_before_the_answer_is_not_logged(capfd: pytest.CaptureFixture[str]) -> None:
     health = Health()
-    health.set("group", "x" * 10_000_000)  # more than a socket's buffer holds
+    health.set("group", "x" * 10_000_000)  # larger than a socket's buffer
     with serve(health, Metrics(), "127.0.0.1", 0) as port:
         others = threading.active_count()
         with socket.create_connection(("127.0.0.1", port)) as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not an end
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
             client.sendall(b"GET /readyz HTTP/1.0\r\n\r\n")
             client.recv(1)
-        while threading.active_count() > others:  # until the thread that answers has ended
+        while threading.active_count() > others:  # wait until the answering thread has ended
             time.sleep(0.01)
         assert get(port, "/livez") == (200, "ok\n")
     assert written(capfd) == []
@@ -79,16 +79,16 @@ def test_connection_reset_by_a_client_is_at_most_one_debug_line(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # A command that ran in this process before may have left a handler whose stream is closed.
+    # An earlier command in this process may have left a log handler whose stream is closed.
     monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])
     caplog.set_level(logging.DEBUG)
     with serve(Health(), Metrics(), "127.0.0.1", 0) as port:
         others = threading.active_count()
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.sendall(sent)
-            while threading.active_count() == others:  # until a thread handles the request
+            while threading.active_count() == others:  # wait until a thread handles the request
                 time.sleep(0.01)
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not an end
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
         while threading.active_count() > others:
             time.sleep(0.01)
         assert get(port, "/livez") == (200, "ok\n")

@@ -1,4 +1,4 @@
-"""A guarded child process ends with the process that guards it, however that ends."""
+"""A guarded child process ends when its parent process ends, even if the parent is killed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from broker_filter.kill_with_parent import KillWithParent
 from .conftest import apache_kafka
 
 PATIENCE_S = 120
-"""For a process to end, on a busy machine."""
+"""Seconds to wait for the end of a process on a busy machine."""
 HOLDER = """
 import sys, time
 from pathlib import Path
@@ -30,7 +30,7 @@ with broker as running:
     print(running if isinstance(running, str) else running.bootstrap_servers, flush=True)
     time.sleep(1000)
 """
-"""Starts a broker, says where it is, and does not end by itself."""
+"""A program that starts a broker, prints its address, and does not end by itself."""
 
 
 def listens(port: int) -> bool:
@@ -57,7 +57,7 @@ def test_broker_ends_when_the_process_that_started_it_is_killed(kind: str, tmp_p
         time.sleep(0.1)
 
 
-def test_a_released_guard_kills_nothing() -> None:
+def test_released_guard_kills_no_process() -> None:
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
         KillWithParent(child).release()
         assert child.stdin is not None

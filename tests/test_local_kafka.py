@@ -1,4 +1,4 @@
-"""What the tests' own brokers are started with is what Apache Kafka takes, whatever chance gives."""
+"""The options of the brokers for tests are valid for Apache Kafka, whatever random values they contain."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import base64
 from broker_filter.local_kafka import new_cluster_id
 
 
-def test_no_cluster_id_is_an_option_to_the_script_that_takes_it() -> None:
-    ids = {new_cluster_id() for _ in range(2000)}  # of random ones, one in 64 would be
+def test_cluster_id_never_looks_like_an_option() -> None:
+    ids = {new_cluster_id() for _ in range(2000)}  # one in 64 random ids begins with a hyphen
     assert len(ids) == 2000
     assert not any(one.startswith("-") for one in ids)
     assert all(len(base64.urlsafe_b64decode(one + "==")) == 16 for one in ids)

@@ -1,4 +1,4 @@
-"""Metrics, as Prometheus reads them."""
+"""Metrics in the text format of Prometheus."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from broker_filter.streaming.account import Account
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:
-    """The values of all samples, by name and values of the labels."""
+    """Return the values of all samples, by name and values of the labels."""
     families = text_string_to_metric_families(metrics.exposition().decode())
     return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
 

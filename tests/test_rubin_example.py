@@ -24,17 +24,17 @@ from broker_filter.streaming.routing import open_router
 
 CONNECT_PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "connect.md"
 LARGE_ENOUGH = 100
-"""Real alerts of LSSTCam, at the least, for the shares below to mean something."""
+"""Smallest number of real LSSTCam alerts for which the fractions below are meaningful."""
 
 
 def example() -> str:
-    """The service file for Rubin."""
+    """Return the service file for Rubin."""
     files = re.findall(r"```yaml\n(input:.*?)```", CONNECT_PAGE.read_text(), re.DOTALL)
     [rubin] = [text for text in files if "lsst-alerts" in text]
     return str(rubin)
 
 
-def test_names_the_surveys_brokers() -> None:
+def test_example_names_the_brokers_of_the_survey() -> None:
     file = Service.model_validate(yaml.safe_load(example()))
     assert file.input.bootstrap_servers == "rubin-alert-stream-bootstrap.slac.stanford.edu:9094"
     assert file.input.topics == ["lsst-alerts-v11"]

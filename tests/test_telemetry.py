@@ -1,4 +1,4 @@
-"""No library that the program loads writes into the user's home or contacts a host that nobody configured."""
+"""No library that the program loads writes into the user's home or connects to a host that is not configured."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ ENTRIES = {
     "benchmark": "import broker_filter.bench.floors",
     "training": "import training.data.datasets, onnxruntime",
 }
-"""Ways by which onnxruntime comes to be imported."""
+"""Programs that import onnxruntime in different ways."""
 UPLOAD_DELAY_S = 12
-"""onnxruntime 1.32 looks its telemetry host up 9 to 10 s after it was imported."""
+"""Seconds to wait; onnxruntime 1.32 looks up its telemetry host 9 to 10 s after the import."""
 
 
 def new_machine(home: Path) -> dict[str, str]:
-    """A user's environment on a new machine: the telemetry that is tested for stays off where CI is set."""
+    """Return the environment of a new user: without CI, because telemetry is off by itself if CI is set."""
     return {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(CHECKOUT)}
 
 
 @pytest.mark.parametrize("code", ENTRIES.values(), ids=ENTRIES)
-def test_nothing_is_written_into_the_home(code: str, tmp_path: Path) -> None:
+def test_no_file_is_written_into_the_home_directory(code: str, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], env=new_machine(tmp_path), check=True, stdout=subprocess.DEVNULL)
     assert list(tmp_path.rglob("*")) == []
 
 
-def test_no_name_is_looked_up_and_nothing_connected_to(tmp_path: Path) -> None:
+def test_no_host_is_looked_up_or_connected_to(tmp_path: Path) -> None:
     strace = shutil.which("strace")
     if not strace:
         pytest.skip("strace, which Debian's package of that name has, is not installed")

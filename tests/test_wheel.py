@@ -1,4 +1,4 @@
-"""The wheel is all a user needs: installed by pip in an empty environment outside the checkout, it does the work."""
+"""The wheel is complete: installed with pip in an empty environment outside the checkout, it works."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from broker_filter.simulate import SCHEMAS, simulate_night
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
-pytestmark = pytest.mark.timeout(900)  # builds, and installs every dependency
+pytestmark = pytest.mark.timeout(900)  # builds the wheel and installs every dependency
 
 
 def run(command: Sequence[str | Path], cwd: Path) -> str:
-    """The output of a command that knows nothing of this environment; a failure shows what it said."""
+    """Run a command without the variables of this environment and return its output; a failure shows the output."""
     environment = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}}
     done = subprocess.run(
         list(map(str, command)), cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -38,7 +38,7 @@ def run(command: Sequence[str | Path], cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel as it is released: made from the source archive, not from the checkout."""
+    """The wheel as it is released: built from the source archive, not from the checkout."""
     dist = tmp_path_factory.mktemp("dist")
     run([sys.executable, "-m", "build", "--outdir", dist, CHECKOUT], cwd=dist)
     (wheel,) = dist.glob("*.whl")
@@ -47,9 +47,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` of an environment of the wheel and its dependencies, without any extra."""
+    """The `bin` of an environment with the wheel and its dependencies, without any extra."""
     outside = tmp_path_factory.mktemp("environment")
-    (outside / "constraints.txt").write_text(  # the versions that the suite runs with
+    (outside / "constraints.txt").write_text(  # the versions of this environment
         "".join(
             f"{distribution.name}=={Version(distribution.version).public}\n"
             for distribution in distributions()
@@ -69,10 +69,10 @@ def installed_for_demo(installed: Path, wheel: Path) -> Path:
 
 
 def install(outside: Path, requirement: str) -> None:
-    """Installs into `outside / "venv"` with the pip of this environment, so that `outside` needs none."""
+    """Install into `outside / "venv"` with the pip of this environment, so that `outside` needs no pip."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", outside / "venv" / "bin" / "python"]
     constraints = ["--constraint", outside / "constraints.txt"]
-    run([*pip, "install", "--quiet", "--no-compile", *constraints, requirement], cwd=outside)  # imports compile
+    run([*pip, "install", "--quiet", "--no-compile", *constraints, requirement], cwd=outside)  # imports compile anyway
 
 
 def test_one_wheel_serves_every_python_from_3_11_on(wheel: Path) -> None:

@@ -1,4 +1,4 @@
-"""What runs in continuous integration is what the project says it supports."""
+"""The continuous integration tests everything that the project claims to support."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A proxy in front of a broker that makes its network slow, narrow or absent."""
+"""A proxy in front of a broker that delays, limits or interrupts its connections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import SHARED, require
 
 @contextmanager
 def toxiproxy(listen: int, upstream: str) -> Iterator[Callable[[str, dict[str, object]], None]]:
-    """A proxy whose faults are set with `(path below /proxies/kafka, JSON)`."""
+    """Run a proxy; yield a function that sets a fault, given a path below /proxies/kafka and its JSON content."""
     (port,) = free_ports(1)
     program = require(SHARED / "toxiproxy" / "toxiproxy-server")
     process = subprocess.Popen([program, "-port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

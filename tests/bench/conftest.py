@@ -1,4 +1,4 @@
-"""One set of packets and one broker for all."""
+"""One set of packets and one broker, shared by the tests of this folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command measures what it says, on every way through the service; no figure of it is asserted."""
+"""The benchmark measures what it claims, for every path through the service; no measured figure is asserted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from broker_filter.scoring.scorer import open_scorer
 
 
 def test_naive_loop_and_service_give_the_same_scores(packets: list[bytes]) -> None:
-    """A baseline that computes something else would be no baseline."""
+    """A baseline must compute the same as the service."""
     scorer = open_scorer(["default"], Runtime())
     decoder = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=scorer.columns)
     alerts, _ = decoder.decode(in_batches(packets, len(packets))[0])
@@ -35,7 +35,7 @@ def test_naive_loop_and_service_give_the_same_scores(packets: list[bytes]) -> No
 
 
 def test_packets_from_files_are_measured_without_the_simulation_extra() -> None:
-    """A machine that serves, with a GPU say, has no GalSim: the benchmark must still run there on archived alerts."""
+    """A serving machine, for example one with a GPU, has no GalSim; the benchmark must run there on archived alerts."""
     program = "import sys; sys.modules['galsim'] = None; import broker_filter.bench.benchmark"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
@@ -88,7 +88,7 @@ def test_bench_measures_stages_archive_and_broker(
             for spread in (figure["alerts_per_second"], figure["cpu_microseconds"]):
                 assert 0 < spread["lowest"] <= spread["median"] <= spread["highest"]
     assert report["targets"]["decode: naive / service"]["met"] in (True, False)
-    # A cluster that was given is not ours to look at: what the floors allow is not known.
+    # The processes of a given cluster cannot be observed, so the upper limit of the throughput is unknown.
     assert "Kafka: service / floors" not in report["ratios"]
 
 

@@ -1,4 +1,4 @@
-"""Latency, bursts, instances and long replays are measured on whole runs of the service; here on short ones."""
+"""Latency, bursts, instances and long replays, measured on short runs of the whole service."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_two_instances_share_two_partitions(
 
 def test_copying_loop_publishes_every_alert(broker: Broker, packets: list[bytes], directory: Path) -> None:
     with Testbed(broker, directory) as testbed:
-        testbed.send(packets * 40)  # more than two transactions of it
-        assert run_no_work_loop(testbed).alerts_per_second > 0  # which counts what came out
+        testbed.send(packets * 40)  # more than two transactions
+        assert run_no_work_loop(testbed).alerts_per_second > 0  # it counts the published records
 
 
 class Group:
-    """A competitor of which nothing is seen but what it has committed."""
+    """A competitor of which only the committed positions are visible."""
 
     def __init__(self, name: str) -> None:
         self.group = self.output = name

@@ -1,4 +1,4 @@
-"""Ratios are taken between the right competitors, and compared the right way round."""
+"""Ratios are computed between the right competitors, and compared with their targets in the right direction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from broker_filter.bench.targets import check, judge, ratios
 
 
 def contest(**microseconds: float) -> Contest:
-    """Competitors that each use a core wholly."""
+    """Return competitors that each use one core completely."""
     names = {"service_2": "service, 2 threads", "no_work": "no work", "flops": "FLOPs", "runtime": "runtime alone"}
     return {
         names.get(name, name): Figures.of([Run(1e6 / each, each, broker_microseconds=100)])

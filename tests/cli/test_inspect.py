@@ -21,7 +21,7 @@ NIGHT = Path("ztf/archives/ztf_public_20180819_mod1000.tar.gz")
 
 
 def inspect(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, list[str]]:
-    """Returns the exit status, and the printed lines with repeated spaces joined."""
+    """Return the exit status, and the printed lines with repeated spaces joined."""
     status = main(["inspect", *map(str, arguments)])
     return status, [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
 

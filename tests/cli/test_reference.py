@@ -161,7 +161,7 @@ def test_map_without_umap_names_the_extra_to_install(
 
 
 NASTY = "\x1b]0;mine\x07$\\frac$"
-"""A name that commands a terminal, and that is no formula."""
+"""A name with control characters of a terminal, which matplotlib cannot parse as a formula."""
 
 
 def test_object_names_with_any_characters_are_printed_and_drawn_safely(

@@ -26,7 +26,7 @@ def test_wrong_broker_address_gives_one_error_line(
     monkeypatch.setattr(replay, "PATIENCE_S", 2.0)
     night = tmp_path / "night"
     night.write_bytes(b"x")
-    address = "127.0.0.1:1"  # where nobody listens
+    address = "127.0.0.1:1"  # no broker listens there
     assert main(["replay", str(night), "--bootstrap-servers", address, "--topic", "rehearsal"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"broker-filter: brokers {address}: ")

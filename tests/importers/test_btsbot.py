@@ -130,7 +130,7 @@ class Sample(NamedTuple):
     alerts: AlertBatch
 
     def metadata(self) -> NDArray[np.float32]:
-        """Metadata as in btsbot's training, including -999; derived columns are tested with the decoder."""
+        """Return metadata as in btsbot's training, including -999; derived columns are tested with the decoder."""
         added = {name: self.alerts.column(name) for name in COLUMNS if name not in self.records[0]["candidate"]}
         added["new_drb"] = np.nan_to_num(added["new_drb"], nan=0.5)
         return np.array(

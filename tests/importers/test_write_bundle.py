@@ -227,7 +227,7 @@ def test_the_graph_contains_no_local_paths(tmp_path: Path, description: Descript
 
 
 def differences_of_large_numbers(size: float) -> StampNet:
-    """A network whose outputs, of about 1, are small differences of large numbers.
+    """Return a network whose outputs, of about 1, are small differences of large numbers.
 
     With a `size` of 3e5, rounding errors are about 1e-3, as in a network of a hundred layers.
     """
@@ -249,7 +249,7 @@ def differences_of_large_numbers(size: float) -> StampNet:
 
 
 def of_stampnet() -> Description:
-    """The description of a StampNet bundle with the inputs of `default`, and with its embedding."""
+    """Return the description of a StampNet bundle with the inputs of `default`, and with its embedding."""
     card = open_bundle("default").card
     outputs = card.outputs.model_copy(update={"embedding": 64})
     fields = {name: getattr(card, name) for name in Description.model_fields}

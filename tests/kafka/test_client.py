@@ -89,7 +89,7 @@ def test_output_without_brokers_uses_the_connection_of_the_input(monkeypatch: py
 @pytest.mark.kafka
 def test_record_limit_of_a_new_topic_is_read(kafka_bootstrap: str, unique_name: Callable[[str], str]) -> None:
     admin = admin_client({"bootstrap.servers": kafka_bootstrap}, ThrottledErrorLog("test brokers"))
-    for _ in range(5):  # only sometimes a broker does not know a new topic yet
+    for _ in range(5):  # a broker may not know a new topic yet
         topics = [unique_name("new") for _ in range(5)]
         ensure_topics(admin, [NewTopic(topic, 4, 1, config={"max.message.bytes": "32000000"}) for topic in topics])
         limits = RecordLimits(admin, topics, topics[-1])

@@ -42,7 +42,7 @@ def topic(kafka_bootstrap: str, unique_name: Callable[[str], str]) -> Iterator[s
 
 
 def messages_in(bootstrap_servers: str, topic: str) -> list[Message]:
-    """All messages that are in the topic now."""
+    """Return all messages that are in the topic now."""
     consumer = Consumer({"bootstrap.servers": bootstrap_servers, "group.id": "reader", "enable.auto.commit": False})
     partitions = [TopicPartition(topic, p, 0) for p in consumer.list_topics(topic).topics[topic].partitions]
     n_messages = sum(consumer.get_watermark_offsets(partition)[1] for partition in partitions)

@@ -90,26 +90,26 @@ class Reader:
         self.values: list[bytes] = []
 
     def close(self) -> None:
-        """Leaves the group and ends the producers. Closing twice does no harm."""
+        """Leave the group and end the producers. Closing twice does no harm."""
         self.source.close()
         for writer in self._writers:
             writer.close()
 
     def lost(self, topic: str, reason: LossReason) -> float:
-        """Returns the number of messages of a topic that are counted as lost."""
+        """Return the number of messages of a topic that are counted as lost."""
         name = f'broker_filter_lost_messages_total{{reason="{reason}",topic="{topic}"}} '
         lines = self.metrics.exposition().decode().splitlines()
         return next(float(line.removeprefix(name)) for line in lines if line.startswith(name))
 
     def commit(self) -> None:
-        """Commits the positions of all messages that were read, as a transaction would."""
+        """Commit the positions of all messages that were read, as a transaction would."""
         ends = [claim_offset(claim, claim.enqueued) for claim in self.source.claims]
         self.source.consumer.commit(offsets=ends, asynchronous=False)
         for claim in self.source.claims:
             claim.committed = claim.enqueued
 
     def read(self, expected: int, patience_s: float = PATIENCE_S) -> list[bytes]:
-        """Reads until the total number of messages is reached."""
+        """Read until the total number of messages is reached."""
         deadline = time.monotonic() + patience_s
         while len(self.values) < expected and time.monotonic() < deadline:
             if delivery := self.source.take(100, 0.1):
@@ -120,7 +120,7 @@ class Reader:
 
 @pytest.fixture(autouse=True)
 def frequent_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Searches for new topics each second: with the default, a test would wait ten seconds for a new topic."""
+    """Let sources search for new topics each second: by default, a test would wait ten seconds for a new topic."""
     monkeypatch.setattr(kafka_days, "LOOK_INTERVAL_S", 1.0)
 
 
@@ -142,7 +142,7 @@ def start_reader(
 
 @pytest.fixture
 def send(kafka_bootstrap: str) -> Callable[..., None]:
-    """Sends values to a topic of one partition, which is created if it does not exist."""
+    """Send values to a topic of one partition, which is created if it does not exist."""
     properties = {"bootstrap.servers": kafka_bootstrap}
     admin = AdminClient(properties)
 
@@ -421,7 +421,7 @@ def test_expired_messages_are_counted_as_lost_and_messages_in_flight_are_kept(
 
 
 def cut_log(file: Path, offset: int) -> None:
-    """Truncates a segment of Kafka's log (format v2) before the batch that begins with `offset`."""
+    """Truncate a segment of Kafka's log (format v2) before the batch that begins with `offset`."""
     content, at = file.read_bytes(), 0
     while at < len(content):
         first, length = struct.unpack_from(">qi", content, at)

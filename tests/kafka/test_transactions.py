@@ -170,7 +170,7 @@ class Harness:
         self.stored.append({str(claim): position for claim, position in positions.items()})
 
     def transactions(self, outcome: str) -> float:
-        """How many transactions the metrics count as `committed` or `aborted`."""
+        """Return the number of transactions that the metrics count as `committed` or `aborted`."""
         name = f'broker_filter_transactions_total{{outcome="{outcome}"}} '
         lines = self.metrics.exposition().decode().splitlines()
         return next(float(line.removeprefix(name)) for line in lines if line.startswith(name))
@@ -187,7 +187,7 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Harness:
 
 
 def work(claim: Claim, start: int, *values: bytes, topic: str = SCORED) -> Work:
-    """Packets from the offset `start` on, each with one scored alert whose output has one of the values."""
+    """Return packets from the offset `start` on, each with one scored alert whose output is one of the values."""
     packets = [Packet(b"packet", KafkaPosition("cluster", "ztf", 0, start + i)) for i in range(len(values))]
     records = [(i, OutputRecord(topic, None, value, [])) for i, value in enumerate(values)]
     return Work(claim, start, start + len(values), packets, [Account(consumed=1, scored=1) for _ in values], records)
@@ -203,7 +203,7 @@ CLAIM = Claim("ztf", 0, NoWriter(), 0)  # type: ignore[arg-type]
 
 
 def limits(scored: int = 1_000_000, dead_letter: int = 1_000_000) -> RecordLimits:
-    """Topics that accept records of the given sizes in bytes, without the framing of a batch."""
+    """Return topics that accept records of the given sizes in bytes, without the framing of a batch."""
     sizes = {"scored": scored + RECORD_OVERHEAD_BYTES, "dead_letter": dead_letter + RECORD_OVERHEAD_BYTES}
     return RecordLimits(FakeAdmin(**sizes), [SCORED, LETTERS], LETTERS)  # type: ignore[arg-type]
 

@@ -19,7 +19,7 @@ class Link:
         self.window = Window(TIMEOUT_S, lambda: self.now)
 
     def commit(self, seconds: float) -> int:
-        """Commits a transaction that fills the window; returns the size of the window after it."""
+        """Commit a transaction that fills the window; return the size of the window after it."""
         began, size = self.now, self.window.room
         assert self.window.take(size)
         self.now += seconds
@@ -28,7 +28,7 @@ class Link:
         return self.window.bytes
 
     def fail(self, seconds: float) -> int:
-        """Lets a transaction fail; returns the size of the window after it."""
+        """Let a transaction fail; return the size of the window after it."""
         began = self.now
         self.now += seconds
         self.window.failed(began)
@@ -87,7 +87,7 @@ def test_window_never_shrinks_below_its_smallest_size() -> None:
 
 
 def work_of(sizes: list[int]) -> Work:
-    """Packets at offsets 10, 20, ... with two records each. The records are in another order than the packets."""
+    """Return packets at offsets 10, 20, ... with two records each; records and packets are in different orders."""
     packets = [Packet(b"", KafkaPosition("cluster", "input", 0, 10 * (i + 1))) for i in range(len(sizes))]
     records = [(i, OutputRecord(topic, None, bytes(size), [])) for topic in "ab" for i, size in enumerate(sizes)]
     claim = Claim("input", 0, None, 0)  # type: ignore[arg-type]

@@ -80,7 +80,7 @@ def number(draw: random.Random) -> int:
 
 
 def any_header(draw: random.Random) -> bytes:
-    """A FITS header of mandatory cards with impossible values, and further cards."""
+    """Return a FITS header of mandatory cards with impossible values, and further cards."""
     cards = [
         card("SIMPLE", draw.choice("TTTF")),
         card("BITPIX", draw.choice((8, 16, 32, 64, -32, -64, 0, 7, number(draw)))),
@@ -95,7 +95,7 @@ def any_header(draw: random.Random) -> bytes:
 
 
 def stamp(draw: random.Random) -> bytes:
-    """A stamp, valid or not, that is expensive to read for its size."""
+    """Return a stamp, valid or not, that is expensive to read for its size."""
     many = draw.choice((10, 1000, 1151, 5000, 50_000))
     continued = b"".join([b"CONTINUE  'x&'".ljust(CARD)] * (many - 1))
     kinds: tuple[Callable[[], bytes], ...] = (
@@ -129,7 +129,7 @@ def long_text(draw: random.Random) -> str:
 
 
 def schema(rows: list[dict[str, Type]], more: list[dict[str, Type]], **about: Type) -> dict[str, Type]:
-    """A schema that is recognised as ZTF's, with these fields in a history row, and with further top-level fields."""
+    """Return a schema recognised as ZTF's, with these fields in a history row, and further top-level fields."""
     cutout = {
         "type": "record",
         "name": "cutout",
@@ -152,7 +152,7 @@ def schema(rows: list[dict[str, Type]], more: list[dict[str, Type]], **about: Ty
 
 
 def rows(draw: random.Random) -> tuple[list[dict[str, Type]], bytes]:
-    """The fields of a history row, and an encoded row."""
+    """Return the fields of a history row, and an encoded row."""
     return draw.choice(
         (
             ([{"name": "jd", "type": "null"}], b""),
@@ -165,7 +165,7 @@ def rows(draw: random.Random) -> tuple[list[dict[str, Type]], bytes]:
 
 
 def field(draw: random.Random) -> tuple[list[dict[str, Type]], bytes]:
-    """Fields that are expensive to decode for their size, and their encoded values."""
+    """Return fields that are expensive to decode for their size, and their encoded values."""
     many = draw.choice((1, 1000, 100_000, 1_000_000))
     of_arrays = {"type": "array", "items": {"type": "array", "items": "null"}}
     of_maps = {"type": "map", "values": {"type": "map", "values": "null"}}
@@ -200,7 +200,7 @@ def deep(depth: int) -> Type:
 
 
 def doubling(depth: int) -> Type:
-    """Types whose number doubles at each level once names are resolved."""
+    """Return types whose number doubles at each level once names are resolved."""
     inner: Type = {"type": "record", "name": "two0", "fields": [{"name": "a", "type": "null"}]}
     for k in range(1, depth):
         fields = [{"name": "a", "type": inner}, {"name": "b", "type": f"two{k - 1}"}]
@@ -214,12 +214,12 @@ NO_ROWS = b"\0"
 
 
 def history(row: bytes, count: int) -> bytes:
-    """An encoded history of `count` rows."""
+    """Return an encoded history of `count` rows."""
     return ocf.encode_long(count) + row * count + NO_ROWS if count else NO_ROWS
 
 
 def alert(candid: int, stamps: list[bytes], rows: bytes = NO_ROWS, more: bytes = b"", name: bytes = b"ZTF1") -> bytes:
-    """An encoded record of `schema`."""
+    """Return an encoded record of `schema`."""
     parts = [ocf.encode_long(len(name)), name, ocf.encode_long(candid), NUMBERS, rows]
     for one in stamps:
         parts += [b"\0", ocf.encode_long(len(one)), one]
@@ -232,7 +232,7 @@ def container(
     codec: str = "deflate",
     more: dict[bytes, bytes] | None = None,
 ) -> bytes:
-    """A container file of blocks, each given as its claimed number of records and its bytes."""
+    """Return a container file of blocks, each given as its claimed number of records and its bytes."""
     metadata = {b"avro.schema": json.dumps(definition).encode(), b"avro.codec": codec.encode(), **(more or {})}
     pieces = [ocf.MAGIC, ocf.encode_long(len(metadata))]
     for pair in metadata.items():
@@ -247,7 +247,7 @@ def container(
 
 
 def any_container(draw: random.Random) -> bytes:
-    """A container file with a random mixture of expensive content; most of its claims are true."""
+    """Return a container file with a random mixture of expensive content; most of its claims are true."""
     row_fields, row = rows(draw)
     more, more_value = field(draw) if draw.random() < 0.5 else ([], b"")
     doc = draw.choice(("", "", "", "d" * 100_000, "\N{SNOWMAN}" * 300_000, "d" * 1_900_000))
@@ -281,7 +281,7 @@ def compressed(data: bytes, codec: str) -> bytes:
 
 
 def packets(count: int, seed: int = SEED) -> Iterator[bytes]:
-    """Yields `count` hostile packets; the same seed gives the same packets."""
+    """Yield `count` hostile packets; the same seed gives the same packets."""
     draw = random.Random(seed)
     for _ in range(count):
         yield any_container(draw)
@@ -334,17 +334,17 @@ class Measure:
         )
 
     def decoder(self) -> Decoder:
-        """A decoder without any cached schema."""
+        """Return a decoder without any cached schema."""
         return Decoder(open_registry(None), columns=self.scorer.columns, cutout_size=self.scorer.cutout_size)
 
     def forget_peak(self) -> None:
-        """Resets the memory peak of this process, and returns its free memory to the system."""
+        """Reset the memory peak of this process, and return its free memory to the system."""
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
 
     def cost(self, data: bytes) -> Cost:
-        """The cost of one packet, of which nothing is cached."""
+        """Return the cost of one packet, without cached schemas."""
         decoder = self.decoder()
         self.forget_peak()
         before, start = memory("VmRSS"), time.process_time()
@@ -358,13 +358,13 @@ class Measure:
 
 
 def memory(name: str) -> int:
-    """A memory value of this process from /proc, in bytes."""
+    """Return a memory value of this process from /proc, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def main(count: int, seed: int) -> None:
-    """Measures `count` packets, prints the most expensive ones, and exits non-zero if one exceeds its bound."""
+    """Measure `count` packets, print the most expensive ones, and exit non-zero if one exceeds its bound."""
     logging.disable()
     measure = Measure()
     measure.cost(b"nothing has to be loaded any more")

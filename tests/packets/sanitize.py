@@ -30,7 +30,7 @@ BUILD = "BROKER_FILTER_SANITIZED"
 
 
 def build(folder: Path) -> None:
-    """Builds the sanitized extensions in `folder`."""
+    """Build the sanitized extensions in `folder`."""
     flags = ["-O1", "-g", "-shared", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     include = sysconfig.get_paths()["include"]
     for name in MODULES:
@@ -39,7 +39,7 @@ def build(folder: Path) -> None:
 
 
 def main(count: int) -> None:
-    """Decodes `count` mutated packets with the sanitized extensions; a finding of the sanitizers ends the process."""
+    """Decode `count` mutated packets with the sanitized extensions; a finding of the sanitizers ends the process."""
     for name in MODULES:
         path = Path(os.environ[BUILD]) / f"{name}.abi3.so"
         spec = importlib.util.spec_from_file_location(f"broker_filter.packets.{name}", path)

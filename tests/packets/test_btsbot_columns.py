@@ -17,7 +17,7 @@ MADE_OF_HISTORY = ("nnotdet", "age", "days_since_peak", "days_to_peak", "peakmag
 
 
 def expected(record: dict[str, Any]) -> dict[str, float]:
-    """The columns as BTSbot's `prep_alerts` defines them, over the detections in the packet up to the alert."""
+    """Return the columns as BTSbot's `prep_alerts` defines them, over the detections in the packet up to the alert."""
     alert = record["candidate"]
     # One redistributed packet has strings in the columns of its history, which cannot be read.
     history = record["prv_candidates"] if isinstance(record["prv_candidates"], list) else []

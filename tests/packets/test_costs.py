@@ -128,7 +128,7 @@ def test_hostile_packets_in_several_threads_stay_within_the_memory_of_a_pod(meas
 
 
 def decoded(data: bytes) -> tuple[int, Counter[RejectReason]]:
-    """The number of alerts in a packet, and of rejected ones by reason."""
+    """Return the number of alerts in a packet, and of rejected ones by reason."""
     batch, rejects = Decoder(open_registry(None)).decode([Packet(data, FilePosition("one"))])
     return len(batch), Counter(reject.reason for reject in rejects)
 

@@ -49,7 +49,7 @@ def pixels(stamp: bytes) -> NDArray[np.float32]:
 
 
 def published(column: Column, survey: Survey, record: dict[str, Any]) -> float:
-    """The value of a column that the packet contains directly."""
+    """Return the value of a column that the packet contains directly."""
     source = column.source(survey)
     assert isinstance(source, Field)
     for path in source.paths:
@@ -61,7 +61,7 @@ def published(column: Column, survey: Survey, record: dict[str, Any]) -> float:
 
 
 def assert_columns(alerts: AlertBatch, records: dict[int, dict[str, Any]], survey: Survey) -> None:
-    """Checks the columns that the survey publishes directly, and that columns without a source are NaN.
+    """Check the columns that the survey publishes directly, and that columns without a source are NaN.
 
     `records`: the records as read by fastavro, by the row of the alert.
     """
@@ -77,7 +77,7 @@ def assert_columns(alerts: AlertBatch, records: dict[int, dict[str, Any]], surve
 
 
 def assert_stamps(alerts: AlertBatch, i: int, stamps: Sequence[bytes]) -> None:
-    """Checks that each slot holds the pixels that astropy reads, bit for bit, with zeros around them."""
+    """Check that each slot holds the pixels that astropy reads, bit for bit, with zeros around them."""
     for c, stamp in enumerate(stamps):
         image = pixels(stamp)
         y, x, height, width = alerts.cutout_box[i, c].tolist()
@@ -89,7 +89,7 @@ def assert_stamps(alerts: AlertBatch, i: int, stamps: Sequence[bytes]) -> None:
 
 
 def assert_record(alerts: AlertBatch, i: int, record: dict[str, Any]) -> None:
-    """Checks that the undecoded body is that of the record, and the spans are those of its cutouts."""
+    """Check that the undecoded body is that of the record, and the spans are those of its cutouts."""
     held = alerts.records[i]
     definition = fastavro.parse_schema(held.schema.definition)
     stream = io.BytesIO(held.body)
@@ -140,7 +140,7 @@ def test_ztf_packets_decode_to_the_values_of_fastavro_and_astropy(ztf_packets: l
 
 
 def lsst_records(shared_data: Path, lsst_schemas: Path) -> list[tuple[Packet, list[dict[str, Any]]]]:
-    """All shared LSST packets with a schema, and their records as read by fastavro."""
+    """Return all shared LSST packets with a schema, and their records as read by fastavro."""
     registry = open_registry(str(lsst_schemas))
     found = []
     for path in sorted((shared_data / "lsst").rglob("*.avro")):
@@ -273,7 +273,7 @@ def test_a_reject_has_the_fingerprint_of_its_schema_if_that_could_be_read(
 
 
 def rewritten(data: bytes, change: Any = None, schema: Any = None) -> bytes:
-    """A ZTF packet re-encoded by fastavro after `change(record)`, with `schema` (by default its own schema)."""
+    """Return a ZTF packet re-encoded by fastavro after `change(record)`, with `schema` (by default its own schema)."""
     reader = fastavro.reader(io.BytesIO(data))
     (record,) = reader
     if change:

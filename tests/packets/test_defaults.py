@@ -29,7 +29,7 @@ PRIMITIVE_DEFAULTS = {
 
 
 def problems(type_: Any, space: str = "", names: dict[str, Any] | None = None, where: str = "") -> Iterator[str]:
-    """Yields the names and defaults that Avro 1.11 forbids in a schema, in the order of a strict parser."""
+    """Yield the names and defaults that Avro 1.11 forbids in a schema, in the order of a strict parser."""
     names = {} if names is None else names
     if isinstance(type_, list):
         for branch in type_:

@@ -29,19 +29,19 @@ BATCH = 64
 
 
 def flip(data: bytearray, draw: random.Random, begin: int) -> None:
-    """Replaces some bytes, often by values with a meaning in Avro."""
+    """Replace some bytes, often by values with a meaning in Avro."""
     for _ in range(draw.choice((1, 1, 2, 8))):
         data[draw.randrange(begin, len(data))] = draw.choice((0, 1, 2, 0x7F, 0x80, 0xFF, draw.randrange(256)))
 
 
 def cut(data: bytearray, draw: random.Random, begin: int) -> None:
-    """Removes the end, or a piece from the middle."""
+    """Remove the end, or a piece from the middle."""
     start = draw.randrange(begin, len(data))
     del data[start : None if draw.random() < 0.5 else start + draw.randrange(1, 300)]
 
 
 def insert(data: bytearray, draw: random.Random, begin: int) -> None:
-    """Inserts random bytes or a very large number."""
+    """Insert random bytes or a very large number."""
     start = draw.randrange(begin, len(data))
     data[start:start] = draw.choice(
         (draw.randbytes(draw.randrange(1, 40)), b"\xff" * 9 + b"\x01", b"\xfe" + b"\xff" * 8 + b"\x01")
@@ -49,7 +49,7 @@ def insert(data: bytearray, draw: random.Random, begin: int) -> None:
 
 
 def swap(data: bytearray, draw: random.Random, begin: int) -> None:
-    """Copies a piece over another one."""
+    """Copy a piece over another one."""
     size = draw.randrange(1, 2000)
     to, origin = draw.randrange(begin, len(data)), draw.randrange(begin, len(data))
     data[to : to + size] = data[origin : origin + size]
@@ -59,7 +59,7 @@ MUTATIONS: tuple[Callable[[bytearray, random.Random, int], None], ...] = (flip, 
 
 
 def mutants(packets: list[bytes], count: int, *, reseal: bool) -> Iterator[bytes]:
-    """Yields damaged packets. With `reseal`, the damage is inside the record, in a consistent container."""
+    """Yield damaged packets. With `reseal`, the damage is inside the record, in a consistent container."""
     draw = random.Random(SEED)
     for k in range(count):
         data = packets[k % len(packets)]
@@ -105,7 +105,7 @@ def registry(request: pytest.FixtureRequest) -> SchemaRegistry:
 
 
 def account(decoder: Decoder, batch: list[bytes]) -> tuple[AlertBatch, list[Reject]]:
-    """Decodes packets, and checks that each became an alert or a reject, and that the batch is consistent."""
+    """Decode packets, and check that each became an alert or a reject, and that the batch is consistent."""
     items = [Packet(data, FilePosition(f"mutant {k}")) for k, data in enumerate(batch)]
     alerts, rejects = decoder.decode(items)
     seen = Counter(items[k].position for k in alerts.packet_index.tolist())

@@ -33,7 +33,7 @@ IMAGES = {
 
 
 def gzip_by_zlib(file: bytes, level: int = 9, strategy: int = zlib.Z_DEFAULT_STRATEGY, flush: int = 0) -> bytes:
-    """Compresses in pieces of `flush` bytes, each of which becomes at least one block."""
+    """Compress in pieces of `flush` bytes, each of which becomes at least one block."""
     encoder = zlib.compressobj(level, zlib.DEFLATED, 31, 9, strategy)
     pieces = [file[i : i + flush] for i in range(0, len(file), flush)] if flush else [file]
     return b"".join(encoder.compress(piece) + encoder.flush(zlib.Z_FULL_FLUSH) for piece in pieces) + encoder.flush()
@@ -50,7 +50,7 @@ ENCODERS = {
 
 
 def decode_together(stamps: Sequence[bytes]) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-    """Whether the compiled code decoded each stamp, and the slots of the stamps."""
+    """Return whether the compiled code decoded each stamp, and the slots of the stamps."""
     assert compiled.decode_stamps is not None
     n = -(-len(stamps) // 3)
     slots, boxes = np.zeros((n, 3, SIZE, SIZE), np.float32), np.zeros((n, 3, 4), np.int16)

@@ -30,7 +30,7 @@ RECORDS = [{"id": i, "note": None if i % 3 else "x" * i} for i in range(100)]
 
 
 def container(codec: str = "null", sync_interval: int = 200) -> bytes:
-    """RECORDS in some 20 blocks, written by fastavro."""
+    """Return RECORDS in some 20 blocks, written by fastavro."""
     file = io.BytesIO()
     fastavro.writer(file, fastavro.parse_schema(SCHEMA), RECORDS, codec=codec, sync_interval=sync_interval)
     return file.getvalue()
@@ -52,7 +52,7 @@ def one(container: Container) -> WriterSchema:
 
 
 def header_with(**metadata: bytes) -> bytes:
-    """A header with these entries in the given order: `avro_codec=b"null"` is the entry `avro.codec`."""
+    """Return a header with these entries in the given order: `avro_codec=b"null"` is the entry `avro.codec`."""
     encoded = [
         ocf.encode_long(len(part)) + part
         for key, value in metadata.items()
@@ -71,7 +71,7 @@ XZ_DICTIONARY = 8 << 20
 
 
 def recoded(codec: str) -> bytes:
-    """RECORDS in a container with a codec for which fastavro may need a package that is not installed."""
+    """Return RECORDS in a container with a codec for which fastavro may need a package that is not installed."""
     plain = container()
     header = header_with(avro_codec=codec.encode(), avro_schema=json.dumps(SCHEMA).encode())
     blocks = []

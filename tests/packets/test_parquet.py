@@ -32,7 +32,7 @@ def record(container: bytes) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values are equal; NaN equals NaN."""
+    """Return whether two values are equal; NaN equals NaN."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
@@ -65,7 +65,7 @@ def test_lsst_rows_decode_to_their_own_values(shared_data: Path) -> None:
 
 
 def arrow_type(avro: Any, named: dict[str, pa.DataType]) -> pa.DataType:
-    """The Arrow type of an Avro type, as Spark writes it. `named`: the primitives, and the records found so far."""
+    """Return the Arrow type that Spark writes for an Avro type. `named`: primitives, and the records found so far."""
     if isinstance(avro, list):
         (avro,) = (branch for branch in avro if branch != "null")
     if isinstance(avro, str):

@@ -142,7 +142,9 @@ def test_every_spelling_of_isdiffpos_has_a_sign() -> None:
 
 
 def ztf_alert(text: Any, points: list[Any], infinite: str | None = None) -> tuple[AlertBatch, list[Reject]]:
-    """An alert whose `isdiffpos` and `fid` are of the Avro type `text`, and a history of a detection for each value."""
+    """Return an alert with `isdiffpos` and `fid` of the Avro type `text`, and a history with a detection for each
+    value.
+    """
     numbers = [{"name": name, "type": "double"} for name in ("jd", "ra", "dec", "magpsf", "sigmapsf", "rb")]
     again = text["name"] if isinstance(text, dict) else text
     texts = [{"name": "fid", "type": ["null", text]}, {"name": "isdiffpos", "type": ["null", again]}]

@@ -319,7 +319,7 @@ needs_compiled = pytest.mark.skipif(compiled.decode_stamps is None, reason="the 
 
 
 def decode_compiled(stamp: bytes, size: int, centred: bool) -> tuple[Box | None, NDArray[np.float32]]:
-    """The box and the slot of a stamp from the compiled code alone; no box if it left the stamp to Python."""
+    """Return the box and the slot of a stamp from the compiled code alone; no box if it left the stamp to Python."""
     assert compiled.decode_stamps is not None
     slots, boxes, taken = (
         np.full((1, 3, size, size), 7, np.float32),

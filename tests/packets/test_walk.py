@@ -47,7 +47,7 @@ class Outputs:
 
 
 def assert_same(program: NDArray[np.int32], body: bytes) -> tuple[tuple[int, int, int], Outputs]:
-    """Runs both walkers and checks that their outputs are bit-identical."""
+    """Run both walkers and check that their outputs are bit-identical."""
     expected = Outputs()
     result = expected.walk(walk_python, program, body)
     found = Outputs()
@@ -83,7 +83,7 @@ PRIMITIVE_VALUES: dict[str, st.SearchStrategy[Any]] = {
 
 @st.composite
 def types(draw: st.DrawFn, depth: int = 3) -> Any:
-    """A random Avro type, in which named types have no names yet."""
+    """Return a random Avro type, in which named types have no names yet."""
     kind = draw(
         st.sampled_from(
             [*PRIMITIVE_VALUES, "fixed", "enum", *(["record", "array", "map", "union", "logical"] * (depth > 0))]
@@ -111,7 +111,7 @@ def types(draw: st.DrawFn, depth: int = 3) -> Any:
 
 
 def named(type_: Any, numbers: Iterator[int]) -> Any:
-    """The type with a unique name for each named type in it."""
+    """Return the type with a unique name for each named type in it."""
     if not isinstance(type_, dict):
         return type_
     inner = {key: named(type_[key], numbers) for key in ("items", "values") if key in type_}
@@ -121,7 +121,7 @@ def named(type_: Any, numbers: Iterator[int]) -> Any:
 
 
 def values(type_: Any) -> st.SearchStrategy[Any]:
-    """A strategy for values that fastavro can write as `type_`."""
+    """Return a strategy for values that fastavro can write as `type_`."""
     if isinstance(type_, list):
         return st.one_of([values(branch) for branch in type_])
     if isinstance(type_, str):
@@ -142,7 +142,7 @@ def values(type_: Any) -> st.SearchStrategy[Any]:
 
 @st.composite
 def records(draw: st.DrawFn) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Wanted], dict[str, Reading]]:
-    """The fields of a random record, their values, and the wanted readings of some fields."""
+    """Return the fields of a random record, their values, and the wanted readings of some fields."""
     numbers = itertools.count()
     fields = [{"name": f"f{i}", "type": named(draw(types()), numbers)} for i in range(draw(st.integers(1, 6)))]
     record = {field["name"]: draw(values(field["type"])) for field in fields}
@@ -152,7 +152,7 @@ def records(draw: st.DrawFn) -> tuple[list[dict[str, Any]], dict[str, Any], dict
 
 
 def expected_number(type_: Any, value: Any, letter: bool) -> float | None:
-    """The result of a NUMBER or LETTER reading; None if the walk does not change the slot."""
+    """Return the result of a NUMBER or LETTER reading; None if the walk does not change the slot."""
     if isinstance(value, bool | int | float):
         return float(value)
     if (

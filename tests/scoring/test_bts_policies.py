@@ -12,7 +12,7 @@ Floats = NDArray[np.floating]
 
 
 def expected(name: str, score: Floats, magpsf: Floats) -> bool:
-    """The definitions of the policies, applied to the alerts up to one of them."""
+    """Return the decisions by the policies' definitions, applied to the alerts up to one of them."""
     certain, enough = (0.5, 2) if name.startswith("bts") else (0.85, 1)
     good = sum(s > certain and m < 19 for s, m in zip(score, magpsf, strict=True))
     bright = name.endswith("p1") or min(magpsf) <= 18.5

@@ -9,7 +9,7 @@ from broker_filter.scoring.neighbours import EXACT_LIMIT, Embeddings, Neighbours
 
 
 def embeddings(n: int, seed: int) -> Embeddings:
-    """Embeddings on a low-dimensional surface, like those of a network."""
+    """Return embeddings on a low-dimensional surface, like those of a network."""
     surface = np.random.default_rng(0).standard_normal((6, 32))
     rng = np.random.default_rng(seed)
     return normalise(np.tanh(rng.standard_normal((n, 6)) @ surface) + 0.05 * rng.standard_normal((n, 32)))

@@ -206,7 +206,7 @@ NOW = 61000.0
 
 
 def history(*counts: int) -> LightCurves:
-    """Light curves of random points, one per day, up to NOW."""
+    """Return light curves of random points, one per day, up to NOW."""
     rng, m = np.random.default_rng(sum(counts)), sum(counts)
     return LightCurves(
         offsets=np.concatenate([[0], np.cumsum(counts)]),

@@ -18,7 +18,7 @@ from broker_filter.simulate import SimulatedAlert
 
 
 def called_real(bundle: str, night: list[SimulatedAlert]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Whether the model calls each real alert real, and whether it calls each bogus alert real."""
+    """Return whether the model calls each real alert real, and whether it calls each bogus alert real."""
     packets = [Packet(alert.packet, FilePosition(f"{i}")) for i, alert in enumerate(night)]
     alerts, rejects = Decoder(open_registry(None), columns=()).decode(packets)
     assert not rejects

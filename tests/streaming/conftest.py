@@ -20,7 +20,7 @@ IDENTITY: dict[str, Any] = {"survey": 0, "object_id": None, "ra": 150.0, "band":
 
 
 def alert_batch(alert_id: Sequence[int], *, offset: int = 0, partition: int = 0, **values: Any) -> AlertBatch:
-    """Alerts without pixels, each in a Kafka message; `offset` is the first offset. `values`: fields and columns."""
+    """Return alerts without pixels, each in a Kafka message from `offset` on. `values`: fields and columns."""
     n = len(alert_id)
     given = {name: values.pop(name, default) for name, default in IDENTITY.items()}
     packets = [Packet(b"bytes", KafkaPosition("cluster", "ztf", partition, offset + i)) for i in range(n)]
@@ -46,7 +46,7 @@ def alert_batch(alert_id: Sequence[int], *, offset: int = 0, partition: int = 0,
 
 
 def scored_batch(alerts: AlertBatch, models: dict[str, Sequence[float]]) -> ScoredBatch:
-    """Scored alerts with the given values of `<model>.real`; NaN means that the model does not take the alert."""
+    """Return scored alerts with the given values of `<model>.real`; NaN: the model does not take the alert."""
     scores = []
     for name, real in models.items():
         probabilities = np.array(real, dtype=np.float32).reshape(-1, 1)

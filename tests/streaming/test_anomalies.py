@@ -38,7 +38,7 @@ PASSES = compile_filter("default.real > 0.5 and magpsf < 20", FIELDS, ["default.
 
 
 def ordinary(n: int, seed: int) -> Embeddings:
-    """Embeddings near one direction."""
+    """Return embeddings near one direction."""
     return normalise(np.eye(1, 8) + 0.2 * np.random.default_rng(seed).standard_normal((n, 8)))
 
 
@@ -140,7 +140,7 @@ def model_of_both(model: Model) -> Model:
 
 
 def of_lsst(n: int, seed: int) -> Embeddings:
-    """Embeddings near another direction and with a larger scatter, as of another telescope."""
+    """Return embeddings near another direction and with a larger scatter, as of another telescope."""
     return normalise(np.roll(np.eye(1, 8), 4) + 0.4 * np.random.default_rng(seed).standard_normal((n, 8)))
 
 

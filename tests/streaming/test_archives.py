@@ -34,7 +34,7 @@ SCHEMA = {
 
 
 def container(*candids: int, stamp_bytes: int = 3000, block_bytes: int = 1) -> bytes:
-    """A container file of one or more alerts; by default each alert has its own block, else see `block_bytes`."""
+    """Return a container file of one or more alerts; by default, each alert has its own block (`block_bytes`)."""
     alerts = [{"candid": candid, "stamp": random.Random(candid).randbytes(stamp_bytes)} for candid in candids]
     file = io.BytesIO()
     fastavro.writer(file, SCHEMA, alerts, sync_interval=block_bytes, sync_marker=b"0123456789abcdef")
@@ -254,7 +254,7 @@ def test_too_large_packet_is_not_read_to_its_end(tmp_path: Path) -> None:
 
 
 def readable_part(archive: bytes) -> bytes:
-    """The contents of PACKETS that a truncated archive still holds, without headers and padding."""
+    """Return the contents of PACKETS that a truncated archive still holds, without headers and padding."""
     stream = zlib.decompressobj(wbits=31)
     left = stream.decompress(archive) if archive.startswith(b"\x1f\x8b") else archive
     parts = []
@@ -314,7 +314,7 @@ def padded(data: bytes) -> bytes:
 
 
 def attributes(*records: bytes, kind: bytes = tarfile.XHDTYPE) -> bytes:
-    """A pax header; of a record, its length in two digits, a blank and the end of the line are 4 bytes."""
+    """Return a pax header. A record has 4 bytes besides its content: two digits of length, a blank and a newline."""
     body = b"".join(b"%d %s\n" % (len(record) + 4, record) for record in records)
     return header("attributes", len(body), kind) + padded(body)
 
@@ -352,7 +352,7 @@ def test_sparse_members_are_not_read(tmp_path: Path) -> None:
 
 
 def edited(member: bytes, edits: list[tuple[int, int]]) -> bytes:
-    """A member's header with changed bytes and the correct checksum for them."""
+    """Return a member's header with changed bytes and the correct checksum for them."""
     block = bytearray(member)
     for at, value in edits:
         block[at] = value

@@ -57,7 +57,7 @@ def decode(data: list[bytes], schemas: Path | None = None) -> AlertBatch:
 
 
 def score(alerts: AlertBatch) -> ScoredBatch:
-    """Two models: one with an embedding, and one that takes every second alert only."""
+    """Return the scores of two models: one with an embedding, and one that takes every second alert only."""
     n = len(alerts)
     rng = np.random.default_rng(3)
     some = np.arange(n) % 2 == 0
@@ -84,7 +84,7 @@ def read(value: bytes) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equality in which NaN equals NaN."""
+    """Return whether two values are equal; NaN equals NaN."""
     if a == b or (a != a and b != b):
         return True
     if isinstance(a, dict) and isinstance(b, dict):
@@ -181,7 +181,7 @@ def test_annotation_holds_models_scores_and_time(make_alerts: Callable[..., Aler
 
 
 def anomalies_of(n: int) -> Anomalies:
-    """Anomalies of n alerts: each third is flagged, each fifth is not judged, and each sixth has modalities."""
+    """Return anomalies of n alerts: each third is flagged, each fifth is not judged, and each sixth has modalities."""
     rows = np.arange(n)
     score = np.where(rows % 5 == 4, np.nan, rows / 64).astype(np.float32)
     flag = (rows % 3 == 0) & (rows % 5 != 4)
@@ -421,7 +421,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def registered(value: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The schema to which a wire format message refers, and the record in the message."""
+    """Return the schema to which a wire format message refers, and the record in the message."""
     message = unframe(value)
     text = next(text for text, number in Registry.schemas.items() if number == message.schema_id)
     record = fastavro.schemaless_reader(io.BytesIO(message.body), json.loads(text), None)

@@ -61,7 +61,7 @@ def scored(make_alerts: Callable[..., AlertBatch], make_scored: Callable[..., Sc
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows as read by a standard reader of the format, with None for null."""
+    """Return the rows as read by a standard reader of the format, with None for null."""
     match path.suffix:
         case ".parquet":
             return list(pq.read_table(path).to_pylist())
@@ -81,7 +81,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def typed(name: str, cell: str) -> Any:
-    """The value of a CSV cell, which has no type."""
+    """Return the value of a CSV cell, which has no type."""
     if cell == "":
         return None
     kind = SCHEMA.field(name).type
@@ -91,12 +91,12 @@ def typed(name: str, cell: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The value of a cell of an astropy table."""
+    """Return the value of a cell of an astropy table."""
     return None if np.ma.is_masked(value) else value.item() if isinstance(value, np.generic) else value
 
 
 def nothing(**known: Any) -> dict[str, Any]:
-    """A row with these values and null in all other columns."""
+    """Return a row with these values and null in all other columns."""
     return dict.fromkeys(SCHEMA.names) | known
 
 

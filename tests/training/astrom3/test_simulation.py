@@ -40,7 +40,7 @@ def median(sample: Sample, kind: str, name: str) -> float:
 
 
 def phased(kind: str, seed: int) -> NDArray[np.float64]:
-    """V magnitude over one period, without noise."""
+    """Return V magnitudes over one period, without noise."""
     star = draw(kind, np.random.default_rng(seed))
     return star.curve(np.linspace(0, star.period, 500, endpoint=False))
 
@@ -159,7 +159,7 @@ def test_real_spectra_are_most_similar_to_simulated_ones_of_the_same_temperature
 
 
 def _form(spectrum: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Flux in bins of 20 angstrom, where the noise of real spectra is small."""
+    """Return flux in bins of 20 angstrom, where the noise of real spectra is small."""
     return prepare_spectrum(spectrum)[0, :2570].reshape(-1, 10).mean(1)
 
 

@@ -38,7 +38,7 @@ INPUTS = Inputs(
 
 
 def served_inputs(packets: list[Packet]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """The network inputs that the service computes from packets, by alert id."""
+    """Return the network inputs that the service computes from packets, by alert id."""
     columns = tuple(column.name for column in INPUTS.metadata)
     alerts, _ = Decoder(open_registry(None), columns=columns).decode(packets)
     images = prepare_images(alerts.cutouts, alerts.cutout_box, INPUTS.images)
@@ -143,7 +143,7 @@ def test_pixels_stay_on_disk_until_they_are_read(night_dataset: Dataset) -> None
 
 
 def objects_and_labels(n: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """Objects with up to three alerts each, a tenth of them in the rarer class."""
+    """Return objects with up to three alerts each; a tenth of the objects are in the rarer class."""
     rng = np.random.default_rng(1)
     object_id = np.repeat([f"ZTF{i}" for i in range(n)], rng.integers(1, 4, n))
     return object_id, (np.array([int(name[3:]) for name in object_id]) % 10 == 0).astype(np.int64)

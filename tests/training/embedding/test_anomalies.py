@@ -22,7 +22,7 @@ from training.embedding.light_curve_features import NAMES, light_curve_features
 
 
 def case(name: str, seed: int, skill: dict[str, float]) -> LeftOut:
-    """A quarter of 400 alerts are of the class; each measure scores them a given number of deviations higher."""
+    """Return 400 alerts, a quarter of them of the class; each measure scores these some deviations higher."""
     rng = np.random.default_rng(seed)
     anomalous, validation = rng.random(400) < 0.25, np.arange(400) % 2 == 0
     scores = {measure: rng.standard_normal(400) + distance * anomalous for measure, distance in skill.items()}

@@ -18,7 +18,7 @@ def vectors(modalities: int) -> Tensor:
 
 
 def clip(one: Tensor, other: Tensor) -> Tensor:
-    """The loss of one pair as in CLIP, summed over both directions."""
+    """Return the loss of one pair as in CLIP, summed over both directions."""
     logits, truth = FIRST_LOGIT_SCALE * one @ other.T, torch.arange(len(one))
     return cross_entropy(logits, truth) + cross_entropy(logits.T, truth)
 

@@ -14,7 +14,7 @@ CENTRES = np.eye(3, 5, dtype=np.float32)
 
 
 def around(label: NDArray[np.int64], seed: int) -> NDArray[np.float32]:
-    """Vectors near one direction per class."""
+    """Return vectors near one direction per class."""
     noise = np.random.default_rng(seed).normal(0, 0.15, (len(label), 5))
     return (CENTRES[label] + noise).astype(np.float32)
 

@@ -34,7 +34,7 @@ Embeddings = dict[int, NDArray[np.float32]]
 
 
 def by_service(packets: list[Packet], batch: int, engine: str = "onnxruntime") -> Embeddings:
-    """Embeddings in the records that the service sends."""
+    """Return embeddings in the records that the service sends."""
     scorer = open_scorer([MODEL], Runtime.model_validate({"engine": engine, "device": "cpu"}))
     decoder = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=scorer.columns)
     window = DuplicateWindow(1000)
@@ -50,13 +50,13 @@ def by_service(packets: list[Packet], batch: int, engine: str = "onnxruntime") -
 
 
 def by_score(folder: Path, table: Path) -> Embeddings:
-    """Embeddings that `broker-filter score` writes."""
+    """Return embeddings that `broker-filter score` writes."""
     assert main(["score", str(folder), "--model", MODEL, "--device", "cpu", "--out", str(table)]) == 0
     return by_table(pq.read_table(table, columns=["alert_id", f"{MODEL}__embedding"]).to_pydict().values())
 
 
 def by_evaluate(dataset: Dataset, directory: Path) -> Embeddings:
-    """Embeddings that `training evaluate` writes, for every split."""
+    """Return embeddings that `training evaluate` writes, for every split."""
     model = open_model(MODEL, Runtime(engine="onnxruntime", device="cpu"))
     embeddings: Embeddings = {}
     for split in SPLITS:

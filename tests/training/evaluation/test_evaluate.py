@@ -43,7 +43,7 @@ def night() -> list[SimulatedAlert]:
 
 
 def build_from(night: list[SimulatedAlert], directory: Path, cutout_size: int = 63) -> Dataset:
-    """The night as a data set with true labels."""
+    """Return the night as a data set with true labels."""
     packets = directory / "packets"
     packets.mkdir()
     with (directory / "labels.csv").open("w", newline="") as file:

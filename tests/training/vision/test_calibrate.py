@@ -25,7 +25,7 @@ class Linear(nn.Module):
 
 
 def trained(features: Tensor, label: Tensor, weights: Tensor) -> Linear:
-    """A network trained to convergence with class weights as in `Classifier`."""
+    """Return a network trained to convergence with class weights as in `Classifier`."""
     torch.manual_seed(1)
     network = Linear(features.shape[1], 1 if len(weights) == 2 else len(weights))
     optimizer = torch.optim.LBFGS(network.parameters(), max_iter=500, line_search_fn="strong_wolfe")

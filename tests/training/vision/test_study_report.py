@@ -12,7 +12,7 @@ TRUTH = np.arange(40) % 2
 
 
 def predictions(noise: float, seed: int) -> Predictions:
-    """Binary predictions for 40 objects: the truth plus noise."""
+    """Return binary predictions for 40 objects: the truth plus noise."""
     score = 1 / (1 + np.exp(-(2.0 * TRUTH - 1 + noise * np.random.default_rng(seed).normal(size=40))))
     return Predictions(
         ("bogus", "real"),

@@ -1,6 +1,6 @@
-"""The programs of docs/how-to/read-output.md read what the service writes. Each runs where its client is installed.
+"""The programs of docs/how-to/read-output.md read the service's output; each needs its client to be installed.
 
-BROKER_FILTER_CLIENTS_PYTHON: a Python that has clients which need other versions of packages than broker-filter does.
+BROKER_FILTER_CLIENTS_PYTHON: a Python with clients that need other versions of packages than broker-filter does.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ NEEDS = {
 
 
 class Registry(BaseHTTPRequestHandler):
-    """A schema registry in memory: one schema a subject, as if none were compatible with another."""
+    """A schema registry in memory that accepts one schema for each subject, as if all others were incompatible."""
 
     schemas: ClassVar[list[str]] = []
     subjects: ClassVar[dict[str, str]] = {}
@@ -97,7 +97,7 @@ def registry() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def scored(ztf_packets: list[tuple[int, bytes]]) -> ScoredBatch:
-    """Real alerts of several schemas, which name the alert as ZTF does: AMPEL shapes no others."""
+    """Real alerts of several schemas with a top-level `candid`, which AMPEL requires."""
     scorer = open_scorer(["default"], Runtime())
     decoder = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=scorer.columns)
     some = [next(iter(fastavro.reader(io.BytesIO(data)))) for _, data in ztf_packets[::40]]
@@ -124,12 +124,12 @@ def publish(scored: ScoredBatch, bootstrap: str, prefix: str, registry: str | No
     assert producer.flush(30) == 0
 
 
-def test_every_program_is_run() -> None:
+def test_every_program_of_the_guide_is_tested() -> None:
     assert set(PROGRAMS) == set(NEEDS)
 
 
 @pytest.mark.parametrize("client", NEEDS)
-def test_a_client_reads_every_alert(
+def test_client_program_reads_every_alert(
     client: str,
     scored: ScoredBatch,
     kafka_bootstrap: str,
