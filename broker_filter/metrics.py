@@ -82,6 +82,11 @@ class Metrics:
             "Scored alerts that passed the cut but were not judged: the reference has too few alerts of the survey.",
             "survey",
         )
+        self._unknown_version = self._counter(
+            "unknown_version_alerts",
+            "Decoded alerts whose schema version this program does not know. They are decoded by their own schema.",
+            "survey",
+        )
         self._anomaly_rate = self._gauge(
             "anomaly_rate", "Fraction of the judged alerts that were flagged, since the start of the process."
         )
@@ -127,6 +132,7 @@ class Metrics:
             self._rejected.labels(reason.value)
         for survey in Survey:
             self._unjudged.labels(str(survey))
+            self._unknown_version.labels(str(survey))
 
     def expect(self, *, topics: Iterable[str] = (), stages: Iterable[str] = ()) -> None:
         """Create the series of output topics and of stages with the value 0.
@@ -190,6 +196,8 @@ class Metrics:
                 self._anomalous.inc(account.anomalous)
                 for survey, n in account.unjudged.items():
                     self._unjudged.labels(str(survey)).inc(n)
+                for survey, n in account.unknown_version.items():
+                    self._unknown_version.labels(str(survey)).inc(n)
                 self._so_far.update(judged=account.judged, anomalous=account.anomalous)
                 for reason, n in account.rejected.items():
                     self._rejected.labels(reason.value).inc(n)

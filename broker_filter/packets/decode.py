@@ -50,7 +50,7 @@ from broker_filter.packets.registry import SchemaRegistry, UnknownSchemaId, open
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.packets.schema import BySchema, SchemaError, WriterSchema
 from broker_filter.packets.stamps import decode_stamps, inflated_bytes
-from broker_filter.packets.surveys import DEFAULT_COLUMNS, FORMATS, recognise
+from broker_filter.packets.surveys import DEFAULT_COLUMNS, FORMATS, recognise, rows_of_unknown_version
 from broker_filter.packets.walk import MISSING_ID, Status, walk
 
 DEFAULT_CUTOUT_SIZE = 63
@@ -92,9 +92,12 @@ NO_ID = -1
 
 _MAX_WARNINGS = 100
 """The maximum number of schemas with a warning. Packets bring their own schemas, and must not fill the log."""
+_MAX_VERSION = 40
+"""The maximum number of characters of a schema version in the log. A packet's version is untrusted text."""
 
 log = logging.getLogger(__name__)
 _warned_schemas: set[str] = set()
+_warned_versions: set[str] = set()
 _T = TypeVar("_T", bound=np.generic)
 
 
@@ -521,7 +524,7 @@ class _Columns:
         pieces = [points._replace(alert=alert_of_row[points.alert]) for points in self._points]
         walked = [self._walked[row] for row in kept]
         self._warn_of_lost_detections(detections_without_flux(pieces), walked)
-        return AlertBatch(
+        alerts = AlertBatch(
             packets=packets,
             packet_index=np.array([item.packet for item in walked], dtype=np.int32),
             record_index=np.array([item.record for item in walked], dtype=np.int32),
@@ -540,6 +543,8 @@ class _Columns:
             metadata=self._metadata[rows],
             light_curves=light_curves(len(rows), pieces),
         )
+        _warn_of_unknown_versions(alerts)
+        return alerts
 
     def _warn_of_lost_detections(self, lost: NDArray[np.int64], walked: Sequence[_Walked]) -> None:
         """Log, once per schema, that detections of the alerts in the rows `lost` of the batch have no flux."""
@@ -561,6 +566,23 @@ class _Columns:
     def _text(self, row: int, slot: int) -> str:
         begin, end = self._span_lists[row][slot]
         return str(self._walked[row].body[begin:end], "utf-8", "replace") if begin >= 0 else ""
+
+
+def _warn_of_unknown_versions(alerts: AlertBatch) -> None:
+    """Log, once per schema, that alerts have a schema version that the program does not know."""
+    for row in rows_of_unknown_version(alerts):
+        schema = alerts.records[row].schema
+        if schema.fingerprint not in _warned_versions and len(_warned_versions) < _MAX_WARNINGS:
+            _warned_versions.add(schema.fingerprint)
+            log.warning(
+                "schema %r (id %s, fingerprint %s) is version %s of the %s alerts, which this program does not know: "
+                "alerts are decoded by this schema, and a field that it has renamed is missing",
+                schema.canonical["name"],
+                schema.registry_id,
+                schema.fingerprint,
+                alerts.schema_version[row][:_MAX_VERSION],
+                Survey(int(alerts.survey[row])).name,
+            )
 
 
 def _doubted_id(reject: Reject) -> int:

@@ -16,14 +16,21 @@ from broker_filter.packets.batch import CUTOUTS
 from broker_filter.packets.photometry import DetectionsSoFar, Points, Values
 from broker_filter.packets.plan import Reading, Wanted, compile_program
 from broker_filter.packets.schema import WriterSchema
-from broker_filter.packets.surveys import FORMATS, Derived, Field, SoFar, Source, SurveyFormat, select_columns
+from broker_filter.packets.surveys import (
+    FORMATS,
+    UNVERSIONED,
+    Derived,
+    Field,
+    SoFar,
+    Source,
+    SurveyFormat,
+    select_columns,
+)
 from broker_filter.packets.walk import MISSING_ID
 
 # Span slots: the encoded cutout fields, the stamps inside them, the schema version and the name of the object.
 WHOLE_CUTOUT, STAMP, VERSION, OBJECT_NAME, N_SPANS = 0, len(CUTOUTS), 2 * len(CUTOUTS), 2 * len(CUTOUTS) + 1, 8
 
-UNVERSIONED = "unversioned"
-"""The schema version of alerts that have none: ZTF alerts of early 2018."""
 _LSST_NAMESPACE = re.compile(r"lsst\.v(\d+)_(\d+)\b")
 
 

@@ -58,6 +58,8 @@ flood of requests if many alerts are corrupt."""
 SCHEMA_NOT_FOUND = 40403
 """The error code for an unknown id, of Confluent, Karapace, Apicurio and Redpanda. No other answer means that an id is
 unknown."""
+LSST_MAJORS = range(7, 100)
+"""The major versions of LSST's schema; the id of a schema in LSST's registry is 100 x major + minor."""
 _MAX_VERDICTS = 10_000
 """The maximum number of remembered unknown ids. Ids are untrusted input and must not fill the memory."""
 
@@ -119,7 +121,7 @@ class NoRegistry:
 
     def get(self, schema_id: int, doubted: WriterSchema | None = None) -> WriterSchema:  # noqa: ARG002
         """Raise UnknownSchemaId: without a registry, no id is known."""
-        raise UnknownSchemaId(f"schema id {schema_id}: no schema registry is configured")
+        raise UnknownSchemaId(f"{_described(schema_id)}: no schema registry is configured")
 
 
 class DirectoryRegistry:
@@ -149,7 +151,7 @@ class DirectoryRegistry:
         with self._lock:
             if schema_id not in self._schemas:
                 if schema_id not in self._files:
-                    raise UnknownSchemaId(f"schema id {schema_id}: no .avsc file in {self._directory} has this id")
+                    raise UnknownSchemaId(f"{_described(schema_id)}: no .avsc file in {self._directory} has this id")
                 self._schemas[schema_id] = self._read(schema_id)
             return self._schemas[schema_id]
 
@@ -297,7 +299,7 @@ class HttpRegistry:
                 failure = str(error)
                 continue
             if answer.status == http.HTTPStatus.NOT_FOUND and answer.error_code == SCHEMA_NOT_FOUND:
-                raise UnknownSchemaId(f"schema id {schema_id}: the registry at {self._url} does not know it")
+                raise UnknownSchemaId(f"{_described(schema_id)}: the registry at {self._url} does not know it")
             text = answer.content.get("schema") if isinstance(answer.content, dict) else None
             if answer.status == http.HTTPStatus.OK and isinstance(text, str):
                 return text.encode(errors="surrogatepass")
@@ -320,6 +322,12 @@ class HttpRegistry:
                 raise
         except OSError as error:
             log.warning("schema %d cannot be written to the cache in %s: %s", schema_id, self._cache, error)
+
+
+def _described(schema_id: int) -> str:
+    """Return the id, and the version of LSST's schema that the id stands for if it is one of LSST's registry."""
+    major, minor = divmod(schema_id, 100)
+    return f"schema id {schema_id}" + (f" (LSST {major}.{minor})" if major in LSST_MAJORS else "")
 
 
 def _read_json(path: Path) -> Any:

@@ -4,7 +4,7 @@ This module holds only tables and formulae. It must never state the position of 
 found by name (see `plan`).
 
 Sources: ZTF alert schema 4.02 (https://zwickytransientfacility.github.io/ztf-avro-alert/schema.html); LSST alert
-schemas 7.0 to 11.0 (https://github.com/lsst/alert_packet).
+schemas 7.0 to 11.1 (https://github.com/lsst/alert_packet).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_filter.packets.batch import Survey
+from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.photometry import (
     AB_ZERO_POINT,
     MAGNITUDES_PER_E,
@@ -38,6 +38,8 @@ from broker_filter.packets.photometry import (
     ztf_forced,
 )
 
+UNVERSIONED = "unversioned"
+"""The schema version of alerts that have none: ZTF alerts of early 2018, and some redistributed LSST alerts."""
 SOLAR_SYSTEM_MATCH_ARCSEC = 5.0
 """ZTF lists the nearest known solar-system object within 30 arcsec. As in Fink, an object within this distance is taken
 for the source of the alert."""
@@ -112,6 +114,7 @@ class SurveyFormat:
     `signature`: the fields that a schema must have to be recognised as the survey's. `alert_ids`: fields of the alert's
     id; the first one that a record has is used. `object_ids`: fields of a numeric object id, used in the same way if
     the record has no `object_name` (text); 0 means that there is no object. `version`: the field of the schema version.
+    `known_versions`: the schema versions whose fields this module was written for; None if versions are not compared.
     `place`: sources of MJD (d), right ascension (deg), declination (deg) and the index of the band. `cutouts`: the
     cutout fields in the order of `CUTOUTS`. `stamp`: the field inside a cutout that holds the FITS bytes; None if the
     cutout field itself holds the bytes. `stamps_centred`: whether a stamp smaller than its slot is centred in it.
@@ -126,6 +129,7 @@ class SurveyFormat:
     object_ids: tuple[str, ...]
     object_name: str | None
     version: str
+    known_versions: frozenset[str] | None
     place: tuple[Field | Derived, Field | Derived, Field | Derived, Field | Derived]
     cutouts: tuple[str, str, str]
     stamp: str | None
@@ -275,7 +279,13 @@ COLUMNS: tuple[Column, ...] = (
     Column("programid", "", "observing programme: 1 is public, 2 is partnership, 3 is Caltech", _ztf("programid")),
     Column("field", "", "number of the field in ZTF's sky grid", _ztf("field")),
     Column("rcid", "", "number of the readout channel, 0 to 63", _ztf("rcid")),
-    Column("exptime", "s", "exposure time", _ztf("exptime", NO_VALUE)),
+    Column(
+        "exptime",
+        "s",
+        "exposure time (LSST: effective; published since schema 11.1)",
+        _ztf("exptime", NO_VALUE),
+        _lsst("exposureTime"),
+    ),
     Column("diffmaglim", "mag", "5-sigma limiting magnitude of the difference image", ZTF_DIFFMAGLIM),
     Column("magzpsci", "mag", "photometric zero point of the science image", _ztf("magzpsci", NO_VALUE)),
     Column("magzpsciunc", "mag", "1-sigma uncertainty of magzpsci", _ztf("magzpsciunc", NO_VALUE)),
@@ -438,14 +448,32 @@ COLUMNS: tuple[Column, ...] = (
     Column("templateFluxErr", "nJy", "1-sigma uncertainty of templateFlux", lsst=_lsst("templateFluxErr")),
     Column("psfChi2", "", "chi-square of the PSF fit", lsst=_lsst("psfChi2")),
     Column("psfNdata", "", "number of pixels in the PSF fit", lsst=_lsst("psfNdata")),
-    Column("ixx", "px^2", "adaptive second moment xx of the source", lsst=_lsst("ixx")),
-    Column("iyy", "px^2", "adaptive second moment yy of the source", lsst=_lsst("iyy")),
-    Column("ixy", "px^2", "adaptive second moment xy of the source", lsst=_lsst("ixy")),
-    Column("ixxPSF", "px^2", "adaptive second moment xx of the PSF", lsst=_lsst("ixxPSF")),
-    Column("iyyPSF", "px^2", "adaptive second moment yy of the PSF", lsst=_lsst("iyyPSF")),
-    Column("ixyPSF", "px^2", "adaptive second moment xy of the PSF", lsst=_lsst("ixyPSF")),
+    Column("ixx", "arcsec^2", "adaptive second moment xx of the source", lsst=_lsst("ixx")),
+    Column("iyy", "arcsec^2", "adaptive second moment yy of the source", lsst=_lsst("iyy")),
+    Column("ixy", "arcsec^2", "adaptive second moment xy of the source", lsst=_lsst("ixy")),
+    Column("ixxPSF", "arcsec^2", "adaptive second moment xx of the PSF", lsst=_lsst("ixxPSF")),
+    Column("iyyPSF", "arcsec^2", "adaptive second moment yy of the PSF", lsst=_lsst("iyyPSF")),
+    Column("ixyPSF", "arcsec^2", "adaptive second moment xy of the PSF", lsst=_lsst("ixyPSF")),
     Column("trailLength", "arcsec", "length in the trailed-source fit", lsst=_lsst("trailLength")),
     Column("trailFlux", "nJy", "flux in the trailed-source fit", lsst=_lsst("trailFlux")),
+    Column(
+        "trailAlgorithm",
+        "",
+        "algorithm that measured the trail: 1 is SDSSShape, 2 is HSMShape (published since schema 11.1)",
+        lsst=_lsst("trailAlgorithm"),
+    ),
+    Column(
+        "trail_flag",
+        "1 or 0",
+        "1 if the trailed-source fit failed, else 0 (published since schema 11.1)",
+        lsst=_flag("trail_flag"),
+    ),
+    Column(
+        "trail_flag_edge",
+        "1 or 0",
+        "1 if the trailed source extends onto or past the edge of the image, else 0",
+        lsst=_flag("trail_flag_edge"),
+    ),
     Column("dipoleLength", "arcsec", "separation of the lobes in the dipole fit", lsst=_lsst("dipoleLength")),
     Column(
         "dipoleMeanFlux", "nJy", "mean absolute flux of the two lobes in the dipole fit", lsst=_lsst("dipoleMeanFlux")
@@ -519,6 +547,7 @@ ZTF = SurveyFormat(
     object_ids=(),
     object_name="objectId",
     version="schemavsn",
+    known_versions=None,
     place=(Derived(lambda jd: jd - MJD_EPOCH, (ZTF_JD,)), ZTF_RA, ZTF_DEC, Derived(ztf_band, (ZTF_FID,))),
     cutouts=("cutoutScience", "cutoutTemplate", "cutoutDifference"),
     stamp="stampData",
@@ -553,6 +582,12 @@ ZTF = SurveyFormat(
     detections_so_far=ztf_detections_so_far,
 )
 
+LSST_VERSIONS = frozenset(
+    {UNVERSIONED, "7.0", "7.1", "7.2", "7.3", "7.4", "8.0", "9.0", "10.0", "10.1", "11.0", "11.1"}
+)
+"""The schema versions of LSST that the columns were written for. An alert of another version is decoded by its own
+schema: a field that was renamed in it is then missing."""
+
 _LSST_POINT = (
     Field(("midpointMjdTai",)),
     Field(("band",), letter=True),
@@ -573,6 +608,7 @@ LSST = SurveyFormat(
     ),
     object_name=None,
     version="lsst_schema_version",
+    known_versions=LSST_VERSIONS,
     place=(LSST_MJD, LSST_RA, LSST_DEC, Derived(letter_band, (LSST_BAND,))),
     cutouts=("cutoutScience", "cutoutTemplate", "cutoutDifference"),
     stamp=None,
@@ -588,6 +624,19 @@ LSST = SurveyFormat(
 
 FORMATS: tuple[SurveyFormat, ...] = (ZTF, LSST)
 """The formats of all surveys that can be decoded."""
+
+_KNOWN_VERSIONS = {survey_format.survey: survey_format.known_versions for survey_format in FORMATS}
+
+
+def rows_of_unknown_version(alerts: AlertBatch) -> list[int]:
+    """Return the rows of the alerts whose schema version is not among the `known_versions` of their survey."""
+    versions = list(zip(alerts.survey.tolist(), alerts.schema_version, strict=True))
+    unknown = {
+        (survey, version)
+        for survey, version in set(versions)
+        if (known := _KNOWN_VERSIONS[Survey(survey)]) is not None and version not in known
+    }
+    return [row for row, pair in enumerate(versions) if pair in unknown] if unknown else []
 
 
 def recognise(paths: Collection[str]) -> SurveyFormat | None:

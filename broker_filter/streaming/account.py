@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.rejects import RejectReason
+from broker_filter.packets.surveys import rows_of_unknown_version
 from broker_filter.streaming.scored import ScoredBatch
 
 MJD_OF_UNIX_EPOCH = 40_587.0
@@ -37,6 +38,8 @@ class Account:
     unjudged: Counter[Survey] = field(default_factory=Counter)
     """Scored alerts, by survey, that passed the cut but could not be judged: the reference has too few alerts of their
     survey."""
+    unknown_version: Counter[Survey] = field(default_factory=Counter)
+    """Decoded alerts, by survey, whose schema version the program does not know."""
     rejected: Counter[RejectReason] = field(default_factory=Counter)
     sent: list[float] = field(default_factory=list)
     """Unix seconds at which the producer sent each packet that has a timestamp."""
@@ -51,6 +54,7 @@ class Account:
         self.judged += other.judged
         self.anomalous += other.anomalous
         self.unjudged.update(other.unjudged)
+        self.unknown_version.update(other.unknown_version)
         self.rejected.update(other.rejected)
 
 
@@ -73,6 +77,8 @@ def account_packets(scored: ScoredBatch) -> list[Account]:
     packet_index, duplicate = scored.alerts.packet_index.tolist(), scored.duplicate.tolist()
     for k in packet_index:
         accounts[k].consumed += 1
+    for i in rows_of_unknown_version(scored.alerts):
+        accounts[packet_index[i]].unknown_version[Survey(int(scored.alerts.survey[i]))] += 1
     for i in scored.scored.tolist():
         account = accounts[packet_index[i]]
         account.exposed.append(exposed[i])
