@@ -53,10 +53,12 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-# From nothing, so that no page of an earlier build hides an error; every warning is an error.
+# From nothing, so that no page of an earlier build hides an error; every warning is an error. Then the examples of the
+# library run, on the pages that were read.
 docs: $(VENV)/installed-docs
 	rm -rf docs/_build
 	$(BIN)/sphinx-build --jobs 2 --fail-on-warning --keep-going --quiet docs docs/_build/html
+	$(BIN)/sphinx-build --builder doctest --doctree-dir docs/_build/html/.doctrees --quiet docs docs/_build/doctest
 	@echo 'The site: docs/_build/html/index.html'
 
 bench: export KAFKA_HOME ?= $(wildcard ../shared/kafka)

@@ -23,6 +23,7 @@ version = release = broker_filter.__version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.doctest",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
@@ -46,6 +47,19 @@ default_role = "code"  # docstrings mark code by single backquotes
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
+
+# The examples in docstrings run in a folder with the files that they read.
+doctest_global_setup = """\
+import tempfile
+from contextlib import ExitStack, chdir
+from pathlib import Path
+from library_examples import write_example_night
+_ended = ExitStack()
+_folder = _ended.enter_context(tempfile.TemporaryDirectory())
+_ended.enter_context(chdir(_folder))
+write_example_night(Path(_folder))
+"""
+doctest_global_cleanup = "_ended.close()"
 
 html_theme = "pydata_sphinx_theme"
 html_title = "broker-filter"

@@ -86,7 +86,14 @@ def test_every_field_of_the_output_schema_is_in_the_reference() -> None:
 
 
 def test_no_cell_of_the_reference_lacks_a_meaning() -> None:
-    for name in ("configuration_keys", "metrics", "reject_reasons", "metadata_columns", "table_columns"):
+    for name in (
+        "configuration_keys",
+        "metrics",
+        "reject_reasons",
+        "metadata_columns",
+        "table_columns",
+        "output_schema",
+    ):
         lines = [line for line in GENERATED[name]().splitlines() if line.startswith("| `")]
         assert lines
         for line in lines:

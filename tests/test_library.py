@@ -7,7 +7,6 @@ import doctest
 import io
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from broker_filter import Packet, Scorer, read_packets, score_archive
 from broker_filter.cli import main
 from broker_filter.simulate import SCHEMAS, simulate_night
 from broker_filter.streaming.archives import InputError, NoInputError
+from docs.library_examples import write_example_night
 
 HEAVY = ("astropy", "confluent_kafka", "fastavro", "numpy", "onnxruntime", "pyarrow", "pydantic", "torch", "yaml")
 MOST_NAMES = 10
@@ -29,13 +29,7 @@ MOST_NAMES = 10
 def night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`night.tar` with five simulated alerts and `alert.avro` with the first of them, in the working directory."""
     monkeypatch.chdir(tmp_path)
-    with tarfile.open("night.tar", "w") as archive:
-        for i, alert in enumerate(simulate_night(5, seed=1)):
-            member = tarfile.TarInfo(f"{i}.avro")
-            member.size = len(alert.packet)
-            archive.addfile(member, io.BytesIO(alert.packet))
-            if i == 0:
-                Path("alert.avro").write_bytes(alert.packet)
+    write_example_night(tmp_path)
     return tmp_path / "night.tar"
 
 
@@ -73,12 +67,14 @@ def test_type_checkers_see_the_names_that_are_imported_lazily() -> None:
 @pytest.mark.usefixtures("night")
 @pytest.mark.parametrize("name", ["broker_filter", *broker_filter.__all__])
 def test_every_public_name_has_examples_that_run(name: str) -> None:
+    """The examples of a class's methods run, too."""
     value = broker_filter if name == "broker_filter" else getattr(broker_filter, name)
-    parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()
-    example = parser.get_doctest(value.__doc__, {}, name, None, None)
-    assert example.examples, f"{name} has no example"
-    report = io.StringIO()
-    runner.run(example, out=report.write)
+    runner, report = doctest.DocTestRunner(), io.StringIO()
+    own, *methods = sorted(doctest.DocTestFinder().find(value, name, globs={}), key=lambda found: found.name)
+    assert own.name == name
+    assert own.examples, f"{name} has no example"
+    for found in (own, *methods):
+        runner.run(found, out=report.write)
     assert runner.failures == 0, report.getvalue()
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 SHEET_WIDTH, TITLE_HEIGHT, ROW_HEIGHT = 17, 0.7, 2.15
 """Inches, as `broker_filter.demo.contact_sheet` draws them."""
 ROWS = 0, 2, 3, 5
-"""Young supernovae, fast movers, anomalies, and alerts that the model calls bogus."""
+"""Young supernovae, fast movers, anomalies, and alerts that the model classifies as bogus."""
 WIDTH = 1280
 """Pixels: sharp on a page, and the file stays below 200 kB."""
 

@@ -68,8 +68,8 @@ class Recipe:
     hint_weight: float = 1.0
     """Weight of each hint's squared distance, in units of the teacher's variance."""
     bogus_share: float = 0.35
-    """Fraction of images that start from alerts that the teacher calls bogus; these are rarer among the alerts, and
-    harder to learn."""
+    """Fraction of images that start from alerts that the teacher classifies as bogus; these are rarer among the alerts,
+    and harder to learn."""
     averaging: float = 8
     """The result is an average of the weights over about the last 1 / (1 + averaging) of the steps."""
 
