@@ -35,6 +35,11 @@ RESERVED_TOPICS = (SCORED, ANOMALIES, DEAD_LETTER, POSITIONS)
 TOPIC_NAME = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")
 """The topic names that Kafka accepts."""
 
+RUBIN_HOST = "rubin-alert-stream-bootstrap.slac.stanford.edu"
+"""The address of the brokers of Rubin's alert stream, without the port (9094)."""
+RUBIN_REGISTRY = "https://rubin-alert-schemas.slac.stanford.edu/schema-registry"
+"""The schema registry of Rubin's alert stream."""
+
 SECRET_PROPERTIES = ("password", "secret", "passphrase", "key.pem")
 """Endings of the names of librdkafka properties that hold secrets."""
 
@@ -298,6 +303,26 @@ class Input(ServiceSection):
         if checks := _checks(info):
             checks.check_properties("consumer", properties, info.data.get("sasl"), info.data.get("tls"))
         return properties
+
+    @model_validator(mode="after")
+    def _rubin_accepts_it(self) -> Input:
+        hosts = [server.strip().rpartition(":")[0] for server in self.bootstrap_servers.split(",")]
+        if RUBIN_HOST not in hosts:
+            return self
+        user = self.sasl.username if self.sasl else self.kafka.get("sasl.username")
+        if user is None:
+            raise ValueError("Rubin's brokers ask for a user name and a password: give them under input.sasl")
+        if isinstance(user, str) and not self.group_id.startswith(user):
+            raise ValueError(
+                f"Rubin's brokers accept only a group_id that begins with the user name: {self.group_id!r} does not "
+                f"begin with {user!r}; {f'{user}-{self.group_id}'!r} does"
+            )
+        if self.schema_registry is None:
+            raise ValueError(
+                "Rubin's packets name their schema by an id, so schema_registry is needed; the survey's is "
+                f"{RUBIN_REGISTRY}"
+            )
+        return self
 
 
 class Output(ServiceSection):

@@ -162,6 +162,47 @@ OIDC = (
 PLAIN = "security.protocol: sasl_ssl, sasl.mechanism: PLAIN, sasl.username: me, sasl.password: {file: SECRET_FILE}"
 
 
+RUBIN = """\
+input:
+  bootstrap_servers: "rubin-alert-stream-bootstrap.slac.stanford.edu:9094"
+  group_id: "{group}"
+  topics: ["lsst-alerts-v11"]
+  start: latest
+  {credentials}
+  {registry}
+output: {{prefix: "me", bootstrap_servers: "ours:9092"}}
+"""
+RUBIN_SASL = "sasl: {username: me, password: {env: PASSWORD}}"
+RUBIN_REGISTRY = "schema_registry: https://rubin-alert-schemas.slac.stanford.edu/schema-registry"
+
+
+def rubin(group: str = "me-filter", credentials: str = RUBIN_SASL, registry: str = RUBIN_REGISTRY) -> str:
+    return RUBIN.format(group=group, credentials=credentials, registry=registry)
+
+
+@pytest.mark.parametrize(
+    "credentials",
+    [
+        RUBIN_SASL,
+        "kafka: {sasl.mechanism: SCRAM-SHA-512, sasl.username: me, sasl.password: {env: PASSWORD},"
+        " security.protocol: SASL_PLAINTEXT}",
+    ],
+)
+def test_rubins_brokers_need_a_group_that_begins_with_the_user_name(tmp_path: Path, credentials: str) -> None:
+    secrets = {"PASSWORD": "x"}
+    assert load(tmp_path, rubin(credentials=credentials), secrets).input.group_id == "me-filter"
+    [(path, message)] = problems(tmp_path, rubin("filter", credentials), secrets).items()
+    assert path == "input"
+    assert "begins with the user name: 'filter' does not begin with 'me'; 'me-filter' does" in message
+    elsewhere = rubin("filter", credentials).replace("rubin-alert-stream-bootstrap.slac.stanford.edu", "ours")
+    assert load(tmp_path, elsewhere, secrets).input.group_id == "filter"
+
+
+def test_rubins_brokers_need_credentials_and_a_schema_registry(tmp_path: Path) -> None:
+    assert "under input.sasl" in problems(tmp_path, rubin(credentials=""))["input"]
+    assert "/schema-registry" in problems(tmp_path, rubin(registry=""), {"PASSWORD": "x"})["input"]
+
+
 @pytest.mark.parametrize("section", ["input", "output"])
 @pytest.mark.parametrize("properties", [f"{OIDC}, sasl.oauthbearer.token.endpoint.url: TOKENS", PLAIN])
 def test_property_that_needs_a_secret_is_accepted_without_any_connection(

@@ -117,7 +117,7 @@ def test_alert_rules_fire_only_for_their_problem() -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", ["service.yaml", "kubernetes/config/service.yaml"])
+@pytest.mark.parametrize("path", ["service.yaml", "rubin.yaml", "kubernetes/config/service.yaml"])
 def test_service_files_are_valid_and_serve_http_to_other_hosts(path: str) -> None:
     service = load_service(DEPLOY / path, environment=SECRETS)
     assert (service.http.host, service.http.port) == ("0.0.0.0", 9108)
