@@ -9,21 +9,21 @@ MAX_SEED = 2**32 - 1
 
 
 def positive(text: str) -> int:
-    """Parse a positive integer."""
+    """Return a positive integer. Raises ArgumentTypeError for any other text."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
 
 def seed(text: str) -> int:
-    """Parse a seed of a random number generator, 0 to MAX_SEED."""
+    """Return a seed of a random number generator, 0 to MAX_SEED. Raises ArgumentTypeError for any other text."""
     if not 0 <= (value := int(text)) <= MAX_SEED:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to {MAX_SEED}")
     return value
 
 
 def share(text: str) -> float:
-    """Parse a fraction, 0 < fraction <= 1."""
+    """Return a fraction, 0 < fraction <= 1. Raises ArgumentTypeError for any other text."""
     if not 0 < (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not a fraction above 0 and at most 1")
     return value

@@ -61,13 +61,13 @@ class Learner(lightning.LightningModule):
         super().__init__()
         self.network = network
         self.optimisation = optimisation
-        # The lowest loss, and that of the last epoch that improved it by `least_improvement`; kept in checkpoints
+        # Checkpoints hold the lowest loss, and the loss of the last epoch that improved it by `least_improvement`.
         self.register_buffer("lowest_loss", torch.tensor(torch.inf))
         self.register_buffer("improved_loss", torch.tensor(torch.inf))
 
     @abstractmethod
     def loss_of(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """Return the mean loss over the batch."""
+        """Return the mean loss of a batch, a scalar."""
 
     def training_step(self, batch: tuple[Tensor, ...], _: int) -> Tensor:
         """Return the loss of a batch whose images are rotated and flipped at random."""
@@ -83,8 +83,7 @@ class Learner(lightning.LightningModule):
         self.log("val_loss", loss, on_epoch=True, batch_size=len(batch[0]), sync_dist=True, prog_bar=True)
 
     def on_train_epoch_start(self) -> None:
-        """Seed by the epoch, so that a resumed training has the same augmentation and dropout as an uninterrupted
-        one."""
+        """Seed torch by the epoch, so that a resumed training repeats the augmentation and dropout of that epoch."""
         torch.manual_seed(self.optimisation.seed * EPOCHS_PER_SEED + self.current_epoch)
 
     def on_validation_epoch_end(self) -> None:

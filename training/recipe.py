@@ -64,8 +64,7 @@ class Optimisation(Section):
     least_improvement: Rate = Field(
         default=0,
         description="Relative improvement over the lowest validation loss so far that an epoch needs to count as "
-        "better; "
-        "otherwise its weights are not kept and it counts towards `patience`. BTSbot's code has 0.005.",
+        "better; otherwise its weights are not kept and it counts towards `patience`. BTSbot's code has 0.005.",
     )
     augment: bool = Field(
         default=True, description="Flip every image and rotate it by multiples of 90 degrees, at random."
@@ -92,9 +91,8 @@ class Recipe(Optimisation):
     corrupt: Literal["kept", "dropped"] = Field(
         default="kept",
         description="Whether to keep training and validation alerts with a cutout whose median is infinite or whose "
-        "pixels "
-        "are all zero or missing. BTSbot drops such alerts from every split; here the test split keeps them, because "
-        "the service scores them.",
+        "pixels are all zero or missing. BTSbot drops such alerts from every split; here the test split keeps them, "
+        "because the service scores them.",
     )
     frozen_branches: Literal["evaluation", "training"] = Field(
         default="evaluation",

@@ -99,8 +99,10 @@ def write_stars(directory: Path, seed: int, counts: Mapping[Split, int], subsets
 
 
 def _shares(count: int) -> NDArray[np.int64]:
-    """Return the number of stars of each class, rounded by the largest remainder, at least one each if `count`
-    allows."""
+    """Return the number of stars of each class, int64[classes], which sum to `count`.
+
+    Numbers are rounded by the largest remainder; each class has at least one star if `count` allows.
+    """
     exact = np.array(list(SHARES.values())) * count
     whole: NDArray[np.int64] = np.floor(exact).astype(np.int64)
     whole[np.argsort(whole - exact, kind="stable")[: count - whole.sum()]] += 1

@@ -134,8 +134,10 @@ def read_stars(directory: Path, subset: Subset, seed: int, split: Split) -> Star
 
 
 def class_capped(label: NDArray[np.int64], divisor: int, seed: int) -> NDArray[np.int64]:
-    """Return the rows, in order, of a subset `divisor` times smaller: at most a fixed number of each class, chosen at
-    random."""
+    """Return the rows of a subset `divisor` times smaller, int64[n], ascending.
+
+    The subset has at most a fixed number of stars of each class (see `class_cap`), chosen at random with `seed`.
+    """
     cap = class_cap(np.bincount(label).tolist(), len(label) // divisor)
     order = np.random.default_rng(seed).permutation(len(label))
     by_class = order[np.argsort(label[order], kind="stable")]

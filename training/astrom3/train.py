@@ -149,7 +149,7 @@ class StarLearner(Learner):
     optimisation: Recipe
 
     def training_step(self, batch: tuple[Tensor, ...], _: int) -> Tensor:
-        """Return the loss of a batch, without augmentation of images."""
+        """Return the loss of a batch; light curves, spectra and metadata are not augmented."""
         loss = self.loss_of(batch)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch[0]))
         return loss
@@ -209,8 +209,10 @@ def predict(network: Network, batches: DataLoader[Shown]) -> NDArray[np.int64]:
 
 
 def measure(label: NDArray[np.int64], predicted: NDArray[np.int64]) -> dict[str, float]:
-    """Return accuracy (as in the paper), balanced accuracy (mean recall of the classes), and the recall of each
-    class."""
+    """Return accuracy (as in the paper), balanced accuracy (mean recall of the classes), and the recall of each class.
+
+    `label` and `predicted`: int64[N], indices into CLASSES.
+    """
     right = label == predicted
     recall = {name: float(right[label == i].mean()) for i, name in enumerate(CLASSES) if (label == i).any()}
     figures = {

@@ -36,7 +36,7 @@ def augment(cutouts: Cutouts, other: Cutouts, rng: Generator) -> Cutouts:
 
 
 def _orient(cutouts: Cutouts, rng: Generator) -> Cutouts:
-    """Apply a random symmetry of the square."""
+    """Return the cutouts [3, S, S] after a random symmetry of the square, the same for all three."""
     flipped: Cutouts = cutouts[..., ::-1] if rng.random() < 0.5 else cutouts
     return np.rot90(flipped, int(rng.integers(4)), axes=(-2, -1))
 
@@ -46,8 +46,11 @@ def _shift(cutouts: Cutouts, most: int, rng: Generator) -> Cutouts:
 
 
 def _mix(cutouts: Cutouts, other: Cutouts, rng: Generator) -> Cutouts:
-    """Put the alert's difference on another alert's template (replacing or adding to its difference), or fake a bad
-    subtraction."""
+    """Return cutouts [3, S, S] that combine those of two alerts, or simulate a bad subtraction.
+
+    The scaled difference of `cutouts` replaces the difference of `other`, or is added to it, on the template of
+    `other`. In one case of five, a part of the change of the science image under a shift is added to `cutouts` instead.
+    """
     kind = rng.random()
     if kind < 0.2:
         science, template, difference = cutouts

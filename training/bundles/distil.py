@@ -208,10 +208,11 @@ def _chance_to_be_drawn(score: Tensor, bogus_share: float) -> NDArray[np.float64
 
 
 def _polynomial_decay(eta: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
-    """Return the update of Shamir & Zhang 2013 (arXiv:1212.1824), section 4: an average that forgets its start.
+    """Return an update of the averaged weights that forgets the initial weights (Shamir & Zhang 2013, section 4).
 
-    An exponential average over 500 steps would keep a share e^-6 of the initial values after 3,000 steps, which is as
-    large as the variance that batch normalisation finds in images of unit norm.
+    The method is polynomial-decay averaging (arXiv:1212.1824). An exponential average over 500 steps would keep a share
+    e^-6 of the initial values after 3,000 steps, which is as large as the variance that batch normalisation finds in
+    images of unit norm.
     """
 
     def update(average: Tensor, latest: Tensor, averaged: Tensor | int) -> Tensor:
@@ -221,14 +222,21 @@ def _polynomial_decay(eta: float) -> Callable[[Tensor, Tensor, Tensor | int], Te
 
 
 def _distance(logits: Tensor, truth: Tensor, logit_weight: float) -> Tensor:
-    """Return the cross-entropy with the teacher's probabilities, plus the weighted distance of the clipped logits."""
+    """Return the mean loss of logits [N, 1] for the teacher's logits `truth` [N, 1].
+
+    The loss is the cross-entropy with the teacher's probabilities, plus `logit_weight` times the smooth L1 distance of
+    the clipped logits.
+    """
     cross_entropy = binary_cross_entropy_with_logits(logits, truth.sigmoid())
     apart = smooth_l1_loss(logits.clamp(-MAX_LOGIT, MAX_LOGIT), truth.clamp(-MAX_LOGIT, MAX_LOGIT))
     return cross_entropy + logit_weight * apart
 
 
 def schedule(progress: float, warm_up: float) -> float:
-    """Return the learning rate as a fraction of its peak: a linear rise, then a cosine decay to 0."""
+    """Return the learning rate as a fraction of its peak: a linear rise, then a cosine decay to 0.
+
+    `progress` and `warm_up` are fractions of the steps.
+    """
     if progress < warm_up:
         return progress / warm_up
     return 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))

@@ -317,7 +317,7 @@ def _write_shard(file: Path, parts: Sequence[dict[str, Any]], n_packets: int) ->
 
 
 def _points(light_curves: LightCurves) -> pa.ListArray:
-    """Return light curves as an Arrow list of points."""
+    """Return the light curves of N alerts as an Arrow list of points, one list per alert."""
     columns = [pa.array(getattr(light_curves, name)) for name in POINT_COLUMNS]
     points = pa.StructArray.from_arrays(columns, names=list(POINT_COLUMNS))
     return pa.ListArray.from_arrays(pa.array(light_curves.offsets, pa.int32()), points)

@@ -162,7 +162,7 @@ class Dataset:
         return View(self, np.flatnonzero(self.split == SPLITS.index(split)))
 
     def read(self, rows: NDArray[np.int64]) -> LabelledAlerts:
-        """Copy the alerts in `rows` of the index into memory, in that order."""
+        """Return the alerts in `rows` int64[n] of the index, in that order, copied into memory."""
         return LabelledAlerts(
             self.alert_id[rows],
             self.object_id[rows],
@@ -183,7 +183,9 @@ class Dataset:
     def column(
         self, name: Literal["cutouts", "cutout_box", "metadata", "mjd"], rows: NDArray[np.int64]
     ) -> NDArray[Any]:
-        """Copy one array of the shards into memory, for the alerts in `rows`, in that order."""
+        """Return one array of the shards for the alerts in `rows` int64[n], in that order, copied into memory: [n,
+        ...].
+        """
         shard_of = np.searchsorted(self._starts, rows, side="right") - 1
         first = self._arrays[0][name]
         values = np.empty((len(rows), *first.shape[1:]), first.dtype)
@@ -225,7 +227,7 @@ class View:
         return View(self.dataset, self.rows[chosen])
 
     def read(self) -> LabelledAlerts:
-        """Read the whole subset into memory."""
+        """Return the whole subset, copied into memory."""
         return self.dataset.read(self.rows)
 
     def metadata(self, columns: Sequence[str]) -> NDArray[np.float64]:
@@ -248,7 +250,8 @@ def sources_by_class(
 ) -> list[NDArray[np.str_]]:
     """Return the objects of each class, in a random order that depends only on `seed` and the objects' names.
 
-    An object with alerts of several classes belongs to the rarest of them.
+    `object_id` [N] and `label` int64[N] belong to N alerts. An object with alerts of several classes belongs to the
+    class with the fewest objects.
     """
     names, name_of = np.unique(object_id, return_inverse=True)
     per_class = np.bincount(np.unique(np.stack([name_of, label]), axis=1)[1], minlength=n_classes)

@@ -281,7 +281,7 @@ def judge(
 
 
 def trials(cases: Sequence[LeftOut], object_id: NDArray[np.str_]) -> dict[str, float]:
-    """Return the number of objects behind each figure of `judge`."""
+    """Return the number of objects behind each figure of `judge`, by name."""
     each = weights_by_object(object_id)
     found: dict[str, float] = {}
     for measure in cases[0].scores:

@@ -82,8 +82,7 @@ class Shown:
 
 
 class Draws:
-    """The random number generators of a training: for the choice of alerts, for augmentation, and torch's own for
-    dropout."""
+    """The three random number generators of a training: for alerts, for augmentation, and torch's own for dropout."""
 
     def __init__(self, seed: int) -> None:
         self.alerts = np.random.default_rng(seed)
@@ -116,14 +115,16 @@ class SpectrumEncoder(nn.Module):
         self.projection = projection(arguments.features, hidden, size)
 
     def forward(self, spectra: Tensor) -> Tensor:
-        """Return the outputs that the docstring of the class describes."""
+        """Return vectors float32[N, size] of length 1, or 0 where a spectrum [N, 3, S] contains NaN."""
         there = spectra.isfinite().all(dim=2).all(dim=1)
         vectors = normalize(self.projection(self.encoder(spectra.nan_to_num(0.0))), dim=1)
         return vectors * there.unsqueeze(1)
 
 
 def show(network: AlertEmbedder, alerts: RawAlerts, inputs: Inputs, symmetries: int = SYMMETRIES) -> Shown:
-    """Preprocess the alerts and run the trunk, both as in serving."""
+    """Return the preprocessed alerts and the trunk's features for `symmetries` orientations, both computed as in
+    serving.
+    """
     prepared = {name: torch.from_numpy(array) for name, array in prepare(alerts, inputs).items()}
     images, trunk = prepared["images"], network.trunk.eval()
     features = []

@@ -26,7 +26,9 @@ not grow with the number of alerts. The estimate changes in its fifth digit."""
 
 
 def logit_of(probability: NDArray[np.floating]) -> Floats:
-    """Return the logits of probabilities of any shape."""
+    """Return the logits of probabilities, float64 in the shape of `probability`, limited to those of LEAST and 1 -
+    LEAST.
+    """
     bounded = probability.astype(np.float64).clip(LEAST, 1 - LEAST)
     logit: Floats = np.log(bounded / (1 - bounded))
     return logit

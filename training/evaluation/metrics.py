@@ -254,7 +254,7 @@ def _in_bins(said: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def ratio(part: Values, whole: Values) -> Values:
-    """Return part / whole; NaN where the whole is 0."""
+    """Return part / whole, NaN where the whole is 0; both have the shape [...]."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(np.divide(part, whole), np.float64)
 

@@ -130,7 +130,7 @@ class Classifier(Learner):
         return self
 
     def loss_of(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """Return the mean loss of a batch (see `Shown`)."""
+        """Return the mean loss of a batch (see `Shown`), a scalar."""
         images, metadata, label = batch
         logits, _ = self.network(images, metadata) if metadata.shape[1] else self.network(images)
         loss: Tensor = self.loss(logits[:, 0], label.to(logits.dtype)) if self.binary else self.loss(logits, label)

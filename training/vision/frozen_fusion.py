@@ -29,8 +29,7 @@ def is_frozen_fusion(architecture: Architecture) -> bool:
 
 
 class MetadataClassifier(nn.Module):
-    """A metadata branch with its own head: metadata [N, F] -> logits [N, labels], features [N, D]. Images are
-    ignored."""
+    """A metadata branch with its own head, for training the branch alone."""
 
     def __init__(self, branch: nn.Sequential, activation: nn.Module, labels: int) -> None:
         super().__init__()
@@ -40,7 +39,7 @@ class MetadataClassifier(nn.Module):
         self.head = nn.Sequential(activation, nn.Linear(last.out_features, labels))
 
     def forward(self, _: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the outputs that the docstring of the class describes."""
+        """Return logits float32[N, labels] and features float32[N, D] of `metadata` [N, F]; images are ignored."""
         features = self.branch(metadata)
         return self.head(features), features
 
@@ -52,11 +51,10 @@ def train_branches(
     train: Callable[[nn.Module, Path], object],
     directory: Path,
 ) -> tuple[nn.Module, nn.Module]:
-    """Train the encoder and the metadata branch of `network` separately, in place, and return them; the caller freezes
-    them.
+    """Train the encoder and the metadata branch of `network` separately, in place, and return both.
 
-    `train`: a function that trains a network, with a directory for its checkpoints. Raises TrainingError if the network
-    does not have two branches.
+    The caller freezes them. `train`: a function that trains a network, with a directory for its checkpoints. Raises
+    TrainingError if the network does not have two branches.
     """
     if not isinstance(network, FusionNetwork) or network.metadata_branch is None:
         raise TrainingError("frozen fusion needs a network with two branches: add metadata columns, or train jointly")

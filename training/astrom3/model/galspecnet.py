@@ -58,7 +58,7 @@ class GalSpecNet(nn.Module):
         self.dropout = nn.Dropout(arguments.dropout_rate)
 
     def forward(self, spectra: Tensor) -> Tensor:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the features float32[N, features] of spectra float32[N, 3, 2575]."""
         features: Tensor = self.dropout(self.layers(spectra).flatten(1))
         return features
 
@@ -71,6 +71,6 @@ class SpectraClassifier(GalSpecNet):
         self.fc = nn.Linear(arguments.features, arguments.num_classes)
 
     def forward(self, spectra: Tensor) -> Tensor:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the logits float32[N, num_classes] of spectra float32[N, 3, 2575]."""
         logits: Tensor = self.fc(super().forward(spectra))
         return logits

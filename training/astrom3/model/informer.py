@@ -69,12 +69,17 @@ class Informer(nn.Module):
         self.dropout = nn.Dropout(arguments.dropout)
 
     def forward(self, photometry: Tensor, mask: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the features float32[N, L * d_model] of photometry [N, L, enc_in] with the mask [N, L], 0 where
+        padded.
+        """
         encoded: Tensor = self.dropout(self.encoder(self.enc_embedding(photometry), keys))
         return (encoded * mask.unsqueeze(-1)).flatten(1)
 
     def draw_keys(self) -> Tensor:
-        """Draw random keys for one pass from torch's global generator, as the published code does in every call."""
+        """Return random keys int64[e_layers, L, active] for one pass, from torch's global generator.
+
+        The published code draws new keys in every call.
+        """
         layers, length, active = self.arguments.e_layers, self.arguments.seq_len, self.arguments.active
         return torch.randint(length, (layers, length, active))
 
@@ -87,7 +92,7 @@ class PhotometryClassifier(Informer):
         self.fc = nn.Linear(arguments.features, arguments.num_classes)
 
     def forward(self, photometry: Tensor, mask: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the logits float32[N, num_classes] of photometry [N, L, enc_in] with the mask [N, L]."""
         logits: Tensor = self.fc(super().forward(photometry, mask, keys))
         return logits
 
@@ -110,7 +115,9 @@ class ProbSparseAttention(nn.Module):
         self.out_projection = nn.Linear(arguments.d_model, arguments.d_model)
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the attention float32[N, L, width] of `x` [N, L, width]. `keys`: int64[L, active], or None for all
+        keys.
+        """
         n, length, width = x.shape
         depth = width // self.heads
 

@@ -38,7 +38,7 @@ class MetadataEncoder(nn.Module):
         )
 
     def forward(self, metadata: Tensor) -> Tensor:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the features float32[N, hidden_dim] of standardised metadata float32[N, input_dim]."""
         features: Tensor = self.model(metadata)
         return features
 
@@ -51,6 +51,6 @@ class MetadataClassifier(MetadataEncoder):
         self.fc = nn.Linear(arguments.hidden_dim, arguments.num_classes)
 
     def forward(self, metadata: Tensor) -> Tensor:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the logits float32[N, num_classes] of standardised metadata float32[N, input_dim]."""
         logits: Tensor = self.fc(super().forward(metadata))
         return logits

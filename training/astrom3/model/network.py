@@ -111,7 +111,7 @@ class AstroM3(nn.Module):
         self.logit_scale_mp = nn.Parameter(torch.tensor(MAX_LOGIT_SCALE).log())
 
     def embed(self, stars: Stars, keys: Tensor | None = None) -> Embeddings:
-        """Return the embeddings of the stars. `keys`: see `Informer`."""
+        """Return the embeddings of N stars, each float32[N, hidden_dim]. `keys`: see `Informer`."""
         projected = (
             self.photometry_proj(self.photometry_encoder(stars.photometry, stars.mask, keys)),
             self.spectra_proj(self.spectra_encoder(stars.spectra)),
@@ -136,7 +136,7 @@ class AstroM3Classifier(AstroM3):
         self.fc = nn.Linear(joined * arguments.hidden_dim, arguments.num_classes)
 
     def forward(self, stars: Stars, keys: Tensor | None = None) -> Tensor:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the logits float32[N, num_classes] of N stars. `keys`: see `Informer`."""
         embeddings = torch.stack(self.embed(stars, keys), 1)
         logits: Tensor = self.fc(embeddings.flatten(1) if self.arguments.fusion == "concat" else embeddings.mean(1))
         return logits

@@ -104,9 +104,10 @@ def prepare_spectrum(spectrum: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def prepare_metadata(metadata: Mapping[str, float]) -> NDArray[np.float32]:
-    """Return standardised metadata as AstroM3's input, float32[34]; unknown names are ignored.
+    """Return the metadata encoder's input, float32[34]: the values of METADATA_COLUMNS, in order.
 
-    Raises ObservationsError if a column is missing or not finite.
+    `metadata`: standardised catalogue values by name; other names are ignored. Raises ObservationsError if a column is
+    missing or not finite.
     """
     if absent := [name for name in METADATA_COLUMNS if not np.isfinite(metadata.get(name, np.nan))]:
         raise ObservationsError(f"metadata values {', '.join(absent)} are missing or not finite")

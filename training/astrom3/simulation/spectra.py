@@ -85,7 +85,7 @@ def observe_spectrum(
 
 
 def _black_body(wavelength: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
-    """Return Planck's law normalised at the reference wavelength."""
+    """Return Planck's law, normalised to 1 at the reference wavelength, float64[m]. `wavelength`: angstrom, [m]."""
 
     def planck(angstrom: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(angstrom**-5 / np.expm1(SECOND_RADIATION_CONSTANT / (angstrom * temperature)))
@@ -94,7 +94,7 @@ def _black_body(wavelength: NDArray[np.float64], temperature: float) -> NDArray[
 
 
 def _lines(star: Variable, rest: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the flux relative to the continuum at each rest wavelength in angstrom."""
+    """Return the flux relative to the continuum, float64[m], at rest wavelengths `rest` [m] in angstrom."""
     left = np.ones_like(rest)
     for family in FAMILIES:
         # Balmer lines are narrower in giants, which are less dense.
@@ -118,7 +118,11 @@ def _depth(star: Variable, lines: Lines) -> float:
 def _profile(
     star: Variable, rest: NDArray[np.float64], lines: Lines, depth: float, width: float
 ) -> NDArray[np.float64]:
-    """Return the sum of the lines, broadened by rotation and by the spectrograph with constant area."""
+    """Return the sum of the lines of a family, float64[m]. Rotation and the spectrograph broaden lines at constant
+    area.
+
+    `width`: standard deviation of a line in angstrom before the broadening.
+    """
     profile = np.zeros_like(rest)
     for centre in lines.wavelengths:
         spread = np.hypot(width, centre * np.hypot(star.rotation / 2 / LIGHT, 1 / RESOLUTION / FWHM))

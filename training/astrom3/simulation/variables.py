@@ -263,12 +263,14 @@ def _sine(phase: Phases) -> NDArray[np.float64]:
 
 
 def _pulsation(phase: Phases, skew: float) -> NDArray[np.float64]:
-    """Return a sine (skew 0) to a sawtooth (skew 1) with a fast rise and a slow decline."""
+    """Return a pulsation curve at phases [n], from a sine (skew 0) to a sawtooth with a fast rise (skew 1)."""
     return np.asarray(-sum(skew ** (k - 1) * np.sin(2 * np.pi * k * phase) / k for k in range(1, 8)))
 
 
 def _eclipses(phase: Phases, width: float, ratio: float, ellipsoidal: float) -> NDArray[np.float64]:
-    """Return two eclipses, the second with `ratio` times the depth of the first, and ellipsoidal variation."""
+    """Return a curve at phases [n] with two eclipses and ellipsoidal variation; the second eclipse has `ratio` times
+    the depth.
+    """
     primary = np.exp(-0.5 * (((phase + 0.5) % 1 - 0.5) / width) ** 2)
     secondary = ratio * np.exp(-0.5 * ((phase - 0.5) / width) ** 2)
     return np.asarray(primary + secondary + ellipsoidal * (1 + np.cos(4 * np.pi * phase)) / 2)
