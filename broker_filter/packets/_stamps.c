@@ -18,6 +18,9 @@
 #define MAX_LENGTH 100000 /* pixels along an axis; the product of two axes cannot overflow */
 #define MAX_STAMP (4 << 20) /* bytes after decompression, as `stamps.MAX_STAMP_BYTES` */
 #define CUTOUTS 3
+#define PLANES 2
+#define MAX_EXTENSIONS 4 /* as `stamps.MAX_EXTENSIONS` */
+enum { ABSENT, USABLE, UNDECIDED }; /* the states of a plane, as in `stamps.py`; UNDECIDED is left to Python */
 
 #define GZIP_HEADER 10
 #define GZIP_TRAILER 8 /* the checksum and the size */
@@ -69,23 +72,58 @@ static int64_t card_length(const char *card, const char *keyword)
     return length;
 }
 
-/* The offset of the pixels of a plain two-dimensional float32 image; -1 for any other file. */
-static int64_t read_header(const char *fits, int64_t n_bytes, int64_t *height, int64_t *width)
+/* An image in a FITS file. `pixels`, `end`: the offsets of its pixels, and of the header that may follow it. */
+typedef struct {
+    int64_t height, width, pixels, end;
+    int pixel_bytes;      /* 4: float32, 8: float64 */
+    int named;            /* VARIANCE, PSF, or UNNAMED without a card EXTNAME */
+    int is_variance_type; /* of an extension: whether UTYPE says that the values are variances */
+} Image;
+
+enum { VARIANCE, PSF, UNNAMED };
+
+/* Reads the header at the offset `at`, of a plain two-dimensional image of floating-point numbers. Returns 0 for any other
+ * header, and for an image that is not complete. */
+static int read_header(const char *fits, int64_t n_bytes, int64_t at, Image *image)
 {
-    if (n_bytes < BLOCK || !card_is(fits, "SIMPLE", "T") || !card_is(fits + CARD, "BITPIX", "-32") ||
-        !card_is(fits + 2 * CARD, "NAXIS", "2"))
-        return -1;
-    *width = card_length(fits + 3 * CARD, "NAXIS1");
-    *height = card_length(fits + 4 * CARD, "NAXIS2");
-    int64_t limit = n_bytes < MAX_HEADER ? n_bytes : MAX_HEADER;
-    for (int64_t at = 5 * CARD; at + CARD <= limit; at += CARD) {
-        const char *card = fits + at;
+    const char *header = fits + at;
+    int64_t limit = n_bytes - at < MAX_HEADER ? n_bytes - at : MAX_HEADER;
+    if (limit < BLOCK || !(at ? card_is(header, "XTENSION", "'IMAGE   '") : card_is(header, "SIMPLE", "T")) ||
+        !card_is(header + 2 * CARD, "NAXIS", "2"))
+        return 0;
+    image->pixel_bytes = card_is(header + CARD, "BITPIX", "-32") ? 4 : card_is(header + CARD, "BITPIX", "-64") ? 8 : 0;
+    image->width = card_length(header + 3 * CARD, "NAXIS1");
+    image->height = card_length(header + 4 * CARD, "NAXIS2");
+    if (!image->pixel_bytes || !image->height || !image->width || image->height > MAX_LENGTH || image->width > MAX_LENGTH)
+        return 0;
+    image->named = UNNAMED;
+    image->is_variance_type = 0;
+    int has_type = 0;
+    for (int64_t offset = 5 * CARD; offset + CARD <= limit; offset += CARD) {
+        const char *card = header + offset;
         if (!memcmp(card, "BSCALE", 6) || !memcmp(card, "BZERO", 5))
-            return -1; /* left to Python, which applies the scaling */
-        if (!memcmp(card, "END", 3) && !memcmp(card + 3, BLANKS, CARD - 3))
-            return *height && *width ? (at / BLOCK + 1) * BLOCK : -1;
+            return 0; /* left to Python, which applies the scaling */
+        if (at && !memcmp(card, "PCOUNT", 6) && !card_is(card, "PCOUNT", "0"))
+            return 0;
+        if (at && !memcmp(card, "EXTNAME", 7)) {
+            int is_psf = card_is(card, "EXTNAME", "'PSFIMAGE'");
+            if (image->named != UNNAMED || !(is_psf || card_is(card, "EXTNAME", "'UNCERT  '")))
+                return 0; /* perhaps the same name, written in another way */
+            image->named = is_psf ? PSF : VARIANCE;
+        }
+        if (at && !memcmp(card, "UTYPE", 5)) {
+            if (has_type++)
+                return 0;
+            image->is_variance_type = card_is(card, "UTYPE", "'VarianceUncertainty'");
+        }
+        if (!memcmp(card, "END", 3) && !memcmp(card + 3, BLANKS, CARD - 3)) {
+            image->pixels = at + (offset / BLOCK + 1) * BLOCK;
+            int64_t end = image->pixels + image->pixel_bytes * image->height * image->width;
+            image->end = at + (end - at + BLOCK - 1) / BLOCK * BLOCK;
+            return end <= n_bytes;
+        }
     }
-    return -1;
+    return 0;
 }
 
 /* Reads a big-endian value. Compilers can vectorise this form without options for a specific processor. */
@@ -98,6 +136,15 @@ static inline uint32_t read_pixel(const uint8_t *p)
     bits = bits >> 16 | bits << 16;
 #endif
     return bits;
+}
+
+/* Reads a big-endian double as a float; a value beyond the range of floats becomes infinite. */
+static inline float read_wide_pixel(const uint8_t *p)
+{
+    uint64_t bits = (uint64_t)read_pixel(p) << 32 | read_pixel(p + 4);
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return (float)value;
 }
 
 static inline int is_finite(uint32_t bits)
@@ -115,34 +162,43 @@ static void place_axis(int64_t length, int64_t slot, int centred, int64_t *to, i
     *kept = length > slot ? slot : length;
 }
 
-/* Writes the pixels of a FITS file into a slot [size, size], and their box. Returns 0 if the stamp is left to Python. */
-static int place_image(const uint8_t *fits, int64_t n_bytes, uint32_t *slot, int64_t size, int centred, int16_t *box)
+/* Writes the pixels of an image into a slot [size, size], with zeros around them, and their box. */
+static void place_image(const uint8_t *fits, const Image *image, uint32_t *slot, int64_t size, int centred, int16_t *box)
 {
-    int64_t height, width;
-    int64_t start = read_header((const char *)fits, n_bytes, &height, &width);
-    if (start < 0 || height > MAX_LENGTH || width > MAX_LENGTH || start + 4 * height * width > n_bytes)
-        return 0;
     int64_t y0, x0, top, left, n_rows, n_columns;
-    place_axis(height, size, centred, &y0, &top, &n_rows);
-    place_axis(width, size, centred, &x0, &left, &n_columns);
-    const uint8_t *first = fits + start + 4 * (top * width + left);
+    place_axis(image->height, size, centred, &y0, &top, &n_rows);
+    place_axis(image->width, size, centred, &x0, &left, &n_columns);
+    const uint8_t *first = fits + image->pixels + image->pixel_bytes * (top * image->width + left);
     if (n_rows < size || n_columns < size)
         memset(slot, 0, (size_t)(4 * size * size));
-    /* If the central pixel is finite, as in nearly all stamps, the other pixels need no check. */
-    int finite = is_finite(read_pixel(first + 4 * (n_rows / 2 * width + n_columns / 2)));
     for (int64_t y = 0; y < n_rows; y++) {
-        const uint8_t *from = first + 4 * y * width;
+        const uint8_t *from = first + image->pixel_bytes * y * image->width;
         uint32_t *to = slot + (y0 + y) * size + x0;
-        for (int64_t x = 0; x < n_columns; x++)
-            to[x] = read_pixel(from + 4 * x);
-        for (int64_t x = 0; !finite && x < n_columns; x++)
-            finite = is_finite(to[x]);
+        if (image->pixel_bytes == 4)
+            for (int64_t x = 0; x < n_columns; x++)
+                to[x] = read_pixel(from + 4 * x);
+        else
+            for (int64_t x = 0; x < n_columns; x++) {
+                float value = read_wide_pixel(from + 8 * x);
+                memcpy(&to[x], &value, sizeof value);
+            }
     }
     box[0] = (int16_t)y0;
     box[1] = (int16_t)x0;
     box[2] = (int16_t)n_rows;
     box[3] = (int16_t)n_columns;
-    return finite;
+}
+
+/* The number of pixels within the box that are finite (and positive); counting ends at `enough`. */
+static int64_t count_pixels(const uint32_t *slot, int64_t size, const int16_t *box, int positive, int64_t enough)
+{
+    int64_t n = 0;
+    for (int64_t y = box[0]; n < enough && y < box[0] + box[2]; y++)
+        for (int64_t x = box[1]; x < box[1] + box[3]; x++) {
+            uint32_t bits = slot[y * size + x];
+            n += is_finite(bits) && (!positive || (bits >> 31 == 0 && bits));
+        }
+    return n;
 }
 
 /* The stamps of a batch: the arguments of `stamps.decode_stamps`. */
@@ -154,6 +210,10 @@ typedef struct {
     int64_t size;
     int16_t *boxes;
     uint8_t *taken; /* 1 for a stamp decoded here, 0 for one that is left to Python */
+    uint32_t *variance; /* NULL if the plane is not wanted */
+    uint32_t *psf;
+    int64_t psf_size;
+    uint8_t *states; /* [n_stamps, PLANES] */
     int64_t n_stamps;
     int64_t next; /* the first stamp that was not started yet */
 } Batch;
@@ -165,10 +225,70 @@ typedef struct {
     int64_t room;
 } Inflating;
 
+static void fill_with_nan(uint32_t *slot, int64_t size)
+{
+    for (int64_t i = 0; i < size * size; i++)
+        slot[i] = 0x7FC00000;
+}
+
+/* Writes the wanted planes of a stamp, as `stamps.decode_planes` does. `image`: the primary image. `box`: its pixels in the
+ * slot. A plane is undecided if an extension is not one that surveys publish. */
+static void place_planes(const Batch *batch, int64_t stamp, const uint8_t *fits, int64_t n_bytes, const Image *image,
+                         const int16_t *box)
+{
+    uint8_t *states = batch->states + PLANES * stamp;
+    uint32_t *variance = batch->variance ? batch->variance + stamp * batch->size * batch->size : NULL;
+    uint32_t *psf = batch->psf ? batch->psf + stamp * batch->psf_size * batch->psf_size : NULL;
+    Image planes[PLANES] = {{.end = 0}, {.end = 0}}, next = *image;
+    int whole = 1;
+    for (int k = 0; whole && k < MAX_EXTENSIONS && next.end < n_bytes; k++) {
+        whole = read_header((const char *)fits, n_bytes, next.end, &next);
+        if (whole && next.named != UNNAMED && !planes[next.named].end)
+            planes[next.named] = next;
+    }
+    states[VARIANCE] = states[PSF] = whole ? ABSENT : UNDECIDED;
+    int16_t placed[4];
+    const Image *plane = &planes[VARIANCE];
+    if (variance && plane->end && plane->pixel_bytes == 4) {
+        states[VARIANCE] = ABSENT;
+        if (plane->is_variance_type && plane->height == image->height && plane->width == image->width) {
+            place_image(fits, plane, variance, batch->size, batch->centred[stamp / CUTOUTS], placed);
+            states[VARIANCE] = count_pixels(variance, batch->size, box, 1, 1) ? USABLE : ABSENT;
+        }
+    } else if (plane->end)
+        states[VARIANCE] = UNDECIDED;
+    plane = &planes[PSF];
+    if (psf && plane->end) {
+        place_image(fits, plane, psf, batch->psf_size, 1, placed);
+        int64_t n_pixels = (int64_t)placed[2] * placed[3];
+        states[PSF] = count_pixels(psf, batch->psf_size, placed, 0, n_pixels) == n_pixels &&
+                              count_pixels(psf, batch->psf_size, placed, 1, 1)
+                          ? USABLE
+                          : ABSENT;
+    }
+    if (!variance)
+        states[VARIANCE] = ABSENT;
+    else if (states[VARIANCE] == ABSENT)
+        fill_with_nan(variance, batch->size);
+    if (!psf)
+        states[PSF] = ABSENT;
+    else if (states[PSF] == ABSENT)
+        fill_with_nan(psf, batch->psf_size);
+}
+
 static void place_stamp(const Batch *batch, int64_t stamp, const uint8_t *fits, int64_t n_bytes)
 {
-    batch->taken[stamp] = (uint8_t)place_image(fits, n_bytes, batch->slots + stamp * batch->size * batch->size, batch->size,
-                                               batch->centred[stamp / CUTOUTS], batch->boxes + 4 * stamp);
+    Image image;
+    if (!read_header((const char *)fits, n_bytes, 0, &image) || image.pixel_bytes != 4)
+        return;
+    uint32_t *slot = batch->slots + stamp * batch->size * batch->size;
+    int16_t *box = batch->boxes + 4 * stamp;
+    place_image(fits, &image, slot, batch->size, batch->centred[stamp / CUTOUTS], box);
+    /* If the central pixel is finite, as in nearly all stamps, the other pixels need no check. */
+    int64_t centre = (box[0] + box[2] / 2) * batch->size + box[1] + box[3] / 2;
+    batch->taken[stamp] = is_finite(slot[centre]) || count_pixels(slot, batch->size, box, 0, 1);
+    if (batch->taken[stamp] && (batch->variance || batch->psf))
+        place_planes(batch, stamp, fits, n_bytes, &image, box);
 }
 
 static uint32_t read_little_endian(const uint8_t *p)
@@ -291,18 +411,35 @@ static int get_array(PyObject *object, Py_buffer *view, int n_dimensions, const 
     return -1;
 }
 
-PyDoc_STRVAR(decode_stamps_doc, "decode_stamps(bodies, spans, centred, slots, boxes, taken): see `stamps.decode_stamps`.");
+PyDoc_STRVAR(decode_stamps_doc, "decode_stamps(bodies, spans, centred, slots, boxes, taken, variance, psf, states): see "
+                                "`stamps.decode_stamps`.");
+
+/* Gets the buffer of the slots for a plane, squares of `size` pixels (-1 stands for any size), or an empty buffer for
+ * None. Returns -1 with an exception on failure. */
+static int get_plane(PyObject *object, Py_buffer *view, Py_ssize_t n, Py_ssize_t size)
+{
+    *view = (Py_buffer){.buf = NULL};
+    if (object == Py_None)
+        return 0;
+    if (get_array(object, view, 4, (Py_ssize_t[]){n, CUTOUTS, size, size}, 4, PyBUF_WRITABLE) < 0)
+        return -1;
+    if (view->shape[2] == view->shape[3] && view->shape[2] > 0 && view->shape[2] <= INT16_MAX)
+        return 0;
+    PyBuffer_Release(view);
+    PyErr_SetString(PyExc_ValueError, "decode_stamps: the slots of a plane must be squares with sides below 32768");
+    return -1;
+}
 
 static PyObject *decode_stamps(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
 {
     (void)module;
-    if (n_args != 6 || !PyList_Check(args[0])) {
-        PyErr_SetString(PyExc_TypeError, "decode_stamps: takes a list and 5 arrays");
+    if (n_args != 9 || !PyList_Check(args[0])) {
+        PyErr_SetString(PyExc_TypeError, "decode_stamps: takes a list and 8 arrays");
         return NULL;
     }
     PyObject *result = NULL;
     Py_ssize_t n = PyList_Size(args[0]), n_bodies = 0;
-    Py_buffer spans, centred, slots, boxes, taken;
+    Py_buffer spans, centred, slots, boxes, taken, variance, psf, states;
     Py_buffer *bodies = PyMem_Calloc((size_t)n + 1, sizeof *bodies);
     if (!bodies)
         return PyErr_NoMemory();
@@ -324,16 +461,28 @@ static PyObject *decode_stamps(PyObject *module, PyObject *const *args, Py_ssize
         PyErr_SetString(PyExc_ValueError, "decode_stamps: the slots must be squares with sides below 32768");
         goto release_taken;
     }
+    if (get_plane(args[6], &variance, n, size) < 0)
+        goto release_taken;
+    if (get_plane(args[7], &psf, n, -1) < 0)
+        goto release_variance;
+    if (get_array(args[8], &states, 3, (Py_ssize_t[]){n, CUTOUTS, PLANES}, 1, PyBUF_WRITABLE) < 0)
+        goto release_psf;
 
     Batch batch = {
         .bodies = bodies, .spans = spans.buf, .centred = centred.buf, .slots = slots.buf, .size = size, .boxes = boxes.buf,
-        .taken = taken.buf, .n_stamps = n * CUTOUTS,
+        .taken = taken.buf, .variance = variance.buf, .psf = psf.buf, .psf_size = psf.buf ? psf.shape[2] : 0,
+        .states = states.buf, .n_stamps = n * CUTOUTS,
     };
     Py_BEGIN_ALLOW_THREADS
     decode_batch(&batch);
     Py_END_ALLOW_THREADS
     result = Py_NewRef(Py_None);
 
+    PyBuffer_Release(&states);
+release_psf:
+    PyBuffer_Release(&psf);
+release_variance:
+    PyBuffer_Release(&variance);
 release_taken:
     PyBuffer_Release(&taken);
 release_boxes:

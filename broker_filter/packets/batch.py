@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,12 @@ UNKNOWN_BAND = 255
 """The code of a band that is not one of `BANDS`, or is missing."""
 CUTOUTS = ("science", "template", "difference")
 """The order of the cutouts along axis 1 of `AlertBatch.cutouts`."""
+Plane = Literal["variance", "psf"]
+"""An image that a survey publishes with each cutout: the variance of its pixels, or the point spread function."""
+PLANES: tuple[Plane, ...] = get_args(Plane)
+"""The order of the planes along the last axis of `AlertBatch.usable_planes`."""
+PSF_SIZE = 31
+"""The side P of PSF images, in pixels. LSST's have 33 to 55; their central 31 hold 99.0 to 100 % of the flux."""
 
 
 class Survey(IntEnum):
@@ -127,6 +133,10 @@ class AlertBatch:
     is float64 because times and positions need this precision. A missing value (null, infinite, or the sentinel of the
     survey) is NaN.
 
+    `variance` and `psf` are None unless the decoder was asked for them. Their values are as published: the variance in
+    nJy^2, placed as the cutouts are; the PSF image centred and cropped to PSF_SIZE pixels, or zero around smaller ones.
+    A plane that is absent or cannot be used is NaN, as always for ZTF, which publishes none.
+
     >>> from broker_filter import Decoder, Packet
     >>> from broker_filter.simulate import simulate_night
     >>> alerts, _ = Decoder().decode([Packet(alert.packet) for alert in simulate_night(2, seed=1)])
@@ -151,6 +161,9 @@ class AlertBatch:
     columns: tuple[str, ...]  # names of the F metadata columns
     metadata: NDArray[np.float64]  # [N, F]
     light_curves: LightCurves
+    variance: NDArray[np.float32] | None = None  # [N, 3, S, S]
+    psf: NDArray[np.float32] | None = None  # [N, 3, PSF_SIZE, PSF_SIZE]
+    usable_planes: NDArray[np.bool_] | None = None  # [N, 3, len(PLANES)]; False for planes that were not decoded
 
     def __len__(self) -> int:
         return len(self.alert_id)

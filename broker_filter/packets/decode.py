@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.packets import foreign, wire
-from broker_filter.packets.batch import BANDS, CUTOUTS, UNKNOWN_BAND, AlertBatch, AlertIdentity, Record, Survey
+from broker_filter.packets.batch import (
+    BANDS,
+    CUTOUTS,
+    PLANES,
+    PSF_SIZE,
+    UNKNOWN_BAND,
+    AlertBatch,
+    AlertIdentity,
+    Plane,
+    Record,
+    Survey,
+)
 from broker_filter.packets.layout import (
     N_POINT_COLUMNS,
     N_SPANS,
@@ -49,7 +60,7 @@ from broker_filter.packets.plan import field_paths
 from broker_filter.packets.registry import SchemaRegistry, UnknownSchemaId, open_registry
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.packets.schema import BySchema, SchemaError, WriterSchema
-from broker_filter.packets.stamps import decode_stamps, inflated_bytes
+from broker_filter.packets.stamps import PlaneSlots, decode_stamps, inflated_bytes
 from broker_filter.packets.surveys import DEFAULT_COLUMNS, FORMATS, recognise, rows_of_unknown_version
 from broker_filter.packets.walk import MISSING_ID, Status, walk
 
@@ -161,10 +172,11 @@ class Decoder:
 
     `registry`: where the schemas of packets in Confluent wire format (LSST) are found: the URL of a schema registry, a
     directory of `.avsc` files, or an opened registry; without a registry such packets are rejected. `cutout_size`: the
-    side S of the cutouts, in pixels. `columns`: names of the metadata columns to decode. `max_packet_bytes`: a larger
-    packet is rejected, also if it becomes larger by decompression.
+    side S of the cutouts, in pixels. `columns`: names of the metadata columns to decode. `planes`: the images that are
+    decoded besides the cutouts (`variance`, `psf`; see AlertBatch). `max_packet_bytes`: a larger packet is rejected,
+    also if it becomes larger by decompression.
 
-    Raises ValueError for an unknown metadata column, and what `open_registry` raises for the registry.
+    Raises ValueError for an unknown metadata column or plane, and what `open_registry` raises for the registry.
 
     `Scorer.decoder` makes a decoder of everything that the models read. A decoder of other columns:
 
@@ -185,13 +197,18 @@ class Decoder:
         *,
         cutout_size: int = DEFAULT_CUTOUT_SIZE,
         columns: Sequence[str] = DEFAULT_COLUMNS,
+        planes: Collection[Plane] = (),
         max_packet_bytes: int = MAX_CONTAINER_BYTES,
     ) -> None:
         if registry is None or isinstance(registry, str | Path):
             registry = open_registry(registry)
         self._registry = registry
         self._cutout_size = cutout_size
-        self._slot_bytes = len(CUTOUTS) * cutout_size**2 * np.dtype(np.float32).itemsize
+        if unknown := set(planes) - set(PLANES):
+            raise ValueError(f"unknown planes: {', '.join(sorted(unknown))}; the planes are {', '.join(PLANES)}")
+        self._planes = frozenset(planes)
+        n_pixels = cutout_size**2 * (1 + ("variance" in planes)) + PSF_SIZE**2 * ("psf" in planes)
+        self._slot_bytes = len(CUTOUTS) * n_pixels * np.dtype(np.float32).itemsize
         self._columns = tuple(columns)
         self._max_packet_bytes = max_packet_bytes
         self._layouts = {known.survey: Layout(known, self._columns) for known in FORMATS}
@@ -290,10 +307,12 @@ class Decoder:
 
         cutouts = np.empty((len(sound), len(CUTOUTS), self._cutout_size, self._cutout_size), dtype=np.float32)
         boxes = np.empty((len(sound), len(CUTOUTS), 4), dtype=np.int16)
-        bad_stamps = columns.decode_stamps(sound, cutouts, boxes)
+        planes = self._plane_slots(cutouts) if self._planes else None
+        bad_stamps = columns.decode_stamps(sound, cutouts, boxes, planes)
         if bad_stamps:
             good = [k for k, row in enumerate(sound) if row not in bad_stamps]
             sound, cutouts, boxes = [sound[k] for k in good], cutouts[good], boxes[good]
+            planes = planes and PlaneSlots(*(None if slots is None else slots[good] for slots in planes))
         kept = set(sound)
         with self._turn:
             for row, item in enumerate(walked):
@@ -303,7 +322,16 @@ class Decoder:
                 fingerprint = item.plan.schema.fingerprint
                 identity, packet = columns.identity(row), packets[item.packet]
                 rejects.append(Reject(packet, item.packet, *damage, item.record, identity, fingerprint))
-            return columns.batch(packets, sound, cutouts, boxes, self._columns), rejects
+            return columns.batch(packets, sound, cutouts, boxes, self._columns, planes), rejects
+
+    def _plane_slots(self, cutouts: NDArray[np.float32]) -> PlaneSlots:
+        """Return empty slots for the wanted planes of the alerts of `cutouts`."""
+        n = len(cutouts)
+        return PlaneSlots(
+            np.empty_like(cutouts) if "variance" in self._planes else None,
+            np.empty((n, len(CUTOUTS), PSF_SIZE, PSF_SIZE), np.float32) if "psf" in self._planes else None,
+            np.zeros((n, len(CUTOUTS), len(PLANES)), np.bool_),
+        )
 
     def _walk_container(
         self, index: int, allowance: int, container: Container, outputs: _Outputs, walked: list[_Walked]
@@ -467,9 +495,13 @@ class _Columns:
         return RejectReason.MISSING_FIELD, f"the alert has no {' and no '.join(missing)}"
 
     def decode_stamps(
-        self, rows: Sequence[int], cutouts: NDArray[np.float32], boxes: NDArray[np.int16]
+        self,
+        rows: Sequence[int],
+        cutouts: NDArray[np.float32],
+        boxes: NDArray[np.int16],
+        planes: PlaneSlots | None,
     ) -> dict[int, Damage]:
-        """Decode the stamps of N records into `cutouts` [N, 3, S, S] and `boxes` [N, 3, 4].
+        """Decode the stamps of N records into `cutouts` [N, 3, S, S], `boxes` [N, 3, 4] and `planes`.
 
         Returns the damage of each record that has an unusable stamp, by row.
         """
@@ -480,6 +512,7 @@ class _Columns:
             np.array([each.stamps_centred for each in formats], dtype=np.bool_),
             cutouts,
             boxes,
+            planes,
         )
         return {rows[k]: (error.reason, f"{formats[k].cutouts[c]}: {error.detail}") for k, (c, error) in failed.items()}
 
@@ -516,8 +549,10 @@ class _Columns:
         cutouts: NDArray[np.float32],
         boxes: NDArray[np.int16],
         names: tuple[str, ...],
+        planes: PlaneSlots | None,
     ) -> AlertBatch:
-        """Return the batch of the rows `kept`, with their cutouts [N, 3, S, S], boxes [N, 3, 4] and metadata names."""
+        """Return the batch of the rows `kept`, with their cutouts [N, 3, S, S], boxes [N, 3, 4], metadata names and
+        planes."""
         rows = np.array(kept, dtype=np.int64)
         alert_of_row = np.full(len(self._walked), NO_ALERT)
         alert_of_row[rows] = np.arange(len(rows))
@@ -542,6 +577,9 @@ class _Columns:
             columns=names,
             metadata=self._metadata[rows],
             light_curves=light_curves(len(rows), pieces),
+            variance=planes.variance if planes else None,
+            psf=planes.psf if planes else None,
+            usable_planes=planes.usable if planes else None,
         )
         _warn_of_unknown_versions(alerts)
         return alerts

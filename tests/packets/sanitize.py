@@ -55,6 +55,7 @@ def main(count: int) -> None:
     from test_stamps import FUZZED, fits_bytes
 
     from broker_filter.packets import compiled, decode, ocf, walk, wire
+    from broker_filter.packets.batch import PLANES, PSF_SIZE
     from broker_filter.packets.packet import FilePosition, Packet
     from broker_filter.packets.registry import open_registry
     from broker_filter.simulate import SCHEMAS, simulate_night
@@ -91,19 +92,22 @@ def main(count: int) -> None:
     draw = np.random.default_rng(SEED)
     placed = 0
     slots, boxes = np.empty((TOGETHER, 3, 63, 63), np.float32), np.empty((TOGETHER, 3, 4), np.int16)
+    variance, psf = np.empty_like(slots), np.empty((TOGETHER, 3, PSF_SIZE, PSF_SIZE), np.float32)
     stamps = [*FUZZED.values(), *(gzip.compress(stamp, 1) for stamp in FUZZED.values())]
     stamps += [encode(fits_bytes(image)) for image in IMAGES.values() for encode in ENCODERS.values()]
     for start in range(0, count, TOGETHER):
         bodies = []
         for k in range(start, start + TOGETHER):
             stamp = np.frombuffer(stamps[draw.integers(len(stamps))], np.uint8).copy()
-            reach = len(stamp) if k % 2 else min(800, len(stamp))  # anywhere, or in the headers and code tables
+            reach = min((len(stamp), 800, 12_000)[k % 3], len(stamp))  # anywhere, or in headers and code tables
             stamp[draw.integers(0, reach, draw.integers(0, 4))] = draw.integers(0, 256)
             bodies.append(stamp[: draw.integers(len(stamp) + 1)].copy() if k % 8 == 1 else stamp)
         spans = np.array([[(0, len(body)), (0, len(body) + 1), (-1, -1)] for body in bodies])
         taken = np.zeros((TOGETHER, 3), bool)
         centred = draw.integers(0, 2, TOGETHER).astype(bool)
-        compiled.decode_stamps([body.data for body in bodies], spans, centred, slots, boxes, taken)
+        states = np.full((TOGETHER, 3, len(PLANES)), 2, np.uint8)
+        planes = (None, None) if k % 5 == 0 else (variance, psf)
+        compiled.decode_stamps([body.data for body in bodies], spans, centred, slots, boxes, taken, *planes, states)
         assert not taken[:, 1:].any()
         placed += int(taken[:, 0].sum())
     assert 0 < placed < count

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from broker_filter.packets import decode, ocf, walk, wire
-from broker_filter.packets.batch import AlertBatch
+from broker_filter.packets.batch import PLANES, AlertBatch
 from broker_filter.packets.compiled import IMPLEMENTATION
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
@@ -116,6 +116,10 @@ def account(decoder: Decoder, batch: list[bytes]) -> tuple[AlertBatch, list[Reje
     assert alerts.light_curves.offsets[-1] == len(alerts.light_curves.mjd)
     assert np.isfinite(alerts.light_curves.flux).all()
     assert np.isfinite(alerts.mjd).all()
+    if alerts.usable_planes is not None:
+        for plane, slots in enumerate((alerts.variance, alerts.psf)):
+            assert slots is not None
+            assert (np.isnan(slots).all(axis=(2, 3)) == ~alerts.usable_planes[:, :, plane]).all()
     for i in range(n):
         alerts.identity(i)
         for begin, end in alerts.records[i].cutout_spans:
@@ -130,7 +134,7 @@ def account(decoder: Decoder, batch: list[bytes]) -> tuple[AlertBatch, list[Reje
 def test_every_mutated_packet_becomes_alerts_or_rejects(
     packets: list[bytes], registry: SchemaRegistry, reseal: bool
 ) -> None:
-    decoder = Decoder(registry)
+    decoder = Decoder(registry, planes=PLANES)
     reasons: Counter[str] = Counter()
     batch: list[bytes] = []
     for mutant in mutants(packets, 3000, reseal=reseal):

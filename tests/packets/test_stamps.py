@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fastavro
 import numpy as np
@@ -18,9 +19,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from broker_filter.packets import compiled
+from broker_filter.packets import compiled, stamps
+from broker_filter.packets.batch import PSF_SIZE
 from broker_filter.packets.rejects import RejectReason
-from broker_filter.packets.stamps import MAX_STAMP_BYTES, StampError, decode_stamp, decode_stamps, inflated_bytes
+from broker_filter.packets.stamps import (
+    MAX_EXTENSIONS,
+    MAX_STAMP_BYTES,
+    PlaneSlots,
+    StampError,
+    decode_planes,
+    decode_stamp,
+    decode_stamps,
+    inflated_bytes,
+)
 
 FLT_MAX = np.finfo(np.float32).max
 LARGE = 200
@@ -267,20 +278,46 @@ def test_the_decompressed_size_of_a_stamp_is_known_in_advance() -> None:
     assert inflated_bytes(gzip.compress(bytes(MAX_STAMP_BYTES + 1))) == 0  # refused
 
 
+def image_hdu(image: NDArray[np.generic] | None, name: str, **cards: object) -> fits.ImageHDU:
+    hdu = fits.ImageHDU(image, name=name)
+    hdu.header.update(cards)
+    return hdu
+
+
+def variance_hdu(variance: NDArray[np.generic], utype: str = "VarianceUncertainty") -> fits.ImageHDU:
+    return image_hdu(variance, "UNCERT", UTYPE=utype)
+
+
+def gaussian(height: int = 41, width: int = 41) -> NDArray[np.float64]:
+    y, x = np.ogrid[:height, :width]
+    profile = np.exp(-((y - height // 2) ** 2 + (x - width // 2) ** 2) / 8)
+    return profile / profile.sum()
+
+
+IMAGE = fits.PrimaryHDU(numbered(30, 30))
+VARIANCE = variance_hdu(numbered(30, 30) / 7)
+PSF = image_hdu(gaussian(), "PSFIMAGE")
+LSST = fits_bytes_of(IMAGE, VARIANCE, PSF)
+
 FUZZED = {
     "ztf": fits_bytes(numbered(63, 63), BUNIT="DN"),
-    "lsst": fits_bytes(numbered(30, 30), EXTEND=True, CRVAL1=63.3) + fits_bytes(numbered(41, 41)),
+    "lsst": LSST,
     "scaled": fits_bytes(numbered(20, 33).astype(np.int16), BSCALE=0.5),
 }
 
 KEPT = st.one_of(st.just(1.0), st.floats(0, 1))
-EDITS = st.lists(st.tuples(st.integers(0, 799), st.sampled_from(b" =-+.0123456789TFANXISBPE/'\x00\xff")), max_size=4)
+EDITS = st.lists(
+    st.tuples(
+        st.one_of(st.integers(0, 799), st.integers(0, 25_000)), st.sampled_from(b" =-+.0123456789TFANXISBPE/'\x00\xff")
+    ),
+    max_size=4,
+)
 
 
 def damage(fits_file: bytes, kept: float, edits: list[tuple[int, int]]) -> bytearray:
     damaged = bytearray(fits_file)
     for at, value in edits:
-        damaged[at] = value
+        damaged[at % len(damaged)] = value
     del damaged[int(kept * len(damaged)) :]
     return damaged
 
@@ -318,22 +355,54 @@ Box = tuple[int, int, int, int]
 needs_compiled = pytest.mark.skipif(compiled.decode_stamps is None, reason="the compiled decoder is not built")
 
 
-def decode_compiled(stamp: bytes, size: int, centred: bool) -> tuple[Box | None, NDArray[np.float32]]:
-    """Return the box and the slot of a stamp from the compiled code alone; no box if it left the stamp to Python."""
-    assert compiled.decode_stamps is not None
-    slots, boxes, taken = (
+def compiled_arguments(body: bytes, span: tuple[int, int], size: int, centred: bool) -> list[Any]:
+    """Return the arguments of the compiled `decode_stamps` for one record, whose second stamp is `body[slice(*span)]`."""
+    spans = np.full((1, 3, 2), -1)
+    spans[0, 1] = span
+    return [
+        [memoryview(body)],
+        spans,
+        np.array([centred]),
         np.full((1, 3, size, size), 7, np.float32),
         np.zeros((1, 3, 4), np.int16),
         np.zeros((1, 3), bool),
-    )
-    body = b"before" + stamp + b"after"
-    spans = np.full((1, 3, 2), -1)
-    spans[0, 1] = 6, 6 + len(stamp)
-    compiled.decode_stamps([memoryview(body)], spans, np.array([centred]), slots, boxes, taken)
+        np.full((1, 3, size, size), 7, np.float32),
+        np.full((1, 3, PSF_SIZE, PSF_SIZE), 7, np.float32),
+        np.full((1, 3, 2), stamps._UNDECIDED, np.uint8),
+    ]
+
+
+def decode_compiled(stamp: bytes, size: int, centred: bool) -> tuple[Box | None, NDArray[np.float32]]:
+    """Return the box and the slot of a stamp from the compiled code alone; no box if it left the stamp to Python."""
+    assert compiled.decode_stamps is not None
+    arguments = compiled_arguments(b"before" + stamp + b"after", (6, 6 + len(stamp)), size, centred)
+    compiled.decode_stamps(*arguments)
+    _, _, _, slots, boxes, taken, *_, states = arguments
     assert not taken[0, 0]
     assert not taken[0, 2]
+    assert (states[0, ::2] == stamps._UNDECIDED).all()
     y0, x0, height, width = boxes[0, 1].tolist()
     return ((y0, x0, height, width) if taken[0, 1] else None), slots[0, 1]
+
+
+def compiled_planes(stamp: bytes, size: int, centred: bool) -> dict[str, tuple[bool, bytes]]:
+    """Return whether each plane that the compiled code alone decided is usable, and the bits of its slot."""
+    assert compiled.decode_stamps is not None
+    arguments = compiled_arguments(stamp, (0, len(stamp)), size, centred)
+    compiled.decode_stamps(*arguments)
+    *_, variance, psf, states = arguments
+    return {
+        name: (state == stamps._USABLE, bits(slot[0, 1]))
+        for name, slot, state in (("variance", variance, states[0, 1, 0]), ("psf", psf, states[0, 1, 1]))
+        if state != stamps._UNDECIDED
+    }
+
+
+def python_planes(stamp: bytes, size: int, centred: bool) -> dict[str, tuple[bool, bytes]]:
+    """Return whether each plane is usable, and the bits of its slot, from the Python code alone."""
+    variance, psf = np.full((size, size), 7, np.float32), np.full((PSF_SIZE, PSF_SIZE), 7, np.float32)
+    usable = decode_planes(stamp, variance, psf, centred=centred)
+    return {"variance": (usable[0], bits(variance)), "psf": (usable[1], bits(psf))}
 
 
 @needs_compiled
@@ -369,6 +438,9 @@ def test_compiled_code_never_differs_from_python(
         slow = np.full((size, size), 7, np.float32)
         assert box == decode_stamp(bytes(damaged), slow, centred=centred)
         assert bits(quick) == bits(slow)
+        planes = python_planes(bytes(damaged), size, centred)
+        for name, plane in compiled_planes(bytes(damaged), size, centred).items():
+            assert plane == planes[name], name
 
 
 @needs_compiled
@@ -403,18 +475,16 @@ def test_compiled_code_decodes_every_shared_ztf_stamp_as_python_does(ztf_packets
         (3, np.zeros((1, 3, 9, 9), np.float64)),
         (4, np.zeros((1, 2, 4), np.int16)),
         (5, np.zeros((1, 4), bool)),
+        (6, np.zeros((1, 3, 8, 8), np.float32)),
+        (6, np.zeros((1, 3, 9, 9), np.float64)),
+        (7, np.zeros((1, 3, 9, 8), np.float32)),
+        (7, np.zeros((2, 3, 9, 9), np.float32)),
+        (8, np.zeros((1, 3, 3), np.uint8)),
     ],
 )
 def test_compiled_code_refuses_arrays_that_do_not_fit(argument: int, wrong: NDArray[np.generic]) -> None:
     assert compiled.decode_stamps is not None
-    arguments = [
-        [memoryview(PLAIN)],
-        np.zeros((1, 3, 2), np.int64),
-        np.zeros(1, bool),
-        np.zeros((1, 3, 9, 9), np.float32),
-        np.zeros((1, 3, 4), np.int16),
-        np.zeros((1, 3), bool),
-    ]
+    arguments = compiled_arguments(PLAIN, (0, len(PLAIN)), 9, False)
     compiled.decode_stamps(*arguments)
     arguments[argument] = wrong
     with pytest.raises(ValueError, match="decode_stamps"):
@@ -430,3 +500,128 @@ def test_first_failed_stamp_of_each_record_is_reported() -> None:
     assert {row: (c, error.reason) for row, (c, error) in failed.items()} == {0: (1, RejectReason.BAD_CUTOUT)}
     assert (slots[1] == numbered(63, 63)).all()
     assert boxes[1].tolist() == [[0, 0, 63, 63]] * 3
+
+
+def astropy_planes(stamp: bytes) -> dict[str, NDArray[np.float32]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with fits.open(io.BytesIO(stamp), memmap=False) as hdus:
+            return {hdu.name: hdu.data.astype(np.float32) for hdu in hdus[1:]}
+
+
+def placed(image: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """Return the image in a slot of `size` pixels, its central pixel at the centre of the slot."""
+    slot = np.zeros((size + 2 * LARGE, size + 2 * LARGE), np.float32)
+    first = [LARGE + size // 2 - length // 2 for length in image.shape]
+    slot[first[0] : first[0] + image.shape[0], first[1] : first[1] + image.shape[1]] = image
+    return slot[LARGE:-LARGE, LARGE:-LARGE]
+
+
+@pytest.mark.parametrize("size", [31, 63, 102])
+def test_planes_of_every_shared_lsst_stamp_are_bit_identical_to_astropy(shared_data: Path, size: int) -> None:
+    shapes = set()
+    for stamp in shared_lsst_stamps(shared_data):
+        planes = astropy_planes(stamp)
+        expected = {
+            "variance": (True, bits(placed(planes["UNCERT"], size))),
+            "psf": (True, bits(placed(planes["PSFIMAGE"], PSF_SIZE))),
+        }
+        assert python_planes(stamp, size, True) == expected
+        if compiled.decode_stamps is not None:
+            assert compiled_planes(stamp, size, True) == expected
+        shapes.add(planes["PSFIMAGE"].shape)
+    assert len(shapes) > 1
+
+
+ONE_POSITIVE = np.full((30, 30), -1, np.float32)
+ONE_POSITIVE[15, 15] = 2
+
+
+@pytest.mark.parametrize(
+    ("stamp", "usable"),
+    [
+        (LSST, (True, True)),
+        (fits_bytes_of(IMAGE, PSF, VARIANCE), (True, True)),
+        (fits_bytes_of(IMAGE, image_hdu(numbered(30, 30), "MASK"), VARIANCE, PSF), (True, True)),
+        (fits_bytes_of(IMAGE, image_hdu(np.ones((30, 30), np.uint8), "MASK"), VARIANCE, PSF), (True, True)),
+        (fits_bytes_of(IMAGE, variance_hdu(numbered(30, 30).astype(np.float64)), PSF), (True, True)),
+        (fits_bytes_of(IMAGE, variance_hdu(ONE_POSITIVE), image_hdu(gaussian(43, 45), "PSFIMAGE")), (True, True)),
+        (fits_bytes_of(IMAGE, image_hdu(gaussian(11, 17).astype(np.float32), "PSFIMAGE")), (False, True)),
+        (fits_bytes_of(IMAGE, variance_hdu(numbered(30, 30)), image_hdu(np.ones((1, 1)), "PSFIMAGE")), (True, True)),
+        (fits_bytes_of(fits.PrimaryHDU(numbered(1, 1)), variance_hdu(numbered(1, 1)), PSF), (True, True)),
+        (fits_bytes_of(fits.PrimaryHDU(numbered(20, 40)), variance_hdu(numbered(20, 40)), PSF), (True, True)),
+        (fits_bytes_of(IMAGE), (False, False)),
+        (fits_bytes_of(IMAGE, VARIANCE), (True, False)),
+        (fits_bytes_of(IMAGE, variance_hdu(numbered(30, 30), "StdDevUncertainty"), PSF), (False, True)),
+        (fits_bytes_of(IMAGE, image_hdu(numbered(30, 30), "UNCERT"), PSF), (False, True)),
+        (fits_bytes_of(IMAGE, variance_hdu(numbered(30, 31)), PSF), (False, True)),
+        (fits_bytes_of(IMAGE, variance_hdu(np.full((30, 30), np.nan, np.float32)), PSF), (False, True)),
+        (fits_bytes_of(IMAGE, variance_hdu(np.full((30, 30), np.inf, np.float32)), PSF), (False, True)),
+        (fits_bytes_of(IMAGE, variance_hdu(np.zeros((30, 30), np.float32)), PSF), (False, True)),
+        (fits_bytes_of(IMAGE, variance_hdu(-numbered(30, 30)), PSF), (False, True)),
+        (fits_bytes_of(IMAGE, VARIANCE, image_hdu(np.zeros((41, 41)), "PSFIMAGE")), (True, False)),
+        (fits_bytes_of(IMAGE, VARIANCE, image_hdu(np.full((41, 41), np.nan), "PSFIMAGE")), (True, False)),
+        (fits_bytes_of(IMAGE, VARIANCE, image_hdu(np.ones((2, 41, 41)), "PSFIMAGE")), (True, False)),
+        (fits_bytes_of(IMAGE, TABLE, VARIANCE, PSF), (False, False)),
+        (fits_bytes_of(IMAGE, image_hdu(None, "UNCERT"), PSF), (False, False)),
+        (fits_bytes_of(IMAGE, *[image_hdu(numbered(3, 3), "MASK")] * MAX_EXTENSIONS, VARIANCE), (False, False)),
+        (LSST[:-6000], (True, False)),
+        (LSST[:12_000], (False, False)),
+        (LSST + bytes(2880), (True, True)),
+        (fits_bytes_of(IMAGE) + b"X" * 5000, (False, False)),
+        (LSST.replace(b"XTENSION", b"xtension"), (False, False)),
+        (fits_bytes_of(IMAGE) + fits_header(b"XTENSION= 'IMAGE   '", *MANDATORY[1:3], b"NAXIS1  = 999999999",
+                                            b"NAXIS2  = 999999999", b"END"), (False, False)),
+        (fits_bytes_of(IMAGE) + fits_header(b"XTENSION= 'IMAGE   '", *[b"HIERARCH a b = 1"] * 50_000), (False, False)),
+    ],
+    ids=[
+        "lsst", "other-order", "with-mask", "with-byte-mask", "variance-float64", "one-positive-variance", "psf-only",
+        "psf-1px", "1px", "non-square", "no-planes", "no-psf", "standard-deviation", "unknown-uncertainty",
+        "another-shape", "variance-nan", "variance-inf", "variance-zero", "variance-negative", "psf-zero", "psf-nan",
+        "psf-cube", "table-first", "empty-extension", "too-many-extensions", "truncated-psf", "truncated-variance",
+        "padded", "junk", "no-extension-keyword", "huge-axes", "no-end",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_unusable_planes_are_nan_and_never_change_the_image(
+    stamp: bytes, usable: tuple[bool, bool], gzipped: bool
+) -> None:
+    data = gzip.compress(stamp) if gzipped else stamp
+    slots, boxes = np.empty((1, 3, 63, 63), np.float32), np.empty((1, 3, 4), np.int16)
+    planes = PlaneSlots(
+        np.empty_like(slots), np.empty((1, 3, PSF_SIZE, PSF_SIZE), np.float32), np.ones((1, 3, 2), bool)
+    )
+    spans = np.array([[(0, len(data))] * 3])
+    assert not decode_stamps([memoryview(data)], spans, np.array([True]), slots, boxes, planes)
+    assert planes.usable.tolist() == [[list(usable)] * 3]
+    alone, alone_boxes = np.empty_like(slots), np.empty_like(boxes)
+    assert not decode_stamps([memoryview(data)], spans, np.array([True]), alone, alone_boxes)
+    assert bits(slots) == bits(alone)
+    assert boxes.tolist() == alone_boxes.tolist()
+    expected = python_planes(data, 63, True)
+    assert planes.variance is not None
+    assert planes.psf is not None
+    for slot, name, good in zip((planes.variance, planes.psf), ("variance", "psf"), usable, strict=True):
+        assert expected[name] == (good, bits(slot[0, 0]))
+        assert np.isnan(slot).all() == (not good)
+
+
+@needs_compiled
+@pytest.mark.parametrize("gzipped", [False, True])
+@pytest.mark.parametrize("stamp", ["ztf", "lsst"])
+def test_compiled_code_decides_the_planes_of_the_layouts_of_surveys(stamp: str, gzipped: bool) -> None:
+    data = gzip.compress(FUZZED[stamp]) if gzipped else FUZZED[stamp]
+    assert compiled_planes(data, 63, True) == python_planes(data, 63, True)
+    assert {usable for usable, _ in compiled_planes(data, 63, True).values()} == {stamp == "lsst"}
+
+
+@pytest.mark.parametrize("wanted", ["variance", "psf"])
+def test_a_plane_that_is_not_wanted_is_not_decoded(wanted: str) -> None:
+    slots, boxes = np.empty((1, 3, 63, 63), np.float32), np.empty((1, 3, 4), np.int16)
+    planes = PlaneSlots(
+        np.empty_like(slots) if wanted == "variance" else None,
+        np.empty((1, 3, PSF_SIZE, PSF_SIZE), np.float32) if wanted == "psf" else None,
+        np.ones((1, 3, 2), bool),
+    )
+    decode_stamps([memoryview(LSST)], np.array([[(0, len(LSST))] * 3]), np.array([True]), slots, boxes, planes)
+    assert planes.usable.tolist() == [[[wanted == "variance", wanted == "psf"]] * 3]
