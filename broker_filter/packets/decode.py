@@ -312,7 +312,7 @@ class Decoder:
         if bad_stamps:
             good = [k for k, row in enumerate(sound) if row not in bad_stamps]
             sound, cutouts, boxes = [sound[k] for k in good], cutouts[good], boxes[good]
-            planes = planes and PlaneSlots(*(None if slots is None else slots[good] for slots in planes))
+            planes = planes and planes.select(good)
         kept = set(sound)
         with self._turn:
             for row, item in enumerate(walked):

@@ -79,6 +79,11 @@ class PlaneSlots(NamedTuple):
     psf: NDArray[np.float32] | None
     usable: NDArray[np.bool_]
 
+    def select(self, rows: list[int]) -> PlaneSlots:
+        """Return the slots of the records `rows`."""
+        variance, psf = (None if slots is None else slots[rows] for slots in (self.variance, self.psf))
+        return PlaneSlots(variance, psf, self.usable[rows])
+
 
 class _Image(NamedTuple):
     """The description of an image in a FITS header.
