@@ -356,7 +356,7 @@ needs_compiled = pytest.mark.skipif(compiled.decode_stamps is None, reason="the 
 
 
 def compiled_arguments(body: bytes, span: tuple[int, int], size: int, centred: bool) -> list[Any]:
-    """Return the arguments of the compiled `decode_stamps` for one record, whose second stamp is `body[slice(*span)]`."""
+    """Return the arguments of the compiled `decode_stamps` for a record with the second stamp `body[slice(*span)]`."""
     spans = np.full((1, 3, 2), -1)
     spans[0, 1] = span
     return [
