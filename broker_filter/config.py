@@ -592,7 +592,7 @@ class Service(ServiceSection):
 def suggestion(word: str, known: Sequence[str]) -> str:
     """Return text to append to a message about an unknown word: the most similar known word, or all known words."""
     close = get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}" if known else ""
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}" if known else ""
 
 
 def _is_http_url(location: str) -> bool:

@@ -78,7 +78,7 @@ class EnvironmentChecks(ConfigChecks):
     ) -> None:
         """See ConfigChecks. The check creates a client without servers, which connects to nothing.
 
-        The client gets the text of the secrets, because some properties are valid only beside a secret one.
+        The client gets the text of the secrets, because some properties are valid only together with a secret property.
         """
         named = {**security_properties(sasl, tls), **properties}
         values = plain_properties(named, self._environment)

@@ -251,7 +251,7 @@ def _train(
     except MisconfigurationException as error:  # devices that do not exist
         reason = str(error).partition("\n")[0]
         raise TrainingError(
-            f"hardware: {reason}: set accelerator and devices to ones of this machine, or to auto"
+            f"hardware: {reason}: set accelerator and devices to values that this machine has, or to auto"
         ) from error
     learner.network.to(memory_format=torch.channels_last)  # up to twice as fast with many channels
     last = directory / LAST

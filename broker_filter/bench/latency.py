@@ -23,7 +23,7 @@ from broker_filter.simulate import SCHEMAS
 RATE = 300
 """Alerts per second: about Rubin's mean rate, 10,000 alerts per visit of about 39 s."""
 WARM_UP_S, STEADY_S = 5, 20
-"""Alerts of the first WARM_UP_S are not counted, because the broker's JVM still compiles; those of STEADY_S are."""
+"""Alerts of the first WARM_UP_S are not counted, because the broker's JVM still compiles; alerts of STEADY_S are."""
 BURST = 10_000
 """Alerts of one visit."""
 BURST_DISTINCT = 400

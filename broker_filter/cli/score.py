@@ -90,7 +90,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _table(text: str) -> Path:
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text}: tables are written to files, not to URLs; write a file and copy it there")
+        raise argparse.ArgumentTypeError(
+            f"{text}: tables are written to files, not to URLs; write a file and copy it there"
+        )
     return Path(text)
 
 

@@ -277,7 +277,7 @@ def _group_positions(partitions: Sequence[TopicPartition], answer: Sequence[Topi
     """
     found: dict[tuple[str, int], Position] = {}
     for p in answer:
-        if p.error:  # an error must not be taken for a partition without a position, which would be read anew
+        if p.error:  # an error must not look like "no position": such a partition would be read from its start
             raise KafkaException(p.error)
         if p.offset >= 0:
             known = p.metadata and TOPIC_ID.fullmatch(p.metadata)

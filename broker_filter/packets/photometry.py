@@ -1,8 +1,8 @@
 """Converts magnitudes, fluxes and bands to the units of an AlertBatch, and makes light curves of them.
 
 All functions work on the columns of a whole batch; NaN means that a value is missing. A point that has a time and a
-flux must never be dropped. A detection must never be dropped silently: `detections_without_flux` reports those that
-are.
+flux must never be dropped. A detection must never be dropped silently: `detections_without_flux` reports every
+dropped detection.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ class DetectionsSoFar(NamedTuple):
 
 
 def nanojansky(magnitude: Values) -> Values:
-    """Return the flux, in nJy, of an AB magnitude."""
+    """Return the flux in nJy of N AB magnitudes, float64[N]."""
     flux: Values = 10 ** (-0.4 * (magnitude - AB_ZERO_POINT))
     return flux
 
 
 def flag(values: Values) -> Values:
-    """Return booleans as numbers: 1 for true, 0 for false, NaN for any other value.
+    """Return N booleans as numbers, float64[N]: 1 for true, 0 for false, NaN for any other value.
 
     Redistributors write booleans, and ZTF's `isdiffpos`, as numbers or as text: true, True, t, 1, 1.0, +1; false,
     False, f, 0, 0.0, -1. For text, `values` holds the code of its first character.
@@ -83,12 +83,12 @@ def flag(values: Values) -> Values:
 
 
 def sign(isdiffpos: Values) -> Values:
-    """Return the sign of a difference flux: +1 if ZTF's `isdiffpos` is true, -1 if false, else NaN; see `flag`."""
+    """Return signs of N difference fluxes, float64[N]: +1 if `isdiffpos` is true, -1 if false, or NaN (see `flag`)."""
     return 2 * flag(isdiffpos) - 1
 
 
 def ztf_filter(fid: Values) -> Values:
-    """Return ZTF's filter ids: 1 is g, 2 is r, 3 is i.
+    """Return N filter ids of ZTF, float64[N]: 1 is g, 2 is r, 3 is i.
 
     Some redistributors write the id, or the letter of the filter, as text. `fid` then holds the code of that character.
     """
@@ -99,7 +99,7 @@ def ztf_filter(fid: Values) -> Values:
 
 
 def ztf_band(fid: Values) -> Values:
-    """Return the index into BANDS of ZTF's filter ids, or UNKNOWN_BAND. `fid`: as for `ztf_filter`."""
+    """Return the indices into BANDS of N filter ids of ZTF, [N], or UNKNOWN_BAND. `fid`: as for `ztf_filter`."""
     fid = ztf_filter(fid)
     return np.where((fid == 1) | (fid == 2) | (fid == 3), fid, float(UNKNOWN_BAND))
 

@@ -161,7 +161,7 @@ class Cloud:
             self._distances.append(_measured(measure, part[known], label[known]))
 
     def distances(self, embedding: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return the distances of embeddings [N, D] from the ordinary ones: float64[N, 1 + M].
+        """Return the distances of embeddings [N, D] from the ordinary embeddings: float64[N, 1 + M].
 
         The first column is for the whole embedding, the others are for the modalities; NaN where an alert lacks the
         modality.

@@ -115,7 +115,7 @@ class LightCurveInput(CardSection):
     `light_curve_mask` [N, points], 1 for a point and 0 for padding."""
 
     points: int = Field(
-        gt=0, le=MAX_POINTS, description="Number of points kept: the latest ones up to the time of the alert."
+        gt=0, le=MAX_POINTS, description="Number of points: the latest ones up to the time of the alert are kept."
     )
     flux_scale: float = Field(gt=0, description="Flux scale in nJy: the feature is asinh(flux / flux_scale).")
     time_scale: float = Field(

@@ -22,7 +22,7 @@ EXACT_LIMIT = 20_000
 that a search of cells takes among a million."""
 CELLS_PER_ROOT = 2
 """Cells = CELLS_PER_ROOT x sqrt(number of embeddings): ranking the cells then takes as long as searching the nearest
-ones."""
+cells."""
 CELLS_LOOKED_INTO = 10
 """Number of nearest cells that a query searches. Among 1,000,000 embeddings of 128 dimensions (a mixture on a
 12-dimensional surface) this finds 99.0 % of the ten nearest neighbours in 0.15 ms per alert, and their mean distance

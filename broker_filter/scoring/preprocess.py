@@ -69,7 +69,7 @@ def prepare_metadata(
     A flag is 1 where the value is missing, else 0; only columns with `flag` have one. `metadata`: float64[N,
     len(columns)], NaN where missing.
 
-    Raises KeyError, with the names, if `columns` lacks wanted ones.
+    Raises KeyError, with the names, if `columns` lacks a wanted column.
     """
     if missing := {column.name for column in wanted} - set(columns):
         raise KeyError(f"metadata columns {', '.join(sorted(missing))} are needed, but were not decoded")

@@ -34,7 +34,7 @@ MIN_ALERTS = 2
 MAX_BYTES = 2**33
 """Largest file: MAX_ALERTS embeddings of 2,000 dimensions fit."""
 MAX_OBJECT_ID_BYTES = 64
-"""Largest object id; those of the surveys have at most 19 bytes."""
+"""Length limit of an object id in bytes; the surveys' object ids have at most 19 bytes."""
 Measure = Literal["mahalanobis", "neighbours", "centroids"]
 """Measure of the distance from ordinary alerts: see `anomaly`."""
 SurveyKey = Annotated[str, StringConstraints(pattern=f"^({'|'.join(map(str, Survey))})$")]
@@ -115,7 +115,7 @@ class SurveyReference:
     alerts: ReferenceAlerts  # K
     scores: NDArray[np.float32]  # [Q] ascending: scores of the held-out alerts
     usual: NDArray[np.float32]  # [1 + M, 2] mean and std. deviation of their distances: whole, modalities
-    apart: NDArray[np.float32]  # [M, 2] the same for the distances of modalities from those of neighbours
+    apart: NDArray[np.float32]  # [M, 2] mean and std. deviation of each modality's distance from its neighbours
     label: NDArray[np.int64]  # [K] index into the card's classes, or UNLABELLED
 
 

@@ -13,7 +13,7 @@ from broker_filter.simulate.images import Conditions, Image
 
 
 def cosmic_ray(conditions: Conditions, rng: np.random.Generator) -> Image:
-    """Simulate the straight, sharp track of a charged particle: short for a steep impact, long for a grazing one."""
+    """Simulate the straight, sharp track of a charged particle: short for a steep impact, long for a grazing impact."""
     image, middle = _blank(conditions)
     length = float(np.clip(rng.exponential(3.0), 0.5, 15.0))
     angle = float(rng.uniform(0, np.pi))

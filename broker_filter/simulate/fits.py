@@ -14,7 +14,7 @@ CardValue = bool | int | float | str
 def primary_hdu(pixels: NDArray[np.floating], cards: dict[str, CardValue] | None = None) -> bytes:
     """Return the primary HDU of an image, with the dtype of `pixels`, float32[H, W] or float64[H, W].
 
-    `cards`: header cards after the mandatory ones.
+    `cards`: header cards after the mandatory cards.
     """
     return _hdu({"SIMPLE": True}, pixels, cards or {})
 

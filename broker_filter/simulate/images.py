@@ -172,7 +172,7 @@ def _draw_psf(instrument: Instrument, fwhm: float, rng: np.random.Generator) -> 
 
 
 def _taper(frequency: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return a low-pass filter: 1 at low frequencies, 0 at the Nyquist frequency.
+    """Return a low-pass filter for N frequencies in cycles per pixel, float64[N]: 1 at 0, falling to 0 at Nyquist.
 
     It prevents ringing of shifted images.
     """
@@ -248,14 +248,17 @@ def _shift(grid: int, x: float, y: float) -> Spectrum:
 
 
 def _streak(grid: int, x: float, y: float) -> NDArray[np.float64]:
-    """Return the factor that smears the spectrum of an image evenly over the distance (`x`, `y`) in pixels."""
+    """Return the factor, float64[grid, grid // 2 + 1], that smears the spectrum of an image evenly along a line.
+
+    The line goes `x` pixels to the right and `y` pixels up.
+    """
     rows, columns = _frequencies(grid)
     return np.sinc(rows[:, None] * y + columns * x)
 
 
 @cache
 def _frequencies(grid: int) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """Return the frequencies, in cycles per pixel, of the rows (y) and the columns (x) of a spectrum."""
+    """Return the frequencies of a spectrum in cycles per pixel: of its rows [grid] and its columns [grid // 2 + 1]."""
     return np.fft.fftfreq(grid), np.fft.rfftfreq(grid)
 
 
@@ -266,7 +269,7 @@ def _wavenumber2(grid: int) -> NDArray[np.float32]:
 
 
 def _as_if_resampled(noise: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Correlate white noise as stacking resampled exposures does: neighbours by 2/3, with an unchanged variance."""
+    """Correlate white noise [grid, grid] as stacking resampled exposures does: neighbours by 2/3, same variance."""
     for axis in (0, 1):
         noise = 2 * noise + np.roll(noise, 1, axis) + np.roll(noise, -1, axis)
     return noise / 6  # sqrt((1 + 4 + 1) ** 2): the filter's gain along both axes

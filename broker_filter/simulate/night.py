@@ -151,7 +151,7 @@ class Night:
     def __init__(self, instrument: Instrument, seed: int, rates: Mapping[str, float] = RATES) -> None:
         """`rates`: the relative frequency of each kind, a key of KINDS. Raises ValueError for an unknown kind."""
         if unknown := set(rates) - set(KINDS):
-            raise ValueError(f"unknown kinds of alert: {', '.join(sorted(unknown))}; known are {', '.join(KINDS)}")
+            raise ValueError(f"unknown kinds of alert: {', '.join(sorted(unknown))}; known kinds: {', '.join(KINDS)}")
         self._instrument = instrument
         self._seed = seed
         self._kinds = list(rates)

@@ -184,7 +184,7 @@ class Packets(Iterator[Packet]):
         return total
 
     def _files(self) -> Iterator[str | Path]:
-        """Return the files of all inputs, without the skipped ones."""
+        """Return the files of all inputs, without the files in `skip`."""
         for file in chain.from_iterable(map(_files, self._inputs)):
             is_skipped = Path(file).name in self._skipped_names and Path(file).resolve() in self._skipped_files
             if not is_skipped:

@@ -68,7 +68,7 @@ class DuplicateWindow:
                 self._numbers[at] = FORGOTTEN
 
     def _find(self, identities: NDArray[np.uint64]) -> dict[int, tuple[int, int]]:
-        """Return sequence number and place by identity, for those of the identities that are in the sorted array."""
+        """Return the sequence number and place of each identity that is in the sorted array, by identity."""
         at = np.searchsorted(self._identities, identities)
         at = at[at < len(self._identities)]
         at = at[np.isin(self._identities[at], identities)]

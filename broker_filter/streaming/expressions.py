@@ -265,7 +265,7 @@ class _Compiler:
             raise _refusal(node, f"more than one model has an output {written!r}; write `<model>.{written}`")
         if self._closed and written not in self._known:
             close = get_close_matches(written, self._known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(self._known))}"
+            hint = f"did you mean {close[0]!r}?" if close else f"known names: {', '.join(sorted(self._known))}"
             raise _refusal(node, f"unknown name {written!r}; {hint}")
         name = self._known.get(written, written)
         self.names.add(name)

@@ -35,9 +35,9 @@ class Policies:
         for text in asked:
             name, _, output = text.partition("=")
             if name not in POLICIES:
-                raise PolicyError(f"--policy {text}: unknown policy {name!r}; known are {', '.join(POLICIES)}")
+                raise PolicyError(f"--policy {text}: unknown policy {name!r}; known policies: {', '.join(POLICIES)}")
             if output not in outputs:
-                raise PolicyError(f"--policy {text}: unknown output {output!r}; known are {', '.join(outputs)}")
+                raise PolicyError(f"--policy {text}: unknown output {output!r}; known outputs: {', '.join(outputs)}")
             if name in self._filters:
                 raise PolicyError(f"--policy {text}: {name} is requested twice")
             self._filters[name] = (output, PolicyFilter(POLICIES[name]))

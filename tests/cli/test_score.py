@@ -249,8 +249,8 @@ def test_policies_use_earlier_alerts_of_the_same_object(
 @pytest.mark.parametrize(
     ("policy", "complaint"),
     [
-        ("bts_p3=default.real", "unknown policy 'bts_p3'; known are bts_p1, bts_p2, prod_p1, prod_p2"),
-        ("bts_p1=default.reel", "unknown output 'default.reel'; known are default.real"),
+        ("bts_p3=default.real", "unknown policy 'bts_p3'; known policies: bts_p1, bts_p2, prod_p1, prod_p2"),
+        ("bts_p1=default.reel", "unknown output 'default.reel'; known outputs: default.real"),
         ("bts_p1", "unknown output ''"),
     ],
 )

@@ -97,7 +97,7 @@ class _Hints(nn.Module):
         self.predict = nn.ModuleList(_predictor(known.shape[1:], wanted.shape[1:]) for known, wanted in pairs)
 
     def forward(self) -> Tensor:
-        """Return the sum of the hints' mean squared distances, in units of the teacher's variance."""
+        """Return the sum of the hints' mean squared distances, a scalar, in units of the teacher's variance."""
         distance = torch.zeros(())
         for predict, known, wanted, (mean, deviation) in zip(
             self.predict, self._student_layers, self._teacher_layers, self._scales, strict=True

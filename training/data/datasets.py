@@ -177,7 +177,7 @@ class Dataset:
 
     @property
     def has_light_curves(self) -> bool:
-        """Whether the data set holds light curves; older ones do not."""
+        """Whether the data set holds light curves; older data sets do not."""
         return all(f"{POINTS}offsets" in arrays for arrays in self._arrays)
 
     def column(

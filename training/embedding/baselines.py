@@ -1,7 +1,7 @@
 """Baseline anomaly scores from features or pixels, by methods of the literature, for comparison with `scoring.anomaly`.
 
-Each function takes ordinary alerts and alerts to judge, and returns float64[N] scores of the latter, higher for
-stronger anomalies.
+Each function takes ordinary alerts and alerts to judge. It returns the scores float64[N] of the alerts to judge, higher
+for stronger anomalies.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ Scores = NDArray[np.float64]
 
 TREES = 200
 COMPONENTS = 32
-"""Principal components of the pixels; further ones are noise."""
+"""Number of principal components of the pixels that are used; further components are noise."""
 SEED = 2026
 
 
 def by_isolation_forest(ordinary: NDArray[np.float64], asked: NDArray[np.float64]) -> Scores:
-    """Return scores of an isolation forest (Liu et al. 2008, ICDM) on features [N, F]; missing ones become the ordinary
-    median."""
+    """Return scores of an isolation forest (Liu et al. 2008, ICDM) on features [N, F].
+
+    A missing value is replaced by the median of the ordinary alerts.
+    """
     known = np.isfinite(ordinary).any(axis=0)
     median = np.nanmedian(ordinary[:, known], axis=0)
     filled = (np.where(np.isfinite(some[:, known]), some[:, known], median) for some in (ordinary, asked))

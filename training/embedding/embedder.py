@@ -149,7 +149,7 @@ def train(
 
     `groups`: alerts of one survey each, with their share of the batches; `spectrum`: trained as well if alerts have
     spectra. `checkpoint`: a file to save progress in, and to resume from if it exists; `of`: a text that identifies the
-    alerts, so that the checkpoint of others is refused.
+    alerts, so that a checkpoint of other alerts is refused.
 
     The caller seeds torch before making the network, whose initial parameters are kept. Raises TrainingError if the
     checkpoint is incomplete, or of another training.

@@ -34,7 +34,7 @@ class EvaluatedModel:
         return self.evaluation.figures[name]
 
     def ahead_of(self, other: EvaluatedModel, name: str) -> Estimate:
-        """Return the difference (this model minus the other) of a figure, with a paired bootstrap interval."""
+        """Return the difference (this model minus the other model) of a figure, with a paired bootstrap interval."""
         mine, its = self.figure(name).value, other.figure(name).value
         difference = np.nan if mine is None or its is None else mine - its
         return Estimate.of(difference, self.resampled[name] - other.resampled[name])

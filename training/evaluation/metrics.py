@@ -17,7 +17,9 @@ from training.evaluation.calibration import logit_of, slope_and_intercept
 from training.evaluation.predictions import Predictions
 
 Weights = NDArray[np.float64]
+"""The weights of N alerts, [..., N]: one row for the metric itself, R rows for R resamples."""
 Values = NDArray[np.float64]
+"""One value of a figure for each row of weights, [...]."""
 
 RELIABILITY_BINS = 15
 """Bins of equal width in probability, as in Guo et al. 2017 (arXiv:1706.04599), section 5."""
@@ -87,12 +89,12 @@ def rank(positive: NDArray[np.bool_], score: NDArray[np.floating], weight: Weigh
 
 
 def measure(predictions: Predictions, weight: Weights) -> dict[str, Values]:
-    """Return all metrics by name.
+    """Return all metrics by name, each [...] for weights [..., N].
 
-    With one label: `roc_auc`, `average_precision`, `precision`, `recall`, `f1`, `fpr_at_fnr_1` and `fpr_at_fnr_5`
-    (false-positive rate at a false-negative rate of 1 % and 5 %), and `accuracy`, `balanced_accuracy` and `ece`. With
-    several labels: the former for each label against the rest (`SN.roc_auc`) and, without prefix, their mean over the
-    labels (macro average).
+    Metrics of a label: `roc_auc`, `average_precision`, `precision`, `recall`, `f1`, `fpr_at_fnr_1` and `fpr_at_fnr_5`
+    (false-positive rate at a false-negative rate of 1 % and 5 %). With several labels, each is returned for every label
+    against the rest (`SN.roc_auc`) and, without prefix, as the mean over the labels (macro average). Metrics of the
+    whole: `accuracy`, `balanced_accuracy` and `ece`.
     """
     decided = predictions.decided
     of_label = {}
@@ -148,7 +150,7 @@ def harmonic_mean(trials: Sequence[Values]) -> Values:
 
 
 def measure_calibration(predictions: Predictions, weight: Weights) -> dict[str, Values]:
-    """Return `calibration_slope`, `calibration_intercept` and `ece`.
+    """Return `calibration_slope`, `calibration_intercept` and `ece`, each [...] for weights [..., N].
 
     With several labels: slope and intercept for each label against the rest, and their mean over the labels.
     """

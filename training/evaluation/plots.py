@@ -1,4 +1,7 @@
-"""The plots of a comparison as SVG. Only curves are computed here, from predictions."""
+"""The plots of a comparison. Each public function returns one plot as SVG text.
+
+Only curves are computed here, from predictions.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from training.evaluation.evaluations import EvaluatedModel
 from training.evaluation.metrics import Ranking, rank
 
 COLOURS = mpl.color_sequences["tab10"]
-"""Colours of models. Only as many models as colours are drawn, the best ones, so that curves can be told apart."""
+"""Colours of models. Only the best models are drawn, as many as there are colours, so that curves can be told apart."""
 SERIES_COLOURS = mpl.color_sequences["tab20"]
 PANEL = 4.2
 """Height, and default width, of a panel in inches."""

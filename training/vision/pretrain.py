@@ -146,7 +146,7 @@ def pretrain(config: Pretraining) -> dict[str, object]:
 
 
 def combine(parts: Sequence[Galaxies]) -> Galaxies:
-    """Concatenate galaxies; the questions are those of any part, NaN where a part does not have a question."""
+    """Concatenate galaxies. The result has all questions of the parts; NaN stands where a part lacks a question."""
     questions = tuple(dict.fromkeys(question for part in parts for question in part.questions))
     answers = np.full((sum(map(len, parts)), len(questions)), np.nan, np.float32)
     start = 0

@@ -59,7 +59,7 @@ class Cell:
         return Estimate.of(self.figures[name], self.resampled[name], self.trials[name])
 
     def ahead_of(self, other: Cell, name: str) -> Estimate:
-        """Return the difference (this cell minus the other) of a metric, with its interval."""
+        """Return the difference (this cell minus the other cell) of a metric, with its interval."""
         return Estimate.of(self.figures[name] - other.figures[name], self.resampled[name] - other.resampled[name])
 
 

@@ -27,7 +27,7 @@ TAPPED = 8
 """Number of StampNet layers up to its map of 32 channels and 15 x 15 px. This map still holds what is needed to tell
 classes apart; the features before the real/bogus logit no longer do."""
 CENTRE = slice(6, 9)
-"""Central pixels of the 15: the position of the alert."""
+"""Rows and columns 6 to 8 of the 15 x 15 px map: its centre, where the alert is."""
 
 
 class AlertEmbedder(nn.Module):

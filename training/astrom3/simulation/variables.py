@@ -252,7 +252,7 @@ def _binary(
 
 
 def _periodic(period: float, amplitude: float, shape: Shape, rng: Generator) -> Curve:
-    """Return a periodic curve with the shape, a peak-to-peak `amplitude` and a random phase."""
+    """Return a periodic curve with the given shape, a peak-to-peak `amplitude` in mag and a random phase."""
     whole = shape(np.linspace(0, 1, 400, endpoint=False))
     scale, middle, begin = amplitude / np.ptp(whole), whole.mean(), rng.random()
     return lambda days: scale * (shape((days / period + begin) % 1) - middle)
