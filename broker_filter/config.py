@@ -62,8 +62,7 @@ class ServiceSection(Section):
 class ConfigChecks(ABC):
     """Checks of a service file against its environment. Pydantic gets an instance as the context of a validation.
 
-    Without an instance, only the form of the file is checked. Every method but `outputs` raises ValueError if its check
-    fails.
+    Without an instance, only the form of the file is checked. Every method raises ValueError if its check fails.
     """
 
     @abstractmethod
@@ -75,16 +74,12 @@ class ConfigChecks(ABC):
         """Check that a bundle can be read, and return the name of its model."""
 
     @abstractmethod
-    def outputs(self) -> list[str] | None:
-        """Return the outputs of all models as `<model>.<label>`, or None if a bundle cannot be read."""
-
-    @abstractmethod
     def check_reference(self, file: Path) -> None:
         """Check that a file is a reference set that was made with one of the models."""
 
     @abstractmethod
-    def check_filter(self, where: str, outputs: Sequence[str] | None) -> None:
-        """Check that an expression compiles with the fields of alerts and, unless `outputs` is None, the outputs."""
+    def check_filter(self, where: str) -> None:
+        """Check that an expression over the fields of alerts and the outputs of the models compiles."""
 
     @abstractmethod
     def check_properties(
@@ -429,7 +424,7 @@ class Anomalies(ServiceSection):
     @classmethod
     def _where_compiles(cls, where: str | None, info: ValidationInfo) -> str | None:
         if where is not None and (checks := _checks(info)):
-            checks.check_filter(where, checks.outputs())
+            checks.check_filter(where)
         return where
 
 
@@ -453,7 +448,7 @@ class Filter(ServiceSection):
     @classmethod
     def _where_compiles(cls, where: str, info: ValidationInfo) -> str:
         if checks := _checks(info):
-            checks.check_filter(where, checks.outputs())
+            checks.check_filter(where)
         return where
 
 

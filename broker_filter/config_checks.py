@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -15,9 +15,9 @@ from broker_filter.kafka.client import (
     refused_properties,
     security_properties,
 )
-from broker_filter.scoring.bundle import Bundle, BundleError, open_bundle
+from broker_filter.scoring.bundle import BundleError
 from broker_filter.scoring.reference import ReferenceSetError, check_made_with, read_card
-from broker_filter.streaming.expressions import FIELDS, compile_filter
+from broker_filter.streaming.resolved import Resolver
 
 OIDC_ENDPOINT = "sasl.oauthbearer.token.endpoint.url"
 NO_ENDPOINT = "file:///dev/null"
@@ -27,11 +27,10 @@ NO_ENDPOINT = "file:///dev/null"
 class EnvironmentChecks(ConfigChecks):
     """Checks of a service file, made on this machine. It connects to no server."""
 
-    def __init__(self, environment: Mapping[str, str], bundles: Sequence[str]) -> None:
-        """`environment`: variables by name. `bundles`: the bundles that the file names, valid or not."""
+    def __init__(self, environment: Mapping[str, str], resolver: Resolver) -> None:
+        """`environment`: variables by name. `resolver`: opens the bundles and compiles the filters of the file."""
         self._environment = environment
-        self._bundles = bundles
-        self._opened: dict[str, Bundle | BundleError] = {}
+        self._resolver = resolver
 
     def check_variable(self, name: str) -> None:
         """See ConfigChecks."""
@@ -40,34 +39,24 @@ class EnvironmentChecks(ConfigChecks):
 
     def model_name(self, bundle: str) -> str:
         """See ConfigChecks."""
-        opened = self._open(bundle)
-        if isinstance(opened, BundleError):
-            raise ValueError(str(opened))
-        return opened.card.name
-
-    def outputs(self) -> list[str] | None:
-        """See ConfigChecks."""
-        outputs: list[str] = []
-        for name in self._bundles:
-            opened = self._open(name)
-            if isinstance(opened, BundleError):
-                return None
-            outputs += opened.card.output_names
-        return outputs
+        try:
+            return self._resolver.bundle(bundle).card.name
+        except BundleError as error:
+            raise ValueError(str(error)) from None
 
     def check_reference(self, file: Path) -> None:
         """See ConfigChecks. Reads only the card of the file, because the file may have gigabytes."""
-        cards = [opened.card for name in self._bundles if isinstance(opened := self._open(name), Bundle)]
+        bundles = self._resolver.bundles()
         try:
             reference = read_card(file)
-            if len(cards) == len(self._bundles):  # an error in a bundle is reported under `models`
-                check_made_with(file, reference, cards)
+            if bundles is not None:  # an error in a bundle is reported under `models`
+                check_made_with(file, reference, [bundle.card for bundle in bundles])
         except ReferenceSetError as error:
             raise ValueError(str(error)) from None
 
-    def check_filter(self, where: str, outputs: Sequence[str] | None) -> None:
+    def check_filter(self, where: str) -> None:
         """See ConfigChecks."""
-        compile_filter(where, FIELDS, outputs)
+        self._resolver.expression(where)
 
     def check_properties(
         self,
@@ -97,12 +86,3 @@ class EnvironmentChecks(ConfigChecks):
                 if isinstance(value, Section) and (secret := str(values[name])):
                     message = message.replace(secret, f"<{name}>")
             raise ValueError(message) from None
-
-    def _open(self, name: str) -> Bundle | BundleError:
-        """Return the bundle, or the error with which it cannot be opened. Each bundle is read once."""
-        if name not in self._opened:
-            try:
-                self._opened[name] = open_bundle(name)
-            except BundleError as error:
-                self._opened[name] = error
-        return self._opened[name]

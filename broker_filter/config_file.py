@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from broker_filter.config import SecretFromEnvironment, SecretFromFile, Section, Service, suggestion
 from broker_filter.config_checks import EnvironmentChecks
 from broker_filter.errors import USAGE, BrokerFilterError
+from broker_filter.streaming.resolved import ResolvedService, Resolver
 
 MAX_FILE_BYTES = 1 << 20
 """A service file has some dozens of lines. A file near this size was named by mistake."""
@@ -41,8 +42,8 @@ class ConfigError(BrokerFilterError):
         super().__init__("\n  ".join((f"{file} cannot be used:", *map(str, problems))))
 
 
-def load_service(file: Path, environment: Mapping[str, str] = os.environ) -> Service:
-    """Read a service file and check all of it.
+def load_service(file: Path, environment: Mapping[str, str] = os.environ) -> ResolvedService:
+    """Read a service file, check all of it, and return it with its opened bundles and compiled filters.
 
     `environment`: the variable `BROKER_FILTER__INPUT__GROUP_ID=me` overrides the key input.group_id. Values are YAML; a
     value for a section replaces the whole section. Raises ConfigError with all errors.
@@ -52,11 +53,12 @@ def load_service(file: Path, environment: Mapping[str, str] = os.environ) -> Ser
         _override(document, environment)
     except _UnreadableError as error:
         raise ConfigError(file, [Problem("", str(error))]) from None
-    checks = EnvironmentChecks(environment, _bundles(document))
+    resolver = Resolver(_bundles(document))
     try:
-        return Service.model_validate(document, context=checks)
+        config = Service.model_validate(document, context=EnvironmentChecks(environment, resolver))
     except ValidationError as error:
         raise ConfigError(file, list(_describe(error, document))) from None
+    return resolver.resolve(config)
 
 
 class _UnreadableError(Exception):

@@ -20,7 +20,6 @@ from typing import NoReturn, TypeVar
 
 from confluent_kafka import KafkaException
 
-from broker_filter.config import Service
 from broker_filter.errors import BrokerFilterError
 from broker_filter.health import Health, serve
 from broker_filter.kafka.client import KafkaSetupError, explain, pauses
@@ -36,10 +35,11 @@ from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import RegistryUnavailable, open_registry
 from broker_filter.packets.rejects import Reject
 from broker_filter.scoring.runtimes import available_cores
-from broker_filter.scoring.scorer import open_scorer
+from broker_filter.scoring.scorer import Scorer, load_model
 from broker_filter.streaming.anomalies import open_judge
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_alerts
+from broker_filter.streaming.resolved import ResolvedService
 from broker_filter.streaming.routing import open_router
 
 SCORED_BATCHES = 4
@@ -76,12 +76,12 @@ def _fault(failure: BaseException | None) -> BaseException | None:
 class FilterService:
     """The stages of the service and their threads. `run` works until the service is stopped."""
 
-    def __init__(self, config: Service, stop: threading.Event) -> None:
-        """Load the models and compile the filters. Their errors are raised here, before anything is read.
+    def __init__(self, service: ResolvedService, stop: threading.Event) -> None:
+        """Load the models and the reference. Their errors are raised here, before anything is read.
 
         Once `stop` is set, no more messages are read, and the packets in flight are committed.
         """
-        self._config = config
+        self._config = config = service.config
         self._stop = stop
         self._metrics = Metrics()
         self._health = Health()
@@ -92,9 +92,16 @@ class FilterService:
         self._reading, self._decoding, self._scoring, self._routing, self._committing = self._stages = [
             Stage(name, self._metrics) for name in ("read", "decode", "score", "route", "commit")
         ]
-        self._scorer = open_scorer(config.models, config.runtime)
-        self._judge = open_judge(config.anomalies, self._scorer) if config.anomalies else None
-        self._router = open_router(config, self._scorer, self._routing.beat)
+        self._scorer = Scorer(
+            tuple(
+                load_model(bundle, config.runtime, model.also)
+                for model, bundle in zip(config.models, service.bundles, strict=True)
+            )
+        )
+        self._judge = None
+        if anomalies := config.anomalies:
+            self._judge = open_judge(self._scorer, anomalies.reference, anomalies.rate, service.judged)
+        self._router = open_router(service, self._routing.beat)
         judged_by = self._judge.columns if self._judge else ()
         self._decoder = Decoder(
             open_registry(
@@ -125,9 +132,7 @@ class FilterService:
         with serve(self._health, self._metrics, http.host, http.port) as port:
             log.info("metrics and health on http://%s:%d", http.host, port)
             try:
-                endpoints = connect(
-                    self._config, self._router.topics, self._metrics, self._health, self._committing, self._stop
-                )
+                endpoints = connect(self._config, self._metrics, self._health, self._committing, self._stop)
                 if endpoints:
                     self._work(endpoints)
             except KafkaException as error:
@@ -314,7 +319,7 @@ class FilterService:
         if why_python:
             log.warning("%s", why_python)
         self._metrics.describe_build(IMPLEMENTATION)
-        self._metrics.expect(topics=self._router.topics)
+        self._metrics.expect(topics=self._config.output_topics)
         for model in self._scorer.models:
             self._metrics.describe_model(model.name, model.version, model.provider)
             log.info("model %s %s on %s", model.name, model.version, model.provider)

@@ -29,6 +29,7 @@ from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_packets
+from broker_filter.streaming.resolved import resolve
 from broker_filter.streaming.routing import open_router
 from broker_filter.streaming.scored import ScoredBatch
 
@@ -118,7 +119,7 @@ def publish(scored: ScoredBatch, bootstrap: str, prefix: str, registry: str | No
     admin = AdminClient({"bootstrap.servers": bootstrap})
     admin.create_topics([NewTopic(topic, 1, 1)])[topic].result()
     producer = Producer({"bootstrap.servers": bootstrap})
-    for record in open_router(service, open_scorer(["default"], Runtime())).route(scored).records:
+    for record in open_router(resolve(service)).route(scored).records:
         if record.topic == topic:
             producer.produce(record.topic, record.value, record.key, headers=record.headers)
     assert producer.flush(30) == 0

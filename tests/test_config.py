@@ -25,7 +25,7 @@ models: [default]
 def load(tmp_path: Path, text: str, environment: dict[str, str] | None = None) -> Service:
     file = tmp_path / "service.yaml"
     file.write_text(text)
-    return load_service(file, environment or {})
+    return load_service(file, environment or {}).config
 
 
 def problems(tmp_path: Path, text: str, environment: dict[str, str] | None = None) -> dict[str, str]:

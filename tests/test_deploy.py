@@ -119,7 +119,7 @@ def test_alert_rules_fire_only_for_their_problem() -> None:
 
 @pytest.mark.parametrize("path", ["service.yaml", "rubin.yaml", "kubernetes/config/service.yaml"])
 def test_service_files_are_valid_and_serve_http_to_other_hosts(path: str) -> None:
-    service = load_service(DEPLOY / path, environment=SECRETS)
+    service = load_service(DEPLOY / path, environment=SECRETS).config
     assert (service.http.host, service.http.port) == ("0.0.0.0", 9108)
 
 
@@ -194,6 +194,6 @@ def test_compose_stack_refers_to_existing_services_files_and_topics() -> None:
                 assert (DEPLOY / source).exists(), source
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
     assert (
-        load_service(DEPLOY / "service.yaml", environment=SECRETS).input.topics[0]
+        load_service(DEPLOY / "service.yaml", environment=SECRETS).config.input.topics[0]
         in compose["services"]["replay"]["command"]
     )

@@ -20,6 +20,7 @@ from broker_filter.streaming.anomalies import open_judge
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_stream
+from broker_filter.streaming.resolved import resolve
 from broker_filter.streaming.routing import open_router
 
 CONNECT_PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "connect.md"
@@ -66,8 +67,10 @@ def test_the_example_works_on_real_alerts(
     assert counts.read > LARGE_ENOUGH
     assert counts.passed > 0.5 * counts.read
 
+    resolved = resolve(service)
     scorer = open_scorer(service.models, Runtime(device="cpu"))
-    router, judge = open_router(service, scorer), open_judge(service.anomalies, scorer)
+    router = open_router(resolved)
+    judge = open_judge(scorer, service.anomalies.reference, service.anomalies.rate, resolved.judged)
     columns = tuple(dict.fromkeys((*scorer.columns, *router.columns, *judge.columns)))
     decoder = Decoder(open_registry(str(lsst_schemas)), cutout_size=scorer.cutout_size, columns=columns)
     records: Counter[str] = Counter()

@@ -27,6 +27,7 @@ from broker_filter.scoring.bundle import open_bundle
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_packets
+from broker_filter.streaming.resolved import resolve
 from broker_filter.streaming.routing import Router, open_router
 
 PUBLISHED = 1024
@@ -113,15 +114,15 @@ class ServiceKafkaIO:
         servers = self._testbed.broker.bootstrap_servers
         source = Input(bootstrap_servers=servers, group_id=name, topics=[self._testbed.topic], start="earliest")
         config = Service(input=source, output=Output(prefix=name))
-        router = open_router(config, self._scorer)
-        endpoints = connect(config, router.topics, metrics, Health(), Stage("commit", metrics), threading.Event())
+        router = open_router(resolve(config))
+        endpoints = connect(config, metrics, Health(), Stage("commit", metrics), threading.Event())
         assert endpoints is not None  # `connect` returns None only if the stop event is set
         try:
             yield endpoints, router
         finally:
             endpoints.sink.close()
             endpoints.source.close()
-            for topic in router.topics:
+            for topic in config.output_topics:
                 self._testbed.delete(topic)
 
 

@@ -45,6 +45,7 @@ from broker_filter.scoring.runtimes import RuntimeUnavailableError, open_network
 from broker_filter.scoring.scorer import Scorer, open_scorer
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_alerts
+from broker_filter.streaming.resolved import resolve
 from broker_filter.streaming.routing import open_router
 
 BATCH = Batch().max_size
@@ -224,7 +225,7 @@ def encoding_stage(packets: Sequence[bytes], scorer: Scorer, naive: NaiveBroker)
     """Return the contest of encoding output records with full payload."""
     decoder, window = open_decoder(scorer), DuplicateWindow(len(packets))
     source = Input(bootstrap_servers="none:9092", group_id="bench", topics=["bench"])
-    router = open_router(Service(input=source, output=Output(prefix="bench")), scorer)
+    router = open_router(resolve(Service(input=source, output=Output(prefix="bench"))))
     scored = [score_alerts(*decoder.decode(batch), scorer, window) for batch in in_batches(packets, BATCH)]
     decoded = [naive.decode(packet) for packet in packets]
     scores = [naive.score(naive.cutouts(alert)) for _, alert in decoded]

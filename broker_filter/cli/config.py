@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from broker_filter.config import Service
+    from broker_filter.streaming.resolved import ResolvedService
 
 FAILED = 1
 """Exit status if the file is valid, but a cluster cannot be reached or refuses a right."""
@@ -53,7 +54,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     service = load_service(arguments.file)
     print(summary(service))
-    return _connect(service) if arguments.connect else 0
+    return _connect(service.config) if arguments.connect else 0
 
 
 def _connect(service: Service) -> int:
@@ -76,27 +77,26 @@ def _keys(_: argparse.Namespace) -> int:
     return 0
 
 
-def summary(service: Service) -> str:
-    """Describe what a valid configuration will run, without its secrets."""
-    from broker_filter.scoring.bundle import open_bundle
-
-    source, output = service.input, service.output
+def summary(service: ResolvedService) -> str:
+    """Describe what a valid service file will run, without its secrets."""
+    config = service.config
+    source, output = config.input, config.output
     lines = [
         f"input: {', '.join(source.topics)} from {source.bootstrap_servers} as group {source.group_id}, "
         f"start {source.start}",
-        f"output: {', '.join(service.output_topics)} to "
+        f"output: {', '.join(config.output_topics)} to "
         f"{output.bootstrap_servers or source.bootstrap_servers}, payload {output.payload}",
     ]
-    for model in service.models:
-        card = open_bundle(model.bundle).card
+    for model, bundle in zip(config.models, service.bundles, strict=True):
+        card = bundle.card
         surveys = ", ".join(dict.fromkeys([*card.surveys, *model.also]))
         line = f"model: {card.name} {card.version} ({', '.join(card.outputs.labels)}) for {surveys}"
         for label, trained_for in card.outputs.surveys.items():
             line += f"; {label} only for {', '.join(dict.fromkeys([*trained_for, *model.also]))}"
         lines.append(line)
-    if service.anomalies:
-        lines.append(f"anomalies: {service.anomalies.rate:g} of the alerts, by {service.anomalies.reference}")
-    lines += [f"filter {one.name}: {one.where}" for one in service.filters]
-    lines.append(f"duplicates: {service.duplicates} within {service.duplicate_window:,} alert ids")
-    lines.append(f"http: {service.http.host}:{service.http.port}")
+    if config.anomalies:
+        lines.append(f"anomalies: {config.anomalies.rate:g} of the alerts, by {config.anomalies.reference}")
+    lines += [f"filter {one.name}: {one.where}" for one in config.filters]
+    lines.append(f"duplicates: {config.duplicates} within {config.duplicate_window:,} alert ids")
+    lines.append(f"http: {config.http.host}:{config.http.port}")
     return "\n".join(lines)

@@ -68,18 +68,17 @@ class Endpoints:
 
 def connect(
     config: Service,
-    topics: Sequence[str],
     metrics: Metrics,
     health: Health,
     committing: Stage,
     stop: threading.Event,
 ) -> Endpoints | None:
-    """Wait for the clusters, create the output `topics` and join the group. Returns None once `stop` is set.
+    """Wait for the clusters, create the output topics and join the group. Returns None once `stop` is set.
 
     Raises PropertyError if the configuration cannot be used, and KafkaSetupError if a cluster does not allow what the
     service needs.
     """
-    output = output_section(config.input, config.output)
+    output, topics = output_section(config.input, config.output), config.output_topics
     in_properties, out_properties = client_properties(config.input), client_properties(output)
     account = account_of(output)
     in_error_log = ThrottledErrorLog(

@@ -22,7 +22,7 @@ from broker_filter.scoring.scores import ModelScores, Scores
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A bundle with its loaded network. `open_model` has checked that the network reproduces the bundle's test
+    """A bundle with its loaded network. `load_model` has checked that the network reproduces the bundle's test
     vector."""
 
     bundle: Bundle
@@ -149,6 +149,17 @@ class Scorer:
 
     models: tuple[Model, ...]
 
+    def __post_init__(self) -> None:
+        """Raise BundleError if two models have the same name, because their outputs would have the same names."""
+        directories: dict[str, Path] = {}
+        for model in self.models:
+            if model.name in directories:
+                raise BundleError(
+                    f"{directories[model.name]} and {model.bundle.directory} are both called {model.name!r}: their "
+                    "output columns would have the same names; import one of them under another name"
+                )
+            directories[model.name] = model.bundle.directory
+
     @classmethod
     def open(
         cls,
@@ -215,28 +226,23 @@ class Scorer:
         return Scores(scores, np.logical_or.reduce([model.taken for model in scores]))
 
 
-def open_model(choice: config.Model | str, runtime: config.Runtime) -> Model:
-    """Load a bundle and its network, and check that the network reproduces the bundle's test vector.
+def load_model(bundle: Bundle, runtime: config.Runtime, also: Sequence[config.SurveyName] = ()) -> Model:
+    """Load the network of an opened bundle, and check that it reproduces the bundle's test vector.
 
-    Raises BundleError, and RuntimeUnavailableError if the engine or device that `runtime` requests is not available.
+    `also`: see Scorer.open. Raises BundleError, and RuntimeUnavailableError if the engine or device that `runtime`
+    requests is not available.
     """
-    name, also = (choice, []) if isinstance(choice, str) else (choice.bundle, choice.also)
-    bundle = open_bundle(name)
     model = Model(bundle, open_network(bundle, runtime), tuple(Survey[survey.upper()] for survey in also))
     model.verify()
     return model
 
 
+def open_model(choice: config.Model | str, runtime: config.Runtime) -> Model:
+    """Open a bundle and load its network. Raises as `load_model` does, and NoBundleError if there is no bundle."""
+    name, also = (choice, []) if isinstance(choice, str) else (choice.bundle, choice.also)
+    return load_model(open_bundle(name), runtime, also)
+
+
 def open_scorer(models: Sequence[config.Model | str], runtime: config.Runtime) -> Scorer:
     """Open the models, in order. Raises as `open_model` does, and BundleError if two models have the same name."""
-    opened: dict[str, Model] = {}
-    for choice in models:
-        model = open_model(choice, runtime)
-        if model.name in opened:
-            first, second = opened[model.name].bundle.directory, model.bundle.directory
-            raise BundleError(
-                f"{first} and {second} are both called {model.name!r}: their output columns would have the same names; "
-                "import one of them under another name"
-            )
-        opened[model.name] = model
-    return Scorer(tuple(opened.values()))
+    return Scorer(tuple(open_model(choice, runtime) for choice in models))

@@ -8,10 +8,10 @@ flagged differently, because the threshold has moved.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 
-from broker_filter import config
 from broker_filter.scoring.anomaly import AnomalyScorer, Reason
 from broker_filter.scoring.reference import Reference, ReferenceSetError, check_made_with, read_reference
 from broker_filter.scoring.scorer import Scorer
@@ -69,23 +69,27 @@ class AnomalyJudge:
         return Anomalies(self._model, score, threshold, flag, reasons, unjudged)
 
 
-def open_judge(asked: config.Anomalies, scorer: Scorer) -> AnomalyJudge:
-    """Open the judge that a configuration describes. Logs for which surveys the reference cannot judge alerts.
+def open_judge(scorer: Scorer, file: Path, rate: float, where: Expression | None = None) -> AnomalyJudge:
+    """Open the judge of the scorer's alerts. Logs for which surveys the reference cannot judge alerts.
 
-    Raises ReferenceSetError if the reference cannot be used with the models, and ExpressionError if the filter does not
-    compile.
+    `file`: a reference that was made with one of the models. `rate`, `where`: as for AnomalyJudge, but if `where` is
+    None, the expression of the reference selects the alerts.
+
+    Raises ReferenceSetError if the reference cannot be used with the models, and ExpressionError if the
+    expression of the reference does not compile.
     """
-    reference = read_reference(asked.reference)
-    check_made_with(asked.reference, reference.card, [model.bundle.card for model in scorer.models])
+    reference = read_reference(file)
+    check_made_with(file, reference.card, [model.bundle.card for model in scorer.models])
     model = next(model for model in scorer.models if model.name == reference.card.bundle)
     for survey in model.surveys:
         if counts := None if survey in reference.surveys else reference.card.surveys.get(str(survey)):
             log.warning(
                 "%s: alerts of %s are not judged: the reference was built from too few alerts of this survey (%d "
                 "passed its filter, of %d)",
-                *(asked.reference, survey, counts.passed, counts.read),
+                *(file, survey, counts.passed, counts.read),
             )
         elif survey not in reference.surveys:
-            log.info("%s: alerts of %s are not judged: the reference has none", asked.reference, survey)
-    where = asked.where if asked.where is not None else reference.card.where
-    return AnomalyJudge(reference, asked.rate, compile_filter(where, FIELDS, scorer.outputs) if where else None)
+            log.info("%s: alerts of %s are not judged: the reference has none", file, survey)
+    if where is None and reference.card.where:
+        where = compile_filter(reference.card.where, FIELDS, scorer.outputs)
+    return AnomalyJudge(reference, rate, where)

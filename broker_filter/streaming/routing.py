@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from broker_filter.config import ANOMALIES, DEAD_LETTER, SCORED, Service
+from broker_filter.config import ANOMALIES, DEAD_LETTER, SCORED
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.registry_client import no_beat
 from broker_filter.packets.rejects import Reject, RejectReason
-from broker_filter.scoring.scorer import Scorer
 from broker_filter.streaming.encoding import (
     ContainerFraming,
     Encoder,
@@ -28,7 +27,8 @@ from broker_filter.streaming.encoding import (
     RegistryRefusalError,
     WireFraming,
 )
-from broker_filter.streaming.expressions import FIELDS, Expression, compile_filter
+from broker_filter.streaming.expressions import Expression
+from broker_filter.streaming.resolved import ResolvedService
 from broker_filter.streaming.scored import ScoredBatch
 
 MAX_DETAIL_BYTES = 500
@@ -66,13 +66,11 @@ class Router:
         models: Sequence[tuple[str, str]],
         encoder: Encoder,
         framing: Framing,
-        anomalies: bool = False,
         filters: Sequence[tuple[str, Expression]] = (),
         drop_duplicates: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`models`: name and version of each model, for the header `models`. `anomalies`: whether anomaly detection is
-        on.
+        """`models`: name and version of each model, for the header `models`.
 
         `filters`: name and expression of each filter. `clock`: returns Unix seconds, for the field `scored_at`.
         """
@@ -82,16 +80,9 @@ class Router:
         self._models: Header = ("models", ",".join(f"{name}={version}" for name, version in models).encode())
         self._encoder = encoder
         self._framing = framing
-        self._anomalies = anomalies
         self._filters = [(f"{prefix}.{name}", expression) for name, expression in filters]
         self._drop_duplicates = drop_duplicates
         self._clock = clock
-
-    @property
-    def topics(self) -> list[str]:
-        """The names of all output topics."""
-        anomalous = [self._anomalous] if self._anomalies else []
-        return [self._scored, *anomalous, *(topic for topic, _ in self._filters), self._dead_letter]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -172,18 +163,15 @@ def _bounded(detail: str) -> bytes:
     return cut.decode(errors="ignore").encode()  # drops an incomplete character at the end
 
 
-def open_router(service: Service, scorer: Scorer, waiting: Callable[[], None] = no_beat) -> Router:
-    """Open the router that a configuration describes. Raises ExpressionError if a filter does not compile.
-
-    `waiting`: see RegistryClient.
-    """
-    registry = service.output.schema_registry
+def open_router(service: ResolvedService, waiting: Callable[[], None] = no_beat) -> Router:
+    """Return the router that a service file describes. `waiting`: see RegistryClient."""
+    config = service.config
+    registry = config.output.schema_registry
     return Router(
-        service.output.prefix,
-        models=[(model.name, model.version) for model in scorer.models],
-        encoder=Encoder(service.output.payload),
-        framing=WireFraming(registry, service.output.subject, waiting) if registry else ContainerFraming(),
-        anomalies=service.anomalies is not None,
-        filters=[(one.name, compile_filter(one.where, FIELDS, scorer.outputs)) for one in service.filters],
-        drop_duplicates=service.duplicates == "drop",
+        config.output.prefix,
+        models=[(bundle.card.name, bundle.card.version) for bundle in service.bundles],
+        encoder=Encoder(config.output.payload),
+        framing=WireFraming(registry, config.output.subject, waiting) if registry else ContainerFraming(),
+        filters=service.filters,
+        drop_duplicates=config.duplicates == "drop",
     )

@@ -30,6 +30,7 @@ from broker_filter.streaming.build_reference import build_reference
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.expressions import FIELDS, compile_filter
 from broker_filter.streaming.filtering import score_stream
+from broker_filter.streaming.resolved import resolve
 from broker_filter.streaming.routing import open_router
 from broker_filter.streaming.scored import ScoredBatch
 
@@ -185,7 +186,7 @@ def test_survey_with_too_few_reference_alerts_is_not_judged_with_a_warning(
     caplog.clear()
     scorer = open_scorer([config.Model(bundle="default", also=["lsst"])], Runtime())
     scored = two_surveys(make, 7, 10, 10)
-    anomalies = open_judge(config.Anomalies(reference=file), scorer).judge(scored)
+    anomalies = open_judge(scorer, file, 0.001).judge(scored)
     assert "alerts of lsst are not judged" in caplog.text
     assert anomalies.judged.tolist() == [True] * 10 + [False] * 10
     assert not anomalies.flag[10:].any()
@@ -241,13 +242,13 @@ def test_judge_uses_the_cut_of_the_reference_by_default(
     file = tmp_path / "own.safetensors"
     reference.write(file)
     scorer = open_scorer(["default"], Runtime())
-    assert open_judge(config.Anomalies(reference=file), scorer).columns == ("magpsf",)
-    assert open_judge(config.Anomalies(reference=file, where="fwhm < 5"), scorer).columns == ("fwhm",)
-    assert open_judge(config.Anomalies(reference=reference_file), scorer).columns == ()
+    assert open_judge(scorer, file, 0.001).columns == ("magpsf",)
+    assert open_judge(scorer, file, 0.001, compile_filter("fwhm < 5", FIELDS, scorer.outputs)).columns == ("fwhm",)
+    assert open_judge(scorer, reference_file, 0.001).columns == ()
     card = read_reference(file).card.model_copy(update={"bundle": "other"})
     replace(reference, card=card).write(file)
     with pytest.raises(ReferenceSetError, match=r"other, which is not among the configured models \(default\)"):
-        open_judge(config.Anomalies(reference=file), scorer)
+        open_judge(scorer, file, 0.001)
 
 
 def test_anomalies_among_real_packets_are_published_with_embedding_and_reason(
@@ -270,8 +271,9 @@ def test_anomalies_among_real_packets_are_published_with_embedding_and_reason(
         }
     )
     assert service.anomalies is not None
-    router, records, accounts = open_router(service, scorer), [], []
-    judge = open_judge(service.anomalies, scorer)
+    resolved, records, accounts = resolve(service), [], []
+    router = open_router(resolved)
+    judge = open_judge(scorer, service.anomalies.reference, service.anomalies.rate, resolved.judged)
     for scored in score_stream(packets, decoder, scorer, DuplicateWindow(0), batch_size=50, threads=1, judge=judge):
         records += router.route(scored).records
         accounts += account_packets(scored)

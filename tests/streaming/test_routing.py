@@ -32,6 +32,7 @@ from broker_filter.streaming.encoding import (
 )
 from broker_filter.streaming.expressions import FIELDS, compile_filter
 from broker_filter.streaming.filtering import score_packets
+from broker_filter.streaming.resolved import resolve
 from broker_filter.streaming.routing import MAX_DETAIL_BYTES, Router, open_router
 from broker_filter.streaming.scored import Anomalies, ScoredBatch
 
@@ -46,7 +47,6 @@ def router(
         models=[("default", "1"), ("other", "2.0")],
         encoder=Encoder("scores"),
         framing=framing or ContainerFraming(),
-        anomalies=True,
         filters=[(name, compile_filter(where, FIELDS, ["default.real"])) for name, where in filters],
         drop_duplicates=drop_duplicates,
         clock=lambda: 1771993800.1239,
@@ -215,15 +215,6 @@ def test_message_with_several_rejected_alerts_is_one_dead_letter(scored: ScoredB
     assert headers["rejected"] == b"bad_cutout=4999,truncated=1"
 
 
-def test_topics_are_known_before_the_first_alert() -> None:
-    assert router(filters=[("bright", "magpsf < 18.5")]).topics == [
-        "me.scored",
-        "me.anomalies",
-        "me.bright",
-        "me.dead-letter",
-    ]
-
-
 def test_a_configuration_routes_real_packets(ztf_packets: list[tuple[int, bytes]]) -> None:
     service = Service.model_validate(
         {
@@ -233,7 +224,7 @@ def test_a_configuration_routes_real_packets(ztf_packets: list[tuple[int, bytes]
         }
     )
     scorer = open_scorer(service.models, Runtime())
-    router = open_router(service, scorer)
+    router = open_router(resolve(service))
     data = [*(data for _, data in ztf_packets[:40]), b"", b"nonsense"]
     packets = [Packet(one, KafkaPosition("c", "ztf", 0, i)) for i, one in enumerate(data)]
     columns = [*scorer.columns, *router.columns]
@@ -244,6 +235,7 @@ def test_a_configuration_routes_real_packets(ztf_packets: list[tuple[int, bytes]
     assert routed.published["me.scored"] == account.scored == 40
     assert account.rejected == {RejectReason.EMPTY: 1, RejectReason.NOT_AVRO: 1}
     assert 0 < routed.published["me.red"] < 40
+    assert set(routed.published) == set(service.output_topics) == {"me.scored", "me.red", "me.dead-letter"}
     for record in of_topic(routed.records, "me.red"):
         [alert] = fastavro.reader(io.BytesIO(record.value))
         assert alert["candidate"]["fid"] == 2
