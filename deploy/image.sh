@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Builds the service's image with buildah, runs the service in it, and checks what it answers. `make image` calls this.
+# Builds the container image with buildah, runs the service in it, and checks its answers. `make image` calls this script.
 #
-#   BASE=IMAGE          what to build on. Without it: the Containerfile's base or, where no registry can be reached, a
-#                       Debian that debootstrap makes (localhost/broker-filter-base; it needs root)
-#   BUILD_FLAGS=FLAGS   more options of `buildah build`. The image for GPUs: --build-arg EXTRAS=[gpu]
-#                       An index of Python packages on this machine's disk, for example:
+#   BASE=IMAGE          the base image. By default, that of the Containerfile or, if no registry can be reached, a Debian
+#                       image that debootstrap makes (localhost/broker-filter-base; this needs root)
+#   BUILD_FLAGS=FLAGS   further options of `buildah build`, such as --build-arg EXTRAS=[gpu] for the GPU image.
+#                       This example uses a Python package index on the local disk:
 #                       --volume /opt/pypi:/opt/pypi:ro --build-arg PIP_EXTRA_INDEX_URL=file:///opt/pypi/simple
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 image=localhost/broker-filter
 debian_base=localhost/broker-filter-base
-debian=bookworm  # the first with Python 3.11
+debian=bookworm  # the first release with Python 3.11
 read -ra build_flags <<<"${BUILD_FLAGS:-}"
-# This machine's certificate authorities and its configuration of pip hold during the build: a proxy may need them.
+# The build uses this machine's certificate authorities and pip configuration, because a proxy may need them.
 for path in /etc/ssl/certs /etc/pip.conf /etc/xdg/pip; do
     [ ! -e "$path" ] || build_flags+=(--volume "$path:$path:ro")
 done
-export BUILDAH_ISOLATION=chroot  # needs no more rights than chroot: it works inside a container, too
+export BUILDAH_ISOLATION=chroot  # needs only the right to chroot, so that it also works inside a container
 
 command -v buildah >/dev/null || { echo 'buildah is needed (Debian: apt-get install buildah)' >&2; exit 1; }
 scratch=$(mktemp -d)
@@ -51,7 +51,7 @@ buildah build --format docker --layers=false --build-arg "BASE=$base" "${build_f
 [ "$(buildah inspect --type image --format '{{.Docker.Config.Healthcheck}}' "$image")" != '<nil>' ] ||
     { echo "$image has no health check" >&2; exit 1; }
 
-# The service waits for brokers that are not there, which is enough for it to load its models and to answer.
+# No broker listens at this address. The service waits for it, after it has loaded its models and started to answer.
 cat >"$scratch/service.yaml" <<'YAML'
 input: {bootstrap_servers: "127.0.0.1:1", group_id: image-check, topics: [none], start: earliest}
 output: {prefix: image-check}
