@@ -373,7 +373,7 @@ class Output(ServiceSection):
 
 
 class Model(ServiceSection):
-    """A bundle to score with. A string in the place of this section is taken as the key `bundle`."""
+    """A bundle to score with. A string instead of this section is taken as the key `bundle`."""
 
     bundle: str = Field(description="Directory of a bundle, or the name of a bundle that ships.")
     also: list[SurveyName] = Field(

@@ -126,7 +126,7 @@ def _count(done: int, total: int | None) -> str:
 
 
 def stdout_console(**options: Any) -> Console:
-    """Return a rich console for results. Like `print`, it raises BrokenPipeError if the reader of stdout is gone."""
+    """Return a rich console for results. Like `print`, it raises BrokenPipeError if the reader has closed stdout."""
     from rich.console import Console
 
     class ResultConsole(Console):

@@ -95,7 +95,9 @@ def serve(health: Health, metrics: Metrics, host: str, port: int) -> Iterator[in
     try:
         server = _Server((host, port), Request)
     except OSError as error:
-        raise OSError(f"cannot serve metrics and health on {host}:{port}: {error.strerror}; see `http`") from None
+        raise OSError(
+            f"cannot serve metrics and health on {host}:{port}: {error.strerror}; set another http.host or http.port"
+        ) from None
     thread = threading.Thread(target=server.serve_forever, name="http", daemon=True)
     thread.start()
     try:

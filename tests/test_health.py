@@ -100,7 +100,7 @@ def test_connection_reset_by_a_client_is_at_most_one_debug_line(
 def test_address_in_use_is_named_in_the_error() -> None:
     with (
         serve(Health(), Metrics(), "127.0.0.1", 0) as port,
-        pytest.raises(OSError, match=f"127.0.0.1:{port}: Address already in use; see `http`"),
+        pytest.raises(OSError, match=f"127.0.0.1:{port}: Address already in use; set another http.host or http.port"),
         serve(Health(), Metrics(), "127.0.0.1", port),
     ):
         pass

@@ -1,4 +1,4 @@
-"""Measures each stage by itself: packet to pixels and columns, pixels to scores, scores to output record. No Kafka.
+"""Measures each stage separately: packet to pixels and columns, pixels to scores, scores to output record. No Kafka.
 
 The input of each stage is prepared before the clock starts. Stages of the service run on one thread; stages that scale
 with threads run on two threads as well.

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `bench`."""
+    """Add the command `bench` to the parser."""
     parser = subparsers.add_parser(
         "bench",
         help="measure speed, compared with a naive loop and with lower bounds",

@@ -16,7 +16,7 @@ FAILED = 1
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `config` and its two commands."""
+    """Add the command `config` and its two subcommands to the parser."""
     parser = subparsers.add_parser(
         "config",
         help="check a service file, or list its keys",

@@ -12,7 +12,7 @@ EXTRA = ("galsim", "matplotlib", "noida_db")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `demo`."""
+    """Add the command `demo` to the parser."""
     parser = subparsers.add_parser(
         "demo",
         help="run the service on a simulated night, on this machine",

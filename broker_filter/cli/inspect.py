@@ -17,7 +17,7 @@ PLAIN_WIDTH = 160
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `inspect`."""
+    """Add the command `inspect` to the parser."""
     parser = subparsers.add_parser(
         "inspect",
         help="show what a packet, archive or topic contains",

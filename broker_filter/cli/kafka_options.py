@@ -26,7 +26,7 @@ class PropertiesError(UsageError):
 
 
 def add_kafka_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--kafka` and `--kafka-file`."""
+    """Add the options `--kafka` and `--kafka-file` to a parser."""
     parser.add_argument(
         "--kafka", action="append", default=[], metavar="KEY=VALUE", help="librdkafka property; may be repeated"
     )

@@ -18,7 +18,7 @@ class NothingToDrawError(BrokerFilterError):
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `map`."""
+    """Add the command `map` to the parser."""
     parser = subparsers.add_parser(
         "map",
         help="draw a map of a night's alerts, with similar alerts close together",

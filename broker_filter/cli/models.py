@@ -24,7 +24,7 @@ IMPORT_MODULES = ("h5py", "onnx", "onnxscript", "timm", "torch")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `models` and its four commands."""
+    """Add the command `models` and its four subcommands to the parser."""
     parser = subparsers.add_parser(
         "models",
         help="import, list, show and verify model bundles",
@@ -44,8 +44,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--normalisation",
         choices=("row", "image"),
         required=True,
-        help="which pixels the network expects to be divided by their L2 norm: each row of an image by itself (d6_m7 "
-        "and older) or the whole image (d6_m9)",
+        help="which pixels the network expects to be divided by their L2 norm: each row of an image separately "
+        "(d6_m7 and older) or the whole image (d6_m9)",
     )
     braai.set_defaults(run=_import_braai)
     acai = kinds.add_parser("acai", help="one of ACAI's five networks for ZTF alerts, from a Keras .h5 model")

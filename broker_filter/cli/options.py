@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 
 STDIN = "-"
-"""Names standard input in the place of an input file, as in `streaming.archives`."""
+"""The name that stands for standard input among the inputs, as in `streaming.archives`."""
 INPUT_HELP = f"file, folder (read recursively) or archive; `{STDIN}` for standard input"
 
 
 def add_registry_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--schema-registry`."""
+    """Add the option `--schema-registry` to a parser."""
     parser.add_argument(
         "--schema-registry",
         metavar="URL|DIR",
@@ -19,7 +19,7 @@ def add_registry_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cache_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--drop-schema-cache`."""
+    """Add the option `--drop-schema-cache` to a parser."""
     parser.add_argument(
         "--drop-schema-cache",
         action="store_true",
@@ -28,7 +28,7 @@ def add_cache_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--device`."""
+    """Add the option `--device` to a parser."""
     parser.add_argument(
         "--device",
         choices=["auto", "cpu", "cuda"],

@@ -26,7 +26,7 @@ MORE_LIKELY_REAL = 0.5
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `reference` and its two commands."""
+    """Add the command `reference` and its two subcommands to the parser."""
     parser = subparsers.add_parser(
         "reference",
         help="build a reference set of ordinary alerts, or show one",

@@ -30,7 +30,7 @@ class ReasonError(UsageError):
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `replay`."""
+    """Add the command `replay` to the parser."""
     parser = subparsers.add_parser(
         "replay",
         help="send archived alerts to a Kafka topic",

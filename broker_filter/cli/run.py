@@ -16,7 +16,7 @@ IGNORED = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `run`."""
+    """Add the command `run` to the parser."""
     parser = subparsers.add_parser(
         "run",
         help="run the service: Kafka in, scored alerts out",

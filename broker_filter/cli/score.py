@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `score`."""
+    """Add the command `score` to the parser."""
     parser = subparsers.add_parser(
         "score",
         help="score archived alerts into a table",

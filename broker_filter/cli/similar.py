@@ -31,7 +31,7 @@ class NothingToCompareError(BrokerFilterError):
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `similar`."""
+    """Add the command `similar` to the parser."""
     parser = subparsers.add_parser(
         "similar",
         help="list and draw the alerts of a reference set that are most similar to a given alert",

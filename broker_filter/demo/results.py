@@ -14,7 +14,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from broker_filter.demo.error import DemoError
 
 LARGEST_ANSWER = 512 * 2**20
-"""Bytes: the embedded broker answers with all messages of a partition, whatever limit the client asks for."""
+"""Bytes: the embedded broker answers with all messages of a partition and ignores the client's limit."""
 SILENCE_S = 20.0
 """If the broker sends neither a message nor the end of a partition for so long, it no longer works."""
 

@@ -181,8 +181,8 @@ class GroupCheckpoint:
         except KafkaException as error:
             if error.args[0].code() not in (*NOT_A_MEMBER, *REFUSED):
                 raise
-            # Either the group has started a rebalance and revokes these partitions soon, or the account may not read
-            # them, which the next read reports.
+            # Either the group has started a rebalance and revokes these partitions soon, or the account has no right
+            # to read them, which the next read reports.
 
     def _store(self, producer: Any, ends: Mapping[Claim, int]) -> None:
         # The metadata are read before the claims are checked. `renew` runs only after the claims that a rebalance has
@@ -317,7 +317,7 @@ class PositionsTopic:
         """Read to the present end of the topic, and return all positions that were committed before this call.
 
         The keys are those of `position_key`. Raises KafkaAwayError if an open transaction of another producer blocks
-        the end for too long, and KafkaSetupError if the account may not read the topic.
+        the end for too long, and KafkaSetupError if the account has no right to read the topic.
         """
         return self._read(IsolationLevel.READ_UNCOMMITTED, STABLE_TIMEOUT_S)
 

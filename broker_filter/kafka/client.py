@@ -331,7 +331,7 @@ def ensure_topics(admin: AdminClient, wanted: Sequence[NewTopic], account: Accou
                 continue
             if account and error.args[0].code() in REFUSED:
                 raise KafkaSetupError(
-                    f"topic {name} cannot be seen or does not exist, and may not be created: "
+                    f"topic {name} does not exist, or the account has no right to see it, and it cannot be created: "
                     f"{account.lacks(Right(('Describe', 'Create'), 'topic', name))}"
                 ) from None
             raise KafkaSetupError(
@@ -346,7 +346,7 @@ def topic_property(
     """Return the property `name` of existing topics, by topic. A topic is left out if the cluster does not tell it.
 
     Waits for new topics, because it takes a moment until every broker knows a topic. With an `account`, raises
-    KafkaSetupError if the account may not read the configuration.
+    KafkaSetupError if the account has no right to read the configuration.
     """
     values: dict[str, str] = {}
     asked, deadline = set(topics), time.monotonic() + REQUEST_TIMEOUT_S
@@ -419,7 +419,7 @@ class RecordLimits:
         """`dead_letter`: the topic for records that are too large for their own topic. `largest`: the largest record in
         bytes that the producer sends to any topic. `positions`: further topics that are written, with small records.
 
-        `account`: the service's account. With it, KafkaSetupError is raised if the account may not read the limits,
+        `account`: the service's account. With it, KafkaSetupError is raised if the account cannot read the limits,
         because a limit that is only assumed could reject alerts.
         """
         self.dead_letter = dead_letter

@@ -139,7 +139,7 @@ class KafkaSource:
         self._claims: dict[Key, Claim] = {}
         self._highs: dict[Key, int] = {}  # ends of logs, as seen while their messages were in flight
         self._ends: dict[Claim, tuple[int, int]] = {}  # the end that was reached, and `read` at that time
-        self._refused: dict[str, str] = {}  # by topic that may not be read, the reason
+        self._refused: dict[str, str] = {}  # by topic that the account cannot read, the reason
         self._unread: list[Claim] = []  # paused since they were claimed
         self._paused: set[Key] = set()
         self._adrift: dict[Key, str] = {}  # assigned partitions that must be claimed again, and why

@@ -334,7 +334,7 @@ class Writer:
         """Commit held work in one transaction, repeat this until it succeeds, and return the committed work.
 
         The transaction holds all work, or as much as the window has room for. Work whose claim has ended is dropped.
-        Raises FencedError if this writer may not commit any more, and KafkaSetupError if a repetition cannot succeed.
+        Raises FencedError if this writer can no longer commit, and KafkaSetupError if a repetition cannot succeed.
         """
         for pause in pauses():
             try:

@@ -135,7 +135,7 @@ def read_labels(table: Path, column: str, rules: Sequence[ClassRule] = ()) -> La
         if key is None:
             raise LabelsError(f"{table}: no column to join by; there must be one of {', '.join(KEYS)}")
         if column not in rows.schema.names:
-            raise LabelsError(f"{table}: no column {column!r}; there are {', '.join(rows.schema.names)}")
+            raise LabelsError(f"{table}: no column {column!r}; its columns are {', '.join(rows.schema.names)}")
         columns = rows.to_table(columns=list(dict.fromkeys([key, column])))
     except (pa.ArrowException, ValueError, OSError) as error:
         reason = " ".join(str(error).split())

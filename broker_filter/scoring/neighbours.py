@@ -30,7 +30,7 @@ differs from the exact one by 0.00015 on average (0.01 at most); among 100,000 e
 TRAINED_ON = 40
 """Embeddings per cell that k-means is trained on: faiss warns below 39."""
 TRAINING_ROUNDS = 8
-"""Iterations of k-means; the cells need not be optimal."""
+"""Number of iterations of k-means. Few suffice, because the cells need not be optimal."""
 
 
 def normalise(vectors: NDArray[np.floating]) -> Embeddings:
@@ -40,8 +40,8 @@ def normalise(vectors: NDArray[np.floating]) -> Embeddings:
 
 
 class Neighbours:
-    """A search index over embeddings. Deterministic: the same embeddings give the same answers, whatever else is in the
-    same query."""
+    """A search index over embeddings. It is deterministic: an answer does not depend on the other embeddings that are
+    searched with it."""
 
     def __init__(self, embeddings: Embeddings) -> None:
         """Build the index from a copy of `embeddings`; above EXACT_LIMIT this takes some seconds per million."""

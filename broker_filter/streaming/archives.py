@@ -45,7 +45,7 @@ MAX_TRAILING_BYTES = 64 * 2**20
 _EXPANSION_ALLOWANCE = 16 * 2**20
 """Size in bytes up to which the compression ratio is not checked, because a tar of few alerts is mostly padding."""
 STDIN = "-"
-"""Stands for standard input in the place of a file."""
+"""The name that stands for standard input among the inputs."""
 _STDIN_DESCRIPTOR = 0
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _FILE_BUFFER = 256 * 1024

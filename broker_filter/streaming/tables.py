@@ -25,7 +25,7 @@ from broker_filter.streaming.scored import ScoredBatch
 from broker_filter.streaming.table_formats import FORMATS, Table
 
 STDOUT = Path("-")
-"""Stands for standard output in the place of a file."""
+"""The path that stands for standard output instead of a file."""
 STDOUT_FORMAT = "jsonl"
 """Default format of standard output: the one that a person can read line by line."""
 SCORED, REJECTED = "scored", "rejected"

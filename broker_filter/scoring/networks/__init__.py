@@ -53,7 +53,7 @@ def build_network(architecture: Architecture) -> nn.Module:
     """Return the network that a card names, with initial parameters. Raises BundleError for an unknown name or bad
     arguments."""
     if architecture.name not in NETWORKS:
-        raise BundleError(f"no network is called {architecture.name!r}; there are {', '.join(NETWORKS)}")
+        raise BundleError(f"no network is called {architecture.name!r}; known networks: {', '.join(NETWORKS)}")
     given, taken = set(architecture.arguments), arguments_of(architecture.name)
     if unknown := sorted(given - taken.keys()):
         raise BundleError(

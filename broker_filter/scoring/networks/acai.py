@@ -48,6 +48,6 @@ class ACAI(nn.Module):
         self.head = nn.Linear(16, 1)
 
     def forward(self, images: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the logits [N, 1] and the embedding [N, 16] of images [N, 3, 63, 63] and metadata [N, F]."""
         embedding = self.joint(torch.cat([self.metadata(metadata), self.images(images)], dim=1))
         return self.head(embedding), embedding

@@ -70,7 +70,7 @@ class AlertEmbedder(nn.Module):
     def forward(
         self, images: Tensor, metadata: Tensor, light_curve: Tensor, light_curve_mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the logits [N, labels], the embedding [N, M * size] and the modalities [N, M, size] of N alerts."""
         logits, features = self.trunk(images)
         modalities = self.see(features, metadata, light_curve, light_curve_mask)
         return logits, normalize(modalities.flatten(1), dim=1), modalities
@@ -145,7 +145,7 @@ class Standardise(nn.Module):
         self.register_buffer("deviation", torch.ones(columns))
 
     def forward(self, columns: Tensor) -> Tensor:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the standardised, clipped columns [N, F]."""
         return ((columns - self.mean) / self.deviation).clamp(-MAX_DEVIATION, MAX_DEVIATION)
 
     @torch.no_grad()
@@ -169,7 +169,7 @@ class MetadataEncoder(nn.Module):
         self.standardise = Standardise(columns)
 
     def forward(self, metadata: Tensor) -> Tensor:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the encoded metadata [N, 2 F]: standardised values, then flags of missing values."""
         missing = metadata == NO_VALUE
         values = self.standardise(metadata.asinh()).masked_fill(missing, 0.0)
         return torch.cat([values, missing.to(values.dtype)], dim=1)
@@ -194,7 +194,7 @@ class LightCurveEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, points: Tensor, mask: Tensor) -> Tensor:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the encoded light curves [N, width] of points [N, L, LIGHT_CURVE_FEATURES] with a mask [N, L]."""
         x = torch.cat([self.token.expand(points.shape[0], -1, -1), self.embed(points)], dim=1)
         there = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1) > 0
         *all_but_last, last = self.layers

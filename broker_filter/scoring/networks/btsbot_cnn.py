@@ -41,7 +41,7 @@ class BTSbotEncoder(Encoder):
         self.features = second * POOLED_SIZE**2
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the features [N, channels[1] * 7 * 7] of images [N, 3, 63, 63]."""
         return self.layers(images)  # type: ignore[no-any-return]
 
 

@@ -68,7 +68,7 @@ class FusionNetwork(nn.Module):
         )
 
     def forward(self, images: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the logits [N, labels] and the embedding [N, D] of images [N, 3, S, S] and raw metadata [N, F]."""
         embedding = self.encoder(images)
         if self.metadata_branch is not None:
             embedding = torch.cat([embedding, self.metadata_branch(metadata)], dim=1)

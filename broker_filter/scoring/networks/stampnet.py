@@ -58,7 +58,7 @@ class StampNet(nn.Module):
         self.head = nn.Linear(64, labels)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the logits [N, labels] and the embedding [N, 64] of images [N, 3, 63, 63]."""
         embedding = self.features(images)
         return self.head(embedding), embedding
 
@@ -76,7 +76,7 @@ class StampNetClasses(nn.Module):
         self.classes = nn.Linear(1 + metadata, classes)
 
     def forward(self, images: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the logits [N, 1 + classes] and the embedding [N, 64] of images [N, 3, 63, 63] and metadata [N, F]."""
         real, embedding = self.stampnet(images)
         scores = self.classes(evidence(real, metadata))
         return torch.cat([real, log_odds(scores)], dim=1), embedding

@@ -42,7 +42,7 @@ class TimmEncoder(Encoder):
         self.features: int = encoder.head_hidden_size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the pooled, normalised features [N, features] of images [N, 3, S, S]."""
         if self.image_size is not None and images.shape[-1] != self.image_size:
             images = interpolate(images, (self.image_size, self.image_size), mode="bilinear", align_corners=False)
         return self.backbone(images)  # type: ignore[no-any-return]

@@ -37,6 +37,6 @@ class VGG6(nn.Module):
         initialise_as_keras(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the outputs that the docstring of the class describes."""
+        """Return the logits [N, labels] and the embedding [N, 256] of images [N, 3, 63, 63]."""
         embedding = self.features(images)
         return self.head(embedding), embedding
