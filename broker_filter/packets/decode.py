@@ -61,7 +61,13 @@ from broker_filter.packets.registry import SchemaRegistry, UnknownSchemaId, open
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.packets.schema import BySchema, SchemaError, WriterSchema
 from broker_filter.packets.stamps import PlaneSlots, decode_stamps, inflated_bytes
-from broker_filter.packets.surveys import DEFAULT_COLUMNS, FORMATS, recognise, rows_of_unknown_version
+from broker_filter.packets.surveys import (
+    DEFAULT_COLUMNS,
+    FORMATS,
+    broker_without_cutouts,
+    recognise,
+    rows_of_unknown_version,
+)
 from broker_filter.packets.walk import MISSING_ID, Status, walk
 
 DEFAULT_CUTOUT_SIZE = 63
@@ -84,6 +90,8 @@ BATCH_BYTES_PER_PACKET = 512 << 10
 alert takes 0.1 MB, an LSST alert 0.3 MB."""
 _POINTS_PER_PACKET = 64
 """Initial capacity for history rows, per packet; it doubles when it is full."""
+READ_CUTOUTS = "read the survey's stream, or that of a broker that forwards the cutouts"
+"""What to do about a stream without cutouts."""
 
 _CAN_COME_FROM_WRONG_SCHEMA = frozenset(
     {
@@ -102,13 +110,12 @@ NO_ID = -1
 """Stands for "no schema id"; it is not a valid id."""
 
 _MAX_WARNINGS = 100
-"""The maximum number of schemas with a warning. Packets bring their own schemas, and must not fill the log."""
+"""The maximum number of warnings about schemas. Packets bring their own schemas, and must not fill the log."""
 _MAX_VERSION = 40
 """The maximum number of characters of a schema version in the log. A packet's version is untrusted text."""
 
 log = logging.getLogger(__name__)
-_warned_schemas: set[str] = set()
-_warned_versions: set[str] = set()
+_warned: set[tuple[str, str]] = set()
 _T = TypeVar("_T", bound=np.generic)
 
 
@@ -439,8 +446,12 @@ class Decoder:
         """Return the plan for a schema; if records of the schema cannot be decoded, the reason why."""
         paths = field_paths(schema)
         known = recognise(paths)
+        name = schema.canonical["name"]
+        if known is None and (broker := broker_without_cutouts(paths)):
+            detail = f"the packet is an alert of LSST without cutouts: {broker}'s stream has none; {READ_CUTOUTS}"
+            _warn_once(schema.fingerprint, "schema %r: every packet is rejected: %s", name, detail)
+            return RejectReason.MISSING_CUTOUT, detail
         if known is None:
-            name = schema.canonical["name"]
             return RejectReason.UNKNOWN_SURVEY, f"the fields of {name!r} are not those of a ZTF or LSST alert"
         try:
             return self._layouts[known.survey].plan(schema, paths)
@@ -514,7 +525,27 @@ class _Columns:
             boxes,
             planes,
         )
-        return {rows[k]: (error.reason, f"{formats[k].cutouts[c]}: {error.detail}") for k, (c, error) in failed.items()}
+        return {
+            rows[k]: self._without_cutouts(rows[k]) or (error.reason, f"{formats[k].cutouts[c]}: {error.detail}")
+            for k, (c, error) in failed.items()
+        }
+
+    def _without_cutouts(self, row: int) -> Damage | None:
+        """Return the damage of a record that has none of the three cutouts; None if it has any."""
+        if any(end > begin for begin, end in self._span_lists[row][STAMP : STAMP + len(CUTOUTS)]):
+            return None
+        plan = self._walked[row].plan
+        alert = f"the packet is an alert of {plan.layout.format.survey.name} without cutouts"
+        if plan.cutouts:
+            return RejectReason.MISSING_CUTOUT, f"{alert}: {READ_CUTOUTS}"
+        detail = f"{alert}: its schema has no field for them; {READ_CUTOUTS}"
+        _warn_once(
+            plan.schema.fingerprint,
+            "schema %r: every packet is rejected: %s",
+            plan.schema.canonical["name"],
+            detail,
+        )
+        return RejectReason.MISSING_CUTOUT, detail
 
     def inflated_bytes(self, row: int) -> int:
         """Return the maximum total size of the decompressed stamps of a record, in bytes."""
@@ -587,13 +618,12 @@ class _Columns:
     def _warn_of_lost_detections(self, lost: NDArray[np.int64], walked: Sequence[_Walked]) -> None:
         """Log, once per schema, that detections of the alerts in the rows `lost` of the batch have no flux."""
         for fingerprint in dict.fromkeys(walked[row].plan.schema.fingerprint for row in lost.tolist()):
-            if fingerprint not in _warned_schemas and len(_warned_schemas) < _MAX_WARNINGS:
-                _warned_schemas.add(fingerprint)
-                log.warning(
-                    "detections without a flux are left out of light curves, because `isdiffpos` (ZTF) is not one of "
-                    "t, f, 1, 0, true, false, or `psfFlux` (LSST) is missing; first seen with schema %s",
-                    fingerprint,
-                )
+            _warn_once(
+                fingerprint,
+                "detections without a flux are left out of light curves, because `isdiffpos` (ZTF) is not one of "
+                "t, f, 1, 0, true, false, or `psfFlux` (LSST) is missing; first seen with schema %s",
+                fingerprint,
+            )
 
     def _record(self, row: int) -> Record:
         item, spans = self._walked[row], self._span_lists[row]
@@ -610,17 +640,23 @@ def _warn_of_unknown_versions(alerts: AlertBatch) -> None:
     """Log, once per schema, that alerts have a schema version that the program does not know."""
     for row in rows_of_unknown_version(alerts):
         schema = alerts.records[row].schema
-        if schema.fingerprint not in _warned_versions and len(_warned_versions) < _MAX_WARNINGS:
-            _warned_versions.add(schema.fingerprint)
-            log.warning(
-                "schema %r (id %s, fingerprint %s) is version %s of the %s alerts, which this program does not know: "
-                "alerts are decoded by this schema, and a field that it has renamed is missing",
-                schema.canonical["name"],
-                schema.registry_id,
-                schema.fingerprint,
-                alerts.schema_version[row][:_MAX_VERSION],
-                Survey(int(alerts.survey[row])).name,
-            )
+        _warn_once(
+            schema.fingerprint,
+            "schema %r (id %s, fingerprint %s) is version %s of the %s alerts, which this program does not know: "
+            "alerts are decoded by this schema, and a field that it has renamed is missing",
+            schema.canonical["name"],
+            schema.registry_id,
+            schema.fingerprint,
+            alerts.schema_version[row][:_MAX_VERSION],
+            Survey(int(alerts.survey[row])).name,
+        )
+
+
+def _warn_once(fingerprint: str, message: str, *values: object) -> None:
+    """Log a warning about a schema, unless it was logged before, or _MAX_WARNINGS were."""
+    if (fingerprint, message) not in _warned and len(_warned) < _MAX_WARNINGS:
+        _warned.add((fingerprint, message))
+        log.warning(message, *values)
 
 
 def _doubted_id(reject: Reject) -> int:

@@ -1,11 +1,22 @@
 """Recognises other file formats by their first bytes (magic numbers), so that a rejection can name the format.
 
-This module only compares the first bytes. It must never parse the data.
+This module only compares the first bytes, and in JSON looks for a key among them. It must never parse the data.
 """
 
 from __future__ import annotations
 
+import re
+
 _UNPACK = "unpack it and pass the folder, or repack it as .tar, .tar.gz or .tar.zst"
+_JSON = "JSON: alerts are read in Avro or Parquet"
+_LASAIR = (
+    "JSON of an LSST object, as Lasair sends it, without cutouts: Lasair's stream has none; read the survey's stream, "
+    "or that of a broker that forwards the cutouts"
+)
+_LASAIR_KEY = re.compile(rb'"dia(?:Object|Source)Id"\s*:')
+"""A key of the JSON that Lasair sends for an LSST object (https://lasair-lsst.readthedocs.io)."""
+_JSON_START = 4096
+"""The number of bytes in which the key is looked for. Lasair writes the attributes of the object before its history."""
 _KNOWN = (
     ((b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08"), f"a zip archive: {_UNPACK}"),
     ((b"Rar!\x1a\x07",), f"a rar archive: {_UNPACK}"),
@@ -29,7 +40,7 @@ _KNOWN = (
     ((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8"), "a picture"),
     ((b"%PDF-",), "a PDF document"),
     ((b"<!DOCTYPE", b"<!doctype", b"<html", b"<HTML", b"<?xml"), "a web page: the download may have failed"),
-    ((b"{", b"["), "JSON: alerts are read in Avro or Parquet"),
+    ((b"{", b"["), _JSON),
     # A tar ends with two blocks of 512 zero bytes.
     ((bytes(1024),), "zero bytes: a tar archive without members, or a file that was allocated and never written"),
 )
@@ -49,5 +60,5 @@ def describe(data: bytes) -> str | None:
     """
     for beginning, description in _BY_FIRST_BYTE.get(data[0], ()):
         if data.startswith(beginning):
-            return description
+            return _LASAIR if description is _JSON and _LASAIR_KEY.search(data, 0, _JSON_START) else description
     return None

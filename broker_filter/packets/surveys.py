@@ -643,3 +643,23 @@ def recognise(paths: Collection[str]) -> SurveyFormat | None:
     """Return the survey format whose signature is among `paths` (see `plan.field_paths`); None for an unknown
     survey."""
     return next((known for known in FORMATS if known.signature <= set(paths)), None)
+
+
+_WITHOUT_CUTOUTS = {
+    "Babamul (BOOM)": (
+        frozenset({"candid", "objectId", "candidate.diaSourceId", "candidate.midpointMjdTai", "properties"}),
+        frozenset({"candid", "objectId", "candidate.dia_source", "properties"}),
+    )
+}
+"""Brokers whose LSST alerts have other fields than the survey's and no cutouts, each with the fields by which its
+alerts are recognised (https://github.com/boom-astro/boom)."""
+
+
+def broker_without_cutouts(paths: Collection[str]) -> str | None:
+    """Return the name of the broker that wrote an LSST alert with the fields `paths` and without cutouts; None if the
+    fields are of no such broker."""
+    if any(path.startswith("cutout") for path in paths):
+        return None
+    return next(
+        (broker for broker, forms in _WITHOUT_CUTOUTS.items() if any(form <= set(paths) for form in forms)), None
+    )

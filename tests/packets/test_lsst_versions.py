@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import struct
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fastavro
 import numpy as np
 import pytest
 
@@ -165,3 +167,64 @@ def test_an_alert_may_have_dia_object_or_ss_source_or_both_or_neither(
     assert alerts.object_id == [object_id]
     assert alerts.column("sso")[0] == sso
     np.testing.assert_array_equal(alerts.column("ndethist"), [detections])
+
+
+def babamul_packet(*, nested: bool) -> bytes:
+    """An LSST alert in the layout of Babamul, which has other fields than the survey's alert, and no cutouts."""
+    source = [("diaSourceId", "long"), ("midpointMjdTai", "double"), ("ra", "double"), ("dec", "double")]
+    fields: list[dict[str, Any]] = [{"name": name, "type": type_} for name, type_ in source]
+    values: dict[str, Any] = {"diaSourceId": 1, "midpointMjdTai": 61000.0, "ra": 1.0, "dec": 2.0}
+    if nested:
+        fields = [{"name": "dia_source", "type": {"type": "record", "name": "DiaSource", "fields": fields}}]
+        values = {"dia_source": values}
+    schema = {
+        "type": "record",
+        "name": "BabamulLsstAlert",
+        "fields": [
+            {"name": "candid", "type": "long"},
+            {"name": "objectId", "type": "string"},
+            {"name": "candidate", "type": {"type": "record", "name": "LsstCandidate", "fields": fields}},
+            {"name": "prv_candidates", "type": {"type": "array", "items": "double"}},
+            {"name": "properties", "type": {"type": "map", "values": "boolean"}},
+        ],
+    }
+    alert = {"candid": 1, "objectId": "2", "candidate": values, "prv_candidates": [], "properties": {"rock": False}}
+    stream = io.BytesIO()
+    fastavro.writer(stream, fastavro.parse_schema(schema), [alert])
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_alert_of_babamul_is_rejected_as_an_lsst_alert_without_cutouts(
+    nested: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder = Decoder()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            alerts, [reject] = decoder.decode(packets(babamul_packet(nested=nested)))
+    assert not len(alerts)
+    assert reject.reason is RejectReason.MISSING_CUTOUT
+    assert "an alert of LSST without cutouts: Babamul (BOOM)'s stream has none" in reject.detail
+    [line] = [entry.getMessage() for entry in caplog.records]
+    assert reject.detail in line
+
+
+@pytest.mark.parametrize("in_schema", [False, True])
+def test_an_alert_of_the_surveys_layout_without_cutouts_says_so(
+    tmp_path: Path, in_schema: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    definition, record = base_schema(), simulated_records()[0]
+    for name in ("cutoutScience", "cutoutTemplate", "cutoutDifference"):
+        record[name] = None
+    if not in_schema:
+        definition["fields"] = [entry for entry in definition["fields"] if not entry["name"].startswith("cutout")]
+    decoder = Decoder(registry_of(tmp_path, {1000: definition}))
+    with caplog.at_level(logging.WARNING):
+        alerts, [reject] = decoder.decode(packets(wire_packet(record, definition, 1000)))
+    assert not len(alerts)
+    assert reject.reason is RejectReason.MISSING_CUTOUT
+    assert reject.alert is not None
+    assert reject.alert.alert_id == record["diaSourceId"]
+    assert "the packet is an alert of LSST without cutouts" in reject.detail
+    assert ("its schema has no field for them" in reject.detail) is not in_schema
+    assert len(caplog.records) == (not in_schema)
