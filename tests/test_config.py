@@ -101,7 +101,9 @@ def test_all_errors_are_reported_at_once_with_their_paths(tmp_path: Path) -> Non
         ("stall_timeout_s: .nan", "stall_timeout_s", "greater than 0"),
     ],
 )
-def test_checks_filters_models_and_thresholds(tmp_path: Path, section: str, path: str, message: str) -> None:
+def test_errors_in_filters_models_and_thresholds_are_reported(
+    tmp_path: Path, section: str, path: str, message: str
+) -> None:
     text = SMALLEST.replace("models: [default]\n", "") if section.startswith("models") else SMALLEST
     found = problems(tmp_path, f"{text}{section}\n")
     assert list(found) == [path]
@@ -142,7 +144,9 @@ def test_checks_filters_models_and_thresholds(tmp_path: Path, section: str, path
         ("start: stord", "input.start", "should be earliest"),
     ],
 )
-def test_checks_the_connection_settings_of_the_input(tmp_path: Path, key: str, path: str, message: str) -> None:
+def test_errors_in_the_connection_settings_of_the_input_are_reported(
+    tmp_path: Path, key: str, path: str, message: str
+) -> None:
     usual = {
         "bootstrap_servers": "bootstrap_servers: 'survey:9092'",
         "group_id": "group_id: me",

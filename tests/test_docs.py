@@ -154,7 +154,7 @@ def test_a_command_line_in_the_documentation_is_valid(arguments: list[str], only
 
 @pytest.mark.parametrize("arguments", commands("python -m training"))
 def test_a_training_command_in_the_documentation_is_valid(arguments: list[str], only_parse: None) -> None:
-    pytest.importorskip("lightning", reason="it comes with the extra `train`")
+    pytest.importorskip("lightning", reason="the training commands need the extra `train`")
     from training.__main__ import main as training
 
     with pytest.raises(ParsedError):

@@ -44,7 +44,7 @@ def test_broker_ends_when_the_process_that_started_it_is_killed(kind: str, tmp_p
     if kind == "Apache Kafka" and home is None:
         pytest.skip("needs an Apache Kafka to start: KAFKA_HOME (or ../shared/kafka) and Java")
     if kind == "embedded":
-        pytest.importorskip("noida_db", reason="the embedded broker is of the extra `demo`")
+        pytest.importorskip("noida_db", reason="the embedded broker needs the extra `demo`")
     command = [sys.executable, "-c", HOLDER, str(tmp_path), *([str(home)] if home else [])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None

@@ -81,7 +81,7 @@ def test_one_wheel_serves_every_python_from_3_11_on(wheel: Path) -> None:
 
 def test_everything_that_is_tracked_travels_in_the_wheel(wheel: Path) -> None:
     if not (CHECKOUT / ".git").exists():
-        pytest.skip("not a git checkout: nothing says which files are tracked")
+        pytest.skip("not a git checkout, so the tracked files are unknown")
     tracked = run(["git", "ls-files", "broker_filter", "schemas"], cwd=CHECKOUT).split()
     expected = {
         name.replace("schemas/", "broker_filter/schemas/", 1) if name.startswith("schemas/") else name

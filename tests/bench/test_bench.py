@@ -110,6 +110,6 @@ def test_a_benchmark_without_torch_says_what_to_install(
 def test_missing_gpu_is_an_error_and_never_replaced_by_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
-        pytest.skip("this machine has one")
+        pytest.skip("this machine has a GPU")
     assert main(["bench", "--device", "cuda"]) == 1
     assert "cuda" in capsys.readouterr().err.lower()

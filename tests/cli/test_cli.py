@@ -38,7 +38,7 @@ print("imported:", *(name for name in {heavy!r} if name in sys.modules))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_for_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0

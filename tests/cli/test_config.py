@@ -37,7 +37,7 @@ def test_valid_file_prints_what_will_run_without_secrets(
     assert "hunter2" not in output
 
 
-def test_lists_every_error_and_ends_with_status_2(
+def test_every_error_is_listed_and_the_status_is_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("SURVEY_PASSWORD", raising=False)

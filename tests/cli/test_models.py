@@ -24,7 +24,9 @@ def corrupted(tmp_path: Path) -> Path:
     return copy
 
 
-def test_lists_shipped_bundles_and_bundles_of_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_shows_shipped_bundles_and_bundles_of_a_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "other").symlink_to(DEFAULT)
     assert main(["models", "list", str(tmp_path)]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
@@ -34,7 +36,9 @@ def test_lists_shipped_bundles_and_bundles_of_a_directory(tmp_path: Path, capsys
     assert rows[-1].endswith(str(tmp_path / "other"))
 
 
-def test_lists_the_valid_bundles_if_another_is_corrupted(corrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_shows_the_valid_bundles_if_another_is_corrupted(
+    corrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (corrupted.parent / "sound").symlink_to(DEFAULT)
     assert main(["models", "list", str(corrupted.parent)]) == 1
     out, complaint = capsys.readouterr()
@@ -42,14 +46,14 @@ def test_lists_the_valid_bundles_if_another_is_corrupted(corrupted: Path, capsys
     assert str(corrupted / "weights.safetensors") in complaint
 
 
-def test_shows_a_card(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_a_card(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "show", "default"]) == 0
     shown = capsys.readouterr().out
     for entry in ("real/bogus classification", "surveys", "l2_row", "stampnet", "BSD-3-Clause", "roc_auc", "agreement"):
         assert entry in shown
 
 
-def test_verifies_a_shipped_bundle_on_every_engine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_runs_a_shipped_bundle_on_every_engine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "verify", "default"]) == 0
     onnx, torch = capsys.readouterr().out.splitlines()
     assert "onnxruntime/" in onnx
@@ -90,7 +94,9 @@ def test_verifying_a_corrupted_bundle_fails_and_names_the_file(
 
 
 @pytest.mark.shared
-def test_imports_published_weights(shared_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_import_writes_a_bundle_of_published_weights(
+    shared_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     weights = str(shared_models / "braai" / "d6_m7.weights.h5")
     out = str(tmp_path / "d6_m7")
     assert main(["models", "import", "braai", weights, "--normalisation", "row", "--name", "d6_m7", "--out", out]) == 0

@@ -46,7 +46,7 @@ def score(*arguments: str | Path) -> int:
     return main(["score", *map(str, arguments)])
 
 
-def test_writes_one_row_for_every_input_and_a_summary(
+def test_table_has_one_row_for_every_input_and_a_summary_is_printed(
     few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "scores.parquet"

@@ -90,7 +90,7 @@ def write_keras_weights(path: Path, below: str = "", **replaced: tuple[int, ...]
     return written
 
 
-def test_flattens_height_width_channel(tmp_path: Path) -> None:
+def test_maps_are_flattened_in_the_order_height_width_channel(tmp_path: Path) -> None:
     written = write_keras_weights(tmp_path / "w.h5")
     weights = read_weights(tmp_path / "w.h5")
     y, x, channel, unit = 4, 1, 30, 7
@@ -99,7 +99,7 @@ def test_flattens_height_width_channel(tmp_path: Path) -> None:
     assert weights["features.13.weight"][unit, column_in_torch] == written["fc_1/kernel:0"][row_in_keras, unit]
 
 
-def test_reads_a_saved_model_as_well_as_bare_weights(tmp_path: Path) -> None:
+def test_a_saved_model_is_read_like_bare_weights(tmp_path: Path) -> None:
     write_keras_weights(tmp_path / "weights.h5")
     write_keras_weights(tmp_path / "model.h5", below="model_weights/")
     bare, saved = read_weights(tmp_path / "weights.h5"), read_weights(tmp_path / "model.h5")

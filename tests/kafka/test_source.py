@@ -295,7 +295,7 @@ def test_transaction_marker_after_the_last_message_is_no_lag(
         reader.source.take(1, 0.1)
 
 
-def test_starts_from_a_time(
+def test_reading_starts_from_a_time(
     send: Callable[..., None], start_reader: Callable[..., Reader], unique_name: Callable[[str], str]
 ) -> None:
     topic = unique_name("ztf")

@@ -96,7 +96,7 @@ CASES: dict[str, Callable[[], bytes]] = {
 @pytest.fixture(scope="module")
 def measure() -> hostile.Measure:
     if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("measures memory as Linux says it")
+        pytest.skip("reads the memory of the process from /proc, which only Linux has")
     measure = hostile.Measure()
     measure.cost(b"nothing has to be loaded any more")
     return measure

@@ -119,7 +119,7 @@ def test_no_codec_exceeds_the_compression_ratio_of_deflate(codec: str) -> None:
 
 
 @pytest.mark.parametrize("codec", ["null", "deflate", "snappy"])
-def test_reads_every_record_of_every_block(codec: str) -> None:
+def test_every_record_of_every_block_is_read(codec: str) -> None:
     read = read_container(container(codec))
     assert read.error is None
     assert len(read.blocks) > 3

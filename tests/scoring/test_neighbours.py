@@ -15,7 +15,7 @@ def embeddings(n: int, seed: int) -> Embeddings:
     return normalise(np.tanh(rng.standard_normal((n, 6)) @ surface) + 0.05 * rng.standard_normal((n, 32)))
 
 
-def test_finds_the_nearest_exactly_among_few() -> None:
+def test_search_among_few_finds_exactly_the_nearest() -> None:
     some, asked = embeddings(500, seed=1), embeddings(70, seed=2)
     distances, rows = Neighbours(some).nearest(asked, 5)
     truth = 1 - asked.astype(np.float64) @ some.T
@@ -23,7 +23,7 @@ def test_finds_the_nearest_exactly_among_few() -> None:
     np.testing.assert_allclose(distances, np.sort(truth, axis=1)[:, :5], atol=1e-6)
 
 
-def test_finds_nearly_all_of_the_nearest_among_many() -> None:
+def test_search_among_many_finds_nearly_all_of_the_nearest() -> None:
     many, asked = embeddings(EXACT_LIMIT + 5_000, seed=1), embeddings(200, seed=2)
     distances, rows = Neighbours(many).nearest(asked, 5)
     truth = 1 - asked @ many.T

@@ -47,7 +47,7 @@ def test_l2_image_gives_every_image_unit_norm() -> None:
     np.testing.assert_allclose(np.linalg.norm(images, axis=(-2, -1)), 1, rtol=1e-6)
 
 
-def test_agrees_with_the_plain_arithmetic_bit_for_bit() -> None:
+def test_preprocessing_agrees_with_plain_arithmetic_bit_for_bit() -> None:
     cutouts = random_cutouts(3)
     expected = cutouts / np.sqrt((cutouts**2).sum(axis=-1, keepdims=True))
     assert np.array_equal(prepare_images(cutouts, boxes(3, WHOLE), spec()), expected)
@@ -118,7 +118,7 @@ def test_short_stamps_are_normalised_and_then_padded_below_and_to_the_right() ->
     assert (images[0] != np.float32(PADDING)).all()
 
 
-def test_does_not_modify_the_alerts() -> None:
+def test_preprocessing_does_not_modify_the_alerts() -> None:
     cutouts = random_cutouts(2)
     cutouts[0, 0, 0, 0] = np.nan
     before = cutouts.copy()
@@ -157,13 +157,13 @@ def test_the_size_of_the_slot_has_no_influence(slot: int, size: int, stamp: int,
     assert np.array_equal(prepare_images(*decoded(slot), spec(size)), prepare_images(*decoded(size), spec(size)))
 
 
-def test_takes_the_cutouts_in_the_networks_order() -> None:
+def test_images_have_the_order_of_the_network() -> None:
     cutouts = random_cutouts(2)
     images = prepare_images(cutouts, boxes(2, WHOLE), spec(order=("difference", "science")))
     assert np.array_equal(images, prepare_images(cutouts, boxes(2, WHOLE), spec())[:, [2, 0]])
 
 
-def test_refuses_slots_smaller_than_the_network_needs() -> None:
+def test_slots_smaller_than_the_network_needs_are_refused() -> None:
     with pytest.raises(ValueError, match="cutouts of 51 px are too small for a network that takes 63 px"):
         prepare_images(random_cutouts(1, 51), boxes(1, (0, 0, 51, 51)), spec())
 

@@ -51,7 +51,7 @@ def test_onnxruntime_and_torch_agree(test_vector: KnownAnswers) -> None:
         (Runtime(engine="torch", device="cpu"), "torch/cpu"),
     ],
 )
-def test_reports_the_provider_that_really_runs(runtime: Runtime, provider: str) -> None:
+def test_runtime_reports_the_provider_that_really_runs(runtime: Runtime, provider: str) -> None:
     assert open_network(open_bundle("default"), runtime).provider == provider
 
 
@@ -168,7 +168,7 @@ def test_a_gpu_that_is_not_wanted_is_not_warned_of(
     assert not caplog.records
 
 
-def test_uses_the_configured_number_of_threads() -> None:
+def test_runtime_uses_the_configured_number_of_threads() -> None:
     open_network(open_bundle("default"), Runtime(engine="torch", device="cpu", inference_threads=1))
     assert torch.get_num_threads() == 1
 

@@ -26,7 +26,7 @@ def scorer() -> Scorer:
     return open_scorer(["default"], CPU)
 
 
-def test_gives_the_scores_of_the_test_vector(
+def test_scorer_gives_the_scores_of_the_test_vector(
     scorer: Scorer, make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers
 ) -> None:
     scores = scorer.score(make_batch(test_vector.cutouts, test_vector.cutout_box))
@@ -36,7 +36,7 @@ def test_gives_the_scores_of_the_test_vector(
     assert scores.taken.all()
 
 
-def test_reports_its_models_and_their_needs(scorer: Scorer) -> None:
+def test_scorer_reports_its_models_and_their_needs(scorer: Scorer) -> None:
     (model,) = scorer.models
     assert (model.name, model.labels, model.surveys) == ("default", ("real",), (Survey.ZTF,))
     assert model.provider == "onnxruntime/CPUExecutionProvider"

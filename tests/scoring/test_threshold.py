@@ -19,7 +19,7 @@ def flags(tracker: RateTracker, scores: NDArray[np.float32]) -> NDArray[np.bool_
 
 @pytest.mark.parametrize("rate", [0.1, 0.01, 0.001])
 @pytest.mark.parametrize("n", [40, 10_000])
-def test_starts_near_the_requested_rate(n: int, rate: float) -> None:
+def test_threshold_starts_near_the_requested_rate(n: int, rate: float) -> None:
     tracker = RateTracker(ordinary(n), rate)
     realised = (ordinary(1_000_000, seed=1) > tracker.threshold).mean()
     factor = 1.2 if n * rate > 100 else 8  # forty alerts hardly constrain a quantile of 0.999
@@ -27,7 +27,7 @@ def test_starts_near_the_requested_rate(n: int, rate: float) -> None:
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3, -0.3])
-def test_keeps_the_rate_if_the_stream_differs_from_the_reference(shift: float) -> None:
+def test_threshold_keeps_the_rate_if_the_stream_differs_from_the_reference(shift: float) -> None:
     rate, tracker = 0.01, RateTracker(ordinary(5_000), 0.01)
     stream = np.random.default_rng(2).gamma(3, 0.1, 100_000).astype(np.float32) + np.float32(shift)
     flagged = flags(tracker, stream)
@@ -35,7 +35,7 @@ def test_keeps_the_rate_if_the_stream_differs_from_the_reference(shift: float) -
     assert flagged[50_000:].mean() == pytest.approx(rate, rel=0.1)
 
 
-def test_keeps_the_rate_if_scores_keep_rising() -> None:
+def test_threshold_keeps_the_rate_if_scores_keep_rising() -> None:
     """The distribution changes all the time: the bound of the method holds for any sequence."""
     tracker = RateTracker(ordinary(5_000), 0.01)
     begins = tracker.threshold
@@ -45,7 +45,7 @@ def test_keeps_the_rate_if_scores_keep_rising() -> None:
     assert flagged[-10_000:].mean() < 0.02
 
 
-def test_keeps_the_rate_if_the_highest_reference_scores_are_equal() -> None:
+def test_threshold_keeps_the_rate_if_the_highest_reference_scores_are_equal() -> None:
     """For example one alert that was sent repeatedly: such a tail has no scale for the step."""
     alike = np.minimum(ordinary(1_000), np.float32(0.2))
     stream = np.random.default_rng(5).gamma(3, 0.1, 50_000).astype(np.float32)
@@ -53,7 +53,7 @@ def test_keeps_the_rate_if_the_highest_reference_scores_are_equal() -> None:
     assert flagged[10_000:].mean() == pytest.approx(0.01, rel=0.1)
 
 
-def test_flags_the_highest_scores() -> None:
+def test_highest_scores_are_flagged() -> None:
     tracker = RateTracker(ordinary(5_000), 0.01)
     stream = np.random.default_rng(3).gamma(3, 0.1, 50_000).astype(np.float32)
     flagged = flags(tracker, stream)

@@ -114,7 +114,7 @@ def test_too_few_alerts_for_a_reference_are_an_error(make: Scored, model: Model)
         build_reference([without], model, None, limit=100)
 
 
-def test_flags_outliers_that_pass_the_cut_and_gives_the_reason(make: Scored, reference: Reference) -> None:
+def test_outliers_that_pass_the_cut_are_flagged_with_a_reason(make: Scored, reference: Reference) -> None:
     judge = AnomalyJudge(reference, 0.01, PASSES)
     strange = -ordinary(3, 5)
     anomalies = judge.judge(make(np.concatenate([ordinary(5, 6), strange]), [0.9] * 6 + [0.1, np.nan]))

@@ -400,7 +400,7 @@ def test_damaged_parquet_ends_with_a_packet_that_cannot_be_decoded(
     assert f"{path}: damaged Parquet" in caplog.text
 
 
-def test_only_wanted_columns_that_cannot_be_read_are_logged_and_in_one_line(
+def test_wanted_columns_that_cannot_be_read_are_logged_in_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     wait = pa.array([1, 2], pa.duration("us"))
@@ -438,7 +438,7 @@ FUZZED = {
     header_edits=st.lists(st.tuples(st.integers(0, 600), st.integers(0, 255)), max_size=3),
     kept=st.one_of(st.just(1.0), st.floats(0, 1)),
 )
-def test_no_damage_escapes_as_an_exception_or_without_a_packet(
+def test_damage_gives_a_packet_and_never_an_exception(
     tmp_path: Path, archive: str, edits: list[tuple[float, int]], header_edits: list[tuple[int, int]], kept: float
 ) -> None:
     damaged = bytearray(FUZZED[archive])

@@ -231,7 +231,7 @@ def test_readers_with_the_first_schema_of_anomalies_can_read_new_records(
 
 
 @pytest.mark.parametrize("anomalous", [True, False])
-def test_encodes_the_annotation_as_fastavro_does(make_alerts: Callable[..., AlertBatch], anomalous: bool) -> None:
+def test_annotation_is_encoded_as_by_fastavro(make_alerts: Callable[..., AlertBatch], anomalous: bool) -> None:
     alerts = make_alerts(list(range(40)))
     scored = replace(score(alerts), anomalies=anomalies_of(40) if anomalous else None)
     schema = fastavro.parse_schema(json.loads(scored_alert_schema().text)["fields"][-1]["type"])

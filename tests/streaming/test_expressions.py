@@ -168,7 +168,7 @@ def test_any_text_compiles_or_is_refused(text: str) -> None:
         compile_filter(text, FIELDS, OUTPUTS)
 
 
-def test_agrees_with_numpy_on_many_alerts(
+def test_filter_agrees_with_numpy_on_many_alerts(
     make_alerts: Callable[..., AlertBatch], make_scored: Callable[..., ScoredBatch]
 ) -> None:
     rng = np.random.default_rng(7)

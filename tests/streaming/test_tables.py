@@ -259,7 +259,7 @@ def test_table_without_rejects_has_nulls_only_in_columns_of_models(
 @pytest.mark.parametrize("suffix", [".parquet", ".ecsv", ".fits"])
 def test_astropy_reads_ids_units_and_descriptions(clean: Callable[[str], Path], suffix: str) -> None:
     if suffix == ".parquet":
-        pytest.importorskip("pandas", reason="astropy's reader of Parquet wants it")
+        pytest.importorskip("pandas", reason="astropy's reader of Parquet needs pandas")
     table = Table.read(clean(suffix))
     assert table["alert_id"].dtype.kind == "i"
     assert list(table["alert_id"]) == IDS
@@ -271,7 +271,7 @@ def test_astropy_reads_ids_units_and_descriptions(clean: Callable[[str], Path], 
 
 
 def test_astropy_opens_a_table_with_rejects(tmp_path: Path, scored: ScoredBatch) -> None:
-    pytest.importorskip("pandas", reason="astropy's reader of Parquet wants it")
+    pytest.importorskip("pandas", reason="astropy's reader of Parquet needs pandas")
     path = tmp_path / "scores.parquet"
     with open_table(path, SCHEMA) as table:
         table.write(to_rows(scored, SCHEMA))

@@ -54,7 +54,7 @@ def test_training_without_torch_says_what_to_install(
     assert capsys.readouterr().err == f"training train-default: needs torch, which is not installed: {INSTALL}\n"
 
 
-def test_builds_a_data_set(night_packets: Path, night_table: Path, tmp_path: Path) -> None:
+def test_command_builds_a_data_set(night_packets: Path, night_table: Path, tmp_path: Path) -> None:
     arguments = ["build-dataset", str(night_packets), "--labels", str(night_table), "--label", "truth"]
     classes = ["--class", "bogus=detector", "--class", "real=sky", "--shares", "0.1", "0.2"]
     assert main([*arguments, *classes, "--out", str(tmp_path / "set")]) == 0

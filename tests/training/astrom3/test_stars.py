@@ -119,7 +119,7 @@ def test_a_preprocessed_set_is_read_unchanged(simulated: StarSet, tmp_path: Path
 
 
 @pytest.mark.shared
-def test_reads_real_stars_in_the_published_layout(shared_data: Path, tmp_path: Path) -> None:
+def test_real_stars_in_the_published_layout_are_read(shared_data: Path, tmp_path: Path) -> None:
     with tarfile.open(shared_data / "lamost" / "lamost_176_spectra_fits.tar.xz") as archive:
         members = [member for member in archive if member.name.endswith(".fits")][:3]
         archive.extractall(tmp_path, members, filter="data")

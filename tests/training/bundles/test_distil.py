@@ -190,7 +190,7 @@ def real_alerts(shared_data: Path) -> Alerts:
 
 
 @pytest.mark.shared
-def test_loads_each_alert_once(real_alerts: Alerts) -> None:
+def test_each_alert_is_loaded_once(real_alerts: Alerts) -> None:
     assert len(real_alerts) == len(np.unique(real_alerts.alert_id)) > 1900
     rated = np.isfinite(published_score(real_alerts))
     assert 1300 < rated.sum() < len(real_alerts)

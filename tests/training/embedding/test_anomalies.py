@@ -35,7 +35,7 @@ def cases() -> list[LeftOut]:
     return [case("SN", 1, skill), case("AGN", 2, skill)]
 
 
-def test_the_default_and_the_best_measure_are_evaluated_on_the_test(cases: list[LeftOut]) -> None:
+def test_the_default_and_the_best_measure_are_evaluated_on_the_test_split(cases: list[LeftOut]) -> None:
     objects = np.arange(400).astype(np.str_)
     figures, resampled = judge(cases, 0.1, objects)
     assert figures["good/mean/roc_auc"] == pytest.approx(0.98, abs=0.02)

@@ -24,7 +24,7 @@ def clip(one: Tensor, other: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("modalities", [2, 3, 4])
-def test_sums_over_all_pairs(modalities: int) -> None:
+def test_loss_is_the_sum_over_all_pairs(modalities: int) -> None:
     v = vectors(modalities)
     expected = sum(clip(v[:, i], v[:, j]) for i in range(modalities) for j in range(i))
     torch.testing.assert_close(Contrast(modalities)(v), expected)

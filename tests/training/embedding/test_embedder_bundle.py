@@ -53,7 +53,7 @@ def embedded(scorer: Scorer, alerts: AlertBatch) -> ModelScores:
 
 
 @pytest.mark.parametrize("survey", ["ztf", "lsst"])
-def test_embeds_simulated_alerts_of_both_surveys(scorer: Scorer, survey: str) -> None:
+def test_simulated_alerts_of_both_surveys_are_embedded(scorer: Scorer, survey: str) -> None:
     made = list(simulate_night(40, 3, "lsst" if survey == "lsst" else "ztf"))
     alerts = decode(scorer, [Packet(alert.packet, FilePosition(str(alert.alert_id))) for alert in made])
     scores = embedded(scorer, alerts)
@@ -62,7 +62,7 @@ def test_embeds_simulated_alerts_of_both_surveys(scorer: Scorer, survey: str) ->
 
 
 @pytest.mark.shared
-def test_embeds_real_lsst_alerts_including_first_detections(
+def test_real_lsst_alerts_are_embedded_including_first_detections(
     scorer: Scorer, shared_data: Path, lsst_schemas: Path
 ) -> None:
     packets = [

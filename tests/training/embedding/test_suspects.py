@@ -32,7 +32,7 @@ def test_a_class_without_alerts_has_no_centroid() -> None:
     np.testing.assert_array_equal(middle, [[1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]])
 
 
-def test_lists_the_labelled_alerts_of_a_night(
+def test_command_lists_the_labelled_alerts_of_a_night(
     night_packets: Path, night_table: Path, embedding_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "suspects.csv"

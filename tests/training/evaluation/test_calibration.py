@@ -28,7 +28,7 @@ def as_predictions(probability: NDArray[np.float64], happened: NDArray[np.bool_]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_for_many_alerts_they_agree_with_logistic_regression(weighted: bool) -> None:
+def test_slope_and_intercept_of_many_alerts_agree_with_logistic_regression(weighted: bool) -> None:
     rng = np.random.default_rng(1)
     logit = rng.normal(1, 3, 20000)
     happened = outcomes(logit, 0.6, -1, seed=2)

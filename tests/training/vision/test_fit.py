@@ -66,7 +66,7 @@ def weights(config: Fit) -> dict[str, torch.Tensor]:
     return load_file(config.out / BUNDLE / WEIGHTS)
 
 
-def test_writes_a_bundle_and_its_predictions_on_the_test_split(fitted: Fit, night_dataset: Dataset) -> None:
+def test_fit_writes_a_bundle_and_its_predictions_on_the_test_split(fitted: Fit, night_dataset: Dataset) -> None:
     model = open_model(str(fitted.out / BUNDLE), Runtime(engine="torch", device="cpu", inference_threads=1))
     test = night_dataset["test"].read()
     scores = model.run(RawAlerts(test.cutouts, test.cutout_box, test.metadata, test.columns))["probabilities"]
@@ -287,7 +287,7 @@ def test_wrong_configurations_are_refused(config: Callable[..., Fit], fitted: Fi
         read_configuration(Fit, file)
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="this machine has a GPU")
 def test_a_missing_gpu_is_an_error(config: Callable[..., Fit]) -> None:
     wanted = config("gpu").model_copy(update={"hardware": Hardware(accelerator="gpu", devices=2)})
     with pytest.raises(TrainingError, match="hardware: No supported gpu backend found"):

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 pytest.importorskip("galsim", reason="simulated galaxies need the extra `demo`")
-pytest.importorskip("timm", reason="its backbones need the extra `train`")
+pytest.importorskip("timm", reason="timm's networks need the extra `train`")
 
 from broker_filter.importers.encoders import load_encoder_weights
 from broker_filter.importers.weights import WeightsError
@@ -74,7 +74,7 @@ def test_simulated_galaxies_agree_with_their_answers(galaxies: Galaxies) -> None
     assert np.array_equal(simulate_galaxies(3, seed=3).images, galaxies.images[:3])
 
 
-def test_reads_the_format_of_galaxy_zoo(galaxy_zoo: tuple[Path, Path]) -> None:
+def test_format_of_galaxy_zoo_is_read(galaxy_zoo: tuple[Path, Path]) -> None:
     found = read_galaxies(*galaxy_zoo, size=21)
     assert found.questions == ("edge-on_yes_fraction", "spiral_yes_fraction")
     assert found.images.shape == (3, 3, 21, 21)
@@ -114,7 +114,7 @@ def test_a_decompression_bomb_is_refused(galaxy_zoo: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.shared
-def test_reads_real_galaxies(shared_data: Path, tmp_path: Path) -> None:
+def test_real_galaxies_are_read(shared_data: Path, tmp_path: Path) -> None:
     with tarfile.open(shared_data / "galaxies" / "decals_rings_470_jpg128.tar") as archive:
         members = archive.getmembers()[:5]
         archive.extractall(tmp_path, members, filter="data")
