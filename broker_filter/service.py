@@ -31,7 +31,6 @@ from broker_filter.kafka.watchdog import Stage
 from broker_filter.metrics import Metrics
 from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.compiled import IMPLEMENTATION, why_python
-from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import RegistryUnavailable, open_registry
 from broker_filter.packets.rejects import Reject
 from broker_filter.scoring.runtimes import available_cores
@@ -103,14 +102,13 @@ class FilterService:
             self._judge = open_judge(self._scorer, anomalies.reference, anomalies.rate, service.judged)
         self._router = open_router(service, self._routing.beat)
         judged_by = self._judge.columns if self._judge else ()
-        self._decoder = Decoder(
+        self._decoder = self._scorer.decoder(
             open_registry(
                 config.input.schema_registry,
                 drop_cache=config.input.schema_cache == "drop",
                 waiting=self._decoding.beat,
             ),
-            cutout_size=self._scorer.cutout_size,
-            columns=tuple(dict.fromkeys((*self._scorer.columns, *self._router.columns, *judged_by))),
+            columns=(*self._router.columns, *judged_by),
             max_packet_bytes=config.input.max_packet_bytes,
         )
         self._window = DuplicateWindow(config.duplicate_window)

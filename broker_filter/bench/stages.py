@@ -36,7 +36,6 @@ from broker_filter.packets.decode import Decoder
 from broker_filter.packets.layout import N_POINT_COLUMNS, N_SPANS, STAMP, Layout
 from broker_filter.packets.ocf import read_container
 from broker_filter.packets.plan import field_paths
-from broker_filter.packets.registry import open_registry
 from broker_filter.packets.stamps import decode_stamps
 from broker_filter.packets.surveys import DEFAULT_COLUMNS, FORMATS
 from broker_filter.packets.walk import walk
@@ -87,8 +86,7 @@ def measure_stages(
 
 def open_decoder(scorer: Scorer) -> Decoder:
     """Return a decoder of the columns that the models need, and of the default columns."""
-    columns = dict.fromkeys((*DEFAULT_COLUMNS, *scorer.columns))
-    return Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=tuple(columns))
+    return scorer.decoder(columns=DEFAULT_COLUMNS)
 
 
 def decoding_stages(

@@ -30,8 +30,6 @@ from broker_filter.bench.sample import in_batches, write_night
 from broker_filter.bench.stages import BATCH, open_decoder
 from broker_filter.bench.testbed import Broker, Testbed
 from broker_filter.config import Model, Runtime
-from broker_filter.packets.decode import Decoder
-from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.bundle import open_bundle
 from broker_filter.scoring.runtimes import available_cores
 from broker_filter.scoring.scorer import open_scorer
@@ -65,7 +63,7 @@ def measure_archive(
 
     def service(threads: int) -> Run:
         scorer = open_scorer([model], Runtime(device=device, inference_threads=threads))
-        decoder = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=scorer.columns)
+        decoder = scorer.decoder()
         window = DuplicateWindow(alerts)
 
         def score() -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from broker_filter.config import Runtime
-from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.simulate import simulate_night
 from broker_filter.streaming.build_reference import build_reference
@@ -28,7 +26,7 @@ def write_reference(file: Path, seed: int) -> None:
     scorer = open_scorer([MODEL], Runtime())
     [model] = scorer.models
     where = compile_filter(WHERE, FIELDS, model.outputs)
-    decoder = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=scorer.columns)
+    decoder = scorer.decoder()
     packets = (Packet(alert.packet, FilePosition(str(alert.alert_id))) for alert in simulate_night(ALERTS, seed + 1))
     scored = score_stream(packets, decoder, scorer, DuplicateWindow(0), batch_size=BATCH, threads=1)
     build_reference(scored, model, where, ALERTS).write(file)

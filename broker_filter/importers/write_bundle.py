@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from broker_filter.config import Runtime
-from broker_filter.packets.batch import CUTOUTS, UNKNOWN_BAND, LightCurves, Measurement
+from broker_filter.packets.batch import CUTOUTS, PSF_SIZE, UNKNOWN_BAND, LightCurves, Measurement, Survey
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import (
     CARD,
@@ -172,7 +172,7 @@ def _to_onnx(served: nn.Module, inputs: list[torch.Tensor], description: Descrip
 
 def _test_alerts(inputs: Inputs) -> RawAlerts:
     """Return four synthetic raw alerts: a new source, a misaligned subtraction, an incomplete stamp, and pixels that
-    are NaN or the largest float32.
+    are NaN or the largest float32. The last alert has no planes, and the second has unusable pixels in its variance.
 
     If light curves are needed, the first alert has one point, the second more points than fit, the third none.
     """
@@ -196,6 +196,18 @@ def _test_alerts(inputs: Inputs) -> RawAlerts:
     metadata[0, :1] = np.nan
     columns = tuple(column.name for column in inputs.metadata)
     alerts = RawAlerts(cutouts, box, metadata, columns)
+    if "variance" in inputs.planes:
+        variance = (12**2 + np.maximum(clean, 0)).astype(np.float32)
+        variance[1, :, 0, :3] = 0, -1, np.inf
+        variance[3] = np.nan
+        alerts = replace(alerts, variance=variance)
+    if "psf" in inputs.planes:
+        offset = np.arange(PSF_SIZE) - PSF_SIZE // 2
+        width = np.array([1.0, 1.5, 2.5])[:, None, None]
+        psf = np.exp(-(offset[:, None] ** 2 + offset**2) / (2 * width**2)) / (2 * np.pi * width**2)
+        psf = np.tile(psf.astype(np.float32), (len(cutouts), 1, 1, 1))
+        psf[3] = np.nan
+        alerts = replace(alerts, psf=psf, survey=np.full(len(cutouts), Survey.LSST, np.uint8))
     if inputs.light_curve is None:
         return alerts
     mjd = np.full(len(cutouts), TEST_MJD)
@@ -221,6 +233,9 @@ def _arrays(alerts: RawAlerts) -> dict[str, NDArray[Any]]:
         "cutout_box": alerts.cutout_box,
         "metadata": alerts.metadata,
     }
+    for name in ("variance", "psf", "survey"):
+        if (array := getattr(alerts, name)) is not None:
+            arrays[name] = array
     if alerts.mjd is not None and alerts.light_curves is not None:
         arrays["mjd"] = alerts.mjd
         arrays |= {f"{POINTS}{name}": getattr(alerts.light_curves, name) for name in ("offsets", *POINT_COLUMNS)}

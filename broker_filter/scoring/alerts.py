@@ -17,7 +17,7 @@ from broker_filter.packets.batch import AlertBatch, LightCurves
 class RawAlerts:
     """The model-relevant fields of N alerts; `alerts[rows]` selects a subset. The columns are those of `AlertBatch`.
 
-    `mjd` and `light_curves` may be absent; such alerts are only for models that do not use light curves.
+    Each of the last five may be absent; such alerts are only for models that do not need it.
     """
 
     cutouts: NDArray[np.float32]  # [N, 3, S, S]
@@ -26,6 +26,9 @@ class RawAlerts:
     columns: tuple[str, ...]  # F
     mjd: NDArray[np.float64] | None = None  # [N]
     light_curves: LightCurves | None = None  # of the N alerts
+    variance: NDArray[np.float32] | None = None  # [N, 3, S, S]
+    psf: NDArray[np.float32] | None = None  # [N, 3, PSF_SIZE, PSF_SIZE]
+    survey: NDArray[np.uint8] | None = None  # [N] Survey
 
     def __len__(self) -> int:
         return len(self.cutouts)
@@ -38,9 +41,22 @@ class RawAlerts:
             self.columns,
             None if self.mjd is None else self.mjd[rows],
             None if self.light_curves is None else self.light_curves[rows],
+            None if self.variance is None else self.variance[rows],
+            None if self.psf is None else self.psf[rows],
+            None if self.survey is None else self.survey[rows],
         )
 
 
 def raw_alerts(batch: AlertBatch) -> RawAlerts:
     """Return the fields of a decoded batch that models use, as views: nothing is copied."""
-    return RawAlerts(batch.cutouts, batch.cutout_box, batch.metadata, batch.columns, batch.mjd, batch.light_curves)
+    return RawAlerts(
+        batch.cutouts,
+        batch.cutout_box,
+        batch.metadata,
+        batch.columns,
+        batch.mjd,
+        batch.light_curves,
+        batch.variance,
+        batch.psf,
+        batch.survey,
+    )

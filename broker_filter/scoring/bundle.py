@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 from broker_filter.config import SurveyName
 from broker_filter.errors import USAGE, BrokerFilterError
-from broker_filter.packets.batch import BANDS, LightCurves, Measurement
+from broker_filter.packets.batch import BANDS, CUTOUTS, PSF_SIZE, LightCurves, Measurement, Plane
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.scores import output_name
 
@@ -87,12 +87,33 @@ class ImageInput(CardSection):
 
     size: int = Field(gt=0, le=MAX_CUTOUT_SIZE, description="Pixels per side.")
     order: tuple[Literal["science", "template", "difference"], ...] = Field(min_length=1)
-    normalisation: Literal["l2_row", "l2_image"] = Field(
-        description="Each image row, or the whole image, is divided by its L2 norm."
+    normalisation: Literal["l2_row", "l2_image", "snr"] = Field(
+        description="`l2_row`, `l2_image`: each image row, or the whole image, is divided by its L2 norm. `snr`: the "
+        "background is subtracted from science and template images, each pixel is divided by its noise, and the ratio "
+        "is compressed with arcsinh; missing pixels are 0. The noise is the square root of the survey's variance "
+        "plane, or 1.4826 x the MAD of the stamp where there is none (ZTF)."
     )
     padding: float = Field(description="Value of pixels outside the stamp, set after normalisation.")
     resize: Literal["centre"] = Field(
         default="centre", description="Larger stamps are cropped about their centre pixel."
+    )
+
+
+class PsfInput(CardSection):
+    """The network's PSF input: float32 `psf` of shape [N, len(order), size, size].
+
+    It holds the survey's images of the point spread function, with the centre at pixel size // 2.
+    """
+
+    size: int = Field(gt=0, le=PSF_SIZE, description="Pixels per side.")
+    order: tuple[Literal["science", "template", "difference"], ...] = Field(
+        min_length=1, description="The cutouts whose PSF images the network takes, in order."
+    )
+    normalisation: Literal["sum", "peak"] = Field(description="Each image is divided by its sum, or by its maximum.")
+    fallback_fwhm: dict[SurveyName, Annotated[float, Field(gt=0, le=MAX_CUTOUT_SIZE)]] = Field(
+        min_length=1,
+        description="For each survey, the full width at half maximum in pixels of the Gaussian that replaces a PSF "
+        "image that is absent or unusable. A survey that is not listed has that of the first one.",
     )
 
 
@@ -136,6 +157,13 @@ class Inputs(CardSection):
     light_curve: LightCurveInput | None = Field(
         default=None, description="null: the network has no light-curve inputs."
     )
+    psf: PsfInput | None = Field(default=None, description="null: the network has no PSF input.")
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """The planes that must be decoded besides the cutouts."""
+        variance: tuple[Plane, ...] = ("variance",) if self.images.normalisation == "snr" else ()
+        return (*variance, "psf") if self.psf is not None else variance
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of one alert's inputs by name, in the order in which the network takes them."""
@@ -145,6 +173,8 @@ class Inputs(CardSection):
         if self.light_curve is not None:
             shapes["light_curve"] = (self.light_curve.points, LIGHT_CURVE_FEATURES)
             shapes["light_curve_mask"] = (self.light_curve.points,)
+        if self.psf is not None:
+            shapes["psf"] = (len(self.psf.order), self.psf.size, self.psf.size)
         return shapes
 
 
@@ -301,6 +331,10 @@ class Bundle:
             points = tensors.get(f"{POINTS}mjd", np.empty(0)).shape
             expected |= {"mjd": ((k,), np.float64), f"{POINTS}offsets": ((k + 1,), np.int64)}
             expected |= {f"{POINTS}{name}": (points, kind) for name, kind in POINT_COLUMNS.items()}
+        if "variance" in inputs.planes:
+            expected["variance"] = (k, len(CUTOUTS), size, size), np.float32
+        if "psf" in inputs.planes:
+            expected |= {"psf": ((k, len(CUTOUTS), PSF_SIZE, PSF_SIZE), np.float32), "survey": ((k,), np.uint8)}
         found = {name: (tensor.shape, tensor.dtype.type) for name, tensor in tensors.items()}
         if found != expected or not 0 < k <= MAX_TEST_ALERTS:
             raise BundleError(f"{path}: holds {found}; the card requires {expected}; make the bundle again")
@@ -311,6 +345,9 @@ class Bundle:
             columns=tuple(column.name for column in inputs.metadata),
             mjd=tensors.get("mjd"),
             light_curves=None if inputs.light_curve is None else _light_curves(path, tensors),
+            variance=tensors.get("variance"),
+            psf=tensors.get("psf"),
+            survey=tensors.get("survey"),
             outputs={name: tensors[name] for name in answers},
         )
 

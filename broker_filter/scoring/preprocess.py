@@ -12,18 +12,30 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from broker_filter.packets.batch import BANDS, CUTOUTS, LightCurves
+from broker_filter.packets.batch import BANDS, CUTOUTS, LightCurves, Survey
 from broker_filter.packets.compiled import IMPLEMENTATION
 from broker_filter.scoring.alerts import RawAlerts
-from broker_filter.scoring.bundle import LIGHT_CURVE_FEATURES, ImageInput, Inputs, LightCurveInput, MetadataColumn
+from broker_filter.scoring.bundle import (
+    LIGHT_CURVE_FEATURES,
+    ImageInput,
+    Inputs,
+    LightCurveInput,
+    MetadataColumn,
+    PsfInput,
+)
+from broker_filter.scoring.snr import SUBTRACTED, snr_numpy
+
+SIGMAS_PER_FWHM = 2 * np.sqrt(2 * np.log(2))
+"""The full width at half maximum of a Gaussian in units of its standard deviation."""
 
 
 def prepare(alerts: RawAlerts, inputs: Inputs) -> dict[str, NDArray[np.float32]]:
     """Return the network's inputs: float32 arrays [N, ...] by the names, and in the order, of `inputs.shapes()`.
 
-    Raises ValueError if the cutouts are too small, and KeyError if metadata or light curves are needed but absent.
+    Raises ValueError if the cutouts are too small, and KeyError if metadata, light curves or planes are needed but
+    absent.
     """
-    prepared = {"images": prepare_images(alerts.cutouts, alerts.cutout_box, inputs.images)}
+    prepared = {"images": prepare_images(alerts.cutouts, alerts.cutout_box, inputs.images, alerts.variance)}
     if inputs.metadata:
         prepared["metadata"] = prepare_metadata(alerts.metadata, alerts.columns, inputs.metadata)
     if inputs.light_curve is not None:
@@ -32,11 +44,18 @@ def prepare(alerts: RawAlerts, inputs: Inputs) -> dict[str, NDArray[np.float32]]
         prepared["light_curve"], prepared["light_curve_mask"] = prepare_light_curves(
             alerts.light_curves, alerts.mjd, inputs.light_curve
         )
+    if inputs.psf is not None:
+        if alerts.psf is None or alerts.survey is None:
+            raise KeyError("the model needs PSF images, but they were not decoded")
+        prepared["psf"] = prepare_psf(alerts.psf, alerts.survey, inputs.psf)
     return prepared
 
 
 def prepare_images(
-    cutouts: NDArray[np.float32], cutout_box: NDArray[np.int16], images: ImageInput
+    cutouts: NDArray[np.float32],
+    cutout_box: NDArray[np.int16],
+    images: ImageInput,
+    variance: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Convert raw cutouts [N, 3, S, S] with boxes [N, 3, 4] (see `AlertBatch`) into network images float32[N, C, size,
     size].
@@ -45,18 +64,57 @@ def prepare_images(
     `padding`. If the norm is not finite, NaN is first replaced by 0 and infinities by the largest float32. All
     arithmetic is in float32, as in the code that computed ZTF's published `drb` (`make_triplet` in
     https://github.com/dmitryduev/braai): there, too, a row with a pixel of 3.4e38 has an infinite norm and becomes 0.
+    The normalisation `snr` needs `variance` [N, 3, S, S] (NaN where it is unknown); see the module `snr`.
 
-    Raises ValueError if S < size.
+    Raises ValueError if S < size, and KeyError if the normalisation is `snr` and `variance` is None.
     """
+    if images.normalisation == "snr" and variance is None:
+        raise KeyError("the model needs the variance planes, but they were not decoded")
     if images.order != CUTOUTS:
         chosen = [CUTOUTS.index(name) for name in images.order]
-        cutouts, cutout_box = cutouts[:, chosen], cutout_box[:, chosen]
+        cutouts = cutouts[:, chosen]
+        variance = None if variance is None else variance[:, chosen]
+        cutout_box = cutout_box[:, chosen]
     if cutouts.shape[-1] != images.size:
+        variance = None if variance is None else _crop(variance, cutout_box, images.size)[0]
         cutouts, cutout_box = _crop(cutouts, cutout_box, images.size)
     prepared = np.empty(cutouts.shape, np.float32)
+    if images.normalisation == "snr":
+        assert variance is not None
+        snr_numpy(
+            cutouts.reshape(-1, images.size, images.size),
+            variance.reshape(-1, images.size, images.size),
+            cutout_box.reshape(-1, 4),
+            np.tile(np.isin(images.order, SUBTRACTED), len(cutouts)),
+            images.padding,
+            prepared.reshape(-1, images.size, images.size),
+        )
+        return prepared
     length = images.size if images.normalisation == "l2_row" else images.size**2
     normalise(np.ascontiguousarray(cutouts), prepared, length)
     _pad(prepared, cutout_box, images.padding)
+    return prepared
+
+
+def prepare_psf(psf: NDArray[np.float32], survey: NDArray[np.uint8], wanted: PsfInput) -> NDArray[np.float32]:
+    """Return the PSF input float32[N, len(order), size, size].
+
+    `psf` float32[N, 3, P, P] is cropped to its centre and divided by its sum or maximum. A Gaussian of the width that
+    the card gives for the alert's `survey` uint8[N] stands for an image that is NaN, or whose positive pixels do not
+    outweigh the negative ones three times.
+    """
+    start = psf.shape[-1] // 2 - wanted.size // 2
+    inner = slice(start, start + wanted.size)
+    images = psf[:, [CUTOUTS.index(name) for name in wanted.order], inner, inner].astype(np.float64)
+    usable = images.sum(axis=(2, 3)) > np.abs(images).sum(axis=(2, 3)) / 2  # false for NaN
+    offset = np.arange(wanted.size) - wanted.size // 2
+    widths = {Survey[name.upper()]: fwhm for name, fwhm in wanted.fallback_fwhm.items()}
+    for n, c in np.argwhere(~usable).tolist():
+        sigma = widths.get(Survey(int(survey[n])), next(iter(widths.values()))) / SIGMAS_PER_FWHM
+        profile = np.exp(-(offset**2) / (2 * sigma**2))
+        images[n, c] = np.outer(profile, profile)
+    scale = images.sum(axis=(2, 3)) if wanted.normalisation == "sum" else images.max(axis=(2, 3))
+    prepared: NDArray[np.float32] = (images / scale[:, :, None, None]).astype(np.float32)
     return prepared
 
 

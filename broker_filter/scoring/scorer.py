@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from broker_filter import config
-from broker_filter.packets.batch import AlertBatch, Survey
+from broker_filter.packets.batch import AlertBatch, Plane, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.ocf import MAX_CONTAINER_BYTES
 from broker_filter.packets.registry import SchemaRegistry
@@ -66,6 +66,11 @@ class Model:
     def columns(self) -> tuple[str, ...]:
         """Metadata columns that the model needs, in its order."""
         return tuple(column.name for column in self.bundle.card.inputs.metadata)
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """Planes that must be decoded for the model besides the cutouts."""
+        return self.bundle.card.inputs.planes
 
     @property
     def provider(self) -> str:
@@ -189,7 +194,7 @@ class Scorer:
         columns: Sequence[str] = (),
         max_packet_bytes: int = MAX_CONTAINER_BYTES,
     ) -> Decoder:
-        """Return a decoder of everything that the models read: cutouts of `cutout_size`, and their metadata columns.
+        """Return a decoder of everything that the models read: cutouts of `cutout_size`, planes, and metadata columns.
 
         `schema_registry`, `max_packet_bytes` and the errors raised: see Decoder. `columns`: metadata columns to decode
         besides those of the models.
@@ -198,6 +203,7 @@ class Scorer:
             schema_registry,
             cutout_size=self.cutout_size,
             columns=tuple(dict.fromkeys((*self.columns, *columns))),
+            planes=self.planes,
             max_packet_bytes=max_packet_bytes,
         )
 
@@ -205,6 +211,11 @@ class Scorer:
     def cutout_size(self) -> int:
         """Size in pixels that cutouts must be decoded to: the largest that a model takes."""
         return max(model.bundle.card.inputs.images.size for model in self.models)
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """Planes that must be decoded for the models besides the cutouts, without repetition."""
+        return tuple(dict.fromkeys(plane for model in self.models for plane in model.planes))
 
     @property
     def columns(self) -> tuple[str, ...]:

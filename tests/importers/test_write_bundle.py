@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from broker_filter.config import Runtime
 from broker_filter.importers.write_bundle import _test_alerts, write_bundle
-from broker_filter.packets.batch import AlertBatch, Survey
+from broker_filter.packets.batch import PSF_SIZE, AlertBatch, Survey
+from broker_filter.packets.packet import Packet
 from broker_filter.scoring import networks
 from broker_filter.scoring.bundle import (
     CARD,
@@ -34,12 +35,14 @@ from broker_filter.scoring.bundle import (
     LightCurveInput,
     MetadataColumn,
     Outputs,
+    PsfInput,
     Training,
     open_bundle,
 )
 from broker_filter.scoring.networks.stampnet import StampNet
 from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.scorer import open_scorer
+from broker_filter.simulate import simulate_night
 
 
 class Fusion(nn.Module):
@@ -71,6 +74,20 @@ class Joined(nn.Module):
         past = (self.points(light_curve) * mask.unsqueeze(2)).sum(1)
         modalities = torch.nn.functional.normalize(torch.stack([seen, past], 1), dim=2)
         return seen, torch.nn.functional.normalize(modalities.flatten(1), dim=1), modalities
+
+
+class WithPsf(nn.Module):
+    """A network that takes images and PSF images, with one label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = nn.Conv2d(3, 4, 3)
+        self.psf = nn.Conv2d(1, 4, 3)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, images: Tensor, psf: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = torch.cat([torch.relu(self.images(images)).mean((2, 3)), self.psf(psf).mean((2, 3))], dim=1)
+        return self.head(embedding), embedding
 
 
 @pytest.fixture
@@ -128,6 +145,44 @@ def test_every_engine_serves_a_network_with_metadata_and_embedding(
     np.testing.assert_allclose(onnx.embedding, reference.embedding, rtol=1e-5, atol=1e-5)
     filled = np.where(np.isnan(batch.metadata[:, 2]), 20, batch.metadata[:, 2])
     np.testing.assert_allclose(onnx.embedding[:, 8], filled, rtol=1e-4)  # batch normalisation with initial parameters
+
+
+def test_every_engine_serves_a_network_with_planes(
+    tmp_path: Path, description: Description, monkeypatch: pytest.MonkeyPatch, make_batch: Callable[..., AlertBatch]
+) -> None:
+    monkeypatch.setitem(networks.NETWORKS, "with_psf", WithPsf)
+    psf_input = PsfInput(size=15, order=("difference",), normalisation="sum", fallback_fwhm={"lsst": 5, "ztf": 2})
+    images = ImageInput(size=31, order=("science", "template", "difference"), normalisation="snr", padding=0)
+    with_planes = description.model_copy(
+        update={
+            "inputs": Inputs(images=images, psf=psf_input),
+            "outputs": Outputs(labels=("real",), activation="sigmoid", embedding=8),
+            "architecture": Architecture(name="with_psf"),
+        }
+    )
+    torch.manual_seed(5)
+    write_bundle(tmp_path / "planes", with_planes, WithPsf().eval())
+    assert open_bundle(tmp_path / "planes").card.inputs == with_planes.inputs
+    rng = np.random.default_rng(1)
+    variance = rng.uniform(1, 4, (70, 3, 31, 31)).astype(np.float32)
+    variance[::7] = np.nan
+    psf = rng.uniform(size=(70, 3, PSF_SIZE, PSF_SIZE)).astype(np.float32)
+    psf[::5] = np.nan
+    pixels = rng.normal(0, 2, (70, 3, 31, 31)).astype(np.float32)
+    batch = make_batch(pixels, survey=[Survey.ZTF, Survey.LSST] * 35, variance=variance, psf=psf)
+    served = []
+    for engine in ("onnxruntime", "torch"):
+        scorer = open_scorer([str(tmp_path / "planes")], Runtime.model_validate({"engine": engine, "device": "cpu"}))
+        assert scorer.planes == ("variance", "psf")
+        served.append(scorer.score(batch).models[0])
+        with pytest.raises(KeyError, match="variance planes"):
+            scorer.score(make_batch(pixels))
+    np.testing.assert_allclose(served[0].probabilities, served[1].probabilities, rtol=0, atol=1e-5)
+    assert not np.isnan(served[0].probabilities).any()
+    alerts, _ = scorer.decoder().decode([Packet(alert.packet) for alert in simulate_night(3, seed=1)])
+    assert alerts.variance is not None
+    assert np.isnan(alerts.variance).all()  # ZTF
+    assert np.isfinite(scorer.score(alerts).models[0].probabilities).all()
 
 
 def test_every_engine_serves_a_network_with_light_curves_and_modalities(

@@ -30,6 +30,8 @@ def make_batch() -> Callable[..., AlertBatch]:
         metadata: NDArray[np.float64] | None = None,
         mjd: NDArray[np.float64] | None = None,
         light_curves: LightCurves | None = None,
+        variance: NDArray[np.float32] | None = None,
+        psf: NDArray[np.float32] | None = None,
     ) -> AlertBatch:
         n, _, size, _ = cutouts.shape
         whole = np.tile(np.array([0, 0, size, size], np.int16), (n, 3, 1))
@@ -61,6 +63,8 @@ def make_batch() -> Callable[..., AlertBatch]:
                 flux_err=no_points.astype(np.float32),
                 kind=no_points.astype(np.uint8),
             ),
+            variance=variance,
+            psf=psf,
         )
 
     return make

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from broker_filter.packets.batch import BANDS, CUTOUTS, UNKNOWN_BAND, LightCurves, Measurement
+from broker_filter.packets.batch import BANDS, CUTOUTS, PSF_SIZE, UNKNOWN_BAND, LightCurves, Measurement, Survey
 from broker_filter.scoring.alerts import RawAlerts
-from broker_filter.scoring.bundle import LIGHT_CURVE_FEATURES, ImageInput, Inputs, LightCurveInput, MetadataColumn
+from broker_filter.scoring.bundle import (
+    LIGHT_CURVE_FEATURES,
+    ImageInput,
+    Inputs,
+    LightCurveInput,
+    MetadataColumn,
+    PsfInput,
+)
 from broker_filter.scoring.preprocess import (
     normalise,
     normalise_numpy,
@@ -16,7 +26,9 @@ from broker_filter.scoring.preprocess import (
     prepare_images,
     prepare_light_curves,
     prepare_metadata,
+    prepare_psf,
 )
+from broker_filter.scoring.snr import arcsinh
 
 FLT_MAX = np.finfo(np.float32).max
 PADDING = 1e-9
@@ -282,3 +294,152 @@ def test_inputs_have_the_names_order_and_shapes_of_the_card() -> None:
     assert [(name, array.shape[1:]) for name, array in prepared.items()] == list(inputs.shapes().items())
     for name, array in prepare(alerts[np.array([False, True, False])], inputs).items():
         np.testing.assert_array_equal(array, prepared[name][1:2])
+
+
+def snr_spec(size: int = 31, order: tuple[str, ...] = CUTOUTS, padding: float = 0) -> ImageInput:
+    return ImageInput.model_validate({"size": size, "order": order, "normalisation": "snr", "padding": padding})
+
+
+def lsst_alerts(
+    n: int, size: int = 31, noise: float = 40, sky: float = 0
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return cutouts of noise over a sky, and their variance planes, both float32[n, 3, size, size]."""
+    rng = np.random.default_rng(n + size)
+    variance = noise**2 * rng.uniform(0.8, 1.2, (n, 3, size, size))
+    return (sky + np.sqrt(variance) * rng.normal(size=variance.shape)).astype(np.float32), variance.astype(np.float32)
+
+
+@pytest.mark.parametrize("planes", [True, False])
+@pytest.mark.parametrize(("noise", "sky"), [(40, 0), (5, 100), (1e-3, 1), (1e6, -1e7)])
+def test_snr_gives_noise_the_same_units_from_every_survey(planes: bool, noise: float, sky: float) -> None:
+    cutouts, variance = lsst_alerts(20, noise=noise, sky=sky)
+    cutouts[:, 2] -= np.float32(sky)  # the difference image has no sky
+    cutouts[:, :, 14:17, 14:17] += np.float32(1000 * noise)
+    variance = variance if planes else np.full_like(variance, np.nan)
+    images = prepare_images(cutouts, boxes(20, (0, 0, 31, 31)), snr_spec(), variance)
+    ratio = np.sinh(images.astype(np.float64))
+    quiet = np.ones((31, 31), bool)
+    quiet[14:17, 14:17] = False
+    np.testing.assert_allclose(ratio[..., quiet].std(axis=2), 1, atol=0.15)
+    np.testing.assert_allclose(ratio[..., quiet].mean(axis=2), 0, atol=0.2)
+    np.testing.assert_allclose(ratio[:, :, 15, 15], 1000, rtol=0.15)
+
+
+def test_arcsinh_agrees_with_numpy_and_is_odd() -> None:
+    values = np.concatenate([[0], np.geomspace(1e-12, 1e9, 200_001)]).astype(np.float32)
+    np.testing.assert_allclose(arcsinh(values), np.arcsinh(values.astype(np.float64)), rtol=2e-7, atol=2e-7)
+    assert np.array_equal(arcsinh(-values), -arcsinh(values))
+    assert (np.diff(arcsinh(values)) >= 0).all()
+
+
+def test_snr_divides_by_the_variance_plane_where_it_is_good_and_by_the_robust_noise_elsewhere() -> None:
+    cutouts, variance = lsst_alerts(1, noise=10)
+    variance[:] = 400
+    variance[0, 2, :4, 0] = 0, -1, np.inf, np.nan
+    images = np.sinh(prepare_images(cutouts, boxes(1, (0, 0, 31, 31)), snr_spec(), variance)[0, 2].astype(np.float64))
+    np.testing.assert_allclose(images[4:, 4:], cutouts[0, 2, 4:, 4:] / 20, rtol=1e-5, atol=1e-6)
+    robust = cutouts[0, 2, :4, 0] / images[:4, 0]
+    np.testing.assert_allclose(robust, 10, rtol=0.15)
+    assert len(set(np.round(robust, 3))) == 1
+
+
+def test_snr_leaves_the_zero_of_the_difference_image() -> None:
+    cutouts = np.full((1, 3, 31, 31), 60, np.float32)
+    images = prepare_images(cutouts, boxes(1, (0, 0, 31, 31)), snr_spec(), np.full_like(cutouts, 100))
+    np.testing.assert_allclose(images[0, :, 15, 15], [0, 0, np.arcsinh(6)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "value", [np.nan, np.inf, -np.inf, FLT_MAX, -FLT_MAX, 1e30, 1e29, 1e-45, -1e-45, 0, -0.0, 3.0], ids=str
+)
+@pytest.mark.parametrize("known", [np.nan, np.inf, -np.inf, 0, -1, 1e-45, FLT_MAX, 4.0], ids=str)
+@pytest.mark.parametrize("box", [(0, 0, 31, 31), (15, 15, 1, 1), (10, 3, 7, 25)], ids=str)
+def test_snr_is_always_finite(value: float, known: float, box: tuple[int, int, int, int]) -> None:
+    y, x, height, width = box
+    cutouts = np.zeros((3, 3, 31, 31), np.float32)
+    inside = cutouts[:, :, y : y + height, x : x + width]
+    inside[0] = value
+    inside[1] = np.random.default_rng(0).normal(size=inside[1].shape)
+    inside[1, :, :1] = value
+    inside[2] = np.random.default_rng(0).normal(size=inside[1].shape)
+    inside[2, :, -1, -1] = value
+    variance = np.full_like(cutouts, known)
+    images = prepare_images(cutouts, boxes(3, box), snr_spec(padding=0.5), variance)
+    assert np.isfinite(images).all()
+    assert (np.abs(images) < 22).all()
+    if not abs(value) < 1e30:
+        assert (images[0, :, y : y + height, x : x + width] == 0).all()
+    outside = np.ones((31, 31), bool)
+    outside[y : y + height, x : x + width] = False
+    assert (images[..., outside] == 0.5).all()
+
+
+def test_snr_of_an_alert_does_not_depend_on_its_batch_or_slot() -> None:
+    cutouts, variance = lsst_alerts(9, 63)
+    variance[3] = np.nan
+    cutouts[4, 1, 20:40, 30] = np.nan
+    small = boxes(9, WHOLE)
+    small[5:] = 10, 12, 40, 30
+    together = prepare_images(cutouts, small, snr_spec(), variance)
+    for i in range(9):
+        alone = prepare_images(cutouts[i : i + 1], small[i : i + 1], snr_spec(), variance[i : i + 1])
+        assert np.array_equal(alone[0], together[i])
+    centre = slice(16, 47)
+    cropped = prepare_images(
+        cutouts[:5, :, centre, centre], boxes(5, (0, 0, 31, 31)), snr_spec(), variance[:5, :, centre, centre]
+    )
+    assert np.array_equal(cropped, together[:5])
+
+
+def test_snr_takes_the_cutouts_in_the_networks_order() -> None:
+    cutouts, variance = lsst_alerts(2, 63)
+    whole = prepare_images(cutouts, boxes(2, WHOLE), snr_spec(), variance)
+    chosen = prepare_images(cutouts, boxes(2, WHOLE), snr_spec(order=("difference", "science")), variance)
+    assert np.array_equal(chosen, whole[:, [2, 0]])
+
+
+def test_snr_does_not_modify_the_alerts() -> None:
+    cutouts, variance = lsst_alerts(2)
+    before = cutouts.copy(), variance.copy()
+    prepare_images(cutouts, boxes(2, (0, 0, 31, 31)), snr_spec(), variance)
+    assert np.array_equal(cutouts, before[0])
+    assert np.array_equal(variance, before[1])
+
+
+def test_planes_that_were_not_decoded_are_an_error() -> None:
+    cutouts, variance = lsst_alerts(2)
+    alerts = RawAlerts(cutouts, boxes(2, (0, 0, 31, 31)), np.empty((2, 0)), ())
+    with pytest.raises(KeyError, match="the model needs the variance planes"):
+        prepare(alerts, Inputs(images=snr_spec()))
+    with pytest.raises(KeyError, match="the model needs PSF images"):
+        prepare(replace(alerts, variance=variance), Inputs(images=snr_spec(), psf=PSF))
+
+
+PSF = PsfInput(size=15, order=("science", "difference"), normalisation="sum", fallback_fwhm={"lsst": 5, "ztf": 2})
+
+
+@pytest.mark.parametrize(("normalisation", "norm"), [("sum", np.sum), ("peak", np.max)])
+def test_psf_images_are_cropped_to_their_centre_and_normalised(normalisation: str, norm: Any) -> None:
+    psf = np.random.default_rng(0).uniform(size=(2, 3, PSF_SIZE, PSF_SIZE)).astype(np.float32)
+    wanted = PSF.model_copy(update={"normalisation": normalisation})
+    images = prepare_psf(psf, np.full(2, Survey.LSST, np.uint8), wanted)
+    centre = psf[:, [0, 2], 8:23, 8:23].astype(np.float64)
+    np.testing.assert_allclose(images, centre / norm(centre, axis=(2, 3), keepdims=True), rtol=1e-6)
+    assert Inputs(images=spec(), psf=wanted).shapes()["psf"] == images.shape[1:]
+
+
+def test_a_gaussian_of_the_survey_stands_for_an_unusable_psf_image() -> None:
+    psf = np.full((4, 3, PSF_SIZE, PSF_SIZE), np.nan, np.float32)
+    psf[2] = 0
+    psf[3] = FLT_MAX
+    psf[3, :, ::2] = -FLT_MAX
+    survey = np.array([Survey.ZTF, Survey.LSST, Survey.LSST, Survey.LSST], np.uint8)
+    images = prepare_psf(psf, survey, PSF.model_copy(update={"normalisation": "peak"}))
+    assert (images[:, :, 7, 7] == 1).all()
+    np.testing.assert_allclose(images[0, :, 7, 8], 0.5, rtol=1e-6)  # half the width of ZTF's: 1 px
+    assert (images[1, :, 7, 9] > 0.5).all()
+    assert (images[1, :, 7, 10] < 0.5).all()
+    assert np.array_equal(images[1], images[2])
+    assert np.array_equal(images[1], images[3])
+    only_lsst = PSF.model_copy(update={"fallback_fwhm": {"lsst": 5}, "normalisation": "peak"})
+    assert np.array_equal(prepare_psf(psf, survey, only_lsst)[0], images[1])

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from broker_filter.bench.measure import Spread, memory_megabytes, timed
 from broker_filter.config import Runtime
-from broker_filter.packets.batch import BANDS, CUTOUTS, LightCurves, Measurement
+from broker_filter.packets.batch import BANDS, CUTOUTS, PSF_SIZE, LightCurves, Measurement, Survey
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import Inputs
 from broker_filter.scoring.scorer import open_model
@@ -76,6 +76,11 @@ def noise(n: int, inputs: Inputs) -> RawAlerts:
         metadata=rng.normal(size=(n, len(inputs.metadata))),
         columns=tuple(column.name for column in inputs.metadata),
     )
+    if "variance" in inputs.planes:
+        alerts = replace(alerts, variance=np.full_like(alerts.cutouts, 12**2))
+    if "psf" in inputs.planes:
+        psf = rng.uniform(size=(n, len(CUTOUTS), PSF_SIZE, PSF_SIZE)).astype(np.float32)
+        alerts = replace(alerts, psf=psf, survey=np.full(n, Survey.LSST, np.uint8))
     if inputs.light_curve is None:
         return alerts
     each = inputs.light_curve.points
