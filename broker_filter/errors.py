@@ -1,7 +1,7 @@
 """The base of every error that a user of the program or of the library can mend.
 
 A fault of the program (a violated invariant, a bug) must never derive from it: the command line prints one line for a
-BrokerFilterError, and logs a traceback for any other exception.
+BrokerFilterError or an error of the operating system, and a traceback for a fault.
 """
 
 from __future__ import annotations
@@ -28,3 +28,12 @@ class BrokerFilterError(Exception):
     """
 
     exit_status: ClassVar[int] = FAILED
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an exception is a fault of the program, whose traceback must be logged.
+
+    A BrokerFilterError is not, and an OSError, such as a full disk, is not if it has a message. An OSError without a
+    message comes from Python code and not from the system, for example the TimeoutError of a future.
+    """
+    return not (isinstance(error, BrokerFilterError) or (isinstance(error, OSError) and str(error)))

@@ -20,7 +20,7 @@ from typing import NoReturn, TypeVar
 
 from confluent_kafka import KafkaException
 
-from broker_filter.errors import BrokerFilterError
+from broker_filter.errors import is_fault
 from broker_filter.health import Health, serve
 from broker_filter.kafka.client import KafkaSetupError, explain, pauses
 from broker_filter.kafka.connect import Endpoints, connect
@@ -69,7 +69,7 @@ class EndedError(Exception):
 
 def _fault(failure: BaseException | None) -> BaseException | None:
     """Return a fault of the program, whose traceback is logged; None for an error that a user can mend."""
-    return None if isinstance(failure, BrokerFilterError | OSError | KafkaException) else failure
+    return failure if failure and is_fault(failure) and not isinstance(failure, KafkaException) else None
 
 
 class FilterService:
@@ -289,6 +289,8 @@ class FilterService:
                 pass
             except BaseException as error:
                 log.debug("%s failed", name, exc_info=True)
+                if self._failure and (fault := _fault(error)):  # `run` raises the first failure alone
+                    log.critical("thread %s failed as well: %s", name, fault, exc_info=fault)
                 self._failure = self._failure or error
                 self._failed.set()
 

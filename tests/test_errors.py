@@ -11,7 +11,7 @@ import pytest
 
 import broker_filter
 import training
-from broker_filter.errors import FAILED, USAGE, BrokerFilterError
+from broker_filter.errors import FAILED, USAGE, BrokerFilterError, is_fault
 
 FAULTS = {"PositionError", "UnaccountedError", "UnexpectedMessageError"}
 """Violated invariants: each ends the program with a traceback."""
@@ -56,3 +56,21 @@ def test_every_exception_class_is_of_a_known_kind() -> None:
 @pytest.mark.parametrize("error", [e for e in exception_classes() if issubclass(e, BrokerFilterError)])
 def test_an_error_for_the_user_has_an_exit_status(error: type[BrokerFilterError]) -> None:
     assert error.exit_status in (FAILED, USAGE)
+
+
+@pytest.mark.parametrize("error", [e for e in exception_classes() if e.__name__ in FAULTS])
+def test_a_violated_invariant_is_a_fault(error: type[BaseException]) -> None:
+    assert is_fault(error("what is violated"))
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (BrokerFilterError("night.tar: no such file"), False),
+        (OSError(28, "No space left on device"), False),
+        (TimeoutError(), True),
+        (KeyError("x"), True),
+    ],
+)
+def test_an_error_without_a_message_for_the_user_is_a_fault(error: BaseException, fault: bool) -> None:
+    assert is_fault(error) == fault

@@ -14,7 +14,7 @@ from importlib import import_module
 from broker_filter.cli import INTERRUPTED, describe_error
 from broker_filter.cli.parser import did_you_mean
 from broker_filter.console import set_up_logging
-from broker_filter.errors import FAILED, USAGE, BrokerFilterError
+from broker_filter.errors import FAILED, USAGE, BrokerFilterError, is_fault
 
 COMMANDS = {
     "build-dataset": ("training.data.build_dataset", "build a data set from archives and labels"),
@@ -65,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except (BrokerFilterError, OSError) as error:
+        if is_fault(error):
+            raise
         print(f"training {command}: {describe_error(error)}", file=sys.stderr)
         return FAILED
     return 0

@@ -17,7 +17,7 @@ from importlib import import_module
 from broker_filter import __version__
 from broker_filter.cli.parser import CommandParser
 from broker_filter.console import set_up_logging
-from broker_filter.errors import FAILED, BrokerFilterError
+from broker_filter.errors import FAILED, BrokerFilterError, is_fault
 
 COMMANDS = ("score", "run", "replay", "inspect", "models", "reference", "similar", "map", "config", "bench", "demo")
 """The modules of the commands, in the order of `--help`. Each module has a function `add_parser(subparsers)`, which
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail
         return UNREAD
     except (BrokerFilterError, OSError) as error:
-        if arguments.verbose:
+        if arguments.verbose or is_fault(error):
             raise
         print(f"broker-filter: {describe_error(error)}", file=sys.stderr)
         return error.exit_status if isinstance(error, BrokerFilterError) else FAILED
