@@ -12,6 +12,7 @@ from broker_filter.config import Service
 from broker_filter.kafka.client import KafkaSetupError
 from broker_filter.kafka.sink import UnaccountedError
 from broker_filter.service import FilterService
+from broker_filter.streaming.resolved import resolve
 
 
 def raiser(error: BaseException) -> NoReturn:
@@ -25,7 +26,7 @@ def test_a_fault_logs_its_traceback_even_after_another_thread_has_failed(caplog:
             "output": {"prefix": "me"},
         }
     )
-    service = FilterService(config, threading.Event())
+    service = FilterService(resolve(config), threading.Event())
     first = KafkaSetupError("no broker answers")
     with caplog.at_level(logging.INFO):
         service._thread("read", lambda: raiser(first)).run()

@@ -93,7 +93,7 @@ def run_demo(out: Path, n: int, seed: int) -> None:
 
 
 FILES = {
-    "contact-sheet.png": "cutouts of alerts that the filters selected, of anomalies, and of alerts classified as bogus",
+    "contact-sheet.png": "cutouts of alerts that were selected, are anomalies, or were classified as bogus",
     "scores.parquet": "table of all alerts with their scores and true kinds",
     "service.yaml": "the service's configuration; replace its brokers by your own to run it",
     "service.log": "the service's log",
