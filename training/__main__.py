@@ -34,7 +34,8 @@ COMMANDS = {
 }
 """Each command's module and purpose."""
 OURS = ("training", "broker_filter")
-"""Packages of the checkout: a missing module of theirs is a fault of the program."""
+"""Packages of this checkout. If a module of these packages is missing, the program is at fault and not the
+installation."""
 INSTALL = "pip install --editable '.[train]' in the checkout"
 
 

@@ -36,12 +36,14 @@ from training.recipe import Hardware, Optimisation
 SYMMETRIES = 8
 """Symmetries of the square: four rotations, each with and without a flip."""
 EPOCHS_PER_SEED = 2**20
-"""More epochs than any training has, so that the random draws of two seeds never coincide."""
+"""Distance between the random seeds of trainings with consecutive seeds. It is larger than any number of epochs, so that their random draws
+never coincide."""
 LAST, BEST = "last.ckpt", "best.ckpt"
 LEARNED = "learned.yaml"
-"""The result of a finished training."""
+"""File with the result of a finished training."""
 IMPROVED = "improved_val_loss"
-"""Name in the logs of the validation loss of the best epoch so far, which decides what is kept and when to stop."""
+"""Name in the logs of the validation loss of the best epoch so far. This loss decides which weights are kept and when
+training stops."""
 NETWORK = "network."
 """Prefix of the network's weights in a checkpoint."""
 

@@ -28,7 +28,7 @@ from training.atomic_write import write_whole
 from training.errors import TrainingError
 
 MAX_FILE_BYTES = 2**20
-"""Limit for a configuration, which has some dozens of lines; a larger file was named by mistake."""
+"""Largest configuration that is read. It has some dozens of lines, so a larger file was named by mistake."""
 
 PUBLISHED_IMAGES = ImageInput(
     size=63, order=("science", "template", "difference"), normalisation="l2_image", padding=1e-9
@@ -36,13 +36,13 @@ PUBLISHED_IMAGES = ImageInput(
 """The preprocessing in `make_triplet` of BTSbot's `alert_utils.py`."""
 
 CONFIGURATION = "configuration.yaml"
-"""The configuration with which a directory was started."""
+"""File with the configuration with which a directory was started."""
 ENCODER_CARD = "encoder.yaml"
-"""The origin of the weights that `pretrain` writes, in a file beside them."""
+"""File beside the weights that `pretrain` writes, with the origin of these weights."""
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""A seed. Learners multiply it by 2^20, and torch takes 64 bits."""
+"""A seed of 32 bits. Learners multiply it by 2^20, and torch takes 64 bits."""
 Configuration = TypeVar("Configuration", bound=Section)
 
 

@@ -17,7 +17,8 @@ Mode = Literal["clip", "photo", "spectra", "meta", "all"]
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(
     Path(__file__).with_name("published.yaml").read_bytes()
 )
-"""Published values by mode and label subset; with suffix `-clip`, starting from the pre-trained encoders."""
+"""Published values by mode and label subset. The suffix `-clip` of a mode means a start from the pre-trained
+encoders."""
 
 
 class Recipe(Optimisation):

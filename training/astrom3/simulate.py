@@ -34,8 +34,8 @@ SHARES: Mapping[str, float] = {
     "M": 0.03,
     "DSCT": 0.03,
 }
-"""Fractions of the classes, in the order of AstroM3Dataset and about as unbalanced, but with more stars of the rarest
-classes."""
+"""Fraction of each class, in the order of AstroM3Dataset. The classes are about as unbalanced as there, but the rarest
+ones have more stars."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 ABSOLUTE = [name for name in METADATA_COLUMNS if name.endswith("mag") and not name.startswith("e_")]
 """Columns that are published as absolute magnitudes, derived from the parallax."""

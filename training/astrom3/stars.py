@@ -43,7 +43,7 @@ DIVISORS: dict[Subset, int] = {"full": 1, "sub50": 2, "sub25": 4, "sub10": 10}
 COLUMNS = ("photometry", "spectra", "metadata", "label")
 SPECTRUM_CHANNELS = 3
 ROWS_AT_ONCE = 512
-"""Rows that are read and preprocessed together: a row of the raw layout has 100 kB."""
+"""Number of rows that are read and preprocessed together; a row of the raw layout has 100 kB."""
 
 Shown = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """A batch of N stars: photometry [N, L, 9], mask [N, L], spectra [N, 3, 2575], metadata [N, 34], float32; labels

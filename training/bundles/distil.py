@@ -31,10 +31,10 @@ from training.checkpoint import Checkpoint, Part
 from training.data.datasets import Alerts
 
 MAX_LOGIT = 8.0
-"""Logits are clipped to this absolute value in the loss (error probability 1 in 3,000): larger values carry no useful
-information."""
+"""Largest absolute value of a logit in the loss (error probability 1 in 3,000). Logits beyond it are clipped, because
+larger values carry no useful information."""
 CHUNK = 64
-"""Alerts per run of a network over many alerts."""
+"""Number of alerts that a network takes at a time."""
 CHECKPOINT_EVERY = 250
 LOG_EVERY = 100
 
@@ -71,7 +71,7 @@ class Recipe:
     """Fraction of images that start from alerts that the teacher classifies as bogus; these are rarer among the alerts,
     and harder to learn."""
     averaging: float = 8
-    """The result is an average of the weights over about the last 1 / (1 + averaging) of the steps."""
+    """Order of the average of the weights, which covers about the last 1 / (1 + averaging) of the steps."""
 
 
 class _Hints(nn.Module):

@@ -70,13 +70,15 @@ COPIES = 4
 HOST = ("distnr", "magnr", "distpsnr1", "sgscore1", "nmtchps")
 """Columns on sources near an alert; they are missing for a supernova whose galaxy is too faint for the catalogues."""
 NO_SOURCE = ("distpsnr1", "nmtchps")
-"""If Pan-STARRS has no source near an alert, packets lack the first column, and most have 0 in the second."""
+"""Columns by which a packet says that Pan-STARRS has no source nearby: the first one is missing, and the second one is
+mostly 0."""
 L2 = 1e-3
 """Weight of the squared coefficients, for columns of unit variance; chosen by cross-validation, with little effect."""
 ITERATIONS = 300
 """Maximum number of L-BFGS iterations; some dozens are enough."""
 FOLDS = 5
-"""Folds of the cross-validation over all objects: the test split holds few supernovae and active galaxies."""
+"""Number of folds of the cross-validation over all objects, which is used because the test split holds few supernovae
+and active galaxies."""
 UNLABELLED = -1
 
 log = logging.getLogger(__name__)

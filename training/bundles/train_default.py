@@ -41,10 +41,11 @@ from training.evaluation.metrics import Values, Weights, rank, ratio
 
 VERSION = "2.0"
 ARCHITECTURE = Architecture(name="stampnet", arguments={"dropout": 0.0})
-"""Without dropout: no image is repeated, so overfitting to single images is impossible."""
+"""The student's architecture, without dropout: no image is repeated, so overfitting to single images is impossible."""
 TEACHER = "vgg6"
 HINTS = (Hint(student=11, teacher=11), Hint(student=18, teacher=15))
-"""StampNet's map of 8 x 8 px, whose inner 6 x 6 px cover the same sky as VGG6's map; and the embeddings."""
+"""The layers of student and teacher that are compared: StampNet's map of 8 x 8 px, whose inner 6 x 6 px cover the same
+sky as VGG6's map; and the embeddings."""
 TEST_FRACTION = 0.25
 """Fraction of the objects held out for the test. Bogus alerts are rare; fewer objects would give wide intervals."""
 SPLIT_SEED = 2026
@@ -53,8 +54,8 @@ UNSURE = (0.4, 0.6)
 THRESHOLDS = (0.3, 0.5, 0.8)
 """Score thresholds that are evaluated: for high completeness, for decisions as the survey's, and for high purity."""
 NO_DRB = 0.0
-"""Besides null, a value for a missing drb, with an empty drbversion, in packets from the weeks before ZTF ran the
-network."""
+"""Value of drb, with an empty drbversion, in packets from the weeks before ZTF ran the network. Null also means that a
+packet has no drb."""
 
 log = logging.getLogger(__name__)
 

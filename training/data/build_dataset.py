@@ -54,11 +54,12 @@ from training.errors import DatasetError
 
 PACKETS_AT_ONCE = 256
 PACKETS = b"packets"
-"""Key in a shard's schema metadata: the number of packets read up to its end, where an interrupted build resumes."""
+"""Key in a shard's schema metadata. Its value is the number of packets read up to the end of the shard, where an
+interrupted build resumes."""
 ALERTS_PER_SHARD = 1024
-"""49 MB of ZTF cutouts: few files per night, and little work to repeat after a kill."""
+"""Alerts per shard (49 MB of ZTF cutouts), so that a night gives few files and a killed build repeats little work."""
 REQUEST = "build.yaml"
-"""The arguments with which a directory was started; a build resumes only with the same."""
+"""File with the arguments with which a directory was started; a build resumes only with the same arguments."""
 SHOWN = 5
 """Number of ids named in an error message."""
 

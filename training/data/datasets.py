@@ -46,7 +46,7 @@ LIGHT_CURVES = "light_curves"
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-"""The splits; the index's column `split` holds positions in this tuple."""
+"""Names of the splits; the index's column `split` holds positions in this tuple."""
 
 
 class Shard(CardSection):
@@ -67,7 +67,7 @@ class SplitRule(CardSection):
 
 
 PUBLISHED_SPLIT = SplitRule()
-"""81 % training, 9 % validation, 10 % test: Rehemtulla et al. 2024 (arXiv:2401.15167)."""
+"""The published split: 81 % training, 9 % validation, 10 % test (Rehemtulla et al. 2024, arXiv:2401.15167)."""
 
 
 class DatasetCard(CardSection):

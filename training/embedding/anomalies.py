@@ -46,13 +46,13 @@ from training.evaluation.metrics import Values, Weights, harmonic_mean, rank, ra
 CLASSES = ("VS=VS", "asteroid=asteroid", "SN=SN,SN_cand", "AGN=AGN")
 """Class rules: the weak labels with at least a dozen real objects; each of these classes is left out once."""
 BOGUS = "bogus=bogus,likely_bogus"
-"""Bogus alerts are trained on, as for the shipped embedder; those that pass the real/bogus cut are not part of the
+"""Class rule of the bogus alerts. They are part of the training, as for the shipped embedder, but not of the
 reference."""
 VALIDATION, TEST = 0.2, 0.25
 """Fractions of the objects; VALIDATION is a fraction of the objects outside the test split."""
 SPLIT_SEEDS = {"test": 2026, "validation": 2027}
 STEPS = 250
-"""Training steps, for a few hundred alerts; many more steps overfit them."""
+"""Number of training steps for a few hundred alerts; many more steps overfit them."""
 SERVED = "mahalanobis, whole and modalities"
 FORESTS = ("forest of features", "forest of features, with bogus alerts", "forest of pixels")
 INTRODUCTION = """\

@@ -16,7 +16,8 @@ from training.astrom3.model.network import MAX_LOGIT_SCALE, contrastive_losses
 FEWEST = 2
 """Smallest number of alerts with both modalities of a pair; with a single alert there is nothing to distinguish."""
 FIRST_LOGIT_SCALE = 10.0
-"""Initial inverse temperature (learnable). AstroM3's 100 suits larger batches; with these it overfits."""
+"""Initial value of the learnable inverse temperatures. AstroM3's value of 100 suits larger batches; with these batches
+it overfits."""
 
 
 class Contrast(nn.Module):

@@ -32,10 +32,10 @@ from training.embedding.contrast import Contrast
 from training.learner import SYMMETRIES
 
 AT_ONCE = 64
-"""Alerts per run of the trunk."""
+"""Number of alerts that the trunk takes at a time."""
 LOG_EVERY = 100
 CHECKPOINT_EVERY = 50
-"""Steps; about ten seconds."""
+"""Number of steps between checkpoints, about ten seconds."""
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from training.bundles.train_classes import fit_classes
 from training.evaluation.metrics import Values, Weights, ratio
 
 NEIGHBOURS = 5
-"""Number of neighbours that vote: the best of 5, 10 and 20 on training objects, for every embedding."""
+"""Number of neighbours that vote. Of 5, 10 and 20, it is the best value on training objects for every embedding."""
 
 
 def linear_probe(

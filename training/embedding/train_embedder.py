@@ -74,10 +74,11 @@ OF_ZTF = (
 )
 OF_LSST = ("extendedness", "apFlux", "scienceFlux", "templateFlux", "trailLength")
 METADATA = OF_BOTH + OF_ZTF + OF_LSST
-"""Excluded are columns from which the weak labels were derived (ssdistnr, drb, rb, positions), and columns that reveal
-when or by whom a packet was collected rather than what it shows."""
+"""Metadata columns of the embedder. Excluded are columns from which the weak labels were derived (ssdistnr, drb, rb,
+positions), and columns that reveal when or by whom a packet was collected rather than what it shows."""
 LIGHT_CURVE = LightCurveInput(points=32, flux_scale=100, time_scale=1)
-"""Three of four ZTF packets have at most 32 points. LSST's flux errors are some 100 nJy, ZTF's some 5,000 nJy."""
+"""Input of light curves. Three of four ZTF packets have at most 32 points. LSST's flux errors are some 100 nJy, ZTF's
+some 5,000 nJy."""
 SIZE = 32
 """Dimensions of a modality's vector."""
 SIMULATED = 3000
@@ -86,11 +87,12 @@ SIMULATION_SEEDS = {"ztf": 11, "lsst": 12}
 SYMMETRIES_OF_SIMULATED = 2
 """Symmetries used of each simulated alert: more alerts help more than more symmetries, at the same cost."""
 SHARES = {"real": 0.6, "ztf": 0.15, "lsst": 0.25}
-"""Fractions of the batches."""
+"""Fraction of the batches from each set of alerts."""
 UNTRAINED = 5
 """Number of networks with random weights whose mean figures are the baseline."""
 FOLDS = 5
-"""Folds of the cross-validation over all objects: the test split holds few supernovae and active galaxies."""
+"""Number of folds of the cross-validation over all objects, which is used because the test split holds few supernovae
+and active galaxies."""
 FOLD_SEED = 2026
 SINGLE = (*MODALITIES, "untrained")
 """Baselines that the embedding is compared with."""

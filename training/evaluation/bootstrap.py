@@ -27,11 +27,12 @@ RESAMPLES = 2000
 PERCENTILES = (2.5, 97.5)
 """Percentiles of the resampled figures: a 95 % interval."""
 SEED = 2026
-"""The same for every model, so that the same objects are drawn and differences between models are paired."""
+"""Seed of the resamples. It is the same for every model, so that the same objects are drawn and differences between
+models are paired."""
 ALIKE = 1e-9
-"""Figures that differ by less are equal up to rounding."""
+"""Largest difference of figures that counts as rounding."""
 ELEMENTS_AT_ONCE = 2**21
-"""Weights held in memory at a time: 16 MB, and a dozen arrays of that size."""
+"""Number of weights held in memory at a time: 16 MB, and a dozen arrays of that size."""
 
 INTERVALS = "95 %, bootstrap over objects; Clopper-Pearson with one trial per object if all resamples are equal"
 """The description of the intervals in a card."""
@@ -39,8 +40,8 @@ INTERVALS = "95 %, bootstrap over objects; Clopper-Pearson with one trial per ob
 Measure = Callable[[Weights], dict[str, Values]]
 """Function from weights [..., N] to figures [...] by name."""
 Trials = Callable[[Weights], dict[str, Values]]
-"""Function to the number of objects behind each figure that is a fraction, by name, from weights [N] that sum to 1 over
-each object."""
+"""Function from weights [N] that sum to 1 over each object to the number of objects behind each figure that is a
+fraction, by name."""
 
 
 class Estimate(BaseModel):

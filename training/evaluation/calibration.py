@@ -14,15 +14,17 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 LEAST = 1e-7
-"""Closer to 0 or 1, a float32 probability cannot be distinguished from 0 or 1: logits are limited to 16."""
+"""Smallest distance of a probability from 0 and 1; it limits logits to 16. A float32 probability that is closer to 1
+cannot be distinguished from 1."""
 ITERATIONS = 60
-"""Iterations of Newton's method: about ten are needed from zero, a few from the estimate for all alerts."""
+"""Maximum number of iterations of Newton's method: about ten are needed from zero, a few from the estimate for all
+alerts."""
 LARGEST_STEP = 2.0
 """Largest step of a coefficient, for logits of unit variance: longer steps can leave the region of convergence."""
 CONVERGED = 1e-6
 GROUPS = 128
-"""Alerts with the same outcome and similar logits are merged into this many groups, so that the cost of a resample does
-not grow with the number of alerts. The estimate changes in its fifth digit."""
+"""Number of groups into which alerts with the same outcome and similar logits are merged, so that the cost of a
+resample does not grow with the number of alerts. The estimate changes in its fifth digit."""
 
 
 def logit_of(probability: NDArray[np.floating]) -> Floats:

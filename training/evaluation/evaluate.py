@@ -43,7 +43,7 @@ PREDICTIONS = "predictions.parquet"
 IF_CALIBRATED = "ece_if_calibrated"
 MAGNITUDE = "magpsf"
 DECIDED = 0.5
-"""The threshold if a bundle recommends none."""
+"""Threshold that is used if a bundle recommends none."""
 ALERTS_AT_ONCE = 256
 MAX_EVALUATION_BYTES = 2**24
 

@@ -30,7 +30,7 @@ PANEL = 4.2
 LEGEND_LINE = 0.21
 PANELS_IN_A_ROW = 3
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "broker-filter"}
-"""Text is stored as text, and the same numbers give the same file."""
+"""Settings of the SVG output: text is stored as text, and the same numbers give the same file."""
 TIMED_BATCH = 32
 TITLE_LETTERS = 40
 """Characters per line of a panel's title."""

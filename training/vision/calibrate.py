@@ -27,14 +27,15 @@ from training.evaluation.predictions import Predictions
 from training.vision.classifier import Shown
 
 WIDEST = math.log(10)
-"""Limit of |log(scale)|: logits are scaled by at most a factor of ten, and never change sign. A network that needs more
+"""Largest |log(scale)|: logits are scaled by at most a factor of ten, and never change sign. A network that needs more
 has not learnt."""
 ITERATIONS = 200
 """Maximum number of L-BFGS iterations; some dozens are enough."""
 LEAST_INFORMATION = 1e-9
-"""Added to the Fisher information, whose logarithm is undefined if all logits are equal."""
+"""Value that is added to the Fisher information, whose logarithm is undefined if all logits are equal."""
 FOLDS = 5
-"""Folds of the validation split's sources: each fold is calibrated with the others, to evaluate the calibration."""
+"""Number of folds of the validation split's sources. To evaluate the calibration, each fold is calibrated with the
+other folds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ FILE = "file_loc"
 SHARE = "_fraction"
 """Suffix of columns of vote fractions in Galaxy Zoo's tables."""
 MAX_IMAGE_PIXELS = 4096**2
-"""Limit of an image file; larger images are no cutouts of a galaxy, and may be decompression bombs."""
+"""Largest number of pixels of an image file. Larger images are not cutouts of a galaxy, and may be decompression
+bombs."""
 
 QUESTIONS = ("bulge", "edge_on", "knots", "companion", "extended")
 """Parameters of a simulated galaxy: bulge-to-total light ratio; 1 - cos(inclination) of the disc; fraction of the

@@ -24,10 +24,10 @@ from training.astrom3.model.network import AstroM3, AstroM3Arguments, AstroM3Cla
 CONFIGURATION = "config.json"
 WEIGHTS = "model.safetensors"
 FLOAT32 = "F32"
-"""safetensors' name of the dtype."""
+"""Name of the dtype float32 in the header of a safetensors file."""
 MAX_CONFIGURATION_BYTES = 2**20
 MAX_WEIGHTS_BYTES = 2**31
-"""Limit; the published checkpoints have at most 66 MB."""
+"""Largest weights file that is read; the published files have at most 66 MB."""
 
 Network = AstroM3 | Informer | GalSpecNet | MetadataEncoder
 NETWORKS: dict[str, tuple[type[Any], type[Network], type[Network]]] = {
@@ -36,8 +36,8 @@ NETWORKS: dict[str, tuple[type[Any], type[Network], type[Network]]] = {
     "conv_channels": (GalSpecNetArguments, GalSpecNet, SpectraClassifier),
     "input_dim": (MetadataArguments, MetadataEncoder, MetadataClassifier),
 }
-"""Key of a configuration that only one kind of network has -> its arguments, encoder and classifier; the key
-`classification` tells encoder and classifier apart."""
+"""For each kind of network, by a configuration key that only this kind has: its arguments, encoder and classifier. The
+key `classification` of a configuration tells encoder and classifier apart."""
 
 
 def load_network(directory: Path) -> Network:

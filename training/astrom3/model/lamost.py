@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from training.astrom3.model.preprocess import ObservationsError
 
 MAX_FILE_BYTES = 16 * 2**20
-"""Limit; a spectrum has about 100 kB."""
+"""Largest file that is read; a spectrum has about 100 kB."""
 FLUX, INVERSE_VARIANCE, WAVELENGTH = 0, 1, 2
-"""Rows of the image (data releases up to 6), or columns of the table (later releases)."""
+"""Indices of the rows of the image (data releases up to 6), or of the columns of the table (later releases)."""
 
 
 def read_spectrum(path: Path) -> NDArray[np.float64]:

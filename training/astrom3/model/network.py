@@ -20,7 +20,7 @@ from training.astrom3.model.metadata import MetadataArguments, MetadataEncoder
 CLASSES = ("DSCT", "EA", "EB", "EW", "HADS", "M", "ROT", "RRAB", "RRC", "SR")
 """ASAS-SN's variable types of the published classifiers, in the order of their logits."""
 MAX_LOGIT_SCALE = 100.0
-"""Initial value and upper limit of the learnable inverse temperatures."""
+"""Initial value and upper limit of the learnable inverse temperatures, as published."""
 
 
 class AstroM3Arguments(CardSection):

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from broker_filter.errors import BrokerFilterError
 
 DAYS_PER_YEAR = 365.0
-"""The published value."""
+"""Length of a year in the published code."""
 WAVELENGTHS: NDArray[np.float64] = np.arange(3850.0, 9000.0, 2.0)
-"""[2575] angstrom: the range that LAMOST's low-resolution spectra cover well."""
+"""Wavelengths in angstrom, float64[2575], in the range that LAMOST's low-resolution spectra cover well."""
 
 PHOTOMETRY_FEATURES = ("amplitude", "period", "lksl_statistic", "rfr_score")
-"""Catalogue values, in order, that are appended to every observation; standardised like METADATA_COLUMNS."""
+"""Catalogue values, in order, that are appended to every observation. They are standardised like METADATA_COLUMNS."""
 METADATA_COLUMNS = (
     "mean_vmag",
     *("phot_g_mean_mag", "e_phot_g_mean_mag", "phot_bp_mean_mag", "e_phot_bp_mean_mag"),
@@ -30,10 +30,11 @@ METADATA_COLUMNS = (
     *("w1_mag", "e_w1_mag", "w2_mag", "e_w2_mag", "w3_mag", "w4_mag"),
     *("j_k", "w1_w2", "w3_w4", "pm", "ruwe", "l", "b"),
 )
-"""The 34 inputs of the metadata encoder, in order: ASAS-SN, Gaia, 2MASS, WISE. Standardised over the training set, as
-in the published `AstroM3Dataset`."""
+"""The 34 inputs of the metadata encoder, in order, from ASAS-SN, Gaia, 2MASS and WISE. They are standardised over the
+training set, as in the published `AstroM3Dataset`."""
 CHANNELS = 3 + len(PHOTOMETRY_FEATURES) + 2
-"""Values per observation: time, flux, error; the catalogue values; log10 of the flux scale; time span in years."""
+"""Number of values per observation: time, flux, error; the catalogue values; log10 of the flux scale; time span in
+years."""
 
 Padding = Literal["repeated", "zero"]
 """Values of the last six channels, which are constant within a light curve, in the padding. The code for raw light

@@ -19,7 +19,7 @@ from training.astrom3.simulation.spectra import observe_spectrum
 from training.astrom3.simulation.variables import Variable, draw
 
 FEWEST_OBSERVATIONS = 30
-"""Stars with fewer observations would not be in a catalogue of variables."""
+"""Smallest number of observations: with fewer, a star would not be in a catalogue of variables."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,13 +33,13 @@ SCALE_HEIGHT = {"disc": 15.0, "halo": 45.0}
 SPEED = {"disc": 45.0, "halo": 170.0}
 """Standard deviation of each velocity component in km/s."""
 ARCSEC = 4.74
-"""km/s of a proper motion of 1 arcsec/yr at 1 pc."""
+"""Speed in km/s that corresponds to a proper motion of 1 arcsec/yr at a distance of 1 pc."""
 REDDENING_AT_POLE = 0.03
 """E(B - V) in mag through the whole disc, towards the galactic pole."""
 DUST_HEIGHT = 120.0
 """Scale height of the dust in pc."""
 GAIA_TRANSITS = 250
-"""Transits per star; the errors of Gaia's mean fluxes reflect the variability."""
+"""Gaia's number of transits per star. The errors of its mean fluxes reflect the variability."""
 FAINTEST_MAGNITUDE, BRIGHTEST_MAGNITUDE, MAGNITUDE_SCALE = 16.2, 11.5, 1.5
 """V magnitude limits of ASAS-SN, and the exponential scale of the counts towards faint magnitudes."""
 

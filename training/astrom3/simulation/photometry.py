@@ -14,7 +14,7 @@ from training.astrom3.simulation.variables import Variable
 
 SURVEY_DAYS = 1600.0
 SEASON_DAYS = 250.0
-"""Days of each year in which a star is observable; otherwise it is too close to the Sun."""
+"""Days of each year in which a star is observable; on the other days it is too close to the Sun."""
 YEAR = 365.25
 OBSERVATIONS = (80, 350)
 FAINTEST = 17.3
@@ -22,7 +22,7 @@ FAINTEST = 17.3
 BACKGROUND_ERROR = 0.26
 """Typical background error relative to the flux at the limit; it varies from night to night."""
 SYSTEMATIC_ERROR = 0.015
-"""Relative error of the flux."""
+"""Systematic error of the flux, relative to the flux."""
 SIDEREAL_FREQUENCY = 1.0027
 """Sidereal rotations per day; aliases of periods are at this frequency."""
 ZERO_POINT = 3.64e6

@@ -27,9 +27,9 @@ REFERENCE = 5500.0
 FLUX_AT_MAGNITUDE_15 = 100.0
 """LAMOST counts at the reference wavelength for V = 15."""
 DARKEST = 0.02
-"""Minimum of the relative flux where lines overlap."""
+"""Smallest flux relative to the continuum, where lines overlap."""
 FWHM = 2.355
-"""Full width at half maximum of a Gaussian in standard deviations."""
+"""Full width at half maximum of a Gaussian, in standard deviations."""
 
 
 @dataclass(frozen=True, slots=True)
