@@ -36,8 +36,8 @@ from training.recipe import Hardware, Optimisation
 SYMMETRIES = 8
 """Symmetries of the square: four rotations, each with and without a flip."""
 EPOCHS_PER_SEED = 2**20
-"""Distance between the random seeds of trainings with consecutive seeds. It is larger than any number of epochs, so that their random draws
-never coincide."""
+"""Distance between the random seeds of trainings with consecutive seeds. It is larger than any number of epochs, so
+that their random draws never coincide."""
 LAST, BEST = "last.ckpt", "best.ckpt"
 LEARNED = "learned.yaml"
 """File with the result of a finished training."""
