@@ -10,7 +10,7 @@ from broker_filter.cli.options import INPUT_HELP, add_scoring_options, alert_lim
 from broker_filter.errors import BrokerFilterError
 
 DEFAULT_LIMIT = 20_000
-"""Alerts: UMAP takes about a minute for them, and more points could not be told apart in the picture."""
+"""Number of alerts: UMAP takes about a minute for them, and more points cannot be distinguished in the picture."""
 
 
 class NothingToDrawError(BrokerFilterError):
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         alerts = ordinary_alerts(scored, model, cut)
         night.put(alerts[np.isin(alerts.survey, list(reference.surveys))])
     if len(night) < FEWEST:
-        raise NothingToDrawError(f"{len(night)} alerts pass `{reference.card.where}`: a map needs {FEWEST}")
+        raise NothingToDrawError(f"{len(night)} alerts pass `{reference.card.where}`: a map needs {FEWEST}; add inputs")
     alerts = night.take()
     score = np.empty(len(alerts), np.float32)
     for survey, part in reference.surveys.items():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "embedder"
 DEFAULT_LIMIT = 100_000
-"""Alerts: enough to tell the strangest one in a thousand, and few enough to be searched in 0.05 ms."""
+"""Number of alerts: enough to recognise the strangest one in a thousand, few enough to be searched in 0.05 ms."""
 MEASURES = ("mahalanobis", "neighbours", "centroids")
 REAL = "real"
 """The label of the probability that an alert is real."""

@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = _find(read_packets([arguments.alert]), decoder, None if arguments.id is None else {arguments.id})
     if not found:
         which = "no readable alert" if arguments.id is None else f"no alert {arguments.id}"
-        raise NothingToCompareError(f"{arguments.alert}: contains {which}")
+        raise NothingToCompareError(f"{arguments.alert}: contains {which}; name another file or --id")
     alerts, row = next(iter(found.values()))
     [scores] = scorer.score(alerts).models
     if not scores.taken[row] or scores.embedding is None:

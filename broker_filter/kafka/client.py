@@ -61,7 +61,7 @@ REPEAT_INTERVAL_S = 30.0
 YESTERDAY_AND_TODAY = (1, 0)
 """Number of days before now. Yesterday is included, because the last alerts of a night are sent after midnight."""
 DEFAULT_MAX_MESSAGE_BYTES = 1_048_588
-"""Kafka's default for `max.message.bytes`, used if the cluster does not tell the value."""
+"""Kafka's default for `max.message.bytes`, used if the cluster does not report the value."""
 RECORD_OVERHEAD_BYTES = 512
 """Upper bound of the framing bytes that a batch of one record adds to key, value and headers."""
 
@@ -343,7 +343,7 @@ def ensure_topics(admin: AdminClient, wanted: Sequence[NewTopic], account: Accou
 def topic_property(
     admin: AdminClient, topics: Collection[str], name: str, account: Account | None = None
 ) -> dict[str, str]:
-    """Return the property `name` of existing topics, by topic. A topic is left out if the cluster does not tell it.
+    """Return the property `name` of existing topics, by topic. A topic is left out if the cluster does not report it.
 
     Waits for new topics, because it takes a moment until every broker knows a topic. With an `account`, raises
     KafkaSetupError if the account has no right to read the configuration.
@@ -363,7 +363,7 @@ def topic_property(
                     raise KafkaSetupError(f"{name} of topic {resource.name} must be known: {lacks}") from None
                 log.warning("%s of topic %s is not known: %s", name, resource.name, explain(error.args[0]))
             except KeyError:
-                log.warning("%s of topic %s is not known: the cluster does not tell it", name, resource.name)
+                log.warning("%s of topic %s is not known: the cluster does not report it", name, resource.name)
             asked.discard(resource.name)
         if asked:
             time.sleep(PROPAGATION_PAUSE_S)
@@ -373,7 +373,7 @@ def topic_property(
 def missing_on_topics(admin: AdminClient, wanted: Mapping[str, Sequence[str]]) -> list[Right]:
     """Return the missing rights. `wanted`: operations, named as in kafka-acls.sh, by topic.
 
-    A topic that does not exist is ignored, and so is a topic whose rights the cluster does not tell.
+    A topic that does not exist is ignored, and so is a topic whose rights the cluster does not report.
     """
     missing = []
     question = TopicCollection(list(wanted))
@@ -388,7 +388,7 @@ def missing_on_topics(admin: AdminClient, wanted: Mapping[str, Sequence[str]]) -
                 log.warning("the rights on topic %s are not known: %s", topic, explain(error.args[0]))
         else:
             if not allowed:
-                log.warning("the cluster does not tell the rights on topic %s", topic)
+                log.warning("the cluster does not report the rights on topic %s", topic)
             if lacking := not_among(wanted[topic], allowed):
                 missing.append(Right(lacking, "topic", topic))
     return missing
@@ -405,7 +405,7 @@ def require_compaction(admin: AdminClient, topic: str, account: Account | None =
 
 
 class RecordLimits:
-    """The largest record of each topic. Kafka's default is assumed if the cluster does not tell the limit."""
+    """The largest record of each topic. Kafka's default is assumed if the cluster does not report the limit."""
 
     def __init__(
         self,
@@ -438,7 +438,7 @@ class RecordLimits:
             log.warning("topic %s gets records of at most %d bytes", topic, self._limits[topic])
 
     def unwritable(self) -> list[Right]:
-        """Return the missing rights to write to the topics, as far as the cluster tells them."""
+        """Return the missing rights to write to the topics, as far as the cluster reports them."""
         return missing_on_topics(self._admin, dict.fromkeys(self._written, ("Write",)))
 
     def of(self, topic: str) -> int:

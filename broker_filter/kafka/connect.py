@@ -119,7 +119,9 @@ def connect(
         if not sink.drain(claims, DRAIN_TIMEOUT_S):
             pending = ", ".join(str(claim) for claim in claims if not claim.drained)
             log.warning(
-                "revoked before all messages in flight are committed; the next owner reads them again: %s", pending
+                "partitions were revoked before all messages in flight were committed; "
+                "the next owner reads them again: %s",
+                pending,
             )
 
     source = KafkaSource(config.input, in_properties, in_cluster, in_error_log, drain, metrics)

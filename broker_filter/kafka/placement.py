@@ -46,8 +46,8 @@ class Placement:
     def note_out_of_range(self, key: Key, end: int | None, reached: int) -> None:
         """Store, for the next call, that the brokers no longer hold the next offset of a partition.
 
-        `end`: the offset to which the log was truncated, if the brokers have told it. `reached`: the end of the log as
-        it was known before.
+        `end`: the offset to which the log was truncated, or None if the brokers did not report it. `reached`: the
+        end of the log as it was known before.
         """
         self._reached[key] = reached
         if end is not None:
@@ -156,7 +156,7 @@ class Placement:
                 unread,
             )
             self._metrics.lose(topic, LossReason.TRUNCATED, unread)
-            # The log may have grown since. If the brokers have not told where it was truncated, the leader epoch is
-            # kept, so that they tell it at the next read, and `note_out_of_range` stores it.
+            # The log may have grown since. If the brokers have not reported where it was truncated, the leader epoch is
+            # kept, so that they report it at the next read, and `note_out_of_range` stores it.
             return replace(position, offset=end, leader_epoch=position.leader_epoch if cut is None else None)
         return replace(position, leader_epoch=None) if told else position

@@ -64,6 +64,6 @@ def account_of(section: Input | Output) -> Account:
 
 
 def not_among(wanted: Sequence[str], allowed: Collection[AclOperation] | None) -> tuple[str, ...]:
-    """Return the operations in `wanted` that are not allowed; none if the cluster does not tell the allowed ones."""
+    """Return the operations in `wanted` that are not allowed; none if the cluster does not report what is allowed."""
     names = {operation.name.replace("_", "").lower() for operation in allowed or ()}
     return tuple(operation for operation in wanted if names and operation.lower() not in names)

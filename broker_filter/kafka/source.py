@@ -1,7 +1,7 @@
 """The consumer: reads messages as packets, each with the claim on its partition. Only one thread may use it.
 
 It never commits a position: the transaction that holds the output does. It never waits long without polling, because
-the group would take this instance for dead and give its partitions to others. It never reads the headers of a message,
+the group would consider this instance dead and give its partitions to others. It never reads the headers of a message,
 which are untrusted input: confluent-kafka 2.16.1 crashes with a segmentation fault if the key of a header is not UTF-8.
 """
 
@@ -60,7 +60,7 @@ CLAIM_PAUSE_S = 2.0
 FENCED = "fenced"
 """Why a partition is claimed again after its transaction was fenced. This is routine and logged at level DEBUG."""
 TRUNCATED = re.compile(r"broker end offset is (\d+)")
-"""The part of librdkafka's error message (rdkafka_offset.c) that tells the offset to which a log was truncated."""
+"""The part of librdkafka's error message (rdkafka_offset.c) that states the offset to which a log was truncated."""
 
 log = logging.getLogger(__name__)
 
@@ -334,7 +334,7 @@ class KafkaSource:
 
     def _on_lost(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         self.joined = False
-        self._end(consumer, partitions, "lost: the group took this instance for dead")
+        self._end(consumer, partitions, "lost: the group considered this instance dead")
 
     def _end(
         self, consumer: Consumer, partitions: Sequence[TopicPartition], how: str, level: int = logging.INFO

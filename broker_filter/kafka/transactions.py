@@ -307,7 +307,9 @@ class Writer:
         """Add work to the open transaction, or to a new one. Raises PositionError if its packets were added before."""
         claim = work.claim
         if work.start < claim.produced or work.end <= work.start:
-            raise PositionError(f"{claim}: packets {work.start} to {work.end - 1} after position {claim.produced}")
+            raise PositionError(
+                f"{claim}: packets {work.start} to {work.end - 1} do not follow position {claim.produced}"
+            )
         claim.produced = work.end
         work.fit(self._limits)
         if not self._held:

@@ -51,7 +51,7 @@ class AnomalyJudge:
         """
         model = next(one for one in scored.scores.models if one.model == self._model)
         if model.embedding is None:
-            raise ReferenceSetError(f"the model {self._model} gives no embedding")
+            raise ReferenceSetError(f"the model {self._model} gives no embedding; choose a bundle that gives one")
         judged = model.taken & self._where.evaluate(scored) if self._where else model.taken
         n = len(judged)
         score, threshold = np.full(n, np.nan, np.float32), np.full(n, np.nan, np.float32)

@@ -41,7 +41,7 @@ MAX_MEMBER_BYTES = 2**40
 in steps of 10 kB."""
 
 MAX_TRAILING_BYTES = 64 * 2**20
-"""Largest padding after the end of a tar; real archives have 10 kB. More padding is taken for a bomb."""
+"""Largest padding after the end of a tar; real archives have 10 kB. More padding counts as a decompression bomb."""
 _EXPANSION_ALLOWANCE = 16 * 2**20
 """Size in bytes up to which the compression ratio is not checked, because a tar of few alerts is mostly padding."""
 STDIN = "-"
@@ -234,7 +234,7 @@ class Packets(Iterator[Packet]):
         inflated = _Inflated(compression.open(stream))
         yield from self._read_stream(io.BufferedReader(inflated, _FILE_BUFFER), position, depth + 1)
         if inflated.damage:
-            log.warning("%s: damaged %s, read as far as it goes: %s", position, compression.name, inflated.damage)
+            log.warning("%s: damaged %s, read up to the damage: %s", position, compression.name, inflated.damage)
 
     def _read_parquet(self, stream: io.BufferedReader[Any], position: FilePosition) -> Iterator[Packet]:
         file: IO[bytes] = stream
@@ -256,7 +256,7 @@ class Packets(Iterator[Packet]):
             for row, container in enumerate(rows):
                 yield Packet(container, replace(position, record=row))
         except parquet.ParquetError as error:
-            log.warning("%s: damaged Parquet, read as far as it goes: %s", position, error)
+            log.warning("%s: damaged Parquet, read up to the damage: %s", position, error)
             yield Packet(b"", replace(position, record=row))
 
     def _tell_left_out(self, left_out: Mapping[str, object], position: FilePosition) -> None:
@@ -298,7 +298,7 @@ class Packets(Iterator[Packet]):
         except tarfile.ReadError as error:
             damage = error
         if damage:
-            log.warning("%s: damaged tar, read as far as it goes: %s", position, damage)
+            log.warning("%s: damaged tar, read up to the damage: %s", position, damage)
             yield Packet(b"", position)
 
     def _read_member(self, archive: IO[bytes], size: int, position: FilePosition, depth: int) -> Iterator[Packet]:
@@ -521,7 +521,7 @@ class _Stored(io.RawIOBase):
 
 
 class _Member(tarfile.TarInfo):
-    """The header of a tar member. A damaged header raises ReadError; tarfile would take it for the end of the
+    """The header of a tar member. A damaged header raises ReadError; tarfile would mistake it for the end of the
     archive."""
 
     @classmethod

@@ -104,7 +104,7 @@ class Framing(Protocol):
 
     @property
     def headers(self) -> Sequence[tuple[str, bytes]]:
-        """Kafka headers that tell how the value is framed."""
+        """Kafka headers that state how the value is framed."""
         ...
 
     def frame(self, schema: OutputSchema, body: Body, topic: str) -> bytes:
@@ -124,7 +124,7 @@ class ContainerFraming:
 
 
 class RegistryRefusalError(Exception):
-    """The schema registry does not accept an output schema. The message tells the subject and the registry's answer."""
+    """The schema registry does not accept an output schema. The message names the subject and the registry's answer."""
 
 
 class WireFraming:
@@ -198,7 +198,9 @@ class WireFraming:
     def _ask(self, definition: dict[str, Any], topic: str) -> Answer:
         subject = self._subject(definition, topic)
         if len(subject) > MAX_SUBJECT_CHARACTERS:
-            raise RegistryRefusalError(f"the name of a schema has {len(subject)} characters: {subject[:80]!r}...")
+            raise RegistryRefusalError(
+                f"the subject {subject[:80]!r}... has {len(subject)} characters, more than {MAX_SUBJECT_CHARACTERS}"
+            )
         document = {"schema": json.dumps(definition, separators=(",", ":"))}
         return self._client.ask(f"/subjects/{quote(subject, safe='')}/versions", document)
 

@@ -53,8 +53,7 @@ FIELDS = tuple(dict.fromkeys((*IDENTITY_FIELDS, *(column.name for column in COLU
 
 
 class ExpressionError(BrokerFilterError, ValueError):
-    """A filter cannot be compiled. The message tells the column of its text, the error, and a correction if
-    possible."""
+    """A filter cannot be compiled. The message states the column, the error, and a correction if possible."""
 
     exit_status = USAGE
 

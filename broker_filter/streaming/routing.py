@@ -124,7 +124,7 @@ class Router:
         return routed
 
     def _dead_letter_record(self, rejects: Sequence[Reject]) -> OutputRecord:
-        """Return the dead letter of a packet with these `rejects`. Its headers tell the first reject and the
+        """Return the dead letter of a packet with these `rejects`. Its headers state the first reject and the
         counts."""
         first = min(rejects, key=lambda reject: reject.record)
         object_id = first.alert.object_id if first.alert else None

@@ -90,7 +90,7 @@ def test_rebalance_between_instances_repeats_no_alert(
     records = pipeline.read("scored", "dead-letter", expected=800)
 
     assert len(inputs(records)) == len(records) == 800
-    assert "revoked before all messages" not in first.log + second.log
+    assert "were revoked before all messages" not in first.log + second.log
     assert "repeated" not in first.log + second.log
     assert second.end() == 0
 
@@ -263,7 +263,7 @@ def test_work_whose_claim_has_ended_is_dropped_and_the_rest_committed(
 def test_position_that_decreases_is_an_error(unique_name: Callable[[str], str], harness: Harness) -> None:
     claim = harness.claim(unique_name("writer"))
     claim.writer.add(harness.work(claim, 0, b"x", n=5))
-    with pytest.raises(PositionError, match="input/0: packets 4 to 4 after position 5"):
+    with pytest.raises(PositionError, match="input/0: packets 4 to 4 do not follow position 5"):
         claim.writer.add(harness.work(claim, 4, b"x"))
 
 

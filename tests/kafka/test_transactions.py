@@ -361,7 +361,7 @@ def test_packet_that_is_added_twice_is_an_error(harness: Harness) -> None:
     writer = harness.writer()
     claim = Claim("ztf", 0, writer, 0)
     writer.add(work(claim, 0, b"a", b"b"))
-    with pytest.raises(PositionError, match="ztf/0: packets 1 to 1 after position 2"):
+    with pytest.raises(PositionError, match="ztf/0: packets 1 to 1 do not follow position 2"):
         writer.add(work(claim, 1, b"b"))
     with pytest.raises(PositionError):
         writer.add(Work(claim, 2, 2))  # work without a packet

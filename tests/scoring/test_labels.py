@@ -16,7 +16,7 @@ from broker_filter.scoring.labels import LabelsError, parse_rule, read_labels
     ("content", "column", "message"),
     [
         ("name,class\nx,a\n", "class", "no column to join by"),
-        ("candid,class\n1,a\n", "kind", "no column 'kind'; there are candid, class"),
+        ("candid,class\n1,a\n", "kind", "no column 'kind'; its columns are candid, class"),
         ("candid,class\n1,a\n2,a\n", "class", "has 1 class"),
         ("candid,class\n1,a\n1,b\n", "class", "candid 1 is labelled both a and b"),
         ("candid,class\n1,SN Ia\n2,b\n", "class", "value 'SN Ia' of column 'class' cannot be .*--class NAME='SN Ia'"),

@@ -82,7 +82,7 @@ def test_an_error_is_one_line(night_table: Path, tmp_path: Path, capsys: pytest.
     arguments = ["build-dataset", str(tmp_path), "--labels", str(night_table), "--out", str(tmp_path / "set")]
     assert main(arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == f"training build-dataset: {night_table}: no column 'label'; there are candid, truth"
+    assert error == f"training build-dataset: {night_table}: no column 'label'; its columns are candid, truth"
     assert main(["fit", str(tmp_path / "absent.yaml")]) == 1
     assert "absent.yaml" in capsys.readouterr().err.splitlines()[-1]
 
