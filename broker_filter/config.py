@@ -29,6 +29,8 @@ from pydantic import (
     model_validator,
 )
 
+from broker_filter.errors import USAGE, BrokerFilterError
+
 SCORED, ANOMALIES, DEAD_LETTER, POSITIONS = "scored", "anomalies", "dead-letter", "positions"
 RESERVED_TOPICS = (SCORED, ANOMALIES, DEAD_LETTER, POSITIONS)
 """Names of the service's own topics `<prefix>.<name>`; a filter cannot use them."""
@@ -72,6 +74,10 @@ class ConfigChecks(ABC):
     @abstractmethod
     def model_name(self, bundle: str) -> str:
         """Check that a bundle can be read, and return the name of its model."""
+
+    @abstractmethod
+    def check_registry(self, registry: Registry) -> None:
+        """Check that the certificates and the key of a schema registry can be used."""
 
     @abstractmethod
     def check_reference(self, file: Path) -> None:
@@ -144,6 +150,30 @@ Secret = Annotated[
 ]
 
 
+class SecretError(BrokerFilterError, ValueError):
+    """The configuration refers to a secret that is missing."""
+
+    exit_status = USAGE
+
+
+def read_secret(secret: Secret, environment: Mapping[str, str] = os.environ) -> str:
+    """Return the text of a secret, without one newline at its end. Keep the text out of logs and messages.
+
+    Raises SecretError if the variable is not set or the file cannot be read.
+    """
+    if isinstance(secret, SecretFromEnvironment):
+        text = environment.get(secret.env)
+        if text is None:
+            raise SecretError(
+                f"environment variable {secret.env}, which holds a secret of the configuration, is not set"
+            )
+        return text.removesuffix("\n")
+    try:
+        return secret.file.read_text().removesuffix("\n")
+    except OSError as error:
+        raise SecretError(f"the file of a secret cannot be read: {error}") from None
+
+
 class Sasl(ServiceSection):
     """SASL credentials. The connection uses TLS if `tls` is also given."""
 
@@ -155,7 +185,7 @@ class Sasl(ServiceSection):
 
 
 class Tls(ServiceSection):
-    """TLS to the brokers. With `certificate` and `key`, mutual TLS."""
+    """TLS to a server. With `certificate` and `key`, mutual TLS."""
 
     ca: ReadablePath | None = Field(
         default=None,
@@ -174,6 +204,43 @@ class Tls(ServiceSection):
         if (self.certificate is None) != (self.key is None):
             raise ValueError("certificate and key belong together: give both or neither")
         return self
+
+
+class Registry(ServiceSection):
+    """A Confluent schema registry. A string in the place of this section is taken as the key `url`."""
+
+    url: str = Field(description="URL of the registry; for the input, also a directory of .avsc files in its place.")
+    username: str | None = Field(default=None, description="User name or API key, for HTTP basic authentication.")
+    password: Secret | None = Field(
+        default=None, description="Password or API secret: `{env: VARIABLE}` or `{file: PATH}`."
+    )
+    tls: Tls | None = Field(
+        default=None,
+        description="Certificates, for an https URL; if absent, the system's authorities and no client certificate.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_url(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _parts_fit(self, info: ValidationInfo) -> Registry:
+        parts = urlsplit(self.url)
+        if (self.username is None) != (self.password is None):
+            raise ValueError("username and password belong together: give both or neither")
+        if self.username is not None and (not self.is_remote or parts.username is not None):
+            raise ValueError("username and password need an http(s) URL without credentials in it")
+        if self.tls is not None and parts.scheme != "https":
+            raise ValueError("tls needs an https URL")
+        if checks := _checks(info):
+            checks.check_registry(self)
+        return self
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether `url` is an HTTP(S) URL, not the path of a directory."""
+        return urlsplit(self.url).scheme in ("http", "https")
 
 
 def _scalar(value: Any) -> Any:
@@ -259,8 +326,10 @@ class Input(ServiceSection):
         default=None, description="TLS to the brokers; `{}` for TLS with the system's certificate authorities."
     )
     kafka: KafkaProperties = Field(default={}, description="librdkafka properties, passed through as they are.")
-    schema_registry: str | None = Field(
-        default=None, description="URL of a Confluent schema registry, or a directory of .avsc files."
+    schema_registry: Registry | None = Field(
+        default=None,
+        description="Schema registry of packets in Confluent wire format: a URL, a directory of .avsc files, or a "
+        "section.",
     )
     schema_cache: Literal["keep", "drop"] = Field(
         default="keep",
@@ -287,10 +356,10 @@ class Input(ServiceSection):
 
     @field_validator("schema_registry")
     @classmethod
-    def _registry_is_there(cls, location: str | None, info: ValidationInfo) -> str | None:
-        if _checks(info) and location and not _is_http_url(location) and not Path(location).is_dir():
+    def _registry_is_there(cls, registry: Registry | None, info: ValidationInfo) -> Registry | None:
+        if _checks(info) and registry and not registry.is_remote and not Path(registry.url).is_dir():
             raise ValueError("neither an http(s) URL nor a directory")
-        return location
+        return registry
 
     @field_validator("kafka")
     @classmethod
@@ -335,10 +404,10 @@ class Output(ServiceSection):
         description="How much of the input packet the output holds: `full` (all of it), `no_cutouts` (all but the "
         "cutouts) or `scores` (ids, time, position, band and scores).",
     )
-    schema_registry: str | None = Field(
+    schema_registry: Registry | None = Field(
         default=None,
-        description="URL of a Confluent schema registry. With it, records have the Confluent wire format; without it, "
-        "each record is an Avro object container.",
+        description="Confluent schema registry: a URL, or a section. With it, records have the Confluent wire format; "
+        "without it, each record is an Avro object container.",
     )
     subject: Literal["topic", "record", "topic-record"] = Field(
         default="topic-record",
@@ -359,10 +428,10 @@ class Output(ServiceSection):
 
     @field_validator("schema_registry")
     @classmethod
-    def _registry_is_url(cls, location: str | None) -> str | None:
-        if location and not _is_http_url(location):
+    def _registry_is_url(cls, registry: Registry | None) -> Registry | None:
+        if registry and not registry.is_remote:
             raise ValueError("should be an http(s) URL: schemas are registered there")
-        return location
+        return registry
 
     @field_validator("kafka")
     @classmethod
@@ -588,8 +657,3 @@ def suggestion(word: str, known: Sequence[str]) -> str:
     """Return text to append to a message about an unknown word: the most similar known word, or all known words."""
     close = get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}" if known else ""
-
-
-def _is_http_url(location: str) -> bool:
-    """Return whether `location` is an HTTP(S) URL, not a path."""
-    return urlsplit(location).scheme in ("http", "https")

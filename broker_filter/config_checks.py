@@ -8,13 +8,14 @@ from typing import Literal
 
 from confluent_kafka import Consumer, KafkaException, Producer
 
-from broker_filter.config import ConfigChecks, KafkaValue, Sasl, Section, Tls
+from broker_filter.config import ConfigChecks, KafkaValue, Registry, Sasl, Section, Tls
 from broker_filter.kafka.client import (
     librdkafka_log,
     plain_properties,
     refused_properties,
     security_properties,
 )
+from broker_filter.packets.registry_client import RegistryClient
 from broker_filter.scoring.bundle import BundleError
 from broker_filter.scoring.reference import ReferenceSetError, check_made_with, read_card
 from broker_filter.streaming.resolved import Resolver
@@ -43,6 +44,11 @@ class EnvironmentChecks(ConfigChecks):
             return self._resolver.bundle(bundle).card.name
         except BundleError as error:
             raise ValueError(str(error)) from None
+
+    def check_registry(self, registry: Registry) -> None:
+        """See ConfigChecks. The check creates a client, which sends nothing."""
+        if registry.is_remote:
+            RegistryClient(registry, environment=self._environment)
 
     def check_reference(self, file: Path) -> None:
         """See ConfigChecks. Reads only the card of the file, because the file may have gigabytes."""

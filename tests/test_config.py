@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from broker_filter.config import Input, Model, SecretFromEnvironment, SecretFromFile, Service
+from broker_filter.config import Input, Model, Registry, SecretFromEnvironment, SecretFromFile, Service, Tls
 from broker_filter.config_file import MAX_FILE_BYTES, ConfigError, document_keys, load_service
 from broker_filter.scoring.bundle import SHIPPED
 
@@ -222,6 +222,35 @@ def test_property_that_needs_a_secret_is_accepted_without_any_connection(
         with pytest.raises(BlockingIOError):
             tokens.accept()
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_schema_registry_is_a_url_or_a_section_with_credentials_and_certificates(tmp_path: Path, side: str) -> None:
+    last = "start: earliest" if side == "input" else "payload: full"
+    text = SMALLEST.replace(last, f"{last}, schema_registry: LOCATION")
+    url = "https://registry:8081/path"
+    service = load(tmp_path, text.replace("LOCATION", f'"{url}"'))
+    assert (service.input if side == "input" else service.output).schema_registry == Registry(url=url)
+
+    key = f"{side}.schema_registry"
+    login = "username: me, password: {env: SECRET}"
+    given = load(tmp_path, text.replace("LOCATION", f'{{url: "{url}", {login}, tls: {{}}}}'), {"SECRET": "hunter2"})
+    registry = (given.input if side == "input" else given.output).schema_registry
+    assert registry == Registry(url=url, username="me", password=SecretFromEnvironment(env="SECRET"), tls=Tls())
+    junk = tmp_path / "junk.pem"
+    junk.write_text("junk")
+    for section, path, message in (
+        (f'{{url: "{url}", username: me}}', key, "username and password belong together"),
+        (f'{{url: "{url}", username: me, password: hunter2}}', f"{key}.password", "a secret must not be in this file"),
+        (f'{{url: "{url}", {login}, tls: {{ca: {junk}}}}}', key, f"{junk}: no PEM file of certificates"),
+        (f'{{url: "http://registry", {login}, tls: {{}}}}', key, "tls needs an https URL"),
+        (f'{{url: "https://me:too@registry", {login}}}', key, "an http(s) URL without credentials in it"),
+        (f"{{url: {tmp_path}, {login}}}", key, "an http(s) URL without credentials in it"),
+        (f'{{ulr: "{url}"}}', f"{key}.ulr", "did you mean 'url'?"),
+    ):
+        found = problems(tmp_path, text.replace("LOCATION", section), {"SECRET": "hunter2"})
+        assert message in found[path]
+        assert "hunter2" not in str(found)
 
 
 def test_private_key_is_opened_with_a_password_from_tls_or_from_the_properties(tmp_path: Path) -> None:

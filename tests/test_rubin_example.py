@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from broker_filter.cli import main
-from broker_filter.config import Runtime, Service
+from broker_filter.config import Registry, Runtime, Service
 from broker_filter.packets.batch import Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import open_registry
@@ -39,7 +39,7 @@ def test_example_names_the_brokers_of_the_survey() -> None:
     file = Service.model_validate(yaml.safe_load(example()))
     assert file.input.bootstrap_servers == "rubin-alert-stream-bootstrap.slac.stanford.edu:9094"
     assert file.input.topics == ["lsst-alerts-v11"]
-    assert file.input.schema_registry == "https://rubin-alert-schemas.slac.stanford.edu/schema-registry"
+    assert file.input.schema_registry == Registry(url="https://rubin-alert-schemas.slac.stanford.edu/schema-registry")
     assert file.input.sasl is not None
     assert file.input.sasl.mechanism == "SCRAM-SHA-512"
     assert file.input.group_id.startswith(file.input.sasl.username)

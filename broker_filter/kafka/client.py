@@ -18,7 +18,16 @@ from datetime import datetime, timedelta
 from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
 
-from broker_filter.config import Input, KafkaValue, Output, Sasl, Secret, SecretFromEnvironment, SecretFromFile, Tls
+from broker_filter.config import (
+    Input,
+    KafkaValue,
+    Output,
+    Sasl,
+    SecretFromEnvironment,
+    SecretFromFile,
+    Tls,
+    read_secret,
+)
 from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.kafka.rights import REFUSED, Account, Right, not_among
 
@@ -84,33 +93,15 @@ class KafkaAwayError(KafkaSetupError):
 
 
 class PropertyError(BrokerFilterError, ValueError):
-    """The configuration sets a property that the service must set itself, or refers to a secret that is missing."""
+    """The configuration sets a property that the service must set itself."""
 
     exit_status = USAGE
-
-
-def read_secret(secret: Secret, environment: Mapping[str, str] = os.environ) -> str:
-    """Return the text of a secret, without one newline at its end.
-
-    Raises PropertyError if the variable is not set or the file cannot be read.
-    """
-    if isinstance(secret, SecretFromEnvironment):
-        text = environment.get(secret.env)
-        if text is None:
-            raise PropertyError(
-                f"environment variable {secret.env}, which holds a secret of the configuration, is not set"
-            )
-        return text.removesuffix("\n")
-    try:
-        return secret.file.read_text().removesuffix("\n")
-    except OSError as error:
-        raise PropertyError(f"the file of a secret cannot be read: {error}") from None
 
 
 def client_properties(section: Input | Output) -> dict[str, object]:
     """Return librdkafka's properties for the section's cluster. They include secrets: pass them to a client only.
 
-    Raises PropertyError if a reserved property is set or a secret is missing.
+    Raises PropertyError if a reserved property is set, and SecretError if a secret is missing.
     """
     key = type(section).__name__.lower()
     given = plain_properties(section.kafka)
@@ -148,7 +139,7 @@ def refused_properties(properties: Mapping[str, object]) -> dict[str, str]:
 def plain_properties(
     properties: Mapping[str, KafkaValue], environment: Mapping[str, str] = os.environ
 ) -> dict[str, str | int | float | bool]:
-    """Return the properties with the text of the secrets. Raises PropertyError if a secret is missing."""
+    """Return the properties with the text of the secrets. Raises SecretError if a secret is missing."""
     return {
         name: read_secret(value, environment) if isinstance(value, SecretFromEnvironment | SecretFromFile) else value
         for name, value in properties.items()

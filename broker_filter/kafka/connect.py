@@ -75,8 +75,8 @@ def connect(
 ) -> Endpoints | None:
     """Wait for the clusters, create the output topics and join the group. Returns None once `stop` is set.
 
-    Raises PropertyError if the configuration cannot be used, and KafkaSetupError if a cluster does not allow what the
-    service needs.
+    Raises PropertyError or SecretError if the configuration cannot be used, and KafkaSetupError if a cluster does not
+    allow what the service needs.
     """
     output, topics = output_section(config.input, config.output), config.output_topics
     in_properties, out_properties = client_properties(config.input), client_properties(output)

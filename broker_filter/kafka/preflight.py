@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 def problems(service: Service) -> Iterator[str]:
     """Yield a sentence for each problem that would keep the service from working; nothing if every check succeeds.
 
-    Raises PropertyError if the configuration of a client cannot be used.
+    Raises PropertyError or SecretError if the configuration of a client cannot be used.
     """
     source, output = service.input, output_section(service.input, service.output)
     input_end = _End(source, f"input brokers {source.bootstrap_servers}")

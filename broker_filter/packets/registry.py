@@ -25,6 +25,7 @@ from threading import Lock
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from broker_filter import config
 from broker_filter.packets.registry_client import (
     DEADLINE_S,
     RegistryClient,
@@ -84,14 +85,14 @@ class SchemaRegistry(Protocol):
 
 
 def open_registry(
-    location: str | Path | None,
+    location: str | Path | config.Registry | None,
     cache_dir: Path | None = None,
     *,
     drop_cache: bool = False,
     waiting: Callable[[], None] = no_beat,
 ) -> SchemaRegistry:
-    """Return the registry at `location`: a URL (http, https), a directory of .avsc files, or None if all ids are
-    unknown.
+    """Return the registry at `location`: a URL (http, https), a directory of .avsc files, a section of a service file
+    for one of them, or None if all ids are unknown.
 
     `cache_dir`: the folder of the disk cache, by default `broker-filter/schemas` in XDG_CACHE_HOME or `~/.cache`.
     `drop_cache`: delete the cached schemas of this registry first. `waiting`: see RegistryClient.
@@ -101,14 +102,15 @@ def open_registry(
     """
     if location is None:
         return NoRegistry()
-    if isinstance(location, str) and location.startswith(("http://", "https://")):
-        registry = HttpRegistry(location, cache_dir or default_cache_dir(), waiting=waiting)
+    section = location if isinstance(location, config.Registry) else config.Registry(url=str(location))
+    if section.is_remote:
+        registry = HttpRegistry(section, cache_dir or default_cache_dir(), waiting=waiting)
         if drop_cache:
             registry.drop_cache()
         return registry
-    if not Path(location).is_dir():
-        raise NotADirectoryError(f"schema registry {str(location)!r} is neither a URL (http, https) nor a directory")
-    return DirectoryRegistry(Path(location))
+    if not Path(section.url).is_dir():
+        raise NotADirectoryError(f"schema registry {section.url!r} is neither a URL (http, https) nor a directory")
+    return DirectoryRegistry(Path(section.url))
 
 
 def default_cache_dir() -> Path:
@@ -167,21 +169,21 @@ class DirectoryRegistry:
 
 
 class HttpRegistry:
-    """A Confluent schema registry, read anonymously or with the credentials in its URL (`https://user:key@host`).
+    """A Confluent schema registry.
 
-    `cache_dir`: the folder of the disk cache. `waiting`: see RegistryClient. `sleep`, `clock`: for tests.
+    `registry`, `waiting`: see RegistryClient. `cache_dir`: the folder of the disk cache. `sleep`, `clock`: for tests.
     """
 
     def __init__(
         self,
-        url: str,
+        registry: config.Registry | str,
         cache_dir: Path,
         *,
         waiting: Callable[[], None] = no_beat,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._client = RegistryClient(url, waiting)
+        self._client = RegistryClient(registry, waiting)
         self._url = self._client.url
         host = urlsplit(self._url).netloc
         # Each registry has a cache folder of its own, because the same id means other schemas in other registries.

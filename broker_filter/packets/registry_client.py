@@ -9,13 +9,14 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import os
 import socket
 import ssl
 import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import closing
 from functools import partial
@@ -23,7 +24,8 @@ from threading import Thread
 from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from broker_filter.errors import BrokerFilterError
+from broker_filter.config import Registry, Tls, read_secret
+from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.packets.schema import MAX_SCHEMA_BYTES
 
 DEADLINE_S = 10.0
@@ -46,6 +48,12 @@ class RegistryUnavailable(BrokerFilterError):  # noqa: N818 - it is a state
     """The registry does not answer, and the schema is not in the cache. The caller should retry later."""
 
 
+class CertificateError(BrokerFilterError, ValueError):
+    """A certificate or key for a schema registry cannot be used. The message names the file."""
+
+    exit_status = USAGE
+
+
 class Answer(NamedTuple):
     """The answer of a registry: the HTTP status, and the JSON body as Python values (None if it is not JSON)."""
 
@@ -65,16 +73,38 @@ class Answer(NamedTuple):
         return self.content.get(key) if isinstance(self.content, dict) else None
 
 
-def registry_address(url: str) -> tuple[str, dict[str, str]]:
-    """Return the URL of a registry without credentials, which may be logged, and the HTTP header with its
-    credentials."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    shown = urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
-    if parts.username is None:
-        return shown, {}
-    credentials = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
-    return shown, {"Authorization": "Basic " + b64encode(credentials).decode()}
+def _credentials(registry: Registry, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the HTTP header with the credentials; empty if there are none. Raises SecretError."""
+    parts = urlsplit(registry.url)
+    username, password = unquote(parts.username or ""), unquote(parts.password or "")
+    if registry.username is not None and registry.password is not None:
+        username, password = registry.username, read_secret(registry.password, environment)
+    elif parts.username is None:
+        return {}
+    return {"Authorization": "Basic " + b64encode(f"{username}:{password}".encode()).decode()}
+
+
+def _tls_context(tls: Tls, environment: Mapping[str, str]) -> ssl.SSLContext:
+    """Return the context of TLS connections to a registry. Raises CertificateError and SecretError."""
+    try:
+        context = ssl.create_default_context(cafile=tls.ca)
+    except OSError as error:  # ssl.SSLError is an OSError
+        raise CertificateError(f"{tls.ca}: {_reason(error, 'no PEM file of certificates')}") from None
+    if tls.certificate is None:
+        return context
+    # Without any password, OpenSSL would ask for the password of an encrypted key at the terminal.
+    password = read_secret(tls.key_password, environment) if tls.key_password else ""
+    try:
+        context.load_cert_chain(tls.certificate, tls.key, password)
+    except OSError as error:
+        unfit = "not the PEM files of a certificate and its key, or key_password is wrong"
+        raise CertificateError(f"{tls.certificate}, {tls.key}: {_reason(error, unfit)}") from None
+    return context
+
+
+def _reason(error: OSError, unfit: str) -> str:
+    """Return why files cannot be used. The text of an SSLError is about OpenSSL; `unfit` is used in its place."""
+    return unfit if isinstance(error, ssl.SSLError) else error.strerror or str(error)
 
 
 def no_beat() -> None:
@@ -99,15 +129,31 @@ def wait_for(future: Future[T], waiting: Callable[[], None], until: float | None
 class RegistryClient:
     """Sends requests to a schema registry. Thread-safe.
 
-    `url`: the URL of the registry, with credentials if it needs them (`https://user:key@host`). `waiting`: called every
-    BEAT_S seconds by the requesting thread while it waits for an answer, so that a watchdog knows that it is not stuck.
+    `registry`: the section of the service file, or a URL, with credentials if it needs them (`https://user:key@host`).
+    `waiting`: called every BEAT_S seconds by the requesting thread while it waits for an answer, so that a watchdog
+    knows that it is not stuck. `environment`: the variables that secrets refer to.
+
+    Raises CertificateError if a certificate or key cannot be used, and SecretError if a secret is missing.
     """
 
-    def __init__(self, url: str, waiting: Callable[[], None] = no_beat) -> None:
-        self.url, credentials = registry_address(url)
+    def __init__(
+        self,
+        registry: Registry | str,
+        waiting: Callable[[], None] = no_beat,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
+        registry = Registry.model_validate(registry)
+        parts = urlsplit(registry.url)
+        host = parts.netloc.rpartition("@")[2]
+        self.url = urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
+        """The URL of the registry without credentials, which may be logged."""
         self.waiting = waiting
-        self._headers = {"Accept": "application/vnd.schemaregistry.v1+json, application/json", **credentials}
-        self._opener = urllib.request.build_opener(_Transport, _SameHostRedirects)
+        self._headers = {
+            "Accept": "application/vnd.schemaregistry.v1+json, application/json",
+            **_credentials(registry, environment),
+        }
+        tls = None if registry.tls is None else _tls_context(registry.tls, environment)
+        self._opener = urllib.request.build_opener(_Transport(host, tls), _SameHostRedirects)
 
     def ask(self, path: str, document: Any = None, timeout_s: float = DEADLINE_S) -> Answer:
         """Return the answer to GET `path`, or to POST `path` if there is a `document`, which is sent as JSON.
@@ -212,17 +258,25 @@ class _DeadlineReader(io.RawIOBase):
 class _Transport(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     """HTTP and HTTPS with a deadline for each answer. Proxies are taken from the environment, as urllib does."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str, tls: ssl.SSLContext | None) -> None:
+        """`host`: host and port of the registry. `tls`: the context of connections to it, if it has its own.
+
+        Other connections, to which a registry redirects, trust the system's certificate authorities (or those in
+        SSL_CERT_FILE), and show no client certificate.
+        """
         super().__init__()
-        self._tls = ssl.create_default_context()
+        self._host = host
+        self._system_tls = ssl.create_default_context()
+        self._tls = tls or self._system_tls
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         """Send a request over TCP."""
         return self.do_open(partial(_connection, http.client.HTTPConnection), req)
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        """Send a request over TLS, trusting the system's certificate authorities (or those in SSL_CERT_FILE)."""
-        return self.do_open(partial(_connection, http.client.HTTPSConnection), req, context=self._tls)
+        """Send a request over TLS."""
+        tls = self._tls if urlsplit(req.full_url).netloc == self._host else self._system_tls
+        return self.do_open(partial(_connection, http.client.HTTPSConnection), req, context=tls)
 
 
 def _connection(kind: type[http.client.HTTPConnection], host: str, **options: Any) -> http.client.HTTPConnection:

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter import __version__
+from broker_filter.config import Registry
 from broker_filter.packets.batch import AlertBatch, Record, Survey
 from broker_filter.packets.defaults import without_invalid_defaults
 from broker_filter.packets.ocf import container_header, encode_long
@@ -135,19 +136,19 @@ class WireFraming:
     versions of a survey's schema have the same full name and are not compatible with each other. If the registry
     refuses a version for that reason, it is registered under a unique name: see `name_of_its_own`.
 
-    `waiting`: see RegistryClient. `clock`: returns monotonic seconds.
+    `registry`, `waiting`: see RegistryClient. `clock`: returns monotonic seconds.
     """
 
     headers = ()
 
     def __init__(
         self,
-        registry_url: str,
+        registry: Registry | str,
         strategy: SubjectStrategy = "topic-record",
         waiting: Callable[[], None] = no_beat,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._client = RegistryClient(registry_url, waiting)
+        self._client = RegistryClient(registry, waiting)
         self._strategy = strategy
         self._clock = clock
         # The keys are `sync` and topic, so that the caches keep no schema objects alive.

@@ -11,7 +11,7 @@ import pytest
 from confluent_kafka import KafkaError
 from confluent_kafka.admin import NewTopic
 
-from broker_filter.config import Input, Output, Sasl, SecretFromEnvironment, SecretFromFile, Tls
+from broker_filter.config import Input, Output, Sasl, SecretError, SecretFromEnvironment, SecretFromFile, Tls
 from broker_filter.kafka.client import (
     RECORD_OVERHEAD_BYTES,
     REPEAT_INTERVAL_S,
@@ -58,9 +58,9 @@ def test_secrets_come_from_files_and_the_environment(tmp_path: Path, monkeypatch
 
 
 def test_missing_secret_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PropertyError, match="environment variable NO_SUCH_SECRET"):
+    with pytest.raises(SecretError, match="environment variable NO_SUCH_SECRET"):
         client_properties(source(sasl=Sasl(username="a", password=SecretFromEnvironment(env="NO_SUCH_SECRET"))))
-    with pytest.raises(PropertyError, match="no-such-file"):
+    with pytest.raises(SecretError, match="no-such-file"):
         client_properties(source(sasl=Sasl(username="a", password=SecretFromFile(file=tmp_path / "no-such-file"))))
 
 

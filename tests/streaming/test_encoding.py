@@ -20,7 +20,7 @@ import fastavro
 import numpy as np
 import pytest
 
-from broker_filter import __version__
+from broker_filter import __version__, config
 from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.ocf import container_header, encode_block
@@ -568,9 +568,16 @@ def test_missing_registry_is_unavailable_and_its_credentials_are_not_shown(crede
     assert "secret" not in str(raised.value)
 
 
-def test_credentials_in_the_registrys_url_are_sent(registry: str) -> None:
-    url = registry.replace("//", "//me:one%2Ftwo@")
-    assert unframe(WireFraming(url).frame(scored_alert_schema(), [], "topic")).schema_id == 100
+@pytest.mark.parametrize("given", ["in the URL", "in a section"])
+def test_credentials_for_the_registry_are_sent(registry: str, given: str, tmp_path: Path) -> None:
+    password = tmp_path / "password"
+    password.write_text("one/two\n")
+    location = (
+        config.Registry(url=registry, username="me", password=config.SecretFromFile(file=password))
+        if given == "in a section"
+        else registry.replace("//", "//me:one%2Ftwo@")
+    )
+    assert unframe(WireFraming(location).frame(scored_alert_schema(), [], "topic")).schema_id == 100
     assert Registry.authorization == ["Basic " + b64encode(b"me:one/two").decode()]
 
 
