@@ -68,7 +68,9 @@ def prepare_images(
 
     Raises ValueError if S < size, and KeyError if the normalisation is `snr` and `variance` is None.
     """
-    if images.normalisation == "snr" and variance is None:
+    if images.normalisation != "snr":
+        variance = None
+    elif variance is None:
         raise KeyError("the model needs the variance planes, but they were not decoded")
     if images.order != CUTOUTS:
         chosen = [CUTOUTS.index(name) for name in images.order]
@@ -79,8 +81,7 @@ def prepare_images(
         variance = None if variance is None else _crop(variance, cutout_box, images.size)[0]
         cutouts, cutout_box = _crop(cutouts, cutout_box, images.size)
     prepared = np.empty(cutouts.shape, np.float32)
-    if images.normalisation == "snr":
-        assert variance is not None
+    if variance is not None:
         snr_numpy(
             cutouts.reshape(-1, images.size, images.size),
             variance.reshape(-1, images.size, images.size),

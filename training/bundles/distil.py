@@ -182,7 +182,7 @@ def run_over(network: nn.Module, inputs: ImageInput, alerts: Alerts) -> tuple[Te
 
 
 def _images(inputs: ImageInput, alerts: Alerts) -> Tensor:
-    return torch.from_numpy(prepare_images(alerts.cutouts, alerts.cutout_box, inputs))
+    return torch.from_numpy(prepare_images(alerts.cutouts, alerts.cutout_box, inputs, alerts.raw.variance))
 
 
 def make_images(

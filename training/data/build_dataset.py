@@ -26,7 +26,7 @@ from pyarrow import parquet
 
 from broker_filter.cli.options import add_registry_option
 from broker_filter.console import progress
-from broker_filter.packets.batch import AlertBatch, LightCurves, Survey
+from broker_filter.packets.batch import PLANES, AlertBatch, LightCurves, Plane, Survey
 from broker_filter.packets.decode import DEFAULT_CUTOUT_SIZE, Decoder
 from broker_filter.packets.registry import open_registry
 from broker_filter.packets.surveys import DEFAULT_COLUMNS
@@ -95,6 +95,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PX",
         help="cutout size in pixels (default: %(default)s)",
     )
+    parser.add_argument(
+        "--planes",
+        nargs="+",
+        choices=PLANES,
+        default=[],
+        help="images to keep besides the cutouts, for networks with the normalisation snr (variance) or a PSF input",
+    )
     parser.add_argument("--seed", type=seed, default=0, help="seed of the split by source (default: %(default)s)")
     parser.add_argument(
         "--shares",
@@ -139,6 +146,7 @@ def run(arguments: argparse.Namespace) -> None:
         labels,
         arguments.out,
         cutout_size=arguments.cutout_size,
+        planes=[plane for plane in PLANES if plane in arguments.planes],
         split=SplitRule(validation=arguments.shares[0], test=arguments.shares[1], seed=arguments.seed),
         schema_registry=arguments.schema_registry,
         allow_unmatched=arguments.allow_unmatched,
@@ -156,6 +164,7 @@ def build_dataset(
     *,
     cutout_size: int = DEFAULT_CUTOUT_SIZE,
     columns: Sequence[str] = DEFAULT_COLUMNS,
+    planes: Sequence[Plane] = (),
     split: SplitRule = PUBLISHED_SPLIT,
     schema_registry: str | None = None,
     allow_unmatched: bool = False,
@@ -178,13 +187,14 @@ def build_dataset(
         "cutout_size": cutout_size,
         "columns": list(columns),
         "split": split.model_dump(),
+        **({"planes": list(planes)} if planes else {}),
         **({"where": where} if where is not None else {}),
     }
     _begin(out, request)
     if not (out / CARD).exists():
-        decoder = Decoder(open_registry(schema_registry), cutout_size=cutout_size, columns=columns)
+        decoder = Decoder(open_registry(schema_registry), cutout_size=cutout_size, columns=columns, planes=planes)
         _write_shards(out / SHARDS, inputs, decoder, labels, chosen)
-        _finish(out, labels, split, cutout_size, columns, allow_unmatched, where)
+        _finish(out, labels, split, cutout_size, columns, planes, allow_unmatched, where)
     return Dataset.open(out)
 
 
@@ -295,6 +305,7 @@ def _labelled(alerts: AlertBatch, chosen: NDArray[np.bool_], labels: Labels, see
         "metadata": alerts.metadata[rows],
         "mjd": alerts.mjd[rows],
         LIGHT_CURVES: alerts.light_curves[np.array(rows, np.int64)],
+        **{plane: slots[rows] for plane in PLANES if (slots := getattr(alerts, plane)) is not None},
     }
 
 
@@ -334,6 +345,7 @@ def _finish(
     rule: SplitRule,
     cutout_size: int,
     columns: tuple[str, ...],
+    planes: Sequence[Plane],
     allow_unmatched: bool,
     where: str | None,
 ) -> None:
@@ -357,6 +369,7 @@ def _finish(
         "surveys": [str(Survey(code)) for code in np.unique(survey).tolist()],
         "cutout_size": cutout_size,
         "columns": columns,
+        **({"planes": list(planes)} if planes else {}),
         "classes": labels.classes,
         "labels": f"{labels.column} of {labels.table.name}, by {labels.key}: {'; '.join(map(str, labels.rules))}",
         **({"where": where} if where is not None else {}),

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 from pydantic import Field, ValidationError
 
-from broker_filter.packets.batch import LightCurves, Survey
+from broker_filter.packets.batch import CUTOUTS, PSF_SIZE, LightCurves, Plane, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.alerts import RawAlerts
@@ -77,6 +77,7 @@ class DatasetCard(CardSection):
     surveys: tuple[Literal["ztf", "lsst"], ...]
     cutout_size: int = Field(gt=0, description="Pixels per side of the decoded cutouts.")
     columns: tuple[str, ...] = Field(description="Metadata columns, in order.")
+    planes: tuple[Plane, ...] = Field(default=(), description="Planes that were decoded besides the cutouts.")
     classes: tuple[ModelName, ...] = Field(min_length=2)
     labels: str = Field(description="Source of the labels, and the values of each class.")
     where: str | None = Field(default=None, description="Filter that alerts had to pass; null: no filter.")
@@ -100,6 +101,9 @@ class LabelledAlerts:
     columns: tuple[str, ...]  # F
     mjd: NDArray[np.float64] | None  # [N]
     light_curves: LightCurves | None  # None, like `mjd`, in older data sets, which lack them
+    survey: NDArray[np.uint8]  # [N] Survey
+    variance: NDArray[np.float32] | None  # [N, 3, S, S]; None in a data set with LSST alerts but without the plane
+    psf: NDArray[np.float32] | None  # [N, 3, PSF_SIZE, PSF_SIZE], as `variance`
 
     def __len__(self) -> int:
         return len(self.alert_id)
@@ -107,7 +111,17 @@ class LabelledAlerts:
     @property
     def raw(self) -> RawAlerts:
         """The fields that models use."""
-        return RawAlerts(self.cutouts, self.cutout_box, self.metadata, self.columns, self.mjd, self.light_curves)
+        return RawAlerts(
+            self.cutouts,
+            self.cutout_box,
+            self.metadata,
+            self.columns,
+            self.mjd,
+            self.light_curves,
+            self.variance,
+            self.psf,
+            self.survey,
+        )
 
 
 class Dataset:
@@ -173,6 +187,9 @@ class Dataset:
             self.card.columns,
             self.column("mjd", rows) if self.has_light_curves else None,
             self._light_curves(rows) if self.has_light_curves else None,
+            self.column("survey", rows),
+            self._plane("variance", rows),
+            self._plane("psf", rows),
         )
 
     @property
@@ -181,7 +198,9 @@ class Dataset:
         return all(f"{POINTS}offsets" in arrays for arrays in self._arrays)
 
     def column(
-        self, name: Literal["cutouts", "cutout_box", "metadata", "mjd"], rows: NDArray[np.int64]
+        self,
+        name: Literal["cutouts", "cutout_box", "metadata", "mjd", "survey", "variance", "psf"],
+        rows: NDArray[np.int64],
     ) -> NDArray[Any]:
         """Return one array of the shards for the alerts in `rows` int64[n], in that order, copied into memory: [n,
         ...].
@@ -193,6 +212,13 @@ class Dataset:
             here = shard_of == shard
             values[here] = self._arrays[shard][name][rows[here] - self._starts[shard]]
         return values
+
+    def _plane(self, plane: Plane, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        if plane in self.card.planes:
+            return self.column(plane, rows)
+        if self.card.surveys == ("ztf",):
+            return no_plane(len(rows), self.card.cutout_size if plane == "variance" else PSF_SIZE)
+        return None
 
     def _light_curves(self, rows: NDArray[np.int64]) -> LightCurves:
         shard_of = np.searchsorted(self._starts, rows, side="right") - 1
@@ -305,7 +331,7 @@ PACKETS_AT_ONCE = 256
 
 @dataclass(frozen=True, slots=True)
 class Alerts:
-    """N alerts in memory, with the columns of `AlertBatch`; `alerts[rows]` selects a subset."""
+    """N ZTF alerts in memory, with the columns of `AlertBatch`; `alerts[rows]` selects a subset."""
 
     alert_id: NDArray[np.int64]  # [N]
     object_id: NDArray[np.str_]  # [N]
@@ -330,7 +356,22 @@ class Alerts:
     @property
     def raw(self) -> RawAlerts:
         """The fields that models use."""
-        return RawAlerts(self.cutouts, self.cutout_box, self.metadata, self.columns)
+        n, size = len(self), self.cutouts.shape[-1]
+        return RawAlerts(
+            self.cutouts,
+            self.cutout_box,
+            self.metadata,
+            self.columns,
+            variance=no_plane(n, size),
+            psf=no_plane(n, PSF_SIZE),
+            survey=np.full(n, Survey.ZTF, np.uint8),
+        )
+
+
+def no_plane(n: int, size: int) -> NDArray[np.float32]:
+    """Return the planes of n alerts of ZTF, which publishes none: NaN of shape [n, 3, size, size] that takes no
+    memory, read-only."""
+    return np.broadcast_to(np.float32(np.nan), (n, len(CUTOUTS), size, size))
 
 
 def load_alerts(inputs: Sequence[Path], cutout_size: int, columns: Sequence[str]) -> Alerts:

@@ -161,7 +161,7 @@ def leave_out(
     curves = alerts.raw.light_curves
     assert curves is not None
     features = np.concatenate([alerts.raw.metadata, light_curve_features(curves)], axis=1)
-    images = prepare_images(alerts.raw.cutouts, alerts.raw.cutout_box, inputs.images)
+    images = prepare_images(alerts.raw.cutouts, alerts.raw.cutout_box, inputs.images, alerts.raw.variance)
     test = held_out(alerts.object_id, TEST, SPLIT_SEEDS["test"])
     rest = np.where(test, UNLABELLED, label)
     validation = ~test & held_out_of_each(alerts.object_id, rest, VALIDATION, SPLIT_SEEDS["validation"])

@@ -39,7 +39,7 @@ class ShownAlerts(torch.utils.data.Dataset[Shown]):
     def __getitems__(self, rows: Sequence[int]) -> Shown:
         """Return the batch of these rows; called by torch's DataLoader."""
         alerts = self.view[np.array(rows)].read()
-        images = prepare_images(alerts.cutouts, alerts.cutout_box, self.inputs.images)
+        images = prepare_images(alerts.cutouts, alerts.cutout_box, self.inputs.images, alerts.variance)
         metadata = prepare_metadata(alerts.metadata, alerts.columns, self.inputs.metadata)
         return torch.from_numpy(images), torch.from_numpy(metadata), torch.from_numpy(alerts.label)
 

@@ -77,6 +77,12 @@ def fit(config: Fit) -> None:
             f"{config.dataset}: its cutouts have {dataset.card.cutout_size} px, but the network takes "
             f"{config.images.size} px: build it with --cutout-size {config.images.size}"
         )
+    needs_variance = "variance" in Inputs(images=config.images).planes
+    if needs_variance and "lsst" in dataset.card.surveys and "variance" not in dataset.card.planes:
+        raise DatasetError(
+            f"{config.dataset}: it lacks the variance planes that the normalisation {config.images.normalisation} "
+            "needs: build it with --planes variance"
+        )
     if not (config.out / BUNDLE).exists():
         _train_and_write(config, dataset)
     _score_test(config, dataset)

@@ -14,13 +14,14 @@ import pytest
 import yaml
 from pyarrow import parquet
 
+from broker_filter.packets.batch import Plane
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.bundle import POINT_COLUMNS, ImageInput, Inputs, MetadataColumn
 from broker_filter.scoring.labels import Labels, parse_rule, read_labels
 from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
-from broker_filter.simulate import SimulatedAlert
+from broker_filter.simulate import SCHEMAS, SimulatedAlert, simulate_night
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.expressions import ExpressionError
 from training.__main__ import main
@@ -295,3 +296,55 @@ def test_the_version_depends_on_the_content_only(
     assert again.card.sha256 == night_dataset.card.sha256 != other.card.sha256
     card = yaml.safe_load((tmp_path / "again" / CARD).read_text())
     assert card["counts"]["real"]["train"] == int(((again.label == 1) & (again.split == 0)).sum())
+
+
+def mixed_set(tmp_path: Path, planes: list[Plane]) -> tuple[Dataset, list[Packet]]:
+    """Return a data set of simulated alerts of both surveys, and their packets."""
+    alerts = [alert for survey in ("ztf", "lsst") for alert in simulate_night(30, seed=7, survey=survey)]
+    for alert in alerts:
+        (tmp_path / f"{alert.survey}{alert.alert_id}.avro").write_bytes(alert.packet)
+    table = tmp_path / "labels.csv"
+    table.write_text("alert_id,half\n" + "".join(f"{alert.alert_id},{'ab'[k % 2]}\n" for k, alert in enumerate(alerts)))
+    files = sorted(tmp_path.glob("*.avro"))
+    dataset = build_dataset(
+        files,
+        read_labels(table, "half"),
+        tmp_path / "set",
+        cutout_size=31,
+        planes=planes,
+        schema_registry=str(SCHEMAS),
+    )
+    return dataset, list(read_packets(files))
+
+
+def test_planes_are_stored_as_decoded_and_shown_as_served(tmp_path: Path) -> None:
+    dataset, packets = mixed_set(tmp_path, ["variance", "psf"])
+    assert dataset.card.planes == ("variance", "psf")
+    served, _ = Decoder(str(SCHEMAS), cutout_size=31, planes=["variance", "psf"]).decode(packets)
+    assert served.variance is not None
+    assert served.psf is not None
+    images = ImageInput(size=31, order=("science", "difference"), normalisation="snr", padding=0)
+    expected = prepare_images(served.cutouts, served.cutout_box, images, served.variance)
+    row_of = {alert: row for row, alert in enumerate(served.alert_id.tolist())}
+    for split in SPLITS:
+        view = dataset[split]
+        rows = [row_of[alert] for alert in view.alert_id.tolist()]
+        raw = view.read().raw
+        assert raw.survey is not None
+        assert np.array_equal(raw.survey, served.survey[rows])
+        assert np.array_equal(raw.variance, served.variance[rows], equal_nan=True)
+        assert np.array_equal(raw.psf, served.psf[rows], equal_nan=True)
+        shown, _, _ = ShownAlerts(view, Inputs(images=images)).__getitems__(range(len(view)))
+        assert np.array_equal(shown.numpy(), expected[rows])
+
+
+def test_a_data_set_without_planes_gives_none_for_lsst_and_nan_for_ztf(tmp_path: Path, night_dataset: Dataset) -> None:
+    dataset, _ = mixed_set(tmp_path, [])
+    assert dataset["train"].read().variance is None
+    ztf = night_dataset["train"].read()
+    assert ztf.variance is not None
+    assert ztf.psf is not None
+    assert ztf.variance.shape == ztf.cutouts.shape
+    assert np.isnan(ztf.variance).all()
+    assert np.isnan(ztf.psf).all()
+    assert "planes" not in yaml.safe_load((night_dataset.directory / "build.yaml").read_text())
