@@ -116,7 +116,7 @@ def test_score_archive_raises_our_errors(night: Path, tmp_path: Path, monkeypatc
         score_archive(tmp_path / "no-such-night.tar")
 
     reader = score_archive(night)
-    night.unlink()  # it is opened when the first row is asked for
+    night.unlink()  # the input is opened when the first row is requested
     with pytest.raises(InputError, match=r"night\.tar: No such file"):
         reader.read_all()
 

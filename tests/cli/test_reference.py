@@ -72,7 +72,7 @@ def test_real_lsst_alerts_are_selected_by_the_survey_score(
     assert main(["reference", "show", str(file)]) == 0
     assert f"{counts.read} alerts read" in capsys.readouterr().out
 
-    assert main([*arguments, "--where", "embedder.real > 0.5"]) == 1  # null for each of them
+    assert main([*arguments, "--where", "embedder.real > 0.5"]) == 1  # `real` is null for LSST alerts
     assert f"lsst: only 0 of {counts.read} alerts" in capsys.readouterr().err
 
 

@@ -60,7 +60,7 @@ def frozen_fusion(image: dict[str, Any]) -> dict[str, Any]:
         "model_name": "frozen_fusion",
         "image_model_config": image,
         "meta_model_config": {"model_name": "um_nn", **METADATA},
-        # btsbot's class looks these up although it loads nothing from them
+        # btsbot's class reads these keys, although it loads nothing from them
         "image_model_dir": "",
         "meta_model_dir": "",
         "skip_load_state": True,

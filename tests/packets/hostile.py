@@ -46,7 +46,7 @@ SEED = 20261127
 SYNC = b"hostile packets!"
 CARD = 80
 
-Type = Any  # of an Avro schema, as JSON
+Type = Any  # an Avro schema as JSON
 
 # -- the parts of packets
 

@@ -99,7 +99,9 @@ def main(count: int) -> None:
         bodies = []
         for k in range(start, start + TOGETHER):
             stamp = np.frombuffer(stamps[draw.integers(len(stamps))], np.uint8).copy()
-            reach = min((len(stamp), 800, 12_000)[k % 3], len(stamp))  # anywhere, or in headers and code tables
+            reach = min(
+                (len(stamp), 800, 12_000)[k % 3], len(stamp)
+            )  # at any position, or only in headers and code tables
             stamp[draw.integers(0, reach, draw.integers(0, 4))] = draw.integers(0, 256)
             bodies.append(stamp[: draw.integers(len(stamp) + 1)].copy() if k % 8 == 1 else stamp)
         spans = np.array([[(0, len(body)), (0, len(body) + 1), (-1, -1)] for body in bodies])

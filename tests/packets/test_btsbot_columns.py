@@ -24,7 +24,7 @@ def expected(record: dict[str, Any]) -> dict[str, float]:
     detections = [alert, *(row for row in history if row["magpsf"] is not None and row["jd"] <= alert["jd"])]
     detections.sort(key=lambda row: row["jd"])
     first = min(alert["jdstarthist"], detections[0]["jd"])
-    peak = min(detections, key=lambda row: row["magpsf"])  # the first of several equal ones
+    peak = min(detections, key=lambda row: row["magpsf"])  # the first of several equal detections
     drb = alert.get("drb")
     return {
         "nnotdet": alert["ncovhist"] - alert["ndethist"],

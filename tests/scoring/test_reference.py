@@ -127,7 +127,7 @@ def test_damage_is_found(file: Path) -> None:
             read_reference(file)
     narrow = {name: torch.from_numpy(array) for name, array in arrays.items()}
     torch_save_file(narrow | {"ztf.embedding": narrow["ztf.embedding"].bfloat16()}, file, metadata=metadata)
-    with pytest.raises(ReferenceSetError, match="BF16"):  # which numpy does not know
+    with pytest.raises(ReferenceSetError, match="BF16"):  # numpy has no such dtype
         read_reference(file)
     save_file(arrays, file, metadata={CARD: '{"format": 1}'})
     with pytest.raises(ReferenceSetError, match=r"another version of broker-filter in format 1.*; build the"):

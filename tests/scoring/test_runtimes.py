@@ -83,7 +83,7 @@ def test_batches_in_flight_return_complete_and_in_order(device: str) -> None:
         served, {"images": (3, 63, 63)}, tuple(bundle.card.outputs.shapes()), torch.device(device), "float32", 1e-5
     )
     rng = np.random.default_rng(3)
-    sizes = [1, staged.chunk, 64, 65, 7, 0, 100]  # more than there are slots, of every padding
+    sizes = [1, staged.chunk, 64, 65, 7, 0, 100]  # more batches than slots, with every padding
     batches = [rng.normal(0, 0.05, (n, 3, 63, 63)).astype(np.float32) for n in sizes]
     reference = open_network(bundle, Runtime(engine="torch", device="cpu"))
     results = list(staged.run_all({"images": batch} for batch in batches))

@@ -289,5 +289,5 @@ def test_anomalies_among_real_packets_are_published_with_embedding_and_reason(
         assert (anomaly["model"], len(model["embedding"])) == ("looks", looks.bundle.card.outputs.embedding)
         assert len(anomaly["reason"]["neighbours"]) == 5
         far = anomaly["reason"]["modalities"]
-        assert set(far) <= {"science", "template", "difference"}  # some have no template
+        assert set(far) <= {"science", "template", "difference"}  # some packets have no template cutout
         assert far[anomaly["reason"]["most_unlike"]] == max(far.values())

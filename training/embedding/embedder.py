@@ -101,8 +101,7 @@ class Draws:
 
 
 class SpectrumEncoder(nn.Module):
-    """Spectra [N, 3, S], NaN where missing -> vectors [N, size] in the embedder's space, of length 1, or 0 where
-    missing.
+    """An encoder of spectra [N, 3, S] into vectors [N, size] in the embedder's space.
 
     It is AstroM3's network. It only supports the training of the other modalities and is not served, because alerts
     contain no spectra.

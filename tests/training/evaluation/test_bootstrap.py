@@ -41,7 +41,7 @@ def test_ten_alerts_of_an_object_are_one_trial() -> None:
     one_alert_each = np.array([f"object {i}" for i in range(600)])
     wide = estimate(partial(mean, values), ten_alerts_each)["mean"]
     narrow = estimate(partial(mean, values), one_alert_each)["mean"]
-    assert 2.5 < width(wide) / width(narrow) < 4  # the square root of ten
+    assert 2.5 < width(wide) / width(narrow) < 4  # about the square root of ten
 
 
 def test_one_object_with_many_alerts_widens_the_interval() -> None:
@@ -89,7 +89,7 @@ def test_exact_intervals_agree_with_the_binomial_distribution(
 
 
 def test_a_fraction_that_all_objects_agree_on_has_the_exact_interval_for_the_number_of_objects() -> None:
-    objects = np.array([f"object {i // 4}" for i in range(80)])  # twenty of them
+    objects = np.array([f"object {i // 4}" for i in range(80)])  # twenty objects
     right = np.ones(80)
     found = estimate(partial(mean, right), objects)["mean"]
     assert (found.value, found.high) == (1, 1)

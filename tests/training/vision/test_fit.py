@@ -249,7 +249,7 @@ def test_frozen_branches_are_in_training_mode_on_request() -> None:
     assert not classifier.eval().network[1].training
 
 
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # torch, of the kernel of no size
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # torch warns about the kernel of size 0
 def test_wrong_configurations_are_refused(config: Callable[..., Fit], fitted: Fit, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="was started with another configuration"):
         fit(fitted.model_copy(update={"recipe": Recipe(epochs=4)}))

@@ -44,7 +44,10 @@ class GalSpecNetArguments(CardSection):
 
 
 class GalSpecNet(nn.Module):
-    """Spectra [N, 3, 2575] -> features [N, features]: convolutions with ReLU, each but the last with pooling."""
+    """The spectra encoder. It maps spectra [N, 3, 2575] to features [N, features].
+
+    Each layer is a convolution with ReLU, followed by pooling except after the last one.
+    """
 
     def __init__(self, arguments: GalSpecNetArguments) -> None:
         super().__init__()
@@ -64,7 +67,7 @@ class GalSpecNet(nn.Module):
 
 
 class SpectraClassifier(GalSpecNet):
-    """Spectra [N, 3, 2575] -> logits [N, num_classes]."""
+    """The spectra encoder with a linear layer, which gives logits [N, num_classes]."""
 
     def __init__(self, arguments: GalSpecNetArguments) -> None:
         super().__init__(arguments)

@@ -56,9 +56,10 @@ class InformerArguments(CardSection):
 
 
 class Informer(nn.Module):
-    """Photometry [N, L, enc_in] and mask [N, L] (1 where observed) -> features [N, L * d_model], 0 where padded.
+    """The photometry encoder. It maps photometry [N, L, enc_in] and mask [N, L] to features [N, L * d_model].
 
-    `keys`: int64[e_layers, L, active], the sampled keys of each layer and query (see `draw_keys`); absent: all keys.
+    The mask is 1 where observed; features are 0 where padded. `keys`: int64[e_layers, L, active], the sampled keys of
+    each layer and query (see `draw_keys`); absent: all keys.
     """
 
     def __init__(self, arguments: InformerArguments) -> None:
@@ -85,7 +86,7 @@ class Informer(nn.Module):
 
 
 class PhotometryClassifier(Informer):
-    """Photometry [N, L, enc_in] and mask [N, L] -> logits [N, num_classes]."""
+    """The photometry encoder with a linear layer, which gives logits [N, num_classes]."""
 
     def __init__(self, arguments: InformerArguments) -> None:
         super().__init__(arguments)
@@ -98,7 +99,7 @@ class PhotometryClassifier(Informer):
 
 
 class ProbSparseAttention(nn.Module):
-    """ProbSparse self-attention [N, L, width] -> [N, L, width] (Zhou et al. 2021, section 3.1, equation 4).
+    """ProbSparse self-attention over a sequence [N, L, width] (Zhou et al. 2021, section 3.1, equation 4).
 
     Only the queries whose largest score exceeds their mean score most attend; the others get the mean of the values.
     The scores are computed against all keys or, as published, against a random sample of keys (`keys`, int64[L,
@@ -141,7 +142,7 @@ class ProbSparseAttention(nn.Module):
 
 
 class _Embedding(nn.Module):
-    """Observations [N, L, channels] -> [N, L, width]: a circular convolution of width 3, plus a position embedding."""
+    """Observations embedded by a circular convolution of width 3, plus a position embedding: [N, L, width]."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ class MetadataArguments(CardSection):
 
 
 class MetadataEncoder(nn.Module):
-    """Metadata [N, input_dim] -> features [N, hidden_dim]."""
+    """The metadata encoder. It maps standardised metadata [N, input_dim] to features [N, hidden_dim]."""
 
     def __init__(self, arguments: MetadataArguments) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class MetadataEncoder(nn.Module):
 
 
 class MetadataClassifier(MetadataEncoder):
-    """Metadata [N, input_dim] -> logits [N, num_classes]."""
+    """The metadata encoder with a linear layer, which gives logits [N, num_classes]."""
 
     def __init__(self, arguments: MetadataArguments) -> None:
         super().__init__(arguments)

@@ -128,7 +128,7 @@ class AstroM3(nn.Module):
 
 
 class AstroM3Classifier(AstroM3):
-    """`Stars` -> logits [N, num_classes], from the mean or the concatenation of the three embeddings."""
+    """AstroM3 with a linear layer on the mean or the concatenation of the three embeddings: logits [N, num_classes]."""
 
     def __init__(self, arguments: AstroM3Arguments) -> None:
         super().__init__(arguments)
