@@ -1,4 +1,4 @@
-# Everything from nothing: each target makes .venv and installs what it needs, once.
+# Each target creates .venv if needed, and installs what the target needs, once.
 #   PYTHON=python3.12   the interpreter to make .venv with (3.11 or newer)
 #   BENCH="INPUT... --model BUNDLE"   what `make bench` measures; simulated packets and the default bundle without it
 #   KAFKA_HOME=DIR      an Apache Kafka for the benchmark and the tests
@@ -36,7 +36,8 @@ demo: $(VENV)/installed-demo
 
 test: lint suite
 
-# Two at a time, a file's tests together: many of them wait for brokers, and each process starts brokers of its own.
+# Two processes run the tests, because many tests wait for brokers. The tests of a file run in one process, because each
+# process starts its own brokers.
 SUITE := -n 2 --dist loadfile --no-loadscope-reorder
 
 suite: $(VENV)/installed-test
@@ -53,8 +54,8 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-# From nothing, so that no page of an earlier build hides an error; every warning is an error. Then the examples of the
-# library run, on the pages that were read.
+# The build starts from an empty directory, so that no page of an earlier build hides an error. Every warning is an
+# error. Then the examples of the library run.
 docs: $(VENV)/installed-docs
 	rm -rf docs/_build
 	$(BIN)/sphinx-build --jobs 2 --fail-on-warning --keep-going --quiet docs docs/_build/html
@@ -111,8 +112,9 @@ clean:
 	rm -rf $(VENV) build dist docs/_build demo-out htmlcov .coverage .coverage.* study bench.json *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find broker_filter -name '*.so' -delete
 
-# One stamp file for each set of extras; installed again when the package's description or its extension changes. Tests
-# compare with btsbot's code, which needs none of the database clients and plotting that the package asks for.
+# One stamp file for each set of extras. The package is installed again if pyproject.toml, setup.py or a C source changes.
+# Tests compare with btsbot's code; it is installed without its dependencies (database clients, plotting), which the tests
+# do not need.
 $(VENV)/installed-%: pyproject.toml setup.py $(wildcard broker_filter/packets/*.[ch]) | $(BIN)/python
 	@echo 'Installing broker-filter[$*] into $(VENV); the first time this takes some minutes ...'
 	@$(PIP) install --editable '.[$*]' >$(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }

@@ -26,11 +26,11 @@ setup(
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno"],  # products are rounded, as in numpy
             py_limited_api=True,
-            # Without a compiler the package works in Python, more slowly; who must not have that says so.
+            # Without a compiler, the package decodes in Python, which is slower. The variable turns this into an error.
             optional=os.environ.get("BROKER_FILTER_REQUIRE_COMPILED") != "1",
         )
         for name in ("packets._walk", "packets._stamps", "scoring._normalise")
     ],
-    # One wheel serves every Python from 3.11 on: the extensions keep to the stable ABI.
+    # One wheel works with every Python from 3.11 on, because the extensions use only the stable ABI.
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -43,7 +43,9 @@ class Recipe(Optimisation):
 class AstroM3Run(Section):
     """The keys of a training's YAML file: a published training, and the values that differ from it."""
 
-    mode: Mode = Field(description="clip: contrastive pre-training; otherwise the modalities that a classifier takes.")
+    mode: Mode = Field(
+        description="clip: contrastive pre-training; any other mode names the modalities of a classifier."
+    )
     subset: Subset = Field(default="full", description="Subset of the stars and labels to train on.")
     pretrained: Path | None = Field(
         default=None, description="Checkpoint of mode clip to start from; absent: random weights."

@@ -162,8 +162,10 @@ def class_cap(counts: Sequence[int], goal: int) -> int:
 
 
 def _read(file: Path) -> list[StarSet]:
-    """Read the file's stars in parts. Only one part is in memory before preprocessing, which takes several times more
-    memory."""
+    """Return the preprocessed stars of a file, in parts.
+
+    Only one part at a time is held in memory before its preprocessing: unprocessed stars take several times the memory.
+    """
     parts, first = [], 0
     try:
         table = parquet.ParquetFile(file)

@@ -36,8 +36,8 @@ NETWORKS: dict[str, tuple[type[Any], type[Network], type[Network]]] = {
     "conv_channels": (GalSpecNetArguments, GalSpecNet, SpectraClassifier),
     "input_dim": (MetadataArguments, MetadataEncoder, MetadataClassifier),
 }
-"""For each kind of network, by a configuration key that only this kind has: its arguments, encoder and classifier. The
-key `classification` of a configuration tells encoder and classifier apart."""
+"""The kinds of networks: the classes of the arguments, the encoder and the classifier. The key is the name of a
+configuration key that only this kind has. The configuration key `classification` says whether it is a classifier."""
 
 
 def load_network(directory: Path) -> Network:

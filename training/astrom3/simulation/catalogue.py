@@ -116,7 +116,7 @@ def _magnitudes(star: Variable, place: Place) -> dict[str, float]:
     """Return the mean observed magnitudes by band."""
     colour, v_k, j_k = (float(np.interp(star.temperature, TEMPERATURES, table)) for table in (BP_RP, V_K, J_K))
     v = place.magnitude - place.extinction
-    # Gaia EDR3's documentation, table 5.9: G - V; BP and RP about G, so that their difference is the colour.
+    # G - V is from the documentation of Gaia EDR3, table 5.9. RP is computed from G, and BP is RP plus the colour.
     g = v - 0.027 + 0.014 * colour - 0.216 * colour**2 + 0.0143 * colour**3
     rp = g - 0.62 * colour + 0.065 * colour**2
     k = v - v_k
