@@ -277,8 +277,10 @@ StartName = Literal["earliest", "latest", "stored"]
 
 
 def _utc(value: Any) -> Any:
-    """Convert a date or time to UTC; a time without a zone is taken as UTC. Returns the names of `StartName` as they
-    are, and raises ValueError for anything else."""
+    """Convert a date or time to UTC; a time without a zone is taken as UTC.
+
+    Returns the names of `StartName` as they are, and raises ValueError for anything else.
+    """
     if isinstance(value, str) and value not in get_args(StartName):
         try:
             value = datetime.fromisoformat(value)

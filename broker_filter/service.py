@@ -1,5 +1,6 @@
-"""The service: one thread reads, several decode, one scores and routes, and one commits, with short queues between
-them.
+"""The service: threads that read, decode, score and commit, with short queues between them.
+
+One thread reads, several decode, one scores and routes, and one commits.
 
 No error loses an alert: if a thread fails or is stuck, the process ends with a message, and the next start continues
 from the committed positions.
@@ -121,8 +122,9 @@ class FilterService:
         self._describe()
 
     def run(self) -> None:
-        """Work until `stop` is set. Raises the error of a thread that failed, and KafkaSetupError for an error of
-        Kafka.
+        """Work until `stop` is set.
+
+        Raises the error of a thread that failed, and KafkaSetupError for an error of Kafka.
 
         If a thread is stuck, it ends the process with exit status EXIT_FAILED.
         """

@@ -1,5 +1,7 @@
-"""Baseline loops from topic to topic with exactly-once delivery, run in their own processes: a naive loop, and a loop
-that copies messages without other work."""
+"""Baseline loops from topic to topic with exactly-once delivery, run in their own processes.
+
+One is a naive loop. The other copies messages without other work.
+"""
 
 from __future__ import annotations
 

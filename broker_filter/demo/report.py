@@ -112,8 +112,11 @@ def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Tabl
 
 
 def contact_sheet_rows(results: Results, night: Night) -> list[Row]:
-    """Return the rows of the contact sheet: one for each filter, one of anomalies, one of variable stars, and two of
-    alerts of different true kinds that are classified as bogus."""
+    """Return the rows of the contact sheet.
+
+    One row for each filter, one of anomalies, one of variable stars, and two of alerts of different true kinds that are
+    classified as bogus.
+    """
     rows = [_row(_words(name), alerts, night) for name, alerts in _filtered(results).items()]
     rows.append(_row("anomaly", _strangest(results), night))
     alerts = sorted((a for a in results.scored if not a["broker_filter"]["duplicate"]), key=_magnitude)

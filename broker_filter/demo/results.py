@@ -33,8 +33,10 @@ class Results:
 
 
 def read_results(bootstrap: str, prefix: str, filters: list[str]) -> Results:
-    """Read the committed records of all output topics. Raises DemoError if the broker does not answer or reports an
-    error."""
+    """Read the committed records of all output topics.
+
+    Raises DemoError if the broker does not answer or reports an error.
+    """
     results = Results(filtered={name: [] for name in filters})
     for message in _read_topic(bootstrap, f"{prefix}.scored"):
         results.inputs[_headers(message)["input"]] += 1

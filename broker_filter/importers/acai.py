@@ -92,8 +92,10 @@ def import_acai(weights: Path, letter: str, name: str, out: Path) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the weights of the .h5 file as the state dict of `ACAI`. Raises BundleError if it holds another
-    network."""
+    """Return the weights of the .h5 file as the state dict of `ACAI`.
+
+    Raises BundleError if it holds another network.
+    """
     expected: dict[str, tuple[int, ...]] = {}
     for layer, (_, channels_in, channels_out) in CONVOLUTIONS.items():
         expected[f"{layer}/depthwise_kernel"] = (3, 3, channels_in, 1)

@@ -77,8 +77,10 @@ def import_braai(weights: Path, normalisation: Literal["row", "image"], name: st
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the weights of the .h5 file as the state dict of `VGG6`. Raises BundleError if it holds another
-    network."""
+    """Return the weights of the .h5 file as the state dict of `VGG6`.
+
+    Raises BundleError if it holds another network.
+    """
     expected = {
         f"{layer}/{name}": size for layer, (_, shape) in LAYERS.items() for name, size in _of_a_layer(shape).items()
     }

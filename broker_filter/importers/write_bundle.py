@@ -101,8 +101,9 @@ def write_bundle(directory: Path, description: Description, network: nn.Module) 
 def _exact_outputs(
     served: ServedNetwork, inputs: list[torch.Tensor], outputs: Outputs
 ) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
-    """Return the outputs computed in float64, rounded to float32, and the tolerance of each output (see
-    `Card.tolerances`).
+    """Return the outputs computed in float64, rounded to float32, and the tolerance of each output.
+
+    For tolerances, see `Card.tolerances`.
 
     Raises BundleError if float32 arithmetic gives other results.
     """
@@ -171,8 +172,10 @@ def _to_onnx(served: nn.Module, inputs: list[torch.Tensor], description: Descrip
 
 
 def _test_alerts(inputs: Inputs) -> RawAlerts:
-    """Return four synthetic raw alerts: a new source, a misaligned subtraction, an incomplete stamp, and pixels that
-    are NaN or the largest float32. The last alert has no planes, and the second has unusable pixels in its variance.
+    """Return four synthetic raw alerts.
+
+    They show a new source, a misaligned subtraction, an incomplete stamp, and pixels of NaN or the largest float32.
+    The last alert has no planes, and the second has unusable pixels in its variance.
 
     If light curves are needed, the first alert has one point, the second more points than fit, the third none.
     """

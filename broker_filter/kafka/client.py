@@ -178,8 +178,10 @@ class ThrottledErrorLog:
     def __init__(
         self, cluster: str, clock: Callable[[], float] = time.monotonic, account: Account | None = None
     ) -> None:
-        """`cluster`: name of the cluster in messages, such as `input brokers survey:9092`. `account`: the service's
-        account on the cluster, if messages shall say which right to grant."""
+        """`cluster`: name of the cluster in messages, such as `input brokers survey:9092`.
+
+        `account`: the service's account on the cluster, if messages shall say which right to grant.
+        """
         self.cluster = cluster
         self.account = account
         self._clock = clock
@@ -407,8 +409,10 @@ class RecordLimits:
         account: Account | None = None,
         positions: Sequence[str] = (),
     ) -> None:
-        """`dead_letter`: the topic for records that are too large for their own topic. `largest`: the largest record in
-        bytes that the producer sends to any topic. `positions`: further topics that are written, with small records.
+        """`dead_letter`: the topic for records that are too large for their own topic.
+
+        `largest`: the largest record in bytes that the producer sends to any topic. `positions`: further topics that
+        are written, with small records.
 
         `account`: the service's account. With it, KafkaSetupError is raised if the account cannot read the limits,
         because a limit that is only assumed could reject alerts.

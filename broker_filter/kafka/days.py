@@ -80,8 +80,10 @@ class Days:
         error_log: ThrottledErrorLog,
         clock: Callable[[], datetime],
     ) -> None:
-        """`admin`: a client for the input's cluster. `cluster`: its topics before reading began. `clock`: returns the
-        time in UTC."""
+        """`admin`: a client for the input's cluster.
+
+        `cluster`: its topics before reading began. `clock`: returns the time in UTC.
+        """
         self._section = section
         self._admin = admin
         self._cluster = cluster
@@ -208,8 +210,10 @@ class Days:
         return wanted
 
     def _start_day(self) -> date:
-        """Return the first day that the configuration selects: the day before `input.start`, because the last alerts
-        of a night are sent after midnight."""
+        """Return the first day that the configuration selects: the day before `input.start`.
+
+        The last alerts of a night are sent after midnight, to the topic of the day before.
+        """
         match self._section.start:
             case "earliest":
                 return date.min

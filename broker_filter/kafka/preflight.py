@@ -115,8 +115,10 @@ class _End:
             return [Right(lacking, "group", group)] if lacking else []
 
     def problems_of_output(self, service: Service, *, separate_clusters: bool) -> Iterator[str]:
-        """Yield the problems of the output: topics that cannot be created, and missing rights on topics and
-        transactions."""
+        """Yield the problems of the output.
+
+        These are topics that cannot be created, and missing rights on topics and transactions.
+        """
         wanted: dict[str, Sequence[str]] = {}
         for topic in output_topics(service.output, service.output_topics, separate_clusters=separate_clusters):
             try:

@@ -135,8 +135,9 @@ class Replayer:
         )
 
     def replay(self, packets: Iterable[Packet], pace: Pace) -> None:
-        """Send every alert of `packets` in order and count it in `deliveries`. Returns when the brokers have accepted
-        all.
+        """Send every alert of `packets` in order and count it in `deliveries`.
+
+        Returns when the brokers have accepted all.
 
         Raises RegistryUnavailable if a schema cannot be read from the registry, and KafkaException if the producer
         fails.

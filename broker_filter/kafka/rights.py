@@ -57,8 +57,10 @@ class Account:
 
 
 def account_of(section: Input | Output) -> Account:
-    """Return the account of a section's clients. Without a SASL user name the principal is unknown:
-    `User:PRINCIPAL`."""
+    """Return the account of a section's clients.
+
+    Without a SASL user name the principal is unknown: `User:PRINCIPAL`.
+    """
     user = section.sasl.username if section.sasl else section.kafka.get("sasl.username")
     return Account(str(section.bootstrap_servers), f"User:{user}" if isinstance(user, str) else "User:PRINCIPAL")
 

@@ -26,8 +26,10 @@ log = logging.getLogger(__name__)
 
 
 class UnaccountedError(RuntimeError):
-    """A packet is neither scored, rejected nor a duplicate, or its output is missing. This is a fault of the
-    program."""
+    """A packet is neither scored, rejected nor a duplicate, or its output is missing.
+
+    This is a fault of the program.
+    """
 
 
 def divide(delivery: Delivery, scored: ScoredBatch, routed: Routed) -> list[Work]:
@@ -65,8 +67,9 @@ class KafkaSink:
     def __init__(
         self, limits: Transaction, dead_letter: str, metrics: Metrics, stage: Stage, refusals: Refusals
     ) -> None:
-        """`limits`: when a transaction is committed. `dead_letter`: the topic whose records are counted as dead
-        letters.
+        """`limits`: when a transaction is committed.
+
+        `dead_letter`: the topic whose records are counted as dead letters.
 
         `refusals`: shared with the writers, which fill it.
         """

@@ -32,8 +32,10 @@ def printable(text: str) -> str:
 
 
 def _stretch(pixels: NDArray[np.float32]) -> ImageNormalize:
-    """Return an asinh stretch from one sigma below the median to the 99.8th percentile, so that faint sources are
-    visible."""
+    """Return an asinh stretch in which faint sources are visible.
+
+    It goes from one sigma below the median to the 99.8th percentile.
+    """
     finite = pixels[np.isfinite(pixels)]
     if not len(finite):
         return ImageNormalize(vmin=0, vmax=1)

@@ -40,8 +40,10 @@ def bad_pixels(conditions: Conditions, rng: np.random.Generator) -> Image:
 
 
 def diffraction_spike(conditions: Conditions, rng: np.random.Generator) -> Image:
-    """Simulate a diffraction spike of a very bright star outside the stamp, which is not at this position in the
-    template."""
+    """Simulate a diffraction spike of a very bright star outside the stamp.
+
+    The template has no spike at this position.
+    """
     image, middle = _blank(conditions)
     up, right = np.mgrid[: len(image), : len(image)] - middle
     angle = float(rng.choice((0.25, 0.75)) * np.pi + rng.normal(0, 0.03))  # the vanes are fixed to the camera

@@ -98,8 +98,9 @@ def pulsating_star(mjd: float, band: str, flux: float, rng: np.random.Generator)
 
 
 def active_nucleus(mjd: float, band: str, flux: float, rng: np.random.Generator) -> LightCurve:
-    """Simulate a damped random walk in magnitude: Kelly et al. 2009 (ApJ 698, 895), MacLeod et al. 2010 (ApJ 721,
-    1014).
+    """Simulate an active nucleus: a damped random walk in magnitude.
+
+    The model is that of Kelly et al. 2009 (ApJ 698, 895) and MacLeod et al. 2010 (ApJ 721, 1014).
 
     `flux`: the difference flux (nJy) of the alert at time `mjd` in `band`.
     """

@@ -103,8 +103,10 @@ def _is_body(observation: Observation) -> bool:
 
 
 def _stamp_size(observation: Observation) -> int:
-    """Return the side of a stamp in pixels: mostly SMALLEST_STAMP, and larger for some, as for blended or trailed
-    sources."""
+    """Return the side of a stamp in pixels.
+
+    Most stamps have SMALLEST_STAMP pixels; some are larger, as for blended or trailed sources.
+    """
     draw = observation.rng.random()
     if draw < 0.75:
         return SMALLEST_STAMP
@@ -112,8 +114,10 @@ def _stamp_size(observation: Observation) -> int:
 
 
 def _cutout(observation: Observation, image: NDArray[np.float32], variance: float, psf: Spectrum, size: int) -> bytes:
-    """Return the FITS file of a cutout with sides of `size` pixels around the alert; pixels outside the detector are
-    NaN."""
+    """Return the FITS file of a cutout with sides of `size` pixels around the alert.
+
+    Pixels outside the detector are NaN.
+    """
     middle = LSST.grid // 2
     x0, y0 = observation.x - size // 2, observation.y - size // 2
     pixels = image[middle - size // 2 :, middle - size // 2 :][:size, :size].copy()
@@ -219,8 +223,10 @@ def _previous_sources(observation: Observation, source: Record) -> list[Record]:
 
 
 def _forced_sources(observation: Observation, source: Record) -> list[Record]:
-    """Return the prvDiaForcedSources records: forced photometry of all earlier visits; empty without an earlier
-    detection."""
+    """Return the prvDiaForcedSources records: forced photometry of all earlier visits.
+
+    The list is empty without an earlier detection.
+    """
     history = observation.history
     if not history.detected.any():
         return []

@@ -238,8 +238,10 @@ def _earlier_visits(observation: Observation) -> list[Record]:
 
 
 def _previous_candidates(observation: Observation) -> list[Record] | None:
-    """Return the prv_candidates of the last 30 days: detections, and upper limits for visits without one; None if
-    empty."""
+    """Return the prv_candidates of the last 30 days; None if there are none.
+
+    A visit without a detection gives an upper limit.
+    """
     history, visits = observation.history, _earlier_visits(observation)
     nearest = _nearest(observation)
     for i in np.flatnonzero(history.detected):
@@ -251,8 +253,10 @@ def _previous_candidates(observation: Observation) -> list[Record] | None:
 
 
 def _forced_photometry(observation: Observation) -> list[Record]:
-    """Return the fp_hists: the forced flux at the position of the alert, in counts, for each visit of the last 30
-    days."""
+    """Return the fp_hists: the forced flux for each visit of the last 30 days.
+
+    The flux is measured at the position of the alert, in counts.
+    """
     history, conditions = observation.history, observation.exposure.conditions
     shared = _nearest(observation) | {
         "sciinpseeing": conditions.fwhm,

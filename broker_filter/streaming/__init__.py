@@ -1,2 +1,4 @@
-"""From packets to output records and tables: reads archives, scores, filters and encodes alerts. It does not use
-Kafka."""
+"""From packets to output records and tables: reads archives, scores, filters and encodes alerts.
+
+It does not use Kafka.
+"""

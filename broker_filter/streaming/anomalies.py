@@ -26,8 +26,9 @@ class AnomalyJudge:
     """Compares the alerts of scored batches with the reference's alerts of the same survey."""
 
     def __init__(self, reference: Reference, rate: float, where: Expression | None) -> None:
-        """`rate`: fraction of each survey's judged alerts to flag. `where`: selects the alerts to judge; None selects
-        all.
+        """`rate`: fraction of each survey's judged alerts to flag.
+
+        `where`: selects the alerts to judge; None selects all.
 
         An alert is judged only if the model gives it an embedding and the reference has alerts of its survey.
         """
@@ -44,8 +45,9 @@ class AnomalyJudge:
         return tuple(self._where.columns) if self._where else ()
 
     def judge(self, scored: ScoredBatch) -> Anomalies:
-        """Return score, threshold, flag and reason of each alert. A duplicate is judged but does not move the
-        threshold.
+        """Return score, threshold, flag and reason of each alert.
+
+        A duplicate is judged but does not move the threshold.
 
         Raises ReferenceSetError if the model gives no embedding.
         """

@@ -163,8 +163,9 @@ class Packets(Iterator[Packet]):
         return next(self._packets)
 
     def share_read(self) -> float | None:
-        """Return the fraction of the inputs' bytes that was read, from 0 to 1; None if the total is unknown, as for
-        pipes.
+        """Return the fraction of the inputs' bytes that was read, from 0 to 1.
+
+        The result is None if the total is unknown, as for pipes.
 
         Only the reading thread may call this. The first call reads the sizes of all files.
         """
@@ -521,8 +522,10 @@ class _Stored(io.RawIOBase):
 
 
 class _Member(tarfile.TarInfo):
-    """The header of a tar member. A damaged header raises ReadError; tarfile would mistake it for the end of the
-    archive."""
+    """The header of a tar member.
+
+    A damaged header raises ReadError; tarfile would mistake it for the end of the archive.
+    """
 
     @classmethod
     def fromtarfile(cls, archive: Any) -> _Member:

@@ -36,8 +36,10 @@ class DuplicateWindow:
         self._places = np.empty(0, np.int64)
 
     def mark(self, alerts: AlertBatch, taken: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return which rows repeat an id, bool[N], and remember the new ids. Rows that are not `taken` are
-        ignored."""
+        """Return which rows repeat an id, bool[N], and remember the new ids.
+
+        Rows that are not `taken` are ignored.
+        """
         duplicate = np.zeros(len(alerts), dtype=np.bool_)
         identities = _identities(alerts)
         settled = self._find(identities)
@@ -58,8 +60,10 @@ class DuplicateWindow:
         return duplicate
 
     def forget(self, alerts: AlertBatch, rows: Iterable[int]) -> None:
-        """Forget the ids of some rows. These alerts were not published, so they are not duplicates when they come
-        again."""
+        """Forget the ids of some rows.
+
+        These alerts were not published, so they are not duplicates when they come again.
+        """
         identities = _identities(alerts)
         for i in rows:
             self._latest.pop(int(identities[i]), None)

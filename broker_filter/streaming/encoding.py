@@ -233,8 +233,10 @@ class Encoder:
         self._payload = payload
 
     def encode(self, scored: ScoredBatch, scored_at_ms: int) -> list[tuple[OutputSchema, Body]]:
-        """Return schema and body of each alert in `scored.scored`, in this order. `scored_at_ms`: Unix
-        milliseconds."""
+        """Return schema and body of each alert in `scored.scored`, in this order.
+
+        `scored_at_ms`: Unix milliseconds.
+        """
         rows = scored.scored.tolist()
         annotations = encode_annotations(scored, scored_at_ms)
         if self._payload == "scores":
@@ -329,8 +331,10 @@ def _encode_reason(reason: Reason) -> bytes:
 
 
 def _encode_model(scores: ModelScores) -> list[bytes]:
-    """Return an encoded ModelScores record for each of N rows. All have the same length and are filled in one
-    array."""
+    """Return an encoded ModelScores record for each of N rows.
+
+    All have the same length and are filled in one array.
+    """
     template = bytearray(_string(scores.model) + _string(scores.version))
     floats: list[tuple[int, NDArray[np.float32]]] = []
 
@@ -381,8 +385,10 @@ def _undocumented(part: Any) -> Any:
 
 
 def annotated_schema(schema: WriterSchema, cutouts: bool) -> OutputSchema:
-    """Return the writer's schema with the added field at its end, with or without cutouts, without invalid
-    defaults."""
+    """Return the writer's schema with the added field at its end, without invalid defaults.
+
+    `cutouts`: whether the schema keeps the cutout fields.
+    """
     return _with_cutouts(schema) if cutouts else _without_cutouts(schema)
 
 

@@ -1,5 +1,7 @@
-"""The path from packets to scored batches, the same for the service and for archives. It uses neither Kafka nor
-files."""
+"""The path from packets to scored batches, the same for the service and for archives.
+
+It uses neither Kafka nor files.
+"""
 
 from __future__ import annotations
 

@@ -124,8 +124,10 @@ class Router:
         return routed
 
     def _dead_letter_record(self, rejects: Sequence[Reject]) -> OutputRecord:
-        """Return the dead letter of a packet with these `rejects`. Its headers state the first reject and the
-        counts."""
+        """Return the dead letter of a packet with these `rejects`.
+
+        Its headers state the first reject and the counts.
+        """
         first = min(rejects, key=lambda reject: reject.record)
         object_id = first.alert.object_id if first.alert else None
         headers = [

@@ -52,8 +52,9 @@ class Table(Protocol):
 
 
 class _Parquet:
-    """Parquet with metadata from which pandas and astropy restore nullable integers and booleans, text lengths and
-    units.
+    """Parquet with additional metadata for pandas and astropy.
+
+    From the metadata, they restore nullable integers and booleans, text lengths and units.
 
     pandas reads dtypes from the file's metadata; astropy reads units, descriptions and lengths. The Arrow schema is not
     stored, because readers would then use only its metadata, which cannot contain the lengths.
@@ -270,8 +271,11 @@ def _finite(column: pa.Array) -> pa.Array:
 
 
 def _pandas_metadata(schema: pa.Schema) -> str:
-    """Return the metadata that `pandas.read_parquet` uses. Without it, an integer or boolean column with a null
-    becomes floats or objects. Reference: https://pandas.pydata.org/docs/development/developer.html."""
+    """Return the metadata that `pandas.read_parquet` uses.
+
+    Without it, an integer or boolean column with a null becomes floats or objects. Reference:
+    https://pandas.pydata.org/docs/development/developer.html.
+    """
     nullable = {pa.int64(): "Int64", pa.bool_(): "boolean"}
     plain = {pa.int64(): "int64", pa.bool_(): "bool", pa.float64(): "float64", pa.float32(): "float32"}
     names = {pa.string(): "unicode", pa.list_(pa.float32()): "list[float32]"}
@@ -302,8 +306,10 @@ def _astropy_header(schema: pa.Schema) -> str:
 
 
 def _astropy_comments(schema: pa.Schema) -> Iterator[str]:
-    """Yield the same YAML as the text of FITS COMMENT cards, FITS_COMMENT characters each. A backslash at the end of a
-    card means that the line continues in the next card."""
+    """Yield the same YAML as the text of FITS COMMENT cards, FITS_COMMENT characters each.
+
+    A backslash at the end of a card means that the line continues in the next card.
+    """
     header = _astropy_header(schema).encode("ascii", "replace").decode()
     yield "--BEGIN-ASTROPY-SERIALIZED-COLUMNS--"
     for line in [*header.splitlines(), "meta:", "  __serialized_columns__: {}"]:

@@ -63,8 +63,10 @@ UNREAD = AlertIdentity(None, None, None, None, None, None, None, None)
 
 
 class TableError(BrokerFilterError, ValueError):
-    """The table cannot be written: its file name has no known format, or two of its columns would have the same
-    name."""
+    """The table cannot be written.
+
+    Its file name has no known format, or two of its columns would have the same name.
+    """
 
     exit_status = USAGE
 
