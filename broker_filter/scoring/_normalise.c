@@ -1,11 +1,13 @@
-/* Divides pixels by their norms: a compiled `preprocess.normalise_numpy` with bit-identical results.
+/* Normalises pixels: compiled twins of `preprocess.normalise_numpy` and `snr.snr_numpy` with bit-identical results.
  *
- * The GIL is released. Built without fused multiply-add (-ffp-contract=off), because numpy rounds each operation. */
+ * The GIL is released. The time is proportional to the number of pixels, whatever their values. Built without fused multiply-add (-ffp-contract=off), because numpy rounds each operation. */
 
 #include <Python.h>
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
 /* numpy's pairwise summation (`pairwise_sum` in its loops): blocks of more than PAIRED pixels are halved, and each block is
  * summed in LANES partial sums. */
@@ -45,6 +47,165 @@ static void normalise_pixels(const float *pixels, float *normalised, Py_ssize_t 
         norm = 1;
     for (Py_ssize_t i = 0; i < n; i++)
         normalised[i] = pixels[i] / norm;
+}
+
+/* The constants of `snr.py`. */
+#define MAX_FLUX_BITS 0x7149F2CA /* of the float 1e30 */
+#define MAX_SNR_BITS 0x4E6E6B28  /* of the float 1e9 */
+#define SIGMA_PER_MAD 1.4826f
+#define CLIP (3.0f * SIGMA_PER_MAD)
+#define LN2 0.6931472f
+#define SQRT_HALF_BITS 0x3F3504F3
+#define MANTISSA_BITS 23
+#define MAGNITUDE 0x7FFFFFFF /* all bits but the sign */
+#define INFINITY_BITS 0x7F800000
+#define ONE_BITS 0x3F800000
+
+/* A median is found by counting the values' upper, middle and lower bits, which takes a time that is known. */
+#define UPPER 11
+#define MIDDLE 11
+#define LOWER 10
+#define BINS (1 << UPPER)
+
+static inline int32_t bits_of(float value)
+{
+    int32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline float float_of(int32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* An integer with the order of the floating-point numbers. */
+static inline uint32_t key_of(float value)
+{
+    uint32_t bits = (uint32_t)bits_of(value);
+    return bits >> 31 ? ~bits : bits | 0x80000000;
+}
+
+/* The lower median of n finite values without -0; 0 if there are none. */
+static float lower_median(const float *values, Py_ssize_t n)
+{
+    static const int widths[] = {UPPER, MIDDLE, LOWER};
+    uint32_t found = 0, counts[BINS];
+    int shift = 32;
+    Py_ssize_t rank = (n - 1) / 2; /* of the median among the values whose upper bits are those found so far */
+    if (!n)
+        return 0;
+    for (int k = 0; k < 3; k++) {
+        int above = shift;
+        shift -= widths[k];
+        memset(counts, 0, sizeof *counts << widths[k]);
+        for (Py_ssize_t i = 0; i < n; i++) {
+            uint32_t key = key_of(values[i]);
+            if (above == 32 || key >> above == found)
+                counts[key >> shift & ((1u << widths[k]) - 1)]++;
+        }
+        uint32_t bin = 0;
+        while (rank >= counts[bin])
+            rank -= counts[bin++];
+        found = found << widths[k] | bin;
+    }
+    return float_of((int32_t)(found >> 31 ? found & MAGNITUDE : ~found));
+}
+
+/* The clipped median of n values, and 1.4826 x their median absolute deviation if `noise` is not NULL. Overwrites both
+ * arrays. */
+static float background_of(float *values, float *deviations, Py_ssize_t n, float *noise)
+{
+    float median = lower_median(values, n);
+    for (Py_ssize_t i = 0; i < n; i++)
+        deviations[i] = fabsf(values[i] - median);
+    float limit = CLIP * lower_median(deviations, n);
+    Py_ssize_t n_kept = 0;
+    for (Py_ssize_t i = 0; i < n; i++) {
+        values[n_kept] = values[i];
+        n_kept += deviations[i] <= limit;
+    }
+    median = lower_median(values, n_kept);
+    if (noise) {
+        for (Py_ssize_t i = 0; i < n_kept; i++)
+            deviations[i] = fabsf(values[i] - median);
+        *noise = SIGMA_PER_MAD * lower_median(deviations, n_kept);
+        if (!(*noise > 0))
+            *noise = 1;
+    }
+    return median;
+}
+
+/* The functions below have no branches, and compare floats as integers, so that compilers vectorise them. */
+
+static inline int is_measured(float pixel)
+{
+    return (bits_of(pixel) & MAGNITUDE) < MAX_FLUX_BITS;
+}
+
+/* Whether a variance is positive and finite. */
+static inline int is_known(float variance)
+{
+    int32_t bits = bits_of(variance);
+    return (bits > 0) & (bits < INFINITY_BITS);
+}
+
+/* arcsinh of a value from 0 to MAX_SNR. */
+static inline float arcsinh(float size)
+{
+    float whole = size + sqrtf(size * size + 1.0f);
+    int32_t exponent = (bits_of(whole) - SQRT_HALF_BITS) >> MANTISSA_BITS;
+    float mantissa = float_of(bits_of(whole) - (exponent << MANTISSA_BITS));
+    float t = (mantissa - 1.0f) / (mantissa + 1.0f), square = t * t;
+    float series = (float)(2.0 / 9) * square;
+    series = (series + (float)(2.0 / 7)) * square;
+    series = (series + (float)(2.0 / 5)) * square;
+    series = (series + (float)(2.0 / 3)) * square;
+    return (float)exponent * LN2 + t * (series + 2.0f);
+}
+
+/* Normalises n adjacent pixels. */
+static void compress(const float *pixels, const float *variance, float background, float noise,
+                     float *restrict normalised, Py_ssize_t n)
+{
+    for (Py_ssize_t i = 0; i < n; i++) {
+        int32_t measured = -is_measured(pixels[i]), known = -is_known(variance[i]); /* all bits, or none */
+        float value = float_of(bits_of(pixels[i]) & measured) + 0.0f - background;
+        float deviation = sqrtf(float_of((bits_of(variance[i]) & known) | (ONE_BITS & ~known)));
+        float ratio = value / float_of((bits_of(deviation) & known) | (bits_of(noise) & ~known));
+        int32_t size = bits_of(ratio) & MAGNITUDE, sign = bits_of(ratio) & ~MAGNITUDE;
+        float compressed = arcsinh(float_of(size < MAX_SNR_BITS ? size : MAX_SNR_BITS));
+        normalised[i] = float_of((bits_of(compressed) | sign) & measured);
+    }
+}
+
+/* Normalises a stamp of size x size pixels. `values`, `deviations`: room for as many pixels. */
+static void snr_stamp(const float *pixels, const float *variance, const int16_t *box, int subtracted, float padding,
+                      Py_ssize_t size, float *values, float *deviations, float *normalised)
+{
+    Py_ssize_t y0 = box[0], x0 = box[1], height = box[2], width = box[3], n = 0;
+    int all_known = 1;
+    for (Py_ssize_t y = y0; y < y0 + height; y++)
+        for (Py_ssize_t i = y * size + x0; i < y * size + x0 + width; i++) {
+            int measured = is_measured(pixels[i]);
+            values[n] = pixels[i] + 0.0f; /* -0 becomes 0 */
+            n += measured;
+            all_known &= (!measured) | is_known(variance[i]);
+        }
+    float noise = 1, background = 0;
+    if (subtracted || !all_known)
+        background = background_of(values, deviations, n, all_known ? NULL : &noise);
+    if (!subtracted)
+        background = 0;
+    if (height < size || width < size)
+        for (Py_ssize_t i = 0; i < size * size; i++)
+            normalised[i] = padding;
+    for (Py_ssize_t y = y0; y < y0 + height; y++) {
+        Py_ssize_t first = y * size + x0;
+        compress(pixels + first, variance + first, background, noise, normalised + first, width);
+    }
 }
 
 static int is_float_array(const Py_buffer *view)
@@ -90,8 +251,93 @@ release_images:
     return result;
 }
 
+PyDoc_STRVAR(snr_doc, "snr(pixels, variance, boxes, subtracted, padding, normalised): see `snr.snr_numpy`.");
+
+/* Gets the buffer of a C-contiguous array with this shape (-1 stands for any length) and items of `itemsize` bytes.
+ * Returns -1 with an exception on failure. */
+static int get_array(PyObject *object, Py_buffer *view, int n_dimensions, const Py_ssize_t *shape, Py_ssize_t itemsize,
+                     int flags)
+{
+    if (PyObject_GetBuffer(object, view, PyBUF_C_CONTIGUOUS | flags) < 0)
+        return -1;
+    int fits = view->ndim == n_dimensions && view->itemsize == itemsize && (uintptr_t)view->buf % (size_t)itemsize == 0;
+    for (int axis = 0; fits && axis < n_dimensions; axis++)
+        fits = shape[axis] < 0 || shape[axis] == view->shape[axis];
+    if (fits)
+        return 0;
+    PyBuffer_Release(view);
+    PyErr_SetString(PyExc_ValueError, "snr: an array has a wrong shape or type");
+    return -1;
+}
+
+static int boxes_fit(const int16_t *boxes, Py_ssize_t n, Py_ssize_t size)
+{
+    for (; n; n--, boxes += 4)
+        if (boxes[0] < 0 || boxes[1] < 0 || boxes[2] < 0 || boxes[3] < 0 || boxes[0] + boxes[2] > size ||
+            boxes[1] + boxes[3] > size)
+            return 0;
+    return 1;
+}
+
+static PyObject *snr(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
+{
+    (void)module;
+    if (n_args != 6) {
+        PyErr_SetString(PyExc_TypeError, "snr: takes 5 arrays and a number");
+        return NULL;
+    }
+    float padding = (float)PyFloat_AsDouble(args[4]);
+    if (PyErr_Occurred())
+        return NULL;
+    PyObject *result = NULL;
+    Py_buffer pixels, variance, boxes, subtracted, normalised;
+    if (get_array(args[0], &pixels, 3, (Py_ssize_t[]){-1, -1, -1}, 4, 0) < 0)
+        return NULL;
+    Py_ssize_t n = pixels.shape[0], size = pixels.shape[1], n_pixels = size * size;
+    const Py_ssize_t shape[] = {n, size, size};
+    if (get_array(args[1], &variance, 3, shape, 4, 0) < 0)
+        goto release_pixels;
+    if (get_array(args[2], &boxes, 2, (Py_ssize_t[]){n, 4}, 2, 0) < 0)
+        goto release_variance;
+    if (get_array(args[3], &subtracted, 1, (Py_ssize_t[]){n}, 1, 0) < 0)
+        goto release_boxes;
+    if (get_array(args[5], &normalised, 3, shape, 4, PyBUF_WRITABLE) < 0)
+        goto release_subtracted;
+    if (pixels.shape[2] != size || !boxes_fit(boxes.buf, n, size)) {
+        PyErr_SetString(PyExc_ValueError, "snr: the stamps must be squares, and the boxes must lie in them");
+        goto release_normalised;
+    }
+    float *values = malloc((size_t)n_pixels * 2 * sizeof *values + 1);
+    if (!values) {
+        PyErr_NoMemory();
+        goto release_normalised;
+    }
+
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t k = 0; k < n; k++)
+        snr_stamp((const float *)pixels.buf + k * n_pixels, (const float *)variance.buf + k * n_pixels,
+                  (const int16_t *)boxes.buf + 4 * k, ((const uint8_t *)subtracted.buf)[k], padding, size, values,
+                  values + n_pixels, (float *)normalised.buf + k * n_pixels);
+    Py_END_ALLOW_THREADS
+    free(values);
+    result = Py_NewRef(Py_None);
+
+release_normalised:
+    PyBuffer_Release(&normalised);
+release_subtracted:
+    PyBuffer_Release(&subtracted);
+release_boxes:
+    PyBuffer_Release(&boxes);
+release_variance:
+    PyBuffer_Release(&variance);
+release_pixels:
+    PyBuffer_Release(&pixels);
+    return result;
+}
+
 static PyMethodDef methods[] = {
     {"normalise", (PyCFunction)(void (*)(void))normalise, METH_FASTCALL, normalise_doc},
+    {"snr", (PyCFunction)(void (*)(void))snr, METH_FASTCALL, snr_doc},
     {NULL, NULL, 0, NULL},
 };
 

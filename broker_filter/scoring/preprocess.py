@@ -82,10 +82,10 @@ def prepare_images(
         cutouts, cutout_box = _crop(cutouts, cutout_box, images.size)
     prepared = np.empty(cutouts.shape, np.float32)
     if variance is not None:
-        snr_numpy(
-            cutouts.reshape(-1, images.size, images.size),
-            variance.reshape(-1, images.size, images.size),
-            cutout_box.reshape(-1, 4),
+        normalise_snr(
+            np.ascontiguousarray(cutouts).reshape(-1, images.size, images.size),
+            np.ascontiguousarray(variance).reshape(-1, images.size, images.size),
+            np.ascontiguousarray(cutout_box).reshape(-1, 4),
             np.tile(np.isin(images.order, SUBTRACTED), len(cutouts)),
             images.padding,
             prepared.reshape(-1, images.size, images.size),
@@ -225,6 +225,9 @@ def _pad(images: NDArray[np.float32], box: NDArray[np.int16], padding: float) ->
 
 
 normalise: Callable[[NDArray[np.float32], NDArray[np.float32], int], None] = normalise_numpy
+normalise_snr: Callable[..., None] = snr_numpy
 if IMPLEMENTATION == "c":
     with suppress(ImportError):  # the extension was not built
-        from broker_filter.scoring._normalise import normalise  # type: ignore[import-not-found, no-redef]
+        from broker_filter.scoring import _normalise  # type: ignore[attr-defined]
+
+        normalise, normalise_snr = _normalise.normalise, _normalise.snr

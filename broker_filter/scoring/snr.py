@@ -56,18 +56,18 @@ def snr_numpy(
     index = np.arange(size)
     y0, x0, height, width = (boxes[:, k, None] for k in range(4))
     in_rows, in_columns = (index >= y0) & (index < y0 + height), (index >= x0) & (index < x0 + width)
-    inside = (in_rows[:, :, None] & in_columns[:, None, :]).reshape(m, -1)
-    values = pixels.reshape(m, -1)
+    inside = (in_rows[:, :, None] & in_columns[:, None, :]).reshape(m, size * size)
+    values = pixels.reshape(m, size * size)
     measured = inside & (np.abs(values) < MAX_FLUX)  # false for NaN
     values = np.where(measured, values, np.float32(0)) + np.float32(0)  # -0 becomes 0
     centre, noise = _background_and_noise(values, measured)
     values -= np.where(subtracted[:, None], centre, np.float32(0))
-    known = variance.reshape(m, -1)
+    known = variance.reshape(m, size * size)
     with np.errstate(invalid="ignore", over="ignore"):
         sigma = np.where((known > 0) & (known < np.inf), np.sqrt(known), noise)
         ratio = np.minimum(np.maximum(values / sigma, -MAX_SNR), MAX_SNR)
     compressed = np.where(measured, arcsinh(ratio), np.float32(0))
-    normalised.reshape(m, -1)[:] = np.where(inside, compressed, np.float32(padding))
+    normalised.reshape(m, size * size)[:] = np.where(inside, compressed, np.float32(padding))
 
 
 def arcsinh(ratio: NDArray[np.float32]) -> NDArray[np.float32]:

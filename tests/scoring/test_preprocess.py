@@ -22,13 +22,14 @@ from broker_filter.scoring.bundle import (
 from broker_filter.scoring.preprocess import (
     normalise,
     normalise_numpy,
+    normalise_snr,
     prepare,
     prepare_images,
     prepare_light_curves,
     prepare_metadata,
     prepare_psf,
 )
-from broker_filter.scoring.snr import arcsinh
+from broker_filter.scoring.snr import arcsinh, snr_numpy
 
 FLT_MAX = np.finfo(np.float32).max
 PADDING = 1e-9
@@ -443,3 +444,59 @@ def test_a_gaussian_of_the_survey_stands_for_an_unusable_psf_image() -> None:
     assert np.array_equal(images[1], images[3])
     only_lsst = PSF.model_copy(update={"fallback_fwhm": {"lsst": 5}, "normalisation": "peak"})
     assert np.array_equal(prepare_psf(psf, survey, only_lsst)[0], images[1])
+
+
+SPECIAL = np.array(
+    [0, -0.0, np.nan, np.inf, -np.inf, FLT_MAX, -FLT_MAX, 1e30, 9.9e29, -9.9e29, 1e-45, -1e-45, 1e-38, 1, -1],
+    np.float32,
+)
+compiled_only = pytest.mark.skipif(normalise_snr is snr_numpy, reason="the compiled normalisation is not built")
+
+
+@compiled_only
+@pytest.mark.parametrize("seed", range(300))
+def test_compiled_snr_is_bit_identical_to_numpy(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    m, size = int(rng.integers(5)), int(rng.choice([1, 2, 3, 7, 16, 31, 40]))
+    scale = 10.0 ** (rng.uniform(-40, 36) if seed % 3 == 0 else rng.uniform(-3, 5))
+    shape = m, size, size
+    with np.errstate(over="ignore", under="ignore"):
+        pixels = (rng.normal(size=shape) * scale + rng.normal() * scale * rng.choice([0, 1, 100])).astype(np.float32)
+        variance = (rng.uniform(0.1, 2, shape) * scale**2).astype(np.float32)
+    for array in (pixels, variance):
+        chosen = rng.random(shape) < rng.choice([0, 0.01, 0.5, 1])
+        array[chosen] = rng.choice(SPECIAL, chosen.sum())
+    if seed % 7 == 0:
+        pixels = np.round(pixels)  # many equal pixels
+    corner = rng.integers(size, size=(m, 2))
+    extent = rng.integers(1, size + 1 - corner)
+    box = np.concatenate([corner, extent], axis=1).astype(np.int16)
+    subtracted = rng.random(m) < 0.5
+    expected, found = np.full_like(pixels, 7), np.full_like(pixels, 7)
+    snr_numpy(pixels, variance, box, subtracted, 0.25, expected)
+    normalise_snr(pixels, variance, box, subtracted, 0.25, found)
+    assert found.tobytes() == expected.tobytes()
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [
+        (0, np.zeros((2, 5, 4), np.float32)),
+        (0, np.zeros((2, 5, 5), np.float64)),
+        (1, np.zeros((2, 4, 4), np.float32)),
+        (2, np.zeros((2, 3), np.int16)),
+        (2, np.array([[0, 0, 5, 5], [0, 1, 5, 5]], np.int16)),
+        (2, np.array([[0, 0, 5, 5], [-1, 0, 5, 5]], np.int16)),
+        (3, np.zeros(3, np.bool_)),
+        (5, np.zeros((3, 5, 5), np.float32)),
+    ],
+)
+def test_compiled_snr_refuses_arrays_that_do_not_fit(argument: int, wrong: NDArray[np.generic]) -> None:
+    pixels = np.ones((2, 5, 5), np.float32)
+    box = np.tile(np.array([0, 0, 5, 5], np.int16), (2, 1))
+    arguments = [pixels, pixels.copy(), box, np.zeros(2, np.bool_), 0.0, np.empty_like(pixels)]
+    normalise_snr(*arguments)
+    arguments[argument] = wrong
+    with pytest.raises(ValueError, match="snr"):
+        normalise_snr(*arguments)
