@@ -145,5 +145,5 @@ def _terminal() -> Console:
 
 
 def printable(text: str) -> str:
-    """Replace non-printable characters by `?`. Text from packets is untrusted and could control the terminal."""
+    """Return text with `?` for non-printable characters: packet text is untrusted, and could control a terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)

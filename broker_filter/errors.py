@@ -31,9 +31,9 @@ class BrokerFilterError(Exception):
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether an exception is a fault of the program, whose traceback must be logged.
+    """Return whether an exception is a fault of the program, whose traceback must be logged.
 
-    A BrokerFilterError is not, and an OSError, such as a full disk, is not if it has a message. An OSError without a
+    A BrokerFilterError is not a fault, nor is an OSError with a message, such as a full disk. An OSError without a
     message comes from Python code and not from the system, for example the TimeoutError of a future.
     """
     return not (isinstance(error, BrokerFilterError) or (isinstance(error, OSError) and str(error)))

@@ -181,7 +181,7 @@ def run_service(testbed: Testbed, model: str, device: str) -> Run:
 
 
 def run_naive_loop(testbed: Testbed, model: str, alerts: int) -> Run:
-    """Measure the naive loop over `alerts` of the topic's alerts."""
+    """Measure the naive loop over `alerts` alerts of the topic."""
     return _run_loop(testbed, partial(naive_loop, model=model), alerts, partitions=1)
 
 

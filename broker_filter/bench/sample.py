@@ -47,7 +47,7 @@ def choose_packets(inputs: Sequence[Path], n: int, survey: Survey = Survey.ZTF) 
 
 
 def in_batches(packets: Sequence[bytes], size: int) -> list[list[Packet]]:
-    """Split packets into batches of `size` for a decoder."""
+    """Return the packets in batches of `size`, for a decoder."""
     positioned = [Packet(data, FilePosition("bench", record=i)) for i, data in enumerate(packets)]
     return [positioned[start : start + size] for start in range(0, len(packets), size)]
 

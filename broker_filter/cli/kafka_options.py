@@ -39,7 +39,7 @@ def add_kafka_options(parser: argparse.ArgumentParser) -> None:
 
 
 def split_address(address: str) -> tuple[str, str]:
-    """Split an address that begins with `kafka://` into bootstrap servers and topic name. Raises AddressError."""
+    """Return the bootstrap servers and the topic name of an address `kafka://...`. Raises AddressError."""
     bootstrap_servers, _, topic = address.removeprefix(TOPIC).partition("/")
     if not bootstrap_servers or not topic:
         raise AddressError(f"{address}: not the address of a topic; write {TOPIC}HOST:PORT/TOPIC")

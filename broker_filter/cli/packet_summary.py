@@ -187,7 +187,7 @@ def picture(images: Sequence[NDArray[np.float64]]) -> Text:
 
 
 def _shades(image: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Scale an image to grey levels, uint8[PICTURE_SIZE, PICTURE_SIZE], top row first (FITS: bottom row first)."""
+    """Return an image as grey levels, uint8[PICTURE_SIZE, PICTURE_SIZE], top row first (FITS: bottom row first)."""
     rows, columns = (np.linspace(0, n - 1, PICTURE_SIZE).round().astype(int) for n in image.shape)
     low, high = np.nanpercentile(np.where(np.isfinite(image), image, np.nan), (1, 99.5))
     scaled = (image[np.ix_(rows, columns)] - low) / max(high - low, np.finfo(np.float32).tiny)
@@ -203,7 +203,7 @@ def _print_table(console: Console, header: Sequence[str], rows: Sequence[Sequenc
 
 
 def _date(mjd: float) -> str:
-    """Format a date to the second; "?" for a year beyond the calendar, which a damaged packet may hold."""
+    """Return a date to the second; "?" for a year beyond the calendar, which a damaged packet may hold."""
     try:
         return f"{MJD_EPOCH + timedelta(days=mjd):%Y-%m-%d %H:%M:%S}"
     except OverflowError:

@@ -174,7 +174,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _counted(counts: SurveyCounts) -> str:
-    """Say how many alerts of a survey were read, passed the cut, and were kept."""
+    """Return a sentence: how many alerts of a survey were read, passed the cut, and were kept."""
     said = f"{counts.read:,} alerts read, {counts.passed:,} passed, {counts.kept:,} kept"
     if counts.kept:
         return f"{said}, calibrated on {counts.held_out:,} held-out alerts of other objects"

@@ -138,7 +138,7 @@ def _replay(night: Night, properties: Mapping[str, object], service: ServiceProc
 
 @contextmanager
 def _live(total: int) -> Iterator[Show]:
-    """Show progress bars on a terminal, else log lines."""
+    """Show progress bars on a terminal, else log lines. Yields the function to call with new counts."""
     if not sys.stderr.isatty():
         yield _log_lines(total)
         return

@@ -67,6 +67,6 @@ def _unknown_schema(packet: bytes, _rng: np.random.Generator) -> bytes:
 
 
 def _broken_stamp(packet: bytes, rng: np.random.Generator) -> bytes:
-    """Overwrite 400 bytes of the first gzip-compressed cutout with noise."""
+    """Return the packet with 400 bytes of its first gzip-compressed cutout overwritten with noise."""
     start = packet.index(b"\x1f\x8b\x08") + 200
     return packet[:start] + rng.bytes(400) + packet[start + 400 :]

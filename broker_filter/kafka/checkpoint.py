@@ -158,7 +158,7 @@ class GroupCheckpoint:
         return _group_positions(partitions, self._observer.committed(list(partitions), timeout=REQUEST_TIMEOUT_S))
 
     def _stored(self, partitions: Sequence[TopicPartition]) -> list[Position | None]:
-        """Request the offsets from the group's coordinator, which answers when no open transaction holds one."""
+        """Return the offsets from the group's coordinator, which answers when no open transaction holds one."""
         try:
             return _group_positions(partitions, self._consumer.committed(list(partitions), timeout=STABLE_TIMEOUT_S))
         except KafkaException as error:

@@ -33,7 +33,7 @@ class UnaccountedError(RuntimeError):
 
 
 def divide(delivery: Delivery, scored: ScoredBatch, routed: Routed) -> list[Work]:
-    """Divide the output of a batch by claim, in the order of reading. Leaves out packets whose claim has ended.
+    """Return the output of a batch by claim, in the order of reading, without packets whose claim has ended.
 
     Raises UnaccountedError for a packet without an outcome, or with an outcome but no output record.
     """

@@ -385,7 +385,7 @@ def _inflate_deflate(stored: memoryview, limit: int) -> bytes:
 
 
 def _inflate_snappy(stored: memoryview, limit: int) -> bytes:
-    """Decompress a snappy block: the raw snappy format, then the big-endian CRC-32 of the records."""
+    """Return the records of a snappy block: raw snappy data, then the big-endian CRC-32 of the records."""
     if len(stored) < 4:
         raise _DamagedError(RejectReason.TRUNCATED, "a snappy block is too short for its checksum")
     packed, checksum = stored[:-4], int.from_bytes(stored[-4:], "big")

@@ -314,8 +314,10 @@ def _boxed(slot: NDArray[np.float32], box: tuple[int, int, int, int]) -> NDArray
 
 
 def _header_at(fits: memoryview, start: int, keyword: bytes) -> bytes:
-    """Return the cards of the FITS header at `start`, without the END card. Raises StampError if its first keyword is
-    another."""
+    """Return the cards of the FITS header at `start`, without the END card.
+
+    Raises StampError if the header does not begin with `keyword`.
+    """
     header = bytes(fits[start : start + MAX_HEADER_BYTES])
     if not header.startswith(keyword):
         raise StampError(RejectReason.BAD_CUTOUT, "the stamp is not a FITS file")

@@ -24,7 +24,7 @@ def is_wire_message(data: bytes) -> bool:
 
 
 def unframe(data: bytes) -> WireMessage:
-    """Split a message into schema id and body, without copying. `data` must pass `is_wire_message`."""
+    """Return the schema id and the body of a message, without copying. `data` must pass `is_wire_message`."""
     return WireMessage(_HEADER.unpack_from(data)[1], memoryview(data)[_HEADER.size :])
 
 

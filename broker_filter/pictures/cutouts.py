@@ -27,7 +27,7 @@ def draw_cutout(axes: Axes, pixels: NDArray[np.float32]) -> None:
 
 
 def printable(text: str) -> str:
-    """Replace non-printable characters by "?": packet text is untrusted. Draw the result with `parse_math=False`."""
+    """Return text with "?" for non-printable characters: packet text is untrusted. Draw it with `parse_math=False`."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 

@@ -1,2 +1,4 @@
-"""Model bundles, preprocessing, runtimes and the scorer: AlertBatch -> Scores. Knows no Kafka, and reads no files but
-bundles and references."""
+"""Model bundles, preprocessing, runtimes and the scorer: AlertBatch -> Scores.
+
+The package does not use Kafka. It reads no files except bundles and references.
+"""

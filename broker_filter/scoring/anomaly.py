@@ -128,7 +128,7 @@ def centroids(embedding: Embeddings, label: NDArray[np.int64]) -> Embeddings:
 
 
 def parts(embedding: NDArray[np.float32], modalities: int) -> list[Embeddings]:
-    """Split embeddings [N, D] into the whole [N, D] and each of the M modalities [N, D / M].
+    """Return the parts of embeddings [N, D]: the whole [N, D] and each of the M modalities [N, D / M].
 
     Every part is normalised to length 1; it is all zeros for an alert that lacks the modality.
     """

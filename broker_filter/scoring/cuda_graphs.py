@@ -70,8 +70,10 @@ class CudaGraphNetwork:
     def run_all(
         self, batches: Iterable[Mapping[str, NDArray[np.float32]]]
     ) -> Iterator[Mapping[str, NDArray[np.float32]]]:
-        """Yield the outputs of each batch, in order. The next batch is taken from `batches` while earlier ones
-        compute."""
+        """Yield the outputs of each batch, in order.
+
+        The next batch is taken from `batches` while earlier batches are computed.
+        """
         free, running = deque(self._slots), deque[_Slot]()
         for inputs in batches:
             if not free:

@@ -34,14 +34,16 @@ TRAINING_ROUNDS = 8
 
 
 def normalise(vectors: NDArray[np.floating]) -> Embeddings:
-    """Divide vectors [..., D] by their lengths. A zero vector, which stands for a missing modality, stays zero."""
+    """Return vectors [..., D] divided by their lengths. A zero vector (a missing modality) stays zero."""
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return np.asarray(vectors / np.where(length > 0, length, 1), np.float32)
 
 
 class Neighbours:
-    """A search index over embeddings. It is deterministic: an answer does not depend on the other embeddings that are
-    searched with it."""
+    """A search index over embeddings.
+
+    It is deterministic: an answer does not depend on the other embeddings that are searched with it.
+    """
 
     def __init__(self, embeddings: Embeddings) -> None:
         """Build the index from a copy of `embeddings`; above EXACT_LIMIT this takes some seconds per million."""

@@ -22,8 +22,10 @@ from broker_filter.scoring.scores import ModelScores, Scores
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A bundle with its loaded network. `load_model` has checked that the network reproduces the bundle's test
-    vector."""
+    """A bundle with its loaded network.
+
+    `load_model` has checked that the network reproduces the bundle's test vector.
+    """
 
     bundle: Bundle
     network: LoadedNetwork

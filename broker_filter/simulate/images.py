@@ -269,7 +269,10 @@ def _wavenumber2(grid: int) -> NDArray[np.float32]:
 
 
 def _as_if_resampled(noise: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Correlate white noise [grid, grid] as stacking resampled exposures does: neighbours by 2/3, same variance."""
+    """Return white noise [grid, grid], correlated as in stacks of resampled exposures: 2/3 with each neighbour.
+
+    The variance is unchanged.
+    """
     for axis in (0, 1):
         noise = 2 * noise + np.roll(noise, 1, axis) + np.roll(noise, -1, axis)
     return noise / 6  # sqrt((1 + 4 + 1) ** 2): the filter's gain along both axes

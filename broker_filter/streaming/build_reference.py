@@ -140,7 +140,7 @@ def build_reference(
 
 
 def _calibrate(alerts: ReferenceAlerts, model: Model, measure: Measure, labels: Labels | None) -> SurveyReference:
-    """Divide a survey's alerts into reference and held-out alerts, and calibrate the reference on the held-out alerts.
+    """Return the reference of a survey, made from a part of its alerts and calibrated on the held-out alerts.
 
     Raises ReferenceSetError if there are too few alerts, or if all distances of a modality are equal.
     """

@@ -216,7 +216,7 @@ class WireFraming:
 
 
 def name_of_its_own(definition: dict[str, Any], sync: bytes) -> dict[str, Any]:
-    """Move a record's schema to a unique namespace: `ztf.alert` becomes `ztf.v1a2b3c4d5e6f7081.alert`.
+    """Return a record's schema in a unique namespace: `ztf.alert` becomes `ztf.v1a2b3c4d5e6f7081.alert`.
 
     Avro compares the records of reader and writer by name without namespace, and bodies contain no names. So neither
     the bytes nor the readers change. `sync`: the sync marker of the schema, from which the namespace is made.

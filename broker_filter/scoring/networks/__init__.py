@@ -50,8 +50,10 @@ class ServedNetwork(nn.Module):
 
 
 def build_network(architecture: Architecture) -> nn.Module:
-    """Return the network that a card names, with initial parameters. Raises BundleError for an unknown name or bad
-    arguments."""
+    """Return the network that a card names, with initial parameters.
+
+    Raises BundleError for an unknown name or bad arguments.
+    """
     if architecture.name not in NETWORKS:
         raise BundleError(f"no network is called {architecture.name!r}; known networks: {', '.join(NETWORKS)}")
     given, taken = set(architecture.arguments), arguments_of(architecture.name)
@@ -83,8 +85,10 @@ def arguments_of(network: str) -> dict[str, bool]:
 
 
 def load_network(architecture: Architecture, weights: dict[str, Tensor]) -> nn.Module:
-    """Return the network with `weights`, in evaluation mode. Raises BundleError if names, shapes or dtypes do not
-    fit."""
+    """Return the network with `weights`, in evaluation mode.
+
+    Raises BundleError if names, shapes or dtypes do not fit.
+    """
     with torch.device("meta"):  # allocate no memory before the shapes are checked
         network = build_network(architecture)
     expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in network.state_dict().items()}

@@ -220,7 +220,7 @@ class _Layer(nn.Module):
         )
 
     def forward(self, x: Tensor, points: Tensor, there: Tensor) -> Tensor:
-        """Let `x` [N, Q, width] attend to those `points` [N, P, width] where `there` [N, P] is true."""
+        """Return `x` [N, Q, width] after attention to the `points` [N, P, width] where `there` [N, P] is true."""
         seen = self.norm(points)
         query = self._split(self.query(seen[:, : x.shape[1]]))  # x are the first Q points
         key, value = map(self._split, self.key_value(seen).chunk(2, dim=2))
@@ -229,5 +229,5 @@ class _Layer(nn.Module):
         return x + self.perceptron(x)  # type: ignore[no-any-return]
 
     def _split(self, x: Tensor) -> Tensor:
-        """Reshape [N, P, width] to [N, heads, P, width / heads]."""
+        """Return `x` [N, P, width] as [N, heads, P, width / heads]."""
         return x.reshape(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2)

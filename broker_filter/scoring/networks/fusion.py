@@ -76,8 +76,10 @@ class FusionNetwork(nn.Module):
 
 
 def metadata_branch(columns: int, hidden: tuple[int, int], dropout: float, active: type[nn.Module]) -> nn.Sequential:
-    """Return a branch: raw metadata [N, columns] -> features [N, hidden[1]]. Batch normalisation scales columns of any
-    unit."""
+    """Return a branch: raw metadata [N, columns] -> features [N, hidden[1]].
+
+    Batch normalisation scales columns of any unit.
+    """
     return nn.Sequential(
         nn.BatchNorm1d(columns),
         nn.Linear(columns, hidden[0]),
