@@ -491,8 +491,9 @@ class _Columns:
                 for k, source in enumerate(layout.format.place):
                     self._place[rows, k] = layout.column(source, scalars, ids)
                 histories = owners[mine], points[mine]
-                self._metadata[rows] = layout.metadata(rows, scalars, ids, *histories)
-                self._points += layout.points(rows, scalars, ids, *histories)
+                pieces = layout.points(rows, scalars, ids, *histories)
+                self._metadata[rows] = layout.metadata(rows, scalars, ids, *histories, pieces)
+                self._points += pieces
         self._unplaced = (self._alert_id == MISSING_ID) | ~np.isfinite(self._place[:, :3]).all(axis=1)
 
     def missing_field(self, row: int) -> Damage | None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.packets.batch import CUTOUTS
+from broker_filter.packets.light_curve_summary import CurveSummary, summarise
 from broker_filter.packets.photometry import DetectionsSoFar, Points, Values
 from broker_filter.packets.plan import Reading, Wanted, compile_program
 from broker_filter.packets.schema import WriterSchema
@@ -21,6 +22,7 @@ from broker_filter.packets.surveys import (
     UNVERSIONED,
     Derived,
     Field,
+    OfCurve,
     SoFar,
     Source,
     SurveyFormat,
@@ -63,6 +65,7 @@ class Layout:
         fields = (*survey_format.own_fields, *(part for part in parts if isinstance(part, Field)))
         numbers = [field for field in dict.fromkeys(fields) if field.paths[0] not in self._ids]
         self._sums_up = survey_format.detections_so_far if any(isinstance(part, SoFar) for part in parts) else None
+        self._summarises = any(isinstance(part, OfCurve) for part in parts)
         self._scalars = {field: slot for slot, field in enumerate(numbers)}
         # Most metadata columns are unchanged scalars. These are copied in one step; the others are computed.
         direct = {
@@ -142,18 +145,20 @@ class Layout:
         scalars: NDArray[np.float64],
         ids: NDArray[np.int64],
         so_far: DetectionsSoFar | None = None,
+        curve: CurveSummary | None = None,
     ) -> Values:
         """Return the values of `source` for N records, float64[N]; NaN for missing values, or if `source` is None.
 
-        `scalars` [N, n_scalars] and `ids` [N, n_ids] are the walker's outputs; `so_far` is needed for a `SoFar` source.
+        `scalars` [N, n_scalars] and `ids` [N, n_ids] are the walker's outputs; `so_far` is needed for a `SoFar` source,
+        `curve` for an `OfCurve` source.
         """
         if source is None:
             return np.full(len(scalars), np.nan)
-        if isinstance(source, SoFar):
-            values: Values = getattr(so_far, source.name)
+        if isinstance(source, SoFar | OfCurve):
+            values: Values = getattr(so_far if isinstance(source, SoFar) else curve, source.name)
             return values
         if isinstance(source, Derived):
-            return source.formula(*(self.column(part, scalars, ids, so_far) for part in source.fields))
+            return source.formula(*(self.column(part, scalars, ids, so_far, curve) for part in source.fields))
         if source in self._scalars:
             values = scalars[:, self._scalars[source]]
             return values if source.missing is None else np.where(values == source.missing, np.nan, values)
@@ -167,8 +172,12 @@ class Layout:
         ids: NDArray[np.int64],
         history_rows: NDArray[np.int64],
         history: NDArray[np.float64],
+        pieces: Sequence[Points],
     ) -> NDArray[np.float64]:
-        """Return the metadata of N records, float64[N, F] for F columns. `points` documents the arguments."""
+        """Return the metadata of N records, float64[N, F] for F columns.
+
+        `points` documents the first arguments; `pieces` is its result.
+        """
         so_far = None
         if self._sums_up is not None:
             first_table = history[:, 0] == 0
@@ -177,11 +186,12 @@ class Layout:
                 np.searchsorted(rows, history_rows[first_table]),
                 list(history[first_table, 1:].T),
             )
+        curve = summarise(pieces[0], pieces[1:], rows) if self._summarises else None
         metadata = np.full((len(scalars), len(self._missing)), np.nan)
         metadata[:, self._direct] = scalars[:, self._direct_slots]
         metadata[metadata == self._missing] = np.nan
         for place, source in self._computed:
-            metadata[:, place] = self.column(source, scalars, ids, so_far)
+            metadata[:, place] = self.column(source, scalars, ids, so_far, curve)
         metadata[np.isinf(metadata)] = np.nan  # an infinite value is not a measurement; models and filters expect NaN
         return metadata
 
@@ -224,7 +234,7 @@ class Layout:
         return first
 
 
-def _parts_of(source: Source | None) -> tuple[Field | SoFar, ...]:
+def _parts_of(source: Source | None) -> tuple[Field | SoFar | OfCurve, ...]:
     if isinstance(source, Derived):
         return source.fields
     return () if source is None else (source,)

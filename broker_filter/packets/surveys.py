@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.photometry import (
     AB_ZERO_POINT,
+    LIMIT_SIGMAS,
     MAGNITUDES_PER_E,
     MJD_EPOCH,
     NO_VALUE,
@@ -66,14 +67,32 @@ class SoFar:
 
 
 @dataclass(frozen=True, slots=True)
+class OfCurve:
+    """A number computed from the light curve up to the time of the alert: a field of `CurveSummary`."""
+
+    name: Literal[
+        "first_mjd",
+        "peak_mjd",
+        "peak_flux",
+        "peak_band",
+        "faintest_flux",
+        "rise_rate",
+        "nondetections",
+        "days_since_nondetection",
+        "nondetection_maglim",
+        "days_since_early_nondetection",
+    ]
+
+
+@dataclass(frozen=True, slots=True)
 class Derived:
     """A column computed from other numbers: `formula` takes the values of `fields`, float64[N] each."""
 
     formula: Callable[..., Values]
-    fields: tuple[Field | SoFar, ...]
+    fields: tuple[Field | SoFar | OfCurve, ...]
 
 
-Source = Field | SoFar | Derived
+Source = Field | SoFar | OfCurve | Derived
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +191,9 @@ LSST_BAND = Field(("diaSource.band",), letter=True)
 LSST_FLUX = _lsst("psfFlux")
 LSST_FLUX_ERR = _lsst("psfFluxErr")
 
+LSST_FIRST_MJD = Field(("diaObject.firstDiaSourceMjdTai",))
+LSST_TEMPLATE_FLUX = _lsst("templateFlux")
+
 _SS_OBJECT = Field(("ssSource.ssObjectId", "ssObject.ssObjectId"))
 _SS_OBJECT_OF_SOURCE = _lsst("ssObjectId")
 
@@ -200,13 +222,31 @@ def _lsst_sso(match: Values, of_source: Values) -> Values:
     return np.asarray((np.nan_to_num(match) != 0) | (np.nan_to_num(of_source) != 0), dtype=np.float64)
 
 
-def _age(jd: Values, start: Values, first: Values) -> Values:
-    return jd - np.fmin(start, first)
+def _age(time: Values, start: Values, first: Values) -> Values:
+    return time - np.fmin(start, first)
+
+
+def _since_last_limit(days_since: Values, time: Values, start: Values, first: Values) -> Values:
+    """Return the time from a non-detection, `days_since` days ago, to the first detection; NaN if it is later."""
+    gap = days_since - _age(time, start, first)
+    return np.where(gap > 0, gap, np.nan)
+
+
+def _limiting_magnitude(error: Values) -> Values:
+    return AB_ZERO_POINT - 2.5 * np.log10(LIMIT_SIGMAS * error)
+
+
+def _positive_magnitude(flux: Values) -> Values:
+    return AB_ZERO_POINT - 2.5 * np.log10(np.where(flux > 0, flux, np.nan))
 
 
 def _positive(flux: Values) -> Values:
     return np.where(np.isnan(flux), np.nan, flux >= 0)
 
+
+ZTF_START = (ZTF_JD, ZTF_JDSTARTHIST, SoFar("first_jd"))
+LSST_START = (LSST_MJD, LSST_FIRST_MJD, OfCurve("first_mjd"))
+"""The times from which `_age` is computed: that of the alert, the survey's first detection, the packet's first one."""
 
 COLUMNS: tuple[Column, ...] = (
     # Columns of both surveys, so that one filter expression works for both.
@@ -286,7 +326,13 @@ COLUMNS: tuple[Column, ...] = (
         _ztf("exptime", NO_VALUE),
         _lsst("exposureTime"),
     ),
-    Column("diffmaglim", "mag", "5-sigma limiting magnitude of the difference image", ZTF_DIFFMAGLIM),
+    Column(
+        "diffmaglim",
+        "mag",
+        "5-sigma limiting magnitude of the difference image (LSST: at the source, from psfFluxErr)",
+        ZTF_DIFFMAGLIM,
+        Derived(_limiting_magnitude, (LSST_FLUX_ERR,)),
+    ),
     Column("magzpsci", "mag", "photometric zero point of the science image", _ztf("magzpsci", NO_VALUE)),
     Column("magzpsciunc", "mag", "1-sigma uncertainty of magzpsci", _ztf("magzpsciunc", NO_VALUE)),
     Column("magzpscirms", "mag", "RMS scatter of the calibrators about magzpsci", _ztf("magzpscirms", NO_VALUE)),
@@ -344,42 +390,96 @@ COLUMNS: tuple[Column, ...] = (
     Column("jdstarthist", "d", "Julian date of the first detection that ndethist counts", ZTF_JDSTARTHIST),
     Column("jdendhist", "d", "Julian date of the last detection that ndethist counts", _ztf("jdendhist", NO_VALUE)),
     # ZTF: BTSbot's features of the history (Rehemtulla et al. 2024, arXiv:2401.15167; `prep_alerts` in its code).
-    # BTSbot is trained on all alerts of an object; a packet has those of the last 30 days, and `jdstarthist`.
+    # BTSbot is trained on all alerts of an object; a packet has those of the last 30 days, and `jdstarthist`. LSST's
+    # packets have the detections of the last year; the time of the first detection is often null there.
     Column(
         "nnotdet",
         "",
-        "number of exposures of this position without a detection so far: ncovhist - ndethist",
+        "number of exposures of this position without a detection so far (ZTF: ncovhist - ndethist; LSST: earlier "
+        "forced photometry in the packet with an absolute flux below 3 sigma)",
         Derived(np.subtract, (ZTF_NCOVHIST, ZTF_NDETHIST)),
+        OfCurve("nondetections"),
     ),
     Column(
         "age",
         "d",
-        "time since the first detection (jdstarthist, or an earlier detection in the packet)",
-        Derived(_age, (ZTF_JD, ZTF_JDSTARTHIST, SoFar("first_jd"))),
+        "time since the first detection (jdstarthist or firstDiaSourceMjdTai, or an earlier detection in the packet)",
+        Derived(_age, ZTF_START),
+        Derived(_age, LSST_START),
     ),
     Column(
         "days_since_peak",
         "d",
         "time since the brightest detection in the packet not later than the alert",
         Derived(np.subtract, (ZTF_JD, SoFar("peak_jd"))),
+        Derived(np.subtract, (LSST_MJD, OfCurve("peak_mjd"))),
     ),
     Column(
         "days_to_peak",
         "d",
         "time from the first to the brightest detection: age - days_since_peak",
         Derived(_age, (SoFar("peak_jd"), ZTF_JDSTARTHIST, SoFar("first_jd"))),
+        Derived(_age, (OfCurve("peak_mjd"), LSST_FIRST_MJD, OfCurve("first_mjd"))),
     ),
     Column(
         "peakmag_so_far",
         "mag",
         "magnitude, in any filter, of the brightest detection in the packet not later than the alert",
         SoFar("peak_magnitude"),
+        Derived(_magnitude, (OfCurve("peak_flux"),)),
     ),
     Column(
         "maxmag_so_far",
         "mag",
         "magnitude, in any filter, of the faintest detection in the packet not later than the alert",
         SoFar("faintest_magnitude"),
+        Derived(_magnitude, (OfCurve("faintest_flux"),)),
+    ),
+    # The light curve in the packet, up to the time of the alert.
+    Column(
+        "peak_flux",
+        "nJy",
+        "difference flux of the detection in the packet, not later than the alert, with the largest absolute flux",
+        OfCurve("peak_flux"),
+        OfCurve("peak_flux"),
+    ),
+    Column(
+        "peak_band",
+        "0 to 5",
+        "filter of the detection of peak_flux: 0 is u, 1 is g, 2 is r, 3 is i, 4 is z, 5 is y",
+        OfCurve("peak_band"),
+        OfCurve("peak_band"),
+    ),
+    Column(
+        "rise_rate",
+        "nJy/d",
+        "difference flux of the alert minus that of the latest measurement in the same filter that is at least half a "
+        "day older (detection or forced photometry), over the time between: positive while the flux grows",
+        OfCurve("rise_rate"),
+        OfCurve("rise_rate"),
+    ),
+    Column(
+        "days_since_nondet",
+        "d",
+        "time since the last non-detection in the packet before the alert: an upper limit, or forced photometry with "
+        "an absolute flux below 3 sigma",
+        OfCurve("days_since_nondetection"),
+        OfCurve("days_since_nondetection"),
+    ),
+    Column(
+        "nondet_maglim",
+        "mag",
+        "5-sigma limiting magnitude of the non-detection of days_since_nondet",
+        OfCurve("nondetection_maglim"),
+        OfCurve("nondetection_maglim"),
+    ),
+    Column(
+        "days_nondet_to_first",
+        "d",
+        "time from the last non-detection before the first detection to the first detection; null if the packet has "
+        "none, as in LSST's packets of 2026, whose forced photometry begins at the first detection",
+        Derived(_since_last_limit, (OfCurve("days_since_early_nondetection"), *ZTF_START)),
+        Derived(_since_last_limit, (OfCurve("days_since_early_nondetection"), *LSST_START)),
     ),
     # BTSbot was trained on a rerun of braai d6_m9, which packets do not hold. Brokers that run BTSbot use drb instead.
     Column("new_drb", "0 to 1", "the same as drb, under the name that BTSbot uses", ZTF_DRB),
@@ -395,12 +495,20 @@ COLUMNS: tuple[Column, ...] = (
     Column("jdendref", "d", "Julian date of the template's last exposure", _ztf("jdendref", NO_VALUE)),
     Column("nframesref", "", "number of exposures in the template", _ztf("nframesref", NO_VALUE)),
     # ZTF: catalogues.
-    Column("ssdistnr", "arcsec", "distance to the nearest known solar-system object within 30 arcsec", ZTF_SSDISTNR),
+    Column(
+        "ssdistnr",
+        "arcsec",
+        "distance to the nearest known solar-system object within 30 arcsec (LSST: to the associated object)",
+        ZTF_SSDISTNR,
+        Field(("ssSource.ephOffset",)),
+    ),
     Column(
         "ssmagnr",
         "mag",
-        "predicted magnitude of the nearest known solar-system object within 30 arcsec",
+        "predicted magnitude of the nearest known solar-system object within 30 arcsec (LSST: of the associated "
+        "object, in V)",
         _ztf("ssmagnr", NO_VALUE),
+        Field(("ssSource.ephVmag",), missing=0.0),
     ),
     *(
         Column(f"{name}{rank}", unit, f"{meaning} of Pan-STARRS source {rank}", _ztf(f"{name}{rank}", NO_VALUE))
@@ -444,8 +552,18 @@ COLUMNS: tuple[Column, ...] = (
     Column("apFluxErr", "nJy", "1-sigma uncertainty of apFlux", lsst=_lsst("apFluxErr")),
     Column("scienceFlux", "nJy", "forced PSF flux in the science image", lsst=_lsst("scienceFlux")),
     Column("scienceFluxErr", "nJy", "1-sigma uncertainty of scienceFlux", lsst=_lsst("scienceFluxErr")),
-    Column("templateFlux", "nJy", "forced PSF flux in the template", lsst=_lsst("templateFlux")),
+    Column("templateFlux", "nJy", "forced PSF flux in the template", lsst=LSST_TEMPLATE_FLUX),
     Column("templateFluxErr", "nJy", "1-sigma uncertainty of templateFlux", lsst=_lsst("templateFluxErr")),
+    Column(
+        "templatemag",
+        "mag",
+        "AB magnitude of templateFlux, the star or host at the source; null if that flux is not positive",
+        lsst=Derived(_positive_magnitude, (LSST_TEMPLATE_FLUX,)),
+    ),
+    Column("bboxSize", "px", "side of the square around the detection's footprint", lsst=_lsst("bboxSize")),
+    Column("centroid_flag", "1 or 0", "1 if the centroid fit failed, else 0", lsst=_flag("centroid_flag")),
+    Column("psfFlux_flag", "1 or 0", "1 if the PSF fit failed, else 0", lsst=_flag("psfFlux_flag")),
+    Column("shape_flag", "1 or 0", "1 if the measurement of the moments failed, else 0", lsst=_flag("shape_flag")),
     Column("psfChi2", "", "chi-square of the PSF fit", lsst=_lsst("psfChi2")),
     Column("psfNdata", "", "number of pixels in the PSF fit", lsst=_lsst("psfNdata")),
     Column("ixx", "arcsec^2", "adaptive second moment xx of the source", lsst=_lsst("ixx")),
@@ -510,7 +628,7 @@ COLUMNS: tuple[Column, ...] = (
         "firstDiaSourceMjdTai",
         "d",
         "MJD (TAI) of the first detection of this object",
-        lsst=Field(("diaObject.firstDiaSourceMjdTai",)),
+        lsst=LSST_FIRST_MJD,
     ),
     Column(
         "lastDiaSourceMjdTai",

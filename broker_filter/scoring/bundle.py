@@ -129,6 +129,12 @@ class MetadataColumn(CardSection):
         default=False,
         description="The network takes an additional column: 1 where the value is missing, else 0.",
     )
+    surveys: tuple[SurveyName, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="The surveys whose values the network was trained with: for alerts of other surveys the value "
+        "counts as missing. null: the values of every survey.",
+    )
 
 
 class LightCurveInput(CardSection):

@@ -37,7 +37,7 @@ def prepare(alerts: RawAlerts, inputs: Inputs) -> dict[str, NDArray[np.float32]]
     """
     prepared = {"images": prepare_images(alerts.cutouts, alerts.cutout_box, inputs.images, alerts.variance)}
     if inputs.metadata:
-        prepared["metadata"] = prepare_metadata(alerts.metadata, alerts.columns, inputs.metadata)
+        prepared["metadata"] = prepare_metadata(alerts.metadata, alerts.columns, inputs.metadata, alerts.survey)
     if inputs.light_curve is not None:
         if alerts.mjd is None or alerts.light_curves is None:
             raise KeyError("the model needs light curves, but they were not decoded")
@@ -120,19 +120,27 @@ def prepare_psf(psf: NDArray[np.float32], survey: NDArray[np.uint8], wanted: Psf
 
 
 def prepare_metadata(
-    metadata: NDArray[np.float64], columns: Sequence[str], wanted: Sequence[MetadataColumn]
+    metadata: NDArray[np.float64],
+    columns: Sequence[str],
+    wanted: Sequence[MetadataColumn],
+    survey: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.float32]:
     """Return the metadata input float32[N, F]: the `wanted` columns in order, missing values filled, followed by the
     flags.
 
     A flag is 1 where the value is missing, else 0; only columns with `flag` have one. `metadata`: float64[N,
-    len(columns)], NaN where missing.
+    len(columns)], NaN where missing. `survey` uint8[N]: values of a column that names other `surveys` count as missing;
+    without it, no value does.
 
     Raises KeyError, with the names, if `columns` lacks a wanted column.
     """
     if missing := {column.name for column in wanted} - set(columns):
         raise KeyError(f"metadata columns {', '.join(sorted(missing))} are needed, but were not decoded")
     chosen = metadata[:, [columns.index(column.name) for column in wanted]]
+    for place, column in enumerate(wanted):  # `chosen` is a copy
+        if survey is not None and column.surveys is not None:
+            known = [Survey[name.upper()] for name in column.surveys]
+            chosen[~np.isin(survey, known), place] = np.nan
     absent = np.isnan(chosen)
     filled = np.where(absent, np.array([column.fill for column in wanted]), chosen)
     flagged = [i for i, column in enumerate(wanted) if column.flag]

@@ -209,6 +209,16 @@ def test_metadata_has_the_order_and_fill_values_of_the_network() -> None:
     assert np.array_equal(prepared, np.array([[3, 1], [-1, 4]], np.float32))
 
 
+def test_a_value_of_a_survey_that_the_network_was_not_trained_with_counts_as_missing() -> None:
+    metadata = np.array([[1.0, 2.0], [3.0, 4.0]])
+    wanted = [MetadataColumn(name="a", fill=-1, flag=True, surveys=("ztf",)), MetadataColumn(name="b", fill=-2)]
+    survey = np.array([Survey.ZTF, Survey.LSST], np.uint8)
+    prepared = prepare_metadata(metadata, ("a", "b"), wanted, survey)
+    assert np.array_equal(prepared, np.array([[1, 2, 0], [-1, 4, 1]], np.float32))
+    assert np.array_equal(prepare_metadata(metadata, ("a", "b"), wanted)[:, 0], [1, 3])
+    assert metadata[1, 0] == 3
+
+
 def test_missing_metadata_columns_are_named() -> None:
     with pytest.raises(KeyError, match="sgscore1"):
         prepare_metadata(np.zeros((1, 1)), ("a",), [MetadataColumn(name="sgscore1", fill=0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.bundle import CARD, BundleError, KnownAnswers
 from broker_filter.scoring.runtimes import CHUNK
 from broker_filter.scoring.scorer import Scorer, open_scorer
+from broker_filter.simulate import SCHEMAS, simulate_night
 
 CPU = Runtime(engine="onnxruntime", device="cpu")
 
@@ -149,3 +151,19 @@ def test_default_scores_every_shared_ztf_alert(scorer: Scorer, ztf_packets: list
     rated = drb > 0  # NaN or 0: before ZTF ran the network
     assert np.isfinite(real).all()
     assert ((real > 0.5) == (drb > 0.5))[rated].mean() > 0.95
+
+
+def test_columns_that_the_embedder_never_saw_for_lsst_do_not_change_its_embeddings() -> None:
+    scorer = open_scorer(["embedder"], CPU)
+    nights = [simulate_night(6, 5, "ztf"), simulate_night(6, 5, "lsst")]
+    packets = [Packet(alert.packet) for night in nights for alert in night]
+    alerts, _ = scorer.decoder(SCHEMAS).decode(packets)
+    changed = alerts.metadata.copy()
+    changed[:, [alerts.columns.index(name) for name in ("age", "nnotdet")]] += 17
+    then, now = (scorer.score(batch).models[0].embedding for batch in (alerts, replace(alerts, metadata=changed)))
+    assert then is not None
+    assert now is not None
+    lsst = alerts.survey == Survey.LSST
+    assert np.isfinite(alerts.column("age")[lsst]).all()
+    np.testing.assert_array_equal(now[lsst], then[lsst])
+    assert (now[~lsst] != then[~lsst]).any(axis=1).all()
