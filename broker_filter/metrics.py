@@ -23,7 +23,7 @@ from prometheus_client import (
 )
 
 from broker_filter import __version__
-from broker_filter.packets.batch import Survey
+from broker_filter.packets.batch import PLANES, Survey
 from broker_filter.packets.rejects import RejectReason
 from broker_filter.streaming.account import Account
 
@@ -72,6 +72,12 @@ class Metrics:
             "(deleted by retention or by an operator) or `truncated` (cut off by an unclean leader election).",
             "topic",
             "reason",
+        )
+        self._fallbacks = self._counter(
+            "plane_fallback_alerts",
+            "Scored alerts for which a model used a fallback, by plane: `variance` (it estimated the noise from the "
+            "pixels) or `psf` (it used a Gaussian). Their survey publishes the plane, but it is absent or unusable.",
+            "plane",
         )
         self._judged = self._counter(
             "judged_alerts", "Scored alerts that passed the cut and were compared with the reference."
@@ -130,6 +136,8 @@ class Metrics:
             self._transactions.labels(outcome)
         for reason in RejectReason:
             self._rejected.labels(reason.value)
+        for plane in PLANES:
+            self._fallbacks.labels(plane)
         for survey in Survey:
             self._unjudged.labels(str(survey))
             self._unknown_version.labels(str(survey))
@@ -194,6 +202,8 @@ class Metrics:
                 self._duplicates.inc(account.duplicates)
                 self._judged.inc(account.judged)
                 self._anomalous.inc(account.anomalous)
+                for plane, n in account.fallbacks.items():
+                    self._fallbacks.labels(plane).inc(n)
                 for survey, n in account.unjudged.items():
                     self._unjudged.labels(str(survey)).inc(n)
                 for survey, n in account.unknown_version.items():

@@ -185,6 +185,13 @@ def _describe(bundle: Bundle) -> list[str]:
         "directory": str(bundle.directory),
         "surveys": ", ".join(card.surveys),
         "images": f"{', '.join(images.order)}; {images.size} px, {images.normalisation}, padding {images.padding:g}",
+        "planes": ", ".join(
+            {
+                "variance": "variance (where it is unusable: the noise of the pixels)",
+                "psf": "psf (where it is unusable: a Gaussian)",
+            }[plane]
+            for plane in card.inputs.planes
+        ),
         "metadata": ", ".join(
             f"{column.name} ({column.fill:g}{', and a flag,' * column.flag} where missing)"
             for column in card.inputs.metadata

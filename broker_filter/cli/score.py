@@ -149,9 +149,11 @@ def _summary(account: Account, seconds: float) -> str:
     """Return the counts of all inputs in one line, with the reasons of the rejects and the rate."""
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in account.rejected.most_common())
     why = f" ({reasons})" if reasons else ""
+    lost = ", ".join(f"{plane} {count:,}" for plane, count in account.fallbacks.items())
+    fallbacks = f", scored without a usable plane ({lost})" if lost else ""
     return (
         f"read {account.consumed:,}: scored {account.scored:,}, rejected {account.rejected.total():,}{why}, "
-        f"duplicates {account.duplicates:,}; {account.consumed / seconds:,.0f} alerts/s"
+        f"duplicates {account.duplicates:,}{fallbacks}; {account.consumed / seconds:,.0f} alerts/s"
     )
 
 

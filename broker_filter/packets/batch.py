@@ -37,6 +37,10 @@ class Survey(IntEnum):
         return self.name.lower()
 
 
+SURVEYS_WITH_PLANES = (Survey.LSST,)
+"""The surveys that publish PLANES with their cutouts."""
+
+
 class Measurement(IntEnum):
     """The kind of a light-curve point; the codes in `LightCurves.kind`."""
 
@@ -167,6 +171,16 @@ class AlertBatch:
 
     def __len__(self) -> int:
         return len(self.alert_id)
+
+    def lost_planes(self, plane: Plane) -> NDArray[np.bool_]:
+        """Return whether each alert lacks this plane in at least one cutout although its survey publishes it, bool[N].
+
+        It is False for all alerts if the plane was not decoded.
+        """
+        if getattr(self, plane) is None or self.usable_planes is None:
+            return np.zeros(len(self), np.bool_)
+        usable = self.usable_planes[:, :, PLANES.index(plane)].all(axis=1)
+        return np.isin(self.survey, SURVEYS_WITH_PLANES) & ~usable
 
     def column(self, name: str) -> NDArray[np.float64]:
         """Return the metadata column `name`, float64[N]. Raises KeyError if the batch has no such column."""

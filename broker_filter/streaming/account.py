@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_filter.packets.batch import AlertBatch, Survey
+from broker_filter.packets.batch import PLANES, AlertBatch, Plane, Survey
 from broker_filter.packets.rejects import RejectReason
 from broker_filter.packets.surveys import rows_of_unknown_version
 from broker_filter.streaming.scored import ScoredBatch
@@ -40,6 +40,9 @@ class Account:
     survey."""
     unknown_version: Counter[Survey] = field(default_factory=Counter)
     """Decoded alerts, by survey, whose schema version the program does not know."""
+    fallbacks: Counter[Plane] = field(default_factory=Counter)
+    """Scored alerts, by plane, for which a model used a fallback: the survey publishes the plane, but it is absent or
+    unusable in at least one cutout of the alert."""
     rejected: Counter[RejectReason] = field(default_factory=Counter)
     sent: list[float] = field(default_factory=list)
     """Unix seconds at which the producer sent each packet that has a timestamp."""
@@ -55,6 +58,7 @@ class Account:
         self.anomalous += other.anomalous
         self.unjudged.update(other.unjudged)
         self.unknown_version.update(other.unknown_version)
+        self.fallbacks.update(other.fallbacks)
         self.rejected.update(other.rejected)
 
 
@@ -86,6 +90,10 @@ def account_packets(scored: ScoredBatch) -> list[Account]:
             account.duplicates += 1
         else:
             account.scored += 1
+    for plane in PLANES:
+        lost = scored.alerts.lost_planes(plane)
+        for i in np.flatnonzero(lost & scored.scores.taken & ~scored.duplicate).tolist():
+            accounts[packet_index[i]].fallbacks[plane] += 1
     if scored.anomalies:
         for i in np.flatnonzero(scored.anomalies.judged & scored.scores.taken & ~scored.duplicate).tolist():
             accounts[packet_index[i]].judged += 1

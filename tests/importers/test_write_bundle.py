@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.numpy import save as arrays_to_bytes
 from torch import Tensor, nn
 
+from broker_filter.cli.models import _describe
 from broker_filter.config import Runtime
 from broker_filter.importers.write_bundle import _test_alerts, write_bundle
 from broker_filter.packets.batch import PSF_SIZE, AlertBatch, Survey
@@ -163,6 +164,9 @@ def test_every_engine_serves_a_network_with_planes(
     torch.manual_seed(5)
     write_bundle(tmp_path / "planes", with_planes, WithPsf().eval())
     assert open_bundle(tmp_path / "planes").card.inputs == with_planes.inputs
+    [planes] = [line for line in _describe(open_bundle(tmp_path / "planes")) if line.strip().startswith("planes")]
+    assert "variance" in planes
+    assert "psf" in planes
     rng = np.random.default_rng(1)
     variance = rng.uniform(1, 4, (70, 3, 31, 31)).astype(np.float32)
     variance[::7] = np.nan
