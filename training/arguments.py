@@ -1,11 +1,34 @@
-"""Argparse types of the training commands: an invalid value is reported as wrong usage before any work starts."""
+"""Arguments that several training commands share, and argparse types: an invalid value is reported as wrong usage
+before any work starts."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 MAX_SEED = 2**32 - 1
 """The limit of `recipe.Seed`."""
+
+
+def add_labelled_alerts(parser: argparse.ArgumentParser, class_help: str) -> None:
+    """Add the arguments that name alerts and their labels: `inputs`, `--labels`, `--label` and `--class`."""
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="file, folder or archive of alerts")
+    parser.add_argument(
+        "--labels",
+        required=True,
+        type=Path,
+        metavar="TABLE",
+        help=".csv or .parquet table of labels with a column of alert or object ids",
+    )
+    parser.add_argument("--label", default="label", metavar="COLUMN", help="label column of the table (default: label)")
+    parser.add_argument(
+        "--class",
+        dest="classes",
+        action="append",
+        default=[],
+        metavar="NAME=VALUES",
+        help=class_help,
+    )
 
 
 def positive(text: str) -> int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from broker_filter.cli.extras import require_extra
-from broker_filter.cli.options import INPUT_HELP, add_scoring_options, alert_limit
+from broker_filter.cli.options import INPUT_HELP, add_reference_options, add_scoring_options, alert_limit
 from broker_filter.errors import BrokerFilterError
 
 DEFAULT_LIMIT = 20_000
@@ -29,14 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "in each run.",
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUT_HELP)
-    parser.add_argument(
-        "--reference", type=Path, required=True, metavar="FILE", help="reference set, from `reference build`"
-    )
-    parser.add_argument(
-        "--model",
-        metavar="BUNDLE",
-        help="bundle that made the reference set (default: the bundle that ships under the recorded name)",
-    )
+    add_reference_options(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
     parser.add_argument(
         "--limit",

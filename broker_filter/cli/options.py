@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 STDIN = "-"
 """The name that stands for standard input among the inputs, as in `streaming.archives`."""
@@ -41,6 +42,18 @@ def add_scoring_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of every command that scores archives: `--schema-registry` and `--device`."""
     add_registry_option(parser)
     add_device_option(parser)
+
+
+def add_reference_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that compares alerts with a reference set: `--reference` and `--model`."""
+    parser.add_argument(
+        "--reference", type=Path, required=True, metavar="FILE", help="reference set, from `reference build`"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="BUNDLE",
+        help="bundle that made the reference set (default: the bundle that ships under the recorded name)",
+    )
 
 
 def alert_limit(text: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from broker_filter.cli.extras import require_extra
-from broker_filter.cli.options import add_scoring_options
+from broker_filter.cli.options import add_reference_options, add_scoring_options
 from broker_filter.errors import BrokerFilterError
 
 if TYPE_CHECKING:
@@ -46,14 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("alert", metavar="ALERT", help="packet, or archive that holds the alert")
     parser.add_argument("--id", type=int, metavar="ALERT_ID", help="id of the alert (default: the first alert)")
-    parser.add_argument(
-        "--reference", type=Path, required=True, metavar="FILE", help="reference set, from `reference build`"
-    )
-    parser.add_argument(
-        "--model",
-        metavar="BUNDLE",
-        help="bundle that made the reference set (default: the bundle that ships under the recorded name)",
-    )
+    add_reference_options(parser)
     parser.add_argument(
         "--count",
         type=_count,

@@ -11,22 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from broker_filter.importers.keras_weights import read_keras_weights
+from broker_filter.importers.published import LABELLED_BY_EYE, MISSING, TRIPLET, checked_name
 from broker_filter.importers.write_bundle import write_bundle
-from broker_filter.scoring.bundle import (
-    Architecture,
-    BundleError,
-    Description,
-    ImageInput,
-    Inputs,
-    MetadataColumn,
-    Outputs,
-    Training,
-    describe_problems,
-)
+from broker_filter.scoring.bundle import Architecture, Description, Inputs, MetadataColumn, Outputs
 from broker_filter.scoring.networks import load_network
 
 CLASSES = {"h": "hosted", "n": "nuclear", "v": "variable", "o": "orphan", "b": "bogus"}
@@ -37,13 +27,9 @@ COLUMNS = (
     *("nmtchps", "clrcoeff", "clrcounc", "neargaia", "neargaiabright"),
 )
 """The features of version 20201130 in ACAI's configuration: raw values, in order."""
-FILL = -999.0
-"""ZTF's value for a missing measurement; the networks were trained with it."""
 FILLS = {"drb": 0.5}
 """ACAI runs braai on alerts without drb (from before the survey had one). A bundle cannot, so 0.5 stands for
 unknown."""
-IMAGES = ImageInput(size=63, order=("science", "template", "difference"), normalisation="l2_image", padding=1e-9)
-"""The preprocessing of cutouts in `make_triplet` of ACAI's `utils.py`."""
 
 CONVOLUTIONS = {
     "conv_conv_1": ("images.0", 3, 16),
@@ -67,27 +53,23 @@ def import_acai(weights: Path, letter: str, name: str, out: Path) -> None:
     Raises BundleError if the file is not such a network.
     """
     label = CLASSES[letter]
-    try:
+    with checked_name(name):
         description = Description(
             name=name,
             version=weights.name.removesuffix(".h5"),
             task=f"{label} or not",
             surveys=("ztf",),
             inputs=Inputs(
-                images=IMAGES,
-                metadata=tuple(MetadataColumn(name=column, fill=FILLS.get(column, FILL)) for column in COLUMNS),
+                images=TRIPLET,
+                metadata=tuple(MetadataColumn(name=column, fill=FILLS.get(column, MISSING)) for column in COLUMNS),
             ),
             outputs=Outputs(labels=(label,), activation="sigmoid", thresholds={label: 0.5}),
             architecture=Architecture(name="acai", arguments={"metadata": len(COLUMNS)}),
             licence="MIT",
             source="https://github.com/dmitryduev/acai",
             citation="Duev & van der Walt 2021 (arXiv:2111.12142)",
-            training=Training(
-                method="by its authors; see the citation", data="ZTF alerts labelled by eye; see the citation"
-            ),
+            training=LABELLED_BY_EYE,
         )
-    except ValidationError as error:
-        raise BundleError(f"a bundle cannot be named {name!r}: {describe_problems(error)}") from error
     write_bundle(out, description, load_network(description.architecture, read_weights(weights)))
 
 

@@ -11,25 +11,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from broker_filter.importers.keras_weights import read_keras_weights
+from broker_filter.importers.published import LABELLED_BY_EYE, TRIPLET, checked_name
 from broker_filter.importers.write_bundle import write_bundle
-from broker_filter.scoring.bundle import (
-    Architecture,
-    BundleError,
-    Description,
-    ImageInput,
-    Inputs,
-    Outputs,
-    Training,
-    describe_problems,
-)
+from broker_filter.scoring.bundle import Architecture, Description, Inputs, Outputs
 from broker_filter.scoring.networks import load_network
-
-PADDING = 1e-9
-"""Value with which incomplete stamps were padded in training (`make_triplet` in braai's repository)."""
 
 LAYERS: dict[str, tuple[str, tuple[int, ...]]] = {
     "conv1": ("features.0", (3, 3, 3, 16)),
@@ -48,13 +36,8 @@ def import_braai(weights: Path, normalisation: Literal["row", "image"], name: st
     `normalisation`: what was divided by its L2 norm in training: each image row (d6_m7 and earlier) or the whole image
     (d6_m9). Raises BundleError if the file is not such a network.
     """
-    images = ImageInput(
-        size=63,
-        order=("science", "template", "difference"),
-        normalisation="l2_row" if normalisation == "row" else "l2_image",
-        padding=PADDING,
-    )
-    try:
+    images = TRIPLET.model_copy(update={"normalisation": "l2_row"}) if normalisation == "row" else TRIPLET
+    with checked_name(name):
         description = Description(
             name=name,
             version=weights.name.removesuffix(".h5").removesuffix(".weights"),
@@ -66,12 +49,8 @@ def import_braai(weights: Path, normalisation: Literal["row", "image"], name: st
             licence="MIT",
             source="https://github.com/dmitryduev/braai",
             citation="Duev et al. 2019, MNRAS 489, 3582 (arXiv:1907.11259)",
-            training=Training(
-                method="by its authors; see the citation", data="ZTF alerts labelled by eye; see the citation"
-            ),
+            training=LABELLED_BY_EYE,
         )
-    except ValidationError as error:
-        raise BundleError(f"a bundle cannot be named {name!r}: {describe_problems(error)}") from error
     network = load_network(description.architecture, read_weights(weights))
     write_bundle(out, description, network)
 

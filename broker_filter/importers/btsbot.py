@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import nn
 
 from broker_filter.importers.encoders import backbone_name
+from broker_filter.importers.published import MISSING, TRIPLET, checked_name
 from broker_filter.importers.weights import load_weights, read_weights
 from broker_filter.importers.write_bundle import write_bundle
 from broker_filter.packets.surveys import select_columns
@@ -22,7 +23,6 @@ from broker_filter.scoring.bundle import (
     Architecture,
     BundleError,
     Description,
-    ImageInput,
     Inputs,
     MetadataColumn,
     Outputs,
@@ -34,10 +34,6 @@ from broker_filter.scoring.networks import build_network
 WEIGHTS = "pytorch_model.bin"
 CONFIG = "train_config.json"
 MAX_CONFIG_BYTES = 2**20
-IMAGES = ImageInput(size=63, order=("science", "template", "difference"), normalisation="l2_image", padding=1e-9)
-"""The preprocessing of cutouts in `make_triplet` of btsbot's `alert_utils.py`."""
-FILL = -999.0
-"""ZTF's value for a missing measurement; the networks were trained with it."""
 FILLS = {"new_drb": 0.5}
 """new_drb was never missing in training. Alerts from before the survey had a drb get 0.5, which stands for unknown."""
 LABEL = "bts"
@@ -105,14 +101,14 @@ def import_btsbot(folder: Path, name: str, out: Path) -> None:
     config, network = read_btsbot(folder)
     image, _ = _branches(config)
     started = f"from {image.model_kind}" if image.model_kind and image.pretrained else "from random weights"
-    columns = tuple(MetadataColumn(name=column, fill=FILLS.get(column, FILL)) for column in _columns(config))
-    try:
+    columns = tuple(MetadataColumn(name=column, fill=FILLS.get(column, MISSING)) for column in _columns(config))
+    with checked_name(name):
         description = Description(
             name=name,
             version=folder.resolve().name,
             task="bright transient or not",
             surveys=("ztf",),
-            inputs=Inputs(images=IMAGES, metadata=columns),
+            inputs=Inputs(images=TRIPLET, metadata=columns),
             outputs=Outputs(labels=(LABEL,), activation="sigmoid", thresholds={LABEL: 0.5}),
             architecture=_architecture(config),
             licence="MIT",
@@ -123,8 +119,6 @@ def import_btsbot(folder: Path, name: str, out: Path) -> None:
                 data="ZTF alerts of sources that the Bright Transient Survey has vetted; see the citation",
             ),
         )
-    except ValidationError as error:
-        raise BundleError(f"a bundle cannot be named {name!r}: {describe_problems(error)}") from error
     write_bundle(out, description, network)
 
 

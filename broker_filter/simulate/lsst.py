@@ -202,23 +202,34 @@ def _source(observation: Observation) -> Record:
     }
 
 
+def _earlier_visit(observation: Observation, source: Record, i: int) -> Record:
+    """Return the fields that the records of detections and of forced photometry share, for the visit `i` of the
+    history."""
+    history = observation.history
+    mjd = float(history.mjd[i])
+    return {
+        **{key: source[key] for key in ("detector", "diaObjectId", "ra", "dec")},
+        "visit": _visit(mjd),
+        "midpointMjdTai": mjd + TAI_MINUS_UTC_DAYS,
+        "timeProcessedMjdTai": mjd + TAI_MINUS_UTC_DAYS + PROCESSING_DAYS,
+        "band": history.band[i],
+        "psfFlux": float(history.flux[i]),
+        "psfFluxErr": float(history.flux_error[i]),
+    }
+
+
 def _previous_sources(observation: Observation, source: Record) -> list[Record]:
     """Return the prvDiaSources records: the object's earlier detections of the last year."""
     history = observation.history
     return [
         {
-            **{key: source[key] for key in ("detector", "diaObjectId", "ra", "dec", "x", "y")},
+            **_earlier_visit(observation, source, i),
+            **{key: source[key] for key in ("x", "y")},
             "diaSourceId": source["diaSourceId"] - (i + 1) * 10**9,
-            "visit": _visit(float(history.mjd[i])),
-            "midpointMjdTai": float(history.mjd[i]) + TAI_MINUS_UTC_DAYS,
-            "timeProcessedMjdTai": float(history.mjd[i]) + TAI_MINUS_UTC_DAYS + PROCESSING_DAYS,
-            "band": history.band[i],
-            "psfFlux": float(history.flux[i]),
-            "psfFluxErr": float(history.flux_error[i]),
             "snr": float(abs(history.flux[i]) / history.flux_error[i]),
             "isNegative": bool(history.flux[i] < 0),
         }
-        for i in np.flatnonzero(history.detected)
+        for i in np.flatnonzero(history.detected).tolist()
     ]
 
 
@@ -232,14 +243,8 @@ def _forced_sources(observation: Observation, source: Record) -> list[Record]:
         return []
     return [
         {
-            **{key: source[key] for key in ("detector", "diaObjectId", "ra", "dec")},
+            **_earlier_visit(observation, source, i),
             "diaForcedSourceId": source["diaSourceId"] - (i + 1) * 10**9,
-            "visit": _visit(float(history.mjd[i])),
-            "midpointMjdTai": float(history.mjd[i]) + TAI_MINUS_UTC_DAYS,
-            "timeProcessedMjdTai": float(history.mjd[i]) + TAI_MINUS_UTC_DAYS + PROCESSING_DAYS,
-            "band": history.band[i],
-            "psfFlux": float(history.flux[i]),
-            "psfFluxErr": float(history.flux_error[i]),
         }
         for i in range(len(history.mjd))
     ]

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from broker_filter.cli import main
 from broker_filter.config import Runtime
-from broker_filter.importers.btsbot import IMAGES, import_btsbot, read_btsbot
+from broker_filter.importers.btsbot import import_btsbot, read_btsbot
+from broker_filter.importers.published import TRIPLET
 from broker_filter.importers.weights import WeightsError
 from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.decode import Decoder
@@ -202,7 +203,7 @@ def test_images_are_those_of_make_triplet(
     assert (np.abs(alerts.cutouts) > 1e38).any()
     with np.errstate(over="ignore"):
         triplets, dropped = zip(*map(make_triplet, records), strict=True)
-    ours, theirs = prepare_images(alerts.cutouts, alerts.cutout_box, IMAGES), np.stack(triplets).transpose(0, 3, 1, 2)
+    ours, theirs = prepare_images(alerts.cutouts, alerts.cutout_box, TRIPLET), np.stack(triplets).transpose(0, 3, 1, 2)
     # For an alert with an all-zero image, make_triplet reports that the result is unusable.
     np.testing.assert_array_equal((ours == 0).all(axis=(2, 3)).any(axis=1), dropped)
     kept = ~np.array(dropped)

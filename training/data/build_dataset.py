@@ -34,7 +34,7 @@ from broker_filter.scoring.bundle import MAX_CUTOUT_SIZE, POINT_COLUMNS
 from broker_filter.scoring.labels import Labels, parse_rule, read_labels
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.expressions import FIELDS, Expression, compile_filter
-from training.arguments import seed
+from training.arguments import add_labelled_alerts, seed
 from training.atomic_write import write_whole
 from training.data.datasets import (
     CARD,
@@ -68,22 +68,9 @@ log = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `build-dataset`."""
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="file, folder or archive of alerts")
-    parser.add_argument(
-        "--labels",
-        required=True,
-        type=Path,
-        metavar="TABLE",
-        help=".csv or .parquet table of labels with a column of alert or object ids",
-    )
-    parser.add_argument("--label", default="label", metavar="COLUMN", help="label column of the table (default: label)")
-    parser.add_argument(
-        "--class",
-        dest="classes",
-        action="append",
-        default=[],
-        metavar="NAME=VALUES",
-        help="a class: the values NAME=VALUE,... or the numbers NAME=LOW..HIGH (above LOW, up to HIGH) of the column; "
+    add_labelled_alerts(
+        parser,
+        "a class: the values NAME=VALUE,... or the numbers NAME=LOW..HIGH (above LOW, up to HIGH) of the column; "
         "repeat for each class. Rows of no class are skipped. With two classes, the second is the scored one (default: "
         "each value is a class)",
     )

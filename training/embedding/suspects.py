@@ -26,6 +26,7 @@ from broker_filter.scoring.neighbours import Embeddings
 from broker_filter.scoring.reference import UNLABELLED
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.streaming.build_reference import Sample, ordinary_alerts
+from training.arguments import add_labelled_alerts
 from training.errors import DatasetError
 
 SHOWN = 20
@@ -46,23 +47,7 @@ class Suspects:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `suspects`."""
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="file, folder or archive of alerts")
-    parser.add_argument(
-        "--labels",
-        required=True,
-        type=Path,
-        metavar="TABLE",
-        help=".csv or .parquet table of labels with a column of alert or object ids",
-    )
-    parser.add_argument("--label", default="label", metavar="COLUMN", help="label column of the table (default: label)")
-    parser.add_argument(
-        "--class",
-        dest="classes",
-        action="append",
-        default=[],
-        metavar="NAME=VALUES",
-        help="a class, written as for build-dataset",
-    )
+    add_labelled_alerts(parser, "a class, written as for build-dataset")
     parser.add_argument(
         "--model",
         default="embedder",
