@@ -61,7 +61,11 @@ def test_wrong_usage_ends_with_status_2(arguments: list[str], capsys: pytest.Cap
         (["models", "shw"], "broker-filter models [", "did you mean 'show'?"),
         (["reference", "build", "x", "--out", "y", "--measure", "neighbour"], "build [", "did you mean 'neighbours'?"),
         (["replay", "x", "--topic", "t"], "broker-filter replay [", "--bootstrap-servers"),
-        (["score", "x", "--out", "s3://bucket/night.parquet"], "broker-filter score [", "cannot be written to a URL"),
+        (
+            ["score", "x", "--out", "s3://bucket/night.parquet"],
+            "broker-filter score [",
+            "tables are written to files, not to URLs",
+        ),
     ],
 )
 def test_wrong_arguments_show_the_usage_of_the_command_and_a_suggestion(
