@@ -89,7 +89,10 @@ BATCH_BYTES_PER_PACKET = 512 << 10
 """The maximum mean memory per packet of a batch, in bytes; a batch that would exceed it is decoded in parts. A ZTF
 alert takes 0.1 MB, an LSST alert 0.3 MB."""
 _POINTS_PER_PACKET = 64
-"""Initial capacity for history rows, per packet; it doubles when it is full."""
+"""Initial capacity for history rows, per packet; it doubles when it is full, and the record is walked again."""
+_PACKET_BYTES_PER_POINT = 400
+"""The fewest bytes of a packet per history row, so that the initial capacity suffices for long histories: a row of LSST
+takes 480 bytes, one of ZTF fewer, but ZTF's histories are short."""
 READ_CUTOUTS = "read the survey's stream, or that of a broker that forwards the cutouts"
 """What to do about a stream without cutouts."""
 
@@ -133,13 +136,15 @@ class _Walked(NamedTuple):
 class _Outputs:
     """The arrays that the walker writes: one row per record, and the history rows of all records in order."""
 
-    def __init__(self, layouts: Sequence[Layout], capacity: int) -> None:
+    def __init__(self, layouts: Sequence[Layout], packets: Sequence[Packet]) -> None:
+        capacity = max(1, len(packets))
+        n_points = max(capacity * _POINTS_PER_PACKET, sum([len(p.data) for p in packets]) // _PACKET_BYTES_PER_POINT)
         n_scalars = max(layout.n_scalars for layout in layouts)
         n_ids = max(layout.n_ids for layout in layouts)
         self.scalars: NDArray[np.float64] = np.empty((capacity, n_scalars))
         self.ids: NDArray[np.int64] = np.empty((capacity, n_ids), dtype=np.int64)
         self.spans: NDArray[np.int64] = np.empty((capacity, N_SPANS, 2), dtype=np.int64)
-        self.points: NDArray[np.float64] = np.empty((capacity * _POINTS_PER_PACKET, N_POINT_COLUMNS))
+        self.points: NDArray[np.float64] = np.empty((n_points, N_POINT_COLUMNS))
         self.n_points: list[int] = []  # number of history rows of each record
         self.points_end = 0
 
@@ -288,7 +293,7 @@ class Decoder:
     def _decode_with(
         self, schemas: Mapping[int, WriterSchema | Damage], packets: Sequence[Packet], max_bytes: float
     ) -> tuple[AlertBatch, list[Reject]]:
-        outputs = _Outputs(list(self._layouts.values()), max(1, len(packets)))
+        outputs = _Outputs(list(self._layouts.values()), packets)
         walked: list[_Walked] = []
         rejects: list[Reject] = []
         with self._turn:

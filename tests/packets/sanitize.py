@@ -83,7 +83,7 @@ def main(count: int) -> None:
         plan = decoder._plan(container.schema)
         for block in container.blocks if isinstance(plan, decode.Plan) else ():
             body = np.array(block.body, dtype=np.uint8, copy=True)  # an allocation of exactly its size
-            outputs = decode._Outputs([plan.layout], 1)
+            outputs = decode._Outputs([plan.layout], [])
             status, _ = outputs.walk(plan, body.data, 0)
             seen[status.name] += 1
     assert seen.total() > count / 2, seen

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import fastavro
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from broker_filter.packets.batch import BANDS, CUTOUTS, PSF_SIZE, UNKNOWN_BAND, LightCurves, Measurement, Survey
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.packet import Packet
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import (
     LIGHT_CURVE_FEATURES,
@@ -510,3 +515,33 @@ def test_compiled_snr_refuses_arrays_that_do_not_fit(argument: int, wrong: NDArr
     arguments[argument] = wrong
     with pytest.raises(ValueError, match="snr"):
         normalise_snr(*arguments)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("points", [64, 1024])
+def test_of_real_histories_of_a_thousand_points_the_latest_are_kept(
+    shared_data: Path, lsst_schemas: Path, points: int
+) -> None:
+    packets = [Packet(path.read_bytes()) for path in sorted((shared_data / "lsst" / "more" / "wire").iterdir())]
+    alerts, rejects = Decoder(lsst_schemas, columns=()).decode(packets)
+    assert not rejects
+    assert np.diff(alerts.light_curves.offsets).max() > 1024
+    wanted = LightCurveInput(points=points, flux_scale=100, time_scale=2)
+    features, mask = prepare_light_curves(alerts.light_curves, alerts.mjd, wanted)
+    assert features.shape == (len(alerts), points, LIGHT_CURVE_FEATURES)
+    for i in range(len(alerts)):
+        held = alerts.records[i]
+        schema = fastavro.parse_schema(held.schema.definition)
+        record = fastavro.schemaless_reader(io.BytesIO(held.body), schema, None)
+        assert isinstance(record, dict)
+        own = record["diaSource"]
+        rows = [own, *(record["prvDiaSources"] or []), *(record["prvDiaForcedSources"] or [])]
+        times = sorted(row["midpointMjdTai"] for row in rows if row["midpointMjdTai"] <= own["midpointMjdTai"])
+        latest = np.array(times[-points:])
+        assert mask[i].tolist() == [1] * len(latest) + [0] * (points - len(latest))
+        expected = np.log1p((own["midpointMjdTai"] - latest) / 2)
+        np.testing.assert_allclose(features[i, : len(latest), 0], expected, rtol=1e-6)
+        assert not features[i, len(latest) :].any()
+        last = len(latest) - 1
+        same_time = {row["psfFlux"] for row in rows if row["midpointMjdTai"] == times[-1]}
+        assert np.isclose(np.sinh(features[i, last, 1]) * 100, list(same_time), rtol=1e-3).any()
