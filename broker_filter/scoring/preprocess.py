@@ -78,8 +78,9 @@ def prepare_images(
         variance = None if variance is None else variance[:, chosen]
         cutout_box = cutout_box[:, chosen]
     if cutouts.shape[-1] != images.size:
-        variance = None if variance is None else _crop(variance, cutout_box, images.size)[0]
-        cutouts, cutout_box = _crop(cutouts, cutout_box, images.size)
+        start, box = _crop_box(cutouts.shape[-1], cutout_box, images.size)
+        variance = None if variance is None else _crop(variance, start, images.size)
+        cutouts, cutout_box = _crop(cutouts, start, images.size), box
     prepared = np.empty(cutouts.shape, np.float32)
     if variance is not None:
         normalise_snr(
@@ -203,24 +204,28 @@ def _norm(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return norm
 
 
-def _crop(
-    cutouts: NDArray[np.float32], cutout_box: NDArray[np.int16], size: int
-) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
-    """Crop slots [N, C, S, S] to `size` pixels: the result is what the decoder delivers for slots of that size.
+def _crop_box(slot: int, cutout_box: NDArray[np.int16], size: int) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
+    """Return the first pixel int16[N, C, 2] of a crop of slots to `size` pixels, and the boxes within the crop.
 
     Stamps are placed as in `packets.stamps.decode_stamp`, so that a model's scores do not depend on the size that other
-    models need. Raises ValueError if S < size.
+    models need: the crop is what the decoder delivers for slots of that size. Raises ValueError if slot < size.
     """
-    slot = cutouts.shape[-1]
     if slot < size:
         raise ValueError(f"cutouts of {slot} px are too small for a network that takes {size} px")
     corner, extent = cutout_box[..., :2], cutout_box[..., 2:]
     start = np.where(extent > size, corner + extent // 2 - size // 2, np.minimum(corner, slot // 2 - size // 2))
-    n, channel = np.ogrid[: cutouts.shape[0], : cutouts.shape[1]]
-    windows = sliding_window_view(cutouts, (size, size), axis=(2, 3))
-    cropped = windows[n, channel, start[..., 0], start[..., 1]]
     box = np.concatenate([np.maximum(corner - start, 0), np.minimum(extent, size)], axis=-1).astype(np.int16)
-    return cropped, box
+    return start, box
+
+
+def _crop(slots: NDArray[np.float32], start: NDArray[np.int16], size: int) -> NDArray[np.float32]:
+    """Return the pixels [N, C, size, size] of slots [N, C, S, S] from the pixels `start`; see `_crop_box`."""
+    if len(slots) and (start == start[0, 0]).all():  # the usual case, in which numpy copies whole rows
+        y, x = start[0, 0].tolist()
+        return slots[..., y : y + size, x : x + size]
+    n, channel = np.ogrid[: slots.shape[0], : slots.shape[1]]
+    windows = sliding_window_view(slots, (size, size), axis=(2, 3))
+    return windows[n, channel, start[..., 0], start[..., 1]]
 
 
 def _pad(images: NDArray[np.float32], box: NDArray[np.int16], padding: float) -> None:

@@ -31,6 +31,7 @@ from astropy.io import fits
 
 from broker_filter.config import Runtime
 from broker_filter.packets import ocf
+from broker_filter.packets.batch import PLANES
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.ocf import GREATEST_RATIO, MAX_CONTAINER_BYTES
 from broker_filter.packets.packet import FilePosition, Packet
@@ -64,6 +65,18 @@ def plain_stamp(side: int = 1, more: tuple[bytes, ...] = (), bitpix: int = -32) 
     size = [card("SIMPLE", "T"), card("BITPIX", bitpix), card("NAXIS", 2), card("NAXIS1", side), card("NAXIS2", side)]
     pixels = bytes(abs(bitpix) // 8 * side * side)
     return header(*size, *more) + pixels.ljust(-(-len(pixels) // 2880) * 2880, b"\0")
+
+
+def with_planes(side: int = 1, more: tuple[bytes, ...] = (), bitpix: int = 16, names: tuple[str, ...] = ()) -> bytes:
+    """Return a stamp whose extensions have these names, the further cards `more`, and numbers of this type."""
+    parts = [plain_stamp(side)]
+    for name in names or ("MASK", "MASK", "UNCERT  ", "PSFIMAGE"):
+        size = [card("BITPIX", bitpix), card("NAXIS", 2), card("NAXIS1", side), card("NAXIS2", side)]
+        about = [card("EXTNAME", f"'{name}'"), card("UTYPE", "'VarianceUncertainty'"), *more]
+        pixels = bytes(abs(bitpix) // 8 * side * side)
+        parts.append(header(b"XTENSION= 'IMAGE   '".ljust(CARD), *size, *about))
+        parts.append(pixels.ljust(-(-len(pixels) // 2880) * 2880, b"\0"))
+    return b"".join(parts)
 
 
 TINY_STAMP = gzip.compress(plain_stamp())
@@ -111,6 +124,9 @@ def stamp(draw: random.Random) -> bytes:
         lambda: fits_file(fits.BinTableHDU.from_columns([fits.Column("a", "D", array=np.zeros(3))])),
         lambda: bytes(draw.choice((1, 2880, 4 << 20))),
         lambda: plain_stamp(draw.choice((500, 1023))),
+        lambda: with_planes(draw.choice((1, 63, 300)), bitpix=draw.choice((8, 16, -32, -64))),
+        lambda: with_planes(1, tuple(card(f"K{k}", k) for k in range(min(many, 1143)))),
+        lambda: with_planes(1, names=("UNCERT",) * draw.choice((10, 500))),
     )
     data = draw.choice(kinds)()
     match draw.randrange(6):
@@ -334,8 +350,9 @@ class Measure:
         )
 
     def decoder(self) -> Decoder:
-        """Return a decoder without any cached schema."""
-        return Decoder(open_registry(None), columns=self.scorer.columns, cutout_size=self.scorer.cutout_size)
+        """Return a decoder of everything that a model can use, without any cached schema."""
+        scorer = self.scorer
+        return Decoder(open_registry(None), columns=scorer.columns, cutout_size=scorer.cutout_size, planes=PLANES)
 
     def forget_peak(self) -> None:
         """Reset the memory peak of this process, and return its free memory to the system."""

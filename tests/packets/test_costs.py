@@ -40,6 +40,8 @@ PLAIN = hostile.schema(BOOLEAN_ROW, [])
 BOMB = gzip.compress(hostile.plain_stamp(1023))
 LONG_HEADER = gzip.compress(hostile.plain_stamp(2, tuple(hostile.card(f"K{k}", k) for k in range(1000))))
 SLOW = gzip.compress(hostile.plain_stamp(63, (hostile.card("BSCALE", 2),), 64))
+SLOW_PLANES = gzip.compress(hostile.with_planes(2, tuple(hostile.card(f"K{k}", k) for k in range(1000))))
+MANY_EXTENSIONS = gzip.compress(hostile.with_planes(names=("MASK",) * 500))
 
 
 def alerts(count: int, stamps: list[bytes] = STAMPS, rows: bytes = hostile.NO_ROWS) -> tuple[int, bytes]:
@@ -77,6 +79,8 @@ CASES: dict[str, Callable[[], bytes]] = {
     "bombs that fail at their end": lambda: hostile.container(PLAIN, [alerts(2000, [BOMB[:-8] + b"12345678"] * 3)]),
     "long FITS headers": lambda: hostile.container(PLAIN, [alerts(2000, [LONG_HEADER] * 3)]),
     "stamps that go the slow way": lambda: hostile.container(PLAIN, [alerts(2000, [SLOW] * 3)]),
+    "planes that go the slow way": lambda: hostile.container(PLAIN, [alerts(200, [SLOW_PLANES] * 3)]),
+    "many extensions": lambda: hostile.container(PLAIN, [alerts(200, [MANY_EXTENSIONS] * 3)]),
     "many blocks": lambda: hostile.container(PLAIN, [alerts(1)] * 200_000, "null"),
     "many metadata": lambda: hostile.container(PLAIN, [], more={b"m%d" % k: b"" for k in range(50_000)}),
     "names that mean more names": lambda: hostile.container(
