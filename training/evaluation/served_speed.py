@@ -43,7 +43,7 @@ class ServedSpeed(BaseModel):
 
 
 def measure_served(bundle: Path, batch: int, threads: int) -> ServedSpeed:
-    """Measure in a new process. Raises EvaluationError if that fails."""
+    """Measure the speed of a bundle as it is served, in a new process. Raises EvaluationError if that fails."""
     command = [sys.executable, "-m", __name__, str(bundle.resolve()), str(batch), str(threads)]
     child = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     if child.returncode:

@@ -79,7 +79,7 @@ def describe(star: Variable, place: Place, rng: Generator) -> dict[str, float]:
         error = float(np.hypot(swing * rng.lognormal(0, 0.25), 0.001 + 0.002 * 10 ** (0.3 * (true[band] - 16))))
         values |= {f"{name}_mean_mag": true[band] + rng.normal(0, error), f"e_{name}_mean_mag": error}
     for survey in INFRARED:
-        phase = 0.35 * star.amplitude * rng.normal()  # few epochs, at a random phase
+        phase = 0.35 * star.amplitude * rng.normal()  # a mean of few epochs depends on their phases
         for band, (bright, faint) in survey.items():
             error = float(min(np.hypot(bright, 0.1 * 10 ** (0.4 * (true[band] - faint))), 0.5))
             seen = true[band] + phase * _share(star, band) + rng.normal(0, error)
