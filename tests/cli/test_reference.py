@@ -51,31 +51,6 @@ def test_a_reference_is_built_and_shown(reference: Path, capsys: pytest.CaptureF
     assert built.card.data_sha256 in shown
 
 
-@pytest.mark.shared
-def test_real_lsst_alerts_are_selected_by_the_survey_score(
-    shared_data: Path, lsst_schemas: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The embedder's `real` was trained on ZTF only: a cut on it kept 3 of 98 LSST alerts."""
-    lsst = shared_data / "lsst" / "more"
-    inputs, file = [str(lsst / "parquet"), str(lsst / "wire")], tmp_path / "lsst.safetensors"
-    arguments = ["reference", "build", *inputs, "--schema-registry", str(lsst_schemas), "--out", str(file)]
-    assert main(arguments) == 0
-    built = read_reference(file)
-    counts = built.card.surveys["lsst"]
-    assert built.card.where == "embedder.real > 0.5 or survey == 'lsst' and reliability > 0.5"
-    assert counts.read > counts.passed > 0.5 * counts.read
-    assert len(built.surveys[Survey.LSST].alerts) == counts.kept
-    said = f"lsst: {counts.read} alerts read, {counts.passed} passed, {counts.kept} kept, calibrated on"
-    printed = capsys.readouterr()
-    assert said in printed.out
-    assert "lsst: only" not in printed.err
-    assert main(["reference", "show", str(file)]) == 0
-    assert f"{counts.read} alerts read" in capsys.readouterr().out
-
-    assert main([*arguments, "--where", "embedder.real > 0.5"]) == 1  # `real` is null for LSST alerts
-    assert f"lsst: only 0 of {counts.read} alerts" in capsys.readouterr().err
-
-
 def test_reference_respects_limit_and_cut_of_the_command_line(
     night: Path, embedding_bundle: Path, tmp_path: Path
 ) -> None:
