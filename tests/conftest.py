@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from broker_filter.local_kafka import KafkaCluster, embedded_broker, kafka_home
+from broker_filter.local_kafka import KafkaCluster, embedded_broker, free_ports, kafka_home
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import open_bundle
 from broker_filter.scoring.neighbours import normalise
@@ -133,9 +133,24 @@ def kafka_cluster(start_cluster: Callable[..., KafkaCluster]) -> KafkaCluster:
 
 
 @pytest.fixture(scope="module")
-def secure_cluster(start_cluster: Callable[..., KafkaCluster]) -> KafkaCluster:
-    """One node of Apache Kafka that requires TLS and SCRAM-SHA-512."""
-    return start_cluster(secure=True)
+def _cluster_to_stop(start_cluster: Callable[..., KafkaCluster]) -> KafkaCluster:
+    # A node that was killed waits at its next start until its earlier session has expired, by default for 6 to 9 s.
+    return start_cluster(overrides={"broker.session.timeout.ms": "3000", "broker.heartbeat.interval.ms": "500"})
+
+
+@pytest.fixture
+def mortal_cluster(_cluster_to_stop: KafkaCluster) -> KafkaCluster:
+    """One node of Apache Kafka that tests may stop, shared by the tests of a module; it runs when a test begins."""
+    if not _cluster_to_stop.process_ids:
+        _cluster_to_stop.start(1)
+    return _cluster_to_stop
+
+
+@pytest.fixture(scope="module")
+def proxied_cluster(start_cluster: Callable[..., KafkaCluster]) -> KafkaCluster:
+    """One node of Apache Kafka, shared by the tests of a module; it is reached only while a test runs `toxiproxy`."""
+    (port,) = free_ports(1)
+    return start_cluster(proxy_port=port)
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def main() -> int:
         directory = Path(name)
         with (
             KafkaCluster(home, directory / "output", proxy_port=port) as output,
-            toxiproxy(port, output.listener) as fault,
+            toxiproxy(output) as fault,
         ):
             if not arguments.elsewhere:
                 return measure(arguments, output, output.bootstrap_servers, sent, directory, fault)

@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from broker_filter.local_kafka import free_ports, wait_until_listening
+from broker_filter.local_kafka import KafkaCluster, free_ports, wait_until_listening
 from tests.conftest import SHARED, require
 
 
 @contextmanager
-def toxiproxy(listen: int, upstream: str) -> Iterator[Callable[[str, dict[str, object]], None]]:
-    """Run a proxy; yield a function that sets a fault, given a path below /proxies/kafka and its JSON content."""
+def toxiproxy(cluster: KafkaCluster) -> Iterator[Callable[[str, dict[str, object]], None]]:
+    """Run a proxy at the address that a cluster with a `proxy_port` advertises to its clients.
+
+    Yields a function that sets a fault, given a path below /proxies/kafka and its JSON content.
+    """
     (port,) = free_ports(1)
     program = require(SHARED / "toxiproxy" / "toxiproxy-server")
     process = subprocess.Popen([program, "-port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -25,7 +28,8 @@ def toxiproxy(listen: int, upstream: str) -> Iterator[Callable[[str, dict[str, o
 
     try:
         wait_until_listening(port, process, Path("/dev/null"))
-        post("", {"name": "kafka", "listen": f"127.0.0.1:{listen}", "upstream": upstream, "enabled": True})
+        addresses = {"listen": cluster.bootstrap_servers, "upstream": cluster.listener}
+        post("", {"name": "kafka", "enabled": True, **addresses})
         yield lambda path, content: post(f"/kafka{path}", content)
     finally:
         process.terminate()

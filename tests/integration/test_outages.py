@@ -25,13 +25,17 @@ from broker_filter.packets.registry import open_registry
 from ..toxiproxy import toxiproxy
 from .conftest import MakePipeline, Packets, headers, inputs
 
+SOON_AGAIN = {"reconnect.backoff.max.ms": 500, "session.timeout.ms": 6000}
+"""By default, clients connect up to 10 s after the brokers have started, and the group waits 10 s for a lost member."""
+
 
 @pytest.mark.kafka
 def test_service_waits_for_brokers_at_start_and_survives_their_restart(
-    make_pipeline: MakePipeline, packets: Packets, start_cluster: Callable[..., KafkaCluster]
+    make_pipeline: MakePipeline, packets: Packets, mortal_cluster: KafkaCluster
 ) -> None:
-    cluster = start_cluster()
+    cluster = mortal_cluster
     pipeline = make_pipeline(packets[:20], source=cluster.client_properties())
+    pipeline.config["input"]["kafka"] = SOON_AGAIN
     cluster.kill(1, signal.SIGTERM)
 
     service = pipeline.start()
@@ -58,14 +62,13 @@ def test_service_waits_for_brokers_at_start_and_survives_their_restart(
 
 @pytest.mark.kafka
 def test_unavailable_output_is_reported_while_a_backlog_waits(
-    make_pipeline: MakePipeline, packets: Packets, start_cluster: Callable[..., KafkaCluster]
+    make_pipeline: MakePipeline, packets: Packets, mortal_cluster: KafkaCluster
 ) -> None:
-    output = start_cluster()
-    pipeline = make_pipeline(packets[:20], target=output.client_properties())
+    pipeline = make_pipeline(packets[:20], target=mortal_cluster.client_properties())
     service = pipeline.start(batch={"max_size": 16}, runtime={"decode_threads": 1})
     service.wait_consumed(20)
 
-    output.kill(1, signal.SIGTERM)
+    mortal_cluster.kill(1, signal.SIGTERM)
     pipeline.send(packets[20:400])
     service.wait_until(lambda: "output: " in service.get("/readyz")[1])
     assert service.metric("consumed_alerts_total") == 20
@@ -74,19 +77,19 @@ def test_unavailable_output_is_reported_while_a_backlog_waits(
 @pytest.mark.kafka
 @pytest.mark.shared
 def test_slow_network_and_interruption_of_five_seconds_neither_lose_nor_repeat_alerts(
-    make_pipeline: MakePipeline, packets: Packets, start_cluster: Callable[..., KafkaCluster]
+    make_pipeline: MakePipeline, packets: Packets, proxied_cluster: KafkaCluster
 ) -> None:
-    (port,) = free_ports(1)
-    cluster, packets = start_cluster(proxy_port=port), packets[:600]
-    with toxiproxy(port, cluster.listener) as fault:
-        pipeline = make_pipeline(packets[:300], source=cluster.client_properties())
+    packets = packets[:300]
+    with toxiproxy(proxied_cluster) as fault:
+        pipeline = make_pipeline(packets[:200], source=proxied_cluster.client_properties())
+        pipeline.config["input"]["kafka"] = SOON_AGAIN
         fault("/toxics", {"type": "latency", "attributes": {"latency": 100, "jitter": 50}})
         service = pipeline.start(transaction={"max_alerts": 64}, batch={"max_size": 16})
         service.wait_until(lambda: service.metric("consumed_alerts_total") > 0)
         fault("", {"enabled": False})
         time.sleep(5)
         fault("", {"enabled": True})
-        pipeline.send(packets[300:])
+        pipeline.send(packets[200:])
 
         records = pipeline.read("scored", "dead-letter", expected=len(packets))
         assert len(inputs(records)) == len(records) == len(packets), service.log
@@ -100,13 +103,12 @@ SLOW_KB_PER_S = 200
 @pytest.mark.kafka
 @pytest.mark.shared
 def test_backlog_that_needs_longer_than_one_transaction_may_last_passes_a_slow_link(
-    make_pipeline: MakePipeline, packets: Packets, start_cluster: Callable[..., KafkaCluster]
+    make_pipeline: MakePipeline, packets: Packets, proxied_cluster: KafkaCluster
 ) -> None:
-    (port,) = free_ports(1)
-    cluster, packets = start_cluster(proxy_port=port), packets[:55]
+    packets = packets[:55]
     assert sum(map(len, packets)) > 1000 * SLOW_KB_PER_S * (GRACE_S + 1)  # a single transaction would time out
-    with toxiproxy(port, cluster.listener) as fault:
-        pipeline = make_pipeline(packets, source=cluster.client_properties(), partitions=1, payload="full")
+    with toxiproxy(proxied_cluster) as fault:
+        pipeline = make_pipeline(packets, source=proxied_cluster.client_properties(), partitions=1, payload="full")
         slow = {"type": "bandwidth", "stream": "upstream", "attributes": {"rate": SLOW_KB_PER_S}}
         fault("/toxics", slow)
         service = pipeline.start()
@@ -116,6 +118,21 @@ def test_backlog_that_needs_longer_than_one_transaction_may_last_passes_a_slow_l
         assert service.end() == 0
         records = pipeline.read("scored", expected=len(packets))
         assert len(inputs(records)) == len(records) == len(packets)
+
+
+MECHANISMS = {
+    "sasl.enabled.mechanisms": "SCRAM-SHA-512,OAUTHBEARER",
+    "listener.name.client.oauthbearer.sasl.jaas.config": (
+        "org.apache.kafka.common.security.oauthbearer.OAuthBearerLoginModule required "
+        'unsecuredLoginStringClaim_sub="broker";'
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def secure_cluster(start_cluster: Callable[..., KafkaCluster]) -> KafkaCluster:
+    """One node of Apache Kafka that requires TLS and either SCRAM-SHA-512 or an OpenID Connect token."""
+    return start_cluster(secure=True, overrides=MECHANISMS)
 
 
 @pytest.mark.kafka
@@ -132,16 +149,6 @@ def test_service_connects_with_tls_and_scram_and_a_password_from_the_environment
     assert len(pipeline.read("scored", expected=20)) == 20
     assert service.end() == 0
     assert secure_cluster.password not in service.log
-
-
-OAUTH = {
-    "listener.security.protocol.map": "CLIENT:SASL_PLAINTEXT,INTERNAL:PLAINTEXT,CONTROLLER:PLAINTEXT",
-    "sasl.enabled.mechanisms": "OAUTHBEARER",
-    "listener.name.client.oauthbearer.sasl.jaas.config": (
-        "org.apache.kafka.common.security.oauthbearer.OAuthBearerLoginModule required "
-        'unsecuredLoginStringClaim_sub="broker";'
-    ),
-}
 
 
 @contextmanager
@@ -186,18 +193,19 @@ def token_endpoint(secret: str) -> Iterator[str]:
 
 @pytest.mark.kafka
 def test_service_connects_with_openid_connect_and_a_secret_from_the_environment(
-    make_pipeline: MakePipeline, packets: Packets, start_cluster: Callable[..., KafkaCluster]
+    make_pipeline: MakePipeline, packets: Packets, secure_cluster: KafkaCluster
 ) -> None:
-    cluster, secret = start_cluster(overrides=OAUTH), "a-secret-of-alice"
+    secret = "a-secret-of-alice"
     with token_endpoint(secret) as url:
         properties = {
-            "security.protocol": "sasl_plaintext",
+            "security.protocol": "sasl_ssl",
+            "ssl.ca.location": str(secure_cluster.ca),
             "sasl.mechanism": "OAUTHBEARER",
             "sasl.oauthbearer.method": "oidc",
             "sasl.oauthbearer.client.id": USER,
             "sasl.oauthbearer.token.endpoint.url": url,
         }
-        known = {**cluster.client_properties(), **properties, "sasl.oauthbearer.client.secret": secret}
+        known = {**secure_cluster.client_properties(), **properties, "sasl.oauthbearer.client.secret": secret}
         pipeline = make_pipeline(packets[:10], source=known)
         named = {**properties, "sasl.oauthbearer.client.secret": {"env": "CLIENT_SECRET"}}
         pipeline.config["input"]["kafka"], pipeline.config["output"]["kafka"] = named, named
