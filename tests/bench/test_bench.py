@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from broker_filter.bench import benchmark, measure
+from broker_filter.bench import benchmark, kafka_io, measure
 from broker_filter.bench.measure import Run, Spread, compete, timed
 from broker_filter.bench.naive import NaiveBroker
 from broker_filter.bench.sample import in_batches
@@ -68,9 +68,10 @@ def test_bench_measures_stages_archive_and_broker(
     monkeypatch.setattr(measure, "LEAST_S", 0.0)
     monkeypatch.setattr(benchmark, "STAGE_PACKETS", 8)
     monkeypatch.setattr(benchmark, "DISTINCT_PACKETS", 64)
+    monkeypatch.setattr(kafka_io, "PUBLISHED", 64)
     figures, expected = tmp_path / "bench.json", tmp_path / "ratios.json"
     expected.write_text(json.dumps({"decode: naive / service": {"ratio": 1e9, "tolerance": 0.1}}))
-    options = ["--parts", "stages,archive,kafka,startup", "--alerts", "512", "--repetitions", "1"]
+    options = ["--parts", "stages,archive,kafka,startup", "--alerts", "256", "--repetitions", "1"]
     files = ["--out", str(figures), "--check", str(expected)]
 
     assert main(["bench", "--bootstrap-servers", kafka_bootstrap, *options, *files]) == 1
@@ -79,7 +80,7 @@ def test_bench_measures_stages_archive_and_broker(
     assert "decode: naive / service is" in printed.err
     assert "CPU microseconds per alert, by stage" in printed.out
     report = json.loads(figures.read_text())
-    assert (report["alerts"], report["repetitions"], report["scaling"]) == (512, 1, {})
+    assert (report["alerts"], report["repetitions"], report["scaling"]) == (256, 1, {})
     assert {"frame", "Avro", "stamps", "decode", "normalise", "score: default", "encode"} < set(report["stages"])
     assert {"Kafka in", "Kafka out"} < set(report["stages"])
     assert set(report["wholes"]) == {"archive -> scores", "Kafka -> scores -> Kafka: default"}
