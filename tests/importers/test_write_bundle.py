@@ -37,13 +37,13 @@ from broker_filter.scoring.bundle import (
     MetadataColumn,
     Outputs,
     PsfInput,
-    Training,
     open_bundle,
 )
 from broker_filter.scoring.networks.stampnet import StampNet
 from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.simulate import simulate_night
+from tests.network_description import describe
 
 
 class Fusion(nn.Module):
@@ -94,9 +94,8 @@ class WithPsf(nn.Module):
 @pytest.fixture
 def description(monkeypatch: pytest.MonkeyPatch) -> Description:
     monkeypatch.setitem(networks.NETWORKS, "fusion", Fusion)
-    return Description(
+    return describe(
         name="classes",
-        version="1",
         task="classification",
         surveys=("ztf", "lsst"),
         inputs=Inputs(
@@ -107,10 +106,6 @@ def description(monkeypatch: pytest.MonkeyPatch) -> Description:
         ),
         outputs=Outputs(labels=("SN", "AGN", "VS"), activation="softmax", embedding=10),
         architecture=Architecture(name="fusion", arguments={"width": 8}),
-        licence="BSD-3-Clause",
-        source="this test",
-        citation="none",
-        training=Training(method="none", data="none"),
     )
 
 

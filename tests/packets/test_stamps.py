@@ -322,6 +322,13 @@ def damage(fits_file: bytes, kept: float, edits: list[tuple[int, int]]) -> bytea
     return damaged
 
 
+def damage_zipped(content: bytes, edits: list[tuple[int, int]]) -> bytearray:
+    damaged = bytearray(gzip.compress(content, 1))
+    for at, value in edits:
+        damaged[at % len(damaged)] = value
+    return damaged
+
+
 @settings(max_examples=400)
 @given(
     stamp=st.sampled_from(sorted(FUZZED)),
@@ -335,9 +342,7 @@ def test_damaged_stamp_matches_astropy_or_raises_stamp_error(
 ) -> None:
     damaged = damage(FUZZED[stamp], kept, edits)
     if gzipped:
-        damaged = bytearray(gzip.compress(damaged, 1))
-        for at, value in gzip_edits:
-            damaged[at % len(damaged)] = value
+        damaged = damage_zipped(damaged, gzip_edits)
     try:
         image = pixels(bytes(damaged))
     except StampError:
@@ -429,9 +434,7 @@ def test_compiled_code_never_differs_from_python(
 ) -> None:
     damaged = damage(FUZZED[stamp], kept, edits)
     if gzipped:
-        damaged = bytearray(gzip.compress(damaged, 1))
-        for at, value in gzip_edits:
-            damaged[at % len(damaged)] = value
+        damaged = damage_zipped(damaged, gzip_edits)
         del damaged[int(gzip_kept * len(damaged)) :]
     box, quick = decode_compiled(bytes(damaged), size, centred)
     if box is not None:

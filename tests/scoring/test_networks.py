@@ -25,21 +25,20 @@ from broker_filter.scoring.bundle import (
     Inputs,
     MetadataColumn,
     Outputs,
-    Training,
 )
 from broker_filter.scoring.networks import build_network, load_network
 from broker_filter.scoring.scorer import open_scorer
+from tests.network_description import describe
 
 
 def timm_network(**arguments: Any) -> Architecture:
     return Architecture(name="timm", arguments=arguments)
 
 
-def describe(architecture: Architecture, embedding: int) -> Description:
+def vision(architecture: Architecture, embedding: int) -> Description:
     columns = ("magpsf", "fwhm")[: int(architecture.arguments.get("metadata", 0))]  # type: ignore[arg-type]
-    return Description(
+    return describe(
         name="vision",
-        version="1",
         task="real/bogus classification",
         surveys=("ztf",),
         inputs=Inputs(
@@ -50,10 +49,6 @@ def describe(architecture: Architecture, embedding: int) -> Description:
         ),
         outputs=Outputs(labels=("real",), activation="sigmoid", embedding=embedding),
         architecture=architecture,
-        licence="BSD-3-Clause",
-        source="this test",
-        citation="none",
-        training=Training(method="none", data="none"),
     )
 
 
@@ -69,7 +64,7 @@ def test_every_engine_gives_the_same_outputs(
     architecture: Architecture, features: int, tmp_path: Path, make_batch: Callable[..., AlertBatch]
 ) -> None:
     torch.manual_seed(5)
-    write_bundle(tmp_path / "vision", describe(architecture, features), build_network(architecture).eval())
+    write_bundle(tmp_path / "vision", vision(architecture, features), build_network(architecture).eval())
     rng = np.random.default_rng(1)
     batch = make_batch(
         rng.normal(0, 1, (3, 3, 63, 63)).astype(np.float32),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("galsim", reason="simulated alerts need the extra `demo`")
 
@@ -13,6 +16,38 @@ from broker_filter.scoring.labels import Labels, parse_rule, read_labels
 from broker_filter.simulate import SimulatedAlert, simulate_night
 from training.data.build_dataset import build_dataset
 from training.data.datasets import Dataset
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """One torch thread: more do not speed up such small networks, and slow down tests that run in parallel."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def kill_training(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that runs `train` and ends it with SystemExit before the first step for which `when` is true.
+
+    `learner`: the class of the learner. `when`: takes the learner and the number of the batch in the epoch.
+    """
+
+    def kill(learner: type[Any], when: Callable[[Any, int], bool], train: Callable[[], object]) -> None:
+        step = learner.training_step
+
+        def training_step(self: Any, batch: tuple[torch.Tensor, ...], i: int) -> torch.Tensor:
+            if when(self, i):
+                raise SystemExit
+            return step(self, batch, i)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(learner, "training_step", training_step)
+            with pytest.raises(SystemExit):
+                train()
+
+    return kill
 
 
 @pytest.fixture(scope="session")

@@ -14,15 +14,14 @@ from broker_filter.packets.photometry import NO_VALUE
 from broker_filter.scoring.bundle import (
     LIGHT_CURVE_FEATURES,
     Architecture,
-    Description,
     ImageInput,
     Inputs,
     LightCurveInput,
     MetadataColumn,
     Outputs,
-    Training,
 )
 from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbedder
+from tests.network_description import describe
 
 POINTS, COLUMNS, SIZE = 7, 3, 8
 
@@ -102,9 +101,8 @@ def test_the_trunk_gives_the_same_output_as_alone(embedder: AlertEmbedder, alert
 def test_a_timm_backbone_can_be_the_trunk(tmp_path: Path) -> None:
     trunk = "test_convnext"
     torch.manual_seed(9)
-    description = Description(
+    description = describe(
         name="embedder",
-        version="1",
         task="embedding",
         surveys=("ztf", "lsst"),
         inputs=Inputs(
@@ -116,10 +114,6 @@ def test_a_timm_backbone_can_be_the_trunk(tmp_path: Path) -> None:
         architecture=Architecture(
             name="alert_embedder", arguments={"trunk": trunk, "metadata": COLUMNS, "size": SIZE, "width": 8}
         ),
-        licence="BSD-3-Clause",
-        source="this test",
-        citation="none",
-        training=Training(method="none", data="none"),
     )
     network = AlertEmbedder(trunk, COLUMNS, SIZE, width=8)
     write_bundle(tmp_path / "embedder", description, network.eval())  # verifies the bundle with both engines

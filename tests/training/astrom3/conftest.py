@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from training.astrom3.simulate import write_stars
 from training.astrom3.stars import Split
@@ -26,13 +24,6 @@ SMALL = {
     "m_hidden_dim": 16,
 }
 """Arguments of a network that trains in seconds."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,21 +127,13 @@ def test_a_classifier_starts_from_the_pre_trained_encoders(
     assert train(config) == figures  # without training again
 
 
-def test_a_killed_training_gives_the_same_result(stars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_training_gives_the_same_result(
+    stars: Path, tmp_path: Path, kill_training: Callable[..., None]
+) -> None:
     """Cuts of light curves, random keys and learning rate are those of an uninterrupted training."""
     train(configured(stars, tmp_path / "whole", "photo"))
     killed = configured(stars, tmp_path / "killed", "photo")
-    step = StarLearner.training_step
-
-    def killed_in_the_second_epoch(learner: StarLearner, batch: tuple[torch.Tensor, ...], i: int) -> torch.Tensor:
-        if learner.current_epoch == 1 and i == 1:
-            raise SystemExit
-        return step(learner, batch, i)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StarLearner, "training_step", killed_in_the_second_epoch)
-        with pytest.raises(SystemExit):
-            train(killed)
+    kill_training(StarLearner, lambda learner, i: learner.current_epoch == 1 and i == 1, lambda: train(killed))
     train(killed)
     whole, resumed = (load_network(tmp_path / name / CHECKPOINT) for name in ("whole", "killed"))
     assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())

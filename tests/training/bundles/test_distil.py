@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,15 +26,6 @@ from training.errors import DatasetError, TrainingError
 INPUTS = open_bundle("default").card.inputs.images
 MAP, EMBEDDING = Hint(student=11, teacher=11), Hint(student=18, teacher=18)
 """A hint of StampNet for StampNet."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """One torch thread: more do not speed up such small networks, and slow down tests that run in parallel."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,14 +36,11 @@ LONGEST_WAIT = 120
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Use few simulated alerts, and restore the number of threads afterwards."""
-    threads = torch.get_num_threads()
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use few simulated alerts, and checkpoints after every second step."""
     for name, value in SMALL.items():
         monkeypatch.setattr(train_embedder, name, value)
     monkeypatch.setattr(embedder, "CHECKPOINT_EVERY", 2)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ from broker_filter.scoring.labels import Labels
 from broker_filter.scoring.networks import build_network
 from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.scorer import open_model
-from training import learner as learning
 from training.data.build_dataset import build_dataset
 from training.data.datasets import Dataset
 from training.errors import DatasetError, TrainingError
@@ -31,14 +30,6 @@ from training.vision.frozen_fusion import MetadataClassifier
 
 TINY = Architecture(name="btsbot_cnn", arguments={"channels": (4, 8), "kernel": 3, "hidden": (16, 8)})
 ONE_CORE = Hardware(accelerator="cpu", devices=1, threads=1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """One torch thread: more do not speed up such small networks, and slow down tests that run in parallel."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -125,23 +116,13 @@ def test_the_served_network_gives_calibrated_probabilities(fitted: Fit, night_da
     assert {"calibration_slope_95", "calibration_intercept_95", "ece_95", "ece_if_calibrated"} <= evaluation.keys()
 
 
-def test_a_killed_run_gives_the_same_result(config: Callable[..., Fit], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_gives_the_same_result(config: Callable[..., Fit], kill_training: Callable[..., None]) -> None:
     """The run is killed after an epoch that is not the best; it must not resume from the best one."""
     # The first epoch has a hundredth of this learning rate; the full rate then makes the network worse.
     recipe = Recipe(epochs=4, warm_up_epochs=1, batch=16, learning_rate=0.3, seed=1)
     whole, killed = config("whole", recipe=recipe), config("killed", recipe=recipe)
     fit(whole)
-    step = Learner.training_step
-
-    def killed_in_the_third_epoch(learner: Learner, batch: tuple[torch.Tensor, ...], i: int) -> torch.Tensor:
-        if learner.current_epoch == 2 and i == 1:
-            raise SystemExit
-        return step(learner, batch, i)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(learning.Learner, "training_step", killed_in_the_third_epoch)
-        with pytest.raises(SystemExit):
-            fit(killed)
+    kill_training(Learner, lambda learner, i: learner.current_epoch == 2 and i == 1, lambda: fit(killed))
     assert (read_checkpoint(killed.out / BEST)["epoch"], read_checkpoint(killed.out / LAST)["epoch"]) == (0, 1)
     fit(killed)
     for file in (BEST, LAST):
@@ -185,23 +166,13 @@ def test_frozen_fusion_trains_the_branches_separately_and_then_only_the_head(con
 
 
 def test_frozen_fusion_that_is_killed_between_branches_gives_the_same_result(
-    config: Callable[..., Fit], monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., Fit], kill_training: Callable[..., None]
 ) -> None:
     frozen = Architecture(name=TINY.name, arguments={**TINY.arguments, "fusion": "frozen", "metadata_hidden": (8, 4)})
     of_both = {"architecture": frozen, "metadata": ("magpsf", "distnr")}
     whole, killed = config("whole_fusion", **of_both), config("killed_fusion", **of_both)
     fit(whole)
-    step = Learner.training_step
-
-    def killed_in_the_second_branch(learner: Learner, batch: tuple[torch.Tensor, ...], i: int) -> torch.Tensor:
-        if isinstance(learner.network, MetadataClassifier):
-            raise SystemExit
-        return step(learner, batch, i)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(learning.Learner, "training_step", killed_in_the_second_branch)
-        with pytest.raises(SystemExit):
-            fit(killed)
+    kill_training(Learner, lambda learner, _: isinstance(learner.network, MetadataClassifier), lambda: fit(killed))
     fit(killed)
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(killed).items())
 

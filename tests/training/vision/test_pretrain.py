@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +31,6 @@ from training.vision.pretrain import WEIGHTS, GalaxyZoo, MorphologyLearner, Pret
 TINY = Architecture(name="btsbot_cnn", arguments={"channels": (4, 8), "kernel": 3, "hidden": (16, 8)})
 TIMM = Architecture(name="timm", arguments={"backbone": "test_convnext"})
 ONE_CORE = Hardware(accelerator="cpu", devices=1, threads=1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
