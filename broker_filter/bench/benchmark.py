@@ -10,18 +10,21 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from broker_filter.bench.kafka_io import measure_kafka_io
-from broker_filter.bench.latency import measure_burst, measure_latency
+from broker_filter.bench.latency import BURST_DISTINCT, measure_burst, measure_latency
+from broker_filter.bench.lsst import measure_lsst_decoding
 from broker_filter.bench.measure import BenchmarkError
 from broker_filter.bench.memory import measure_memory, measure_startup
-from broker_filter.bench.options import THROUGH_BROKER, Options
+from broker_filter.bench.options import OF_LSST, THROUGH_BROKER, Options
 from broker_filter.bench.report import Report
 from broker_filter.bench.sample import choose_packets
 from broker_filter.bench.stages import measure_stages
 from broker_filter.bench.testbed import Broker, Testbed, open_broker
 from broker_filter.bench.throughput import measure_archive, measure_kafka, measure_scaling
 from broker_filter.config import Runtime
+from broker_filter.packets.batch import Survey
 from broker_filter.scoring.runtimes import available_cores
 from broker_filter.scoring.scorer import open_scorer
+from broker_filter.simulate import SCHEMAS
 
 DISTINCT_PACKETS = 512
 """Packets before the first one is repeated: 30 MB, too much for a CPU cache, and little enough for memory."""
@@ -35,39 +38,51 @@ def run_benchmark(options: Options, announce: Callable[[str], None]) -> Report:
     Raises BenchmarkError, BrokerError, and the errors of opening a model.
     """
     scorer = open_scorer(options.models, Runtime(device=options.device))
-    if scorer.models[0].columns:
+    of_ztf = set(options.parts) - set(OF_LSST)
+    if of_ztf and scorer.models[0].columns:
         raise BenchmarkError(
             f"{options.models[0]} needs more than images, and the naive loop cannot run it: name an image model first"
         )
-    packets = choose_packets(options.inputs, min(options.alerts, DISTINCT_PACKETS))
+    packets = choose_packets(options.inputs, min(options.alerts, DISTINCT_PACKETS)) if of_ztf else []
+    visit = lsst_packets(options) if set(options.parts) & set(OF_LSST) else []
     report = Report(
         processor=processor(),
         cores=available_cores(),
         python=platform.python_version(),
         libraries={name: version(name) for name in LIBRARIES},
         models={model.name: f"{model.version} on {model.provider}" for model in scorer.models},
-        packets=len(packets),
+        packets=len(packets or visit),
         alerts=options.alerts,
         repetitions=options.repetitions,
     )
     with tempfile.TemporaryDirectory(prefix="broker-filter-bench-") as name:
         directory = Path(name)
-        measure_alone(options, packets, directory, report, announce)
+        measure_alone(options, packets, visit, directory, report, announce)
         if set(options.parts) & set(THROUGH_BROKER):
             with open_broker(options.bootstrap_servers, directory / "broker") as broker:
                 report.broker = broker.name
-                measure_through_broker(options, packets, broker, directory, report, announce)
+                measure_through_broker(options, packets, visit, broker, directory, report, announce)
     return report
 
 
 def measure_alone(
-    options: Options, packets: Sequence[bytes], directory: Path, report: Report, announce: Callable[[str], None]
+    options: Options,
+    packets: Sequence[bytes],
+    visit: Sequence[bytes],
+    directory: Path,
+    report: Report,
+    announce: Callable[[str], None],
 ) -> None:
-    """Measure the parts that need no broker."""
+    """Measure the parts that need no broker. `packets`: of ZTF. `visit`: packets of LSST."""
     models, device, repetitions = options.models, options.device, options.repetitions
     if "stages" in options.parts:
         announce("Stages")
         report.stages |= measure_stages(packets[:STAGE_PACKETS], models, device, repetitions)
+    if "lsst" in options.parts:
+        announce("Decoding of LSST packets")
+        registry = options.schema_registry or str(SCHEMAS)
+        scorer = open_scorer(models, Runtime(device=device))
+        report.stages |= measure_lsst_decoding(visit[:STAGE_PACKETS], registry, scorer, repetitions)
     if "archive" in options.parts:
         announce("Archive")
         report.wholes |= measure_archive(packets, options.alerts, models[0], device, repetitions, directory)
@@ -79,12 +94,13 @@ def measure_alone(
 def measure_through_broker(
     options: Options,
     packets: Sequence[bytes],
+    visit: Sequence[bytes],
     broker: Broker,
     directory: Path,
     report: Report,
     announce: Callable[[str], None],
 ) -> None:
-    """Measure the parts that read from one topic and write to another."""
+    """Measure the parts that read from one topic and write to another. `packets`: of ZTF. `visit`: packets of LSST."""
     models, device, repetitions = options.models, options.device, options.repetitions
     alerts = list(islice(cycle(packets), options.alerts))
     if {"kafka", "startup"} & set(options.parts):
@@ -107,7 +123,21 @@ def measure_through_broker(
         report.quantities |= measure_latency(broker, packets, models[0], device, directory)
     if "burst" in options.parts:
         announce("Burst")
-        report.quantities |= measure_burst(broker, models[0], device, directory)
+        report.quantities |= measure_burst(
+            broker,
+            models[0],
+            device,
+            directory,
+            visit=options.visit,
+            packets=visit,
+            schema_registry=options.schema_registry,
+        )
+
+
+def lsst_packets(options: Options) -> list[bytes]:
+    """Return up to BURST_DISTINCT LSST packets: of the inputs if they have a schema registry, else simulated."""
+    inputs = options.inputs if options.schema_registry else []
+    return choose_packets(inputs, BURST_DISTINCT, Survey.LSST, options.schema_registry)
 
 
 def processor() -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 from confluent_kafka import KafkaError, Message, Producer
 
 from broker_filter.bench.competitors import ServiceInstances
-from broker_filter.bench.measure import BenchmarkError, Spread
-from broker_filter.bench.options import Device
+from broker_filter.bench.measure import BenchmarkError, Spread, memory_megabytes
+from broker_filter.bench.options import VISIT, Device
 from broker_filter.bench.sample import choose_packets
 from broker_filter.bench.testbed import Broker, Testbed
 from broker_filter.config import Model
@@ -24,9 +26,15 @@ RATE = 300
 """Alerts per second: about Rubin's mean rate, 10,000 alerts per visit of about 39 s."""
 WARM_UP_S, STEADY_S = 5, 20
 """Alerts of the first WARM_UP_S are not counted, because the broker's JVM still compiles; alerts of STEADY_S are."""
-BURST = 10_000
-"""Alerts of one visit."""
+BURST = VISIT
+"""Alerts that arrive together."""
 BURST_DISTINCT = 400
+BURST_RATE = 333
+"""Alerts per second while the burst is worked off: 10 million in a night of 8.3 hours, as Rubin expects."""
+BEHIND_S = 1
+"""The burst is worked off when the output is not further behind the input than this."""
+MOST_STEADY_S = 300
+"""A service that is slower than BURST_RATE never catches up: no more alerts are sent after this time."""
 OVERDUE_S = 30.0
 """If no record arrives for so long, an alert was lost."""
 
@@ -85,15 +93,79 @@ def send_steadily(testbed: Testbed, packets: Iterable[bytes], sent: dict[Place, 
     producer.flush()
 
 
-def measure_burst(broker: Broker, model: str, device: Device, directory: Path) -> dict[str, Spread]:
-    """Measure the seconds until the output of one visit of simulated LSST packets, sent together, is committed."""
-    packets = choose_packets([], BURST_DISTINCT, Survey.LSST)
+def measure_burst(
+    broker: Broker,
+    model: str,
+    device: Device,
+    directory: Path,
+    *,
+    visit: int | None = None,
+    packets: Sequence[bytes] | None = None,
+    schema_registry: str | None = None,
+) -> dict[str, Spread]:
+    """Measure how the service works off one visit of LSST packets, sent together, while more arrive at BURST_RATE.
+
+    `visit`: alerts of the visit, by default BURST. `packets`: the packets, which repeat; by default simulated ones.
+    `schema_registry`: where their schemas are. Returns the seconds until the output of all alerts is committed that
+    were sent BEHIND_S ago or earlier, the number of rebalances, and the peak memory in megabytes.
+    """
+    visit = visit or BURST
+    packets = packets or choose_packets([], BURST_DISTINCT, Survey.LSST)
     with Testbed(broker, directory) as testbed:
         choice = Model(bundle=model, also=["lsst"])
-        with ServiceInstances(testbed, choice, device=device, schema_registry=str(SCHEMAS)) as service:
+        registry = schema_registry or str(SCHEMAS)
+        with ServiceInstances(testbed, choice, device=device, schema_registry=registry) as service:
             service.wait_until_joined()
-            began = testbed.send(list(islice(cycle(packets), BURST)))
-            *_, last = testbed.progress(service, testbed.alerts)
+            began = testbed.send(list(islice(cycle(packets), visit)))
+            with SteadySender(testbed, packets) as sender:
+                for moment in testbed.progress(service, sys.maxsize):
+                    if moment.committed >= visit + sender.sent - BURST_RATE * BEHIND_S:
+                        break
+            # The marker of the visit's transaction takes one offset in each partition.
+            for _ in testbed.progress(service, visit + sender.sent + len(testbed.partitions)):
+                pass
             rebalances = service.rebalances
-        testbed.check_output(service, testbed.alerts)
-    return {"burst drained, s": Spread.of([last.time - began]), "burst, rebalances": Spread.of([rebalances])}
+            peak = max(memory_megabytes(process, peak=True) for process in service.processes)
+        testbed.check_output(service, visit + sender.sent)
+    return {
+        "burst drained, s": Spread.of([moment.time - began]),
+        "burst, rebalances": Spread.of([rebalances]),
+        "burst, peak MB": Spread.of([peak]),
+    }
+
+
+class SteadySender:
+    """Sends packets at BURST_RATE in a thread, until the `with` block ends or for MOST_STEADY_S.
+
+    `sent`: the number of packets sent so far; at the end at least one for each partition.
+    """
+
+    def __init__(self, testbed: Testbed, packets: Sequence[bytes]) -> None:
+        self._testbed = testbed
+        self._packets = packets
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._send, daemon=True)
+        self.sent = 0
+
+    def __enter__(self) -> SteadySender:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _send(self) -> None:
+        producer = Producer({**self._testbed.client, "linger.ms": 5, "message.max.bytes": 2**24})
+        partitions = len(self._testbed.partitions)
+        started = time.monotonic()
+        for i, packet in enumerate(islice(cycle(self._packets), BURST_RATE * MOST_STEADY_S)):
+            while (delay := started + i / BURST_RATE - time.monotonic()) > 0:
+                producer.poll(delay)
+            producer.produce(self._testbed.topic, packet, partition=i % partitions)
+            self.sent = i + 1
+            if self._stop.is_set() and self.sent >= partitions:
+                break
+        producer.flush()

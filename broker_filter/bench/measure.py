@@ -13,7 +13,7 @@ from broker_filter.errors import BrokerFilterError
 
 NAIVE, SERVICE, SERVICE_2_THREADS = "naive", "service", "service, 2 threads"
 """Competitors: an alert broker as it is usually written, and this service; on one thread unless stated otherwise."""
-INFLATE, FLOPS, NO_WORK, RUNTIME = "inflate", "FLOPs", "no work", "runtime alone"
+INFLATE, PARSE, FLOPS, NO_WORK, RUNTIME = "inflate", "parse", "FLOPs", "no work", "runtime alone"
 """Floors: each does only a part of the necessary work; see `floors`."""
 _SCHEDULED = 2
 LEAST_S = 0.25

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-ALONE = ("stages", "archive", "memory")
+ALONE = ("stages", "lsst", "archive", "memory")
 THROUGH_BROKER = ("kafka", "startup", "scaling", "latency", "burst")
 PARTS = (*ALONE, *THROUGH_BROKER)
 """All parts in the order in which they are measured: first those without a broker, which uses some CPU even if idle."""
+
+OF_LSST = ("lsst", "burst")
+"""The parts that use LSST packets and no naive loop over a model; all others use ZTF packets."""
+VISIT = 10_000
+"""Alerts of one visit of Rubin, on average; some have more than 40,000."""
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -22,7 +27,8 @@ class Options:
     `inputs`: files of ZTF packets; if empty, packets are simulated. `models`: bundles; the naive loop and the floors
     are compared with the first. `alerts`: number of alerts sent through the archive and the broker.
     `bootstrap_servers`: a running cluster; if None, Apache Kafka is started from KAFKA_HOME, or else the embedded
-    broker.
+    broker. `schema_registry`: where the schemas of LSST packets in `inputs` are; if None, the parts OF_LSST simulate
+    their packets. `visit`: number of alerts that arrive together in the part `burst`.
     """
 
     inputs: Sequence[Path]
@@ -32,3 +38,5 @@ class Options:
     alerts: int
     repetitions: int
     bootstrap_servers: str | None
+    schema_registry: str | None = None
+    visit: int = VISIT

@@ -23,12 +23,15 @@ CHOICE = 4096
 """Packets to sample from: archives are in order of time, and their first alerts are all from one field of the sky."""
 
 
-def choose_packets(inputs: Sequence[Path], n: int, survey: Survey = Survey.ZTF) -> list[bytes]:
+def choose_packets(
+    inputs: Sequence[Path], n: int, survey: Survey = Survey.ZTF, schema_registry: str | None = None
+) -> list[bytes]:
     """Return up to `n` valid packets of one alert each, sampled from `inputs`, or simulated if there are no inputs.
 
-    Raises BenchmarkError if the inputs hold no such packet.
+    `schema_registry`: where the schemas of packets in wire format are; by default those of simulated packets. Raises
+    BenchmarkError if the inputs hold no such packet.
     """
-    decoder = Decoder(open_registry(str(SCHEMAS)))
+    decoder = Decoder(open_registry(schema_registry or str(SCHEMAS)))
 
     def is_fit(data: bytes) -> bool:
         alerts, _ = decoder.decode([Packet(data, FilePosition("bench"))])

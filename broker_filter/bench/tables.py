@@ -12,6 +12,7 @@ from broker_filter.bench.measure import (
     INFLATE,
     NAIVE,
     NO_WORK,
+    PARSE,
     RUNTIME,
     SERVICE,
     SERVICE_2_THREADS,
@@ -22,7 +23,7 @@ from broker_filter.bench.measure import (
 from broker_filter.bench.report import Report
 from broker_filter.bench.targets import Judgement, judge, ratios
 
-ORDER = (NAIVE, SERVICE, SERVICE_2_THREADS, INFLATE, FLOPS, RUNTIME, NO_WORK)
+ORDER = (NAIVE, SERVICE, SERVICE_2_THREADS, INFLATE, PARSE, FLOPS, RUNTIME, NO_WORK)
 """Order of the columns in the table of stages."""
 
 

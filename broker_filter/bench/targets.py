@@ -11,11 +11,13 @@ from pathlib import Path
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from broker_filter.bench.lsst import DECODE_LSST
 from broker_filter.bench.measure import (
     FLOPS,
     INFLATE,
     NAIVE,
     NO_WORK,
+    PARSE,
     RUNTIME,
     SERVICE,
     SERVICE_2_THREADS,
@@ -50,7 +52,9 @@ TARGETS = (
     Target("Kafka: service / floors, the runtime's inference", 0.65),
     Target("latency p50, ms", 60, at_most=True),
     Target("latency p99, ms", 250, at_most=True),
+    Target("burst drained, s", 60, at_most=True),
     Target("burst, rebalances", 0, at_most=True),
+    Target("burst, peak MB", 2048, at_most=True),
     Target(RESIDENT, 1.1, at_most=True),
     Target("first score of a replay, s", 4, at_most=True),
     Target("first score of the service, s", 4, at_most=True),
@@ -69,6 +73,9 @@ def ratios(report: Report) -> dict[str, float]:
         found["decode: naive / service"] = _cpu(decode, NAIVE) / _cpu(decode, SERVICE)
         found["decode: service / inflate"] = _cpu(decode, SERVICE) / _cpu(decode, INFLATE)
         found["decode: 2 threads / 1"] = _rate(decode, SERVICE_2_THREADS) / _rate(decode, SERVICE)
+    if lsst := report.stages.get(DECODE_LSST):
+        found["decode LSST: naive / service"] = _cpu(lsst, NAIVE) / _cpu(lsst, SERVICE)
+        found["decode LSST: service / parse"] = _cpu(lsst, SERVICE) / _cpu(lsst, PARSE)
     if archive := report.wholes.get(ARCHIVE):
         found["archive: floor / service"] = _cpu(archive, INFLATE, FLOPS) / _cpu(archive, SERVICE)
         with_runtime = _cpu(archive, INFLATE, RUNTIME) / _cpu(archive, SERVICE)

@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from broker_filter.bench.options import PARTS, Options
+from broker_filter.bench.options import OF_LSST, PARTS, VISIT, Options
 from broker_filter.cli.extras import require_extra
 from broker_filter.cli.options import add_device_option
 
@@ -37,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "processes one alert at a time with fastavro, astropy and torch. The floors are lower bounds on the work: "
         "decompressing the stamps, the network's floating-point operations, and a Kafka loop that copies messages.",
     )
-    parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="ZTF packets (default: simulated)")
+    parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="packets (default: simulated)")
     parser.add_argument(
         "--model",
         action="append",
@@ -53,6 +53,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help=f"parts to measure: {', '.join(PARTS)}; or `all` (default: {','.join(DEFAULT_PARTS)})",
     )
     add_device_option(parser)
+    parser.add_argument(
+        "--schema-registry",
+        metavar="LOCATION",
+        help="URL of a Confluent schema registry, or a directory of .avsc files, for LSST packets in INPUT: the parts "
+        f"{' and '.join(OF_LSST)} then use these packets instead of simulated ones",
+    )
+    parser.add_argument(
+        "--visit",
+        type=int,
+        default=VISIT,
+        metavar="N",
+        help=f"alerts that arrive together in the part burst (default: {VISIT})",
+    )
     parser.add_argument(
         "--alerts",
         type=int,
@@ -94,9 +107,10 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.bench.targets import check, judge, ratios
     from broker_filter.console import stdout_console
 
-    if arguments.alerts < LEAST_ALERTS or arguments.repetitions < 1:
+    if arguments.alerts < LEAST_ALERTS or arguments.repetitions < 1 or arguments.visit < 1:
         print(
-            f"broker-filter bench: --alerts must be at least {LEAST_ALERTS}, --repetitions at least 1", file=sys.stderr
+            f"broker-filter bench: --alerts must be at least {LEAST_ALERTS}, --repetitions and --visit at least 1",
+            file=sys.stderr,
         )
         return 2
     options = Options(
@@ -107,6 +121,8 @@ def run(arguments: argparse.Namespace) -> int:
         alerts=arguments.alerts,
         repetitions=arguments.repetitions,
         bootstrap_servers=arguments.bootstrap_servers,
+        schema_registry=arguments.schema_registry,
+        visit=arguments.visit,
     )
     for package in ("kafka", "streaming"):  # the service's modules run in this process, and would log each step
         logging.getLogger(f"broker_filter.{package}").setLevel(logging.WARNING)

@@ -93,6 +93,26 @@ def test_bench_measures_stages_archive_and_broker(
     assert "Kafka: service / floors" not in report["ratios"]
 
 
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.shared)])
+def test_bench_measures_the_decoding_of_lsst_packets_with_any_model(
+    real: bool, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "LEAST_S", 0.0)
+    monkeypatch.setattr(benchmark, "STAGE_PACKETS", 8)
+    figures = tmp_path / "bench.json"
+    options = ["--model", "embedder", "--parts", "lsst", "--repetitions", "1", "--out", str(figures)]
+    if real:
+        wire = request.getfixturevalue("shared_data") / "lsst" / "more" / "wire"
+        options += ["--schema-registry", str(request.getfixturevalue("lsst_schemas")), str(wire)]
+
+    assert main(["bench", *options]) == 0
+
+    report = json.loads(figures.read_text())
+    assert set(report["stages"]) == {"decode: LSST"}
+    assert set(report["stages"]["decode: LSST"]) == {"naive", "service", "service, 2 threads", "parse"}
+    assert set(report["ratios"]) == {"decode LSST: naive / service", "decode LSST: service / parse"}
+
+
 @pytest.mark.parametrize("parts", ["stages,nothing", ""])
 def test_unknown_parts_are_refused(parts: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

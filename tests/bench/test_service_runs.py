@@ -10,8 +10,9 @@ from confluent_kafka import Consumer, TopicPartition
 
 from broker_filter.bench import latency, memory, throughput
 from broker_filter.bench.competitors import run_no_work_loop
-from broker_filter.bench.sample import in_batches
+from broker_filter.bench.sample import choose_packets, in_batches
 from broker_filter.bench.testbed import Broker, Testbed
+from broker_filter.packets.batch import Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import open_registry
 
@@ -31,6 +32,19 @@ def test_burst_is_drained_without_a_rebalance(broker: Broker, directory: Path, m
     found = latency.measure_burst(broker, "default", "cpu", directory)
     assert found["burst drained, s"].median > 0
     assert found["burst, rebalances"].median == 0
+    assert found["burst, peak MB"].median > 50
+
+
+@pytest.mark.shared
+def test_burst_of_real_packets_with_long_histories_is_drained(
+    broker: Broker, directory: Path, shared_data: Path, lsst_schemas: Path
+) -> None:
+    packets = choose_packets([shared_data / "lsst" / "more" / "wire"], 8, Survey.LSST, str(lsst_schemas))
+    assert max(map(len, packets)) > 500_000
+    found = latency.measure_burst(
+        broker, "default", "cpu", directory, visit=64, packets=packets, schema_registry=str(lsst_schemas)
+    )
+    assert found["burst drained, s"].median > 0
 
 
 def test_two_instances_share_two_partitions(
