@@ -21,6 +21,7 @@ from broker_filter.importers.write_bundle import _test_alerts, write_bundle
 from broker_filter.packets.batch import PSF_SIZE, AlertBatch, Survey
 from broker_filter.packets.packet import Packet
 from broker_filter.scoring import networks
+from broker_filter.scoring.alerts import raw_alerts
 from broker_filter.scoring.bundle import (
     CARD,
     LIGHT_CURVE_FEATURES,
@@ -39,6 +40,7 @@ from broker_filter.scoring.bundle import (
     PsfInput,
     open_bundle,
 )
+from broker_filter.scoring.cuda_graphs import CudaGraphNetwork
 from broker_filter.scoring.networks.stampnet import StampNet
 from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.scorer import open_scorer
@@ -157,7 +159,8 @@ def test_every_engine_serves_a_network_with_planes(
         }
     )
     torch.manual_seed(5)
-    write_bundle(tmp_path / "planes", with_planes, WithPsf().eval())
+    network = WithPsf().eval()
+    write_bundle(tmp_path / "planes", with_planes, network)
     assert open_bundle(tmp_path / "planes").card.inputs == with_planes.inputs
     [planes] = [line for line in _describe(open_bundle(tmp_path / "planes")) if line.strip().startswith("planes")]
     assert "variance" in planes
@@ -178,6 +181,16 @@ def test_every_engine_serves_a_network_with_planes(
             scorer.score(make_batch(pixels))
     np.testing.assert_allclose(served[0].probabilities, served[1].probabilities, rtol=0, atol=1e-5)
     assert not np.isnan(served[0].probabilities).any()
+    on_device = CudaGraphNetwork(
+        networks.ServedNetwork(network, with_planes.outputs),
+        with_planes.inputs.shapes(),
+        tuple(with_planes.outputs.shapes()),
+        torch.device("cpu"),
+        "float32",
+        1e-5,
+    )
+    computed = on_device.run(prepare(raw_alerts(batch), with_planes.inputs))
+    np.testing.assert_allclose(computed["probabilities"], served[1].probabilities, rtol=0, atol=1e-5)
     alerts, _ = scorer.decoder().decode([Packet(alert.packet) for alert in simulate_night(3, seed=1)])
     assert alerts.variance is not None
     assert np.isnan(alerts.variance).all()  # ZTF

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 from pydantic import Field, ValidationError
 
-from broker_filter.packets.batch import CUTOUTS, PSF_SIZE, LightCurves, Plane, Survey
+from broker_filter.packets.batch import CUTOUTS, PSF_SIZE, SURVEYS_WITH_PLANES, LightCurves, Plane, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.alerts import RawAlerts
@@ -31,6 +31,7 @@ from broker_filter.scoring.bundle import (
     POINTS,
     CardSection,
     FileName,
+    Inputs,
     ModelName,
     Sha256,
     describe_problems,
@@ -197,6 +198,12 @@ class Dataset:
         """Whether the data set holds light curves; older data sets do not."""
         return all(f"{POINTS}offsets" in arrays for arrays in self._arrays)
 
+    def missing_planes(self, inputs: Inputs) -> tuple[Plane, ...]:
+        """Return the planes that a network with these inputs needs and that the data set lacks, although a survey of
+        its alerts publishes them."""
+        published = set(self.card.surveys) & {str(survey) for survey in SURVEYS_WITH_PLANES}
+        return tuple(plane for plane in inputs.planes if published and plane not in self.card.planes)
+
     def column(
         self,
         name: Literal["cutouts", "cutout_box", "metadata", "mjd", "survey", "variance", "psf"],
@@ -216,7 +223,7 @@ class Dataset:
     def _plane(self, plane: Plane, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
         if plane in self.card.planes:
             return self.column(plane, rows)
-        if self.card.surveys == ("ztf",):
+        if not set(self.card.surveys) & {str(survey) for survey in SURVEYS_WITH_PLANES}:
             return no_plane(len(rows), self.card.cutout_size if plane == "variance" else PSF_SIZE)
         return None
 

@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
     if trunk.bundle.card.architecture.name != TRUNK:
         raise TrainingError(f"{arguments.trunk}: its network is not {TRUNK}, so it cannot be the trunk")
     labels = read_labels(arguments.labels, COLUMN, [parse_rule(rule) for rule in (*CLASSES, BOGUS)])
-    alerts = decode(read_packets(arguments.inputs), trunk.bundle.card.inputs.images.size)
+    alerts = decode(read_packets(arguments.inputs), trunk.bundle.card.inputs)
     label = labels.of(alerts.alert_id, alerts.object_id)
     threshold = trunk.bundle.card.outputs.thresholds[trunk.labels[0]]
     known = label != UNLABELLED

@@ -28,7 +28,7 @@ from torch.nn.functional import normalize
 
 from broker_filter.config import SurveyName
 from broker_filter.importers.write_bundle import write_bundle
-from broker_filter.packets.batch import LightCurves
+from broker_filter.packets.batch import AlertBatch, LightCurves
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.photometry import NO_VALUE
@@ -140,9 +140,8 @@ def run(arguments: argparse.Namespace) -> None:
         light_curve=LIGHT_CURVE,
     )
     recipe = Recipe(steps=arguments.steps, seed=arguments.seed)
-    size = inputs.images.size
-    alerts = decode(read_packets(arguments.inputs), size)
-    simulated = {survey: decode(simulate(survey, seed), size) for survey, seed in SIMULATION_SEEDS.items()}
+    alerts = decode(read_packets(arguments.inputs), inputs)
+    simulated = {survey: decode(simulate(survey, seed), inputs) for survey, seed in SIMULATION_SEEDS.items()}
     unseen = held_out(alerts.object_id, TEST_FRACTION, SPLIT_SEED)
     log.info("%d real training alerts, %d real test alerts", (~unseen).sum(), unseen.sum())
 
@@ -171,13 +170,17 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint.unlink(missing_ok=True)
 
 
-def decode(packets: Iterator[Packet], size: int) -> Named:
-    """Decode every alert of the packets, each alert id once; packets that cannot be decoded are skipped.
+def decode(packets: Iterator[Packet], inputs: Inputs) -> Named:
+    """Decode every alert of the packets for a network that takes `inputs`, each alert id once.
+
+    Packets that cannot be decoded are skipped.
 
     Raises DatasetError if there is no alert.
     """
-    decoder = Decoder(open_registry(str(SCHEMAS)), cutout_size=size, columns=METADATA)
-    batches = []
+    decoder = Decoder(
+        open_registry(str(SCHEMAS)), cutout_size=inputs.images.size, columns=METADATA, planes=inputs.planes
+    )
+    batches: list[AlertBatch] = []
     while some := list(islice(packets, PACKETS_AT_ONCE)):
         batches.append(decoder.decode(some)[0])
     if not sum(map(len, batches)):
@@ -190,8 +193,17 @@ def decode(packets: Iterator[Packet], size: int) -> Named:
         METADATA,
         np.concatenate([batch.mjd for batch in batches])[first],
         LightCurves.join([batch.light_curves for batch in batches])[first],
+        _joined([batch.variance for batch in batches], first),
+        _joined([batch.psf for batch in batches], first),
+        np.concatenate([batch.survey for batch in batches])[first],
     )
     return Named(raw, alert_id, np.array([name for batch in batches for name in batch.object_id], np.str_)[first])
+
+
+def _joined(planes: Sequence[NDArray[np.float32] | None], rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
+    """Return the `rows` of the concatenated planes, or None if the planes were not decoded."""
+    decoded = [plane for plane in planes if plane is not None]
+    return np.concatenate(decoded)[rows] if decoded else None
 
 
 def simulate(survey: str, seed: int) -> Iterator[Packet]:

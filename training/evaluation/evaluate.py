@@ -263,6 +263,11 @@ def _check_fit(model: Model, dataset: Dataset) -> None:
             f"{dataset.directory}: its cutouts have {card.cutout_size} px, but {directory} takes {size} px: "
             f"build it again with --cutout-size {size}"
         )
+    if planes := dataset.missing_planes(model.bundle.card.inputs):
+        raise EvaluationError(
+            f"{dataset.directory}: it lacks planes that {directory} needs: build it again with --planes "
+            f"{' '.join(planes)}"
+        )
     if model.bundle.card.inputs.light_curve is not None and not dataset.has_light_curves:
         raise EvaluationError(f"{dataset.directory}: has no light curves, which {directory} takes: build it again")
     if missing := [name for name in model.columns if name not in card.columns]:

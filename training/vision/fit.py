@@ -77,11 +77,9 @@ def fit(config: Fit) -> None:
             f"{config.dataset}: its cutouts have {dataset.card.cutout_size} px, but the network takes "
             f"{config.images.size} px: build it with --cutout-size {config.images.size}"
         )
-    needs_variance = "variance" in Inputs(images=config.images).planes
-    if needs_variance and "lsst" in dataset.card.surveys and "variance" not in dataset.card.planes:
+    if planes := dataset.missing_planes(Inputs(images=config.images)):
         raise DatasetError(
-            f"{config.dataset}: it lacks the variance planes that the normalisation {config.images.normalisation} "
-            "needs: build it with --planes variance"
+            f"{config.dataset}: it lacks planes that the network needs: build it with --planes {' '.join(planes)}"
         )
     if not (config.out / BUNDLE).exists():
         _train_and_write(config, dataset)

@@ -18,7 +18,7 @@ from broker_filter.packets.batch import Plane
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.registry import open_registry
-from broker_filter.scoring.bundle import POINT_COLUMNS, ImageInput, Inputs, MetadataColumn
+from broker_filter.scoring.bundle import POINT_COLUMNS, ImageInput, Inputs, MetadataColumn, PsfInput
 from broker_filter.scoring.labels import Labels, parse_rule, read_labels
 from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
 from broker_filter.simulate import SCHEMAS, SimulatedAlert, simulate_night
@@ -348,3 +348,12 @@ def test_a_data_set_without_planes_gives_none_for_lsst_and_nan_for_ztf(tmp_path:
     assert np.isnan(ztf.variance).all()
     assert np.isnan(ztf.psf).all()
     assert "planes" not in yaml.safe_load((night_dataset.directory / "build.yaml").read_text())
+
+
+def test_planes_that_a_network_needs_and_a_data_set_lacks_are_named(tmp_path: Path, night_dataset: Dataset) -> None:
+    images = ImageInput(size=31, order=("science",), normalisation="snr", padding=0)
+    psf = PsfInput(size=31, order=("difference",), normalisation="peak", fallback_fwhm={"lsst": 5})
+    dataset, _ = mixed_set(tmp_path, ["variance"])
+    assert dataset.missing_planes(Inputs(images=images)) == ()
+    assert dataset.missing_planes(Inputs(images=images, psf=psf)) == ("psf",)
+    assert night_dataset.missing_planes(Inputs(images=images, psf=psf)) == ()  # ZTF publishes none
