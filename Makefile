@@ -16,7 +16,7 @@ help:
 	@echo 'make demo      simulates a survey night, runs the service on it through an embedded broker, shows the results'
 	@echo 'make test      make lint, and the whole test suite'
 	@echo 'make suite     the test suite alone'
-	@echo 'make coverage  the test suite with a report of the covered lines and branches, also in htmlcov/index.html'
+	@echo 'make coverage  the test suite with a report of the covered lines and branches (also in htmlcov/); fails below fail_under'
 	@echo 'make lint      ruff, mypy --strict and import-linter'
 	@echo 'make docs      builds the documentation site into docs/_build/html, and runs the tutorials in it'
 	@echo 'make bench     measures the service, compared with a naive loop and with lower bounds; writes bench.json'

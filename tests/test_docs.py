@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -188,3 +189,9 @@ def test_every_recorded_ratio_is_in_the_documentation() -> None:
 def test_the_readme_is_short() -> None:
     """Details belong on the pages in docs/."""
     assert len((CHECKOUT / "README.md").read_text().splitlines()) <= MAX_README_LINES
+
+
+def test_contributing_names_the_coverage_that_is_required() -> None:
+    tools = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]
+    required = tools["coverage"]["report"]["fail_under"]
+    assert f"less than {required} % of the lines and branches" in (CHECKOUT / "CONTRIBUTING.md").read_text()
