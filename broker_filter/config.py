@@ -372,7 +372,8 @@ class Input(ServiceSection):
 
     @model_validator(mode="after")
     def _rubin_accepts_it(self) -> Input:
-        hosts = [server.strip().rpartition(":")[0] for server in self.bootstrap_servers.split(",")]
+        servers = self.bootstrap_servers.lower().split(",")
+        hosts = [server.strip().rpartition("/")[2].partition(":")[0] for server in servers]  # `protocol://host:port`
         if RUBIN_HOST not in hosts:
             return self
         user = self.sasl.username if self.sasl else self.kafka.get("sasl.username")

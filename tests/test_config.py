@@ -195,6 +195,8 @@ def rubin(group: str = "me-filter", credentials: str = RUBIN_SASL, registry: str
 def test_rubins_brokers_need_a_group_that_begins_with_the_user_name(tmp_path: Path, credentials: str) -> None:
     secrets = {"PASSWORD": "x"}
     assert load(tmp_path, rubin(credentials=credentials), secrets).input.group_id == "me-filter"
+    listener = rubin("filter", credentials).replace("rubin-alert", "SASL_PLAINTEXT://Rubin-Alert")
+    assert "begins with the user name" in problems(tmp_path, listener, secrets)["input"]
     [(path, message)] = problems(tmp_path, rubin("filter", credentials), secrets).items()
     assert path == "input"
     assert "begins with the user name: 'filter' does not begin with 'me'; 'me-filter' does" in message

@@ -6,8 +6,10 @@ import io
 import json
 import logging
 import struct
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ import fastavro
 import numpy as np
 import pytest
 
+from broker_filter import config
 from broker_filter.metrics import Metrics
 from broker_filter.packets.batch import Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.registry import FORGET_UNKNOWN_S, HttpRegistry, open_registry
 from broker_filter.packets.rejects import RejectReason
 from broker_filter.packets.surveys import rows_of_unknown_version
 from broker_filter.scoring.scorer import Scorer
@@ -123,6 +126,65 @@ def test_a_minor_that_the_registry_lacks_rejects_only_its_own_alerts(
     registry_of(tmp_path, {1001: base_schema(lsst_schemas, 1000)})
     alerts, rejects = Decoder(open_registry(registry)).decode(packets(*lacking))
     assert len(alerts) == 2
+    assert not rejects
+
+
+class HttpSchemas:
+    """A Confluent registry with some schemas, on a real socket. `requests`: the paths that were asked for."""
+
+    def __init__(self) -> None:
+        self.schemas: dict[int, Definition] = {}
+        self.requests: list[str] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.requests.append(self.path)
+                schema = outer.schemas.get(int(self.path.rpartition("/")[2]))
+                missing = {"error_code": 40403, "message": "Schema not found"}
+                body = json.dumps({"schema": json.dumps(schema)} if schema else missing).encode()
+                self.send_response(200 if schema else 404)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def http_schemas() -> Iterator[HttpSchemas]:
+    schemas = HttpSchemas()
+    yield schemas
+    schemas.server.shutdown()
+    schemas.server.server_close()
+
+
+def test_each_minor_is_fetched_once_and_one_that_the_registry_lacks_is_asked_for_again_later(
+    tmp_path: Path, http_schemas: HttpSchemas
+) -> None:
+    base, record = extended(base_schema(), "11_0", {}), simulated_records()[0]
+    minors = {1100: base, 1101: extended(base, "11_1"), 1102: extended(base, "11_2", UNKNOWN_FIELDS)}
+    data = [wire_packet(record, minors[schema_id], schema_id) for schema_id in (1100, 1102, 1101, 1102, 1100)]
+    http_schemas.schemas = {schema_id: minors[schema_id] for schema_id in (1100, 1101)}
+    now = [0.0]
+    section = config.Registry(url=f"http://127.0.0.1:{http_schemas.server.server_port}")
+    decoder = Decoder(HttpRegistry(section, tmp_path, clock=lambda: now[0]))
+
+    for _ in range(2):
+        alerts, rejects = decoder.decode(packets(*data))
+        assert alerts.schema_version == ["11.0", "11.1", "11.0"]
+        assert [reject.reason for reject in rejects] == [RejectReason.UNKNOWN_SCHEMA_ID] * 2
+        assert "schema id 1102 (LSST 11.2): the registry at http://127.0.0.1" in rejects[0].detail
+    assert sorted(http_schemas.requests) == [f"/schemas/ids/{schema_id}" for schema_id in (1100, 1101, 1102)]
+
+    http_schemas.schemas = minors
+    now[0] = FORGET_UNKNOWN_S + 1
+    alerts, rejects = decoder.decode(packets(*data))
+    assert alerts.schema_version == ["11.0", "11.2", "11.1", "11.2", "11.0"]
     assert not rejects
 
 
