@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from broker_filter.packets.batch import CUTOUTS
-from broker_filter.scoring.bundle import WEIGHTS, Bundle
+from broker_filter.scoring.bundle import WEIGHTS, Bundle, BundleError
 from broker_filter.scoring.networks import ServedNetwork, load_network
 
 Alert = dict[str, Any]
@@ -33,7 +33,15 @@ class NaiveBroker:
     """Turns one ZTF packet at a time into an output record."""
 
     def __init__(self, bundle: Bundle) -> None:
-        """`bundle`: a model whose only inputs are images."""
+        """`bundle`: a model whose only inputs are images, divided by their norm.
+
+        Raises BundleError for a model with the normalisation `snr`.
+        """
+        if bundle.card.inputs.planes:
+            raise BundleError(
+                f"{bundle.directory}: needs {', '.join(bundle.card.inputs.planes)} planes, which the usual way of the "
+                "benchmark does not read; name another model first"
+            )
         warnings.simplefilter("ignore", VerifyWarning)  # some published stamps violate the FITS standard
         torch.set_num_threads(1)  # one alert is too little work for several threads
         self._card = bundle.card

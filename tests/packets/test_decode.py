@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from broker_filter.packets import decode as decode_module
 from broker_filter.packets import ocf, wire
-from broker_filter.packets.batch import CUTOUTS, AlertBatch, Survey
+from broker_filter.packets.batch import CUTOUTS, PLANES, PSF_SIZE, AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.ocf import read_container
 from broker_filter.packets.packet import FilePosition, Packet
@@ -28,6 +28,7 @@ from broker_filter.packets.registry import RegistryUnavailable, UnknownSchemaId,
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.packets.schema import WriterSchema
 from broker_filter.packets.surveys import COLUMNS, Column, Field
+from broker_filter.streaming.archives import read_packets
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found a SIMPLE card:astropy.io.fits.verify.VerifyWarning")
 
@@ -156,6 +157,57 @@ def lsst_records(shared_data: Path, lsst_schemas: Path) -> list[tuple[Packet, li
             records = list(fastavro.reader(io.BytesIO(data)))
         found.append((packet(data, str(path)), records))
     return found
+
+
+def test_planes_of_shared_lsst_alerts_are_those_of_astropy(shared_data: Path, lsst_schemas: Path) -> None:
+    folders = [shared_data / "lsst" / name for name in ("wire", "ocf", "parquet", "more/wire", "more/parquet")]
+    packets = list(read_packets(folders))
+    size, shapes, seen = 102, set(), 0
+    for start in range(0, len(packets), 64):
+        some = packets[start : start + 64]
+        alone, _ = Decoder(open_registry(str(lsst_schemas)), cutout_size=size).decode(some)
+        alerts, _ = Decoder(open_registry(str(lsst_schemas)), cutout_size=size, planes=PLANES).decode(some)
+        assert alone.variance is alone.psf is alone.usable_planes is None
+        assert alerts.cutouts.tobytes() == alone.cutouts.tobytes()
+        assert alerts.usable_planes is not None
+        assert alerts.usable_planes.all()
+        assert alerts.variance is not None
+        assert alerts.psf is not None
+        assert not any(alerts.lost_planes(plane).any() for plane in PLANES)
+        for i, record in list(enumerate(alerts.records))[::4]:  # astropy takes most of the time
+            fields = [field["name"] for field in record.schema.canonical["fields"]]
+            in_order = sorted(range(3), key=lambda c: fields.index(FIELDS[c]))
+            for c, (begin, end) in zip(in_order, record.cutout_spans, strict=True):
+                field = bytes(record.body[begin:end])
+                with fits.open(io.BytesIO(field[field.index(b"SIMPLE  =") :])) as hdus:
+                    pixels, variance, psf = (np.asarray(hdu.data, np.float32) for hdu in hdus)
+                y, x, height, width = alerts.cutout_box[i, c].tolist()
+                inside = (i, c, slice(y, y + height), slice(x, x + width))
+                assert alerts.cutouts[inside].tobytes() == pixels.tobytes()
+                assert alerts.variance[inside].tobytes() == variance.tobytes()
+                assert np.count_nonzero(alerts.variance[i, c]) == np.count_nonzero(variance)
+                top, left = (length // 2 - PSF_SIZE // 2 for length in psf.shape)
+                assert alerts.psf[i, c].tobytes() == psf[top : top + PSF_SIZE, left : left + PSF_SIZE].tobytes()
+                shapes.add(psf.shape)
+                seen += 1
+    assert seen > 100
+    assert len(shapes) > 5
+
+
+def test_planes_of_ztf_are_nan(ztf_packets: list[tuple[int, bytes]]) -> None:
+    alerts, _ = decode(*(data for _, data in ztf_packets[:40]), planes=PLANES)
+    assert alerts.variance is not None
+    assert alerts.psf is not None
+    assert alerts.usable_planes is not None
+    assert np.isnan(alerts.variance).all()
+    assert np.isnan(alerts.psf).all()
+    assert not alerts.usable_planes.any()
+    assert not alerts.lost_planes("variance").any()  # ZTF publishes none
+
+
+def test_an_unknown_plane_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown planes: mask; the planes are variance, psf"):
+        Decoder(planes=["mask"])  # type: ignore[list-item]
 
 
 def test_lsst_packets_decode_to_the_values_of_fastavro_and_astropy(shared_data: Path, lsst_schemas: Path) -> None:
