@@ -159,8 +159,8 @@ def lsst_records(shared_data: Path, lsst_schemas: Path) -> list[tuple[Packet, li
     return found
 
 
-def test_planes_of_shared_lsst_alerts_are_those_of_astropy(shared_data: Path, lsst_schemas: Path) -> None:
-    folders = [shared_data / "lsst" / name for name in ("wire", "ocf", "parquet", "more/wire", "more/parquet")]
+def test_planes_of_shared_lsst_packets_are_those_of_astropy(shared_data: Path, lsst_schemas: Path) -> None:
+    folders = [shared_data / "lsst" / name for name in ("wire", "ocf", "more/wire")]
     packets = list(read_packets(folders))
     size, shapes, seen = 102, set(), 0
     for start in range(0, len(packets), 64):
@@ -174,7 +174,7 @@ def test_planes_of_shared_lsst_alerts_are_those_of_astropy(shared_data: Path, ls
         assert alerts.variance is not None
         assert alerts.psf is not None
         assert not any(alerts.lost_planes(plane).any() for plane in PLANES)
-        for i, record in list(enumerate(alerts.records))[::4]:  # astropy takes most of the time
+        for i, record in enumerate(alerts.records):
             fields = [field["name"] for field in record.schema.canonical["fields"]]
             in_order = sorted(range(3), key=lambda c: fields.index(FIELDS[c]))
             for c, (begin, end) in zip(in_order, record.cutout_spans, strict=True):
@@ -190,7 +190,7 @@ def test_planes_of_shared_lsst_alerts_are_those_of_astropy(shared_data: Path, ls
                 assert alerts.psf[i, c].tobytes() == psf[top : top + PSF_SIZE, left : left + PSF_SIZE].tobytes()
                 shapes.add(psf.shape)
                 seen += 1
-    assert seen > 100
+    assert seen > 200
     assert len(shapes) > 5
 
 
