@@ -10,18 +10,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.simulate.instruments import Instrument
+from broker_filter.simulate.weather import Weather, draw_weather
 
 Image = NDArray[np.float32]  # [grid, grid]
 Spectrum = NDArray[np.complex64]  # [grid, grid // 2 + 1], as from numpy.fft.rfft2, with the central pixel as the origin
 
+Subtraction = tuple[Spectrum, Spectrum, Spectrum]
+"""The kernels that are applied to science image and template, and the PSF of the difference."""
+
 MOFFAT_BETA = 3.0
-"""The Moffat index of the PSF of atmosphere and camera. Turbulence alone (Kolmogorov) would give a steeper 4.8."""
+"""The Moffat index of the PSF of ZTF and of the templates of LSST. Turbulence alone (Kolmogorov) would give a steeper
+4.8."""
 PSF_ERROR_PX2 = 0.006
 """The 1-sigma error of the squared PSF width in the subtraction, in square pixels: bright stars leave a residual."""
 REGISTRATION_ERROR_PX = 0.035
@@ -31,13 +36,10 @@ FLUX_SCALE_ERROR = 0.004
 SMALLEST_RESPONSE = 1e-4
 """The lower bound of the denominator in the subtraction, relative to the noise: at the finest scales the transforms of
 the PSFs are only rounding errors."""
-
-
-QUOTED_ERROR = 1.8
-"""The ratio of the published flux uncertainty to that from pixel noise alone: scorr x sigmapsf / 1.086 of public ZTF
-alerts."""
-CALIBRATION_ERROR = 0.02
-"""The relative flux uncertainty from the calibration, the minimum for a bright source."""
+WIDEST_APERTURE = 9
+"""The radius of the wider aperture, in pixels."""
+MATCHING_FLOOR = 3e-3
+"""The lower bound of the response of the template, relative to its maximum, in the kernel that matches its PSF."""
 
 
 class Point(NamedTuple):
@@ -87,6 +89,7 @@ class Conditions:
     fwhm: float  # of the PSF of the science image, pixels
     template_fwhm: float
     sky: float  # counts per pixel
+    gain: float  # electrons per count
     template_exposures: int
     noise: float  # 1-sigma sky noise of the science image, counts per pixel
     template_noise: float
@@ -105,20 +108,14 @@ class Conditions:
 
 def draw_conditions(instrument: Instrument, rng: np.random.Generator) -> Conditions:
     """Draw the band, the weather and the template of one exposure at random."""
-    # A template is stacked from the better half of many nights. Nights are more often dark than moonlit.
-    seeing = instrument.seeing * float(np.clip(rng.lognormal(0.0, 0.16), 0.8, 1.8))
-    template_seeing = instrument.seeing * float(np.clip(rng.lognormal(-0.06, 0.08), 0.8, 1.2))
-    sky = instrument.sky[0] + (instrument.sky[1] - instrument.sky[0]) * float(rng.beta(1.1, 2.0))
-    exposures = int(rng.integers(*instrument.exposures_per_template, endpoint=True))
-    noise = float(np.sqrt(sky / instrument.gain + (instrument.read_noise / instrument.gain) ** 2))
-    template_noise = noise / float(np.sqrt(exposures))
-    science, template = _draw_psf(instrument, seeing, rng), _draw_psf(instrument, template_seeing, rng)
-
-    # Zackay, Ofek & Gal-Yam 2016 (ApJ 830, 27), equations 13 and 14, for images with the same flux scale, which the
-    # result also has. Their new image is the science image, their reference image the template.
-    spread = np.sqrt(np.abs(science * template_noise) ** 2 + np.abs(template * noise) ** 2)
-    scale = np.hypot(noise, template_noise) / np.maximum(spread, SMALLEST_RESPONSE * noise)
-    psf_difference = scale * science * template
+    weather = draw_weather(instrument, rng)
+    science = _draw_psf(instrument, instrument.psf, weather.seeing, weather.shear)
+    template = _draw_psf(instrument, "moffat", weather.template_seeing, weather.template_shear)
+    science_kernel, template_kernel, psf_difference = (
+        _subtract_as_ztf(science, template, weather)
+        if instrument.keeps_sky
+        else _subtract_as_lsst(science, template, weather, instrument.resampling)
+    )
     # The noise of the difference is white, so the uncertainty of a PSF fit is sigma divided by the norm of the PSF (by
     # Parseval's theorem, in which the half plane counts twice).
     twice = np.full(instrument.grid // 2 + 1, 2.0)
@@ -126,20 +123,46 @@ def draw_conditions(instrument: Instrument, rng: np.random.Generator) -> Conditi
     norm = float(np.sqrt((np.abs(psf_difference) ** 2 * twice).sum())) / instrument.grid
     return Conditions(
         instrument=instrument,
-        band=str(rng.choice(instrument.bands)),
-        fwhm=seeing / instrument.pixel_scale,
-        template_fwhm=template_seeing / instrument.pixel_scale,
-        sky=sky,
-        template_exposures=exposures,
-        noise=noise,
-        template_noise=template_noise,
+        band=weather.band,
+        fwhm=weather.seeing / instrument.pixel_scale,
+        template_fwhm=weather.template_seeing / instrument.pixel_scale,
+        sky=weather.sky,
+        gain=weather.gain,
+        template_exposures=weather.template_exposures,
+        noise=weather.noise,
+        template_noise=weather.template_noise,
         psf_science=science,
         psf_template=template,
-        science_kernel=(scale * template).astype(np.complex64),
-        template_kernel=(scale * science).astype(np.complex64),
+        science_kernel=science_kernel.astype(np.complex64),
+        template_kernel=template_kernel.astype(np.complex64),
         psf_difference=psf_difference.astype(np.complex64),
-        flux_error=QUOTED_ERROR * float(np.hypot(noise, template_noise)) / norm,
+        flux_error=instrument.quoted_error * float(np.hypot(weather.noise, weather.template_noise)) / norm,
     )
+
+
+def _subtract_as_ztf(science: Spectrum, template: Spectrum, weather: Weather) -> Subtraction:
+    """Return the kernels of proper subtraction.
+
+    Zackay, Ofek & Gal-Yam 2016 (ApJ 830, 27), equations 13 and 14, for images with the same flux scale, which the
+    result also has. Their new image is the science image, their reference image the template.
+    """
+    noise, template_noise = weather.noise, weather.template_noise
+    spread = np.sqrt(np.abs(science * template_noise) ** 2 + np.abs(template * noise) ** 2)
+    scale = np.hypot(noise, template_noise) / np.maximum(spread, SMALLEST_RESPONSE * noise)
+    return scale * template, scale * science, scale * science * template
+
+
+def _subtract_as_lsst(science: Spectrum, template: Spectrum, weather: Weather, resampling: float) -> Subtraction:
+    """Return the kernels of a subtraction whose noise is made white.
+
+    The template is convolved so that it has the PSF of the science image (Alard & Lupton 1998, ApJ 503, 325). The
+    difference is then convolved so that its noise is white again (Reiss & Lupton 2016, DMTN-021).
+    """
+    match = science * np.conj(template) / (np.abs(template) ** 2 + MATCHING_FLOOR**2)
+    correlation = _response_of_resampling(len(science), resampling)
+    power = weather.noise**2 + np.abs(weather.template_noise * correlation * match) ** 2
+    whiten = np.sqrt((weather.noise**2 + weather.template_noise**2) / power)
+    return whiten.astype(np.complex64), whiten * match, whiten * science
 
 
 def draw_galaxies(instrument: Instrument, n: int, rng: np.random.Generator) -> list[Spectrum]:
@@ -159,14 +182,20 @@ def draw_galaxies(instrument: Instrument, n: int, rng: np.random.Generator) -> l
     return shapes
 
 
-def _draw_psf(instrument: Instrument, fwhm: float, rng: np.random.Generator) -> Spectrum:
+def _draw_psf(
+    instrument: Instrument, profile: Literal["moffat", "kolmogorov"], seeing: float, shear: tuple[float, float]
+) -> Spectrum:
+    """Draw a PSF whose full width at half maximum is `seeing` arcsec."""
     import galsim
 
     grid = instrument.grid
-    shear_1, shear_2 = rng.normal(0, 0.02, 2)
-    optics = galsim.Moffat(beta=MOFFAT_BETA, fwhm=fwhm).shear(g1=float(shear_1), g2=float(shear_2))
+    optics = galsim.Moffat(beta=MOFFAT_BETA, fwhm=seeing) if profile == "moffat" else galsim.Kolmogorov(fwhm=seeing)
     # GalSim draws at the true centre, which for an even number of pixels is the corner of four pixels.
-    image = optics.drawImage(nx=grid, ny=grid, scale=instrument.pixel_scale, offset=(0.5, 0.5)).array
+    image = (
+        optics.shear(g1=shear[0], g2=shear[1])
+        .drawImage(nx=grid, ny=grid, scale=instrument.pixel_scale, offset=(0.5, 0.5))
+        .array
+    )
     spectrum = np.fft.rfft2(np.fft.ifftshift(image / image.sum()))
     return (spectrum * np.outer(_taper(np.fft.fftfreq(grid)), _taper(np.fft.rfftfreq(grid)))).astype(np.complex64)
 
@@ -201,16 +230,16 @@ def expose(
     full = instrument.saturation - pedestal
 
     counts = np.fft.irfft2(science_sky)
-    sigma = np.sqrt(conditions.noise**2 + np.maximum(counts, 0) / instrument.gain)
+    sigma = np.sqrt(conditions.noise**2 + np.maximum(counts, 0) / conditions.gain)
     science = counts + sigma * rng.standard_normal(counts.shape, dtype=np.float32)
     if artefact is not None:
         science += np.fft.ifftshift(artefact)
     science = np.minimum(science, full)
 
     counts = np.fft.irfft2(template_sky)
-    gain = instrument.gain * conditions.template_exposures
+    gain = conditions.gain * conditions.template_exposures
     sigma = np.sqrt(conditions.template_noise**2 + np.maximum(counts, 0) / gain)
-    noise = _as_if_resampled(sigma * rng.standard_normal(counts.shape, dtype=np.float32))
+    noise = _as_if_resampled(sigma * rng.standard_normal(counts.shape, dtype=np.float32), instrument.resampling)
     template = np.minimum(counts + noise, full)
 
     # Errors of the subtraction: the width of the PSF and the flux scale.
@@ -268,14 +297,20 @@ def _wavenumber2(grid: int) -> NDArray[np.float32]:
     return ((2 * np.pi) ** 2 * (rows[:, None] ** 2 + columns**2)).astype(np.float32)
 
 
-def _as_if_resampled(noise: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Return white noise [grid, grid], correlated as in stacks of resampled exposures: 2/3 with each neighbour.
+def _as_if_resampled(noise: NDArray[np.floating], weight: float) -> NDArray[np.floating]:
+    """Return white noise [grid, grid], correlated as in stacks of resampled exposures, with the same variance.
 
-    The variance is unchanged.
+    Along each axis, a pixel is mixed with its two neighbours, whose weight relative to its own is `weight`.
     """
     for axis in (0, 1):
-        noise = 2 * noise + np.roll(noise, 1, axis) + np.roll(noise, -1, axis)
-    return noise / 6  # sqrt((1 + 4 + 1) ** 2): the filter's gain along both axes
+        noise = noise + weight * np.roll(noise, 1, axis) + weight * np.roll(noise, -1, axis)
+    return noise / (1 + 2 * weight**2)  # the square root of the gain in variance along each axis, for both axes
+
+
+def _response_of_resampling(grid: int, weight: float) -> NDArray[np.floating]:
+    """Return the factor, float64[grid, grid // 2 + 1], of the spectrum of noise under `_as_if_resampled`."""
+    rows, columns = (1 + 2 * weight * np.cos(2 * np.pi * frequency) for frequency in _frequencies(grid))
+    return np.asarray(rows[:, None] * columns / (1 + 2 * weight**2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,19 +338,21 @@ class Photometry:
 def measure(difference: Image, conditions: Conditions, x: float, y: float) -> Photometry:
     """Measure a source `x` pixels to the right of and `y` pixels above the image centre; NaN pixels count as zero."""
     grid = conditions.instrument.grid
-    box = slice(grid // 2 - 9, grid // 2 + 10)  # contains the widest aperture
+    fit_radius = conditions.instrument.fit_radius
+    half = max(WIDEST_APERTURE, fit_radius)
+    box = slice(grid // 2 - half, grid // 2 + half + 1)
     cut = difference[box, box]
     good = np.isfinite(cut)
     pixels = np.where(good, cut, np.float32(0))
     psf = np.fft.fftshift(np.fft.irfft2(conditions.psf_difference * _shift(grid, x, y)))[box, box]
-    up, right = np.mgrid[-9:10, -9:10]
+    up, right = np.mgrid[-half : half + 1, -half : half + 1]
     radius2 = (right - x) ** 2 + (up - y) ** 2
     sigma2 = conditions.noise**2 + conditions.template_noise**2
 
-    core = (radius2 < 16) & good
+    core = (radius2 < fit_radius**2) & good
     flux = float((pixels * psf)[core].sum() / max((psf * psf)[core].sum(), 1e-12))
     residual = (pixels - flux * psf)[core]
-    shot = abs(flux) / conditions.instrument.gain * float((psf**3).sum() / (psf**2).sum() ** 2)
+    shot = abs(flux) / conditions.gain * float((psf**3).sum() / (psf**2).sum() ** 2)
 
     # Second moments under a Gaussian window (SExtractor's *WIN parameters), corrected for the width of the window.
     width = 0.6 * conditions.fwhm
@@ -325,18 +362,21 @@ def measure(difference: Image, conditions: Conditions, x: float, y: float) -> Ph
     half_sum, half_difference = (moments[0] + moments[1]) / 2, np.hypot((moments[0] - moments[1]) / 2, moments[2])
     axes = [_without_window(half_sum + sign * half_difference, width) for sign in (1, -1)]
 
-    middle = pixels[7:12, 7:12]
+    centre = slice(half - 2, half + 3)
+    middle = pixels[centre, centre]
     return Photometry(
         flux=flux,
-        flux_error=float(np.sqrt(conditions.flux_error**2 + shot + (CALIBRATION_ERROR * flux) ** 2)),
+        flux_error=float(
+            np.sqrt(conditions.flux_error**2 + shot + (conditions.instrument.calibration_error * flux) ** 2)
+        ),
         chi2=float((residual**2).sum() / sigma2 / max(core.sum() - 1, 1)),
         aperture_flux=float(pixels[radius2 < 16].sum()),
-        wide_aperture_flux=float(pixels[radius2 < 81].sum()),
+        wide_aperture_flux=float(pixels[radius2 < WIDEST_APERTURE**2].sum()),
         fwhm=float(2.355 * np.sqrt(axes[0] * axes[1])),
         major=axes[0],
         minor=axes[1],
         n_negative=int((middle * np.sign(flux or 1.0) < 0).sum()),
-        n_bad=int((~good[7:12, 7:12]).sum()),
+        n_bad=int((~good[centre, centre]).sum()),
         sum_ratio=float(abs(middle.sum()) / max(float(np.abs(middle).sum()), 1e-6)),
     )
 

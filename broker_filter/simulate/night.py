@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from broker_filter.simulate.events import GALAXY_SHAPES, KINDS, REAL, Circumstances, Edge
 from broker_filter.simulate.images import (
-    CALIBRATION_ERROR,
-    QUOTED_ERROR,
     Conditions,
     Galaxy,
     Photometry,
@@ -261,8 +259,9 @@ class Night:
         return points, galaxies
 
     def _blank_unread(self, stamps: Stamps, rng: np.random.Generator) -> None:
-        """Set, in 8 % of the alerts, some blocks of pixels away from the centre to NaN in all three images."""
-        if rng.random() > 0.08:
+        """Set some blocks of pixels away from the centre to NaN in all three images, in the fraction `unread` of the
+        alerts."""
+        if rng.random() > self._instrument.unread:
             return
         grid = self._instrument.grid
         for _ in range(int(rng.integers(1, 4))):
@@ -301,8 +300,8 @@ class Night:
         band = [bands[i] for i in rng.integers(len(bands), size=len(mjd))]
         difference = curve.difference(mjd, band)
         depth = exposure.conditions.flux_error * self._instrument.nanojansky * rng.lognormal(0.05, 0.25, len(mjd))
-        noise = depth / QUOTED_ERROR * rng.standard_normal(len(mjd))
-        return History(mjd, band, difference + noise, np.hypot(depth, CALIBRATION_ERROR * difference))
+        noise = depth / self._instrument.quoted_error * rng.standard_normal(len(mjd))
+        return History(mjd, band, difference + noise, np.hypot(depth, self._instrument.calibration_error * difference))
 
 
 def _earlier_detections(

@@ -18,7 +18,6 @@ import numpy as np
 from broker_filter.packets.ocf import container_header, encode_block
 from broker_filter.simulate.avro import compile_writer
 from broker_filter.simulate.fits import primary_hdu
-from broker_filter.simulate.images import QUOTED_ERROR
 from broker_filter.simulate.instruments import AB_ZERO_POINT_NJY, ZTF
 from broker_filter.simulate.night import Exposure, Neighbour, Observation
 
@@ -133,7 +132,7 @@ def _candidate(observation: Observation, candid: int) -> Record:
         "nneg": photometry.n_negative,
         "nbad": photometry.n_bad,
         "sumrat": photometry.sum_ratio,
-        "scorr": photometry.snr * QUOTED_ERROR,
+        "scorr": photometry.snr * ZTF.quoted_error,
         "ssdistnr": observation.rng.exponential(0.4) if is_known_body else NOT_MATCHED,
         "ssmagnr": seen["magpsf"] + observation.rng.normal(0, 0.15) if is_known_body else NOT_MATCHED,
         "ssnamenr": str(1000 + observation.index) if is_known_body else "null",
@@ -248,7 +247,7 @@ def _previous_candidates(observation: Observation) -> list[Record] | None:
         flux, error, visit = float(history.flux[i]), float(history.flux_error[i]), visits[i]
         visit |= _difference_source(flux, error, AB_ZERO_POINT_NJY, flux, flux) | nearest
         visit |= {"candid": visit["pid"] * 10**6 + 15_000, "ra": observation.ra, "dec": observation.dec}
-        visit |= {"nneg": 2, "nbad": 0, "scorr": abs(flux) / error * QUOTED_ERROR}
+        visit |= {"nneg": 2, "nbad": 0, "scorr": abs(flux) / error * ZTF.quoted_error}
     return visits or None
 
 

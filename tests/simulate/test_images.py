@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from broker_filter.simulate.images import (
-    QUOTED_ERROR,
     Conditions,
     Galaxy,
     Point,
@@ -34,6 +33,31 @@ def test_constant_sky_leaves_white_noise(conditions: Conditions) -> None:
     assert abs(difference.mean()) < 5 * expected / difference.shape[0]
 
 
+def test_noise_of_an_lsst_difference_is_white_and_as_large_as_published() -> None:
+    rng = np.random.default_rng(8)
+    for _ in range(6):
+        weather = draw_conditions(LSST, rng)
+        difference = expose(Scene([]), weather, [], rng).difference / np.hypot(weather.noise, weather.template_noise)
+        assert difference.std() == pytest.approx(1, abs=0.03)
+        for axis in (0, 1):
+            assert abs((difference * np.roll(difference, 1, axis)).mean()) < 0.05
+
+
+def test_noise_of_a_template_is_correlated_as_in_resampled_exposures() -> None:
+    conditions = draw_conditions(LSST, np.random.default_rng(9))
+    template = expose(Scene([]), conditions, [], np.random.default_rng(1)).template / conditions.template_noise
+    assert template.std() == pytest.approx(1, abs=0.05)
+    # Public templates of LSSTCam have 0.25 between neighbours, apart from their sources.
+    assert (template * np.roll(template, 1, 0)).mean() == pytest.approx(0.25, abs=0.04)
+
+
+def test_bands_of_lsst_have_their_own_noise() -> None:
+    rng = np.random.default_rng(10)
+    drawn = [draw_conditions(LSST, rng) for _ in range(60)]
+    noise = {band: np.median([c.noise for c in drawn if c.band == band]) for band in "griz"}
+    assert noise["g"] < noise["i"] < noise["z"]
+
+
 def test_constant_galaxy_is_subtracted(conditions: Conditions) -> None:
     rng = np.random.default_rng(2)
     galaxies = draw_galaxies(conditions.instrument, 3, rng)
@@ -53,7 +77,8 @@ def test_flux_of_a_transient_is_recovered_within_its_error(conditions: Condition
         stamps = expose(Scene([Point(x, y, flux, 0.0)]), conditions, [], rng)
         pulls.append((measure(stamps.difference, conditions, x, y).flux - flux) / conditions.flux_error)
     assert abs(np.mean(pulls)) < 0.35
-    assert 0.6 / QUOTED_ERROR < np.std(pulls) < 1.5 / QUOTED_ERROR
+    quoted = conditions.instrument.quoted_error
+    assert 0.6 / quoted < np.std(pulls) < 1.5 / quoted
 
 
 def test_sources_are_at_their_given_positions(conditions: Conditions) -> None:
