@@ -107,7 +107,8 @@ def measure_burst(
 
     `visit`: alerts of the visit, by default BURST. `packets`: the packets, which repeat; by default simulated ones.
     `schema_registry`: where their schemas are. Returns the seconds until the output of all alerts is committed that
-    were sent BEHIND_S ago or earlier, the number of rebalances, and the peak memory in megabytes.
+    were sent BEHIND_S ago or earlier, the number of rebalances, the peak memory in megabytes, and the CPU time of the
+    service and of the brokers (if their processes are known) per alert, which depends little on other load.
     """
     visit = visit or BURST
     packets = packets or choose_packets([], BURST_DISTINCT, Survey.LSST)
@@ -117,6 +118,7 @@ def measure_burst(
         with ServiceInstances(testbed, choice, device=device, schema_registry=registry) as service:
             service.wait_until_joined()
             began = testbed.send(list(islice(cycle(packets), visit)))
+            first = testbed.moment(service)
             with SteadySender(testbed, packets) as sender:
                 for moment in testbed.progress(service, sys.maxsize):
                     if moment.committed >= visit + sender.sent - BURST_RATE * BEHIND_S:
@@ -127,11 +129,15 @@ def measure_burst(
             rebalances = service.rebalances
             peak = max(memory_megabytes(process, peak=True) for process in service.processes)
         testbed.check_output(service, visit + sender.sent)
-    return {
-        "burst drained, s": Spread.of([moment.time - began]),
-        "burst, rebalances": Spread.of([rebalances]),
-        "burst, peak MB": Spread.of([peak]),
+    figures = {
+        "burst drained, s": moment.time - began,
+        "burst, rebalances": rebalances,
+        "burst, peak MB": peak,
+        "burst, service's CPU us/alert": (moment.cpu - first.cpu) / moment.committed * 1e6,
     }
+    if broker.processes:
+        figures["burst, brokers' CPU us/alert"] = (moment.broker_cpu - first.broker_cpu) / moment.committed * 1e6
+    return {name: Spread.of([figure]) for name, figure in figures.items()}
 
 
 class SteadySender:
