@@ -167,6 +167,7 @@ class AlertBatch:
     light_curves: LightCurves
     variance: NDArray[np.float32] | None = None  # [N, 3, S, S]
     psf: NDArray[np.float32] | None = None  # [N, 3, PSF_SIZE, PSF_SIZE]
+    reliability_version: Sequence[str | None] | None = None  # N, of LSST's `reliability`; None if no alert has it
     usable_planes: NDArray[np.bool_] | None = None  # [N, 3, len(PLANES)]; False for planes that were not decoded
 
     def __len__(self) -> int:

@@ -40,6 +40,7 @@ from broker_filter.packets.layout import (
     N_POINT_COLUMNS,
     N_SPANS,
     OBJECT_NAME,
+    RELIABILITY_VERSION,
     STAMP,
     VERSION,
     Layout,
@@ -617,9 +618,16 @@ class _Columns:
             variance=planes.variance if planes else None,
             psf=planes.psf if planes else None,
             usable_planes=planes.usable if planes else None,
+            reliability_version=self._reliability_versions(rows),
         )
         _warn_of_unknown_versions(alerts)
         return alerts
+
+    def _reliability_versions(self, rows: NDArray[np.int64]) -> list[str | None] | None:
+        """Return the version of the survey's real-bogus score of each alert; None if no alert has one."""
+        if (self._spans[rows, RELIABILITY_VERSION, 0] < 0).all():
+            return None
+        return [self._text(row, RELIABILITY_VERSION) or None for row in rows.tolist()]
 
     def _warn_of_lost_detections(self, lost: NDArray[np.int64], walked: Sequence[_Walked]) -> None:
         """Log, once per schema, that detections of the alerts in the rows `lost` of the batch have no flux."""

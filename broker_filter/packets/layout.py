@@ -30,8 +30,10 @@ from broker_filter.packets.surveys import (
 )
 from broker_filter.packets.walk import MISSING_ID
 
-# Span slots: the encoded cutout fields, the stamps inside them, the schema version and the name of the object.
-WHOLE_CUTOUT, STAMP, VERSION, OBJECT_NAME, N_SPANS = 0, len(CUTOUTS), 2 * len(CUTOUTS), 2 * len(CUTOUTS) + 1, 8
+# Span slots: the encoded cutout fields, the stamps inside them, the schema version, the name of the object, and the
+# version of the survey's reliability.
+WHOLE_CUTOUT, STAMP, VERSION = 0, len(CUTOUTS), 2 * len(CUTOUTS)
+OBJECT_NAME, RELIABILITY_VERSION, N_SPANS = VERSION + 1, VERSION + 2, VERSION + 3
 
 _LSST_NAMESPACE = re.compile(r"lsst\.v(\d+)_(\d+)\b")
 
@@ -60,6 +62,12 @@ class Layout:
     def __init__(self, survey_format: SurveyFormat, columns: Sequence[str]) -> None:
         self.format = survey_format
         sources = [column.source(survey_format.survey) for column in select_columns(columns)]
+        texts = {
+            VERSION: survey_format.version,
+            OBJECT_NAME: survey_format.object_name,
+            RELIABILITY_VERSION: survey_format.reliability_version,
+        }
+        self._texts = {slot: path for slot, path in texts.items() if path is not None}
         self._ids = {path: slot for slot, path in enumerate(survey_format.alert_ids + survey_format.object_ids)}
         parts = [part for source in (*survey_format.place, *sources) for part in _parts_of(source)]
         fields = (*survey_format.own_fields, *(part for part in parts if isinstance(part, Field)))
@@ -99,8 +107,7 @@ class Layout:
         stamps = [cutout if survey.stamp is None else f"{cutout}.{survey.stamp}" for cutout in survey.cutouts]
         rows = [f"{table.name}.{path}" for table in survey.tables for field in table.fields for path in field.paths]
         numbers = [path for field in self._scalars for path in field.paths]
-        texts = [survey.version] if survey.object_name is None else [survey.version, survey.object_name]
-        return frozenset([*numbers, *self._ids, *texts, *stamps, *rows])
+        return frozenset([*numbers, *self._ids, *self._texts.values(), *stamps, *rows])
 
     def plan(self, schema: WriterSchema, paths: frozenset[str]) -> Plan:
         """Return the plan for records of `schema`. `paths`: its field paths, as `plan.field_paths` returns them.
@@ -119,9 +126,8 @@ class Layout:
             want(path).read(_reading(field), slot)
         for path, slot in self._ids.items():
             want(path).read(Reading.ID, slot)
-        want(self.format.version).read(Reading.BYTES, VERSION)
-        if self.format.object_name is not None:
-            want(self.format.object_name).read(Reading.BYTES, OBJECT_NAME)
+        for slot, path in self._texts.items():
+            want(path).read(Reading.BYTES, slot)
         for c, cutout in enumerate(self.format.cutouts):
             want(cutout).whole = WHOLE_CUTOUT + c
             want(cutout if self.format.stamp is None else f"{cutout}.{self.format.stamp}").read(

@@ -133,6 +133,7 @@ class SurveyFormat:
     `signature`: the fields that a schema must have to be recognised as the survey's. `alert_ids`: fields of the alert's
     id; the first one that a record has is used. `object_ids`: fields of a numeric object id, used in the same way if
     the record has no `object_name` (text); 0 means that there is no object. `version`: the field of the schema version.
+    `reliability_version`: the text field of the version of the survey's own real-bogus score; None if there is none.
     `known_versions`: the schema versions whose fields this module was written for; None if versions are not compared.
     `place`: sources of MJD (d), right ascension (deg), declination (deg) and the index of the band. `cutouts`: the
     cutout fields in the order of `CUTOUTS`. `stamp`: the field inside a cutout that holds the FITS bytes; None if the
@@ -148,6 +149,7 @@ class SurveyFormat:
     object_ids: tuple[str, ...]
     object_name: str | None
     version: str
+    reliability_version: str | None
     known_versions: frozenset[str] | None
     place: tuple[Field | Derived, Field | Derived, Field | Derived, Field | Derived]
     cutouts: tuple[str, str, str]
@@ -538,7 +540,12 @@ COLUMNS: tuple[Column, ...] = (
         _ztf("maggaiabright", NO_VALUE),
     ),
     # LSST.
-    Column("reliability", "0 to 1", "real-bogus score of LSST's neural network", lsst=_lsst("reliability")),
+    Column(
+        "reliability",
+        "0 to 1",
+        "real-bogus score of LSST's neural network; `reliability_version` names the network",
+        lsst=_lsst("reliability"),
+    ),
     Column("extendedness", "0 to 1", "point-like (0) or extended (1) source", lsst=_lsst("extendedness")),
     Column(
         "isNegative",
@@ -665,6 +672,7 @@ ZTF = SurveyFormat(
     object_ids=(),
     object_name="objectId",
     version="schemavsn",
+    reliability_version=None,
     known_versions=None,
     place=(Derived(lambda jd: jd - MJD_EPOCH, (ZTF_JD,)), ZTF_RA, ZTF_DEC, Derived(ztf_band, (ZTF_FID,))),
     cutouts=("cutoutScience", "cutoutTemplate", "cutoutDifference"),
@@ -726,6 +734,7 @@ LSST = SurveyFormat(
     ),
     object_name=None,
     version="lsst_schema_version",
+    reliability_version="diaSource.reliabilityVersion",
     known_versions=LSST_VERSIONS,
     place=(LSST_MJD, LSST_RA, LSST_DEC, Derived(letter_band, (LSST_BAND,))),
     cutouts=("cutoutScience", "cutoutTemplate", "cutoutDifference"),

@@ -4,7 +4,8 @@ The language is a small part of Python's expressions. Text is parsed with `ast` 
 as Python.
 
 - Numbers: metadata columns, `alert_id`, `mjd`, `ra`, `dec`, model outputs, literals; `+ - * /`, `abs(x)`.
-- Text: `object_id`, `survey`, `band`, `schema_version`, literals; only `==`, `!=` and `in` compare it.
+- Text: `object_id`, `survey`, `band`, `schema_version`, `reliability_version`, literals; only `==`, `!=` and `in`
+compare it.
 - A model output is written `<model>.<label>`, or `<label>` if only one model has this label and no field has this name.
 A name that is not a Python identifier is written in backquotes: `` `my-model.SN Ia` > 0.5 ``.
 - `and`, `or`, `not`; comparisons, also chained (`0.3 < real <= 0.65`); `band in ("g", "r")`. A number stands for true
@@ -45,7 +46,7 @@ LARGEST_INTEGER = 2**63 - 1
 """The largest integer literal: alert ids are signed 64-bit integers."""
 
 IDENTITY_NUMBERS = ("alert_id", "mjd", "ra", "dec")
-IDENTITY_TEXTS = ("object_id", "survey", "band", "schema_version")
+IDENTITY_TEXTS = ("object_id", "survey", "band", "schema_version", "reliability_version")
 IDENTITY_FIELDS = IDENTITY_NUMBERS + IDENTITY_TEXTS
 """Fields that every alert has. All other fields are metadata columns, which are numbers."""
 FIELDS = tuple(dict.fromkeys((*IDENTITY_FIELDS, *(column.name for column in COLUMNS))))
@@ -116,6 +117,8 @@ def field(alerts: AlertBatch, name: str) -> NDArray[Any]:
             return np.asarray(getattr(alerts, name))
         case "object_id" | "schema_version":
             return np.array(getattr(alerts, name), dtype=object)
+        case "reliability_version":
+            return np.array(alerts.reliability_version or [None] * len(alerts), dtype=object)
         case "survey":
             return np.array([str(survey) for survey in Survey], dtype=object)[alerts.survey]
         case "band":

@@ -9,6 +9,7 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from broker_filter.packets.surveys import rows_of_unknown_version
 from broker_filter.scoring.scorer import Scorer
 from broker_filter.streaming.account import account_batch
 from broker_filter.streaming.duplicates import DuplicateWindow
+from broker_filter.streaming.expressions import FIELDS, compile_filter
 from broker_filter.streaming.filtering import score_packets
 from tests.lsst_alerts import Definition, base_schema, extended, simulated_records, wire_packet
 
@@ -64,7 +66,7 @@ def test_schema_11_1_is_decoded_with_its_new_columns(
             "trailAlgorithm": algorithm,
             "trail_flag": failed,
             "trail_flag_edge": failed,
-            "reliabilityVersion": "tac_cnn-2026-03",
+            "reliabilityVersion": "tac_cnn-2026-03" if algorithm else None,
             "reliability": 0.75,
         }
     decoder = Decoder(registry_of(tmp_path, {1101: definition}))
@@ -76,6 +78,12 @@ def test_schema_11_1_is_decoded_with_its_new_columns(
     np.testing.assert_array_equal(alerts.column("trail_flag"), [1, 0, np.nan])
     np.testing.assert_array_equal(alerts.column("trail_flag_edge"), [1, 0, np.nan])
     np.testing.assert_array_equal(alerts.column("reliability"), [0.75] * 3)
+    assert alerts.reliability_version == ["tac_cnn-2026-03", "tac_cnn-2026-03", None]
+    same = compile_filter('reliability_version == "tac_cnn-2026-03"', FIELDS, [])
+    assert same.columns == []
+    assert same.holds(alerts, {}).tolist() == [True, True, False]
+    none = compile_filter("isnull(reliability_version)", FIELDS, [])
+    assert none.holds(replace(alerts, reliability_version=None), {}).tolist() == [True] * 3
     assert not caplog.records
 
 
