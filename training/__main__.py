@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         if is_fault(error):
             raise
         print(f"training {command}: {describe_error(error)}", file=sys.stderr)
-        return FAILED
+        return error.exit_status if isinstance(error, BrokerFilterError) else FAILED
     return 0
 
 

@@ -10,12 +10,12 @@ MAX_SEED = 2**32 - 1
 """The limit of `recipe.Seed`."""
 
 
-def add_labelled_alerts(parser: argparse.ArgumentParser, class_help: str) -> None:
+def add_labelled_alerts(parser: argparse.ArgumentParser, class_help: str, *, labels_required: bool = True) -> None:
     """Add the arguments that name alerts and their labels: `inputs`, `--labels`, `--label` and `--class`."""
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="file, folder or archive of alerts")
     parser.add_argument(
         "--labels",
-        required=True,
+        required=labels_required,
         type=Path,
         metavar="TABLE",
         help=".csv or .parquet table of labels with a column of alert or object ids",

@@ -2,7 +2,8 @@
 
 The defaults are the published ones of Rehemtulla et al. 2025 (arXiv:2512.11957) for fine-tuning ConvNeXt:
 `train_configs/convnext.json` and `btsbot/train.py` of https://github.com/nabeelre/BTSbot. Three defaults differ, and
-their descriptions give the published value: `least_improvement`, `frozen_branches` and `corrupt`. Other differences:
+their descriptions give the published value: `least_improvement`, `frozen_branches` and `corrupt`. Other differences,
+of which the first three do not apply to BTSbot's published set (`build-dataset --btsbot`):
 
 - Selection of alerts: BTSbot keeps positive differences in g and r with a Pan-STARRS source. Here this needs
   `build-dataset --where 'isdiffpos and band in ("g", "r") and (sgscore1 >= 0 or sgscore2 >= 0)'`.

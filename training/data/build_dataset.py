@@ -1,8 +1,9 @@
 """`build-dataset`: builds a data set for training from archives and packets, and a table of labels.
 
-It decodes as the service does and keeps pixels as published; preprocessing happens in training. A build may be killed
-at any time: the same command with the same inputs resumes after the last complete shard. Apart from ids, no more than
-one shard is in memory.
+It decodes as the service does and keeps pixels as published; preprocessing happens in training. It also reads the
+published training set of BTSbot (`training.data.btsbot`), whose labels and splits it keeps. A build may be killed at
+any time: the same command with the same inputs resumes after the last complete shard. Apart from ids, and the metadata
+of BTSbot's set, no more than one shard is in memory.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from broker_filter.cli.options import add_registry_option
+from broker_filter.cli.parser import UsageError
 from broker_filter.console import progress
 from broker_filter.packets.batch import PLANES, AlertBatch, LightCurves, Plane, Survey
 from broker_filter.packets.decode import DEFAULT_CUTOUT_SIZE, Decoder
@@ -36,6 +38,7 @@ from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.expressions import FIELDS, Expression, compile_filter
 from training.arguments import add_labelled_alerts, seed
 from training.atomic_write import write_whole
+from training.data import btsbot
 from training.data.datasets import (
     CARD,
     INDEX,
@@ -54,8 +57,8 @@ from training.errors import DatasetError
 
 PACKETS_AT_ONCE = 256
 PACKETS = b"packets"
-"""Key in a shard's schema metadata. Its value is the number of packets read up to the end of the shard, where an
-interrupted build resumes."""
+"""Key in a shard's schema metadata. Its value is the number of packets, or rows of a published set, read up to the end
+of the shard, where an interrupted build resumes."""
 ALERTS_PER_SHARD = 1024
 """Alerts per shard (49 MB of ZTF cutouts), so that a night gives few files and a killed build repeats little work."""
 REQUEST = "build.yaml"
@@ -73,6 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a class: the values NAME=VALUE,... or the numbers NAME=LOW..HIGH (above LOW, up to HIGH) of the column; "
         "repeat for each class. Rows of no class are skipped. With two classes, the second is the scored one (default: "
         "each value is a class)",
+        labels_required=False,
+    )
+    parser.add_argument(
+        "--btsbot",
+        metavar="VERSION",
+        help="INPUT is a folder with the published training set of BTSbot, in the files "
+        "{train,val,test}_triplets_VERSION.npy and {train,val,test}_cand_VERSION.csv, for example v11_N100. Its labels "
+        "and splits are kept, so of the other options only --out applies",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory of the data set")
     parser.add_argument(
@@ -126,9 +137,36 @@ def _share(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Build the data set, or resume building it, and print its counts."""
+    """Build the data set, or resume building it, and print its counts.
+
+    Raises UsageError if options contradict each other, and as `build_dataset` and `build_published` do.
+    """
+    dataset = _of_packets(arguments) if arguments.btsbot is None else _published(arguments)
+    for name, counts in dataset.card.counts.items():
+        print(name, *(f"{split} {n:,}" for split, n in counts.items()), sep="  ")
+    print(f"{dataset.directory}: data set {dataset.card.sha256[:12]}, {len(dataset.alert_id):,} alerts")
+
+
+def _published(arguments: argparse.Namespace) -> Dataset:
+    unused = {
+        "--labels": arguments.labels,
+        "--class": arguments.classes,
+        "--planes": arguments.planes,
+        "--where": arguments.where,
+        "--schema-registry": arguments.schema_registry,
+    }
+    if given := [option for option, value in unused.items() if value]:
+        raise UsageError(f"{', '.join(given)} cannot be combined with --btsbot: the published set is used as it is")
+    if len(arguments.inputs) != 1:
+        raise UsageError(f"--btsbot takes one folder, not {len(arguments.inputs)} inputs")
+    return build_published(arguments.inputs[0], arguments.btsbot, arguments.out)
+
+
+def _of_packets(arguments: argparse.Namespace) -> Dataset:
+    if arguments.labels is None:
+        raise UsageError("--labels is needed for packets: name a table of labels")
     labels = read_labels(arguments.labels, arguments.label, [parse_rule(text) for text in arguments.classes])
-    dataset = build_dataset(
+    return build_dataset(
         arguments.inputs,
         labels,
         arguments.out,
@@ -139,9 +177,6 @@ def run(arguments: argparse.Namespace) -> None:
         allow_unmatched=arguments.allow_unmatched,
         where=arguments.where,
     )
-    for name, counts in dataset.card.counts.items():
-        print(name, *(f"{split} {n:,}" for split, n in counts.items()), sep="  ")
-    print(f"{dataset.directory}: data set {dataset.card.sha256[:12]}, {len(dataset.alert_id):,} alerts")
 
 
 def build_dataset(
@@ -181,7 +216,43 @@ def build_dataset(
     if not (out / CARD).exists():
         decoder = Decoder(open_registry(schema_registry), cutout_size=cutout_size, columns=columns, planes=planes)
         _write_shards(out / SHARDS, inputs, decoder, labels, chosen)
-        _finish(out, labels, split, cutout_size, columns, planes, allow_unmatched, where)
+        files, ids = _read_ids(out)
+        label, side = _label_and_split(ids, labels, split, allow_unmatched=allow_unmatched or where is not None)
+        described = {
+            "cutout_size": cutout_size,
+            "columns": columns,
+            **({"planes": list(planes)} if planes else {}),
+            "classes": labels.classes,
+            "labels": f"{labels.column} of {labels.table.name}, by {labels.key}: {'; '.join(map(str, labels.rules))}",
+            **({"where": where} if where is not None else {}),
+            "split": split.model_dump(),
+        }
+        _finish(out, files, ids, label, side, described)
+    return Dataset.open(out)
+
+
+def build_published(folder: Path, version: str, out: Path) -> Dataset:
+    """Build the data set `out` from a version of BTSbot's published set in `folder`; resume if it was started.
+
+    Raises DatasetError as `btsbot.open_published` and `PublishedSplit.cutouts` do, if a split has no alert of a class,
+    or if `out` was started with other arguments.
+    """
+    _begin(out, {"btsbot": version, "inputs": [str(folder.resolve())]})
+    if not (out / CARD).exists():
+        splits = btsbot.open_published(folder, version)
+        _check_splits(splits)
+        _write_published(out / SHARDS, splits)
+        label = np.concatenate([part.label for part in splits])
+        split = np.repeat([SPLITS.index(part.split) for part in splits], [len(part) for part in splits])
+        described = {
+            "cutout_size": btsbot.SIZE,
+            "columns": btsbot.COLUMNS,
+            "classes": btsbot.CLASSES,
+            "labels": f"{btsbot.TARGET} of the training set {version} of BTSbot",
+            "normalised": "l2_image",
+            "split": None,
+        }
+        _finish(out, *_read_ids(out), label, split, described)
     return Dataset.open(out)
 
 
@@ -273,6 +344,49 @@ def _write_shards(
     )
 
 
+def _check_splits(splits: Sequence[btsbot.PublishedSplit]) -> None:
+    """Warn about sources in several splits. Raises DatasetError if a split has no alert of a class."""
+    for part in splits:
+        for i, name in enumerate(btsbot.CLASSES):
+            if i not in part.label:
+                raise DatasetError(f"{part.file}: the split {part.split} has no alert with the label {i} ({name})")
+    split_of = Counter(name for part in splits for name in set(part.object_id.tolist()))
+    if several := [name for name, n in split_of.items() if n > 1]:
+        log.warning(
+            "%d objects are in more than one split as published, for example %s: the figures on the test split are "
+            "then too good",
+            len(several),
+            ", ".join(several[:SHOWN]),
+        )
+
+
+def _write_published(directory: Path, splits: Sequence[btsbot.PublishedSplit]) -> None:
+    """Write the alerts of all splits as shards, without those of earlier shards."""
+    written = sorted(directory.glob("*.arrow"))
+    done = _packets_up_to(written[-1]) if written else 0
+    n_rows = 0
+    exact = all(part.alert_id is not None for part in splits)
+    if not exact:
+        log.warning("the tables have no exact %s: alerts are numbered by their row instead", btsbot.ALERT)
+    with progress("Reading", sum(map(len, splits)), "alerts") as advance:
+        for part, rows in btsbot.rows_of(splits, ALERTS_PER_SHARD):
+            first, n_rows = n_rows, n_rows + rows.stop - rows.start
+            advance(n_rows - first)
+            if n_rows <= done:
+                continue
+            cutouts, box = part.cutouts(rows)
+            alert_id = part.alert_id[rows] if exact and part.alert_id is not None else np.arange(first, n_rows)
+            columns = {
+                "alert_id": alert_id,
+                "object_id": part.object_id[rows],
+                "survey": np.full(len(alert_id), Survey.ZTF, np.uint8),
+                "cutouts": cutouts,
+                "cutout_box": box,
+                "metadata": part.metadata[rows],
+            }
+            written.append(_write_shard(directory / f"{len(written):05}.arrow", [columns], n_rows))
+
+
 def _labelled(alerts: AlertBatch, chosen: NDArray[np.bool_], labels: Labels, seen: set[int]) -> dict[str, Any]:
     """Return the columns of a shard for those alerts that are `chosen` bool[N], have a label and were not `seen`
     before."""
@@ -326,44 +440,52 @@ def _packets_up_to(shard: Path) -> int:
     return int(pa.ipc.open_file(pa.memory_map(str(shard))).schema.metadata[PACKETS])
 
 
-def _finish(
-    out: Path,
-    labels: Labels,
-    rule: SplitRule,
-    cutout_size: int,
-    columns: tuple[str, ...],
-    planes: Sequence[Plane],
-    allow_unmatched: bool,
-    where: str | None,
-) -> None:
-    """Write index (labels, splits) and card from the shards."""
+def _read_ids(out: Path) -> tuple[list[Path], list[dict[str, NDArray[Any]]]]:
+    """Return the shards of a data set in order, and the ids and surveys of their alerts."""
     files = sorted((out / SHARDS).glob("*.arrow"))
-    ids = [{name: arrays[name] for name in ("alert_id", "object_id", "survey")} for arrays in map(open_shard, files)]
-    alert_id, object_id, survey = (np.concatenate([part[name] for part in ids]) for name in ids[0])
+    return files, [
+        {name: arrays[name] for name in ("alert_id", "object_id", "survey")} for arrays in map(open_shard, files)
+    ]
+
+
+def _label_and_split(
+    ids: Sequence[dict[str, NDArray[Any]]], labels: Labels, rule: SplitRule, *, allow_unmatched: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the labels and the splits of the alerts in the shards, int64[N] each.
+
+    Raises DatasetError if labels match no alert (some may, with `allow_unmatched`), or as `assign_splits` does.
+    """
+    alert_id, object_id = (np.concatenate([part[name] for part in ids]) for name in ("alert_id", "object_id"))
     object_id = object_id.astype(np.str_)
     keys = [labels.key_of(alert, name) for alert, name in zip(alert_id.tolist(), object_id.tolist(), strict=True)]
-    if not allow_unmatched and where is None and (unmatched := sorted(labels.label_of.keys() - set(keys))):
+    if not allow_unmatched and (unmatched := sorted(labels.label_of.keys() - set(keys))):
         raise DatasetError(
             f"{labels.table}: {len(unmatched)} labels have no alert among the inputs, for example "
             f"{labels.key} {', '.join(unmatched[:SHOWN])}: add their alerts, or pass --allow-unmatched"
         )
     label = np.array([labels.label_of[key] for key in keys])
-    split = assign_splits(object_id, label, labels.classes, rule)
+    return label, assign_splits(object_id, label, labels.classes, rule)
 
+
+def _finish(
+    out: Path,
+    files: Sequence[Path],
+    ids: Sequence[dict[str, NDArray[Any]]],
+    label: NDArray[np.int64],
+    split: NDArray[np.int64],
+    described: dict[str, Any],
+) -> None:
+    """Write the index (labels, splits) and the card. `described`: those keys of the card that the shards do not say."""
+    alert_id, object_id, survey = (np.concatenate([part[name] for part in ids]) for name in ids[0])
+    object_id = object_id.astype(np.str_)
     index = pa.table({"alert_id": alert_id, "object_id": object_id, "label": label, "split": split})
     write_whole(out / INDEX, partial(parquet.write_table, index))
     content: dict[str, Any] = {
         "surveys": [str(Survey(code)) for code in np.unique(survey).tolist()],
-        "cutout_size": cutout_size,
-        "columns": columns,
-        **({"planes": list(planes)} if planes else {}),
-        "classes": labels.classes,
-        "labels": f"{labels.column} of {labels.table.name}, by {labels.key}: {'; '.join(map(str, labels.rules))}",
-        **({"where": where} if where is not None else {}),
-        "split": rule.model_dump(),
+        **described,
         "counts": {
             name: {side: int(((label == i) & (split == j)).sum()) for j, side in enumerate(SPLITS)}
-            for i, name in enumerate(labels.classes)
+            for i, name in enumerate(described["classes"])
         },
         "shards": [
             {

@@ -31,6 +31,7 @@ from broker_filter.scoring.bundle import (
     POINTS,
     CardSection,
     FileName,
+    ImageInput,
     Inputs,
     ModelName,
     Sha256,
@@ -82,7 +83,11 @@ class DatasetCard(CardSection):
     classes: tuple[ModelName, ...] = Field(min_length=2)
     labels: str = Field(description="Source of the labels, and the values of each class.")
     where: str | None = Field(default=None, description="Filter that alerts had to pass; null: no filter.")
-    split: SplitRule
+    normalised: Literal["l2_image"] | None = Field(
+        default=None,
+        description="Normalisation that the stored cutouts have; null: pixels as the survey published them.",
+    )
+    split: SplitRule | None = Field(description="Rule of the split; null: the split of a published set.")
     counts: dict[str, dict[str, int]] = Field(description="Alerts by class and split.")
     shards: tuple[Shard, ...]
     index_sha256: Sha256
@@ -96,7 +101,7 @@ class LabelledAlerts:
     alert_id: NDArray[np.int64]  # [N]
     object_id: NDArray[np.str_]  # [N]
     label: NDArray[np.int64]  # [N] index into the card's classes
-    cutouts: NDArray[np.float32]  # [N, 3, S, S] science, template, difference, as published
+    cutouts: NDArray[np.float32]  # [N, 3, S, S] science, template, difference, as the card's `normalised` says
     cutout_box: NDArray[np.int16]  # [N, 3, 4] y0, x0, height, width
     metadata: NDArray[np.float64]  # [N, F] NaN where missing
     columns: tuple[str, ...]  # F
@@ -192,6 +197,19 @@ class Dataset:
             self._plane("variance", rows),
             self._plane("psf", rows),
         )
+
+    def check_pixels(self, images: ImageInput) -> None:
+        """Raise DatasetError if the stored cutouts cannot be prepared as the `images` of a network.
+
+        Division by an L2 norm, of an image or of a row, gives the same for a cutout that was divided by its norm
+        before, apart from rounding. Noise cannot be estimated any more where missing pixels have become 0.
+        """
+        if self.card.normalised and not images.normalisation.startswith("l2"):
+            raise DatasetError(
+                f"{self.directory}: its cutouts were published divided by their L2 norm, but the network has the "
+                f"normalisation {images.normalisation}, which needs the pixels of the survey: choose l2_image, or "
+                "build a data set from packets"
+            )
 
     @property
     def has_light_curves(self) -> bool:

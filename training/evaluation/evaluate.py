@@ -263,6 +263,7 @@ def _check_fit(model: Model, dataset: Dataset) -> None:
             f"{dataset.directory}: its cutouts have {card.cutout_size} px, but {directory} takes {size} px: "
             f"build it again with --cutout-size {size}"
         )
+    dataset.check_pixels(model.bundle.card.inputs.images)
     if planes := dataset.missing_planes(model.bundle.card.inputs):
         raise EvaluationError(
             f"{dataset.directory}: it lacks planes that {directory} needs: build it again with --planes "

@@ -77,6 +77,7 @@ def fit(config: Fit) -> None:
             f"{config.dataset}: its cutouts have {dataset.card.cutout_size} px, but the network takes "
             f"{config.images.size} px: build it with --cutout-size {config.images.size}"
         )
+    dataset.check_pixels(config.images)
     if planes := dataset.missing_planes(Inputs(images=config.images)):
         raise DatasetError(
             f"{config.dataset}: it lacks planes that the network needs: build it with --planes {' '.join(planes)}"

@@ -31,6 +31,7 @@ from training.evaluation.metrics import measure
 from training.evaluation.predictions import Predictions
 from training.recipe import PUBLISHED_IMAGES, Encoder, Fit, Hardware, Recipe, read_configuration
 from training.vision.fit import BUNDLE, fit
+from training.vision.frozen_fusion import OF_THE_FUSION
 from training.vision.study_report import Choice, as_markdown
 
 TABLE = "study.csv"
@@ -164,14 +165,18 @@ def _configure(study: Study, one: Run) -> Fit:
     recipe = Recipe(**{**study.recipe.model_dump(), **model.recipe, **regimen.recipe})
     often = round(1 / of.fraction)
     encoder = Encoder(regimen=of.regimen, source=regimen.encoders[of.model]) if regimen.encoders else None
+    metadata, architecture = study.inputs[of.inputs], model.architecture
+    if not metadata:  # there is nothing to join with the images
+        alone = {name: value for name, value in architecture.arguments.items() if name not in OF_THE_FUSION}
+        architecture = Architecture(name=architecture.name, arguments=alone)
     return Fit(
         name=f"{of.model}_{of.regimen}_{of.inputs}",
         version=f"{of.dataset}, {of.fraction:.0%} of the sources, seed {one.seed}",
         dataset=study.datasets[of.dataset],
         out=study.out / RUNS / one.name,
-        architecture=model.architecture,
+        architecture=architecture,
         encoder=encoder,
-        metadata=study.inputs[of.inputs],
+        metadata=metadata,
         images=study.images,
         recipe=recipe.model_copy(
             update={
