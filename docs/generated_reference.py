@@ -153,7 +153,7 @@ def _source(source: Source | None) -> str:
         case PacketField():
             return " or ".join(f"`{path}`" for path in source.paths)
         case Derived():
-            return f"from {', '.join(_source(field) for field in source.fields)}"
+            return f"from {', '.join(dict.fromkeys(_source(field) for field in source.fields))}"
         case _:
             return "the light curve"
 
