@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from broker_filter.packets import compiled
+from broker_filter.packets.batch import PLANES
 from broker_filter.packets.stamps import decode_stamp
 from tests.packets.test_stamps import CUTOUT_FIELDS, bits, fits_bytes, needs_compiled, numbered
 
@@ -58,7 +59,8 @@ def decode_together(stamps: Sequence[bytes]) -> tuple[NDArray[np.bool_], NDArray
     ends = np.cumsum([0, *map(len, stamps)])
     spans.reshape(-1, 2)[: len(stamps)] = np.stack([ends[:-1], ends[1:]], axis=1)
     bodies = [memoryview(b"".join(stamps))] * n
-    compiled.decode_stamps(bodies, spans, np.zeros(n, bool), slots, boxes, taken)
+    states = np.zeros((n, 3, len(PLANES)), np.uint8)
+    compiled.decode_stamps(bodies, spans, np.zeros(n, bool), slots, boxes, taken, None, None, states)
     return taken.reshape(-1)[: len(stamps)], slots.reshape(-1, SIZE, SIZE)[: len(stamps)]
 
 
