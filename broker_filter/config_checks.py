@@ -56,7 +56,7 @@ class EnvironmentChecks(ConfigChecks):
         try:
             reference = read_card(file)
             if bundles is not None:  # an error in a bundle is reported under `models`
-                check_made_with(file, reference, [bundle.card for bundle in bundles])
+                check_made_with(file, reference, bundles)
         except ReferenceSetError as error:
             raise ValueError(str(error)) from None
 

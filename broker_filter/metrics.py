@@ -127,7 +127,12 @@ class Metrics:
             "exposure_latency_seconds", "Time from the exposure to the commit of the output.", EXPOSURE_SECONDS
         )
         self._model = self._gauge(
-            "model_info", "Always 1; the labels name a loaded model.", "model", "version", "provider"
+            "model_info",
+            "Always 1; the labels name a network of a loaded model, and the surveys whose alerts it scores.",
+            "model",
+            "version",
+            "provider",
+            "surveys",
         )
         self._build = self._gauge(
             "build_info", "Always 1; the labels describe the running program.", "version", "decoder"
@@ -156,9 +161,12 @@ class Metrics:
         """Set the metric of the program's version. `decoder`: the implementation that decodes packets."""
         self._build.labels(__version__, decoder).set(1)
 
-    def describe_model(self, name: str, version: str, provider: str) -> None:
-        """Set the metric of a loaded model. `provider`: the engine and device that run it."""
-        self._model.labels(name, version, provider).set(1)
+    def describe_model(self, name: str, version: str, provider: str, surveys: str) -> None:
+        """Set the metric of a network of a loaded model.
+
+        `provider`: the engine and device that run it. `surveys`: the names of its surveys, with commas between them.
+        """
+        self._model.labels(name, version, provider, surveys).set(1)
 
     @contextmanager
     def time_stage(self, stage: str) -> Iterator[None]:

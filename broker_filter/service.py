@@ -323,8 +323,11 @@ class FilterService:
         self._metrics.describe_build(IMPLEMENTATION)
         self._metrics.expect(topics=self._config.output_topics)
         for model in self._scorer.models:
-            self._metrics.describe_model(model.name, model.version, model.provider)
-            log.info("model %s %s on %s", model.name, model.version, model.provider)
+            for part in model.parts:
+                surveys, provider = ",".join(map(str, part.surveys)), part.network.provider
+                self._metrics.describe_model(model.name, model.version, provider, surveys)
+                network = "" if len(model.parts) == 1 else f" by the network {part.bundle.card.title}"
+                log.info("model %s %s on %s, for %s%s", model.name, model.version, provider, surveys, network)
         self._metrics.queue_depth.labels("score").set_function(self._decoded.qsize)
         self._metrics.queue_depth.labels("commit").set_function(self._routed.qsize)
 

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from broker_filter.importers.combine import combine_bundles
 from broker_filter.local_kafka import KafkaCluster, embedded_broker, free_ports, kafka_home
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import open_bundle
@@ -186,11 +187,10 @@ def reference_file(tmp_path: Path) -> Path:
     alerts = ReferenceAlerts(embedding, np.arange(100), names, np.full(100, Survey.ZTF, np.uint8))
     scores = np.sort(rng.gamma(3, 0.1, 50).astype(np.float32))
     file = tmp_path / "ordinary.safetensors"
-    card = open_bundle("default").card
     usual, apart = np.array([[0.2, 0.1]], np.float32), np.empty((0, 2), np.float32)
     part = SurveyReference(alerts, scores, usual, apart, np.full(100, UNLABELLED))
     counts = SurveyCounts(read=200, passed=150, kept=100, held_out=50)
-    make_reference(card, None, {Survey.ZTF: part}, {Survey.ZTF: counts}, "mahalanobis").write(file)
+    make_reference(open_bundle("default"), None, {Survey.ZTF: part}, {Survey.ZTF: counts}, "mahalanobis").write(file)
     return file
 
 
@@ -201,6 +201,23 @@ def embedding_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.embedding_bundle import write_embedding_bundle
 
     return write_embedding_bundle(tmp_path_factory.mktemp("bundles") / "looks")
+
+
+@pytest.fixture(scope="session")
+def lsst_network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bundle for LSST alerts (`tests/lsst_network.py`)."""
+    pytest.importorskip("onnx", reason="making a bundle needs the extra `train`")
+    from tests.lsst_network import write_lsst_network
+
+    return write_lsst_network(tmp_path_factory.mktemp("bundles") / "deep")
+
+
+@pytest.fixture(scope="session")
+def both_surveys(lsst_network: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that scores alerts of ZTF by the network of `default` and those of LSST by `lsst_network`."""
+    directory = tmp_path_factory.mktemp("bundles") / "both"
+    combine_bundles(directory, "both", "3.0", {"ztf": "default", "lsst": lsst_network})
+    return directory
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def random_network(seed: int) -> nn.Module:
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
-    inputs = open_bundle("default").card.inputs
+    inputs = open_bundle("default").part("ztf").card.inputs
     images = torch.from_numpy(prepare(_test_alerts(inputs), inputs)["images"])
     last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
     with torch.inference_mode():
@@ -77,7 +77,7 @@ def test_maxvit_of_full_size_is_imported_and_a_damaged_one_is_refused(seed: int,
     folder = publish(random_network(seed), tmp_path / "BTSbot")
     bundle = tmp_path / "bts"
     assert main(["models", "import", "btsbot", str(folder), "--name", "bts", "--out", str(bundle)]) == 0
-    print("tolerances", open_bundle(bundle).card.tolerances)  # noqa: T201 -- the output of the make target
+    print("tolerances", open_bundle(bundle).parts[0].card.tolerances)  # noqa: T201 -- the output of the make target
     weights, card = load_file(bundle / BUNDLED_WEIGHTS), yaml.safe_load((bundle / CARD).read_text())
     for name in LAYERS:
         damaged = save(weights | {name: weights[name] * DAMAGE})

@@ -27,14 +27,14 @@ SIDE = 7
 def write_embedding_bundle(directory: Path) -> Path:
     """Write the bundle, whose modalities are the three cutouts, and return its directory."""
     directory.mkdir()
-    card = open_bundle("default").card.model_dump(mode="json")
+    card = open_bundle("default").part("ztf").card.model_dump(mode="json")
     card |= {"name": NAME, "version": "1", "architecture": {"name": "none"}}
     card["inputs"] |= {"metadata": []}
     card["outputs"] |= {"embedding": len(MODALITIES) * SIDE * SIDE, "modalities": list(MODALITIES)}
     onnx.save(_graph(), str(directory / ONNX))
     save_file({"none": np.zeros(1, np.float32)}, directory / WEIGHTS)
-    vector = open_bundle("default").test_vector()
-    inputs = open_bundle("default").card.inputs
+    vector = open_bundle("default").part("ztf").test_vector()
+    inputs = open_bundle("default").part("ztf").card.inputs
     images = prepare(vector, inputs)["images"]
     session = onnxruntime.InferenceSession(directory / ONNX)
     names = ("probabilities", "embedding", "modalities")

@@ -13,7 +13,7 @@ import pytest
 
 from broker_filter.config import Input, Model, Registry, SecretFromEnvironment, SecretFromFile, Service, Tls
 from broker_filter.config_file import MAX_FILE_BYTES, ConfigError, document_keys, load_service
-from broker_filter.scoring.bundle import SHIPPED
+from broker_filter.scoring.bundle import open_bundle
 
 SMALLEST = """\
 input:  {bootstrap_servers: "survey:9092", group_id: "me-filter", topics: ["ztf_20260225_programid1"], start: earliest}
@@ -461,7 +461,7 @@ def test_reference_must_be_made_with_one_of_the_models(tmp_path: Path, reference
         assert list(found) == [path]
         assert message in found[path]
     other = tmp_path / "other"
-    shutil.copytree(SHIPPED / "default", other)
+    shutil.copytree(open_bundle("default").part("ztf").directory, other)
     card = (other / "bundle.yaml").read_text().replace("version: ", "version: another-")
     (other / "bundle.yaml").write_text(card)
     text = SMALLEST.replace("default", str(other))

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from broker_filter.bench.targets import Expected
 from broker_filter.cli import main
 from broker_filter.packets.batch import Survey
-from broker_filter.scoring.bundle import CARD, SHIPPED, open_bundle
+from broker_filter.scoring.bundle import CARD, open_bundle
 from broker_filter.scoring.neighbours import normalise
 from broker_filter.scoring.reference import UNLABELLED, ReferenceAlerts, SurveyCounts, SurveyReference, make_reference
 
@@ -71,17 +71,17 @@ def named_values(document: Any, key: str) -> set[str]:
 def write_reference(file: Path) -> None:
     """Write a reference set of random embeddings for the bundle `embedder`."""
     rng = np.random.default_rng(0)
-    card = open_bundle("embedder").card
-    assert card.outputs.embedding is not None
-    embedding = normalise(rng.standard_normal((100, card.outputs.embedding)))
+    bundle = open_bundle("embedder")
+    assert bundle.embedding is not None
+    embedding = normalise(rng.standard_normal((100, bundle.embedding)))
     names = np.array([f"ZTF26a{i}" for i in range(100)])
     alerts = ReferenceAlerts(embedding, np.arange(100), names, np.full(100, Survey.ZTF, np.uint8))
-    modalities = len(card.outputs.modalities)
+    modalities = len(bundle.modalities)
     usual, apart = np.full((1 + modalities, 2), 0.2, np.float32), np.full((modalities, 2), 0.2, np.float32)
     scores = np.sort(rng.gamma(3, 0.1, 50).astype(np.float32))
     part = SurveyReference(alerts, scores, usual, apart, np.full(100, UNLABELLED))
     counts = SurveyCounts(read=200, passed=150, kept=100, held_out=50)
-    make_reference(card, None, {Survey.ZTF: part}, {Survey.ZTF: counts}, "mahalanobis").write(file)
+    make_reference(bundle, None, {Survey.ZTF: part}, {Survey.ZTF: counts}, "mahalanobis").write(file)
 
 
 def write_certificate(file: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_service_file_in_the_documentation_loads(
     for authority in named_values(document, "ca"):
         write_certificate(Path(authority))
     for bundle in (Path(model) for model in document.get("models", []) if str(model).startswith("./")):
-        shutil.copytree(SHIPPED / "default", bundle)
+        shutil.copytree(open_bundle("default").part("ztf").directory, bundle)
         card = (bundle / CARD).read_text()
         (bundle / CARD).write_text(card.replace("name: default", f"name: {bundle.name}", 1))
     Path("service.yaml").write_text(text)

@@ -59,7 +59,7 @@ def naive_producer(bootstrap_servers: str, name: str) -> Any:
 
 def naive_loop(bootstrap_servers: str, topic: str, name: str, alerts: int, model: str) -> None:
     """Consume, score and produce one alert after another, with NAIVE_TRANSACTION alerts per transaction."""
-    broker = NaiveBroker(open_bundle(model))
+    broker = NaiveBroker(open_bundle(model).part("ztf"))
     consumer, producer = naive_consumer(bootstrap_servers, topic, name), naive_producer(bootstrap_servers, name)
     done = 0
     while done < alerts:

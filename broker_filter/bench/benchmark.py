@@ -39,7 +39,7 @@ def run_benchmark(options: Options, announce: Callable[[str], None]) -> Report:
     """
     scorer = open_scorer(options.models, Runtime(device=options.device))
     of_ztf = set(options.parts) - set(OF_LSST)
-    if of_ztf and scorer.models[0].columns:
+    if of_ztf and scorer.models[0].part(Survey.ZTF).inputs.metadata:
         raise BenchmarkError(
             f"{options.models[0]} needs more than images, and the naive loop cannot run it: name an image model first"
         )

@@ -18,7 +18,7 @@ from broker_filter.bench.measure import Run, timed
 from broker_filter.bench.naive import NaiveBroker
 from broker_filter.packets.batch import CUTOUTS, AlertBatch
 from broker_filter.scoring.alerts import raw_alerts
-from broker_filter.scoring.bundle import WEIGHTS, Bundle
+from broker_filter.scoring.bundle import WEIGHTS, Part
 from broker_filter.scoring.networks import ServedNetwork, load_network
 from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.runtimes import LoadedNetwork, Tensors
@@ -42,7 +42,7 @@ def inflate_stamps(packets: Sequence[bytes], broker: NaiveBroker) -> Work:
     return inflate
 
 
-def flops_run(bundle: Bundle) -> Callable[[], Run]:
+def flops_run(bundle: Part) -> Callable[[], Run]:
     """Return a function that measures the time of as many floating-point operations as the network needs.
 
     The operations are float32 matrix products on one thread, by torch or onnxruntime, whichever is faster.
@@ -84,7 +84,7 @@ def product_graph() -> bytes:
     return b"\x08\x08" + field(7, graph) + field(8, b"\x10\x11")  # of format 8, operators of set 17
 
 
-def flops(bundle: Bundle) -> int:
+def flops(bundle: Part) -> int:
     """Return the number of floating-point operations of the network for one alert, counted by torch.
 
     A multiplication with its addition counts as two; only convolutions and matrix products are counted.
@@ -96,7 +96,7 @@ def flops(bundle: Bundle) -> int:
     return int(counter.get_total_flops())
 
 
-def network_alone(network: LoadedNetwork, bundle: Bundle, alerts: AlertBatch, threads: int) -> Work:
+def network_alone(network: LoadedNetwork, bundle: Part, alerts: AlertBatch, threads: int) -> Work:
     """Return a function that runs the network on prepared tensors, in chunks of the service's size.
 
     `threads`: the number with which the network was opened; torch sets it for the whole process.

@@ -48,7 +48,7 @@ class NaiveKafkaIO:
 
     def __init__(self, testbed: Testbed, packets: Sequence[bytes], model: str) -> None:
         self._testbed = testbed
-        broker = NaiveBroker(open_bundle(model))
+        broker = NaiveBroker(open_bundle(model).part("ztf"))
         self._records = [broker.process(packet) for packet in packets]
 
     def take(self) -> Run:

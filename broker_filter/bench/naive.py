@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from broker_filter.packets.batch import CUTOUTS
-from broker_filter.scoring.bundle import WEIGHTS, Bundle, BundleError
+from broker_filter.scoring.bundle import WEIGHTS, BundleError, Part
 from broker_filter.scoring.networks import ServedNetwork, load_network
 
 Alert = dict[str, Any]
@@ -32,10 +32,10 @@ SCORES_FIELD = {"name": "scores", "type": {"type": "map", "values": "float"}}
 class NaiveBroker:
     """Turns one ZTF packet at a time into an output record."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        """`bundle`: a model whose only inputs are images, divided by their norm.
+    def __init__(self, bundle: Part) -> None:
+        """`bundle`: a network for ZTF whose only inputs are images, divided by their norm.
 
-        Raises BundleError for a model with the normalisation `snr`.
+        Raises BundleError for a network with the normalisation `snr`.
         """
         if bundle.card.inputs.planes:
             raise BundleError(

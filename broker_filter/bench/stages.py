@@ -31,7 +31,7 @@ from broker_filter.bench.naive import NaiveBroker
 from broker_filter.bench.options import Device
 from broker_filter.bench.sample import in_batches
 from broker_filter.config import Batch, Input, Output, Runtime, Service
-from broker_filter.packets.batch import CUTOUTS
+from broker_filter.packets.batch import CUTOUTS, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.layout import N_POINT_COLUMNS, N_SPANS, STAMP, Layout
 from broker_filter.packets.ocf import read_container
@@ -74,7 +74,7 @@ def measure_stages(
     The naive loop runs the first model, whose only inputs must be images.
     """
     scorer = open_scorer(models, Runtime(device=device, inference_threads=1))
-    naive = NaiveBroker(scorer.models[0].bundle)
+    naive = NaiveBroker(scorer.models[0].part(Survey.ZTF).bundle)
     with ThreadPoolExecutor(2) as pool:
         stages: dict[str, Row] = {
             **decoding_stages(packets, scorer, naive, pool),
@@ -174,7 +174,7 @@ def scoring_stages(packets: Sequence[bytes], scorer: Scorer, naive: NaiveBroker,
     cutouts = [naive.cutouts(naive.decode(packet)[1]) for packet in packets]
     images = [naive.normalise(each) for each in cutouts]
     first = scorer.models[0]
-    wanted = first.bundle.card.inputs.images
+    wanted = first.part(Survey.ZTF).inputs.images
 
     def normalise() -> None:
         for k in range(0, n, BATCH):
@@ -197,24 +197,25 @@ def scoring_stages(packets: Sequence[bytes], scorer: Scorer, naive: NaiveBroker,
         }
     }
     for model in scorer.models:
+        part = model.part(Survey.ZTF)
         for engine in ENGINES:
             try:
                 one, two = (
-                    open_network(model.bundle, Runtime(engine=engine, device=device, inference_threads=threads))
+                    open_network(part.bundle, Runtime(engine=engine, device=device, inference_threads=threads))
                     for threads in (1, 2)
                 )
             except RuntimeUnavailableError:
                 continue  # this engine lacks the device; opening the scorer has failed before if every engine lacks it
             stages[f"inference: {model.name}, {one.provider}"] = {
                 **({NAIVE: partial(timed, infer_naively, n)} if model is first else {}),
-                SERVICE: partial(timed, network_alone(one, model.bundle, alerts, 1), n),
-                SERVICE_2_THREADS: partial(timed, network_alone(two, model.bundle, alerts, 2), n),
-                FLOPS: flops_run(model.bundle),
+                SERVICE: partial(timed, network_alone(one, part.bundle, alerts, 1), n),
+                SERVICE_2_THREADS: partial(timed, network_alone(two, part.bundle, alerts, 2), n),
+                FLOPS: flops_run(part.bundle),
             }
         stages[score_stage(model.name)] = {
             **({NAIVE: partial(timed, score_naively, n)} if model is first else {}),
             SERVICE: partial(timed, partial(model.score, alerts), n),
-            RUNTIME: partial(timed, network_alone(model.network, model.bundle, alerts, 1), n),
+            RUNTIME: partial(timed, network_alone(part.network, part.bundle, alerts, 1), n),
         }
     return stages
 

@@ -30,6 +30,7 @@ from broker_filter.bench.sample import in_batches, write_night
 from broker_filter.bench.stages import BATCH, open_decoder
 from broker_filter.bench.testbed import Broker, Testbed
 from broker_filter.config import Model, Runtime
+from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import open_bundle
 from broker_filter.scoring.runtimes import available_cores
 from broker_filter.scoring.scorer import open_scorer
@@ -56,7 +57,7 @@ def measure_archive(
     naive_alerts = max(1, alerts // NAIVE_SHARE)
     write_night(night, islice(cycle(packets), alerts))
     write_night(naive_night, islice(cycle(packets), naive_alerts))
-    bundle = open_bundle(model)
+    bundle = open_bundle(model).part("ztf")
     broker = NaiveBroker(bundle)
     alone = open_scorer([model], Runtime(device=device, inference_threads=1))
     decoded, _ = open_decoder(alone).decode(in_batches(packets, len(packets))[0])
@@ -86,7 +87,9 @@ def measure_archive(
         SERVICE_2_THREADS: partial(service, 2),
         INFLATE: partial(timed, inflate_stamps(packets, broker), len(packets)),
         FLOPS: flops_run(bundle),
-        RUNTIME: partial(timed, network_alone(alone.models[0].network, bundle, decoded, 1), len(packets)),
+        RUNTIME: partial(
+            timed, network_alone(alone.models[0].part(Survey.ZTF).network, bundle, decoded, 1), len(packets)
+        ),
     }
     return {ARCHIVE: compete(competitors, repetitions)}
 
@@ -101,7 +104,7 @@ def measure_kafka(
     naive_alerts = max(2 * NAIVE_TRANSACTION, testbed.alerts // NAIVE_SHARE)
     scorer = open_scorer(models, Runtime(device=device))
     alerts, _ = open_decoder(scorer).decode(in_batches(packets, len(packets))[0])
-    first = scorer.models[0].bundle
+    first = scorer.models[0].part(Survey.ZTF).bundle
     others: dict[str, Callable[[], Run]] = {
         NAIVE: partial(run_naive_loop, testbed, models[0], naive_alerts),
         NO_WORK: partial(run_no_work_loop, testbed),
@@ -110,7 +113,8 @@ def measure_kafka(
     }
     contests = {}
     for name, model in zip(models, scorer.models, strict=True):
-        alone = network_alone(model.network, model.bundle, alerts, available_cores())
+        part = model.part(Survey.ZTF)
+        alone = network_alone(part.network, part.bundle, alerts, available_cores())
         competitors: dict[str, Callable[[], Run]] = {
             SERVICE: partial(run_service, testbed, name, device),
             RUNTIME: partial(timed, alone, len(packets)),

@@ -73,5 +73,5 @@ def open_reference(file: Path, bundle: str | None, device: Device) -> tuple[Refe
     require_files(file)
     reference = read_reference(file)
     scorer = Scorer.open(bundle or reference.card.bundle, device=device)
-    check_made_with(file, reference.card, [model.bundle.card for model in scorer.models])
+    check_made_with(file, reference.card, [model.bundle for model in scorer.models])
     return reference, scorer

@@ -89,10 +89,13 @@ def summary(service: ResolvedService) -> str:
     ]
     for model, bundle in zip(config.models, service.bundles, strict=True):
         card = bundle.card
-        surveys = ", ".join(dict.fromkeys([*card.surveys, *model.also]))
+        surveys = ", ".join(dict.fromkeys([*bundle.surveys, *model.also]))
         line = f"model: {card.name} {card.version} ({', '.join(card.outputs.labels)}) for {surveys}"
-        for label, trained_for in card.outputs.surveys.items():
-            line += f"; {label} only for {', '.join(dict.fromkeys([*trained_for, *model.also]))}"
+        for label in card.outputs.labels:
+            if (trained_for := bundle.surveys_of(label)) != bundle.surveys:
+                line += f"; {label} only for {', '.join(dict.fromkeys([*trained_for, *model.also]))}"
+        if len(bundle.parts) > 1:
+            line += "".join(f"; {', '.join(part.surveys)} by {part.card.title}" for part in bundle.parts)
         lines.append(line)
     if config.anomalies:
         lines.append(f"anomalies: {config.anomalies.rate:g} of the alerts, by {config.anomalies.reference}")

@@ -1,36 +1,41 @@
-"""`broker-filter models`: imports published weights; lists, shows and verifies bundles. Never changes a bundle."""
+"""`broker-filter models`: imports published weights; combines, lists, shows and verifies bundles. Never changes one."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from broker_filter.cli.extras import require_extra
-from broker_filter.cli.parser import require_files
+from broker_filter.cli.parser import UsageError, require_files
 
 if TYPE_CHECKING:
-    from broker_filter.scoring.bundle import Bundle
+    from broker_filter.config import SurveyName
+    from broker_filter.scoring.bundle import Bundle, Part
 
 ENGINES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")
 """Engines that a bundle must run on."""
 LINE = 100
 """Width in characters to which a card is wrapped."""
 
+SURVEYS: tuple[SurveyName, ...] = ("ztf", "lsst")
+"""Surveys for which a bundle may have a network."""
 IMPORT_MODULES = ("h5py", "onnx", "onnxscript", "timm", "torch")
 """Modules of the extra `train` that importing weights needs."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command `models` and its four subcommands to the parser."""
+    """Add the command `models` and its five subcommands to the parser."""
     parser = subparsers.add_parser(
         "models",
-        help="import, list, show and verify model bundles",
+        help="import, combine, list, show and verify model bundles",
         examples=(
             "broker-filter models list bundles/",
             "broker-filter models show default",
+            "broker-filter models combine --ztf default --lsst mine/ --name both --version 1 --out bundles/both",
             "broker-filter models import braai d6_m7.weights.h5 --normalisation row --name d6_m7 --out bundles/d6_m7",
         ),
     )
@@ -69,6 +74,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     for kind in (braai, acai, btsbot):
         kind.add_argument("--name", required=True, help="name of the bundle, and prefix of its output columns")
         kind.add_argument("--out", metavar="DIR", type=Path, required=True, help="directory of the new bundle")
+
+    combiner = parts.add_parser(
+        "combine",
+        help="make one bundle of networks for different surveys",
+        description="Copies the networks of several bundles into one bundle, which scores each alert with the network "
+        "of its survey. The outputs are the labels that all networks have in common.",
+    )
+    for survey in SURVEYS:
+        combiner.add_argument(f"--{survey}", metavar="BUNDLE", help=f"bundle whose network scores alerts of {survey}")
+    combiner.add_argument("--name", required=True, help="name of the new bundle, and prefix of its output columns")
+    combiner.add_argument("--version", required=True, help="version of the new bundle")
+    combiner.add_argument("--out", metavar="DIR", type=Path, required=True, help="directory of the new bundle")
+    combiner.set_defaults(run=_combine)
 
     lister = parts.add_parser("list", help="list the bundles that ship, and the bundles in directories")
     lister.add_argument("directories", metavar="DIR", nargs="*", type=Path, help="bundle, or directory of bundles")
@@ -122,6 +140,17 @@ def _report_import(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _combine(arguments: argparse.Namespace) -> int:
+    from broker_filter.importers.combine import combine_bundles
+
+    networks = {survey: bundle for survey in SURVEYS if (bundle := getattr(arguments, survey)) is not None}
+    if not networks:
+        raise UsageError(f"no network given; use {' and '.join(f'--{survey}' for survey in SURVEYS)}")
+    card = combine_bundles(arguments.out, arguments.name, arguments.version, networks)
+    print(f"{arguments.out}: bundle {card.title} written and verified; it gives {', '.join(card.outputs.labels)}")
+    return 0
+
+
 def _list(arguments: argparse.Namespace) -> int:
     from broker_filter.scoring.bundle import CARD, BundleError, open_bundle, shipped_bundles
 
@@ -132,7 +161,7 @@ def _list(arguments: argparse.Namespace) -> int:
             [directory] if (directory / CARD).is_file() else sorted(card.parent for card in directory.glob(f"*/{CARD}"))
         )
         found += [path.absolute() for path in inside]
-    rows = [("NAME", "VERSION", "SURVEYS", "OUTPUTS", "TASK", "DIRECTORY")]
+    rows = [("NAME", "VERSION", "NETWORKS", "OUTPUTS", "TASK", "DIRECTORY")]
     status = 0
     for path in found:
         try:
@@ -142,8 +171,9 @@ def _list(arguments: argparse.Namespace) -> int:
             status = 1
             continue
         card = bundle.card
-        columns = ",".join(card.output_names)
-        rows.append((card.name, card.version, ",".join(card.surveys), columns, card.task, str(bundle.directory)))
+        networks = ";".join(f"{','.join(part.surveys)}:{part.card.architecture.name}" for part in bundle.parts)
+        columns = ",".join(bundle.output_names)
+        rows.append((card.name, card.version, networks, columns, card.task, str(bundle.directory)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -167,22 +197,47 @@ def _verify(arguments: argparse.Namespace) -> int:
         if engine == "torch" and not torch_is_installed():
             print(f"torch: not verified, because PyTorch is not installed: {INSTALL_TORCH}")
             continue
-        model = open_model(arguments.bundle, Runtime(engine=engine))
-        print(
-            f"{model.bundle.directory}: the files match their sha256, and {model.provider} reproduces the test vector"
-        )
+        for part in open_model(arguments.bundle, Runtime(engine=engine)).parts:
+            print(
+                f"{part.bundle.directory}: for {', '.join(map(str, part.surveys))}: the files match their sha256, and "
+                f"{part.network.provider} reproduces the test vector"
+            )
     return 0
 
 
 def _describe(bundle: Bundle) -> list[str]:
+    """Return the lines that describe a bundle: its networks, if it has several, and the card of each network."""
     from broker_filter.scoring.scores import output_name
 
-    card = bundle.card
+    if len(bundle.parts) == 1:
+        return _describe_network(bundle.parts[0])
+    thresholds = {
+        output_name(bundle.card.name, label): bundle.thresholds_of(label) for label in bundle.card.outputs.labels
+    }
+    entries = {
+        "directory": str(bundle.directory),
+        "outputs": ", ".join(bundle.output_names),
+        "cuts": ", ".join(
+            f"{name} > {cut:g} ({survey})" for name, cuts in thresholds.items() for survey, cut in cuts.items()
+        ),
+        "embedding": str(bundle.embedding or ""),
+        **{", ".join(part.surveys): f"by {part.card.title} in {part.directory.name}/" for part in bundle.parts},
+    }
+    lines = _lines(f"{bundle.card.title}: {bundle.card.task}", entries)
+    for part in bundle.parts:
+        lines += ["", *_describe_network(part)]
+    return lines
+
+
+def _describe_network(part: Part) -> list[str]:
+    from broker_filter.scoring.scores import output_name
+
+    card = part.card
     images, outputs = card.inputs.images, card.outputs
     cuts = [f"{label} > {cut:g}" for label, cut in outputs.thresholds.items()]
     arguments = [f"{name}={value}" for name, value in card.architecture.arguments.items()]
     entries = {
-        "directory": str(bundle.directory),
+        "directory": str(part.directory),
         "surveys": ", ".join(card.surveys),
         "images": f"{', '.join(images.order)}; {images.size} px, {images.normalisation}, padding {images.padding:g}",
         "planes": ", ".join(
@@ -196,7 +251,7 @@ def _describe(bundle: Bundle) -> list[str]:
             f"{column.name} ({column.fill:g}{', and a flag,' * column.flag} where missing)"
             for column in card.inputs.metadata
         ),
-        "outputs": ", ".join(card.output_names) + f" ({outputs.activation})",
+        "outputs": ", ".join(output_name(card.name, label) for label in outputs.labels) + f" ({outputs.activation})",
         "null": "; ".join(
             f"{output_name(card.name, label)} for all surveys except {', '.join(surveys)}"
             for label, surveys in outputs.surveys.items()
@@ -211,8 +266,13 @@ def _describe(bundle: Bundle) -> list[str]:
         "source": card.source,
         "citation": card.citation,
     }
+    return _lines(f"{card.title}: {card.task}", entries)
+
+
+def _lines(title: str, entries: Mapping[str, str]) -> list[str]:
+    """Return the title, and the entries below each other, wrapped to LINE characters."""
     margin = max(map(len, entries)) + 2
-    lines = [f"{card.name} {card.version}: {card.task}"]
+    lines = [title]
     for entry, text in entries.items():
         lines += textwrap.wrap(
             text or "none", LINE, initial_indent=f"  {entry:{margin}}", subsequent_indent=" " * (margin + 2)

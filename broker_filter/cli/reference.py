@@ -136,10 +136,16 @@ def _build(arguments: argparse.Namespace) -> int:
 
 def _recommended_cut(model: Model) -> str | None:
     """Return a filter that selects likely real alerts; None if the model recommends no threshold for `real`."""
-    threshold = model.bundle.card.outputs.thresholds.get(REAL)
-    if threshold is None:
+    from broker_filter.scoring.scores import output_name
+
+    thresholds = model.bundle.thresholds_of(REAL)
+    if not thresholds:
         return None
-    cuts = [f"{model.name}.{REAL} > {threshold:g}"]
+    output = output_name(model.name, REAL)
+    if len(set(thresholds.values())) == 1:
+        cuts = [f"{output} > {next(iter(thresholds.values())):g}"]
+    else:
+        cuts = [f"survey == '{survey}' and {output} > {threshold:g}" for survey, threshold in thresholds.items()]
     cuts += [
         f"survey == '{survey}' and {SURVEYS_OWN[str(survey)]} > {MORE_LIKELY_REAL}"
         for survey in model.surveys

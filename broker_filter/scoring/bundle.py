@@ -2,13 +2,15 @@
 
 `bundle.yaml` (the card) lists the other files with their sha256: `weights.safetensors` (the network's parameters, for
 torch), `model.onnx` (the same network, for onnxruntime) and `test_vector.safetensors` (raw inputs with the expected
-outputs). Nothing in a bundle is ever unpickled or executed, and no file outside its directory is read.
+outputs). A bundle may also consist of several networks, each for its surveys: its card names a subfolder for each
+survey, and each subfolder is a complete bundle of one network. Nothing in a bundle is ever unpickled or executed, and
+no file outside its directory is read.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -248,12 +250,22 @@ class Training(CardSection):
     )
 
 
-class Description(CardSection):
-    """Everything about a model except its files."""
+class Identity(CardSection):
+    """The name and the purpose of a bundle."""
 
     name: ModelName
     version: str = Field(min_length=1)
     task: str
+
+    @property
+    def title(self) -> str:
+        """Name and version, for messages."""
+        return f"{self.name} {self.version}"
+
+
+class Description(Identity):
+    """Everything about a model of one network except its files."""
+
     surveys: tuple[SurveyName, ...] = Field(
         min_length=1, description="Surveys for which the model was trained; `outputs.surveys` restricts single outputs."
     )
@@ -264,11 +276,6 @@ class Description(CardSection):
     source: str
     citation: str
     training: Training
-
-    @property
-    def output_names(self) -> tuple[str, ...]:
-        """The names of the output columns, `<model>.<label>`, in the order of the labels."""
-        return tuple(output_name(self.name, label) for label in self.outputs.labels)
 
     def surveys_of(self, label: str) -> tuple[SurveyName, ...]:
         """Return the surveys for which the output `label` was trained."""
@@ -285,7 +292,7 @@ class Description(CardSection):
 
 
 class Card(Description):
-    """The contents of `bundle.yaml`: the description of the model, and the sha256 of its files."""
+    """The contents of `bundle.yaml` for one network: the description of the model, and the sha256 of its files."""
 
     format: Literal[1] = 1
     tolerances: dict[str, Annotated[float, Field(ge=0, le=MAX_TOLERANCE)]] = Field(
@@ -303,6 +310,45 @@ class Card(Description):
         return self
 
 
+class Route(CardSection):
+    """The network that scores the alerts of one survey."""
+
+    folder: FileName = Field(description="Subfolder of the bundle: a complete bundle of one network.")
+    card_sha256: Sha256 = Field(description="sha256 of the card in this folder, which lists those of the other files.")
+
+
+class RoutedOutputs(CardSection):
+    """The outputs of a bundle of several networks."""
+
+    labels: tuple[ModelName, ...] = Field(
+        min_length=1, description="Labels that every network gives. A network may have more; they are not served."
+    )
+
+
+class RoutingCard(Identity):
+    """The contents of `bundle.yaml` for several networks: which network scores the alerts of which survey."""
+
+    networks: dict[SurveyName, Route] = Field(min_length=1)
+    outputs: RoutedOutputs
+    format: Literal[2] = 2
+
+    @property
+    def surveys(self) -> tuple[SurveyName, ...]:
+        """Surveys whose alerts one of the networks scores."""
+        return tuple(self.networks)
+
+    @model_validator(mode="after")
+    def _folders_have_one_card(self) -> RoutingCard:
+        if len({(route.folder, route.card_sha256) for route in self.networks.values()}) != len(self.folders):
+            raise ValueError("networks: one folder is listed with two values of card_sha256")
+        return self
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders of the networks, without repetition."""
+        return tuple(dict.fromkeys(route.folder for route in self.networks.values()))
+
+
 @dataclass(frozen=True, slots=True)
 class KnownAnswers(RawAlerts):
     """K alerts with the metadata columns of the card, and the outputs that the model must give for them."""
@@ -311,11 +357,13 @@ class KnownAnswers(RawAlerts):
 
 
 @dataclass(frozen=True, slots=True)
-class Bundle:
-    """A bundle whose files all exist and have the sha256 that the card lists."""
+class Part:
+    """One network of a bundle. Its files all exist and have the sha256 that its card lists."""
 
     directory: Path
     card: Card
+    surveys: tuple[SurveyName, ...]
+    """The surveys whose alerts this network scores in the bundle."""
 
     def test_vector(self) -> KnownAnswers:
         """Return the stored inputs and expected outputs. Raises BundleError if they do not fit the card."""
@@ -368,6 +416,78 @@ def _light_curves(path: Path, tensors: Mapping[str, NDArray[Any]]) -> LightCurve
     return LightCurves(**columns)
 
 
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A model with one network, or with several networks that each score the alerts of their surveys."""
+
+    directory: Path
+    card: Card | RoutingCard
+    parts: tuple[Part, ...]
+    """The networks. No two of them score the same survey."""
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The names of the output columns, `<model>.<label>`, in the order of the labels."""
+        return tuple(output_name(self.card.name, label) for label in self.card.outputs.labels)
+
+    @property
+    def surveys(self) -> tuple[SurveyName, ...]:
+        """Surveys for which the bundle has a network."""
+        return self.card.surveys
+
+    def part(self, survey: SurveyName) -> Part:
+        """Return the network for alerts of `survey`. Raises BundleError if the bundle has none."""
+        for part in self.parts:
+            if survey in part.surveys:
+                return part
+        raise BundleError(
+            f"{self.directory}: {self.card.name} has no network for {survey}, only for {', '.join(self.surveys)}; "
+            "choose a bundle for this survey (`broker-filter models list`)"
+        )
+
+    def surveys_of(self, label: str) -> tuple[SurveyName, ...]:
+        """Return the surveys for which the output `label` was trained."""
+        return tuple(survey for part in self.parts for survey in part.surveys if survey in part.card.surveys_of(label))
+
+    def thresholds_of(self, label: str) -> dict[SurveyName, float]:
+        """Return the recommended threshold of the probability of `label` for each survey that has one."""
+        return {
+            survey: part.card.outputs.thresholds[label]
+            for part in self.parts
+            if label in part.card.outputs.thresholds
+            for survey in part.surveys
+            if survey in part.card.surveys_of(label)
+        }
+
+    def output_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of one alert's outputs by name.
+
+        Several networks give an embedding only if they agree on its size and modalities.
+        """
+        outputs = {(part.card.outputs.embedding, part.card.outputs.modalities) for part in self.parts}
+        shapes = self.parts[0].card.outputs.shapes() if len(outputs) == 1 else {}
+        return shapes | {PROBABILITIES: (len(self.card.outputs.labels),)}
+
+    @property
+    def embedding(self) -> int | None:
+        """Size D of the embedding; None if the bundle gives none."""
+        shape = self.output_shapes().get("embedding")
+        return None if shape is None else shape[0]
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities that are concatenated in the embedding; empty if there are none."""
+        return self.parts[0].card.outputs.modalities if self.embedding is not None else ()
+
+    @property
+    def weights_sha256(self) -> str:
+        """The sha256 of the weights. For several networks: of the line `<survey> <sha256>` of each survey, in order."""
+        if isinstance(self.card, Card):
+            return self.card.files[WEIGHTS]
+        lines = sorted(f"{survey} {part.card.files[WEIGHTS]}\n" for part in self.parts for survey in part.surveys)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def open_bundle(name_or_directory: str | Path) -> Bundle:
     """Open a bundle and check the sha256 of every file.
 
@@ -377,13 +497,56 @@ def open_bundle(name_or_directory: str | Path) -> Bundle:
     Raises BundleError, which names the missing, altered or malformed file; NoBundleError if there is no bundle.
 
     >>> from broker_filter import open_bundle
-    >>> card = open_bundle("default").card
-    >>> card.name, card.surveys, card.outputs.labels
-    ('default', ('ztf',), ('real',))
+    >>> bundle = open_bundle("default")
+    >>> bundle.output_names, bundle.thresholds_of("real")["ztf"]
+    (('default.real',), 0.5)
     """
     shipped = str(name_or_directory) in shipped_bundles()
     directory = SHIPPED / name_or_directory if shipped else Path(name_or_directory)
-    card = _read_card(directory)
+    card = _parse_card(directory, _read_card(directory))
+    if isinstance(card, Card):
+        _check_files(directory, card)
+        return Bundle(directory, card, (Part(directory, card, card.surveys),))
+    return Bundle(directory, card, tuple(_open_part(directory, card, folder) for folder in card.folders))
+
+
+def _open_part(directory: Path, routing: RoutingCard, folder: str) -> Part:
+    """Open one network of a bundle of several. Raises BundleError if it is not the network that `routing` describes."""
+    routes = {survey: route for survey, route in routing.networks.items() if route.folder == folder}
+    inner = directory / folder
+    if inner.is_symlink() or not inner.is_dir():
+        raise BundleError(f"{inner}: not a folder, but {CARD} lists it as one; copy the whole bundle again")
+    data = _read_card(inner)
+    sha256 = next(iter(routes.values())).card_sha256
+    if (found := hashlib.sha256(data).hexdigest()) != sha256:
+        raise BundleError(
+            f"{inner / CARD}: not the card of this bundle: its sha256 is {found}, but {directory / CARD} lists "
+            f"{sha256}; copy the bundle again"
+        )
+    card = _parse_card(inner, data)
+    if not isinstance(card, Card):
+        raise BundleError(f"{inner / CARD}: has several networks itself; a network of a bundle must be a single one")
+    if problem := unserved(card, routes, routing.outputs.labels):
+        raise BundleError(f"{inner / CARD}: {problem}; make {directory} again")
+    _check_files(inner, card)
+    return Part(inner, card, tuple(routes))
+
+
+def unserved(card: Card, surveys: Iterable[SurveyName], labels: Iterable[str]) -> str | None:
+    """Return which of `labels` the network of this card does not give for one of `surveys`; None if it gives all."""
+    for label in labels:
+        if label not in card.outputs.labels:
+            return f"{card.title} has no label {label}, only {', '.join(card.outputs.labels)}"
+        trained_for = card.surveys_of(label)
+        if missing := [survey for survey in surveys if survey not in trained_for]:
+            return (
+                f"{label} of {card.title} was not trained for {', '.join(missing)}, only for {', '.join(trained_for)}"
+            )
+    return None
+
+
+def _check_files(directory: Path, card: Card) -> None:
+    """Raise BundleError if a file of a network is missing, too large, or has another sha256 than the card lists."""
     for name, sha256 in card.files.items():
         path = directory / name
         if not path.is_file():
@@ -396,7 +559,6 @@ def open_bundle(name_or_directory: str | Path) -> Bundle:
             raise BundleError(
                 f"{path}: corrupted: its sha256 is {found}, but {CARD} lists {sha256}; copy the bundle again"
             )
-    return Bundle(directory, card)
 
 
 def shipped_bundles() -> list[str]:
@@ -404,7 +566,8 @@ def shipped_bundles() -> list[str]:
     return sorted(card.parent.name for card in SHIPPED.glob(f"*/{CARD}"))
 
 
-def _read_card(directory: Path) -> Card:
+def _read_card(directory: Path) -> bytes:
+    """Return the bytes of a card. Raises NoBundleError if there is none, and BundleError if it is too large."""
     path = directory / CARD
     if not path.is_file():
         shipped = shipped_bundles()
@@ -414,12 +577,29 @@ def _read_card(directory: Path) -> Card:
         raise NoBundleError(f"{directory}: not a bundle: there is no {CARD} in it, {ships}{hint}")
     if path.stat().st_size > MAX_CARD_BYTES:
         raise BundleError(f"{path}: larger than {MAX_CARD_BYTES} bytes, the limit for a card")
+    return path.read_bytes()
+
+
+def _parse_card(directory: Path, data: bytes) -> Card | RoutingCard:
+    """Return a card of either format. Raises BundleError if it is malformed, or of a format of a later version."""
+    path = directory / CARD
     try:
-        return Card.model_validate(yaml.safe_load(path.read_bytes()))
+        content = yaml.safe_load(data)
+        form = content.get("format", 1) if isinstance(content, dict) else 1
+        if not isinstance(form, int) or form not in FORMATS:
+            raise BundleError(
+                f"{path}: of format {form!r}, and this version reads the formats {', '.join(map(str, FORMATS))}; "
+                "install a later version of broker-filter"
+            )
+        return FORMATS[form].model_validate(content)
     except yaml.YAMLError as error:
         raise BundleError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         raise BundleError(f"{path}: {describe_problems(error)}") from error
+
+
+FORMATS: dict[int, type[Card | RoutingCard]] = {1: Card, 2: RoutingCard}
+"""The formats of cards: of one network, and of several. Programs older than format 2 refuse its cards."""
 
 
 def describe_problems(error: ValidationError) -> str:

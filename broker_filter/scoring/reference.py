@@ -23,8 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from broker_filter.errors import BrokerFilterError
 from broker_filter.packets.batch import Survey
-from broker_filter.scoring import bundle
-from broker_filter.scoring.bundle import WEIGHTS, CardSection, ModelName, Sha256, describe_problems
+from broker_filter.scoring.bundle import Bundle, CardSection, ModelName, Sha256, describe_problems
 from broker_filter.scoring.neighbours import Embeddings
 
 MAX_ALERTS = 1_000_000
@@ -134,23 +133,23 @@ class Reference:
 
 
 def make_reference(
-    card: bundle.Card,
+    made_with: Bundle,
     where: str | None,
     surveys: Mapping[Survey, SurveyReference],
     counts: Mapping[Survey, SurveyCounts],
     measure: Measure,
     classes: tuple[str, ...] = (),
 ) -> Reference:
-    """Return a reference of embeddings that the bundle with this card produced.
+    """Return a reference of embeddings that the bundle `made_with` produced.
 
     `counts` also covers surveys that are not in `surveys` because too few of their alerts passed the filter.
     """
     described = ReferenceCard(
         format=FORMAT,
-        bundle=card.name,
-        version=card.version,
-        weights_sha256=card.files[WEIGHTS],
-        modalities=card.outputs.modalities,
+        bundle=made_with.card.name,
+        version=made_with.card.version,
+        weights_sha256=made_with.weights_sha256,
+        modalities=made_with.modalities,
         where=where,
         measure=measure,
         classes=classes,
@@ -235,21 +234,20 @@ def _of_survey(file: Path, survey: Survey, arrays: Mapping[str, NDArray[Any]], c
     return SurveyReference(alerts, own["scores"], own["usual"], own["apart"], own["label"])
 
 
-def check_made_with(file: Path, reference: ReferenceCard, cards: Sequence[bundle.Card]) -> None:
-    """Raise ReferenceSetError unless one of the bundles with these cards produced the embeddings of the reference."""
-    card = next((card for card in cards if card.name == reference.bundle), None)
-    if card is None:
+def check_made_with(file: Path, reference: ReferenceCard, bundles: Sequence[Bundle]) -> None:
+    """Raise ReferenceSetError unless one of the bundles produced the embeddings of the reference."""
+    bundle = next((bundle for bundle in bundles if bundle.card.name == reference.bundle), None)
+    if bundle is None:
         raise ReferenceSetError(
             f"{file}: made with the bundle {reference.bundle}, which is not among the configured models "
-            f"({', '.join(card.name for card in cards)}): add it, or build a reference with one of them"
+            f"({', '.join(bundle.card.name for bundle in bundles)}): add it, or build a reference with one of them"
         )
     made = (reference.version, reference.weights_sha256, reference.modalities)
-    if made != (card.version, card.files[WEIGHTS], card.outputs.modalities):
+    if made != (bundle.card.version, bundle.weights_sha256, bundle.modalities):
         raise ReferenceSetError(
             f"{file}: made with the bundle {reference.bundle} {reference.version} (weights "
-            f"{reference.weights_sha256[:12]}), but the model is {card.name} {card.version} "
-            f"({card.files[WEIGHTS][:12]}); "
-            "build the reference again with `broker-filter reference build`"
+            f"{reference.weights_sha256[:12]}), but the model is {bundle.card.name} {bundle.card.version} "
+            f"({bundle.weights_sha256[:12]}); build the reference again with `broker-filter reference build`"
         )
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from broker_filter.config import Runtime
 from broker_filter.errors import BrokerFilterError
-from broker_filter.scoring.bundle import ONNX, WEIGHTS, Bundle, BundleError
+from broker_filter.scoring.bundle import ONNX, WEIGHTS, BundleError, Part
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,7 +73,7 @@ class LoadedNetwork(Protocol):
         """Yield the outputs of each batch, in order; on a GPU one batch is prepared while others are computed."""
 
 
-def open_network(bundle: Bundle, runtime: Runtime) -> LoadedNetwork:
+def open_network(bundle: Part, runtime: Runtime) -> LoadedNetwork:
     """Load the bundle's network on the engine and device that `runtime` selects.
 
     `engine: auto` is torch if a CUDA device is to be used, else onnxruntime.
@@ -105,7 +105,7 @@ class OnnxNetwork:
 
     tolerance = TOLERANCES["float32"]
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, bundle: Part, threads: int) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -139,7 +139,7 @@ class TorchNetwork:
     provider = "torch/cpu"
     tolerance = TOLERANCES["float32"]
 
-    def __init__(self, served: nn.Module, bundle: Bundle, threads: int) -> None:
+    def __init__(self, served: nn.Module, bundle: Part, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
@@ -160,7 +160,7 @@ class TorchNetwork:
         return map(self.run, batches)
 
 
-def _open_torch(bundle: Bundle, runtime: Runtime, threads: int) -> LoadedNetwork:
+def _open_torch(bundle: Part, runtime: Runtime, threads: int) -> LoadedNetwork:
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -245,7 +245,7 @@ def _cuda_is_usable() -> bool:
     return True
 
 
-def _check_graph(path: Path, session: Any, bundle: Bundle) -> None:
+def _check_graph(path: Path, session: Any, bundle: Part) -> None:
     """Raise BundleError if inputs and outputs of the ONNX graph are not those of the card."""
     expected = bundle.card.inputs.shapes() | bundle.card.outputs.shapes()
     nodes = (*session.get_inputs(), *session.get_outputs())

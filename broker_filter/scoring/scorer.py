@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,23 +14,69 @@ from broker_filter.packets.decode import Decoder
 from broker_filter.packets.ocf import MAX_CONTAINER_BYTES
 from broker_filter.packets.registry import SchemaRegistry
 from broker_filter.scoring.alerts import RawAlerts, raw_alerts
-from broker_filter.scoring.bundle import PROBABILITIES, TEST_VECTOR, Bundle, BundleError, open_bundle
+from broker_filter.scoring.bundle import PROBABILITIES, TEST_VECTOR, Bundle, BundleError, Inputs, Part, open_bundle
 from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.runtimes import LoadedNetwork, Tensors, open_network
 from broker_filter.scoring.scores import ModelScores, Scores
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """A bundle with its loaded network.
+class LoadedPart:
+    """One network of a bundle, loaded. It scores the alerts of its surveys, and works on `RawAlerts` of any survey."""
 
-    `load_model` has checked that the network reproduces the bundle's test vector.
+    bundle: Part
+    network: LoadedNetwork
+    surveys: tuple[Survey, ...]
+
+    @property
+    def inputs(self) -> Inputs:
+        """The network's inputs."""
+        return self.bundle.card.inputs
+
+    def run(self, alerts: RawAlerts) -> Tensors:
+        """Return the network's outputs by name, float32[N, ...]. Raises as `preprocess.prepare` does."""
+        n, step = len(alerts), self.network.chunk
+        outputs = {name: np.empty((n, *shape), np.float32) for name, shape in self.bundle.card.outputs.shapes().items()}
+        chunks = [slice(start, start + step) for start in range(0, n, step)]
+        prepared = (prepare(alerts[chunk], self.inputs) for chunk in chunks)
+        for chunk, results in zip(chunks, self.network.run_all(prepared), strict=True):
+            for name, values in results.items():
+                outputs[name][chunk] = values
+        return outputs
+
+    def verify(self) -> None:
+        """Raise BundleError if the network does not reproduce the test vector in its folder.
+
+        The allowed deviation is the runtime's tolerance plus the one that the card states for this network.
+        """
+        vector = self.bundle.test_vector()
+        outputs = self.run(vector)
+        for name, expected in vector.outputs.items():
+            exact = expected.astype(np.float64)
+            # The derivative of a probability by its log-odds is p (1 - p).
+            scale = exact * (1 - exact) if name == PROBABILITIES else np.abs(exact).max()
+            allowed = self.network.tolerance * (1 + np.abs(exact)) + self.bundle.card.tolerances.get(name, 0.0) * scale
+            off = np.abs(outputs[name] - exact)
+            if not (off <= allowed).all():  # also true for NaN
+                worst = np.unravel_index(np.argmax(off - allowed), off.shape)
+                raise BundleError(
+                    f"{self.bundle.directory / TEST_VECTOR}: {self.network.provider} does not reproduce it: {name} is "
+                    f"off by {off[worst]:.2g} where {allowed[worst]:.2g} is allowed; the bundle's files do not belong "
+                    "together, or the runtime is faulty"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A bundle with its loaded networks: each scores the alerts of its own surveys.
+
+    `load_model` has checked that each network reproduces its test vector.
     """
 
     bundle: Bundle
-    network: LoadedNetwork
+    parts: tuple[LoadedPart, ...]
     also: tuple[Survey, ...] = ()
-    """Surveys added by the operator: their alerts are scored although the network was not trained for them."""
+    """Surveys added by the operator: their alerts are scored although no network was trained for them."""
 
     @property
     def name(self) -> str:
@@ -50,34 +96,51 @@ class Model:
     @property
     def outputs(self) -> tuple[str, ...]:
         """The names of its C output columns, `<model>.<label>`."""
-        return self.bundle.card.output_names
+        return self.bundle.output_names
 
     @property
     def surveys(self) -> tuple[Survey, ...]:
-        """Surveys whose alerts the model takes: those that it was trained for, and those that the operator added."""
-        return self._and_also(self.bundle.card.surveys)
+        """Surveys whose alerts the model takes: those of its networks, and those that the operator added."""
+        return tuple(survey for part in self.parts for survey in part.surveys)
 
     def surveys_of(self, label: str) -> tuple[Survey, ...]:
         """Return the surveys for which the model gives the output `label`.
 
         These are the surveys that the output was trained for, and those that the operator added.
         """
-        return self._and_also(self.bundle.card.surveys_of(label))
+        given = {*_surveys(self.bundle.surveys_of(label)), *self.also}
+        return tuple(survey for survey in self.surveys if survey in given)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Metadata columns that the model needs, in its order."""
-        return tuple(column.name for column in self.bundle.card.inputs.metadata)
+        """Metadata columns that the networks need, without repetition, in the order of the networks."""
+        return tuple(dict.fromkeys(column.name for part in self.parts for column in part.inputs.metadata))
 
     @property
     def planes(self) -> tuple[Plane, ...]:
         """Planes that must be decoded for the model besides the cutouts."""
-        return self.bundle.card.inputs.planes
+        return tuple(dict.fromkeys(plane for part in self.parts for plane in part.inputs.planes))
+
+    @property
+    def cutout_size(self) -> int:
+        """Size in pixels that cutouts must be decoded to: the largest that a network takes."""
+        return max(part.inputs.images.size for part in self.parts)
 
     @property
     def provider(self) -> str:
-        """The engine and device that really run the network, as `engine/device`."""
-        return self.network.provider
+        """The engine and device that really run the networks, as `engine/device`."""
+        return ", ".join(dict.fromkeys(part.network.provider for part in self.parts))
+
+    def part(self, survey: Survey) -> LoadedPart:
+        """Return the network that scores the alerts of `survey`. Raises BundleError if none does."""
+        for part in self.parts:
+            if survey in part.surveys:
+                return part
+        raise BundleError(
+            f"{self.bundle.directory}: {self.name} scores no alerts of {survey}, only of "
+            f"{', '.join(map(str, self.surveys))}; choose a bundle for this survey (`broker-filter models list`), or "
+            f"ask for it with also: [{survey}]"
+        )
 
     def score(self, alerts: AlertBatch) -> ModelScores:
         """Return the model's outputs for N alerts; NaN for alerts of surveys that the model does not take.
@@ -85,59 +148,43 @@ class Model:
         A single probability is also NaN for alerts of a survey that its label was not trained for. Raises as
         `preprocess.prepare` does.
         """
-        taken = np.isin(alerts.survey, self.surveys)
-        rows = slice(None) if taken.all() else taken  # a slice gives views, a mask copies
-        columns = {}
-        for name, values in self.run(raw_alerts(alerts)[rows]).items():
-            columns[name] = np.full((len(alerts), *values.shape[1:]), np.nan, np.float32)
-            columns[name][rows] = values
+        raw, n = raw_alerts(alerts), len(alerts)
+        columns = {
+            name: np.full((n, *shape), np.nan, np.float32) for name, shape in self.bundle.output_shapes().items()
+        }
+        taken = np.zeros(n, np.bool_)
+        for part in self.parts:
+            own = np.isin(alerts.survey, part.surveys)
+            if not own.any():
+                continue
+            rows = slice(None) if own.all() else own  # a slice gives views, a mask copies
+            results = part.run(raw[rows])
+            columns[PROBABILITIES][rows] = results[PROBABILITIES][:, self._served(part)]
+            for name in columns.keys() - {PROBABILITIES}:
+                columns[name][rows] = results[name]
+            taken |= own
         for c, label in enumerate(self.labels):
             if (known := self.surveys_of(label)) != self.surveys:
-                columns["probabilities"][~np.isin(alerts.survey, known), c] = np.nan
+                columns[PROBABILITIES][~np.isin(alerts.survey, known), c] = np.nan
         return ModelScores(
             self.name,
             self.version,
             self.labels,
-            columns["probabilities"],
+            columns[PROBABILITIES],
             columns.get("embedding"),
             taken,
             columns.get("modalities"),
         )
 
-    def run(self, alerts: RawAlerts) -> Tensors:
-        """Return the network's outputs by name, float32[N, ...]. Raises as `preprocess.prepare` does."""
-        card, n, step = self.bundle.card, len(alerts), self.network.chunk
-        outputs = {name: np.empty((n, *shape), np.float32) for name, shape in card.outputs.shapes().items()}
-        chunks = [slice(start, start + step) for start in range(0, n, step)]
-        prepared = (prepare(alerts[chunk], card.inputs) for chunk in chunks)
-        for chunk, results in zip(chunks, self.network.run_all(prepared), strict=True):
-            for name, values in results.items():
-                outputs[name][chunk] = values
-        return outputs
-
-    def _and_also(self, surveys: Sequence[str]) -> tuple[Survey, ...]:
-        return tuple(dict.fromkeys([*(Survey[survey.upper()] for survey in surveys), *self.also]))
+    def _served(self, part: LoadedPart) -> slice | list[int]:
+        """Return which of a network's probabilities are the outputs of the model, in the order of its labels."""
+        given = part.bundle.card.outputs.labels
+        return slice(None) if given == self.labels else [given.index(label) for label in self.labels]
 
     def verify(self) -> None:
-        """Raise BundleError if the network does not reproduce the bundle's test vector.
-
-        The allowed deviation is the runtime's tolerance plus the one that the card states for this network.
-        """
-        vector = self.bundle.test_vector()
-        outputs = self.run(vector)
-        for name, expected in vector.outputs.items():
-            exact = expected.astype(np.float64)
-            # The derivative of a probability by its log-odds is p (1 - p).
-            scale = exact * (1 - exact) if name == PROBABILITIES else np.abs(exact).max()
-            allowed = self.network.tolerance * (1 + np.abs(exact)) + self.bundle.card.tolerances.get(name, 0.0) * scale
-            off = np.abs(outputs[name] - exact)
-            if not (off <= allowed).all():  # also true for NaN
-                worst = np.unravel_index(np.argmax(off - allowed), off.shape)
-                raise BundleError(
-                    f"{self.bundle.directory / TEST_VECTOR}: {self.provider} does not reproduce it: {name} is off by "
-                    f"{off[worst]:.2g} where {allowed[worst]:.2g} is allowed; the bundle's files do not belong "
-                    "together, or the runtime is faulty"
-                )
+        """Raise BundleError if a network does not reproduce its test vector."""
+        for part in self.parts:
+            part.verify()
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +259,7 @@ class Scorer:
     @property
     def cutout_size(self) -> int:
         """Size in pixels that cutouts must be decoded to: the largest that a model takes."""
-        return max(model.bundle.card.inputs.images.size for model in self.models)
+        return max(model.cutout_size for model in self.models)
 
     @property
     def planes(self) -> tuple[Plane, ...]:
@@ -240,18 +287,27 @@ class Scorer:
 
 
 def load_model(bundle: Bundle, runtime: config.Runtime, also: Sequence[config.SurveyName] = ()) -> Model:
-    """Load the network of an opened bundle, and check that it reproduces the bundle's test vector.
+    """Load the networks of an opened bundle, and check that each reproduces its test vector.
 
-    `also`: see Scorer.open. Raises BundleError, and RuntimeUnavailableError if the engine or device that `runtime`
-    requests is not available.
+    `also`: see Scorer.open; the first network scores these surveys. Raises BundleError, and RuntimeUnavailableError if
+    the engine or device that `runtime` requests is not available.
     """
-    model = Model(bundle, open_network(bundle, runtime), tuple(Survey[survey.upper()] for survey in also))
+    added = tuple(survey for survey in also if survey not in bundle.surveys)
+    parts = []
+    for i, part in enumerate(bundle.parts):
+        surveys = part.surveys if i else (*part.surveys, *added)
+        parts.append(LoadedPart(part, open_network(part, runtime), _surveys(surveys)))
+    model = Model(bundle, tuple(parts), _surveys(also))
     model.verify()
     return model
 
 
+def _surveys(names: Iterable[str]) -> tuple[Survey, ...]:
+    return tuple(Survey[name.upper()] for name in dict.fromkeys(names))
+
+
 def open_model(choice: config.Model | str, runtime: config.Runtime) -> Model:
-    """Open a bundle and load its network. Raises as `load_model` does, and NoBundleError if there is no bundle."""
+    """Open a bundle and load its networks. Raises as `load_model` does, and NoBundleError if there is no bundle."""
     name, also = (choice, []) if isinstance(choice, str) else (choice.bundle, choice.also)
     return load_model(open_bundle(name), runtime, also)
 

@@ -81,7 +81,7 @@ def open_judge(scorer: Scorer, file: Path, rate: float, where: Expression | None
     expression of the reference does not compile.
     """
     reference = read_reference(file)
-    check_made_with(file, reference.card, [model.bundle.card for model in scorer.models])
+    check_made_with(file, reference.card, [model.bundle for model in scorer.models])
     model = next(model for model in scorer.models if model.name == reference.card.bundle)
     for survey in model.surveys:
         if counts := None if survey in reference.surveys else reference.card.surveys.get(str(survey)):

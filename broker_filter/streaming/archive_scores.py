@@ -36,7 +36,7 @@ class ArchiveScores:
         self._scorer = scorer
         self._decoder = scorer.decoder(schema_registry, columns=self._policies.columns)
         self._packets = read_packets(inputs, wanted=self._decoder.fields, skip=skip)
-        embeddings = [model.name for model in scorer.models if model.bundle.card.outputs.embedding is not None]
+        embeddings = [model.name for model in scorer.models if model.bundle.embedding is not None]
         self.schema: pa.Schema = table_schema(scorer.outputs, self._policies.names, embeddings)
 
     def __iter__(self) -> Iterator[tuple[ScoredBatch, pa.RecordBatch]]:

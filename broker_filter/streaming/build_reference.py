@@ -136,7 +136,7 @@ def build_reference(
     for survey, problem in problems.items():
         log.warning("%s: %s. The reference is built without this survey: its alerts are not judged", survey, problem)
     passing, classes = where.text if where else None, labels.classes if labels else ()
-    return make_reference(model.bundle.card, passing, parts, counts, measure, classes)
+    return make_reference(model.bundle, passing, parts, counts, measure, classes)
 
 
 def _calibrate(alerts: ReferenceAlerts, model: Model, measure: Measure, labels: Labels | None) -> SurveyReference:
@@ -151,7 +151,7 @@ def _calibrate(alerts: ReferenceAlerts, model: Model, measure: Measure, labels: 
             f"{len(alerts)} ordinary alerts of {len(np.unique(alerts.object_id))} objects are too few for a reference: "
             f"it needs at least {MIN_ALERTS}, and {MIN_ALERTS} more of other objects; add inputs, or use a wider filter"
         )
-    modalities = len(model.bundle.card.outputs.modalities)
+    modalities = len(model.bundle.modalities)
     label = labels.of(kept.alert_id, kept.object_id) if labels else np.full(len(kept), UNLABELLED)
     distances = Cloud(kept.embedding, modalities, measure, label).distances(others.embedding)
     few = others.embedding[:MAX_COMPARED]

@@ -42,12 +42,14 @@ def score_alerts(
     returned batch also holds a reject for each alert that no model takes.
     """
     scores = scorer.score(alerts)
+    taken = ", ".join(f"{model.name} takes {' and '.join(map(str, model.surveys))}" for model in scorer.models)
     unclaimed = [
         Reject(
             packet=alerts.packets[alerts.packet_index[i]],
             packet_index=int(alerts.packet_index[i]),
             reason=RejectReason.NO_MODEL_FOR_SURVEY,
-            detail=f"no configured model takes alerts of {Survey(int(alerts.survey[i]))}; `also` allows it",
+            detail=f"no configured model takes alerts of {Survey(int(alerts.survey[i]))} ({taken}): add a bundle for this "
+            "survey, or ask for it with `also`",
             record=int(alerts.record_index[i]),
             alert=alerts.identity(i),
             schema=alerts.records[i].schema.fingerprint,

@@ -60,7 +60,7 @@ class Resolver:
         """
         if where not in self._compiled:
             bundles = self.bundles()
-            outputs = None if bundles is None else [name for one in bundles for name in one.card.output_names]
+            outputs = None if bundles is None else [name for one in bundles for name in one.output_names]
             self._compiled[where] = compile_filter(where, FIELDS, outputs)
         return self._compiled[where]
 

@@ -28,7 +28,7 @@ def test_naive_loop_and_service_give_the_same_scores(packets: list[bytes]) -> No
     alerts, _ = decoder.decode(in_batches(packets, len(packets))[0])
     scores = scorer.score(alerts).columns()["default.real"]
 
-    naive = NaiveBroker(open_bundle("default"))
+    naive = NaiveBroker(open_bundle("default").part("ztf"))
     for i, packet in enumerate(alerts.packets[k] for k in alerts.packet_index):
         _, alert = naive.decode(packet.data)
         assert naive.score(naive.cutouts(alert))["real"] == pytest.approx(scores[i], abs=1e-5)

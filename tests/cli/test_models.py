@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from broker_filter.cli import main
-from broker_filter.scoring.bundle import SHIPPED, shipped_bundles
+from broker_filter.scoring.bundle import open_bundle, shipped_bundles
 
-DEFAULT = SHIPPED / "default"
+DEFAULT = open_bundle("default").part("ztf").directory
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_list_shows_shipped_bundles_and_bundles_of_a_directory(
     (tmp_path / "other").symlink_to(DEFAULT)
     assert main(["models", "list", str(tmp_path)]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split() == ["NAME", "VERSION", "SURVEYS", "OUTPUTS", "TASK", "DIRECTORY"]
+    assert header.split() == ["NAME", "VERSION", "NETWORKS", "OUTPUTS", "TASK", "DIRECTORY"]
     assert [row.split()[0] for row in rows] == [*shipped_bundles(), "default"]
     assert "default.real" in rows[shipped_bundles().index("default")]
     assert rows[-1].endswith(str(tmp_path / "other"))
@@ -55,9 +55,10 @@ def test_show_prints_a_card(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_verify_runs_a_shipped_bundle_on_every_engine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "verify", "default"]) == 0
-    onnx, torch = capsys.readouterr().out.splitlines()
-    assert "onnxruntime/" in onnx
-    assert "torch/" in torch
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * len(open_bundle("default").parts)
+    assert "onnxruntime/" in lines[0]
+    assert "torch/" in lines[-1]
 
 
 def test_verifying_without_torch_says_what_was_not_verified(
@@ -65,8 +66,8 @@ def test_verifying_without_torch_says_what_was_not_verified(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["models", "verify", "default"]) == 0
-    onnx, torch = capsys.readouterr().out.splitlines()
-    assert "onnxruntime/" in onnx
+    *onnx, torch = capsys.readouterr().out.splitlines()
+    assert "onnxruntime/" in onnx[0]
     assert "not verified" in torch
     assert "pip install 'broker-filter[gpu]'" in torch
 

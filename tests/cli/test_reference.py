@@ -146,8 +146,8 @@ def test_object_names_with_any_characters_are_printed_and_drawn_safely(
     part = built.surveys[Survey.ZTF]
     named = replace(part, alerts=replace(part.alerts, object_id=np.full(len(part.alerts), NASTY)))
     counts = {Survey.ZTF: built.card.surveys["ztf"]}
-    card = open_bundle(str(embedding_bundle)).card
-    make_reference(card, None, {Survey.ZTF: named}, counts, "mahalanobis").write(file)
+    made_with = open_bundle(str(embedding_bundle))
+    make_reference(made_with, None, {Survey.ZTF: named}, counts, "mahalanobis").write(file)
     alert = next(night.iterdir())
     assert main(["similar", str(alert), "--reference", str(file), "--model", str(embedding_bundle)]) == 0
     shown = capsys.readouterr().out

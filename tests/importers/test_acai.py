@@ -73,7 +73,7 @@ def test_an_imported_network_gives_the_scores_of_keras(tmp_path: Path, make_batc
     batch = make_batch(
         rng.normal(20, 9, (6, 3, 63, 63)).astype(np.float32), columns=COLUMNS[::-1], metadata=metadata[:, ::-1]
     )
-    inputs = open_bundle(tmp_path / "acai_h").card.inputs
+    inputs = open_bundle(tmp_path / "acai_h").parts[0].card.inputs
     images = prepare_images(batch.cutouts, batch.cutout_box, inputs.images).transpose(0, 2, 3, 1)
     features = prepare_metadata(batch.metadata, batch.columns, inputs.metadata)
     assert features[1, 0] == 0.5
@@ -92,7 +92,7 @@ def test_the_command_imports_one_of_the_five_classifiers(tmp_path: Path, capsys:
     arguments = ["models", "import", "acai", str(tmp_path / "acai_v.d1_dnn_20201130.h5"), "--class", "v"]
     assert main([*arguments, "--name", "acai_v", "--out", str(tmp_path / "acai_v")]) == 0
     assert "bundle acai_v written and verified" in capsys.readouterr().out
-    card = open_bundle(tmp_path / "acai_v").card
+    card = open_bundle(tmp_path / "acai_v").parts[0].card
     assert (card.version, card.outputs.labels, card.licence) == ("acai_v.d1_dnn_20201130", ("variable",), "MIT")
 
 

@@ -109,7 +109,7 @@ def test_a_saved_model_is_read_like_bare_weights(tmp_path: Path) -> None:
 def test_an_imported_bundle_names_its_source(tmp_path: Path) -> None:
     write_keras_weights(tmp_path / "w.weights.h5")
     import_braai(tmp_path / "w.weights.h5", "image", "mine", tmp_path / "mine")
-    card = open_bundle(tmp_path / "mine").card
+    card = open_bundle(tmp_path / "mine").parts[0].card
     assert (card.name, card.version, card.licence) == ("mine", "w", "MIT")
     assert card.inputs.images.normalisation == "l2_image"
     assert card.surveys == ("ztf",)

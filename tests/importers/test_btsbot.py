@@ -259,7 +259,7 @@ def folder(architectures: ModuleType, tmp_path: Path) -> Path:
 
 def test_the_card_describes_the_inputs_of_the_network(folder: Path, tmp_path: Path) -> None:
     import_btsbot(folder, "bts", tmp_path / "bts")
-    card = open_bundle(tmp_path / "bts").card
+    card = open_bundle(tmp_path / "bts").parts[0].card
     assert [column.name for column in card.inputs.metadata] == COLUMNS
     assert {column.fill for column in card.inputs.metadata} == {-999, 0.5}
     assert (card.surveys, card.outputs.labels, card.licence) == (("ztf",), ("bts",), "MIT")

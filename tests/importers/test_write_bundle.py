@@ -161,7 +161,7 @@ def test_every_engine_serves_a_network_with_planes(
     torch.manual_seed(5)
     network = WithPsf().eval()
     write_bundle(tmp_path / "planes", with_planes, network)
-    assert open_bundle(tmp_path / "planes").card.inputs == with_planes.inputs
+    assert open_bundle(tmp_path / "planes").parts[0].card.inputs == with_planes.inputs
     [planes] = [line for line in _describe(open_bundle(tmp_path / "planes")) if line.strip().startswith("planes")]
     assert "variance" in planes
     assert "psf" in planes
@@ -214,7 +214,7 @@ def test_every_engine_serves_a_network_with_light_curves_and_modalities(
     )
     torch.manual_seed(4)
     write_bundle(tmp_path / "joined", joined, Joined().eval())
-    vector = open_bundle(tmp_path / "joined").test_vector()
+    vector = open_bundle(tmp_path / "joined").parts[0].test_vector()
     rows = np.random.default_rng(2).integers(4, size=150)
     assert vector.light_curves is not None
     assert np.diff(vector.light_curves.offsets).tolist() == [1, 9, 0, 5]
@@ -270,7 +270,7 @@ def test_a_test_vector_with_inconsistent_light_curves_is_refused(
     card["files"][TEST_VECTOR] = hashlib.sha256(path.read_bytes()).hexdigest()
     (tmp_path / "joined" / CARD).write_text(yaml.safe_dump(card))
     with pytest.raises(BundleError, match=r"offsets .* do not fit the number of points"):
-        open_bundle(tmp_path / "joined").test_vector()
+        open_bundle(tmp_path / "joined").parts[0].test_vector()
 
 
 def test_a_bundle_never_replaces_another(tmp_path: Path, description: Description, network: nn.Module) -> None:
@@ -298,7 +298,7 @@ def differences_of_large_numbers(size: float) -> StampNet:
 
     With a `size` of 3e5, rounding errors are about 1e-3, as in a network of a hundred layers.
     """
-    inputs = open_bundle("default").card.inputs
+    inputs = open_bundle("default").part("ztf").card.inputs
     images = torch.from_numpy(prepare(_test_alerts(inputs), inputs)["images"])
     torch.manual_seed(5)
     network = StampNet(dropout=0).eval()
@@ -317,7 +317,7 @@ def differences_of_large_numbers(size: float) -> StampNet:
 
 def of_stampnet() -> Description:
     """Return the description of a StampNet bundle with the inputs of `default`, and with its embedding."""
-    card = open_bundle("default").card
+    card = open_bundle("default").part("ztf").card
     outputs = card.outputs.model_copy(update={"embedding": 64})
     fields = {name: getattr(card, name) for name in Description.model_fields}
     return Description(**fields | {"outputs": outputs})
@@ -338,7 +338,7 @@ def deep(made: Path, tmp_path: Path) -> Path:
 
 def test_the_tolerance_covers_the_rounding_errors_of_the_network(deep: Path) -> None:
     """They are measured by a run in float64, and written into the card."""
-    tolerances = open_bundle(deep).card.tolerances
+    tolerances = open_bundle(deep).parts[0].card.tolerances
     assert 1e-4 < tolerances["probabilities"] < MAX_TOLERANCE
     assert tolerances["embedding"] < 1e-4
     for engine in ("onnxruntime", "torch"):

@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 from broker_filter.packets.batch import AlertBatch, LightCurves, Survey
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.scoring.bundle import SHIPPED, KnownAnswers, open_bundle
+from broker_filter.scoring.bundle import KnownAnswers, open_bundle
 
 
 @pytest.fixture(scope="session")
 def test_vector() -> KnownAnswers:
-    """The test vector of `default`: four synthetic alerts, without survey data."""
-    return open_bundle("default").test_vector()
+    """The test vector of the network for ZTF of `default`: four synthetic alerts, without survey data."""
+    return open_bundle("default").part("ztf").test_vector()
 
 
 @pytest.fixture(scope="session")
@@ -72,9 +72,9 @@ def make_batch() -> Callable[..., AlertBatch]:
 
 @pytest.fixture
 def own_bundle(tmp_path: Path) -> Path:
-    """A copy of the shipped bundle `default`, for tests that damage it."""
+    """A copy of the network for ZTF of the shipped bundle `default`, for tests that damage it."""
     copy = tmp_path / "own"
     copy.mkdir()
-    for path in (SHIPPED / "default").iterdir():
+    for path in open_bundle("default").part("ztf").directory.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     return copy

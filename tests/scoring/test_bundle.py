@@ -45,11 +45,11 @@ def test_default_ships() -> None:
 
 
 def test_default_is_small() -> None:
-    assert sum(path.stat().st_size for path in (SHIPPED / "default").iterdir()) < 2_000_000
+    assert sum(path.stat().st_size for path in open_bundle("default").part("ztf").directory.iterdir()) < 2_000_000
 
 
 def test_the_default_card_describes_training_and_evaluation() -> None:
-    card = open_bundle("default").card
+    card = open_bundle("default").part("ztf").card
     assert "teacher" in card.training.data
     assert card.outputs.labels == ("real",)
     assert card.surveys == ("ztf",)
@@ -57,7 +57,7 @@ def test_the_default_card_describes_training_and_evaluation() -> None:
 
 
 def test_a_bundle_loads_from_any_directory(own_bundle: Path) -> None:
-    assert open_bundle(own_bundle).card == open_bundle("default").card
+    assert open_bundle(own_bundle).parts[0].card == open_bundle("default").part("ztf").card
 
 
 def test_the_error_for_a_missing_bundle_lists_the_shipped_ones(tmp_path: Path) -> None:
@@ -100,7 +100,9 @@ def test_a_file_name_cannot_point_outside_the_bundle(own_bundle: Path, name: str
         (lambda card: card["outputs"].update(surveys={"real": ["lsst"]}), "real lists lsst, which `surveys` does not"),
         (lambda card: card.update(name="d6-m7"), "name: String should match pattern"),
         (lambda card: card.update(surveys=["decam"]), "surveys"),
-        (lambda card: card.update(format=2), "format"),
+        (lambda card: card.update(format=3), "of format 3, and this version reads the formats 1, 2; install a later"),
+        (lambda card: card.update(format=[2]), "of format [2]"),
+        (lambda card: card.update(format=2), "networks: Field required"),
         (lambda card: card["files"].pop(ONNX), "model.onnx not listed"),
         (lambda card: card["files"].update({ONNX: "1234"}), "files.model.onnx"),
     ],
@@ -149,7 +151,7 @@ def test_a_test_vector_of_other_shapes_is_refused(own_bundle: Path) -> None:
     save_file(tensors, own_bundle / TEST_VECTOR)
     replace_file(own_bundle, TEST_VECTOR, (own_bundle / TEST_VECTOR).read_bytes())
     with pytest.raises(BundleError, match=f"{TEST_VECTOR}: holds"):
-        open_bundle(own_bundle).test_vector()
+        open_bundle(own_bundle).parts[0].test_vector()
 
 
 @pytest.mark.parametrize(("engine", "name"), [("onnxruntime", ONNX), ("torch", WEIGHTS)])

@@ -16,7 +16,7 @@ from safetensors.torch import save_file as torch_save_file
 
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.anomaly import AnomalyScorer, Cloud, Mahalanobis, anomaly_scores
-from broker_filter.scoring.bundle import WEIGHTS, Card, open_bundle
+from broker_filter.scoring.bundle import WEIGHTS, Bundle, Card, open_bundle
 from broker_filter.scoring.neighbours import normalise
 from broker_filter.scoring.reference import (
     CARD,
@@ -35,13 +35,22 @@ from broker_filter.scoring.reference import (
 MODALITIES = ("image", "light_curve")
 
 
+def bundle_with(card: Card) -> Bundle:
+    """Return a bundle of one network with this card."""
+    part = open_bundle("default").part("ztf")
+    return Bundle(part.directory, card, (replace(part, card=card),))
+
+
+def bundle_with_modalities(modalities: tuple[str, ...]) -> Bundle:
+    """Return a bundle whose embedding consists of these modalities."""
+    shipped = open_bundle("default").part("ztf").card
+    outputs = shipped.outputs.model_copy(update={"embedding": 8, "modalities": modalities})
+    return bundle_with(shipped.model_copy(update={"outputs": outputs}))
+
+
 @pytest.fixture
-def card() -> Card:
-    """The card of a model with two modalities."""
-    shipped = open_bundle("default").card
-    return shipped.model_copy(
-        update={"outputs": shipped.outputs.model_copy(update={"embedding": 8, "modalities": MODALITIES})}
-    )
+def bundle() -> Bundle:
+    return bundle_with_modalities(MODALITIES)
 
 
 @pytest.fixture
@@ -62,7 +71,7 @@ def part() -> SurveyReference:
 
 
 @pytest.fixture
-def reference(card: Card, part: SurveyReference) -> Reference:
+def reference(bundle: Bundle, part: SurveyReference) -> Reference:
     """A reference of two different surveys."""
     few = np.arange(40)
     lsst = replace(
@@ -73,7 +82,7 @@ def reference(card: Card, part: SurveyReference) -> Reference:
     )
     counts = SurveyCounts(read=200, passed=80, kept=50, held_out=30)
     return make_reference(
-        card,
+        bundle,
         "default.real > 0.5",
         {Survey.ZTF: part, Survey.LSST: lsst},
         {Survey.ZTF: counts, Survey.LSST: counts},
@@ -101,13 +110,14 @@ def test_a_reference_is_read_back_unchanged(reference: Reference, file: Path) ->
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_the_reference_of_another_bundle_is_refused(reference: Reference, file: Path, card: Card) -> None:
-    check_made_with(file, reference.card, [card])
+def test_the_reference_of_another_bundle_is_refused(reference: Reference, file: Path, bundle: Bundle) -> None:
+    check_made_with(file, reference.card, [bundle])
+    card = bundle.parts[0].card
     others = {
-        "not among the configured models": card.model_copy(update={"name": "other"}),
-        r"default another\b": card.model_copy(update={"version": "another"}),
-        "000000000000": card.model_copy(update={"files": card.files | {WEIGHTS: "0" * 64}}),
-        "build the reference again": open_bundle("default").card,  # without modalities
+        "not among the configured models": bundle_with(card.model_copy(update={"name": "other"})),
+        r"default another\b": bundle_with(card.model_copy(update={"version": "another"})),
+        "000000000000": bundle_with(card.model_copy(update={"files": card.files | {WEIGHTS: "0" * 64}})),
+        "build the reference again": open_bundle("default"),  # without modalities
     }
     for message, other in others.items():
         with pytest.raises(ReferenceSetError, match=message):
@@ -184,9 +194,9 @@ def test_identical_alerts_are_refused(part: SurveyReference) -> None:
 
 def rewrite(reference: Reference, lsst: SurveyReference, file: Path) -> None:
     """Write the reference with changed arrays of a survey, and with their sha256 in the card."""
-    shipped, card = open_bundle("default").card, reference.card
+    card = reference.card
     made = make_reference(
-        shipped.model_copy(update={"outputs": shipped.outputs.model_copy(update={"modalities": card.modalities})}),
+        bundle_with_modalities(card.modalities),
         card.where,
         {**reference.surveys, Survey.LSST: lsst},
         {Survey[name.upper()]: counts for name, counts in card.surveys.items()},

@@ -27,7 +27,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machi
 
 
 def test_onnxruntime_and_torch_agree(test_vector: KnownAnswers) -> None:
-    bundle = open_bundle("default")
+    bundle = open_bundle("default").part("ztf")
     rng = np.random.default_rng(0)
     clean = test_vector.cutouts[:3]
     cutouts = clean[rng.integers(3, size=200)] * rng.uniform(-2, 2, (200, 3, 63, 63)).astype(np.float32)
@@ -52,20 +52,20 @@ def test_onnxruntime_and_torch_agree(test_vector: KnownAnswers) -> None:
     ],
 )
 def test_runtime_reports_the_provider_that_really_runs(runtime: Runtime, provider: str) -> None:
-    assert open_network(open_bundle("default"), runtime).provider == provider
+    assert open_network(open_bundle("default").part("ztf"), runtime).provider == provider
 
 
 @needs_no_gpu
 @pytest.mark.parametrize("engine", ["auto", "onnxruntime", "torch"])
 def test_a_gpu_that_is_demanded_and_not_there_is_an_error(engine: str) -> None:
     with pytest.raises(RuntimeUnavailableError, match="CUDA"):
-        open_network(open_bundle("default"), Runtime.model_validate({"engine": engine, "device": "cuda"}))
+        open_network(open_bundle("default").part("ztf"), Runtime.model_validate({"engine": engine, "device": "cuda"}))
 
 
 @needs_gpu
 @pytest.mark.parametrize("engine", ["auto", "torch"])
 def test_a_requested_gpu_runs_and_agrees(engine: str, test_vector: KnownAnswers) -> None:
-    bundle = open_bundle("default")
+    bundle = open_bundle("default").part("ztf")
     network = open_network(bundle, Runtime.model_validate({"engine": engine, "device": "cuda"}))
     images = prepare_images(test_vector.cutouts, test_vector.cutout_box, bundle.card.inputs.images)
     assert network.provider == "torch/cuda:0"
@@ -76,7 +76,7 @@ def test_a_requested_gpu_runs_and_agrees(engine: str, test_vector: KnownAnswers)
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=needs_gpu)])
 def test_batches_in_flight_return_complete_and_in_order(device: str) -> None:
-    bundle = open_bundle("default")
+    bundle = open_bundle("default").part("ztf")
     network = load_network(bundle.card.architecture, load_file(bundle.directory / WEIGHTS))
     served = ServedNetwork(network, bundle.card.outputs)
     staged = CudaGraphNetwork(
@@ -104,7 +104,9 @@ def test_half_precision_stays_within_its_tolerance(precision: str) -> None:
 @pytest.mark.parametrize("engine", ["auto", "onnxruntime", "torch"])
 def test_half_precision_without_a_gpu_is_an_error(engine: str) -> None:
     with pytest.raises(RuntimeUnavailableError, match="float16"):
-        open_network(open_bundle("default"), Runtime.model_validate({"engine": engine, "precision": "float16"}))
+        open_network(
+            open_bundle("default").part("ztf"), Runtime.model_validate({"engine": engine, "precision": "float16"})
+        )
 
 
 @pytest.fixture
@@ -130,13 +132,13 @@ def with_nvidia_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
 def test_a_runtime_that_needs_torch_names_the_extra_that_installs_it(engine: str, device: str) -> None:
     said = rf"engine {engine} on device {device} needs PyTorch.*pip install 'broker-filter\[gpu\]'"
     with pytest.raises(RuntimeUnavailableError, match=said):
-        open_network(open_bundle("default"), Runtime.model_validate({"engine": engine, "device": device}))
+        open_network(open_bundle("default").part("ztf"), Runtime.model_validate({"engine": engine, "device": device}))
 
 
 @pytest.mark.usefixtures("without_torch", "with_nvidia_device")
 def test_a_gpu_without_torch_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     for bundle in ("default", "embedder"):
-        assert open_network(open_bundle(bundle), Runtime()).provider == "onnxruntime/CPUExecutionProvider"
+        assert open_network(open_bundle(bundle).parts[0], Runtime()).provider == "onnxruntime/CPUExecutionProvider"
     (warning,) = caplog.records
     assert warning.levelno == logging.WARNING
     assert "NVIDIA GPU: PyTorch is not installed; pip install 'broker-filter[gpu]'" in warning.getMessage()
@@ -145,7 +147,7 @@ def test_a_gpu_without_torch_is_warned_of_once(caplog: pytest.LogCaptureFixture)
 @needs_no_gpu
 @pytest.mark.usefixtures("with_nvidia_device")
 def test_a_gpu_that_torch_cannot_use_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    assert open_network(open_bundle("default"), Runtime()).provider == "onnxruntime/CPUExecutionProvider"
+    assert open_network(open_bundle("default").part("ztf"), Runtime()).provider == "onnxruntime/CPUExecutionProvider"
     assert "sees no CUDA device" in caplog.text
 
 
@@ -164,12 +166,12 @@ def test_a_gpu_that_is_not_wanted_is_not_warned_of(
 ) -> None:
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    open_network(open_bundle("default"), runtime)
+    open_network(open_bundle("default").part("ztf"), runtime)
     assert not caplog.records
 
 
 def test_runtime_uses_the_configured_number_of_threads() -> None:
-    open_network(open_bundle("default"), Runtime(engine="torch", device="cpu", inference_threads=1))
+    open_network(open_bundle("default").part("ztf"), Runtime(engine="torch", device="cpu", inference_threads=1))
     assert torch.get_num_threads() == 1
 
 

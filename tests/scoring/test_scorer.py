@@ -15,17 +15,19 @@ from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
-from broker_filter.scoring.bundle import CARD, BundleError, KnownAnswers
+from broker_filter.scoring.bundle import CARD, BundleError, KnownAnswers, open_bundle
 from broker_filter.scoring.runtimes import CHUNK
 from broker_filter.scoring.scorer import Scorer, open_scorer
 from broker_filter.simulate import SCHEMAS, simulate_night
 
 CPU = Runtime(engine="onnxruntime", device="cpu")
+ZTF_NETWORK = str(open_bundle("default").part("ztf").directory)
+"""A bundle of one network, for ZTF alone."""
 
 
 @pytest.fixture(scope="module")
 def scorer() -> Scorer:
-    return open_scorer(["default"], CPU)
+    return open_scorer([ZTF_NETWORK], CPU)
 
 
 def test_scorer_gives_the_scores_of_the_test_vector(
@@ -57,7 +59,7 @@ def test_alerts_of_a_survey_that_the_model_was_not_trained_for_have_no_score(
 
 
 def test_the_operator_can_add_a_survey(make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers) -> None:
-    scorer = open_scorer([Model(bundle="default", also=["lsst"])], CPU)
+    scorer = open_scorer([Model(bundle=ZTF_NETWORK, also=["lsst"])], CPU)
     scores = scorer.score(make_batch(test_vector.cutouts, test_vector.cutout_box, Survey.LSST))
     assert scores.taken.all()
     assert np.isfinite(scores.columns()["default.real"]).all()
@@ -99,7 +101,7 @@ def test_scores_do_not_depend_on_the_rest_of_the_batch(
     make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers, engine: str
 ) -> None:
     runtime = Runtime.model_validate({"engine": engine, "device": "cpu", "inference_threads": 1})
-    scorer = open_scorer(["default"], runtime)
+    scorer = open_scorer([ZTF_NETWORK], runtime)
     rows = np.random.default_rng(5).integers(4, size=2 * CHUNK + 5)
 
     def score(chosen: np.ndarray) -> np.ndarray:
@@ -126,7 +128,7 @@ def test_several_models_have_separate_columns(
 ) -> None:
     card = yaml.safe_load((own_bundle / CARD).read_text()) | {"name": "mine", "surveys": ["lsst"]}
     (own_bundle / CARD).write_text(yaml.safe_dump(card))
-    scorer = open_scorer(["default", str(own_bundle)], CPU)
+    scorer = open_scorer([ZTF_NETWORK, str(own_bundle)], CPU)
     scores = scorer.score(make_batch(test_vector.cutouts, survey=[Survey.ZTF, Survey.LSST, Survey.ZTF, Survey.LSST]))
     assert list(scores.columns()) == ["default.real", "mine.real"]
     assert scores.taken.all()

@@ -286,7 +286,7 @@ def test_anomalies_among_real_packets_are_published_with_embedding_and_reason(
         assert isinstance(alert, dict)
         anomaly, [model] = alert["broker_filter"]["anomaly"], alert["broker_filter"]["models"]
         assert anomaly["score"] > anomaly["threshold"]
-        assert (anomaly["model"], len(model["embedding"])) == ("looks", looks.bundle.card.outputs.embedding)
+        assert (anomaly["model"], len(model["embedding"])) == ("looks", looks.bundle.embedding)
         assert len(anomaly["reason"]["neighbours"]) == 5
         far = anomaly["reason"]["modalities"]
         assert set(far) <= {"science", "template", "difference"}  # some packets have no template cutout

@@ -59,7 +59,9 @@ def test_a_start_hashes_each_file_of_a_bundle_once_and_compiles_each_filter_once
     assert "model: classes" in summary(service)
     FilterService(service, threading.Event())
     bundles = [open_bundle(name) for name in ("default", "classes")]  # hashes each file for the second time
-    assert hashed == {str(one.directory / file): 2 for one in bundles for file in one.card.files}
+    assert hashed == {
+        str(part.directory / file): 2 for one in bundles for part in one.parts for file in part.card.files
+    }
     assert +parsed == dict.fromkeys(expressions, 1)
 
 

@@ -90,7 +90,7 @@ def test_an_error_is_one_line(night_table: Path, tmp_path: Path, capsys: pytest.
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of VGG6 with random weights."""
-    card = open_bundle("default").card
+    card = open_bundle("default").part("ztf").card
     described = {name: getattr(card, name) for name in Description.model_fields}
     vgg6 = Architecture(name="vgg6")
     bundle = tmp_path_factory.mktemp("bundles") / "vgg6"

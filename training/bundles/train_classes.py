@@ -25,11 +25,11 @@ from broker_filter.importers.write_bundle import write_bundle
 from broker_filter.scoring.bundle import (
     WEIGHTS,
     Architecture,
-    Bundle,
     Description,
     Inputs,
     MetadataColumn,
     Outputs,
+    Part,
     Training,
     open_bundle,
 )
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
     used."""
     refuse_existing(arguments.out)
     torch.set_num_threads(1)
-    real = open_bundle(arguments.real)
+    real = open_bundle(arguments.real).part("ztf")
     images = real.card.inputs.images
     labels = read_labels(arguments.labels, COLUMN, [parse_rule(rule) for rule in CLASSES])
     alerts = load_alerts(arguments.inputs, images.size, METADATA)
@@ -266,7 +266,7 @@ def evaluate(
 
 
 def describe(
-    real: Bundle, labels: Labels, inputs: Inputs, train: Alerts, evaluation: dict[str, float | int | str]
+    real: Part, labels: Labels, inputs: Inputs, train: Alerts, evaluation: dict[str, float | int | str]
 ) -> Description:
     """Return the bundle's description for the card."""
     card = real.card

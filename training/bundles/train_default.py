@@ -23,10 +23,10 @@ from broker_filter.importers.write_bundle import write_bundle
 from broker_filter.scoring.bundle import (
     WEIGHTS,
     Architecture,
-    Bundle,
     Description,
     ImageInput,
     Outputs,
+    Part,
     Training,
     open_bundle,
 )
@@ -88,14 +88,14 @@ def run(arguments: argparse.Namespace) -> None:
     refuse_existing(arguments.out)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    bundle = open_bundle(arguments.teacher)
+    bundle = open_bundle(arguments.teacher).part("ztf")
     if bundle.card.architecture.name != TEACHER:
         raise TrainingError(
             f"{arguments.teacher}: its network is not {TEACHER}: import braai's weights with `models import braai`"
         )
     teacher = load_network(bundle.card.architecture, load_file(bundle.directory / WEIGHTS))
     network = build_network(ARCHITECTURE)
-    begun = open_bundle(arguments.begin_with) if arguments.begin_with else None
+    begun = open_bundle(arguments.begin_with).part("ztf") if arguments.begin_with else None
     if begun:
         network = load_network(ARCHITECTURE, load_file(begun.directory / WEIGHTS))
     images = bundle.card.inputs.images
@@ -216,11 +216,11 @@ def _sigmoid(logit: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def describe(
-    teacher: Bundle, begun: Bundle | None, train: Alerts, recipe: Recipe, evaluation: dict[str, float | int | str]
+    teacher: Part, begun: Part | None, train: Alerts, recipe: Recipe, evaluation: dict[str, float | int | str]
 ) -> Description:
     """Return the bundle's description for the card."""
     card = teacher.card
-    beginning = f"Initialised with the weights of {begun.card.name} {begun.card.version}. " if begun else ""
+    beginning = f"Initialised with the weights of {begun.card.title}. " if begun else ""
     return Description(
         name="default",
         version=VERSION,

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from broker_filter.config import Runtime
+from broker_filter.packets.batch import Survey
 from broker_filter.packets.photometry import NO_VALUE
 from broker_filter.scoring.anomaly import Cloud
 from broker_filter.scoring.bundle import WEIGHTS, Inputs, MetadataColumn
@@ -30,7 +31,7 @@ from broker_filter.scoring.neighbours import Embeddings
 from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbedder
 from broker_filter.scoring.preprocess import prepare_images
 from broker_filter.scoring.reference import Measure
-from broker_filter.scoring.scorer import Model, open_model
+from broker_filter.scoring.scorer import LoadedPart, open_model
 from broker_filter.streaming.archives import read_packets
 from training.arguments import positive, share
 from training.bundles.train_classes import COLUMN, UNLABELLED
@@ -101,13 +102,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train and evaluate once for each class, write the results and print the table."""
     torch.set_num_threads(1)
-    trunk = open_model(arguments.trunk, Runtime(engine="onnxruntime", device="cpu", inference_threads=1))
+    trunk = open_model(arguments.trunk, Runtime(engine="onnxruntime", device="cpu", inference_threads=1)).part(
+        Survey.ZTF
+    )
     if trunk.bundle.card.architecture.name != TRUNK:
         raise TrainingError(f"{arguments.trunk}: its network is not {TRUNK}, so it cannot be the trunk")
     labels = read_labels(arguments.labels, COLUMN, [parse_rule(rule) for rule in (*CLASSES, BOGUS)])
     alerts = decode(read_packets(arguments.inputs), trunk.bundle.card.inputs)
     label = labels.of(alerts.alert_id, alerts.object_id)
-    threshold = trunk.bundle.card.outputs.thresholds[trunk.labels[0]]
+    threshold = trunk.bundle.card.outputs.thresholds[trunk.bundle.card.outputs.labels[0]]
     known = label != UNLABELLED
     if not known.any():
         raise DatasetError(f"{arguments.labels}: no label matches any of the {len(label)} alerts of the inputs")
@@ -138,7 +141,7 @@ def checkpoint_of(out: Path, class_: str) -> Path:
 
 
 def leave_out(
-    trunk: Model,
+    trunk: LoadedPart,
     alerts: Named,
     label: NDArray[np.int64],
     passes: NDArray[np.bool_],
@@ -207,7 +210,7 @@ def held_out_of_each(
     return held
 
 
-def new_network(trunk: Model, seed: int) -> AlertEmbedder:
+def new_network(trunk: LoadedPart, seed: int) -> AlertEmbedder:
     """Return an untrained embedder with the given trunk."""
     torch.manual_seed(seed)
     network = AlertEmbedder(TRUNK, len(METADATA), SIZE)

@@ -38,12 +38,12 @@ from broker_filter.scoring.bundle import (
     POINT_COLUMNS,
     WEIGHTS,
     Architecture,
-    Bundle,
     Description,
     Inputs,
     LightCurveInput,
     MetadataColumn,
     Outputs,
+    Part,
     Training,
     open_bundle,
 )
@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> None:
     used."""
     refuse_existing(arguments.out)
     torch.set_num_threads(1)
-    trunk = open_bundle(arguments.trunk)
+    trunk = open_bundle(arguments.trunk).part("ztf")
     if trunk.card.architecture.name != TRUNK:
         raise TrainingError(f"{arguments.trunk}: its network is not {TRUNK}, so it cannot be the trunk")
     labels = read_labels(arguments.labels, COLUMN, [parse_rule(rule) for rule in CLASSES])
@@ -347,7 +347,7 @@ def data_sha256(data: Sequence[tuple[Named, NDArray[np.bool_]]]) -> str:
 
 
 def describe(
-    trunk: Bundle,
+    trunk: Part,
     inputs: Inputs,
     recipe: Recipe,
     trained_on: NDArray[np.str_],

@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from broker_filter.config import Runtime
 from broker_filter.console import progress
+from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import WEIGHTS, Architecture, Card, Training, describe_problems
-from broker_filter.scoring.scorer import Model, open_model
+from broker_filter.scoring.scorer import LoadedPart, Model, open_model
 from training.arguments import positive
 from training.data.datasets import SPLITS, Dataset, DatasetCard, Split
 from training.errors import EvaluationError
@@ -137,9 +138,10 @@ def run(arguments: argparse.Namespace) -> None:
     model = open_model(arguments.bundle, runtime)
     dataset = Dataset.open(arguments.dataset)
     predictions = predict(model, dataset, arguments.split)
-    directory = model.bundle.directory
-    speed = [measure_served(directory, batch, arguments.threads) for batch in BATCHES]
-    evaluation = evaluate(model.bundle.card, dataset.card, arguments.split, predictions, speed)
+    network = network_for(model, dataset).bundle
+    speed = [measure_served(network.directory, batch, arguments.threads) for batch in BATCHES]
+    card = network.card.model_copy(update={"name": model.name, "version": model.version})
+    evaluation = evaluate(card, dataset.card, arguments.split, predictions, speed)
     arguments.out.mkdir(parents=True, exist_ok=True)
     predictions.write(arguments.out / PREDICTIONS)
     (arguments.out / EVALUATION).write_text(evaluation.model_dump_json(indent=1), encoding="utf-8")
@@ -152,16 +154,17 @@ def predict(model: Model, dataset: Dataset, split: Split) -> Predictions:
 
     Raises EvaluationError if model and data set do not fit, if the split lacks a class, or if a score is not finite.
     """
-    _check_fit(model, dataset)
+    network = network_for(model, dataset)
+    _check_fit(model, network, dataset)
     view, labels = dataset[split], model.labels
     classes, truth = _in_terms_of(labels, dataset.card.classes, view.label)
-    asked = [c for c, name in enumerate(labels) if name in classes]
+    asked = [network.bundle.card.outputs.labels.index(name) for name in labels if name in classes]
     if absent := [name for name, n in zip(classes, np.bincount(truth, minlength=len(classes)), strict=True) if not n]:
         raise EvaluationError(f"{dataset.directory}: split {split} has no alert of class {', '.join(absent)}")
     said, magpsf = [], []
     with progress(f"Scoring {split}", len(view)) as advance:
         for alerts in view.batches(ALERTS_AT_ONCE):
-            said.append(model.run(alerts.raw))
+            said.append(network.run(alerts.raw))
             magpsf.append(
                 alerts.metadata[:, alerts.columns.index(MAGNITUDE)]
                 if MAGNITUDE in alerts.columns
@@ -171,8 +174,8 @@ def predict(model: Model, dataset: Dataset, split: Split) -> Predictions:
     scores = np.concatenate([outputs["probabilities"][:, asked] for outputs in said])
     if broken := int((~np.isfinite(scores)).any(axis=1).sum()):
         raise EvaluationError(f"{model.bundle.directory}: {broken} of {len(scores)} scores are NaN or infinite")
-    threshold = model.bundle.card.outputs.thresholds.get(labels[0], DECIDED)
-    embeds = model.bundle.card.outputs.embedding is not None
+    threshold = network.bundle.card.outputs.thresholds.get(labels[0], DECIDED)
+    embeds = model.bundle.embedding is not None
     return Predictions(
         classes,
         view.alert_id,
@@ -254,29 +257,46 @@ def _measure_all(predictions: Predictions, histories: Histories, weight: Weights
     }
 
 
-def _check_fit(model: Model, dataset: Dataset) -> None:
-    """Raise EvaluationError if the data set's alerts are not valid input for the model."""
+def network_for(model: Model, dataset: Dataset) -> LoadedPart:
+    """Return the network of the model that scores the alerts of the data set.
+
+    Raises EvaluationError if the model does not take them all, or scores them with several networks.
+    """
+    where, directory = f"{dataset.directory}: holds alerts of", model.bundle.directory
+    surveys = [Survey[name.upper()] for name in dataset.card.surveys]
+    if others := [str(survey) for survey in surveys if survey not in model.surveys]:
+        raise EvaluationError(
+            f"{where} {', '.join(others)}, which {directory} does not take, only those of "
+            f"{', '.join(map(str, model.surveys))}"
+        )
+    networks = [part for part in model.parts if not set(part.surveys).isdisjoint(surveys)]
+    if len(networks) > 1:
+        raise EvaluationError(
+            f"{where} {', '.join(map(str, surveys))}, which different networks of {directory} score: evaluate it on a "
+            "data set of each survey"
+        )
+    return networks[0]
+
+
+def _check_fit(model: Model, network: LoadedPart, dataset: Dataset) -> None:
+    """Raise EvaluationError if the data set's alerts are not valid input for the model's network."""
     card, directory = dataset.card, model.bundle.directory
-    size = model.bundle.card.inputs.images.size
+    size = network.inputs.images.size
     if card.cutout_size < size:
         raise EvaluationError(
             f"{dataset.directory}: its cutouts have {card.cutout_size} px, but {directory} takes {size} px: "
             f"build it again with --cutout-size {size}"
         )
-    dataset.check_pixels(model.bundle.card.inputs.images)
-    if planes := dataset.missing_planes(model.bundle.card.inputs):
+    dataset.check_pixels(network.inputs.images)
+    if planes := dataset.missing_planes(network.inputs):
         raise EvaluationError(
             f"{dataset.directory}: it lacks planes that {directory} needs: build it again with --planes "
             f"{' '.join(planes)}"
         )
-    if model.bundle.card.inputs.light_curve is not None and not dataset.has_light_curves:
+    if network.inputs.light_curve is not None and not dataset.has_light_curves:
         raise EvaluationError(f"{dataset.directory}: has no light curves, which {directory} takes: build it again")
-    if missing := [name for name in model.columns if name not in card.columns]:
+    if missing := [column.name for column in network.inputs.metadata if column.name not in card.columns]:
         raise EvaluationError(f"{dataset.directory}: lacks the columns {', '.join(missing)}, which {directory} needs")
-    if others := sorted(set(card.surveys) - set(map(str, model.surveys))):
-        raise EvaluationError(
-            f"{dataset.directory}: holds alerts of {', '.join(others)}, which {directory} does not take"
-        )
     for label in model.labels:
         if others := sorted(set(card.surveys) - set(map(str, model.surveys_of(label)))):
             raise EvaluationError(

@@ -54,15 +54,15 @@ def measure_served(bundle: Path, batch: int, threads: int) -> ServedSpeed:
 
 def measure_here(bundle: str, batch: int, threads: int) -> ServedSpeed:
     """Measure in this process."""
-    model = open_model(bundle, Runtime(engine="onnxruntime", device="cpu", inference_threads=threads))
-    alerts = noise(batch, model.bundle.card.inputs)
-    runs = [timed(lambda: model.run(alerts), batch) for _ in range(1 + REPETITIONS)][1:]
+    [network] = open_model(bundle, Runtime(engine="onnxruntime", device="cpu", inference_threads=threads)).parts
+    alerts = noise(batch, network.inputs)
+    runs = [timed(lambda: network.run(alerts), batch) for _ in range(1 + REPETITIONS)][1:]
     return ServedSpeed(
         batch=batch,
         alerts_per_second=Spread.of([run.alerts_per_second for run in runs]).median,
         cpu_microseconds=Spread.of([run.cpu_microseconds for run in runs]).median,
         peak_megabytes=memory_megabytes(os.getpid(), peak=True),
-        provider=model.provider,
+        provider=network.network.provider,
         threads=threads,
     )
 

@@ -201,7 +201,7 @@ def _finished(table: Path) -> set[str]:
 def _predictions(config: Fit) -> Predictions:
     """Return a finished run's predictions on the test split."""
     classes = Dataset.open(config.dataset).card.classes
-    thresholds = open_bundle(config.out / BUNDLE).card.outputs.thresholds
+    thresholds = open_bundle(config.out / BUNDLE).parts[0].card.outputs.thresholds
     return Predictions.read(config.out / PREDICTIONS, classes, thresholds.get(classes[-1], DECIDED))
 
 
@@ -217,7 +217,7 @@ def _write_report(out: Path, runs: Mapping[Run, Fit]) -> None:
 
 def _add_row(table: Path, one: Run, config: Fit, seconds: float) -> None:
     """Append a run's row: its choices, its training and its metrics on the test split."""
-    card = open_bundle(config.out / BUNDLE).card
+    card = open_bundle(config.out / BUNDLE).parts[0].card
     predictions = _predictions(config)
     figures = measure(predictions, np.ones(len(predictions)))
     row: dict[str, object] = {

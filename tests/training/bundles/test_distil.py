@@ -23,21 +23,21 @@ from training.bundles.train_default import SPLIT_SEED, TEST_FRACTION, check_rate
 from training.data.datasets import Alerts, held_out, load_alerts
 from training.errors import DatasetError, TrainingError
 
-INPUTS = open_bundle("default").card.inputs.images
+INPUTS = open_bundle("default").part("ztf").card.inputs.images
 MAP, EMBEDDING = Hint(student=11, teacher=11), Hint(student=18, teacher=18)
 """A hint of StampNet for StampNet."""
 
 
 @pytest.fixture(scope="module")
 def teacher() -> nn.Module:
-    bundle = open_bundle("default")
+    bundle = open_bundle("default").part("ztf")
     return load_network(bundle.card.architecture, load_file(bundle.directory / WEIGHTS))
 
 
 @pytest.fixture(scope="module")
 def alerts() -> Alerts:
     """Alerts made from the synthetic ones of the bundle `default`, with pixels of NaN and FLT_MAX."""
-    answers = open_bundle("default").test_vector()
+    answers = open_bundle("default").part("ztf").test_vector()
     rows = np.arange(12) % 4
     return Alerts(
         alert_id=np.arange(12),
@@ -191,13 +191,13 @@ def test_each_alert_is_loaded_once(real_alerts: Alerts) -> None:
 def test_the_card_of_default_states_the_figures_of_the_bundle(real_alerts: Alerts, shared_models: Path) -> None:
     """Measured on the alerts of held-out objects, as for the card."""
     model = open_model("default", Runtime(engine="onnxruntime", device="cpu"))
-    card = model.bundle.card.training.evaluation
+    card = model.parts[0].bundle.card.training.evaluation
     braai = load_network(Architecture(name="vgg6"), read_weights(shared_models / "braai" / "d6_m7.weights.h5"))
     unseen = real_alerts[held_out(real_alerts.object_id, TEST_FRACTION, SPLIT_SEED)]
     rated = unseen[np.isfinite(published_score(unseen))]
     of_braai = run_over(braai, INPUTS, unseen)[0][:, 0].sigmoid().numpy()
     for prefix, alerts, truth in (("", rated, published_score(rated)), ("all_", unseen, of_braai)):
-        score = model.run(alerts.raw)["probabilities"][:, 0]
+        score = model.parts[0].run(alerts.raw)["probabilities"][:, 0]
         with np.errstate(divide="ignore"):
             logit = np.log(score) - np.log1p(-score)
         assert (len(alerts), int((truth <= 0.5).sum())) == (card[f"{prefix}alerts"], card[f"{prefix}bogus"])

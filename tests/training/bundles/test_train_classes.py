@@ -101,7 +101,7 @@ def test_a_supernova_without_a_known_host_is_recognised(shared_data: Path, lacki
     kept = []
     for metadata in (supernovae.metadata, hostless):
         raw = RawAlerts(supernovae.cutouts, supernovae.cutout_box, metadata, METADATA)
-        said = model.run(raw)["probabilities"][:, 1:]
+        said = model.parts[0].run(raw)["probabilities"][:, 1:]
         kept.append(said.argmax(axis=1) == labels.classes.index("SN"))
     assert kept[0].sum() > 20
     assert (kept[0] & kept[1]).sum() > 0.7 * kept[0].sum()
@@ -112,19 +112,21 @@ def test_the_card_of_classes_states_the_figures_of_the_bundle(shared_data: Path)
     """Measured on the labelled alerts of held-out objects; the output `real` is that of `default`."""
     runtime = Runtime(engine="onnxruntime", device="cpu")
     model, default = open_model("classes", runtime), open_model("default", runtime)
-    card = model.bundle.card.training.evaluation
+    card = model.parts[0].bundle.card.training.evaluation
     inputs = [shared_data / "ztf" / "ztf_alerts.tar", shared_data / "ztf" / "archives"]
     alerts = load_alerts(inputs, 63, METADATA)
     labels = read_labels(shared_data / "ztf" / "labels.parquet", COLUMN, [parse_rule(rule) for rule in CLASSES])
     unseen = held_out(alerts.object_id, TEST_FRACTION, SPLIT_SEED)
     test, label = alerts[unseen], classes_of(alerts[unseen], labels)
     test, label = test[label != UNLABELLED], label[label != UNLABELLED]
-    said = model.run(RawAlerts(test.cutouts, test.cutout_box, test.metadata, test.columns))["probabilities"]
+    said = model.parts[0].run(RawAlerts(test.cutouts, test.cutout_box, test.metadata, test.columns))["probabilities"]
     assert model.labels == ("real", *labels.classes)
     assert len(test) == card["alerts"]
     auc = [rank(label == c, said[:, 1 + c], np.ones(len(test))).roc_auc for c in range(len(labels.classes))]
     assert np.mean(auc) == pytest.approx(card["macro_roc_auc"], abs=1e-3)
     for name, of_class in zip(labels.classes, auc, strict=True):
         assert of_class == pytest.approx(card[f"roc_auc_{name}"], abs=1e-3), name
-    alone = default.run(RawAlerts(test.cutouts, test.cutout_box, np.empty((len(test), 0)), ()))["probabilities"]
+    alone = default.parts[0].run(RawAlerts(test.cutouts, test.cutout_box, np.empty((len(test), 0)), ()))[
+        "probabilities"
+    ]
     np.testing.assert_allclose(said[:, :1], alone, atol=1e-6)

@@ -105,7 +105,7 @@ def test_the_card_states_how_well_classes_can_be_read(scorer: Scorer, shared_dat
     assert scores.embedding is not None
     assert scores.modalities is not None
     objects, label, unseen = np.array(alerts.object_id, np.str_)[rows], label[rows], unseen[rows]
-    card = scorer.models[1].bundle.card.training.evaluation
+    card = scorer.models[1].parts[0].bundle.card.training.evaluation
     assert unseen.sum() == card["alerts"]
     vectors = {"": scores.embedding} | {f"_{name}": scores.modalities[:, m] for m, name in enumerate(MODALITIES)}
     for name, values in vectors.items():

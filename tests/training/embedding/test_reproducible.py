@@ -101,11 +101,11 @@ def test_batch_order_and_engine_have_no_influence(
 
 @pytest.mark.parametrize("bundle", shipped_bundles())
 def test_every_card_names_its_training_data(bundle: str) -> None:
-    assert re.fullmatch("[0-9a-f]{64}", str(open_bundle(bundle).card.training.evaluation["dataset_sha256"]))
+    assert re.fullmatch("[0-9a-f]{64}", str(open_bundle(bundle).parts[0].card.training.evaluation["dataset_sha256"]))
 
 
 @pytest.mark.shared
 def test_the_default_bundle_was_trained_on_the_shared_data(shared_data: Path) -> None:
     alerts = load_alerts([shared_data / "ztf" / "ztf_alerts.tar", shared_data / "ztf" / "archives"], 63, ("drb",))
     train = alerts[~held_out(alerts.object_id, TEST_FRACTION, SPLIT_SEED)]
-    assert data_sha256(train) == open_bundle("default").card.training.evaluation["dataset_sha256"]
+    assert data_sha256(train) == open_bundle("default").part("ztf").card.training.evaluation["dataset_sha256"]

@@ -38,7 +38,7 @@ Write = Callable[..., Path]
 
 def card(name: str, **training: float | str) -> Card:
     """Return the card of `default` with another name, and another description of its training."""
-    default = open_bundle("default").card
+    default = open_bundle("default").part("ztf").card
     story = default.training.model_copy(update={"evaluation": training})
     return default.model_copy(update={"name": name, "training": story})
 

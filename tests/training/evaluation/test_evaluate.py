@@ -100,7 +100,7 @@ def test_the_files_of_the_command_can_be_read_back(dataset: Dataset, tmp_path: P
 
 def test_rows_of_the_confusion_matrix_sum_to_one(model: Model, dataset: Dataset) -> None:
     predictions = predict(model, dataset, "train")
-    evaluation = evaluate(model.bundle.card, dataset.card, "train", predictions, [])
+    evaluation = evaluate(model.parts[0].bundle.card, dataset.card, "train", predictions, [])
     recall = evaluation.confusion[1][1].value
     assert recall == evaluation.figures["recall"].value
     for row in evaluation.confusion:
@@ -114,9 +114,11 @@ def test_cutouts_that_are_too_small_are_refused(model: Model, night: list[Simula
 
 
 def test_missing_columns_are_refused(model: Model, dataset: Dataset) -> None:
-    card = model.bundle.card
+    card = model.parts[0].bundle.card
     inputs = card.inputs.model_copy(update={"metadata": (MetadataColumn(name="seeing_of_tomorrow", fill=0),)})
-    thirsty = replace(model, bundle=replace(model.bundle, card=card.model_copy(update={"inputs": inputs})))
+    [part] = model.parts
+    altered = replace(part.bundle, card=card.model_copy(update={"inputs": inputs}))
+    thirsty = replace(model, parts=(replace(part, bundle=altered),))
     with pytest.raises(EvaluationError, match="lacks the columns seeing_of_tomorrow"):
         predict(thirsty, dataset, "test")
 
@@ -144,7 +146,7 @@ def test_a_model_with_more_labels_is_evaluated_on_the_classes_of_the_data_set(da
     predictions, view = predict(model, other, "test"), other["test"]
     assert predictions.classes == predictions.labels == ("asteroid", "SN")
     chosen = [model.labels.index(name) for name in predictions.labels]
-    assert np.array_equal(predictions.probabilities, model.run(view.read().raw)["probabilities"][:, chosen])
+    assert np.array_equal(predictions.probabilities, model.parts[0].run(view.read().raw)["probabilities"][:, chosen])
     assert np.array_equal(predictions.truth, 1 - view.label)
 
 
@@ -176,7 +178,7 @@ def test_a_perfect_model_has_no_interval_of_zero_width(dataset: Dataset) -> None
     perfect = Predictions(
         ("bogus", "real"), view.alert_id, view.object_id, np.full(len(view), 18.0), view.label, scores, threshold=0.5
     )
-    card = open_model("default", Runtime(engine="onnxruntime", device="cpu")).bundle.card
+    card = open_model("default", Runtime(engine="onnxruntime", device="cpu")).parts[0].bundle.card
     evaluation = evaluate(card, dataset.card, "train", perfect, [])
     bogus = len(np.unique(view.object_id[view.label == 0]))
     real = len(np.unique(view.object_id[view.label == 1]))

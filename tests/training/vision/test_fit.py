@@ -60,11 +60,11 @@ def weights(config: Fit) -> dict[str, torch.Tensor]:
 def test_fit_writes_a_bundle_and_its_predictions_on_the_test_split(fitted: Fit, night_dataset: Dataset) -> None:
     model = open_model(str(fitted.out / BUNDLE), Runtime(engine="torch", device="cpu", inference_threads=1))
     test = night_dataset["test"].read()
-    scores = model.run(RawAlerts(test.cutouts, test.cutout_box, test.metadata, test.columns))["probabilities"]
+    scores = model.parts[0].run(RawAlerts(test.cutouts, test.cutout_box, test.metadata, test.columns))["probabilities"]
     predictions = parquet.read_table(fitted.out / "predictions.parquet")
     assert predictions["alert_id"].to_pylist() == test.alert_id.tolist()
     assert predictions["probability.real"].to_numpy() == pytest.approx(scores[:, 0], abs=1e-5)
-    card = open_bundle(fitted.out / BUNDLE).card
+    card = open_bundle(fitted.out / BUNDLE).parts[0].card
     assert card.training.evaluation["dataset_sha256"] == night_dataset.card.sha256
     assert (card.training.evaluation["seed"], card.training.evaluation["regimen"]) == (1, "random")
     assert [(column.fill, column.flag) for column in card.inputs.metadata] == [(-999, False)] * 2
@@ -74,7 +74,7 @@ def test_the_weights_with_the_lowest_validation_loss_are_served(fitted: Fit) -> 
     rows = next((fitted.out / "log").rglob("metrics.csv")).read_text().splitlines()
     place = rows[0].split(",").index("val_loss")
     losses = [float(row.split(",")[place]) for row in rows[1:] if row.split(",")[place]]
-    evaluation = open_bundle(fitted.out / BUNDLE).card.training.evaluation
+    evaluation = open_bundle(fitted.out / BUNDLE).parts[0].card.training.evaluation
     assert len(losses) == 3
     assert evaluation["epoch"] == int(np.argmin(losses)) + 1
     assert evaluation["validation_loss"] == pytest.approx(min(losses), abs=1e-5)
@@ -91,8 +91,8 @@ def test_the_served_network_gives_calibrated_probabilities(fitted: Fit, night_da
     runtime = Runtime.model_validate({"engine": engine, "device": "cpu", "inference_threads": 1})
     model = open_model(str(fitted.out / BUNDLE), runtime)
     validation = night_dataset["validation"].read()
-    served = model.run(validation.raw)["probabilities"][:, 0]
-    card = model.bundle.card
+    served = model.parts[0].run(validation.raw)["probabilities"][:, 0]
+    card = model.parts[0].bundle.card
     trained = build_network(card.architecture)
     best = read_checkpoint(fitted.out / BEST)["state_dict"]
     trained.load_state_dict({name.removeprefix("network."): best[name] for name in best if "network." in name})
@@ -185,7 +185,7 @@ def test_an_epoch_with_too_small_an_improvement_is_not_kept(config: Callable[...
     rows = next((wanted.out / "log").rglob("metrics.csv")).read_text().splitlines()
     place = rows[0].split(",").index("val_loss")
     losses = [float(row.split(",")[place]) for row in rows[1:] if row.split(",")[place]]
-    evaluation = open_bundle(wanted.out / BUNDLE).card.training.evaluation
+    evaluation = open_bundle(wanted.out / BUNDLE).parts[0].card.training.evaluation
     assert evaluation["epoch"] == 1
     assert evaluation["validation_loss"] == pytest.approx(losses[0], abs=1e-5)
     assert len(losses) == 3  # the first epoch and two epochs without an improvement

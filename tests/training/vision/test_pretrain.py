@@ -161,7 +161,7 @@ def test_an_encoder_learns_and_a_fit_starts_from_it(
     pretrained, served = load_file(source), load_file(tmp_path / "begun" / BUNDLE / "weights.safetensors")
     assert len(pretrained) == 8
     assert all(torch.allclose(served[f"encoder.{name}"], tensor, atol=1e-6) for name, tensor in pretrained.items())
-    training = open_bundle(tmp_path / "begun" / BUNDLE).card.training
+    training = open_bundle(tmp_path / "begun" / BUNDLE).parts[0].card.training
     assert training.evaluation["regimen"] == "galaxies"
     assert "40 galaxies simulated with GalSim" in training.method
     with pytest.raises(WeightsError, match="nowhere"):

@@ -1,0 +1,92 @@
+"""Combines networks of different surveys into one bundle, which scores each alert with the network of its survey.
+
+The files of the networks are copied into the new bundle, so that it is complete in itself. Nothing is retrained, and
+the given bundles are not changed. The new directory is written atomically, and never replaces an existing one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from broker_filter.config import Runtime, SurveyName
+from broker_filter.scoring.bundle import (
+    CARD,
+    BundleError,
+    Part,
+    Route,
+    RoutedOutputs,
+    RoutingCard,
+    describe_problems,
+    open_bundle,
+    unserved,
+)
+from broker_filter.scoring.scorer import open_model
+
+
+def combine_bundles(directory: Path, name: str, version: str, networks: Mapping[SurveyName, str | Path]) -> RoutingCard:
+    """Write the bundle `name` into the new `directory` and return its card.
+
+    `networks`: for each survey, the bundle whose network scores its alerts. The labels of the new bundle are those that
+    every network gives for its surveys, in the order of the first network.
+
+    Raises BundleError if the directory exists, if a bundle cannot be used or has no network for the survey, or if the
+    networks have no label in common; OSError if the directory cannot be written.
+    """
+    if directory.exists():
+        raise BundleError(f"{directory}: exists already; choose another directory, or remove it first")
+    parts = {survey: open_bundle(bundle).part(survey) for survey, bundle in networks.items()}
+    first = next(iter(parts.values()))
+    missing = {
+        label: next(filter(None, (unserved(part.card, [survey], [label]) for survey, part in parts.items())), None)
+        for label in first.card.outputs.labels
+    }
+    labels = tuple(label for label, problem in missing.items() if problem is None)
+    if not labels:
+        raise BundleError(f"no label is given by every network: {'; '.join(filter(None, missing.values()))}")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
+        made = Path(scratch) / directory.name
+        made.mkdir()
+        folders: dict[Path, str] = {}  # a network that scores several surveys is copied once
+        for survey, part in parts.items():
+            if part.directory.resolve() not in folders:
+                folders[part.directory.resolve()] = survey
+                _copy(part, made / survey)
+        routes = {survey: _route(made, folders[part.directory.resolve()]) for survey, part in parts.items()}
+        tasks = {survey: part.card.task for survey, part in parts.items()}
+        try:
+            card = RoutingCard(
+                name=name,
+                version=version,
+                task=first.card.task
+                if len({*tasks.values()}) == 1
+                else "; ".join(f"{s}: {t}" for s, t in tasks.items()),
+                networks=routes,
+                outputs=RoutedOutputs(labels=labels),
+            )
+        except ValidationError as error:
+            raise BundleError(f"{directory}: {describe_problems(error)}") from error
+        text = yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+        (made / CARD).write_text(text, encoding="utf-8")
+        open_model(str(made), Runtime(engine="onnxruntime", device="cpu"))
+        made.rename(directory)
+    return card
+
+
+def _copy(part: Part, folder: Path) -> None:
+    """Copy the card of a network and the files that it lists."""
+    folder.mkdir()
+    for name in (CARD, *part.card.files):
+        shutil.copyfile(part.directory / name, folder / name)
+
+
+def _route(bundle: Path, folder: str) -> Route:
+    card = (bundle / folder / CARD).read_bytes()
+    return Route(folder=folder, card_sha256=hashlib.sha256(card).hexdigest())
