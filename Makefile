@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .PHONY: help demo test suite coverage lint docs bench bench-check study chaos deep fuzz slow-link sanitize wheel image clean
 
 help:
-	@echo 'make demo      simulates a survey night, runs the service on it through an embedded broker, shows the results'
+	@echo 'make demo      simulates nights of ZTF and LSST, runs the service on them through an embedded broker, shows the results'
 	@echo 'make test      make lint, and the whole test suite'
 	@echo 'make suite     the test suite alone'
 	@echo 'make coverage  the test suite with a report of the covered lines and branches (also in htmlcov/); fails below fail_under'

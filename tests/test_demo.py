@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,9 @@ import pytest
 
 pytest.importorskip("noida_db", reason="the demonstration needs the extra `demo`")
 pytest.importorskip("galsim", reason="the demonstration needs the extra `demo`")
+
+from broker_filter.demo.demonstration import ZTF_PER_LSST
+from broker_filter.scoring.bundle import open_bundle
 
 N = 240
 PATIENCE_S = 120
@@ -39,21 +43,26 @@ def test_demo_publishes_every_message_of_a_night_once(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "broker_filter", "demo", "--out", str(out), "--alerts", str(N), "--seed", "4"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
-    # Two packets are damaged, and one alert is sent twice.
-    assert "243 consumed = 240 scored + 2 rejected (not_avro 1, truncated 1) + 1 duplicates" in done.stdout
-    assert "Each of the 243 messages was published exactly once" in done.stdout
+    # Two packets of ZTF are damaged, and one alert is sent twice.
+    assert "303 consumed = 300 scored + 2 rejected (not_avro 1, truncated 1) + 1 duplicates" in done.stdout
+    assert "Each of the 303 messages was published exactly once" in done.stdout
+    assert "LSST: scores of the default model by kind of alert" in done.stdout
     assert "young supernova" in done.stdout
     assert "differs in" in done.stdout
     assert "GLIBC" not in done.stdout + done.stderr
 
     scores = pq.read_table(out / "scores.parquet").to_pylist()
-    assert len(scores) == N + 1
-    assert all(0 <= row["default__real"] <= 1 for row in scores)
+    by_survey = {survey: [row for row in scores if row["survey"] == survey] for survey in ("ztf", "lsst")}
+    assert {survey: len(rows) for survey, rows in by_survey.items()} == {"ztf": N + 1, "lsst": N // ZTF_PER_LSST}
+    for survey in open_bundle("default").surveys:
+        assert all(0 <= row["default__real"] <= 1 for row in by_survey.pop(survey))
+    assert all(math.isnan(row["default__real"]) for rows in by_survey.values() for row in rows)
+    assert ("have no score" in done.stdout) == bool(by_survey)
     assert sum(row["duplicate"] for row in scores) == 1
     height, width, _ = matplotlib.image.imread(out / "contact-sheet.png").shape
     assert width > 1500
     assert height > 600
-    assert "broker_filter_consumed_alerts_total 243.0" in (out / "metrics.txt").read_text()
+    assert "broker_filter_consumed_alerts_total 303.0" in (out / "metrics.txt").read_text()
     checked = subprocess.run(
         [sys.executable, "-m", "broker_filter", "config", "check", str(out / "service.yaml")],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""`broker-filter demo`: runs the service on a simulated night, on this machine, in about a minute."""
+"""`broker-filter demo`: runs the service on simulated nights, on this machine, in about a minute."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command `demo` to the parser."""
     parser = subparsers.add_parser(
         "demo",
-        help="run the service on a simulated night, on this machine",
+        help="run the service on simulated nights of ZTF and LSST, on this machine",
         examples=("broker-filter demo --out demo-out", "broker-filter demo --out demo-out --alerts 5000 --seed 2"),
-        description="Simulates a survey night, starts an embedded Kafka broker and the service, and sends the night's "
-        "alerts to the service. Then shows the throughput, the alerts that the filters selected, the anomalies, and a "
-        "contact sheet of cutouts. Needs no network and no Kafka installation.",
+        description="Simulates a night of ZTF and one of LSST, starts an embedded Kafka broker and the service, and "
+        "sends both nights to the service. Then shows the throughput, the alerts that the filters selected, the "
+        "anomalies, and a contact sheet of cutouts. Needs no network and no Kafka installation.",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="directory for everything that is written"
     )
     parser.add_argument(
-        "--alerts", type=_positive, default=1500, metavar="N", help="number of alerts to simulate (default: 1500)"
+        "--alerts",
+        type=_positive,
+        default=1500,
+        metavar="N",
+        help="number of alerts of ZTF; LSST has a quarter of it (default: 1500)",
     )
     parser.add_argument(
         "--seed",

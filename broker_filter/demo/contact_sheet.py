@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from matplotlib.figure import SubFigure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from broker_filter.demo.results import Alert, real
+from broker_filter.demo.results import Alert, band, magnitude, object_id, real, short, stamp
 from broker_filter.pictures.cutouts import BACKGROUND, FAINT, NOTHING, PANEL, TEXT, draw_cutout
 
 CUTOUTS = ("Science", "Template", "Difference")
@@ -56,24 +55,23 @@ def _draw_row(line: SubFigure, row: Row) -> None:
         line.add_artist(panel)  # below the images
         for k, cutout in enumerate(CUTOUTS):
             axes = line.add_axes((left + 0.004 + k * 0.0775, 0.24, 0.0745, 0.58))
-            draw_cutout(axes, _pixels(alert[f"cutout{cutout}"]["stampData"]))
+            draw_cutout(axes, _pixels(stamp(alert, cutout)))
         _draw_caption(line, left, width, alert, kind)
 
 
 def _draw_caption(line: SubFigure, left: float, width: float, alert: Alert, kind: str) -> None:
-    candidate, score = alert["candidate"], real(alert)
-    band = {1: "g", 2: "r", 3: "i"}.get(candidate["fid"], "?")
-    text = f"{band} = {candidate['magpsf']:.1f}   {kind.replace('_', ' ')}"
-    line.text(left + 0.005, 0.135, alert["objectId"], fontsize=10, fontweight="bold", va="center")
+    score = real(alert)
+    text = f"{band(alert)} = {magnitude(alert):.1f}   {kind.replace('_', ' ')}"
+    line.text(left + 0.005, 0.135, short(object_id(alert)), fontsize=10, fontweight="bold", va="center")
     line.text(left + 0.082, 0.135, text, fontsize=9, color=FAINT, va="center")
-    colour = REAL if score > 0.5 else BOGUS
-    line.text(left + width - 0.005, 0.135, f"real {score:.3f}", fontsize=10, color=colour, ha="right", va="center")
-    for length, fill in ((1.0, NOTHING), (max(score, 0.01), colour)):
+    colour, said = (REAL if score > 0.5 else BOGUS, f"real {score:.3f}") if score == score else (FAINT, "not scored")
+    line.text(left + width - 0.005, 0.135, said, fontsize=10, color=colour, ha="right", va="center")
+    for length, fill in ((1.0, NOTHING), (max(score, 0.01) if score == score else 0.0, colour)):
         bar = Rectangle((left + 0.005, 0.06), (width - 0.01) * length, 0.025, facecolor=fill)
         bar.set_transform(line.transSubfigure)
         line.add_artist(bar)
 
 
 def _pixels(stamp: bytes) -> NDArray[np.float32]:
-    with fits.open(io.BytesIO(gzip.decompress(stamp))) as hdus:
+    with fits.open(io.BytesIO(stamp)) as hdus:
         return np.asarray(hdus[0].data, dtype=np.float32)

@@ -29,16 +29,18 @@ from broker_filter.demo.report import (
     kinds_table,
     write_scores,
 )
-from broker_filter.demo.results import read_results
-from broker_filter.demo.service import FILTERS, PREFIX, TOPIC, ServiceProcess, counts, write_config
+from broker_filter.demo.results import Survey, read_results
+from broker_filter.demo.service import FILTERS, PREFIX, TOPICS, ServiceProcess, counts, write_config
 from broker_filter.kafka.client import ThrottledErrorLog, admin_client, ensure_topics
 from broker_filter.kafka.replay import Replayer, as_fast_as_possible
 from broker_filter.local_kafka import embedded_broker, free_ports
 from broker_filter.packets.decode import Decoder
-from broker_filter.packets.registry import open_registry
+from broker_filter.simulate import SCHEMAS
 from broker_filter.streaming.archives import read_packets
 
 PARTITIONS = 4
+ZTF_PER_LSST = 4
+"""Alerts of ZTF per alert of LSST: as in a night of the default size, simulating them takes a tenth more time."""
 LOOK_INTERVAL_S = 0.2
 LOG_INTERVAL_S = 2.0
 STANDSTILL_S = 60.0
@@ -51,7 +53,9 @@ Show = Callable[[int, Mapping[str, int], float], None]
 
 
 def run_demo(out: Path, n: int, seed: int) -> None:
-    """Simulate a night of `n` alerts, send it through a broker and the service, and show the results.
+    """Simulate a night of each survey, send both through a broker and one service, and show the results.
+
+    `n`: alerts of ZTF; LSST has n // ZTF_PER_LSST.
 
     Writes the files of FILES into the directory `out`. Raises DemoError if a step fails, or if an alert was lost or
     published twice.
@@ -63,29 +67,37 @@ def run_demo(out: Path, n: int, seed: int) -> None:
         embedded_broker(Path(scratch)) as bootstrap,
     ):
         properties = {"bootstrap.servers": bootstrap}
-        topics = [NewTopic(TOPIC, num_partitions=PARTITIONS)]
+        topics = [NewTopic(topic, num_partitions=PARTITIONS) for topic in TOPICS.values()]
         ensure_topics(admin_client(properties, ThrottledErrorLog(f"brokers {bootstrap}")), topics)
         (port,) = free_ports(1)
-        log.info("simulating and scoring another night, for the reference set of ordinary alerts")
+        log.info("simulating and scoring other nights, for the reference set of ordinary alerts")
         write_reference(files["ordinary.safetensors"], seed)
         write_config(files["service.yaml"], bootstrap, files["ordinary.safetensors"], port)
         with ServiceProcess(files["service.yaml"], files["service.log"], port) as service:
             log.info("broker on %s; the service starts: http://127.0.0.1:%d/metrics", bootstrap, port)
-            with progress("Simulating a night", n) as advance:  # while the service starts
-                night = write_night(files["night.tar"], n, seed, advance)
+            sizes: dict[Survey, int] = {"ztf": n, "lsst": max(1, n // ZTF_PER_LSST)}
+            with progress("Simulating nights", sum(sizes.values())) as advance:  # while the service starts
+                nights = {
+                    survey: write_night(files[ARCHIVES[survey]], survey, size, seed, advance)
+                    for survey, size in sizes.items()
+                }
             service.wait_until_ready()
-            rate = _replay(night, properties, service)
+            rate = _replay(nights, properties, service)
             files["metrics.txt"].write_text(service.metrics())
             service.stop()
         log.info("reading the output topics")
         results = read_results(bootstrap, PREFIX, list(FILTERS))
 
-    write_scores(files["scores.parquet"], results, night)
-    title = f"A simulated night: {n:,} alerts, scored at {rate:,.0f} a second"
-    draw_contact_sheet(files["contact-sheet.png"], title, contact_sheet_rows(results, night))
+    kinds = {alert_id: kind for night in nights.values() for alert_id, kind in night.kinds.items()}
+    packets = sum(night.packets for night in nights.values())
+    write_scores(files["scores.parquet"], results, kinds)
+    of_each = " and ".join(f"{size:,} alerts of {survey.upper()}" for survey, size in sizes.items())
+    title = f"Simulated nights: {of_each}, scored at {rate:,.0f} a second"
+    draw_contact_sheet(files["contact-sheet.png"], title, contact_sheet_rows(results, kinds))
     screen = stdout_console()
-    screen.print(kinds_table(results, night), interesting_table(results, night), anomalies_table(results, night))
-    problems = audit(results, night, counts(files["metrics.txt"].read_text()), screen)
+    screen.print(*(kinds_table(results, kinds, survey) for survey in nights))
+    screen.print(interesting_table(results, kinds), anomalies_table(results, kinds))
+    problems = audit(results, packets, counts(files["metrics.txt"].read_text()), screen)
     for name, meaning in FILES.items():
         screen.print(f"  [bold]{files[name]}[/]  {meaning}", soft_wrap=True, highlight=False)
     if problems:
@@ -99,24 +111,33 @@ FILES = {
     "service.log": "the service's log",
     "ordinary.safetensors": "reference set of ordinary alerts, with which anomalies are found",
     "metrics.txt": "the service's metrics at the end",
-    "night.tar": "the simulated packets; try `broker-filter score` or `broker-filter inspect` on them",
+    "night.tar": "the simulated packets of ZTF; try `broker-filter score` or `broker-filter inspect` on them",
+    "lsst-night.tar": f"the simulated packets of LSST; add `--schema-registry {SCHEMAS}`",
 }
 """The files that the demonstration writes, and their meaning."""
+ARCHIVES: dict[Survey, str] = {"ztf": "night.tar", "lsst": "lsst-night.tar"}
 
 
-def _replay(night: Night, properties: Mapping[str, object], service: ServiceProcess) -> float:
-    """Send the night and show progress until the service has processed it. Returns the rate in alerts per second."""
+def _replay(nights: Mapping[Survey, Night], properties: Mapping[str, object], service: ServiceProcess) -> float:
+    """Send the nights and show progress until the service has processed them. Returns the rate in alerts per second."""
     stop = threading.Event()
-    replayer = Replayer(properties, TOPIC, Decoder(open_registry(None), columns=()), stop)
-    with ThreadPoolExecutor(1, "replay") as threads, _live(night.packets) as show:
-        sending = threads.submit(replayer.replay, read_packets([night.archive]), as_fast_as_possible())
+    decoder = Decoder(SCHEMAS, columns=())
+    replayers = {survey: Replayer(properties, TOPICS[survey], decoder, stop) for survey in nights}
+    packets = sum(night.packets for night in nights.values())
+
+    def send() -> None:
+        for survey, night in nights.items():
+            replayers[survey].replay(read_packets([night.archive]), as_fast_as_possible())
+
+    with ThreadPoolExecutor(1, "replay") as threads, _live(packets) as show:
+        sending = threads.submit(send)
         try:
             moved = time.monotonic()
             first: tuple[int, float] | None = (
                 None  # count and time when the first alerts were processed: the rate is measured from then on
             )
             consumed, rate = 0, 0.0
-            while consumed < night.packets:
+            while consumed < packets:
                 time.sleep(LOOK_INTERVAL_S)
                 if sending.done():
                     sending.result()  # raises what the replay failed with
@@ -127,10 +148,10 @@ def _replay(night: Night, properties: Mapping[str, object], service: ServiceProc
                     rate = (consumed - first[0]) / (now - first[1]) if now > first[1] else 0.0
                 elif now - moved > STANDSTILL_S:
                     raise DemoError(
-                        f"the service has processed {consumed} of {night.packets} messages, and none in the last "
+                        f"the service has processed {consumed} of {packets} messages, and none in the last "
                         f"{STANDSTILL_S:.0f} s; see its log"
                     )
-                show(replayer.deliveries.sent, account, rate)
+                show(sum(replayer.deliveries.sent for replayer in replayers.values()), account, rate)
             return rate
         finally:
             stop.set()

@@ -1,4 +1,4 @@
-"""The demonstration's input: a simulated night that includes damaged packets and alerts that are sent twice."""
+"""The demonstration's input: simulated nights, with damaged packets (ZTF) and alerts that are sent twice."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from broker_filter.demo.results import Survey
 from broker_filter.simulate import simulate_night
 
 DAMAGED_EVERY = 100
@@ -19,22 +20,25 @@ SENT_TWICE_EVERY = 125
 
 @dataclass(frozen=True, slots=True)
 class Night:
-    """An archive of a night: its file, its number of packets, and the true kind of each alert by alert id."""
+    """An archive of a survey's night: its file, its number of packets, and the true kind of each alert by alert id."""
 
     archive: Path
     packets: int
     kinds: dict[int, str]
 
 
-def write_night(archive: Path, n: int, seed: int, advance: Callable[[int], None]) -> Night:
-    """Simulate `n` ZTF alerts and write a tar archive with one member per packet, some damaged or repeated."""
+def write_night(archive: Path, survey: Survey, n: int, seed: int, advance: Callable[[int], None]) -> Night:
+    """Simulate `n` alerts and write a tar archive with one member per packet, some repeated.
+
+    Some packets of ZTF are damaged.
+    """
     rng = np.random.default_rng(seed)
     kinds: dict[int, str] = {}
     packets = 0
     with tarfile.open(archive, "w") as tar:
-        for i, alert in enumerate(simulate_night(n, seed)):
+        for i, alert in enumerate(simulate_night(n, seed, survey)):
             kinds[alert.alert_id] = alert.kind
-            for suffix, data in _members(i, alert.packet, rng):
+            for suffix, data in _members(i, alert.packet, rng if survey == "ztf" else None):
                 member = tarfile.TarInfo(f"{alert.alert_id}{suffix}.avro")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -43,12 +47,15 @@ def write_night(archive: Path, n: int, seed: int, advance: Callable[[int], None]
     return Night(archive, packets, kinds)
 
 
-def _members(i: int, packet: bytes, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
-    """Yield suffix and bytes of an alert's archive members: the packet, sometimes a copy or a damaged copy too."""
+def _members(i: int, packet: bytes, rng: np.random.Generator | None) -> Iterator[tuple[str, bytes]]:
+    """Yield suffix and bytes of an alert's archive members: the packet, and sometimes a copy or a damaged copy too.
+
+    Without `rng`, no copy is damaged.
+    """
     yield "", packet
     if i % SENT_TWICE_EVERY == SENT_TWICE_EVERY - 1:
         yield "-again", packet
-    if i % DAMAGED_EVERY == DAMAGED_EVERY // 2:
+    if rng is not None and i % DAMAGED_EVERY == DAMAGED_EVERY // 2:
         damage = (_truncated, _no_alert, _unknown_schema, _broken_stamp)[i // DAMAGED_EVERY % 4]
         yield damage.__name__.replace("_", "-"), damage(packet, rng)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -9,92 +10,112 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from broker_filter.demo.contact_sheet import ALERTS_PER_ROW, Row
-from broker_filter.demo.night import Night
-from broker_filter.demo.results import Alert, Results, real
+from broker_filter.demo.results import (
+    Alert,
+    Results,
+    Survey,
+    alert_id,
+    band,
+    detections,
+    julian_date,
+    magnitude,
+    object_id,
+    real,
+    short,
+    survey_of,
+)
 from broker_filter.simulate import RATES, REAL
 
 SHOWN_PER_FILTER = 4
-BANDS = {1: "g", 2: "r"}
 DECIDED = 0.5
 """The threshold on the score above which an alert is classified as real."""
 WELL_EXPOSED = 16.0
-"""Magnitude of the brightest stars that are shown: brighter ones saturate the simulated camera."""
+"""Magnitude of the brightest stars that are shown: brighter ones saturate ZTF's simulated camera."""
+
+Kinds = Mapping[int, str]
+"""The true kind of each simulated alert, by alert id."""
 
 
-def write_scores(file: Path, results: Results, night: Night) -> None:
+def write_scores(file: Path, results: Results, kinds: Kinds) -> None:
     """Write a Parquet table with one row for each scored alert."""
     rows = [
         {
-            "alert_id": alert["candid"],
-            "object_id": alert["objectId"],
-            "jd": alert["candidate"]["jd"],
-            "ra": alert["candidate"]["ra"],
-            "dec": alert["candidate"]["dec"],
-            "band": BANDS[alert["candidate"]["fid"]],
-            "magpsf": alert["candidate"]["magpsf"],
+            "alert_id": alert_id(alert),
+            "object_id": object_id(alert),
+            "survey": survey_of(alert),
+            "jd": julian_date(alert),
+            "ra": _detection(alert)["ra"],
+            "dec": _detection(alert)["dec"],
+            "band": band(alert),
+            "magpsf": magnitude(alert),
             "duplicate": alert["broker_filter"]["duplicate"],
             "default__real": real(alert),
-            "true_kind": night.kinds[alert["candid"]],
+            "true_kind": kinds[alert_id(alert)],
         }
         for alert in results.scored
     ]
     pq.write_table(pa.Table.from_pylist(rows), file)
 
 
-def kinds_table(results: Results, night: Night) -> Table:
+def kinds_table(results: Results, kinds: Kinds, survey: Survey) -> Table:
     """Return a table of the default model's scores for each true kind of alert, which only a simulation knows."""
     scores: dict[str, list[float]] = {kind: [] for kind in RATES}
     for alert in results.scored:
-        scores[night.kinds[alert["candid"]]].append(real(alert))
-    table = _table(
-        "Scores of the default model by kind of alert",
-        ("kind", "truth"),
-        ("alerts", "median score", "classified real"),
-    )
+        if survey_of(alert) == survey:
+            scores[kinds[alert_id(alert)]].append(real(alert))
+    title = f"{survey.upper()}: scores of the default model by kind of alert"
+    if np.isnan([value for values in scores.values() for value in values]).all():
+        title += f"\nThe default model has no network for {survey.upper()}: these alerts have no score"
+    table = _table(title, ("kind", "truth"), ("alerts", "median score", "classified real"))
     for kind, values in scores.items():
         if values:
             truth = "[green]real[/]" if kind in REAL else "[red]bogus[/]"
-            called = np.mean(np.array(values) > DECIDED)
-            table.add_row(_words(kind), truth, str(len(values)), f"{np.median(values):.3f}", f"{called:.0%}")
+            table.add_row(_words(kind), truth, str(len(values)), *_median_and_share(np.array(values)))
     return table
 
 
-def interesting_table(results: Results, night: Night) -> Table:
+def _median_and_share(scores: NDArray[np.float64]) -> tuple[str, str]:
+    """Return the median of the scores, and the share above DECIDED; dashes if there are none."""
+    known = scores[np.isfinite(scores)]
+    return (f"{np.median(known):.3f}", f"{np.mean(known > DECIDED):.0%}") if len(known) else ("-", "-")
+
+
+def interesting_table(results: Results, kinds: Kinds) -> Table:
     """Return a table of the brightest alerts that each filter selected."""
     table = _table("Alerts that the filters selected", ("filter", "object", "truth", "band"), ("mag", "seen", "score"))
     for name, alerts in _filtered(results).items():
         for i, alert in enumerate(alerts[:SHOWN_PER_FILTER]):
-            candidate = alert["candidate"]
             table.add_row(
                 f"{_words(name)} ({len(alerts)})" if i == 0 else "",
-                alert["objectId"],
-                _words(night.kinds[alert["candid"]]),
-                BANDS[candidate["fid"]],
-                f"{candidate['magpsf']:.2f}",
-                f"{candidate['ndethist']} x",
+                short(object_id(alert)),
+                _words(kinds[alert_id(alert)]),
+                f"{survey_of(alert).upper()} {band(alert)}",
+                f"{magnitude(alert):.2f}",
+                f"{detections(alert)} x",
                 f"{real(alert):.3f}",
                 end_section=i == min(len(alerts), SHOWN_PER_FILTER) - 1,
             )
     return table
 
 
-def anomalies_table(results: Results, night: Night) -> Table:
+def anomalies_table(results: Results, kinds: Kinds) -> Table:
     """Return a table of the strongest anomalies, with the nearest ordinary alert and the most unusual modality."""
     alerts = _strangest(results)
     words, numbers = ("object", "truth", "nearest", "differs in"), ("distance", "score")
     table = _table(f"Anomalies ({len(alerts)}): outliers among the alerts that look real", words, numbers)
-    for alert in alerts[:SHOWN_PER_FILTER]:
+    for alert in _of_each_survey(alerts, SHOWN_PER_FILTER):
         anomaly = alert["broker_filter"]["anomaly"]
         [nearest, *_] = anomaly["reason"]["neighbours"]
         table.add_row(
-            alert["objectId"],
-            _words(night.kinds[alert["candid"]]),
-            nearest["object_id"],
+            short(object_id(alert)),
+            _words(kinds[alert_id(alert)]),
+            short(nearest["object_id"]),
             _words(anomaly["reason"]["most_unlike"]),
             f"{nearest['distance']:.3f}",
             f"{anomaly['score']:.2f}",
@@ -111,27 +132,41 @@ def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Tabl
     return table
 
 
-def contact_sheet_rows(results: Results, night: Night) -> list[Row]:
+def contact_sheet_rows(results: Results, kinds: Kinds) -> list[Row]:
     """Return the rows of the contact sheet.
 
-    One row for each filter, one of anomalies, one of variable stars, and two of alerts of different true kinds that are
-    classified as bogus.
+    One row for each filter, one of anomalies, one of variable stars of ZTF, two of alerts of ZTF of different true
+    kinds that are classified as bogus, and one of alerts of LSST that are classified as real, as bogus, or not scored.
     """
-    rows = [_row(_words(name), alerts, night) for name, alerts in _filtered(results).items()]
-    rows.append(_row("anomaly", _strangest(results), night))
-    alerts = sorted((a for a in results.scored if not a["broker_filter"]["duplicate"]), key=_magnitude)
-    stars = (alert for alert in alerts if night.kinds[alert["candid"]] == "variable_star")
-    rows.append(_row("variable star", (star for star in stars if _magnitude(star) > WELL_EXPOSED), night))
-    bogus = [alert for alert in alerts if real(alert) < DECIDED]
-    kinds = [night.kinds[alert["candid"]] for alert in bogus]
-    first_of_kind = [alert for i, alert in enumerate(bogus) if kinds[i] not in kinds[:i]]
-    rows.append(_row("classified as bogus", first_of_kind, night))
-    rows.append(_row("", first_of_kind[ALERTS_PER_ROW:], night))
+    rows = [_row(_words(name), alerts, kinds) for name, alerts in _filtered(results).items()]
+    rows.append(_row("anomaly", _of_each_survey(_strangest(results), ALERTS_PER_ROW // 2), kinds))
+    every = sorted((a for a in results.scored if not a["broker_filter"]["duplicate"]), key=magnitude)
+    alerts = [alert for alert in every if survey_of(alert) == "ztf"]
+    stars = (alert for alert in alerts if kinds[alert_id(alert)] == "variable_star")
+    rows.append(_row("variable star", (star for star in stars if magnitude(star) > WELL_EXPOSED), kinds))
+    first_of_kind = _first_of_kind((alert for alert in alerts if real(alert) < DECIDED), kinds)
+    rows.append(_row("classified as bogus", first_of_kind, kinds))
+    rows.append(_row("", first_of_kind[ALERTS_PER_ROW:], kinds))
+    lsst = [alert for alert in every if survey_of(alert) == "lsst"]
+    decided = {
+        "LSST: classified as real": [alert for alert in lsst if real(alert) > DECIDED],
+        "LSST: classified as bogus": [alert for alert in lsst if real(alert) <= DECIDED],
+        "LSST: not scored by the default model": [alert for alert in lsst if math.isnan(real(alert))],
+    }
+    rows += [_row(title, _first_of_kind(chosen, kinds), kinds) for title, chosen in decided.items()]
     return [row for row in rows if row.alerts]
 
 
-def audit(results: Results, night: Night, account: Mapping[str, int], screen: Console) -> list[str]:
-    """Print the counts, and return the problems found: an empty list if every message was published exactly once."""
+def _first_of_kind(alerts: Iterable[Alert], kinds: Kinds) -> list[Alert]:
+    """Return the first alert of each true kind."""
+    return list({kinds[alert_id(alert)]: alert for alert in reversed(list(alerts))}.values())[::-1]
+
+
+def audit(results: Results, packets: int, account: Mapping[str, int], screen: Console) -> list[str]:
+    """Print the counts, and return the problems found: an empty list if every message was published exactly once.
+
+    `packets`: the number of messages that were sent.
+    """
     published = sum(results.inputs.values())
     duplicates = sum(alert["broker_filter"]["duplicate"] for alert in results.scored)
     rejected = ", ".join(f"{reason} {count}" for reason, count in sorted(results.rejected.items()))
@@ -141,12 +176,11 @@ def audit(results: Results, night: Night, account: Mapping[str, int], screen: Co
         highlight=False,
     )
     checks = {
-        f"{night.packets} sent but {account['consumed']} consumed": night.packets == account["consumed"],
+        f"{packets} sent but {account['consumed']} consumed": packets == account["consumed"],
         "consumed is not scored + rejected + duplicates": account["consumed"]
         == account["scored"] + account["rejected"] + account["duplicate"],
-        f"{published} results were published for {night.packets} messages": published == night.packets,
-        f"results of only {len(results.inputs)} different messages were published": len(results.inputs)
-        == night.packets,
+        f"{published} results were published for {packets} messages": published == packets,
+        f"results of only {len(results.inputs)} different messages were published": len(results.inputs) == packets,
         f"{duplicates} marked as duplicates but {account['duplicate']} counted": duplicates == account["duplicate"],
         f"{results.rejected.total()} dead letters but {account['rejected']} rejected": results.rejected.total()
         == account["rejected"],
@@ -154,33 +188,43 @@ def audit(results: Results, night: Night, account: Mapping[str, int], screen: Co
     problems = [problem for problem, holds in checks.items() if not holds]
     if not problems:
         screen.print(
-            f"[green]Each of the {night.packets:,} messages was published exactly once[/] (read_committed client).\n"
+            f"[green]Each of the {packets:,} messages was published exactly once[/] (read_committed client).\n"
         )
     return problems
 
 
 def _filtered(results: Results) -> dict[str, list[Alert]]:
     """Return the alerts of each filter, brightest first, without duplicates."""
-    by_id = {alert["candid"]: alert for alert in results.scored}
+    by_id = {alert_id(alert): alert for alert in results.scored}
     return {
-        name: sorted((by_id[alert_id] for alert_id in set(alert_ids)), key=_magnitude)
+        name: sorted((by_id[selected] for selected in set(alert_ids)), key=magnitude)
         for name, alert_ids in results.filtered.items()
     }
 
 
 def _strangest(results: Results) -> list[Alert]:
     """Return the anomalies, highest score first, without duplicates."""
-    by_id = {alert["candid"]: alert for alert in results.anomalies}
+    by_id = {alert_id(alert): alert for alert in results.anomalies}
     return sorted(by_id.values(), key=lambda alert: -float(alert["broker_filter"]["anomaly"]["score"]))
 
 
-def _row(title: str, alerts: Iterable[Alert], night: Night) -> Row:
+def _row(title: str, alerts: Iterable[Alert], kinds: Kinds) -> Row:
     chosen = list(islice(alerts, ALERTS_PER_ROW))
-    return Row(title, chosen, [night.kinds[alert["candid"]] for alert in chosen])
+    return Row(title, chosen, [kinds[alert_id(alert)] for alert in chosen])
 
 
-def _magnitude(alert: Alert) -> float:
-    return float(alert["candidate"]["magpsf"])
+def _of_each_survey(alerts: Iterable[Alert], n: int) -> list[Alert]:
+    """Return the first `n` alerts of each survey."""
+    chosen: dict[Survey, list[Alert]] = {"ztf": [], "lsst": []}
+    for alert in alerts:
+        chosen[survey_of(alert)].append(alert)
+    return [alert for own in chosen.values() for alert in own[:n]]
+
+
+def _detection(alert: Alert) -> Mapping[str, float]:
+    """Return the survey's record of the detection."""
+    detection: Mapping[str, float] = alert["candidate" if survey_of(alert) == "ztf" else "diaSource"]
+    return detection
 
 
 def _words(name: str) -> str:

@@ -12,16 +12,19 @@ from types import TracebackType
 from prometheus_client.parser import text_string_to_metric_families
 
 from broker_filter.demo.error import DemoError
+from broker_filter.demo.results import Survey
 from broker_filter.kill_with_parent import KillWithParent
+from broker_filter.simulate import SCHEMAS
 
-TOPIC = "ztf_20260225_programid1"
+TOPICS: dict[Survey, str] = {"ztf": "ztf_20260225_programid1", "lsst": "lsst-alerts-v10"}
+"""The topic of each survey's night."""
 PREFIX = "demo"
 FILTERS = {
     "young-supernova": "default.real > 0.65 and isdiffpos and not sso and distpsnr1 < 8 and sgscore1 < 0.5"
     " and 1 < ndethist < 10 and jdendhist - jdstarthist < 12",
     "active-nucleus": "default.real > 0.65 and not sso and distpsnr1 < 1 and sgscore1 < 0.5"
     " and jdendhist - jdstarthist > 100",
-    "fast-mover": "default.real > 0.65 and sso and elong > 1.2",
+    "fast-mover": "default.real > 0.65 and sso and (elong > 1.2 or trailLength > 1)",
 }
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
@@ -35,8 +38,9 @@ CONFIG = """\
 input:
   bootstrap_servers: "{bootstrap}"
   group_id: demo
-  topics: [{topic}]
+  topics: [{topics}]
   start: earliest
+  schema_registry: {schemas}   # of LSST's packets; a survey has a registry with an address
 output:                      # no bootstrap_servers: the input's cluster
   prefix: {prefix}
   payload: full
@@ -51,8 +55,9 @@ http: {{host: 127.0.0.1, port: {port}}}
 def write_config(file: Path, bootstrap: str, reference: Path, port: int) -> None:
     """Write the service file of the demonstration."""
     filters = "\n".join(f'  - name: {name}\n    where: "{where}"' for name, where in FILTERS.items())
-    places = {"bootstrap": bootstrap, "topic": TOPIC, "prefix": PREFIX, "reference": reference.resolve(), "port": port}
-    file.write_text(CONFIG.format(name=file.name, filters=filters, **places))
+    places = {"bootstrap": bootstrap, "topics": ", ".join(TOPICS.values()), "prefix": PREFIX, "port": port}
+    paths = {"schemas": SCHEMAS, "reference": reference.resolve()}
+    file.write_text(CONFIG.format(name=file.name, filters=filters, **places, **paths))
 
 
 class ServiceProcess:

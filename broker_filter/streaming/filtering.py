@@ -48,8 +48,8 @@ def score_alerts(
             packet=alerts.packets[alerts.packet_index[i]],
             packet_index=int(alerts.packet_index[i]),
             reason=RejectReason.NO_MODEL_FOR_SURVEY,
-            detail=f"no configured model takes alerts of {Survey(int(alerts.survey[i]))} ({taken}): add a bundle for this "
-            "survey, or ask for it with `also`",
+            detail=f"no configured model takes alerts of {Survey(int(alerts.survey[i]))} ({taken}): add a bundle "
+            "for this survey, or ask for it with `also`",
             record=int(alerts.record_index[i]),
             alert=alerts.identity(i),
             schema=alerts.records[i].schema.fingerprint,
