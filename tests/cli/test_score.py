@@ -27,6 +27,7 @@ from broker_filter.scoring.bts_policies import POLICIES
 from broker_filter.scoring.runtimes import available_cores
 from broker_filter.streaming import table_formats
 from broker_filter.streaming.filtering import BATCH_SIZE
+from tests.ztf_network import ZTF_NETWORK
 
 
 @pytest.fixture
@@ -119,12 +120,13 @@ def test_fail_on_reject_ends_with_status_1(few: Path, tmp_path: Path) -> None:
 def test_alerts_of_another_survey_are_scored_only_with_also(shared_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.parquet"
     archive = shared_data / "lsst" / "ocf"
-    assert score(archive, "--out", out) == 0
+    model = ("--model", ZTF_NETWORK)
+    assert score(archive, *model, "--out", out) == 0
     rows = pq.read_table(out).to_pylist()
     unclaimed = [row for row in rows if row["reject_reason"] == "no_model_for_survey"]
     assert unclaimed
     assert all(row["alert_id"] and row["survey"] == "lsst" and row["default__real"] is None for row in unclaimed)
-    assert score(archive, "--also", "lsst", "--out", out) == 0
+    assert score(archive, *model, "--also", "lsst", "--out", out) == 0
     again = pq.read_table(out).to_pylist()
     assert len(again) == len(rows)
     scored = [row for row in again if row["status"] == "scored"]

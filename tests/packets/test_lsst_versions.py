@@ -32,6 +32,7 @@ from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.expressions import FIELDS, compile_filter
 from broker_filter.streaming.filtering import score_packets
 from tests.lsst_alerts import Definition, base_schema, extended, simulated_records, wire_packet
+from tests.ztf_network import ZTF_NETWORK
 
 UNKNOWN_FIELDS = {"colourOfTheSky": "string", "exposureTime": "double"}
 
@@ -108,7 +109,7 @@ def test_an_unknown_minor_is_decoded_by_its_own_schema_logged_once_and_counted(
     assert "version 11.2" in line
     assert "id 1102" in line
 
-    scored = score_packets(packets(*data), decoder, Scorer.open(["default"], also=["lsst"]), DuplicateWindow(10))
+    scored = score_packets(packets(*data), decoder, Scorer.open([ZTF_NETWORK], also=["lsst"]), DuplicateWindow(10))
     account = account_batch(scored)
     assert account.unknown_version == {Survey.LSST: 2}
     assert account.consumed == account.scored + account.duplicates == 4

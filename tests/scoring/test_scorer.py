@@ -15,14 +15,13 @@ from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
-from broker_filter.scoring.bundle import CARD, BundleError, KnownAnswers, open_bundle
+from broker_filter.scoring.bundle import CARD, BundleError, KnownAnswers
 from broker_filter.scoring.runtimes import CHUNK
 from broker_filter.scoring.scorer import Scorer, open_scorer
 from broker_filter.simulate import SCHEMAS, simulate_night
+from tests.ztf_network import ZTF_NETWORK
 
 CPU = Runtime(engine="onnxruntime", device="cpu")
-ZTF_NETWORK = str(open_bundle("default").part("ztf").directory)
-"""A bundle of one network, for ZTF alone."""
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +138,8 @@ def test_several_models_have_separate_columns(
 
 
 def test_two_models_of_one_name_are_refused(own_bundle: Path) -> None:
-    with pytest.raises(BundleError, match=f"bundles/default and {own_bundle} are both called 'default'"):
-        open_scorer(["default", str(own_bundle)], CPU)
+    with pytest.raises(BundleError, match=f"{ZTF_NETWORK} and {own_bundle} are both called 'default'"):
+        open_scorer([ZTF_NETWORK, str(own_bundle)], CPU)
 
 
 @pytest.mark.shared

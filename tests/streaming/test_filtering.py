@@ -17,16 +17,17 @@ from broker_filter.packets.rejects import RejectReason
 from broker_filter.scoring.scorer import Scorer, open_scorer
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_packets, score_stream
+from tests.ztf_network import ZTF_NETWORK
 
 
 @pytest.fixture(scope="module")
 def scorer() -> Scorer:
-    return open_scorer(["default"], Runtime())
+    return open_scorer([ZTF_NETWORK], Runtime())
 
 
 @pytest.fixture(scope="module")
 def packets(ztf_packets: list[tuple[int, bytes]], shared_data: Path) -> list[Packet]:
-    """ZTF alerts, one of them twice; LSST alerts, which the default bundle does not take; a packet without alert."""
+    """ZTF alerts, one of them twice; LSST alerts, which the bundle does not take; a packet without alert."""
     lsst = [path.read_bytes() for path in sorted((shared_data / "lsst" / "ocf" / "lsst_v7_4").iterdir())[:5]]
     data = [data for _, data in ztf_packets[:60]]
     mixed = [*data[:30], *lsst, b"", data[3], b"Obj\1", *data[30:]]
@@ -49,7 +50,7 @@ def test_reject_of_an_alert_without_model_has_its_identity_and_schema(packets: l
     scored = score_packets(packets[30:31], Decoder(open_registry(None)), scorer, DuplicateWindow(100))
     [reject] = scored.rejects
     assert reject.reason is RejectReason.NO_MODEL_FOR_SURVEY
-    assert "lsst" in reject.detail
+    assert reject.detail.startswith("no configured model takes alerts of lsst (default takes ztf): add a bundle")
     assert reject.alert == scored.alerts.identity(0)
     assert reject.schema == scored.alerts.records[0].schema.fingerprint
 
