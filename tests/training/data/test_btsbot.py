@@ -169,7 +169,7 @@ def test_a_run_of_the_study_scores_packets_as_its_test_split(
     model = open_model(str(finished / BUNDLE), Runtime(engine="onnxruntime", device="cpu"))
     decoder = Decoder(open_registry(None), columns=COLUMNS)
     alerts, _ = decoder.decode([Packet(data, FilePosition("test")) for data in published.packets])
-    served = model.run(raw_alerts(alerts))["probabilities"][:, 0]
+    served = model.parts[0].run(raw_alerts(alerts))["probabilities"][:, 0]
     ids = alerts.alert_id.tolist()
     assert served[[ids.index(i) for i in said]] == pytest.approx(list(said.values()), abs=1e-5)
     assert np.ptp(served) > 0
