@@ -105,6 +105,17 @@ class Conditions:
         """The 5-sigma limiting AB magnitude of the difference image."""
         return float(self.instrument.zero_point - 2.5 * np.log10(5 * self.flux_error))
 
+    def profile(self, psf: Spectrum, x: float, y: float, trail: tuple[float, float] = (0.0, 0.0)) -> Image:
+        """Return the image of a source with a flux of one count, `x` pixels to the right of and `y` above the centre.
+
+        `psf`: the PSF of the image. `trail`: the motion (x, y) of the source during the exposure, in pixels.
+        """
+        grid = self.instrument.grid
+        spectrum = psf * _shift(grid, x, y)
+        if any(trail):
+            spectrum = spectrum * _streak(grid, *trail)
+        return np.fft.fftshift(np.fft.irfft2(spectrum)).astype(np.float32)
+
 
 def draw_conditions(instrument: Instrument, rng: np.random.Generator) -> Conditions:
     """Draw the band, the weather and the template of one exposure at random."""
@@ -335,13 +346,16 @@ class Photometry:
         return abs(self.flux) / self.flux_error
 
 
-def measure(difference: Image, conditions: Conditions, x: float, y: float) -> Photometry:
-    """Measure a source `x` pixels to the right of and `y` pixels above the image centre; NaN pixels count as zero."""
+def measure(stamps: Stamps, conditions: Conditions, x: float, y: float) -> Photometry:
+    """Measure a source in the difference image, `x` pixels to the right of and `y` pixels above the image centre.
+
+    NaN pixels count as zero.
+    """
     grid = conditions.instrument.grid
     fit_radius = conditions.instrument.fit_radius
     half = max(WIDEST_APERTURE, fit_radius)
     box = slice(grid // 2 - half, grid // 2 + half + 1)
-    cut = difference[box, box]
+    cut = stamps.difference[box, box]
     good = np.isfinite(cut)
     pixels = np.where(good, cut, np.float32(0))
     psf = np.fft.fftshift(np.fft.irfft2(conditions.psf_difference * _shift(grid, x, y)))[box, box]
@@ -352,7 +366,11 @@ def measure(difference: Image, conditions: Conditions, x: float, y: float) -> Ph
     core = (radius2 < fit_radius**2) & good
     flux = float((pixels * psf)[core].sum() / max((psf * psf)[core].sum(), 1e-12))
     residual = (pixels - flux * psf)[core]
-    shot = abs(flux) / conditions.gain * float((psf**3).sum() / (psf**2).sum() ** 2)
+    if conditions.instrument.keeps_sky:
+        shot = abs(flux) / conditions.gain * float((psf**3).sum() / (psf**2).sum() ** 2)
+    else:  # the sources in the science image, such as a host or a variable star, contribute to the noise
+        light = np.maximum(np.nan_to_num(stamps.science[box, box]), 0)
+        shot = float((light * psf**2).sum() / (psf**2).sum() ** 2) / conditions.gain
 
     # Second moments under a Gaussian window (SExtractor's *WIN parameters), corrected for the width of the window.
     width = 0.6 * conditions.fwhm

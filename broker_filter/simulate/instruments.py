@@ -53,6 +53,9 @@ class Instrument:
     """relative flux uncertainty from the calibration, the minimum for a bright source"""
     fit_radius: int
     """radius within which the PSF is fitted to a source, in pixels"""
+    weathers: int
+    """number of distinct observing conditions of a night. Drawing a PSF costs as much time as several alerts"""
+    alerts_per_exposure: int
     unread: float
     """fraction of the alerts with blocks of NaN"""
     exposures_per_template: tuple[int, int]
@@ -89,6 +92,8 @@ ZTF = Instrument(
     quoted_error=1.8,
     calibration_error=0.02,
     fit_radius=4,
+    weathers=24,
+    alerts_per_exposure=60,
     unread=0.08,
     exposures_per_template=(15, 40),
     brightest=13.0,
@@ -144,6 +149,8 @@ LSST = Instrument(
     quoted_error=1.0,
     calibration_error=0.0,
     fit_radius=20,
+    weathers=48,
+    alerts_per_exposure=10,
     unread=0.0,
     exposures_per_template=(4, 60),
     brightest=16.5,

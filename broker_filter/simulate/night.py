@@ -48,9 +48,6 @@ FIRST_NIGHT_MJD = 61096.1
 """The start of the first night: dusk of 2026-02-25 (UTC) in California, an arbitrary choice."""
 EXPOSURES_PER_NIGHT = 720
 EXPOSURE_INTERVAL_DAYS = 40 / 86400
-ALERTS_PER_EXPOSURE = 60
-WEATHERS = 24
-"""The number of distinct observing conditions of a night. Drawing a PSF costs as much time as several alerts."""
 SURVEY_BEGAN_MJD = 58200.0
 
 DETECTION_SNR = 5.0
@@ -140,7 +137,7 @@ class Observation:
     @property
     def number(self) -> int:
         """The index of the alert within its exposure."""
-        return self.index % ALERTS_PER_EXPOSURE
+        return self.index % self.exposure.conditions.instrument.alerts_per_exposure
 
 
 class Night:
@@ -155,7 +152,7 @@ class Night:
         self._kinds = list(rates)
         self._probabilities = np.array(list(rates.values())) / sum(rates.values())
         rng = np.random.default_rng([seed, 0])
-        self._weathers = [draw_conditions(instrument, rng) for _ in range(WEATHERS)]
+        self._weathers = [draw_conditions(instrument, rng) for _ in range(instrument.weathers)]
         self._galaxies: list[Spectrum] = draw_galaxies(instrument, GALAXY_SHAPES, rng)
         self._exposure = lru_cache(maxsize=1)(self._draw_exposure)
 
@@ -166,7 +163,7 @@ class Night:
     def observe(self, index: int) -> Observation:
         """Return the alert with this index."""
         rng = np.random.default_rng([self._seed, 2, index])
-        exposure = self._exposure(index // ALERTS_PER_EXPOSURE)
+        exposure = self._exposure(index // self._instrument.alerts_per_exposure)
         kind = str(rng.choice(self._kinds, p=self._probabilities))
         conditions = exposure.conditions
         x, y = self._place_on_detector(kind, rng)
@@ -185,7 +182,7 @@ class Night:
                 misalignment=event.misalignment,
             )
             self._blank_unread(stamps, rng)
-            photometry = measure(stamps.difference, conditions, *(offset if kind in REAL else (0.0, 0.0)))
+            photometry = measure(stamps, conditions, *(offset if kind in REAL else (0.0, 0.0)))
             if photometry.snr > DETECTION_SNR:
                 break
         history = self._look_back(exposure, event.curve, rng)
@@ -223,7 +220,7 @@ class Night:
             ra=float(rng.uniform(0, 360)),
             dec=float(np.degrees(np.arcsin(rng.uniform(-0.45, 0.95)))),
             stars_per_stamp=float(rng.lognormal(1.0, 0.7)),
-            conditions=self._weathers[int(rng.integers(WEATHERS))],
+            conditions=self._weathers[int(rng.integers(self._instrument.weathers))],
         )
 
     def _place_on_detector(self, kind: str, rng: np.random.Generator) -> tuple[int, int]:

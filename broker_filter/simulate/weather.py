@@ -67,7 +67,7 @@ def _draw_lsst(instrument: Instrument, rng: np.random.Generator) -> Weather:
     band = str(rng.choice(instrument.bands))
     throughput = LSST_BANDS[band]
     brightening = float(np.clip(rng.lognormal(0.7, 0.6), 1.0, 12.0))  # of the sky by moon and twilight
-    exposures = int(np.clip(rng.lognormal(2.4, 0.5), *instrument.exposures_per_template))
+    exposures = int(np.clip(rng.lognormal(2.7, 0.5), *instrument.exposures_per_template))
     noise, usual_noise = (
         float(np.sqrt(throughput.dark_sky * factor + instrument.read_noise**2)) / throughput.gain
         for factor in (brightening, 1.5)  # exposures in a template were rarely taken near the moon

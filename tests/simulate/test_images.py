@@ -64,8 +64,13 @@ def test_constant_galaxy_is_subtracted(conditions: Conditions) -> None:
     counts = 100 * conditions.flux_error
     scene = Scene([], [Galaxy(i, 0.3, -0.2, counts) for i in range(3)])
     stamps = expose(scene, conditions, galaxies, rng)
-    assert measure(stamps.science - np.median(stamps.science), conditions, 0, 0).wide_aperture_flux > counts
-    assert measure(stamps.difference, conditions, 0, 0).snr < 5
+    assert (
+        measure(
+            stamps._replace(difference=stamps.science - np.median(stamps.science)), conditions, 0, 0
+        ).wide_aperture_flux
+        > counts
+    )
+    assert measure(stamps, conditions, 0, 0).snr < 5
 
 
 def test_flux_of_a_transient_is_recovered_within_its_error(conditions: Conditions) -> None:
@@ -75,7 +80,7 @@ def test_flux_of_a_transient_is_recovered_within_its_error(conditions: Condition
         x, y = rng.uniform(-0.5, 0.5, 2)
         flux = 12 * conditions.flux_error
         stamps = expose(Scene([Point(x, y, flux, 0.0)]), conditions, [], rng)
-        pulls.append((measure(stamps.difference, conditions, x, y).flux - flux) / conditions.flux_error)
+        pulls.append((measure(stamps, conditions, x, y).flux - flux) / conditions.flux_error)
     assert abs(np.mean(pulls)) < 0.35
     quoted = conditions.instrument.quoted_error
     assert 0.6 / quoted < np.std(pulls) < 1.5 / quoted

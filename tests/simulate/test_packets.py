@@ -79,15 +79,82 @@ def test_decoder_reads_the_same_from_lsst_packets_as_fastavro_and_astropy(lsst_n
             np.testing.assert_array_equal(batch.cutouts[i, channel, y : y + height, x : x + width], expected)
 
 
-def test_lsst_stamps_contain_variance_and_psf(lsst_night: list[SimulatedAlert]) -> None:
-    with fits.open(io.BytesIO(read_lsst(lsst_night[0])["cutoutScience"])) as hdus:
-        image, variance, psf = hdus
+def lsst_images(record: dict[str, Any], name: str) -> list[NDArray[np.floating]]:
+    """The pixels, the variance and the PSF of a cutout."""
+    with fits.open(io.BytesIO(record[f"cutout{name}"])) as hdus:
+        hdus.verify("exception")
         assert [hdu.name for hdu in hdus] == ["PRIMARY", "UNCERT", "PSFIMAGE"]
-        assert image.header["BUNIT"] == "nJy"
-        assert variance.data.shape == image.data.shape
-        assert np.nanmin(variance.data) > 0
-        assert psf.data.sum() == pytest.approx(1, abs=0.02)
-        assert np.unravel_index(psf.data.argmax(), psf.data.shape) == (20, 20)
+        assert hdus[0].header["BUNIT"] == "nJy"
+        return [np.array(hdu.data) for hdu in hdus]
+
+
+def test_lsst_stamps_contain_variance_and_psf(lsst_night: list[SimulatedAlert]) -> None:
+    for alert in lsst_night:
+        record = read_lsst(alert)
+        for name in STAMPS:
+            image, variance, psf = lsst_images(record, name)
+            assert variance.shape == image.shape
+            assert (np.isinf(variance) == np.isnan(image)).all()
+            assert variance.min() > 0
+            assert psf.dtype == np.dtype(">f8")
+            assert psf.sum() == pytest.approx(1)
+            assert np.unravel_index(psf.argmax(), psf.shape) == (psf.shape[0] // 2, psf.shape[1] // 2)
+        science, template, difference = (lsst_images(record, name)[2] for name in STAMPS)
+        np.testing.assert_array_equal(science, difference)  # as in the survey's packets
+        assert science.shape == (41, 41)
+        assert 37 <= min(template.shape) <= max(template.shape) <= 55
+
+
+def test_lsst_planes_are_decoded(lsst_night: list[SimulatedAlert]) -> None:
+    packets = [Packet(alert.packet, FilePosition(f"{i}")) for i, alert in enumerate(lsst_night)]
+    decoder = Decoder(open_registry(str(SCHEMAS)), cutout_size=102, columns=(), planes=("variance", "psf"))
+    batch, rejects = decoder.decode(packets)
+    assert not rejects
+    assert batch.usable_planes is not None
+    assert batch.usable_planes.all()
+
+
+def test_lsst_stamps_are_as_large_as_the_footprint(lsst_night: list[SimulatedAlert]) -> None:
+    sizes = []
+    for alert in lsst_night:
+        record = read_lsst(alert)
+        sizes.append(pixels(record["cutoutScience"]).shape[0])
+        assert sizes[-1] == max(30, record["diaSource"]["bboxSize"])
+    assert min(sizes) == 30
+    assert max(sizes) > 40
+
+
+def test_lsst_measurements_agree_with_the_pixels(lsst_night: list[SimulatedAlert]) -> None:
+    compared = 0
+    for alert in lsst_night:
+        record = read_lsst(alert)
+        source = record["diaSource"]
+        image, variance, psf = lsst_images(record, "Difference")
+        if np.isnan(image).any():
+            continue
+        compared += 1
+        with fits.open(io.BytesIO(record["cutoutDifference"])) as hdus:
+            x, y = (hdus[0].header[f"CRPIX{axis}"] - 1 for axis in (1, 2))
+        up, right = np.indices(image.shape)
+        inside = np.hypot(right - x, up - y) < 12
+        assert source["apFlux"] == pytest.approx(image[inside].sum(dtype=float), rel=1e-3, abs=1)
+        assert source["apFluxErr"] == pytest.approx(np.sqrt(variance[inside].sum(dtype=float)), rel=1e-3)
+        assert source["isNegative"] == (source["psfFlux"] < 0)
+        # The PSF is published at the centre of its image, and the source is at (x, y) of the stamp.
+        frequency = np.fft.fftfreq(41)
+        shift = np.exp(-2j * np.pi * ((frequency * (y - round(y)))[:, None] + frequency * (x - round(x))))
+        moved = np.fft.ifft2(np.fft.fft2(psf) * shift).real
+        box = slice(round(y) - 12, round(y) + 13), slice(round(x) - 12, round(x) + 13)
+        core = moved[8:33, 8:33]
+        flux = (image[box] * core).sum() / (core**2).sum()
+        assert source["psfFlux"] == pytest.approx(flux, rel=0.1, abs=1.5 * source["psfFluxErr"])
+        size, psf_size = (source[f"ixx{of}"] and (source[f"ixx{of}"] + source[f"iyy{of}"]) / 0.04 for of in ("", "PSF"))
+        if size:
+            expected = 1 - np.exp(-0.5 * (size - psf_size) ** 2 / psf_size)
+            assert source["extendedness"] == pytest.approx(expected, abs=1e-3)
+        assert source["shape_flag"] == (size is None) == (source["trailLength"] is None)
+        assert source["isDipole"] == (source["dipoleLength"] is not None)
+    assert compared > 80
 
 
 def test_lsst_container_holds_the_same_record_as_the_message(lsst_observations: list[Observation]) -> None:
