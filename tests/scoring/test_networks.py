@@ -31,6 +31,10 @@ from broker_filter.scoring.scorer import open_scorer
 from tests.network_description import describe
 
 
+PATCHES_OF_63: dict[str, Any] = {"image_size": 63, "patch_size": 9, "embed_dim": 48, "depth": 1, "num_heads": 3}
+"""A vision transformer for stamps of 63 px: 7 x 7 patches."""
+
+
 def timm_network(**arguments: Any) -> Architecture:
     return Architecture(name="timm", arguments=arguments)
 
@@ -56,6 +60,7 @@ def vision(architecture: Architecture, embedding: int) -> Description:
     ("architecture", "features"),
     [
         (timm_network(backbone="test_vit"), 64),  # takes only 160 px: interpolated in the graph
+        (timm_network(backbone="test_vit", **PATCHES_OF_63), 48),  # takes 63 px as they are
         (Architecture(name="btsbot_cnn", arguments={"metadata": 2, "fusion": "frozen"}), 64 * 7 * 7 + 128),
     ],
     ids=lambda value: "-".join(map(str, value.arguments.values())) if isinstance(value, Architecture) else str(value),
@@ -104,6 +109,30 @@ def test_images_are_interpolated_for_a_backbone_of_fixed_size() -> None:
         torch.testing.assert_close(network(images), network(larger))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "block", "tokens", "outer"),
+    [
+        ({"backbone": "test_vit", **PATCHES_OF_63}, "blocks.0", 1 + 7 * 7, 2),
+        # The map has 8 x 8 px. Pixels at the same place of each patch of 2 x 2 px see each other.
+        ({"backbone": "mobilevit_xxs"}, "stages.2.1.transformer.0", 4 * 4, 2 * 4),
+    ],
+    ids=["vit", "mobilevit"],
+)
+def test_attention_maps_can_be_read_out(arguments: dict[str, Any], block: str, tokens: int, outer: int) -> None:
+    network = build_network(timm_network(**arguments)).eval()
+    images = torch.randn(2, 3, 63, 63)
+    attention = network.get_submodule(f"encoder.backbone.{block}.attn")
+    maps = []
+    attention.attn_drop.register_forward_hook(lambda _, given, __: maps.append(given[0]))
+    with torch.inference_mode():
+        fused = network(images)
+        attention.fused_attn = False  # the fused kernel never holds the attention map
+        torch.testing.assert_close(network(images), fused)
+    [weights] = maps
+    assert weights.shape == (outer, attention.num_heads, tokens, tokens)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))
+
+
 def test_weights_load_into_a_network_with_computed_buffers() -> None:
     """MaxViT computes its indices of relative positions; no file contains them."""
     architecture = timm_network(backbone="test_maxvit")
@@ -121,6 +150,8 @@ def test_weights_load_into_a_network_with_computed_buffers() -> None:
         ({"backbone": "local-dir:/tmp"}, "has no backbone named"),
         ({}, "does not take"),
         ({"backbone": "test_convnext", "colour": 3}, "does not take"),
+        ({"backbone": "test_vit", "depth": 10**9}, "depth must be between 1 and 64, not 1000000000"),
+        ({"backbone": "test_convnext", "embed_dim": 9}, "does not take"),
         ({"backbone": "test_convnext", "metadata": 2, "fusion": "cold"}, "fusion .cold. joint or frozen"),
     ],
 )

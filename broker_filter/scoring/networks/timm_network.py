@@ -15,26 +15,44 @@ from torch.nn.functional import interpolate
 from broker_filter.scoring.networks.fusion import Encoder, FusionNetwork
 
 
+LARGEST_SHAPE = {"patch_size": 128, "embed_dim": 2048, "depth": 64, "num_heads": 64}
+"""Largest values of a vision transformer's shape. A card comes from outside, and must not make the process build a
+network without end."""
+
+
 class TimmEncoder(Encoder):
     """A backbone without its classifier: images [N, 3, S, S] -> pooled, normalised features [N, features].
 
     `image_size`: size in pixels to which images are interpolated (bilinear). If absent, it is the size of a backbone
-    with fixed input size (`maxvit_tiny_rw_224`: 224); other backbones take images at their own size. `last_norm`:
-    `removed` drops the last normalisation of a ConvNeXt, as BTSbot does if it joins metadata (`mm_ConvNeXt`).
+    with fixed input size (`maxvit_tiny_rw_224`: 224); other backbones take images at their own size. A backbone with
+    fixed input size is built for `image_size`. `last_norm`: `removed` drops the last normalisation of a ConvNeXt, as
+    BTSbot does if it joins metadata (`mm_ConvNeXt`). `shape`: arguments of a vision transformer that differ from the
+    backbone's (see LARGEST_SHAPE).
     """
 
     def __init__(
-        self, backbone: str, image_size: int | None = None, last_norm: Literal["kept", "removed"] = "kept"
+        self,
+        backbone: str,
+        image_size: int | None = None,
+        last_norm: Literal["kept", "removed"] = "kept",
+        **shape: int | None,
     ) -> None:
         import timm
 
         super().__init__()
         if not timm.is_model(backbone):  # refuses paths and hub names, which `create_model` would open
             raise ValueError(f"timm {timm.__version__} has no backbone named {backbone!r}")
+        changed = {name: value for name, value in shape.items() if value is not None}
+        for name, value in changed.items():
+            if not 1 <= value <= LARGEST_SHAPE[name]:
+                raise ValueError(f"{name} must be between 1 and {LARGEST_SHAPE[name]}, not {value}")
         published = timm.get_pretrained_cfg(backbone)
-        if image_size is None and published is not None and published.fixed_input_size:
-            image_size = published.input_size[-1]
-        encoder: Any = timm.create_model(backbone, num_classes=0)
+        if published is not None and published.fixed_input_size:
+            if image_size is None:
+                image_size = published.input_size[-1]
+            elif image_size != published.input_size[-1]:
+                changed["img_size"] = image_size
+        encoder: Any = timm.create_model(backbone, num_classes=0, **changed)
         if last_norm == "removed":
             encoder.head.norm = nn.Identity()
         self.backbone = encoder
@@ -49,7 +67,18 @@ class TimmEncoder(Encoder):
 
 
 def timm_network(
-    backbone: str, image_size: int | None = None, last_norm: Literal["kept", "removed"] = "kept", **heads: Any
+    backbone: str,
+    image_size: int | None = None,
+    last_norm: Literal["kept", "removed"] = "kept",
+    patch_size: int | None = None,
+    embed_dim: int | None = None,
+    depth: int | None = None,
+    num_heads: int | None = None,
+    **heads: Any,
 ) -> FusionNetwork:
-    """Return a FusionNetwork with a TimmEncoder. `heads`: arguments of FusionNetwork."""
-    return FusionNetwork(TimmEncoder(backbone, image_size, last_norm), **heads)
+    """Return a FusionNetwork with a TimmEncoder. `heads`: arguments of FusionNetwork.
+
+    `patch_size`, `embed_dim`, `depth`, `num_heads`: shape of a vision transformer, if it differs from the backbone's.
+    """
+    shape = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    return FusionNetwork(TimmEncoder(backbone, image_size, last_norm, **shape), **heads)
