@@ -30,7 +30,6 @@ from broker_filter.scoring.networks import build_network, load_network
 from broker_filter.scoring.scorer import open_scorer
 from tests.network_description import describe
 
-
 PATCHES_OF_63: dict[str, Any] = {"image_size": 63, "patch_size": 9, "embed_dim": 48, "depth": 1, "num_heads": 3}
 """A vision transformer for stamps of 63 px: 7 x 7 patches."""
 

@@ -1,9 +1,9 @@
-"""`pretrain`: trains an encoder on galaxy morphology, to initialise `fit` with.
+"""`pretrain`: trains an encoder on the morphology of galaxies, or on simulated alerts, to initialise `fit` with.
 
 This is Zoobot's method: one network answers all Galaxy Zoo questions, each as the fraction of volunteers who gave an
 answer; questions that volunteers were not asked have no loss (Walmsley et al. 2022, MNRAS 509, 3966; 2024,
 arXiv:2404.02973). The defaults are those of Zoobot's ConvNeXt-pico; images are normalised as alerts are. The card
-states whether galaxies were simulated.
+states whether galaxies were simulated. Simulated alerts are a third source of questions, labelled by truth.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
+from numpy.typing import NDArray
 from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -28,13 +29,22 @@ from broker_filter.scoring.bundle import Architecture, ImageInput, Inputs
 from broker_filter.scoring.networks import build_network, fusion
 from broker_filter.scoring.preprocess import prepare_images
 from training.atomic_write import write_whole
+from training.data.datasets import no_plane
 from training.errors import DatasetError, TrainingError
+from training.evaluation.metrics import rank
 from training.learner import Learner, check_takes, learn, loader
 from training.recipe import ENCODER_CARD, PUBLISHED_IMAGES, Hardware, Optimisation, begin, read_configuration
-from training.vision.galaxies import Galaxies, read_galaxies, simulate_galaxies
+from training.vision.galaxies import AnsweredImages, read_galaxies, read_galaxy_zoo_1, simulate_galaxies
+from training.vision.simulated_alerts import simulate_alerts
 
 WEIGHTS = "encoder.safetensors"
 LEAST_GALAXIES = 2
+CHUNK = 256
+"""Images per run of a network over many images."""
+Rows = NDArray[np.int64]
+"""Indices of images."""
+LEAST_WEIGHT = 1e-6
+"""Divisor of the loss of a batch without any answer; weights of answered images are larger."""
 
 
 class GalaxyZoo(Section):
@@ -47,11 +57,31 @@ class GalaxyZoo(Section):
 
 
 class Simulated(Section):
-    """Galaxies simulated with GalSim, labelled with the parameters of the simulation."""
+    """AnsweredImages simulated with GalSim, labelled with the parameters of the simulation."""
 
     kind: Literal["simulated"]
     galaxies: int = Field(gt=0)
     seed: int = 0
+
+
+class GalaxyZoo1(Section):
+    """An archive of the images of Galaxy Zoo 1, and the table of their classes."""
+
+    kind: Literal["galaxy_zoo_1"]
+    archive: Path
+    table: Path
+
+
+class SimulatedAlerts(Section):
+    """Simulated alerts of a survey, labelled by truth."""
+
+    kind: Literal["simulated_alerts"]
+    alerts: int = Field(gt=0)
+    survey: Literal["ztf", "lsst"]
+    seed: int = 0
+
+
+Source = Annotated[GalaxyZoo | GalaxyZoo1 | Simulated | SimulatedAlerts, Field(discriminator="kind")]
 
 
 class Pretraining(Section):
@@ -59,11 +89,11 @@ class Pretraining(Section):
 
     out: Path
     architecture: Architecture = Field(description="A network with an `encoder`; only the encoder is trained.")
-    galaxies: tuple[Annotated[GalaxyZoo | Simulated, Field(discriminator="kind")], ...] = Field(min_length=1)
-    images: ImageInput = PUBLISHED_IMAGES
-    validation: float = Field(
-        default=0.1, gt=0, lt=0.5, description="Fraction of the galaxies held out for validation."
+    galaxies: tuple[Source, ...] = Field(
+        min_length=1, description="Images with answers: galaxies, and simulated alerts; one network learns all."
     )
+    images: ImageInput = PUBLISHED_IMAGES
+    validation: float = Field(default=0.1, gt=0, lt=0.5, description="Fraction of the images held out for validation.")
     dropout: float = Field(default=0.5, ge=0, lt=1, description="Dropout rate of the features.")
     recipe: Optimisation = Optimisation(epochs=50, batch=256, learning_rate=1e-4, weight_decay=0.05, patience=10)
     hardware: Hardware = Hardware()
@@ -74,11 +104,11 @@ class MorphologyLearner(Learner):
     """A learner that answers Q questions about images; the loss is the squared error over answered questions."""
 
     def loss_of(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """Return the loss of images [N, 3, S, S] with answers [N, Q], NaN where unknown."""
-        images, answers = batch
-        asked = ~answers.isnan()
-        error = (self.network(images).sigmoid() - answers.nan_to_num()).square() * asked
-        loss: Tensor = error.sum() / asked.sum().clamp(min=1)
+        """Return the loss of images [N, 3, S, S] with answers [N, Q], NaN where unknown, and weights [N]."""
+        images, answers, weight = batch
+        counted = ~answers.isnan() * weight[:, None]
+        error = (self.network(images).sigmoid() - answers.nan_to_num()).square() * counted
+        loss: Tensor = error.sum() / counted.sum().clamp(min=LEAST_WEIGHT)
         return loss
 
 
@@ -126,7 +156,7 @@ def pretrain(config: Pretraining) -> dict[str, object]:
         config.hardware,
         config.logs,
     )
-    known, unseen = galaxies.answers[order[held_out:]], galaxies.answers[order[:held_out]]
+    known, unseen = order[held_out:], order[:held_out]
     weights = getattr(encoder, "backbone", encoder).state_dict()  # a timm backbone keeps timm's parameter names
     tensors = save({name: tensor.contiguous() for name, tensor in weights.items()})
     write = rank_zero_only(write_whole)  # with several devices, every process runs this code
@@ -138,36 +168,78 @@ def pretrain(config: Pretraining) -> dict[str, object]:
         "questions": list(galaxies.questions),
         "recipe": config.recipe.model_dump(mode="json"),
         **figures,
-        "baseline_loss": round(float(np.nanmean((unseen - np.nanmean(known, axis=0)) ** 2)), 5),
+        "baseline_loss": round(_loss_of_the_mean(galaxies, known, unseen), 5),
+        "validation_roc_auc": _roc_auc(network, galaxies, unseen, config.images),
         "sha256": hashlib.sha256(tensors).hexdigest(),
     }
     write(config.out / ENCODER_CARD, yaml.safe_dump(card, sort_keys=False).encode())
     return card
 
 
-def combine(parts: Sequence[Galaxies]) -> Galaxies:
-    """Concatenate galaxies. The result has all questions of the parts; NaN stands where a part lacks a question."""
+def _loss_of_the_mean(galaxies: AnsweredImages, known: Rows, unseen: Rows) -> float:
+    """Return the loss of predicting the mean answers of the images `known`, on the images `unseen`."""
+    counted = ~np.isnan(galaxies.answers) * galaxies.weight[:, None]
+    answers = np.nan_to_num(galaxies.answers)
+    mean = (answers * counted)[known].sum(axis=0) / counted[known].sum(axis=0).clip(LEAST_WEIGHT)
+    error = ((answers - mean) ** 2 * counted)[unseen]
+    return float(error.sum() / max(counted[unseen].sum(), LEAST_WEIGHT))
+
+
+def _roc_auc(network: nn.Module, galaxies: AnsweredImages, unseen: Rows, images: ImageInput) -> dict[str, float]:
+    """Return, for each question with answers of only 0 and 1, the ROC AUC on the images `unseen`."""
+    prepared = _prepare(galaxies, unseen, images)
+    with torch.inference_mode():
+        said = torch.cat([network(some) for some in torch.split(prepared, CHUNK)]).double().numpy()
+    answers = galaxies.answers[unseen]
+    figures = {}
+    for question, answer, logit in zip(galaxies.questions, answers.T, said.T, strict=True):
+        asked = ~np.isnan(answer)
+        positive = answer[asked] == 1
+        if np.isin(answer[asked], (0, 1)).all() and 0 < positive.sum() < len(positive):
+            figures[question] = round(float(rank(positive, logit[asked], np.ones(len(positive))).roc_auc), 4)
+    return figures
+
+
+def combine(parts: Sequence[AnsweredImages]) -> AnsweredImages:
+    """Concatenate images. The result has all questions of the parts; NaN stands where a part lacks a question."""
     questions = tuple(dict.fromkeys(question for part in parts for question in part.questions))
     answers = np.full((sum(map(len, parts)), len(questions)), np.nan, np.float32)
     start = 0
     for part in parts:
         answers[start : start + len(part), [questions.index(name) for name in part.questions]] = part.answers
         start += len(part)
-    images = np.concatenate([part.images for part in parts])
-    return Galaxies(images, answers, questions, "; ".join(part.source for part in parts))
+    return AnsweredImages(
+        np.concatenate([part.images for part in parts]),
+        np.concatenate([part.box for part in parts]),
+        answers,
+        questions,
+        "; ".join(part.source for part in parts),
+        np.concatenate([part.weight for part in parts]),
+    )
 
 
-def _load(source: GalaxyZoo | Simulated, size: int) -> Galaxies:
-    if isinstance(source, Simulated):
-        return simulate_galaxies(source.galaxies, source.seed, size)
-    return read_galaxies(source.images, source.table, source.questions, size)
+def _load(source: GalaxyZoo | GalaxyZoo1 | Simulated | SimulatedAlerts, size: int) -> AnsweredImages:
+    match source:
+        case GalaxyZoo():
+            return read_galaxies(source.images, source.table, source.questions, size)
+        case GalaxyZoo1():
+            return read_galaxy_zoo_1(source.archive, source.table, size)
+        case Simulated():
+            return simulate_galaxies(source.galaxies, source.seed, size)
+        case SimulatedAlerts():
+            return simulate_alerts(source.alerts, source.seed, source.survey, size)
 
 
 def _loader(
-    galaxies: Galaxies, rows: np.ndarray[tuple[int], np.dtype[np.int64]], config: Pretraining, *, training: bool
+    galaxies: AnsweredImages, rows: Rows, config: Pretraining, *, training: bool
 ) -> DataLoader[tuple[Tensor, ...]]:
-    size = galaxies.images.shape[-1]
-    whole = np.broadcast_to(np.array([0, 0, size, size], np.int16), (len(rows), 3, 4))
-    images = torch.from_numpy(prepare_images(galaxies.images[rows], whole, config.images))
-    answers = torch.from_numpy(galaxies.answers[rows])
-    return loader(TensorDataset(images, answers), config.recipe, config.hardware, training=training)
+    images = _prepare(galaxies, rows, config.images)
+    answers, weight = torch.from_numpy(galaxies.answers[rows]), torch.from_numpy(galaxies.weight[rows])
+    return loader(TensorDataset(images, answers, weight), config.recipe, config.hardware, training=training)
+
+
+def _prepare(galaxies: AnsweredImages, rows: Rows, images: ImageInput) -> Tensor:
+    """Return the network's images [N, 3, S, S]. Their noise is estimated from the pixels, if the normalisation needs
+    it."""
+    variance = no_plane(len(rows), galaxies.images.shape[-1])
+    return torch.from_numpy(prepare_images(galaxies.images[rows], galaxies.box[rows], images, variance))

@@ -14,7 +14,6 @@ from torch.nn.functional import interpolate
 
 from broker_filter.scoring.networks.fusion import Encoder, FusionNetwork
 
-
 LARGEST_SHAPE = {"patch_size": 128, "embed_dim": 2048, "depth": 64, "num_heads": 64}
 """Largest values of a vision transformer's shape. A card comes from outside, and must not make the process build a
 network without end."""
@@ -42,7 +41,7 @@ class TimmEncoder(Encoder):
         super().__init__()
         if not timm.is_model(backbone):  # refuses paths and hub names, which `create_model` would open
             raise ValueError(f"timm {timm.__version__} has no backbone named {backbone!r}")
-        changed = {name: value for name, value in shape.items() if value is not None}
+        changed: dict[str, Any] = {name: value for name, value in shape.items() if value is not None}
         for name, value in changed.items():
             if not 1 <= value <= LARGEST_SHAPE[name]:
                 raise ValueError(f"{name} must be between 1 and {LARGEST_SHAPE[name]}, not {value}")

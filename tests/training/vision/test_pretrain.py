@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -17,24 +19,55 @@ from safetensors.torch import load_file
 pytest.importorskip("galsim", reason="simulated galaxies need the extra `demo`")
 pytest.importorskip("timm", reason="timm's networks need the extra `train`")
 
+import training.vision.pretrain
 from broker_filter.importers.encoders import load_encoder_weights
 from broker_filter.importers.weights import WeightsError
 from broker_filter.scoring.bundle import Architecture, open_bundle
 from broker_filter.scoring.networks import build_network
+from broker_filter.simulate import REAL
 from training.data.datasets import Dataset
 from training.errors import DatasetError, TrainingError
-from training.recipe import ENCODER_CARD, PUBLISHED_IMAGES, Encoder, Fit, Hardware, Optimisation, Recipe
+from training.recipe import (
+    ENCODER_CARD,
+    PUBLISHED_IMAGES,
+    Encoder,
+    Fit,
+    Hardware,
+    Optimisation,
+    Recipe,
+    read_configuration,
+)
 from training.vision.fit import BUNDLE, fit
-from training.vision.galaxies import QUESTIONS, Galaxies, read_galaxies, simulate_galaxies
-from training.vision.pretrain import WEIGHTS, GalaxyZoo, MorphologyLearner, Pretraining, Simulated, combine, pretrain
+from training.vision.galaxies import (
+    GALAXY_ZOO_1,
+    QUESTIONS,
+    AnsweredImages,
+    equal,
+    read_galaxies,
+    read_galaxy_zoo_1,
+    simulate_galaxies,
+)
+from training.vision.pretrain import (
+    WEIGHTS,
+    GalaxyZoo,
+    GalaxyZoo1,
+    MorphologyLearner,
+    Pretraining,
+    Simulated,
+    SimulatedAlerts,
+    combine,
+    pretrain,
+)
+from training.vision.simulated_alerts import KINDS, simulate_alerts
 
+RECIPES = Path(training.vision.pretrain.__file__).with_name("studies")
 TINY = Architecture(name="btsbot_cnn", arguments={"channels": (4, 8), "kernel": 3, "hidden": (16, 8)})
 TIMM = Architecture(name="timm", arguments={"backbone": "test_convnext"})
 ONE_CORE = Hardware(accelerator="cpu", devices=1, threads=1)
 
 
 @pytest.fixture(scope="module")
-def galaxies() -> Galaxies:
+def galaxies() -> AnsweredImages:
     return simulate_galaxies(40, seed=3)
 
 
@@ -49,7 +82,7 @@ def galaxy_zoo(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path, table
 
 
-def test_simulated_galaxies_agree_with_their_answers(galaxies: Galaxies) -> None:
+def test_simulated_galaxies_agree_with_their_answers(galaxies: AnsweredImages) -> None:
     """Extended galaxies are wider, edge-on ones flatter; a seed gives the same galaxies for any number."""
     answers = dict(zip(galaxies.questions, galaxies.answers.T, strict=True))
     y, x = np.mgrid[-31:32, -31:32]
@@ -116,25 +149,110 @@ def test_real_galaxies_are_read(shared_data: Path, tmp_path: Path) -> None:
     assert found.images.std() > 5
 
 
-def test_unanswered_questions_do_not_contribute_to_the_loss(galaxies: Galaxies) -> None:
-    few = Galaxies(galaxies.images[:2], np.array([[1.0], [0.0]], np.float32), ("ring",), "others")
+@pytest.fixture
+def galaxy_zoo_1(tmp_path: Path) -> tuple[Path, Path]:
+    """An archive of six images, and the table that gives the classes of five; the fifth image is an error page."""
+    names = ("elliptical", "elliptical", "elliptical", "spiral_acw", "elliptical")
+    rows = [f"{i},{name},{int(i == 4)}" for i, name in enumerate(names)]
+    table = tmp_path / "gz1.csv"
+    table.write_text("\n".join(["sdss_objid,class_name,error_image", *rows]))
+    archive = tmp_path / "gz1.tar"
+    with tarfile.open(archive, "w") as tar:
+        for i in range(6):
+            add(tar, f"{i}.jpg", jpeg(np.full((128, 128, 3), 40 * i, np.uint8)))
+    return archive, table
+
+
+def jpeg(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "jpeg")
+    return content.getvalue()
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def test_classes_of_galaxy_zoo_1_have_the_same_total_weight(galaxy_zoo_1: tuple[Path, Path]) -> None:
+    found = read_galaxy_zoo_1(*galaxy_zoo_1, size=21)
+    assert found.images.shape == (4, 3, 21, 21)  # neither the error page nor the galaxy without a class
+    assert np.allclose(found.images.mean(axis=(1, 2, 3)), [0, 40, 80, 120], atol=1)
+    assert found.questions == GALAXY_ZOO_1
+    assert found.answers.argmax(axis=1).tolist() == [0, 0, 0, 1]
+    assert np.allclose(found.weight, [2 / 3, 2 / 3, 2 / 3, 2])
+
+
+def test_an_unusable_archive_of_galaxies_is_refused(
+    galaxy_zoo_1: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive, table = galaxy_zoo_1
+    with monkeypatch.context() as patch:
+        patch.setattr("training.vision.galaxies.MAX_IMAGE_BYTES", 100)
+        with pytest.raises(DatasetError, match=r"0\.jpg: \d+ bytes are too many"):
+            read_galaxy_zoo_1(archive, table)
+    with tarfile.open(archive, "w") as tar:
+        add(tar, "2.jpg", b"<html>no such galaxy</html>")
+    with pytest.raises(DatasetError, match=r"gz1\.tar: 2\.jpg: cannot be read as an image"):
+        read_galaxy_zoo_1(archive, table)
+    archive.write_bytes(b"nothing")
+    with pytest.raises(DatasetError, match="cannot be read as a tar archive"):
+        read_galaxy_zoo_1(archive, table)
+    table.write_text("sdss_objid,class_name,error_image\n1,lenticular,0\n")
+    with pytest.raises(DatasetError, match="unknown class 'lenticular'; known classes: dont_know"):
+        read_galaxy_zoo_1(archive, table)
+    table.write_text("sdss_objid,error_image\n1,0\n")
+    with pytest.raises(DatasetError, match="columns sdss_objid, class_name and error_image"):
+        read_galaxy_zoo_1(archive, table)
+
+
+@pytest.mark.shared
+def test_the_images_of_galaxy_zoo_1_are_read(shared_data: Path) -> None:
+    folder = shared_data / "galaxies"
+    found = read_galaxy_zoo_1(folder / "gz1_sdss_6664_jpg128.tar", folder / "gz1_labels.csv", size=15)
+    count = dict(zip(GALAXY_ZOO_1, found.answers.sum(axis=0).tolist(), strict=True))
+    assert len(found) == 6663  # one is an error page
+    assert count["edge_on"] + count["spiral"] + count["merger"] + count["dont_know"] == pytest.approx(2019, abs=1)
+    assert np.allclose(found.weight @ found.answers, 6663 / 5)
+
+
+@pytest.mark.parametrize("survey", ["ztf", "lsst"])
+def test_simulated_alerts_are_labelled_by_truth(survey: Literal["ztf", "lsst"]) -> None:
+    found = simulate_alerts(40, 3, survey, size=31)
+    answers = dict(zip(found.questions, found.answers.T, strict=True))
+    assert found.images.shape == (40, 3, 31, 31)
+    of_kind = np.stack([answers[f"alert_{kind}"] for kind in KINDS])
+    assert (of_kind.sum(axis=0) == 1).all()
+    assert (answers["alert_real"] == of_kind[: len(REAL)].sum(axis=0)).all()
+    assert 0 < answers["alert_real"].sum() < 40
+
+
+def test_unanswered_questions_do_not_contribute_to_the_loss(galaxies: AnsweredImages) -> None:
+    few = AnsweredImages(
+        galaxies.images[:2], galaxies.box[:2], np.array([[1.0], [0.0]], np.float32), ("ring",), "others", equal(2)
+    )
     both = combine([galaxies, few])
     assert both.questions == (*QUESTIONS, "ring")
     assert np.isnan(both.answers[:40, 5]).all()
     assert np.isnan(both.answers[40:, :5]).all()
     learner = MorphologyLearner(torch.nn.Flatten(), Optimisation())
     said, nan = torch.tensor([[0.0, 100.0]]), float("nan")
-    assert learner.loss_of((said, torch.tensor([[0.5, nan]]))).item() == 0
-    assert learner.loss_of((said, torch.tensor([[0.0, 1.0]]))).item() == pytest.approx(0.125)
+    one = torch.ones(1)
+    assert learner.loss_of((said, torch.tensor([[0.5, nan]]), one)).item() == 0
+    assert learner.loss_of((said, torch.tensor([[0.0, 1.0]]), one)).item() == pytest.approx(0.125)
 
 
 def test_an_encoder_learns_and_a_fit_starts_from_it(
-    galaxy_zoo: tuple[Path, Path], night_dataset: Dataset, tmp_path: Path
+    galaxy_zoo: tuple[Path, Path], galaxy_zoo_1: tuple[Path, Path], night_dataset: Dataset, tmp_path: Path
 ) -> None:
     folder, table = galaxy_zoo
+    archive, classes = galaxy_zoo_1
     sources = (
         GalaxyZoo(kind="galaxy_zoo", images=folder, table=table),
         Simulated(kind="simulated", galaxies=40),
+        GalaxyZoo1(kind="galaxy_zoo_1", archive=archive, table=classes),
+        SimulatedAlerts(kind="simulated_alerts", alerts=30, survey="lsst"),
     )
     recipe = Optimisation(epochs=6, warm_up_epochs=1, batch=8, learning_rate=1e-2, seed=1)
     out = tmp_path / "encoder"
@@ -145,6 +263,7 @@ def test_an_encoder_learns_and_a_fit_starts_from_it(
     assert losses[0] < 1.1 * losses[1], losses  # nearly as good as the mean answers
     written = yaml.safe_load((out / ENCODER_CARD).read_text())
     assert "3 real galaxies of galaxies.csv; 40 galaxies simulated with GalSim" in written["galaxies"]
+    assert "30 simulated alerts of LSST, labelled by truth" in written["galaxies"]
 
     source = str(out / WEIGHTS)
     frozen = Recipe(epochs=2, warm_up_epochs=1, batch=16, learning_rate=1e-12, weight_decay=0, seed=1)
@@ -179,6 +298,13 @@ def test_a_timm_encoder_is_saved_with_the_names_of_timm(tmp_path: Path) -> None:
         name: tensor.shape for name, tensor in network.encoder.backbone.state_dict().items()
     }
     assert torch.equal(network.encoder.backbone.stem[0].weight, expected["stem.0.weight"])
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*_*_*.yaml")), ids=lambda file: file.stem)
+def test_the_recipes_of_the_studies_are_valid(file: Path) -> None:
+    architecture = read_configuration(Pretraining, file).architecture
+    with torch.device("meta"):
+        assert hasattr(build_network(architecture), "encoder")
 
 
 def test_a_network_without_an_encoder_is_refused(tmp_path: Path) -> None:
