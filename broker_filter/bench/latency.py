@@ -37,6 +37,8 @@ MOST_STEADY_S = 300
 """A service that is slower than BURST_RATE never catches up: no more alerts are sent after this time."""
 OVERDUE_S = 30.0
 """If no record arrives for so long, an alert was lost."""
+QUEUE_FULL_POLL_S = 0.1
+"""Interval between attempts to send while the producer's queue is full."""
 
 Place = tuple[int, int]
 """Partition and offset of an input."""
@@ -170,8 +172,18 @@ class SteadySender:
         for i, packet in enumerate(islice(cycle(self._packets), BURST_RATE * MOST_STEADY_S)):
             while (delay := started + i / BURST_RATE - time.monotonic()) > 0:
                 producer.poll(delay)
-            producer.produce(self._testbed.topic, packet, partition=i % partitions)
+            self._produce(producer, packet, i % partitions)
             self.sent = i + 1
             if self._stop.is_set() and self.sent >= partitions:
                 break
         producer.flush()
+
+    def _produce(self, producer: Producer, packet: bytes, partition: int) -> None:
+        """Put a packet into the producer's queue; wait while the queue is full, because the brokers are slower."""
+        while True:
+            try:
+                producer.produce(self._testbed.topic, packet, partition=partition)
+            except BufferError:
+                producer.poll(QUEUE_FULL_POLL_S)
+            else:
+                return
