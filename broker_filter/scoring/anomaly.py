@@ -100,7 +100,7 @@ class NeighbourDistance:
 
 
 class CentroidDistance:
-    """The cosine distance from the nearest class centroid: Rizhko & Bloom 2025 (arXiv:2411.08842)."""
+    """The cosine distance from the nearest class centroid: Rizhko & Bloom 2024 (arXiv:2411.08842)."""
 
     def __init__(self, ordinary: Embeddings, label: NDArray[np.int64]) -> None:
         """`ordinary`: unit vectors float32[K, D]; `label`: class indices int64[K], UNLABELLED for alerts without one.

@@ -1,4 +1,4 @@
 """Training of AstroM3 in its published modes, and a study of the benefit of its contrastive pre-training.
 
-Rizhko & Bloom 2025 (arXiv:2411.08842); networks and preprocessing are in `training.astrom3.model`.
+Rizhko & Bloom 2024 (arXiv:2411.08842); networks and preprocessing are in `training.astrom3.model`.
 """

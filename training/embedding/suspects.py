@@ -1,6 +1,6 @@
 """`suspects`: lists the alerts whose labels are most likely wrong, for a person to inspect. It changes no label.
 
-The method is that of AstroM3 for misclassified stars (Rizhko & Bloom 2025, arXiv:2411.08842): alerts are ranked by 1
+The method is that of AstroM3 for misclassified stars (Rizhko & Bloom 2024, arXiv:2411.08842): alerts are ranked by 1
 minus the cosine similarity of their embedding to the centroid of their own class. The embedding is the served one,
 which is trained without labels.
 """

@@ -374,7 +374,7 @@ def describe(
         ),
         licence="BSD-3-Clause",
         source="training/embedding/train_embedder.py of broker-filter",
-        citation=f"Method: Rizhko & Bloom 2025 (arXiv:2411.08842). Trunk: {card.citation}",
+        citation=f"Method: Rizhko & Bloom 2024 (arXiv:2411.08842). Trunk: {card.citation}",
         training=Training(
             method=f"The trunk and the output {', '.join(card.outputs.labels)} are the unchanged bundle {card.name} "
             f"{card.version}, which was trained for {' and '.join(card.surveys)} only; the output is null for other "

@@ -1,7 +1,7 @@
 """The alert embedder: cutouts, light curve and metadata of an alert, each as a vector in a common space, concatenated
 to one embedding.
 
-An architecture of this project (BSD-3-Clause), modelled on AstroM3 (Rizhko & Bloom 2025, arXiv:2411.08842), which
+An architecture of this project (BSD-3-Clause), modelled on AstroM3 (Rizhko & Bloom 2024, arXiv:2411.08842), which
 aligns light curves, spectra and metadata of stars by contrastive learning. The trunk is an image network that is also
 served on its own, so one pass gives both that network's probabilities and the embedding.
 """

@@ -1,6 +1,6 @@
 """The spectra encoder: GalSpecNet, a convolutional network over wavelength.
 
-Wu et al. 2024, MNRAS 527, 1163; in AstroM3's variant (Rizhko & Bloom 2025, arXiv:2411.08842). Parameter names are those
+Wu et al. 2024, MNRAS 527, 1163; in AstroM3's variant (Rizhko & Bloom 2024, arXiv:2411.08842). Parameter names are those
 of the published checkpoints.
 """
 

@@ -1,7 +1,7 @@
 """The photometry encoder: the encoder of Informer, without distilling.
 
 Zhou et al. 2021, "Informer: Beyond efficient transformer for long sequence time-series forecasting", AAAI 35, 11106
-(arXiv:2012.07436); in AstroM3's variant (Rizhko & Bloom 2025, arXiv:2411.08842). Parameter names are those of the
+(arXiv:2012.07436); in AstroM3's variant (Rizhko & Bloom 2024, arXiv:2411.08842). Parameter names are those of the
 published checkpoints. The attention includes the padding, as in the published code; only the output masks it.
 """
 

@@ -1,4 +1,4 @@
-"""The metadata encoder: a perceptron on catalogue values (Rizhko & Bloom 2025, arXiv:2411.08842).
+"""The metadata encoder: a perceptron on catalogue values (Rizhko & Bloom 2024, arXiv:2411.08842).
 
 Parameter names are those of the published checkpoints.
 """

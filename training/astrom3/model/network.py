@@ -1,6 +1,6 @@
 """AstroM3: the three encoders with a common embedding space, the classifier, and the contrastive loss.
 
-Rizhko & Bloom 2025 (arXiv:2411.08842). Parameter names are those of the published checkpoints.
+Rizhko & Bloom 2024 (arXiv:2411.08842). Parameter names are those of the published checkpoints.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Preprocessing of AstroM3's inputs from raw observations, for training and serving.
 
-Rizhko & Bloom 2025 (arXiv:2411.08842). Computed in float64 and returned as float32. Observations that cannot be
+Rizhko & Bloom 2024 (arXiv:2411.08842). Computed in float64 and returned as float32. Observations that cannot be
 normalised are refused, never replaced.
 """
 
