@@ -24,6 +24,7 @@ from pydantic import Field, ValidationError
 
 from broker_filter.packets.batch import CUTOUTS, PSF_SIZE, SURVEYS_WITH_PLANES, LightCurves, Plane, Survey
 from broker_filter.packets.decode import Decoder
+from broker_filter.packets.packet import Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import (
@@ -400,13 +401,19 @@ def no_plane(n: int, size: int) -> NDArray[np.float32]:
 
 
 def load_alerts(inputs: Sequence[Path], cutout_size: int, columns: Sequence[str]) -> Alerts:
-    """Read every ZTF alert of files, folders and archives, each alert id once; packets that cannot be decoded are
-    skipped.
+    """Read every ZTF alert of files, folders and archives as `decode_alerts` does.
 
     Raises DatasetError if there is no ZTF alert.
     """
+    return decode_alerts(read_packets(inputs), ", ".join(map(str, inputs)), cutout_size, columns)
+
+
+def decode_alerts(packets: Iterator[Packet], source: str, cutout_size: int, columns: Sequence[str]) -> Alerts:
+    """Return every ZTF alert of the packets by ascending id, each id once; packets that cannot be decoded are skipped.
+
+    Raises DatasetError, which names the packets' `source`, if there is no ZTF alert.
+    """
     decoder = Decoder(open_registry(None), cutout_size=cutout_size, columns=columns)
-    packets = read_packets(inputs)
     batches = []
     while some := list(islice(packets, PACKETS_AT_ONCE)):
         batch, _ = decoder.decode(some)
@@ -414,7 +421,7 @@ def load_alerts(inputs: Sequence[Path], cutout_size: int, columns: Sequence[str]
         alerts = Alerts(batch.alert_id, objects, batch.cutouts, batch.cutout_box, batch.metadata, batch.columns)
         batches.append(alerts[batch.survey == Survey.ZTF])
     if not sum(map(len, batches)):
-        raise DatasetError(f"{', '.join(map(str, inputs))}: no ZTF alert could be decoded")
+        raise DatasetError(f"{source}: no ZTF alert could be decoded")
     everything = Alerts(
         np.concatenate([alerts.alert_id for alerts in batches]),
         np.concatenate([alerts.object_id for alerts in batches]),

@@ -52,7 +52,7 @@ from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbed
 from broker_filter.simulate import SCHEMAS, simulate_night
 from broker_filter.streaming.archives import read_packets
 from training.arguments import positive, seed
-from training.bundles.train_classes import CLASSES, COLUMN, UNLABELLED
+from training.bundles.train_classes import COLUMN, UNLABELLED
 from training.bundles.train_default import SPLIT_SEED, TEST_FRACTION
 from training.checkpoint import beside
 from training.data.datasets import held_out, sha256_of
@@ -79,6 +79,9 @@ positions), and columns that reveal when or by whom a packet was collected rathe
 LIGHT_CURVE = LightCurveInput(points=32, flux_scale=100, time_scale=1)
 """Input of light curves. Three of four ZTF packets have at most 32 points. LSST's flux errors are some 100 nJy, ZTF's
 some 5,000 nJy."""
+CLASSES = ("VS=VS", "asteroid=asteroid", "bogus=bogus,likely_bogus", "SN=SN,SN_cand", "AGN=AGN")
+"""Class rules (`scoring.labels`) of the evaluation. Unlike those of the bundle `classes`, they include candidates of
+supernovae."""
 SIZE = 32
 """Dimensions of a modality's vector."""
 SIMULATED = 3000

@@ -18,7 +18,8 @@ from broker_filter.scoring.networks.acai import ACAI
 from broker_filter.scoring.networks.alert_embedder import AlertEmbedder
 from broker_filter.scoring.networks.btsbot_cnn import btsbot_cnn
 from broker_filter.scoring.networks.fusion import FusionNetwork
-from broker_filter.scoring.networks.stampnet import StampNet, StampNetClasses
+from broker_filter.scoring.networks.stampnet import StampNet
+from broker_filter.scoring.networks.stampnet_classes import StampNetClasses
 from broker_filter.scoring.networks.timm_network import timm_network
 from broker_filter.scoring.networks.vgg6 import VGG6
 

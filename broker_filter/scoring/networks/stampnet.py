@@ -9,10 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-MAX_LOGIT = 8.0
-"""The real/bogus logit is clipped to this absolute value before it enters the classes: beyond it, it adds no
-evidence."""
-
 
 def _convolution(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
@@ -63,36 +59,8 @@ class StampNet(nn.Module):
         return self.head(embedding), embedding
 
 
-class StampNetClasses(nn.Module):
-    """Images [N, 3, 63, 63] and metadata [N, F] -> logits [N, 1 + classes] and StampNet's embedding [N, 64].
-
-    The first logit is StampNet's real/bogus logit. The sigmoids of the other logits are the softmax over the classes,
-    so they sum to 1. The softmax is linear in `evidence`.
-    """
-
-    def __init__(self, metadata: int, classes: int) -> None:
-        super().__init__()
-        self.stampnet = StampNet()
-        self.classes = nn.Linear(1 + metadata, classes)
-
-    def forward(self, images: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits [N, 1 + classes] and the embedding [N, 64] of images [N, 3, 63, 63] and metadata [N, F]."""
-        real, embedding = self.stampnet(images)
-        scores = self.classes(evidence(real, metadata))
-        return torch.cat([real, log_odds(scores)], dim=1), embedding
-
-
 def log_odds(scores: Tensor) -> Tensor:
     """Convert scores [N, C] with softmax probabilities p into logits [N, C] with sigmoid(logits) = p."""
     own = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
     rest = scores.unsqueeze(1).masked_fill(own, -torch.inf).logsumexp(dim=2)
     return scores - rest
-
-
-def evidence(real: Tensor, metadata: Tensor) -> Tensor:
-    """Return the inputs of the class layer, [N, 1 + F]: the clipped real/bogus logit [N, 1] and asinh of the metadata
-    [N, F].
-
-    asinh is logarithmic for large values, and also defined for zero and negative ones.
-    """
-    return torch.cat([real.clamp(-MAX_LOGIT, MAX_LOGIT), metadata.asinh()], dim=1)

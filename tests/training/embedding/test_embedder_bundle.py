@@ -19,10 +19,11 @@ from broker_filter.scoring.scorer import Scorer, open_scorer
 from broker_filter.scoring.scores import ModelScores
 from broker_filter.simulate import SCHEMAS, simulate_night
 from broker_filter.streaming.archives import read_packets
-from training.bundles.train_classes import CLASSES, COLUMN, UNLABELLED
+from training.bundles.train_classes import COLUMN, UNLABELLED
 from training.bundles.train_default import SPLIT_SEED, TEST_FRACTION
 from training.data.datasets import held_out
 from training.embedding.probes import balanced_accuracy, nearest
+from training.embedding.train_embedder import CLASSES
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from training.embedding.probes import balanced_accuracy, linear_probe, nearest, object_weights
+from training.embedding.probes import balanced_accuracy, fit_classes, linear_probe, nearest, object_weights
 from training.embedding.train_embedder import Classify
 
 PROBES = [linear_probe, nearest]
@@ -46,3 +48,24 @@ def test_balanced_accuracy_is_the_mean_recall_and_undefined_without_a_class() ->
     label, right = np.array([0, 0, 0, 1]), np.array([True, True, False, False])
     weights = np.array([[1.0, 1, 1, 1], [0, 3, 1, 2], [1, 1, 1, 0]])
     np.testing.assert_allclose(balanced_accuracy(right, label, weights), [1 / 3, 3 / 8, np.nan])
+
+
+def test_separable_classes_are_separated() -> None:
+    told = torch.tensor([[0.0, 0.0], [9.0, 0.1], [0.2, 7.0]]).repeat(8, 1) + torch.rand(24, 2)
+    label = np.arange(24) % 3
+    layer = nn.Linear(2, 3)
+    fit_classes(layer, told, np.arange(24).astype(np.str_), label)
+    with torch.inference_mode():
+        assert np.array_equal(layer(told).argmax(dim=1).numpy(), label)
+
+
+def test_an_object_counts_once_however_many_alerts_it_has() -> None:
+    told = torch.from_numpy(np.random.default_rng(6).normal(size=(30, 2)))
+    label = np.arange(30) % 2
+    once, often = nn.Linear(2, 2), nn.Linear(2, 2)
+    # Twelve equal alerts of object 0 change the mean and deviation of every column, but not the classes.
+    rows = np.array([*[0] * 12, *range(1, 30)])
+    fit_classes(once, told, np.arange(30).astype(np.str_), label)
+    fit_classes(often, told[rows], rows.astype(np.str_), label[rows])
+    with torch.inference_mode():
+        torch.testing.assert_close(once(told.float()).softmax(1), often(told.float()).softmax(1), atol=0.01, rtol=0)

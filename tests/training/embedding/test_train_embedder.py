@@ -16,8 +16,9 @@ import torch
 from broker_filter.scoring.bundle import open_bundle
 from broker_filter.simulate import SimulatedAlert
 from training.__main__ import main
-from training.bundles.train_classes import CLASSES, COLUMN
+from training.bundles.train_classes import COLUMN
 from training.embedding import embedder, train_embedder
+from training.embedding.train_embedder import CLASSES
 
 CHECKOUT = Path(__file__).parents[3]
 STEPS = 60
@@ -26,6 +27,7 @@ CHILD = f"""
 import sys
 from training.__main__ import main
 from training.embedding import embedder, train_embedder
+from training.embedding.train_embedder import CLASSES
 embedder.CHECKPOINT_EVERY = 2
 for name, value in {SMALL!r}.items():
     setattr(train_embedder, name, value)
