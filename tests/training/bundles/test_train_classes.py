@@ -232,7 +232,7 @@ def test_packets_without_their_history_are_classified_as_at_the_first_detection(
         packets += [
             Packet(without_history(record, reader.writer_schema), packet.position)
             for record in records
-            if record["candid"] in ids
+            if record.get("candid") in ids
         ]
     first = decode_alerts(iter(packets), "the rewritten packets", 63, METADATA)
     rows = np.isin(wanted.alert_id, first.alert_id)
