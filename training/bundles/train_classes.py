@@ -50,8 +50,8 @@ from training.evaluation.bootstrap import INTERVALS, as_card, estimate, weights_
 from training.evaluation.evaluate import describe_calibration
 from training.evaluation.metrics import Values, Weights, measure, trials
 from training.evaluation.predictions import Predictions
+from training.evaluation.scaling import fit_calibration
 from training.learner import SYMMETRIES
-from training.vision.calibrate import fit_calibration
 
 VERSION = "3.0"
 COLUMN = "weak_class"

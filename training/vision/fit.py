@@ -30,9 +30,10 @@ from training.atomic_write import write_whole
 from training.data.datasets import Dataset, View
 from training.errors import DatasetError, TrainingError
 from training.evaluation.evaluate import PREDICTIONS, predict
+from training.evaluation.scaling import Calibration
 from training.learner import check_takes, learn
 from training.recipe import ENCODER_CARD, Encoder, Fit, begin, read_configuration
-from training.vision.calibrate import Calibration, calibrate, last_layer
+from training.vision.calibrate import calibrate, last_layer
 from training.vision.classifier import Classifier, alerts_loader, chosen_to_train, class_weights, corrupt
 from training.vision.frozen_fusion import is_frozen_fusion, train_branches
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from training.errors import TrainingError
-from training.vision.calibrate import Calibration, apply, fit_calibration, last_layer, undo_weights
+from training.evaluation.scaling import Calibration, fit_calibration
+from training.vision.calibrate import apply, last_layer, undo_weights
 from training.vision.classifier import class_weights
 
 
