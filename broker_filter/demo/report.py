@@ -30,7 +30,7 @@ from broker_filter.demo.results import (
     short,
     survey_of,
 )
-from broker_filter.simulate import RATES, REAL
+from broker_filter.simulate import BOGUS, REAL
 
 SHOWN_PER_FILTER = 4
 DECIDED = 0.5
@@ -65,7 +65,7 @@ def write_scores(file: Path, results: Results, kinds: Kinds) -> None:
 
 def kinds_table(results: Results, kinds: Kinds, survey: Survey) -> Table:
     """Return a table of the default model's scores for each true kind of alert, which only a simulation knows."""
-    scores: dict[str, list[float]] = {kind: [] for kind in RATES}
+    scores: dict[str, list[float]] = {kind: [] for kind in (*REAL, *BOGUS)}
     for alert in results.scored:
         if survey_of(alert) == survey:
             scores[kinds[alert_id(alert)]].append(real(alert))

@@ -15,9 +15,9 @@ from typing import Literal
 from broker_filter.simulate import lsst, ztf
 from broker_filter.simulate.events import BOGUS, REAL
 from broker_filter.simulate.instruments import LSST, ZTF
-from broker_filter.simulate.night import RATES, Night
+from broker_filter.simulate.night import LSST_RATES, RATES, Night
 
-__all__ = ["BOGUS", "RATES", "REAL", "SCHEMAS", "SimulatedAlert", "simulate_night"]
+__all__ = ["BOGUS", "LSST_RATES", "RATES", "REAL", "SCHEMAS", "SimulatedAlert", "simulate_night"]
 
 SCHEMAS = Path(str(files(__name__))) / "schemas"
 """A directory that can be used as a schema registry: it holds the schema of the simulated LSST packets (id 1000)."""
@@ -27,7 +27,7 @@ SCHEMAS = Path(str(files(__name__))) / "schemas"
 class SimulatedAlert:
     """A simulated alert packet and its true nature.
 
-    `packet`: the bytes of the Kafka message. `kind`: the simulated phenomenon, a key of RATES.
+    `packet`: the bytes of the Kafka message. `kind`: the simulated phenomenon, a key of REAL or BOGUS.
     """
 
     packet: bytes
@@ -43,15 +43,17 @@ class SimulatedAlert:
 
 
 def simulate_night(
-    n: int, seed: int, survey: Literal["ztf", "lsst"] = "ztf", rates: Mapping[str, float] = RATES
+    n: int, seed: int, survey: Literal["ztf", "lsst"] = "ztf", rates: Mapping[str, float] | None = None
 ) -> Iterator[SimulatedAlert]:
     """Yield the first `n` alerts of a night in order of time.
 
     ZTF packets are Avro container files (schemavsn 4.02); LSST packets are in Confluent wire format (schema id 1000,
-    see SCHEMAS). `rates`: the relative frequencies of the kinds of alerts. Raises ValueError for an unknown kind.
+    see SCHEMAS). `rates`: the relative frequencies of the kinds of alerts; by default RATES for ZTF and LSST_RATES for
+    LSST. Raises ValueError for an unknown kind.
     """
     packets = {"ztf": ztf, "lsst": lsst}[survey]
-    night = Night({"ztf": ZTF, "lsst": LSST}[survey], seed, rates)
+    instrument, usual_rates = {"ztf": (ZTF, RATES), "lsst": (LSST, LSST_RATES)}[survey]
+    night = Night(instrument, seed, usual_rates if rates is None else rates)
     for observation in night.observations(n):
         yield SimulatedAlert(
             packets.encode(observation),

@@ -53,6 +53,21 @@ def diffraction_spike(conditions: Conditions, rng: np.random.Generator) -> Image
     return _as_image(conditions.noise * 10 ** rng.uniform(0.6, 1.5) * falling * np.exp(-0.5 * (across / width) ** 2))
 
 
+def satellite_trail(conditions: Conditions, rng: np.random.Generator) -> Image:
+    """Simulate the trail of a satellite: a straight line across the stamp, out of focus because it is near.
+
+    At a distance of some hundred kilometres the pupil of LSST has an angular size of 1 to 3 arcsec (Tyson et al. 2020,
+    AJ 160, 226), by which the trail is wider than the PSF.
+    """
+    image, middle = _blank(conditions)
+    up, right = np.mgrid[: len(image), : len(image)] - middle
+    angle = float(rng.uniform(0, np.pi))
+    across = up * np.cos(angle) - right * np.sin(angle)
+    pupil = float(rng.uniform(1.0, 3.0)) / conditions.instrument.pixel_scale / 4  # sigma of a ring of this diameter
+    width = float(np.hypot(conditions.fwhm / 2.355, pupil))
+    return _as_image(conditions.noise * 10 ** rng.uniform(0.0, 1.3) * np.exp(-0.5 * (across / width) ** 2))
+
+
 def ghost(conditions: Conditions, rng: np.random.Generator) -> Image:
     """Simulate a part of the reflection of a bright star: a ring, which is the image of the telescope's pupil."""
     image, middle = _blank(conditions)

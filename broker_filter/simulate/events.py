@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from broker_filter.simulate import artefacts, light_curves
-from broker_filter.simulate.images import Conditions, Galaxy, Image, Point
+from broker_filter.simulate.images import Conditions, Galaxy, Image, Point, TemplateEdge
 from broker_filter.simulate.light_curves import LightCurve
 
 GALAXY_SHAPES = 64
@@ -45,7 +45,8 @@ class Event:
     """An event: the sources in the images, the light curve of the first one, and errors of camera and pipeline.
 
     `trail`: the motion (x, y) of the first point during the exposure, in pixels. `artefact`: an image to add to the
-    science image. `misalignment`: the offset (x, y) of the template, in pixels.
+    science image. `misalignment`: the offset (x, y) of the template, in pixels. `mismatch`: the error (xx, yy, xy) of
+    the second moments of the matched PSF of the template, in square pixels. `template_edge`: where the template ends.
     """
 
     curve: LightCurve
@@ -54,6 +55,8 @@ class Event:
     trail: tuple[float, float] = (0.0, 0.0)
     artefact: Image | None = None
     misalignment: tuple[float, float] = (0.0, 0.0)
+    mismatch: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    template_edge: TemplateEdge | None = None
 
 
 def supernova(at: Circumstances, rng: np.random.Generator) -> Event:
@@ -98,8 +101,7 @@ def asteroid(at: Circumstances, rng: np.random.Generator) -> Event:
 
 def dipole(at: Circumstances, rng: np.random.Generator) -> Event:
     """Simulate a bright constant star in an image that is misaligned with its template."""
-    instrument = at.conditions.instrument
-    counts = instrument.counts(rng.uniform(instrument.brightest + 1, at.conditions.limiting_magnitude - 3.5))
+    counts = _star(at, rng, brighter_by=3.5)
     direction = _polar(1.0, rng)
     amount = float(rng.uniform(0.35, 1.1))
     # The positive lobe is at the centre, so the star is beside it, in the direction of the template's displacement.
@@ -134,11 +136,102 @@ def edge(at: Circumstances, rng: np.random.Generator) -> Event:
     return Event(light_curves.never_before(at.mjd), artefact=artefacts.edge_glow(at.conditions, rng, *at.edge))
 
 
+def noise(at: Circumstances, rng: np.random.Generator) -> Event:
+    """Simulate a peak of the noise above the detection threshold.
+
+    White noise around such a peak has the mean shape of the PSF, so only its faintness tells it from a transient.
+    """
+    counts = at.conditions.flux_error * (5.0 + rng.exponential(0.25))
+    return Event(light_curves.never_before(at.mjd), (Point(*at.offset, counts, 0.0),))
+
+
+def residual(at: Circumstances, rng: np.random.Generator) -> Event:
+    """Simulate a bright constant star whose PSF the kernel of the subtraction matches badly.
+
+    An error of the second moments leaves a ring or a quadrupole, as in public LSSTCam alerts of poor image quality.
+    """
+    conditions = at.conditions
+    star = _star(at, rng, brighter_by=3.0)
+    sigma2 = (conditions.fwhm / 2.355) ** 2
+    snr = 6.0 + rng.exponential(15.0)
+    # The residual of an error w is flux x w / (2 sigma^2), times a factor near 1 for its shape.
+    size = float(np.clip(2 * sigma2 * snr * conditions.flux_error / star, 0.0, 0.4 * sigma2))
+    angle = float(rng.uniform(0, np.pi))
+    elongation, widening = size * rng.uniform(0.3, 1.0), size * rng.uniform(-1.0, 1.0)
+    # The alert is at a lobe: at the centre if the template is wider, and beside it if it is narrower.
+    lobe = 1.2 * conditions.fwhm / 2.355 * float(rng.random() < 0.6)
+    place = lobe * np.cos(angle), lobe * np.sin(angle)
+    twice = elongation * np.array((np.cos(2 * angle), np.sin(2 * angle)))
+    return Event(
+        light_curves.never_before(at.mjd),
+        (Point(float(place[0]), float(place[1]), star, star),),
+        mismatch=(float(widening - twice[0]), float(widening + twice[0]), float(-twice[1])),
+    )
+
+
+CHROMATIC_SHIFT_ARCSEC: Mapping[str, float] = {"u": 0.12, "g": 0.08, "r": 0.03, "i": 0.015, "z": 0.01, "y": 0.01}
+"""The typical displacement of a star by atmospheric refraction, relative to stars of mean colour, at an airmass of 1.4:
+a tenth of the refraction across the band (Meyers & Burchat 2015, ApJ 807, 182)."""
+
+
+def refraction(at: Circumstances, rng: np.random.Generator) -> Event:
+    """Simulate a bright constant star that refraction displaces relative to other stars and to the template.
+
+    Differential chromatic refraction depends on the colour of the star, so its neighbours are subtracted well.
+    """
+    conditions = at.conditions
+    sigma = conditions.fwhm / 2.355
+    shift = CHROMATIC_SHIFT_ARCSEC.get(conditions.band, 0.05) / conditions.instrument.pixel_scale
+    shift *= float(rng.lognormal(0.3, 0.5))
+    # The lobes of the pair are sqrt(2) sigma from the star, with a signal of 0.43 flux x shift / sigma.
+    snr = 6.0 + rng.exponential(10.0)
+    wanted = snr * conditions.flux_error * sigma / (0.43 * shift)
+    counts = min(wanted, conditions.instrument.counts(conditions.instrument.brightest - 0.5))
+    direction = _polar(1.0, rng)
+    lobe = float(np.sqrt(2)) * sigma
+    x, y = -lobe * direction[0], -lobe * direction[1]
+    moved = Point(float(x + shift * direction[0]), float(y + shift * direction[1]), counts, 0.0)
+    return Event(light_curves.never_before(at.mjd), (moved, Point(x, y, 0.0, counts)))
+
+
+def bleed_trail(at: Circumstances, rng: np.random.Generator) -> Event:
+    """Simulate the charge that a very bright, saturated star spreads along the columns of the detector."""
+    counts = at.conditions.instrument.counts(rng.uniform(11.0, 13.0))
+    distance = float(rng.choice((-1.0, 1.0)) * rng.uniform(8.0, 25.0))
+    return Event(light_curves.never_before(at.mjd), (Point(0.0, distance, counts, counts),))
+
+
+def satellite(at: Circumstances, rng: np.random.Generator) -> Event:
+    """Simulate the trail of a satellite."""
+    return Event(light_curves.never_before(at.mjd), artefact=artefacts.satellite_trail(at.conditions, rng))
+
+
+def template_edge(at: Circumstances, rng: np.random.Generator) -> Event:
+    """Simulate a constant star at the border of the area that the template covers."""
+    counts = _star(at, rng, brighter_by=2.5)
+    border = TemplateEdge(float(rng.uniform(1.0, 4.0)), float(rng.uniform(0, 2 * np.pi)))
+    return Event(light_curves.never_before(at.mjd), (Point(*at.offset, counts, counts),), template_edge=border)
+
+
 SimulateEvent = Callable[[Circumstances, np.random.Generator], Event]
 REAL: Mapping[str, SimulateEvent] = {f.__name__: f for f in (variable_star, asteroid, agn, supernova)}
 """The kinds of real events by name."""
 BOGUS: Mapping[str, SimulateEvent] = {
-    f.__name__: f for f in (cosmic_ray, bad_pixels, dipole, diffraction_spike, ghost, edge)
+    f.__name__: f
+    for f in (
+        cosmic_ray,
+        bad_pixels,
+        dipole,
+        diffraction_spike,
+        ghost,
+        edge,
+        noise,
+        residual,
+        refraction,
+        bleed_trail,
+        satellite,
+        template_edge,
+    )
 }
 """The kinds of bogus events by name."""
 KINDS: Mapping[str, SimulateEvent] = {**REAL, **BOGUS}
@@ -150,8 +243,15 @@ def _magnitude(at: Circumstances, rng: np.random.Generator, brightest: float = -
 
     The number of alerts grows fourfold per 2.5 mag up to the limiting one.
     """
-    faintest = at.conditions.limiting_magnitude - 0.2
+    faintest = at.conditions.limiting_magnitude - at.conditions.instrument.faintest
     return float(max(faintest - rng.exponential(1.7), at.conditions.instrument.brightest, brightest))
+
+
+def _star(at: Circumstances, rng: np.random.Generator, brighter_by: float) -> float:
+    """Return the counts of a star that is brighter than the limiting magnitude by at least so many magnitudes."""
+    instrument = at.conditions.instrument
+    brightest = instrument.brightest + 1
+    return instrument.counts(rng.uniform(brightest, max(at.conditions.limiting_magnitude - brighter_by, brightest)))
 
 
 def _sign(rng: np.random.Generator) -> float:

@@ -38,6 +38,10 @@ SMALLEST_RESPONSE = 1e-4
 the PSFs are only rounding errors."""
 WIDEST_APERTURE = 9
 """The radius of the wider aperture, in pixels."""
+UNMASKED_PX = 2.0
+"""How far the difference image reaches beyond the border of the template, in pixels."""
+AUREOLE_CORE_PX = 2.0
+"""The radius within which the aureole of a star is flat, in pixels."""
 MATCHING_FLOOR = 3e-3
 """The lower bound of the response of the template, relative to its maximum, in the kernel that matches its PSF."""
 
@@ -70,6 +74,13 @@ class Scene:
     points: Sequence[Point]
     galaxies: Sequence[Galaxy] = ()
     trail: tuple[float, float] = (0.0, 0.0)
+
+
+class TemplateEdge(NamedTuple):
+    """The border of a template: `distance` pixels from the image centre, in the direction `angle` (radians)."""
+
+    distance: float
+    angle: float
 
 
 class Stamps(NamedTuple):
@@ -228,24 +239,28 @@ def expose(
     *,
     artefact: Image | None = None,
     misalignment: tuple[float, float] = (0.0, 0.0),
+    mismatch: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    template_edge: TemplateEdge | None = None,
 ) -> Stamps:
     """Simulate the science image and the template of `scene`, and subtract them.
 
     `galaxies`: the shapes from `draw_galaxies`. `artefact`: an image in counts that is added to the science image.
-    `misalignment`: the offset (x, y) of the template in pixels, in addition to REGISTRATION_ERROR_PX.
+    `misalignment`: the offset (x, y) of the template in pixels, in addition to REGISTRATION_ERROR_PX. `mismatch`: the
+    error (xx, yy, xy) of the second moments of the matched PSF, in square pixels. `template_edge`: the difference is 0
+    where the template ends.
     """
     instrument, grid = conditions.instrument, conditions.instrument.grid
     science_sky, template_sky = _draw(scene, conditions, galaxies)
     template_sky *= _shift(grid, *rng.normal(misalignment, REGISTRATION_ERROR_PX))
     pedestal = np.float32(conditions.sky if instrument.keeps_sky else 0.0)
-    full = instrument.saturation - pedestal
+    full = instrument.saturation * instrument.gain / conditions.gain - pedestal
 
     counts = np.fft.irfft2(science_sky)
     sigma = np.sqrt(conditions.noise**2 + np.maximum(counts, 0) / conditions.gain)
     science = counts + sigma * rng.standard_normal(counts.shape, dtype=np.float32)
     if artefact is not None:
         science += np.fft.ifftshift(artefact)
-    science = np.minimum(science, full)
+    science = np.asarray(_bleed(science, float(full)) if instrument.bleeds else np.minimum(science, full))
 
     counts = np.fft.irfft2(template_sky)
     gain = conditions.gain * conditions.template_exposures
@@ -256,10 +271,17 @@ def expose(
     # Errors of the subtraction: the width of the PSF and the flux scale.
     width, scale = rng.normal(0, (PSF_ERROR_PX2, FLUX_SCALE_ERROR)).astype(np.float32)
     mistake = np.exp(-0.5 * width * _wavenumber2(grid)) * (1 + scale)
+    if any(mismatch):
+        rows, columns = (2 * np.pi * frequency for frequency in _frequencies(grid))
+        xx, yy, xy = mismatch
+        exponent = xx * columns**2 + yy * rows[:, None] ** 2 + 2 * xy * rows[:, None] * columns
+        mistake = mistake * np.exp(-0.5 * np.clip(exponent, -4, None)).astype(np.float32)
+    matched = template if template_edge is None else np.where(_beyond(grid, template_edge) > 0, 0, template)
     difference = np.fft.irfft2(
-        conditions.science_kernel * np.fft.rfft2(science)
-        - conditions.template_kernel * mistake * np.fft.rfft2(template)
+        conditions.science_kernel * np.fft.rfft2(science) - conditions.template_kernel * mistake * np.fft.rfft2(matched)
     )
+    if template_edge is not None:
+        difference[_beyond(grid, template_edge) > UNMASKED_PX] = 0
     images = (science + pedestal, template + pedestal, difference)
     return Stamps(*(np.fft.fftshift(image).astype(np.float32) for image in images))
 
@@ -273,12 +295,53 @@ def _draw(scene: Scene, conditions: Conditions, galaxies: Sequence[Spectrum]) ->
     science, template = ((rows * counts) @ columns for counts in (points[:, 2], points[:, 3]))
     if any(scene.trail):
         science = science + points[0, 2] * np.outer(rows[:, 0], columns[0]) * (_streak(grid, *scene.trail) - 1)
+    if conditions.instrument.aureole:
+        wings = _aureole(grid, conditions.instrument.aureole)
+        science, template = science * wings, template * wings
     for galaxy in scene.galaxies:
         light = galaxy.counts * galaxies[galaxy.shape] * _shift(grid, galaxy.x, galaxy.y)
         science, template = science + light, template + light
     return science.astype(np.complex64) * conditions.psf_science, template.astype(
         np.complex64
     ) * conditions.psf_template
+
+
+@cache
+def _aureole(grid: int, fraction: float) -> NDArray[np.floating]:
+    """Return the factor, float32[grid, grid // 2 + 1], that scatters a fraction of the light of stars far away.
+
+    The surface brightness of this aureole falls with the square of the distance (King 1971, PASP 83, 199). It is
+    neither in the published PSF nor in that of the subtraction.
+    """
+    place = np.fft.fftfreq(grid, 1 / grid)
+    halo = 1 / (place[:, None] ** 2 + place**2 + AUREOLE_CORE_PX**2)
+    spectrum = np.fft.rfft2(halo / halo.sum()).real
+    return np.asarray(1 - fraction + fraction * spectrum, dtype=np.float32)
+
+
+def _bleed(image: NDArray[np.floating], full: float) -> NDArray[np.floating]:
+    """Return the image [grid, grid] with at most `full` counts in a pixel; the excess fills neighbours in its column.
+
+    The excess charge spreads equally up and down, until it has filled pixels or leaves the image.
+    """
+    excess = np.maximum(image - full, 0).sum(axis=0)
+    image = np.minimum(image, full)
+    grid = len(image)
+    for column in np.flatnonzero(excess).tolist():
+        # The image has its origin in the first pixel; the distance is that along the column from the brightest pixel.
+        start = int(image[:, column].argmax())
+        away = np.abs((np.arange(grid) - start + grid // 2) % grid - grid // 2)
+        nearest = np.argsort(away, kind="stable")
+        room = np.maximum(full - image[nearest, column], 0)
+        filled = np.cumsum(room) <= excess[column]
+        image[nearest[filled], column] = full
+    return image
+
+
+def _beyond(grid: int, edge: TemplateEdge) -> NDArray[np.float64]:
+    """Return how far each pixel lies beyond the border, in pixels, float64[grid, grid] with the origin first."""
+    place = np.fft.fftfreq(grid, 1 / grid)
+    return np.asarray(place[:, None] * np.sin(edge.angle) + place * np.cos(edge.angle) - edge.distance)
 
 
 def _shift(grid: int, x: float, y: float) -> Spectrum:

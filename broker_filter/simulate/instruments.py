@@ -56,6 +56,12 @@ class Instrument:
     weathers: int
     """number of distinct observing conditions of a night. Drawing a PSF costs as much time as several alerts"""
     alerts_per_exposure: int
+    faintest: float
+    """faintest events, in magnitudes above the limiting magnitude"""
+    stars: tuple[float, float]
+    """mean and standard deviation of the natural logarithm of the number of field stars in the simulated square"""
+    galaxies: float
+    """mean number of field galaxies in the simulated square"""
     unread: float
     """fraction of the alerts with blocks of NaN"""
     exposures_per_template: tuple[int, int]
@@ -94,6 +100,9 @@ ZTF = Instrument(
     fit_radius=4,
     weathers=24,
     alerts_per_exposure=60,
+    faintest=0.2,
+    stars=(1.0, 0.7),
+    galaxies=0.8,
     unread=0.08,
     exposures_per_template=(15, 40),
     brightest=13.0,
@@ -151,6 +160,9 @@ LSST = Instrument(
     fit_radius=20,
     weathers=48,
     alerts_per_exposure=10,
+    faintest=0.0,
+    stars=(1.6, 1.1),
+    galaxies=4.0,
     unread=0.0,
     exposures_per_template=(4, 60),
     brightest=16.5,

@@ -44,6 +44,27 @@ RATES: Mapping[str, float] = {
 }
 """The fraction of each kind among the alerts of a night: roughly that of ZTF, with more supernovae."""
 
+LSST_RATES: Mapping[str, float] = {
+    "variable_star": 0.22,
+    "asteroid": 0.26,
+    "agn": 0.08,
+    "supernova": 0.08,
+    "noise": 0.08,
+    "residual": 0.12,
+    "dipole": 0.03,
+    "refraction": 0.03,
+    "cosmic_ray": 0.02,
+    "bad_pixels": 0.02,
+    "bleed_trail": 0.01,
+    "satellite": 0.01,
+    "diffraction_spike": 0.01,
+    "ghost": 0.01,
+    "template_edge": 0.01,
+    "edge": 0.01,
+}
+"""The fraction of each kind among the alerts of LSST. Of 176 public LSSTCam alerts, 43 % are of known asteroids and
+35 % have a reliability below 0.5: most are empty stamps or residuals of bright sources."""
+
 FIRST_NIGHT_MJD = 61096.1
 """The start of the first night: dusk of 2026-02-25 (UTC) in California, an arbitrary choice."""
 EXPOSURES_PER_NIGHT = 720
@@ -180,6 +201,8 @@ class Night:
                 rng,
                 artefact=event.artefact,
                 misalignment=event.misalignment,
+                mismatch=event.mismatch,
+                template_edge=event.template_edge,
             )
             self._blank_unread(stamps, rng)
             photometry = measure(stamps, conditions, *(offset if kind in REAL else (0.0, 0.0)))
@@ -219,7 +242,7 @@ class Night:
             detector=int(rng.integers(0, 64)),
             ra=float(rng.uniform(0, 360)),
             dec=float(np.degrees(np.arcsin(rng.uniform(-0.45, 0.95)))),
-            stars_per_stamp=float(rng.lognormal(1.0, 0.7)),
+            stars_per_stamp=float(rng.lognormal(*self._instrument.stars)),
             conditions=self._weathers[int(rng.integers(self._instrument.weathers))],
         )
 
@@ -249,7 +272,7 @@ class Night:
         for _ in range(rng.poisson(exposure.stars_per_stamp)):
             counts = instrument.counts(max(deepest - rng.exponential(1.6), instrument.brightest))
             points.append(Point(float(rng.uniform(-half, half)), float(rng.uniform(-half, half)), counts, counts))
-        for _ in range(rng.poisson(0.8)):
+        for _ in range(rng.poisson(instrument.galaxies)):
             counts = instrument.counts(max(deepest - rng.exponential(1.0), instrument.brightest))
             place = float(rng.uniform(-half, half)), float(rng.uniform(-half, half))
             galaxies.append(Galaxy(int(rng.integers(GALAXY_SHAPES)), *place, counts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 from collections import Counter
 from typing import Any
 
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 from astropy.io import fits
 
-from broker_filter.simulate import BOGUS, RATES, REAL, SimulatedAlert, simulate_night, ztf
-from broker_filter.simulate.instruments import ZTF
-from broker_filter.simulate.night import Observation
+from broker_filter.simulate import BOGUS, LSST_RATES, RATES, REAL, SCHEMAS, SimulatedAlert, lsst, simulate_night, ztf
+from broker_filter.simulate.instruments import LSST, ZTF
+from broker_filter.simulate.night import Night, Observation
 
 MIDDLE = ZTF.grid // 2
 
@@ -116,3 +117,51 @@ def test_some_stamps_have_blocks_of_nan(ztf_observations: list[Observation]) -> 
         assert (science == template).all()
         assert (science == difference).all()
         assert not science[MIDDLE - 2 : MIDDLE + 3, MIDDLE - 2 : MIDDLE + 3].any()
+
+
+def lsst_records(kind: str, n: int, seed: int = 4) -> list[tuple[dict[str, Any], Observation]]:
+    schema = fastavro.parse_schema(json.loads((SCHEMAS / lsst.SCHEMA_FILE).read_text()))
+    observations = list(Night(LSST, seed, {kind: 1.0}).observations(n))
+    bodies = (io.BytesIO(lsst.encode_body(observation)) for observation in observations)
+    return [
+        (fastavro.schemaless_reader(body, schema)["diaSource"], observation)
+        for body, observation in zip(bodies, observations, strict=True)
+    ]
+
+
+def test_lsst_night_has_each_kind_at_its_requested_rate() -> None:
+    seen = Counter(alert.kind for alert in simulate_night(200, 1, "lsst"))
+    assert set(LSST_RATES) == set(REAL) | set(BOGUS)
+    for kind, rate in LSST_RATES.items():
+        assert abs(seen[kind] - 200 * rate) < 4 * np.sqrt(200 * rate) + 1, kind
+
+
+def test_chromatic_refraction_and_residuals_leave_both_signs() -> None:
+    for kind in ("refraction", "residual"):
+        assert np.mean([source["isDipole"] for source, _ in lsst_records(kind, 12)]) > 0.4, kind
+
+
+def test_noise_peaks_are_faint_and_have_no_template() -> None:
+    for source, _ in lsst_records("noise", 12):
+        assert 4.8 < source["snr"] < 9
+        assert source["templateFlux"] < 5 * source["psfFluxErr"] + 0.5 * abs(source["scienceFlux"])
+
+
+def test_saturated_stars_bleed_along_columns() -> None:
+    for source, observation in lsst_records("bleed_trail", 4):
+        assert source["pixelFlags_saturated"]
+        gain = observation.exposure.conditions.gain
+        full = observation.stamps.science >= 0.99 * LSST.saturation * LSST.gain / gain
+        assert full.sum(axis=0).max() > 1.5 * full.sum(axis=1).max()
+
+
+def test_difference_is_zero_where_the_template_ends() -> None:
+    for source, observation in lsst_records("template_edge", 4):
+        empty = observation.stamps.difference == 0
+        assert 0.2 < empty.mean() < 0.6
+        assert source["pixelFlags_nodata"]
+
+
+def test_satellite_trails_are_long_and_extended() -> None:
+    for source, _ in lsst_records("satellite", 4):
+        assert source["bboxSize"] > 60
