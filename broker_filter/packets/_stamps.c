@@ -16,6 +16,7 @@
 #define BLOCK 2880
 #define MAX_HEADER (4 * BLOCK)
 #define MAX_LENGTH 100000 /* pixels along an axis; the product of two axes cannot overflow */
+#define MAX_DIGITS 9 /* as `stamps._LENGTH` */
 #define MAX_STAMP (4 << 20) /* bytes after decompression, as `stamps.MAX_STAMP_BYTES` */
 #define CUTOUTS 3
 #define PLANES 2
@@ -58,6 +59,11 @@ static int card_is(const char *card, const char *keyword, const char *expected)
     return n == (int)strlen(expected) && !memcmp(value, expected, (size_t)n);
 }
 
+static int is_keyword_character(char c)
+{
+    return ('A' <= c && c <= 'Z') || ('0' <= c && c <= '9') || c == '_' || c == '-';
+}
+
 /* The number of pixels in a card; 0 if the card is invalid. */
 static int64_t card_length(const char *card, const char *keyword)
 {
@@ -65,7 +71,7 @@ static int64_t card_length(const char *card, const char *keyword)
     int n = card_value(card, keyword, &value);
     int64_t length = 0;
     for (int i = 0; i < n; i++) {
-        if (value[i] < '0' || value[i] > '9' || length > MAX_LENGTH)
+        if (n > MAX_DIGITS || value[i] < '0' || value[i] > '9' || length > MAX_LENGTH)
             return 0;
         length = 10 * length + (value[i] - '0');
     }
@@ -116,7 +122,9 @@ static int read_header(const char *fits, int64_t n_bytes, int64_t at, Image *ima
                 return 0;
             image->is_variance_type = card_is(card, "UTYPE", "'VarianceUncertainty'");
         }
-        if (!memcmp(card, "END", 3) && !memcmp(card + 3, BLANKS, CARD - 3)) {
+        if (!memcmp(card, "END", 3) && !is_keyword_character(card[3])) {
+            if (memcmp(card + 3, BLANKS, CARD - 3))
+                return 0; /* a damaged END card */
             image->pixels = at + (offset / BLOCK + 1) * BLOCK;
             int64_t end = image->pixels + image->pixel_bytes * image->height * image->width;
             image->end = at + (end - at + BLOCK - 1) / BLOCK * BLOCK;
@@ -426,7 +434,7 @@ static int get_plane(PyObject *object, Py_buffer *view, Py_ssize_t n, Py_ssize_t
     if (view->shape[2] == view->shape[3] && view->shape[2] > 0 && view->shape[2] <= INT16_MAX)
         return 0;
     PyBuffer_Release(view);
-    PyErr_SetString(PyExc_ValueError, "decode_stamps: the slots of a plane must be squares with sides below 32768");
+    PyErr_SetString(PyExc_ValueError, "decode_stamps: the slots of a plane must be squares with sides from 1 to 32767");
     return -1;
 }
 
@@ -457,8 +465,8 @@ static PyObject *decode_stamps(PyObject *module, PyObject *const *args, Py_ssize
     if (get_array(args[5], &taken, 2, (Py_ssize_t[]){n, CUTOUTS}, 1, PyBUF_WRITABLE) < 0)
         goto release_boxes;
     int64_t size = slots.shape[2];
-    if (slots.shape[3] != size || size > INT16_MAX) {
-        PyErr_SetString(PyExc_ValueError, "decode_stamps: the slots must be squares with sides below 32768");
+    if (slots.shape[3] != size || size < 1 || size > INT16_MAX) {
+        PyErr_SetString(PyExc_ValueError, "decode_stamps: the slots must be squares with sides from 1 to 32767");
         goto release_taken;
     }
     if (get_plane(args[6], &variance, n, size) < 0)

@@ -34,6 +34,8 @@ _GZIP_SIZE_BYTES = 4
 _CARD = 80
 _BLOCK = 2880
 _END = b"END".ljust(_CARD)
+_DAMAGED_END = re.compile(rb"END[^A-Z0-9_-]")
+"""The start of a card with the keyword END that is not `_END`."""
 _PRIMARY, _EXTENSION = b"SIMPLE", b"XTENSION"
 """The keyword of the first card of a primary header, and of an extension's header."""
 _MANDATORY = (b"BITPIX", b"NAXIS", b"NAXIS1", b"NAXIS2")
@@ -145,23 +147,24 @@ def decode_stamps(
     variance, psf = (planes.variance, planes.psf) if planes else (None, None)
     if compiled.decode_stamps is not None:
         compiled.decode_stamps(bodies, spans, centred, slots, boxes, taken, variance, psf, states)
+    undecided = (states == _UNDECIDED).any(axis=2) & (planes is not None)
     failed: dict[int, tuple[int, StampError]] = {}
-    for i, c in np.argwhere(~taken).tolist():
+    for i, c in np.argwhere(~taken | undecided).tolist():
         begin, end = spans[i, c].tolist()
+        stamp, is_centred = bodies[i][begin:end], bool(centred[i])
         try:
-            boxes[i, c] = decode_stamp(bodies[i][begin:end], slots[i, c], centred=bool(centred[i]))
+            if not taken[i, c]:
+                boxes[i, c] = decode_stamp(stamp, slots[i, c], centred=is_centred)
+            if undecided[i, c] and i not in failed:
+                states[i, c] = decode_planes(
+                    stamp,
+                    None if variance is None else variance[i, c],
+                    None if psf is None else psf[i, c],
+                    centred=is_centred,
+                )
         except StampError as error:
             failed.setdefault(i, (c, error))
     if planes:
-        for i, c in np.argwhere((states == _UNDECIDED).any(axis=2)).tolist():
-            if i not in failed:
-                begin, end = spans[i, c].tolist()
-                states[i, c] = decode_planes(
-                    bodies[i][begin:end],
-                    None if variance is None else variance[i, c],
-                    None if psf is None else psf[i, c],
-                    centred=bool(centred[i]),
-                )
         np.equal(states, _USABLE, out=planes.usable)
     return failed
 
@@ -193,7 +196,7 @@ def decode_planes(
     *,
     centred: bool,
 ) -> tuple[bool, bool]:
-    """Write the variance plane and the PSF image of a valid stamp into their slots, with zeros around them.
+    """Write the variance plane and the PSF image of a stamp into their slots, with zeros around them.
 
     `variance` float32[S, S]: the plane is placed as the pixels of the stamp are (see `decode_stamp`). `psf` float32[P,
     P]: pixel n // 2 along each axis of n pixels is placed at pixel P // 2, and pixels outside the slot are cut off.
@@ -203,6 +206,8 @@ def decode_planes(
     extension UNCERT, of the type VarianceUncertainty and of the shape of the image, with a positive finite value in the
     slot. The PSF image is the extension PSFIMAGE, with only finite values in the slot, one of them positive. The search
     ends after MAX_EXTENSIONS extensions, or at the first one that is not a complete two-dimensional image.
+
+    Raises StampError if `decode_stamp` cannot read the header of the stamp itself.
     """
     fits = _inflate(data)
     image = _read_header(_header_at(fits, 0, _PRIMARY))
@@ -300,7 +305,8 @@ def _place_image(fits: memoryview, image: _Image, out: NDArray[np.float32], cent
     x0, left, width = _place(image.width, out.shape[1], centred)
     box = y0, x0, height, width
     out[:] = 0
-    with np.errstate(over="ignore"):  # a float64 value beyond the range of float32 becomes infinite
+    # A float64 value beyond the range of float32 becomes infinite; a signalling NaN becomes a quiet one.
+    with np.errstate(over="ignore", invalid="ignore"):
         _boxed(out, box)[:] = image.values(
             pixels.reshape(image.height, image.width)[top : top + height, left : left + width]
         )
@@ -344,6 +350,8 @@ def _read_header(header: bytes) -> _Image:
     width, height = (values.get(axis, b"") for axis in (b"NAXIS1", b"NAXIS2"))
     others: dict[bytes, bytes] = {}
     for card in cards[1 + len(_MANDATORY) :]:
+        if _DAMAGED_END.match(card):  # what follows is pixels, and perhaps another header
+            raise StampError(RejectReason.BAD_CUTOUT, "the END card of the FITS header is damaged")
         if card.startswith(_SCALING + _DESCRIBING) and (keyword := card[:8].rstrip()) in _SCALING + _DESCRIBING:
             others.setdefault(keyword, _value(card) if card[8:10] == b"= " else b"")
     first = cards[0][:9], _text(_value(cards[0]))
@@ -358,7 +366,9 @@ def _read_header(header: bytes) -> _Image:
     ):
         raise StampError(RejectReason.BAD_CUTOUT, "the stamp is not a two-dimensional FITS image")
     scaling = {keyword: value for keyword, value in others.items() if keyword in _SCALING}
-    blank = scaling.pop(b"BLANK", None) if dtype[1] != "f" else None
+    blank = scaling.pop(b"BLANK", None)
+    if dtype[1] == "f":  # BLANK has no meaning for floating-point pixels
+        blank = None
     if not all(_REAL.fullmatch(value) for value in scaling.values()) or not (
         blank is None or _INTEGER.fullmatch(blank)
     ):

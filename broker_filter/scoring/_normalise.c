@@ -1,6 +1,7 @@
 /* Normalises pixels: compiled twins of `preprocess.normalise_numpy` and `snr.snr_numpy` with bit-identical results.
  *
- * The GIL is released. The time is proportional to the number of pixels, whatever their values. Built without fused multiply-add (-ffp-contract=off), because numpy rounds each operation. */
+ * The GIL is released. The time is proportional to the number of pixels, whatever their values. Built without fused
+ * multiply-add (-ffp-contract=off), because numpy rounds each operation. */
 
 #include <Python.h>
 #include <float.h>

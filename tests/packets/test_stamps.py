@@ -475,6 +475,7 @@ def test_compiled_code_decodes_every_shared_ztf_stamp_as_python_does(ztf_packets
         (1, np.zeros((1, 3, 2), np.int32)),
         (2, np.zeros((1, 1), bool)),
         (3, np.zeros((1, 3, 9, 8), np.float32)),
+        (3, np.zeros((1, 3, 0, 0), np.float32)),
         (3, np.zeros((1, 3, 9, 9), np.float64)),
         (4, np.zeros((1, 2, 4), np.int16)),
         (5, np.zeros((1, 4), bool)),
@@ -628,3 +629,101 @@ def test_a_plane_that_is_not_wanted_is_not_decoded(wanted: str) -> None:
     )
     decode_stamps([memoryview(LSST)], np.array([[(0, len(LSST))] * 3]), np.array([True]), slots, boxes, planes)
     assert planes.usable.tolist() == [[[wanted == "variance", wanted == "psf"]] * 3]
+
+
+UNDECIDED_PSF = image_hdu(numbered(31, 31).astype(np.int16), "PSFIMAGE")
+"""A PSF image that the compiled code leaves to Python, because its pixels are integers."""
+WITH_UNDECIDED_PSF = fits_bytes_of(fits.PrimaryHDU(numbered(30, 30), fits.Header({"BUNIT": "nJy"})), UNDECIDED_PSF)
+CARDS = [
+    f"{keyword:8}= {value}".ljust(80).encode()
+    for keyword, values in {
+        "SIMPLE": ("T", "F"),
+        "XTENSION": ("'IMAGE   '", "'IMAGE'", "'BINTABLE'"),
+        "BITPIX": ("-32", "-64", "16", "8", "-032"),
+        "NAXIS": ("2", "02", "3", "0"),
+        "NAXIS1": ("30", "31", "0000000030", "1", "0", "999999999", "30.", "+30"),
+        "NAXIS2": ("30", "31", "0000000030", "1"),
+        "PCOUNT": ("0", "1", "00"),
+        "EXTNAME": ("'PSFIMAGE'", "'UNCERT  '", "'UNCERT'", "'MASK'", ""),
+        "UTYPE": ("'VarianceUncertainty'", "'StdDevUncertainty'", "'VarianceUncertainty ' / x"),
+        "BLANK": ("'nJy'", "1"),
+        "BSCALE": ("2", "x", "1E999"),
+    }.items()
+    for value in values
+] + [b"END".ljust(80), b"END=".ljust(80), b"END     x".ljust(80), b"ENDTIME = 1".ljust(80)]
+
+
+def decode_all(
+    stamp: bytes, size: int, monkeypatch: pytest.MonkeyPatch | None = None
+) -> dict[int, RejectReason] | list[bytes]:
+    """Return the outputs of `decode_stamps` for a stamp with both planes, or the reasons why it is unusable.
+
+    With `monkeypatch`, the compiled code is not used.
+    """
+    slots, boxes = np.full((1, 3, size, size), 7, np.float32), np.zeros((1, 3, 4), np.int16)
+    psf, usable = np.full((1, 3, PSF_SIZE, PSF_SIZE), 7, np.float32), np.zeros((1, 3, 2), bool)
+    planes = PlaneSlots(np.full_like(slots, 7), psf, usable)
+    spans = np.array([[(0, len(stamp))] * 3])
+    if monkeypatch:
+        monkeypatch.setattr(compiled, "decode_stamps", None)
+    failed = decode_stamps([memoryview(stamp)], spans, np.array([True]), slots, boxes, planes)
+    if failed:
+        return {c: error.reason for c, error in failed.values()}
+    return [array.tobytes() for array in (slots, boxes, planes.variance, psf, usable) if array is not None]
+
+
+@pytest.mark.parametrize(
+    ("card", "changed", "usable"),
+    [
+        (b"NAXIS1  =                   30", b"NAXIS1  = 00000000000000000030", False),
+        (b"BUNIT   = 'nJy     '", b"BLANK   = 'nJy     '", True),  # BLANK has no meaning for floating-point pixels
+    ],
+    ids=["many-digits", "blank-of-floats"],
+)
+def test_stamp_with_an_unusual_card_gives_the_same_in_both_implementations(
+    card: bytes, changed: bytes, usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stamp = WITH_UNDECIDED_PSF.replace(card, changed, 1)
+    assert stamp != WITH_UNDECIDED_PSF
+    found = decode_all(stamp, 31)
+    assert isinstance(found, list) == usable
+    assert found == decode_all(stamp, 31, monkeypatch)
+
+
+@needs_compiled
+@settings(max_examples=400)
+@given(
+    stamp=st.sampled_from([FUZZED["ztf"], LSST, WITH_UNDECIDED_PSF]),
+    changes=st.lists(st.tuples(st.integers(0, 60), st.sampled_from(CARDS)), min_size=1, max_size=3),
+    size=st.sampled_from([1, 2, 30, 31, 63]),
+)
+def test_exchanged_cards_never_make_the_implementations_differ(
+    stamp: bytes, changes: list[tuple[int, bytes]], size: int
+) -> None:
+    changed = bytearray(stamp)
+    starts = [at for at in range(0, len(stamp), 80) if stamp[at : at + 3] == b"END" or stamp[at + 8 : at + 10] == b"= "]
+    for which, card in changes:
+        at = starts[which % len(starts)]
+        changed[at : at + 80] = card
+    with pytest.MonkeyPatch.context() as patched:
+        assert decode_all(bytes(changed), size) == decode_all(bytes(changed), size, patched)
+
+
+@pytest.mark.parametrize("end", [b"END=", b"END   x", b"END/ end"])
+@pytest.mark.parametrize("stamp", ["ztf", "lsst"])
+def test_stamp_with_a_damaged_end_card_is_refused(stamp: str, end: bytes) -> None:
+    damaged = FUZZED[stamp].replace(b"END".ljust(80), end.ljust(80), 1)
+    assert rejection(damaged) is RejectReason.BAD_CUTOUT  # not read with the pixels of the next extension
+    assert decode_all(damaged, 31) == {0: RejectReason.BAD_CUTOUT}
+
+
+def test_keyword_that_begins_with_end_does_not_end_a_header() -> None:
+    assert bits(pixels(fits_bytes(numbered(30, 30), ENDTIME=1.5))) == bits(numbered(30, 30))
+
+
+def test_signalling_nan_in_a_psf_image_makes_it_unusable_without_a_warning() -> None:
+    psf = gaussian(31, 31)
+    stamp = bytearray(fits_bytes_of(IMAGE, VARIANCE, image_hdu(psf, "PSFIMAGE")))
+    start = stamp.index(psf.astype(">f8").tobytes())
+    stamp[start : start + 8] = bytes.fromhex("7ff0000000000001")
+    assert [usable for usable, _ in python_planes(bytes(stamp), 31, True).values()] == [True, False]
