@@ -29,6 +29,7 @@ COMMANDS = {
     "anomalies": ("training.embedding.anomalies", "measure how well held-out classes are found as anomalies"),
     "suspects": ("training.embedding.suspects", "list the alerts whose labels are most likely wrong"),
     "astrom3": ("training.astrom3.train", "train AstroM3, or a classifier of one of its modalities, as published"),
+    "astrom3-embed": ("training.astrom3.embed", "write the embeddings of stars, for retrieval, maps and suspects"),
     "astrom3-simulate": ("training.astrom3.simulate", "simulate variable stars of ten classes, to train AstroM3"),
     "astrom3-study": ("training.astrom3.study", "measure the benefit of AstroM3's pre-training with few labels"),
 }

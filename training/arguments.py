@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Literal
 
 MAX_SEED = 2**32 - 1
 """The limit of `recipe.Seed`."""
 
 
-def add_labelled_alerts(parser: argparse.ArgumentParser, class_help: str, *, labels_required: bool = True) -> None:
+def add_labelled_alerts(
+    parser: argparse.ArgumentParser, class_help: str, *, inputs: Literal["+", "*"] = "+", labels_required: bool = True
+) -> None:
     """Add the arguments that name alerts and their labels: `inputs`, `--labels`, `--label` and `--class`."""
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="file, folder or archive of alerts")
+    parser.add_argument("inputs", nargs=inputs, type=Path, metavar="INPUT", help="file, folder or archive of alerts")
     parser.add_argument(
         "--labels",
         required=labels_required,

@@ -22,13 +22,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "map",
         help="draw a map of a night's alerts, with similar alerts close together",
-        examples=("broker-filter map night.tar.gz --reference ordinary.safetensors --out night.png",),
+        examples=(
+            "broker-filter map night.tar.gz --reference ordinary.safetensors --out night.png",
+            "broker-filter map --reference stars.safetensors --out stars.png",
+        ),
         description="Computes the embeddings of the alerts in files, folders and archives, projects them to two "
         "dimensions with UMAP, and colours each alert by its anomaly score: its distance to the ordinary alerts of the "
         "same survey in a reference set. If there are more alerts than --limit, a random sample is drawn, the same one "
-        "in each run.",
+        "in each run. Without INPUT, it draws the alerts, or variable stars, of the reference set itself, coloured by "
+        "class if the set has classes.",
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUT_HELP)
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help=INPUT_HELP)
     add_reference_options(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
     parser.add_argument(
@@ -47,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.cli.archived import keep_inputs, open_reference, score_archives
 
     require_extra("explore", "the map", "matplotlib", "umap")
+    if not arguments.inputs:
+        return _draw_reference(arguments)
     import numpy as np
 
     from broker_filter.pictures.embedding_map import FEWEST, draw_map, lay_out
@@ -73,5 +79,37 @@ def run(arguments: argparse.Namespace) -> int:
     ordinary = sum(len(part.alerts) for part in reference.surveys.values())
     title = f"{len(alerts):,} alerts, compared with {ordinary:,} ordinary alerts"
     draw_map(arguments.out, title, lay_out(alerts.embedding), score, alerts.object_id.tolist())
+    print(arguments.out)
+    return 0
+
+
+def _draw_reference(arguments: argparse.Namespace) -> int:
+    """Draw the map of a reference set and return the exit status."""
+    import numpy as np
+
+    from broker_filter.cli.archived import keep_inputs
+    from broker_filter.cli.parser import UsageError, require_files
+    from broker_filter.pictures.embedding_map import FEWEST, draw_classes, draw_map, lay_out
+    from broker_filter.scoring.anomaly import AnomalyScorer
+    from broker_filter.scoring.reference import read_reference
+
+    if arguments.model:
+        raise UsageError("--model needs an INPUT: the reference set itself is drawn without a model")
+    require_files(arguments.reference)
+    keep_inputs(arguments.out, [arguments.reference])
+    reference = read_reference(arguments.reference)
+    card, parts = reference.card, list(reference.parts.values())
+    members = sum(len(part.alerts) for part in parts)
+    rows = np.sort(np.random.default_rng(0).permutation(members)[: arguments.limit])
+    if len(rows) < FEWEST:
+        raise NothingToDrawError(f"{arguments.reference}: a map needs {FEWEST} alerts or stars, not {len(rows)}")
+    place = lay_out(np.concatenate([part.alerts.embedding for part in parts])[rows])
+    title = f"{len(rows):,} of {members:,} {' and '.join(reference.parts)} of {arguments.reference.name}"
+    if card.classes:
+        draw_classes(arguments.out, title, place, np.concatenate([part.label for part in parts])[rows], card.classes)
+    else:
+        score = np.concatenate([AnomalyScorer(card, part).score(part.alerts.embedding) for part in parts])[rows]
+        names = np.concatenate([part.alerts.object_id for part in parts])[rows].tolist()
+        draw_map(arguments.out, title, place, score, names)
     print(arguments.out)
     return 0

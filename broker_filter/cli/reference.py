@@ -159,10 +159,10 @@ def _show(arguments: argparse.Namespace) -> int:
 
     require_files(arguments.file)
     reference = read_reference(arguments.file)
-    card, parts = reference.card, reference.surveys
+    card, parts = reference.card, reference.parts
     entries = {
         "made with": f"{card.bundle} {card.version}, weights {card.weights_sha256[:12]}",
-        "surveys": ", ".join(map(str, parts)),
+        "surveys": ", ".join(parts),
         "cut": card.where or "none",
         "modalities": ", ".join(card.modalities) or "none",
         "measure": " of ".join((card.measure, *([", ".join(card.classes)] if card.classes else []))),

@@ -1,4 +1,4 @@
-"""`broker-filter similar`: lists and draws the ordinary alerts that are most similar to a given alert."""
+"""`broker-filter similar`: lists and draws the ordinary alerts, or stars, that are most similar to a given one."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.packet import Packet
     from broker_filter.scoring.anomaly import Neighbour
+    from broker_filter.scoring.reference import Reference, SurveyReference
 
 DEFAULT_COUNT = 8
 MAX_COUNT = 100
@@ -37,15 +38,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="list and draw the alerts of a reference set that are most similar to a given alert",
         description="Lists the alerts of a reference set, of the same survey, whose embeddings are nearest to the "
         "embedding of a given alert. A reference set holds no packets: name the inputs that hold them with --packets "
-        "to draw them.",
+        "to draw them. Without ALERT, it lists the alerts, or variable stars, that are most similar to a member of the "
+        "reference set itself.",
         examples=(
             "broker-filter similar alert.avro --reference ordinary.safetensors",
             "broker-filter similar night.tar.gz --id 3224182880115015010 --reference ordinary.safetensors "
             "--out like.png --packets nights/",
+            "broker-filter similar --id 17 --reference stars.safetensors",
         ),
     )
-    parser.add_argument("alert", metavar="ALERT", help="packet, or archive that holds the alert")
-    parser.add_argument("--id", type=int, metavar="ALERT_ID", help="id of the alert (default: the first alert)")
+    parser.add_argument("alert", nargs="?", metavar="ALERT", help="packet, or archive that holds the alert")
+    parser.add_argument(
+        "--id",
+        type=int,
+        metavar="ALERT_ID",
+        help="id of the alert (default: the first alert); without ALERT, id of an alert or star of the reference set",
+    )
     add_reference_options(parser)
     parser.add_argument(
         "--count",
@@ -76,6 +84,9 @@ def _count(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the similar alerts, draw them if `--out` is given, and return the exit status."""
+    if arguments.alert is None:
+        return _within(arguments)
+
     from broker_filter.cli.archived import keep_inputs, open_reference
     from broker_filter.console import printable
     from broker_filter.packets.batch import Survey
@@ -110,15 +121,60 @@ def run(arguments: argparse.Namespace) -> int:
     identity, stranger = alerts.identity(row), float((ordinary.scores > score).mean())
     said = f"score {score:.4f}; {stranger:.1%} of the held-out ordinary alerts score higher"
     print(f"{identity.survey} {identity.alert_id} of {printable(identity.object_id or '?')}: {said}")
-    print(f"{'distance':>8}  {'alert':20}  object")
-    for one in similar:
-        print(f"{one.distance:8.4f}  {one.alert_id:<20}  {printable(one.object_id)}")
+    _list(similar, reference, ordinary)
     if arguments.out:
         packets = read_packets([*arguments.packets, arguments.alert])
         packets_of = _find(packets, decoder, {one.alert_id for one in similar})
         _draw(arguments.out, (alerts, row), f"score {score:.2f}", similar, packets_of)
         print(arguments.out)
     return 0
+
+
+def _within(arguments: argparse.Namespace) -> int:
+    """Print the alerts or stars of a reference set that are most similar to one of them, and return the exit status."""
+    from broker_filter.cli.parser import UsageError, require_files
+    from broker_filter.console import printable
+    from broker_filter.scoring.anomaly import AnomalyScorer
+    from broker_filter.scoring.reference import read_reference
+
+    if arguments.id is None:
+        raise UsageError("name an ALERT, or with --id an alert or star of the reference set")
+    if arguments.out or arguments.packets or arguments.model:
+        raise UsageError("--out, --packets and --model need an ALERT: a reference set holds no packets")
+    require_files(arguments.reference)
+    reference = read_reference(arguments.reference)
+    rows = {name: (part.alerts.alert_id == arguments.id).nonzero()[0] for name, part in reference.parts.items()}
+    name = next((name for name, found in rows.items() if len(found)), None)
+    if name is None:
+        raise NothingToCompareError(f"{arguments.reference}: contains no alert or star {arguments.id}")
+    part, row = reference.parts[name], rows[name][:1]
+    anomaly, one = AnomalyScorer(reference.card, part), part.alerts[row]
+    [score], [similar] = anomaly.score(one.embedding).tolist(), anomaly.nearest(one.embedding, arguments.count + 1)
+    stranger = float((part.scores > score).mean())
+    said = f"score {score:.4f}; {stranger:.1%} of the held-out {name} score higher"
+    label = _class_names(reference, part).get(arguments.id)
+    print(f"{name} {arguments.id} of {printable(str(one.object_id[0]))}{f' ({label})' if label else ''}: {said}")
+    _list([other for other in similar if other.alert_id != arguments.id][: arguments.count], reference, part)
+    return 0
+
+
+def _list(similar: Sequence[Neighbour], reference: Reference, part: SurveyReference) -> None:
+    """Print a line for each of the similar alerts or stars, with its class if the reference set has classes."""
+    from broker_filter.console import printable
+
+    class_of = _class_names(reference, part)
+    width = max(map(len, ("class", *reference.card.classes)))
+    heading = f"{'class':{width}}  " if class_of else ""
+    print(f"{'distance':>8}  {'alert':20}  {heading}object")
+    for one in similar:
+        label = f"{class_of.get(one.alert_id, '-'):{width}}  " if class_of else ""
+        print(f"{one.distance:8.4f}  {one.alert_id:<20}  {label}{printable(one.object_id)}")
+
+
+def _class_names(reference: Reference, part: SurveyReference) -> dict[int, str]:
+    """Return the names of the classes of labelled alerts or stars, by id."""
+    named = zip(part.alerts.alert_id.tolist(), part.label.tolist(), strict=True)
+    return {alert_id: reference.card.classes[label] for alert_id, label in named if label >= 0}
 
 
 def _find(packets: Iterable[Packet], decoder: Decoder, wanted: set[int] | None) -> dict[int, tuple[AlertBatch, int]]:

@@ -1,13 +1,16 @@
-"""Draws a map of a night's embeddings: similar alerts are near each other, and anomalous ones have bright colours."""
+"""Draws maps of embeddings: similar alerts are near each other, and colours show anomaly scores or classes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from broker_filter.pictures.cutouts import BACKGROUND, FAINT, PANEL, TEXT, printable
@@ -41,13 +44,11 @@ def draw_map(
     `names`: N object names. The alerts with the highest scores are drawn on top and are marked with their names.
     """
     order = np.argsort(score)
-    size = float(np.clip(40_000 / len(place), CROWDED, SPARSE))
-    with plt.rc_context({"font.family": "DejaVu Sans", "text.color": TEXT, "savefig.facecolor": BACKGROUND}):
-        figure, axes = plt.subplots(figsize=(13, 10), facecolor=BACKGROUND, layout="constrained")
+    with _map(file, title) as (figure, axes):
         low, high = np.percentile(score, (1, 99.8))
         norm = PowerNorm(0.6, low, high)
         points = axes.scatter(
-            place[order, 0], place[order, 1], s=size, c=score[order], cmap="plasma", norm=norm, linewidths=0
+            place[order, 0], place[order, 1], s=_area(place), c=score[order], cmap="plasma", norm=norm, linewidths=0
         )
         for i in order[-NAMED:].tolist():
             axes.scatter(place[i, 0], place[i, 1], s=90, facecolors="none", edgecolors=TEXT, linewidths=1.1)
@@ -57,6 +58,36 @@ def draw_map(
         bar.set_label("anomaly score: standardised distance from ordinary alerts", color=FAINT)
         bar.ax.tick_params(colors=FAINT)
         bar.outline.set_visible(False)
+
+
+def draw_classes(
+    file: Path, title: str, place: NDArray[np.float32], label: NDArray[np.int64], classes: Sequence[str]
+) -> None:
+    """Write a PNG with N alerts or stars at the positions `place` [N, 2], coloured by class, with a legend.
+
+    `label`: indices [N] into `classes`; those that are negative have no class, and are drawn faintly.
+    """
+    colours = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(classes)))
+    with _map(file, title) as (_, axes):
+        unlabelled = label < 0
+        axes.scatter(place[unlabelled, 0], place[unlabelled, 1], s=_area(place), color=FAINT, alpha=0.4, linewidths=0)
+        for c, name in enumerate(classes):
+            own = label == c
+            axes.scatter(place[own, 0], place[own, 1], s=_area(place), color=colours[c], label=name, linewidths=0)
+        axes.legend(facecolor=PANEL, edgecolor=FAINT, labelcolor=TEXT, markerscale=2)
+
+
+def _area(place: NDArray[np.float32]) -> float:
+    """Return the area of a point in square points."""
+    return float(np.clip(40_000 / len(place), CROWDED, SPARSE))
+
+
+@contextmanager
+def _map(file: Path, title: str) -> Iterator[tuple[Figure, Axes]]:
+    """Return an empty map; when the context ends, write it to a PNG."""
+    with plt.rc_context({"font.family": "DejaVu Sans", "text.color": TEXT, "savefig.facecolor": BACKGROUND}):
+        figure, axes = plt.subplots(figsize=(13, 10), facecolor=BACKGROUND, layout="constrained")
+        yield figure, axes
         axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=TEXT, pad=12)
         axes.set_facecolor(PANEL)
         axes.set_xticks([])

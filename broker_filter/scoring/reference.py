@@ -5,6 +5,8 @@ that made the embeddings and the sha256 of the arrays. An alert is compared only
 because telescopes differ more than alerts do. A reference made with another bundle is refused, because distances
 between embeddings of different networks mean nothing. Nothing is ever unpickled, and sizes are checked before arrays
 are read.
+
+A set of variable stars has the same format, with STARS in the place of a survey (`python -m training astrom3-embed`).
 """
 
 from __future__ import annotations
@@ -36,8 +38,12 @@ MAX_OBJECT_ID_BYTES = 64
 """Length limit of an object id in bytes; the surveys' object ids have at most 19 bytes."""
 Measure = Literal["mahalanobis", "neighbours", "centroids"]
 """Measure of the distance from ordinary alerts: see `anomaly`."""
-SurveyKey = Annotated[str, StringConstraints(pattern=f"^({'|'.join(map(str, Survey))})$")]
-"""The name of a known survey."""
+STARS = "stars"
+"""The name that stands for a survey in a set of variable stars, which are not alerts."""
+NO_SURVEY = 255
+"""The code of the survey of a star in `ReferenceAlerts`."""
+SurveyKey = Annotated[str, StringConstraints(pattern=f"^({'|'.join((*map(str, Survey), STARS))})$")]
+"""The name of a known survey, or STARS."""
 UNLABELLED = -1
 FORMAT: Literal[2] = 2
 """Version of the file format. In format 1 all surveys shared one calibration."""
@@ -92,12 +98,12 @@ class ReferenceCard(CardSection):
 
 @dataclass(frozen=True, slots=True)
 class ReferenceAlerts:
-    """K ordinary alerts; `alerts[rows]` selects a subset."""
+    """K ordinary alerts, or stars; `alerts[rows]` selects a subset."""
 
     embedding: Embeddings  # [K, D]
     alert_id: NDArray[np.int64]  # [K]
     object_id: NDArray[np.str_]  # [K]
-    survey: NDArray[np.uint8]  # [K] codes of Survey
+    survey: NDArray[np.uint8]  # [K] codes of Survey; NO_SURVEY for stars
 
     def __len__(self) -> int:
         return len(self.alert_id)
@@ -120,15 +126,21 @@ class SurveyReference:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Ordinary alerts of one or more surveys. Alerts of other surveys cannot be judged."""
+    """Ordinary alerts of one or more surveys, or variable stars. Alerts of other surveys cannot be judged."""
 
     card: ReferenceCard
     surveys: Mapping[Survey, SurveyReference]
+    stars: SurveyReference | None = None
+
+    @property
+    def parts(self) -> dict[str, SurveyReference]:
+        """The parts by the name that they have in the card: that of a survey, or STARS."""
+        return _parts(self.surveys, self.stars)
 
     def write(self, file: Path) -> None:
         """Write the file atomically: it appears under its name only when it is complete."""
         partial = file.with_name(f"{file.name}.partial")
-        save_file(_arrays(self.surveys), partial, metadata={CARD: self.card.model_dump_json()})
+        save_file(_arrays(self.parts), partial, metadata={CARD: self.card.model_dump_json()})
         partial.replace(file)
 
 
@@ -154,9 +166,40 @@ def make_reference(
         measure=measure,
         classes=classes,
         surveys={str(survey): of_survey for survey, of_survey in counts.items()},
-        data_sha256=_sha256(_arrays(surveys)),
+        data_sha256=_sha256(_arrays(_parts(surveys))),
     )
     return Reference(described, surveys)
+
+
+def make_star_reference(
+    network: str,
+    version: str,
+    weights_sha256: str,
+    modalities: tuple[str, ...],
+    classes: tuple[str, ...],
+    measure: Measure,
+    stars: SurveyReference,
+) -> Reference:
+    """Return a set of the embeddings of variable stars that the `network` with these weights produced."""
+    kept = len(stars.alerts)
+    described = ReferenceCard(
+        format=FORMAT,
+        bundle=network,
+        version=version,
+        weights_sha256=weights_sha256,
+        modalities=modalities,
+        measure=measure,
+        classes=classes,
+        surveys={STARS: SurveyCounts(read=kept, passed=kept, kept=kept, held_out=len(stars.scores))},
+        data_sha256=_sha256(_arrays(_parts({}, stars))),
+    )
+    return Reference(described, {}, stars)
+
+
+def _parts(
+    surveys: Mapping[Survey, SurveyReference], stars: SurveyReference | None = None
+) -> dict[str, SurveyReference]:
+    return {**{str(survey): part for survey, part in surveys.items()}, **({STARS: stars} if stars else {})}
 
 
 def read_card(file: Path) -> ReferenceCard:
@@ -184,7 +227,7 @@ def read_reference(file: Path) -> Reference:
     with safe_open(file, framework="numpy") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    surveys = [Survey[name.upper()] for name, counts in card.surveys.items() if counts.kept]
+    surveys = [name for name, counts in card.surveys.items() if counts.kept]
     expected: dict[str, tuple[tuple[int, ...], str]] = {}
     for survey in surveys:
         try:
@@ -217,11 +260,13 @@ def read_reference(file: Path) -> Reference:
         raise ReferenceSetError(
             f"{file}: corrupted: the sha256 of its arrays is not the one in its card; build the reference again"
         )
-    return Reference(card, {survey: _of_survey(file, survey, arrays, len(card.classes)) for survey in surveys})
+    parts = {survey: _of_survey(file, survey, arrays, len(card.classes)) for survey in surveys}
+    stars = parts.pop(STARS, None)
+    return Reference(card, {Survey[name.upper()]: part for name, part in parts.items()}, stars)
 
 
-def _of_survey(file: Path, survey: Survey, arrays: Mapping[str, NDArray[Any]], classes: int) -> SurveyReference:
-    """Return the part of one survey. Raises ReferenceSetError if its arrays cannot be used."""
+def _of_survey(file: Path, survey: str, arrays: Mapping[str, NDArray[Any]], classes: int) -> SurveyReference:
+    """Return the part of one survey, or of the stars. Raises ReferenceSetError if its arrays cannot be used."""
     own = {name.removeprefix(f"{survey}."): array for name, array in arrays.items() if name.startswith(f"{survey}.")}
     if problem := _unusable(own, classes):
         raise ReferenceSetError(f"{file}: survey {survey}: {problem}; build the reference again")
@@ -230,7 +275,8 @@ def _of_survey(file: Path, survey: Survey, arrays: Mapping[str, NDArray[Any]], c
         object_id = np.char.decode(names, "utf-8")
     except UnicodeDecodeError as error:
         raise ReferenceSetError(f"{file}: an object id is not UTF-8; build the reference again") from error
-    alerts = ReferenceAlerts(own["embedding"], own["alert_id"], object_id, np.full(len(names), survey, np.uint8))
+    code = NO_SURVEY if survey == STARS else Survey[survey.upper()]
+    alerts = ReferenceAlerts(own["embedding"], own["alert_id"], object_id, np.full(len(names), code, np.uint8))
     return SurveyReference(alerts, own["scores"], own["usual"], own["apart"], own["label"])
 
 
@@ -251,10 +297,10 @@ def check_made_with(file: Path, reference: ReferenceCard, bundles: Sequence[Bund
         )
 
 
-def _arrays(surveys: Mapping[Survey, SurveyReference]) -> dict[str, NDArray[Any]]:
+def _arrays(parts: Mapping[str, SurveyReference]) -> dict[str, NDArray[Any]]:
     """Return the arrays of a reference by the names that they have in its file."""
     arrays: dict[str, NDArray[Any]] = {}
-    for survey, part in surveys.items():
+    for survey, part in parts.items():
         names = np.char.encode(part.alerts.object_id, "utf-8").astype(f"S{MAX_OBJECT_ID_BYTES}")
         own: dict[str, NDArray[Any]] = {
             "embedding": np.ascontiguousarray(part.alerts.embedding),

@@ -72,7 +72,7 @@ class Sample:
 
     def _drawn(self) -> tuple[NDArray[np.uint64], ReferenceAlerts]:
         draws = np.concatenate([draw for draw, _ in self._parts])
-        alerts = _concatenate([part for _, part in self._parts])
+        alerts = concatenate([part for _, part in self._parts])
         draws, first = np.unique(draws, return_index=True)
         return draws[: self.limit], alerts[first[: self.limit]]
 
@@ -120,7 +120,9 @@ def build_reference(
     problems: dict[Survey, ReferenceSetError] = {}
     for survey in (survey for survey in Survey if read[survey]):
         try:
-            parts[survey] = part = _calibrate(samples[survey].take(), model, measure, labels)
+            alerts = samples[survey].take()
+            label = labels.of(alerts.alert_id, alerts.object_id) if labels else np.full(len(alerts), UNLABELLED)
+            parts[survey] = part = calibrate(alerts, label, len(model.bundle.modalities), measure)
             kept, held_out = len(part.alerts), len(part.scores)
         except ReferenceSetError as error:
             problems[survey], kept, held_out = error, 0, 0
@@ -139,8 +141,10 @@ def build_reference(
     return make_reference(model.bundle, passing, parts, counts, measure, classes)
 
 
-def _calibrate(alerts: ReferenceAlerts, model: Model, measure: Measure, labels: Labels | None) -> SurveyReference:
+def calibrate(alerts: ReferenceAlerts, label: NDArray[np.int64], modalities: int, measure: Measure) -> SurveyReference:
     """Return the reference of a survey, made from a part of its alerts and calibrated on the held-out alerts.
+
+    `label`: class indices int64[N] of the alerts, or UNLABELLED. `modalities`: their number in an embedding.
 
     Raises ReferenceSetError if there are too few alerts, or if all distances of a modality are equal.
     """
@@ -151,8 +155,7 @@ def _calibrate(alerts: ReferenceAlerts, model: Model, measure: Measure, labels: 
             f"{len(alerts)} ordinary alerts of {len(np.unique(alerts.object_id))} objects are too few for a reference: "
             f"it needs at least {MIN_ALERTS}, and {MIN_ALERTS} more of other objects; add inputs, or use a wider filter"
         )
-    modalities = len(model.bundle.modalities)
-    label = labels.of(kept.alert_id, kept.object_id) if labels else np.full(len(kept), UNLABELLED)
+    label = label[~held_out]
     distances = Cloud(kept.embedding, modalities, measure, label).distances(others.embedding)
     few = others.embedding[:MAX_COMPARED]
     theirs = kept.embedding[Neighbours(kept.embedding).nearest(few, NEIGHBOURS)[1]]
@@ -190,7 +193,8 @@ def _draw(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
 
 
-def _concatenate(parts: Sequence[ReferenceAlerts]) -> ReferenceAlerts:
+def concatenate(parts: Sequence[ReferenceAlerts]) -> ReferenceAlerts:
+    """Return the alerts of all parts, in order."""
     return ReferenceAlerts(
         np.concatenate([part.embedding for part in parts]),
         np.concatenate([part.alert_id for part in parts]),

@@ -26,7 +26,7 @@ from training.learner import LAST, read_checkpoint
 
 from .conftest import ONE_CORE, SEED, SMALL
 
-TRAIN_PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "train.md"
+TRAIN_PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "variable-stars.md"
 QUICK = {"epochs": 3, "warm_up_epochs": 2, "batch": 16, "learning_rate": 0.01, "betas": (0.9, 0.999)}
 CLASSIFIERS: dict[Mode, type[torch.nn.Module]] = {
     "photo": PhotometryClassifier,
