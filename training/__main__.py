@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from broker_filter.cli import INTERRUPTED, describe_error
-from broker_filter.cli.parser import did_you_mean
+from broker_filter.cli.parser import UsageError, did_you_mean
 from broker_filter.console import set_up_logging
 from broker_filter.errors import FAILED, USAGE, BrokerFilterError, is_fault
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         if is_fault(error):
             raise
         print(f"training {command}: {describe_error(error)}", file=sys.stderr)
-        return error.exit_status if isinstance(error, BrokerFilterError) else FAILED
+        return USAGE if isinstance(error, UsageError) else FAILED
     return 0
 
 
