@@ -25,6 +25,7 @@ COMMANDS = {
     "study": ("training.vision.study", "train a grid of networks, pre-trainings, seeds and amounts of data"),
     "train-default": ("training.bundles.train_default", "distil the shipped bundle `default`"),
     "train-classes": ("training.bundles.train_classes", "fit the shipped bundle `classes`"),
+    "train-rubin": ("training.bundles.train_rubin", "train the shipped bundle `rubin`"),
     "train-embedder": ("training.embedding.train_embedder", "train the shipped bundle `embedder`"),
     "anomalies": ("training.embedding.anomalies", "measure how well held-out classes are found as anomalies"),
     "suspects": ("training.embedding.suspects", "list the alerts whose labels are most likely wrong"),

@@ -140,7 +140,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused(teacher: nn.Module, alerts: A
 
 
 @pytest.mark.parametrize(
-    "command", ["train-default --teacher x", "train-classes --labels x", "train-embedder --labels x"]
+    "command",
+    [
+        "train-default --teacher x",
+        "train-classes --labels x",
+        "train-rubin --ztf x --detections x --schemas x",
+        "train-embedder --labels x",
+    ],
 )
 def test_a_bundle_that_exists_is_refused_before_training(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

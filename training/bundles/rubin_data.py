@@ -1,0 +1,281 @@
+"""The data of `train-rubin`: LSST alerts, earlier detections of their objects, ZTF alerts and simulated alerts.
+
+All images are prepared as the bundle serves them, so that a network sees the same units from both surveys. ZTF's pixels
+of 1 arcsec are interpolated to half that size, because its PSF then has about as many pixels as Rubin's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from pyarrow import parquet
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from broker_filter.packets.batch import PLANES, PSF_SIZE, Survey
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.packet import Packet
+from broker_filter.packets.registry import open_registry
+from broker_filter.scoring.alerts import RawAlerts, raw_alerts
+from broker_filter.scoring.bundle import WEIGHTS, Bundle, ImageInput, Inputs, MetadataColumn, PsfInput
+from broker_filter.scoring.networks import load_network
+from broker_filter.scoring.networks.snrnet import FLAGGED, METADATA, SIZE
+from broker_filter.scoring.preprocess import prepare, prepare_images, prepare_psf
+from broker_filter.simulate import REAL, SCHEMAS, simulate_night
+from broker_filter.streaming.archives import read_packets
+from training.bundles.distil import run_over
+from training.bundles.train_default import published_score
+from training.data.datasets import PACKETS_AT_ONCE, load_alerts, no_plane
+from training.errors import DatasetError
+
+INPUTS = Inputs(
+    images=ImageInput(size=SIZE, order=("science", "template", "difference"), normalisation="snr", padding=0),
+    metadata=tuple(MetadataColumn(name=name, fill=0, flag=name in FLAGGED) for name in METADATA),
+    psf=PsfInput(size=SIZE, order=("difference",), normalisation="peak", fallback_fwhm={"lsst": 5.0}),
+)
+"""The inputs of the bundle. The difference image's PSF is centred; a PSF of 5 px (1 arcsec) stands for an absent
+one."""
+DECODED_SIZE = 63
+"""Side of the decoded cutouts in pixels: what the bundle `default` needs, with which the new one is compared."""
+ZTF_CROP = 17
+"""Side of the centre of a ZTF stamp, in pixels, that becomes SIZE half-size pixels."""
+ZTF_FWHM = 4.0
+"""Full width at half maximum, in half-size pixels, of the Gaussian that stands for ZTF's PSF, which packets lack."""
+LSSTCAM_VISIT = 10**12
+"""Ids of LSSTCam's visits have 13 digits: the date and five digits. Simulated ones begin with 70 instead of 20."""
+SIMULATED_DAY = 3 * 10**12
+HSC_VISIT = 10**5
+"""Ids of HSC's visits have at most 5 digits."""
+KINDS = (
+    "variable_star",
+    "asteroid",
+    "agn",
+    "supernova",
+    "cosmic_ray",
+    "bad_pixels",
+    "dipole",
+    "diffraction_spike",
+    "ghost",
+    "edge",
+)
+RATES = dict(zip(KINDS, (0.15, 0.15, 0.15, 0.2, 0.05, 0.05, 0.12, 0.04, 0.05, 0.04), strict=True))
+"""The frequencies of the kinds of simulated alerts: a third bogus, and no kind too rare to learn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """N alerts as the network takes them: what it sees, and its targets."""
+
+    images: Tensor  # [N, 4, SIZE, SIZE] the cutouts and the PSF of the difference
+    metadata: Tensor  # [N, F] metadata and flags
+    real: Tensor  # [N] probability that the alert is real: reliability, drb or the truth
+    kind: NDArray[np.int64]  # [N] index into KINDS for simulated alerts, else -1
+    visit: NDArray[np.int64]  # [N] 0 where there is none
+    alert_id: NDArray[np.int64]  # [N]
+    object_id: NDArray[np.str_]  # [N]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: NDArray[np.bool_]) -> Seen:
+        chosen = torch.from_numpy(rows)
+        return Seen(
+            self.images[chosen],
+            self.metadata[chosen],
+            self.real[chosen],
+            self.kind[rows],
+            self.visit[rows],
+            self.alert_id[rows],
+            self.object_id[rows],
+        )
+
+    @property
+    def of_lsstcam(self) -> NDArray[np.bool_]:
+        """Whether an alert is of LSSTCam on the sky, bool[N]."""
+        return (self.visit > LSSTCAM_VISIT) & (self.visit < SIMULATED_DAY)
+
+    @property
+    def of_hsc(self) -> NDArray[np.bool_]:
+        """Whether an alert is of HSC, processed by Rubin's pipeline, bool[N]."""
+        return (self.visit > 0) & (self.visit < HSC_VISIT)
+
+
+@dataclass(frozen=True, slots=True)
+class Detections:
+    """N detections without images: the metadata of LSSTCam's earlier diaSources, and their reliability."""
+
+    metadata: Tensor  # [N, F] metadata and flags
+    real: Tensor  # [N] reliability
+    visit: NDArray[np.int64]  # [N]
+    object_id: NDArray[np.str_]  # [N] diaObjectId
+
+    def __len__(self) -> int:
+        return len(self.real)
+
+
+def load_lsst(inputs: Sequence[Path], schemas: str | None) -> tuple[Seen, RawAlerts]:
+    """Return all LSST alerts of files, folders and archives that have a reliability, each alert id once, and the same
+    alerts as decoded (cutouts of DECODED_SIZE).
+
+    Raises DatasetError if none is of LSSTCam.
+    """
+    packets = read_packets(inputs)
+    decoder = Decoder(
+        open_registry(schemas), cutout_size=DECODED_SIZE, columns=(*METADATA, "visit", "reliability"), planes=PLANES
+    )
+    batches: list[tuple[RawAlerts, NDArray[np.int64], NDArray[np.str_]]] = []
+    known: set[int] = set()
+    while some := list(islice(packets, PACKETS_AT_ONCE)):
+        batch, _ = decoder.decode(some)
+        reliability = batch.metadata[:, batch.columns.index("reliability")]
+        wanted = (batch.survey == Survey.LSST) & np.isfinite(reliability)
+        for n in np.flatnonzero(wanted).tolist():
+            wanted[n] = int(batch.alert_id[n]) not in known
+            known.add(int(batch.alert_id[n]))
+        batches.append((raw_alerts(batch)[wanted], batch.alert_id[wanted], np.array(batch.object_id, np.str_)[wanted]))
+    nothing = DatasetError(f"{', '.join(map(str, inputs))}: no alert of LSSTCam with a reliability could be decoded")
+    if not batches:
+        raise nothing
+    raw = _joined([part for part, _, _ in batches])
+    visit, reliability = (raw.metadata[:, raw.columns.index(name)] for name in ("visit", "reliability"))
+    seen = Seen(
+        *_as_seen(raw),
+        real=torch.from_numpy(reliability.astype(np.float32)),
+        kind=np.full(len(raw), -1),
+        visit=np.nan_to_num(visit).astype(np.int64),
+        alert_id=np.concatenate([alert_id for _, alert_id, _ in batches]),
+        object_id=np.concatenate([object_id for _, _, object_id in batches]),
+    )
+    if not seen.of_lsstcam.any():
+        raise nothing
+    return seen, raw
+
+
+def _as_seen(raw: RawAlerts) -> tuple[Tensor, Tensor]:
+    """Return the images with the PSF [N, 4, SIZE, SIZE], and the metadata [N, F], of alerts as decoded."""
+    inputs = {name: torch.from_numpy(array) for name, array in prepare(raw, INPUTS).items()}
+    return torch.cat([inputs["images"], inputs["psf"]], dim=1), inputs["metadata"]
+
+
+def _joined(parts: Sequence[RawAlerts]) -> RawAlerts:
+    def together(name: str) -> NDArray[np.generic]:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    return RawAlerts(
+        cutouts=together("cutouts"),  # type: ignore[arg-type]
+        cutout_box=together("cutout_box"),  # type: ignore[arg-type]
+        metadata=together("metadata"),  # type: ignore[arg-type]
+        columns=parts[0].columns,
+        variance=together("variance"),  # type: ignore[arg-type]
+        psf=together("psf"),  # type: ignore[arg-type]
+        survey=together("survey"),  # type: ignore[arg-type]
+    )
+
+
+def load_detections(tables: Sequence[Path]) -> Detections:
+    """Return the diaSources of LSSTCam in Parquet files, each once.
+
+    A row is a diaSource, or an alert whose column `prvDiaSources` lists them. Raises DatasetError if there is none.
+    """
+    ids: list[NDArray[np.int64]] = []
+    columns: list[NDArray[np.float64]] = []
+    objects: list[NDArray[np.str_]] = []
+    for file in tables:
+        table = parquet.read_table(file)
+        if "prvDiaSources" in table.column_names:
+            listed = table["prvDiaSources"].combine_chunks()
+            if not pa.types.is_struct(getattr(listed.type, "value_type", pa.null())):
+                continue  # no alert of this file has a history
+            table = pa.Table.from_struct_array(listed.flatten())
+        if not {"reliability", "visit", "diaObjectId", "diaSourceId"} <= set(table.column_names):
+            continue
+        ids.append(np.stack([_integers(table, name) for name in ("diaSourceId", "visit")]))
+        columns.append(np.stack([_numbers(table, name) for name in (*METADATA, "reliability")], axis=1))
+        objects.append(_integers(table, "diaObjectId").astype(np.str_))
+    if not ids:
+        raise DatasetError(f"{', '.join(map(str, tables))}: no table has diaSources with a reliability")
+    (source, visit), values, object_id = np.concatenate(ids, axis=1), np.concatenate(columns), np.concatenate(objects)
+    of_lsstcam = (visit > LSSTCAM_VISIT) & (visit < SIMULATED_DAY) & np.isfinite(values[:, -1])
+    first = np.zeros(len(source), np.bool_)
+    first[np.unique(source, return_index=True)[1]] = True
+    rows = of_lsstcam & first
+    missing = np.isnan(values[:, [METADATA.index(name) for name in FLAGGED]])
+    metadata = np.concatenate([np.nan_to_num(values[:, :-1]), missing], axis=1)[rows]
+    return Detections(
+        torch.from_numpy(metadata.astype(np.float32)),
+        torch.from_numpy(values[rows, -1].astype(np.float32)),
+        visit[rows],
+        object_id[rows],
+    )
+
+
+def _integers(table: pa.Table, name: str) -> NDArray[np.int64]:
+    return np.asarray(table[name].fill_null(0).cast(pa.int64()))
+
+
+def _numbers(table: pa.Table, name: str) -> NDArray[np.float64]:
+    """Return a column as float64, NaN where it is missing or not in the table."""
+    if name not in table.column_names:
+        return np.full(len(table), np.nan)
+    column = table[name]
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())
+    return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
+
+
+def load_ztf(inputs: Sequence[Path], teacher: Bundle) -> Seen:
+    """Return ZTF alerts at half-size pixels, with drb as their target, or the score of `teacher` where drb is
+    missing."""
+    alerts = load_alerts(inputs, DECODED_SIZE, ("drb",))
+    network = load_network(teacher.card.architecture, load_file(teacher.directory / WEIGHTS))
+    score = run_over(network, teacher.card.inputs.images, alerts)[0][:, 0].sigmoid()
+    drb = torch.from_numpy(published_score(alerts).astype(np.float32))
+    images = prepare_images(
+        alerts.cutouts, alerts.cutout_box, INPUTS.images.model_copy(update={"size": DECODED_SIZE}), alerts.raw.variance
+    )
+    start = DECODED_SIZE // 2 - ZTF_CROP // 2
+    inner = torch.from_numpy(images[..., start : start + ZTF_CROP, start : start + ZTF_CROP])
+    halved = interpolate(inner, size=2 * ZTF_CROP - 1, mode="bilinear", align_corners=True)[..., 1:-1, 1:-1]
+    gaussian = PsfInput(size=SIZE, order=("difference",), normalisation="peak", fallback_fwhm={"ztf": ZTF_FWHM})
+    psf = prepare_psf(no_plane(1, PSF_SIZE), np.array([Survey.ZTF], np.uint8), gaussian)
+    n = len(alerts)
+    return Seen(
+        images=torch.cat([halved, torch.from_numpy(psf).expand(n, -1, -1, -1)], dim=1),
+        metadata=torch.zeros(n, len(METADATA) + len(FLAGGED)),
+        real=torch.where(drb.isfinite(), drb, score),
+        kind=np.full(n, -1),
+        visit=np.zeros(n, np.int64),
+        alert_id=alerts.alert_id,
+        object_id=alerts.object_id,
+    )
+
+
+def simulate(n: int, seed: int) -> Seen:
+    """Return `n` simulated LSST alerts with their truth."""
+    made = list(simulate_night(n, seed=seed, survey="lsst", rates=RATES))
+    decoder = Decoder(open_registry(SCHEMAS), cutout_size=SIZE, columns=METADATA, planes=PLANES)
+    batches = [
+        decoder.decode([Packet(alert.packet) for alert in made[start : start + PACKETS_AT_ONCE]])[0]
+        for start in range(0, n, PACKETS_AT_ONCE)
+    ]
+    alert_id = np.concatenate([batch.alert_id for batch in batches])
+    kind_of = {alert.alert_id: alert.kind for alert in made}
+    kinds = [kind_of[one] for one in alert_id.tolist()]
+    images, metadata = _as_seen(_joined([raw_alerts(batch) for batch in batches]))
+    return Seen(
+        images,
+        metadata,
+        real=torch.tensor([float(kind in REAL) for kind in kinds]),
+        kind=np.array([KINDS.index(kind) for kind in kinds]),
+        visit=np.zeros(len(kinds), np.int64),
+        alert_id=alert_id,
+        object_id=np.concatenate([np.array(batch.object_id, np.str_) for batch in batches]),
+    )
