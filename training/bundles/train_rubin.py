@@ -61,9 +61,11 @@ CLASS_OF_KIND = {"asteroid": 0, "agn": 1, "variable_star": 2, "supernova": 3}
 BOGUS = CLASSES.index("bogus")
 CLASS_OF_LABEL: dict[object, int] = {"asteroid": 0, "AGN": 1, "VS": 2, "likely_bogus": BOGUS}
 """The class of each weak label."""
+CLEARLY_BOGUS = 0.3
+"""An alert without another label is of class bogus if its reliability is below this value."""
 INVERSE_L2_OF_JOIN, INVERSE_L2 = 1.0, 0.01
 """Inverse weight of the squared coefficients of the join of both logits, and of the class layer."""
-ITERATIONS = 500
+ITERATIONS = 2000
 CHUNK = 128
 """Alerts per run of a network over many alerts."""
 DIGITS_OF_NIGHT = 8
@@ -479,15 +481,19 @@ def assemble(lsstcam: Seen, detections: Detections, begun: Sequence[_Learner], r
 
 
 def read_classes(table: Path | None, lsst: Seen) -> NDArray[np.int64]:
-    """Return the class of each alert, int64[N], -1 where it is unknown."""
-    classes = np.full(len(lsst), -1)
+    """Return the class of each alert of LSSTCam, int64[N], -1 where it is unknown.
+
+    An alert without a class is bogus if its reliability is below CLEARLY_BOGUS. Alerts of HSC have no class: most of
+    those with a label are bogus, so the layer would learn to recognise the camera.
+    """
+    classes = np.where(lsst.of_lsstcam & (lsst.real.numpy() < CLEARLY_BOGUS), BOGUS, -1)
     if table is None:
         return classes
     rows = parquet.read_table(table, columns=["diaSourceId", "weak_class"]).to_pydict()
     named = dict(zip(rows["diaSourceId"], rows["weak_class"], strict=True))
     for n, alert_id in enumerate(lsst.alert_id.tolist()):
-        classes[n] = CLASS_OF_LABEL.get(named.get(alert_id), -1)
-    return classes
+        classes[n] = CLASS_OF_LABEL.get(named.get(alert_id), classes[n])
+    return np.where(lsst.of_lsstcam, classes, -1)
 
 
 def learn_classes(
@@ -498,7 +504,7 @@ def learn_classes(
     It learns from real alerts with a weak label `weak` int64[N], and from simulated alerts with their truth. Each class
     has the same weight, and so have its real and its simulated alerts.
     """
-    known = (weak >= 0) & (lsst.of_lsstcam | lsst.of_hsc)
+    known = weak >= 0
     real = lsst[known]
     truth = np.array([CLASS_OF_KIND.get(KINDS[kind], BOGUS) for kind in simulated.kind.tolist()])
     told = [class_evidence(network, one) for one in (real, simulated)]
@@ -520,9 +526,9 @@ def learn_classes(
         network.classes.weight.copy_(torch.from_numpy(fitted.coef_))
         network.classes.bias.copy_(torch.from_numpy(fitted.intercept_))
     figures: dict[str, float | int | str] = {
-        "classes_truth": "weak labels (catalogue matches) of real alerts; the truth of simulated ones. No real alert "
-        f"is labelled as a transient. {FOLDS} folds; the networks below the class layer saw all alerts, not their "
-        "classes",
+        "classes_truth": f"weak labels of LSSTCam's alerts (catalogue matches; bogus: reliability < {CLEARLY_BOGUS}); "
+        f"the truth of simulated alerts. No real alert is labelled as a transient. {FOLDS} folds; the networks below "
+        "the class layer saw all alerts of LSSTCam with their reliability, not their classes",
     }
     for where, rows in (("real", is_real), ("simulated", ~is_real)):
         log_odds_of = torch.from_numpy(scores[rows]).log_softmax(dim=1).numpy()
