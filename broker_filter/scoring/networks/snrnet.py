@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from broker_filter.scoring.networks.stampnet import MAX_LOGIT, log_odds
+from broker_filter.scoring.networks.stampnet import log_odds
+from broker_filter.scoring.networks.stampnet_classes import MAX_LOGIT
 
 SIZE = 31
 """Pixels per side of the images and of the PSF. Stamps of Rubin have at least 30."""
