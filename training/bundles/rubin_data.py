@@ -25,7 +25,7 @@ from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.alerts import RawAlerts, raw_alerts
-from broker_filter.scoring.bundle import WEIGHTS, Bundle, ImageInput, Inputs, MetadataColumn, PsfInput
+from broker_filter.scoring.bundle import WEIGHTS, ImageInput, Inputs, MetadataColumn, Part, PsfInput
 from broker_filter.scoring.networks import load_network
 from broker_filter.scoring.networks.snrnet import FLAGGED, METADATA, SIZE
 from broker_filter.scoring.preprocess import prepare, prepare_images, prepare_psf
@@ -231,7 +231,7 @@ def _numbers(table: pa.Table, name: str) -> NDArray[np.float64]:
     return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
 
 
-def load_ztf(inputs: Sequence[Path], teacher: Bundle) -> Seen:
+def load_ztf(inputs: Sequence[Path], teacher: Part) -> Seen:
     """Return ZTF alerts at half-size pixels, with drb as their target, or the score of `teacher` where drb is
     missing."""
     alerts = load_alerts(inputs, DECODED_SIZE, ("drb",))

@@ -40,7 +40,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from broker_filter.importers.write_bundle import write_bundle
 from broker_filter.scoring.alerts import RawAlerts
-from broker_filter.scoring.bundle import WEIGHTS, Architecture, Bundle, Description, Outputs, Training, open_bundle
+from broker_filter.scoring.bundle import WEIGHTS, Architecture, Description, Outputs, Part, Training, open_bundle
 from broker_filter.scoring.networks import load_network
 from broker_filter.scoring.networks.snrnet import FEATURES, ImageNet, MetadataNet, SnrNet, derive, orient
 from broker_filter.scoring.preprocess import prepare_images
@@ -162,7 +162,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, evaluate and write the bundle. Raises DatasetError before training if the input cannot be used."""
     refuse_existing(arguments.out)
     torch.set_num_threads(arguments.threads)
-    default = open_bundle(arguments.teacher)
+    default = open_bundle(arguments.teacher).part("ztf")
     detections = load_detections(arguments.detections)
     lsst, raw = load_lsst(arguments.inputs, arguments.schemas)
     ztf, simulated = load_ztf(arguments.ztf, default), simulate(SIMULATED, SIMULATION_SEED)
@@ -394,7 +394,7 @@ def tree_logit(lsstcam: Seen, fold: NDArray[np.int64]) -> NDArray[np.float64]:
     return logit_of(share.clip(1 / TREES, 1 - 1 / TREES))
 
 
-def default_logit(bundle: Bundle, raw: RawAlerts) -> NDArray[np.float64]:
+def default_logit(bundle: Part, raw: RawAlerts) -> NDArray[np.float64]:
     """Return the logits float64[N] of the bundle `default`, which was trained on ZTF."""
     network = load_network(bundle.card.architecture, load_file(bundle.directory / WEIGHTS))
     images = prepare_images(raw.cutouts, raw.cutout_box, bundle.card.inputs.images)
