@@ -85,6 +85,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         combiner.add_argument(f"--{survey}", metavar="BUNDLE", help=f"bundle whose network scores alerts of {survey}")
     combiner.add_argument("--name", required=True, help="name of the new bundle, and prefix of its output columns")
     combiner.add_argument("--version", required=True, help="version of the new bundle")
+    combiner.add_argument("--task", help="what the new bundle is for (default: the tasks of its networks)")
     combiner.add_argument("--out", metavar="DIR", type=Path, required=True, help="directory of the new bundle")
     combiner.set_defaults(run=_combine)
 
@@ -146,7 +147,7 @@ def _combine(arguments: argparse.Namespace) -> int:
     networks = {survey: bundle for survey in SURVEYS if (bundle := getattr(arguments, survey)) is not None}
     if not networks:
         raise UsageError(f"no network given; use {' and '.join(f'--{survey}' for survey in SURVEYS)}")
-    card = combine_bundles(arguments.out, arguments.name, arguments.version, networks)
+    card = combine_bundles(arguments.out, arguments.name, arguments.version, networks, arguments.task)
     print(f"{arguments.out}: bundle {card.title} written and verified; it gives {', '.join(card.outputs.labels)}")
     return 0
 

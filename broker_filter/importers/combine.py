@@ -30,8 +30,16 @@ from broker_filter.scoring.bundle import (
 from broker_filter.scoring.scorer import open_model
 
 
-def combine_bundles(directory: Path, name: str, version: str, networks: Mapping[SurveyName, str | Path]) -> RoutingCard:
+def combine_bundles(
+    directory: Path,
+    name: str,
+    version: str,
+    networks: Mapping[SurveyName, str | Path],
+    task: str | None = None,
+) -> RoutingCard:
     """Write the bundle `name` into the new `directory` and return its card.
+
+    `task`: what the bundle is for; by default, the tasks of the networks.
 
     `networks`: for each survey, the bundle whose network scores its alerts. The labels of the new bundle are those that
     every network gives for its surveys, in the order of the first network.
@@ -60,14 +68,11 @@ def combine_bundles(directory: Path, name: str, version: str, networks: Mapping[
                 folders[part.directory.resolve()] = survey
                 _copy(part, made / survey)
         routes = {survey: _route(made, folders[part.directory.resolve()]) for survey, part in parts.items()}
-        tasks = {survey: part.card.task for survey, part in parts.items()}
         try:
             card = RoutingCard(
                 name=name,
                 version=version,
-                task=first.card.task
-                if len({*tasks.values()}) == 1
-                else "; ".join(f"{s}: {t}" for s, t in tasks.items()),
+                task=task or _tasks(parts),
                 networks=routes,
                 outputs=RoutedOutputs(labels=labels),
             )
@@ -78,6 +83,13 @@ def combine_bundles(directory: Path, name: str, version: str, networks: Mapping[
         open_model(str(made), Runtime(engine="onnxruntime", device="cpu"))
         made.rename(directory)
     return card
+
+
+def _tasks(parts: Mapping[SurveyName, Part]) -> str:
+    """Return the task that all networks share, or the task of each."""
+    tasks = {survey: part.card.task for survey, part in parts.items()}
+    shared = set(tasks.values())
+    return shared.pop() if len(shared) == 1 else "; ".join(f"{survey}: {task}" for survey, task in tasks.items())
 
 
 def _copy(part: Part, folder: Path) -> None:

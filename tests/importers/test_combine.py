@@ -46,10 +46,11 @@ def test_the_bundle_is_complete_in_itself(both_surveys: Path) -> None:
 
 
 def test_a_network_of_a_combined_bundle_can_be_combined_again(both_surveys: Path, tmp_path: Path) -> None:
-    combine_bundles(tmp_path / "again", "again", "3.1", {"ztf": both_surveys, "lsst": both_surveys})
+    combine_bundles(tmp_path / "again", "again", "3.1", {"ztf": both_surveys, "lsst": both_surveys}, "real/bogus")
     old, new = open_bundle(both_surveys), open_bundle(tmp_path / "again")
     assert [part.card for part in new.parts] == [part.card for part in old.parts]
     assert new.weights_sha256 == old.weights_sha256
+    assert new.card.task == "real/bogus"
 
 
 def test_a_network_that_scores_two_surveys_is_copied_once(embedding_bundle: Path, tmp_path: Path) -> None:
