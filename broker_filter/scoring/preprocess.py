@@ -110,11 +110,11 @@ def prepare_psf(psf: NDArray[np.float32], survey: NDArray[np.uint8], wanted: Psf
     images = psf[:, [CUTOUTS.index(name) for name in wanted.order], inner, inner].astype(np.float64)
     usable = images.sum(axis=(2, 3)) > np.abs(images).sum(axis=(2, 3)) / 2  # false for NaN
     offset = np.arange(wanted.size) - wanted.size // 2
-    widths = {Survey[name.upper()]: fwhm for name, fwhm in wanted.fallback_fwhm.items()}
-    for n, c in np.argwhere(~usable).tolist():
-        sigma = widths.get(Survey(int(survey[n])), next(iter(widths.values()))) / SIGMAS_PER_FWHM
+    widths = {str(name): fwhm for name, fwhm in wanted.fallback_fwhm.items()}
+    for known in Survey:
+        sigma = widths.get(str(known), next(iter(widths.values()))) / SIGMAS_PER_FWHM
         profile = np.exp(-(offset**2) / (2 * sigma**2))
-        images[n, c] = np.outer(profile, profile)
+        images[(survey == known)[:, None] & ~usable] = np.outer(profile, profile)
     scale = images.sum(axis=(2, 3)) if wanted.normalisation == "sum" else images.max(axis=(2, 3))
     prepared: NDArray[np.float32] = (images / scale[:, :, None, None]).astype(np.float32)
     return prepared
