@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.packets.batch import BANDS, Measurement
-from broker_filter.packets.photometry import AB_ZERO_POINT, LIMIT_SIGMAS, Points, Values
+from broker_filter.packets.photometry import LIMIT_SIGMAS, Points, Values, ab_magnitude
 
 RISE_BASELINE_DAYS = 0.5
 """The least time between the two measurements of a rise. Two visits of one night are minutes apart: a difference of
@@ -104,7 +104,7 @@ def summarise(own: Points, others: Sequence[Points], rows: NDArray[np.int64]) ->
         rise_rate=_rise_rate(own, points, owner, past, segments),
         nondetections=segments.count(limit),
         days_since_nondetection=own.mjd - last,
-        nondetection_maglim=AB_ZERO_POINT - 2.5 * np.log10(depth),
+        nondetection_maglim=ab_magnitude(depth),
         days_since_early_nondetection=own.mjd - segments.greatest(points.mjd, limit & (points.mjd < first[owner])),
     )
     return CurveSummary(*(np.where(np.isfinite(values), values, np.nan) for values in summary))

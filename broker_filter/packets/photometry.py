@@ -73,6 +73,11 @@ def nanojansky(magnitude: Values) -> Values:
     return flux
 
 
+def ab_magnitude(flux: Values) -> Values:
+    """Return the AB magnitude of N fluxes in nJy, float64[N]; infinite for a flux of 0, NaN for a negative one."""
+    return AB_ZERO_POINT - 2.5 * np.log10(flux)
+
+
 def flag(values: Values) -> Values:
     """Return N booleans as numbers, float64[N]: 1 for true, 0 for false, NaN for any other value.
 

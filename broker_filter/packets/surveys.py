@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.photometry import (
-    AB_ZERO_POINT,
     LIMIT_SIGMAS,
     MAGNITUDES_PER_E,
     MJD_EPOCH,
@@ -26,6 +25,7 @@ from broker_filter.packets.photometry import (
     DetectionsSoFar,
     Points,
     Values,
+    ab_magnitude,
     flag,
     letter_band,
     lsst_detections,
@@ -209,7 +209,7 @@ def _ztf_flux_err(magnitude: Values, error: Values) -> Values:
 
 
 def _magnitude(flux: Values) -> Values:
-    return AB_ZERO_POINT - 2.5 * np.log10(np.abs(flux))
+    return ab_magnitude(np.abs(flux))
 
 
 def _magnitude_err(flux: Values, error: Values) -> Values:
@@ -235,11 +235,11 @@ def _since_last_limit(days_since: Values, time: Values, start: Values, first: Va
 
 
 def _limiting_magnitude(error: Values) -> Values:
-    return AB_ZERO_POINT - 2.5 * np.log10(LIMIT_SIGMAS * error)
+    return ab_magnitude(LIMIT_SIGMAS * error)
 
 
 def _positive_magnitude(flux: Values) -> Values:
-    return AB_ZERO_POINT - 2.5 * np.log10(np.where(flux > 0, flux, np.nan))
+    return ab_magnitude(np.where(flux > 0, flux, np.nan))
 
 
 def _positive(flux: Values) -> Values:

@@ -17,7 +17,7 @@ from broker_filter.packets.batch import AlertBatch, LightCurves
 class RawAlerts:
     """The model-relevant fields of N alerts; `alerts[rows]` selects a subset. The columns are those of `AlertBatch`.
 
-    Each of the last five may be absent; such alerts are only for models that do not need it.
+    `mjd`, `light_curves`, `variance`, `psf` and `survey` are None if no model needs them.
     """
 
     cutouts: NDArray[np.float32]  # [N, 3, S, S]

@@ -481,7 +481,7 @@ class Bundle:
 
     @property
     def weights_sha256(self) -> str:
-        """The sha256 of the weights. For several networks: of the line `<survey> <sha256>` of each survey, in order."""
+        """The sha256 of the weights. For several networks: of the sorted lines `<survey> <sha256>`, one a survey."""
         if isinstance(self.card, Card):
             return self.card.files[WEIGHTS]
         lines = sorted(f"{survey} {part.card.files[WEIGHTS]}\n" for part in self.parts for survey in part.surveys)

@@ -4,7 +4,7 @@ For each stamp: its background is subtracted (science and template), each pixel 
 is compressed with arcsinh, which is linear up to the noise and logarithmic beyond, so that bright stars stay below 22.
 It never gives NaN or infinity, whatever the pixels are.
 
-- Background: the median of the pixels, without pixels farther than CLIP standard deviations from a first median. LSST
+- Background: the median of the pixels, without pixels farther than 3 standard deviations from a first median. LSST
   subtracts the sky already; ZTF does not. The difference image keeps its zero: on real alerts its median is 0.1 (LSST)
   and 0.03 (ZTF) of the noise.
 - Noise: the square root of the variance plane where that is positive and finite. Elsewhere it is 1.4826 x the median
