@@ -552,9 +552,9 @@ def describe(
             "scores of the training objects. The network uses no column from which a label was "
             "derived (ssdistnr, drb, coordinates), and none that reveals when a packet was taken; ndethist is its only "
             "column on the history. Two labels are closely related to its inputs: bogus is defined by the teacher's "
-            "score, and known asteroids have few detections. The recipe was chosen by cross-validation over all objects, "
-            "the held-out ones included, and shifts of single classes were dropped after the held-out figures had been "
-            "seen: the held-out figures are somewhat optimistic.",
+            "score, and known asteroids have few detections. The recipe was chosen by cross-validation over all "
+            "objects, the held-out ones included, and shifts of single classes were dropped after the held-out figures "
+            "had been seen: the held-out figures are somewhat optimistic.",
             data=f"{len(train)} public ZTF alerts of {len(np.unique(train.object_id))} objects with weak labels: VS by "
             "a positional match with VSX, GCVS or SIMBAD, asteroid by the predicted position of a known asteroid, "
             "bogus by drb < 0.5, SN by TNS, AGN by SIMBAD. Candidates of supernovae are left out. The probabilities "
