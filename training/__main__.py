@@ -24,6 +24,7 @@ COMMANDS = {
     "pretrain": ("training.vision.pretrain", "train an encoder on galaxy images"),
     "study": ("training.vision.study", "train a grid of networks, pre-trainings, seeds and amounts of data"),
     "train-default": ("training.bundles.train_default", "distil the shipped bundle `default`"),
+    "train-attention": ("training.bundles.train_attention", "distil a pre-trained standard network with attention"),
     "train-classes": ("training.bundles.train_classes", "fit the shipped bundle `classes`"),
     "train-rubin": ("training.bundles.train_rubin", "train the shipped bundle `rubin`"),
     "train-embedder": ("training.embedding.train_embedder", "train the shipped bundle `embedder`"),
