@@ -38,6 +38,8 @@ PUBLISHED_IMAGES = ImageInput(
 
 CONFIGURATION = "configuration.yaml"
 """File with the configuration with which a directory was started."""
+ENCODER_WEIGHTS = "encoder.safetensors"
+"""File with the weights of the encoder that `pretrain` trained."""
 ENCODER_CARD = "encoder.yaml"
 """File beside the weights that `pretrain` writes, with the origin of these weights."""
 

@@ -31,8 +31,7 @@ from training.bundles.train_default import SPLIT_SEED, TEACHER, TEST_FRACTION, c
 from training.checkpoint import beside
 from training.data.datasets import Alerts, held_out, load_alerts
 from training.errors import TrainingError, refuse_existing
-from training.recipe import ENCODER_CARD
-from training.vision.pretrain import WEIGHTS as ENCODER_WEIGHTS
+from training.recipe import ENCODER_CARD, ENCODER_WEIGHTS
 
 NAME = "attention"
 LEARNING_RATE = 5e-4

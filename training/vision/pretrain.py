@@ -33,11 +33,18 @@ from training.data.datasets import no_plane
 from training.errors import DatasetError, TrainingError
 from training.evaluation.metrics import rank
 from training.learner import Learner, check_takes, learn, loader
-from training.recipe import ENCODER_CARD, PUBLISHED_IMAGES, Hardware, Optimisation, begin, read_configuration
+from training.recipe import (
+    ENCODER_CARD,
+    ENCODER_WEIGHTS,
+    PUBLISHED_IMAGES,
+    Hardware,
+    Optimisation,
+    begin,
+    read_configuration,
+)
 from training.vision.galaxies import AnsweredImages, read_galaxies, read_galaxy_zoo_1, simulate_galaxies
 from training.vision.simulated_alerts import simulate_alerts
 
-WEIGHTS = "encoder.safetensors"
 LEAST_GALAXIES = 2
 CHUNK = 256
 """Images per run of a network over many images."""
@@ -127,7 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = read_configuration(Pretraining, arguments.configuration)
     card = pretrain(config)
     losses = f"validation loss {card['validation_loss']} (predicting the mean answers: {card['baseline_loss']})"
-    rank_zero_only(print)(f"{config.out / WEIGHTS}: {losses}")
+    rank_zero_only(print)(f"{config.out / ENCODER_WEIGHTS}: {losses}")
 
 
 def pretrain(config: Pretraining) -> dict[str, object]:
@@ -160,7 +167,7 @@ def pretrain(config: Pretraining) -> dict[str, object]:
     weights = getattr(encoder, "backbone", encoder).state_dict()  # a timm backbone keeps timm's parameter names
     tensors = save({name: tensor.contiguous() for name, tensor in weights.items()})
     write = rank_zero_only(write_whole)  # with several devices, every process runs this code
-    write(config.out / WEIGHTS, tensors)
+    write(config.out / ENCODER_WEIGHTS, tensors)
     card: dict[str, object] = {
         "architecture": config.architecture.model_dump(mode="json"),
         "images": config.images.model_dump(mode="json"),

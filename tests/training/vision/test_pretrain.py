@@ -29,6 +29,7 @@ from training.data.datasets import Dataset
 from training.errors import DatasetError, TrainingError
 from training.recipe import (
     ENCODER_CARD,
+    ENCODER_WEIGHTS,
     PUBLISHED_IMAGES,
     Encoder,
     Fit,
@@ -48,7 +49,6 @@ from training.vision.galaxies import (
     simulate_galaxies,
 )
 from training.vision.pretrain import (
-    WEIGHTS,
     GalaxyZoo,
     GalaxyZoo1,
     MorphologyLearner,
@@ -265,7 +265,7 @@ def test_an_encoder_learns_and_a_fit_starts_from_it(
     assert "3 real galaxies of galaxies.csv; 40 galaxies simulated with GalSim" in written["galaxies"]
     assert "30 simulated alerts of LSST, labelled by truth" in written["galaxies"]
 
-    source = str(out / WEIGHTS)
+    source = str(out / ENCODER_WEIGHTS)
     frozen = Recipe(epochs=2, warm_up_epochs=1, batch=16, learning_rate=1e-12, weight_decay=0, seed=1)
     begun = Fit(
         name="begun",
@@ -292,8 +292,8 @@ def test_a_timm_encoder_is_saved_with_the_names_of_timm(tmp_path: Path) -> None:
     sources = (Simulated(kind="simulated", galaxies=8),)
     pretrain(Pretraining(out=tmp_path, architecture=TIMM, galaxies=sources, recipe=recipe, hardware=ONE_CORE))
     network = build_network(TIMM)
-    load_encoder_weights(network, str(tmp_path / WEIGHTS))
-    expected = load_file(tmp_path / WEIGHTS)
+    load_encoder_weights(network, str(tmp_path / ENCODER_WEIGHTS))
+    expected = load_file(tmp_path / ENCODER_WEIGHTS)
     assert {name: tensor.shape for name, tensor in expected.items()} == {
         name: tensor.shape for name, tensor in network.encoder.backbone.state_dict().items()
     }
