@@ -29,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=_positive,
         default=1500,
         metavar="N",
-        help="number of alerts of ZTF; LSST has a quarter of it (default: 1500)",
+        help="number of alerts of ZTF; LSST has a fifth of it (default: 1500)",
     )
     parser.add_argument(
         "--seed",

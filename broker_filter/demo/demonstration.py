@@ -39,8 +39,8 @@ from broker_filter.simulate import SCHEMAS
 from broker_filter.streaming.archives import read_packets
 
 PARTITIONS = 4
-ZTF_PER_LSST = 4
-"""Alerts of ZTF per alert of LSST: as in a night of the default size, simulating them takes a tenth more time."""
+ZTF_PER_LSST = 5
+"""Alerts of ZTF per alert of LSST: an alert of LSST takes longer to simulate, and some hundreds show what is scored."""
 LOOK_INTERVAL_S = 0.2
 LOG_INTERVAL_S = 2.0
 STANDSTILL_S = 60.0

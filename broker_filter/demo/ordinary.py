@@ -18,7 +18,7 @@ MODEL = "embedder"
 WHERE = f"{MODEL}.real > 0.5 or survey == 'lsst' and not isDipole"
 """Keeps bogus alerts out of the reference set: bogus alerts are outliers too, and must not count as ordinary. The
 model's `real` is for ZTF alone, and simulated packets of LSST have no `reliability`."""
-ALERTS: dict[Survey, int] = {"ztf": 400, "lsst": 200}
+ALERTS: dict[Survey, int] = {"ztf": 400, "lsst": 120}
 """Alerts of the other night of each survey: about 320 of ZTF look real. A fifth of those that pass are held out to
 calibrate the score."""
 BATCH = 64
