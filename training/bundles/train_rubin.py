@@ -88,8 +88,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The hyperparameters. They were chosen by a few cross-validations on the same alerts, so figures on the card are
-    slightly optimistic."""
+    """The hyperparameters. They were chosen by cross-validations on the same alerts, so figures on the card are
+    optimistic."""
 
     seed: int
     steps: int
@@ -598,8 +598,9 @@ def describe(
             "join the logits; they were fitted to held-out logits. The reliability in a packet is the target and "
             "never an input, and no input is derived from it. The classes are a multinomial logistic regression on "
             "image features, the real/bogus logit and metadata, for equally common classes. The recipe was chosen by "
-            "a few cross-validations on the same alerts, so the figures are slightly optimistic. Seed "
-            f"{recipe.seed}.",
+            "cross-validations on the same alerts, so the figures are optimistic; the ridge strength of the join was "
+            "chosen after the calibration slope of five strengths had been seen, and the trees were changed from a "
+            f"classifier to a regressor, which made this baseline stronger. Seed {recipe.seed}.",
             data=f"{len(lsstcam)} alerts of LSSTCam from {len(np.unique(lsstcam.visit))} visits, {len(hsc)} of HSC, "
             f"{len(ztf)} of ZTF, {SIMULATED} simulated, and {len(detections)} earlier detections of LSSTCam without "
             "images. Limits: the teacher is the opinion of another network, so `real` is the probability that the "
