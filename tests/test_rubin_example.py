@@ -12,8 +12,6 @@ import yaml
 from broker_filter.cli import main
 from broker_filter.config import Registry, Runtime, Service
 from broker_filter.packets.batch import Survey
-from broker_filter.packets.decode import Decoder
-from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.reference import read_reference
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.streaming.anomalies import open_judge
@@ -79,8 +77,8 @@ def test_the_example_works_on_real_alerts(
     scorer = open_scorer(service.models, Runtime(device="cpu"))
     router = open_router(resolved)
     judge = open_judge(scorer, service.anomalies.reference, service.anomalies.rate, resolved.judged)
-    columns = tuple(dict.fromkeys((*scorer.columns, *router.columns, *judge.columns)))
-    decoder = Decoder(open_registry(str(lsst_schemas)), cutout_size=scorer.cutout_size, columns=columns)
+    columns = tuple(dict.fromkeys((*router.columns, *judge.columns)))
+    decoder = scorer.decoder(str(lsst_schemas), columns=columns)
     records: Counter[str] = Counter()
     judged = 0
     batches = score_stream(
