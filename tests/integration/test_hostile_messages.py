@@ -60,7 +60,7 @@ def test_hostile_messages_neither_stop_the_service_nor_exhaust_its_memory(
     lag = f'consumer_lag_messages{{partition="0",topic="{pipeline.topic}"}}'
     service.wait_until(
         lambda: (
-            service.metric("scored_alerts_total") > 1000 + len(good)
+            service.metric("scored_alerts_total") > 400 + len(good)  # the others exceed the memory of their message
             and service.metric("dead_letters_total") > len(messages) / 2
             and service.metric(lag) == 0  # exported only some time after the first messages
         )

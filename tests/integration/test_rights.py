@@ -116,7 +116,7 @@ def grants(admin_properties: dict[str, str]) -> Grants:
 
 def documented(topic: str | None, group: str, prefix: str) -> list[Rule]:
     """Return the rights that docs/how-to/connect.md grants; `topic` is None if the input is on another cluster."""
-    text = (CHECKOUT / "docs" / "how-to" / "connect.md").read_text()
+    text = (CHECKOUT / "docs" / "how-to" / "connect.md").read_text().replace("\\\n", "")
     commands = [line.split()[1:] for line in text.splitlines() if line.startswith("$acl ")]
     assert len(commands) == 5
     first = 0 if topic else 2

@@ -10,9 +10,7 @@ import pytest
 
 from broker_filter.config import Model, Runtime
 from broker_filter.packets.batch import AlertBatch, Survey
-from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
 from broker_filter.scoring.labels import parse_rule, read_labels
 from broker_filter.scoring.networks.alert_embedder import MODALITIES
 from broker_filter.scoring.scorer import Scorer, open_scorer
@@ -32,8 +30,7 @@ def scorer() -> Scorer:
 
 
 def decode(scorer: Scorer, packets: list[Packet], schemas: Path = SCHEMAS) -> AlertBatch:
-    decoder = Decoder(open_registry(str(schemas)), cutout_size=scorer.cutout_size, columns=scorer.columns)
-    return decoder.decode(packets)[0]
+    return scorer.decoder(schemas).decode(packets)[0]
 
 
 def embedded(scorer: Scorer, alerts: AlertBatch) -> ModelScores:

@@ -18,7 +18,7 @@ from broker_filter.config import Runtime
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.registry import open_registry
-from broker_filter.scoring.bundle import MetadataColumn
+from broker_filter.scoring.bundle import MetadataColumn, open_bundle
 from broker_filter.scoring.labels import parse_rule, read_labels
 from broker_filter.scoring.scorer import Model, Scorer, open_model
 from broker_filter.simulate import SimulatedAlert, simulate_night
@@ -34,7 +34,8 @@ CHECKOUT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return open_model("default", Runtime(engine="onnxruntime", device="cpu", inference_threads=1))
+    ztf = open_bundle("default").part("ztf").directory
+    return open_model(str(ztf), Runtime(engine="onnxruntime", device="cpu", inference_threads=1))
 
 
 @pytest.fixture(scope="module")
