@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import signal
 import subprocess
@@ -53,13 +54,14 @@ class RunningService:
         return self.log_path.read_text()
 
     def get(self, path: str) -> tuple[int, str]:
-        """Return status and body of a GET request; status 0 and an empty body if nothing listens."""
+        """Return status and body of a GET request; status 0 and an empty body if nothing listens, or if the service
+        ends while it answers."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return 0, ""
 
     def metric(self, sample: str) -> float:
