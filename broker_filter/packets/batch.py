@@ -139,7 +139,8 @@ class AlertBatch:
 
     `variance` and `psf` are None unless the decoder was asked for them. Their values are as published: the variance in
     nJy^2, placed as the cutouts are; the PSF image centred and cropped to PSF_SIZE pixels, or zero around smaller ones.
-    A plane that is absent or cannot be used is NaN, as always for ZTF, which publishes none.
+    A plane that is absent or cannot be used is NaN, as always for ZTF, which publishes none. If no survey of the batch
+    publishes planes, `variance` and `psf` are read-only.
 
     >>> from broker_filter import Decoder, Packet
     >>> from broker_filter.simulate import simulate_night

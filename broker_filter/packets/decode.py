@@ -29,6 +29,7 @@ from broker_filter.packets.batch import (
     CUTOUTS,
     PLANES,
     PSF_SIZE,
+    SURVEYS_WITH_PLANES,
     UNKNOWN_BAND,
     AlertBatch,
     AlertIdentity,
@@ -320,12 +321,14 @@ class Decoder:
 
         cutouts = np.empty((len(sound), len(CUTOUTS), self._cutout_size, self._cutout_size), dtype=np.float32)
         boxes = np.empty((len(sound), len(CUTOUTS), 4), dtype=np.int16)
-        planes = self._plane_slots(cutouts) if self._planes else None
+        planes = self._plane_slots(cutouts) if self._planes and columns.publish_planes(sound) else None
         bad_stamps = columns.decode_stamps(sound, cutouts, boxes, planes)
         if bad_stamps:
             good = [k for k, row in enumerate(sound) if row not in bad_stamps]
             sound, cutouts, boxes = [sound[k] for k in good], cutouts[good], boxes[good]
             planes = planes and planes.select(good)
+        if self._planes and planes is None:
+            planes = self._absent_planes(cutouts)
         kept = set(sound)
         with self._turn:
             for row, item in enumerate(walked):
@@ -343,6 +346,15 @@ class Decoder:
         return PlaneSlots(
             np.empty_like(cutouts) if "variance" in self._planes else None,
             np.empty((n, len(CUTOUTS), PSF_SIZE, PSF_SIZE), np.float32) if "psf" in self._planes else None,
+            np.zeros((n, len(CUTOUTS), len(PLANES)), np.bool_),
+        )
+
+    def _absent_planes(self, cutouts: NDArray[np.float32]) -> PlaneSlots:
+        """Return the wanted planes of alerts whose surveys publish none: read-only views of a single NaN."""
+        nan, n = np.float32(np.nan), len(cutouts)
+        return PlaneSlots(
+            np.broadcast_to(nan, cutouts.shape) if "variance" in self._planes else None,
+            np.broadcast_to(nan, (n, len(CUTOUTS), PSF_SIZE, PSF_SIZE)) if "psf" in self._planes else None,
             np.zeros((n, len(CUTOUTS), len(PLANES)), np.bool_),
         )
 
@@ -511,6 +523,10 @@ class _Columns:
         found = (self._alert_id[row] != MISSING_ID, *np.isfinite(self._place[row, :3]))
         missing = [name for name, there in zip(names, found, strict=True) if not there]
         return RejectReason.MISSING_FIELD, f"the alert has no {' and no '.join(missing)}"
+
+    def publish_planes(self, rows: Sequence[int]) -> bool:
+        """Return whether the survey of any of the records publishes planes."""
+        return bool(np.isin(self._survey[rows], SURVEYS_WITH_PLANES).any())
 
     def decode_stamps(
         self,

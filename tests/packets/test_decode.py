@@ -28,6 +28,7 @@ from broker_filter.packets.registry import RegistryUnavailable, UnknownSchemaId,
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.packets.schema import WriterSchema
 from broker_filter.packets.surveys import COLUMNS, Column, Field
+from broker_filter.simulate import simulate_night
 from broker_filter.streaming.archives import read_packets
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found a SIMPLE card:astropy.io.fits.verify.VerifyWarning")
@@ -208,6 +209,18 @@ def test_planes_of_ztf_are_nan(ztf_packets: list[tuple[int, bytes]]) -> None:
 def test_an_unknown_plane_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown planes: mask; the planes are variance, psf"):
         Decoder(planes=["mask"])  # type: ignore[list-item]
+
+
+def test_planes_of_a_night_without_lsst_take_no_memory() -> None:
+    packets = [Packet(alert.packet, FilePosition("")) for alert in simulate_night(3, seed=1)]
+    alerts, _ = Decoder(planes=PLANES).decode(packets)
+    for plane, size in ((alerts.variance, alerts.cutouts.shape[-1]), (alerts.psf, PSF_SIZE)):
+        assert plane is not None
+        assert plane.shape == (3, len(CUTOUTS), size, size)
+        assert plane.strides == (0, 0, 0, 0)
+        assert np.isnan(plane).all()
+    assert alerts.usable_planes is not None
+    assert not alerts.usable_planes.any()
 
 
 def test_lsst_packets_decode_to_the_values_of_fastavro_and_astropy(shared_data: Path, lsst_schemas: Path) -> None:
