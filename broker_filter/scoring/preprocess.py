@@ -240,7 +240,7 @@ def _pad(images: NDArray[np.float32], box: NDArray[np.int16], padding: float) ->
 normalise: Callable[[NDArray[np.float32], NDArray[np.float32], int], None] = normalise_numpy
 normalise_snr: Callable[..., None] = snr_numpy
 if IMPLEMENTATION == "c":
-    with suppress(ImportError):  # the extension was not built
-        from broker_filter.scoring import _normalise  # type: ignore[attr-defined]
+    with suppress(ImportError):  # the extension was not built, or was built from an earlier version
+        from broker_filter.scoring._normalise import normalise, snr  # type: ignore[import-not-found, no-redef]
 
-        normalise, normalise_snr = _normalise.normalise, _normalise.snr
+        normalise_snr = snr
