@@ -48,6 +48,11 @@ def apache_kafka() -> Path | None:
     return home if (home / "bin" / "kafka-server-start.sh").exists() and shutil.which("java") else None
 
 
+def own_lines(stderr: str) -> list[str]:
+    """Return the lines of `stderr` without lost connections of Kafka clients that other tests left in this process."""
+    return [line for line in stderr.splitlines() if "|FAIL|rdkafka#" not in line and "|ERROR|rdkafka#" not in line]
+
+
 NO_KAFKA = "needs an Apache Kafka to start: KAFKA_HOME (or ../shared/kafka) and Java"
 
 

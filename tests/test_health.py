@@ -14,6 +14,7 @@ import pytest
 
 from broker_filter.health import Health, serve
 from broker_filter.metrics import Metrics
+from tests.conftest import own_lines
 
 
 def get(port: int, path: str) -> tuple[int, str]:
@@ -22,11 +23,6 @@ def get(port: int, path: str) -> tuple[int, str]:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
-
-
-def written(capfd: pytest.CaptureFixture[str]) -> list[str]:
-    """Return the lines on standard error, without lines of Kafka clients that other tests started in this process."""
-    return [line for line in capfd.readouterr().err.splitlines() if "|rdkafka#" not in line]
 
 
 def test_service_is_ready_when_no_reason_against_it_is_left() -> None:
@@ -69,7 +65,7 @@ def test_client_that_disconnects_before_the_answer_is_not_logged(capfd: pytest.C
         while threading.active_count() > others:  # wait until the answering thread has ended
             time.sleep(0.01)
         assert get(port, "/livez") == (200, "ok\n")
-    assert written(capfd) == []
+    assert own_lines(capfd.readouterr().err) == []
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /met", b"GET /metrics HTTP/1.1\r\nHost: x\r\n"])
@@ -92,7 +88,7 @@ def test_connection_reset_by_a_client_is_at_most_one_debug_line(
         while threading.active_count() > others:
             time.sleep(0.01)
         assert get(port, "/livez") == (200, "ok\n")
-    assert written(capfd) == []
+    assert own_lines(capfd.readouterr().err) == []
     assert len(caplog.records) <= 1
     assert all(record.levelno == logging.DEBUG and record.exc_info is None for record in caplog.records)
 
