@@ -36,9 +36,9 @@ demo: $(VENV)/installed-demo
 
 test: lint suite
 
-# Two processes run the tests, because many tests wait for brokers. The tests of a file run in one process, because each
-# process starts its own brokers.
-SUITE := -n 2 --dist loadfile --no-loadscope-reorder
+# Three processes run the tests on two cores, because many tests wait for brokers. The tests of a file run in one
+# process, because each process starts its own brokers.
+SUITE := -n 3 --dist loadfile --no-loadscope-reorder
 
 suite: $(VENV)/installed-test
 	$(BIN)/pytest $(SUITE)

@@ -21,7 +21,7 @@ from training.embedding import embedder, train_embedder
 from training.embedding.train_embedder import CLASSES
 
 CHECKOUT = Path(__file__).parents[3]
-STEPS = 60
+STEPS = 16
 SMALL = {"SIMULATED": 12, "UNTRAINED": 1}
 CHILD = f"""
 import sys
