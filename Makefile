@@ -115,7 +115,7 @@ clean:
 # One stamp file for each set of extras. The package is installed again if pyproject.toml, setup.py or a C source changes.
 # Tests compare with btsbot's code; it is installed without its dependencies (database clients, plotting), which the tests
 # do not need.
-$(VENV)/installed-%: pyproject.toml setup.py $(wildcard broker_filter/packets/*.[ch]) | $(BIN)/python
+$(VENV)/installed-%: pyproject.toml setup.py $(wildcard broker_filter/*/*.[ch]) | $(BIN)/python
 	@echo 'Installing broker-filter[$*] into $(VENV); the first time this takes some minutes ...'
 	@$(PIP) install --editable '.[$*]' >$(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 	@$(if $(filter test,$*),$(PIP) install --no-deps btsbot==2.0.7)

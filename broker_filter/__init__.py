@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from broker_filter.scoring.bundle import open_bundle
     from broker_filter.scoring.scorer import Scorer
     from broker_filter.scoring.scores import Scores
-    from broker_filter.streaming.archive_scores import score_archive
     from broker_filter.streaming.archives import read_packets
+    from broker_filter.tables.archive_scores import score_archive
 
     __version__: str
 
@@ -66,7 +66,7 @@ _MODULES = {
     "Scores": "scoring.scores",
     "open_bundle": "scoring.bundle",
     "read_packets": "streaming.archives",
-    "score_archive": "streaming.archive_scores",
+    "score_archive": "tables.archive_scores",
 }
 """The module that defines each public name."""
 

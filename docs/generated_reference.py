@@ -32,7 +32,7 @@ from broker_filter.packets.rejects import RejectReason
 from broker_filter.packets.surveys import COLUMNS, Derived, Source
 from broker_filter.packets.surveys import Field as PacketField
 from broker_filter.scoring import scores
-from broker_filter.streaming.tables import table_schema
+from broker_filter.tables.rows import table_schema
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx

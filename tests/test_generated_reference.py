@@ -18,7 +18,7 @@ from broker_filter.config import Service
 from broker_filter.metrics import Metrics
 from broker_filter.packets.rejects import RejectReason
 from broker_filter.packets.surveys import COLUMNS
-from broker_filter.streaming.tables import FIXED_COLUMNS
+from broker_filter.tables.rows import FIXED_COLUMNS
 from docs.generated_reference import GENERATED, MARKER
 
 DOCS = Path(__file__).parents[1] / "docs"

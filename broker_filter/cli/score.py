@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from broker_filter.streaming.account import Account
 
 FORMATS = ("parquet", "avro", "jsonl", "csv", "ecsv", "fits")
-"""The formats of `streaming.table_formats`, repeated here because importing that module would slow down `--help`."""
+"""The formats of `tables.formats`, repeated here because importing that module would slow down `--help`."""
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +103,9 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.packets.registry import open_registry
     from broker_filter.scoring.scorer import Scorer
     from broker_filter.streaming.account import Account, account_batch
-    from broker_filter.streaming.archive_scores import ArchiveScores
     from broker_filter.streaming.archives import check_inputs
-    from broker_filter.streaming.tables import STDOUT, check_format, partial_path
+    from broker_filter.tables.archive_scores import ArchiveScores
+    from broker_filter.tables.rows import STDOUT, check_format, partial_path
 
     written = _written_tables(arguments)
     for path, kind in written.items():
@@ -171,7 +171,7 @@ def _written_tables(arguments: argparse.Namespace) -> dict[Path, str | None]:
 @contextmanager
 def _open_tables(written: Mapping[Path, str | None], schema: pa.Schema) -> Iterator[Callable[[pa.RecordBatch], None]]:
     """Open one table for all rows, or one for scored and one for rejected rows. Yields a function that writes rows."""
-    from broker_filter.streaming.tables import (
+    from broker_filter.tables.rows import (
         FIXED_COLUMNS,
         open_table,
         rejected_rows,

@@ -1,4 +1,4 @@
-"""From packets to output records and tables: reads archives, scores, filters and encodes alerts.
+"""From packets to output records: reads archives, scores, filters, flags anomalies and encodes alerts.
 
 It does not use Kafka.
 """

@@ -23,10 +23,10 @@ from astropy.table import Table
 
 from broker_filter.cli import main
 from broker_filter.cli.score import FORMATS
-from broker_filter.scoring.bts_policies import POLICIES
 from broker_filter.scoring.runtimes import available_cores
-from broker_filter.streaming import table_formats
 from broker_filter.streaming.filtering import BATCH_SIZE
+from broker_filter.tables import formats
+from broker_filter.tables.bts_policies import POLICIES
 from tests.ztf_network import ZTF_NETWORK
 
 
@@ -109,7 +109,7 @@ def test_table_goes_to_standard_output_and_summary_to_standard_error(few: Path) 
 
 
 def test_offered_formats_are_the_supported_formats() -> None:
-    assert tuple(table_formats.FORMATS) == FORMATS
+    assert tuple(formats.FORMATS) == FORMATS
 
 
 def test_fail_on_reject_ends_with_status_1(few: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_filter.scoring.bts_policies import BRIGHT, POLICIES
+from broker_filter.tables.bts_policies import BRIGHT, POLICIES
 from training.evaluation.metrics import Values, Weights, ratio
 from training.evaluation.predictions import Predictions
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from broker_filter.scoring.bts_policies import POLICIES
+from broker_filter.tables.bts_policies import POLICIES
 from training.evaluation import plots
 from training.evaluation.bootstrap import RESAMPLES, Estimate
 from training.evaluation.evaluate import IF_CALIBRATED

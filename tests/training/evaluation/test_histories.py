@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from broker_filter.scoring.bts_policies import POLICIES
+from broker_filter.tables.bts_policies import POLICIES
 from training.evaluation.histories import Histories
 from training.evaluation.predictions import Predictions
 

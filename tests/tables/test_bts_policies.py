@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from broker_filter.scoring.bts_policies import POLICIES, PolicyFilter
+from broker_filter.tables.bts_policies import POLICIES, PolicyFilter
 
 Floats = NDArray[np.floating]
 

@@ -22,8 +22,8 @@ from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.streaming.scored import ScoredBatch
-from broker_filter.streaming.table_formats import FORMATS, ROW_GROUP
-from broker_filter.streaming.tables import (
+from broker_filter.tables.formats import FORMATS, ROW_GROUP
+from broker_filter.tables.rows import (
     FIXED_COLUMNS,
     TableError,
     open_table,

@@ -11,9 +11,9 @@ from broker_filter.packets.registry import SchemaRegistry
 from broker_filter.scoring.scorer import Scorer
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.filtering import score_stream
-from broker_filter.streaming.policy_columns import Policies
 from broker_filter.streaming.scored import ScoredBatch
-from broker_filter.streaming.tables import table_schema, to_rows
+from broker_filter.tables.policy_columns import Policies
+from broker_filter.tables.rows import table_schema, to_rows
 
 
 class ArchiveScores:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from broker_filter.errors import USAGE, BrokerFilterError
-from broker_filter.scoring.bts_policies import POLICIES, PolicyFilter
 from broker_filter.streaming.scored import ScoredBatch
+from broker_filter.tables.bts_policies import POLICIES, PolicyFilter
 
 MAGNITUDE = "magpsf"
 

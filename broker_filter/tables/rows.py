@@ -1,4 +1,4 @@
-"""Scored and rejected alerts as rows of a table, in a file of one of the formats of `table_formats` or on stdout.
+"""Scored and rejected alerts as rows of a table, in a file of one of the formats in `formats.py` or on stdout.
 
 The rows are written to `NAME.partial.SUFFIX`, which is renamed to the requested file only when it is complete. If the
 work ends early, the partial file is closed properly and stays, so that its rows can be read.
@@ -22,7 +22,7 @@ from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.packets.batch import AlertIdentity
 from broker_filter.packets.packet import FilePosition, Position
 from broker_filter.streaming.scored import ScoredBatch
-from broker_filter.streaming.table_formats import FORMATS, Table
+from broker_filter.tables.formats import FORMATS, Table
 
 STDOUT = Path("-")
 """The path that stands for standard output instead of a file."""
