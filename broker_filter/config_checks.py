@@ -15,7 +15,7 @@ from broker_filter.kafka.client import (
     refused_properties,
     security_properties,
 )
-from broker_filter.packets.registry_client import RegistryClient
+from broker_filter.packets.schemas.registry_client import RegistryClient
 from broker_filter.scoring.bundle import BundleError
 from broker_filter.scoring.reference import ReferenceSetError, check_made_with, read_card
 from broker_filter.streaming.resolved import Resolver

@@ -32,8 +32,8 @@ from broker_filter.kafka.watchdog import Stage
 from broker_filter.metrics import Metrics
 from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.compiled import IMPLEMENTATION, why_python
-from broker_filter.packets.registry import RegistryUnavailable, open_registry
 from broker_filter.packets.rejects import Reject
+from broker_filter.packets.schemas.registry import RegistryUnavailable, open_registry
 from broker_filter.scoring.runtimes import available_cores
 from broker_filter.scoring.scorer import Scorer, load_model
 from broker_filter.streaming.anomalies import open_judge

@@ -12,8 +12,8 @@ from typing import Any
 
 import fastavro
 
-from broker_filter.packets import wire
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.framing import wire
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.simulate import SCHEMAS, simulate_night
 
 Definition = dict[str, Any]

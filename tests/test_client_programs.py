@@ -25,7 +25,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from broker_filter.config import Runtime, Service
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_packets

@@ -15,12 +15,12 @@ from broker_filter.bench.floors import Work
 from broker_filter.bench.measure import NAIVE, PARSE, SERVICE, SERVICE_2_THREADS, Contest, compete, timed
 from broker_filter.bench.sample import in_batches
 from broker_filter.config import Batch
-from broker_filter.packets import wire
 from broker_filter.packets.batch import CUTOUTS
 from broker_filter.packets.decode import Decoder
+from broker_filter.packets.framing import wire
 from broker_filter.packets.layout import N_SPANS
 from broker_filter.packets.plan import compile_program
-from broker_filter.packets.registry import SchemaRegistry, open_registry
+from broker_filter.packets.schemas.registry import SchemaRegistry, open_registry
 from broker_filter.packets.walk import walk
 from broker_filter.scoring.scorer import Scorer
 

@@ -20,8 +20,8 @@ from broker_filter.bench.sample import NightWriter, in_batches
 from broker_filter.bench.testbed import Testbed
 from broker_filter.config import Model
 from broker_filter.packets.decode import Decoder
-from broker_filter.packets.ocf import encode_long
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.framing.ocf import encode_long
+from broker_filter.packets.schemas.registry import open_registry
 
 EARLY, LATE = 10_000, 300_000
 """Alerts of an archive after which memory is compared: when caches are full, and about a third of a night later."""

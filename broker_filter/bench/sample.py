@@ -14,7 +14,7 @@ from broker_filter.bench.measure import BenchmarkError
 from broker_filter.packets.batch import Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.simulate import SCHEMAS, simulate_night
 from broker_filter.streaming.archives import read_packets
 

@@ -33,8 +33,8 @@ from broker_filter.bench.sample import in_batches
 from broker_filter.config import Batch, Input, Output, Runtime, Service
 from broker_filter.packets.batch import CUTOUTS, Survey
 from broker_filter.packets.decode import Decoder
+from broker_filter.packets.framing.ocf import read_container
 from broker_filter.packets.layout import N_POINT_COLUMNS, N_SPANS, STAMP, Layout
-from broker_filter.packets.ocf import read_container
 from broker_filter.packets.plan import field_paths
 from broker_filter.packets.stamps import decode_stamps
 from broker_filter.packets.surveys import DEFAULT_COLUMNS, FORMATS

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.console import progress, stdout_console
     from broker_filter.kafka.topic_reader import read_topic
     from broker_filter.packets.decode import Decoder
-    from broker_filter.packets.registry import open_registry
+    from broker_filter.packets.schemas.registry import open_registry
 
     # Text of packets must not be interpreted as markup or emoji.
     console = stdout_console(

@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from broker_filter.console import printable
-from broker_filter.packets import ocf, wire
 from broker_filter.packets.batch import BANDS, CUTOUTS, UNKNOWN_BAND, AlertBatch, AlertIdentity, Measurement, Survey
 from broker_filter.packets.decode import Decoder
+from broker_filter.packets.framing import ocf, wire
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.rejects import Reject
 from broker_filter.packets.surveys import COLUMNS

@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.kafka.client import ThrottledErrorLog, admin_client, ensure_topics, wait_for_cluster
     from broker_filter.kafka.replay import Replayer, as_fast_as_possible, at_rate, at_speed
     from broker_filter.packets.decode import Decoder
-    from broker_filter.packets.registry import open_registry
+    from broker_filter.packets.schemas.registry import open_registry
 
     if arguments.repeat and STDIN in arguments.inputs:
         raise UsageError(f"--repeat cannot read {STDIN} again: standard input can be read only once")

@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Score the inputs, print the counts and return the exit status."""
     from broker_filter.console import progress
     from broker_filter.packets.compiled import why_python
-    from broker_filter.packets.registry import open_registry
+    from broker_filter.packets.schemas.registry import open_registry
     from broker_filter.scoring.scorer import Scorer
     from broker_filter.streaming.account import Account, account_batch
     from broker_filter.streaming.archives import check_inputs

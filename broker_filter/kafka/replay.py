@@ -18,7 +18,7 @@ from broker_filter.kafka.client import RecordLimits, ThrottledErrorLog, admin_cl
 from broker_filter.packets.batch import AlertIdentity
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import KafkaPosition, Packet
-from broker_filter.packets.schema import WriterSchema
+from broker_filter.packets.schemas.writer_schema import WriterSchema
 from broker_filter.streaming.archives import MAX_PACKET_BYTES
 from broker_filter.streaming.encoding import ContainerFraming, OutputSchema
 

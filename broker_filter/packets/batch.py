@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.packets.packet import Packet
-from broker_filter.packets.schema import WriterSchema
+from broker_filter.packets.schemas.writer_schema import WriterSchema
 
 BANDS = ("u", "g", "r", "i", "z", "y")
 """Filter passbands. The code of a band is its index in this tuple."""

@@ -23,7 +23,6 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_filter.packets import foreign, wire
 from broker_filter.packets.batch import (
     BANDS,
     CUTOUTS,
@@ -37,6 +36,16 @@ from broker_filter.packets.batch import (
     Record,
     Survey,
 )
+from broker_filter.packets.framing import foreign, wire
+from broker_filter.packets.framing.ocf import (
+    GREATEST_RATIO,
+    MAGIC,
+    MAX_CONTAINER_BYTES,
+    Block,
+    Container,
+    Damage,
+    read_container,
+)
 from broker_filter.packets.layout import (
     N_POINT_COLUMNS,
     N_SPANS,
@@ -47,21 +56,12 @@ from broker_filter.packets.layout import (
     Layout,
     Plan,
 )
-from broker_filter.packets.ocf import (
-    GREATEST_RATIO,
-    MAGIC,
-    MAX_CONTAINER_BYTES,
-    Block,
-    Container,
-    Damage,
-    read_container,
-)
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.photometry import NO_ALERT, Points, detections_without_flux, light_curves
 from broker_filter.packets.plan import field_paths
-from broker_filter.packets.registry import SchemaRegistry, UnknownSchemaId, open_registry
 from broker_filter.packets.rejects import Reject, RejectReason
-from broker_filter.packets.schema import BySchema, SchemaError, WriterSchema
+from broker_filter.packets.schemas.registry import SchemaRegistry, UnknownSchemaId, open_registry
+from broker_filter.packets.schemas.writer_schema import BySchema, SchemaError, WriterSchema
 from broker_filter.packets.stamps import PlaneSlots, decode_stamps, inflated_bytes
 from broker_filter.packets.surveys import (
     DEFAULT_COLUMNS,

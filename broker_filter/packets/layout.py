@@ -16,7 +16,7 @@ from broker_filter.packets.batch import CUTOUTS
 from broker_filter.packets.light_curve_summary import CurveSummary, summarise
 from broker_filter.packets.photometry import DetectionsSoFar, Points, Values
 from broker_filter.packets.plan import Reading, Wanted, compile_program
-from broker_filter.packets.schema import WriterSchema
+from broker_filter.packets.schemas.writer_schema import WriterSchema
 from broker_filter.packets.surveys import (
     FORMATS,
     UNVERSIONED,

@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_filter.packets.schema import MAX_SCHEMA_DEPTH, PRIMITIVES, SchemaError, WriterSchema
+from broker_filter.packets.schemas.writer_schema import MAX_SCHEMA_DEPTH, PRIMITIVES, SchemaError, WriterSchema
 
 MAX_TYPES = 1 << 14
 """The maximum number of compiled types. A named type is compiled at each use, so a small schema can become a huge

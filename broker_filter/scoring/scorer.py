@@ -11,8 +11,8 @@ import numpy as np
 from broker_filter import config
 from broker_filter.packets.batch import AlertBatch, Plane, Survey
 from broker_filter.packets.decode import Decoder
-from broker_filter.packets.ocf import MAX_CONTAINER_BYTES
-from broker_filter.packets.registry import SchemaRegistry
+from broker_filter.packets.framing.ocf import MAX_CONTAINER_BYTES
+from broker_filter.packets.schemas.registry import SchemaRegistry
 from broker_filter.scoring.alerts import RawAlerts, raw_alerts
 from broker_filter.scoring.bundle import PROBABILITIES, TEST_VECTOR, Bundle, BundleError, Inputs, Part, open_bundle
 from broker_filter.scoring.preprocess import prepare

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from broker_filter.packets.ocf import encode_long
+from broker_filter.packets.framing.ocf import encode_long
 
 Put = Callable[[bytes], None]
 Write = Callable[[Any, Put], None]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_filter.packets.ocf import container_header, encode_block
+from broker_filter.packets.framing.ocf import container_header, encode_block
 from broker_filter.simulate.avro import compile_writer
 from broker_filter.simulate.fits import CardValue, image_extension, primary_hdu
 from broker_filter.simulate.images import Conditions, Image, Stamps

@@ -15,7 +15,7 @@ from typing import Any
 import deflate
 import numpy as np
 
-from broker_filter.packets.ocf import container_header, encode_block
+from broker_filter.packets.framing.ocf import container_header, encode_block
 from broker_filter.simulate.avro import compile_writer
 from broker_filter.simulate.fits import primary_hdu
 from broker_filter.simulate.instruments import AB_ZERO_POINT_NJY, ZTF

@@ -27,7 +27,7 @@ from typing import IO, Any, BinaryIO, Literal, Protocol, cast
 import pyarrow as pa
 
 from broker_filter.errors import USAGE, BrokerFilterError
-from broker_filter.packets import ocf, parquet
+from broker_filter.packets.framing import ocf, parquet
 from broker_filter.packets.packet import FilePosition, Packet
 
 MAX_PACKET_BYTES = 16 * 2**20

@@ -17,8 +17,8 @@ import numpy as np
 
 from broker_filter.config import ANOMALIES, DEAD_LETTER, SCORED
 from broker_filter.packets.packet import Packet
-from broker_filter.packets.registry_client import no_beat
 from broker_filter.packets.rejects import Reject, RejectReason
+from broker_filter.packets.schemas.registry_client import no_beat
 from broker_filter.streaming.encoding import (
     ContainerFraming,
     Encoder,

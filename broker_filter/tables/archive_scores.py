@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from broker_filter.packets.registry import SchemaRegistry
+from broker_filter.packets.schemas.registry import SchemaRegistry
 from broker_filter.scoring.scorer import Scorer
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.filtering import score_stream

@@ -16,7 +16,7 @@ from broker_filter.bench.sample import in_batches
 from broker_filter.cli import main
 from broker_filter.config import Runtime
 from broker_filter.packets.decode import Decoder
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.bundle import open_bundle
 from broker_filter.scoring.scorer import open_scorer
 

@@ -14,7 +14,7 @@ from broker_filter.bench.sample import choose_packets, in_batches
 from broker_filter.bench.testbed import Broker, Testbed
 from broker_filter.packets.batch import Survey
 from broker_filter.packets.decode import Decoder
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 
 
 def test_latency_is_measured_for_every_alert_after_the_warm_up(

@@ -14,7 +14,7 @@ from broker_filter.cli import main
 from broker_filter.packets.batch import Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.pictures.embedding_map import draw_map
 from broker_filter.pictures.similar_alerts import Shown, draw_similar
 from broker_filter.scoring.bundle import open_bundle

@@ -16,7 +16,7 @@ from broker_filter.importers.braai import LAYERS, import_braai, read_weights
 from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.bundle import BundleError, open_bundle
 from broker_filter.scoring.scorer import open_scorer
 

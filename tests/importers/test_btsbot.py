@@ -35,7 +35,7 @@ from broker_filter.importers.weights import WeightsError
 from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.bundle import BundleError, open_bundle
 from broker_filter.scoring.preprocess import prepare_images
 from broker_filter.scoring.scorer import open_scorer

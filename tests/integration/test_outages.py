@@ -20,7 +20,7 @@ import pytest
 
 from broker_filter.kafka.transactions import GRACE_S
 from broker_filter.local_kafka import USER, KafkaCluster, free_ports
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 
 from ..toxiproxy import toxiproxy
 from .conftest import MakePipeline, Packets, headers, inputs

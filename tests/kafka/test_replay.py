@@ -25,8 +25,8 @@ from broker_filter.kafka.topic_reader import read_dead_letters
 from broker_filter.local_kafka import KafkaCluster
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
 from broker_filter.packets.rejects import RejectReason
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.streaming.archives import MAX_PACKET_BYTES, read_packets
 
 NIGHT = Path("ztf/archives/ztf_public_20180819_mod1000.tar.gz")

@@ -30,12 +30,12 @@ import numpy as np
 from astropy.io import fits
 
 from broker_filter.config import Runtime
-from broker_filter.packets import ocf
 from broker_filter.packets.batch import PLANES
 from broker_filter.packets.decode import Decoder
-from broker_filter.packets.ocf import GREATEST_RATIO, MAX_CONTAINER_BYTES
+from broker_filter.packets.framing import ocf
+from broker_filter.packets.framing.ocf import GREATEST_RATIO, MAX_CONTAINER_BYTES
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.streaming.account import account_batch
 from broker_filter.streaming.duplicates import DuplicateWindow

@@ -55,10 +55,11 @@ def main(count: int) -> None:
     from test_inflate import ENCODERS, IMAGES
     from test_stamps import CARDS, FUZZED, fits_bytes, shared_lsst_stamps
 
-    from broker_filter.packets import compiled, decode, ocf, walk, wire
+    from broker_filter.packets import compiled, decode, walk
     from broker_filter.packets.batch import PLANES, PSF_SIZE
+    from broker_filter.packets.framing import ocf, wire
     from broker_filter.packets.packet import FilePosition, Packet
-    from broker_filter.packets.registry import open_registry
+    from broker_filter.packets.schemas.registry import open_registry
     from broker_filter.scoring.preprocess import normalise, normalise_snr
     from broker_filter.simulate import SCHEMAS, simulate_night
 

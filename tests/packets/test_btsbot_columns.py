@@ -11,7 +11,7 @@ import numpy as np
 
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 
 MADE_OF_HISTORY = ("nnotdet", "age", "days_since_peak", "days_to_peak", "peakmag_so_far", "maxmag_so_far", "new_drb")
 

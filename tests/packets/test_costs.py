@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from broker_filter.packets import ocf
 from broker_filter.packets.decode import (
     BATCH_BYTES_PER_PACKET,
     MAX_POINTS,
@@ -21,10 +20,11 @@ from broker_filter.packets.decode import (
     MAX_UNPACKING,
     Decoder,
 )
-from broker_filter.packets.ocf import MAX_BLOCKS, MAX_CONTAINER_BYTES
+from broker_filter.packets.framing import ocf
+from broker_filter.packets.framing.ocf import MAX_BLOCKS, MAX_CONTAINER_BYTES
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
 from broker_filter.packets.rejects import MAX_DETAIL_CHARACTERS, Reject, RejectReason
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.service import SCORED_BATCHES
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_stream

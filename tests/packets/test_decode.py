@@ -19,14 +19,14 @@ from astropy.io import fits
 from numpy.typing import NDArray
 
 from broker_filter.packets import decode as decode_module
-from broker_filter.packets import ocf, wire
 from broker_filter.packets.batch import CUTOUTS, PLANES, PSF_SIZE, AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
-from broker_filter.packets.ocf import read_container
+from broker_filter.packets.framing import ocf, wire
+from broker_filter.packets.framing.ocf import read_container
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import RegistryUnavailable, UnknownSchemaId, open_registry
 from broker_filter.packets.rejects import Reject, RejectReason
-from broker_filter.packets.schema import WriterSchema
+from broker_filter.packets.schemas.registry import RegistryUnavailable, UnknownSchemaId, open_registry
+from broker_filter.packets.schemas.writer_schema import WriterSchema
 from broker_filter.packets.surveys import COLUMNS, Column, Field
 from broker_filter.simulate import simulate_night
 from broker_filter.streaming.archives import read_packets

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from broker_filter.packets import decode, ocf, walk, wire
+from broker_filter.packets import decode, walk
 from broker_filter.packets.batch import PLANES, AlertBatch
 from broker_filter.packets.compiled import IMPLEMENTATION
 from broker_filter.packets.decode import Decoder
+from broker_filter.packets.framing import ocf, wire
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import SchemaRegistry, open_registry
 from broker_filter.packets.rejects import Reject
+from broker_filter.packets.schemas.registry import SchemaRegistry, open_registry
 from broker_filter.packets.walk import walk_python
 from broker_filter.simulate import SCHEMAS, simulate_night
 

@@ -16,7 +16,7 @@ from broker_filter.packets.decode import Decoder
 from broker_filter.packets.light_curve_summary import CurveSummary, summarise
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.photometry import Points
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.streaming.archives import read_packets
 
 OF_BOTH = ("peak_flux", "peak_band", "rise_rate", "days_since_nondet", "nondet_maglim", "days_nondet_to_first")

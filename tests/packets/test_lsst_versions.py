@@ -23,8 +23,8 @@ from broker_filter.metrics import Metrics
 from broker_filter.packets.batch import Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
-from broker_filter.packets.registry import FORGET_UNKNOWN_S, HttpRegistry, open_registry
 from broker_filter.packets.rejects import RejectReason
+from broker_filter.packets.schemas.registry import FORGET_UNKNOWN_S, HttpRegistry, open_registry
 from broker_filter.packets.surveys import rows_of_unknown_version
 from broker_filter.scoring.scorer import Scorer
 from broker_filter.streaming.account import account_batch

@@ -15,8 +15,8 @@ from broker_filter.packets.batch import BANDS, UNKNOWN_BAND, AlertBatch, Measure
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.photometry import Points, letter_band, light_curves, nanojansky, sign, ztf_band
-from broker_filter.packets.registry import open_registry
 from broker_filter.packets.rejects import Reject, RejectReason
+from broker_filter.packets.schemas.registry import open_registry
 from tests.packets.test_stamps import fits_bytes, numbered
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from broker_filter.packets import walk
 from broker_filter.packets.compiled import IMPLEMENTATION
 from broker_filter.packets.plan import MAX_LOOPS, Op, Reading, Wanted, compile_program
-from broker_filter.packets.schema import SchemaError, writer_schema
+from broker_filter.packets.schemas.writer_schema import SchemaError, writer_schema
 from broker_filter.packets.walk import MISSING_ID, Status, walk_python
 
 WALKERS = [pytest.param(walk_python, id="python")]

@@ -14,7 +14,7 @@ from broker_filter.config import Model, Runtime
 from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.bundle import CARD, BundleError, KnownAnswers
 from broker_filter.scoring.runtimes import CHUNK
 from broker_filter.scoring.scorer import Scorer, open_scorer

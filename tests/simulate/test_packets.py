@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.simulate import SCHEMAS, SimulatedAlert, lsst, simulate_night
 from broker_filter.simulate.night import Observation
 

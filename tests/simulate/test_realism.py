@@ -12,7 +12,7 @@ from broker_filter.config import Runtime
 from broker_filter.importers.braai import import_braai
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.simulate import SimulatedAlert
 

@@ -10,7 +10,7 @@ import pytest
 
 from broker_filter.packets.batch import AlertBatch, LightCurves, Record
 from broker_filter.packets.packet import KafkaPosition, Packet
-from broker_filter.packets.schema import parse_schema
+from broker_filter.packets.schemas.writer_schema import parse_schema
 from broker_filter.scoring.scores import ModelScores, Scores
 from broker_filter.streaming.scored import ScoredBatch
 

@@ -20,7 +20,7 @@ from broker_filter.metrics import Metrics
 from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import KafkaPosition, Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.neighbours import Embeddings, normalise
 from broker_filter.scoring.reference import Measure, Reference, ReferenceSetError, SurveyCounts, read_reference
 from broker_filter.scoring.scorer import Model, open_model, open_scorer

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.streaming.archives import MAX_DEPTH, InputError, read_packets
 
 SCHEMA = {

@@ -23,11 +23,11 @@ import pytest
 from broker_filter import __version__, config
 from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.decode import Decoder
-from broker_filter.packets.ocf import container_header, encode_block
+from broker_filter.packets.framing.ocf import container_header, encode_block
+from broker_filter.packets.framing.wire import unframe
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import RegistryUnavailable, open_registry
-from broker_filter.packets.schema import WriterSchema, parse_schema, self_contained
-from broker_filter.packets.wire import unframe
+from broker_filter.packets.schemas.registry import RegistryUnavailable, open_registry
+from broker_filter.packets.schemas.writer_schema import WriterSchema, parse_schema, self_contained
 from broker_filter.scoring.anomaly import Neighbour, Reason
 from broker_filter.scoring.scores import ModelScores, Scores
 from broker_filter.streaming.encoding import (

@@ -12,8 +12,8 @@ import pytest
 from broker_filter.config import Runtime
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import RegistryUnavailable, open_registry
 from broker_filter.packets.rejects import RejectReason
+from broker_filter.packets.schemas.registry import RegistryUnavailable, open_registry
 from broker_filter.scoring.scorer import Scorer, open_scorer
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_packets, score_stream

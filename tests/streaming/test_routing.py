@@ -15,8 +15,8 @@ from broker_filter.config import Runtime, Service
 from broker_filter.packets.batch import AlertBatch, AlertIdentity
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import KafkaPosition, Packet
-from broker_filter.packets.registry import open_registry
 from broker_filter.packets.rejects import Reject, RejectReason
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.streaming.account import account_batch, account_packets
 from broker_filter.streaming.archives import read_packets

@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 from broker_filter.packets.batch import PLANES, PSF_SIZE, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.alerts import RawAlerts, raw_alerts
 from broker_filter.scoring.bundle import WEIGHTS, ImageInput, Inputs, MetadataColumn, Part, PsfInput
 from broker_filter.scoring.networks import load_network

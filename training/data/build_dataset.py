@@ -30,7 +30,7 @@ from broker_filter.cli.parser import UsageError
 from broker_filter.console import progress
 from broker_filter.packets.batch import PLANES, AlertBatch, LightCurves, Plane, Survey
 from broker_filter.packets.decode import DEFAULT_CUTOUT_SIZE, Decoder
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.packets.surveys import DEFAULT_COLUMNS
 from broker_filter.scoring.bundle import MAX_CUTOUT_SIZE, POINT_COLUMNS
 from broker_filter.scoring.labels import Labels, parse_rule, read_labels

@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError
 from broker_filter.packets.batch import CUTOUTS, PSF_SIZE, SURVEYS_WITH_PLANES, LightCurves, Plane, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import (
     POINT_COLUMNS,

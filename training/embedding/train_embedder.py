@@ -32,7 +32,7 @@ from broker_filter.packets.batch import AlertBatch, LightCurves
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.photometry import NO_VALUE
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import (
     POINT_COLUMNS,

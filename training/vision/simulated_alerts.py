@@ -9,7 +9,7 @@ import numpy as np
 
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.simulate import BOGUS, REAL, SCHEMAS, simulate_night
 from training.vision.galaxies import AnsweredImages, equal
 

@@ -20,7 +20,7 @@ from pyarrow import parquet
 from broker_filter.config import Runtime
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.alerts import raw_alerts
 from broker_filter.scoring.bundle import Architecture
 from broker_filter.scoring.labels import read_labels

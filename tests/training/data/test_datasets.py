@@ -17,7 +17,7 @@ from pyarrow import parquet
 from broker_filter.packets.batch import Plane
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.bundle import POINT_COLUMNS, ImageInput, Inputs, MetadataColumn, PsfInput
 from broker_filter.scoring.labels import Labels, parse_rule, read_labels
 from broker_filter.scoring.preprocess import prepare_images, prepare_metadata

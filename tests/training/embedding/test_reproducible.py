@@ -17,7 +17,7 @@ from broker_filter.cli import main
 from broker_filter.config import Runtime
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.bundle import open_bundle, shipped_bundles
 from broker_filter.scoring.scorer import open_model, open_scorer
 from broker_filter.streaming.archives import read_packets

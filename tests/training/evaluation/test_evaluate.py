@@ -17,7 +17,7 @@ pytest.importorskip("galsim", reason="simulated alerts need the extra `demo`")
 from broker_filter.config import Runtime
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.bundle import MetadataColumn, open_bundle
 from broker_filter.scoring.labels import parse_rule, read_labels
 from broker_filter.scoring.scorer import Model, Scorer, open_model

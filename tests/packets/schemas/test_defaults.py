@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from broker_filter.packets.defaults import without_invalid_defaults
-from broker_filter.packets.ocf import MAX_CONTAINER_BYTES, read_container
-from broker_filter.packets.registry import DirectoryRegistry
-from broker_filter.packets.schema import WriterSchema, parse_schema
+from broker_filter.packets.framing.ocf import MAX_CONTAINER_BYTES, read_container
+from broker_filter.packets.schemas.defaults import without_invalid_defaults
+from broker_filter.packets.schemas.registry import DirectoryRegistry
+from broker_filter.packets.schemas.writer_schema import WriterSchema, parse_schema
 from broker_filter.streaming.encoding import annotated_schema
 
 PRIMITIVE_DEFAULTS = {

@@ -18,7 +18,7 @@ import fastavro
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from broker_filter.packets import ocf
+from broker_filter.packets.framing import ocf
 
 MAGIC = b"PAR1"
 ROWS_AT_A_TIME = 32

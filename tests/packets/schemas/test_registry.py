@@ -18,19 +18,20 @@ from pathlib import Path
 import fastavro
 import pytest
 
-from broker_filter.packets import registry, wire
 from broker_filter.packets.decode import Decoder
+from broker_filter.packets.framing import wire
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import (
+from broker_filter.packets.rejects import RejectReason
+from broker_filter.packets.schemas import registry
+from broker_filter.packets.schemas.registry import (
     DirectoryRegistry,
     HttpRegistry,
     RegistryUnavailable,
     UnknownSchemaId,
     open_registry,
 )
-from broker_filter.packets.registry_client import RegistryClient
-from broker_filter.packets.rejects import RejectReason
-from broker_filter.packets.schema import SchemaError, WriterSchema
+from broker_filter.packets.schemas.registry_client import RegistryClient
+from broker_filter.packets.schemas.writer_schema import SchemaError, WriterSchema
 
 SCHEMA = json.dumps({"type": "record", "name": "lsst.v7_4.alert", "fields": [{"name": "diaSourceId", "type": "long"}]})
 VERSIONS = (700, 701, 702, 703, 704, 800, 900, 1000, 1100)

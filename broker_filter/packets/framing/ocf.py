@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 import cramjam
 
 from broker_filter.packets.rejects import RejectReason
-from broker_filter.packets.schema import (
+from broker_filter.packets.schemas.writer_schema import (
     MAX_REMEMBERED_BYTES,
     MAX_SCHEMA_BYTES,
     SchemaError,

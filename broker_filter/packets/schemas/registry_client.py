@@ -26,7 +26,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from broker_filter.config import Registry, Tls, read_secret
 from broker_filter.errors import USAGE, BrokerFilterError
-from broker_filter.packets.schema import MAX_SCHEMA_BYTES
+from broker_filter.packets.schemas.writer_schema import MAX_SCHEMA_BYTES
 
 DEADLINE_S = 10.0
 """The time limit of a request, from its start to the last byte of the answer, in seconds. A registry answers in

@@ -15,10 +15,10 @@ import fastavro
 import pyarrow as pa
 import pytest
 
-from broker_filter.packets import ocf
-from broker_filter.packets.ocf import Container, read_container
+from broker_filter.packets.framing import ocf
+from broker_filter.packets.framing.ocf import Container, read_container
 from broker_filter.packets.rejects import RejectReason
-from broker_filter.packets.schema import WriterSchema
+from broker_filter.packets.schemas.writer_schema import WriterSchema
 
 SCHEMA = {
     "type": "record",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from broker_filter.packets.schema import PRIMITIVES, full_name
+from broker_filter.packets.schemas.writer_schema import PRIMITIVES, full_name
 
 INT_BITS, LONG_BITS = 32, 64
 _MISSING = object()

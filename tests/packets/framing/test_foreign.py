@@ -9,10 +9,10 @@ import zipfile
 import pytest
 
 from broker_filter.packets.decode import Decoder
-from broker_filter.packets.foreign import describe
+from broker_filter.packets.framing.foreign import describe
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.registry import open_registry
 from broker_filter.packets.rejects import RejectReason
+from broker_filter.packets.schemas.registry import open_registry
 
 
 def zipped(data: bytes) -> bytes:

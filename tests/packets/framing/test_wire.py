@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broker_filter.packets import wire
+from broker_filter.packets.framing import wire
 
 
 def test_the_id_is_big_endian() -> None:

@@ -26,14 +26,14 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from broker_filter import config
-from broker_filter.packets.registry_client import (
+from broker_filter.packets.schemas.registry_client import (
     DEADLINE_S,
     RegistryClient,
     no_beat,
     wait_for,
 )
-from broker_filter.packets.registry_client import RegistryUnavailable as RegistryUnavailable
-from broker_filter.packets.schema import (
+from broker_filter.packets.schemas.registry_client import RegistryUnavailable as RegistryUnavailable
+from broker_filter.packets.schemas.writer_schema import (
     MAX_SCHEMA_BYTES,
     SchemaError,
     WriterSchema,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from broker_filter.config import Registry, SecretError
-from broker_filter.packets.registry_client import CertificateError, RegistryClient, RegistryUnavailable
+from broker_filter.packets.schemas.registry_client import CertificateError, RegistryClient, RegistryUnavailable
 
 PASSWORD = "hunter2"
 READ, REGISTER = "/schemas/ids/704", "/subjects/me.scored-value/versions"

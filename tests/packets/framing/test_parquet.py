@@ -15,9 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from broker_filter.packets.decode import Decoder
+from broker_filter.packets.framing.parquet import (
+    ALWAYS_ALLOWED_BYTES,
+    LEAST_ROW_BYTES,
+    ROWS_AT_A_TIME,
+    ParquetError,
+    Rows,
+)
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.packets.parquet import ALWAYS_ALLOWED_BYTES, LEAST_ROW_BYTES, ROWS_AT_A_TIME, ParquetError, Rows
-from broker_filter.packets.registry import open_registry
+from broker_filter.packets.schemas.registry import open_registry
 
 
 def rows_of(table: pa.Table, **options: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""Writer's schemas: parsing, lookup by id in registries, registration, and their default values."""
