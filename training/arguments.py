@@ -1,5 +1,7 @@
-"""Arguments that several training commands share, and argparse types: an invalid value is reported as wrong usage
-before any work starts."""
+"""Hold the arguments that several training commands share, and the types that check them.
+
+An argparse type reports an invalid value as wrong usage before any work starts.
+"""
 
 from __future__ import annotations
 

@@ -101,10 +101,10 @@ class ShownStars(torch.utils.data.Dataset[Shown]):
 
 
 def read_stars(directory: Path, subset: Subset, seed: int, split: Split) -> StarSet:
-    """Read a split of a subset from the subset's folder or, if it has none, draw the subset from the full set with
-    `seed`.
+    """Return a split of a subset of the stars.
 
-    Raises DatasetError if there is no such folder, or if a file has neither layout.
+    A subset that has no folder of its own is drawn from the full set with `seed`. Raises DatasetError if the full set
+    is missing as well, or if a file has neither layout.
     """
     folder = directory / f"{subset}_{seed}"
     drawn = not folder.is_dir()
@@ -218,8 +218,10 @@ def _prepared(batch: pa.RecordBatch, where: str, first: int) -> StarSet:
 
 
 def _matrices(column: pa.Array, width: int, what: str) -> list[NDArray[np.float32]]:
-    """Return a column of lists of `width` numbers as arrays [n, width], one per row. Raises DatasetError for other
-    columns."""
+    """Return a column of lists of `width` numbers as arrays [n, width], one per row.
+
+    Raises DatasetError for other columns.
+    """
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
         raise DatasetError(f"{what} is {column.type}, not a list of lists of numbers")
     rows = _numbers(column.flatten(), width, what)

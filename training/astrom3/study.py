@@ -171,8 +171,10 @@ def _configured(config: Study, seed: int, name: str, **others: Any) -> AstroM3Ru
 
 
 def _compare_keys(config: Study, seed: int) -> dict[str, float]:
-    """Return the effect of random keys on the pre-trained network and on the photometry classifier that started from
-    it."""
+    """Return the effect of random keys on two networks, by name.
+
+    The networks are the pre-trained one and the photometry classifier that started from it.
+    """
     pretraining, classifier = _pretraining(config, seed), _classifier(config, seed, "photo", CLIP)
     network, photometry = load_network(pretraining.out / CHECKPOINT), load_network(classifier.out / CHECKPOINT)
     assert isinstance(network, AstroM3)
@@ -183,8 +185,10 @@ def _compare_keys(config: Study, seed: int) -> dict[str, float]:
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown table of means and standard deviations over the seeds, in per cent, and of the paired
-    differences."""
+    """Return a Markdown table of the results, in per cent.
+
+    It holds means and standard deviations over the seeds, and those of the paired differences.
+    """
     lines = [
         "| classifier | figure | from scratch | from CLIP | difference | seeds better |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -1,9 +1,9 @@
-"""Knowledge distillation: a small network, the student, learns from a larger one, the teacher, which labels augmented
-images as they are made.
+"""Knowledge distillation: a small network, the student, learns from a larger one, the teacher.
 
-Student and teacher see the same image, and no image is repeated, so the student learns the teacher's function (Beyer et
-al. 2022, arXiv:2106.05237). Besides the score, the student learns to predict intermediate maps and the embedding of the
-teacher: a thousand numbers per image instead of one (hints: Romero et al. 2015, arXiv:1412.6550).
+The teacher labels augmented images as they are made. Student and teacher see the same image, and no image is repeated,
+so the student learns the teacher's function (Beyer et al. 2022, arXiv:2106.05237). Besides the score, the student
+learns to predict intermediate maps and the embedding of the teacher: a thousand numbers per image instead of one
+(hints: Romero et al. 2015, arXiv:1412.6550).
 
 The result depends on inputs, seed and number of threads only, whether or not training was interrupted.
 """
@@ -43,8 +43,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """A layer of the teacher that a layer of the student learns to predict; each is given by its depth in `features`
-    (see `_LayerOutput`)."""
+    """A layer of the teacher that a layer of the student learns to predict.
+
+    Each layer is given by its depth in `features` (see `_LayerOutput`).
+    """
 
     student: int
     teacher: int
@@ -200,8 +202,10 @@ def make_images(
 
 
 def _chance_to_be_drawn(score: Tensor, bogus_share: float) -> NDArray[np.float64]:
-    """Return probabilities [N] that sum to 1; alerts with a negative logit in `score` [N, 1] have a total of
-    `bogus_share`."""
+    """Return the probability that each alert is drawn, float64[N]; the sum is 1.
+
+    Alerts with a negative logit in `score` [N, 1] have a total probability of `bogus_share`.
+    """
     bogus = score[:, 0].numpy() < 0
     chance: NDArray[np.float64] = np.where(bogus, bogus_share / bogus.sum(), (1 - bogus_share) / (~bogus).sum())
     return chance

@@ -122,10 +122,10 @@ class Detections:
 
 
 def load_lsst(inputs: Sequence[Path], schemas: str | None) -> tuple[Seen, RawAlerts]:
-    """Return all LSST alerts of files, folders and archives that have a reliability, each alert id once, and the same
-    alerts as decoded (cutouts of DECODED_SIZE).
+    """Return all LSST alerts that have a reliability, each alert id once.
 
-    Raises DatasetError if none is of LSSTCam.
+    `inputs` are files, folders and archives. The second result holds the same alerts as decoded, with cutouts of
+    DECODED_SIZE. Raises DatasetError if no alert is of LSSTCam.
     """
     packets = read_packets(inputs)
     decoder = Decoder(
@@ -232,8 +232,10 @@ def _numbers(table: pa.Table, name: str) -> NDArray[np.float64]:
 
 
 def load_ztf(inputs: Sequence[Path], teacher: Part) -> Seen:
-    """Return ZTF alerts at half-size pixels, with drb as their target, or the score of `teacher` where drb is
-    missing."""
+    """Return ZTF alerts at half-size pixels, with their target.
+
+    The target of an alert is its drb, or the score of `teacher` if drb is missing.
+    """
     alerts = load_alerts(inputs, DECODED_SIZE, ("drb",))
     network = load_network(teacher.card.architecture, load_file(teacher.directory / WEIGHTS))
     score = run_over(network, teacher.card.inputs.images, alerts)[0][:, 0].sigmoid()

@@ -59,8 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, or resume training, evaluate and write the bundle. Raises TrainingError or DatasetError before training if
-    the input cannot be used."""
+    """Train, or resume training, evaluate and write the bundle.
+
+    Raises TrainingError or DatasetError before training if the input cannot be used.
+    """
     refuse_existing(arguments.out)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -99,8 +101,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _read_card(card: Path) -> tuple[Architecture, str]:
-    """Return the architecture of an encoder and the images that it learnt from. Raises TrainingError if it has no
-    readable card."""
+    """Return the architecture of an encoder and the images that it learnt from.
+
+    Raises TrainingError if the encoder has no readable card.
+    """
     try:
         said = yaml.safe_load(card.read_bytes())
         return Architecture.model_validate(said["architecture"]), str(said["galaxies"])

@@ -177,8 +177,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Fit, evaluate and write the bundle. Raises TrainingError or DatasetError before fitting if the input cannot be
-    used."""
+    """Fit, evaluate and write the bundle.
+
+    Raises TrainingError or DatasetError before fitting if the input cannot be used.
+    """
     refuse_existing(arguments.out)
     torch.set_num_threads(1)
     real = open_bundle(arguments.real).part("ztf")
@@ -234,8 +236,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def simulate(size: int, labels: Labels) -> tuple[Alerts, NDArray[np.int64]]:
-    """Return simulated alerts of the classes of SIMULATED_KINDS, with cutouts of `size` px, and their class indices
-    int64[N]."""
+    """Return simulated alerts of the classes of SIMULATED_KINDS, and their class indices int64[N].
+
+    The alerts have cutouts of `size` px.
+    """
     class_of = {}
 
     def packets() -> Iterator[Packet]:
@@ -248,8 +252,10 @@ def simulate(size: int, labels: Labels) -> tuple[Alerts, NDArray[np.int64]]:
 
 
 def classes_of(alerts: Alerts, labels: Labels) -> NDArray[np.int64]:
-    """Return the class index of each alert, int64[N], UNLABELLED without a label. Raises DatasetError if no alert has
-    one."""
+    """Return the class index of each alert, int64[N]; UNLABELLED for an alert without a label.
+
+    Raises DatasetError if no alert has a label.
+    """
     keys = zip(alerts.alert_id.tolist(), alerts.object_id.tolist(), strict=True)
     label = np.array([labels.label_of.get(labels.key_of(*key), UNLABELLED) for key in keys])
     if (label == UNLABELLED).all():
@@ -288,8 +294,11 @@ def see(network: StampNetClasses, inputs: Inputs, alerts: Alerts) -> tuple[Tenso
 def evidence_of(
     network: StampNetClasses, inputs: Inputs, alerts: Alerts, metadata: NDArray[np.float64], symmetry: int = 0
 ) -> Tensor:
-    """Return the evidence [N, D] of alerts with `metadata` [N, F] in place of their own, and with their images turned
-    by one of the SYMMETRIES."""
+    """Return the evidence [N, D] that the network collects on alerts.
+
+    `metadata` [N, F] replaces the metadata of the alerts. `symmetry`: index into SYMMETRIES of the rotation or
+    reflection of the images.
+    """
     images = torch.from_numpy(prepare_images(alerts.cutouts, alerts.cutout_box, inputs.images))
     turned = torch.rot90(images, symmetry % 4, (-2, -1))
     oriented = turned.flip(-1) if symmetry >= SYMMETRIES // 2 else turned
@@ -349,8 +358,10 @@ def fit(examples: Examples) -> Fitted:
 
 
 def fit_member(unit: Tensor, label: NDArray[np.int64], weight: NDArray[np.float64], seed: int) -> nn.Sequential:
-    """Return one perceptron, fitted to standardised copies `unit` [copies, N, D] of alerts that are drawn by
-    `weight` [N]."""
+    """Fit one perceptron to standardised copies `unit` [copies, N, D] of alerts.
+
+    The alerts are drawn in proportion to `weight` [N].
+    """
     torch.manual_seed(seed)
     member = nn.Sequential(
         nn.Dropout(INPUT_DROPOUT),
@@ -398,8 +409,10 @@ def merge(members: Sequence[nn.Sequential], adjustment: Adjustment) -> nn.Sequen
 
 
 def cross_validate(examples: Examples) -> NDArray[np.float64]:
-    """Return class scores of the real alerts, float64[V, N, C]; each is scored by a classifier that was fitted without
-    the alert's fold of objects."""
+    """Return class scores of the real alerts, float64[V, N, C], by cross-validation.
+
+    Each alert is scored by a classifier that was fitted without the alert's fold of objects.
+    """
     real = ~examples.simulated
     fold = np.where(real, 0, UNLABELLED)
     fold[real] = folds_of(examples.object_id[real])
@@ -441,8 +454,10 @@ def adjust(scores: NDArray[np.float64], label: NDArray[np.int64]) -> Adjustment:
 def adjust_crosswise(
     scores: NDArray[np.float64], object_id: NDArray[np.str_], label: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return adjusted scores [V, N, C] and the prior of each alert, [N, C]; each fold of objects is adjusted with the
-    other folds."""
+    """Return adjusted scores [V, N, C] and the prior of each alert, [N, C].
+
+    The adjustment of a fold of objects is fitted to the other folds.
+    """
     fold = folds_of(object_id)
     adjusted, prior = np.empty_like(scores), np.empty(scores.shape[1:])
     for one in range(FOLDS):
@@ -481,8 +496,10 @@ def evaluate(
 def figures(
     scores: NDArray[np.float64], classes: Sequence[str], object_id: NDArray[np.str_], label: NDArray[np.int64]
 ) -> dict[str, float | int | str]:
-    """Return ROC AUCs of `scores` [N, C], each class against the rest, and recalls, with bootstrap intervals over
-    objects."""
+    """Return ROC AUCs and recalls of `scores` [N, C], by name, with bootstrap intervals over objects.
+
+    Each class is compared with all other classes.
+    """
     predictions = _predictions(scores, classes, object_id, label)
     each = weights_by_object(object_id)
 
@@ -583,8 +600,10 @@ def architecture_of(inputs: Inputs, labels: Labels) -> Architecture:
 
 
 def _columns(train: Alerts) -> tuple[MetadataColumn, ...]:
-    """Return the columns, each with a flag for missing values, which are replaced by the column's median, or by
-    NO_SOURCE_ARCSEC in a column of distances."""
+    """Return the metadata columns, each with a flag for missing values.
+
+    A missing value is replaced by the column's median, or by NO_SOURCE_ARCSEC in a column of distances.
+    """
     medians = np.nanmedian(train.metadata, axis=0)
     return tuple(
         MetadataColumn(name=name, fill=NO_SOURCE_ARCSEC if name in DISTANCES else float(median), flag=True)

@@ -83,8 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, evaluate and write the bundle. Raises TrainingError or DatasetError before training if the input cannot be
-    used."""
+    """Train, evaluate and write the bundle.
+
+    Raises TrainingError or DatasetError before training if the input cannot be used.
+    """
     refuse_existing(arguments.out)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -136,9 +138,9 @@ def check_rated(test: Alerts) -> None:
 def evaluate(
     network: nn.Module, teacher: nn.Module, images: ImageInput, seen: Alerts, unseen: Alerts
 ) -> dict[str, float | int | str]:
-    """Return the card's figures on alerts of held-out objects: against the survey's drb, and, including packets without
-    drb, against the teacher.
+    """Return the card's figures on alerts of held-out objects, by name.
 
+    The network is compared with the survey's drb, and with the teacher on all packets, also those without drb.
     `teachers_agreement` is the teacher's agreement with drb, the upper limit for the student. `seen_agreement` is the
     student's agreement with the teacher on the training alerts.
     """

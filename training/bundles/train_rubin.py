@@ -88,8 +88,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The hyperparameters. They were chosen by cross-validations on the same alerts, so figures on the card are
-    optimistic."""
+    """The hyperparameters of the training.
+
+    They were chosen by cross-validations on the same alerts, so figures on the card are optimistic.
+    """
 
     seed: int
     steps: int
@@ -337,8 +339,10 @@ def metadata_logit(network: MetadataNet, metadata: Tensor) -> NDArray[np.float64
 
 
 def unrelated(visit: NDArray[np.int64], object_id: NDArray[np.str_], seed: int) -> NDArray[np.int64]:
-    """Return the fold of each alert, int64[N]: alerts that share a visit or an object, also through others, share a
-    fold. Folds have about the same number of alerts."""
+    """Return the fold of each alert, int64[N]; folds have about the same number of alerts.
+
+    Alerts that share a visit or an object, directly or through other alerts, are in the same fold.
+    """
     visits, of_visit = np.unique(visit, return_inverse=True)
     _, of_object = np.unique(object_id, return_inverse=True)
     links = coo_array((np.ones(len(visit)), (of_visit, len(visits) + of_object)), shape=(2 * len(visit) + 1,) * 2)
@@ -355,8 +359,11 @@ def unrelated(visit: NDArray[np.int64], object_id: NDArray[np.str_], seed: int) 
 def held_out_logits(
     lsstcam: Seen, detections: Detections, begun: Sequence[_Learner], test: NDArray[np.bool_], recipe: Recipe
 ) -> dict[str, Tensor]:
-    """Return `logits`: the mean logits of images and of metadata, float64[M, 2], for the M alerts of `test` bool[N], of
-    networks that saw none of their visits and objects."""
+    """Return the held-out logits of the M alerts of `test` bool[N], by name.
+
+    `logits` float64[M, 2]: mean logits of images and of metadata, by networks that saw no alert of the same visits or
+    objects.
+    """
     train, unseen = lsstcam[~test], lsstcam[test]
     rows = ~np.isin(detections.visit, unseen.visit) & ~np.isin(detections.object_id, unseen.object_id)
     logits = np.zeros((len(unseen), 2))
@@ -384,8 +391,10 @@ def joined(logits: NDArray[np.float64], real: NDArray[np.bool_], fold: NDArray[n
 
 
 def tree_logit(lsstcam: Seen, fold: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return held-out logits float64[N] of extremely randomised trees (Geurts et al. 2006), which learnt the
-    reliability from the same metadata."""
+    """Return held-out logits, float64[N], of extremely randomised trees (Geurts et al. 2006).
+
+    The trees learnt the reliability from the same metadata as the network.
+    """
     told, reliability = derive(lsstcam.metadata).numpy(), lsstcam.real.numpy()
     share = np.empty(len(told))
     for one in np.unique(fold).tolist():

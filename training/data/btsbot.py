@@ -127,8 +127,10 @@ def rows_of(splits: Sequence[PublishedSplit], at_once: int) -> Iterator[tuple[Pu
 
 
 def _length(filled: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return the number of pixels before the trailing filled ones along the last axis; the whole axis if all are
-    filled."""
+    """Return the number of pixels before the trailing filled ones, along the last axis.
+
+    It is the length of the axis if all pixels are filled.
+    """
     trailing = np.argmin(filled[..., ::-1], axis=-1)
     return np.asarray(filled.shape[-1] - trailing)
 

@@ -259,11 +259,10 @@ def build_published(folder: Path, version: str, out: Path) -> Dataset:
 def assign_splits(
     object_id: NDArray[np.str_], label: NDArray[np.int64], classes: Sequence[str], rule: SplitRule
 ) -> NDArray[np.int64]:
-    """Return the split of each of N alerts, int64[N], an index into SPLITS: all alerts of an object in one split, every
-    class in each split.
+    """Return the split of each of N alerts, int64[N], an index into SPLITS.
 
-    The result does not depend on the order of the alerts. Raises DatasetError if a class has fewer sources than there
-    are splits.
+    All alerts of an object are in one split, and every class is in each split. The result does not depend on the order
+    of the alerts. Raises DatasetError if a class has fewer sources than there are splits.
     """
     side_of: dict[str, int] = {}
     for name, sources in zip(classes, sources_by_class(object_id, label, len(classes), rule.seed), strict=True):
@@ -388,8 +387,10 @@ def _write_published(directory: Path, splits: Sequence[btsbot.PublishedSplit]) -
 
 
 def _labelled(alerts: AlertBatch, chosen: NDArray[np.bool_], labels: Labels, seen: set[int]) -> dict[str, Any]:
-    """Return the columns of a shard for those alerts that are `chosen` bool[N], have a label and were not `seen`
-    before."""
+    """Return the columns of a shard, by name, for the alerts that belong in it.
+
+    An alert belongs in it if it is `chosen` bool[N], has a label, and was not `seen` before.
+    """
     ids = alerts.alert_id.tolist()
     names = [name or f"alert {alert}" for alert, name in zip(ids, alerts.object_id, strict=True)]  # a separate source
     rows = []

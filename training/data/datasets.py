@@ -218,8 +218,10 @@ class Dataset:
         return all(f"{POINTS}offsets" in arrays for arrays in self._arrays)
 
     def missing_planes(self, inputs: Inputs) -> tuple[Plane, ...]:
-        """Return the planes that a network with these inputs needs and that the data set lacks, although a survey of
-        its alerts publishes them."""
+        """Return the planes that a network with these inputs needs and that the data set lacks.
+
+        Planes that no survey of the data set publishes are not counted.
+        """
         published = set(self.card.surveys) & {str(survey) for survey in SURVEYS_WITH_PLANES}
         return tuple(plane for plane in inputs.planes if published and plane not in self.card.planes)
 
@@ -228,8 +230,9 @@ class Dataset:
         name: Literal["cutouts", "cutout_box", "metadata", "mjd", "survey", "variance", "psf"],
         rows: NDArray[np.int64],
     ) -> NDArray[Any]:
-        """Return one array of the shards for the alerts in `rows` int64[n], in that order, copied into memory: [n,
-        ...].
+        """Return one array of the shards for the alerts in `rows` int64[n], in the order of `rows`.
+
+        The array [n, ...] is a copy in memory.
         """
         shard_of = np.searchsorted(self._starts, rows, side="right") - 1
         first = self._arrays[0][name]
@@ -283,8 +286,10 @@ class View:
         return self.dataset.read(self.rows)
 
     def metadata(self, columns: Sequence[str]) -> NDArray[np.float64]:
-        """Return the columns named `columns`, float64[N, F], NaN where missing. Raises DatasetError if one is
-        absent."""
+        """Return the columns named `columns`, float64[N, F], NaN where a value is missing.
+
+        Raises DatasetError if a column is absent.
+        """
         known = self.dataset.card.columns
         if missing := [name for name in columns if name not in known]:
             raise DatasetError(f"{self.dataset.directory}: the metadata columns {', '.join(missing)} are missing")
@@ -328,10 +333,9 @@ def sha256_of(*arrays: NDArray[Any]) -> str:
 
 
 def open_shard(file: Path) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a shard by name, read-only and memory-mapped. Light curves are stored under POINTS, as in
-    `LightCurves`.
+    """Return the arrays of a shard by name, read-only and memory-mapped.
 
-    Raises DatasetError if the file is truncated.
+    Light curves are stored under POINTS, as in `LightCurves`. Raises DatasetError if the file is truncated.
     """
     try:
         batch = pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0)
@@ -395,8 +399,10 @@ class Alerts:
 
 
 def no_plane(n: int, size: int) -> NDArray[np.float32]:
-    """Return the planes of n alerts of ZTF, which publishes none: NaN of shape [n, 3, size, size] that takes no
-    memory, read-only."""
+    """Return the planes of n alerts of ZTF, which publishes none.
+
+    The array is NaN of shape [n, 3, size, size], read-only, and takes no memory.
+    """
     return np.broadcast_to(np.float32(np.nan), (n, len(CUTOUTS), size, size))
 
 
@@ -434,8 +440,10 @@ def decode_alerts(packets: Iterator[Packet], source: str, cutout_size: int, colu
 
 
 def held_out(object_id: NDArray[np.str_], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Return a mask bool[N]: True for the alerts of a random `fraction` of the objects, which are held out from
-    training."""
+    """Return a mask bool[N]: True for the alerts that are held out from training.
+
+    They are all alerts of a random `fraction` of the objects.
+    """
     objects = np.unique(object_id)
     chosen = np.random.default_rng(seed).permutation(objects)[: round(fraction * len(objects))]
     return np.isin(object_id, chosen)

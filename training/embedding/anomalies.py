@@ -1,9 +1,9 @@
-"""`anomalies`: measures how well alerts of a held-out class are found as anomalies, by the embedding and by other
-methods.
+"""`anomalies`: measures how well alerts of a held-out class are found as anomalies.
 
-Each class in turn is left out of the embedder's training, of the ordinary alerts that form the reference, and of the
-training of the isolation forests. The split is by object, so that no judged ordinary alert shares an object with the
-reference. The figures that compare measures on the validation split use other objects than all other figures.
+The embedding is compared with other methods. Each class in turn is left out of the embedder's training, of the ordinary
+alerts that form the reference, and of the training of the isolation forests. The split is by object, so that no judged
+ordinary alert shares an object with the reference. The figures that compare measures on the validation split use other
+objects than all other figures.
 """
 
 from __future__ import annotations
@@ -196,10 +196,10 @@ def leave_out(
 def held_out_of_each(
     object_id: NDArray[np.str_], label: NDArray[np.int64], share: float, seed: int
 ) -> NDArray[np.bool_]:
-    """Return a mask bool[N]: True for alerts of a random fraction of the objects of each class, so that rare classes
-    are included.
+    """Return a mask bool[N]: True for alerts of a random fraction of the objects of each class.
 
-    An object whose alerts have several labels counts for the class of its first alert.
+    The fraction is drawn within each class, so that rare classes are included. An object whose alerts have several
+    labels counts for the class of its first alert.
     """
     objects, first, index = np.unique(object_id, return_index=True, return_inverse=True)
     chosen = np.zeros(len(objects), np.bool_)
@@ -221,10 +221,10 @@ def new_network(trunk: LoadedPart, seed: int) -> AlertEmbedder:
 def by_embedding(
     embedding: Embeddings, seen: NDArray[np.bool_], others: NDArray[np.bool_], label: NDArray[np.int64]
 ) -> dict[str, NDArray[np.float64]]:
-    """Return the scores float64[N] of embeddings [N, D] by name, for each distance measure and each combination of
-    parts.
+    """Return the scores float64[N] of embeddings [N, D], by name.
 
-    `seen`: the ordinary alerts of the reference; `others`: held-out ordinary alerts that standardise the distances.
+    There is one name for each distance measure and each combination of parts. `seen`: the ordinary alerts of the
+    reference; `others`: held-out ordinary alerts that standardise the distances.
     """
     scores: dict[str, NDArray[np.float64]] = {}
     for measure in get_args(Measure):
@@ -317,11 +317,11 @@ def as_markdown(
     resampled: Mapping[str, Values],
     known: Mapping[str, float] | None = None,
 ) -> str:
-    """Return the page: what was done, how well each class is found, and the advantage of two measures over the
-    isolation forests.
+    """Return the page of results, in Markdown.
 
-    The two measures are the served one, and the embedding's best one on validation, by `found`. `known`: the result of
-    `trials`.
+    It says what was done, how well each class is found, and how much better two measures are than the isolation
+    forests: the served measure, and the measure of the embedding that is the best on validation, by `found`. `known`:
+    the result of `trials`.
     """
     names = [case.name for case in cases]
 

@@ -29,8 +29,10 @@ class Contrast(nn.Module):
         self.log_scale = nn.Parameter(torch.full((len(self.pairs),), FIRST_LOGIT_SCALE).log())
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Return the sum of the losses over the available pairs, for vectors [N, M, D] of length 1, or 0 where
-        missing."""
+        """Return the sum of the losses over the available pairs of modalities.
+
+        `vectors` [N, M, D]: vectors of length 1, or 0 where a modality is missing.
+        """
         there = (vectors != 0).any(dim=2)
         logits = []
         for (i, j), scale in zip(self.pairs, self.log_scale.exp().clamp(1, MAX_LOGIT_SCALE), strict=True):

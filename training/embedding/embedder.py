@@ -121,8 +121,9 @@ class SpectrumEncoder(nn.Module):
 
 
 def show(network: AlertEmbedder, alerts: RawAlerts, inputs: Inputs, symmetries: int = SYMMETRIES) -> Shown:
-    """Return the preprocessed alerts and the trunk's features for `symmetries` orientations, both computed as in
-    serving.
+    """Return the preprocessed alerts and the trunk's features for `symmetries` orientations.
+
+    Both are computed as in serving.
     """
     prepared = {name: torch.from_numpy(array) for name, array in prepare(alerts, inputs).items()}
     images, trunk = prepared["images"], network.trunk.eval()
@@ -192,8 +193,10 @@ def embed(network: AlertEmbedder, alerts: Shown) -> Tensor:
 def _see(
     network: AlertEmbedder, spectrum: SpectrumEncoder | None, alerts: Shown, recipe: Recipe, generator: Generator
 ) -> Tensor:
-    """Return an augmented view of the alerts in every modality, [N, M, size]: rotated, with masked columns and dropped
-    points."""
+    """Return an augmented view of the alerts in every modality, [N, M, size].
+
+    Images are rotated, metadata columns are masked, and points of light curves are dropped.
+    """
     n = len(alerts)
     symmetry = torch.randint(alerts.features.shape[1], (n,), generator=generator)
     features = alerts.features[torch.arange(n), symmetry]
@@ -208,8 +211,10 @@ def _see(
 
 
 def _forget(mask: Tensor, generator: Generator) -> Tensor:
-    """Drop a random fraction (0 to 1) of the points in each mask [N, L]; the last point, the alert's own, is always
-    kept."""
+    """Drop a random fraction (0 to 1) of the points in each mask [N, L].
+
+    The last point, which is the alert itself, is always kept.
+    """
     left = torch.rand(mask.shape, generator=generator) < torch.rand(len(mask), 1, generator=generator)
     last = mask.cumsum(1) == mask.sum(1, keepdim=True)
     return mask * (left | last)

@@ -1,7 +1,7 @@
-"""Probes: classifiers on a frozen embedding, linear or by nearest neighbours, that measure how well classes can be read
-from it.
+"""Probes: classifiers on a frozen embedding, linear or by nearest neighbours.
 
-Both weight all classes equally, and all objects of a class equally, however many alerts they have.
+They measure how well classes can be read from the embedding. Both weight all classes equally, and all objects of a
+class equally, however many alerts they have.
 """
 
 from __future__ import annotations
@@ -68,10 +68,9 @@ def fit_classes(layer: nn.Linear, features: Tensor, object_id: NDArray[np.str_],
 def nearest(
     train: NDArray[np.float32], label: NDArray[np.int64], object_id: NDArray[np.str_], test: NDArray[np.float32]
 ) -> NDArray[np.int64]:
-    """Return the class of each of `test` [K, D], int64[K], by the weighted vote of its NEIGHBOURS nearest in `train`
-    [N, D] (cosine).
+    """Return the class of each embedding of `test` [K, D], int64[K], by its NEIGHBOURS nearest in `train` [N, D].
 
-    `label` int64[N] and `object_id` [N] belong to `train`.
+    The neighbours, by cosine similarity, have a weighted vote. `label` int64[N] and `object_id` [N] belong to `train`.
     """
     weight = object_weights(object_id, label)
     unit_train, unit_test = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test))

@@ -1,10 +1,9 @@
-"""`suspects`: lists the alerts or stars whose labels are most likely wrong, for a person to inspect. It changes no
-label.
+"""`suspects`: lists the alerts or stars whose labels are most likely wrong, for a person to inspect.
 
-The method is that of AstroM3 for misclassified and odd stars (Rizhko & Bloom 2024, arXiv:2411.08842): alerts are ranked
-by 1 minus the cosine similarity of their embedding to the centroid of their own class; odd ones are far from the
-centroids of all classes. The embedding is the served one, which is trained without labels, or that of a labelled set of
-embeddings, such as `astrom3-embed` writes.
+It changes no label. The method is that of AstroM3 for misclassified and odd stars (Rizhko & Bloom 2024,
+arXiv:2411.08842): alerts are ranked by 1 minus the cosine similarity of their embedding to the centroid of their own
+class; odd ones are far from the centroids of all classes. The embedding is the served one, which is trained without
+labels, or that of a labelled set of embeddings, such as `astrom3-embed` writes.
 """
 
 from __future__ import annotations
@@ -140,8 +139,10 @@ def find_suspects(
     *,
     odd: bool = False,
 ) -> Suspects:
-    """Rank alerts with embeddings [N, D] and labels [N] by their distance from their own class's centroid, or, if
-    `odd`, from the nearest one, descending."""
+    """Rank alerts with embeddings [N, D] and labels [N], the most suspect first.
+
+    The rank is by the distance from the centroid of the alert's own class or, if `odd`, from the nearest centroid.
+    """
     cosine = embedding.astype(np.float64) @ centroids(embedding, label).T
     cosine[:, np.bincount(label) == 0] = -np.inf  # a class without alerts has no centroid
     distance = 1 - cosine[np.arange(len(label)), label]

@@ -129,8 +129,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, evaluate and write the bundle. Raises TrainingError or DatasetError before training if the input cannot be
-    used."""
+    """Train, evaluate and write the bundle.
+
+    Raises TrainingError or DatasetError before training if the input cannot be used.
+    """
     refuse_existing(arguments.out)
     torch.set_num_threads(1)
     trunk = open_bundle(arguments.trunk).part("ztf")
@@ -279,8 +281,10 @@ def evaluate(
 def figures(
     prefix: str, right: dict[str, list[NDArray[np.bool_]]], label: NDArray[np.int64], weight: Weights
 ) -> dict[str, Values]:
-    """Return balanced accuracies (means if there are several networks) and the embedding's differences from them, for
-    weights [..., N]."""
+    """Return balanced accuracies, and the embedding's differences from them, for weights [..., N].
+
+    A value is a mean if there are several networks.
+    """
     accuracy = {
         name: np.mean([balanced_accuracy(each, label, weight) for each in several], axis=0)
         for name, several in right.items()

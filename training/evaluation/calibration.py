@@ -28,8 +28,9 @@ resample does not grow with the number of alerts. The estimate changes in its fi
 
 
 def logit_of(probability: NDArray[np.floating]) -> Floats:
-    """Return the logits of probabilities, float64 in the shape of `probability`, limited to those of LEAST and 1 -
-    LEAST.
+    """Return the logits of probabilities, float64 in the shape of `probability`.
+
+    Probabilities are limited to the range from LEAST to 1 - LEAST first.
     """
     bounded = probability.astype(np.float64).clip(LEAST, 1 - LEAST)
     logit: Floats = np.log(bounded / (1 - bounded))
@@ -68,10 +69,10 @@ def _grouped(logit: Floats, happened: NDArray[np.bool_], weight: Floats) -> tupl
 
 
 def _firth(unit: Floats, happened: NDArray[np.bool_], weight: Floats, start: Floats) -> Floats:
-    """Return intercept and slope, float64[R, 2], of Firth's logistic regression for weights [R, N], starting from
-    `start` [1, 2].
+    """Return intercept and slope of Firth's logistic regression, float64[R, 2], for weights [R, N].
 
-    They are NaN if all outcomes with a weight are equal, or if Newton's method does not converge.
+    Newton's method starts from `start` [1, 2]. The result is NaN if all outcomes with a weight are equal, or if the
+    method does not converge.
     """
     found = np.full((len(weight), 2), np.nan)
     rows = np.flatnonzero((weight @ happened > 0) & (weight @ ~happened > 0))

@@ -21,8 +21,10 @@ from training.evaluation.predictions import Predictions
 
 @dataclass(frozen=True, slots=True)
 class EvaluatedModel:
-    """A model's evaluation, and its figures in every resample of the objects; the resamples are the same for all
-    models."""
+    """A model's evaluation, and its figures in every resample of the objects.
+
+    The resamples are the same for all models.
+    """
 
     title: str
     evaluation: Evaluation

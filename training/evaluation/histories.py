@@ -45,11 +45,11 @@ class Histories:
         return cls(first, predictions.truth[first], saved)
 
     def measure(self, weight: Weights) -> dict[str, Values]:
-        """Return `<policy>.purity` and `<policy>.completeness` for weights [..., N] of alerts that are equal within an
-        object.
+        """Return `<policy>.purity` and `<policy>.completeness` for weights [..., N] of alerts.
 
-        Purity is the fraction of saved objects that are true; completeness is the fraction of true objects that are
-        saved. The result is empty unless both true and other objects are there, because purity would be meaningless.
+        The weights are equal within an object. Purity is the fraction of saved objects that are true; completeness is
+        the fraction of true objects that are saved. The result is empty unless both true and other objects are there,
+        because purity would be meaningless.
         """
         true, weight = self.truth == 1, weight[..., self.first]
         if true.all() or not true.any():

@@ -33,8 +33,10 @@ _MISSED_NAMES = tuple(f"fpr_at_fnr_{share * 100:.0f}" for share in MISSED)
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Weight of positive and negative alerts at or above each of T distinct scores, descending; the first entry is
-    0."""
+    """Weight of positive and negative alerts at or above each of T distinct scores.
+
+    Scores are in descending order; the first entry is 0.
+    """
 
     positive: Values  # [..., T + 1]
     negative: Values  # [..., T + 1]
@@ -56,8 +58,10 @@ class Ranking:
 
     @property
     def roc_auc(self) -> Values:
-        """Probability that a positive alert scores above a negative one, ties counting half (Mann-Whitney U / n1
-        n0)."""
+        """The probability that a positive alert scores above a negative one.
+
+        Ties count half (Mann-Whitney U / n1 n0).
+        """
         return np.asarray(np.trapezoid(self.recall, self.false_positive_rate, axis=-1))
 
     @property
@@ -111,10 +115,10 @@ def measure(predictions: Predictions, weight: Weights) -> dict[str, Values]:
 
 
 def trials(predictions: Predictions, weight: Weights) -> dict[str, Values]:
-    """Return the number of objects behind each metric of `measure`, for weights [..., N] that sum to 1 over each
-    object.
+    """Return the number of objects behind each metric of `measure`, by name.
 
-    For a mean over the classes, it is the harmonic mean of the classes' numbers.
+    `weight` [..., N] sums to 1 over each object. For a mean over the classes, the number is the harmonic mean of the
+    classes' numbers.
     """
     decided = predictions.decided
     of_label = {}
@@ -180,8 +184,10 @@ def _over_labels(
 
 
 def confusion(predictions: Predictions, weight: Weights) -> Values:
-    """Return the confusion matrix [..., C, C]: weight of the alerts of each true class (rows) predicted as each
-    class."""
+    """Return the confusion matrix [..., C, C], for weights [..., N].
+
+    An entry is the weight of the alerts of a true class (row) that are predicted as a class (column).
+    """
     c = len(predictions.classes)
     cell = predictions.truth * c + predictions.decided
     in_cell: Values = weight @ np.eye(c * c)[cell]
@@ -221,10 +227,10 @@ class Reliability:
 
     @property
     def expected_error(self) -> Values:
-        """The expected calibration error (ECE; Guo et al. 2017, eq. 3): the mean absolute difference between prediction
-        and frequency.
+        """The expected calibration error (ECE; Guo et al. 2017, eq. 3).
 
-        It is biased upwards if bins hold few alerts, and more so in resamples, so its interval is shifted upwards.
+        It is the mean absolute difference between prediction and frequency. It is biased upwards if bins hold few
+        alerts, and more so in resamples, so its interval is shifted upwards.
         """
         distance = np.nan_to_num(np.abs(self.said - self.happened))
         return ratio((self.weight * distance).sum(axis=-1), self.weight.sum(axis=-1))

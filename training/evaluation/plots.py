@@ -129,8 +129,10 @@ def data_efficiency(series: Mapping[str, Sequence[EvaluatedModel]]) -> str:
 
 
 def _curves(models: Sequence[EvaluatedModel], draw: Callable[..., None], x: str, y: str) -> str:
-    """Return curves with one panel per label and one line per model; `draw` draws a label's ranking against the
-    rest."""
+    """Return curves, as SVG, with one panel per label and one line per model.
+
+    `draw` draws the ranking of a label against all other labels.
+    """
     labels = models[0].predictions.labels
     figure, panels = _panels(len(labels))
     for axes, label in zip(panels, labels, strict=True):

@@ -57,8 +57,11 @@ class Predictions:
         return yes_or_most.astype(np.int64)
 
     def write(self, path: Path) -> None:
-        """Write a Parquet file: ids, magnitude, name of the true class, one column of probabilities per label, and the
-        embedding as fixed-size lists."""
+        """Write the predictions as a Parquet file.
+
+        Its columns are the ids, the magnitude, the name of the true class, one column of probabilities per label, and
+        the embedding as fixed-size lists.
+        """
         columns: dict[str, object] = {name: getattr(self, name) for name in COLUMNS[:-1]}
         columns["truth"] = np.array(self.classes)[self.truth]
         columns |= {PROBABILITY + label: self.probabilities[:, c] for c, label in enumerate(self.labels)}
@@ -69,8 +72,10 @@ class Predictions:
 
     @classmethod
     def read(cls, path: Path, classes: Sequence[str], threshold: float) -> Predictions:
-        """Read a file that `write` wrote. Raises EvaluationError if the file is not such a table, or has other
-        classes."""
+        """Read a file that `write` wrote.
+
+        Raises EvaluationError if the file is not such a table, or has other classes.
+        """
         try:
             table = pq.read_table(path)
         except (OSError, pa.ArrowException) as error:

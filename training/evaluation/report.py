@@ -151,8 +151,10 @@ def _differences_table(models: Sequence[EvaluatedModel]) -> Table:
 
 
 def verdict(difference: Estimate, name: str) -> str:
-    """Return a difference as text, with * if it is significant and positive for the model, with † if it is significant
-    and negative."""
+    """Return a difference as text, with a mark if it is significant.
+
+    The mark is * if the difference is positive for the model, and † if it is negative.
+    """
     if difference.low is None or difference.high is None or difference.low <= 0 <= difference.high:
         return str(difference)
     return f"{difference} {'*' if (difference.low > 0) != (name in SMALLER_IS_BETTER) else '†'}"

@@ -39,11 +39,11 @@ class Calibration:
 def fit_calibration(
     logits: NDArray[np.float64], label: NDArray[np.int64], unweighted: NDArray[np.float64]
 ) -> Calibration:
-    """Return the most likely scale and shifts of logits [N, P] for class indices `label` [N], after `unweighted` is
-    added.
+    """Return the most likely scale and shifts of logits [N, P] for class indices `label` [N].
 
-    P = 1 means the logit of the second of two classes. Firth's penalised likelihood (1993, Biometrika 80, 27) gives
-    finite estimates for few alerts, and also if the logits separate the classes.
+    `unweighted` is added to the logits before they are scaled. P = 1 means the logit of the second of two classes.
+    Firth's penalised likelihood (1993, Biometrika 80, 27) gives finite estimates for few alerts, and also if the logits
+    separate the classes.
     """
     values = torch.from_numpy(logits + unweighted)
     if values.shape[1] == 1:

@@ -31,8 +31,10 @@ other folds."""
 
 
 def last_layer(network: nn.Module) -> nn.Linear:
-    """Return the layer that computes the logits. Raises TrainingError if the network's `head` does not end with a
-    linear layer."""
+    """Return the layer that computes the logits.
+
+    Raises TrainingError if the network's `head` does not end with a linear layer.
+    """
     head = getattr(network, "head", None)
     layer = head[-1] if isinstance(head, nn.Sequential) and len(head) else head
     if not isinstance(layer, nn.Linear):

@@ -56,10 +56,10 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def chosen_to_train(view: View, n_classes: int, recipe: Recipe) -> View:
-    """Return the alerts that the recipe trains on: a fraction of each class's sources, with at most N_max alerts of
-    each source.
+    """Return the alerts that the recipe trains on.
 
-    For one seed, the selection of a smaller fraction is a subset of that of a larger one.
+    They are a fraction of each class's sources, with at most N_max alerts of each source. For one seed, the selection
+    of a smaller fraction is a subset of that of a larger one.
     """
     sources = sources_by_class(view.object_id, view.label, n_classes, recipe.seed)
     kept = np.concatenate([names[: max(1, round(recipe.fraction * len(names)))] for names in sources])
@@ -88,19 +88,21 @@ def corrupt(view: View) -> NDArray[np.bool_]:
 
 
 def class_weights(label: NDArray[np.int64], n_classes: int, *, balance: bool) -> Tensor:
-    """Return the weight of an alert of each class, float32[C]; with `balance`, all classes have the same total
-    weight."""
+    """Return the weight of an alert of each class, float32[C].
+
+    With `balance`, all classes have the same total weight.
+    """
     count = np.bincount(label, minlength=n_classes)
     weights = len(label) / (n_classes * np.maximum(count, 1)) if balance else np.ones(n_classes)
     return torch.from_numpy(weights.astype(np.float32))
 
 
 class Classifier(Learner):
-    """A learner with binary cross-entropy (two classes, alerts of the second weighted) or weighted cross-entropy (more
-    classes).
+    """A learner with a weighted cross-entropy loss, which is binary for two classes.
 
-    `frozen`: modules whose weights stay fixed; `frozen_mode`: mode of these modules while the others are trained. In
-    evaluation mode their batch statistics stay fixed as well.
+    Of two classes, only the loss of alerts of the second is weighted. `frozen`: modules whose weights stay fixed;
+    `frozen_mode`: mode of these modules while the others are trained. In evaluation mode their batch statistics stay
+    fixed as well.
     """
 
     def __init__(

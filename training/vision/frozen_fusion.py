@@ -1,5 +1,4 @@
-"""Frozen fusion: the branches of a network are trained separately, lose their heads, and are frozen while the joint
-head is trained.
+"""Frozen fusion: joins separately trained branches of a network, frozen and without their heads, by a new joint head.
 
 `frozen_fusion`, `um_nn` and their training in https://github.com/nabeelre/BTSbot; Rehemtulla et al. 2025
 (arXiv:2512.11957).

@@ -246,7 +246,9 @@ def _loader(
 
 
 def _prepare(galaxies: AnsweredImages, rows: Rows, images: ImageInput) -> Tensor:
-    """Return the network's images [N, 3, S, S]. Their noise is estimated from the pixels, if the normalisation needs
-    it."""
+    """Return the network's images [N, 3, S, S].
+
+    Their noise is estimated from the pixels, if the normalisation needs it.
+    """
     variance = no_plane(len(rows), galaxies.images.shape[-1])
     return torch.from_numpy(prepare_images(galaxies.images[rows], galaxies.box[rows], images, variance))

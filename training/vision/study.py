@@ -115,8 +115,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Fit all unfinished runs. Raises TrainingError if a run's configuration is invalid, and at the end if runs
-    failed."""
+    """Fit all unfinished runs.
+
+    Raises TrainingError if a run's configuration is invalid, and at the end if runs failed.
+    """
     study = read_configuration(Study, arguments.study)
     study.out.mkdir(parents=True, exist_ok=True)
     runs = {one: configure(study, one) for one in plan(study)}

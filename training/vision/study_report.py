@@ -64,8 +64,10 @@ class Cell:
 
 
 def as_markdown(runs: Mapping[Choice, Sequence[Predictions]], planned: int) -> str:
-    """Return the tables of each data set. `runs`: predictions of each seed, by choice; `planned`: number of runs in the
-    whole grid."""
+    """Return the tables of each data set, in Markdown.
+
+    `runs`: predictions of each seed, by choice; `planned`: number of runs in the whole grid.
+    """
     cells = {choice: Cell.of(seeds) for choice, seeds in runs.items()}
     finished = sum(map(len, runs.values()))
     intro = (

@@ -71,8 +71,10 @@ def load_network(directory: Path) -> Network:
 
 
 def write_network(directory: Path, network: Network) -> None:
-    """Write a checkpoint that `load_network` and the published code can read. Raises OSError if it cannot be
-    written."""
+    """Write a checkpoint that `load_network` and the published code can read.
+
+    Raises OSError if a file cannot be written.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, directory / WEIGHTS)
     (directory / CONFIGURATION).write_text(network.arguments.model_dump_json(indent=2))

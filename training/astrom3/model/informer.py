@@ -70,8 +70,9 @@ class Informer(nn.Module):
         self.dropout = nn.Dropout(arguments.dropout)
 
     def forward(self, photometry: Tensor, mask: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Return the features float32[N, L * d_model] of photometry [N, L, enc_in] with the mask [N, L], 0 where
-        padded.
+        """Return the features of light curves, float32[N, L * d_model].
+
+        `photometry`: [N, L, enc_in]; `mask`: [N, L], 0 at padded points.
         """
         encoded: Tensor = self.dropout(self.encoder(self.enc_embedding(photometry), keys))
         return (encoded * mask.unsqueeze(-1)).flatten(1)
@@ -116,8 +117,9 @@ class ProbSparseAttention(nn.Module):
         self.out_projection = nn.Linear(arguments.d_model, arguments.d_model)
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Return the attention float32[N, L, width] of `x` [N, L, width]. `keys`: int64[L, active], or None for all
-        keys.
+        """Return the attention of `x` [N, L, width], float32[N, L, width].
+
+        `keys`: int64[L, active], the keys of each query; None stands for all keys.
         """
         n, length, width = x.shape
         depth = width // self.heads

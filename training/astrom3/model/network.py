@@ -24,8 +24,10 @@ MAX_LOGIT_SCALE = 100.0
 
 
 class AstroM3Arguments(CardSection):
-    """The arguments of an AstroM3, with the published names and defaults; an encoder's arguments have its letter as
-    prefix."""
+    """The arguments of an AstroM3, with the published names and defaults.
+
+    The arguments of an encoder have a prefix: the first letter of its modality.
+    """
 
     classification: bool = False
     num_classes: int = Field(default=10, gt=0, le=1000)

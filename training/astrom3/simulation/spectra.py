@@ -1,5 +1,4 @@
-"""Simulated LAMOST spectra: a black body with the lines and bands that distinguish stellar types, extinction, and
-noise.
+"""Simulated LAMOST spectra: a black body, the lines and bands of its stellar type, extinction and noise.
 
 Lines are Gaussians whose depths vary with temperature as along the MK sequence (Gray & Corbally 2009, "Stellar Spectral
 Classification"): qualitatively right, but not in every depth. No synthetic spectra are used.
@@ -118,10 +117,10 @@ def _depth(star: Variable, lines: Lines) -> float:
 def _profile(
     star: Variable, rest: NDArray[np.float64], lines: Lines, depth: float, width: float
 ) -> NDArray[np.float64]:
-    """Return the sum of the lines of a family, float64[m]. Rotation and the spectrograph broaden lines at constant
-    area.
+    """Return the sum of the lines of a family, float64[m].
 
-    `width`: standard deviation of a line in angstrom before the broadening.
+    Rotation and the spectrograph broaden lines at constant area. `width`: standard deviation of a line in angstrom
+    before the broadening.
     """
     profile = np.zeros_like(rest)
     for centre in lines.wavelengths:

@@ -268,8 +268,9 @@ def _pulsation(phase: Phases, skew: float) -> NDArray[np.float64]:
 
 
 def _eclipses(phase: Phases, width: float, ratio: float, ellipsoidal: float) -> NDArray[np.float64]:
-    """Return a curve at phases [n] with two eclipses and ellipsoidal variation; the second eclipse has `ratio` times
-    the depth.
+    """Return a curve at phases [n] with two eclipses and ellipsoidal variation.
+
+    The second eclipse has `ratio` times the depth of the first.
     """
     primary = np.exp(-0.5 * (((phase + 0.5) % 1 - 0.5) / width) ** 2)
     secondary = ratio * np.exp(-0.5 * ((phase - 0.5) / width) ** 2)
