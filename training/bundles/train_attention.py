@@ -23,17 +23,26 @@ from safetensors.torch import load_file
 
 from broker_filter.importers.encoders import load_encoder_weights
 from broker_filter.importers.write_bundle import write_bundle
-from broker_filter.scoring.bundle import WEIGHTS, Architecture, Description, Outputs, Part, Training, open_bundle
+from broker_filter.scoring.bundle import WEIGHTS, Architecture, Part, open_bundle
 from broker_filter.scoring.networks import build_network, load_network
 from training.arguments import positive, seed
 from training.bundles.distil import Recipe, distil
-from training.bundles.train_default import SPLIT_SEED, TEACHER, TEST_FRACTION, check_rated, data_sha256, evaluate
+from training.bundles.train_default import (
+    SPLIT_SEED,
+    TEACHER,
+    TEST_FRACTION,
+    check_rated,
+    data_sha256,
+    describe,
+    evaluate,
+)
 from training.checkpoint import beside
-from training.data.datasets import Alerts, held_out, load_alerts
+from training.data.datasets import held_out, load_alerts
 from training.errors import TrainingError, refuse_existing
 from training.recipe import ENCODER_CARD, ENCODER_WEIGHTS
 
-NAME = "attention"
+NAME, VERSION = "attention", "1.0"
+SOURCE = "training/bundles/train_attention.py"
 LEARNING_RATE = 5e-4
 """Peak learning rate of the distillation. Transformers need a lower one than `default`'s network."""
 WEIGHT_DECAY = 0.05
@@ -95,7 +104,9 @@ def run(arguments: argparse.Namespace) -> None:
         network = distil(network, teacher, images, train, recipe, checkpoint)
     evaluation = evaluate(network, teacher, images, train, test) | {"dataset_sha256": data_sha256(train)}
     log.info("on held-out objects: %s", evaluation)
-    write_bundle(arguments.out, _describe(bundle, architecture, origin, train, (long, short), evaluation), network)
+    method = _method(bundle, origin, long, short)
+    description = describe(NAME, VERSION, architecture, bundle, train, method, SOURCE, evaluation)
+    write_bundle(arguments.out, description, network)
     for checkpoint in checkpoints:
         checkpoint.unlink(missing_ok=True)
 
@@ -112,33 +123,11 @@ def _read_card(card: Path) -> tuple[Architecture, str]:
         raise TrainingError(f"{card}: not the card of an encoder that `pretrain` wrote: {error}") from error
 
 
-def _describe(
-    teacher: Part,
-    architecture: Architecture,
-    origin: str,
-    train: Alerts,
-    recipes: tuple[Recipe, Recipe],
-    evaluation: dict[str, float | int | str],
-) -> Description:
-    card, (long, short) = teacher.card, recipes
-    return Description(
-        name=NAME,
-        version="1.0",
-        task="real/bogus classification",
-        surveys=("ztf",),
-        inputs=card.inputs,
-        outputs=Outputs(labels=("real",), activation="sigmoid", thresholds={"real": 0.5}),
-        architecture=architecture,
-        licence="BSD-3-Clause",
-        source="training/bundles/train_attention.py of broker-filter",
-        citation=f"Teacher: {card.citation}",
-        training=Training(
-            method=f"The encoder was pre-trained on {origin}. Then knowledge distillation: {long.steps} steps of "
-            f"{long.batch} images at a peak learning rate of {long.learning_rate:g}, and {short.steps} at "
-            f"{short.learning_rate:g}; each image made on the fly from one or two real alerts and labelled by the "
-            f"teacher, {card.name} of {card.source}. AdamW, averaged weights, seed {long.seed}.",
-            data=f"{len(train)} public ZTF alerts. No person labelled them: the labels are the teacher's scores, so "
-            "the network inherits the teacher's errors.",
-            evaluation=evaluation,
-        ),
+def _method(teacher: Part, origin: str, long: Recipe, short: Recipe) -> str:
+    """Return how the network was trained, for the card."""
+    return (
+        f"The encoder was pre-trained on {origin}. Then knowledge distillation: {long.steps} steps of {long.batch} "
+        f"images at a peak learning rate of {long.learning_rate:g}, and {short.steps} at {short.learning_rate:g}; each "
+        "image made on the fly from one or two real alerts and labelled by the teacher, "
+        f"{teacher.card.name} of {teacher.card.source}. AdamW, averaged weights, seed {long.seed}."
     )

@@ -39,7 +39,8 @@ from training.errors import DatasetError, TrainingError, refuse_existing
 from training.evaluation.bootstrap import INTERVALS, as_card, estimate
 from training.evaluation.metrics import Values, Weights, rank, ratio
 
-VERSION = "2.0"
+NAME, VERSION = "default", "2.0"
+SOURCE = "training/bundles/train_default.py"
 ARCHITECTURE = Architecture(name="stampnet", arguments={"dropout": 0.0})
 """The student's architecture, without dropout: no image is repeated, so overfitting to single images is impossible."""
 TEACHER = "vgg6"
@@ -114,7 +115,9 @@ def run(arguments: argparse.Namespace) -> None:
     network = distil(network, teacher, images, train, recipe, checkpoint)
     evaluation = evaluate(network, teacher, images, train, test) | {"dataset_sha256": data_sha256(train)}
     log.info("on held-out objects: %s", evaluation)
-    write_bundle(arguments.out, describe(bundle, begun, train, recipe, evaluation), network)
+    method = _method(bundle, begun, recipe)
+    description = describe(NAME, VERSION, ARCHITECTURE, bundle, train, method, SOURCE, evaluation)
+    write_bundle(arguments.out, description, network)
     checkpoint.unlink(missing_ok=True)
 
 
@@ -218,34 +221,50 @@ def _sigmoid(logit: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def describe(
-    teacher: Part, begun: Part | None, train: Alerts, recipe: Recipe, evaluation: dict[str, float | int | str]
+    name: str,
+    version: str,
+    architecture: Architecture,
+    teacher: Part,
+    train: Alerts,
+    method: str,
+    source: str,
+    evaluation: dict[str, float | int | str],
 ) -> Description:
-    """Return the bundle's description for the card."""
+    """Return the description, for the card, of a network that is distilled from `teacher` on ZTF alerts.
+
+    `method`: how the network was trained; `source`: path of the program that trained it.
+    """
     card = teacher.card
-    beginning = f"Initialised with the weights of {begun.card.title}. " if begun else ""
     return Description(
-        name="default",
-        version=VERSION,
+        name=name,
+        version=version,
         task="real/bogus classification",
         surveys=("ztf",),
         inputs=card.inputs,
         outputs=Outputs(labels=("real",), activation="sigmoid", thresholds={"real": 0.5}),
-        architecture=ARCHITECTURE,
+        architecture=architecture,
         licence="BSD-3-Clause",
-        source="training/bundles/train_default.py of broker-filter",
+        source=f"{source} of broker-filter",
         citation=f"Teacher: {card.citation}",
         training=Training(
-            method=f"Knowledge distillation: {recipe.steps} steps of {recipe.batch} images, each made on the fly from "
-            "one "
-            "or two real alerts (symmetries, shifts, noise, a difference moved to another template) and labelled by "
-            f"the teacher, {card.name} of {card.source}. Besides the score, a map and the embedding of the teacher are "
-            f"learnt. {beginning}AdamW, peak learning rate {recipe.learning_rate:g}, averaged weights, seed "
-            f"{recipe.seed}. The hints were chosen by validation on training objects alone; the architecture and other "
-            "settings were chosen earlier on another random split of the same alerts, so the figures are slightly "
-            "optimistic. A threshold of 0.5 corresponds to drb > 0.5; 0.3 loses fewer real alerts, 0.8 passes fewer "
-            "bogus ones: see purity and completeness.",
+            method=method,
             data=f"{len(train)} public ZTF alerts of {len(np.unique(train.object_id))} objects. No person labelled "
             "them: the labels are the teacher's scores, so the network inherits the teacher's errors.",
             evaluation=evaluation,
         ),
+    )
+
+
+def _method(teacher: Part, begun: Part | None, recipe: Recipe) -> str:
+    """Return how the network was trained, for the card."""
+    beginning = f"Initialised with the weights of {begun.card.title}. " if begun else ""
+    return (
+        f"Knowledge distillation: {recipe.steps} steps of {recipe.batch} images, each made on the fly from one or two "
+        "real alerts (symmetries, shifts, noise, a difference moved to another template) and labelled by the teacher, "
+        f"{teacher.card.name} of {teacher.card.source}. Besides the score, a map and the embedding of the teacher are "
+        f"learnt. {beginning}AdamW, peak learning rate {recipe.learning_rate:g}, averaged weights, seed {recipe.seed}. "
+        "The hints were chosen by validation on training objects alone; the architecture and other settings were "
+        "chosen earlier on another random split of the same alerts, so the figures are slightly optimistic. A "
+        "threshold of 0.5 corresponds to drb > 0.5; 0.3 loses fewer real alerts, 0.8 passes fewer bogus ones: see "
+        "purity and completeness."
     )
