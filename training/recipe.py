@@ -24,7 +24,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from broker_filter.config import Section
-from broker_filter.scoring.bundle import Architecture, ImageInput, ModelName, describe_problems
+from broker_filter.packets.batch import PSF_SIZE
+from broker_filter.scoring.bundle import Architecture, ImageInput, ModelName, PsfInput, describe_problems
 from training.atomic_write import write_whole
 from training.errors import TrainingError
 
@@ -133,7 +134,7 @@ class Fit(Section):
     dataset: Path = Field(description="Directory of a data set that build-dataset wrote.")
     out: Path = Field(description="Directory for checkpoints, logs, the bundle and its predictions.")
     architecture: Architecture = Field(
-        description="Architecture without the arguments `labels` and `metadata`, which are set here."
+        description="Architecture without the arguments `labels`, `metadata` and `psf`, which are set here."
     )
     encoder: Encoder | None = Field(default=None, description="Pre-trained encoder; absent: random weights.")
     metadata: tuple[str, ...] = Field(
@@ -141,11 +142,29 @@ class Fit(Section):
         description="Metadata columns that the network takes besides the images; -999 replaces missing values.",
     )
     images: ImageInput = PUBLISHED_IMAGES
+    psf: PsfInput | None = Field(
+        default=None,
+        description="PSF images that the network takes as further channels of its images; absent: none. Their size is "
+        "that of the images. A pre-trained encoder has no such channels.",
+    )
     recipe: Recipe = Recipe()
     hardware: Hardware = Hardware()
     logs: tuple[Literal["csv", "tensorboard"], ...] = ("csv",)
     licence: str = "unstated"
     citation: str = "none"
+
+    @model_validator(mode="after")
+    def _joins_psf_and_images(self) -> Self:
+        if self.psf is None:
+            return self
+        if self.psf.size != self.images.size:
+            raise ValueError(
+                f"psf.size ({self.psf.size}) must be images.size ({self.images.size}), since PSF images are further "
+                f"channels of the images; choose at most {PSF_SIZE} for both"
+            )
+        if self.encoder is not None:
+            raise ValueError("psf cannot be used with encoder: pre-trained weights have no channels for PSF images")
+        return self
 
 
 def read_configuration(kind: type[Configuration], file: Path) -> Configuration:

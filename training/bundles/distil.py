@@ -28,7 +28,7 @@ from broker_filter.scoring.bundle import ImageInput
 from broker_filter.scoring.preprocess import prepare_images
 from training.bundles.augment import augment
 from training.checkpoint import Checkpoint, Part
-from training.data.datasets import Alerts
+from training.data.datasets import Alerts, no_plane
 
 MAX_LOGIT = 8.0
 """Largest absolute value of a logit in the loss (error probability 1 in 3,000). Logits beyond it are clipped, because
@@ -190,7 +190,10 @@ def _images(inputs: ImageInput, alerts: Alerts) -> Tensor:
 def make_images(
     inputs: ImageInput, alerts: Alerts, chance: NDArray[np.float64], n: int, rng: Generator
 ) -> NDArray[np.float32]:
-    """Return `n` augmented and preprocessed images of alerts drawn with probabilities `chance` [N]."""
+    """Return `n` augmented and preprocessed images of alerts drawn with probabilities `chance` [N].
+
+    The images have no variance planes, as ZTF publishes none: a normalisation by noise estimates it from the pixels.
+    """
     first, second = rng.choice(len(alerts), (2, n), p=chance)
     with np.errstate(over="ignore", invalid="ignore"):  # real images contain pixels of 3.4e38
         made = np.stack(
@@ -198,7 +201,7 @@ def make_images(
         )
     size = made.shape[-1]
     whole = np.broadcast_to(np.array([0, 0, size, size], np.int16), (n, 3, 4))
-    return prepare_images(made, whole, inputs)
+    return prepare_images(made, whole, inputs, no_plane(n, size))
 
 
 def _chance_to_be_drawn(score: Tensor, bogus_share: float) -> NDArray[np.float64]:

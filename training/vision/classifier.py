@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from broker_filter.scoring.bundle import Inputs
-from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
+from broker_filter.scoring.preprocess import prepare
 from training.data.datasets import View, sources_by_class
 from training.learner import Learner, loader
 from training.recipe import Hardware, Optimisation, Recipe
@@ -23,7 +23,8 @@ from training.recipe import Hardware, Optimisation, Recipe
 ALERTS_AT_ONCE = 256
 
 Shown = tuple[Tensor, Tensor, Tensor]
-"""A batch of N alerts: images float32[N, C, S, S], metadata float32[N, F], class indices int64[N]."""
+"""A batch of N alerts: images float32[N, C, S, S], metadata float32[N, F], class indices int64[N]. PSF images are the
+last channels of the images."""
 
 
 class ShownAlerts(torch.utils.data.Dataset[Shown]):
@@ -39,9 +40,9 @@ class ShownAlerts(torch.utils.data.Dataset[Shown]):
     def __getitems__(self, rows: Sequence[int]) -> Shown:
         """Return the batch of these rows; called by torch's DataLoader."""
         alerts = self.view[np.array(rows)].read()
-        images = prepare_images(alerts.cutouts, alerts.cutout_box, self.inputs.images, alerts.variance)
-        metadata = prepare_metadata(alerts.metadata, alerts.columns, self.inputs.metadata)
-        return torch.from_numpy(images), torch.from_numpy(metadata), torch.from_numpy(alerts.label)
+        prepared = {name: torch.from_numpy(array) for name, array in prepare(alerts.raw, self.inputs).items()}
+        images = torch.cat([prepared["images"], prepared["psf"]], dim=1) if "psf" in prepared else prepared["images"]
+        return images, prepared.get("metadata", torch.empty(len(rows), 0)), torch.from_numpy(alerts.label)
 
 
 def alerts_loader(

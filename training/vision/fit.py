@@ -42,8 +42,8 @@ THRESHOLD = 0.5
 """Recommended threshold of a binary classifier that was trained without class weights: above it, the label is more
 probable than not."""
 FITTED = ("btsbot_cnn", "stampnet", "timm", "vgg6")
-"""Networks that can be fitted to any labels: they take images and optionally metadata. Other networks have fixed labels
-or other inputs."""
+"""Networks that can be fitted to any labels: they take images, and some also metadata or PSF images. Other networks
+have fixed labels or other inputs."""
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def fit(config: Fit) -> None:
             f"{config.images.size} px: build it with --cutout-size {config.images.size}"
         )
     dataset.check_pixels(config.images)
-    if planes := dataset.missing_planes(Inputs(images=config.images)):
+    if planes := dataset.missing_planes(Inputs(images=config.images, psf=config.psf)):
         raise DatasetError(
             f"{config.dataset}: it lacks planes that the network needs: build it with --planes {' '.join(planes)}"
         )
@@ -108,8 +108,9 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
                 )
     train = chosen_to_train(train, len(classes), config.recipe)
     _check_arguments(config)
-    inputs = Inputs(images=config.images, metadata=_columns(train, config.metadata))
-    extra = {"labels": len(labels)} | ({"metadata": inputs.shapes()["metadata"][0]} if config.metadata else {})
+    inputs = Inputs(images=config.images, metadata=_columns(train, config.metadata), psf=config.psf)
+    shapes = inputs.shapes()
+    extra = {"labels": len(labels)} | {name: shapes[name][0] for name in ("metadata", "psf") if name in shapes}
     architecture = Architecture(name=config.architecture.name, arguments={**config.architecture.arguments, **extra})
     torch.manual_seed(config.recipe.seed)
     network = build_network(architecture)
@@ -167,15 +168,16 @@ def _cut(calibration: Calibration) -> float:
 
 
 def _check_arguments(config: Fit) -> None:
-    """Raise TrainingError if the network does not take the labels and metadata of the data set."""
+    """Raise TrainingError if the network does not take the labels, metadata and PSF images of the data set."""
     name = config.architecture.name
     if name not in NETWORKS:
         return  # `build_network` raises the error
     if name not in FITTED:
         raise TrainingError(f"network {name!r} cannot be fitted to labels: choose one of {', '.join(FITTED)}")
-    if config.metadata and "metadata" not in arguments_of(name):
-        others = ", ".join(other for other in FITTED if "metadata" in arguments_of(other))
-        raise TrainingError(f"network {name!r} takes only images: omit `metadata`, or choose one of {others}")
+    for argument, wanted in (("metadata", config.metadata), ("psf", config.psf)):
+        if wanted and argument not in arguments_of(name):
+            others = ", ".join(other for other in FITTED if argument in arguments_of(other))
+            raise TrainingError(f"network {name!r} takes no {argument}: omit `{argument}`, or choose one of {others}")
 
 
 def _columns(train: View, columns: Sequence[str]) -> tuple[MetadataColumn, ...]:

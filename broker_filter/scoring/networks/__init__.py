@@ -1,8 +1,8 @@
 """Network architectures: one self-contained file each, with source and licence in the header.
 
-A network takes its inputs in the order of `Inputs.shapes` (images, metadata, light curve, light-curve mask; those that
-the card has) and returns logits [N, C] and the embedding [N, D] in one pass. A network that joins M modalities also
-returns them, [N, M, D / M]. Importing this package imports torch.
+A network takes its inputs in the order of `Inputs.shapes` (images, metadata, light curve, light-curve mask, PSF images;
+those that the card has) and returns logits [N, C] and the embedding [N, D] in one pass. A network that joins M
+modalities also returns them, [N, M, D / M]. Importing this package imports torch.
 """
 
 from __future__ import annotations

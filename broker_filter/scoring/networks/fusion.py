@@ -12,19 +12,23 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+CUTOUTS = 3
+"""Image channels of an encoder without PSF images."""
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Encoder(nn.Module):
-    """Images [N, 3, S, S] -> features [N, `features`]."""
+    """Images [N, 3 + `psf`, S, S] -> features [N, `features`]. The last `psf` channels are images of the PSF."""
 
     features: int
+    psf: int = 0
 
 
 class FusionNetwork(nn.Module):
     """Images [N, 3, S, S] and, if `metadata` > 0, raw metadata [N, F] -> logits [N, labels] and the embedding [N, D].
 
-    The embedding is the input of the head: the encoder's features, followed by those of the metadata branch.
+    The embedding is the input of the head: the encoder's features, followed by those of the metadata branch. An encoder
+    with PSF channels sees the PSF images [N, P, S, S] as further channels of the images.
 
     `metadata`: F, the number of columns. `hidden`, `metadata_hidden`: widths of the dense layers of the head and of the
     metadata branch. `fusion`: `joint` if branches and head are trained together; `frozen` if the branches were trained
@@ -67,11 +71,17 @@ class FusionNetwork(nn.Module):
             nn.Linear(hidden[1], labels),
         )
 
-    def forward(self, images: Tensor, metadata: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the logits [N, labels] and the embedding [N, D] of images [N, 3, S, S] and raw metadata [N, F]."""
+    def forward(self, images: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits [N, labels] and the embedding [N, D] of images [N, 3, S, S].
+
+        `others`: raw metadata [N, F] and PSF images [N, P, S, S], as far as the network takes them. In training, the
+        images already have the PSF images as further channels, so that both are rotated together.
+        """
+        if self.encoder.psf and images.shape[1] == CUTOUTS:
+            images = torch.cat([images, others[-1]], dim=1)
         embedding = self.encoder(images)
         if self.metadata_branch is not None:
-            embedding = torch.cat([embedding, self.metadata_branch(metadata)], dim=1)
+            embedding = torch.cat([embedding, self.metadata_branch(others[0])], dim=1)
         return self.head(embedding), embedding
 
 

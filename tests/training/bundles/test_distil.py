@@ -15,6 +15,7 @@ from broker_filter.config import Runtime
 from broker_filter.importers.braai import read_weights
 from broker_filter.scoring.bundle import WEIGHTS, Architecture, open_bundle
 from broker_filter.scoring.networks import build_network, load_network
+from broker_filter.scoring.preprocess import prepare_images
 from broker_filter.scoring.scorer import open_model
 from training.__main__ import main
 from training.bundles.augment import augment
@@ -47,6 +48,16 @@ def alerts() -> Alerts:
         metadata=np.empty((12, 0)),
         columns=(),
     )
+
+
+def test_images_in_units_of_their_noise_are_made_as_they_are_served(alerts: Alerts) -> None:
+    snr = INPUTS.model_copy(update={"normalisation": "snr"})
+    made = make_images(snr, alerts, np.full(12, 1 / 12), 48, np.random.default_rng(1))
+    served = prepare_images(alerts.cutouts, alerts.cutout_box, snr, alerts.raw.variance)
+    assert np.isfinite(made).all()
+    for channel in range(3):
+        spreads = [np.median(np.std(images[:, channel], axis=(1, 2))) for images in (made, served)]
+        assert spreads[0] == pytest.approx(spreads[1], rel=0.5)
 
 
 def student() -> nn.Module:

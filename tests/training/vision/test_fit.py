@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pyarrow import parquet
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
 
 from broker_filter.config import Runtime
 from broker_filter.scoring.alerts import RawAlerts
-from broker_filter.scoring.bundle import WEIGHTS, Architecture, BundleError, open_bundle
-from broker_filter.scoring.labels import Labels
-from broker_filter.scoring.networks import build_network
+from broker_filter.scoring.bundle import WEIGHTS, Architecture, BundleError, ImageInput, PsfInput, open_bundle
+from broker_filter.scoring.labels import Labels, read_labels
+from broker_filter.scoring.networks import build_network, load_network
 from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.scorer import open_model
+from broker_filter.simulate import SCHEMAS, simulate_night
 from training.data.build_dataset import build_dataset
 from training.data.datasets import Dataset
 from training.errors import DatasetError, TrainingError
 from training.learner import BEST, LAST, Learner, orient, read_checkpoint
 from training.recipe import PUBLISHED_IMAGES, Fit, Hardware, Recipe, read_configuration
-from training.vision.classifier import Classifier, class_weights, corrupt
+from training.vision.calibrate import logits_of
+from training.vision.classifier import Classifier, ShownAlerts, class_weights, corrupt
 from training.vision.fit import BUNDLE, fit
 from training.vision.frozen_fusion import MetadataClassifier
 
 TINY = Architecture(name="btsbot_cnn", arguments={"channels": (4, 8), "kernel": 3, "hidden": (16, 8)})
+SNR_IMAGES = ImageInput(size=31, order=("science", "template", "difference"), normalisation="snr", padding=0)
+PSF = PsfInput(size=31, order=("difference",), normalisation="peak", fallback_fwhm={"lsst": 5.0, "ztf": 2.0})
 ONE_CORE = Hardware(accelerator="cpu", devices=1, threads=1)
 
 
@@ -43,6 +49,26 @@ def config(night_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> 
         return Fit(name=name, hardware=ONE_CORE, **{**keys, **changes})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def lsst_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Simulated alerts of LSST with their planes, labelled by truth."""
+    directory = tmp_path_factory.mktemp("lsst")
+    alerts = list(simulate_night(80, seed=3, survey="lsst"))
+    for alert in alerts:
+        (directory / f"{alert.alert_id}.avro").write_bytes(alert.packet)
+    table = directory / "labels.csv"
+    rows = (f"{alert.alert_id},{'real' if alert.is_real else 'bogus'}\n" for alert in alerts)
+    table.write_text("alert_id,truth\n" + "".join(rows))
+    return build_dataset(
+        sorted(directory.glob("*.avro")),
+        read_labels(table, "truth"),
+        directory / "set",
+        cutout_size=31,
+        planes=("variance", "psf"),
+        schema_registry=str(SCHEMAS),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +203,35 @@ def test_frozen_fusion_that_is_killed_between_branches_gives_the_same_result(
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(killed).items())
 
 
+@pytest.mark.parametrize("metadata", [(), ("snr",)])
+def test_psf_images_are_seen_in_training_and_in_serving(
+    config: Callable[..., Fit], lsst_dataset: Dataset, metadata: tuple[str, ...]
+) -> None:
+    wanted = config(
+        f"psf{len(metadata)}",
+        dataset=lsst_dataset.directory,
+        architecture=Architecture(name="timm", arguments={"backbone": "test_convnext", "hidden": (16, 8)}),
+        images=SNR_IMAGES,
+        psf=PSF,
+        metadata=metadata,
+    )
+    fit(wanted)
+    model = open_model(str(wanted.out / BUNDLE), Runtime(engine="onnxruntime", device="cpu", inference_threads=1))
+    part = model.parts[0]
+    assert part.inputs.psf == PSF
+    assert part.bundle.card.architecture.arguments["psf"] == 1
+    validation = lsst_dataset["validation"]
+    raw = validation.read().raw
+    shown = ShownAlerts(validation, part.inputs).__getitems__(range(len(validation)))
+    network = load_network(part.bundle.card.architecture, weights(wanted))
+    probabilities = 1 / (1 + np.exp(-logits_of(network, [shown])))
+    assert shown[0].shape[1:] == (4, 31, 31)
+    assert part.run(raw)["probabilities"] == pytest.approx(probabilities, abs=1e-4)
+    assert raw.psf is not None
+    wider = replace(raw, psf=np.full_like(raw.psf, np.nan))  # the fallback: a Gaussian of 5 px
+    assert np.abs(part.run(wider)["probabilities"] - probabilities).max() > 1e-3
+
+
 def test_an_epoch_with_too_small_an_improvement_is_not_kept(config: Callable[..., Fit]) -> None:
     """BTSbot's code requires an improvement of 0.5 %; this test requires one of nearly the whole loss."""
     recipe = Recipe(epochs=6, warm_up_epochs=1, batch=16, learning_rate=3e-3, seed=1, patience=2, least_improvement=0.9)
@@ -230,8 +285,10 @@ def test_wrong_configurations_are_refused(config: Callable[..., Fit], fitted: Fi
         fit(config("large", images=PUBLISHED_IMAGES.model_copy(update={"size": 64})))
     with pytest.raises(TrainingError, match="no training alert has a value of reliability"):
         fit(config("empty", metadata=("reliability",)))
-    with pytest.raises(TrainingError, match=r"'vgg6' takes only images: omit `metadata`, or choose one of .*timm"):
+    with pytest.raises(TrainingError, match=r"'vgg6' takes no metadata: omit `metadata`, or choose one of .*timm"):
         fit(config("vgg6", architecture=Architecture(name="vgg6"), metadata=("magpsf",)))
+    with pytest.raises(TrainingError, match="'btsbot_cnn' takes no psf: omit `psf`, or choose one of timm"):
+        fit(config("psf", images=SNR_IMAGES, psf=PSF))
     with pytest.raises(TrainingError, match="'acai' cannot be fitted to labels: choose one of btsbot_cnn"):
         fit(config("acai", architecture=Architecture(name="acai"), metadata=("magpsf",)))
     with pytest.raises(BundleError, match="'vgg6' does not take depth: its arguments are labels"):
@@ -253,6 +310,12 @@ def test_wrong_configurations_are_refused(config: Callable[..., Fit], fitted: Fi
         match=r"dataset: Field required.*warm_up_epochs \(30\) must be fewer than epochs \(25\).*epochs: Extra inputs",
     ):
         read_configuration(Fit, file)
+    for changes, problem in (
+        ({"psf": PSF}, r"psf\.size \(31\) must be images\.size \(63\)"),
+        ({"psf": PSF, "images": SNR_IMAGES, "encoder": {"regimen": "x", "source": "y"}}, "psf cannot be used with enc"),
+    ):
+        with pytest.raises(ValidationError, match=problem):
+            config("psf", **changes)
     file.write_text("recipe: {betas: [0.9, 1]}\nhardware: {devices: 0}\n")
     with pytest.raises(TrainingError, match=r"recipe\.betas\.1: .*less than 1; hardware\.devices\..*greater than 0"):
         read_configuration(Fit, file)
