@@ -56,7 +56,10 @@ def command_line() -> str:
 
 
 def _parsers(commands: argparse.Action) -> Iterator[tuple[int, CommandParser, str]]:
-    """Each parser below `commands`, with its depth, 0 for the outermost, and its line in the list of commands."""
+    """Yield each parser below `commands`, with its depth and its line in the list of commands.
+
+    The outermost parsers have the depth 0.
+    """
     assert isinstance(commands, argparse._SubParsersAction)
     helps = {choice.dest: choice.help or "" for choice in commands._choices_actions}
     for name, parser in commands.choices.items():
@@ -190,7 +193,7 @@ def output_schema() -> str:
 
 
 def _avro_records(path: str, schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each record type in a schema, with the path of the field that holds it."""
+    """Yield each record type in a schema, with the path of the field that holds it."""
     match schema:
         case list():
             for branch in schema:
@@ -273,7 +276,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Plain text in which backquotes mark code, as one line of Markdown."""
+    """Return plain text, in which backquotes mark code, as one line of Markdown."""
     pieces = CODE.split(" ".join(text.split()))
     return "".join(piece if CODE.fullmatch(piece) else MARKUP.sub(r"\\\1", piece) for piece in pieces)
 

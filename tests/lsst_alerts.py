@@ -29,12 +29,12 @@ NEW_IN_11_1: dict[str, str] = {
 
 
 def base_schema(schemas: Path = SCHEMAS, schema_id: int = 1000) -> Definition:
-    """The definition of a schema with all its types; by default the simulator's schema 10.0."""
+    """Return the definition of a schema with all its types; by default the simulator's schema 10.0."""
     return copy.deepcopy(open_registry(schemas).get(schema_id).definition)
 
 
 def extended(definition: Definition, version: str, fields: Mapping[str, str] = NEW_IN_11_1) -> Definition:
-    """A copy of the schema of alerts under the name of `version` ("11_1"), with nullable fields added to diaSource."""
+    """Return a copy of the alert schema, named `version` ("11_1"), with nullable fields added to diaSource."""
     text = json.dumps(definition).replace(f'"{namespace(definition)}', f'"lsst.v{version}')
     new: Definition = json.loads(text)
     [source] = [entry["type"] for entry in new["fields"] if entry["name"] == "diaSource"]
@@ -43,7 +43,7 @@ def extended(definition: Definition, version: str, fields: Mapping[str, str] = N
 
 
 def namespace(definition: Definition) -> str:
-    """The namespace of a schema, such as lsst.v10_0."""
+    """Return the namespace of a schema, such as lsst.v10_0."""
     return str(definition.get("namespace") or definition["name"].rpartition(".")[0])
 
 
@@ -55,19 +55,19 @@ def _simulated(n: int) -> list[Record]:
 
 
 def simulated_records(n: int = 40) -> list[Record]:
-    """Simulated alerts, as fastavro reads them."""
+    """Return simulated alerts, as fastavro reads them."""
     return copy.deepcopy(_simulated(n))
 
 
 def wire_packet(record: Record, definition: Definition, schema_id: int) -> bytes:
-    """The record in Confluent wire format. Fields that it lacks have the schema's default, or else zero."""
+    """Return the record in Confluent wire format. An absent field is null, or zero if it cannot be null."""
     stream = io.BytesIO()
     fastavro.schemaless_writer(stream, fastavro.parse_schema(definition), _filled(record, definition, {}))
     return wire.frame(schema_id, stream.getvalue())
 
 
 def _filled(value: Any, type_: Any, named: dict[str, Any]) -> Any:
-    """The value, with a value for each field that it lacks in the records of `type_`."""
+    """Return the value; absent fields of the records of `type_` are null, or zero if they cannot be null."""
     if isinstance(type_, list):
         if value is None and "null" in type_:
             return None

@@ -17,7 +17,7 @@ INFLATE, PARSE, FLOPS, NO_WORK, RUNTIME = "inflate", "parse", "FLOPs", "no work"
 """Floors: each does only a part of the necessary work; see `floors`."""
 _SCHEDULED = 2
 LEAST_S = 0.25
-"""Shorter work is repeated for so many seconds, to average over the resolution of clocks and the scheduler's slices."""
+"""Seconds for which shorter work is repeated, to average over the clock's resolution and the scheduler's slices."""
 
 
 class BenchmarkError(BrokerFilterError, RuntimeError):

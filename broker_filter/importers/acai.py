@@ -48,7 +48,7 @@ DENSE = {
 
 
 def import_acai(weights: Path, letter: str, name: str, out: Path) -> None:
-    """Write the bundle `name` into the new directory `out`. `letter`: which of CLASSES the file is.
+    """Write the bundle `name` into the new directory `out`. `letter`: key in CLASSES of the file's network.
 
     Raises BundleError if the file is not such a network.
     """

@@ -22,7 +22,7 @@ MAX_WEIGHTS_BYTES = 2**31
 
 
 class WeightsError(BrokerFilterError):
-    """A weights file cannot be used. The message says which, what is wrong and what to do."""
+    """A weights file cannot be used. The message says which file, what is wrong with it and what to do."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

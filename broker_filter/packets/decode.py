@@ -244,7 +244,7 @@ class Decoder:
         return self._decode(packets, math.inf)
 
     def decode_some(self, packets: Sequence[Packet]) -> tuple[AlertBatch, list[Reject]]:
-        """Decode as many of the first packets as fit into memory together, at least one; otherwise as `decode`.
+        """Decode as `decode` does, but only those first packets that fit into memory together, at least one.
 
         The memory limit is BATCH_BYTES_PER_PACKET x len(packets). `packets` of the returned batch holds the packets
         that were decoded; pass the remaining packets to the next call.

@@ -45,7 +45,7 @@ IN_MEMORY = FilePosition("<memory>")
 class Packet:
     """One Kafka message, or one piece of an archive that holds whole alerts. `data` is untrusted input.
 
-    `data`: an Avro object container file, or a record in Confluent wire format. `position`: where the bytes stood;
+    `data`: an Avro object container file, or a record in Confluent wire format. `position`: where the bytes were read;
     logs and tables quote it. `timestamp_ms`: the Kafka timestamp of the message (Unix milliseconds); None if it has
     none.
 

@@ -42,7 +42,7 @@ filters."""
 
 
 class LabelsError(BrokerFilterError):
-    """A table of labels, or a class, cannot be used. The message says which, what is wrong and what to do."""
+    """A table of labels, or a class, cannot be used. The message says what is wrong, where, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)

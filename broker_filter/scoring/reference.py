@@ -52,7 +52,7 @@ CARD = "card"
 
 
 class ReferenceSetError(BrokerFilterError):
-    """A reference set cannot be used or built. The message says which, what is wrong and what to do."""
+    """A reference set cannot be used or built. The message says which set, what is wrong with it and what to do."""
 
 
 class SurveyCounts(CardSection):

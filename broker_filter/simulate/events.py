@@ -248,7 +248,7 @@ def _magnitude(at: Circumstances, rng: np.random.Generator, brightest: float = -
 
 
 def _star(at: Circumstances, rng: np.random.Generator, brighter_by: float) -> float:
-    """Return the counts of a star that is brighter than the limiting magnitude by at least so many magnitudes."""
+    """Return the counts of a star that is at least `brighter_by` magnitudes brighter than the limiting magnitude."""
     instrument = at.conditions.instrument
     brightest = instrument.brightest + 1
     return instrument.counts(rng.uniform(brightest, max(at.conditions.limiting_magnitude - brighter_by, brightest)))

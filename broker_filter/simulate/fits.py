@@ -20,7 +20,7 @@ def primary_hdu(pixels: NDArray[np.floating], cards: dict[str, CardValue] | None
 
 
 def image_extension(pixels: NDArray[np.floating], name: str, cards: dict[str, CardValue] | None = None) -> bytes:
-    """Return an image extension HDU named `name`; otherwise as `primary_hdu`."""
+    """Return an image extension HDU named `name`. `cards`: header cards, as in `primary_hdu`."""
     return _hdu({"XTENSION": "IMAGE"}, pixels, {"PCOUNT": 0, "GCOUNT": 1, **(cards or {}), "EXTNAME": name})
 
 

@@ -129,7 +129,7 @@ class Reader:
 
 @pytest.fixture(autouse=True)
 def frequent_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let sources search for new topics each second: by default, a test would wait ten seconds for a new topic."""
+    """Let sources search for new topics every second: by default, a test would wait ten seconds for a new topic."""
     monkeypatch.setattr(kafka_days, "LOOK_INTERVAL_S", 1.0)
 
 

@@ -37,7 +37,7 @@ class Point(NamedTuple):
 
 
 def lsst_points(record: dict[str, Any]) -> tuple[Point, list[Point]]:
-    """The measurement of the alert, and all measurements with a flux up to its time."""
+    """Return the measurement of the alert, and all measurements with a flux up to its time."""
 
     def point(row: dict[str, Any], kind: str) -> Point:
         flux, error = (math.nan if row[name] is None else row[name] for name in ("psfFlux", "psfFluxErr"))
@@ -50,7 +50,10 @@ def lsst_points(record: dict[str, Any]) -> tuple[Point, list[Point]]:
 
 
 def curve_points(alerts: AlertBatch, i: int) -> tuple[Point, list[Point]]:
-    """The same for any survey, from the batch's light curve; its first detection at the alert's time is the alert."""
+    """Return the same as `lsst_points` for any survey, from the light curve of the batch.
+
+    The first detection at the time of the alert is the alert itself.
+    """
     curve, rows = alerts.light_curves, slice(*alerts.light_curves.offsets[i : i + 2].tolist())
     columns = (curve.mjd[rows], curve.band[rows], curve.flux[rows], curve.flux_err[rows], curve.kind[rows])
     kinds = {int(kind): kind.name.lower() for kind in Measurement}
@@ -63,7 +66,10 @@ def curve_points(alerts: AlertBatch, i: int) -> tuple[Point, list[Point]]:
 
 
 def expected(own: Point, points: list[Point], survey_first: float) -> dict[str, float]:
-    """The columns of one alert, as their definitions say. `survey_first`: the survey's time of the first detection."""
+    """Return the columns of one alert, as defined.
+
+    `survey_first`: the survey's time of the first detection.
+    """
     detections = [point for point in points if point.kind == "detection"]
     found = dict.fromkeys(OF_LSST, math.nan) | {"diffmaglim": 31.4 - 2.5 * math.log10(5 * own.error)}
     if not detections:
@@ -146,7 +152,7 @@ DETECTION, LIMIT, FORCED = (float(kind) for kind in Measurement)
 
 
 def summary(own: tuple[float, ...], *others: tuple[float, ...]) -> CurveSummary:
-    """The summary of one alert; each point is (mjd, band, flux, flux_err, kind)."""
+    """Return the summary of one alert; each point is (mjd, band, flux, flux_err, kind)."""
 
     def points(rows: list[tuple[float, ...]]) -> Points:
         return Points(np.full(len(rows), 7), *np.array(rows, dtype=np.float64).reshape(-1, 5).T)

@@ -46,7 +46,7 @@ def base(request: pytest.FixtureRequest) -> Definition:
 
 
 def registry_of(folder: Path, schemas: dict[int, Definition]) -> Path:
-    """A directory that stands for a registry with these schemas, by id."""
+    """Write the schemas into a directory that stands for a registry, and return the directory."""
     for schema_id, definition in schemas.items():
         (folder / f"{schema_id}.avsc").write_text(json.dumps(definition))
     return folder
@@ -241,7 +241,7 @@ def test_an_alert_may_have_dia_object_or_ss_source_or_both_or_neither(
 
 
 def babamul_packet(*, nested: bool) -> bytes:
-    """An LSST alert in the layout of Babamul, which has other fields than the survey's alert, and no cutouts."""
+    """Return an LSST alert in the layout of Babamul, with other fields than the survey's and without cutouts."""
     source = [("diaSourceId", "long"), ("midpointMjdTai", "double"), ("ra", "double"), ("dec", "double")]
     fields: list[dict[str, Any]] = [{"name": name, "type": type_} for name, type_ in source]
     values: dict[str, Any] = {"diaSourceId": 1, "midpointMjdTai": 61000.0, "ra": 1.0, "dec": 2.0}

@@ -115,7 +115,7 @@ def test_scores_do_not_depend_on_the_rest_of_the_batch(
 def test_larger_slots_give_the_same_scores(
     scorer: Scorer, make_batch: Callable[..., AlertBatch], test_vector: KnownAnswers
 ) -> None:
-    """Another model may need larger cutouts; ZTF's stamps are then at their top left."""
+    """If another model needs larger cutouts, the stamps of ZTF are at the top left of larger arrays."""
     slots = np.zeros((4, 3, 80, 80), np.float32)
     slots[..., :63, :63] = test_vector.cutouts
     scores = scorer.score(make_batch(slots, test_vector.cutout_box)).columns()["default.real"]

@@ -80,7 +80,7 @@ def test_decoder_reads_the_same_from_lsst_packets_as_fastavro_and_astropy(lsst_n
 
 
 def lsst_images(record: dict[str, Any], name: str) -> list[NDArray[np.floating]]:
-    """The pixels, the variance and the PSF of a cutout."""
+    """Return the pixels, the variance and the PSF of a cutout."""
     with fits.open(io.BytesIO(record[f"cutout{name}"])) as hdus:
         hdus.verify("exception")
         assert [hdu.name for hdu in hdus] == ["PRIMARY", "UNCERT", "PSFIMAGE"]

@@ -181,7 +181,7 @@ def test_annotation_holds_models_scores_and_time(make_alerts: Callable[..., Aler
 
 
 def anomalies_of(n: int) -> Anomalies:
-    """Return anomalies of n alerts: each third is flagged, each fifth is not judged, and each sixth has modalities."""
+    """Return anomalies of n alerts: every third is flagged, every fifth not judged, and every sixth has modalities."""
     rows = np.arange(n)
     score = np.where(rows % 5 == 4, np.nan, rows / 64).astype(np.float32)
     flag = (rows % 3 == 0) & (rows % 5 != 4)

@@ -6,9 +6,8 @@ of weights.
 
 If every object agrees on a fraction, such as a purity of 1, all resamples are equal and the bootstrap would give an
 interval of zero width. The interval is then that of Clopper & Pearson (1934, Biometrika 26, 404), with one trial for
-each object behind the fraction. For a ROC AUC the number of trials is that of the objects of the rarer class: so many
-disjoint pairs of a positive and a negative object can be formed, and each is a trial of whether the positive object
-ranks higher.
+each object behind the fraction. For a ROC AUC a trial is whether, of a positive and a negative object, the positive one
+ranks higher. Disjoint pairs are independent, and their number is that of the objects of the rarer class.
 """
 
 from __future__ import annotations

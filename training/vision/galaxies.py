@@ -1,4 +1,4 @@
-"""Galaxy images with morphological labels: from Galaxy Zoo (fractions of votes, or a class of each), or simulated.
+"""Galaxy images with morphological labels: from Galaxy Zoo (fractions of votes, or one class per galaxy), or simulated.
 
 Answers are fractions between 0 and 1, NaN where a question was not asked. Images have the format of alert cutouts: one
 band per channel, at the size that the network takes. Image files are untrusted: their sizes are checked before they are

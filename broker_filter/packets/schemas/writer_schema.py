@@ -103,7 +103,7 @@ def parse_schema(text: bytes | str, registry_id: int | None = None) -> WriterSch
 
 
 def writer_schema(definition: Any, registry_id: int | None = None) -> WriterSchema:
-    """Return the schema for JSON that is already parsed into Python values; otherwise as `parse_schema`."""
+    """Return the schema for JSON that is already parsed into Python values. See `parse_schema`."""
     if _is_deeper(definition, MAX_JSON_DEPTH):
         raise SchemaError(f"the schema's JSON nests deeper than {MAX_JSON_DEPTH}")
     if not isinstance(definition, dict) or definition.get("type") != "record":

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::astropy.io.fits.verify.VerifyWa
 
 VERSION = "v12_N100"
 LOOKED_AT, EVERY = 400, 3
-"""The number of shared packets, and one in so many that is used besides those of stamps at the edge of an image."""
+"""Number of shared packets that are read. Every third is used, and all with a stamp at the edge of an image."""
 BRIGHT = 19.0
 """Alerts brighter than this magnitude have the label 1."""
 STUDY = Path(__file__).parents[3] / "training" / "vision" / "studies" / "btsbot.yaml"
@@ -66,7 +66,7 @@ def triplet_of(record: dict[str, Any]) -> np.ndarray:
 
 
 def usable(record: dict[str, Any]) -> bool:
-    """Whether the published set has the alert: no cutout is empty, and every norm is finite."""
+    """Return whether the published set has the alert: no cutout is empty, and every norm is finite."""
     triplet = triplet_of(record)
     return bool(np.isfinite(triplet).all() and (np.abs(triplet) > 1e-8).any(axis=(0, 1)).all())
 
