@@ -27,12 +27,12 @@ from training.data.datasets import Dataset
 from training.errors import DatasetError, TrainingError
 from training.learner import BEST, LAST, Learner, orient, read_checkpoint
 from training.recipe import PUBLISHED_IMAGES, Fit, Hardware, Recipe, read_configuration
-from training.vision.calibrate import logits_of
 from training.vision.classifier import Classifier, ShownAlerts, class_weights, corrupt
 from training.vision.fit import BUNDLE, fit
 from training.vision.frozen_fusion import MetadataClassifier
 
 TINY = Architecture(name="btsbot_cnn", arguments={"channels": (4, 8), "kernel": 3, "hidden": (16, 8)})
+TIMM = Architecture(name="timm", arguments={"backbone": "test_convnext", "image_size": 63, "hidden": (16, 8)})
 SNR_IMAGES = ImageInput(size=31, order=("science", "template", "difference"), normalisation="snr", padding=0)
 PSF = PsfInput(size=31, order=("difference",), normalisation="peak", fallback_fwhm={"lsst": 5.0, "ztf": 2.0})
 ONE_CORE = Hardware(accelerator="cpu", devices=1, threads=1)
@@ -55,7 +55,7 @@ def config(night_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> 
 def lsst_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Simulated alerts of LSST with their planes, labelled by truth."""
     directory = tmp_path_factory.mktemp("lsst")
-    alerts = list(simulate_night(80, seed=3, survey="lsst"))
+    alerts = list(simulate_night(60, seed=3, survey="lsst"))
     for alert in alerts:
         (directory / f"{alert.alert_id}.avro").write_bytes(alert.packet)
     table = directory / "labels.csv"
@@ -203,33 +203,45 @@ def test_frozen_fusion_that_is_killed_between_branches_gives_the_same_result(
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(killed).items())
 
 
-@pytest.mark.parametrize("metadata", [(), ("snr",)])
-def test_psf_images_are_seen_in_training_and_in_serving(
-    config: Callable[..., Fit], lsst_dataset: Dataset, metadata: tuple[str, ...]
-) -> None:
+def test_psf_images_are_seen_in_training_and_in_serving(config: Callable[..., Fit], lsst_dataset: Dataset) -> None:
     wanted = config(
-        f"psf{len(metadata)}",
+        "psf",
         dataset=lsst_dataset.directory,
-        architecture=Architecture(name="timm", arguments={"backbone": "test_convnext", "hidden": (16, 8)}),
+        architecture=TIMM,
         images=SNR_IMAGES,
         psf=PSF,
-        metadata=metadata,
+        metadata=("snr",),
     )
     fit(wanted)
     model = open_model(str(wanted.out / BUNDLE), Runtime(engine="onnxruntime", device="cpu", inference_threads=1))
     part = model.parts[0]
-    assert part.inputs.psf == PSF
-    assert part.bundle.card.architecture.arguments["psf"] == 1
+    card = part.bundle.card
+    assert (card.inputs.psf, card.architecture.arguments["psf"]) == (PSF, 1)
+    network = load_network(card.architecture, weights(wanted))
     validation = lsst_dataset["validation"]
+    images, metadata, _ = ShownAlerts(validation, card.inputs).__getitems__(range(len(validation)))
+    assert images.shape[1:] == (4, 31, 31)
     raw = validation.read().raw
-    shown = ShownAlerts(validation, part.inputs).__getitems__(range(len(validation)))
-    network = load_network(part.bundle.card.architecture, weights(wanted))
-    probabilities = 1 / (1 + np.exp(-logits_of(network, [shown])))
-    assert shown[0].shape[1:] == (4, 31, 31)
-    assert part.run(raw)["probabilities"] == pytest.approx(probabilities, abs=1e-4)
     assert raw.psf is not None
-    wider = replace(raw, psf=np.full_like(raw.psf, np.nan))  # the fallback: a Gaussian of 5 px
-    assert np.abs(part.run(wider)["probabilities"] - probabilities).max() > 1e-3
+    unknown = replace(raw, psf=np.full_like(raw.psf, np.nan))  # a Gaussian of 5 px takes its place
+    served, other = (
+        [torch.from_numpy(array) for array in prepare(alerts, card.inputs).values()] for alerts in (raw, unknown)
+    )
+    with torch.inference_mode():
+        (logits, embedding), (_, of_served), (_, of_other) = (
+            network(*inputs) for inputs in ((images, metadata), served, other)
+        )
+    torch.testing.assert_close(embedding, of_served)
+    assert part.run(raw)["probabilities"] == pytest.approx(logits.sigmoid().numpy(), abs=1e-5)
+    assert (of_other - of_served).abs().max() > 100 * (embedding - of_served).abs().max()
+
+
+def test_a_network_without_metadata_takes_psf_images_after_the_cutouts() -> None:
+    network = build_network(Architecture(name="timm", arguments={**TIMM.arguments, "psf": 2})).eval()
+    cutouts, psf = torch.rand(2, 3, 31, 31), torch.rand(2, 2, 31, 31)
+    with torch.inference_mode():
+        together, apart = network(torch.cat([cutouts, psf], dim=1))[0], network(cutouts, psf)[0]
+    torch.testing.assert_close(together, apart)
 
 
 def test_an_epoch_with_too_small_an_improvement_is_not_kept(config: Callable[..., Fit]) -> None:
@@ -288,7 +300,7 @@ def test_wrong_configurations_are_refused(config: Callable[..., Fit], fitted: Fi
     with pytest.raises(TrainingError, match=r"'vgg6' takes no metadata: omit `metadata`, or choose one of .*timm"):
         fit(config("vgg6", architecture=Architecture(name="vgg6"), metadata=("magpsf",)))
     with pytest.raises(TrainingError, match="'btsbot_cnn' takes no psf: omit `psf`, or choose one of timm"):
-        fit(config("psf", images=SNR_IMAGES, psf=PSF))
+        fit(config("no_psf_here", images=SNR_IMAGES, psf=PSF))
     with pytest.raises(TrainingError, match="'acai' cannot be fitted to labels: choose one of btsbot_cnn"):
         fit(config("acai", architecture=Architecture(name="acai"), metadata=("magpsf",)))
     with pytest.raises(BundleError, match="'vgg6' does not take depth: its arguments are labels"):
