@@ -8,6 +8,7 @@ from typing import Literal
 
 from confluent_kafka import Consumer, KafkaException, Producer
 
+from broker_filter.anomalies.reference import ReferenceSetError, check_made_with, read_card
 from broker_filter.config import ConfigChecks, KafkaValue, Registry, Sasl, Section, Tls
 from broker_filter.kafka.client import (
     librdkafka_log,
@@ -17,7 +18,6 @@ from broker_filter.kafka.client import (
 )
 from broker_filter.packets.schemas.registry_client import RegistryClient
 from broker_filter.scoring.bundle import BundleError
-from broker_filter.scoring.reference import ReferenceSetError, check_made_with, read_card
 from broker_filter.streaming.resolved import Resolver
 
 OIDC_ENDPOINT = "sasl.oauthbearer.token.endpoint.url"

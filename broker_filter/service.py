@@ -36,9 +36,9 @@ from broker_filter.packets.rejects import Reject
 from broker_filter.packets.schemas.registry import RegistryUnavailable, open_registry
 from broker_filter.scoring.runtimes import available_cores
 from broker_filter.scoring.scorer import Scorer, load_model
-from broker_filter.streaming.anomalies import open_judge
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_alerts
+from broker_filter.streaming.judge import open_judge
 from broker_filter.streaming.resolved import ResolvedService
 from broker_filter.streaming.routing import open_router
 

@@ -22,12 +22,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from broker_filter.anomalies.neighbours import normalise
+from broker_filter.anomalies.reference import ReferenceAlerts, SurveyCounts, SurveyReference, make_reference
 from broker_filter.importers.combine import combine_bundles
 from broker_filter.local_kafka import KafkaCluster, embedded_broker, free_ports, kafka_home
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import open_bundle
-from broker_filter.scoring.neighbours import normalise
-from broker_filter.scoring.reference import UNLABELLED, ReferenceAlerts, SurveyCounts, SurveyReference, make_reference
+from broker_filter.scoring.labels import UNLABELLED
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("BROKER_FILTER_SHARED", CHECKOUT.parent / "shared"))

@@ -18,12 +18,13 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
+from broker_filter.anomalies.neighbours import normalise
+from broker_filter.anomalies.reference import ReferenceAlerts, SurveyCounts, SurveyReference, make_reference
 from broker_filter.bench.targets import Expected
 from broker_filter.cli import main
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import CARD, open_bundle
-from broker_filter.scoring.neighbours import normalise
-from broker_filter.scoring.reference import UNLABELLED, ReferenceAlerts, SurveyCounts, SurveyReference, make_reference
+from broker_filter.scoring.labels import UNLABELLED
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PAGES = [CHECKOUT / "README.md", CHECKOUT / "deploy" / "README.md", *sorted((CHECKOUT / "docs").rglob("*.md"))]

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from broker_filter.anomalies.reference import read_reference
 from broker_filter.cli import main
 from broker_filter.config import Registry, Runtime, Service
 from broker_filter.packets.batch import Survey
-from broker_filter.scoring.reference import read_reference
 from broker_filter.scoring.scorer import open_scorer
-from broker_filter.streaming.anomalies import open_judge
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_stream
+from broker_filter.streaming.judge import open_judge
 from broker_filter.streaming.resolved import resolve
 from broker_filter.streaming.routing import open_router
 

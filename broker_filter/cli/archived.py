@@ -10,11 +10,11 @@ from broker_filter.cli.options import STDIN
 from broker_filter.cli.parser import UsageError, require_files
 
 if TYPE_CHECKING:
+    from broker_filter.anomalies.reference import Reference
     from broker_filter.config import Device
     from broker_filter.packets.packet import Packet
-    from broker_filter.scoring.reference import Reference
     from broker_filter.scoring.scorer import Scorer
-    from broker_filter.streaming.anomalies import AnomalyJudge
+    from broker_filter.streaming.judge import AnomalyJudge
     from broker_filter.streaming.scored import ScoredBatch
 
 
@@ -67,7 +67,7 @@ def open_reference(file: Path, bundle: str | None, device: Device) -> tuple[Refe
     The model is `bundle`, or else the bundle that ships under the name that the reference set records. Raises
     ReferenceSetError if another model made the reference set, and the errors of opening a bundle.
     """
-    from broker_filter.scoring.reference import check_made_with, read_reference
+    from broker_filter.anomalies.reference import check_made_with, read_reference
     from broker_filter.scoring.scorer import Scorer
 
     require_files(file)

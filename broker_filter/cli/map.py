@@ -55,8 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _draw_reference(arguments)
     import numpy as np
 
+    from broker_filter.anomalies.score import AnomalyScorer
     from broker_filter.pictures.embedding_map import FEWEST, draw_map, lay_out
-    from broker_filter.scoring.anomaly import AnomalyScorer
     from broker_filter.streaming.build_reference import Sample, ordinary_alerts
     from broker_filter.streaming.expressions import FIELDS, compile_filter
 
@@ -87,11 +87,11 @@ def _draw_reference(arguments: argparse.Namespace) -> int:
     """Draw the map of a reference set and return the exit status."""
     import numpy as np
 
+    from broker_filter.anomalies.reference import read_reference
+    from broker_filter.anomalies.score import AnomalyScorer
     from broker_filter.cli.archived import keep_inputs
     from broker_filter.cli.parser import UsageError, require_files
     from broker_filter.pictures.embedding_map import FEWEST, draw_classes, draw_map, lay_out
-    from broker_filter.scoring.anomaly import AnomalyScorer
-    from broker_filter.scoring.reference import read_reference
 
     if arguments.model:
         raise UsageError("--model needs an INPUT: the reference set itself is drawn without a model")

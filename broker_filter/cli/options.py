@@ -61,7 +61,7 @@ def alert_limit(text: str) -> int:
 
     Raises ArgumentTypeError outside these limits, ValueError if the text is not an integer.
     """
-    from broker_filter.scoring.reference import MAX_ALERTS
+    from broker_filter.anomalies.reference import MAX_ALERTS
 
     if not 0 < (limit := int(text)) <= MAX_ALERTS:
         raise argparse.ArgumentTypeError(f"must be between 1 and {MAX_ALERTS}, not {limit}")

@@ -10,7 +10,7 @@ from broker_filter.cli.options import INPUT_HELP, add_scoring_options, alert_lim
 from broker_filter.cli.parser import UsageError, require_files
 
 if TYPE_CHECKING:
-    from broker_filter.scoring.reference import SurveyCounts
+    from broker_filter.anomalies.reference import SurveyCounts
     from broker_filter.scoring.scorer import Model
 
 DEFAULT_MODEL = "embedder"
@@ -155,7 +155,7 @@ def _recommended_cut(model: Model) -> str | None:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from broker_filter.scoring.reference import read_reference
+    from broker_filter.anomalies.reference import read_reference
 
     require_files(arguments.file)
     reference = read_reference(arguments.file)

@@ -13,11 +13,11 @@ from broker_filter.cli.options import add_reference_options, add_scoring_options
 from broker_filter.errors import BrokerFilterError
 
 if TYPE_CHECKING:
+    from broker_filter.anomalies.reference import Reference, SurveyReference
+    from broker_filter.anomalies.score import Neighbour
     from broker_filter.packets.batch import AlertBatch
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.packet import Packet
-    from broker_filter.scoring.anomaly import Neighbour
-    from broker_filter.scoring.reference import Reference, SurveyReference
 
 DEFAULT_COUNT = 8
 MAX_COUNT = 100
@@ -87,10 +87,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.alert is None:
         return _within(arguments)
 
+    from broker_filter.anomalies.score import AnomalyScorer
     from broker_filter.cli.archived import keep_inputs, open_reference
     from broker_filter.console import printable
     from broker_filter.packets.batch import Survey
-    from broker_filter.scoring.anomaly import AnomalyScorer
     from broker_filter.streaming.archives import read_packets
 
     if arguments.out:
@@ -132,10 +132,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _within(arguments: argparse.Namespace) -> int:
     """Print the alerts or stars of a reference set that are most similar to one of them, and return the exit status."""
+    from broker_filter.anomalies.reference import read_reference
+    from broker_filter.anomalies.score import AnomalyScorer
     from broker_filter.cli.parser import UsageError, require_files
     from broker_filter.console import printable
-    from broker_filter.scoring.anomaly import AnomalyScorer
-    from broker_filter.scoring.reference import read_reference
 
     if arguments.id is None:
         raise UsageError("name an ALERT, or with --id an alert or star of the reference set")

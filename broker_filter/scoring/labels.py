@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from pyarrow import dataset
 
 from broker_filter.errors import BrokerFilterError
-from broker_filter.scoring.reference import UNLABELLED
 
+UNLABELLED = -1
+"""The class index that stands for no label."""
 KEYS: dict[str, Literal["alert", "object"]] = {
     "alert_id": "alert",
     "candid": "alert",

@@ -16,11 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_filter.packets.batch import Survey
-from broker_filter.scoring.anomaly import NEIGHBOURS, Cloud, anomaly_scores, from_neighbours
-from broker_filter.scoring.neighbours import Neighbours, normalise
-from broker_filter.scoring.reference import (
-    UNLABELLED,
+from broker_filter.anomalies.neighbours import Neighbours, normalise
+from broker_filter.anomalies.reference import (
     Measure,
     Reference,
     ReferenceAlerts,
@@ -29,6 +26,9 @@ from broker_filter.scoring.reference import (
     SurveyReference,
     make_reference,
 )
+from broker_filter.anomalies.score import NEIGHBOURS, Cloud, anomaly_scores, from_neighbours
+from broker_filter.packets.batch import Survey
+from broker_filter.scoring.labels import UNLABELLED
 from broker_filter.scoring.scorer import Model
 from broker_filter.streaming.expressions import Expression
 from broker_filter.streaming.scored import ScoredBatch

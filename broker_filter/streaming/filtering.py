@@ -19,8 +19,8 @@ from broker_filter.packets.packet import Packet
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.scoring.runtimes import available_cores
 from broker_filter.scoring.scorer import Scorer
-from broker_filter.streaming.anomalies import AnomalyJudge
 from broker_filter.streaming.duplicates import DuplicateWindow
+from broker_filter.streaming.judge import AnomalyJudge
 from broker_filter.streaming.scored import ScoredBatch
 
 BATCH_SIZE = 128

@@ -18,7 +18,7 @@ from broker_filter.packets.rejects import Reject
 from broker_filter.scoring.scores import Scores
 
 if TYPE_CHECKING:
-    from broker_filter.scoring.anomaly import Reason
+    from broker_filter.anomalies.score import Reason
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from broker_filter.anomalies.reference import make_reference, read_reference
 from broker_filter.cli import main
 from broker_filter.packets.batch import Survey
 from broker_filter.packets.decode import Decoder
@@ -18,7 +19,6 @@ from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.pictures.embedding_map import draw_map
 from broker_filter.pictures.similar_alerts import Shown, draw_similar
 from broker_filter.scoring.bundle import open_bundle
-from broker_filter.scoring.reference import make_reference, read_reference
 
 N = 200
 

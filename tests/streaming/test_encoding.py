@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from broker_filter import __version__, config
+from broker_filter.anomalies.score import Neighbour, Reason
 from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.framing.ocf import container_header, encode_block
@@ -28,7 +29,6 @@ from broker_filter.packets.framing.wire import unframe
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.schemas.registry import RegistryUnavailable, open_registry
 from broker_filter.packets.schemas.writer_schema import WriterSchema, parse_schema, self_contained
-from broker_filter.scoring.anomaly import Neighbour, Reason
 from broker_filter.scoring.scores import ModelScores, Scores
 from broker_filter.streaming.encoding import (
     CUTOUT_FIELDS,

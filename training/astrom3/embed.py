@@ -1,6 +1,6 @@
 """`astrom3-embed`: the embeddings of variable stars, as a set in which stars can be retrieved, mapped and judged.
 
-The file has the format of a reference set (`broker_filter.scoring.reference`). `broker-filter similar` and `map`, and
+The file has the format of a reference set (`broker_filter.anomalies.reference`). `broker-filter similar` and `map`, and
 `python -m training suspects` read it: retrieval, manifold, misclassified and odd stars, as in Rizhko & Bloom 2024
 (arXiv:2411.08842). An embedding is the concatenation of those of photometry, spectrum and metadata, each of length 1,
 so the cosine similarity of two stars is the mean of the three. Light curves longer than the network takes are cut about
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from broker_filter.anomalies.neighbours import normalise
+from broker_filter.anomalies.reference import NO_SURVEY, Reference, ReferenceAlerts, make_star_reference
 from broker_filter.console import progress
-from broker_filter.scoring.neighbours import normalise
-from broker_filter.scoring.reference import NO_SURVEY, Reference, ReferenceAlerts, make_star_reference
 from broker_filter.streaming.build_reference import calibrate
 from training import arguments as kinds
 from training.astrom3.model.checkpoint import WEIGHTS, load_network

@@ -36,7 +36,7 @@ from broker_filter.scoring.bundle import (
     Training,
     open_bundle,
 )
-from broker_filter.scoring.labels import Labels, parse_rule, read_labels
+from broker_filter.scoring.labels import UNLABELLED, Labels, parse_rule, read_labels
 from broker_filter.scoring.networks import build_network, load_network
 from broker_filter.scoring.networks.alert_embedder import Standardise
 from broker_filter.scoring.networks.stampnet_classes import StampNetClasses
@@ -124,7 +124,6 @@ FIGURES = (
     "calibrated model for as many alerts."
 )
 """The description of the figures in the card."""
-UNLABELLED = -1
 
 log = logging.getLogger(__name__)
 

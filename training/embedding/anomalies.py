@@ -21,20 +21,20 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
+from broker_filter.anomalies.neighbours import Embeddings
+from broker_filter.anomalies.reference import Measure
+from broker_filter.anomalies.score import Cloud
 from broker_filter.config import Runtime
 from broker_filter.packets.batch import Survey
 from broker_filter.packets.photometry import NO_VALUE
-from broker_filter.scoring.anomaly import Cloud
 from broker_filter.scoring.bundle import WEIGHTS, Inputs, MetadataColumn
-from broker_filter.scoring.labels import parse_rule, read_labels
-from broker_filter.scoring.neighbours import Embeddings
+from broker_filter.scoring.labels import UNLABELLED, parse_rule, read_labels
 from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbedder
 from broker_filter.scoring.preprocess import prepare_images
-from broker_filter.scoring.reference import Measure
 from broker_filter.scoring.scorer import LoadedPart, open_model
 from broker_filter.streaming.archives import read_packets
 from training.arguments import positive, share
-from training.bundles.train_classes import COLUMN, UNLABELLED
+from training.bundles.train_classes import COLUMN
 from training.data.datasets import held_out, sha256_of
 from training.embedding.baselines import by_isolation_forest, by_pixels
 from training.embedding.embedder import Recipe, embed, show, train

@@ -1,4 +1,4 @@
-"""Baseline anomaly scores from features or pixels, by methods of the literature, for comparison with `scoring.anomaly`.
+"""Baseline anomaly scores from features or pixels, by methods of the literature, for comparison with `anomalies.score`.
 
 Each function takes ordinary alerts and alerts to judge. It returns the scores float64[N] of the alerts to judge, higher
 for stronger anomalies.

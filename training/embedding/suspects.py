@@ -18,14 +18,14 @@ import pyarrow as pa
 import pyarrow.csv
 from numpy.typing import NDArray
 
+from broker_filter.anomalies.neighbours import Embeddings
+from broker_filter.anomalies.reference import ReferenceAlerts, read_reference
+from broker_filter.anomalies.score import centroids
 from broker_filter.cli.archived import score_archives
 from broker_filter.cli.parser import UsageError, require_files
 from broker_filter.config import Runtime
 from broker_filter.console import printable
-from broker_filter.scoring.anomaly import centroids
-from broker_filter.scoring.labels import parse_rule, read_labels
-from broker_filter.scoring.neighbours import Embeddings
-from broker_filter.scoring.reference import UNLABELLED, ReferenceAlerts, read_reference
+from broker_filter.scoring.labels import UNLABELLED, parse_rule, read_labels
 from broker_filter.scoring.scorer import open_scorer
 from broker_filter.streaming.build_reference import Sample, concatenate, ordinary_alerts
 from training.arguments import add_labelled_alerts

@@ -47,12 +47,12 @@ from broker_filter.scoring.bundle import (
     Training,
     open_bundle,
 )
-from broker_filter.scoring.labels import parse_rule, read_labels
+from broker_filter.scoring.labels import UNLABELLED, parse_rule, read_labels
 from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbedder
 from broker_filter.simulate import SCHEMAS, simulate_night
 from broker_filter.streaming.archives import read_packets
 from training.arguments import positive, seed
-from training.bundles.train_classes import COLUMN, UNLABELLED
+from training.bundles.train_classes import COLUMN
 from training.bundles.train_default import SPLIT_SEED, TEST_FRACTION
 from training.checkpoint import beside
 from training.data.datasets import held_out, sha256_of

@@ -11,9 +11,9 @@ import pytest
 from matplotlib.image import imread
 from pyarrow import parquet
 
+from broker_filter.anomalies.reference import read_reference
 from broker_filter.cli import main as broker_filter
 from broker_filter.pictures.embedding_map import draw_classes
-from broker_filter.scoring.reference import read_reference
 from broker_filter.streaming import build_reference
 from training.__main__ import main
 from training.astrom3 import simulate

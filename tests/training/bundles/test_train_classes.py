@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from broker_filter.config import Runtime
 from broker_filter.packets.packet import Packet
 from broker_filter.scoring.alerts import RawAlerts
-from broker_filter.scoring.labels import Labels, parse_rule, read_labels
+from broker_filter.scoring.labels import UNLABELLED, Labels, parse_rule, read_labels
 from broker_filter.scoring.networks.stampnet_classes import StampNetClasses
 from broker_filter.scoring.scorer import LoadedPart, open_model
 from broker_filter.streaming.archives import read_packets
@@ -26,7 +26,6 @@ from training.bundles.train_classes import (
     COLUMN,
     FEWEST,
     METADATA,
-    UNLABELLED,
     Adjustment,
     Examples,
     adjust,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from broker_filter.anomalies.neighbours import normalise
 from broker_filter.packets.batch import LightCurves, Measurement
-from broker_filter.scoring.neighbours import normalise
 from training.embedding.anomalies import (
     FORESTS,
     SERVED,

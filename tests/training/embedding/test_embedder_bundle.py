@@ -11,13 +11,13 @@ import pytest
 from broker_filter.config import Model, Runtime
 from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.packet import FilePosition, Packet
-from broker_filter.scoring.labels import parse_rule, read_labels
+from broker_filter.scoring.labels import UNLABELLED, parse_rule, read_labels
 from broker_filter.scoring.networks.alert_embedder import MODALITIES
 from broker_filter.scoring.scorer import Scorer, open_scorer
 from broker_filter.scoring.scores import ModelScores
 from broker_filter.simulate import SCHEMAS, simulate_night
 from broker_filter.streaming.archives import read_packets
-from training.bundles.train_classes import COLUMN, UNLABELLED
+from training.bundles.train_classes import COLUMN
 from training.bundles.train_default import SPLIT_SEED, TEST_FRACTION
 from training.data.datasets import held_out
 from training.embedding.probes import balanced_accuracy, nearest

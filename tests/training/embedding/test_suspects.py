@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from broker_filter.scoring.anomaly import centroids
-from broker_filter.scoring.neighbours import normalise
+from broker_filter.anomalies.neighbours import normalise
+from broker_filter.anomalies.score import centroids
 from training.__main__ import main
 from training.embedding.suspects import find_suspects
 

@@ -15,21 +15,21 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from broker_filter import config
+from broker_filter.anomalies.neighbours import Embeddings, normalise
+from broker_filter.anomalies.reference import Measure, Reference, ReferenceSetError, SurveyCounts, read_reference
 from broker_filter.config import Runtime, Service
 from broker_filter.metrics import Metrics
 from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.schemas.registry import open_registry
-from broker_filter.scoring.neighbours import Embeddings, normalise
-from broker_filter.scoring.reference import Measure, Reference, ReferenceSetError, SurveyCounts, read_reference
 from broker_filter.scoring.scorer import Model, open_model, open_scorer
 from broker_filter.streaming.account import account_packets
-from broker_filter.streaming.anomalies import AnomalyJudge, open_judge
 from broker_filter.streaming.build_reference import build_reference
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.expressions import FIELDS, compile_filter
 from broker_filter.streaming.filtering import score_stream
+from broker_filter.streaming.judge import AnomalyJudge, open_judge
 from broker_filter.streaming.resolved import resolve
 from broker_filter.streaming.routing import open_router
 from broker_filter.streaming.scored import ScoredBatch

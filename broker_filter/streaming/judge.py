@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from broker_filter.scoring.anomaly import AnomalyScorer, Reason
-from broker_filter.scoring.reference import Reference, ReferenceSetError, check_made_with, read_reference
+from broker_filter.anomalies.reference import Reference, ReferenceSetError, check_made_with, read_reference
+from broker_filter.anomalies.score import AnomalyScorer, Reason
+from broker_filter.anomalies.threshold import RateTracker
 from broker_filter.scoring.scorer import Scorer
-from broker_filter.scoring.threshold import RateTracker
 from broker_filter.streaming.expressions import FIELDS, Expression, compile_filter
 from broker_filter.streaming.scored import Anomalies, ScoredBatch
 

@@ -23,10 +23,11 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from broker_filter.anomalies.neighbours import Embeddings
 from broker_filter.errors import BrokerFilterError
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import Bundle, CardSection, ModelName, Sha256, describe_problems
-from broker_filter.scoring.neighbours import Embeddings
+from broker_filter.scoring.labels import UNLABELLED
 
 MAX_ALERTS = 1_000_000
 """Alerts per survey in a reference: about a night of ZTF."""
@@ -37,14 +38,13 @@ MAX_BYTES = 2**33
 MAX_OBJECT_ID_BYTES = 64
 """Length limit of an object id in bytes; the surveys' object ids have at most 19 bytes."""
 Measure = Literal["mahalanobis", "neighbours", "centroids"]
-"""Measure of the distance from ordinary alerts: see `anomaly`."""
+"""Measure of the distance from ordinary alerts: see `score`."""
 STARS = "stars"
 """The name that stands for a survey in a set of variable stars, which are not alerts."""
 NO_SURVEY = 255
 """The code of the survey of a star in `ReferenceAlerts`."""
 SurveyKey = Annotated[str, StringConstraints(pattern=f"^({'|'.join((*map(str, Survey), STARS))})$")]
 """The name of a known survey, or STARS."""
-UNLABELLED = -1
 FORMAT: Literal[2] = 2
 """Version of the file format. In format 1 all surveys shared one calibration."""
 CARD = "card"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from broker_filter.scoring.threshold import RateTracker
+from broker_filter.anomalies.threshold import RateTracker
 
 
 def ordinary(n: int, seed: int = 0) -> NDArray[np.float32]:

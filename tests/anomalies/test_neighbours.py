@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from broker_filter.scoring.neighbours import EXACT_LIMIT, Embeddings, Neighbours, normalise
+from broker_filter.anomalies.neighbours import EXACT_LIMIT, Embeddings, Neighbours, normalise
 
 
 def embeddings(n: int, seed: int) -> Embeddings:

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_filter.scoring.neighbours import Embeddings, Neighbours, normalise
-from broker_filter.scoring.reference import (
-    UNLABELLED,
+from broker_filter.anomalies.neighbours import Embeddings, Neighbours, normalise
+from broker_filter.anomalies.reference import (
     Measure,
     ReferenceCard,
     ReferenceSetError,
     SurveyReference,
 )
+from broker_filter.scoring.labels import UNLABELLED
 
 NEIGHBOURS = 5
 """Number of nearest neighbours: named in a reason, and averaged over by the measure `neighbours`."""
