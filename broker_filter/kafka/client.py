@@ -29,7 +29,7 @@ from broker_filter.config import (
     read_secret,
 )
 from broker_filter.errors import USAGE, BrokerFilterError
-from broker_filter.kafka.rights import REFUSED, Account, Right, not_among
+from broker_filter.kafka.rights import REFUSED, ClusterAccount, Right, not_among
 
 RESERVED = {
     "bootstrap.servers": "use the key `bootstrap_servers`",
@@ -176,7 +176,7 @@ class ThrottledErrorLog:
     """
 
     def __init__(
-        self, cluster: str, clock: Callable[[], float] = time.monotonic, account: Account | None = None
+        self, cluster: str, clock: Callable[[], float] = time.monotonic, account: ClusterAccount | None = None
     ) -> None:
         """`cluster`: name of the cluster in messages, such as `input brokers survey:9092`.
 
@@ -307,7 +307,7 @@ def list_offsets(
     return {(p.topic, p.partition): int(found.result().offset) for p, found in answer.items()}
 
 
-def ensure_topics(admin: AdminClient, wanted: Sequence[NewTopic], account: Account | None = None) -> None:
+def ensure_topics(admin: AdminClient, wanted: Sequence[NewTopic], account: ClusterAccount | None = None) -> None:
     """Create the topics that do not exist. Raises KafkaSetupError if the cluster does not allow it.
 
     `account`: the service's account, which the message about a missing right names.
@@ -334,7 +334,7 @@ def ensure_topics(admin: AdminClient, wanted: Sequence[NewTopic], account: Accou
 
 
 def topic_property(
-    admin: AdminClient, topics: Collection[str], name: str, account: Account | None = None
+    admin: AdminClient, topics: Collection[str], name: str, account: ClusterAccount | None = None
 ) -> dict[str, str]:
     """Return the property `name` of existing topics, by topic. A topic is left out if the cluster does not report it.
 
@@ -387,7 +387,7 @@ def missing_on_topics(admin: AdminClient, wanted: Mapping[str, Sequence[str]]) -
     return missing
 
 
-def require_compaction(admin: AdminClient, topic: str, account: Account | None = None) -> None:
+def require_compaction(admin: AdminClient, topic: str, account: ClusterAccount | None = None) -> None:
     """Raise KafkaSetupError if the topic's cleanup policy is not `compact`."""
     for policy in topic_property(admin, [topic], "cleanup.policy", account).values():
         if policy != "compact":
@@ -406,7 +406,7 @@ class RecordLimits:
         topics: Sequence[str],
         dead_letter: str,
         largest: int = MAX_RECORD_BYTES,
-        account: Account | None = None,
+        account: ClusterAccount | None = None,
         positions: Sequence[str] = (),
     ) -> None:
         """`dead_letter`: the topic for records that are too large for their own topic.

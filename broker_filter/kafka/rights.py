@@ -36,7 +36,7 @@ class Right:
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class ClusterAccount:
     """The service's account on a cluster: `principal` is its name in the cluster's access rules."""
 
     servers: str
@@ -56,13 +56,13 @@ class Account:
         )
 
 
-def account_of(section: Input | Output) -> Account:
+def account_of(section: Input | Output) -> ClusterAccount:
     """Return the account of a section's clients.
 
     Without a SASL user name the principal is unknown: `User:PRINCIPAL`.
     """
     user = section.sasl.username if section.sasl else section.kafka.get("sasl.username")
-    return Account(str(section.bootstrap_servers), f"User:{user}" if isinstance(user, str) else "User:PRINCIPAL")
+    return ClusterAccount(str(section.bootstrap_servers), f"User:{user}" if isinstance(user, str) else "User:PRINCIPAL")
 
 
 def not_among(wanted: Sequence[str], allowed: Collection[AclOperation] | None) -> tuple[str, ...]:

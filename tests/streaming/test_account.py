@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from broker_filter.metrics import Metrics
 from broker_filter.packets.batch import AlertBatch, Survey
-from broker_filter.streaming.account import account_batch, account_packets
+from broker_filter.packets.rejects import RejectReason
+from broker_filter.streaming.account import account_batch, account_packets, exposure_times
 from broker_filter.streaming.scored import ScoredBatch
 
 ZTF, LSST = Survey.ZTF, Survey.LSST
@@ -58,3 +60,17 @@ def test_a_plane_that_was_not_decoded_and_a_duplicate_are_not_counted(
     duplicate = replace(scored, duplicate=np.array([False, True]))
     assert account_batch(duplicate).fallbacks == {"psf": 1}
     assert account_batch(make_scored(make_alerts([1, 2], survey=LSST), {"rubin": [0.5, 0.5]})).fallbacks == {}
+
+
+def test_every_packet_has_its_account(four_packets: ScoredBatch) -> None:
+    accounts = account_packets(four_packets)
+    assert [account.scored for account in accounts] == [1, 0, 0, 1]
+    assert [account.duplicates for account in accounts] == [0, 1, 0, 0]
+    assert [dict(account.rejected) for account in accounts] == [{}, {}, {RejectReason.NO_MODEL_FOR_SURVEY: 1}, {}]
+    assert [account.consumed for account in accounts] == [1, 1, 1, 1]
+
+
+def test_exposure_times_are_utc_although_rubin_publishes_tai(make_alerts: Callable[..., AlertBatch]) -> None:
+    ztf, lsst = (exposure_times(make_alerts([1], survey=survey))[0] for survey in (Survey.ZTF, Survey.LSST))
+    assert ztf == pytest.approx((61096.25 - 40587) * 86400)
+    assert ztf - lsst == pytest.approx(37.0)

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import fastavro
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from broker_filter import config
-from broker_filter.anomalies.neighbours import Embeddings, normalise
 from broker_filter.anomalies.reference import Measure, Reference, ReferenceSetError, SurveyCounts, read_reference
 from broker_filter.config import Runtime, Service
 from broker_filter.metrics import Metrics
-from broker_filter.packets.batch import AlertBatch, Survey
+from broker_filter.packets.batch import Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.schemas.registry import open_registry
-from broker_filter.scoring.scorer import Model, open_model, open_scorer
+from broker_filter.scoring.scorer import Model, open_scorer
 from broker_filter.streaming.account import account_packets
 from broker_filter.streaming.build_reference import build_reference
 from broker_filter.streaming.duplicates import DuplicateWindow
@@ -32,92 +29,14 @@ from broker_filter.streaming.filtering import score_stream
 from broker_filter.streaming.judge import AnomalyJudge, open_judge
 from broker_filter.streaming.resolved import resolve
 from broker_filter.streaming.routing import open_router
-from broker_filter.streaming.scored import ScoredBatch
 
-Scored = Callable[..., ScoredBatch]
-PASSES = compile_filter("default.real > 0.5 and magpsf < 20", FIELDS, ["default.real"])
+from .conftest import PASSES, Scored, ordinary, two_surveys
 
 
-def ordinary(n: int, seed: int) -> Embeddings:
-    """Return embeddings near one direction."""
-    return normalise(np.eye(1, 8) + 0.2 * np.random.default_rng(seed).standard_normal((n, 8)))
-
-
-@pytest.fixture
-def make(make_alerts: Callable[..., AlertBatch], make_scored: Scored) -> Scored:
-    """Scored alerts with these embeddings [N, D]; each pair of consecutive alerts has the same object."""
-
-    def make(
-        embedding: NDArray[np.float32], real: list[float] | None = None, first_id: int = 0, **fields: object
-    ) -> ScoredBatch:
-        n = len(embedding)
-        ids = list(range(first_id, first_id + n))
-        values = {"magpsf": [18.0] * n, "object_id": [f"ZTF{i // 2}" for i in ids]} | fields
-        scored = make_scored(make_alerts(ids, **values), {"default": real or [0.9] * n})
-        [model] = scored.scores.models
-        model = replace(model, embedding=embedding)
-        return replace(scored, scores=replace(scored.scores, models=(model,)))
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return open_model("default", Runtime())
-
-
-@pytest.fixture
-def reference(make: Scored, model: Model) -> Reference:
-    batches = [make(ordinary(100, seed), first_id=100 * seed) for seed in range(20)]
-    return build_reference(batches, model, PASSES, limit=1500)
-
-
-def test_reference_holds_alerts_that_pass_the_cut_up_to_the_limit(make: Scored, model: Model) -> None:
-    real = [0.9, 0.1] * 100
-    batches = [
-        make(ordinary(200, 1), real, magpsf=[18.0] * 100 + [21.0] * 100),
-        make(ordinary(200, 1), real, magpsf=[18.0] * 100 + [21.0] * 100),  # the same alerts again
-        make(ordinary(200, 2), first_id=200),
-    ]
-    built = build_reference(batches, model, PASSES, limit=1000)
-    every = built.surveys[Survey.ZTF]
-    kept = set(every.alerts.alert_id.tolist())
-    passing = {*range(0, 100, 2), *range(200, 400)}
-    assert kept < passing
-    assert len(every.scores) == len(passing) - len(kept) == pytest.approx(50, abs=25)
-    assert built.card.where == PASSES.text
-    some = build_reference(batches[::-1], model, PASSES, limit=200).surveys[Survey.ZTF]
-    assert len(some.alerts) + len(some.scores) == 200
-    np.testing.assert_array_equal(
-        some.alerts.alert_id, build_reference(batches, model, PASSES, limit=200).surveys[Survey.ZTF].alerts.alert_id
-    )
-
-
-def test_reference_is_calibrated_on_held_out_objects(make: Scored, model: Model, reference: Reference) -> None:
-    """Alerts of one object are similar: compared with other alerts of its object, every alert would look ordinary."""
-    alone = ordinary(400, 7)
-    pairs = make(np.repeat(alone, 2, axis=0))  # the alerts 2 i and 2 i + 1 have the same object and embedding
-    beside_others = build_reference([pairs], model, None, limit=1000).surveys[Survey.ZTF]
-    assert set(np.unique(beside_others.alerts.object_id, return_counts=True)[1].tolist()) == {2}
-    assert len(beside_others.alerts) + len(beside_others.scores) == 800
-
-
-def test_too_few_alerts_for_a_reference_are_an_error(make: Scored, model: Model) -> None:
-    with pytest.raises(ReferenceSetError, match="20 ordinary alerts of 10 objects are too few"):
-        build_reference([make(ordinary(20, 0))], model, None, limit=100)
-    with pytest.raises(ReferenceSetError, match="no ordinary alert"):
-        build_reference([], model, None, limit=100)
-    without = make(ordinary(20, 0))
-    [scores] = without.scores.models
-    without = replace(without, scores=replace(without.scores, models=(replace(scores, embedding=None),)))
-    with pytest.raises(ReferenceSetError, match="gives no embedding"):
-        build_reference([without], model, None, limit=100)
-
-
-def test_outliers_that_pass_the_cut_are_flagged_with_a_reason(make: Scored, reference: Reference) -> None:
+def test_outliers_that_pass_the_cut_are_flagged_with_a_reason(make_embedded: Scored, reference: Reference) -> None:
     judge = AnomalyJudge(reference, 0.01, PASSES)
     strange = -ordinary(3, 5)
-    anomalies = judge.judge(make(np.concatenate([ordinary(5, 6), strange]), [0.9] * 6 + [0.1, np.nan]))
+    anomalies = judge.judge(make_embedded(np.concatenate([ordinary(5, 6), strange]), [0.9] * 6 + [0.1, np.nan]))
     assert anomalies.flag.tolist() == [False] * 5 + [True, False, False]
     assert anomalies.judged.tolist() == [True] * 6 + [False, False]  # one is bogus, one of another survey
     assert list(anomalies.reasons) == [5]
@@ -128,54 +47,40 @@ def test_outliers_that_pass_the_cut_are_flagged_with_a_reason(make: Scored, refe
     assert judge.columns == ("magpsf",)
 
 
-def test_alerts_of_a_survey_without_reference_are_not_judged(make: Scored, reference: Reference) -> None:
+def test_alerts_of_a_survey_without_reference_are_not_judged(make_embedded: Scored, reference: Reference) -> None:
     """Telescopes differ more than alerts: all alerts of another survey would be flagged."""
-    both = make(-ordinary(4, 5), survey=[Survey.ZTF, Survey.LSST] * 2)
+    both = make_embedded(-ordinary(4, 5), survey=[Survey.ZTF, Survey.LSST] * 2)
     anomalies = AnomalyJudge(reference, 0.01, None).judge(both)
     assert anomalies.judged.tolist() == anomalies.flag.tolist() == [True, False] * 2
 
 
-@pytest.fixture
-def model_of_both(model: Model) -> Model:
-    return replace(model, also=(Survey.LSST,))
-
-
-def of_lsst(n: int, seed: int) -> Embeddings:
-    """Return embeddings near another direction and with a larger scatter, as of another telescope."""
-    return normalise(np.roll(np.eye(1, 8), 4) + 0.4 * np.random.default_rng(seed).standard_normal((n, 8)))
-
-
-def two_surveys(make: Scored, seed: int, n_ztf: int, n_lsst: int) -> ScoredBatch:
-    return make(
-        np.concatenate([ordinary(n_ztf, seed), of_lsst(n_lsst, seed)]),
-        survey=[Survey.ZTF] * n_ztf + [Survey.LSST] * n_lsst,
-        first_id=seed * (n_ztf + n_lsst),
-    )
-
-
-def test_each_survey_is_compared_with_its_own_reference_at_the_same_rate(make: Scored, model_of_both: Model) -> None:
-    batches = [two_surveys(make, seed, 90, 10) for seed in range(20)]
+def test_each_survey_is_compared_with_its_own_reference_at_the_same_rate(
+    make_embedded: Scored, model_of_both: Model
+) -> None:
+    batches = [two_surveys(make_embedded, seed, 90, 10) for seed in range(20)]
     reference = build_reference(batches, model_of_both, None, limit=2000)
     assert reference.card.surveys["lsst"].read == reference.card.surveys["lsst"].passed == 200
     judge = AnomalyJudge(reference, 0.02, None)
-    judged = [two_surveys(make, seed, 250, 250) for seed in range(100, 120)]
+    judged = [two_surveys(make_embedded, seed, 250, 250) for seed in range(100, 120)]
     flags = np.concatenate([judge.judge(scored).flag for scored in judged]).reshape(20, 2, 250)
     np.testing.assert_allclose(flags.mean(axis=(0, 2)), [0.02, 0.02], atol=0.006)
 
 
-def test_scores_of_a_survey_do_not_depend_on_other_surveys_in_the_reference(make: Scored, model_of_both: Model) -> None:
-    both = build_reference([two_surveys(make, 3, 300, 300)], model_of_both, None, limit=2000)
-    alone = build_reference([make(ordinary(300, 3), first_id=1800)], model_of_both, None, limit=2000)
-    asked = make(ordinary(20, 9))
+def test_scores_of_a_survey_do_not_depend_on_other_surveys_in_the_reference(
+    make_embedded: Scored, model_of_both: Model
+) -> None:
+    both = build_reference([two_surveys(make_embedded, 3, 300, 300)], model_of_both, None, limit=2000)
+    alone = build_reference([make_embedded(ordinary(300, 3), first_id=1800)], model_of_both, None, limit=2000)
+    asked = make_embedded(ordinary(20, 9))
     first, second = (AnomalyJudge(reference, 0.1, None).judge(asked) for reference in (both, alone))
     np.testing.assert_array_equal(first.score, second.score)
     np.testing.assert_array_equal(first.flag, second.flag)
 
 
 def test_survey_with_too_few_reference_alerts_is_not_judged_with_a_warning(
-    make: Scored, model_of_both: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_embedded: Scored, model_of_both: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    batches = [two_surveys(make, 0, 300, 2)]
+    batches = [two_surveys(make_embedded, 0, 300, 2)]
     reference = build_reference(batches, model_of_both, None, limit=1000)
     assert "lsst: 2 ordinary alerts" in caplog.text
     assert "its alerts are not judged" in caplog.text
@@ -185,7 +90,7 @@ def test_survey_with_too_few_reference_alerts_is_not_judged_with_a_warning(
     reference.write(file)
     caplog.clear()
     scorer = open_scorer([config.Model(bundle="default", also=["lsst"])], Runtime())
-    scored = two_surveys(make, 7, 10, 10)
+    scored = two_surveys(make_embedded, 7, 10, 10)
     anomalies = open_judge(scorer, file, 0.001).judge(scored)
     assert "alerts of lsst are not judged" in caplog.text
     assert anomalies.judged.tolist() == [True] * 10 + [False] * 10
@@ -198,37 +103,28 @@ def test_survey_with_too_few_reference_alerts_is_not_judged_with_a_warning(
     assert "broker_filter_judged_alerts_total 10.0" in exposed
 
 
-def test_filter_that_few_alerts_of_a_survey_pass_gives_a_warning(
-    make: Scored, model_of_both: Model, caplog: pytest.LogCaptureFixture
-) -> None:
-    bogus = make(of_lsst(98, 1), [0.9] * 3 + [0.01] * 95, survey=[Survey.LSST] * 98, first_id=1000)
-    build_reference([make(ordinary(300, 0)), bogus], model_of_both, PASSES, limit=1000)
-    assert "lsst: only 3 of 98 alerts are scored by default and pass `default.real > 0.5" in caplog.text
-    assert "ztf: only" not in caplog.text
-
-
 @pytest.mark.parametrize("measure", ["mahalanobis", "neighbours"])
 def test_stream_of_ordinary_alerts_is_flagged_at_the_requested_rate(
-    make: Scored, model: Model, measure: Measure
+    make_embedded: Scored, default_model: Model, measure: Measure
 ) -> None:
-    batches = [make(ordinary(100, seed), first_id=100 * seed) for seed in range(20)]
-    judge = AnomalyJudge(build_reference(batches, model, None, 1500, measure), 0.02, None)
-    flags = np.concatenate([judge.judge(make(ordinary(500, seed))).flag for seed in range(100, 120)])
+    batches = [make_embedded(ordinary(100, seed), first_id=100 * seed) for seed in range(20)]
+    judge = AnomalyJudge(build_reference(batches, default_model, None, 1500, measure), 0.02, None)
+    flags = np.concatenate([judge.judge(make_embedded(ordinary(500, seed))).flag for seed in range(100, 120)])
     assert flags.mean() == pytest.approx(0.02, rel=0.2)
 
 
-def test_flags_do_not_depend_on_the_size_of_batches(make: Scored, reference: Reference) -> None:
+def test_flags_do_not_depend_on_the_size_of_batches(make_embedded: Scored, reference: Reference) -> None:
     stream = ordinary(300, 8)
-    whole = AnomalyJudge(reference, 0.05, None).judge(make(stream))
+    whole = AnomalyJudge(reference, 0.05, None).judge(make_embedded(stream))
     judge = AnomalyJudge(reference, 0.05, None)
-    parts = [judge.judge(make(part)) for part in np.split(stream, [1, 60, 61, 290])]
+    parts = [judge.judge(make_embedded(part)) for part in np.split(stream, [1, 60, 61, 290])]
     np.testing.assert_array_equal(np.concatenate([part.flag for part in parts]), whole.flag)
     np.testing.assert_allclose(np.concatenate([part.score for part in parts]), whole.score, atol=1e-6)
 
 
-def test_duplicates_are_flagged_but_do_not_move_the_threshold(make: Scored, reference: Reference) -> None:
+def test_duplicates_are_flagged_but_do_not_move_the_threshold(make_embedded: Scored, reference: Reference) -> None:
     judge = AnomalyJudge(reference, 0.01, None)
-    scored = replace(make(-ordinary(4, 5)), duplicate=np.array([False, True, True, False]))
+    scored = replace(make_embedded(-ordinary(4, 5)), duplicate=np.array([False, True, True, False]))
     anomalies = judge.judge(scored)
     assert anomalies.flag.all()
     assert anomalies.threshold[1] == anomalies.threshold[2] == anomalies.threshold[3] > anomalies.threshold[0]
