@@ -1,8 +1,8 @@
-"""Nearest neighbours among embeddings by cosine distance: exact for few embeddings, approximate (inverted file of
-cells) for many.
+"""Nearest neighbours among embeddings by cosine distance.
 
-faiss searches on one thread, because decoding needs the other cores; one thread answers several thousand alerts per
-second. faiss is imported only where it is used, so that a service without anomalies starts without it.
+The search is exact for few embeddings, and approximate (inverted file of cells) for many. faiss searches on one thread,
+because decoding needs the other cores; one thread answers several thousand alerts per second. faiss is imported only
+where it is used, so that a service without anomalies starts without it.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class Neighbours:
         self._index.add(embeddings)
 
     def nearest(self, queries: Embeddings, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return the k nearest rows for each query: cosine distances float32[N, k], ascending, and row indices int64[N,
-        k].
+        """Return the k nearest rows for each of N queries.
 
-        Where fewer than k are found, the distance is infinity and the index -1.
+        The result is their cosine distances float32[N, k], ascending, and their row indices int64[N, k]. Where fewer
+        than k are found, the distance is infinity and the index -1.
         """
         similarity: NDArray[np.float32]
         rows: NDArray[np.int64]
@@ -67,8 +67,10 @@ class Neighbours:
 
 
 def _divided(embeddings: Embeddings) -> Any:
-    """Return an empty index with trained cells. faiss draws the k-means sample with a fixed seed, so the cells are
-    reproducible."""
+    """Return an empty index with trained cells.
+
+    The cells are reproducible, because faiss draws the k-means sample with a fixed seed.
+    """
     import faiss
 
     n, dimensions = embeddings.shape

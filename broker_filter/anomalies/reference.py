@@ -114,8 +114,10 @@ class ReferenceAlerts:
 
 @dataclass(frozen=True, slots=True)
 class SurveyReference:
-    """Ordinary alerts of one survey, and the calibration of anomaly scores on held-out ordinary alerts of other
-    objects."""
+    """Ordinary alerts of one survey, and the calibration of its anomaly scores.
+
+    The calibration is made with held-out ordinary alerts of other objects.
+    """
 
     alerts: ReferenceAlerts  # K
     scores: NDArray[np.float32]  # [Q] ascending: scores of the held-out alerts

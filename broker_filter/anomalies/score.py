@@ -143,8 +143,9 @@ class Cloud:
     """Distances from ordinary embeddings, for the whole embedding and for each modality."""
 
     def __init__(self, embedding: Embeddings, modalities: int, measure: Measure, label: NDArray[np.int64]) -> None:
-        """`embedding`: float32[K, D] of M `modalities`; `label`: class indices int64[K], used by the measure
-        `centroids`.
+        """Prepare the measure over K ordinary alerts.
+
+        `embedding`: float32[K, D], of M `modalities`. `label`: class indices int64[K], used by the measure `centroids`.
 
         Raises ReferenceSetError if fewer than NEIGHBOURS alerts have one of the modalities, or if the measure cannot be
         computed.
@@ -188,11 +189,11 @@ def _measured(
 def from_neighbours(
     embedding: NDArray[np.float32], neighbours: NDArray[np.float32], modalities: int
 ) -> NDArray[np.float64]:
-    """Return the mean cosine distance of each modality of embeddings [N, D] from the same modality of their neighbours:
-    float64[N, M].
+    """Return the mean cosine distance of each modality from the same modality of the neighbours, float64[N, M].
 
-    `neighbours`: the embeddings of the k neighbours, float32[N, k, D]. The mean is over the neighbours that have the
-    modality. The result is NaN where the alert, or every neighbour, lacks the modality.
+    `embedding`: float32[N, D], of M `modalities`. `neighbours`: the embeddings of the k neighbours, float32[N, k, D].
+    The mean is over the neighbours that have the modality. The result is NaN where the alert, or every neighbour, lacks
+    the modality.
     """
     if not modalities:
         return np.empty((len(embedding), 0))
@@ -249,8 +250,10 @@ class AnomalyScorer:
         return reasons
 
     def _named(self, distances: NDArray[np.float32], rows: NDArray[np.int64]) -> list[tuple[Neighbour, ...]]:
-        """Return the ordinary alerts in `rows` [N, k] with their distances [N, k]; rows of -1 (no such neighbour) are
-        left out."""
+        """Return the ordinary alerts in `rows` [N, k] with their distances [N, k].
+
+        A row of -1 stands for no neighbour and is left out.
+        """
         alert_id, object_id = self._alerts.alert_id, self._alerts.object_id
         return [
             tuple(

@@ -31,8 +31,11 @@ class RateTracker:
     """
 
     def __init__(self, ordinary: NDArray[np.float32], rate: float) -> None:
-        """`ordinary`: ascending scores of ordinary alerts, at least two different ones; `rate`: the share of alerts to
-        flag, 0 to 1."""
+        """Start with the threshold that flags the share `rate` of `ordinary`.
+
+        `ordinary`: ascending scores of ordinary alerts, at least two different ones. `rate`: the share of alerts to
+        flag, 0 to 1.
+        """
         tail = max(min(TAIL, len(ordinary) // TAIL_SHARE), math.ceil(rate * len(ordinary)), 1)
         edge = float(ordinary[-1 - tail])
         scale = float(ordinary[-tail:].astype(np.float64).mean()) - edge
@@ -45,11 +48,10 @@ class RateTracker:
     def flag(
         self, scores: NDArray[np.float32], counts: NDArray[np.bool_]
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Return, for N scores in their order, the threshold in force, float32[N], and whether the score was above it,
-        bool[N].
+        """Return the threshold in force at each of N scores, float32[N], and whether the score is above it, bool[N].
 
-        `counts` [N]: alerts that move the threshold; the others are flagged too, but do not move it. A NaN is neither
-        flagged nor counted.
+        The scores are taken in their order. `counts` [N]: alerts that move the threshold; the others are flagged too,
+        but do not move it. A NaN is neither flagged nor counted.
         """
         thresholds, flags = np.empty(len(scores), np.float32), np.zeros(len(scores), np.bool_)
         for i, (score, moves) in enumerate(zip(scores.tolist(), counts.tolist(), strict=True)):

@@ -87,8 +87,10 @@ def _dequantised(tensor: _Table, kind: int, dtype: str, buffers: list[_Table]) -
 
 
 class _Table:
-    """A table of a FlatBuffer. Field `i` is absent if the table was written without it; its value is then 0 or
-    empty."""
+    """A table of a FlatBuffer.
+
+    Field `i` is absent if the table was written without it; its value is then 0 or empty.
+    """
 
     def __init__(self, content: bytes, position: int) -> None:
         self._content = content

@@ -515,8 +515,7 @@ class _Columns:
         self._unplaced = (self._alert_id == MISSING_ID) | ~np.isfinite(self._place[:, :3]).all(axis=1)
 
     def missing_field(self, row: int) -> Damage | None:
-        """Return the mandatory values (id, time, position) that the record lacks, as damage; None if it has all of
-        them."""
+        """Return the damage of a record that lacks its id, time or position; None if it has all of them."""
         if not self._unplaced[row]:
             return None
         names = ("id", "time", "right ascension", "declination")
@@ -577,8 +576,11 @@ class _Columns:
         return sum(inflated_bytes(body[begin:end]) for begin, end in spans if begin >= 0)
 
     def schema_version(self, row: int) -> str:
-        """Return the schema version in the record ("lsst.v10_0" in Fink's copies of LSST alerts), else that in its
-        schema."""
+        """Return the version of the survey's schema.
+
+        It is the version in the record if there is one (Fink's copies of LSST alerts hold "lsst.v10_0"), else the
+        version of the schema that the packet was written with.
+        """
         return self._text(row, VERSION).removeprefix("lsst.v").replace("_", ".") or self._walked[row].plan.version
 
     def identity(self, row: int) -> AlertIdentity:
@@ -605,8 +607,11 @@ class _Columns:
         names: tuple[str, ...],
         planes: PlaneSlots | None,
     ) -> AlertBatch:
-        """Return the batch of the rows `kept`, with their cutouts [N, 3, S, S], boxes [N, 3, 4], metadata names and
-        planes."""
+        """Return the batch of the N rows `kept`.
+
+        `packets`: the packets of all rows. `cutouts`, `boxes`: those of the kept rows, float32[N, 3, S, S] and
+        int16[N, 3, 4]. `names`: the metadata columns. `planes`: the decoded planes; None if no plane was wanted.
+        """
         rows = np.array(kept, dtype=np.int64)
         alert_of_row = np.full(len(self._walked), NO_ALERT)
         alert_of_row[rows] = np.arange(len(rows))
@@ -690,8 +695,10 @@ def _warn_once(fingerprint: str, message: str, *values: object) -> None:
 
 
 def _doubted_id(reject: Reject) -> int:
-    """Return the schema id of a wire format packet that was perhaps rejected because its schema is wrong, else
-    NO_ID."""
+    """Return the schema id of a wire format packet whose schema may be wrong.
+
+    The result is NO_ID if the packet was rejected for another reason, or names no schema id.
+    """
     data = reject.packet.data
     if reject.reason in _CAN_COME_FROM_WRONG_SCHEMA and wire.is_wire_message(data):
         return wire.unframe(data).schema_id
@@ -699,8 +706,7 @@ def _doubted_id(reject: Reject) -> int:
 
 
 def _with_origin(reject: Reject, schemas: Mapping[int, WriterSchema | Damage]) -> Reject:
-    """Return the reject; if its schema is in doubt and came from the disk cache, its detail also names the cache
-    file."""
+    """Return the reject, with the file of the cached schema in its detail if that schema may be wrong."""
     schema = schemas.get(_doubted_id(reject))
     if not isinstance(schema, WriterSchema) or schema.cached is None:
         return reject

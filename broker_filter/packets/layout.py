@@ -251,8 +251,10 @@ def _reading(field: Field) -> Reading:
 
 
 def _version(schema: WriterSchema) -> str:
-    """Return the version that an LSST schema has in its namespace or registry id (100 x major + minor), else
-    UNVERSIONED."""
+    """Return the version of an LSST schema, from its namespace or its registry id (100 x major + minor).
+
+    The result is UNVERSIONED if neither states a version.
+    """
     if match := _LSST_NAMESPACE.match(schema.canonical["name"]):
         return f"{match[1]}.{match[2]}"
     if schema.registry_id is not None:

@@ -117,8 +117,10 @@ def _is_one_of(values: Values, spellings: Sequence[float]) -> NDArray[np.bool_]:
 
 
 def letter_band(letter: Values) -> Values:
-    """Return the index into BANDS of filters given as the code of their letter; UNKNOWN_BAND for other characters and
-    NaN."""
+    """Return the index into BANDS of filters that are given as the code of a letter.
+
+    The index is UNKNOWN_BAND for any other character and for NaN.
+    """
     return _BAND_OF_LETTER[np.nan_to_num(letter, nan=0.0).astype(np.uint8)]
 
 
@@ -191,10 +193,10 @@ def lsst_forced(alert: NDArray[np.int64], values: Sequence[Values]) -> Points:
 
 
 def detections_without_flux(pieces: Sequence[Points]) -> NDArray[np.int64]:
-    """Return the alert row of each detection that has a time but no finite flux, int64; light curves leave such points
-    out.
+    """Return the alert row, int64, of each detection that has a time but no finite flux.
 
-    A ZTF detection has no flux if the value of `isdiffpos` is unknown; an LSST detection if `psfFlux` is missing.
+    Light curves leave such points out. A ZTF detection has no flux if the value of `isdiffpos` is unknown; an LSST
+    detection has none if `psfFlux` is missing.
     """
     lost = []
     for points in pieces:

@@ -125,8 +125,10 @@ def compile_program(schema: WriterSchema, wanted: Mapping[str, Wanted]) -> NDArr
 
 
 def field_paths(schema: WriterSchema) -> frozenset[str]:
-    """Return the names of the top-level fields, and `outer.inner` for fields of records in them, which may be
-    nullable."""
+    """Return the names of the top-level fields, and `outer.inner` for the fields of records in them.
+
+    An outer field may be nullable.
+    """
     named = _named_types(schema.canonical)
     paths = set()
     for outer in schema.canonical["fields"]:

@@ -111,8 +111,10 @@ class _Image(NamedTuple):
         return self.start + self.height * self.width * self.dtype.itemsize
 
     def values(self, pixels: NDArray[np.generic]) -> NDArray[np.generic]:
-        """Return the physical values of stored pixels (FITS standard 4.0, section 4.4.2.5), of the same dtype as in
-        astropy."""
+        """Return the physical values of stored pixels (FITS standard 4.0, section 4.4.2.5).
+
+        The dtype is the one that astropy returns.
+        """
         if self.scale == 1 and self.zero == 0 and self.blank is None:
             return pixels
         is_float = self.dtype.kind == "f"
@@ -260,11 +262,10 @@ def _inflate(data: bytes | memoryview) -> memoryview:
 
 
 def _gzip_sizes(gzip: bytes | memoryview) -> list[tuple[int, int]]:
-    """Return the possible ends of a gzip file, and the decompressed size that the file claims for each; first the last
-    byte.
+    """Return the possible ends of a gzip file, each with the decompressed size that the file claims there.
 
-    Some writers pad stamps with zeros. If the bytes end with zeros, the file may also end earlier, at each position for
-    which the claimed size is a multiple of a FITS block.
+    The first of them is the end of the bytes. Some writers pad stamps with zeros. If the bytes end with zeros, the file
+    may also end earlier, at each position for which the claimed size is a multiple of a FITS block.
     """
     last = len(gzip)
     content = len(bytes(gzip).rstrip(b"\0"))
@@ -290,10 +291,9 @@ def _extensions(fits: memoryview, image: _Image) -> dict[bytes, tuple[int, _Imag
 
 
 def _place_image(fits: memoryview, image: _Image, out: NDArray[np.float32], centred: bool) -> tuple[int, int, int, int]:
-    """Write the pixels of an image whose header is at the start of `fits` into a slot, with zeros around them; return
-    their box.
+    """Write the pixels of an image into a slot, with zeros around them, and return their box.
 
-    Raises StampError if the bytes end before the image does.
+    `fits`: bytes that begin with the header of the image. Raises StampError if the bytes end before the image does.
     """
     if image.n_bytes > len(fits):
         raise StampError(
@@ -401,8 +401,10 @@ def _value(card: bytes) -> bytes:
 
 
 def _place(length: int, slot: int, centred: bool) -> tuple[int, int, int]:
-    """Return the placement along one axis: the first pixel in the slot, the first pixel of the stamp, the number of
-    pixels."""
+    """Return the placement of a stamp in a slot along one axis.
+
+    The placement is the first pixel in the slot, the first pixel of the stamp, and the number of pixels.
+    """
     middle = slot // 2 - length // 2
     if length > slot:
         return 0, -middle, slot

@@ -767,8 +767,10 @@ def rows_of_unknown_version(alerts: AlertBatch) -> list[int]:
 
 
 def recognise(paths: Collection[str]) -> SurveyFormat | None:
-    """Return the survey format whose signature is among `paths` (see `plan.field_paths`); None for an unknown
-    survey."""
+    """Return the survey format whose signature is among `paths`, or None for an unknown survey.
+
+    `paths`: see `plan.field_paths`.
+    """
     return next((known for known in FORMATS if known.signature <= set(paths)), None)
 
 
@@ -783,8 +785,10 @@ alerts are recognised (https://github.com/boom-astro/boom)."""
 
 
 def broker_without_cutouts(paths: Collection[str]) -> str | None:
-    """Return the name of the broker that wrote an LSST alert with the fields `paths` and without cutouts; None if the
-    fields are of no such broker."""
+    """Return the name of the broker that wrote an LSST alert without cutouts, or None if no known broker did.
+
+    `paths`: the fields of the alert; see `plan.field_paths`.
+    """
     if any(path.startswith("cutout") for path in paths):
         return None
     return next(

@@ -140,8 +140,10 @@ class MetadataColumn(CardSection):
 
 
 class LightCurveInput(CardSection):
-    """The network's light-curve inputs: float32 `light_curve` [N, points, LIGHT_CURVE_FEATURES] and float32
-    `light_curve_mask` [N, points], 1 for a point and 0 for padding."""
+    """The network's light-curve inputs: float32 `light_curve` of shape [N, points, LIGHT_CURVE_FEATURES], and a mask.
+
+    The mask is float32 `light_curve_mask` of shape [N, points]: 1 for a point and 0 for padding.
+    """
 
     points: int = Field(
         gt=0, le=MAX_POINTS, description="Number of points: the latest ones up to the time of the alert are kept."
@@ -187,11 +189,11 @@ class Inputs(CardSection):
 
 
 class Outputs(CardSection):
-    """The network's outputs: float32 `probabilities` [N, C] and, if `embedding` gives a size D, float32 `embedding` [N,
-    D].
+    """The network's outputs: float32 `probabilities` of shape [N, C], and perhaps an embedding.
 
-    With M `modalities`, the network also returns `modalities` [N, M, D / M]: one vector of length 1 per modality, all
-    zeros if the alert lacks that modality. The embedding is their concatenation, scaled to length 1.
+    If `embedding` gives a size D, the network also returns float32 `embedding` [N, D]. With M `modalities`, the network
+    also returns `modalities` [N, M, D / M]: one vector of length 1 per modality, all zeros if the alert lacks that
+    modality. The embedding is their concatenation, scaled to length 1.
     """
 
     labels: tuple[ModelName, ...] = Field(min_length=1)

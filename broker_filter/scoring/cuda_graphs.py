@@ -46,10 +46,10 @@ class CudaGraphNetwork:
         precision: Precision,
         tolerance: float,
     ) -> None:
-        """`network`: takes the inputs in the order of `shapes` (name -> shape of one alert's input) and returns
-        `outputs`.
+        """Prepare `network` for a CUDA device.
 
-        `tolerance`: see `runtimes.TOLERANCES`.
+        `network`: takes the inputs in the order of `shapes` and returns `outputs`. `shapes`: for each input, the shape
+        of one alert's values. `tolerance`: see `runtimes.TOLERANCES`.
         """
         self.provider = f"torch/{device}"
         self.tolerance = tolerance

@@ -57,14 +57,14 @@ def prepare_images(
     images: ImageInput,
     variance: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """Convert raw cutouts [N, 3, S, S] with boxes [N, 3, 4] (see `AlertBatch`) into network images float32[N, C, size,
-    size].
+    """Return the image input of a network, float32[N, C, size, size].
 
-    The images are cropped to `size`; each row or image is divided by its L2 norm; pixels outside the stamp are set to
-    `padding`. If the norm is not finite, NaN is first replaced by 0 and infinities by the largest float32. All
-    arithmetic is in float32, as in the code that computed ZTF's published `drb` (`make_triplet` in
-    https://github.com/dmitryduev/braai): there, too, a row with a pixel of 3.4e38 has an infinite norm and becomes 0.
-    The normalisation `snr` needs `variance` [N, 3, S, S] (NaN where it is unknown); see the module `snr`.
+    `cutouts`: raw, [N, 3, S, S]. `cutout_box`: [N, 3, 4], see `AlertBatch`. The images are cropped to `size`; each row
+    or image is divided by its L2 norm; pixels outside the stamp are set to `padding`. If the norm is not finite, NaN is
+    first replaced by 0 and infinities by the largest float32. All arithmetic is in float32, as in the code that
+    computed ZTF's published `drb` (`make_triplet` in https://github.com/dmitryduev/braai): there, too, a row with a
+    pixel of 3.4e38 has an infinite norm and becomes 0. The normalisation `snr` needs `variance` [N, 3, S, S] (NaN where
+    it is unknown); see the module `snr`.
 
     Raises ValueError if S < size, and KeyError if the normalisation is `snr` and `variance` is None.
     """
@@ -126,12 +126,11 @@ def prepare_metadata(
     wanted: Sequence[MetadataColumn],
     survey: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.float32]:
-    """Return the metadata input float32[N, F]: the `wanted` columns in order, missing values filled, followed by the
-    flags.
+    """Return the metadata input float32[N, F]: the values of the `wanted` columns in order, then the flags.
 
-    A flag is 1 where the value is missing, else 0; only columns with `flag` have one. `metadata`: float64[N,
-    len(columns)], NaN where missing. `survey` uint8[N]: values of a column that names other `surveys` count as missing;
-    without it, no value does.
+    Missing values are filled. A flag is 1 where the value is missing, else 0; only columns with `flag` have one.
+    `metadata`: float64[N, len(columns)], NaN where missing. `survey` uint8[N]: values of a column that names other
+    `surveys` count as missing; without it, no value does.
 
     Raises KeyError, with the names, if `columns` lacks a wanted column.
     """
@@ -181,11 +180,11 @@ def prepare_light_curves(
 
 
 def normalise_numpy(images: NDArray[np.float32], normalised: NDArray[np.float32], length: int) -> None:
-    """Divide every `length` pixels of `images` (a row or an image) by their L2 norm, and write the result into
-    `normalised`.
+    """Divide every `length` pixels of `images` by their L2 norm, and write the result into `normalised`.
 
-    Both arrays are C-contiguous float32 of the same shape. If the norm is NaN or infinite, NaN pixels are first
-    replaced by 0 and infinities by the largest float32. A norm of 0 is replaced by 1.
+    `length`: the number of pixels of a row or of an image. Both arrays are C-contiguous float32 of the same shape. If
+    the norm is NaN or infinite, NaN pixels are first replaced by 0 and infinities by the largest float32. A norm of 0
+    is replaced by 1.
     """
     rows, out = images.reshape(-1, length), normalised.reshape(-1, length)
     with np.errstate(over="ignore", invalid="ignore"):

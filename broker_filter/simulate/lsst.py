@@ -386,8 +386,10 @@ def _moments_of_psf(conditions: Conditions) -> Moments:
 
 
 def _earlier_visit(observation: Observation, source: Record, i: int) -> Record:
-    """Return the fields that the records of detections and of forced photometry share, for the visit `i` of the
-    history."""
+    """Return the fields that records of detections and of forced photometry share.
+
+    `i`: the index of the visit in the history.
+    """
     history = observation.history
     mjd = float(history.mjd[i])
     return {

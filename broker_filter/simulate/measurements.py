@@ -61,8 +61,10 @@ class Fit(NamedTuple):
 
 
 class Trail(NamedTuple):
-    """The line that would have the second moments of the source. `angle`: radians from the x axis towards the y
-    axis."""
+    """The line that would have the second moments of the source.
+
+    `angle`: radians from the x axis towards the y axis.
+    """
 
     flux: float
     length: float
@@ -84,8 +86,11 @@ class Dipole(NamedTuple):
 
 
 class Footprint(NamedTuple):
-    """The pixels of a detection. `size`: the longer side of their bounding box. `snr`: the highest absolute
-    signal-to-noise ratio. `highest`, `lowest`: the offsets (x, y) from the central pixel of the extremes."""
+    """The pixels of a detection.
+
+    `size`: the longer side of their bounding box, in pixels. `snr`: the highest absolute signal-to-noise ratio.
+    `highest`, `lowest`: the offsets (x, y) of the extreme pixels from the central pixel.
+    """
 
     pixels: NDArray[np.bool_]
     size: int

@@ -279,8 +279,10 @@ class Night:
         return points, galaxies
 
     def _blank_unread(self, stamps: Stamps, rng: np.random.Generator) -> None:
-        """Set some blocks of pixels away from the centre to NaN in all three images, in the fraction `unread` of the
-        alerts."""
+        """Set some blocks of pixels to NaN in all three images, in the fraction `unread` of the alerts.
+
+        No block is at the centre.
+        """
         if rng.random() > self._instrument.unread:
             return
         grid = self._instrument.grid

@@ -1,9 +1,9 @@
-"""The Bright Transient Survey's policies: rules that decide from the scores of an object's alerts when to act on the
-object.
+"""The Bright Transient Survey's policies: rules that decide when to act on an object.
 
-BTSbot is evaluated with these policies (Rehemtulla et al. 2024, arXiv:2401.15167; `btsbot/val.py` of
-https://github.com/nabeelre/BTSbot, MIT). A policy uses an alert's past and never its future, so the decisions on an
-archive are those that it would have made night by night. An object that has passed stays passed.
+A policy decides from the scores of the object's alerts. BTSbot is evaluated with these policies (Rehemtulla et al.
+2024, arXiv:2401.15167; `btsbot/val.py` of https://github.com/nabeelre/BTSbot, MIT). A policy uses an alert's past and
+never its future, so the decisions on an archive are those that it would have made night by night. An object that has
+passed stays passed.
 """
 
 from __future__ import annotations

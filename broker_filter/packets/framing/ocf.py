@@ -130,10 +130,9 @@ def read_container(data: bytes, max_bytes: int = MAX_CONTAINER_BYTES) -> Contain
 
 
 def count_records(container: bytes) -> int:
-    """Return the number of records that the first MAX_BLOCKS blocks of a container claim to hold, up to the first
-    damage.
+    """Return the number of records that the blocks of a container claim to hold.
 
-    Decompresses nothing and never raises.
+    At most MAX_BLOCKS blocks are counted, and none after the first damage. Decompresses nothing and never raises.
     """
     records = 0
     try:
@@ -232,8 +231,10 @@ def encode_block(count: int, body: bytes, sync: bytes) -> bytes:
 
 
 def encode_long(value: int) -> bytes:
-    """Return an Avro long: zigzag encoding, then 7 bits per byte, least significant first (Avro 1.11, "Binary
-    Encoding")."""
+    """Return `value` as an Avro long.
+
+    The encoding is zigzag, then 7 bits per byte, least significant first (Avro 1.11, "Binary Encoding").
+    """
     zigzag = value << 1 if value >= 0 else (-value << 1) - 1
     encoded = bytearray()
     while zigzag > 0x7F:

@@ -106,8 +106,7 @@ class Rows:
                     raise ParquetError(f"column {column.path_in_schema} claims more than {self._allowed} bytes")
 
     def _record(self, fields: Iterable[pa.Field], name: str, path: str) -> dict[str, Any]:
-        """Return the Avro record of `fields`, without the fields that Avro cannot express, which are added to
-        `left_out`.
+        """Return the Avro record of `fields`; a field that Avro cannot express is added to `left_out` instead.
 
         `name`: the Avro name, unique because it contains the names of the outer fields. `path`: the dotted path.
         """

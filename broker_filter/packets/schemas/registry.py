@@ -91,8 +91,10 @@ def open_registry(
     drop_cache: bool = False,
     waiting: Callable[[], None] = no_beat,
 ) -> SchemaRegistry:
-    """Return the registry at `location`: a URL (http, https), a directory of .avsc files, a section of a service file
-    for one of them, or None if all ids are unknown.
+    """Return the registry at `location`.
+
+    `location`: a URL (http, https), a directory of .avsc files, a section of a service file for one of them, or None
+    if all ids are unknown.
 
     `cache_dir`: the folder of the disk cache, by default `broker-filter/schemas` in XDG_CACHE_HOME or `~/.cache`.
     `drop_cache`: delete the cached schemas of this registry first. `waiting`: see RegistryClient.
@@ -226,16 +228,20 @@ class HttpRegistry:
             file.unlink()
 
     def _at_hand(self, schema_id: int, doubted: WriterSchema | None) -> WriterSchema | None:
-        """Return the schema in memory; None if it is not there, or if it is in doubt and the registry must be asked
-        again."""
+        """Return the schema that is in memory, or None if the registry must be asked.
+
+        The registry must be asked for a schema that is not in memory, and again for the schema `doubted`.
+        """
         schema = self._schemas.get(schema_id)
         asked = self._doubted.get(schema_id)
         just_asked = asked is not None and self._clock() - asked < DOUBT_INTERVAL_S
         return schema if schema is not doubted or just_asked else None
 
     def _confirmed(self, schema: WriterSchema) -> WriterSchema:
-        """Return the current schema of the id of `schema`; `schema` itself if unchanged or if the registry does not
-        answer."""
+        """Return the schema that the id of `schema` has now.
+
+        The result is `schema` itself if the registry still has it, gives no valid schema, or does not answer.
+        """
         schema_id = schema.registry_id
         assert schema_id is not None
         try:

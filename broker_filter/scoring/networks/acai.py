@@ -1,5 +1,4 @@
-"""ACAI's network: separable convolutions for the images, dense layers for the features, and a dense head that joins
-both.
+"""ACAI's network: separable convolutions for images, dense layers for features, and a dense head that joins them.
 
 Duev & van der Walt 2021, "Phenomenological classification of the Zwicky Transient Facility astronomical event alerts"
 (arXiv:2111.12142); `build_model` of November 2020 in https://github.com/dmitryduev/acai (MIT). Images of 63 px.
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 
 
 class SeparableConvolution(nn.Sequential):
-    """Keras's SeparableConv2D with ReLU: a 3 x 3 filter for each channel, then a 1 x 1 convolution over the
-    channels."""
+    """Keras's SeparableConv2D with ReLU.
+
+    It applies a 3 x 3 filter to each channel, then a 1 x 1 convolution over the channels.
+    """
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(
@@ -24,8 +25,10 @@ class SeparableConvolution(nn.Sequential):
 
 
 class ACAI(nn.Module):
-    """Images [N, 3, 63, 63] and metadata [N, F] -> logits [N, 1] and the embedding [N, 16], the input of the last
-    layer."""
+    """Images [N, 3, 63, 63] and metadata [N, F] -> logits [N, 1] and embedding [N, 16].
+
+    The embedding is the input of the last layer.
+    """
 
     def __init__(self, metadata: int) -> None:
         super().__init__()

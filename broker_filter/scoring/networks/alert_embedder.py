@@ -1,9 +1,9 @@
-"""The alert embedder: cutouts, light curve and metadata of an alert, each as a vector in a common space, concatenated
-to one embedding.
+"""The alert embedder: an alert's cutouts, light curve and metadata as vectors in a common space.
 
-An architecture of this project (BSD-3-Clause), modelled on AstroM3 (Rizhko & Bloom 2024, arXiv:2411.08842), which
-aligns light curves, spectra and metadata of stars by contrastive learning. The trunk is an image network that is also
-served on its own, so one pass gives both that network's probabilities and the embedding.
+The embedding is the concatenation of these vectors. The architecture is this project's own (BSD-3-Clause), and is
+modelled on AstroM3 (Rizhko & Bloom 2024, arXiv:2411.08842), which aligns light curves, spectra and metadata of stars by
+contrastive learning. The trunk is an image network that is also served on its own, so one pass gives both that
+network's probabilities and the embedding.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ CENTRE = slice(6, 9)
 
 
 class AlertEmbedder(nn.Module):
-    """Images [N, 3, S, S], metadata [N, F], light curves [N, L, LIGHT_CURVE_FEATURES] and mask [N, L] -> logits of the
-    trunk [N, labels], embedding [N, M * size] and modalities [N, M, size].
+    """Images, metadata, light curves and mask -> logits, embedding and modalities.
+
+    Images are [N, 3, S, S], metadata [N, F], light curves [N, L, LIGHT_CURVE_FEATURES] and the mask [N, L]. The logits
+    [N, labels] are those of the trunk; the embedding is [N, M * size], and modalities are [N, M, size].
 
     Each modality vector has length 1, or is 0 if the alert lacks the modality. The embedding is their concatenation,
     scaled to length 1, so the cosine similarity of two alerts that have all modalities is the mean of the similarities
@@ -100,8 +102,11 @@ def projection(width: int, hidden: int, size: int) -> nn.Sequential:
 
 
 class StampNetTrunk(nn.Module):
-    """StampNet, unchanged. Features [N, 128]: its embedding (64), and an earlier map of 32 channels averaged over the
-    whole image (32) and over its centre (32)."""
+    """StampNet, unchanged.
+
+    Features [N, 128]: its embedding (64), and an earlier map of 32 channels averaged over the whole image (32) and
+    over its centre (32).
+    """
 
     features = 128
 
@@ -158,9 +163,9 @@ class Standardise(nn.Module):
 
 
 class MetadataEncoder(nn.Module):
-    """Raw metadata [N, F] -> [N, 2 F]: standardised asinh of the values (0 where missing), then flags (1 where
-    missing).
+    """Raw metadata [N, F] -> [N, 2 F]: standardised values and flags.
 
+    A value is the standardised asinh of the raw one, 0 where it is missing. A flag is 1 where the value is missing.
     asinh is logarithmic for large values, and also defined for zero and negative ones.
     """
 
@@ -205,8 +210,10 @@ class LightCurveEncoder(nn.Module):
 
 
 class _Layer(nn.Module):
-    """A transformer layer with layer normalisation before attention and perceptron (Xiong et al. 2020,
-    arXiv:2002.04745)."""
+    """A transformer layer with layer normalisation before attention and perceptron.
+
+    Source: Xiong et al. 2020, arXiv:2002.04745.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

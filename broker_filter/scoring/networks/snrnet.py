@@ -200,8 +200,11 @@ class SnrNet(nn.Module):
         return [net(seen).reshape(self.orientations, -1, FEATURES).mean(dim=0) for net in self.image_nets]
 
     def evidence(self, images: Tensor, metadata: Tensor, psf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what the last layers take: [N, 2] the mean logits of images and of metadata; the image features [N,
-        D]; and the inputs of the class layer [N, D + 1 + K]."""
+        """Return the inputs of the last layers.
+
+        They are the mean logits of images and of metadata [N, 2], the image features [N, D], and the inputs of the
+        class layer [N, D + 1 + K].
+        """
         features = self.image_features(images, psf)
         logits = [head(each) for head, each in zip(self.image_heads, features, strict=True)]
         derived = derive(metadata)

@@ -1,7 +1,7 @@
-"""StampNetClasses: classes of alerts beside StampNet's real/bogus score, an architecture of this project
-(BSD-3-Clause).
+"""StampNetClasses: classes of alerts beside StampNet's real/bogus score.
 
-The classes are computed from the maps of the real/bogus network, which stays unchanged, and from metadata columns.
+The architecture is this project's own (BSD-3-Clause). The classes are computed from the maps of the real/bogus network,
+which stays unchanged, and from metadata columns.
 """
 
 from __future__ import annotations
