@@ -10,11 +10,11 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from broker_filter.errors import USAGE, BrokerFilterError
+from broker_filter.packets.schemas.registry_location import RegistryLocation, TlsFiles, is_http, registry_location
 
 SCORED, ANOMALIES, DEAD_LETTER, POSITIONS = "scored", "anomalies", "dead-letter", "positions"
 RESERVED_TOPICS = (SCORED, ANOMALIES, DEAD_LETTER, POSITIONS)
@@ -205,6 +206,11 @@ class Tls(ServiceSection):
             raise ValueError("certificate and key belong together: give both or neither")
         return self
 
+    def files(self, environment: Mapping[str, str] = os.environ) -> TlsFiles:
+        """Return the files with the password of the key. Raises SecretError if the password is missing."""
+        password = read_secret(self.key_password, environment) if self.key_password else None
+        return TlsFiles(self.ca, self.certificate, self.key, password)
+
 
 class Registry(ServiceSection):
     """A Confluent schema registry. A string in the place of this section is taken as the key `url`."""
@@ -226,12 +232,12 @@ class Registry(ServiceSection):
 
     @model_validator(mode="after")
     def _parts_fit(self, info: ValidationInfo) -> Registry:
-        parts = urlsplit(self.url)
+        at = registry_location(self.url)
         if (self.username is None) != (self.password is None):
             raise ValueError("username and password belong together: give both or neither")
-        if self.username is not None and (not self.is_remote or parts.username is not None):
+        if self.username is not None and (not at.is_remote or at.username is not None):
             raise ValueError("username and password need an http(s) URL without credentials in it")
-        if self.tls is not None and parts.scheme != "https":
+        if self.tls is not None and not at.url.startswith("https:"):
             raise ValueError("tls needs an https URL")
         if checks := _checks(info):
             checks.check_registry(self)
@@ -240,7 +246,18 @@ class Registry(ServiceSection):
     @property
     def is_remote(self) -> bool:
         """Whether `url` is an HTTP(S) URL, not the path of a directory."""
-        return urlsplit(self.url).scheme in ("http", "https")
+        return is_http(self.url)
+
+    def location(self, environment: Mapping[str, str] = os.environ) -> RegistryLocation:
+        """Return the location with the text of its secrets; `environment` holds the variables that they refer to.
+
+        Raises SecretError if a secret is missing.
+        """
+        location = registry_location(self.url)
+        if self.password is not None:
+            password = read_secret(self.password, environment)
+            location = replace(location, username=self.username, password=password)
+        return replace(location, tls=self.tls.files(environment)) if self.tls else location
 
 
 def _scalar(value: Any) -> Any:

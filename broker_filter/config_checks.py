@@ -48,7 +48,7 @@ class EnvironmentChecks(ConfigChecks):
     def check_registry(self, registry: Registry) -> None:
         """See ConfigChecks. The check creates a client, which sends nothing."""
         if registry.is_remote:
-            RegistryClient(registry, environment=self._environment)
+            RegistryClient(registry.location(self._environment))
 
     def check_reference(self, file: Path) -> None:
         """See ConfigChecks. Reads only the card of the file, because the file may have gigabytes."""

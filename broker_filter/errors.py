@@ -1,4 +1,4 @@
-"""The base of every error that a user of the program or of the library can mend.
+"""The base of every error that a user of the program or of the library can mend, and what its message may show.
 
 A fault of the program (a violated invariant, a bug) must never derive from it: the command line prints one line for a
 BrokerFilterError or an error of the operating system, and a traceback for a fault.
@@ -6,12 +6,15 @@ BrokerFilterError or an error of the operating system, and a traceback for a fau
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 FAILED = 1
 """Exit status of a command that failed at work, for example because no broker answered."""
 USAGE = 2
 """Exit status of a command whose command line, service file, or a name in them is wrong."""
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/+")
+"""The beginning of a URL, also of one with too few slashes."""
 
 
 class BrokerFilterError(Exception):
@@ -37,3 +40,15 @@ def is_fault(error: BaseException) -> bool:
     message comes from Python code and not from the system, for example the TimeoutError of a future.
     """
     return not (isinstance(error, BrokerFilterError) or (isinstance(error, OSError) and str(error)))
+
+
+def without_credentials(location: str) -> str:
+    """Return `location` as an error message may show it: `***` replaces the credentials of a URL.
+
+    The URL may be damaged, for example by a mistyped scheme. A path is returned unchanged.
+    """
+    before, _, after = location.rpartition("@")
+    if ":" not in before:
+        return location
+    scheme = _SCHEME.match(before)
+    return f"{scheme[0] if scheme else ''}***@{after}"

@@ -103,9 +103,10 @@ class FilterService:
             self._judge = open_judge(self._scorer, anomalies.reference, anomalies.rate, service.judged)
         self._router = open_router(service, self._routing.beat)
         judged_by = self._judge.columns if self._judge else ()
+        registry = config.input.schema_registry
         self._decoder = self._scorer.decoder(
             open_registry(
-                config.input.schema_registry,
+                registry.location() if registry else None,
                 drop_cache=config.input.schema_cache == "drop",
                 waiting=self._decoding.beat,
             ),

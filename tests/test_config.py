@@ -249,6 +249,7 @@ def test_a_schema_registry_is_a_url_or_a_section_with_credentials_and_certificat
         (f'{{url: "http://registry", {login}, tls: {{}}}}', key, "tls needs an https URL"),
         (f'{{url: "https://me:too@registry", {login}}}', key, "an http(s) URL without credentials in it"),
         (f"{{url: {tmp_path}, {login}}}", key, "an http(s) URL without credentials in it"),
+        ('"https://me:hunter2/too@registry"', key, "https://***@registry: the URL is not valid"),
         (f'{{ulr: "{url}"}}', f"{key}.ulr", "did you mean 'url'?"),
     ):
         found = problems(tmp_path, text.replace("LOCATION", section), {"SECRET": "hunter2"})

@@ -42,6 +42,12 @@ def test_the_package_imports_nothing_heavy() -> None:
     assert run_python(program) == "[]\n"
 
 
+def test_a_decoder_needs_no_configuration_model() -> None:
+    heavy = ("broker_filter.config", "pydantic", "onnxruntime", "confluent_kafka")
+    program = f"import sys; from broker_filter import Decoder; print([name for name in {heavy} if name in sys.modules])"
+    assert run_python(program) == "[]\n"
+
+
 def test_at_most_ten_names_are_public_and_each_can_be_imported() -> None:
     assert len(broker_filter.__all__) <= MOST_NAMES
     assert set(broker_filter.__all__) < set(dir(broker_filter))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from broker_filter.cli.parser import UsageError, require_files
+from broker_filter.errors import without_credentials
 
 if TYPE_CHECKING:
     from broker_filter.packets.packet import Packet
@@ -42,7 +43,7 @@ def split_address(address: str) -> tuple[str, str]:
     """Return the bootstrap servers and the topic name of an address `kafka://...`. Raises AddressError."""
     bootstrap_servers, _, topic = address.removeprefix(TOPIC).partition("/")
     if not bootstrap_servers or not topic:
-        raise AddressError(f"{address}: not the address of a topic; write {TOPIC}HOST:PORT/TOPIC")
+        raise AddressError(f"{without_credentials(address)}: not the address of a topic; write {TOPIC}HOST:PORT/TOPIC")
     return bootstrap_servers, topic
 
 

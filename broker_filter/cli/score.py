@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from broker_filter.cli.archived import keep_inputs
 from broker_filter.cli.options import INPUT_HELP, add_cache_option, add_device_option, add_registry_option
 from broker_filter.cli.parser import UsageError
+from broker_filter.errors import without_credentials
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -91,7 +92,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _table(text: str) -> Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(
-            f"{text}: tables are written to files, not to URLs; write a file and copy it there"
+            f"{without_credentials(text)}: tables are written to files, not to URLs; write a file and copy it there"
         )
     return Path(text)
 

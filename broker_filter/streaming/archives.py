@@ -26,7 +26,7 @@ from typing import IO, Any, BinaryIO, Literal, Protocol, cast
 
 import pyarrow as pa
 
-from broker_filter.errors import USAGE, BrokerFilterError
+from broker_filter.errors import USAGE, BrokerFilterError, without_credentials
 from broker_filter.packets.framing import ocf, parquet
 from broker_filter.packets.packet import FilePosition, Packet
 
@@ -124,7 +124,8 @@ def check_inputs(inputs: Sequence[str | Path]) -> None:
             if any(map(_is_stdin, inputs[:i])):
                 raise NoInputError(f"{STDIN}: standard input can only be read once")
         elif match := _URL.match(str(given)):
-            raise NoInputError(f"{given}: {_fetch(match[1], str(given))}")
+            url = without_credentials(str(given))
+            raise NoInputError(f"{url}: {_fetch(match[1], url)}")
         elif not Path(given).exists():
             raise NoInputError(f"{given}: no such file or folder")
 

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 
 from broker_filter import __version__
 from broker_filter.anomalies.score import Reason
-from broker_filter.config import Registry
 from broker_filter.packets.batch import AlertBatch, Record, Survey
 from broker_filter.packets.framing.ocf import container_header, encode_long
 from broker_filter.packets.framing.wire import frame
 from broker_filter.packets.schemas.defaults import without_invalid_defaults
 from broker_filter.packets.schemas.registry_client import Answer, RegistryClient, RegistryUnavailable, no_beat
+from broker_filter.packets.schemas.registry_location import RegistryLocation
 from broker_filter.packets.schemas.writer_schema import BySchema, WriterSchema, full_name, moved_to, self_contained
 from broker_filter.scoring.scores import ModelScores
 from broker_filter.streaming.scored import Anomalies, ScoredBatch
@@ -143,7 +143,7 @@ class WireFraming:
 
     def __init__(
         self,
-        registry: Registry | str,
+        registry: RegistryLocation | str,
         strategy: SubjectStrategy = "topic-record",
         waiting: Callable[[], None] = no_beat,
         clock: Callable[[], float] = time.monotonic,

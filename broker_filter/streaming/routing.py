@@ -169,11 +169,12 @@ def open_router(service: ResolvedService, waiting: Callable[[], None] = no_beat)
     """Return the router that a service file describes. `waiting`: see RegistryClient."""
     config = service.config
     registry = config.output.schema_registry
+    framing = WireFraming(registry.location(), config.output.subject, waiting) if registry else ContainerFraming()
     return Router(
         config.output.prefix,
         models=[(bundle.card.name, bundle.card.version) for bundle in service.bundles],
         encoder=Encoder(config.output.payload),
-        framing=WireFraming(registry, config.output.subject, waiting) if registry else ContainerFraming(),
+        framing=framing,
         filters=service.filters,
         drop_duplicates=config.duplicates == "drop",
     )

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,28 @@ def test_wrong_arguments_show_the_usage_of_the_command_and_a_suggestion(
     error = capsys.readouterr().err
     assert usage in error
     assert message in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["score", "https://me:secret@example.org/night.tar.gz", "--out", "x.csv"],
+        ["score", "x", "--out", "s3://me:secret@bucket/night.parquet"],
+        ["inspect", "x", "--schema-registry", "htps://me:secret@registry"],
+        ["inspect", "x", "--schema-registry", "https://me:secret/too@registry"],
+        ["inspect", "kafka://me:secret@host:9092"],
+    ],
+)
+def test_credentials_in_a_url_are_not_shown(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x").touch()
+    with suppress(SystemExit):  # argparse ends the process itself
+        assert main(arguments) != 0
+    error = capsys.readouterr().err
+    assert "***@" in error
+    assert "secret" not in error
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ import fastavro
 import numpy as np
 import pytest
 
-from broker_filter import config
 from broker_filter.metrics import Metrics
 from broker_filter.packets.batch import Survey
 from broker_filter.packets.decode import Decoder
@@ -180,8 +179,8 @@ def test_each_minor_is_fetched_once_and_one_that_the_registry_lacks_is_asked_for
     data = [wire_packet(record, minors[schema_id], schema_id) for schema_id in (1100, 1102, 1101, 1102, 1100)]
     http_schemas.schemas = {schema_id: minors[schema_id] for schema_id in (1100, 1101)}
     now = [0.0]
-    section = config.Registry(url=f"http://127.0.0.1:{http_schemas.server.server_port}")
-    decoder = Decoder(HttpRegistry(section, tmp_path, clock=lambda: now[0]))
+    url = f"http://127.0.0.1:{http_schemas.server.server_port}"
+    decoder = Decoder(HttpRegistry(url, tmp_path, clock=lambda: now[0]))
 
     for _ in range(2):
         alerts, rejects = decoder.decode(packets(*data))

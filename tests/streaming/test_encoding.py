@@ -573,7 +573,7 @@ def test_credentials_for_the_registry_are_sent(registry: str, given: str, tmp_pa
     password = tmp_path / "password"
     password.write_text("one/two\n")
     location = (
-        config.Registry(url=registry, username="me", password=config.SecretFromFile(file=password))
+        config.Registry(url=registry, username="me", password=config.SecretFromFile(file=password)).location()
         if given == "in a section"
         else registry.replace("//", "//me:one%2Ftwo@")
     )

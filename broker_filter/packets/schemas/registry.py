@@ -25,7 +25,7 @@ from threading import Lock
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from broker_filter import config
+from broker_filter.errors import without_credentials
 from broker_filter.packets.schemas.registry_client import (
     DEADLINE_S,
     RegistryClient,
@@ -33,6 +33,7 @@ from broker_filter.packets.schemas.registry_client import (
     wait_for,
 )
 from broker_filter.packets.schemas.registry_client import RegistryUnavailable as RegistryUnavailable
+from broker_filter.packets.schemas.registry_location import RegistryLocation, registry_location
 from broker_filter.packets.schemas.writer_schema import (
     MAX_SCHEMA_BYTES,
     SchemaError,
@@ -85,7 +86,7 @@ class SchemaRegistry(Protocol):
 
 
 def open_registry(
-    location: str | Path | config.Registry | None,
+    location: str | Path | RegistryLocation | None,
     cache_dir: Path | None = None,
     *,
     drop_cache: bool = False,
@@ -93,26 +94,27 @@ def open_registry(
 ) -> SchemaRegistry:
     """Return the registry at `location`.
 
-    `location`: a URL (http, https), a directory of .avsc files, a section of a service file for one of them, or None
-    if all ids are unknown.
+    `location`: a URL (http, https), a directory of .avsc files, or None if all ids are unknown.
 
     `cache_dir`: the folder of the disk cache, by default `broker-filter/schemas` in XDG_CACHE_HOME or `~/.cache`.
     `drop_cache`: delete the cached schemas of this registry first. `waiting`: see RegistryClient.
 
-    Raises NotADirectoryError if `location` is neither a URL nor a directory, and OSError if the cache cannot be
-    deleted.
+    Raises NotADirectoryError if `location` is neither a URL nor a directory, OSError if the cache cannot be deleted,
+    and as RegistryClient does.
     """
     if location is None:
         return NoRegistry()
-    section = location if isinstance(location, config.Registry) else config.Registry(url=str(location))
-    if section.is_remote:
-        registry = HttpRegistry(section, cache_dir or default_cache_dir(), waiting=waiting)
+    if not isinstance(location, RegistryLocation):
+        location = registry_location(location)
+    if location.is_remote:
+        registry = HttpRegistry(location, cache_dir or default_cache_dir(), waiting=waiting)
         if drop_cache:
             registry.drop_cache()
         return registry
-    if not Path(section.url).is_dir():
-        raise NotADirectoryError(f"schema registry {section.url!r} is neither a URL (http, https) nor a directory")
-    return DirectoryRegistry(Path(section.url))
+    if not Path(location.url).is_dir():
+        shown = without_credentials(location.url)
+        raise NotADirectoryError(f"schema registry {shown!r} is neither a URL (http, https) nor a directory")
+    return DirectoryRegistry(Path(location.url))
 
 
 def default_cache_dir() -> Path:
@@ -178,7 +180,7 @@ class HttpRegistry:
 
     def __init__(
         self,
-        registry: config.Registry | str,
+        registry: RegistryLocation | str,
         cache_dir: Path,
         *,
         waiting: Callable[[], None] = no_beat,

@@ -9,23 +9,22 @@ from __future__ import annotations
 import http.client
 import io
 import json
-import os
 import socket
 import ssl
 import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import closing
 from functools import partial
 from threading import Thread
 from typing import IO, Any, NamedTuple, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
-from broker_filter.config import Registry, Tls, read_secret
 from broker_filter.errors import USAGE, BrokerFilterError
+from broker_filter.packets.schemas.registry_location import RegistryLocation, TlsFiles, registry_location
 from broker_filter.packets.schemas.writer_schema import MAX_SCHEMA_BYTES
 
 DEADLINE_S = 10.0
@@ -73,19 +72,16 @@ class Answer(NamedTuple):
         return self.content.get(key) if isinstance(self.content, dict) else None
 
 
-def _credentials(registry: Registry, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the HTTP header with the credentials; empty if there are none. Raises SecretError."""
-    parts = urlsplit(registry.url)
-    username, password = unquote(parts.username or ""), unquote(parts.password or "")
-    if registry.username is not None and registry.password is not None:
-        username, password = registry.username, read_secret(registry.password, environment)
-    elif parts.username is None:
+def _credentials(location: RegistryLocation) -> dict[str, str]:
+    """Return the HTTP header with the credentials; empty if there are none."""
+    if location.username is None:
         return {}
-    return {"Authorization": "Basic " + b64encode(f"{username}:{password}".encode()).decode()}
+    credentials = f"{location.username}:{location.password or ''}"
+    return {"Authorization": "Basic " + b64encode(credentials.encode()).decode()}
 
 
-def _tls_context(tls: Tls, environment: Mapping[str, str]) -> ssl.SSLContext:
-    """Return the context of TLS connections to a registry. Raises CertificateError and SecretError."""
+def _tls_context(tls: TlsFiles) -> ssl.SSLContext:
+    """Return the context of TLS connections to a registry. Raises CertificateError."""
     try:
         context = ssl.create_default_context(cafile=tls.ca)
     except OSError as error:  # ssl.SSLError is an OSError
@@ -93,9 +89,8 @@ def _tls_context(tls: Tls, environment: Mapping[str, str]) -> ssl.SSLContext:
     if tls.certificate is None:
         return context
     # Without any password, OpenSSL would ask for the password of an encrypted key at the terminal.
-    password = read_secret(tls.key_password, environment) if tls.key_password else ""
     try:
-        context.load_cert_chain(tls.certificate, tls.key, password)
+        context.load_cert_chain(tls.certificate, tls.key, tls.key_password or "")
     except OSError as error:
         unfit = "not the PEM files of a certificate and its key, or key_password is wrong"
         raise CertificateError(f"{tls.certificate}, {tls.key}: {_reason(error, unfit)}") from None
@@ -129,31 +124,24 @@ def wait_for(future: Future[T], waiting: Callable[[], None], until: float | None
 class RegistryClient:
     """Sends requests to a schema registry. Thread-safe.
 
-    `registry`: the section of the service file, or a URL, with credentials if it needs them (`https://user:key@host`).
-    `waiting`: called every BEAT_S seconds by the requesting thread while it waits for an answer, so that a watchdog
-    knows that it is not stuck. `environment`: the variables that secrets refer to.
+    `registry`: its location, or its URL, with credentials if it needs them (`https://user:key@host`). `waiting`: called
+    every BEAT_S seconds by the requesting thread while it waits for an answer, so that a watchdog knows that it is not
+    stuck.
 
-    Raises CertificateError if a certificate or key cannot be used, and SecretError if a secret is missing.
+    Raises CertificateError if a certificate or key cannot be used, and RegistryUrlError if the URL cannot be used.
     """
 
-    def __init__(
-        self,
-        registry: Registry | str,
-        waiting: Callable[[], None] = no_beat,
-        environment: Mapping[str, str] = os.environ,
-    ) -> None:
-        registry = Registry.model_validate(registry)
-        parts = urlsplit(registry.url)
-        host = parts.netloc.rpartition("@")[2]
-        self.url = urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
+    def __init__(self, registry: RegistryLocation | str, waiting: Callable[[], None] = no_beat) -> None:
+        location = registry_location(registry) if isinstance(registry, str) else registry
+        self.url = location.url
         """The URL of the registry without credentials, which may be logged."""
         self.waiting = waiting
         self._headers = {
             "Accept": "application/vnd.schemaregistry.v1+json, application/json",
-            **_credentials(registry, environment),
+            **_credentials(location),
         }
-        tls = None if registry.tls is None else _tls_context(registry.tls, environment)
-        self._opener = urllib.request.build_opener(_Transport(host, tls), _SameHostRedirects)
+        tls = None if location.tls is None else _tls_context(location.tls)
+        self._opener = urllib.request.build_opener(_Transport(urlsplit(self.url).netloc, tls), _SameHostRedirects)
 
     def ask(self, path: str, document: Any = None, timeout_s: float = DEADLINE_S) -> Answer:
         """Return the answer to GET `path`, or to POST `path` if there is a `document`, which is sent as JSON.
@@ -165,7 +153,7 @@ class RegistryClient:
         if document is not None:
             data = json.dumps(document).encode()
             headers = headers | {"Content-Type": "application/vnd.schemaregistry.v1+json"}
-        # The scheme, http or https, was checked with the configuration.
+        # The scheme is http or https: `registry_location` takes anything else for a directory.
         request = urllib.request.Request(f"{self.url}{path}", data, headers)  # noqa: S310
         answer: Future[Answer] = Future()
         # A separate thread, because name look-up and connecting have no total deadline.

@@ -132,7 +132,7 @@ def test_a_registry_with_its_own_ca_and_mutual_tls_answers(
 ) -> None:
     login = {"username": "me:too", "password": {"env": "REGISTRY_PASSWORD"}}
     registry = section(server.url, server_certificate, client_certificate, **login)
-    client = RegistryClient(registry, environment={"KEY_PASSWORD": PASSWORD, "REGISTRY_PASSWORD": "s3cret\n"})
+    client = RegistryClient(registry.location({"KEY_PASSWORD": PASSWORD, "REGISTRY_PASSWORD": "s3cret\n"}))
     assert client.ask(path, document).content == {"path": path}
     assert server.authorization == ["Basic " + b64encode(b"me:too:s3cret").decode()]
     assert client.url == server.url
@@ -147,7 +147,7 @@ def test_neither_side_accepts_an_unknown_certificate(
         (section(server.url, server_certificate), ""),  # the client shows no certificate
     ):
         with pytest.raises(RegistryUnavailable, match=f"schema registry {server.url}: .*{reason}"):
-            RegistryClient(registry).ask(READ)
+            RegistryClient(registry.location()).ask(READ)
     assert server.authorization == []
 
 
@@ -164,7 +164,7 @@ def test_another_host_gets_no_client_certificate_and_no_credentials(
     monkeypatch.setenv("SSL_CERT_FILE", str(other_certificate.certificate))  # the system's authorities
     with tls_server(other_certificate, client_certificate, ssl.CERT_OPTIONAL) as other:
         server.redirect = other.url
-        client = RegistryClient(registry, environment={"KEY_PASSWORD": PASSWORD, "REGISTRY_PASSWORD": "s3cret"})
+        client = RegistryClient(registry.location({"KEY_PASSWORD": PASSWORD, "REGISTRY_PASSWORD": "s3cret"}))
         assert client.ask(READ).content == {"path": READ}
     assert server.certificates[0]["subject"]
     assert other.authorization == [None]
@@ -178,13 +178,13 @@ def test_files_that_are_no_certificates_are_named(
     junk.write_text("junk")
     url, environment = "https://registry", {"KEY_PASSWORD": "wrong"}
     with pytest.raises(CertificateError, match=r"junk\.pem: no PEM file of certificates"):
-        RegistryClient(section(url, Certificate(junk, junk)))
+        RegistryClient(section(url, Certificate(junk, junk)).location())
     for certificate, key in ((junk, client_certificate.key), client_certificate):  # the second: a wrong password
         mutual = section(url, server_certificate, Certificate(certificate, key))
         with pytest.raises(CertificateError, match=rf"{certificate}, {key}: not the PEM files of .+ key_password"):
-            RegistryClient(mutual, environment=environment)
+            RegistryClient(mutual.location(environment))
     with pytest.raises(CertificateError, match=r"none\.pem: No such file"):
-        RegistryClient(section(url, Certificate(tmp_path / "none.pem", junk)))
+        RegistryClient(section(url, Certificate(tmp_path / "none.pem", junk)).location())
 
 
 def test_an_encrypted_key_without_password_is_refused_and_not_asked_for(
@@ -192,10 +192,10 @@ def test_an_encrypted_key_without_password_is_refused_and_not_asked_for(
 ) -> None:
     tls = {"certificate": client_certificate.certificate, "key": client_certificate.key}
     with pytest.raises(CertificateError, match="key_password"):
-        RegistryClient(Registry.model_validate({"url": "https://registry", "tls": tls}))
+        RegistryClient(Registry.model_validate({"url": "https://registry", "tls": tls}).location())
 
 
 def test_a_missing_secret_is_named(server_certificate: Certificate) -> None:
     login = {"username": "me", "password": {"env": "NO_SUCH_SECRET"}}
     with pytest.raises(SecretError, match="NO_SUCH_SECRET"):
-        RegistryClient(section("https://registry", server_certificate, **login), environment={})
+        section("https://registry", server_certificate, **login).location({})
