@@ -22,7 +22,7 @@ setup(
         Extension(
             f"broker_filter.{name}",
             [f"broker_filter/{name.replace('.', '/')}.c"],
-            depends=["broker_filter/packets/_inflate.h"],
+            depends=["broker_filter/packets/_arrays.h", "broker_filter/packets/_inflate.h"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno"],  # products are rounded, as in numpy
             py_limited_api=True,

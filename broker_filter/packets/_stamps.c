@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "_arrays.h"
 #include "_inflate.h"
 
 #define CARD 80
@@ -400,23 +401,6 @@ static void decode_batch(Batch *batch)
     for (int k = 0; k < STREAMS; k++)
         free(inflating[k].file);
     free(streams);
-}
-
-/* Gets the buffer of a C-contiguous array with this shape (-1 stands for any length) and items of `itemsize` bytes.
- * Returns -1 with an exception on failure. */
-static int get_array(PyObject *object, Py_buffer *view, int n_dimensions, const Py_ssize_t *shape, Py_ssize_t itemsize,
-                     int flags)
-{
-    if (PyObject_GetBuffer(object, view, PyBUF_C_CONTIGUOUS | flags) < 0)
-        return -1;
-    int fits = view->ndim == n_dimensions && view->itemsize == itemsize && (uintptr_t)view->buf % (size_t)itemsize == 0;
-    for (int axis = 0; fits && axis < n_dimensions; axis++)
-        fits = shape[axis] < 0 || shape[axis] == view->shape[axis];
-    if (fits)
-        return 0;
-    PyBuffer_Release(view);
-    PyErr_SetString(PyExc_ValueError, "decode_stamps: an array has a wrong shape or type");
-    return -1;
 }
 
 PyDoc_STRVAR(decode_stamps_doc, "decode_stamps(bodies, spans, centred, slots, boxes, taken, variance, psf, states): see "

@@ -10,6 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../packets/_arrays.h"
+
 /* numpy's pairwise summation (`pairwise_sum` in its loops): blocks of more than PAIRED pixels are halved, and each block is
  * summed in LANES partial sums. */
 #define LANES 8
@@ -253,23 +255,6 @@ release_images:
 }
 
 PyDoc_STRVAR(snr_doc, "snr(pixels, variance, boxes, subtracted, padding, normalised): see `snr.snr_numpy`.");
-
-/* Gets the buffer of a C-contiguous array with this shape (-1 stands for any length) and items of `itemsize` bytes.
- * Returns -1 with an exception on failure. */
-static int get_array(PyObject *object, Py_buffer *view, int n_dimensions, const Py_ssize_t *shape, Py_ssize_t itemsize,
-                     int flags)
-{
-    if (PyObject_GetBuffer(object, view, PyBUF_C_CONTIGUOUS | flags) < 0)
-        return -1;
-    int fits = view->ndim == n_dimensions && view->itemsize == itemsize && (uintptr_t)view->buf % (size_t)itemsize == 0;
-    for (int axis = 0; fits && axis < n_dimensions; axis++)
-        fits = shape[axis] < 0 || shape[axis] == view->shape[axis];
-    if (fits)
-        return 0;
-    PyBuffer_Release(view);
-    PyErr_SetString(PyExc_ValueError, "snr: an array has a wrong shape or type");
-    return -1;
-}
 
 static int boxes_fit(const int16_t *boxes, Py_ssize_t n, Py_ssize_t size)
 {

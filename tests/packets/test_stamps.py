@@ -491,7 +491,7 @@ def test_compiled_code_refuses_arrays_that_do_not_fit(argument: int, wrong: NDAr
     arguments = compiled_arguments(PLAIN, (0, len(PLAIN)), 9, False)
     compiled.decode_stamps(*arguments)
     arguments[argument] = wrong
-    with pytest.raises(ValueError, match="decode_stamps"):
+    with pytest.raises(ValueError, match=r"an array has a wrong shape or type|decode_stamps: "):
         compiled.decode_stamps(*arguments)
 
 
