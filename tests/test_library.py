@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -105,6 +106,15 @@ def test_score_archive_takes_an_open_scorer_and_gives_its_scores(night: Path) ->
     assert rejects == []
     scores = scorer.score(alerts).columns()["default.real"]
     np.testing.assert_array_equal(score_archive(night, scorer).read_all()["default__real"].to_numpy(), scores)
+
+
+def test_score_archive_gives_only_the_alerts_that_pass_a_filter(night: Path) -> None:
+    scorer = Scorer.open("default")
+    everything = score_archive(night, scorer).read_all()
+    middle = float(np.median(everything["default__real"].to_numpy()))
+    chosen = score_archive(night, scorer, where=f"real > {middle}").read_all()
+    assert chosen.equals(everything.filter(pc.greater(everything["default__real"], middle)))
+    assert 0 < chosen.num_rows < everything.num_rows
 
 
 def test_lsst_packets_are_decoded_with_a_directory_of_schemas(tmp_path: Path) -> None:

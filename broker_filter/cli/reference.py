@@ -155,24 +155,27 @@ def _recommended_cut(model: Model) -> str | None:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from broker_filter.anomalies.reference import read_reference
+    from broker_filter.anomalies.reference import STARS, read_reference
 
     require_files(arguments.file)
     reference = read_reference(arguments.file)
     card, parts = reference.card, reference.parts
     entries = {
         "made with": f"{card.bundle} {card.version}, weights {card.weights_sha256[:12]}",
-        "surveys": ", ".join(parts),
+        "surveys": ", ".join(map(str, reference.surveys)) or "none: a set of variable stars",
         "cut": card.where or "none",
         "modalities": ", ".join(card.modalities) or "none",
         "measure": " of ".join((card.measure, *([", ".join(card.classes)] if card.classes else []))),
-        **{survey: _counted(counts) for survey, counts in card.surveys.items()},
+        **{survey: _counted(counts) for survey, counts in card.surveys.items() if survey != STARS},
     }
-    for survey, part in parts.items():
+    for name, part in parts.items():
         median, strange = (float(part.scores[int(share * (len(part.scores) - 1))]) for share in (0.5, 0.99))
-        objects = len(set(part.alerts.object_id.tolist()))
-        entries[f"{survey} alerts"] = f"{objects:,} objects, {part.alerts.embedding.shape[1]} dimensions"
-        entries[f"{survey} scores"] = f"median {median:.4f}, 99th percentile {strange:.4f}"
+        dimensions = f"{part.alerts.embedding.shape[1]} dimensions"
+        if name == STARS:
+            entries[STARS] = f"{len(part.alerts):,} stars, {dimensions}, calibrated on {len(part.scores):,} of them"
+        else:
+            entries[f"{name} alerts"] = f"{len(set(part.alerts.object_id.tolist())):,} objects, {dimensions}"
+        entries[f"{name} scores"] = f"median {median:.4f}, 99th percentile {strange:.4f}"
     entries["data sha256"] = card.data_sha256
     for entry, text in entries.items():
         print(f"{entry:14} {text}")

@@ -38,6 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         examples=(
             "broker-filter score ztf_public_20260225.tar.gz --out night.parquet",
             "broker-filter score nights/ --model default --model ./mine --out nights.fits --rejects rejects.csv",
+            "broker-filter score nights/ --where 'real > 0.65 and magpsf < 18.5' --out bright.parquet",
             "curl -L URL | broker-filter score - --out - | jq 'select(.default__real > 0.9)'",
         ),
     )
@@ -64,6 +65,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--model", action="append", metavar="BUNDLE", help="bundle to score with; may be repeated (default: `default`)"
+    )
+    parser.add_argument(
+        "--where",
+        metavar="EXPRESSION",
+        help="write only the scored alerts that pass this filter, an expression over scores and alert fields as in a "
+        "service file, such as 'real > 0.65 and magpsf < 18.5'; rejected inputs keep their rows",
     )
     parser.add_argument(
         "--also",
@@ -119,9 +126,16 @@ def run(arguments: argparse.Namespace) -> int:
     check_inputs(arguments.inputs)
     scorer = Scorer.open(arguments.model or ["default"], also=arguments.also, device=arguments.device)
     registry = open_registry(arguments.schema_registry, drop_cache=arguments.drop_schema_cache)
-    scores = ArchiveScores(arguments.inputs, scorer, schema_registry=registry, policies=arguments.policy, skip=own)
+    scores = ArchiveScores(
+        arguments.inputs,
+        scorer,
+        schema_registry=registry,
+        policies=arguments.policy,
+        where=arguments.where,
+        skip=own,
+    )
     gc.freeze()  # full collections then skip the objects that start-up created
-    account, decoded, started = Account(), 0, time.monotonic()
+    account, decoded, passed, started = Account(), 0, 0, time.monotonic()
     try:
         with _open_tables(written, scores.schema) as write, progress("Scoring", share=scores.share_read) as advance:
             for batch, rows in scores:
@@ -129,6 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
                 of_batch = account_batch(batch)
                 account.add(of_batch)
                 decoded += len(batch.alerts)
+                passed += len(rows) - len(batch.rejects)
                 advance(of_batch.consumed)
     except BaseException:
         if decoded:
@@ -138,7 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise
     if not arguments.quiet:
         files = ", ".join(str(path) for path in written)
-        summary = _summary(account, time.monotonic() - started)
+        summary = _summary(account, passed if arguments.where is not None else None, time.monotonic() - started)
         print(f"{summary} -> {files}", file=sys.stderr if STDOUT in written else sys.stdout)
     if not decoded:
         print("broker-filter: no alert could be read", file=sys.stderr)
@@ -146,14 +161,18 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if arguments.fail_on_reject and account.rejected else 0
 
 
-def _summary(account: Account, seconds: float) -> str:
-    """Return the counts of all inputs in one line, with the reasons of the rejects and the rate."""
+def _summary(account: Account, passed: int | None, seconds: float) -> str:
+    """Return the counts of all inputs in one line, with the reasons of the rejects and the rate.
+
+    `passed`: the number of scored alerts that passed the filter; None without a filter.
+    """
+    chosen = "" if passed is None else f" ({passed:,} pass the filter)"
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in account.rejected.most_common())
     why = f" ({reasons})" if reasons else ""
     lost = ", ".join(f"{plane} {count:,}" for plane, count in account.fallbacks.items())
     fallbacks = f", scored without a usable plane ({lost})" if lost else ""
     return (
-        f"read {account.consumed:,}: scored {account.scored:,}, rejected {account.rejected.total():,}{why}, "
+        f"read {account.consumed:,}: scored {account.scored:,}{chosen}, rejected {account.rejected.total():,}{why}, "
         f"duplicates {account.duplicates:,}{fallbacks}; {account.consumed / seconds:,.0f} alerts/s"
     )
 

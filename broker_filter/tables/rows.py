@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.packets.batch import AlertIdentity
@@ -129,11 +130,15 @@ def rejected_rows(rows: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def to_rows(
-    scored: ScoredBatch, schema: pa.Schema, passed: Mapping[str, Sequence[bool | None]] = MappingProxyType({})
+    scored: ScoredBatch,
+    schema: pa.Schema,
+    passed: Mapping[str, Sequence[bool | None]] = MappingProxyType({}),
+    chosen: NDArray[np.bool_] | None = None,
 ) -> pa.RecordBatch:
     """Return a row for each alert and each reject of the batch, in the order of the packets and their records.
 
     `passed`: by policy, for each of the batch's N alerts, whether its object has passed the policy by then, or None.
+    `chosen`: the alerts that get a row, bool[N]; None for all alerts. Every reject has a row.
     """
     alerts = scored.alerts
     outputs = {column_name(name): values.tolist() for name, values in scored.scores.columns().items()}
@@ -145,7 +150,8 @@ def to_rows(
         if scores.embedding is not None
     }
     rows: list[tuple[tuple[int, int], dict[str, Any]]] = []
-    for i in scored.scored.tolist():
+    written = scored.scored if chosen is None else scored.scored[chosen[scored.scored]]
+    for i in written.tolist():
         packet, record = int(alerts.packet_index[i]), int(alerts.record_index[i])
         row = _row(alerts.identity(i), scored.packets[packet].position, record, status=SCORED)
         row["duplicate"] = bool(scored.duplicate[i])

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from broker_filter.anomalies.reference import make_reference, read_reference
+from broker_filter.anomalies.neighbours import normalise
+from broker_filter.anomalies.reference import (
+    NO_SURVEY,
+    ReferenceAlerts,
+    SurveyReference,
+    make_reference,
+    make_star_reference,
+    read_reference,
+)
 from broker_filter.cli import main
 from broker_filter.packets.batch import Survey
 from broker_filter.packets.decode import Decoder
@@ -49,6 +57,29 @@ def test_a_reference_is_built_and_shown(reference: Path, capsys: pytest.CaptureF
     assert "looks.real > 0.5" in shown
     assert "surveys        ztf\n" in shown
     assert built.card.data_sha256 in shown
+
+
+def test_a_set_of_stars_is_shown_as_stars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    n, held_out, rng = 150, 120, np.random.default_rng(1)
+    stars = SurveyReference(
+        ReferenceAlerts(
+            normalise(rng.normal(size=(n, 8)).astype(np.float32)),
+            np.arange(n),
+            np.array([f"train:{row}" for row in range(n)]),
+            np.full(n, NO_SURVEY, np.uint8),
+        ),
+        scores=np.linspace(0, 1, held_out, dtype=np.float32),
+        usual=np.ones((3, 2), np.float32),
+        apart=np.ones((2, 2), np.float32),
+        label=np.zeros(n, np.int64),
+    )
+    file = tmp_path / "stars.safetensors"
+    make_star_reference("network", "1", "0" * 64, ("curve", "spectrum"), ("EW",), "centroids", stars).write(file)
+    assert main(["reference", "show", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "surveys        none: a set of variable stars\n" in shown
+    assert "stars          150 stars, 8 dimensions, calibrated on 120 of them\n" in shown
+    assert "alert" not in shown
 
 
 def test_reference_respects_limit_and_cut_of_the_command_line(

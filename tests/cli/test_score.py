@@ -99,6 +99,22 @@ def test_rejects_option_writes_rejected_rows_to_their_own_table(few: Path, tmp_p
     assert len(table) + len(rejected) == 9
 
 
+def test_where_writes_the_alerts_that_pass_and_every_reject(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everything, chosen = tmp_path / "all.parquet", tmp_path / "chosen.parquet"
+    assert score(few, "--out", everything) == 0
+    rows = pq.read_table(everything).to_pylist()
+    middle = float(np.median([row["default__real"] for row in rows if row["status"] == "scored"]))
+    expected = [row for row in rows if row["status"] == "rejected" or row["default__real"] > middle]
+    assert 2 < len(expected) < len(rows)
+
+    capsys.readouterr()
+    assert score(few, "--where", f"real > {middle} and magpsf < 30", "--out", chosen) == 0
+    assert pq.read_table(chosen).to_pylist() == expected
+    assert f"read 9: scored 6 ({len(expected) - 2} pass the filter), rejected 2" in capsys.readouterr().out
+
+
 def test_table_goes_to_standard_output_and_summary_to_standard_error(few: Path) -> None:
     command = [sys.executable, "-m", "broker_filter", "score", str(few), "--out", "-"]
     lines = subprocess.run(command, check=True, capture_output=True).stdout.splitlines()
@@ -159,6 +175,7 @@ def test_table_may_be_written_into_the_folder_that_is_read(few: Path) -> None:
         (["{tmp}/none", "--out", "{tmp}/scores.avro"], "none: no such file"),
         (["{few}", "--model", "{tmp}/none", "--out", "{tmp}/scores.avro"], "not a bundle"),
         (["{few}", "--schema-registry", "{tmp}/none", "--out", "{tmp}/scores.avro"], "none"),
+        (["{few}", "--where", "reel > 0.5", "--out", "{tmp}/scores.avro"], "did you mean 'real'?"),
     ],
 )
 def test_invalid_arguments_give_one_line_before_work_begins(
