@@ -29,6 +29,7 @@ COMMANDS = {
     "train-rubin": ("training.bundles.train_rubin", "train the shipped bundle `rubin`"),
     "train-embedder": ("training.embedding.train_embedder", "train the shipped bundle `embedder`"),
     "anomalies": ("training.embedding.anomalies", "measure how well held-out classes are found as anomalies"),
+    "anomaly-measures": ("training.evaluation.anomaly_measures", "compare the measures of anomalies, both surveys"),
     "suspects": ("training.embedding.suspects", "list the alerts whose labels are most likely wrong"),
     "astrom3": ("training.astrom3.train", "train AstroM3, or a classifier of one of its modalities, as published"),
     "astrom3-embed": ("training.astrom3.embed", "write the embeddings of stars, for retrieval, maps and suspects"),

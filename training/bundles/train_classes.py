@@ -47,7 +47,7 @@ from training.bundles.train_default import SPLIT_SEED, TEST_FRACTION, data_sha25
 from training.data.datasets import Alerts, decode_alerts, held_out, load_alerts
 from training.errors import DatasetError, refuse_existing
 from training.evaluation.bootstrap import INTERVALS, as_card, estimate, weights_by_object
-from training.evaluation.evaluate import describe_calibration
+from training.evaluation.evaluate import RELIABILITY, calibration_for_card
 from training.evaluation.metrics import Values, Weights, measure, trials
 from training.evaluation.predictions import Predictions
 from training.evaluation.scaling import fit_calibration
@@ -486,9 +486,13 @@ def evaluate(
     found = np.log(np.bincount(label, minlength=len(classes)) / len(label)) - prior
     for of, prefix in zip(scores, ("", *(f"at_{n}_" for n in FEWEST)), strict=True):
         card |= _prefixed(prefix, figures(of, classes, object_id, label))
-        converted = describe_calibration(_predictions(of + found, classes, object_id, label))
-        chosen = {name: figure for name, figure in converted.items() if "." not in name or "SN." in name}
-        card |= _prefixed(prefix, as_card({name.replace(".", "_"): figure for name, figure in chosen.items()}))
+        converted = calibration_for_card(_predictions(of + found, classes, object_id, label))
+        chosen = {
+            name.replace("SN.", "SN_"): figure
+            for name, figure in converted.items()
+            if name.startswith(("SN.", RELIABILITY)) or "." not in name
+        }
+        card |= _prefixed(prefix, chosen)
     return card
 
 

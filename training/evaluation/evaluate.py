@@ -23,9 +23,10 @@ from broker_filter.scoring.scorer import LoadedPart, Model, open_model
 from training.arguments import positive
 from training.data.datasets import SPLITS, Dataset, DatasetCard, Split
 from training.errors import EvaluationError
-from training.evaluation.bootstrap import Estimate, estimate, resample, weights_by_object
+from training.evaluation.bootstrap import Estimate, as_card, estimate, resample, weights_by_object
 from training.evaluation.histories import Histories
 from training.evaluation.metrics import (
+    RELIABILITY_BINS,
     Reliability,
     Values,
     Weights,
@@ -42,6 +43,8 @@ from training.evaluation.served_speed import BATCHES, ServedSpeed, measure_serve
 EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.parquet"
 IF_CALIBRATED = "ece_if_calibrated"
+RELIABILITY = "reliability_"
+"""Prefix of the bins of the reliability curve in a card."""
 MAGNITUDE = "magpsf"
 DECIDED = 0.5
 """Threshold that is used if a bundle recommends none."""
@@ -61,6 +64,9 @@ class ReliabilityBin(Section):
     alerts: int
     said: float  # mean probability
     happened: Estimate  # the fraction for which the prediction holds
+
+    def __str__(self) -> str:
+        return f"{self.alerts} alerts, predicted {self.said:.3f}, observed {self.happened}"
 
 
 class Evaluation(Section):
@@ -196,11 +202,9 @@ def evaluate(
     measured = partial(_measure_all, predictions, histories)
     whole, drawn = measured(np.ones(len(predictions))), resample(measured, predictions.object_id)
     shares, drawn_shares = whole.pop("confusion"), drawn.pop("confusion")
-    happened, drawn_happened = whole.pop("reliability"), drawn.pop("reliability")
-    bins = Reliability.of(predictions, np.ones(len(predictions)))
     each = weights_by_object(predictions.object_id)
     known: dict[str, float | Values] = {**trials(predictions, each), **histories.trials()}
-    of_class, of_bin = confusion(predictions, each).sum(axis=-1), Reliability.of(predictions, each).weight
+    of_class = confusion(predictions, each).sum(axis=-1)
     n_classes = len(predictions.classes)
     return Evaluation(
         model=card.name,
@@ -221,14 +225,7 @@ def evaluate(
             tuple(Estimate.of(shares[t, d], drawn_shares[:, t, d], of_class[t]) for d in range(n_classes))
             for t in range(n_classes)
         ),
-        reliability=tuple(
-            ReliabilityBin(
-                alerts=int(bins.weight[b]),
-                said=bins.said[b],
-                happened=Estimate.of(happened[b], drawn_happened[:, b], of_bin[b]),
-            )
-            for b in np.flatnonzero(bins.weight).tolist()
-        ),
+        reliability=describe_reliability(predictions),
         judged={name: int((histories.truth == c).sum()) for c, name in enumerate(predictions.classes)},
         speed=tuple(speed),
     )
@@ -247,13 +244,44 @@ def describe_calibration(predictions: Predictions) -> dict[str, Estimate]:
     }
 
 
+def describe_reliability(predictions: Predictions) -> tuple[ReliabilityBin, ...]:
+    """Return the reliability curve: the bins of `Reliability` that hold alerts, with intervals over objects."""
+
+    def happened(weight: Weights) -> dict[str, Values]:
+        return {"": Reliability.of(predictions, weight).happened}
+
+    bins = Reliability.of(predictions, np.ones(len(predictions)))
+    drawn = resample(happened, predictions.object_id)[""]
+    objects = Reliability.of(predictions, weights_by_object(predictions.object_id)).weight
+    return tuple(
+        ReliabilityBin(
+            alerts=int(bins.weight[b]),
+            said=bins.said[b],
+            happened=Estimate.of(bins.happened[b], drawn[:, b], objects[b]),
+        )
+        for b in np.flatnonzero(bins.weight).tolist()
+    )
+
+
+def calibration_for_card(predictions: Predictions) -> dict[str, float | int | str]:
+    """Return slope, intercept, ECE and reliability curve of the predictions, with intervals, in the format of a card.
+
+    The curve has a text for each bin of probabilities that holds alerts, for example `reliability_0.93_to_1.00`.
+    """
+    bins = {
+        f"{RELIABILITY}{low:.2f}_to_{low + 1 / RELIABILITY_BINS:.2f}": str(one)
+        for one in describe_reliability(predictions)
+        for low in (min(int(one.said * RELIABILITY_BINS), RELIABILITY_BINS - 1) / RELIABILITY_BINS,)
+    }
+    return {**as_card(describe_calibration(predictions)), **bins}
+
+
 def _measure_all(predictions: Predictions, histories: Histories, weight: Weights) -> dict[str, Values]:
-    """Return the figures [...], the normalised confusion matrix [..., C, C] and the reliability curve [..., B]."""
+    """Return the figures [...] and the normalised confusion matrix [..., C, C]."""
     return {
         **measure(predictions, weight),
         **histories.measure(weight),
         "confusion": confusion_shares(predictions, weight),
-        "reliability": Reliability.of(predictions, weight).happened,
     }
 
 

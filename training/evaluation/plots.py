@@ -19,6 +19,7 @@ from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 from training.evaluation.bootstrap import Estimate
+from training.evaluation.evaluate import ReliabilityBin
 from training.evaluation.evaluations import EvaluatedModel
 from training.evaluation.metrics import Ranking, rank
 
@@ -54,19 +55,18 @@ def precision_recall_curves(models: Sequence[EvaluatedModel]) -> str:
     return _curves(models, draw, "recall", "precision")
 
 
-def reliability_diagram(models: Sequence[EvaluatedModel]) -> str:
-    """Return a plot of observed frequency against predicted probability, with intervals."""
+def reliability_diagram(curves: Mapping[str, Sequence[ReliabilityBin]]) -> str:
+    """Return a plot of observed frequency against predicted probability, with intervals, one line per named curve."""
     figure, [axes] = _panels(1)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
-    for model, colour in zip(models, COLOURS, strict=False):
-        bins = model.evaluation.reliability
+    for (title, bins), colour in zip(curves.items(), COLOURS, strict=False):
         happened = [found.happened for found in bins]
         axes.errorbar(
             [found.said for found in bins],
             np.array([found.value for found in happened], np.float64),
             yerr=_bars(happened),
             color=colour,
-            label=model.title,
+            label=title,
             marker="o",
             markersize=3,
             linewidth=1,

@@ -244,10 +244,11 @@ def _speed_table(models: Sequence[EvaluatedModel]) -> Table:
 def _plots(models: Sequence[EvaluatedModel]) -> list[Plot]:
     few = f" The {len(COLOURS)} models with the highest ROC AUC are shown." if len(models) > len(COLOURS) else ""
     series = _by_series(models)
+    curves = {model.title: model.evaluation.reliability for model in models}
     drawn = [
         Plot("ROC", f"Each label against the rest.{few}", plots.roc_curves(models)),
         Plot("Precision and recall", f"Each label against the rest.{few}", plots.precision_recall_curves(models)),
-        Plot("Reliability", f"A calibrated model lies on the dashed line.{few}", plots.reliability_diagram(models)),
+        Plot("Reliability", f"A calibrated model lies on the dashed line.{few}", plots.reliability_diagram(curves)),
         Plot("Confusion", f"Fractions of each true class.{few}", plots.confusion_matrices(models)),
         Plot("Accuracy and cost", f"As served, in batches of {TIMED_BATCH}.", plots.accuracy_against_time(series)),
     ]

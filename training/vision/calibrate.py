@@ -20,7 +20,12 @@ from torch.utils.data import DataLoader
 from training.data.datasets import View, sources_by_class
 from training.errors import TrainingError
 from training.evaluation.bootstrap import Estimate, as_card
-from training.evaluation.evaluate import describe_calibration
+from training.evaluation.evaluate import (
+    ReliabilityBin,
+    calibration_for_card,
+    describe_calibration,
+    describe_reliability,
+)
 from training.evaluation.predictions import Predictions
 from training.evaluation.scaling import Calibration, fit_calibration
 from training.vision.classifier import Shown
@@ -47,11 +52,11 @@ def last_layer(network: nn.Module) -> nn.Linear:
 
 def calibrate(
     network: nn.Module, batches: DataLoader[Shown], view: View, classes: Sequence[str], weights: Tensor
-) -> tuple[Calibration, dict[str, float | int | str]]:
+) -> tuple[Calibration, dict[str, float | int | str], dict[str, tuple[ReliabilityBin, ...]]]:
     """Calibrate a trained network on the alerts of `view`, which `batches` yields in the same order.
 
-    `weights` [C]: class weights of the loss that it was trained with. Returns the calibration, and figures for the
-    card.
+    `weights` [C]: class weights of the loss that it was trained with. Returns the calibration, figures for the card,
+    and the reliability curves before and after the calibration, by title.
     """
     logits = logits_of(network, batches)
     unweighted = undo_weights(weights)
@@ -68,27 +73,34 @@ def calibrate(
     labels = classes[-logits.shape[1] :]
     shifts = {f"unweighted_{name}": float(by) for name, by in zip(labels, unweighted, strict=True)}
     shifts |= {f"calibration_shift_{name}": float(by) for name, by in zip(labels, chosen.shift, strict=True)}
-    said = {"trained_": logits, "unweighted_": logits + unweighted, "": crossed}
+    before = {
+        stage: _as_predictions(view, classes, values)
+        for stage, values in (("trained_", logits), ("unweighted_", logits + unweighted))
+    }
+    after = _as_predictions(view, classes, crossed)
     figures: dict[str, Estimate] = {}
-    for stage, values in said.items():
-        predictions = _as_predictions(view, classes, values)
+    for stage, predictions in before.items():
         figures |= {f"{stage}{name}": figure for name, figure in describe_calibration(predictions).items()}
-    return chosen, {
+    curves = {"as trained": describe_reliability(before["trained_"]), "calibrated": describe_reliability(after)}
+    card = {
         "calibration": "Merged into the network's last layer: calibration_scale * (logit + unweighted) + "
         "calibration_shift, where unweighted undoes the class weights. Scale and shift were fitted on the validation "
         "split, and all these figures were measured on it: those with prefix trained_ on the logits as trained, those "
         "with prefix unweighted_ on the logits with the class weights undone, and those without prefix on calibrated "
         f"logits, where each object was calibrated with the other {FOLDS - 1} of {FOLDS} folds. A calibrated model has "
         "a calibration_slope of 1 and a calibration_intercept of 0; ece_if_calibrated is the expected ECE of a "
-        "perfectly calibrated model for the same number of alerts. The probabilities are valid if the classes are as "
-        "common as in this split: see calibration_share.",
+        "perfectly calibrated model for the same number of alerts; reliability_ compares the mean predicted "
+        "probability of the most probable label (with one label: of this label) with the observed frequency. The "
+        "probabilities are valid if the classes are as common as in this split: see calibration_share.",
         "calibration_alerts": len(view),
         "calibration_objects": len(np.unique(view.object_id)),
         **{f"calibration_share_{name}": round(float((view.label == c).mean()), 4) for c, name in enumerate(classes)},
         **{name: round(by, 4) for name, by in shifts.items()},
         "calibration_scale": round(chosen.scale, 4),
         **as_card(figures),
+        **calibration_for_card(after),
     }
+    return chosen, card, curves
 
 
 def logits_of(network: nn.Module, batches: DataLoader[Shown]) -> NDArray[np.float64]:

@@ -30,6 +30,7 @@ from training.atomic_write import write_whole
 from training.data.datasets import Dataset, View
 from training.errors import DatasetError, TrainingError
 from training.evaluation.evaluate import PREDICTIONS, predict
+from training.evaluation.plots import reliability_diagram
 from training.evaluation.scaling import Calibration
 from training.learner import check_takes, learn
 from training.recipe import ENCODER_CARD, Encoder, Fit, begin, read_configuration
@@ -38,6 +39,8 @@ from training.vision.classifier import Classifier, alerts_loader, chosen_to_trai
 from training.vision.frozen_fusion import is_frozen_fusion, train_branches
 
 BUNDLE = "bundle"
+RELIABILITY = "reliability.svg"
+"""The reliability curves of the validation split, before and after the calibration."""
 THRESHOLD = 0.5
 """Recommended threshold of a binary classifier that was trained without class weights: above it, the label is more
 probable than not."""
@@ -135,7 +138,8 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
         frozen = train_branches(network, architecture, len(labels), train_network, config.out)
     evaluation = train_network(network, config.out, frozen)
     shown = alerts_loader(validation, inputs, config.recipe, config.hardware, training=False)
-    calibration, figures = calibrate(network, shown, validation, classes, weights)
+    calibration, figures, curves = calibrate(network, shown, validation, classes, weights)
+    rank_zero_only(write_whole)(config.out / RELIABILITY, reliability_diagram(curves).encode())
     cut = _cut(calibration) if config.recipe.balance else THRESHOLD
     description = Description(
         name=config.name,

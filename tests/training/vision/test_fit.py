@@ -28,7 +28,7 @@ from training.errors import DatasetError, TrainingError
 from training.learner import BEST, LAST, Learner, orient, read_checkpoint
 from training.recipe import PUBLISHED_IMAGES, Fit, Hardware, Recipe, read_configuration
 from training.vision.classifier import Classifier, ShownAlerts, class_weights, corrupt
-from training.vision.fit import BUNDLE, fit
+from training.vision.fit import BUNDLE, RELIABILITY, fit
 from training.vision.frozen_fusion import MetadataClassifier
 
 TINY = Architecture(name="btsbot_cnn", arguments={"channels": (4, 8), "kernel": 3, "hidden": (16, 8)})
@@ -140,6 +140,17 @@ def test_the_served_network_gives_calibrated_probabilities(fitted: Fit, night_da
         (served > card.outputs.thresholds["real"]) == (logit > 0)
     ).mean() > 0.99  # the decisions are those of the network as trained
     assert {"calibration_slope_95", "calibration_intercept_95", "ece_95", "ece_if_calibrated"} <= evaluation.keys()
+
+
+def test_fit_draws_the_reliability_of_the_validation_alerts_and_the_card_holds_it(
+    fitted: Fit, night_dataset: Dataset
+) -> None:
+    assert "<svg" in (fitted.out / RELIABILITY).read_text()
+    evaluation = open_bundle(fitted.out / BUNDLE).parts[0].card.training.evaluation
+    bins = [str(text) for name, text in evaluation.items() if name.startswith("reliability_")]
+    alerts = sum(int(text.partition(" alerts, predicted ")[0]) for text in bins)
+    assert alerts == len(night_dataset["validation"])
+    assert all(", observed " in text for text in bins)
 
 
 def test_a_killed_run_gives_the_same_result(config: Callable[..., Fit], kill_training: Callable[..., None]) -> None:
