@@ -17,6 +17,8 @@ MIX = 0.5
 SHIFT = 0.3
 """Fraction of images that are shifted by up to MAX_SHIFT pixels; detections are centred to about one pixel."""
 MAX_SHIFT = 2
+LEAST_SHIFT = 1
+"""Largest shift, in pixels, of an image that keeps its label."""
 MAX_HOST_SHIFT = 3
 NOISE = 0.3
 """Fraction of images with added noise, of up to twice the standard deviation of the difference image."""
@@ -33,6 +35,14 @@ def augment(cutouts: Cutouts, other: Cutouts, rng: Generator) -> Cutouts:
     if rng.random() < NOISE:
         image = _add_noise(image, rng)
     return image
+
+
+def move(cutouts: Cutouts, rng: Generator) -> Cutouts:
+    """Return an alert's cutouts float32[3, S, S] in a random orientation, shifted by at most LEAST_SHIFT pixels.
+
+    The correct label stays the same.
+    """
+    return _shift(_orient(cutouts, rng), LEAST_SHIFT, rng)
 
 
 def _orient(cutouts: Cutouts, rng: Generator) -> Cutouts:

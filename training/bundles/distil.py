@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from broker_filter.scoring.bundle import ImageInput
 from broker_filter.scoring.preprocess import prepare_images
-from training.bundles.augment import augment
+from training.bundles.augment import augment, move
 from training.checkpoint import Checkpoint, Part
 from training.data.datasets import Alerts, no_plane
 
@@ -43,13 +43,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """A layer of the teacher that a layer of the student learns to predict.
+    """A layer of the teacher that a layer of the student learns to predict, each by its name in the network."""
 
-    Each layer is given by its depth in `features` (see `_LayerOutput`).
-    """
-
-    student: int
-    teacher: int
+    student: str
+    teacher: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +71,27 @@ class Recipe:
     and harder to learn."""
     averaging: float = 8
     """Order of the average of the weights, which covers about the last 1 / (1 + averaging) of the steps."""
+    labelled_batch: int = 16
+    """Number of labelled images in each step, beside those that the teacher labels."""
+    labelled_weight: float = 1.0
+    """Weight of their cross-entropy in the loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """M alerts that have labels of their own, because the teacher was not trained for their survey."""
+
+    cutouts: NDArray[np.float32]  # [M, 3, S, S]
+    real: NDArray[np.float32]  # [M] probability that the alert is real
+    chance: NDArray[np.float64]  # [M] probability that an image is made of this alert
+
+    def draw(self, n: int, inputs: ImageInput, rng: Generator) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return `n` preprocessed images and their labels [n].
+
+        Each image is an alert in a random orientation, slightly shifted.
+        """
+        rows = rng.choice(len(self.real), n, p=self.chance)
+        return _prepared(np.stack([move(self.cutouts[row], rng) for row in rows]), inputs), self.real[rows]
 
 
 class _Hints(nn.Module):
@@ -99,12 +117,16 @@ class _Hints(nn.Module):
         self.predict = nn.ModuleList(_predictor(known.shape[1:], wanted.shape[1:]) for known, wanted in pairs)
 
     def forward(self) -> Tensor:
-        """Return the sum of the hints' mean squared distances, a scalar, in units of the teacher's variance."""
+        """Return the sum of the hints' mean squared distances, a scalar, in units of the teacher's variance.
+
+        The teacher saw the first of the student's images, or all.
+        """
         distance = torch.zeros(())
         for predict, known, wanted, (mean, deviation) in zip(
             self.predict, self._student_layers, self._teacher_layers, self._scales, strict=True
         ):
-            distance = distance + mse_loss(predict(known.output), (wanted.output - mean) / deviation)
+            predicted = predict(known.output[: len(wanted.output)])
+            distance = distance + mse_loss(predicted, (wanted.output - mean) / deviation)
         return distance
 
 
@@ -113,9 +135,8 @@ class _LayerOutput:
 
     output: Tensor
 
-    def __init__(self, network: nn.Module, depth: int) -> None:
-        """`depth`: the number of layers of the sequence `features` up to and including this layer."""
-        network.get_submodule(f"features.{depth - 1}").register_forward_hook(self._keep)
+    def __init__(self, network: nn.Module, layer: str) -> None:
+        network.get_submodule(layer).register_forward_hook(self._keep)
 
     def _keep(self, _layer: nn.Module, _given: object, output: Tensor) -> None:
         self.output = output
@@ -135,12 +156,13 @@ def distil(
     alerts: Alerts,
     recipe: Recipe,
     checkpoint: Path | None = None,
+    labelled: Labelled | None = None,
 ) -> nn.Module:
     """Train `student` on images made of `alerts`, and return the averaged network in evaluation mode.
 
-    Both networks take `inputs` and return one logit and an embedding. `checkpoint`: a file to save progress in, and to
-    resume from if it exists (with the same arguments). Raises TrainingError if this file is incomplete, or of another
-    training.
+    Both networks take `inputs` and return one logit and an embedding. The student also learns the labels of
+    `labelled`. `checkpoint`: a file to save progress in, and to resume from if it exists (with the same arguments).
+    Raises TrainingError if this file is incomplete, or of another training.
     """
     student, teacher = (network.to(memory_format=torch.channels_last) for network in (student, teacher.eval()))
     score, _ = run_over(teacher, inputs, alerts)
@@ -154,13 +176,21 @@ def distil(
     progress = Checkpoint(checkpoint, repr(recipe), CHECKPOINT_EVERY, parts)
     for step in range(progress.resume(), recipe.steps):
         # Seeded by the step, so that a resumed training sees the same images as an uninterrupted one.
-        made = make_images(inputs, alerts, chance, recipe.batch, np.random.default_rng([recipe.seed, step]))
+        rng = np.random.default_rng([recipe.seed, step])
+        made = make_images(inputs, alerts, chance, recipe.batch, rng)
+        real = np.empty(0, np.float32)
+        if labelled:
+            others, real = labelled.draw(recipe.labelled_batch, inputs, rng)
+            made = np.concatenate([made, others])
         torch.manual_seed((recipe.seed << 32) + step)
         images = torch.from_numpy(made).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            truth, _ = teacher(images)
+            truth, _ = teacher(images[: recipe.batch])
         logits, _ = student(images)
-        loss = _distance(logits, truth, recipe.logit_weight) + recipe.hint_weight * hints()
+        loss = _distance(logits[: recipe.batch], truth, recipe.logit_weight) + recipe.hint_weight * hints()
+        if labelled:
+            known = torch.from_numpy(real)
+            loss = loss + recipe.labelled_weight * binary_cross_entropy_with_logits(logits[recipe.batch :, 0], known)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * schedule(step / recipe.steps, recipe.warm_up)
         optimizer.zero_grad()
@@ -199,7 +229,12 @@ def make_images(
         made = np.stack(
             [augment(alerts.cutouts[i], alerts.cutouts[j], rng) for i, j in zip(first, second, strict=True)]
         )
-    size = made.shape[-1]
+    return _prepared(made, inputs)
+
+
+def _prepared(made: NDArray[np.float32], inputs: ImageInput) -> NDArray[np.float32]:
+    """Return preprocessed images of cutouts [n, 3, S, S]; all pixels count as pixels of the stamp."""
+    n, size = len(made), made.shape[-1]
     whole = np.broadcast_to(np.array([0, 0, size, size], np.int16), (n, 3, 4))
     return prepare_images(made, whole, inputs, no_plane(n, size))
 

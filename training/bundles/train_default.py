@@ -44,7 +44,10 @@ SOURCE = "training/bundles/train_default.py"
 ARCHITECTURE = Architecture(name="stampnet", arguments={"dropout": 0.0})
 """The student's architecture, without dropout: no image is repeated, so overfitting to single images is impossible."""
 TEACHER = "vgg6"
-HINTS = (Hint(student=11, teacher=11), Hint(student=18, teacher=15))
+HINTS = (
+    Hint(student="features.10", teacher="features.10"),
+    Hint(student="features.17", teacher="features.14"),
+)
 """The layers of student and teacher that are compared: StampNet's map of 8 x 8 px, whose inner 6 x 6 px cover the same
 sky as VGG6's map; and the embeddings."""
 TEST_FRACTION = 0.25

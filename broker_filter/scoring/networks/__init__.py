@@ -72,7 +72,7 @@ def build_network(architecture: Architecture) -> nn.Module:
         return NETWORKS[architecture.name](**architecture.arguments)
     except ModuleNotFoundError as error:
         raise BundleError(
-            f"network {architecture.name!r} in torch needs {error.name}: pip install 'broker-filter[train]'"
+            f"network {architecture.name!r} in torch needs {error.name}: pip install 'broker-filter[gpu]'"
         ) from error
     except Exception as error:  # torch and timm raise exceptions of any type for bad values
         reason = str(error).partition("\n")[0]

@@ -18,14 +18,14 @@ from broker_filter.scoring.networks import build_network, load_network
 from broker_filter.scoring.preprocess import prepare_images
 from broker_filter.scoring.scorer import open_model
 from training.__main__ import main
-from training.bundles.augment import augment
-from training.bundles.distil import Hint, Recipe, distil, make_images, run_over
+from training.bundles.augment import LEAST_SHIFT, augment, move
+from training.bundles.distil import Hint, Labelled, Recipe, distil, make_images, run_over
 from training.bundles.train_default import SPLIT_SEED, TEST_FRACTION, check_rated, figures, published_score
 from training.data.datasets import Alerts, held_out, load_alerts
 from training.errors import DatasetError, TrainingError
 
 INPUTS = open_bundle("default").part("ztf").card.inputs.images
-MAP, EMBEDDING = Hint(student=11, teacher=11), Hint(student=18, teacher=18)
+MAP, EMBEDDING = (Hint(student=f"features.{n}", teacher=f"features.{n}") for n in (10, 17))
 """A hint of StampNet for StampNet."""
 
 
@@ -95,9 +95,12 @@ def test_a_hint_transfers_a_layer_of_the_teacher(teacher: nn.Module, alerts: Ale
     """With the hint, a linear map from the student's layer predicts the teacher's layer with a smaller residual."""
     images = torch.from_numpy(make_images(INPUTS, alerts, np.full(12, 1 / 12), 256, np.random.default_rng(99)))
 
-    def told(network: nn.Module, depth: int) -> Tensor:
+    def told(network: nn.Module, layer: str) -> Tensor:
+        features = network.get_submodule("features")
+        assert isinstance(features, nn.Sequential)
         with torch.inference_mode():
-            return network.get_submodule("features")[:depth](images).movedim(1, -1).flatten(0, -2)
+            output: Tensor = features[: int(layer.removeprefix("features.")) + 1](images)
+        return output.movedim(1, -1).flatten(0, -2)
 
     def left_over(network: nn.Module) -> float:
         known, wanted = told(network, MAP.student), told(teacher, MAP.teacher)
@@ -140,6 +143,53 @@ def test_an_interrupted_run_gives_the_same_result(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.fixture(scope="module")
+def labelled(alerts: Alerts) -> Labelled:
+    """Four alerts with labels that do not depend on the teacher's answers."""
+    return Labelled(alerts.cutouts[:4], np.array([0.02, 0.98, 0.02, 0.98], np.float32), np.full(4, 0.25, np.float64))
+
+
+def test_labels_are_learned_beside_the_teachers_answers(teacher: nn.Module, alerts: Alerts, labelled: Labelled) -> None:
+    images, real = labelled.draw(64, INPUTS, np.random.default_rng(99))
+    assert set(np.unique(real).tolist()) == set(np.unique(labelled.real).tolist())
+
+    def error(labels: Labelled | None) -> float:
+        recipe = Recipe(steps=60, seed=1, batch=4, labelled_batch=12)
+        trained = distil(student(), teacher, INPUTS, alerts[4:8], recipe, labelled=labels)
+        with torch.inference_mode():
+            said = trained(torch.from_numpy(images))[0][:, 0].sigmoid()
+        return float((said - torch.from_numpy(real)).abs().mean())
+
+    assert error(labelled) < 0.6 * error(None)
+
+
+def test_an_interrupted_run_with_labels_gives_the_same_result(
+    teacher: nn.Module, alerts: Alerts, labelled: Labelled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.bundles.distil.CHECKPOINT_EVERY", 3)
+    recipe = Recipe(steps=6, seed=1, batch=4, labelled_batch=2, hints=(MAP, EMBEDDING))
+    checkpoint = tmp_path / "checkpoint.pt"
+    whole = distil(student(), teacher, INPUTS, alerts, recipe, labelled=labelled).state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        distil(student(), Stopping(teacher, runs=6), INPUTS, alerts, recipe, checkpoint, labelled)
+    resumed = distil(student(), teacher, INPUTS, alerts, recipe, checkpoint, labelled).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_labelled_image_is_only_turned_flipped_and_shifted() -> None:
+    cutouts = np.arange(3 * 63 * 63, dtype=np.float32).reshape(3, 63, 63)
+    before, rng = cutouts.copy(), np.random.default_rng(4)
+    seen = set()
+    for _ in range(60):
+        moved = move(cutouts, rng)
+        np.testing.assert_array_equal(np.sort(moved, axis=None), before.ravel())
+        y, x = np.argwhere(moved[0] == before[0, 31, 31])[0] - 31
+        assert max(abs(y), abs(x)) <= LEAST_SHIFT
+        seen.add((int(moved[0, 0, 0]), int(moved[0, 0, 1])))
+    assert len(seen) > 20
+    np.testing.assert_array_equal(cutouts, before)
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused(teacher: nn.Module, alerts: Alerts, tmp_path: Path) -> None:
     recipe, checkpoint = Recipe(steps=1, seed=1, batch=4), tmp_path / "checkpoint.pt"
     checkpoint.write_bytes(b"PK")
@@ -157,6 +207,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(teacher: nn.Module, alerts: A
         "train-classes --labels x",
         "train-rubin --ztf x --detections x --schemas x",
         "train-embedder --labels x",
+        "train-attention --lsst x --teacher x --encoder x",
     ],
 )
 def test_a_bundle_that_exists_is_refused_before_training(

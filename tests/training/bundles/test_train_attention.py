@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch import Tensor, nn
 
 import training.bundles.train_attention as train_attention
 from broker_filter.cli import main as broker_filter
-from broker_filter.scoring.bundle import open_bundle
+from broker_filter.scoring.bundle import Architecture, open_bundle
+from broker_filter.scoring.networks import build_network
 from training.__main__ import main
+from training.errors import TrainingError
 from training.recipe import read_configuration
 from training.vision.pretrain import Pretraining
 
 RECIPE = Path(train_attention.__file__).with_name("attention_encoder.yaml")
-SMALL = {"embed_dim": 24, "depth": 1, "num_heads": 3}
+SMALL = {
+    "backbone": "vit_tiny_patch16_224",
+    "image_size": 63,
+    "patch_size": 9,
+    "embed_dim": 24,
+    "depth": 1,
+    "num_heads": 3,
+    "dropout": 0.0,
+}
+"""A transformer that is faster to train and to export than the network that ships."""
 
 
 @pytest.mark.shared
-def test_the_commands_make_a_bundle(shared_data: Path, shared_models: Path, tmp_path: Path) -> None:
+def test_the_commands_make_a_bundle(
+    shared_data: Path, shared_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_attention, "SIMULATED_TEST", 24)
+    monkeypatch.setattr(train_attention, "REPETITIONS", 1)
     weights, teacher = shared_models / "braai" / "d6_m7.weights.h5", tmp_path / "d6_m7"
     importing = f"models import braai {weights} --normalisation row --name d6_m7 --out {teacher}"
     assert broker_filter(importing.split()) == 0
     recipe = yaml.safe_load(RECIPE.read_text())
-    recipe["architecture"]["arguments"] |= SMALL
+    recipe["architecture"]["arguments"] = SMALL
     recipe |= {
         "out": str(tmp_path / "encoder"),
         "galaxies": [{"kind": "simulated_alerts", "alerts": 24, "survey": "ztf"}],
@@ -35,12 +53,21 @@ def test_the_commands_make_a_bundle(shared_data: Path, shared_models: Path, tmp_
     small.write_text(yaml.safe_dump(recipe))
     assert main(["pretrain", str(small)]) == 0
     alerts, out = shared_data / "ztf" / "ztf_alerts.tar", tmp_path / "attention"
-    command = f"train-attention {alerts} --teacher {teacher} --encoder {tmp_path / 'encoder'} --out {out} --steps 2"
+    command = (
+        f"train-attention {alerts} --lsst {shared_data / 'lsst' / 'more' / 'parquet'} --teacher {teacher} "
+        f"--encoder {tmp_path / 'encoder'} --out {out} --steps 2 --simulated 16"
+    )
     assert main(command.split()) == 0
-    card = open_bundle(str(out)).part("ztf").card
-    assert card.architecture.arguments["embed_dim"] == SMALL["embed_dim"]
+    card = open_bundle(str(out)).part("lsst").card
+    assert card == open_bundle(str(out)).part("ztf").card
+    assert card.architecture.arguments == SMALL
     assert "24 simulated alerts of ZTF, labelled by truth" in card.training.method
-    assert 0 <= float(card.training.evaluation["roc_auc"]) <= 1
+    figures = card.training.evaluation
+    for name in ("roc_auc", "default_roc_auc", "lsst_roc_auc", "lsst_snr_roc_auc", "simulated_lsst_roc_auc"):
+        assert 0 <= float(figures[name]) <= 1
+    for name in ("cpu_microseconds", "peak_megabytes", "megabytes_on_disk"):
+        assert float(figures[name]) > 0
+        assert float(figures[f"default_{name}"]) > 0
     assert sorted(path.name for path in tmp_path.glob("attention*")) == ["attention"]
 
 
@@ -50,6 +77,39 @@ def test_the_recipe_of_the_encoder_is_valid() -> None:
     assert config.images == teacher
 
 
+def test_the_hints_compare_maps_of_the_same_sky() -> None:
+    """A map of 8 x 8 px predicts one of 6 x 6 px by a convolution of 3 x 3 px; the embedding predicts the embedding."""
+    architecture = read_configuration(Pretraining, RECIPE).architecture
+    student, teacher = build_network(architecture).eval(), build_network(Architecture(name="vgg6")).eval()
+    shapes: dict[str, torch.Size] = {}
+
+    def keep(name: str, _: nn.Module, __: object, output: Tensor) -> None:
+        shapes[name] = output.shape
+
+    hints = train_attention.HINTS[str(architecture.arguments["backbone"])]
+    for hint in hints:
+        student.get_submodule(hint.student).register_forward_hook(partial(keep, hint.student))
+        teacher.get_submodule(hint.teacher).register_forward_hook(partial(keep, hint.teacher))
+    with torch.inference_mode():
+        _, embedding = student(torch.zeros(2, 3, 63, 63))
+        _, wanted = teacher(torch.zeros(2, 3, 63, 63))
+    of_map, of_embedding = hints
+    assert shapes[of_map.student][2:] == (8, 8)
+    assert shapes[of_map.teacher][2:] == (6, 6)
+    assert shapes[of_embedding.student] == embedding.shape
+    assert shapes[of_embedding.teacher] == wanted.shape
+
+
+@pytest.mark.shared
+def test_no_visit_and_no_object_of_lsstcam_is_in_both_splits(shared_data: Path) -> None:
+    train, test = train_attention._split_lsst([shared_data / "lsst" / "more" / "parquet"], None)
+    for part in (train, test):
+        assert (part.reliability > 0.5).any()
+        assert (part.reliability <= 0.5).any()
+    assert not set(train.seen.visit) & set(test.seen.visit)
+    assert not set(train.seen.object_id) & set(test.seen.object_id)
+
+
 def test_an_encoder_without_a_card_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(train_attention.TrainingError, match=r"encoder\.yaml: not the card of an encoder"):
+    with pytest.raises(TrainingError, match=r"encoder\.yaml: not the card of an encoder"):
         train_attention._read_card(tmp_path / "encoder.yaml")
