@@ -90,12 +90,17 @@ def write_bundle(directory: Path, description: Description, network: nn.Module) 
             name: hashlib.sha256((bundle / name).read_bytes()).hexdigest() for name in (WEIGHTS, ONNX, TEST_VECTOR)
         }
         card = Card(**dict(description), files=files, tolerances=tolerances)
-        text = yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-        (bundle / CARD).write_text(text, encoding="utf-8")
+        write_card(bundle, card)
 
         for engine in ENGINES:
             open_model(str(bundle), Runtime(engine=engine, device="cpu"))
         bundle.rename(directory)
+
+
+def write_card(bundle: Path, card: Card) -> None:
+    """Write the card of the bundle in the directory `bundle`, in place of the card that it has."""
+    text = yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    (bundle / CARD).write_text(text, encoding="utf-8")
 
 
 def _exact_outputs(

@@ -30,7 +30,7 @@ from torch import nn
 
 from broker_filter.config import Runtime
 from broker_filter.importers.encoders import load_encoder_weights
-from broker_filter.importers.write_bundle import write_bundle
+from broker_filter.importers.write_bundle import write_bundle, write_card
 from broker_filter.packets.packet import Packet
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import (
@@ -201,12 +201,15 @@ def run(arguments: argparse.Namespace) -> None:
         "their truth. The alerts of LSSTCam are few, so read the intervals."
     )
     method = _method(bundle, origin, long, short)
-    described = partial(_describe, bundle, architecture, train, learned, method)
-    with tempfile.TemporaryDirectory() as scratch:
-        write_bundle(Path(scratch) / NAME, described(evaluation), network)
-        evaluation |= _serve_beside_default(Path(scratch) / NAME)
-    log.info("on held-out objects: %s", evaluation)
-    write_bundle(arguments.out, described(evaluation), network)
+    with tempfile.TemporaryDirectory(dir=arguments.out.parent) as scratch:
+        made = Path(scratch) / NAME
+        write_bundle(made, _describe(bundle, architecture, train, learned, method, evaluation), network)
+        evaluation |= _serve_beside_default(made)
+        log.info("on held-out objects: %s", evaluation)
+        [card] = (part.card for part in open_bundle(made).parts)
+        training = card.training.model_copy(update={"evaluation": evaluation})
+        write_card(made, card.model_copy(update={"training": training}))
+        made.rename(arguments.out)
     for checkpoint in checkpoints:
         checkpoint.unlink(missing_ok=True)
 

@@ -38,6 +38,14 @@ def test_the_commands_make_a_bundle(
 ) -> None:
     monkeypatch.setattr(train_attention, "SIMULATED_TEST", 24)
     monkeypatch.setattr(train_attention, "REPETITIONS", 1)
+    splits: list[tuple[train_attention.Lsst, train_attention.Lsst]] = []
+    split = train_attention._split_lsst
+
+    def recorded(inputs: list[Path], schemas: str | None) -> tuple[train_attention.Lsst, train_attention.Lsst]:
+        splits.append(split(inputs, schemas))
+        return splits[0]
+
+    monkeypatch.setattr(train_attention, "_split_lsst", recorded)
     weights, teacher = shared_models / "braai" / "d6_m7.weights.h5", tmp_path / "d6_m7"
     importing = f"models import braai {weights} --normalisation row --name d6_m7 --out {teacher}"
     assert broker_filter(importing.split()) == 0
@@ -69,6 +77,10 @@ def test_the_commands_make_a_bundle(
         assert float(figures[name]) > 0
         assert float(figures[f"default_{name}"]) > 0
     assert sorted(path.name for path in tmp_path.glob("attention*")) == ["attention"]
+    [(train, test)] = splits
+    assert not set(train.seen.visit) & set(test.seen.visit)
+    assert not set(train.seen.object_id) & set(test.seen.object_id)
+    assert len(test) == figures["lsst_alerts"]
 
 
 def test_the_recipe_of_the_encoder_is_valid() -> None:
@@ -98,16 +110,6 @@ def test_the_hints_compare_maps_of_the_same_sky() -> None:
     assert shapes[of_map.teacher][2:] == (6, 6)
     assert shapes[of_embedding.student] == embedding.shape
     assert shapes[of_embedding.teacher] == wanted.shape
-
-
-@pytest.mark.shared
-def test_no_visit_and_no_object_of_lsstcam_is_in_both_splits(shared_data: Path) -> None:
-    train, test = train_attention._split_lsst([shared_data / "lsst" / "more" / "parquet"], None)
-    for part in (train, test):
-        assert (part.reliability > 0.5).any()
-        assert (part.reliability <= 0.5).any()
-    assert not set(train.seen.visit) & set(test.seen.visit)
-    assert not set(train.seen.object_id) & set(test.seen.object_id)
 
 
 def test_an_encoder_without_a_card_is_refused(tmp_path: Path) -> None:
