@@ -62,13 +62,12 @@ from training.bundles.train_rubin import DIGITS_OF_NIGHT, FOLDS, chances, unrela
 from training.bundles.train_rubin import figures as lsst_figures
 from training.checkpoint import beside
 from training.data.datasets import Alerts, held_out, load_alerts
+from training.data.simulated import RATES, simulate_cutouts
 from training.errors import DatasetError, TrainingError, refuse_existing
 from training.evaluation.bootstrap import INTERVALS, as_card, estimate
 from training.evaluation.metrics import Values, Weights, rank
 from training.evaluation.served_speed import measure_served
 from training.recipe import ENCODER_CARD, ENCODER_WEIGHTS
-from training.vision.galaxies import AnsweredImages
-from training.vision.simulated_alerts import RATES, simulate_alerts
 
 NAME, VERSION = "attention", "1.0"
 SOURCE = "training/bundles/train_attention.py"
@@ -169,7 +168,7 @@ def run(arguments: argparse.Namespace) -> None:
     train, test = alerts[~unseen], alerts[unseen]
     check_rated(test)
     lsst_train, lsst_test = _split_lsst(arguments.lsst, arguments.schemas)
-    simulated = simulate_alerts(arguments.simulated, SIMULATION_SEED, "lsst", images.size)
+    simulated, _, kinds = simulate_cutouts(arguments.simulated, SIMULATION_SEED, "lsst", images.size)
     log.info("ZTF: %d training alerts, %d test alerts", len(train), len(test))
     log.info("LSSTCam: %d training alerts, %d test alerts", len(lsst_train), len(lsst_test))
 
@@ -188,7 +187,7 @@ def run(arguments: argparse.Namespace) -> None:
         hints=(),
     )
     checkpoints = [beside(arguments.out.with_name(f"{arguments.out.name}.{stage}")) for stage in ("distil", "tune")]
-    labelled = _labelled(lsst_train, simulated)
+    labelled = _labelled(lsst_train, simulated, np.isin(kinds, tuple(REAL)))
     for recipe, checkpoint in zip((long, short), checkpoints, strict=True):
         network = distil(network, teacher, images, train, recipe, checkpoint, labelled)
 
@@ -244,12 +243,14 @@ def _split_lsst(inputs: list[Path], schemas: str | None) -> tuple[Lsst, Lsst]:
     return lsstcam[~unseen], lsstcam[unseen]
 
 
-def _labelled(lsstcam: Lsst, simulated: AnsweredImages) -> Labelled:
-    """Return the labelled alerts of LSST, and how often an image is made of each."""
-    truth = simulated.answers[:, simulated.questions.index("alert_real")]
+def _labelled(lsstcam: Lsst, simulated: NDArray[np.float32], real: NDArray[np.bool_]) -> Labelled:
+    """Return the labelled alerts of LSST, and how often an image is made of each.
+
+    `simulated`: cutouts of simulated alerts [M, 3, S, S]; `real` [M]: their truth.
+    """
     return Labelled(
-        np.concatenate([lsstcam.raw.cutouts, simulated.images]),
-        np.concatenate([lsstcam.reliability, truth]),
+        np.concatenate([lsstcam.raw.cutouts, simulated]),
+        np.concatenate([lsstcam.reliability, real.astype(np.float32)]),
         np.concatenate(
             [
                 LSSTCAM_SHARE * chances(lsstcam.reliability, UNRELIABLE_SHARE),

@@ -26,6 +26,7 @@ from broker_filter.scoring.bundle import Architecture, open_bundle
 from broker_filter.scoring.networks import build_network
 from broker_filter.simulate import REAL
 from training.data.datasets import Dataset
+from training.data.simulated import KINDS
 from training.errors import DatasetError, TrainingError
 from training.recipe import (
     ENCODER_CARD,
@@ -58,7 +59,7 @@ from training.vision.pretrain import (
     combine,
     pretrain,
 )
-from training.vision.simulated_alerts import KINDS, simulate_alerts
+from training.vision.simulated_alerts import simulate_alerts
 
 RECIPES = Path(training.vision.pretrain.__file__).with_name("studies")
 TINY = Architecture(name="btsbot_cnn", arguments={"channels": (4, 8), "kernel": 3, "hidden": (16, 8)})
