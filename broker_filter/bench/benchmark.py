@@ -9,17 +9,17 @@ from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
 
-from broker_filter.bench.kafka_io import measure_kafka_io
-from broker_filter.bench.latency import BURST_DISTINCT, measure_burst, measure_latency
 from broker_filter.bench.lsst import measure_lsst_decoding
 from broker_filter.bench.measure import BenchmarkError
-from broker_filter.bench.memory import measure_memory, measure_startup
 from broker_filter.bench.options import OF_LSST, THROUGH_BROKER, Options
 from broker_filter.bench.report import Report
+from broker_filter.bench.runs.kafka_io import measure_kafka_io
+from broker_filter.bench.runs.latency import BURST_DISTINCT, measure_burst, measure_latency
+from broker_filter.bench.runs.memory import measure_memory, measure_startup
+from broker_filter.bench.runs.testbed import Broker, Testbed, open_broker
+from broker_filter.bench.runs.throughput import measure_archive, measure_kafka, measure_scaling
 from broker_filter.bench.sample import choose_packets
 from broker_filter.bench.stages import measure_stages
-from broker_filter.bench.testbed import Broker, Testbed, open_broker
-from broker_filter.bench.throughput import measure_archive, measure_kafka, measure_scaling
 from broker_filter.config import Runtime
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.runtimes import available_cores

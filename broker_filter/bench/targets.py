@@ -24,10 +24,10 @@ from broker_filter.bench.measure import (
     BenchmarkError,
     Contest,
 )
-from broker_filter.bench.memory import EARLY, LATE, resident_at
 from broker_filter.bench.report import Report
+from broker_filter.bench.runs.memory import EARLY, LATE, resident_at
+from broker_filter.bench.runs.throughput import ARCHIVE, kafka_whole
 from broker_filter.bench.stages import DECODE, score_stage
-from broker_filter.bench.throughput import ARCHIVE, kafka_whole
 from broker_filter.config import Section
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from broker_filter.bench.options import OF_LSST, PARTS, VISIT, Options
 from broker_filter.cli.extras import require_extra
-from broker_filter.cli.options import add_device_option
+from broker_filter.cli.options import add_device_option, add_registry_option
 
 DEFAULT_PARTS = ("stages", "archive", "kafka", "latency", "startup")
 """These parts take some minutes together. Each of the other parts takes about as long again."""
@@ -53,11 +53,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help=f"parts to measure: {', '.join(PARTS)}; or `all` (default: {','.join(DEFAULT_PARTS)})",
     )
     add_device_option(parser)
-    parser.add_argument(
-        "--schema-registry",
-        metavar="LOCATION",
-        help="URL of a Confluent schema registry, or a directory of .avsc files, for LSST packets in INPUT: the parts "
-        f"{' and '.join(OF_LSST)} then use these packets instead of simulated ones",
+    add_registry_option(
+        parser,
+        f"LSST packets in INPUT: the parts {' and '.join(OF_LSST)} then use these packets instead of simulated ones",
     )
     parser.add_argument(
         "--visit",

@@ -10,12 +10,12 @@ STDIN = "-"
 INPUT_HELP = f"file, folder (read recursively) or archive; `{STDIN}` for standard input"
 
 
-def add_registry_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--schema-registry` to a parser."""
+def add_registry_option(parser: argparse.ArgumentParser, use: str = "alerts in Confluent wire format") -> None:
+    """Add the option `--schema-registry` to a parser. `use`: what the schemas are for, as the help says it."""
     parser.add_argument(
         "--schema-registry",
         metavar="URL|DIR",
-        help="schema registry, or directory of schemas, for alerts in Confluent wire format",
+        help=f"schema registry, or directory of schemas, for {use}",
     )
 
 

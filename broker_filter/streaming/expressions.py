@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.packets.batch import BANDS, UNKNOWN_BAND, AlertBatch, Survey
 from broker_filter.packets.surveys import COLUMNS
+from broker_filter.scoring.scores import output_name
 from broker_filter.streaming.scored import ScoredBatch
 
 MAX_LENGTH = 2000
@@ -260,7 +261,7 @@ class _Compiler:
             case ast.Name(id=written):
                 written = self._quoted.get(written, written)
             case ast.Attribute(value=ast.Name(id=model), attr=label):
-                written = f"{model}.{label}"
+                written = output_name(model, label)
             case _:
                 raise _refusal(node, "a name has at most one dot: `<model>.<label>`")
         if written in self._ambiguous and self._known[written] != written:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from broker_filter.bench.runs.testbed import Broker
 from broker_filter.bench.sample import choose_packets
-from broker_filter.bench.testbed import Broker
 
 
 @pytest.fixture(scope="session")

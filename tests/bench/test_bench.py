@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from broker_filter.bench import benchmark, kafka_io, measure
+from broker_filter.bench import benchmark, measure
 from broker_filter.bench.measure import Run, Spread, compete, timed
 from broker_filter.bench.naive import NaiveBroker
+from broker_filter.bench.runs import kafka_io
 from broker_filter.bench.sample import in_batches
 from broker_filter.cli import main
 from broker_filter.config import Runtime

@@ -18,8 +18,8 @@ from typing import NamedTuple, Protocol
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from broker_filter.bench.baselines import SILENT
 from broker_filter.bench.measure import BenchmarkError, Run, cpu_seconds, memory_megabytes
+from broker_filter.bench.runs.baselines import SILENT
 from broker_filter.local_kafka import KafkaCluster, embedded_broker, kafka_home
 
 PARTITIONS = 4

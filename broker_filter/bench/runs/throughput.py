@@ -8,8 +8,6 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
-from broker_filter.bench.baselines import NAIVE_TRANSACTION
-from broker_filter.bench.competitors import ServiceInstances, run_naive_loop, run_no_work_loop, run_service
 from broker_filter.bench.floors import flops_run, inflate_stamps, network_alone
 from broker_filter.bench.measure import (
     FLOPS,
@@ -26,9 +24,11 @@ from broker_filter.bench.measure import (
 )
 from broker_filter.bench.naive import NaiveBroker
 from broker_filter.bench.options import Device
+from broker_filter.bench.runs.baselines import NAIVE_TRANSACTION
+from broker_filter.bench.runs.competitors import ServiceInstances, run_naive_loop, run_no_work_loop, run_service
+from broker_filter.bench.runs.testbed import Broker, Testbed
 from broker_filter.bench.sample import in_batches, write_night
 from broker_filter.bench.stages import BATCH, open_decoder
-from broker_filter.bench.testbed import Broker, Testbed
 from broker_filter.config import Model, Runtime
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import open_bundle

@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 from confluent_kafka import ConsumerGroupState, KafkaException
 
-from broker_filter.bench.baselines import LEAST_COMMITS, Loop, naive_loop, no_work_loop
 from broker_filter.bench.measure import BenchmarkError, Run
-from broker_filter.bench.testbed import PARTITIONS, REQUEST_TIMEOUT_S, Testbed
+from broker_filter.bench.runs.baselines import LEAST_COMMITS, Loop, naive_loop, no_work_loop
+from broker_filter.bench.runs.testbed import PARTITIONS, REQUEST_TIMEOUT_S, Testbed
 from broker_filter.config import SCORED, Model, Transaction
 from broker_filter.kill_with_parent import KillWithParent
 from broker_filter.scoring.bundle import open_bundle

@@ -13,11 +13,11 @@ from types import TracebackType
 import numpy as np
 from confluent_kafka import KafkaError, Message, Producer
 
-from broker_filter.bench.competitors import ServiceInstances
 from broker_filter.bench.measure import BenchmarkError, Spread, memory_megabytes
 from broker_filter.bench.options import VISIT, Device
+from broker_filter.bench.runs.competitors import ServiceInstances
+from broker_filter.bench.runs.testbed import Broker, Testbed
 from broker_filter.bench.sample import choose_packets
-from broker_filter.bench.testbed import Broker, Testbed
 from broker_filter.config import Model
 from broker_filter.packets.batch import Survey
 from broker_filter.simulate import SCHEMAS

@@ -13,11 +13,11 @@ from itertools import count, islice
 from pathlib import Path
 from typing import BinaryIO
 
-from broker_filter.bench.competitors import ServiceInstances
 from broker_filter.bench.measure import BenchmarkError, Spread, memory_megabytes
 from broker_filter.bench.options import Device
+from broker_filter.bench.runs.competitors import ServiceInstances
+from broker_filter.bench.runs.testbed import Testbed
 from broker_filter.bench.sample import NightWriter, in_batches
-from broker_filter.bench.testbed import Testbed
 from broker_filter.config import Model
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.framing.ocf import encode_long

@@ -10,11 +10,11 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from broker_filter.bench.baselines import NAIVE_TRANSACTION, WAIT_S, naive_consumer, naive_producer
 from broker_filter.bench.measure import NAIVE, SERVICE, Contest, Run, Stopwatch, compete
 from broker_filter.bench.naive import NaiveBroker
+from broker_filter.bench.runs.baselines import NAIVE_TRANSACTION, WAIT_S, naive_consumer, naive_producer
+from broker_filter.bench.runs.testbed import Testbed
 from broker_filter.bench.stages import open_decoder
-from broker_filter.bench.testbed import Testbed
 from broker_filter.config import Batch, Input, Output, Runtime, Service
 from broker_filter.health import Health
 from broker_filter.kafka.connect import Endpoints, connect

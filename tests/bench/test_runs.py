@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from broker_filter.bench import latency, memory, throughput
-from broker_filter.bench.competitors import run_no_work_loop
+from broker_filter.bench.runs import latency, memory, throughput
+from broker_filter.bench.runs.competitors import run_no_work_loop
+from broker_filter.bench.runs.testbed import Broker, Testbed
 from broker_filter.bench.sample import choose_packets, in_batches
-from broker_filter.bench.testbed import Broker, Testbed
 from broker_filter.packets.batch import Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.schemas.registry import open_registry
