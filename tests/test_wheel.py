@@ -40,7 +40,8 @@ def run(command: Sequence[str | Path], cwd: Path) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel as it is released: built from the source archive, not from the checkout."""
     dist = tmp_path_factory.mktemp("dist")
-    run([sys.executable, "-m", "build", "--outdir", dist, CHECKOUT], cwd=dist)
+    output = run([sys.executable, "-m", "build", "--outdir", dist, CHECKOUT], cwd=dist)
+    assert "Package would be ignored" not in output  # setuptools warns of a folder that `packages` does not list
     (wheel,) = dist.glob("*.whl")
     return wheel
 
