@@ -11,7 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -328,26 +328,21 @@ def _trail(observation: Observation, planes: _Planes, shape: Moments | None) -> 
 
 def _dipole(observation: Observation, planes: _Planes, footprint: Footprint) -> Record:
     """Return the fields of the dipole, which the survey fits to footprints with positive and negative pixels."""
-    if not footprint.has_both_signs:
-        return {"isDipole": False, "dipoleFitAttempted": False, "dipoleNdata": 0}
-    conditions = observation.exposure.conditions
-    x, y = ((high + low) / 2 for high, low in zip(footprint.highest, footprint.lowest, strict=True))
-    profile = conditions.profile(conditions.psf_science, x, y)
-    slope_y, slope_x = np.gradient(profile)
-    dipole = fit_dipole(
-        planes.images.difference,
-        planes.variances[2],
-        (np.asarray(slope_x), np.asarray(slope_y)),
-        footprint,
-        fit_psf(planes.images.science, planes.variances[0], profile),
-    )
+    conditions, images = observation.exposure.conditions, planes.images
+    profile = partial(conditions.profile, conditions.psf_science)
+    dipole = None
+    if footprint.has_both_signs:
+        dipole = fit_dipole(images.science, images.difference, planes.variances[2], profile, footprint)
+    if dipole is None:
+        return {"isDipole": False, "dipoleFitAttempted": footprint.has_both_signs, "dipoleNdata": 0}
+    flux_error = fit_psf(images.science, planes.variances[0], profile(dipole.x, dipole.y)).flux_error
     return {
         "isDipole": True,
         "dipoleFitAttempted": True,
         "dipoleMeanFlux": dipole.flux,
-        "dipoleMeanFluxErr": dipole.flux_error,
+        "dipoleMeanFluxErr": flux_error,
         "dipoleFluxDiff": 0.0,
-        "dipoleFluxDiffErr": 2 * dipole.flux_error,
+        "dipoleFluxDiffErr": 2 * flux_error,
         "dipoleLength": math.hypot(dipole.dx, dipole.dy) * LSST.pixel_scale,
         "dipoleAngle": math.degrees(math.atan2(-dipole.dx, dipole.dy)),
         "dipoleChi2": dipole.chi2,

@@ -1,11 +1,13 @@
 """Simulated LSST alerts resemble public alerts of LSSTCam in what the packets tell about pixels and sources.
 
-Each tolerance is about twice the difference that was measured between 300 simulated and the 176 public alerts. The
-public alerts come from 33 visits only, and five of these have most of the alerts.
+The tolerances are somewhat larger than the differences between the 176 public alerts and six nights of 300 simulated
+alerts (seeds 9 to 14), so that an unlucky night passes as well. They detect a wrong unit or definition, and no small
+difference: the public alerts come from 33 visits only, and five of these have most of the alerts.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.simulate import SCHEMAS, simulate_night
+from broker_filter.simulate.measurements import Dipole, find_footprint, fit_dipole
 from broker_filter.streaming.archives import read_packets
 
 pytestmark = pytest.mark.shared
@@ -28,7 +31,7 @@ SCIENCE, TEMPLATE, DIFFERENCE = range(3)
 COLUMNS = (
     "visit", "snr", "psfFlux", "psfFluxErr", "psfChi2", "psfNdata", "apFlux", "apFluxErr", "scienceFlux",
     "templateFlux", "ixx", "iyy", "ixy", "ixxPSF", "iyyPSF", "ixyPSF", "extendedness", "trailLength", "trailFlux",
-    "dipoleLength", "isDipole", "isNegative", "shape_flag", "bboxSize",
+    "dipoleLength", "dipoleMeanFlux", "isDipole", "isNegative", "shape_flag", "bboxSize",
 )  # fmt: skip
 VISITS = 20_250_101 * 10**5, 21_000_101 * 10**5
 """Visits of LSSTCam are numbered by date and five digits; those of other cameras and of simulations are outside."""
@@ -111,6 +114,29 @@ def psf_width(alerts: Alerts) -> NDArray[np.float64]:
     return np.array([np.median(width[visits == visit]) for visit in np.unique(visits)])
 
 
+def dipole_of(alerts: Alerts, i: int) -> Dipole | None:
+    """Return the dipole that the simulator's measurement finds in the published images of an alert."""
+    grid = 128  # larger than every stamp
+
+    def whole(stamp: NDArray[np.float32], outside: float) -> NDArray[np.float32]:
+        image = np.full((grid, grid), outside, np.float32)
+        first = grid // 2 - len(stamp) // 2
+        image[first : first + len(stamp), first : first + len(stamp)] = stamp
+        return image
+
+    science, difference = (whole(alerts.images[i][channel], np.nan) for channel in (SCIENCE, DIFFERENCE))
+    variance = whole(alerts.variances[i][DIFFERENCE], np.inf)
+    psf = np.fft.rfft2(np.fft.ifftshift(whole(np.nan_to_num(alerts.psf[i, DIFFERENCE]), 0)))
+    v, u = np.fft.fftfreq(grid)[:, None], np.fft.rfftfreq(grid)
+
+    def profile(x: float, y: float) -> NDArray[np.float32]:
+        return np.fft.fftshift(np.fft.irfft2(psf * np.exp(-2j * np.pi * (u * x + v * y)))).astype(np.float32)
+
+    xx, yy, xy = (alerts.columns[f"i{of}PSF"][i] / PIXEL_AREA for of in ("xx", "yy", "xy"))
+    footprint = find_footprint(difference, variance, psf.astype(np.complex64), (xx * yy - xy**2) ** 0.25)
+    return fit_dipole(science, difference, variance, profile, footprint) if footprint.has_both_signs else None
+
+
 def density(alerts: Alerts) -> float:
     """The number of sources above 10 sigma in the templates, per 30 x 30 pixels."""
     sources = pixels = 0
@@ -181,9 +207,31 @@ def test_background_levels_agree(public: Alerts, simulated: Alerts) -> None:
 
 
 def test_fractions_agree(public: Alerts, simulated: Alerts) -> None:
-    for name, tolerance in (("isNegative", 0.12), ("isDipole", 0.14), ("shape_flag", 0.12)):
+    for name, tolerance in (("isNegative", 0.15), ("isDipole", 0.13), ("shape_flag", 0.12)):
         real, ours = (alerts.columns[name].mean() for alerts in (public, simulated))
         assert ours == pytest.approx(real, abs=tolerance), name
+
+
+def test_dipoles_of_public_alerts_are_measured_as_published(public: Alerts) -> None:
+    published = np.flatnonzero(public.columns["isDipole"] == 1)
+    found = [(i, dipole) for i in published.tolist() if (dipole := dipole_of(public, i)) is not None]
+    assert len(found) >= 0.9 * len(published)
+    length, flux = (
+        np.array([value(dipole) / public.columns[name][i] for i, dipole in found])
+        for name, value in (
+            ("dipoleLength", lambda dipole: 0.2 * math.hypot(dipole.dx, dipole.dy)),
+            ("dipoleMeanFlux", lambda dipole: dipole.flux),
+        )
+    )
+    assert np.median(length) == pytest.approx(1, abs=0.1)
+    assert ((length > 0.5) & (length < 2)).all()
+    assert flux == pytest.approx(1, abs=0.15)
+
+
+def test_dipole_lengths_agree(public: Alerts, simulated: Alerts) -> None:
+    for percentile in (25, 50):  # only 11 public alerts are dipoles, so their longest ones are hardly known
+        real, ours = (np.nanpercentile(alerts.columns["dipoleLength"], percentile) for alerts in (public, simulated))
+        assert 1 / 2.5 < ours / real < 2.5, percentile
 
 
 def test_few_stamps_have_missing_pixels_and_these_have_an_infinite_variance(public: Alerts, simulated: Alerts) -> None:
@@ -243,6 +291,6 @@ def test_flux_and_aperture_follow_from_the_pixels(public: Alerts, simulated: Ale
 def test_columns_lie_within_the_range_of_public_alerts(public: Alerts, simulated: Alerts, name: str) -> None:
     real, ours = (alerts.columns[name][np.isfinite(alerts.columns[name])] for alerts in (public, simulated))
     # The simulated range is wider by the bands u and y, which no public alert has.
-    assert np.percentile(ours, 5) > 0.5 * real.min()
+    assert np.percentile(ours, 5) > 0.4 * real.min()
     assert np.percentile(ours, 90) < 2 * real.max()
-    assert np.median(ours) == pytest.approx(np.median(real), rel=0.6)
+    assert 0.5 < np.median(ours) / np.median(real) < 2

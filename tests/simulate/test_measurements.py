@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -94,14 +95,24 @@ def test_length_of_a_trail_is_recovered(conditions: Conditions, length: float) -
 
 def test_dipole_fit_recovers_the_displacement(conditions: Conditions) -> None:
     psf, flux = conditions.psf_science, 50_000.0
-    star = conditions.profile(psf, 0.0, 0.0)
-    difference = flux * (conditions.profile(psf, 0.15, -0.1) - conditions.profile(psf, -0.15, 0.1))
+    science = flux * conditions.profile(psf, 2.15, 0.9)
+    difference = science - flux * conditions.profile(psf, 1.85, 1.1)
     footprint = find_footprint(difference, VARIANCE, psf, 3.0)
     assert footprint.has_both_signs
-    slope_y, slope_x = np.gradient(star)
-    dipole = fit_dipole(difference, VARIANCE, (slope_x, slope_y), footprint, fit_psf(flux * star, VARIANCE, star))
-    assert (dipole.dx, dipole.dy) == (pytest.approx(0.3, rel=0.1), pytest.approx(-0.2, rel=0.1))
-    assert dipole.flux == pytest.approx(flux, rel=1e-4)
+    dipole = fit_dipole(500 + science, difference, VARIANCE, partial(conditions.profile, psf), footprint)
+    assert dipole is not None
+    assert (dipole.dx, dipole.dy) == (pytest.approx(0.3, rel=0.02), pytest.approx(-0.2, rel=0.02))
+    assert (dipole.x, dipole.y) == (pytest.approx(2, abs=0.01), pytest.approx(1, abs=0.01))
+    assert dipole.flux == pytest.approx(flux, rel=0.01)
+
+
+def test_lobes_without_a_star_are_no_dipole(conditions: Conditions) -> None:
+    psf = conditions.psf_science
+    difference = 5_000 * (conditions.profile(psf, 3.0, 0.0) - conditions.profile(psf, -3.0, 0.0))
+    footprint = find_footprint(difference, VARIANCE, psf, 3.0)
+    assert footprint.has_both_signs
+    constant_hole = 500 - 9_000 * conditions.profile(psf, 0.0, 0.0) + difference
+    assert fit_dipole(constant_hole, difference, VARIANCE, partial(conditions.profile, psf), footprint) is None
 
 
 def test_footprint_of_a_faint_source_is_its_core_grown_by_the_psf(conditions: Conditions) -> None:
