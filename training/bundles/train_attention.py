@@ -135,6 +135,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schemas", help="schema registry, or directory of schemas, of alerts in wire format")
     parser.add_argument("--teacher", required=True, help="bundle of braai d6_m7, the teacher for ZTF")
     parser.add_argument("--encoder", required=True, type=Path, help="directory that `pretrain` wrote")
+    parser.add_argument(
+        "--begin-with", metavar="BUNDLE", help="earlier bundle of this command, to train further (default: the encoder)"
+    )
     parser.add_argument("--out", required=True, type=Path, help="directory of the new bundle")
     parser.add_argument("--steps", type=positive, default=8000, help="steps of distillation (default: %(default)s)")
     parser.add_argument(
@@ -161,6 +164,9 @@ def run(arguments: argparse.Namespace) -> None:
     architecture, origin = _read_card(arguments.encoder / ENCODER_CARD)
     network = build_network(architecture)
     load_encoder_weights(network, str(arguments.encoder / ENCODER_WEIGHTS))
+    begun = open_bundle(arguments.begin_with).part("ztf") if arguments.begin_with else None
+    if begun:
+        network = load_network(architecture, load_file(begun.directory / WEIGHTS))
 
     images = bundle.card.inputs.images
     alerts = load_alerts(arguments.inputs, images.size, ("drb",))
@@ -200,6 +206,8 @@ def run(arguments: argparse.Namespace) -> None:
         "their truth. The alerts of LSSTCam are few, so read the intervals."
     )
     method = _method(bundle, origin, long, short)
+    if begun:
+        method = f"{begun.card.training.method} After that, the same method was applied again to the network: {method}"
     with tempfile.TemporaryDirectory(dir=arguments.out.parent) as scratch:
         made = Path(scratch) / NAME
         write_bundle(made, _describe(bundle, architecture, train, learned, method, evaluation), network)
