@@ -187,6 +187,27 @@ def test_every_recorded_ratio_is_in_the_documentation() -> None:
     assert all(f"| `{name}` |" in text for name in json.loads(RATIOS.read_bytes()))
 
 
+@pytest.mark.parametrize("room", ["packets", "scoring", "anomalies", "importers", "streaming", "tables", "kafka"])
+def test_the_architecture_names_every_module_of_a_room(room: str) -> None:
+    """Of the networks, it says that there is one file for each architecture."""
+    text = (CHECKOUT / "ARCHITECTURE.md").read_text()
+    modules = {
+        path.name
+        for path in (CHECKOUT / "broker_filter" / room).rglob("*.[pc]*")
+        if path.suffix in (".py", ".c") and path.name != "__init__.py" and path.parent.name != "networks"
+    }
+    assert modules
+    assert {name for name in modules if not re.search(rf"\b{name}\b", text)} == set()
+
+
+def test_every_module_that_the_architecture_names_exists() -> None:
+    named = set(re.findall(r"\b\w+\.(?:py|[ch])\b", (CHECKOUT / "ARCHITECTURE.md").read_text()))
+    folders = [CHECKOUT / name for name in ("broker_filter", "training", "docs", "tests")]
+    existing = {path.name for folder in folders for path in folder.rglob("*.*")}
+    assert named
+    assert named - existing == set()
+
+
 def test_the_readme_is_short() -> None:
     """Details belong on the pages in docs/."""
     assert len((CHECKOUT / "README.md").read_text().splitlines()) <= MAX_README_LINES
