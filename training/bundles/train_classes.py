@@ -121,7 +121,8 @@ FIGURES = (
     "detections. recall: share of a class whose most probable class is correct; recall_by_object: the same with equal "
     "weight for each object. calibration_slope, calibration_intercept and ece are measured after the probabilities are "
     "converted to the class frequencies of these alerts; ece_if_calibrated is the expected ECE of a perfectly "
-    "calibrated model for as many alerts."
+    "calibrated model for as many alerts; reliability_: the mean predicted probability of the most probable class, and "
+    "how often it is right."
 )
 """The description of the figures in the card."""
 
@@ -490,7 +491,7 @@ def evaluate(
         chosen = {
             name.replace("SN.", "SN_"): figure
             for name, figure in converted.items()
-            if name.startswith(("SN.", RELIABILITY)) or "." not in name
+            if "." not in name or name.startswith("SN.") or (name.startswith(RELIABILITY) and not prefix)
         }
         card |= _prefixed(prefix, chosen)
     return card

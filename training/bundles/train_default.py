@@ -37,7 +37,10 @@ from training.checkpoint import beside
 from training.data.datasets import Alerts, held_out, load_alerts, sha256_of
 from training.errors import DatasetError, TrainingError, refuse_existing
 from training.evaluation.bootstrap import INTERVALS, as_card, estimate
+from training.evaluation.calibration import slope_and_intercept
+from training.evaluation.evaluate import calibration_for_card
 from training.evaluation.metrics import Values, Weights, rank, ratio
+from training.evaluation.predictions import Predictions
 
 NAME, VERSION = "default", "2.0"
 SOURCE = "training/bundles/train_default.py"
@@ -169,7 +172,8 @@ def evaluate(
             "objects": len(np.unique(alerts.object_id)),
             "bogus": int((score <= 0.5).sum()),
         }
-        card |= {f"{prefix}{name}": value for name, value in {**about, **as_card(found)}.items()}
+        calibration = calibration_for_card(_predictions(alerts, score > 0.5, said))
+        card |= {f"{prefix}{name}": value for name, value in {**about, **as_card(found), **calibration}.items()}
     same_side = {
         "teachers_agreement": (of_teacher[rated] > 0) == (drb[rated] > 0.5),
         "seen_agreement": (_logits(network, images, seen) > 0) == (_logits(teacher, images, seen) > 0),
@@ -181,16 +185,38 @@ def _logits(network: nn.Module, images: ImageInput, alerts: Alerts) -> NDArray[n
     return run_over(network, images, alerts)[0][:, 0].numpy()
 
 
+def _predictions(alerts: Alerts, real: NDArray[np.bool_], logit: NDArray[np.floating]) -> Predictions:
+    return Predictions(
+        ("bogus", "real"),
+        alerts.alert_id,
+        alerts.object_id,
+        np.full(len(alerts), np.nan),
+        real.astype(np.int64),
+        _sigmoid(logit)[:, None].astype(np.float32),
+        threshold=0.5,
+    )
+
+
 def figures(score: NDArray[np.floating], logit: NDArray[np.float32], weight: Weights) -> dict[str, Values]:
     """Return how well logits [N] reproduce `score` [N], where score > 0.5 is the truth.
 
     `agreement`: fraction of alerts that are on the same side of 0.5. `purity_above_0.8`: fraction of real alerts among
     those that the network scores above 0.8; `completeness_above_0.8`: fraction of the real alerts that score above 0.8.
+    `score_slope`, `score_intercept`: slope and intercept of the logistic regression of `score` itself, taken as a
+    probability, on the logits: 1 and 0 if the network is as sure as `score` is.
     """
     real = score > 0.5
     shares = _shares(score, logit)
-    return {"roc_auc": rank(real, logit, weight).roc_auc} | {
-        name: ratio(weight @ part, weight @ whole) for name, (part, whole) in shares.items()
+    slope, intercept = slope_and_intercept(
+        np.tile(logit.astype(np.float64), 2),
+        np.repeat([True, False], len(logit)),
+        np.concatenate([weight * score, weight * (1 - score)], axis=-1),
+    )
+    return {
+        "roc_auc": rank(real, logit, weight).roc_auc,
+        **{name: ratio(weight @ part, weight @ whole) for name, (part, whole) in shares.items()},
+        "score_slope": slope,
+        "score_intercept": intercept,
     }
 
 
@@ -219,7 +245,7 @@ def _shares(
     return shares
 
 
-def _sigmoid(logit: NDArray[np.float32]) -> NDArray[np.float64]:
+def _sigmoid(logit: NDArray[np.floating]) -> NDArray[np.float64]:
     return 1 / (1 + np.exp(-logit.astype(np.float64)))
 
 
