@@ -81,7 +81,7 @@ HINTS = {
 attention, of 8 x 8 px, whose inner 6 x 6 px cover the same sky as VGG6's map; and the embeddings. A network with other
 maps gets no hints."""
 LEARNING_RATE = 1e-3
-"""Peak learning rate of the distillation. Networks with attention need a lower one than `default`'s network."""
+"""Peak learning rate of the distillation, half of that of `default`."""
 WEIGHT_DECAY = 0.05
 """The value of pre-training."""
 TUNING_SHARE = 0.2
@@ -90,7 +90,7 @@ TUNING_RATE = 1e-4
 TUNING_SEED = 1
 """Added to the seed, so that fine-tuning sees other images than the first steps of the distillation."""
 TEST_FOLDS = 2
-"""Number of the FOLDS of LSSTCam's alerts that are held out: a third of the alerts."""
+"""Number of the FOLDS of LSSTCam's alerts that are held out. Folds differ in size, because visits do."""
 LSSTCAM_SHARE = 0.4
 """Fraction of LSST's training images that are of LSSTCam; the others are simulated. A larger one would repeat the few
 alerts too often."""

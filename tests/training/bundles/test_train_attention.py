@@ -34,7 +34,11 @@ SMALL = {
 
 @pytest.mark.shared
 def test_the_commands_make_a_bundle(
-    shared_data: Path, shared_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared_data: Path,
+    shared_models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(train_attention, "SIMULATED_TEST", 24)
     monkeypatch.setattr(train_attention, "REPETITIONS", 1)
@@ -77,6 +81,9 @@ def test_the_commands_make_a_bundle(
         assert float(figures[name]) > 0
         assert float(figures[f"default_{name}"]) > 0
     assert sorted(path.name for path in tmp_path.glob("attention*")) == ["attention"]
+    others = command.replace(f"--out {out}", f"--out {tmp_path / 'further'} --begin-with default")
+    assert main(others.split()) == 1
+    assert "tensors do not fit the network 'timm'" in capsys.readouterr().err
     [(train, test)] = splits
     assert not set(train.seen.visit) & set(test.seen.visit)
     assert not set(train.seen.object_id) & set(test.seen.object_id)
