@@ -535,7 +535,7 @@ def _open_part(directory: Path, routing: RoutingCard, folder: str) -> Part:
 
 
 def unserved(card: Card, surveys: Iterable[SurveyName], labels: Iterable[str]) -> str | None:
-    """Return which of `labels` the network of this card does not give for one of `surveys`; None if it gives all."""
+    """Return why the network of the card does not give a label for a survey, as text; None if it gives all of them."""
     for label in labels:
         if label not in card.outputs.labels:
             return f"{card.title} has no label {label}, only {', '.join(card.outputs.labels)}"

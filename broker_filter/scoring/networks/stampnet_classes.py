@@ -47,7 +47,7 @@ class StampNetClasses(nn.Module):
         return torch.cat([real, log_odds(scores)], dim=1), features[:, : self.trunk.network.head.in_features]
 
     def evidence(self, real: Tensor, features: Tensor, metadata: Tensor) -> Tensor:
-        """Return the inputs of the classes, [N, 1 + 128 + F + 2 D] for D distances.
+        """Return the inputs of the class layers, float32[N, 1 + 128 + F + 2 D] for D distances.
 
         They are the clipped real/bogus logit `real` [N, 1], the trunk's `features` [N, 128], asinh of the metadata
         [N, F], and the proximity 1 / (1 + distance^2) of each source, alone and times the probability that the source
