@@ -6,7 +6,7 @@ of 1 arcsec are interpolated to half that size, because its PSF then has about a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from broker_filter.scoring.bundle import WEIGHTS, ImageInput, Inputs, MetadataCo
 from broker_filter.scoring.networks import load_network
 from broker_filter.scoring.networks.snrnet import FLAGGED, METADATA, SIZE
 from broker_filter.scoring.preprocess import prepare, prepare_images, prepare_psf
-from broker_filter.simulate import REAL, SCHEMAS, simulate_night
+from broker_filter.simulate import BOGUS, REAL, SCHEMAS, simulate_night
 from broker_filter.streaming.archives import read_packets
 from training.bundles.distil import run_over
 from training.bundles.train_default import published_score
@@ -54,20 +54,31 @@ LSSTCAM_VISIT = 10**12
 SIMULATED_DAY = 3 * 10**12
 HSC_VISIT = 10**5
 """Ids of HSC's visits have at most 5 digits."""
-KINDS = (
-    "variable_star",
-    "asteroid",
-    "agn",
-    "supernova",
-    "cosmic_ray",
-    "bad_pixels",
-    "dipole",
-    "diffraction_spike",
-    "ghost",
-    "edge",
-)
-RATES = dict(zip(KINDS, (0.15, 0.15, 0.15, 0.2, 0.05, 0.05, 0.12, 0.04, 0.05, 0.04), strict=True))
-"""The frequencies of the kinds of simulated alerts: a third bogus, and no kind too rare to learn."""
+KINDS = (*REAL, *BOGUS)
+"""The kinds of simulated alerts; those of REAL come first."""
+CLASSES = ("asteroid", "agn", "variable", "transient", "bogus")
+CLASS_OF_KIND = {"asteroid": 0, "agn": 1, "variable_star": 2, "supernova": 3}
+"""The class of each kind of simulated alert that is real; all other kinds are bogus."""
+BOGUS_CLASS = CLASSES.index("bogus")
+RATES = {
+    "variable_star": 0.14,
+    "asteroid": 0.14,
+    "agn": 0.13,
+    "supernova": 0.13,
+    "noise": 0.08,
+    "residual": 0.10,
+    "dipole": 0.05,
+    "refraction": 0.05,
+    "cosmic_ray": 0.03,
+    "bad_pixels": 0.03,
+    "bleed_trail": 0.02,
+    "satellite": 0.02,
+    "diffraction_spike": 0.02,
+    "ghost": 0.02,
+    "template_edge": 0.02,
+    "edge": 0.02,
+}
+"""The frequencies of the kinds of simulated alerts in training: half bogus, and no kind too rare to learn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +92,7 @@ class Seen:
     visit: NDArray[np.int64]  # [N] 0 where there is none
     alert_id: NDArray[np.int64]  # [N]
     object_id: NDArray[np.str_]  # [N]
+    detections: NDArray[np.float64]  # [N] detections of the object so far, this one included; NaN where not decoded
 
     def __len__(self) -> int:
         return len(self.images)
@@ -95,6 +107,7 @@ class Seen:
             self.visit[rows],
             self.alert_id[rows],
             self.object_id[rows],
+            self.detections[rows],
         )
 
     @property
@@ -153,6 +166,7 @@ def load_lsst(inputs: Sequence[Path], schemas: str | None) -> tuple[Seen, RawAle
         visit=np.nan_to_num(visit).astype(np.int64),
         alert_id=np.concatenate([alert_id for _, alert_id, _ in batches]),
         object_id=np.concatenate([object_id for _, _, object_id in batches]),
+        detections=np.full(len(raw), np.nan),
     )
     if not seen.of_lsstcam.any():
         raise nothing
@@ -257,13 +271,14 @@ def load_ztf(inputs: Sequence[Path], teacher: Part) -> Seen:
         visit=np.zeros(n, np.int64),
         alert_id=alerts.alert_id,
         object_id=alerts.object_id,
+        detections=np.full(n, np.nan),
     )
 
 
-def simulate(n: int, seed: int) -> Seen:
-    """Return `n` simulated LSST alerts with their truth."""
-    made = list(simulate_night(n, seed=seed, survey="lsst", rates=RATES))
-    decoder = Decoder(open_registry(SCHEMAS), cutout_size=SIZE, columns=METADATA, planes=PLANES)
+def simulate(n: int, seed: int, rates: Mapping[str, float] = RATES) -> Seen:
+    """Return `n` simulated LSST alerts with their truth. `rates`: the relative frequency of each kind."""
+    made = list(simulate_night(n, seed=seed, survey="lsst", rates=rates))
+    decoder = Decoder(open_registry(SCHEMAS), cutout_size=SIZE, columns=(*METADATA, "ndethist"), planes=PLANES)
     batches = [
         decoder.decode([Packet(alert.packet) for alert in made[start : start + PACKETS_AT_ONCE]])[0]
         for start in range(0, n, PACKETS_AT_ONCE)
@@ -280,4 +295,10 @@ def simulate(n: int, seed: int) -> Seen:
         visit=np.zeros(len(kinds), np.int64),
         alert_id=alert_id,
         object_id=np.concatenate([np.array(batch.object_id, np.str_) for batch in batches]),
+        detections=np.concatenate([batch.metadata[:, batch.columns.index("ndethist")] for batch in batches]),
     )
+
+
+def simulated_classes(simulated: Seen) -> NDArray[np.int64]:
+    """Return the class of each of N simulated alerts, an index into CLASSES, int64[N]."""
+    return np.array([CLASS_OF_KIND.get(KINDS[kind], BOGUS_CLASS) for kind in simulated.kind.tolist()])

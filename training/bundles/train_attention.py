@@ -48,6 +48,8 @@ from broker_filter.simulate import REAL, SCHEMAS, simulate_night
 from training.arguments import positive, seed
 from training.bundles.distil import Hint, Labelled, Recipe, distil, run_over
 from training.bundles.rubin_data import Seen, load_lsst
+from training.bundles.rubin_evaluation import FOLDS, unrelated
+from training.bundles.rubin_evaluation import figures as lsst_figures
 from training.bundles.train_default import (
     SPLIT_SEED,
     TEACHER,
@@ -58,8 +60,7 @@ from training.bundles.train_default import (
     evaluate,
     published_score,
 )
-from training.bundles.train_rubin import DIGITS_OF_NIGHT, FOLDS, chances, unrelated
-from training.bundles.train_rubin import figures as lsst_figures
+from training.bundles.train_rubin import DIGITS_OF_NIGHT, chances
 from training.checkpoint import beside
 from training.data.datasets import Alerts, held_out, load_alerts
 from training.data.simulated import RATES, simulate_cutouts
@@ -298,7 +299,7 @@ def _evaluate_lsst(network: nn.Module, images: ImageInput, test: Lsst) -> dict[s
         "snr_": np.log(test.raw.metadata[:, test.raw.columns.index("snr")]),
     }
     night = np.array([str(visit)[:DIGITS_OF_NIGHT] for visit in test.seen.visit.tolist()])
-    measure = partial(lsst_figures, test.reliability.astype(np.float64), night, said)
+    measure = partial(lsst_figures, test.reliability.astype(np.float64), night, said, said)
     measured: dict[str, float | int | str] = {
         "truth": "the survey's reliability > 0.5, for roc_auc and calibration; reliability itself, for spearman",
         "split": f"{TEST_FOLDS} of {FOLDS} folds of LSSTCam's alerts, seed {SPLIT_SEED}, held out from training; no "

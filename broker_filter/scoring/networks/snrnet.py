@@ -1,8 +1,8 @@
 """SnrNet: a small network for alerts of Rubin, an architecture of this project (BSD-3-Clause).
 
-It sees pixels in units of their noise (the normalisation `snr`), the PSF, and metadata of the detection. Several equal
-image networks, each trained from another seed, are averaged: with a few hundred labelled alerts, the average is better
-and steadier than any of them.
+It sees pixels in units of their noise (the normalisation `snr`), the PSF, and, for the classes, metadata of the
+detection. Several equal image networks, each trained from another seed, are averaged: with a few hundred labelled
+alerts, the average is better and steadier than any of them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ SIZE = 31
 """Pixels per side of the images and of the PSF. Stamps of Rubin have at least 30."""
 FEATURES = 48
 """Length of the embedding of one image network."""
-HIDDEN = 48
-"""Units of each hidden layer of the metadata branch."""
 LEAST = 1e-3
 """Smallest divisor in a ratio of metadata columns; their units are nJy, arcsec and arcsec^2."""
 LARGEST = 1e12
@@ -143,46 +141,16 @@ class ImageNet(nn.Sequential):
         )
 
 
-class MetadataNet(nn.Module):
-    """Features of `derive` [N, K] -> real/bogus logit [N, 1]. Features are standardised and clipped first."""
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, dropout: float = 0.1, noise: float = 0.05) -> None:
-        """`noise`: standard deviation of the noise that is added to the standardised features during training."""
-        super().__init__()
-        self.noise = noise
-        self.register_buffer("mean", torch.zeros(N_DERIVED))
-        self.register_buffer("deviation", torch.ones(N_DERIVED))
-        self.layers = nn.Sequential(
-            nn.Linear(N_DERIVED, HIDDEN),
-            nn.SiLU(),
-            nn.Dropout(dropout),
-            nn.Linear(HIDDEN, HIDDEN),
-            nn.SiLU(),
-            nn.Dropout(dropout),
-            nn.Linear(HIDDEN, 1),
-        )
-
-    def forward(self, derived: Tensor) -> Tensor:
-        """Return the logit [N, 1]."""
-        features = self.standardised(derived)
-        if self.training:
-            features = features + self.noise * torch.randn_like(features)
-        return self.layers(features)  # type: ignore[no-any-return]
-
-    def standardised(self, derived: Tensor) -> Tensor:
-        """Return the features in units of their standard deviations from the mean, clipped to LIMIT."""
-        return ((derived - self.mean) / self.deviation).clamp(-LIMIT, LIMIT)
-
-
 class SnrNet(nn.Module):
     """Images [N, 3, 31, 31], metadata [N, F] and PSF [N, 1, 31, 31] -> logits [N, 1 + classes] and features [N, D].
 
-    The first logit is real/bogus. The sigmoids of the other logits are the softmax over the classes. D is members x
-    FEATURES. Every image network sees each image in several orientations, and its outputs are averaged.
+    The first logit is real/bogus; it depends on images and PSF alone. The sigmoids of the other logits are the softmax
+    over the classes. D is members x FEATURES. Every image network sees each image in several orientations, and its
+    outputs are averaged.
     """
+
+    mean: Tensor
+    deviation: Tensor
 
     def __init__(self, members: int, classes: int, orientations: int = 8) -> None:
         """`orientations`: how many of the eight symmetries of the square are averaged."""
@@ -190,8 +158,9 @@ class SnrNet(nn.Module):
         self.orientations = orientations
         self.image_nets = nn.ModuleList(ImageNet() for _ in range(members))
         self.image_heads = nn.ModuleList(nn.Linear(FEATURES, 1) for _ in range(members))
-        self.metadata_nets = nn.ModuleList(MetadataNet() for _ in range(members))
-        self.head = nn.Linear(2, 1)
+        self.calibration = nn.Linear(1, 1)
+        self.register_buffer("mean", torch.zeros(N_DERIVED))
+        self.register_buffer("deviation", torch.ones(N_DERIVED))
         self.classes = nn.Linear(members * FEATURES + 1 + N_DERIVED, classes)
 
     def image_features(self, images: Tensor, psf: Tensor) -> list[Tensor]:
@@ -202,24 +171,23 @@ class SnrNet(nn.Module):
     def evidence(self, images: Tensor, metadata: Tensor, psf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the inputs of the last layers.
 
-        They are the mean logits of images and of metadata [N, 2], the image features [N, D], and the inputs of the
-        class layer [N, D + 1 + K].
+        They are the mean logit [N, 1] of the image networks, the image features [N, D], and the inputs of the class
+        layer [N, D + 1 + K].
         """
         features = self.image_features(images, psf)
-        logits = [head(each) for head, each in zip(self.image_heads, features, strict=True)]
-        derived = derive(metadata)
-        told = [net(derived) for net in self.metadata_nets]
-        first = self.metadata_nets[0]
-        assert isinstance(first, MetadataNet)
-        both = torch.cat([torch.stack(logits).mean(dim=0), torch.stack(told).mean(dim=0)], dim=1)
+        logit = torch.stack([head(each) for head, each in zip(self.image_heads, features, strict=True)]).mean(dim=0)
         embedding = torch.cat(features, dim=1)
-        real = both[:, :1].clamp(-MAX_LOGIT, MAX_LOGIT)
-        return both, embedding, torch.cat([embedding, real, first.standardised(derived)], dim=1)
+        real = logit.clamp(-MAX_LOGIT, MAX_LOGIT)
+        return logit, embedding, torch.cat([embedding, real, self.standardised(derive(metadata))], dim=1)
+
+    def standardised(self, derived: Tensor) -> Tensor:
+        """Return the features of `derive` in units of their standard deviations from the mean, clipped to LIMIT."""
+        return ((derived - self.mean) / self.deviation).clamp(-LIMIT, LIMIT)
 
     def forward(self, images: Tensor, metadata: Tensor, psf: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits float32[N, 1 + classes] and features float32[N, D]."""
-        both, embedding, of_class = self.evidence(images, metadata, psf)
-        return torch.cat([self.head(both), log_odds(self.classes(of_class))], dim=1), embedding
+        logit, embedding, of_class = self.evidence(images, metadata, psf)
+        return torch.cat([self.calibration(logit), log_odds(self.classes(of_class))], dim=1), embedding
 
 
 def orient(images: Tensor, n: int) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,23 +14,26 @@ from scipy.stats import spearmanr
 
 from broker_filter.scoring.networks.snrnet import FLAGGED, METADATA, SIZE, SnrNet
 from broker_filter.simulate import SCHEMAS, simulate_night
-from training.bundles.rubin_data import Seen, load_detections, load_lsst, simulate
+from training.bundles.rubin_data import CLASSES, Seen, load_detections, load_lsst, simulate, simulated_classes
+from training.bundles.rubin_evaluation import FOLDS, correlation, evaluate_simulated, some_visits, unrelated
 from training.bundles.train_rubin import (
-    FOLDS,
+    Learner,
     Recipe,
     augment,
+    calibrate,
     chances,
-    correlation,
-    join,
-    joined,
+    held_out,
+    image_logit,
     pretrain,
     resumed,
-    unrelated,
+    tune,
 )
 from training.errors import DatasetError
 from training.evaluation.calibration import slope_and_intercept
 
 COLUMNS = len(METADATA) + len(FLAGGED)
+ALERTS = 60
+"""Number of simulated alerts."""
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +45,8 @@ def network() -> SnrNet:
 
 @pytest.fixture(scope="module")
 def simulated() -> Seen:
-    """Thirty simulated alerts."""
-    return simulate(30, seed=3)
+    """Simulated alerts."""
+    return simulate(ALERTS, seed=3)
 
 
 def test_the_orientation_of_an_alert_does_not_change_its_scores(network: SnrNet) -> None:
@@ -82,14 +86,76 @@ def test_no_visit_and_no_object_is_in_two_folds() -> None:
             assert len(set(fold[shared == one].tolist())) == 1
 
 
-def test_joined_logits_are_calibrated() -> None:
+def test_held_out_logits_are_calibrated() -> None:
     rng = np.random.default_rng(4)
-    truth = rng.random(2000) < 0.5
-    logits = np.stack([3 * truth + rng.normal(0, 2, 2000), truth + rng.normal(0, 1, 2000)], axis=1)
-    weights, _ = join(logits, truth)
-    assert (weights > 0).all()
-    slope, _ = slope_and_intercept(joined(logits, truth, np.arange(2000) % 5), truth, np.ones(2000))
+    reliability = rng.random(2000)
+    truth = reliability > 0.5
+    logits = np.stack([3 * truth + rng.normal(0, 2, 2000), rng.normal(0, 1, 2000)], axis=1)
+    _, calibrated = held_out(logits, reliability, np.arange(2000) % 5)
+    slope, intercept = slope_and_intercept(calibrated, truth, np.ones(2000))
     assert float(slope) == pytest.approx(1, abs=0.1)
+    assert float(intercept) == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize("informative", [0, 1])
+def test_the_informative_logit_is_chosen(informative: int) -> None:
+    rng = np.random.default_rng(6)
+    reliability = rng.random(300)
+    logits = rng.normal(0, 20, (300, 2))
+    logits[:, informative] = 4 * reliability + rng.normal(0, 0.1, 300)
+    weights, _ = calibrate(logits, reliability)
+    assert weights[informative] > 0
+    assert weights[1 - informative] == 0
+
+
+def test_the_choice_for_a_fold_does_not_see_its_alerts() -> None:
+    """Only in fold 0 does the second logit reproduce the reliability."""
+    rng = np.random.default_rng(7)
+    reliability, fold = rng.random(300), np.arange(300) % 3
+    logits = np.stack([reliability + rng.normal(0, 0.1, 300), rng.normal(0, 20, 300)], axis=1)
+    logits[fold == 0] = logits[fold == 0, ::-1]
+    combined, _ = held_out(logits, reliability, fold)
+    np.testing.assert_allclose(combined[fold == 0], logits[fold == 0, 0])
+
+
+def test_simulated_artefacts_are_kept_in_the_tuning(simulated: Seen) -> None:
+    """Bright artefacts stay bogus although the alerts of LSSTCam, whose images are the same, are called real."""
+    recipe = Recipe(
+        seed=1, steps=1, tuning_steps=40, tuning_images=32, tuning_simulated=32, simulated_weight=5, tuning_rate=1e-2
+    )
+    torch.manual_seed(1)
+    learner = Learner().eval()
+    real = simulated.real.numpy() > 0.5
+    on_sky = replace(simulated, real=torch.ones(len(simulated)))
+    kept, forgotten = (
+        image_logit(tune(learner, on_sky, simulated, one, member=0), simulated.images)
+        for one in (recipe, replace(recipe, simulated_weight=0))
+    )
+    assert kept[real].mean() - kept[~real].mean() > forgotten[real].mean() - forgotten[~real].mean() + 1
+    assert (forgotten > 0).all()
+
+
+def test_a_share_of_the_visits_is_whole_visits() -> None:
+    visit = np.repeat(np.arange(20), 3)
+    chosen = some_visits(visit, 0.25, seed=1)
+    assert len(np.unique(visit[chosen])) == 5
+    assert chosen.sum() == 15
+
+
+def test_simulated_alerts_are_judged_by_their_truth(simulated: Seen) -> None:
+    truth = simulated_classes(simulated)
+    real = simulated.real.numpy() > 0.5
+    right = np.concatenate([np.where(real, 3.0, -3.0)[:, None], np.eye(len(CLASSES))[truth]], axis=1)
+    card = evaluate_simulated(simulated, right)
+    assert card["simulated_alerts"] == len(simulated)
+    assert card["simulated_bogus"] == (~real).sum()
+    assert (card["simulated_roc_auc"], card["simulated_real_called_real"]) == (1, 1)
+    assert card["simulated_bogus_called_real"] == 0
+    recall = [value for name, value in card.items() if "_recall_" in name and not name.endswith("_95")]
+    assert recall
+    assert set(recall) == {1}
+    wrong = evaluate_simulated(simulated, -right)
+    assert (wrong["simulated_roc_auc"], wrong["simulated_bogus_called_real"]) == (0, 1)
 
 
 def test_correlation_of_ranks_is_that_of_spearman() -> None:
@@ -141,8 +207,8 @@ def test_tables_without_detections_are_refused(tmp_path: Path) -> None:
 
 
 def test_simulated_alerts_have_noise_of_unit_variance_and_a_centred_psf(simulated: Seen) -> None:
-    assert simulated.images.shape == (30, 4, SIZE, SIZE)
-    assert simulated.metadata.shape == (30, COLUMNS)
+    assert simulated.images.shape == (ALERTS, 4, SIZE, SIZE)
+    assert simulated.metadata.shape == (ALERTS, COLUMNS)
     assert 0.5 < float(simulated.images[:, 2].sinh().abs().median()) < 1
     assert (simulated.images[:, 3].flatten(1).argmax(dim=1) == SIZE * (SIZE // 2) + SIZE // 2).all()
     assert 0 < float(simulated.real.mean()) < 1
