@@ -516,11 +516,21 @@ def as_markdown(sample: Sample, trials: Sequence[Trial], found: Mapping[str, Est
         title = f"recall of `{measure}` above its threshold for {rate:.0%}; ordinary alerts above it: {above}"
         cells = [cell(found[f"{measure}/{name}/recall"]) for name in (*names, "mean")]
         lines.append(" | ".join([f"| {title}", *cells]) + " |")
-    lines += ["", "By number of detections, class and ordinary alerts alike (ROC AUC):", ""]
+    lines += [
+        "",
+        "By number of detections, of the class and of the ordinary alerts alike (ROC AUC), where each of the two has "
+        f"at least {LEAST_OBJECTS} objects:",
+        "",
+    ]
     lines += ["| detections | left out | `mahalanobis` | `neighbours` | `neighbours` minus `mahalanobis` |"]
     lines += ["|---|---|---|---|---|"]
-    for name in DETECTIONS:
-        for class_ in (*names, "mean"):
+    for name, (low, high) in DETECTIONS.items():
+        inside = sample[(sample.detections >= low) & (sample.detections <= high)]
+        for c in sorted(rounds):
+            sides = (inside[inside.label == c], inside[inside.label != c])
+            if min(len(np.unique(side.object_id)) for side in sides) < LEAST_OBJECTS:
+                continue
+            class_ = CLASSES[c].name
             cells = [cell(found[f"{method}/{class_}/roc_auc/{name}"]) for method in (*MEASURES, DIFFERENCE)]
             if found[f"{DIFFERENCE}/{class_}/roc_auc/{name}"].value is not None:
                 lines.append(" | ".join([f"| {name}", class_, *cells]) + " |")
