@@ -37,7 +37,7 @@ from training.checkpoint import beside
 from training.data.datasets import Alerts, held_out, load_alerts, sha256_of
 from training.errors import DatasetError, TrainingError, refuse_existing
 from training.evaluation.bootstrap import INTERVALS, as_card, estimate
-from training.evaluation.calibration import slope_and_intercept
+from training.evaluation.calibration import logit_of, slope_and_intercept
 from training.evaluation.evaluate import calibration_for_card
 from training.evaluation.metrics import Values, Weights, rank, ratio
 from training.evaluation.predictions import Predictions
@@ -58,6 +58,13 @@ TEST_FRACTION = 0.25
 SPLIT_SEED = 2026
 UNSURE = (0.4, 0.6)
 """Range of the teacher's scores in which the decision at 0.5 is uncertain."""
+FIGURES = (
+    "score_slope, score_intercept: of a logistic regression of the score itself (drb, or the teacher's), taken as a "
+    "probability, on the logits of real; calibration_slope, calibration_intercept: the same for the truth; both are 1 "
+    "and 0 if real is as sure as these. ece_if_calibrated: the expected ECE of a perfectly calibrated model for as "
+    "many alerts. reliability_: mean predicted probability and observed frequency of the truth, by bins."
+)
+"""The description of the figures of calibration in the card."""
 THRESHOLDS = (0.3, 0.5, 0.8)
 """Score thresholds that are evaluated: for high completeness, for decisions as the survey's, and for high purity."""
 NO_DRB = 0.0
@@ -163,6 +170,7 @@ def evaluate(
     card: dict[str, float | int | str] = {
         "split": f"{TEST_FRACTION:.0%} of the objects, seed {SPLIT_SEED}, held out from training",
         "intervals": INTERVALS,
+        "figures": FIGURES,
     }
     for prefix, (truth, alerts, score, said) in sides.items():
         found = estimate(partial(figures, score, said), alerts.object_id, partial(trials, score, said))
@@ -208,7 +216,7 @@ def figures(score: NDArray[np.floating], logit: NDArray[np.float32], weight: Wei
     real = score > 0.5
     shares = _shares(score, logit)
     slope, intercept = slope_and_intercept(
-        np.tile(logit.astype(np.float64), 2),
+        np.tile(logit_of(_sigmoid(logit)), 2),
         np.repeat([True, False], len(logit)),
         np.concatenate([weight * score, weight * (1 - score)], axis=-1),
     )
