@@ -35,10 +35,12 @@ def curve(card: Card, prefix: str = "") -> list[ReliabilityBin]:
 
 def main() -> None:
     """Write the picture beside this file."""
-    default, classes = open_bundle("default").part("ztf").card, open_bundle("classes").parts[0].card
+    default = open_bundle("default").part("ztf").card
+    classes, rubin = (open_bundle(name).parts[0].card for name in ("classes", "rubin"))
     curves = {
         f"`real` of default, ZTF ({default.training.evaluation['alerts']} alerts; truth: drb > 0.5)": curve(default),
         f"classes ({classes.training.evaluation['alerts']} alerts; the most probable class)": curve(classes),
+        f"`real` of rubin ({rubin.training.evaluation['alerts']} alerts; truth: reliability > 0.5)": curve(rubin),
     }
     Path(__file__).with_name("reliability.svg").write_text(reliability_diagram(curves), encoding="utf-8")
 

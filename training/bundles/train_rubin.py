@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import save
+from scipy.special import expit
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
@@ -76,7 +77,9 @@ from training.bundles.rubin_evaluation import (
 from training.data.datasets import sha256_of
 from training.errors import refuse_existing
 from training.evaluation.bootstrap import as_card, estimate
+from training.evaluation.evaluate import calibration_for_card
 from training.evaluation.metrics import rank
+from training.evaluation.predictions import Predictions
 
 VERSION = "1.1"
 CLASS_OF_LABEL: dict[object, int] = {"asteroid": 0, "AGN": 1, "VS": 2, "likely_bogus": BOGUS_CLASS}
@@ -301,7 +304,18 @@ def evaluate(
     night = np.array([str(visit)[:DIGITS_OF_NIGHT] for visit in lsstcam.visit.tolist()])
     calibrated = {name: logit for name, (_, logit) in both.items()}
     measure = partial(figures, reliability, night, said, calibrated)
-    return as_card(estimate(measure, lsstcam.visit.astype(np.str_)))
+    visit = lsstcam.visit.astype(np.str_)
+    return as_card(estimate(measure, visit)) | calibration_for_card(
+        Predictions(
+            ("unreliable", "real"),
+            lsstcam.alert_id,
+            visit,  # resampled like objects
+            np.full(len(visit), np.nan),
+            (reliability > 0.5).astype(np.int64),
+            expit(calibrated[""])[:, None].astype(np.float32),
+            threshold=0.5,
+        )
+    )
 
 
 def evaluate_fewer(lsstcam: Seen, logits: Mapping[str, NDArray[np.float64]]) -> dict[str, float | int | str]:
