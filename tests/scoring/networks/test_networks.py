@@ -161,7 +161,7 @@ def test_a_card_with_a_wrong_argument_is_refused(arguments: dict[str, Any], comp
 
 def test_torch_without_timm_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(BundleError, match=r"needs timm: pip install 'broker-filter\[train\]'"):
+    with pytest.raises(BundleError, match=r"needs timm: pip install 'broker-filter\[gpu\]'"):
         build_network(timm_network(backbone="test_convnext"))
 
 
