@@ -28,7 +28,9 @@ COMMANDS = {
     "train-classes": ("training.bundles.train_classes", "fit the shipped bundle `classes`"),
     "train-rubin": ("training.bundles.train_rubin", "train the shipped bundle `rubin`"),
     "train-embedder": ("training.embedding.train_embedder", "train the shipped bundle `embedder`"),
+    "train-embedder-lsst": ("training.embedding.train_embedder_lsst", "train the network for LSST of `embedder`"),
     "anomalies": ("training.embedding.anomalies", "measure how well held-out classes are found as anomalies"),
+    "anomalies-lsst": ("training.embedding.anomalies_lsst", "the same for LSST, on real and simulated alerts"),
     "anomaly-measures": ("training.evaluation.anomaly_measures", "compare the measures of anomalies, both surveys"),
     "suspects": ("training.embedding.suspects", "list the alerts whose labels are most likely wrong"),
     "astrom3": ("training.astrom3.train", "train AstroM3, or a classifier of one of its modalities, as published"),
@@ -47,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     """Run one command and return its exit status."""
     if not argv or argv[0] not in COMMANDS:
         asked = argv[:1] in (["-h"], ["--help"])
-        lines = [f"  {name:17} {purpose}" for name, (_, purpose) in COMMANDS.items()]
+        lines = [f"  {name:19} {purpose}" for name, (_, purpose) in COMMANDS.items()]
         if argv and not asked:
             lines.append(f"training: no command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}")
         print("usage: python -m training COMMAND ...", *lines, sep="\n", file=sys.stdout if asked else sys.stderr)

@@ -437,7 +437,7 @@ SMALLEST_DEVIATION = 0.05
 """Added to the standard deviation of a feature, so that a flag that is almost always 0 does not become huge."""
 
 
-def resumed(part: Path, recipe: Recipe, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def resumed(part: Path, recipe: Recipe | str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the tensors in the file `part` if the same recipe wrote it, else make them and write the file."""
     if part.exists():
         with safe_open(part, "pt") as file:

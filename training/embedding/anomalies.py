@@ -219,7 +219,11 @@ def new_network(trunk: LoadedPart, seed: int) -> AlertEmbedder:
 
 
 def by_embedding(
-    embedding: Embeddings, seen: NDArray[np.bool_], others: NDArray[np.bool_], label: NDArray[np.int64]
+    embedding: Embeddings,
+    seen: NDArray[np.bool_],
+    others: NDArray[np.bool_],
+    label: NDArray[np.int64],
+    measures: Sequence[Measure] = get_args(Measure),
 ) -> dict[str, NDArray[np.float64]]:
     """Return the scores float64[N] of embeddings [N, D], by name.
 
@@ -227,7 +231,7 @@ def by_embedding(
     reference; `others`: held-out ordinary alerts that standardise the distances.
     """
     scores: dict[str, NDArray[np.float64]] = {}
-    for measure in get_args(Measure):
+    for measure in measures:
         distances = Cloud(embedding[seen], len(MODALITIES), measure, label[seen]).distances(embedding)
         unusual = standardised(distances, distances[others])
         scores |= {

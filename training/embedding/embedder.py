@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 from broker_filter.packets.photometry import NO_VALUE
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import Inputs
-from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbedder, projection
+from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbedder, JoinedModalities, projection
 from broker_filter.scoring.preprocess import prepare
 from training.astrom3.model.galspecnet import GalSpecNet, GalSpecNetArguments
 from training.bundles.distil import schedule
@@ -60,7 +60,7 @@ class Recipe:
 class Shown:
     """N preprocessed alerts, with the trunk's features in place of the images, and spectra if there are any."""
 
-    features: Tensor  # [N, SYMMETRIES, T]
+    features: Tensor  # [N, SYMMETRIES, T]; NaN for alerts without images, which only training may have
     metadata: Tensor  # [N, F]
     light_curve: Tensor  # [N, L, LIGHT_CURVE_FEATURES]
     light_curve_mask: Tensor  # [N, L]
@@ -138,7 +138,7 @@ def show(network: AlertEmbedder, alerts: RawAlerts, inputs: Inputs, symmetries: 
 
 
 def train(
-    network: AlertEmbedder,
+    network: JoinedModalities,
     groups: Sequence[tuple[Shown, float]],
     recipe: Recipe,
     spectrum: SpectrumEncoder | None = None,
@@ -184,14 +184,14 @@ def train(
     network.eval()
 
 
-def embed(network: AlertEmbedder, alerts: Shown) -> Tensor:
+def embed(network: JoinedModalities, alerts: Shown) -> Tensor:
     """Return the modalities [N, M, size] of unmodified alerts."""
     with torch.inference_mode():
         return network.see(alerts.features[:, 0], alerts.metadata, alerts.light_curve, alerts.light_curve_mask)
 
 
 def _see(
-    network: AlertEmbedder, spectrum: SpectrumEncoder | None, alerts: Shown, recipe: Recipe, generator: Generator
+    network: JoinedModalities, spectrum: SpectrumEncoder | None, alerts: Shown, recipe: Recipe, generator: Generator
 ) -> Tensor:
     """Return an augmented view of the alerts in every modality, [N, M, size].
 
@@ -203,7 +203,9 @@ def _see(
     lost = torch.rand(alerts.metadata.shape, generator=generator) < recipe.lost_columns
     metadata = alerts.metadata.masked_fill(lost, NO_VALUE)
     mask = _forget(alerts.light_curve_mask, generator)
-    vectors = network.see(features, metadata, alerts.light_curve, mask)
+    pictured = features.isfinite().all(1)
+    vectors = network.see(features.nan_to_num(0.0), metadata, alerts.light_curve, mask)
+    vectors = torch.cat([vectors[:, :1] * pictured[:, None, None], vectors[:, 1:]], dim=1)
     if spectrum is None:
         return vectors
     assert alerts.spectra is not None

@@ -43,6 +43,7 @@ def fit_classes(layer: nn.Linear, features: Tensor, object_id: NDArray[np.str_],
     """
     features, truth = features.double(), torch.from_numpy(label)
     mean, deviation = features.mean(0), features.std(0)
+    deviation = deviation.masked_fill(deviation == 0, 1.0)  # a column that is constant tells nothing
     unit = (features - mean) / deviation
     _, index, alerts_of = np.unique(object_id, return_inverse=True, return_counts=True)
     share = 1 / alerts_of[index]

@@ -175,16 +175,17 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint.unlink(missing_ok=True)
 
 
-def decode(packets: Iterator[Packet], inputs: Inputs) -> Named:
-    """Decode every alert of the packets for a network that takes `inputs`, each alert id once.
+def decode(
+    packets: Iterator[Packet], inputs: Inputs, columns: Sequence[str] = METADATA, schemas: str | None = str(SCHEMAS)
+) -> Named:
+    """Decode every alert of the packets for a network that takes `inputs`, with metadata `columns`, each alert id once.
 
-    Packets that cannot be decoded are skipped.
+    `schemas`: the registry, or the directory of schemas, of packets in wire format. Packets that cannot be decoded are
+    skipped.
 
     Raises DatasetError if there is no alert.
     """
-    decoder = Decoder(
-        open_registry(str(SCHEMAS)), cutout_size=inputs.images.size, columns=METADATA, planes=inputs.planes
-    )
+    decoder = Decoder(open_registry(schemas), cutout_size=inputs.images.size, columns=columns, planes=inputs.planes)
     batches: list[AlertBatch] = []
     while some := list(islice(packets, PACKETS_AT_ONCE)):
         batches.append(decoder.decode(some)[0])
@@ -195,7 +196,7 @@ def decode(packets: Iterator[Packet], inputs: Inputs) -> Named:
         np.concatenate([batch.cutouts for batch in batches])[first],
         np.concatenate([batch.cutout_box for batch in batches])[first],
         np.concatenate([batch.metadata for batch in batches])[first],
-        METADATA,
+        tuple(columns),
         np.concatenate([batch.mjd for batch in batches])[first],
         LightCurves.join([batch.light_curves for batch in batches])[first],
         _joined([batch.variance for batch in batches], first),

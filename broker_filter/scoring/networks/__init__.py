@@ -18,6 +18,7 @@ from broker_filter.scoring.networks.acai import ACAI
 from broker_filter.scoring.networks.alert_embedder import AlertEmbedder
 from broker_filter.scoring.networks.btsbot_cnn import btsbot_cnn
 from broker_filter.scoring.networks.fusion import FusionNetwork
+from broker_filter.scoring.networks.snr_embedder import SnrEmbedder
 from broker_filter.scoring.networks.snrnet import SnrNet
 from broker_filter.scoring.networks.stampnet import StampNet
 from broker_filter.scoring.networks.stampnet_classes import StampNetClasses
@@ -28,6 +29,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "acai": ACAI,
     "alert_embedder": AlertEmbedder,
     "btsbot_cnn": btsbot_cnn,
+    "snr_embedder": SnrEmbedder,
     "snrnet": SnrNet,
     "stampnet": StampNet,
     "stampnet_classes": StampNetClasses,

@@ -30,52 +30,42 @@ CENTRE = slice(6, 9)
 """Rows and columns 6 to 8 of the 15 x 15 px map: its centre, where the alert is."""
 
 
-class AlertEmbedder(nn.Module):
-    """Images, metadata, light curves and mask -> logits, embedding and modalities.
-
-    Images are [N, 3, S, S], metadata [N, F], light curves [N, L, LIGHT_CURVE_FEATURES] and the mask [N, L]. The logits
-    [N, labels] are those of the trunk; the embedding is [N, M * size], and modalities are [N, M, size].
+class JoinedModalities(nn.Module):
+    """Encoders of an alert's modalities, joined in a common space. The trunk encodes the images.
 
     Each modality vector has length 1, or is 0 if the alert lacks the modality. The embedding is their concatenation,
     scaled to length 1, so the cosine similarity of two alerts that have all modalities is the mean of the similarities
     of their modalities. Metadata are raw, with NO_VALUE where missing.
     """
 
+    metadata: FittedEncoder
+
     def __init__(
         self,
-        trunk: str,
-        metadata: int,
-        size: int = 32,
-        width: int = 48,
-        layers: int = 2,
-        heads: int = 4,
-        hidden: int = 128,
-        labels: int = 1,
+        trunk: nn.Module,
+        features: int,
+        metadata: FittedEncoder,
+        encoded: int,
+        size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        hidden: int,
     ) -> None:
-        """Build the network with initial parameters.
+        """Build the encoders around the `trunk`, which gives `features` numbers per alert.
 
-        `trunk`: `stampnet`, or the name of a timm backbone. `metadata`: F, the number of columns. `size`: the number
-        of dimensions of each modality's vector. `width`, `layers`, `heads`: the size of the light-curve transformer.
-        `hidden`: the width of the layer before each projection. `labels`: the number of labels of the trunk.
+        `metadata`: the encoder of raw metadata [N, F] into [N, encoded]. `size`: the number of
+        dimensions of each modality's vector. `width`, `layers`, `heads`: the size of the light-curve transformer.
+        `hidden`: the width of the layer before each projection.
         """
         super().__init__()
-        self.trunk: StampNetTrunk | TimmTrunk
-        self.trunk = StampNetTrunk(labels) if trunk == "stampnet" else TimmTrunk(trunk, labels)
-        self.features = Standardise(self.trunk.features)
-        self.metadata = MetadataEncoder(metadata)
+        self.trunk = trunk
+        self.features = Standardise(features)
+        self.metadata = metadata
         self.light_curve = LightCurveEncoder(width, layers, heads)
-        widths = (self.trunk.features, width, 2 * metadata)
         self.projections = nn.ModuleDict(
-            {name: projection(w, hidden, size) for name, w in zip(MODALITIES, widths, strict=True)}
+            {name: projection(w, hidden, size) for name, w in zip(MODALITIES, (features, width, encoded), strict=True)}
         )
-
-    def forward(
-        self, images: Tensor, metadata: Tensor, light_curve: Tensor, light_curve_mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the logits [N, labels], the embedding [N, M * size] and the modalities [N, M, size] of N alerts."""
-        logits, features = self.trunk(images)
-        modalities = self.see(features, metadata, light_curve, light_curve_mask)
-        return logits, normalize(modalities.flatten(1), dim=1), modalities
 
     def see(self, features: Tensor, metadata: Tensor, light_curve: Tensor, light_curve_mask: Tensor) -> Tensor:
         """Return the modalities [N, M, size], given the trunk's features [N, T] in place of the images."""
@@ -94,6 +84,45 @@ class AlertEmbedder(nn.Module):
             for name, encoded, present in zip(MODALITIES, seen, there, strict=True)
         ]
         return torch.stack(vectors, 1)
+
+
+class AlertEmbedder(JoinedModalities):
+    """Images, metadata, light curves and mask -> logits, embedding and modalities.
+
+    Images are [N, 3, S, S], metadata [N, F], light curves [N, L, LIGHT_CURVE_FEATURES] and the mask [N, L]. The logits
+    [N, labels] are those of the trunk; the embedding is [N, M * size], and modalities are [N, M, size].
+    """
+
+    trunk: StampNetTrunk | TimmTrunk
+
+    def __init__(
+        self,
+        trunk: str,
+        metadata: int,
+        size: int = 32,
+        width: int = 48,
+        layers: int = 2,
+        heads: int = 4,
+        hidden: int = 128,
+        labels: int = 1,
+    ) -> None:
+        """Build the network with initial parameters.
+
+        `trunk`: `stampnet`, or the name of a timm backbone. `metadata`: F, the number of columns. `size`: the number
+        of dimensions of each modality's vector. `width`, `layers`, `heads`: the size of the light-curve transformer.
+        `hidden`: the width of the layer before each projection. `labels`: the number of labels of the trunk.
+        """
+        images = StampNetTrunk(labels) if trunk == "stampnet" else TimmTrunk(trunk, labels)
+        encoder = MetadataEncoder(metadata)
+        super().__init__(images, images.features, encoder, 2 * metadata, size, width, layers, heads, hidden)
+
+    def forward(
+        self, images: Tensor, metadata: Tensor, light_curve: Tensor, light_curve_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the logits [N, labels], the embedding [N, M * size] and the modalities [N, M, size] of N alerts."""
+        logits, features = self.trunk(images)
+        modalities = self.see(features, metadata, light_curve, light_curve_mask)
+        return logits, normalize(modalities.flatten(1), dim=1), modalities
 
 
 def projection(width: int, hidden: int, size: int) -> nn.Sequential:
@@ -162,7 +191,15 @@ class Standardise(nn.Module):
         self.deviation.copy_(deviation.nan_to_num(1.0).clamp(min=LEAST_DEVIATION))
 
 
-class MetadataEncoder(nn.Module):
+class FittedEncoder(nn.Module):
+    """An encoder of raw metadata with constants that are fitted to the training alerts."""
+
+    def fit(self, metadata: Tensor) -> None:
+        """Set the constants from raw `metadata` [N, F]."""
+        raise NotImplementedError
+
+
+class MetadataEncoder(FittedEncoder):
     """Raw metadata [N, F] -> [N, 2 F]: standardised values and flags.
 
     A value is the standardised asinh of the raw one, 0 where it is missing. A flag is 1 where the value is missing.

@@ -166,7 +166,11 @@ class SnrNet(nn.Module):
     def image_features(self, images: Tensor, psf: Tensor) -> list[Tensor]:
         """Return the features [N, FEATURES] of each image network, averaged over the orientations."""
         seen = torch.cat(orient(torch.cat([images, psf], dim=1), self.orientations))
-        return [net(seen).reshape(self.orientations, -1, FEATURES).mean(dim=0) for net in self.image_nets]
+        return [self.averaged(net(seen)) for net in self.image_nets]
+
+    def averaged(self, features: Tensor) -> Tensor:
+        """Return the mean [N, D] over the orientations of features [orientations * N, D]."""
+        return features.reshape(self.orientations, -1, features.shape[1]).mean(dim=0)
 
     def evidence(self, images: Tensor, metadata: Tensor, psf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the inputs of the last layers.
@@ -174,7 +178,10 @@ class SnrNet(nn.Module):
         They are the mean logit [N, 1] of the image networks, the image features [N, D], and the inputs of the class
         layer [N, D + 1 + K].
         """
-        features = self.image_features(images, psf)
+        return self.evidence_of(self.image_features(images, psf), metadata)
+
+    def evidence_of(self, features: list[Tensor], metadata: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the same as `evidence`, given the features [N, FEATURES] of each image network."""
         logit = torch.stack([head(each) for head, each in zip(self.image_heads, features, strict=True)]).mean(dim=0)
         embedding = torch.cat(features, dim=1)
         real = logit.clamp(-MAX_LOGIT, MAX_LOGIT)
@@ -186,7 +193,11 @@ class SnrNet(nn.Module):
 
     def forward(self, images: Tensor, metadata: Tensor, psf: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits float32[N, 1 + classes] and features float32[N, D]."""
-        logit, embedding, of_class = self.evidence(images, metadata, psf)
+        return self.logits_of(self.image_features(images, psf), metadata)
+
+    def logits_of(self, features: list[Tensor], metadata: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same as `forward`, given the features [N, FEATURES] of each image network."""
+        logit, embedding, of_class = self.evidence_of(features, metadata)
         return torch.cat([self.calibration(logit), log_odds(self.classes(of_class))], dim=1), embedding
 
 
