@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from broker_filter import __version__
 from broker_filter.cli.parser import CommandParser
+from broker_filter.cli.termination import ended_by_sigterm
 from broker_filter.console import set_up_logging
 from broker_filter.errors import FAILED, BrokerFilterError, is_fault
 
@@ -25,8 +25,6 @@ sets `run` to a function that takes the parsed arguments and returns the exit st
 
 INTERRUPTED = 130
 """The exit status after SIGINT, as shells report it: 128 + 2."""
-SIGNALLED = 128
-"""The exit status after a signal is this number plus the number of the signal."""
 UNREAD = 0
 """The exit status if the reader of stdout closes the pipe, as `head` does when it has read enough."""
 EXIT_STATUS = (
@@ -52,11 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_module(f"broker_filter.cli.{command}").add_parser(subparsers)
     arguments = parser.parse_args(argv)
     set_up_logging(verbose=arguments.verbose, quiet=arguments.quiet)
-    # After SIGTERM, a command still closes its files and ends the processes that it has started.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(SIGNALLED + number))
     try:
-        status = int(arguments.run(arguments))
-        sys.stdout.flush()
+        with ended_by_sigterm():
+            status = int(arguments.run(arguments))
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         print("broker-filter: interrupted", file=sys.stderr)

@@ -29,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from broker_filter.cli import SIGNALLED
+    from broker_filter.cli.termination import SIGNALLED
 
     stop = threading.Event()
     stopping = False

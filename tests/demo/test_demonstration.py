@@ -77,21 +77,20 @@ def test_demo_publishes_every_message_of_a_night_once(tmp_path: Path) -> None:
 def test_interrupted_demo_stops_its_broker_and_service(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "broker_filter", "demo", "--out", str(out), "--alerts", "100000"]
-    demo = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(tmp_path)}
-    )
-    try:
-        deadline = time.monotonic() + PATIENCE_S
-        log = out / "service.log"
-        while not (log.exists() and log.stat().st_size):  # wait until the service writes to its log
-            assert demo.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        assert len(processes_of(tmp_path)) == 3  # the demonstration, its broker and its service
-        demo.send_signal(number)
-        output, _ = demo.communicate(timeout=PATIENCE_S)
-    finally:
-        demo.kill()
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as demo:
+        try:
+            deadline = time.monotonic() + PATIENCE_S
+            log = out / "service.log"
+            while not (log.exists() and log.stat().st_size):  # wait until the service writes to its log
+                assert demo.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            assert len(processes_of(tmp_path)) == 3  # the demonstration, its broker and its service
+            demo.send_signal(number)
+            output, _ = demo.communicate(timeout=PATIENCE_S)
+        finally:
+            demo.kill()
     assert demo.returncode == 128 + number
     assert b"Traceback" not in output
     assert not processes_of(tmp_path)
