@@ -29,11 +29,13 @@ from broker_filter.scoring.bundle import WEIGHTS, ImageInput, Inputs, MetadataCo
 from broker_filter.scoring.networks import load_network
 from broker_filter.scoring.networks.snrnet import FLAGGED, METADATA, SIZE
 from broker_filter.scoring.preprocess import prepare, prepare_images, prepare_psf
-from broker_filter.simulate import BOGUS, REAL, SCHEMAS, simulate_night
+from broker_filter.simulate import REAL, SCHEMAS, simulate_night
 from broker_filter.streaming.archives import read_packets
 from training.bundles.distil import run_over
 from training.bundles.train_default import published_score
 from training.data.datasets import PACKETS_AT_ONCE, load_alerts, no_plane
+from training.data.detection_tables import integers, numbers
+from training.data.simulated import KINDS
 from training.errors import DatasetError
 
 INPUTS = Inputs(
@@ -54,8 +56,6 @@ LSSTCAM_VISIT = 10**12
 SIMULATED_DAY = 3 * 10**12
 HSC_VISIT = 10**5
 """Ids of HSC's visits have at most 5 digits."""
-KINDS = (*REAL, *BOGUS)
-"""The kinds of simulated alerts; those of REAL come first."""
 CLASSES = ("asteroid", "agn", "variable", "transient", "bogus")
 CLASS_OF_KIND = {"asteroid": 0, "agn": 1, "variable_star": 2, "supernova": 3}
 """The class of each kind of simulated alert that is real; all other kinds are bogus."""
@@ -211,9 +211,9 @@ def load_detections(tables: Sequence[Path]) -> Detections:
             table = pa.Table.from_struct_array(listed.flatten())
         if not {"reliability", "visit", "diaObjectId", "diaSourceId"} <= set(table.column_names):
             continue
-        ids.append(np.stack([_integers(table, name) for name in ("diaSourceId", "visit")]))
-        columns.append(np.stack([_numbers(table, name) for name in (*METADATA, "reliability")], axis=1))
-        objects.append(_integers(table, "diaObjectId").astype(np.str_))
+        ids.append(np.stack([integers(table, name) for name in ("diaSourceId", "visit")]))
+        columns.append(np.stack([numbers(table, name) for name in (*METADATA, "reliability")], axis=1))
+        objects.append(integers(table, "diaObjectId").astype(np.str_))
     if not ids:
         raise DatasetError(f"{', '.join(map(str, tables))}: no table has diaSources with a reliability")
     (source, visit), values, object_id = np.concatenate(ids, axis=1), np.concatenate(columns), np.concatenate(objects)
@@ -229,20 +229,6 @@ def load_detections(tables: Sequence[Path]) -> Detections:
         visit[rows],
         object_id[rows],
     )
-
-
-def _integers(table: pa.Table, name: str) -> NDArray[np.int64]:
-    return np.asarray(table[name].fill_null(0).cast(pa.int64()))
-
-
-def _numbers(table: pa.Table, name: str) -> NDArray[np.float64]:
-    """Return a column as float64, NaN where it is missing or not in the table."""
-    if name not in table.column_names:
-        return np.full(len(table), np.nan)
-    column = table[name]
-    if pa.types.is_boolean(column.type):
-        column = column.cast(pa.int8())
-    return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
 
 
 def load_ztf(inputs: Sequence[Path], teacher: Part) -> Seen:

@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from scipy.stats import rankdata
 from sklearn.ensemble import ExtraTreesRegressor
 
@@ -18,7 +16,9 @@ from broker_filter.scoring.bundle import WEIGHTS, Part
 from broker_filter.scoring.networks import load_network
 from broker_filter.scoring.networks.snrnet import derive
 from broker_filter.scoring.preprocess import prepare_images
-from training.bundles.rubin_data import CLASSES, KINDS, Detections, Seen, simulated_classes
+from training.bundles.rubin_data import CLASSES, Detections, Seen, simulated_classes
+from training.data.datasets import connected
+from training.data.simulated import KINDS
 from training.evaluation.bootstrap import INTERVALS, as_card, estimate
 from training.evaluation.calibration import logit_of, slope_and_intercept
 from training.evaluation.metrics import Values, Weights, rank, ratio
@@ -37,11 +37,7 @@ def unrelated(visit: NDArray[np.int64], object_id: NDArray[np.str_], seed: int) 
 
     Alerts that share a visit or an object, directly or through other alerts, are in the same fold.
     """
-    visits, of_visit = np.unique(visit, return_inverse=True)
-    _, of_object = np.unique(object_id, return_inverse=True)
-    links = coo_array((np.ones(len(visit)), (of_visit, len(visits) + of_object)), shape=(2 * len(visit) + 1,) * 2)
-    _, group = connected_components(links, directed=False)
-    groups, of_alert, size = np.unique(group[of_visit], return_inverse=True, return_counts=True)
+    groups, of_alert, size = np.unique(connected(visit, object_id), return_inverse=True, return_counts=True)
     rng = np.random.default_rng(seed)
     load, fold_of = np.zeros(FOLDS), np.zeros(len(groups), np.int64)
     for one in np.argsort(-size * rng.uniform(0.5, 1, len(groups))).tolist():

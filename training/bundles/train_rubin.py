@@ -52,7 +52,6 @@ from training.bundles.rubin_data import (
     BOGUS_CLASS,
     CLASSES,
     INPUTS,
-    KINDS,
     Detections,
     Seen,
     load_detections,
@@ -75,6 +74,7 @@ from training.bundles.rubin_evaluation import (
     unrelated,
 )
 from training.data.datasets import sha256_of
+from training.data.simulated import KINDS
 from training.errors import refuse_existing
 from training.evaluation.bootstrap import as_card, estimate
 from training.evaluation.evaluate import calibration_for_card

@@ -21,6 +21,8 @@ import yaml
 from numpy.typing import NDArray
 from pyarrow import parquet
 from pydantic import Field, ValidationError
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from broker_filter.packets.batch import CUTOUTS, PSF_SIZE, SURVEYS_WITH_PLANES, LightCurves, Plane, Survey
 from broker_filter.packets.decode import Decoder
@@ -447,3 +449,19 @@ def held_out(object_id: NDArray[np.str_], fraction: float, seed: int) -> NDArray
     objects = np.unique(object_id)
     chosen = np.random.default_rng(seed).permutation(objects)[: round(fraction * len(objects))]
     return np.isin(object_id, chosen)
+
+
+def connected(first: NDArray[np.generic], second: NDArray[np.generic]) -> NDArray[np.int64]:
+    """Return the group of each of N alerts, int64[N].
+
+    Alerts with an equal value in `first` or in `second` (objects and visits, for example) are in one group, also if
+    only other alerts link them.
+    """
+    if not len(first):
+        return np.empty(0, np.int64)
+    values, of_first = np.unique(first, return_inverse=True)
+    others, of_second = np.unique(second, return_inverse=True)
+    nodes = len(values) + len(others)
+    links = coo_array((np.ones(len(first)), (of_first, len(values) + of_second)), (nodes, nodes))
+    group: NDArray[np.int64] = connected_components(links, directed=False)[1][of_first].astype(np.int64)
+    return group

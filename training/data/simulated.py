@@ -14,6 +14,7 @@ from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.simulate import BOGUS, REAL, SCHEMAS, simulate_night
 
 KINDS = (*REAL, *BOGUS)
+"""The kinds of simulated alerts; those of REAL come first."""
 RATES = dict.fromkeys(KINDS, 1.0)
 """All kinds are equally frequent, so that the rare kinds of a real night are learnt as well."""
 PACKETS_AT_ONCE = 256

@@ -22,6 +22,7 @@ from broker_filter.scoring.networks.snrnet import METADATA
 from broker_filter.streaming.archives import read_packets
 from training.bundles.rubin_data import LSSTCAM_VISIT, SIMULATED_DAY
 from training.bundles.train_classes import COLUMN
+from training.data.detection_tables import integers, numbers
 from training.embedding.train_embedder import Named, decode
 from training.errors import DatasetError
 
@@ -126,10 +127,10 @@ def load_histories(tables: Sequence[Path], seed: int) -> Histories:
     if not detections:
         raise DatasetError(f"{', '.join(map(str, tables))}: no table has diaSources")
     source, visit = (
-        np.concatenate([_integers(part.table, name) for part in detections]) for name in ("diaSourceId", "visit")
+        np.concatenate([integers(part.table, name) for part in detections]) for name in ("diaSourceId", "visit")
     )
     metadata = np.concatenate(
-        [np.stack([_numbers(part.table, name) for name in METADATA], axis=1) for part in detections]
+        [np.stack([numbers(part.table, name) for name in METADATA], axis=1) for part in detections]
     )
     first = np.unique(source, return_index=True)[1]
     objects, mjd, band, flux, flux_err = (
@@ -192,19 +193,5 @@ def _rows(file: Path) -> list[pa.Table]:
 def _points(table: pa.Table) -> _Points:
     letters = table["band"].fill_null("").to_pylist()
     band = np.array([BANDS.index(one) if one in BANDS else UNKNOWN_BAND for one in letters], np.uint8)
-    flux, flux_err = (_numbers(table, name).astype(np.float32) for name in (FLUX, FLUX_ERR))
-    return _Points(_integers(table, "diaObjectId"), _numbers(table, TIME), band, flux, flux_err, table)
-
-
-def _integers(table: pa.Table, name: str) -> NDArray[np.int64]:
-    return np.asarray(table[name].fill_null(0).cast(pa.int64()))
-
-
-def _numbers(table: pa.Table, name: str) -> NDArray[np.float64]:
-    """Return a column as float64, NaN where it is missing or not in the table."""
-    if name not in table.column_names:
-        return np.full(len(table), np.nan)
-    column = table[name]
-    if pa.types.is_boolean(column.type):
-        column = column.cast(pa.int8())
-    return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
+    flux, flux_err = (numbers(table, name).astype(np.float32) for name in (FLUX, FLUX_ERR))
+    return _Points(integers(table, "diaObjectId"), numbers(table, TIME), band, flux, flux_err, table)

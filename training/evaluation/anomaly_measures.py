@@ -22,8 +22,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from sklearn.ensemble import IsolationForest
 from sklearn.neighbors import LocalOutlierFactor
 
@@ -49,6 +47,7 @@ from broker_filter.streaming.build_reference import calibrate
 from broker_filter.streaming.filtering import score_stream
 from broker_filter.streaming.scored import ScoredBatch
 from training.arguments import positive, seed, share
+from training.data.datasets import connected
 from training.errors import EvaluationError
 from training.evaluation.bootstrap import Estimate, resample
 from training.evaluation.metrics import Values, Weights, rank, ratio
@@ -245,7 +244,8 @@ def observed(batches: Iterable[ScoredBatch], survey: Survey, tables: Sequence[La
 
 def visits_apart(sample: Sample) -> Sample:
     """Return the same alerts, grouped such that alerts of one object or of one visit stay together."""
-    return replace(sample, name=f"{sample.name}, visits apart", group=connected(sample.object_id, sample.visit))
+    group = connected(sample.object_id, sample.visit).astype(np.str_)
+    return replace(sample, name=f"{sample.name}, visits apart", group=group)
 
 
 def simulated(scorer: Scorer, n: int) -> Sample:
@@ -313,19 +313,6 @@ def joined(name: str, survey: Survey, parts: Sequence[Sample]) -> Sample:
     """Return one sample of all parts."""
     arrays = {field: np.concatenate([getattr(part, field) for part in parts]) for field in ARRAYS}
     return Sample(name, survey, **arrays)
-
-
-def connected(object_id: NDArray[np.str_], visit: NDArray[np.float64]) -> NDArray[np.str_]:
-    """Return the group of each of N alerts, str[N]: alerts of one object or of one visit share a group."""
-    if not len(object_id):
-        return object_id
-    objects, of_object = np.unique(object_id, return_inverse=True)
-    visits, of_visit = np.unique(visit, return_inverse=True)
-    ones = np.ones(len(object_id))
-    nodes = len(objects) + len(visits)
-    _, component = connected_components(coo_array((ones, (of_object, len(objects) + of_visit)), (nodes, nodes)), False)
-    group: NDArray[np.str_] = component[of_object].astype(np.str_)
-    return group
 
 
 def deal(group: NDArray[np.str_], label: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:

@@ -14,6 +14,7 @@ from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import Bundle, open_bundle
 from broker_filter.simulate import simulate_night
 from training.__main__ import main
+from training.data.datasets import connected
 from training.evaluation.anomaly_measures import (
     CHOICE,
     CLASSES,
@@ -25,7 +26,6 @@ from training.evaluation.anomaly_measures import (
     TABLE,
     TEST,
     Sample,
-    connected,
     deal,
     judge,
     try_all,
