@@ -10,6 +10,7 @@ needs no torch. Nothing is ever unpickled, and sizes are checked before arrays a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -83,7 +84,8 @@ class SparseDictionary:
 
     def pre_activations(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return (z - b_dec) w_enc + b_enc, float32[N, F], for z float32[N, d]."""
-        return (z - self.b_dec) @ self.w_enc + self.b_enc
+        centred: NDArray[np.float32] = z - self.b_dec
+        return centred @ self.w_enc + self.b_enc
 
     def encode(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the activations of the features, float32[N, F], for z float32[N, d].
@@ -171,5 +173,5 @@ def _shapes(card: DictionaryCard) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _describe(arrays: dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]) -> str:
+def _describe(arrays: Mapping[str, tuple[tuple[int, ...], np.dtype[np.float32]]]) -> str:
     return ", ".join(f"{name} {dtype}{list(shape)}" for name, (shape, dtype) in sorted(arrays.items())) or "no arrays"
