@@ -1,0 +1,285 @@
+"""Measures of a sparse autoencoder and of what it is compared with: sparsity, reconstruction, stability, classes.
+
+All functions work on numpy arrays: rows of activations z [T, d] (one row for each query token of each alert), features
+[T, F], and decoders [F, d] whose rows are the features' directions. Nothing here knows a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import rankdata
+
+from training.evaluation.bootstrap import Estimate, estimate
+from training.evaluation.metrics import Values, Weights, rank
+
+Rows = NDArray[np.float32]
+"""Values of T rows, [T, ...]."""
+
+DENSE = 0.1
+"""A feature that is active in more than this fraction of the rows is dense."""
+SAME_COSINE = 0.9
+"""Two features of different seeds are the same if the cosine of their directions exceeds this."""
+
+
+class Sparsity(NamedTuple):
+    """How sparse features are: the mean number of active features in a row, and fractions of all features.
+
+    `alive` and `dead`: the fractions of features that are active in some row, and in none. `dense`: the fraction that
+    is active in more than DENSE of the rows.
+    """
+
+    l0: float
+    alive: float
+    dead: float
+    dense: float
+
+
+def sparsity(features: Rows) -> Sparsity:
+    """Return the sparsity of features [T, F], of which a value above 0 is active."""
+    frequency = (features > 0).mean(axis=0)
+    alive = float((frequency > 0).mean())
+    return Sparsity(float(frequency.sum()), alive, 1 - alive, float((frequency > DENSE).mean()))
+
+
+def explained_variance(z: Rows, reconstruction: Rows) -> float:
+    """Return 1 - |z - reconstruction|^2 / |z - mean|^2, both summed over all rows [T, d]."""
+    exact = z.astype(np.float64)
+    unexplained = np.square(exact - reconstruction).sum()
+    return float(1 - unexplained / np.square(exact - exact.mean(axis=0)).sum())
+
+
+def loss_recovered(clean: float, ablated: float, replaced: float) -> float:
+    """Return the share of the loss that a replacement of z keeps: 1 for the network's own z, 0 for the ablation.
+
+    `clean`, `ablated`, `replaced`: the network's loss with its own z, with the ablated z, and with the replacement.
+    NaN if the ablation does not change the loss.
+    """
+    return (ablated - replaced) / (ablated - clean) if ablated != clean else float("nan")
+
+
+def unit(directions: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return directions [F, d] scaled to length 1; a direction of length 0 stays 0."""
+    length = np.linalg.norm(directions.astype(np.float64), axis=1, keepdims=True)
+    scaled: NDArray[np.float64] = np.divide(directions, length, out=np.zeros(directions.shape), where=length > 0)
+    return scaled
+
+
+def greatest_cosines(decoder: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return each feature's greatest cosine with another feature of the decoder [F, d], float64[F]."""
+    directions = unit(decoder)
+    cosines = directions @ directions.T
+    np.fill_diagonal(cosines, -1)
+    greatest: NDArray[np.float64] = cosines.max(axis=1)
+    return greatest
+
+
+@dataclass(frozen=True, slots=True)
+class Pca:
+    """The principal components of rows, by decreasing variance."""
+
+    mean: NDArray[np.float64]  # [d]
+    components: NDArray[np.float64]  # [d, d] orthonormal rows
+
+    @classmethod
+    def fit(cls, z: Rows) -> Self:
+        """Return the components of rows [T, d]."""
+        mean = z.mean(axis=0, dtype=np.float64)
+        values, vectors = np.linalg.eigh(np.cov((z - mean).T))
+        return cls(mean, vectors[:, np.argsort(-values)].T)
+
+    def project(self, z: Rows) -> NDArray[np.float64]:
+        """Return the coordinates [T, d] of rows [T, d]."""
+        coordinates: NDArray[np.float64] = (z - self.mean) @ self.components.T
+        return coordinates
+
+    def reconstruct(self, z: Rows, components: int) -> Rows:
+        """Return rows [T, d] from their first `components` coordinates."""
+        first = self.components[:components]
+        return ((z - self.mean) @ first.T @ first + self.mean).astype(np.float32)
+
+
+def random_features(z: Rows, n: int, active: float, seed: int) -> Rows:
+    """Return features [T, n] along random directions, of which `active` are above 0 in a row on average.
+
+    A direction is drawn uniformly and applied to z - mean; one threshold for all directions sets the sparsity.
+    """
+    directions = unit(np.random.default_rng(seed).standard_normal((n, z.shape[1])))
+    projected = (z - z.mean(axis=0)) @ directions.T.astype(np.float32)
+    threshold = np.quantile(projected, 1 - active / n)
+    return np.where(projected > threshold, projected, 0).astype(np.float32)
+
+
+def greatest_of_alerts(values: Rows, alert: NDArray[np.int64], n: int) -> Rows:
+    """Return the greatest value over the rows of each of n alerts, [n, F], of values [T, F]; 0 without rows.
+
+    `alert` int64[T]: the alert of each row.
+    """
+    greatest = np.full((n, values.shape[1]), -np.inf, np.float32)
+    order = np.argsort(alert, kind="stable")
+    owners, starts = np.unique(alert[order], return_index=True)
+    if len(owners):
+        greatest[owners] = np.maximum.reduceat(values[order], starts, axis=0)
+    return np.where(np.isfinite(greatest), greatest, 0).astype(np.float32)
+
+
+def signed(values: Rows) -> Rows:
+    """Return values [T, D] and their negatives side by side, [T, 2 D], so that both ends of a direction count."""
+    return np.concatenate([values, -values], axis=1)
+
+
+def stable_in(decoders: Sequence[NDArray[np.floating]], alive: Sequence[NDArray[np.bool_]]) -> NDArray[np.int64]:
+    """Return in how many of the dictionaries each feature of the first one is found, int64[F]; a dead one in 0.
+
+    `decoders`: [F, d] of each seed; `alive`: bool[F] of each. Living features of two dictionaries are matched one to
+    one, so that the sum of their cosines is greatest (Hungarian method). A match counts if its cosine exceeds
+    SAME_COSINE. The first dictionary counts itself.
+    """
+    own = np.flatnonzero(alive[0])
+    found = np.zeros(len(decoders[0]), np.int64)
+    found[own] = 1
+    directions = unit(decoders[0][own])
+    for decoder, living in zip(decoders[1:], alive[1:], strict=True):
+        cosines = directions @ unit(decoder[living]).T
+        rows, columns = linear_sum_assignment(-cosines)
+        same = cosines[rows, columns] > SAME_COSINE
+        found[own[rows[same]]] += 1
+    return found
+
+
+def head_shares(decoder: NDArray[np.floating], heads: int) -> NDArray[np.float64]:
+    """Return the share of each head in the direction of each feature, float64[F, heads]; rows sum to 1.
+
+    `decoder` [F, heads x d_head]. The share is that of the norms of the heads' parts (Kissane et al. 2024,
+    arXiv:2406.17759, section 3).
+    """
+    parts = np.linalg.norm(decoder.reshape(len(decoder), heads, -1).astype(np.float64), axis=2)
+    total = parts.sum(axis=1, keepdims=True)
+    shares: NDArray[np.float64] = np.divide(parts, total, out=np.full_like(parts, 1 / heads), where=total > 0)
+    return shares
+
+
+class Enrichment(NamedTuple):
+    """The class that is most enriched among the alerts in which a feature is active.
+
+    `lift`: the fraction of the class among these alerts over its fraction among all; its interval is by objects.
+    """
+
+    name: str
+    lift: Estimate
+
+
+def enrichment(
+    active: NDArray[np.bool_], label: NDArray[np.int64], names: Sequence[str], object_id: NDArray[np.str_]
+) -> Enrichment | None:
+    """Return the class with the greatest lower end of the interval of its lift, or None if no labelled alert is active.
+
+    `active` bool[N]: whether the feature is active in an alert; `label` int64[N]: index into `names`.
+    """
+    if not active.any():
+        return None
+
+    def lifts(weight: Weights) -> dict[str, Values]:
+        lift = {}
+        for c, name in enumerate(names):
+            among_active = weight @ (active & (label == c)) / np.maximum(weight @ active, 1e-12)
+            overall = weight @ (label == c) / weight.sum(axis=-1)
+            lift[name] = np.divide(among_active, overall, out=np.zeros_like(overall), where=overall > 0)
+        return lift
+
+    found = estimate(lifts, object_id, lambda _: {})
+    best = max(found, key=lambda name: found[name].low or 0.0)
+    return Enrichment(best, found[best])
+
+
+def roc_aucs(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the ROC AUC of each of D scores [N, D] for `positive` bool[N], float64[D]; ties count half.
+
+    NaN if there is no positive or no negative alert.
+    """
+    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
+    if not n_positive or not n_negative:
+        return np.full(scores.shape[1], np.nan)
+    ranks = rankdata(scores, axis=0)[positive].sum(axis=0)
+    areas: NDArray[np.float64] = (ranks - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
+    return areas
+
+
+class Single(NamedTuple):
+    """The one score that separates a property best on training alerts, and the sign with which it is high for it."""
+
+    column: int
+    sign: int
+
+
+def best_single(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> Single:
+    """Return the best of D scores [N, D] for `positive` bool[N]; a score that is low for it gets the sign -1."""
+    areas = roc_aucs(scores, positive)
+    column = int(np.argmax(np.abs(areas - 0.5)))
+    return Single(column, 1 if areas[column] >= 0.5 else -1)
+
+
+class Separation(NamedTuple):
+    """How well single scores separate a property on held-out alerts.
+
+    `area`: the ROC AUC of the best score of each method. `ahead`: the AUC of the first method minus that of each other
+    one, with a paired interval. `chosen`: the scores, chosen on training alerts. `positives`: held-out alerts with the
+    property, and `objects`: their objects.
+    """
+
+    area: dict[str, Estimate]
+    ahead: dict[str, Estimate]
+    chosen: dict[str, Single]
+    positives: int
+    objects: int
+
+
+def separate(
+    methods: Mapping[str, NDArray[np.floating]],
+    positive: NDArray[np.bool_],
+    train: NDArray[np.bool_],
+    test: NDArray[np.bool_],
+    object_id: NDArray[np.str_],
+) -> Separation:
+    """Choose the best single score of each method on the alerts `train`, and measure it on the alerts `test`.
+
+    `methods`: scores [N, D] by name; the first one is compared with the others. `positive`, `train`, `test`: bool[N].
+    No object may be on both sides. The intervals are by object.
+    """
+    chosen = {name: best_single(scores[train], positive[train]) for name, scores in methods.items()}
+    scores = {name: chosen[name].sign * methods[name][test][:, chosen[name].column] for name in methods}
+    measured = estimate(
+        partial(_areas, scores, positive[test]), object_id[test], partial(_pairs, scores, positive[test])
+    )
+    return Separation(
+        {name: measured[name] for name in methods},
+        {name: measured[_ahead(name)] for name in list(methods)[1:]},
+        chosen,
+        int(positive[test].sum()),
+        len(np.unique(object_id[test][positive[test]])),
+    )
+
+
+def _ahead(name: str) -> str:
+    return f"ahead_of_{name}"
+
+
+def _areas(
+    scores: Mapping[str, NDArray[np.floating]], positive: NDArray[np.bool_], weight: Weights
+) -> dict[str, Values]:
+    areas = {name: rank(positive, score, weight).roc_auc for name, score in scores.items()}
+    first, *others = areas
+    return areas | {_ahead(name): areas[first] - areas[name] for name in others}
+
+
+def _pairs(
+    scores: Mapping[str, NDArray[np.floating]], positive: NDArray[np.bool_], weight: Weights
+) -> dict[str, Values]:
+    pairs = np.minimum(weight @ positive, weight @ ~positive)
+    return dict.fromkeys(scores, pairs)
