@@ -19,7 +19,7 @@ NOTHING = "#30363d"
 
 def draw_cutout(axes: Axes, pixels: NDArray[np.float32]) -> None:
     """Draw the pixels of a cutout, float32[H, W], with the first row at the bottom, as in FITS."""
-    axes.imshow(pixels, origin="lower", cmap="magma", norm=_stretch(pixels), interpolation="nearest")
+    axes.imshow(pixels, origin="lower", cmap="magma", norm=stretch(pixels), interpolation="nearest")
     axes.set_facecolor(NOTHING)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -31,7 +31,7 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def _stretch(pixels: NDArray[np.float32]) -> ImageNormalize:
+def stretch(pixels: NDArray[np.float32]) -> ImageNormalize:
     """Return an asinh stretch in which faint sources are visible.
 
     It goes from one sigma below the median to the 99.8th percentile.
