@@ -19,6 +19,10 @@ class EvaluationError(BrokerFilterError):
     """An evaluation or a comparison cannot be made."""
 
 
+class LensError(BrokerFilterError):
+    """The attention of a network, or a run of the study of it, cannot be looked into."""
+
+
 def refuse_existing(bundle: Path) -> None:
     """Raise TrainingError if `bundle` exists; called before a training that will write it."""
     if bundle.exists():

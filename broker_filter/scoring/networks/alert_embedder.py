@@ -69,11 +69,11 @@ class JoinedModalities(nn.Module):
 
     def see(self, features: Tensor, metadata: Tensor, light_curve: Tensor, light_curve_mask: Tensor) -> Tensor:
         """Return the modalities [N, M, size], given the trunk's features [N, T] in place of the images."""
-        seen = (
-            self.features(features),
-            self.light_curve(light_curve, light_curve_mask),
-            self.metadata(metadata),
-        )
+        return self.join(features, metadata, self.light_curve(light_curve, light_curve_mask), light_curve_mask)
+
+    def join(self, features: Tensor, metadata: Tensor, light_curves: Tensor, light_curve_mask: Tensor) -> Tensor:
+        """Return the modalities [N, M, size], given the encoded light curves [N, width] in place of their points."""
+        seen = (self.features(features), light_curves, self.metadata(metadata))
         there = (
             torch.ones_like(features[:, 0]),
             light_curve_mask.amax(1),
@@ -232,21 +232,39 @@ class LightCurveEncoder(nn.Module):
         super().__init__()
         self.embed = nn.Sequential(nn.Linear(LIGHT_CURVE_FEATURES, width), nn.GELU(), nn.Linear(width, width))
         self.token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.layers = nn.ModuleList([_Layer(width, heads) for _ in range(layers)])
+        self.layers = nn.ModuleList([Layer(width, heads) for _ in range(layers)])
         self.norm = nn.LayerNorm(width)
 
     def forward(self, points: Tensor, mask: Tensor) -> Tensor:
         """Return the encoded light curves [N, width] of points [N, L, LIGHT_CURVE_FEATURES] with a mask [N, L]."""
-        x = torch.cat([self.token.expand(points.shape[0], -1, -1), self.embed(points)], dim=1)
-        there = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1) > 0
-        *all_but_last, last = self.layers
-        for layer in all_but_last:
-            x = layer(x, x, there)
-        x = last(x[:, :1], x, there)  # only the token is read from the last layer
+        return self.read(self.tokens(points), self.existing(mask))
+
+    def tokens(self, points: Tensor) -> Tensor:
+        """Return the learnt token and the embedded points [N, 1 + L, width], which the first layer takes."""
+        return torch.cat([self.token.expand(points.shape[0], -1, -1), self.embed(points)], dim=1)
+
+    def existing(self, mask: Tensor) -> Tensor:
+        """Return which tokens exist, bool [N, 1 + L]: the learnt token, and the points that are no padding."""
+        return torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1) > 0
+
+    def queries(self, layer: int, x: Tensor) -> Tensor:
+        """Return the tokens that are read from `layer`, given all tokens `x` [N, 1 + L, width].
+
+        The first token alone is read from the last layer.
+        """
+        return x[:, :1] if layer == len(self.layers) - 1 else x
+
+    def read(self, x: Tensor, there: Tensor, first: int = 0) -> Tensor:
+        """Return the encoded light curves [N, width] of the tokens `x` that the layer `first` takes.
+
+        `x`: [N, 1 + L, width], or the first token alone [N, 1, width] after the last layer. `there`: bool [N, 1 + L].
+        """
+        for number in range(first, len(self.layers)):
+            x = self.layers[number](self.queries(number, x), x, there)
         return self.norm(x[:, 0])  # type: ignore[no-any-return]
 
 
-class _Layer(nn.Module):
+class Layer(nn.Module):
     """A transformer layer with layer normalisation before attention and perceptron.
 
     Source: Xiong et al. 2020, arXiv:2002.04745.
@@ -265,11 +283,20 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor, points: Tensor, there: Tensor) -> Tensor:
         """Return `x` [N, Q, width] after attention to the `points` [N, P, width] where `there` [N, P] is true."""
-        seen = self.norm(points)
-        query = self._split(self.query(seen[:, : x.shape[1]]))  # x are the first Q points
-        key, value = map(self._split, self.key_value(seen).chunk(2, dim=2))
+        query, key, value = self.split(points, x.shape[1])  # x are the first Q points
         found = scaled_dot_product_attention(query, key, value, attn_mask=there[:, None, None, :])
-        x = x + self.output(found.transpose(1, 2).flatten(2))
+        return self.add(x, found.transpose(1, 2).flatten(2))
+
+    def split(self, points: Tensor, queries: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query [N, heads, queries, D], key and value [N, heads, P, D] of the points [N, P, width]."""
+        seen = self.norm(points)
+        query = self._split(self.query(seen[:, :queries]))
+        key, value = map(self._split, self.key_value(seen).chunk(2, dim=2))
+        return query, key, value
+
+    def add(self, x: Tensor, found: Tensor) -> Tensor:
+        """Return `x` [N, Q, width] with the heads' outputs `found` [N, Q, width] and the perceptron's output added."""
+        x = x + self.output(found)
         return x + self.perceptron(x)  # type: ignore[no-any-return]
 
     def _split(self, x: Tensor) -> Tensor:
