@@ -85,6 +85,10 @@ class ConfigChecks(ABC):
         """Check that a file is a reference set that was made with one of the models."""
 
     @abstractmethod
+    def check_lens(self, name: str, reference: Path | None) -> None:
+        """Check that a lens is on one of the models and fits the reference set, if that is valid."""
+
+    @abstractmethod
     def check_filter(self, where: str) -> None:
         """Check that an expression over the fields of alerts and the outputs of the models compiles."""
 
@@ -483,6 +487,10 @@ class Model(ServiceSection):
         return bundle
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class Anomalies(ServiceSection):
     """Anomaly detection: the alerts that differ most from ordinary ones are also published to `<prefix>.anomalies`."""
 
@@ -502,12 +510,26 @@ class Anomalies(ServiceSection):
         "For example, `real > 0.9` excludes bogus alerts, which would otherwise be flagged.",
     )
 
+    lens: Annotated[list[str], BeforeValidator(_listed)] = Field(
+        default=[],
+        description="Lenses that explain the flagged alerts in `reason.features`: the name of a lens that ships, a "
+        "directory, or a list of them. Each must be a lens on one of the models.",
+    )
+
     @field_validator("reference")
     @classmethod
     def _reference_is_of_a_model(cls, reference: Path, info: ValidationInfo) -> Path:
         if checks := _checks(info):
             checks.check_reference(reference)
         return reference
+
+    @field_validator("lens")
+    @classmethod
+    def _lenses_are_of_models(cls, lenses: list[str], info: ValidationInfo) -> list[str]:
+        if checks := _checks(info):
+            for lens in lenses:
+                checks.check_lens(lens, info.data.get("reference"))
+        return lenses
 
     @field_validator("where")
     @classmethod

@@ -18,6 +18,8 @@ from broker_filter.kafka.client import (
 )
 from broker_filter.packets.schemas.registry_client import RegistryClient
 from broker_filter.scoring.bundle import BundleError
+from broker_filter.scoring.lens_files import LensError, open_files
+from broker_filter.streaming.explain import check_lens
 from broker_filter.streaming.resolved import Resolver
 
 OIDC_ENDPOINT = "sasl.oauthbearer.token.endpoint.url"
@@ -58,6 +60,16 @@ class EnvironmentChecks(ConfigChecks):
             if bundles is not None:  # an error in a bundle is reported under `models`
                 check_made_with(file, reference, bundles)
         except ReferenceSetError as error:
+            raise ValueError(str(error)) from None
+
+    def check_lens(self, name: str, reference: Path | None) -> None:
+        """See ConfigChecks."""
+        bundles = self._resolver.bundles()
+        try:
+            files = open_files(name)
+            if bundles is not None:
+                check_lens(files, bundles, read_card(reference) if reference else None)
+        except (LensError, ReferenceSetError) as error:
             raise ValueError(str(error)) from None
 
     def check_filter(self, where: str) -> None:

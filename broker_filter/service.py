@@ -100,7 +100,7 @@ class FilterService:
         )
         self._judge = None
         if anomalies := config.anomalies:
-            self._judge = open_judge(self._scorer, anomalies.reference, anomalies.rate, service.judged)
+            self._judge = open_judge(self._scorer, anomalies.reference, anomalies.rate, service.judged, anomalies.lens)
         self._router = open_router(service, self._routing.beat)
         judged_by = self._judge.columns if self._judge else ()
         registry = config.input.schema_registry

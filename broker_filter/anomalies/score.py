@@ -24,6 +24,7 @@ from broker_filter.anomalies.reference import (
     ReferenceSetError,
     SurveyReference,
 )
+from broker_filter.scoring.explanation import Explanation
 from broker_filter.scoring.labels import UNLABELLED
 
 NEIGHBOURS = 5
@@ -51,11 +52,13 @@ class Reason:
     `neighbours`: the most similar ordinary alerts, the nearest first. `modalities`: for each modality that the alert
     has, its distance from that modality of the neighbours, standardised (in standard deviations of what ordinary alerts
     show). `most_unlike`: the modality with the largest of these values, or None if the alert has no modality.
+    `explanations`: what each configured lens says about the alert.
     """
 
     neighbours: tuple[Neighbour, ...]
     modalities: dict[str, float]
     most_unlike: str | None
+    explanations: tuple[Explanation, ...] = ()
 
 
 class Mahalanobis:
@@ -233,6 +236,18 @@ class AnomalyScorer:
     def score(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the anomaly scores float32[N] of embeddings [N, D]; NaN for an embedding that is all zeros."""
         return anomaly_scores(self._cloud.distances(embedding), self._usual)
+
+    def score_variants(
+        self, embedding: NDArray[np.float32], modality: str, vectors: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Return the anomaly scores float32[K] of an alert with K vectors [K, D / M] in the place of one modality.
+
+        `embedding`: the alert's, float32[D]. Raises ValueError if the embedding has no such modality.
+        """
+        whole = normalise(embedding.reshape(len(self._names), -1))
+        variants = np.repeat(whole[None], len(vectors), axis=0)
+        variants[:, self._names.index(modality)] = vectors
+        return self.score(variants.reshape(len(vectors), -1))
 
     def nearest(self, embedding: NDArray[np.float32], k: int) -> list[tuple[Neighbour, ...]]:
         """Return the k most similar ordinary alerts for each embedding of [N, D], the nearest first."""

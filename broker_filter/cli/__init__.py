@@ -19,7 +19,20 @@ from broker_filter.cli.termination import ended_by_sigterm
 from broker_filter.console import set_up_logging
 from broker_filter.errors import FAILED, BrokerFilterError, is_fault
 
-COMMANDS = ("score", "run", "replay", "inspect", "models", "reference", "similar", "map", "config", "bench", "demo")
+COMMANDS = (
+    "score",
+    "run",
+    "replay",
+    "inspect",
+    "models",
+    "reference",
+    "similar",
+    "explain",
+    "map",
+    "config",
+    "bench",
+    "demo",
+)
 """The modules of the commands, in the order of `--help`. Each module has a function `add_parser(subparsers)`, which
 sets `run` to a function that takes the parsed arguments and returns the exit status."""
 

@@ -98,7 +98,8 @@ def summary(service: ResolvedService) -> str:
             line += "".join(f"; {', '.join(part.surveys)} by {part.card.title}" for part in bundle.parts)
         lines.append(line)
     if config.anomalies:
-        lines.append(f"anomalies: {config.anomalies.rate:g} of the alerts, by {config.anomalies.reference}")
+        explained = f", explained by {', '.join(config.anomalies.lens)}" if config.anomalies.lens else ""
+        lines.append(f"anomalies: {config.anomalies.rate:g} of the alerts, by {config.anomalies.reference}{explained}")
     lines += [f"filter {one.name}: {one.where}" for one in config.filters]
     lines.append(f"duplicates: {config.duplicates} within {config.duplicate_window:,} alert ids")
     lines.append(f"http: {config.http.host}:{config.http.port}")

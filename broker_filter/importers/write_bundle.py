@@ -10,6 +10,7 @@ import hashlib
 import logging
 import tempfile
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -84,7 +85,8 @@ def write_bundle(directory: Path, description: Description, network: nn.Module) 
         arrays = _arrays(alerts) | outputs
 
         (bundle / WEIGHTS).write_bytes(weights_to_bytes(network.state_dict()))
-        (bundle / ONNX).write_bytes(_to_onnx(served, inputs, description))
+        named = dict(zip(description.inputs.shapes(), inputs, strict=True))
+        (bundle / ONNX).write_bytes(to_onnx(served, named, tuple(description.outputs.shapes())))
         (bundle / TEST_VECTOR).write_bytes(arrays_to_bytes(arrays))
         files = {
             name: hashlib.sha256((bundle / name).read_bytes()).hexdigest() for name in (WEIGHTS, ONNX, TEST_VECTOR)
@@ -152,17 +154,20 @@ def _log_odds_and_others(given: tuple[torch.Tensor, ...], outputs: Outputs) -> d
     )  # some embeddings are not served
 
 
-def _to_onnx(served: nn.Module, inputs: list[torch.Tensor], description: Description) -> bytes:
-    """Return the ONNX graph with weights, a free batch axis, and named inputs and outputs."""
+def to_onnx(network: nn.Module, inputs: Mapping[str, torch.Tensor], outputs: Sequence[str]) -> bytes:
+    """Return the ONNX graph of a network with its weights, a free batch axis, and named inputs and outputs.
+
+    `inputs`: an example of each input, by name, in the order in which the network takes them.
+    """
     batch = torch.export.Dim("alerts")
     # The exporter writes attention as matrix products: it must trace those, not the strides of a fused kernel.
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporter calls deprecated parts of torch
         program = torch.onnx.export(
-            served,
-            tuple(inputs),
-            input_names=list(description.inputs.shapes()),
-            output_names=list(description.outputs.shapes()),
+            network,
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=list(outputs),
             dynamic_shapes=(tuple({0: batch} for _ in inputs),),
             dynamo=True,
             verbose=False,

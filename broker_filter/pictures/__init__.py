@@ -1,1 +1,4 @@
-"""Draws pictures of alerts. It needs matplotlib (the extra `explore`), which the service itself does not need."""
+"""Draws pictures of alerts.
+
+All but the page of explanations need matplotlib (the extra `explore`), which the service itself does not need.
+"""

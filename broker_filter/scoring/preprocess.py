@@ -155,15 +155,8 @@ def prepare_light_curves(
     Points later than the alert's `mjd` float64[N] are dropped; of the others the latest `wanted.points` are kept, in
     time order, padded with zeros at the end. An unknown flux error becomes 0.
     """
-    n, counts = len(mjd), np.diff(light_curves.offsets)
-    alert = np.repeat(np.arange(n), counts)
-    seen = np.flatnonzero(light_curves.mjd <= mjd[alert])  # some redistributed packets hold later points
-    alert = alert[seen]
-    counts = np.bincount(alert, minlength=n)
-    place = np.arange(len(seen)) - np.repeat(np.cumsum(counts) - counts, counts)
-    place -= np.maximum(counts - wanted.points, 0)[alert]
-    seen, alert, place = seen[place >= 0], alert[place >= 0], place[place >= 0]
-
+    n = len(mjd)
+    seen, alert, place = kept_points(light_curves, mjd, wanted.points)
     features = np.zeros((n, wanted.points, LIGHT_CURVE_FEATURES), np.float32)
     mask = np.zeros((n, wanted.points), np.float32)
     mask[alert, place] = 1
@@ -177,6 +170,24 @@ def prepare_light_curves(
     features[alert[known], place[known], one_hot + band[known]] = 1
     features[alert, place, one_hot + len(BANDS) + kind] = 1
     return features, mask
+
+
+def kept_points(
+    light_curves: LightCurves, mjd: NDArray[np.float64], points: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return which light-curve points the network sees, and where: point, alert and place in the input, int64[K] each.
+
+    These are the latest `points` of each alert that are not later than the alert's `mjd` float64[N], in time order.
+    """
+    n, counts = len(mjd), np.diff(light_curves.offsets)
+    alert = np.repeat(np.arange(n), counts)
+    seen = np.flatnonzero(light_curves.mjd <= mjd[alert])  # some redistributed packets hold later points
+    alert = alert[seen]
+    counts = np.bincount(alert, minlength=n)
+    place = np.arange(len(seen)) - np.repeat(np.cumsum(counts) - counts, counts)
+    place -= np.maximum(counts - points, 0)[alert]
+    kept = place >= 0
+    return seen[kept], alert[kept], place[kept]
 
 
 def normalise_numpy(images: NDArray[np.float32], normalised: NDArray[np.float32], length: int) -> None:

@@ -106,19 +106,8 @@ class OnnxNetwork:
     tolerance = TOLERANCES["float32"]
 
     def __init__(self, bundle: Part, threads: int) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors: its warnings are about optimisations
-        # Waiting threads must not burn the cores that decoding needs.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         path = bundle.directory / ONNX
-        try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises many types of exceptions
-            raise BundleError(f"{path}: onnxruntime cannot load it: {error}") from error
+        self._session = open_session(path, threads)
         self.provider = f"onnxruntime/{self._session.get_providers()[0]}"
         self.chunk = threads * CHUNK
         self._outputs = tuple(bundle.card.outputs.shapes())
@@ -131,6 +120,22 @@ class OnnxNetwork:
     def run_all(self, batches: Iterable[Tensors]) -> Iterator[Tensors]:
         """Yield the outputs of each batch, in order."""
         return map(self.run, batches)
+
+
+def open_session(path: Path, threads: int) -> Any:
+    """Return an onnxruntime session on the CPU with `threads` threads. Raises BundleError if the file is no graph."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors: its warnings are about optimisations
+    # Waiting threads must not burn the cores that decoding needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises many types of exceptions
+        raise BundleError(f"{path}: onnxruntime cannot load it: {error}") from error
 
 
 class TorchNetwork:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from http import HTTPStatus
 from importlib.resources import files
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -32,6 +32,7 @@ from broker_filter.packets.schemas.defaults import without_invalid_defaults
 from broker_filter.packets.schemas.registry_client import Answer, RegistryClient, RegistryUnavailable, no_beat
 from broker_filter.packets.schemas.registry_location import RegistryLocation
 from broker_filter.packets.schemas.writer_schema import BySchema, WriterSchema, full_name, moved_to, self_contained
+from broker_filter.scoring.explanation import Explanation, Feature, Verdict
 from broker_filter.scoring.scores import ModelScores
 from broker_filter.streaming.scored import Anomalies, ScoredBatch
 
@@ -63,6 +64,10 @@ MAX_SUBJECT_CHARACTERS = 1000
 thousand characters."""
 MAX_SCHEMA_ID = 2**32 - 1
 """The wire format has four bytes for the id."""
+MAX_FEATURES = 5
+"""Features in a reason, of all lenses together, in the order of the configuration."""
+MAX_SOURCES = 5
+"""Source tokens of a feature in a reason: the ones with the largest shares."""
 NAMED = ("record", "error", "enum", "fixed")
 """Avro types that have names."""
 
@@ -70,6 +75,7 @@ NAMED = ("record", "error", "enum", "fixed")
 HOP_FORMAT = ("_format", b"avro")
 """The header by which hop-client recognises an Avro object container file (hop.models.AvroBlob)."""
 
+T = TypeVar("T")
 Body = Sequence[bytes | memoryview]
 """An encoded record in pieces, which are joined only once to the value of the output record."""
 
@@ -300,6 +306,19 @@ def _string(text: str) -> bytes:
     return encode_long(len(data)) + data
 
 
+def _float(value: float) -> bytes:
+    return struct.pack("<f", value)
+
+
+def _double(value: float) -> bytes:
+    return struct.pack("<d", value)
+
+
+def _optional(value: T | None, encode: Callable[[T], bytes]) -> bytes:
+    """Return the encoding of a union of null and another type."""
+    return NULL if value is None else SECOND_BRANCH + encode(value)
+
+
 def _array(items: Sequence[bytes]) -> tuple[bytes, ...]:
     return (encode_long(len(items)), *items, END) if items else (END,)
 
@@ -326,8 +345,44 @@ def _encode_reason(reason: Reason) -> bytes:
         for one in reason.neighbours
     ]
     modalities = [_string(name) + struct.pack("<f", distance) for name, distance in reason.modalities.items()]
-    most = NULL if reason.most_unlike is None else SECOND_BRANCH + _string(reason.most_unlike)
-    return b"".join((SECOND_BRANCH, *_array(neighbours), *_array(modalities), most))
+    most = _optional(reason.most_unlike, _string)
+    features = [
+        _encode_feature(one.lens, feature)
+        for one in reason.explanations
+        if one.verdict is Verdict.EXPLAINED
+        for feature in one.features
+    ][:MAX_FEATURES]
+    lenses = [_encode_verdict(one) for one in reason.explanations]
+    return b"".join((SECOND_BRANCH, *_array(neighbours), *_array(modalities), most, *_array(features), *_array(lenses)))
+
+
+def _encode_feature(lens: str, feature: Feature) -> bytes:
+    sources = [
+        _optional(source.mjd, _double)
+        + _optional(source.band, _string)
+        + b"".join(_array([encode_long(edge) for edge in source.box or ()]))
+        + _float(source.share)
+        for source in feature.sources[:MAX_SOURCES]
+    ]
+    return b"".join(
+        (
+            _string(lens),
+            encode_long(feature.id),
+            _optional(feature.name, _string),
+            b"\1" if feature.stable else b"\0",
+            _float(feature.activation),
+            _float(feature.rarity),
+            _optional(feature.effect, _float),
+            *_array(sources),
+            *_array([_float(share) for share in feature.heads]),
+        )
+    )
+
+
+def _encode_verdict(one: Explanation) -> bytes:
+    texts = (one.lens, one.version, one.site, one.effect_on, str(one.verdict))
+    numbers = (one.unexplained, one.percentile)
+    return b"".join((*map(_string, texts), *(_optional(number, _float) for number in numbers)))
 
 
 def _encode_model(scores: ModelScores) -> list[bytes]:

@@ -8,6 +8,8 @@ flagged differently, because the threshold has moved.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from broker_filter.anomalies.reference import Reference, ReferenceSetError, chec
 from broker_filter.anomalies.score import AnomalyScorer, Reason
 from broker_filter.anomalies.threshold import RateTracker
 from broker_filter.scoring.scorer import Scorer
+from broker_filter.streaming.explain import ModelLens, open_lenses
 from broker_filter.streaming.expressions import FIELDS, Expression, compile_filter
 from broker_filter.streaming.scored import Anomalies, ScoredBatch
 
@@ -25,10 +28,12 @@ log = logging.getLogger(__name__)
 class AnomalyJudge:
     """Compares the alerts of scored batches with the reference's alerts of the same survey."""
 
-    def __init__(self, reference: Reference, rate: float, where: Expression | None) -> None:
+    def __init__(
+        self, reference: Reference, rate: float, where: Expression | None, lenses: Sequence[ModelLens] = ()
+    ) -> None:
         """`rate`: fraction of each survey's judged alerts to flag.
 
-        `where`: selects the alerts to judge; None selects all.
+        `where`: selects the alerts to judge; None selects all. `lenses`: explain the flagged alerts.
 
         An alert is judged only if the model gives it an embedding and the reference has alerts of its survey.
         """
@@ -38,6 +43,7 @@ class AnomalyJudge:
             for survey, part in reference.surveys.items()
         }
         self._where = where
+        self._lenses = tuple(lenses)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -66,19 +72,25 @@ class AnomalyJudge:
             score[rows] = scorer.score(model.embedding[rows])
             threshold[rows], flag[rows] = tracker.flag(score[rows], ~scored.duplicate[rows])
             if len(flagged := rows[flag[rows]]):
-                reasons |= dict(zip(flagged.tolist(), scorer.explain(model.embedding[flagged]), strict=True))
+                own = dict(zip(flagged.tolist(), scorer.explain(model.embedding[flagged]), strict=True))
+                said = [lens.of_reasons(scored, own, survey, scorer) for lens in self._lenses]
+                for row, reason in own.items():
+                    explanations = tuple(of_lens[row] for of_lens in said if of_lens)
+                    reasons[row] = replace(reason, explanations=explanations) if explanations else reason
         unjudged = np.flatnonzero(judged & ~np.isin(scored.alerts.survey, list(self._surveys)))
         return Anomalies(self._model, score, threshold, flag, reasons, unjudged)
 
 
-def open_judge(scorer: Scorer, file: Path, rate: float, where: Expression | None = None) -> AnomalyJudge:
+def open_judge(
+    scorer: Scorer, file: Path, rate: float, where: Expression | None = None, lenses: Sequence[str] = ()
+) -> AnomalyJudge:
     """Open the judge of the scorer's alerts. Logs for which surveys the reference cannot judge alerts.
 
     `file`: a reference that was made with one of the models. `rate`, `where`: as for AnomalyJudge, but if `where` is
-    None, the expression of the reference selects the alerts.
+    None, the expression of the reference selects the alerts. `lenses`: names or directories of lenses on the models.
 
-    Raises ReferenceSetError if the reference cannot be used with the models, and ExpressionError if the
-    expression of the reference does not compile.
+    Raises ReferenceSetError if the reference cannot be used with the models, LensError if a lens cannot, and
+    ExpressionError if the expression of the reference does not compile.
     """
     reference = read_reference(file)
     check_made_with(file, reference.card, [model.bundle for model in scorer.models])
@@ -94,4 +106,4 @@ def open_judge(scorer: Scorer, file: Path, rate: float, where: Expression | None
             log.info("%s: alerts of %s are not judged: the reference has none", file, survey)
     if where is None and reference.card.where:
         where = compile_filter(reference.card.where, FIELDS, scorer.outputs)
-    return AnomalyJudge(reference, rate, where)
+    return AnomalyJudge(reference, rate, where, open_lenses(lenses, scorer, reference.card))

@@ -29,6 +29,7 @@ from broker_filter.packets.framing.wire import unframe
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.schemas.registry import RegistryUnavailable, open_registry
 from broker_filter.packets.schemas.writer_schema import WriterSchema, parse_schema, self_contained
+from broker_filter.scoring.explanation import Explanation, Feature, Source, Verdict
 from broker_filter.scoring.scores import ModelScores, Scores
 from broker_filter.streaming.encoding import (
     CUTOUT_FIELDS,
@@ -208,11 +209,94 @@ def test_anomaly_holds_its_nearest_reference_alerts_and_distances_by_modality(
             ],
             "modalities": {"image": 0.5, "light_curve": 1.25},
             "most_unlike": "light_curve",
+            "features": [],
+            "lenses": [],
         },
     }
     assert plain == {"score": 0.015625, "flag": False, "model": "default", "threshold": 0.125, "reason": None}
     assert (alone["reason"]["modalities"], alone["reason"]["most_unlike"]) == ({}, None)
     assert unjudged is None
+
+
+def explained() -> Anomalies:
+    """Return one flagged alert that three lenses looked at: the first explains it by four features, as the last."""
+    light_curve = [Source(0.5, 61000.25, "r"), Source(-0.25, 60999.5), Source(0.25)]
+    features = [
+        Feature(i, None if i else "rise", not i, i / 4, 1.5, 0.5, tuple(light_curve), (0.75, -0.25)) for i in range(4)
+    ]
+    cells = [
+        replace(features[1], id=9, effect=None, sources=tuple(Source(0.125, box=(0, 8, 16, 16)) for _ in range(7)))
+    ] * 4
+    explanations = (
+        Explanation(
+            "points", "1", "light_curve.1", "anomaly_score", Verdict.EXPLAINED, tuple(features), 0.25, 50.0, 0.0
+        ),
+        Explanation(
+            "other", "2", "light_curve.0", "anomaly_score", Verdict.UNEXPLAINED, tuple(features), 0.75, 99.5, 0.0
+        ),
+        Explanation("cells", "3", "stages.4.1.transformer.0", "real", Verdict.EXPLAINED, tuple(cells), 0.5, 25.0, 0.0),
+    )
+    return Anomalies(
+        "default",
+        np.ones(1, np.float32),
+        np.zeros(1, np.float32),
+        np.ones(1, np.bool_),
+        {0: Reason((), {}, None, explanations)},
+    )
+
+
+def test_reason_holds_at_most_five_features_of_the_lenses_that_explain_the_alert(
+    make_alerts: Callable[..., AlertBatch],
+) -> None:
+    [value] = values(replace(score(make_alerts([1])), anomalies=explained()), "scores")
+    reason = read(value)["broker_filter"]["anomaly"]["reason"]
+    assert [(one["lens"], one["id"]) for one in reason["features"]] == [("points", i) for i in range(4)] + [
+        ("cells", 9)
+    ]
+    assert reason["features"][0] == {
+        "lens": "points",
+        "id": 0,
+        "name": "rise",
+        "stable": True,
+        "activation": 0.0,
+        "rarity": 1.5,
+        "effect": 0.5,
+        "sources": [
+            {"mjd": 61000.25, "band": "r", "box": [], "share": 0.5},
+            {"mjd": 60999.5, "band": None, "box": [], "share": -0.25},
+            {"mjd": None, "band": None, "box": [], "share": 0.25},
+        ],
+        "heads": [0.75, -0.25],
+    }
+    assert reason["features"][4]["sources"] == [{"mjd": None, "band": None, "box": [0, 8, 16, 16], "share": 0.125}] * 5
+    assert [(one["lens"], one["says"]) for one in reason["lenses"]] == [
+        ("points", "these features explain this alert in part"),
+        ("other", "these features do not explain this alert"),
+        ("cells", "these features explain this alert in part"),
+    ]
+    assert reason["lenses"][1]["unexplained"] == 0.75
+
+
+def test_readers_without_features_can_read_new_records_and_new_readers_old_ones(
+    make_alerts: Callable[..., AlertBatch],
+) -> None:
+    schema = json.loads(scored_alert_schema().text)
+    old = json.loads(scored_alert_schema().text)
+    anomaly = next(field for field in old["fields"][-1]["type"]["fields"] if field["name"] == "anomaly")["type"][1]
+    reason = next(field for field in anomaly["fields"] if field["name"] == "reason")["type"][1]
+    assert [field["name"] for field in reason["fields"][-2:]] == ["features", "lenses"]
+    del reason["fields"][-2:]
+    [value] = values(replace(score(make_alerts([1])), anomalies=explained()), "scores")
+    [seen] = fastavro.reader(io.BytesIO(value), old)
+    assert isinstance(seen, dict)
+    assert set(seen["broker_filter"]["anomaly"]["reason"]) == {"neighbours", "modalities", "most_unlike"}
+    written = io.BytesIO()
+    fastavro.writer(written, old, [seen])
+    written.seek(0)
+    [again] = fastavro.reader(written, schema)
+    assert isinstance(again, dict)
+    assert again["broker_filter"]["anomaly"]["reason"]["features"] == []
+    assert again["broker_filter"]["anomaly"]["reason"]["lenses"] == []
 
 
 def test_readers_with_the_first_schema_of_anomalies_can_read_new_records(
