@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +13,7 @@ from broker_filter.cli.options import INPUT_HELP, add_scoring_options
 from broker_filter.errors import BrokerFilterError
 
 if TYPE_CHECKING:
-    from broker_filter.anomalies.score import AnomalyScorer
-    from broker_filter.packets.batch import AlertBatch, Survey
-    from broker_filter.streaming.explain import ModelLens
-    from broker_filter.streaming.scored import ScoredBatch
+    from broker_filter.packets.batch import AlertBatch
 
 DEFAULT_LENS = "embedder"
 DEFAULT_LIMIT = 20
@@ -95,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.cli.parser import require_files
     from broker_filter.scoring.lens_files import open_files
     from broker_filter.scoring.scorer import Scorer
-    from broker_filter.streaming.explain import open_lenses
+    from broker_filter.streaming.explain import as_document, explain_rows, open_lenses
 
     if arguments.out.suffix == ".png":
         require_extra("explore", "the picture", "matplotlib")
@@ -111,9 +107,9 @@ def run(arguments: argparse.Namespace) -> int:
     explained: list[dict[str, Any]] = []
     shown: dict[int, tuple[AlertBatch, int]] = {}
     for scored in score_archives(arguments.inputs, scorer, registry=arguments.schema_registry):
-        for entry, place in _explain(scored, lens, judges, arguments.id, arguments.limit - len(explained)):
+        for row, entry in explain_rows(scored, lens, judges, arguments.id)[: arguments.limit - len(explained)]:
             explained.append(entry)
-            shown[entry["alert_id"]] = place
+            shown[entry["alert_id"]] = scored.alerts, row
         if len(explained) == (len(set(arguments.id)) if arguments.id else arguments.limit):
             break
     if not explained:
@@ -122,51 +118,10 @@ def run(arguments: argparse.Namespace) -> int:
             f"{', '.join(arguments.inputs)}: {which} of {' or '.join(map(str, lens.lens.surveys))} was not found; the "
             f"lens {card.title} explains no other alerts"
         )
-    document = {"lenses": [card.model_dump(mode="json", exclude={"files", "cells"})], "alerts": explained}
-    _write(arguments.out, document, shown)
+    _write(arguments.out, as_document(card, explained), shown)
     log.info("%s: %s", card.title, card.worth)
     print(arguments.out)
     return 0
-
-
-def _explain(
-    scored: ScoredBatch,
-    lens: ModelLens,
-    judges: Mapping[Survey, AnomalyScorer],
-    wanted: list[int] | None,
-    room: int,
-) -> list[tuple[dict[str, Any], tuple[AlertBatch, int]]]:
-    """Return the JSON form of each wanted alert of a batch, at most `room` of them, with its place in the batch."""
-    import numpy as np
-
-    alerts = scored.alerts
-    model = next(one for one in scored.scores.models if one.model == lens.model.name)
-    chosen = model.taken & ~scored.duplicate & np.isin(alerts.survey, lens.lens.surveys)
-    if wanted is not None:
-        chosen &= np.isin(alerts.alert_id, wanted)
-    rows = np.flatnonzero(chosen)[:room]
-    entries = {}
-    for survey in lens.lens.surveys:
-        own = rows[alerts.survey[rows] == survey]
-        if not len(own):
-            continue
-        judge = judges.get(survey)
-        embedding = None if model.embedding is None else model.embedding[own]
-        scores = judge.score(embedding).tolist() if judge and embedding is not None else [None] * len(own)
-        reasons = judge.explain(embedding) if judge and embedding is not None else [None] * len(own)
-        found = lens.explain(scored, own, survey, judge)
-        for row, score, reason, explanation in zip(own.tolist(), scores, reasons, found, strict=True):
-            identity = alerts.identity(row)
-            entries[row] = {
-                "alert_id": identity.alert_id,
-                "object_id": identity.object_id,
-                "survey": str(survey),
-                "mjd": identity.mjd,
-                "anomaly_score": score,
-                "modalities": reason.modalities if reason else {},
-                **explanation.as_json(),
-            }
-    return [(entries[row], (alerts, row)) for row in rows.tolist()]
 
 
 def _write(file: Path, document: dict[str, Any], shown: dict[int, tuple[AlertBatch, int]]) -> None:
@@ -181,10 +136,14 @@ def _write(file: Path, document: dict[str, Any], shown: dict[int, tuple[AlertBat
             from broker_filter.pictures.similar_alerts import Shown, draw_similar
 
             [lens] = document["lenses"]
-            captions = [Shown(*shown[alert["alert_id"]], _caption(alert)) for alert in document["alerts"]]
-            draw_similar(file, f"Explained by {lens['name']} {lens['version']}, {lens['site']}", captions)
+            rows = [Shown(*shown[alert["alert_id"]], *_caption(alert)) for alert in document["alerts"]]
+            draw_similar(file, f"Alerts and their first feature by {lens['name']} {lens['version']}", rows)
 
 
-def _caption(alert: dict[str, Any]) -> str:
-    features = [str(feature["name"] or f"feature {feature['id']}") for feature in alert["features"][:2]]
-    return ", ".join(features) or str(alert["says"])
+def _caption(alert: dict[str, Any]) -> tuple[str, dict[tuple[float, str | None], float]]:
+    """Return the first feature of an alert in words, and the share of each point of its light curve."""
+    if not alert["features"]:
+        return str(alert["says"]), {}
+    first = alert["features"][0]
+    shares = {(source["mjd"], source["band"]): source["share"] for source in first["sources"] if source.get("mjd")}
+    return str(first["name"] or f"feature {first['id']}"), shares

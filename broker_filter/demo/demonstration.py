@@ -19,12 +19,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from broker_filter.console import progress, stdout_console
 from broker_filter.demo.contact_sheet import draw_contact_sheet
 from broker_filter.demo.error import DemoError
+from broker_filter.demo.explanations import write_explanations
 from broker_filter.demo.night import Night, write_night
 from broker_filter.demo.ordinary import write_reference
 from broker_filter.demo.report import (
     anomalies_table,
     audit,
     contact_sheet_rows,
+    features_table,
     interesting_table,
     kinds_table,
     write_scores,
@@ -94,9 +96,10 @@ def run_demo(out: Path, n: int, seed: int) -> None:
     of_each = " and ".join(f"{size:,} alerts of {survey.upper()}" for survey, size in sizes.items())
     title = f"Simulated nights: {of_each}, scored at {rate:,.0f} a second"
     draw_contact_sheet(files["contact-sheet.png"], title, contact_sheet_rows(results, kinds))
+    write_explanations(files["explain.html"], results.anomaly_packets, files["ordinary.safetensors"])
     screen = stdout_console()
     screen.print(*(kinds_table(results, kinds, survey) for survey in nights))
-    screen.print(interesting_table(results, kinds), anomalies_table(results, kinds))
+    screen.print(interesting_table(results, kinds), anomalies_table(results, kinds), features_table(results, kinds))
     problems = audit(results, packets, counts(files["metrics.txt"].read_text()), screen)
     for name, meaning in FILES.items():
         screen.print(f"  [bold]{files[name]}[/]  {meaning}", soft_wrap=True, highlight=False)
@@ -106,6 +109,7 @@ def run_demo(out: Path, n: int, seed: int) -> None:
 
 FILES = {
     "contact-sheet.png": "cutouts of alerts that were selected, are anomalies, or were classified as bogus",
+    "explain.html": "the anomalies through a lens: which features of the network are active, and from which points",
     "scores.parquet": "table of all alerts with their scores and true kinds",
     "service.yaml": "the service's configuration; replace its brokers by your own to run it",
     "service.log": "the service's log",

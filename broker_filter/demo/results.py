@@ -38,6 +38,7 @@ class Results:
     scored: list[Alert] = field(default_factory=list)
     filtered: dict[str, list[int]] = field(default_factory=dict)  # alert ids by filter
     anomalies: list[Alert] = field(default_factory=list)
+    anomaly_packets: list[bytes] = field(default_factory=list)  # the records of `anomalies`, each a packet itself
     rejected: Counter[str] = field(default_factory=Counter)  # by reason
     inputs: Counter[bytes] = field(default_factory=Counter)  # number of results for each input position
 
@@ -60,6 +61,7 @@ def read_results(bootstrap: str, prefix: str, filters: list[str]) -> Results:
             alert_ids.extend(alert_id(alert) for alert in _alerts(message))
     for message in _read_topic(bootstrap, f"{prefix}.anomalies"):
         results.anomalies.extend(_alerts(message))
+        results.anomaly_packets.append(message.value() or b"")
     return results
 
 

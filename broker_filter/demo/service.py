@@ -19,6 +19,8 @@ from broker_filter.simulate import SCHEMAS
 TOPICS: dict[Survey, str] = {"ztf": "ztf_20260225_programid1", "lsst": "lsst-alerts-v10"}
 """The topic of each survey's night."""
 PREFIX = "demo"
+LENS = "embedder"
+"""The lens that explains the anomalies."""
 FILTERS = {
     "young-supernova": "default.real > 0.65 and isdiffpos and not sso and distpsnr1 < 8 and sgscore1 < 0.5"
     " and 1 < ndethist < 10 and jdendhist - jdstarthist < 12",
@@ -45,7 +47,7 @@ output:                      # no bootstrap_servers: the input's cluster
   prefix: {prefix}
   payload: full
 models: [default, embedder]
-anomalies: {{reference: {reference}, rate: 0.01}}
+anomalies: {{reference: {reference}, rate: 0.01, lens: {lens}}}
 filters:
 {filters}
 http: {{host: 127.0.0.1, port: {port}}}
@@ -56,7 +58,7 @@ def write_config(file: Path, bootstrap: str, reference: Path, port: int) -> None
     """Write the service file of the demonstration."""
     filters = "\n".join(f'  - name: {name}\n    where: "{where}"' for name, where in FILTERS.items())
     places = {"bootstrap": bootstrap, "topics": ", ".join(TOPICS.values()), "prefix": PREFIX, "port": port}
-    paths = {"schemas": SCHEMAS, "reference": reference.resolve()}
+    paths = {"schemas": SCHEMAS, "reference": reference.resolve(), "lens": LENS}
     file.write_text(CONFIG.format(name=file.name, filters=filters, **places, **paths))
 
 

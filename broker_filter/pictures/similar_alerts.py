@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,6 +21,10 @@ COLOURS = ("#a371f7", "#3fb950", "#f85149", "#d29922", "#db6d28", "#bf8700")
 ROW_INCHES, HEAD_INCHES = 2.3, 0.7
 LIMIT_SIGMAS = 5.0
 """The height at which an upper limit is drawn, in units of its uncertainty."""
+RING = 800
+"""Area of the ring of a point whose share is 1, in square points."""
+FOR, AGAINST = "#f0883e", "#58a6ff"
+"""Colours of rings with a positive and with a negative share."""
 MARGIN = 0.25
 """The margin of the flux axis above and below the detections, as a fraction of their range. Only detections set the
 range, so that an outlier of the forced photometry cannot compress it."""
@@ -28,11 +32,15 @@ range, so that an outlier of the forced photometry cannot compress it."""
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """An alert to draw: row `row` of the batch `alerts`, with a caption."""
+    """An alert to draw: row `row` of the batch `alerts`, with a caption.
+
+    `shares`: points of the light curve, by time and band, that are ringed, the larger the absolute share the larger.
+    """
 
     alerts: AlertBatch
     row: int
     caption: str
+    shares: Mapping[tuple[float, str | None], float] = field(default_factory=dict)
 
 
 def draw_similar(file: Path, title: str, shown: Sequence[Shown]) -> None:
@@ -64,10 +72,10 @@ def _draw_row(line: SubFigure, one: Shown) -> None:
         axes = line.add_axes((0.02 + 0.115 * k, 0.175, 0.112, 0.66))
         y0, x0, height, width = alerts.cutout_box[i, k].tolist()
         draw_cutout(axes, alerts.cutouts[i, k, y0 : y0 + height, x0 : x0 + width])
-    _draw_light_curve(line.add_axes((0.45, 0.22, 0.525, 0.70)), alerts, i)
+    _draw_light_curve(line.add_axes((0.45, 0.22, 0.525, 0.70)), alerts, i, one.shares)
 
 
-def _draw_light_curve(axes: Axes, alerts: AlertBatch, i: int) -> None:
+def _draw_light_curve(axes: Axes, alerts: AlertBatch, i: int, shares: Mapping[tuple[float, str | None], float]) -> None:
     """Plot the difference flux (nJy) against the time from the alert (days), with one colour per band."""
     curves = alerts.light_curves
     mine = slice(int(curves.offsets[i]), int(curves.offsets[i + 1]))
@@ -87,6 +95,11 @@ def _draw_light_curve(axes: Axes, alerts: AlertBatch, i: int) -> None:
                 markerfacecolor=colour if filled else "none", label=name if which.any() and filled else None,
             )  # fmt: skip
         axes.plot(days[of_band & limit], height[of_band & limit], "v", markersize=4, color=colour, alpha=0.35)
+    for point in range(len(days)) if shares else ():
+        letter = None if band[point] == UNKNOWN_BAND else BANDS[band[point]]
+        share = shares.get((float(curves.mjd[mine][point]), letter), 0.0)
+        colour = FOR if share > 0 else AGAINST
+        axes.scatter(days[point], height[point], s=RING * abs(share), facecolors="none", edgecolors=colour)
     axes.axhline(0, color=NOTHING, linewidth=0.8, zorder=0)
     detected = flux[kind == Measurement.DETECTION]
     if len(detected):

@@ -5,8 +5,9 @@ It runs on the few alerts that somebody asks about, and never changes a score or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from broker_filter.scoring.alerts import raw_alerts
 from broker_filter.scoring.bundle import Bundle
 from broker_filter.scoring.explanation import Explanation, Verdict
 from broker_filter.scoring.lens import Lens, Outcome, part_of
-from broker_filter.scoring.lens_files import ANOMALY_SCORE, LENS_CARD, LensError, LensFiles, open_files
+from broker_filter.scoring.lens_files import ANOMALY_SCORE, LENS_CARD, LensCard, LensError, LensFiles, open_files
 from broker_filter.scoring.scorer import Model, Scorer
 from broker_filter.streaming.scored import ScoredBatch
 
@@ -113,3 +114,45 @@ def open_lenses(names: Sequence[str], scorer: Scorer, reference: ReferenceCard |
         model = next(model for model in scorer.models if part in model.bundle.parts)
         lenses.append(ModelLens(Lens(files, part), model))
     return lenses
+
+
+def explain_rows(
+    scored: ScoredBatch, lens: ModelLens, judges: Mapping[Survey, AnomalyScorer], wanted: Collection[int] | None = None
+) -> list[tuple[int, dict[str, Any]]]:
+    """Return the row and the JSON form of each alert of a batch that the lens can explain, without duplicates.
+
+    `judges`: by survey, for effects on the anomaly score; a survey may be absent. `wanted`: ids of alerts; None: all.
+    """
+    alerts = scored.alerts
+    scores = next(one for one in scored.scores.models if one.model == lens.model.name)
+    chosen = scores.taken & ~scored.duplicate & np.isin(alerts.survey, lens.lens.surveys)
+    if wanted is not None:
+        chosen &= np.isin(alerts.alert_id, list(wanted))
+    entries = {}
+    for survey in lens.lens.surveys:
+        rows = np.flatnonzero(chosen & (alerts.survey == survey))
+        if not len(rows):
+            continue
+        judge, embedding = judges.get(survey), scores.embedding
+        anomaly: list[float | None] = [None] * len(rows)
+        reasons: list[Reason | None] = [None] * len(rows)
+        if judge is not None and embedding is not None:
+            anomaly, reasons = judge.score(embedding[rows]).tolist(), list(judge.explain(embedding[rows]))
+        found = lens.explain(scored, rows, survey, judge)
+        for row, score, reason, explanation in zip(rows.tolist(), anomaly, reasons, found, strict=True):
+            identity = alerts.identity(row)
+            entries[row] = {
+                "alert_id": identity.alert_id,
+                "object_id": identity.object_id,
+                "survey": str(survey),
+                "mjd": identity.mjd,
+                "anomaly_score": score,
+                "modalities": reason.modalities if reason else {},
+                **explanation.as_json(),
+            }
+    return sorted(entries.items())
+
+
+def as_document(card: LensCard, alerts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the JSON form of explained alerts, with the lens and its worth."""
+    return {"lenses": [card.model_dump(mode="json", exclude={"files", "cells"})], "alerts": list(alerts)}
