@@ -77,9 +77,16 @@ class FusionNetwork(nn.Module):
         `others`: raw metadata [N, F] and PSF images [N, P, S, S], as far as the network takes them. In training, the
         images already have the PSF images as further channels, so that both are rotated together.
         """
+        return self.join(self.encoder(self.channels(images, *others)), *others)
+
+    def channels(self, images: Tensor, *others: Tensor) -> Tensor:
+        """Return the images [N, 3 + P, S, S] that the encoder takes: with the PSF images as further channels."""
         if self.encoder.psf and images.shape[1] == CUTOUTS:
             images = torch.cat([images, others[-1]], dim=1)
-        embedding = self.encoder(images)
+        return images
+
+    def join(self, embedding: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits and the embedding, given the encoder's features [N, features] in place of the images."""
         if self.metadata_branch is not None:
             embedding = torch.cat([embedding, self.metadata_branch(others[0])], dim=1)
         return self.head(embedding), embedding

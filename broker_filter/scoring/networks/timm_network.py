@@ -68,9 +68,13 @@ class TimmEncoder(Encoder):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the pooled, normalised features [N, features] of images [N, 3 + psf, S, S]."""
+        return self.backbone(self.resize(images))  # type: ignore[no-any-return]
+
+    def resize(self, images: Tensor) -> Tensor:
+        """Return the images [N, 3 + psf, S, S] at the size that the backbone takes."""
         if self.image_size is not None and images.shape[-1] != self.image_size:
             images = interpolate(images, (self.image_size, self.image_size), mode="bilinear", align_corners=False)
-        return self.backbone(images)  # type: ignore[no-any-return]
+        return images
 
 
 def timm_network(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 
 import pytest
 import torch
+
+pytest.importorskip("timm", reason="image networks with attention need the extra `train`")
+
+from timm.layers import RelPosBias
 from torch import Tensor, nn
 
 from broker_filter.packets.photometry import NO_VALUE
@@ -14,8 +19,9 @@ from broker_filter.scoring.networks import build_network
 from broker_filter.scoring.networks.alert_embedder import AlertEmbedder
 from broker_filter.scoring.networks.snr_embedder import SnrEmbedder
 from broker_filter.scoring.networks.snrnet import METADATA
+from broker_filter.scoring.networks.timm_network import timm_network
 from training.errors import LensError
-from training.interpretability.sites import TOKEN, Attention, LightCurveSite, Site, open_site, site_names
+from training.interpretability.sites import TOKEN, Attention, Box, CellSite, LightCurveSite, Site, open_site, site_names
 
 ALERTS, POINTS, COLUMNS = 5, 7, 4
 EXISTING = (7, 3, 1, 0, 5)
@@ -50,17 +56,39 @@ def for_lsst() -> tuple[nn.Module, Inputs]:
     return SnrEmbedder(members=1, classes=4, orientations=1).eval(), inputs
 
 
+@cache
+def mobilevit() -> tuple[nn.Module, Inputs]:
+    torch.manual_seed(3)
+    network = timm_network("mobilevit_xxs", metadata=COLUMNS).eval()
+    return network, {"images": torch.randn(2, 3, 63, 63), "metadata": torch.randn(2, COLUMNS)}
+
+
+@cache
+def maxvit() -> tuple[nn.Module, Inputs]:
+    torch.manual_seed(4)
+    network = timm_network("maxvit_tiny_rw_224", image_size=96).eval()
+    for block in network.modules():
+        if isinstance(block, RelPosBias):  # the initial biases are too small to be missed
+            nn.init.normal_(block.relative_position_bias_table)
+    return network, {"images": torch.randn(2, 3, 63, 63)}
+
+
 OPENED = [
     pytest.param(make, name, id=f"{make.__name__}-{name}")
-    for make in (for_ztf, for_lsst)
-    for name in site_names(make()[0])
+    for make, names in {
+        for_ztf: ("light_curve.0", "light_curve.1", "light_curve.2"),
+        for_lsst: ("light_curve.0", "light_curve.1"),
+        mobilevit: ("stages.2.1.transformer.1", "stages.3.1.transformer.0", "stages.4.1.transformer.2"),
+        maxvit: ("stages.2.blocks.4.attn_block", "stages.2.blocks.4.attn_grid", "stages.3.blocks.1.attn_grid"),
+    }.items()
+    for name in names
 ]
 every_site = pytest.mark.parametrize(("make", "name"), OPENED)
 Make = Callable[[], tuple[nn.Module, Inputs]]
 
 
 @pytest.fixture(autouse=True)
-def no_gradients() -> object:
+def no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
 
@@ -75,10 +103,14 @@ def opened(make: Make, name: str) -> tuple[nn.Module, Inputs, Site, Attention]:
 def test_z_is_the_input_of_the_output_projection(make: Make, name: str) -> None:
     network, inputs, site, attention = opened(make, name)
     seen: list[Tensor] = []
-    site.output.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    hook = site.output.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     network(*inputs.values())
+    hook.remove()
     assert attention.z.shape == (*attention.queries.shape, site.heads * site.d_head)
-    assert torch.allclose(attention.z[attention.queries], seen[0][attention.queries], atol=Z_TOLERANCE)
+    if isinstance(site, LightCurveSite):
+        assert torch.allclose(attention.z[attention.queries], seen[0][attention.queries], atol=Z_TOLERANCE)
+    else:  # the rows are in another order: test_cells_are_in_the_order_of_the_map tells which
+        assert torch.equal(attention.z.flatten().sort().values, seen[0].flatten().sort().values)
 
 
 @every_site
@@ -104,12 +136,11 @@ def test_z_in_its_own_place_changes_no_output(make: Make, name: str) -> None:
 @every_site
 def test_another_z_does_what_it_does_in_the_network(make: Make, name: str) -> None:
     network, inputs, site, attention = opened(make, name)
-    other = attention.z + torch.randn_like(attention.z)
-    hook = site.output.register_forward_pre_hook(lambda *_: (other,))
+    hook = site.output.register_forward_pre_hook(lambda _, arguments: (10 * arguments[0],))
     outputs = network(*inputs.values())
     hook.remove()
-    assert not torch.allclose(outputs[-1], site.splice(inputs, attention.z)[-1])
-    for mine, networks in zip(site.splice(inputs, other), outputs, strict=True):
+    assert not torch.allclose(outputs[-1], site.splice(inputs, attention.z)[-1], atol=1e-5)
+    for mine, networks in zip(site.splice(inputs, 10 * attention.z), outputs, strict=True):
         assert torch.allclose(mine, networks, atol=1e-6)
 
 
@@ -145,12 +176,67 @@ def test_a_source_token_is_the_point_of_its_index() -> None:
     assert moved.all(0).nonzero().flatten().tolist() == [site.where(moved.shape[1], 63).index(point)]
 
 
+GROUPS: dict[str, Callable[[int, int], tuple[int, int]]] = {
+    "stages.2.1.transformer.1": lambda row, column: (row % 2, column % 2),
+    "stages.2.blocks.4.attn_block": lambda row, column: (row // 3, column // 3),
+    "stages.2.blocks.4.attn_grid": lambda row, column: (row % 2, column % 2),
+}
+"""The group of a cell by its row and column, by site: MobileViT's patches are 2 x 2 cells; MaxViT's map of 6 x 6 cells
+has windows of 3 x 3, and its grids of 3 x 3 take every second cell."""
+
+
+@pytest.mark.parametrize(("make", "name"), [each for each in OPENED if each.values[1] in GROUPS])
+def test_a_cell_is_where_it_is_in_the_map(make: Make, name: str) -> None:
+    network, inputs, site, attention = opened(make, name)
+    assert isinstance(site, CellSite)
+    side, row, column = round(attention.z.shape[1] ** 0.5), 4, 1
+
+    def perturb(images: Tensor) -> Tensor:
+        images = images.clone()
+        images[:, row, column] += torch.randn(images.shape[3])
+        return images
+
+    if "blocks" in name:
+        block = network.get_submodule(f"encoder.backbone.{name}")
+        hook = block.register_forward_pre_hook(lambda _, arguments: (perturb(arguments[0]),))
+    else:  # the first transformer block is replaced, so that the perturbed cell is not mixed with others
+        layer = network.get_submodule("encoder.backbone.stages.2.1.conv_1x1")
+        site = open_site(network, name.replace("transformer.1", "transformer.0"))
+        attention = site.attend(inputs)
+        hook = layer.register_forward_hook(lambda *given: perturb(given[2].permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    moved = (site.attend(inputs).values != attention.values).any(3).any(1)
+    hook.remove()
+    assert moved.all(0).nonzero().flatten().tolist() == [row * side + column]
+    assert moved.any(0).sum() == 1
+    groups = [GROUPS[name](*divmod(cell, side)) for cell in range(side**2)]
+    same_group = torch.tensor([[mine == other for other in groups] for mine in groups])
+    assert torch.equal(attention.pattern[0, 0] > 0, same_group)
+
+
+def test_a_box_is_around_what_the_cell_sees() -> None:
+    network, inputs = mobilevit()
+    site = open_site(network, "stages.2.1.transformer.0")
+    row, column, side, stamp = 3, 4, 8, 63
+    images = inputs["images"].clone().requires_grad_()
+    with torch.enable_grad():
+        cells = site.attend({**inputs, "images": images}).rest["map"]
+        (gradient,) = torch.autograd.grad(cells[:, :, row, column].square().sum(), images)
+    weights = gradient.square().sum((0, 1))
+    pixels = torch.arange(stamp) + 0.5
+    centre = ((weights.sum(1) @ pixels) / weights.sum(), (weights.sum(0) @ pixels) / weights.sum())
+    box = site.where(side**2, stamp)[row * side + column]
+    assert isinstance(box, Box)
+    assert (box.bottom - box.top, box.right - box.left) == (8, 8)
+    assert torch.allclose(torch.stack(centre), torch.tensor([box.top + 4, box.left + 4]), atol=1.5)
+
+
 @pytest.mark.parametrize(
     "architecture",
     [
         Architecture(name="stampnet", arguments={"labels": 1}),
         Architecture(name="vgg6", arguments={}),
         Architecture(name="timm", arguments={"backbone": "convnext_pico"}),
+        Architecture(name="timm", arguments={"backbone": "mobilevitv2_050"}),  # linear attention has no pattern
     ],
     ids=lambda architecture: architecture.name,
 )
