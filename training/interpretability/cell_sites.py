@@ -67,12 +67,14 @@ class CellSite:
         pattern, values = _pattern_and_values(self._attention, seen[0].flatten(1, -2))  # [N * groups, H, ...]
         total = cells.numel()
         whole = pattern.new_zeros(count, self.heads, total, total)
-        whole[:, :, cells[:, :, None], cells[:, None, :]] = pattern.unflatten(0, (count, -1)).transpose(1, 2)
+        whole[:, :, cells[:, :, None], cells[:, None, :]] = pattern.reshape(count, -1, *pattern.shape[1:]).transpose(
+            1, 2
+        )
         existing = torch.ones(count, total, dtype=torch.bool, device=x.device)
         return Attention(
             z=found[0].reshape(count, total, -1)[:, by_cell],
             pattern=whole,
-            values=values.unflatten(0, (count, -1)).transpose(1, 2).flatten(2, 3)[:, :, by_cell],
+            values=values.reshape(count, -1, *values.shape[1:]).transpose(1, 2).flatten(2, 3)[:, :, by_cell],
             queries=existing,
             sources=existing,
             rest=rest,
