@@ -1,14 +1,14 @@
 """`python -m training COMMAND`: data sets, training, evaluation. Each command is a module, imported only when it runs.
 
-A command module defines `add_arguments(parser)` and `run(arguments)`. An error that the user can fix is one line on
-stderr. Exit status: 0 success, 1 error, 2 wrong usage, 130 interrupted.
+A command module defines `add_arguments(parser)` and `run(arguments)`, or a table COMMANDS of further commands. An error
+that the user can fix is one line on stderr. Exit status: 0 success, 1 error, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 
 from broker_filter.cli import INTERRUPTED, describe_error
@@ -32,6 +32,7 @@ COMMANDS = {
     "anomalies": ("training.embedding.anomalies", "measure how well held-out classes are found as anomalies"),
     "anomalies-lsst": ("training.embedding.anomalies_lsst", "the same for LSST, on real and simulated alerts"),
     "anomaly-measures": ("training.evaluation.anomaly_measures", "compare the measures of anomalies, both surveys"),
+    "sae": ("training.interpretability.command", "the lens: sparse autoencoders on attention outputs"),
     "suspects": ("training.embedding.suspects", "list the alerts whose labels are most likely wrong"),
     "astrom3": ("training.astrom3.train", "train AstroM3, or a classifier of one of its modalities, as published"),
     "astrom3-embed": ("training.astrom3.embed", "write the embeddings of stars, for retrieval, maps and suspects"),
@@ -47,23 +48,30 @@ INSTALL = "pip install --editable '.[train]' in the checkout"
 
 def main(argv: Sequence[str]) -> int:
     """Run one command and return its exit status."""
-    if not argv or argv[0] not in COMMANDS:
+    return _run("training", COMMANDS, argv)
+
+
+def _run(group: str, commands: Mapping[str, tuple[str, str]], argv: Sequence[str]) -> int:
+    """Run one of the `commands` of a `group`: `training`, or `training` and the name of a command that has commands."""
+    if not argv or argv[0] not in commands:
         asked = argv[:1] in (["-h"], ["--help"])
-        lines = [f"  {name:19} {purpose}" for name, (_, purpose) in COMMANDS.items()]
+        lines = [f"  {name:19} {purpose}" for name, (_, purpose) in commands.items()]
         if argv and not asked:
-            lines.append(f"training: no command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}")
-        print("usage: python -m training COMMAND ...", *lines, sep="\n", file=sys.stdout if asked else sys.stderr)
+            lines.append(f"{group}: no command {argv[0]!r}{did_you_mean(argv[0], commands)}")
+        print(f"usage: python -m {group} COMMAND ...", *lines, sep="\n", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else USAGE
-    command = argv[0]
-    module, purpose = COMMANDS[command]
+    command = f"{group} {argv[0]}"
+    module, purpose = commands[argv[0]]
     try:
         implementation = import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in OURS:
             raise
-        print(f"training {command}: needs {error.name}, which is not installed: {INSTALL}", file=sys.stderr)
+        print(f"{command}: needs {error.name}, which is not installed: {INSTALL}", file=sys.stderr)
         return USAGE
-    parser = argparse.ArgumentParser(prog=f"python -m training {command}", description=purpose)
+    if not hasattr(implementation, "run"):
+        return _run(command, implementation.COMMANDS, argv[1:])
+    parser = argparse.ArgumentParser(prog=f"python -m {command}", description=purpose)
     implementation.add_arguments(parser)
     arguments = parser.parse_args(argv[1:])
     set_up_logging()
@@ -74,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     except (BrokerFilterError, OSError) as error:
         if is_fault(error):
             raise
-        print(f"training {command}: {describe_error(error)}", file=sys.stderr)
+        print(f"{command}: {describe_error(error)}", file=sys.stderr)
         return USAGE if isinstance(error, UsageError) else FAILED
     return 0
 

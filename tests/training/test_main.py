@@ -14,6 +14,7 @@ from broker_filter.scoring.bundle import Architecture, Description, open_bundle
 from broker_filter.scoring.networks import build_network
 from training.__main__ import COMMANDS, INSTALL, main
 from training.data.datasets import Dataset
+from training.interpretability.command import COMMANDS as LENS_COMMANDS
 from training.recipe import Fit
 
 TRAIN_PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "train.md"
@@ -24,6 +25,23 @@ def test_every_command_has_a_help_page(command: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
     assert f"usage: python -m training {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["sae"], ["sae", "nonsense"]])
+def test_the_commands_of_a_command_are_listed_if_none_is_given(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    listed = capsys.readouterr().err
+    assert listed.startswith("usage: python -m training sae COMMAND ...")
+    assert all(f"  {command} " in listed for command in LENS_COMMANDS)
+
+
+@pytest.mark.parametrize("command", LENS_COMMANDS)
+def test_every_command_of_the_lens_has_a_help_page(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["sae", command, "--help"])
+    assert f"usage: python -m training sae {command}" in capsys.readouterr().out
 
 
 def test_commands_are_listed_if_none_is_given(capsys: pytest.CaptureFixture[str]) -> None:

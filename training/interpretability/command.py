@@ -1,0 +1,8 @@
+"""`python -m training sae COMMAND`: the commands of the lens. Each is a module, imported only when it runs."""
+
+from __future__ import annotations
+
+COMMANDS = {
+    "recover": ("training.interpretability.planted", "measure whether autoencoders recover a known dictionary"),
+}
+"""Each command's module and purpose. The module defines `add_arguments(parser)` and `run(arguments)`."""
