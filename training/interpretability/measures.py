@@ -1,4 +1,4 @@
-"""Measures of a sparse autoencoder and of what it is compared with: sparsity, reconstruction, stability, classes.
+"""Measures of a sparse autoencoder and of what it is compared with: sparsity, reconstruction, stability, enrichment.
 
 All functions work on numpy arrays: rows of activations z [T, d] (one row for each query token of each alert), features
 [T, F], and decoders [F, d] whose rows are the features' directions. Nothing here knows a network.
@@ -6,18 +6,16 @@ All functions work on numpy arrays: rows of activations z [T, d] (one row for ea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import rankdata
 
 from training.evaluation.bootstrap import Estimate, estimate
-from training.evaluation.metrics import Values, Weights, rank
+from training.evaluation.metrics import Values, Weights
 
 Rows = NDArray[np.float32]
 """Values of T rows, [T, ...]."""
@@ -196,90 +194,3 @@ def enrichment(
     found = estimate(lifts, object_id, lambda _: {})
     best = max(found, key=lambda name: found[name].low or 0.0)
     return Enrichment(best, found[best])
-
-
-def roc_aucs(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Return the ROC AUC of each of D scores [N, D] for `positive` bool[N], float64[D]; ties count half.
-
-    NaN if there is no positive or no negative alert.
-    """
-    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
-    if not n_positive or not n_negative:
-        return np.full(scores.shape[1], np.nan)
-    ranks = rankdata(scores, axis=0)[positive].sum(axis=0)
-    areas: NDArray[np.float64] = (ranks - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
-    return areas
-
-
-class Single(NamedTuple):
-    """The one score that separates a property best on training alerts, and the sign with which it is high for it."""
-
-    column: int
-    sign: int
-
-
-def best_single(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> Single:
-    """Return the best of D scores [N, D] for `positive` bool[N]; a score that is low for it gets the sign -1."""
-    areas = roc_aucs(scores, positive)
-    column = int(np.argmax(np.abs(areas - 0.5)))
-    return Single(column, 1 if areas[column] >= 0.5 else -1)
-
-
-class Separation(NamedTuple):
-    """How well single scores separate a property on held-out alerts.
-
-    `area`: the ROC AUC of the best score of each method. `ahead`: the AUC of the first method minus that of each other
-    one, with a paired interval. `chosen`: the scores, chosen on training alerts. `positives`: held-out alerts with the
-    property, and `objects`: their objects.
-    """
-
-    area: dict[str, Estimate]
-    ahead: dict[str, Estimate]
-    chosen: dict[str, Single]
-    positives: int
-    objects: int
-
-
-def separate(
-    methods: Mapping[str, NDArray[np.floating]],
-    positive: NDArray[np.bool_],
-    train: NDArray[np.bool_],
-    test: NDArray[np.bool_],
-    object_id: NDArray[np.str_],
-) -> Separation:
-    """Choose the best single score of each method on the alerts `train`, and measure it on the alerts `test`.
-
-    `methods`: scores [N, D] by name; the first one is compared with the others. `positive`, `train`, `test`: bool[N].
-    No object may be on both sides. The intervals are by object.
-    """
-    chosen = {name: best_single(scores[train], positive[train]) for name, scores in methods.items()}
-    scores = {name: chosen[name].sign * methods[name][test][:, chosen[name].column] for name in methods}
-    measured = estimate(
-        partial(_areas, scores, positive[test]), object_id[test], partial(_pairs, scores, positive[test])
-    )
-    return Separation(
-        {name: measured[name] for name in methods},
-        {name: measured[_ahead(name)] for name in list(methods)[1:]},
-        chosen,
-        int(positive[test].sum()),
-        len(np.unique(object_id[test][positive[test]])),
-    )
-
-
-def _ahead(name: str) -> str:
-    return f"ahead_of_{name}"
-
-
-def _areas(
-    scores: Mapping[str, NDArray[np.floating]], positive: NDArray[np.bool_], weight: Weights
-) -> dict[str, Values]:
-    areas = {name: rank(positive, score, weight).roc_auc for name, score in scores.items()}
-    first, *others = areas
-    return areas | {_ahead(name): areas[first] - areas[name] for name in others}
-
-
-def _pairs(
-    scores: Mapping[str, NDArray[np.floating]], positive: NDArray[np.bool_], weight: Weights
-) -> dict[str, Values]:
-    pairs = np.minimum(weight @ positive, weight @ ~positive)
-    return dict.fromkeys(scores, pairs)

@@ -7,7 +7,6 @@ import pytest
 
 from training.interpretability.measures import (
     Pca,
-    best_single,
     enrichment,
     explained_variance,
     greatest_cosines,
@@ -15,9 +14,6 @@ from training.interpretability.measures import (
     head_shares,
     loss_recovered,
     random_features,
-    roc_aucs,
-    separate,
-    signed,
     sparsity,
     stable_in,
 )
@@ -98,39 +94,6 @@ def test_a_feature_is_matched_only_once_and_dead_features_never() -> None:
 def test_head_shares_follow_the_norms_of_the_parts() -> None:
     decoder = np.array([[3, 4, 0, 0], [0, 3, 1, 0]], np.float32)
     np.testing.assert_allclose(head_shares(decoder, 2), [[1, 0], [0.75, 0.25]])
-
-
-def test_roc_auc_of_known_orders() -> None:
-    positive = np.array([True, True, False, False])
-    scores = np.array([[4, 1, 0, 1], [3, 2, 0, 0], [2, 3, 0, 1], [1, 4, 0, 0]], np.float32)
-    np.testing.assert_allclose(roc_aucs(scores, positive), [1, 0, 0.5, 0.5])
-    assert np.isnan(roc_aucs(scores, np.ones(4, bool))).all()
-
-
-def test_the_best_single_score_may_be_low_for_the_property() -> None:
-    positive = np.array([True, True, False, False])
-    scores = np.array([[1, 1], [0, 2], [1, 3], [0, 4]])
-    assert best_single(scores, positive) == (1, -1)
-    assert signed(np.float32([[1, 2]])).tolist() == [[1, 2, -1, -2]]
-
-
-def test_separation_chooses_on_training_alerts_and_measures_on_held_out_ones() -> None:
-    rng = np.random.default_rng(5)
-    n = 600
-    positive = rng.random(n) < 0.3
-    informative = rng.standard_normal((n, 3))
-    informative[:, 1] += 3 * positive
-    noise = rng.standard_normal((n, 50))
-    train = np.arange(n) < n // 2
-    noise[train, 7] += 3 * positive[train]  # it separates the training alerts alone
-    objects = np.array([f"object {i // 2}" for i in range(n)])
-    found = separate({"features": informative, "noise": noise}, positive, train, ~train, objects)
-    assert found.chosen["features"].column == 1
-    assert found.chosen["noise"].column == 7
-    assert found.area["features"].low > 0.95  # type: ignore[operator]
-    assert found.area["noise"].low < 0.5 < found.area["noise"].high  # type: ignore[operator]
-    assert found.ahead["noise"].low > 0.3  # type: ignore[operator]
-    assert found.positives == positive[~train].sum()
 
 
 def test_enrichment_names_the_class_that_a_feature_selects() -> None:
