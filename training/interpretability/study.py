@@ -194,6 +194,8 @@ def reality(subject: Subject) -> Property:
 def properties(subject: Subject, survey: Survey) -> dict[str, Property]:
     """Return the classes and quantities of the real alerts of one survey, float64[N]; NaN for all other alerts."""
     rows = np.flatnonzero(subject.real & (subject.survey == survey))
+    if not len(rows):
+        return {}
     found = {}
     of_classes = np.isin(subject.label[rows], sum(CLASSES.values(), ()))
     for name, labels in CLASSES.items():
