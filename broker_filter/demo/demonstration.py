@@ -99,7 +99,7 @@ def run_demo(out: Path, n: int, seed: int) -> None:
     write_explanations(files["explain.html"], results.anomaly_packets, files["ordinary.safetensors"])
     screen = stdout_console()
     screen.print(*(kinds_table(results, kinds, survey) for survey in nights))
-    screen.print(interesting_table(results, kinds), anomalies_table(results, kinds), features_table(results, kinds))
+    screen.print(interesting_table(results, kinds), anomalies_table(results, kinds), features_table(results))
     problems = audit(results, packets, counts(files["metrics.txt"].read_text()), screen)
     for name, meaning in FILES.items():
         screen.print(f"  [bold]{files[name]}[/]  {meaning}", soft_wrap=True, highlight=False)

@@ -123,22 +123,18 @@ def anomalies_table(results: Results, kinds: Kinds) -> Table:
     return table
 
 
-def features_table(results: Results, kinds: Kinds) -> Table:
+def features_table(results: Results) -> Table:
     """Return a table of the features that make the strongest anomalies strange, and of what the lens says of others."""
-    words, numbers = ("object", "truth", "feature, or what the lens says"), ("rarity", "effect")
-    table = _table("Features of the anomalies: what disappears of the score without each", words, numbers)
+    words, numbers = ("object", "feature, or what the lens says"), ("rarity", "effect")
+    table = _table("Features of the anomalies, and what disappears of the score without each", words, numbers)
     for alert in _of_each_survey(_strangest(results), SHOWN_PER_FILTER):
-        reason, about = (
-            alert["broker_filter"]["anomaly"]["reason"],
-            (short(object_id(alert)), _words(kinds[alert_id(alert)])),
-        )
+        reason, name = alert["broker_filter"]["anomaly"]["reason"], short(object_id(alert))
         for feature in reason["features"]:
-            name = feature["name"] or f"feature {feature['id']}"
             effect = "-" if feature["effect"] is None else f"{feature['effect']:.0%}"
-            table.add_row(*about, name, f"{feature['rarity']:.1f}", effect)
-            about = ("", "")
+            table.add_row(name, feature["name"] or f"feature {feature['id']}", f"{feature['rarity']:.1f}", effect)
+            name = ""
         if not reason["features"]:
-            table.add_row(*about, "; ".join(one["says"] for one in reason["lenses"]))
+            table.add_row(name, "; ".join(one["says"] for one in reason["lenses"]))
     return table
 
 

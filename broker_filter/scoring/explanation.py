@@ -28,9 +28,9 @@ class Verdict(StrEnum):
 
     EXPLAINED = "these features explain this alert in part"
     UNEXPLAINED = "these features do not explain this alert"
-    NO_EFFECT = "no feature of this lens makes this alert strange"
-    NO_SOURCES = "the alert has no light curve: the layer saw its learnt token alone"
-    USUAL = "what this lens sees is usual in this alert"
+    NO_EFFECT = "no feature makes this alert strange"
+    NO_SOURCES = "no light curve: the layer saw its learnt token alone"
+    USUAL = "what the lens sees is usual in this alert"
 
 
 @dataclass(frozen=True, slots=True)

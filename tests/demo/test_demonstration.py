@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +50,9 @@ def test_demo_publishes_every_message_of_a_night_once(tmp_path: Path) -> None:
     assert "LSST: scores of the default model by kind of alert" in done.stdout
     assert "young supernova" in done.stdout
     assert "differs in" in done.stdout
+    assert "Features of the anomalies" in done.stdout
+    page = (out / "explain.html").read_text()
+    assert 0 < page.count("<section>") == int(re.search(r"Anomalies \((\d+)\)", done.stdout)[1])  # type: ignore[index]
     assert "GLIBC" not in done.stdout + done.stderr
 
     scores = pq.read_table(out / "scores.parquet").to_pylist()
