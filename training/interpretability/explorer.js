@@ -458,11 +458,12 @@ function showAlert(alert, wanted) {
         active.leaves.length ? h("section", null, h("h3", null, "Recursive attribution (RDFA)"),
           h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "RDFA" },
             bars(active.leaves.map((leaf) => [leaf.name, leaf.value, signed(leaf.value)]), "RDFA"))) : null,
-        active.changes.length ? h("section", null, h("h3", null, "Before and after the ablation of this feature"),
-          table([["output", (c) => c.output, "left"], ["before", (c) => number(c.before, 4)],
-            ["after", (c) => number(c.after, 4)],
-            ["change", (c) => c.before === null || c.after === null ? "–" : signed(c.after - c.before)]],
-            active.changes)) : null));
+        active.after.length ? h("section", null, h("h3", null, "Before and after the ablation of this feature"),
+          table([["output", (i) => page.outputs[i], "left"], ["before", (i) => number(alert.before[i], 4)],
+            ["after", (i) => number(active.after[i], 4)],
+            ["change", (i) => alert.before[i] === null || active.after[i] === null ? "–"
+              : signed(active.after[i] - alert.before[i])]],
+            page.outputs.map((_, i) => i))) : null));
   };
   const mainHead = (active) => active.heads.reduce((best, value, i) =>
     Math.abs(value) > Math.abs(active.heads[best]) ? i : best, 0);
@@ -470,13 +471,15 @@ function showAlert(alert, wanted) {
     h("nav", { "aria-label": "Alerts" }, h("a", { href: "#alerts" }, "all alerts")),
     h("h2", null, `Alert ${alert.id}`),
     h("dl", { class: "facts" }, [["object", alert.object || "–"], ["class", alert.label || "–"],
-      ["survey", alert.survey], ["split", alert.split], ["active features", String(alert.active.length)],
+      ["survey", alert.survey], ["split", alert.split], ["active features", String(alert.actives)],
       ["unexplained share of z", `${percent(alert.unexplained)}` + (alert.percentile === null ? "" :
         `, more than ${number(alert.percentile, 3)} % of the alerts`)]]
       .map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value)))),
     alert.percentile !== null && alert.percentile >= 95
       ? h("p", { class: "warning" }, "These features do not explain this alert: little of its z is reconstructed.") : "",
     h("h3", null, "Active features"),
+    alert.actives > alert.active.length
+      ? h("p", { class: "faint" }, `The page holds the attributions of ${alert.active.length} of them.`) : "",
     alert.active.length ? table([
       ["feature", (a) => featureLink(a.feature), "name left"], ["activation", (a) => number(a.activation)],
       ["frequency", (a) => percent(page.features[a.feature].frequency)],

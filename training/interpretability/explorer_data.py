@@ -137,15 +137,6 @@ class FeatureView:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """An output of the network before and after the ablation of a feature."""
-
-    output: str
-    before: float
-    after: float
-
-
-@dataclass(frozen=True, slots=True)
 class Leaf:
     """A term of a recursive attribution."""
 
@@ -158,8 +149,8 @@ class Active:
     """A feature that an alert activates, at the row where the feature is most active.
 
     `sources`: DFA by source, summed over the heads, in the order of the sources of `AlertView.points` or of
-    `Page.cells`. `bias`: the part of the pre-activation that no source has. `error`: the greatest difference between
-    the sum of all parts and the pre-activation, relative to the sum of absolute parts.
+    `Page.cells`. `bias`: the part of the pre-activation that no source has. `after`: the network's outputs if
+    the feature is ablated, in the order of `Page.outputs`.
     """
 
     feature: int  # its place in `Page.features`
@@ -169,7 +160,7 @@ class Active:
     sources: Sequence[float]
     bias: float
     leaves: Sequence[Leaf]
-    changes: Sequence[Change]
+    after: Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +179,10 @@ class AlertView:
     """What the page shows of one alert.
 
     `picture`: a PNG in base64 with the three cutouts side by side. `box`: the rectangle (y0, x0, height, width) of each
-    cutout's slot that is drawn. `points`: for each source of the light-curve site the index into `curve`, or TOKEN.
-    `unexplained`: the share of the variance of z that the features leave unexplained; `percentile`: the percentage of
-    the alerts whose share is smaller.
+    cutout's slot that is drawn. `points`: for each source of a light-curve site the index into `curve`, or TOKEN.
+    `before`: the network's outputs, in the order of `Page.outputs`. `active`: features with their attributions, the
+    most active first. `actives`: the number of all active features. `unexplained`: the share of the variance of z that
+    the features leave unexplained; `percentile`: the percentage of the alerts whose share is smaller.
     """
 
     id: str
@@ -202,7 +194,9 @@ class AlertView:
     box: tuple[int, int, int, int]
     curve: Curve | None
     points: Sequence[int]
+    before: Sequence[float]
     active: Sequence[Active]
+    actives: int
     unexplained: float
     percentile: float
 
@@ -221,6 +215,8 @@ class Page:
     seeds: int
     effect: str
     """What `FeatureView.effect` is a change of."""
+    outputs: Sequence[str]
+    """Names of the network's outputs that an ablation may change."""
     bands: Sequence[str]
     kinds: Sequence[str]
     cells: Sequence[tuple[float, float, float, float]]

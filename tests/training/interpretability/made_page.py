@@ -11,7 +11,6 @@ from training.interpretability.explorer_data import (
     TOKEN,
     Active,
     AlertView,
-    Change,
     Curve,
     Effect,
     Enrichment,
@@ -56,6 +55,7 @@ def made_page(kind: Kind = Kind.POINTS, alerts: int = 40, features: int = 10, na
         heads=HEADS,
         seeds=5,
         effect="1 - cosine of the embedding",
+        outputs=("cosine of the embedding", "real"),
         bands=BANDS,
         kinds=("detection", "upper limit", "forced photometry"),
         cells=_cells() if kind is Kind.CELLS else (),
@@ -89,7 +89,7 @@ def _alert(batch: AlertBatch, i: int, kind: Kind, features: int, rng: np.random.
             sources=rng.normal(size=sources) ** 3,
             bias=0.1,
             leaves=[Leaf("point embedding", 0.4), Leaf("layer 0, perceptron", -0.1)],
-            changes=[Change("cosine of the embedding", 1.0, 0.93), Change("real", 0.8, 0.8)],
+            after=(0.93, 0.8),
         )
         for feature in rng.permutation(features)[:3]
     ]
@@ -103,6 +103,8 @@ def _alert(batch: AlertBatch, i: int, kind: Kind, features: int, rng: np.random.
         box=box,
         curve=curve,
         points=points if kind is Kind.POINTS else [],
+        before=(1.0, 0.8),
+        actives=len(active) + i % 2,
         active=sorted(active, key=lambda one: -one.activation),
         unexplained=float(rng.uniform(0, 0.4)),
         percentile=100.0 * i / len(batch),

@@ -1,0 +1,184 @@
+"""What a lens says of alerts: activations, direct feature attributions, and outputs before and after ablations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from broker_filter.scoring.bundle import Inputs, Outputs
+from broker_filter.scoring.preprocess import prepare
+from broker_filter.scoring.sparse_dictionary import SparseDictionary
+from training.data.datasets import LabelledAlerts
+from training.interpretability.sites import Attention, Site
+
+PAIRS_AT_ONCE = 256
+"""Number of ablations whose outputs are computed at a time."""
+SEED = 2026
+"""Seed of the random directions."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenLens:
+    """A site of a network in evaluation mode, with the dictionary of its activations, and the network's card."""
+
+    site: Site
+    dictionary: SparseDictionary
+    inputs: Inputs
+    outputs: Outputs
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the figures that `figures` returns: labels, embedding and modalities."""
+        names = [f"probability of {label}" for label in self.outputs.labels]
+        if self.outputs.embedding is not None:
+            names.append("cosine with the embedding")
+            names += [f"cosine with the modality {name}" for name in self.outputs.modalities]
+        return names
+
+    def figures(self, outputs: Sequence[Tensor], before: Sequence[Tensor]) -> NDArray[np.float64]:
+        """Return the probabilities in outputs [N, ...], and cosines of their vectors with those `before`, [N, O]."""
+        logits = outputs[0].double()
+        columns = [logits.sigmoid() if self.outputs.activation == "sigmoid" else logits.softmax(1)]
+        if self.outputs.embedding is not None:
+            columns.append(cosine_similarity(outputs[1].double(), before[1].double(), dim=1)[:, None])
+            if self.outputs.modalities:
+                columns.append(cosine_similarity(outputs[2].double(), before[2].double(), dim=2))
+        found: NDArray[np.float64] = torch.cat(columns, dim=1).numpy()
+        return found
+
+    def attend(self, alerts: LabelledAlerts) -> tuple[Attention, NDArray[np.float32]]:
+        """Return the attention of N alerts, and the features' activations [N, Q, F], which are 0 in padding."""
+        prepared = {name: torch.from_numpy(array) for name, array in prepare(alerts.raw, self.inputs).items()}
+        with torch.no_grad():
+            attention = self.site.attend(prepared)
+        z = attention.z.numpy()
+        activation = self.dictionary.encode(z.reshape(-1, z.shape[2])).reshape(*z.shape[:2], -1)
+        return attention, activation * attention.queries.numpy()[:, :, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """n pairs of an alert and a feature that it activates, at the row where the feature is most active.
+
+    `by_head`: DFA by head and source, 0 for padding; its sum and `bias` are the pre-activation.
+    """
+
+    alert: NDArray[np.int64]  # [n]
+    feature: NDArray[np.int64]  # [n]
+    query: NDArray[np.int64]  # [n]
+    by_head: NDArray[np.float32]  # [n, H, P]
+    bias: NDArray[np.float64]  # [n]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a lens says of N alerts."""
+
+    activation: NDArray[np.float32]  # [N, F] the greatest over the rows of an alert
+    unexplained: NDArray[np.float64]  # [N]
+    pairs: Pairs
+
+
+def see(lens: OpenLens, batches: Iterator[LabelledAlerts]) -> Seen:
+    """Return activations, unexplained shares and all pairs of the alerts in `batches`."""
+    activations, pairs, sums = [], [], []
+    start = 0
+    for alerts in batches:
+        attention, activation = lens.attend(alerts)
+        greatest = activation.max(axis=1)
+        alert, feature = np.nonzero(greatest > 0)
+        query = activation.argmax(axis=1)[alert, feature]
+        by_head, bias = attribute(lens, attention, alert, feature, query)
+        pairs.append(Pairs(alert + start, feature, query, by_head, bias))
+        activations.append(greatest)
+        sums.append(_sums_of_rows(lens, attention, activation))
+        start += len(alerts)
+    joined = Pairs(*(np.concatenate([getattr(part, name) for part in pairs]) for name in Pairs.__slots__))
+    rows, total, square, error = (np.concatenate(column) for column in zip(*sums, strict=True))
+    mean = total.sum(axis=0) / rows.sum()
+    about_mean = square - 2 * total @ mean + rows * (mean @ mean)
+    unexplained = np.divide(error, about_mean, out=np.full(len(rows), np.nan), where=about_mean > 0)
+    return Seen(np.concatenate(activations), unexplained, joined)
+
+
+def attribute(
+    lens: OpenLens,
+    attention: Attention,
+    alert: NDArray[np.int64],
+    feature: NDArray[np.int64],
+    query: NDArray[np.int64],
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Return the DFA of n pairs by head and source, float32[n, H, P], and the biases float64[n].
+
+    `alert`, `feature`, `query`: int64[n] each.
+    """
+    n, heads = len(alert), lens.site.heads
+    encoder = torch.from_numpy(lens.dictionary.w_enc.T[feature].reshape(n, heads, -1)).double()
+    pattern = attention.pattern[alert, :, query].double()
+    by_head = pattern * torch.einsum("nhpd,nhd->nhp", attention.values[alert].double(), encoder)
+    by_head *= attention.sources[alert][:, None]
+    exact = lens.dictionary.b_enc.astype(np.float64) - lens.dictionary.b_dec.astype(np.float64) @ lens.dictionary.w_enc
+    return by_head.float().numpy(), exact[feature]
+
+
+def _sums_of_rows(
+    lens: OpenLens, attention: Attention, activation: NDArray[np.float32]
+) -> tuple[NDArray[np.float64], ...]:
+    """Return, for each alert, the number of rows, and sums over its rows: of z [d], of |z|^2 and of |z - z^|^2."""
+    z, exists = attention.z.numpy().astype(np.float64), attention.queries.numpy()[:, :, None]
+    error = (z - lens.dictionary.decode(activation)) * exists
+    z = z * exists
+    return (
+        exists.sum(axis=(1, 2)).astype(np.float64),
+        z.sum(axis=1),
+        (z**2).sum(axis=(1, 2)),
+        (error**2).sum(axis=(1, 2)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Ablations:
+    """The network's figures (`OpenLens.output_names`) without ablation, and for n pairs after the ablation.
+
+    `random`: after the subtraction of a random direction of the same size instead of the feature.
+    """
+
+    before: NDArray[np.float64]  # [N, O]
+    after: NDArray[np.float64]  # [n, O]
+    random: NDArray[np.float64]  # [n, O]
+
+
+def ablate(lens: OpenLens, alerts: LabelledAlerts, alert: NDArray[np.int64], feature: NDArray[np.int64]) -> Ablations:
+    """Return the figures of N alerts before and after the ablation of features, for n pairs int64[n] of both.
+
+    A feature is ablated in all rows of an alert. What the dictionary does not reconstruct is kept: z becomes
+    z - f w_dec.
+    """
+    attention, activation = lens.attend(alerts)
+    before = _resume(lens, attention.rest, attention.z, np.arange(len(alerts)))
+    draws = np.random.default_rng(SEED)
+    after, random = [], []
+    for start in range(0, len(alert), PAIRS_AT_ONCE):
+        which, what = alert[start : start + PAIRS_AT_ONCE], feature[start : start + PAIRS_AT_ONCE]
+        size = activation[which, :, what]
+        own = lens.dictionary.w_dec[what]
+        drawn = draws.standard_normal(own.shape).astype(np.float32)
+        drawn *= np.linalg.norm(own, axis=1, keepdims=True) / np.linalg.norm(drawn, axis=1, keepdims=True)
+        base = [one[which] for one in before]
+        for direction, found in ((own, after), (drawn, random)):
+            z = attention.z[which] - torch.from_numpy(size[:, :, None] * direction[:, None])
+            found.append(lens.figures(_resume(lens, attention.rest, z, which), base))
+    none = np.empty((0, len(lens.output_names)))
+    return Ablations(lens.figures(before, before), np.concatenate([none, *after]), np.concatenate([none, *random]))
+
+
+def _resume(lens: OpenLens, rest: Mapping[str, Tensor], z: Tensor, which: NDArray[np.int64]) -> tuple[Tensor, ...]:
+    """Return the network's outputs with `z` [n, Q, d] for the alerts `which` int64[n] of `rest`."""
+    with torch.no_grad():
+        return lens.site.resume({name: tensor[which] for name, tensor in rest.items()}, z)
