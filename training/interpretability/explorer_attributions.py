@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,12 +15,16 @@ from broker_filter.scoring.bundle import Inputs, Outputs
 from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.sparse_dictionary import SparseDictionary
 from training.data.datasets import LabelledAlerts
-from training.interpretability.sites import Attention, Site
+from training.interpretability.explorer_alerts import source_points
+from training.interpretability.explorer_data import Kind
+from training.interpretability.sites import Attention, Box, Site
 
 PAIRS_AT_ONCE = 256
 """Number of ablations whose outputs are computed at a time."""
 SEED = 2026
 """Seed of the random directions."""
+COSINE = "cosine with the embedding"
+"""Name of the figure that compares the embedding with that of the alert without ablation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +37,16 @@ class OpenLens:
     outputs: Outputs
 
     @property
+    def kind(self) -> Kind:
+        """What the sources of the site are."""
+        return Kind.CELLS if isinstance(self.site.where(1, self.inputs.images.size)[0], Box) else Kind.POINTS
+
+    @property
     def output_names(self) -> list[str]:
         """Names of the figures that `figures` returns: labels, embedding and modalities."""
         names = [f"probability of {label}" for label in self.outputs.labels]
         if self.outputs.embedding is not None:
-            names.append("cosine with the embedding")
+            names.append(COSINE)
             names += [f"cosine with the modality {name}" for name in self.outputs.modalities]
         return names
 
@@ -66,45 +75,75 @@ class OpenLens:
 class Pairs:
     """n pairs of an alert and a feature that it activates, at the row where the feature is most active.
 
-    `by_head`: DFA by head and source, 0 for padding; its sum and `bias` are the pre-activation.
+    `heads`: the direct feature attribution (DFA) of each head, summed over the sources; `heads_size`: the same sum of
+    absolute values. `sources`: the DFA of each source, summed over the heads; 0 for padding. The sum of `sources` and
+    `bias` is the pre-activation.
     """
 
     alert: NDArray[np.int64]  # [n]
     feature: NDArray[np.int64]  # [n]
     query: NDArray[np.int64]  # [n]
-    by_head: NDArray[np.float32]  # [n, H, P]
+    heads: NDArray[np.float64]  # [n, H]
+    heads_size: NDArray[np.float64]  # [n, H]
+    sources: NDArray[np.float64]  # [n, P]
     bias: NDArray[np.float64]  # [n]
+
+    @classmethod
+    def join(cls, parts: Sequence[Pairs]) -> Pairs:
+        """Return the pairs of all `parts`, one after the other."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__))
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a lens says of N alerts."""
+    """What a lens says of N alerts.
+
+    `points`: what each source of a site of light-curve points is (`source_points`), for each alert; empty for a site of
+    cells. `unexplained`: the share of the variance of z that the features leave unexplained.
+    """
 
     activation: NDArray[np.float32]  # [N, F] the greatest over the rows of an alert
     unexplained: NDArray[np.float64]  # [N]
     pairs: Pairs
+    points: Sequence[Sequence[int]]  # N
+    days: NDArray[np.float64]  # [N, P] of the sources before the alert; NaN for the token, padding and cells
 
 
 def see(lens: OpenLens, batches: Iterator[LabelledAlerts]) -> Seen:
     """Return activations, unexplained shares and all pairs of the alerts in `batches`."""
-    activations, pairs, sums = [], [], []
+    activations, pairs, sums, days = [], [], [], []
+    points: list[list[int]] = []
     start = 0
     for alerts in batches:
         attention, activation = lens.attend(alerts)
         greatest = activation.max(axis=1)
         alert, feature = np.nonzero(greatest > 0)
         query = activation.argmax(axis=1)[alert, feature]
-        by_head, bias = attribute(lens, attention, alert, feature, query)
-        pairs.append(Pairs(alert + start, feature, query, by_head, bias))
+        own = attribute(lens, attention, alert, feature, query)
+        pairs.append(replace(own, alert=alert + start))
         activations.append(greatest)
         sums.append(_sums_of_rows(lens, attention, activation))
+        days.append(np.full((len(alerts), own.sources.shape[1]), np.nan))
+        if lens.kind is Kind.POINTS:
+            _locate_points(lens, alerts, points, days[-1])
         start += len(alerts)
-    joined = Pairs(*(np.concatenate([getattr(part, name) for part in pairs]) for name in Pairs.__slots__))
     rows, total, square, error = (np.concatenate(column) for column in zip(*sums, strict=True))
     mean = total.sum(axis=0) / rows.sum()
     about_mean = square - 2 * total @ mean + rows * (mean @ mean)
     unexplained = np.divide(error, about_mean, out=np.full(len(rows), np.nan), where=about_mean > 0)
-    return Seen(np.concatenate(activations), unexplained, joined)
+    return Seen(np.concatenate(activations), unexplained, Pairs.join(pairs), points, np.concatenate(days))
+
+
+def _locate_points(lens: OpenLens, alerts: LabelledAlerts, points: list[list[int]], days: NDArray[np.float64]) -> None:
+    """Append the sources of each alert to `points`, and write their times into `days` [N, P]."""
+    curves, mjd = alerts.light_curves, alerts.mjd
+    assert curves is not None
+    assert mjd is not None
+    assert lens.inputs.light_curve is not None
+    for i, start in enumerate(curves.offsets[:-1].tolist()):
+        token, *seen = source_points(curves, mjd[i], i, lens.inputs.light_curve.points)
+        points.append([token, *seen])
+        days[i, 1 : 1 + len(seen)] = mjd[i] - curves.mjd[[start + point for point in seen]]
 
 
 def attribute(
@@ -113,18 +152,19 @@ def attribute(
     alert: NDArray[np.int64],
     feature: NDArray[np.int64],
     query: NDArray[np.int64],
-) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Return the DFA of n pairs by head and source, float32[n, H, P], and the biases float64[n].
-
-    `alert`, `feature`, `query`: int64[n] each.
-    """
-    n, heads = len(alert), lens.site.heads
-    encoder = torch.from_numpy(lens.dictionary.w_enc.T[feature].reshape(n, heads, -1)).double()
-    pattern = attention.pattern[alert, :, query].double()
-    by_head = pattern * torch.einsum("nhpd,nhd->nhp", attention.values[alert].double(), encoder)
-    by_head *= attention.sources[alert][:, None]
-    exact = lens.dictionary.b_enc.astype(np.float64) - lens.dictionary.b_dec.astype(np.float64) @ lens.dictionary.w_enc
-    return by_head.float().numpy(), exact[feature]
+) -> Pairs:
+    """Return n pairs with their DFA, for `alert`, `feature` and `query` int64[n]."""
+    heads, sources = lens.site.heads, attention.sources.shape[1]
+    parts = [(np.empty((0, heads)), np.empty((0, heads)), np.empty((0, sources)))]
+    for start in range(0, len(alert), PAIRS_AT_ONCE):
+        which, what, where = (column[start : start + PAIRS_AT_ONCE] for column in (alert, feature, query))
+        encoder = torch.from_numpy(lens.dictionary.w_enc.T[what].reshape(len(what), heads, -1)).double()
+        written = torch.einsum("nhpd,nhd->nhp", attention.values[which].double(), encoder)
+        by_head = (attention.pattern[which, :, where].double() * written * attention.sources[which][:, None]).numpy()
+        parts.append((by_head.sum(axis=2), np.abs(by_head).sum(axis=2), by_head.sum(axis=1)))
+    by_head, size, by_source = (np.concatenate(column) for column in zip(*parts, strict=True))
+    biases = lens.dictionary.b_enc - lens.dictionary.b_dec.astype(np.float64) @ lens.dictionary.w_enc
+    return Pairs(alert, feature, query, by_head, size, by_source, biases[feature])
 
 
 def _sums_of_rows(
@@ -149,9 +189,21 @@ class Ablations:
     `random`: after the subtraction of a random direction of the same size instead of the feature.
     """
 
+    alert: NDArray[np.int64]  # [n] the row of `before` of each pair
     before: NDArray[np.float64]  # [N, O]
     after: NDArray[np.float64]  # [n, O]
     random: NDArray[np.float64]  # [n, O]
+
+    @classmethod
+    def join(cls, parts: Sequence[Ablations]) -> Ablations:
+        """Return the ablations of all `parts`, one after the other."""
+        starts = np.cumsum([0, *(len(part.before) for part in parts)])
+        return cls(
+            np.concatenate([part.alert + start for part, start in zip(parts, starts.tolist(), strict=False)]),
+            np.concatenate([part.before for part in parts]),
+            np.concatenate([part.after for part in parts]),
+            np.concatenate([part.random for part in parts]),
+        )
 
 
 def ablate(lens: OpenLens, alerts: LabelledAlerts, alert: NDArray[np.int64], feature: NDArray[np.int64]) -> Ablations:
@@ -163,7 +215,8 @@ def ablate(lens: OpenLens, alerts: LabelledAlerts, alert: NDArray[np.int64], fea
     attention, activation = lens.attend(alerts)
     before = _resume(lens, attention.rest, attention.z, np.arange(len(alerts)))
     draws = np.random.default_rng(SEED)
-    after, random = [], []
+    after: list[NDArray[np.float64]] = []
+    random: list[NDArray[np.float64]] = []
     for start in range(0, len(alert), PAIRS_AT_ONCE):
         which, what = alert[start : start + PAIRS_AT_ONCE], feature[start : start + PAIRS_AT_ONCE]
         size = activation[which, :, what]
@@ -175,7 +228,9 @@ def ablate(lens: OpenLens, alerts: LabelledAlerts, alert: NDArray[np.int64], fea
             z = attention.z[which] - torch.from_numpy(size[:, :, None] * direction[:, None])
             found.append(lens.figures(_resume(lens, attention.rest, z, which), base))
     none = np.empty((0, len(lens.output_names)))
-    return Ablations(lens.figures(before, before), np.concatenate([none, *after]), np.concatenate([none, *random]))
+    return Ablations(
+        alert, lens.figures(before, before), np.concatenate([none, *after]), np.concatenate([none, *random])
+    )
 
 
 def _resume(lens: OpenLens, rest: Mapping[str, Tensor], z: Tensor, which: NDArray[np.int64]) -> tuple[Tensor, ...]:

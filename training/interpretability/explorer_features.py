@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from training.evaluation.bootstrap import Estimate, estimate
+from training.evaluation.metrics import Values, Weights
 from training.interpretability.explorer_data import Enrichment, Example, Group, Histogram, Interval, Lag, Nearest
-from training.interpretability.measures import lifts, unit
+from training.interpretability.measures import unit
 
 TOP = 12
 """Number of most active alerts that are shown of a feature."""
@@ -32,28 +34,25 @@ class LabelledActivations:
     label: NDArray[np.int64]  # [N] index into `classes`; -1: no label
     classes: Sequence[str]
 
-    def top(self, feature: int, first: NDArray[np.int64]) -> list[Example]:
-        """Return the TOP most active alerts of a feature, one of each object, most active first.
-
-        `first` int64[n]: the alerts that may be chosen.
-        """
-        order = first[np.argsort(-self.activation[first, feature], kind="stable")]
+    def top(self, feature: int) -> list[Example]:
+        """Return the TOP most active alerts of a feature, one of each object, most active first."""
+        order = np.argsort(-self.activation[:, feature], kind="stable")
         order = order[self.activation[order, feature] > 0]
         _, own = np.unique(self.object_id[order], return_index=True)
         return [self._example(alert, feature) for alert in order[np.sort(own)[:TOP]].tolist()]
 
-    def groups(self, feature: int) -> list[Group]:
+    def groups(self, feature: int, allowed: NDArray[np.bool_]) -> list[Group]:
         """Return alerts from each interval between QUANTILES of the positive activations, the most active group first.
 
-        The alerts of a group are spread evenly over it.
+        The alerts of a group are spread evenly over those that are `allowed` bool[N].
         """
         active = np.flatnonzero(self.activation[:, feature] > 0)
         active = active[np.argsort(self.activation[active, feature], kind="stable")]
         groups = []
         for low, high in zip(QUANTILES[-2::-1], QUANTILES[:0:-1], strict=True):
             members = active[round(low * len(active)) : round(high * len(active))]
-            if len(members):
-                chosen = members[np.unique(np.linspace(0, len(members) - 1, IN_A_GROUP).round().astype(np.int64))]
+            if len(among := members[allowed[members]]):
+                chosen = among[np.unique(np.linspace(0, len(among) - 1, IN_A_GROUP).round().astype(np.int64))]
                 label = f"Activations between the {low:.0%} and the {high:.0%} quantile ({len(members)} alerts)"
                 groups.append(Group(label, [self._example(alert, feature) for alert in chosen[::-1].tolist()]))
         return groups
@@ -65,31 +64,49 @@ class LabelledActivations:
         counts, edges = np.histogram(active, BINS, (0, float(active.max()) if len(active) else 1.0))
         return Histogram(edges.tolist(), counts.tolist(), int((activation <= 0).sum()))
 
-    def enrichment(self, feature: int) -> list[Enrichment]:
-        """Return the enrichment of each class among the active alerts of a feature, by decreasing lift.
+    def enrichment(self) -> list[list[Enrichment]]:
+        """Return, for each feature, the enrichment of each class, by decreasing lift; empty if no alert activates it.
 
-        Only labelled alerts count.
+        Only labelled alerts count. The intervals are by object.
         """
-        known = self.label >= 0
-        active = self.activation[known, feature] > 0
-        if not active.any():
-            return []
-        label = self.label[known]
-        found = lifts(active, label, self.classes, self.object_id[known])
-        rows = [
-            Enrichment(
-                name,
-                int((label[active] == c).sum()),
-                float((label[active] == c).mean()),
-                Interval(*(np.nan if limit is None else limit for limit in (lift.value, lift.low, lift.high))),
+        known = np.flatnonzero(self.label >= 0)
+        active, label = (self.activation[known] > 0).astype(np.float64), self.label[known]
+        present = [c for c in range(len(self.classes)) if (label == c).any()]
+        if not len(known):
+            return [[] for _ in range(active.shape[1])]
+
+        def lifts(weight: Weights) -> dict[str, Values]:
+            all_active = weight @ active
+            of_class = {}
+            for c in present:
+                mine = label == c
+                expected = all_active * (weight @ mine / weight.sum(axis=-1))[..., None]
+                found = weight[..., mine] @ active[mine]
+                of_class[c] = np.divide(found, expected, out=np.full_like(found, np.nan), where=expected > 0)
+            return {_key(f, c): lift[..., f] for c, lift in of_class.items() for f in range(active.shape[1])}
+
+        estimates = estimate(lifts, self.object_id[known], lambda _: {})
+        return [
+            sorted(
+                (self._enrichment(estimates[_key(f, c)], active[:, f] > 0, label, c) for c in present),
+                key=lambda row: -row.lift.value,
             )
-            for c, name in enumerate(self.classes)
-            if (lift := found[name]).value is not None and (label == c).any()
+            if active[:, f].any()
+            else []
+            for f in range(active.shape[1])
         ]
-        return sorted(rows, key=lambda row: -row.lift.value)
+
+    def _enrichment(self, lift: Estimate, active: NDArray[np.bool_], label: NDArray[np.int64], c: int) -> Enrichment:
+        mine = label[active] == c
+        limits = (np.nan if limit is None else limit for limit in (lift.value, lift.low, lift.high))
+        return Enrichment(self.classes[c], int(mine.sum()), float(mine.mean()), Interval(*limits))
 
     def _example(self, alert: int, feature: int) -> Example:
         return Example(alert, float(self.activation[alert, feature]))
+
+
+def _key(feature: int, label: int) -> str:
+    return f"{feature}.{label}"
 
 
 def most_enriched(rows: Sequence[Enrichment]) -> Enrichment | None:
@@ -98,16 +115,16 @@ def most_enriched(rows: Sequence[Enrichment]) -> Enrichment | None:
     return max(bounded, key=lambda row: row.lift.low, default=None)
 
 
-def lags(attribution: NDArray[np.float64], days: NDArray[np.float64], token: NDArray[np.bool_]) -> list[Lag]:
+def lags(attribution: NDArray[np.floating], days: NDArray[np.float64]) -> list[Lag]:
     """Return the mean DFA of n alerts in each interval of days before the alert.
 
-    `attribution` [n, P], 0 for padding; `days` [n, P] before the alert; `token` bool[n, P]: whether the source is the
-    learnt token, which has an interval of its own.
+    `attribution` [n, P], 0 for padding; `days` [n, P] before the alert, NaN for the learnt token, which has an interval
+    of its own, and for padding.
     """
     if not len(attribution):
         return []
     of_points = np.digitize(days, LAG_DAYS[1:-1], right=True) + 1
-    interval = np.where(token, 0, np.where(days <= LAG_DAYS[0], 1, of_points + 1))
+    interval = np.where(np.isnan(days), 0, np.where(days <= LAG_DAYS[0], 1, of_points + 1))
     names = ["token", "the alert"]
     names += [f"up to {high:g} d" if np.isfinite(high) else f"over {LAG_DAYS[-2]:g} d" for high in LAG_DAYS[1:]]
     total = np.abs(attribution).sum()
@@ -119,12 +136,11 @@ def lags(attribution: NDArray[np.float64], days: NDArray[np.float64], token: NDA
     return found
 
 
-def head_shares_by_attribution(by_head: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the share of each head in the absolute DFA, [H], of attributions [n, H, P]; equal shares without any."""
-    size = np.abs(by_head).sum(axis=(0, 2))
-    total = size.sum()
-    shares: NDArray[np.float64] = size / total if total > 0 else np.full(len(size), 1 / len(size))
-    return shares
+def shares(sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the share of each head, [H], in the sum of sizes [n, H]; equal shares without any."""
+    total = sizes.sum()
+    found: NDArray[np.float64] = sizes.sum(axis=0) / total if total > 0 else np.full(sizes.shape[1], 1 / sizes.shape[1])
+    return found
 
 
 def nearest(decoder: NDArray[np.float32], feature: int) -> list[Nearest]:

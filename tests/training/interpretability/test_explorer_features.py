@@ -5,10 +5,10 @@ from training.interpretability.explorer_features import (
     LAG_DAYS,
     TOP,
     LabelledActivations,
-    head_shares_by_attribution,
     lags,
     most_enriched,
     nearest,
+    shares,
 )
 
 
@@ -23,15 +23,14 @@ def activations() -> LabelledActivations:
 
 
 def test_top_alerts_are_of_different_objects_and_most_active_first(activations: LabelledActivations) -> None:
-    top = activations.top(0, np.arange(60))
+    top = activations.top(0)
     assert [example.alert for example in top] == [59 - 2 * i for i in range(TOP)]
     assert top[0].activation == 40
-    assert activations.top(1, np.arange(60)) == []
-    assert [example.alert for example in activations.top(0, np.array([20, 21, 30]))] == [30, 21]
+    assert activations.top(1) == []
 
 
 def test_groups_partition_the_active_alerts_by_activation(activations: LabelledActivations) -> None:
-    groups = activations.groups(0)
+    groups = activations.groups(0, np.ones(60, np.bool_))
     assert [[example.alert for example in group.examples] for group in groups] == [
         [59, 54, 50],
         [49, 44, 40],
@@ -39,7 +38,9 @@ def test_groups_partition_the_active_alerts_by_activation(activations: LabelledA
         [29, 24, 20],
     ]
     assert groups[0].label == "Activations between the 75% and the 100% quantile (10 alerts)"
-    assert activations.groups(1) == []
+    assert activations.groups(1, np.ones(60, np.bool_)) == []
+    some = activations.groups(0, np.arange(60) >= 50)
+    assert [[example.alert for example in group.examples] for group in some] == [[59, 54, 50]]
 
 
 def test_histogram_counts_every_alert_once(activations: LabelledActivations) -> None:
@@ -51,34 +52,33 @@ def test_histogram_counts_every_alert_once(activations: LabelledActivations) -> 
 
 
 def test_enrichment_compares_labelled_alerts_alone(activations: LabelledActivations) -> None:
-    rows = activations.enrichment(0)
+    rows, never_active = activations.enrichment()
     assert [row.name for row in rows] == ["SN", "AGN"]
     assert (rows[0].alerts, rows[0].share) == (20, 0.5)
     assert rows[0].lift.value == pytest.approx(0.5 / (20 / 55))
     assert rows[0].lift.low < rows[0].lift.value < rows[0].lift.high
     assert most_enriched(rows) == rows[0]
-    assert activations.enrichment(1) == []
+    assert never_active == []
     assert most_enriched([]) is None
 
 
 def test_lags_separate_token_alert_and_earlier_points() -> None:
     attribution = np.array([[0.5, -0.25, 0.25, 0.0], [0.5, 0.25, 0.0, 0.25]])
-    days = np.array([[0, 100.0, 1.0, 0.0], [0, 100.0, 1.0, 0.0]])
-    token = np.array([[True, False, False, False]] * 2)
-    found = {lag.label: lag for lag in lags(attribution, days, token)}
+    days = np.array([[np.nan, 100.0, 1.0, 0.0]] * 2)
+    found = {lag.label: lag for lag in lags(attribution, days)}
     assert len(found) == len(LAG_DAYS) + 1
     assert found["token"].signed == pytest.approx(0.5)
     assert found["the alert"].signed == pytest.approx(0.125)
     assert found["up to 1.5 d"].signed == pytest.approx(0.125)
     assert (found["over 32 d"].signed, found["over 32 d"].share) == (0, pytest.approx(0.25))
     assert sum(lag.share for lag in found.values()) == pytest.approx(1)
-    assert lags(attribution[:0], days[:0], token[:0]) == []
+    assert lags(attribution[:0], days[:0]) == []
 
 
 def test_heads_share_the_absolute_attribution() -> None:
-    by_head = np.array([[[1.0, -1.0], [0.0, 2.0]], [[2.0, 0.0], [1.0, 1.0]]])
-    np.testing.assert_allclose(head_shares_by_attribution(by_head), [0.5, 0.5])
-    np.testing.assert_allclose(head_shares_by_attribution(by_head[:0]), [0.5, 0.5])
+    sizes = np.array([[2.0, 2.0], [3.0, 1.0]])
+    np.testing.assert_allclose(shares(sizes), [5 / 8, 3 / 8])
+    np.testing.assert_allclose(shares(sizes[:0]), [0.5, 0.5])
 
 
 def test_nearest_features_are_ordered_by_cosine_and_exclude_the_feature() -> None:
