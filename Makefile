@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test suite coverage lint docs bench bench-check study chaos deep fuzz slow-link sanitize wheel image clean
+.PHONY: help demo test suite coverage lint docs bench bench-check study chaos deep explorer-shots fuzz slow-link sanitize wheel image clean
 
 help:
 	@echo 'make demo      simulates nights of ZTF and LSST, runs the service on them through an embedded broker, shows the results'
@@ -26,6 +26,7 @@ help:
 	@echo 'make fuzz      measures time and memory for hostile packets; takes minutes (FUZZ="packets seed" for others)'
 	@echo 'make slow-link slows the link to the output down during a backlog (SLOW="--rate 1000 --elsewhere" for options)'
 	@echo 'make deep      imports full-size MaxViT-tiny networks with random weights and damaged ones; takes minutes'
+	@echo 'make explorer-shots  opens pages of the lens in Chromium, and checks them (PAGES="page.html ..." for others)'
 	@echo 'make sanitize  decodes damaged packets with the compiled code under AddressSanitizer (needs gcc)'
 	@echo 'make wheel     builds the wheel and the source archive into dist/'
 	@echo 'make image     builds the container image with buildah, and runs the service in it; deploy/image.sh has the options'
@@ -99,6 +100,10 @@ slow-link: $(VENV)/installed-test
 deep: $(VENV)/installed-test
 	$(BIN)/pytest -s -p no:logging --timeout 0 tests/deep_networks.py
 
+explorer-shots: $(VENV)/installed-test
+	$(PIP) install playwright
+	PYTHONPATH=. $(BIN)/python tests/training/interpretability/explorer_shots.py explorer-shots $(PAGES)
+
 sanitize: $(VENV)/installed-test
 	$(BIN)/python tests/packets/sanitize.py
 
@@ -109,7 +114,7 @@ image:
 	deploy/image.sh
 
 clean:
-	rm -rf $(VENV) build dist docs/_build demo-out htmlcov .coverage .coverage.* study bench.json *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build demo-out explorer-shots htmlcov .coverage .coverage.* study bench.json *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find broker_filter -name '*.so' -delete
 
 # One stamp file for each set of extras. The package is installed again if pyproject.toml, setup.py or a C source changes.

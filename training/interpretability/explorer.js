@@ -151,7 +151,7 @@ function lightCurve(alert, active, large) {
   drawing.append(s("text", { x: (left + W) / 2, y: H - 3, "text-anchor": "middle" }, "days before the alert"));
   drawing.append(s("text", { transform: `translate(10,${(H - bottom) / 2}) rotate(-90)`, "text-anchor": "middle" },
     "flux (nJy)"));
-  const size = large ? 5.5 : 4;
+  const size = large ? 5.5 : 4.5;
   const order = curve.days.map((_, i) => i).sort((a, b) => Math.abs(dfa.get(a) || 0) - Math.abs(dfa.get(b) || 0));
   for (const i of order) {
     const band = page.bands[curve.band[i]] || "?", colour = BAND_COLOURS[curve.band[i]] || UNKNOWN_COLOUR;
@@ -199,14 +199,14 @@ function legend(withCells) {
     bands.map(([band, colour]) => h("span", null, s("svg", { viewBox: "0 0 16 16", "aria-hidden": true },
       s("circle", { cx: 8, cy: 8, r: 5, fill: "none", stroke: colour, "stroke-width": 2.5 })), ` band ${band}`)));
 }
-// Horizontal bars around a common zero; `rows`: [label, value, text].
+// Horizontal bars around a common zero; `rows`: [label, value, text, colour (by the sign of the value if absent)].
 function bars(rows, label) {
   const most = largest(rows.map((row) => row[1])), below = rows.some((row) => row[1] < 0);
-  return h("div", { class: "bars", role: "group", "aria-label": label }, rows.map(([name, value, text]) => {
+  return h("div", { class: "bars", role: "group", "aria-label": label }, rows.map(([name, value, text, colour]) => {
     const zero = below ? 50 : 0, length = most > 0 ? (100 - zero) * Math.abs(value || 0) / most : 0;
     return [h("span", null, name), s("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": true },
       s("rect", { x: value < 0 ? zero - length : zero, y: 1, width: length, height: 8,
-        fill: value < 0 ? "#2166ac" : "#b2182b" })), h("span", null, text)];
+        fill: colour || (value < 0 ? "#2166ac" : "#b2182b") })), h("span", null, text)];
   }));
 }
 function histogram(data) {
@@ -221,7 +221,8 @@ function histogram(data) {
     s("path", { d: `M${left},${top}V${H - bottom}H${W - 6}`, fill: "none", stroke: "#8c959f" }),
     s("text", { x: left - 4, y: top + 8, "text-anchor": "end" }, String(most)),
     s("text", { x: left - 4, y: H - bottom, "text-anchor": "end" }, "0"),
-    ticked.map((i) => s("text", { x: left + i * step, y: H - bottom + 13, "text-anchor": "middle" },
+    ticked.map((i) => s("text", { x: left + i * step, y: H - bottom + 13,
+      "text-anchor": i === data.counts.length ? "end" : "middle" },
       number(data.edges[i], 2))),
     s("text", { x: (left + W) / 2, y: H - 2, "text-anchor": "middle" }, "activation (alerts on a logarithmic scale)"));
 }
@@ -334,7 +335,7 @@ function card(example, feature, place) {
 function headShares(feature) {
   const rows = feature.heads_by_weight.map((weight, i) => [i, weight, feature.heads_by_dfa[i]]);
   return [bars(rows.flatMap(([i, weight, dfa]) => [
-    [`head ${i}, weights`, weight, percent(weight)], [`head ${i}, DFA`, dfa, percent(dfa)]]), "shares of the heads"),
+    [`head ${i}, weights`, weight, percent(weight), "#6e7781"], [`head ${i}, DFA`, dfa, percent(dfa), "#0969da"]]), "shares of the heads"),
     h("p", { class: "faint" }, "Weights: |W_dec| of the head over the sum of all heads. DFA: the head's share of the " +
       "absolute direct feature attribution over the active alerts. The two need not agree.")];
 }
@@ -382,7 +383,8 @@ function showFeature(feature, place) {
       h("section", null, h("h3", null, "Effect of ablation"),
         table([["output", (e) => e.output, "left"], ["feature", (e) => number(e.effect)],
           ["random direction", (e) => number(e.random)]], feature.effects),
-        h("p", { class: "faint" }, "Mean over the active alerts. A random direction of equal size is the comparison.")),
+        h("p", { class: "faint" }, "Mean absolute change over the active alerts of the page. A random direction of " +
+          "equal size is the comparison.")),
       h("section", null, h("h3", null, "Nearest features"),
         feature.nearest.length ? table([["feature", (n) => featureLink(n.feature), "name left"],
           ["cosine of decoder directions", (n) => number(n.cosine)]], feature.nearest)
