@@ -20,6 +20,15 @@ def light_curve_sites(network: JoinedModalities) -> list[str]:
     return [f"{LIGHT_CURVE}.{number}" for number in range(len(network.light_curve.layers))]
 
 
+def attention_pattern(query: Tensor, key: Tensor, there: Tensor) -> Tensor:
+    """Return the attention weights [N, H, Q, P] that scaled_dot_product_attention uses and does not return.
+
+    `query`: [N, H, Q, D]; `key`: [N, H, P, D]; `there`: bool [N, P], the source tokens that exist.
+    """
+    logits: Tensor = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+    return logits.masked_fill(~there[:, None, None, :], -float("inf")).softmax(3)
+
+
 class LightCurveSite:
     """A layer of an embedder's light-curve transformer.
 
@@ -47,8 +56,7 @@ class LightCurveSite:
         x = self.enter(inputs)
         residual = self.encoder.queries(self.number, x)
         query, key, values = self.layer.split(x, residual.shape[1])
-        logits = query @ key.transpose(2, 3) * self.d_head**-0.5
-        pattern = logits.masked_fill(~there[:, None, None, :], -float("inf")).softmax(3)
+        pattern = attention_pattern(query, key, there)
         z = (pattern @ values).transpose(1, 2).flatten(2)
         seen, features = self._trunk(inputs)
         rest = {
