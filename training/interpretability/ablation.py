@@ -76,7 +76,8 @@ def contribution(z: Tensor, queries: Tensor, dictionary: SparseDictionary, featu
     w_enc, b_enc, w_dec, threshold = (torch.from_numpy(array)[features].to(z) for array in arrays)
     pre = torch.einsum("nqd,nd->nq", z - torch.from_numpy(dictionary.b_dec).to(z), w_enc) + b_enc[:, None]
     active = pre * ((pre > threshold[:, None]) & queries)
-    return torch.einsum("nq,nd->nqd", active, w_dec)
+    removed: Tensor = active[:, :, None] * w_dec[:, None, :]
+    return removed
 
 
 def in_random_direction(vectors: Tensor, draws: Generator) -> Tensor:
