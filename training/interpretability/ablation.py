@@ -83,7 +83,8 @@ def contribution(z: Tensor, queries: Tensor, dictionary: SparseDictionary, featu
 def in_random_direction(vectors: Tensor, draws: Generator) -> Tensor:
     """Return vectors of the same lengths as `vectors` [n, Q, d], in one random direction for each of the n."""
     directions = normalize(torch.randn(len(vectors), 1, vectors.shape[2], generator=draws), dim=2).to(vectors)
-    return vectors.norm(dim=2, keepdim=True) * directions
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=2, keepdim=True)
+    return lengths * directions
 
 
 def changes(before: Outputs, after: Outputs) -> dict[str, Tensor]:
