@@ -12,8 +12,9 @@ import argparse
 import hashlib
 import json
 import logging
+import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,7 +34,7 @@ from broker_filter.packets.decode import DEFAULT_CUTOUT_SIZE, Decoder
 from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.packets.surveys import DEFAULT_COLUMNS
 from broker_filter.scoring.bundle import MAX_CUTOUT_SIZE, POINT_COLUMNS
-from broker_filter.scoring.labels import Labels, parse_rule, read_labels
+from broker_filter.scoring.labels import UNLABELLED, Labels, parse_rule, read_labels
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.expressions import FIELDS, Expression, compile_filter
 from training.arguments import add_labelled_alerts, seed
@@ -256,6 +257,61 @@ def build_published(folder: Path, version: str, out: Path) -> Dataset:
     return Dataset.open(out)
 
 
+def write_dataset(
+    out: Path,
+    batches: Iterable[tuple[AlertBatch, NDArray[np.int64]]],
+    split: Callable[[NDArray[np.str_], NDArray[np.int64]], NDArray[np.int64]],
+    classes: Sequence[str],
+    labels: str,
+) -> Dataset:
+    """Write the data set `out` of decoded, labelled alerts, each alert id once; an interrupted call leaves no `out`.
+
+    `batches`: alerts with equal columns, planes and sizes of cutouts, and their labels int64[N]: indices into
+    `classes`, or UNLABELLED for alerts that are left out. `split`: from the objects [N]
+    and the labels int64[N] of all alerts to their splits int64[N], indices into SPLITS. `labels`: the source of the
+    labels, for the card.
+
+    Raises DatasetError if there is no alert.
+    """
+    partial_out = out.with_name(f"{out.name}.unfinished")
+    shutil.rmtree(partial_out, ignore_errors=True)
+    (partial_out / SHARDS).mkdir(parents=True)
+    files: list[Path] = []
+    parts: list[dict[str, Any]] = []
+    label: list[NDArray[np.int64]] = []
+    seen: set[int] = set()
+    described: dict[str, Any] = {"classes": tuple(classes), "labels": labels, "split": None}
+
+    def write_parts() -> None:
+        files.append(_write_shard(partial_out / SHARDS / f"{len(files):05}.arrow", parts, 0))
+        parts.clear()
+
+    for alerts, of_alerts in batches:
+        ids = alerts.alert_id.tolist()
+        rows = []
+        for row in np.flatnonzero(of_alerts != UNLABELLED).tolist():
+            if ids[row] not in seen:
+                seen.add(ids[row])
+                rows.append(row)
+        if rows:
+            parts.append(_columns(alerts, source_names(alerts), rows))
+            label.append(of_alerts[rows])
+            planes = [plane for plane in PLANES if plane in parts[-1]]
+            described |= {"cutout_size": alerts.cutouts.shape[-1], "columns": alerts.columns, "planes": planes}
+        if sum(len(part["alert_id"]) for part in parts) >= ALERTS_PER_SHARD:
+            write_parts()
+    if parts:
+        write_parts()
+    if not files:
+        raise DatasetError(f"{out}: no alert was read from the inputs: give files or archives of alerts")
+    files, columns = _read_ids(partial_out)
+    object_id = np.concatenate([part["object_id"] for part in columns]).astype(np.str_)
+    labelled = np.concatenate(label)
+    _finish(partial_out, files, columns, labelled, split(object_id, labelled), described)
+    partial_out.rename(out)
+    return Dataset.open(out)
+
+
 def assign_splits(
     object_id: NDArray[np.str_], label: NDArray[np.int64], classes: Sequence[str], rule: SplitRule
 ) -> NDArray[np.int64]:
@@ -391,16 +447,26 @@ def _labelled(alerts: AlertBatch, chosen: NDArray[np.bool_], labels: Labels, see
 
     An alert belongs in it if it is `chosen` bool[N], has a label, and was not `seen` before.
     """
-    ids = alerts.alert_id.tolist()
-    names = [name or f"alert {alert}" for alert, name in zip(ids, alerts.object_id, strict=True)]  # a separate source
+    names = source_names(alerts)
     rows = []
-    for row, (alert, name) in enumerate(zip(ids, names, strict=True)):
+    for row, (alert, name) in enumerate(zip(alerts.alert_id.tolist(), names.tolist(), strict=True)):
         if chosen[row] and alert not in seen and labels.key_of(alert, name) in labels.label_of:
             seen.add(alert)
             rows.append(row)
+    return _columns(alerts, names, rows)
+
+
+def source_names(alerts: AlertBatch) -> NDArray[np.str_]:
+    """Return the object id of each of N alerts, [N]; an alert without an object is a source of its own."""
+    ids = zip(alerts.alert_id.tolist(), alerts.object_id, strict=True)
+    return np.array([name or f"alert {alert}" for alert, name in ids], np.str_)
+
+
+def _columns(alerts: AlertBatch, names: NDArray[np.str_], rows: list[int]) -> dict[str, Any]:
+    """Return the columns of a shard, by name, for the alerts in `rows`. `names` [N]: the sources of all alerts."""
     return {
         "alert_id": alerts.alert_id[rows],
-        "object_id": np.array(names, np.str_)[rows],
+        "object_id": names[rows],
         "survey": alerts.survey[rows],
         "cutouts": alerts.cutouts[rows],
         "cutout_box": alerts.cutout_box[rows],

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from training.__main__ import main
 from training.errors import TrainingError
@@ -19,11 +18,6 @@ RECIPES = [
     Recipe(kind="published", features=48, sparsity=2.0, steps=1600, batch=512),
 ]
 KINDS = [recipe.kind for recipe in RECIPES]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=KINDS)
