@@ -41,7 +41,7 @@ section{background:#161b22;border-radius:8px;padding:16px;margin:16px 0}
 p,td,th,figcaption{color:#9da7b3}b,h1,h2,td.v{color:#e6edf3}.w{border-left:3px solid #d29922;padding-left:10px}
 table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:3px 10px 3px 0;vertical-align:top}
 figure{display:inline-block;margin:6px 12px 6px 0;vertical-align:top}img{image-rendering:pixelated;background:#30363d}
-figcaption{font-size:12px}svg{background:#0d1117;border-radius:4px}
+figcaption{font-size:12px;max-width:420px}svg{background:#0d1117;border-radius:4px}
 """
 
 Shown = Mapping[int, tuple[AlertBatch, int]]
@@ -169,7 +169,7 @@ def _light_curve(batch: AlertBatch, row: int, feature: Mapping[str, Any]) -> str
     drawn = f"<svg width={WIDTH} height={HEIGHT}>{''.join(points)}</svg>"
     return (
         f"<figure>{drawn}<figcaption>{_title(feature)}: flux against "
-        f"time, {-days.min():.1f} to {-days.max():.1f} days before the alert{about}</figcaption></figure>"
+        f"time, {abs(days.min()):.1f} to {abs(days.max()):.1f} days before the alert{about}</figcaption></figure>"
     )
 
 

@@ -28,6 +28,7 @@ class Verdict(StrEnum):
 
     EXPLAINED = "these features explain this alert in part"
     UNEXPLAINED = "these features do not explain this alert"
+    ACTIVE = "these features are active; their effects were not measured"
     NO_EFFECT = "no feature makes this alert strange"
     NO_SOURCES = "no light curve: the layer saw its learnt token alone"
     USUAL = "what the lens sees is usual in this alert"

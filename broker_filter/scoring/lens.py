@@ -175,6 +175,8 @@ class Lens:
         unexplained = unexplained_share(z, dictionary.decode(active), ordinary.mean)
         percentile = percentile_of(unexplained, ordinary.unexplained)
         verdict = Verdict.EXPLAINED if features else Verdict.NO_EFFECT
+        if features and features[0].effect is None:
+            verdict = Verdict.ACTIVE
         if unexplained > MOSTLY_UNEXPLAINED or percentile >= RARELY_UNEXPLAINED:
             verdict = Verdict.UNEXPLAINED
         return Explanation(

@@ -112,7 +112,9 @@ class LensCard(CardSection):
     ordinary: dict[SurveyName, OrdinaryAlerts] = Field(
         min_length=1, description="The ordinary alerts by survey. Alerts of other surveys are not explained."
     )
-    worth: str = Field(min_length=1, max_length=1000, description="How far the lens can be trusted, in a sentence.")
+    worth: str = Field(
+        min_length=1, max_length=2000, description="How far the lens can be trusted, in a few sentences."
+    )
     measures: dict[str, float | int | str] = Field(default={}, description="Measured figures, and how.")
     files: dict[FileName, Sha256]
 

@@ -195,7 +195,7 @@ class Dataset:
             self.column("metadata", rows),
             self.card.columns,
             self.column("mjd", rows) if self.has_light_curves else None,
-            self._light_curves(rows) if self.has_light_curves else None,
+            self.light_curves(rows) if self.has_light_curves else None,
             self.column("survey", rows),
             self._plane("variance", rows),
             self._plane("psf", rows),
@@ -251,7 +251,8 @@ class Dataset:
             return no_plane(len(rows), self.card.cutout_size if plane == "variance" else PSF_SIZE)
         return None
 
-    def _light_curves(self, rows: NDArray[np.int64]) -> LightCurves:
+    def light_curves(self, rows: NDArray[np.int64]) -> LightCurves:
+        """Return the light curves of the alerts in `rows` int64[n], in the order of `rows`."""
         shard_of = np.searchsorted(self._starts, rows, side="right") - 1
         parts, places = [], []
         for shard in np.unique(shard_of).tolist():

@@ -5,6 +5,7 @@ from __future__ import annotations
 COMMANDS = {
     "collect": ("training.interpretability.collect", "write the activations of an attention layer as a run"),
     "train": ("training.interpretability.train_run", "train the sparse autoencoders of a run"),
+    "export": ("training.interpretability.export_lens", "write the lens of a run, for the service and `explain`"),
     "recover": ("training.interpretability.planted", "measure whether autoencoders recover a known dictionary"),
 }
 """Each command's module and purpose. The module defines `add_arguments(parser)` and `run(arguments)`."""

@@ -1,14 +1,17 @@
-"""`python -m training sae export`: a run into a lens, the directory that the service and `broker-filter explain` open.
+"""`sae export`: a run into a lens, the directory that the service and `broker-filter explain` open.
 
-The graphs are made from the torch network through its site, and must reproduce it before the lens gets its card. The
-directory is written atomically, and never replaces an existing one.
+    python -m training sae export RUN --name mine --out lenses/mine
+
+The directory is written atomically, and never replaces an existing one.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import io
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,29 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import torch
 import yaml
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from broker_filter.config import SurveyName
-from broker_filter.importers.write_bundle import to_onnx
+from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import WEIGHTS, Part
 from broker_filter.scoring.explanation import unexplained_share
 from broker_filter.scoring.lens import Lens
 from broker_filter.scoring.lens_files import (
-    ANOMALY_SCORE,
     FEATURES,
     FILES,
-    FROM_Z,
-    KNOWN,
     LENS_CARD,
     STATISTICS,
-    TO_Z,
     LensBundle,
     LensCard,
     OrdinaryAlerts,
@@ -47,11 +42,17 @@ from broker_filter.scoring.lens_files import (
     sorted_activations,
 )
 from broker_filter.scoring.networks import load_network
-from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.sparse_dictionary import DictionarySource, SparseDictionary, write_dictionary
+from broker_filter.simulate import REAL
 from training.errors import LensError, refuse_existing
-from training.interpretability.sites import LightCurveSite, Site, open_site
+from training.interpretability.collect import SIMULATED
+from training.interpretability.lens_graphs import write_graphs
+from training.interpretability.rows import FEATURES as FEATURE_TABLE
+from training.interpretability.rows import MEASURES, Run, open_run
+from training.interpretability.sites import open_site
 
+FEWEST_REAL = 300
+"""Fewest real alerts of a survey as ordinary ones; with fewer, simulated alerts take their place."""
 COLUMNS = ("id", "name", "note", "stable", "family", "enriched_class")
 """Columns of the table of features in a lens; the first four are read when an alert is explained."""
 
@@ -125,7 +126,7 @@ def write_lens(
             statistics |= arrays
             counts[survey] = OrdinaryAlerts(alerts=alerts, source=rows.source)
         save_file(statistics, lens / STATISTICS)
-        modality, effect_on, cells = _graphs(lens, part, network, opened, dictionary)
+        modality, effect_on, cells = write_graphs(lens, part, network, opened, dictionary)
         card = LensCard(
             name=name,
             version=version,
@@ -147,118 +148,136 @@ def write_lens(
         lens.rename(directory)
 
 
-class ToZ(nn.Module):
-    """The network's inputs -> z, attention pattern, values, and which queries and sources exist."""
-
-    def __init__(self, network: nn.Module, site: Site, names: Sequence[str]) -> None:
-        super().__init__()
-        self.network = network  # registers the parameters that the site uses
-        self.site = site
-        self.names = tuple(names)
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Take the network's inputs in the order of `names`."""
-        seen = self.site.attend(dict(zip(self.names, inputs, strict=True)))
-        return seen.z, seen.pattern, seen.values, seen.queries, seen.sources
-
-
-class LightCurveFromZ(nn.Module):
-    """The network's inputs and z -> the vector of the modality `light_curve` [N, size], which alone moves with z."""
-
-    def __init__(self, site: LightCurveSite, names: Sequence[str]) -> None:
-        super().__init__()
-        self.network = site.network
-        self.site = site
-        self.names = tuple(names)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Take the network's inputs in the order of `names`, then z [N, Q, d]."""
-        *given, z = inputs
-        named, site = dict(zip(self.names, given, strict=True)), self.site
-        mask = named["light_curve_mask"]
-        tokens = site.layer.add(site.encoder.queries(site.number, site.enter(named)), z)
-        encoded = site.encoder.read(tokens, site.encoder.existing(mask), site.number + 1)
-        vector = normalize(self.network.projections["light_curve"](encoded), dim=1)
-        return vector * mask.amax(1).unsqueeze(1)
-
-
-class ProbabilitiesFromZ(nn.Module):
-    """The network's inputs and z -> the probabilities [N, labels]."""
-
-    def __init__(self, network: nn.Module, site: Site, names: Sequence[str], activation: str) -> None:
-        super().__init__()
-        self.network = network
-        self.site = site
-        self.names = tuple(names)
-        self.activation = nn.Sigmoid() if activation == "sigmoid" else nn.Softmax(dim=1)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Take the network's inputs in the order of `names`, then z [N, Q, d]."""
-        *given, z = inputs
-        logits, *_ = self.site.splice(dict(zip(self.names, given, strict=True)), z)
-        return self.activation(logits)  # type: ignore[no-any-return]
-
-
-def _graphs(
-    lens: Path, part: Part, network: nn.Module, site: Site, dictionary: SparseDictionary
-) -> tuple[str, str, tuple[tuple[int, int, int, int], ...]]:
-    """Write both graphs and the test vector; return the modality, what effects are on, and the cells of an image."""
-    inputs, outputs = part.card.inputs, part.card.outputs
-    examples = {name: torch.from_numpy(array) for name, array in prepare(part.test_vector(), inputs).items()}
-    names = tuple(examples)
-    to_z = ToZ(network, site, names).eval()
-    with torch.inference_mode():
-        seen = site.attend(examples)
-        spliced = site.splice(examples, seen.z)
-    from_z: nn.Module
-    cells: tuple[tuple[int, int, int, int], ...] = ()
-    if isinstance(site, LightCurveSite):
-        modality, effect_on = "light_curve", ANOMALY_SCORE
-        from_z = LightCurveFromZ(site, names).eval()
-        expected = spliced[2][:, outputs.modalities.index(modality)]
-    else:
-        modality, effect_on = "image", outputs.labels[0]
-        from_z = ProbabilitiesFromZ(network, site, names, outputs.activation).eval()
-        expected = from_z.activation(spliced[0])
-        boxes = site.where(seen.sources.shape[1], inputs.images.size)
-        cells = tuple(_cell(*box) for box in boxes if isinstance(box, tuple))
-    z = seen.z.clone()
-    with torch.inference_mode():
-        moved = from_z(*examples.values(), z)
-    if (off := float((moved - expected).abs().max())) > GRAPH_TOLERANCE:
-        raise LensError(f"{part.directory}: the part after {site.name} is off by {off:.2g} from the whole network")
-    graph = to_onnx(to_z, examples, ("z", "pattern", "values", "queries", "sources"))
-    (lens / TO_Z).write_bytes(_without_unused_inputs(graph))
-    (lens / FROM_Z).write_bytes(_without_unused_inputs(to_onnx(from_z, {**examples, "z": z}, ("moved",))))
-    rows = seen.z.flatten(0, 1).numpy()
-    known = {"z": seen.z.numpy(), "pre_activations": dictionary.pre_activations(rows), "moved": moved.numpy()}
-    save_file({name: np.ascontiguousarray(array) for name, array in known.items()}, lens / KNOWN)
-    return modality, effect_on, cells
-
-
-GRAPH_TOLERANCE = 1e-5
-"""Allowed deviation of the part after the site from the whole network: both are float32 in torch."""
-
-
-def _cell(top: float, left: float, bottom: float, right: float) -> tuple[int, int, int, int]:
-    """Return (y0, x0, height, width) in whole pixels."""
-    y0, x0 = round(top), round(left)
-    return y0, x0, round(bottom) - y0, round(right) - x0
-
-
-def _without_unused_inputs(graph: bytes) -> bytes:
-    """Return the graph without inputs that no node reads, so that a lens asks only for what it needs."""
-    model = onnx.load_model_from_string(graph)
-    read = {name for node in model.graph.node for name in node.input}
-    kept = [node for node in model.graph.input if node.name in read]
-    del model.graph.input[:]
-    model.graph.input.extend(kept)
-    return bytes(model.SerializeToString())
-
-
 def _table(features: Sequence[Mapping[str, str]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(features)
     return text.getvalue()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `sae export`."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="run with dictionaries, and best with a finished study")
+    parser.add_argument("--out", type=Path, required=True, metavar="LENS", help="directory of the lens")
+    parser.add_argument("--name", required=True, help="name of the lens: letters, digits and _")
+    parser.add_argument("--version", default="1.0", help="version of the lens (default: %(default)s)")
+    parser.add_argument(
+        "--worth", metavar="TEXT", help="a sentence about what the lens is worth; the warnings of the study follow it"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the lens of a run, and print what it is worth. Raises LensError if the run is incomplete."""
+    refuse_existing(arguments.out)
+    opened = open_run(arguments.run)
+    dictionary = opened.dictionaries[0]
+    measures = read_measures(opened.directory / MEASURES)
+    worth = worth_of(measures, arguments.worth)
+    write_lens(
+        arguments.out,
+        opened.part,
+        opened.card.site,
+        dictionary,
+        ordinary_rows(opened),
+        read_features(opened.directory / FEATURE_TABLE),
+        name=arguments.name,
+        version=arguments.version,
+        split=opened.card.split,
+        worth=worth,
+        measures=figures(measures),
+    )
+    print(f"{arguments.out}: a lens on {opened.card.site} of {opened.card.name} {opened.card.version}. {worth}")
+
+
+def ordinary_rows(opened: Run) -> dict[SurveyName, OrdinaryRows]:
+    """Return the activations of the ordinary alerts of each survey of the run.
+
+    These are its real alerts, or, for a survey with fewer than FEWEST_REAL of them, the simulated alerts of real
+    sources. Alerts without a light curve are left out where the network has light curves. Raises LensError if no survey
+    has ordinary alerts.
+    """
+    rows, alerts = opened.rows, opened.alerts
+    everything = np.arange(len(alerts.alert_id))
+    survey: NDArray[np.uint8] = alerts.column("survey", everything)
+    usable = np.ones(len(everything), np.bool_)
+    if opened.part.card.inputs.light_curve is not None:
+        curves = alerts.light_curves(everything)
+        mjd = alerts.column("mjd", everything)
+        owner = np.repeat(everything, np.diff(curves.offsets))
+        usable = np.bincount(owner[curves.mjd <= mjd[owner]], minlength=len(everything)) > 0
+    sources = [f"{SIMULATED}{kind}" for kind in REAL]
+    of_source = np.isin(np.array(alerts.card.classes)[alerts.label], sources)
+    found: dict[SurveyName, OrdinaryRows] = {}
+    for name in opened.part.surveys:
+        own = usable & (survey == Survey[name.upper()])
+        real, simulated = own & rows.is_real, own & ~rows.is_real & of_source
+        chosen, source = (real, "real") if real.sum() >= FEWEST_REAL else (simulated, "simulated")
+        if chosen.any():
+            kept = chosen[rows.alert]
+            found[name] = OrdinaryRows(rows.z[kept], rows.alert[kept], source)
+    if not found:
+        raise LensError(f"{opened.directory}: has no ordinary alerts; collect a run with real or simulated alerts")
+    return found
+
+
+def read_features(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a study's table of features with the keys COLUMNS; none if there was no study.
+
+    Raises LensError if the table is not one of features.
+    """
+    if not file.exists():
+        return []
+    try:
+        with file.open(encoding="utf-8", newline="") as text:
+            rows = list(csv.DictReader(text))
+        return [
+            row
+            | {
+                "stable": "true" if 2 * int(row["stable_in"]) > int(row["seeds"]) else "false",
+                "enriched_class": row["enriched"],
+            }
+            for row in rows
+        ]
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        raise LensError(f"{file}: not a table of features ({error}); study the run again") from error
+
+
+def read_measures(file: Path) -> dict[str, Any]:
+    """Return the measures of a study; empty if there was none. Raises LensError if they cannot be read."""
+    if not file.exists():
+        return {}
+    try:
+        measures: dict[str, Any] = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise LensError(f"{file}: not JSON ({error}); study the run again") from error
+    return measures
+
+
+def worth_of(measures: Mapping[str, Any], said: str | None) -> str:
+    """Return how far a lens can be trusted: `said`, what was measured, and the warnings of the study."""
+    if not measures:
+        return f"{said} " * bool(said) + "The features of this lens were not studied."
+    of_features, alerts = measures["reconstruction"]["methods"]["features"], measures["reconstruction"]["alerts"]
+    measured = (
+        f"On {alerts} real alerts of held-out objects, {of_features['l0']:.1f} active features explain "
+        f"{of_features['explained_variance']:.0%} of the variance of this layer."
+    )
+    return " ".join([*([said] if said else []), measured, *measures["warnings"]])
+
+
+def figures(measures: Mapping[str, Any]) -> dict[str, float | int | str]:
+    """Return the figures of a study that the card states: of the features, and of PCA in their place."""
+    if not measures:
+        return {}
+    stated: dict[str, float | int | str] = {
+        "measured_on": f"{measures['reconstruction']['alerts']} real alerts of held-out objects",
+        "features": measures["features"],
+        "seeds": measures["seeds"],
+        "stable_features": sum(2 * n > measures["seeds"] for n in measures["stable_in"]),
+    }
+    for method, values in measures["reconstruction"]["methods"].items():
+        for name in ("l0", "explained_variance", "recovered_mean"):
+            stated[f"{method.replace(' ', '_')}_{name}"] = round(values[name], 4)
+    stated |= {f"ablation_{name}": round(value, 4) for name, value in measures["causal"].items() if name != "output"}
+    return stated
