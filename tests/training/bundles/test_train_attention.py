@@ -30,12 +30,15 @@ SMALL = {
     "dropout": 0.0,
 }
 """A transformer that is faster to train and to export than the network that ships."""
+ZTF = 200
+"""Number of ZTF alerts to train and evaluate with."""
 
 
 @pytest.mark.shared
 def test_the_commands_make_a_bundle(
     shared_data: Path,
     shared_models: Path,
+    ztf_packets: list[tuple[int, bytes]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -64,9 +67,13 @@ def test_the_commands_make_a_bundle(
     small = tmp_path / "encoder.yaml"
     small.write_text(yaml.safe_dump(recipe))
     assert main(["pretrain", str(small)]) == 0
-    alerts, out = shared_data / "ztf" / "ztf_alerts.tar", tmp_path / "attention"
+    alerts, out = tmp_path / "alerts", tmp_path / "attention"
+    alerts.mkdir()
+    for candid, packet in ztf_packets[:ZTF]:
+        (alerts / f"{candid}.avro").write_bytes(packet)
+    lsst = f"{shared_data / 'lsst' / 'ocf'} {shared_data / 'lsst' / 'more' / 'ocf'}"
     command = (
-        f"train-attention {alerts} --lsst {shared_data / 'lsst' / 'more' / 'parquet'} --teacher {teacher} "
+        f"train-attention {alerts} --lsst {lsst} --teacher {teacher} "
         f"--encoder {tmp_path / 'encoder'} --out {out} --steps 2 --simulated 16"
     )
     assert main(command.split()) == 0
