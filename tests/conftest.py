@@ -32,6 +32,8 @@ from broker_filter.scoring.labels import UNLABELLED
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("BROKER_FILTER_SHARED", CHECKOUT.parent / "shared"))
+BROKER_ROOMS = ("integration", "kafka")
+"""The folders of tests that mostly wait for brokers; other tests need the processor."""
 RUNNING_CLUSTER = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
 REQUIRE_KAFKA = os.environ.get("BROKER_FILTER_REQUIRE_KAFKA") == "1"
 
@@ -67,6 +69,18 @@ def skip_without_kafka(reason: str) -> NoReturn:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("kafka") and not (RUNNING_CLUSTER or apache_kafka()):
         skip_without_kafka(f"{NO_KAFKA}; or KAFKA_BOOTSTRAP_SERVERS")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spread the files of BROKER_ROOMS evenly among the other files, so that no processor idles beside several of them.
+
+    The order within a file, and within the two kinds of files, does not change.
+    """
+    files = dict.fromkeys(item.path for item in items)
+    waiting = [file for file in files if file.parent.name in BROKER_ROOMS]
+    others = [file for file in files if file.parent.name not in BROKER_ROOMS]
+    place = {file: (n + 0.5) / len(kind) for kind in (waiting, others) for n, file in enumerate(kind)}
+    items.sort(key=lambda item: (place[item.path], item.path))
 
 
 def require(path: Path) -> Path:
