@@ -86,7 +86,7 @@ def test_all_errors_are_reported_at_once_with_their_paths(tmp_path: Path) -> Non
     ("section", "path", "message"),
     [
         ("filters: [{name: a, where: real > 0.5 and magps < 18}]", "filters[0].where", "did you mean 'magpsf'?"),
-        ("filters: [{name: a, where: band > 0.5}]", "filters[0].where", "column 8: text"),
+        ("filters: [{name: a, where: band > 0.5}]", "filters[0].where", "character 8: text"),
         ("filters: [{name: a, where: sso}, {name: a, where: sso}]", "filters", "more than one filter has the name a"),
         ("filters: [{name: dead-letter, where: sso}]", "filters[0].name", "one of the service's own topics"),
         ("filters: [{name: positions, where: sso}]", "filters[0].name", "one of the service's own topics"),

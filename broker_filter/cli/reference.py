@@ -108,7 +108,7 @@ def _build(arguments: argparse.Namespace) -> int:
     from broker_filter.scoring.scorer import Scorer
     from broker_filter.streaming.archives import check_inputs
     from broker_filter.streaming.build_reference import build_reference
-    from broker_filter.streaming.expressions import FIELDS, compile_filter
+    from broker_filter.streaming.expressions import FIELDS, ExpressionError, compile_filter
 
     if (arguments.measure == "centroids") != (arguments.labels is not None):
         raise UsageError("--measure centroids needs --labels; the other measures do not take it")
@@ -121,7 +121,10 @@ def _build(arguments: argparse.Namespace) -> int:
     scorer = Scorer.open(arguments.model, device=arguments.device)
     [model] = scorer.models
     where = arguments.where or _recommended_cut(model)
-    cut = compile_filter(where, FIELDS, model.outputs) if where else None
+    try:
+        cut = compile_filter(where, FIELDS, model.outputs) if where else None
+    except ExpressionError as error:
+        raise UsageError(f"--where: {error}") from error
     batches = score_archives(
         arguments.inputs, scorer, columns=cut.columns if cut else (), registry=arguments.schema_registry
     )

@@ -112,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.scoring.scorer import Scorer
     from broker_filter.streaming.account import Account, account_batch
     from broker_filter.streaming.archives import check_inputs
+    from broker_filter.streaming.expressions import ExpressionError
     from broker_filter.tables.archive_scores import ArchiveScores
     from broker_filter.tables.rows import STDOUT, check_format, partial_path
 
@@ -126,14 +127,17 @@ def run(arguments: argparse.Namespace) -> int:
     check_inputs(arguments.inputs)
     scorer = Scorer.open(arguments.model or ["default"], also=arguments.also, device=arguments.device)
     registry = open_registry(arguments.schema_registry, drop_cache=arguments.drop_schema_cache)
-    scores = ArchiveScores(
-        arguments.inputs,
-        scorer,
-        schema_registry=registry,
-        policies=arguments.policy,
-        where=arguments.where,
-        skip=own,
-    )
+    try:
+        scores = ArchiveScores(
+            arguments.inputs,
+            scorer,
+            schema_registry=registry,
+            policies=arguments.policy,
+            where=arguments.where,
+            skip=own,
+        )
+    except ExpressionError as error:
+        raise UsageError(f"--where: {error}") from error
     gc.freeze()  # full collections then skip the objects that start-up created
     account, decoded, passed, started = Account(), 0, 0, time.monotonic()
     try:

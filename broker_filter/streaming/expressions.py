@@ -144,7 +144,7 @@ def compile_filter(text: str, fields: Sequence[str], outputs: Sequence[str] | No
     except SyntaxError as error:
         column = error.offset or 1
         hint = "; `==` compares" if source[column - 1 : column] == "=" else ""
-        raise ExpressionError(f"column {column}: {error.msg}{hint}") from None
+        raise ExpressionError(f"character {column}: {error.msg}{hint}") from None
     except (ValueError, RecursionError, MemoryError) as error:  # from deep nesting and null characters
         raise ExpressionError(f"not an expression: {error}") from None
     compiler = _Compiler(fields, outputs, quoted)
@@ -330,7 +330,7 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Values, Values], Values]] = {
 
 
 def _refusal(node: ast.expr, what: str) -> ExpressionError:
-    return ExpressionError(f"column {node.col_offset + 1}: {what}")
+    return ExpressionError(f"character {node.col_offset + 1}: {what}")
 
 
 def _missing(value: Values) -> NDArray[np.bool_]:

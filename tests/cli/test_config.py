@@ -51,7 +51,7 @@ def test_every_error_is_listed_and_the_status_is_2(
         "  input.group_id: is required",
         "  input.sasl.password.env: the environment variable SURVEY_PASSWORD is not set",
         "  input.groupid: unknown key; did you mean 'group_id'?",
-        "  filters[0].where: column 17: unknown name 'magps'; did you mean 'magpsf'?",
+        "  filters[0].where: character 17: unknown name 'magps'; did you mean 'magpsf'?",
     ]
 
 

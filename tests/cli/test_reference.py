@@ -58,7 +58,7 @@ def test_a_set_of_stars_is_shown_as_stars(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_reference_respects_limit_and_cut_of_the_command_line(
-    night: Path, embedding_bundle: Path, tmp_path: Path
+    night: Path, embedding_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "some.safetensors"
     arguments = ["reference", "build", str(night), "--model", str(embedding_bundle), "--out", str(file)]
@@ -68,6 +68,8 @@ def test_reference_respects_limit_and_cut_of_the_command_line(
     assert len(part.alerts) + len(part.scores) == 150
     assert some.card.where == "magpsf < 25"
     assert main([*arguments, "--where", "magpsf < 0"]) == 1
+    assert main([*arguments, "--where", "magps < 0"]) == 2
+    assert "--where: character 1: unknown name 'magps'" in capsys.readouterr().err
 
 
 def test_centroids_are_computed_for_the_classes_of_a_label_table(

@@ -175,7 +175,10 @@ def test_table_may_be_written_into_the_folder_that_is_read(few: Path) -> None:
         (["{tmp}/none", "--out", "{tmp}/scores.avro"], "none: no such file"),
         (["{few}", "--model", "{tmp}/none", "--out", "{tmp}/scores.avro"], "not a bundle"),
         (["{few}", "--schema-registry", "{tmp}/none", "--out", "{tmp}/scores.avro"], "none"),
-        (["{few}", "--where", "reel > 0.5", "--out", "{tmp}/scores.avro"], "did you mean 'real'?"),
+        (
+            ["{few}", "--where", "ra > 1 and reel > 0.5", "--out", "{tmp}/scores.avro"],
+            "--where: character 12: unknown name 'reel'; did you mean 'real'?",
+        ),
     ],
 )
 def test_invalid_arguments_give_one_line_before_work_begins(

@@ -104,29 +104,29 @@ def test_expression_lists_the_fields_and_outputs_that_it_reads() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("real > 0.65 and magps < 18", r"column 17: unknown name 'magps'; did you mean 'magpsf'\?"),
-        ("reel > 1", r"column 1: unknown name 'reel'; did you mean 'real'\?"),
+        ("real > 0.65 and magps < 18", r"character 17: unknown name 'magps'; did you mean 'magpsf'\?"),
+        ("reel > 1", r"character 1: unknown name 'reel'; did you mean 'real'\?"),
         ("defualt.real > 1", r"did you mean 'default.real'\?"),
-        ("`not there` > 1", "column 1: unknown name 'not there'"),
-        ("band > 'g'", "column 8: text can only be compared with"),
-        ("band == 1", "column 9: text cannot be compared with a number"),
-        ("band", "column 1: this is text, but a truth value is needed"),
-        ("band + 1 > 2", "column 1: a number is needed here, but this is text"),
-        ("(ra > 1) == (dec > 1)", "column 14: true or false cannot be compared"),
-        ("-(ra > 1) > 2", "column 3: a number is needed here"),
-        ("ra > 1 and", "column 1: invalid syntax"),
-        ("ra = 1", "column 4: invalid syntax; `==` compares"),
-        ("", "column 1: invalid syntax"),
+        ("`not there` > 1", "character 1: unknown name 'not there'"),
+        ("band > 'g'", "character 8: text can only be compared with"),
+        ("band == 1", "character 9: text cannot be compared with a number"),
+        ("band", "character 1: this is text, but a truth value is needed"),
+        ("band + 1 > 2", "character 1: a number is needed here, but this is text"),
+        ("(ra > 1) == (dec > 1)", "character 14: true or false cannot be compared"),
+        ("-(ra > 1) > 2", "character 3: a number is needed here"),
+        ("ra > 1 and", "character 1: invalid syntax"),
+        ("ra = 1", "character 4: invalid syntax; `==` compares"),
+        ("", "character 1: invalid syntax"),
         ("ra > 1; dec > 1", "invalid syntax"),
         ("sso == True", "True is neither a number nor text"),
-        ("band is None", "column 9: filters do not support `is`"),
-        ("ra in 5", "column 7: `in` is followed by values"),
-        ("ra in ()", "column 7: `in` is followed by values"),
-        ("band in (1, 2)", "column 10: text cannot be compared with a number"),
-        ("ra ** 2 > 1", "column 1: filters do not support this"),
-        ("ra if sso else dec", "column 1: filters do not support this"),
+        ("band is None", "character 9: filters do not support `is`"),
+        ("ra in 5", "character 7: `in` is followed by values"),
+        ("ra in ()", "character 7: `in` is followed by values"),
+        ("band in (1, 2)", "character 10: text cannot be compared with a number"),
+        ("ra ** 2 > 1", "character 1: filters do not support this"),
+        ("ra if sso else dec", "character 1: filters do not support this"),
         ("[ra for ra in (1, 2)]", "filters do not support this"),
-        ("sqrt(ra) > 1", r"column 1: the only functions are abs\(x\) and isnull\(x\)"),
+        ("sqrt(ra) > 1", r"character 1: the only functions are abs\(x\) and isnull\(x\)"),
         ("abs(ra, dec) > 1", "the only functions"),
         ("isnull(ra > 1)", "needs a field"),
         ("__import__('os').system('true')", "the only functions"),
@@ -136,20 +136,20 @@ def test_expression_lists_the_fields_and_outputs_that_it_reads() -> None:
         ("ra > 1j", "neither a number nor text"),
         ("f'{ra}' == 'x'", "filters do not support this"),
         ("not " * 60 + "sso", "nested deeper than 50"),
-        ("(" * 500 + "ra" + ")" * 500, "column|not an expression"),
+        ("(" * 500 + "ra" + ")" * 500, "character|not an expression"),
         ("-" * 1900 + "ra > 0", "nested deeper|not an expression"),
         ("ra > 1 or " * 500 + "ra > 1", "at most 2000 are allowed"),
-        ("ra > \0", "not an expression|column"),
+        ("ra > \0", "not an expression|character"),
     ],
 )
-def test_error_names_the_column_and_a_correction(text: str, message: str) -> None:
+def test_error_names_the_position_and_a_correction(text: str, message: str) -> None:
     with pytest.raises(ExpressionError, match=message):
         compile_filter(text, FIELDS, OUTPUTS)
 
 
 def test_label_of_two_models_needs_the_name_of_the_model() -> None:
     outputs = ("default.real", "d6_m7.real")
-    with pytest.raises(ExpressionError, match="column 1: more than one model has an output 'real'"):
+    with pytest.raises(ExpressionError, match="character 1: more than one model has an output 'real'"):
         compile_filter("real > 0.5", FIELDS, outputs)
     assert compile_filter("d6_m7.real > 0.5", FIELDS, outputs).names == {"d6_m7.real"}
 
