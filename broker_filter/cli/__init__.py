@@ -17,7 +17,7 @@ from broker_filter import __version__
 from broker_filter.cli.parser import CommandParser
 from broker_filter.cli.termination import ended_by_sigterm
 from broker_filter.console import set_up_logging
-from broker_filter.errors import FAILED, BrokerFilterError, is_fault
+from broker_filter.errors import FAILED, BrokerFilterError, is_fault, without_credentials
 
 COMMANDS = (
     "score",
@@ -87,5 +87,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 def describe_error(error: BrokerFilterError | OSError) -> str:
     """Return one line for stderr: the message of an error; for an error of the system, the file and the reason."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{without_credentials(str(error.filename))}: {error.strerror}"
     return str(error)

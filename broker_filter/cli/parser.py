@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from broker_filter.errors import USAGE, BrokerFilterError
+from broker_filter.errors import USAGE, BrokerFilterError, without_credentials
 
 _EXAMPLES = "examples:\n"
 
@@ -26,7 +26,7 @@ def require_files(*named: Path | None) -> None:
     """Raise UsageError if a file or folder of the command line does not exist. A path that is None is skipped."""
     for path in named:
         if path is not None and not path.exists():
-            raise UsageError(f"{path}: no such file or folder")
+            raise UsageError(f"{without_credentials(str(path))}: no such file or folder")
 
 
 class _Help(argparse.HelpFormatter):

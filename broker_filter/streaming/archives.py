@@ -127,7 +127,7 @@ def check_inputs(inputs: Sequence[str | Path]) -> None:
             url = without_credentials(str(given))
             raise NoInputError(f"{url}: {_fetch(match[1], url)}")
         elif not Path(given).exists():
-            raise NoInputError(f"{given}: no such file or folder")
+            raise NoInputError(f"{without_credentials(str(given))}: no such file or folder")
 
 
 def _is_stdin(given: str | Path) -> bool:

@@ -111,6 +111,8 @@ def test_credentials_in_a_url_are_not_shown(
         (["score", "-", "-", "--out", "x.csv"], "only be read once"),
         (["models", "show", "defualt"], "did you mean 'default'?"),
         (["inspect", "/no/such/night"], "no such file or folder"),
+        (["inspect", "htp//me:secret@host/night.tar"], "broker-filter: ***@host/night.tar: no such file or folder"),
+        (["reference", "show", "http://me:secret@host/x"], "broker-filter: http:/***@host/x: no such file or folder"),
         (["score", "/no/such/night", "--out", "x.csv"], "no such file or folder"),
         (["replay", "/no/such", "--topic", "t", "--bootstrap-servers", "localhost:1"], "no such file or folder"),
         (["reference", "build", "/no/such", "--out", "x"], "no such file or folder"),
