@@ -1,7 +1,8 @@
 """`python -m training COMMAND`: data sets, training, evaluation. Each command is a module, imported only when it runs.
 
 A command module defines `add_arguments(parser)` and `run(arguments)`, or a table COMMANDS of further commands. An error
-that the user can fix is one line on stderr. Exit status: 0 success, 1 error, 2 wrong usage, 130 interrupted.
+that the user can fix is one line on stderr. Exit status: 0 success, 1 error, 2 wrong usage, 130 interrupted, 143
+terminated.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from importlib import import_module
 
 from broker_filter.cli import INTERRUPTED, describe_error
 from broker_filter.cli.parser import UsageError, did_you_mean
+from broker_filter.cli.termination import ended_by_sigterm
 from broker_filter.console import set_up_logging
 from broker_filter.errors import FAILED, USAGE, BrokerFilterError, is_fault
 
@@ -76,7 +78,8 @@ def _run(group: str, commands: Mapping[str, tuple[str, str]], argv: Sequence[str
     arguments = parser.parse_args(argv[1:])
     set_up_logging()
     try:
-        implementation.run(arguments)
+        with ended_by_sigterm():
+            implementation.run(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
     except (BrokerFilterError, OSError) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from training.data.datasets import Dataset
 from training.interpretability.command import COMMANDS as LENS_COMMANDS
 from training.recipe import Fit
 
-TRAIN_PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "train.md"
+CHECKOUT = Path(__file__).parents[2]
+TRAIN_PAGE = CHECKOUT / "docs" / "how-to" / "train.md"
 
 
 @pytest.mark.parametrize("command", ["build-dataset", "evaluate"])
@@ -70,6 +73,26 @@ def test_training_without_torch_says_what_to_install(
     monkeypatch.delitem(sys.modules, COMMANDS["train-default"][0], raising=False)
     assert main(["train-default"]) == 2
     assert capsys.readouterr().err == f"training train-default: needs torch, which is not installed: {INSTALL}\n"
+
+
+def test_a_command_removes_its_temporary_files_after_sigterm(tmp_path: Path) -> None:
+    program = f"""
+import os, signal, sys, tempfile, time
+from types import SimpleNamespace
+from training.__main__ import COMMANDS, main
+
+def run(arguments):
+    with tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+sys.modules["stopped"] = SimpleNamespace(add_arguments=lambda parser: None, run=run)
+COMMANDS["stopped"] = ("stopped", "a command that gets SIGTERM")
+sys.exit(main(["stopped"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_command_builds_a_data_set(night_packets: Path, night_table: Path, tmp_path: Path) -> None:
