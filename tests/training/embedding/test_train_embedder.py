@@ -1,47 +1,32 @@
-"""The command `train-embedder`: it resumes after a kill, and reports errors in one line."""
+"""The command `train-embedder`: it resumes after an interruption, and reports errors in one line."""
 
 from __future__ import annotations
 
 import csv
-import os
-import signal
-import subprocess
-import sys
-import time
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from broker_filter.scoring.bundle import open_bundle
 from broker_filter.simulate import SimulatedAlert
 from training.__main__ import main
 from training.bundles.train_classes import COLUMN
 from training.embedding import embedder, train_embedder
+from training.embedding.contrast import Contrast
 from training.embedding.train_embedder import CLASSES
 
-CHECKOUT = Path(__file__).parents[3]
-STEPS = 16
-SMALL = {"SIMULATED": 12, "UNTRAINED": 1}
-CHILD = f"""
-import sys
-from training.__main__ import main
-from training.embedding import embedder, train_embedder
-from training.embedding.train_embedder import CLASSES
-embedder.CHECKPOINT_EVERY = 2
-for name, value in {SMALL!r}.items():
-    setattr(train_embedder, name, value)
-sys.exit(main(sys.argv[1:]))
-"""
-LONGEST_WAIT = 120
-"""Seconds within which a child process makes its first steps on a busy machine."""
+STEPS, STOP = 6, 5
+"""Number of training steps, and the step at which the first training ends."""
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use few simulated alerts, and checkpoints after every second step."""
-    for name, value in SMALL.items():
-        monkeypatch.setattr(train_embedder, name, value)
+    monkeypatch.setattr(train_embedder, "SIMULATED", 12)
+    monkeypatch.setattr(train_embedder, "UNTRAINED", 1)
     monkeypatch.setattr(embedder, "CHECKPOINT_EVERY", 2)
 
 
@@ -57,21 +42,26 @@ def arguments(night_packets: Path, alerts_of_the_night: list[SimulatedAlert], tm
     return ["train-embedder", str(night_packets), "--labels", labels, "--steps", str(STEPS)]
 
 
-def test_a_killed_training_resumes(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    killed = tmp_path / "killed"
-    command = [sys.executable, "-c", CHILD, *arguments, "--out", str(killed)]
-    child = subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.DEVNULL)
-    checkpoint, deadline = tmp_path / "killed.ckpt", time.monotonic() + LONGEST_WAIT
-    while not checkpoint.exists() and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    step = torch.load(checkpoint, weights_only=True)["step"]
-    assert 0 < step < STEPS
-    assert not killed.exists()
-    assert main([*arguments, "--out", str(killed)]) == 0
-    assert f"killed.ckpt after step {step}" in capsys.readouterr().err
-    assert open_bundle(killed).card.name == "embedder"
+def test_an_interrupted_training_resumes(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, checkpoint = tmp_path / "out", tmp_path / "out.ckpt"
+    loss, steps = Contrast.forward, count(1)
+
+    def stopping(contrast: Contrast, vectors: Tensor) -> Tensor:
+        if next(steps) == STOP:
+            raise SystemExit
+        return loss(contrast, vectors)
+
+    monkeypatch.setattr(Contrast, "forward", stopping)
+    with pytest.raises(SystemExit):
+        main([*arguments, "--out", str(out)])
+    assert torch.load(checkpoint, weights_only=True)["step"] == STOP - 1
+    assert not out.exists()
+    assert main([*arguments, "--out", str(out)]) == 0
+    assert f"out.ckpt after step {STOP - 1}" in capsys.readouterr().err
+    assert next(steps) == STOP + 1 + STEPS - (STOP - 1)
+    assert open_bundle(out).card.name == "embedder"
     assert not list(tmp_path.glob("*.ckpt*"))
 
 
