@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -159,22 +160,28 @@ def contact_sheet_rows(results: Results, kinds: Kinds) -> list[Row]:
     alerts = [alert for alert in every if survey_of(alert) == "ztf"]
     stars = (alert for alert in alerts if kinds[alert_id(alert)] == "variable_star")
     rows.append(_row("variable star", (star for star in stars if magnitude(star) > WELL_EXPOSED), kinds))
-    first_of_kind = _first_of_kind((alert for alert in alerts if real(alert) < DECIDED), kinds)
-    rows.append(_row("classified as bogus", first_of_kind, kinds))
-    rows.append(_row("", first_of_kind[ALERTS_PER_ROW:], kinds))
+    bogus = _one_of_each_kind((alert for alert in alerts if real(alert) < DECIDED), kinds)
+    rows.append(_row("classified as bogus", bogus, kinds))
+    rows.append(_row("", bogus[ALERTS_PER_ROW:], kinds))
     lsst = [alert for alert in every if survey_of(alert) == "lsst"]
     decided = {
         "LSST: classified as real": [alert for alert in lsst if real(alert) > DECIDED],
         "LSST: classified as bogus": [alert for alert in lsst if real(alert) <= DECIDED],
         "LSST: not scored by the default model": [alert for alert in lsst if math.isnan(real(alert))],
     }
-    rows += [_row(title, _first_of_kind(chosen, kinds), kinds) for title, chosen in decided.items()]
+    rows += [_row(title, _one_of_each_kind(chosen, kinds), kinds) for title, chosen in decided.items()]
     return [row for row in rows if row.alerts]
 
 
-def _first_of_kind(alerts: Iterable[Alert], kinds: Kinds) -> list[Alert]:
-    """Return the first alert of each true kind."""
-    return list({kinds[alert_id(alert)]: alert for alert in reversed(list(alerts))}.values())[::-1]
+def _one_of_each_kind(alerts: Iterable[Alert], kinds: Kinds) -> list[Alert]:
+    """Return the first alert of each true kind, the most frequent kind first, so that rare errors come last."""
+    first: dict[str, Alert] = {}
+    frequency: Counter[str] = Counter()
+    for alert in alerts:
+        kind = kinds[alert_id(alert)]
+        first.setdefault(kind, alert)
+        frequency[kind] += 1
+    return [first[kind] for kind, _ in frequency.most_common()]
 
 
 def audit(results: Results, packets: int, account: Mapping[str, int], screen: Console) -> list[str]:
