@@ -51,7 +51,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 class Section(BaseModel):
-    """A mapping in a YAML file: immutable; an unknown key is an error."""
+    """A mapping in a file of YAML or JSON: immutable; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from broker_filter.config import Runtime
+from broker_filter.config import Runtime, Section
 from broker_filter.console import progress
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import WEIGHTS, Architecture, Card, Training, describe_problems
@@ -50,12 +50,6 @@ DECIDED = 0.5
 """Threshold that is used if a bundle recommends none."""
 ALERTS_AT_ONCE = 256
 MAX_EVALUATION_BYTES = 2**24
-
-
-class Section(BaseModel):
-    """A part of `evaluation.json`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ReliabilityBin(Section):
