@@ -106,4 +106,7 @@ def open_judge(
             log.info("%s: alerts of %s are not judged: the reference has none", file, survey)
     if where is None and reference.card.where:
         where = compile_filter(reference.card.where, FIELDS, scorer.outputs)
-    return AnomalyJudge(reference, rate, where, open_lenses(lenses, scorer, reference.card))
+    opened = open_lenses(lenses, scorer, reference.card)
+    for lens in opened:
+        log.info("lens %s on %s: %s", lens.lens.card.title, lens.lens.card.site, lens.lens.card.worth)
+    return AnomalyJudge(reference, rate, where, opened)
