@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from broker_filter.packets.batch import LightCurves
+from broker_filter.packets.batch import BANDS, LightCurves, Measurement
 from training.interpretability.explorer_data import TOKEN, Curve
+
+KINDS = tuple(kind.name.lower().replace("_", " ") for kind in sorted(Measurement))
+"""Names of the kinds of light-curve points, by code."""
 
 
 def curve_of(curves: LightCurves, mjd: float, i: int) -> Curve:
@@ -26,6 +29,14 @@ def source_points(curves: LightCurves, mjd: float, i: int, most: int) -> list[in
     """
     seen = [point for point, time in enumerate(curves.mjd[_points(curves, i)].tolist()) if time <= mjd]
     return [TOKEN, *seen[-most:]]
+
+
+def source_name(curve: Curve, point: int) -> str:
+    """Return a name of a source of a light-curve site: TOKEN, or a point of the curve."""
+    if point == TOKEN:
+        return "token"
+    band = BANDS[curve.band[point]] if curve.band[point] < len(BANDS) else "?"
+    return f"{band} {KINDS[curve.kind[point]]}, {curve.days[point]:.3g} d before"
 
 
 def _points(curves: LightCurves, i: int) -> slice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,17 +12,21 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from broker_filter.scoring.bundle import Inputs, Outputs
-from broker_filter.scoring.preprocess import prepare
+from broker_filter.scoring.preprocess import prepare, prepare_light_curves
 from broker_filter.scoring.sparse_dictionary import SparseDictionary
 from training.data.datasets import LabelledAlerts
-from training.interpretability.explorer_alerts import source_points
-from training.interpretability.explorer_data import Kind
-from training.interpretability.sites import Attention, Box, Site
+from training.interpretability import ablation, attribution
+from training.interpretability.attribution import RecursiveAttribution, direct_attribution
+from training.interpretability.explorer_alerts import curve_of, source_name, source_points
+from training.interpretability.explorer_data import Kind, Leaf
+from training.interpretability.sites import Attention, Box, LightCurveSite, Site
 
 PAIRS_AT_ONCE = 256
-"""Number of ablations whose outputs are computed at a time."""
+"""Number of attributions that are computed at a time."""
 SEED = 2026
 """Seed of the random directions."""
+MOST_LEAVES = 12
+"""Number of terms of a recursive attribution that the page shows one by one."""
 COSINE = "cosine with the embedding"
 """Name of the figure that compares the embedding with that of the alert without ablation."""
 
@@ -35,6 +39,8 @@ class OpenLens:
     dictionary: SparseDictionary
     inputs: Inputs
     outputs: Outputs
+    earlier: Mapping[int, SparseDictionary] = field(default_factory=dict)
+    """The dictionaries of earlier layers of a light-curve transformer, by layer."""
 
     @property
     def kind(self) -> Kind:
@@ -155,16 +161,16 @@ def attribute(
 ) -> Pairs:
     """Return n pairs with their DFA, for `alert`, `feature` and `query` int64[n]."""
     heads, sources = lens.site.heads, attention.sources.shape[1]
-    parts = [(np.empty((0, heads)), np.empty((0, heads)), np.empty((0, sources)))]
+    parts = [(np.empty((0, heads)), np.empty((0, heads)), np.empty((0, sources)), np.empty(0))]
     for start in range(0, len(alert), PAIRS_AT_ONCE):
-        which, what, where = (column[start : start + PAIRS_AT_ONCE] for column in (alert, feature, query))
-        encoder = torch.from_numpy(lens.dictionary.w_enc.T[what].reshape(len(what), heads, -1)).double()
-        written = torch.einsum("nhpd,nhd->nhp", attention.values[which].double(), encoder)
-        by_head = (attention.pattern[which, :, where].double() * written * attention.sources[which][:, None]).numpy()
-        parts.append((by_head.sum(axis=2), np.abs(by_head).sum(axis=2), by_head.sum(axis=1)))
-    by_head, size, by_source = (np.concatenate(column) for column in zip(*parts, strict=True))
-    biases = lens.dictionary.b_enc - lens.dictionary.b_dec.astype(np.float64) @ lens.dictionary.w_enc
-    return Pairs(alert, feature, query, by_head, size, by_source, biases[feature])
+        some = slice(start, start + PAIRS_AT_ONCE)
+        triples = (torch.from_numpy(column[some]) for column in (alert, query, feature))
+        terms, constants = direct_attribution(attention, lens.dictionary, *triples)
+        by_head = terms.numpy()
+        parts.append(
+            (by_head.sum(axis=2), np.abs(by_head).sum(axis=2), by_head.sum(axis=1), constants.sum(dim=1).numpy())
+        )
+    return Pairs(alert, feature, query, *(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _sums_of_rows(
@@ -207,33 +213,57 @@ class Ablations:
 
 
 def ablate(lens: OpenLens, alerts: LabelledAlerts, alert: NDArray[np.int64], feature: NDArray[np.int64]) -> Ablations:
-    """Return the figures of N alerts before and after the ablation of features, for n pairs int64[n] of both.
-
-    A feature is ablated in all rows of an alert. What the dictionary does not reconstruct is kept: z becomes
-    z - f w_dec.
-    """
-    attention, activation = lens.attend(alerts)
-    before = _resume(lens, attention.rest, attention.z, np.arange(len(alerts)))
-    draws = np.random.default_rng(SEED)
-    after: list[NDArray[np.float64]] = []
-    random: list[NDArray[np.float64]] = []
-    for start in range(0, len(alert), PAIRS_AT_ONCE):
-        which, what = alert[start : start + PAIRS_AT_ONCE], feature[start : start + PAIRS_AT_ONCE]
-        size = activation[which, :, what]
-        own = lens.dictionary.w_dec[what]
-        drawn = draws.standard_normal(own.shape).astype(np.float32)
-        drawn *= np.linalg.norm(own, axis=1, keepdims=True) / np.linalg.norm(drawn, axis=1, keepdims=True)
-        base = [one[which] for one in before]
-        for direction, found in ((own, after), (drawn, random)):
-            z = attention.z[which] - torch.from_numpy(size[:, :, None] * direction[:, None])
-            found.append(lens.figures(_resume(lens, attention.rest, z, which), base))
-    none = np.empty((0, len(lens.output_names)))
+    """Return the figures of N alerts before and after the ablation of features, for n pairs int64[n] of both."""
+    attention, _ = lens.attend(alerts)
+    with torch.no_grad():
+        before = lens.site.resume(attention.rest, attention.z)
+    unchanged = lens.figures(before, before)
+    if not len(alert):
+        none = np.empty((0, unchanged.shape[1]))
+        return Ablations(alert, unchanged, none, none)
+    draws = torch.Generator().manual_seed(SEED)
+    pairs = (torch.from_numpy(alert), torch.from_numpy(feature))
+    found = ablation.ablate(lens.site, attention, lens.dictionary, *pairs, draws)
     return Ablations(
-        alert, lens.figures(before, before), np.concatenate([none, *after]), np.concatenate([none, *random])
+        alert, unchanged, lens.figures(found.after, found.before), lens.figures(found.random, found.before)
     )
 
 
-def _resume(lens: OpenLens, rest: Mapping[str, Tensor], z: Tensor, which: NDArray[np.int64]) -> tuple[Tensor, ...]:
-    """Return the network's outputs with `z` [n, Q, d] for the alerts `which` int64[n] of `rest`."""
-    with torch.no_grad():
-        return lens.site.resume({name: tensor[which] for name, tensor in rest.items()}, z)
+def recursive_leaves(
+    lens: OpenLens, alerts: LabelledAlerts, i: int, pairs: Sequence[tuple[int, int]]
+) -> list[list[Leaf]]:
+    """Return the terms of the recursive attribution of the pairs (query token, feature) of alert `i`.
+
+    Each list has the MOST_LEAVES greatest terms and the sum of the others. It is empty at the first layer of a
+    transformer, where the direct attribution says all, and for cells.
+    """
+    site = lens.site
+    if not isinstance(site, LightCurveSite) or site.number == 0:
+        return [[] for _ in pairs]
+    assert alerts.light_curves is not None
+    assert alerts.mjd is not None
+    assert lens.inputs.light_curve is not None
+    curve, mask = prepare_light_curves(alerts.light_curves[i : i + 1], alerts.mjd[i : i + 1], lens.inputs.light_curve)
+    dictionaries = {**lens.earlier, site.number: lens.dictionary}
+    recursive = RecursiveAttribution(site.encoder, dictionaries, torch.from_numpy(curve[0]), torch.from_numpy(mask[0]))
+    points = source_points(alerts.light_curves, alerts.mjd[i], i, lens.inputs.light_curve.points)
+    names = [source_name(curve_of(alerts.light_curves, alerts.mjd[i], i), point) for point in points]
+    found = []
+    for query, feature in pairs:
+        leaves = sorted(recursive.leaves(site.number, query, feature), key=lambda leaf: -abs(leaf.value))
+        shown = [Leaf(_leaf_name(leaf, names), leaf.value) for leaf in leaves[:MOST_LEAVES]]
+        if rest := leaves[MOST_LEAVES:]:
+            shown.append(Leaf(f"{len(rest)} smaller terms", sum(leaf.value for leaf in rest)))
+        found.append(shown)
+    return found
+
+
+def _leaf_name(leaf: attribution.Leaf, names: Sequence[str]) -> str:
+    """Return what a term is of; `names` are those of the source tokens."""
+    at = "" if leaf.source is None else f", {names[leaf.source]}"
+    if leaf.kind == "feature":
+        return f"layer {leaf.layer}, feature {leaf.feature}{at}"
+    if leaf.kind == "embedding":
+        return f"embedding{at}"
+    what = {"error": "attention outside the features", "perceptron": "perceptron", "constant": "biases"}[leaf.kind]
+    return what if leaf.layer is None else f"layer {leaf.layer}, {what}{at}"

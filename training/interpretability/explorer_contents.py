@@ -8,10 +8,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_filter.packets.batch import BANDS, Measurement, Survey
+from broker_filter.packets.batch import BANDS, Survey
 from training.data.datasets import SPLITS, LabelledAlerts, View
-from training.interpretability.explorer_alerts import curve_of
-from training.interpretability.explorer_attributions import COSINE, Ablations, OpenLens, Seen, ablate, see
+from training.interpretability.collect import WITHOUT_LABEL
+from training.interpretability.explorer_alerts import KINDS, curve_of
+from training.interpretability.explorer_attributions import (
+    COSINE,
+    Ablations,
+    OpenLens,
+    Seen,
+    ablate,
+    recursive_leaves,
+    see,
+)
 from training.interpretability.explorer_data import (
     Active,
     AlertView,
@@ -21,6 +30,7 @@ from training.interpretability.explorer_data import (
     FeatureView,
     Group,
     Kind,
+    Leaf,
     Page,
 )
 from training.interpretability.explorer_data import Table as TextTable
@@ -34,14 +44,13 @@ from training.interpretability.explorer_features import (
 from training.interpretability.explorer_pictures import draw_strip
 from training.interpretability.measures import head_shares
 from training.interpretability.sites import Box
+from training.interpretability.study import CLASSES
 
 ALERTS_AT_ONCE = 64
 MOST_ACTIVE = 6
 """Number of features of an alert whose attributions and ablations the page holds, besides those of examples."""
 SEED = 2026
 """Seed of the choice of alerts if there are more than the page may hold."""
-KINDS = tuple(kind.name.lower().replace("_", " ") for kind in sorted(Measurement))
-"""Names of the kinds of light-curve points, by code."""
 ID, NAME, NOTE, STABLE_IN, FAMILY = "id", "name", "note", "stable_in", "family"
 """Columns of the table of features that the page shows."""
 
@@ -71,7 +80,7 @@ def contents(lens: OpenLens, view: View, header: Header, table: FeatureTable, mo
     The most active alerts of every feature are always among them.
     """
     seen = see(lens, view.batches(ALERTS_AT_ONCE))
-    activations = LabelledActivations(seen.activation, view.object_id, view.label, view.dataset.card.classes)
+    activations = LabelledActivations(seen.activation, view.object_id, *weak_classes(view))
     features = range(seen.activation.shape[1])
     tops = [activations.top(feature) for feature in features]
     shown = choose(len(view), {example.alert for top in tops for example in top}, most_alerts)
@@ -121,6 +130,18 @@ def contents(lens: OpenLens, view: View, header: Header, table: FeatureTable, mo
     )
 
 
+def weak_classes(view: View) -> tuple[NDArray[np.int64], list[str]]:
+    """Return the class of each of N alerts, int64[N], and the names of the classes; -1 for an alert without label.
+
+    Labels that the study joins into one class are joined here, too.
+    """
+    joined = {label: name for name, labels in CLASSES.items() for label in labels}
+    of_label = [joined.get(label, label) for label in view.dataset.card.classes]
+    names = sorted(set(of_label) - {WITHOUT_LABEL})
+    index = np.array([names.index(name) if name != WITHOUT_LABEL else -1 for name in of_label])
+    return index[view.label], names
+
+
 def choose(n: int, wanted: set[int], most: int) -> NDArray[np.bool_]:
     """Return a mask bool[n] of the alerts to show: those `wanted`, and random others up to `most` in all."""
     shown = np.zeros(n, np.bool_)
@@ -168,7 +189,12 @@ def _alerts(
         ablations.append(ablated)
         for i, alert in enumerate(chosen.tolist()):
             mine = np.flatnonzero(seen.pairs.alert[pairs] == alert)
-            active = [_active(seen, int(pairs[k]), ablated.after[k]) for k in mine.tolist()]
+            rows = [(int(seen.pairs.query[pair]), int(seen.pairs.feature[pair])) for pair in pairs[mine].tolist()]
+            leaves = recursive_leaves(lens, alerts, i, rows)
+            active = [
+                _active(seen, int(pairs[k]), ablated.after[k], own)
+                for k, own in zip(mine.tolist(), leaves, strict=True)
+            ]
             split = SPLITS[int(view.dataset.split[view.rows[alert]])]
             label = view.dataset.card.classes[int(view.label[alert])]
             views.append(_alert(alerts, i, label, split, seen, alert, ablated.before[i], active))
@@ -208,7 +234,7 @@ def _alert(
     )
 
 
-def _active(seen: Seen, pair: int, after: NDArray[np.float64]) -> Active:
+def _active(seen: Seen, pair: int, after: NDArray[np.float64], leaves: Sequence[Leaf]) -> Active:
     alert, feature, query = (int(column[pair]) for column in (seen.pairs.alert, seen.pairs.feature, seen.pairs.query))
     points = seen.points[alert] if seen.points else None
     return Active(
@@ -218,7 +244,7 @@ def _active(seen: Seen, pair: int, after: NDArray[np.float64]) -> Active:
         heads=seen.pairs.heads[pair].tolist(),
         sources=seen.pairs.sources[pair][: None if points is None else len(points)].tolist(),
         bias=float(seen.pairs.bias[pair]),
-        leaves=(),
+        leaves=leaves,
         after=after.tolist(),
     )
 
