@@ -23,7 +23,7 @@ from broker_filter.scoring.bundle import CardSection, describe_problems
 from broker_filter.scoring.sparse_dictionary import SparseDictionary
 from training.arguments import positive
 from training.atomic_write import write_whole
-from training.data.datasets import SPLITS, Split, View
+from training.data.datasets import SPLITS, View
 from training.errors import LensError
 from training.interpretability.explorer_attributions import OpenLens
 from training.interpretability.explorer_contents import ID, NAME, NOTE, FeatureTable, Header, contents
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {len(page) / 1e6:.1f} MB")
 
 
-def explore(opened: Run, split: Split | str, most_alerts: int, earlier: list[Run]) -> Page:
+def explore(opened: Run, split: str, most_alerts: int, earlier: list[Run]) -> Page:
     """Return the contents of the page of a run.
 
     `split`: the split of the real alerts that are shown, or EVERY. Raises LensError if the run has no dictionary, or no
@@ -112,7 +112,7 @@ def explore(opened: Run, split: Split | str, most_alerts: int, earlier: list[Run
     card = opened.part.card
     chosen = opened.rows.is_real.copy()
     if split != EVERY:
-        chosen &= opened.rows.split == SPLITS.index(split)  # type: ignore[arg-type]
+        chosen &= opened.rows.split == SPLITS.index(split)
     if not chosen.any():
         raise LensError(f"{opened.directory}: has no real alert of the split {split}: choose another --split")
     view = View(opened.alerts, np.flatnonzero(chosen))
