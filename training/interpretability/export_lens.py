@@ -255,29 +255,11 @@ def read_measures(file: Path) -> dict[str, Any]:
 
 
 def worth_of(measures: Mapping[str, Any], said: str | None) -> str:
-    """Return how far a lens can be trusted: `said`, what was measured, and the warnings of the study."""
-    if not measures:
-        return f"{said} " * bool(said) + "The features of this lens were not studied."
-    of_features, alerts = measures["reconstruction"]["methods"]["features"], measures["reconstruction"]["alerts"]
-    measured = (
-        f"On {alerts} real alerts of held-out objects, {of_features['l0']:.1f} active features explain "
-        f"{of_features['explained_variance']:.0%} of the variance of this layer."
-    )
-    return " ".join([*([said] if said else []), measured, *measures["warnings"]])
+    """Return how far a lens can be trusted: `said`, and what the study measured. It says so if there was no study."""
+    measured = measures["worth"]["says"] if measures else "The features of this lens were not studied."
+    return f"{said} {measured}" if said else str(measured)
 
 
 def figures(measures: Mapping[str, Any]) -> dict[str, float | int | str]:
-    """Return the figures of a study that the card states: of the features, and of PCA in their place."""
-    if not measures:
-        return {}
-    stated: dict[str, float | int | str] = {
-        "measured_on": f"{measures['reconstruction']['alerts']} real alerts of held-out objects",
-        "features": measures["features"],
-        "seeds": measures["seeds"],
-        "stable_features": sum(2 * n > measures["seeds"] for n in measures["stable_in"]),
-    }
-    for method, values in measures["reconstruction"]["methods"].items():
-        for name in ("l0", "explained_variance", "recovered_mean"):
-            stated[f"{method.replace(' ', '_')}_{name}"] = round(values[name], 4)
-    stated |= {f"ablation_{name}": round(value, 4) for name, value in measures["causal"].items() if name != "output"}
-    return stated
+    """Return the figures of a study that the card states; none if there was no study."""
+    return dict(measures["worth"]["figures"]) if measures else {}
