@@ -51,7 +51,7 @@ def ablate(
     `alerts`, `features`: int64 [n], indices into `attention` and `dictionary`. `draws`: for the random directions.
     """
     runs: list[tuple[Outputs, Outputs, Outputs]] = []
-    for first in range(0, len(alerts), batch):
+    for first in range(0, max(1, len(alerts)), batch):  # once without pairs, so that the outputs have their shapes
         some, of = alerts[first : first + batch], features[first : first + batch]
         z = attention.z[some]
         rest = {name: tensor[some] for name, tensor in attention.rest.items()}

@@ -7,6 +7,10 @@ COMMANDS = {
     "train": ("training.interpretability.train_run", "train the sparse autoencoders of a run"),
     "explore": ("training.interpretability.explore", "write a page of the features of a run and of its alerts"),
     "export": ("training.interpretability.export_lens", "write the lens of a run, for the service and `explain`"),
+    "induction": (
+        "training.interpretability.induction",
+        "measure whether autoencoders find the induction features of a small transformer",
+    ),
     "recover": ("training.interpretability.planted", "measure whether autoencoders recover a known dictionary"),
 }
 """Each command's module and purpose. The module defines `add_arguments(parser)` and `run(arguments)`."""
