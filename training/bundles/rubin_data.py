@@ -20,22 +20,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from broker_filter.packets.batch import PLANES, PSF_SIZE, Survey
+from broker_filter.packets.batch import PLANES, PSF_SIZE, AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
-from broker_filter.packets.packet import Packet
 from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.alerts import RawAlerts, raw_alerts
 from broker_filter.scoring.bundle import WEIGHTS, ImageInput, Inputs, MetadataColumn, Part, PsfInput
 from broker_filter.scoring.networks import load_network
 from broker_filter.scoring.networks.snrnet import FLAGGED, METADATA, SIZE
 from broker_filter.scoring.preprocess import prepare, prepare_images, prepare_psf
-from broker_filter.simulate import REAL, SCHEMAS, simulate_night
+from broker_filter.simulate import REAL, SCHEMAS
 from broker_filter.streaming.archives import read_packets
 from training.bundles.distil import run_over
 from training.bundles.train_default import published_score
 from training.data.datasets import PACKETS_AT_ONCE, load_alerts, no_plane
 from training.data.detection_tables import integers, numbers
-from training.data.simulated import KINDS
+from training.data.simulated import KINDS, SimulatedNight
 from training.errors import DatasetError
 
 INPUTS = Inputs(
@@ -263,20 +262,19 @@ def load_ztf(inputs: Sequence[Path], teacher: Part) -> Seen:
 
 def simulate(n: int, seed: int, rates: Mapping[str, float] = RATES) -> Seen:
     """Return `n` simulated LSST alerts with their truth. `rates`: the relative frequency of each kind."""
-    made = list(simulate_night(n, seed=seed, survey="lsst", rates=rates))
+    night = SimulatedNight(n, seed, "lsst", rates)
+    packets = iter(night)
     decoder = Decoder(open_registry(SCHEMAS), cutout_size=SIZE, columns=(*METADATA, "ndethist"), planes=PLANES)
-    batches = [
-        decoder.decode([Packet(alert.packet) for alert in made[start : start + PACKETS_AT_ONCE]])[0]
-        for start in range(0, n, PACKETS_AT_ONCE)
-    ]
+    batches: list[AlertBatch] = []
+    while some := list(islice(packets, PACKETS_AT_ONCE)):
+        batches.append(decoder.decode(some)[0])
     alert_id = np.concatenate([batch.alert_id for batch in batches])
-    kind_of = {alert.alert_id: alert.kind for alert in made}
-    kinds = [kind_of[one] for one in alert_id.tolist()]
+    kinds = night.kinds(alert_id)
     images, metadata = _as_seen(_joined([raw_alerts(batch) for batch in batches]))
     return Seen(
         images,
         metadata,
-        real=torch.tensor([float(kind in REAL) for kind in kinds]),
+        real=torch.from_numpy(np.isin(kinds, tuple(REAL)).astype(np.float32)),
         kind=np.array([KINDS.index(kind) for kind in kinds]),
         visit=np.zeros(len(kinds), np.int64),
         alert_id=alert_id,

@@ -31,7 +31,6 @@ from torch import nn
 from broker_filter.config import Runtime
 from broker_filter.importers.encoders import load_encoder_weights
 from broker_filter.importers.write_bundle import write_bundle, write_card
-from broker_filter.packets.packet import Packet
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import (
     WEIGHTS,
@@ -44,7 +43,7 @@ from broker_filter.scoring.bundle import (
 from broker_filter.scoring.networks import build_network, load_network
 from broker_filter.scoring.preprocess import prepare_images
 from broker_filter.scoring.scorer import open_scorer
-from broker_filter.simulate import REAL, SCHEMAS, simulate_night
+from broker_filter.simulate import REAL, SCHEMAS
 from training.arguments import positive, seed
 from training.bundles.distil import Hint, Labelled, Recipe, distil, run_over
 from training.bundles.rubin_data import Seen, load_lsst
@@ -63,7 +62,7 @@ from training.bundles.train_default import (
 from training.bundles.train_rubin import DIGITS_OF_NIGHT, chances
 from training.checkpoint import beside
 from training.data.datasets import Alerts, held_out, load_alerts
-from training.data.simulated import RATES, simulate_cutouts
+from training.data.simulated import RATES, SimulatedNight, simulate_cutouts
 from training.errors import DatasetError, TrainingError, refuse_existing
 from training.evaluation.bootstrap import INTERVALS, as_card, estimate
 from training.evaluation.metrics import Values, Weights, rank
@@ -352,11 +351,10 @@ def _serve_beside_default(bundle: Path) -> dict[str, float | int | str]:
 
 def _evaluate_simulated(bundle: Path) -> dict[str, float | int | str]:
     """Return the figures on simulated alerts of LSST, labelled by truth, as served, beside those of `default`."""
-    night = list(simulate_night(SIMULATED_TEST, TEST_SEED, "lsst", RATES))
-    kinds = {alert.alert_id: alert.kind for alert in night}
+    night = SimulatedNight(SIMULATED_TEST, TEST_SEED, "lsst", RATES)
     scorer = open_scorer([str(bundle), "default"], Runtime(engine="onnxruntime", device="cpu"))
-    alerts, _ = scorer.decoder(SCHEMAS).decode([Packet(alert.packet) for alert in night])
-    real = np.array([kinds[alert_id] in REAL for alert_id in alerts.alert_id.tolist()])
+    alerts, _ = scorer.decoder(SCHEMAS).decode(list(night))
+    real = np.isin(night.kinds(alerts.alert_id), tuple(REAL))
     scores = scorer.score(alerts).columns()
 
     def measure(weight: Weights) -> dict[str, Values]:

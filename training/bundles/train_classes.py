@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from broker_filter.importers.write_bundle import write_bundle
-from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.scoring.bundle import (
     WEIGHTS,
     Architecture,
@@ -41,10 +40,10 @@ from broker_filter.scoring.networks import build_network, load_network
 from broker_filter.scoring.networks.alert_embedder import Standardise
 from broker_filter.scoring.networks.stampnet_classes import StampNetClasses
 from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
-from broker_filter.simulate import simulate_night
 from training.bundles.distil import schedule
 from training.bundles.train_default import SPLIT_SEED, TEST_FRACTION, data_sha256
 from training.data.datasets import Alerts, decode_alerts, held_out, load_alerts
+from training.data.simulated import SimulatedNight
 from training.errors import DatasetError, refuse_existing
 from training.evaluation.bootstrap import INTERVALS, as_card, estimate, weights_by_object
 from training.evaluation.evaluate import RELIABILITY, calibration_for_card
@@ -240,15 +239,10 @@ def simulate(size: int, labels: Labels) -> tuple[Alerts, NDArray[np.int64]]:
 
     The alerts have cutouts of `size` px.
     """
-    class_of = {}
-
-    def packets() -> Iterator[Packet]:
-        for alert in simulate_night(SIMULATED, SIMULATION_SEED, rates=SIMULATED_RATES):
-            class_of[alert.alert_id] = labels.classes.index(SIMULATED_KINDS[alert.kind])
-            yield Packet(alert.packet, FilePosition(f"simulated {alert.alert_id}"))
-
-    alerts = decode_alerts(packets(), "the simulation", size, METADATA)
-    return alerts, np.array([class_of[alert] for alert in alerts.alert_id.tolist()])
+    night = SimulatedNight(SIMULATED, SIMULATION_SEED, "ztf", SIMULATED_RATES)
+    alerts = decode_alerts(iter(night), "the simulation", size, METADATA)
+    kinds = night.kinds(alerts.alert_id).tolist()
+    return alerts, np.array([labels.classes.index(SIMULATED_KINDS[kind]) for kind in kinds])
 
 
 def classes_of(alerts: Alerts, labels: Labels) -> NDArray[np.int64]:

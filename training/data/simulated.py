@@ -1,7 +1,8 @@
-"""Simulated alerts, decoded, with the kind of each: its label is the truth of the simulation."""
+"""Simulated alerts and the kind of each, which is the truth of the simulation: the labels of trainings."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Literal
 
@@ -20,6 +21,29 @@ RATES = dict.fromkeys(KINDS, 1.0)
 PACKETS_AT_ONCE = 256
 
 
+class SimulatedNight:
+    """Packets of a simulated night, in order of time, and the true kinds of the alerts in them.
+
+    Iterate over it once: this simulates `n` alerts, with the arguments of `simulate_night`.
+    """
+
+    def __init__(
+        self, n: int, seed: int, survey: Literal["ztf", "lsst"], rates: Mapping[str, float] | None = None
+    ) -> None:
+        self._survey = survey
+        self._alerts = simulate_night(n, seed, survey, rates)
+        self._kind_of: dict[int, str] = {}
+
+    def __iter__(self) -> Iterator[Packet]:
+        for alert in self._alerts:
+            self._kind_of[alert.alert_id] = alert.kind
+            yield Packet(alert.packet, FilePosition(f"simulated {self._survey} {alert.alert_id}"))
+
+    def kinds(self, alert_id: NDArray[np.int64]) -> NDArray[np.str_]:
+        """Return the kinds [N] of alerts whose packets have been simulated, by their ids int64[N]."""
+        return np.array([self._kind_of[one] for one in alert_id.tolist()], np.str_)
+
+
 def simulate_cutouts(
     n: int, seed: int, survey: Literal["ztf", "lsst"], size: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int16], NDArray[np.str_]]:
@@ -29,11 +53,11 @@ def simulate_cutouts(
     """
     decoder = Decoder(open_registry(SCHEMAS), cutout_size=size, columns=())
     cutouts, boxes, kinds = [], [], []
-    night = simulate_night(n, seed, survey, RATES)
-    while some := list(islice(night, PACKETS_AT_ONCE)):
-        kind_of = {alert.alert_id: alert.kind for alert in some}
-        batch, _ = decoder.decode([Packet(alert.packet, FilePosition("")) for alert in some])
+    night = SimulatedNight(n, seed, survey, RATES)
+    packets = iter(night)
+    while some := list(islice(packets, PACKETS_AT_ONCE)):
+        batch, _ = decoder.decode(some)
         cutouts.append(batch.cutouts)
         boxes.append(batch.cutout_box)
-        kinds += [kind_of[alert_id] for alert_id in batch.alert_id.tolist()]
-    return np.concatenate(cutouts), np.concatenate(boxes), np.array(kinds, np.str_)
+        kinds.append(night.kinds(batch.alert_id))
+    return np.concatenate(cutouts), np.concatenate(boxes), np.concatenate(kinds)

@@ -30,7 +30,7 @@ from broker_filter.config import SurveyName
 from broker_filter.importers.write_bundle import write_bundle
 from broker_filter.packets.batch import AlertBatch, LightCurves
 from broker_filter.packets.decode import Decoder
-from broker_filter.packets.packet import FilePosition, Packet
+from broker_filter.packets.packet import Packet
 from broker_filter.packets.photometry import NO_VALUE
 from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.alerts import RawAlerts
@@ -49,13 +49,14 @@ from broker_filter.scoring.bundle import (
 )
 from broker_filter.scoring.labels import UNLABELLED, parse_rule, read_labels
 from broker_filter.scoring.networks.alert_embedder import MODALITIES, AlertEmbedder
-from broker_filter.simulate import SCHEMAS, simulate_night
+from broker_filter.simulate import SCHEMAS
 from broker_filter.streaming.archives import read_packets
 from training.arguments import positive, seed
 from training.bundles.train_classes import COLUMN
 from training.bundles.train_default import SPLIT_SEED, TEST_FRACTION
 from training.checkpoint import beside
 from training.data.datasets import held_out, sha256_of
+from training.data.simulated import SimulatedNight
 from training.embedding.embedder import Recipe, embed, show, train
 from training.embedding.probes import balanced_accuracy, linear_probe, nearest
 from training.errors import DatasetError, TrainingError, refuse_existing
@@ -86,7 +87,7 @@ SIZE = 32
 """Dimensions of a modality's vector."""
 SIMULATED = 3000
 """Number of simulated alerts of each survey."""
-SIMULATION_SEEDS = {"ztf": 11, "lsst": 12}
+SIMULATION_SEEDS: Mapping[SurveyName, int] = {"ztf": 11, "lsst": 12}
 SYMMETRIES_OF_SIMULATED = 2
 """Symmetries used of each simulated alert: more alerts help more than more symmetries, at the same cost."""
 SHARES = {"real": 0.6, "ztf": 0.15, "lsst": 0.25}
@@ -146,7 +147,10 @@ def run(arguments: argparse.Namespace) -> None:
     )
     recipe = Recipe(steps=arguments.steps, seed=arguments.seed)
     alerts = decode(read_packets(arguments.inputs), inputs)
-    simulated = {survey: decode(simulate(survey, seed), inputs) for survey, seed in SIMULATION_SEEDS.items()}
+    simulated = {
+        survey: decode(iter(SimulatedNight(SIMULATED, seed, survey)), inputs)
+        for survey, seed in SIMULATION_SEEDS.items()
+    }
     unseen = held_out(alerts.object_id, TEST_FRACTION, SPLIT_SEED)
     log.info("%d real training alerts, %d real test alerts", (~unseen).sum(), unseen.sum())
 
@@ -210,12 +214,6 @@ def _joined(planes: Sequence[NDArray[np.float32] | None], rows: NDArray[np.int64
     """Return the `rows` of the concatenated planes, or None if the planes were not decoded."""
     decoded = [plane for plane in planes if plane is not None]
     return np.concatenate(decoded)[rows] if decoded else None
-
-
-def simulate(survey: str, seed: int) -> Iterator[Packet]:
-    """Yield the packets of a simulated night."""
-    for alert in simulate_night(SIMULATED, seed, "lsst" if survey == "lsst" else "ztf"):
-        yield Packet(alert.packet, FilePosition(f"simulated {survey} {alert.alert_id}"))
 
 
 def untrained(seed: int, alerts: RawAlerts, inputs: Inputs, unseen: NDArray[np.bool_]) -> NDArray[np.float32]:

@@ -29,7 +29,6 @@ from torch import Tensor
 from broker_filter.config import Runtime
 from broker_filter.importers.write_bundle import write_bundle
 from broker_filter.packets.batch import LightCurves, Survey
-from broker_filter.packets.packet import Packet
 from broker_filter.packets.photometry import NO_VALUE
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import (
@@ -50,13 +49,14 @@ from broker_filter.scoring.networks.snr_embedder import SnrEmbedder, flagged
 from broker_filter.scoring.networks.snrnet import METADATA, derive
 from broker_filter.scoring.preprocess import prepare, prepare_light_curves, prepare_metadata
 from broker_filter.scoring.scorer import LoadedPart, open_model
-from broker_filter.simulate import REAL, simulate_night
+from broker_filter.simulate import REAL
 from training.arguments import positive, seed
 from training.bundles.rubin_data import INPUTS as OF_TRUNK
 from training.bundles.rubin_data import RATES
 from training.bundles.rubin_evaluation import SPLIT_SEED
 from training.bundles.train_rubin import resumed
 from training.data.datasets import held_out, sha256_of
+from training.data.simulated import SimulatedNight
 from training.embedding.embedder import AT_ONCE, Recipe, Shown, embed, train
 from training.embedding.light_curve_features import light_curve_features
 from training.embedding.lsst_alerts import (
@@ -217,9 +217,8 @@ def load(arguments: argparse.Namespace, trunk: Part) -> Data:
     decoded = INPUTS.model_copy(update={"images": INPUTS.images.model_copy(update={"size": size})})
     alerts = load_lsst_alerts(arguments.inputs, arguments.schemas, arguments.labels, decoded, columns)
     histories = load_histories(arguments.histories, SPLIT_SEED)
-    made = list(simulate_night(arguments.simulated, SIMULATION_SEED, "lsst", rates=RATES))
-    simulated = decode((Packet(one.packet) for one in made), decoded, columns)
-    kind_of = {one.alert_id: one.kind for one in made}
+    night = SimulatedNight(arguments.simulated, SIMULATION_SEED, "lsst", RATES)
+    simulated = decode(iter(night), decoded, columns)
     network = new_network(trunk, arguments.seed)
     shown = show(network, alerts.named.raw)
     on_sky = alerts.of_lsstcam
@@ -235,7 +234,7 @@ def load(arguments: argparse.Namespace, trunk: Part) -> Data:
         show_histories(histories, shown.features.shape[2]),
         simulated,
         show(network, simulated.raw),
-        np.array([kind_of[one] for one in simulated.alert_id.tolist()], np.str_),
+        night.kinds(simulated.alert_id),
         compared,
     )
 

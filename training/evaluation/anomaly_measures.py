@@ -37,17 +37,17 @@ from broker_filter.anomalies.score import AnomalyScorer
 from broker_filter.anomalies.threshold import RateTracker
 from broker_filter.config import Runtime
 from broker_filter.packets.batch import AlertBatch, Measurement, Survey
-from broker_filter.packets.packet import Packet
 from broker_filter.scoring.bundle import Bundle
 from broker_filter.scoring.labels import UNLABELLED, Labels, parse_rule, read_labels
 from broker_filter.scoring.scorer import Scorer, open_scorer
-from broker_filter.simulate import SCHEMAS, simulate_night
+from broker_filter.simulate import SCHEMAS
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.build_reference import calibrate
 from broker_filter.streaming.filtering import score_stream
 from broker_filter.streaming.scored import ScoredBatch
 from training.arguments import positive, seed, share
 from training.data.datasets import connected
+from training.data.simulated import SimulatedNight
 from training.errors import EvaluationError
 from training.evaluation.bootstrap import Estimate, resample
 from training.evaluation.metrics import Values, Weights, rank, ratio
@@ -250,14 +250,12 @@ def visits_apart(sample: Sample) -> Sample:
 
 def simulated(scorer: Scorer, n: int) -> Sample:
     """Return `n` simulated real LSST alerts with their true classes."""
-    rates = dict.fromkeys(KINDS, 1.0)
-    made = list(simulate_night(n, SIMULATION_SEED, "lsst", rates=rates))
+    night = SimulatedNight(n, SIMULATION_SEED, "lsst", dict.fromkeys(KINDS, 1.0))
     decoder = scorer.decoder(SCHEMAS, columns=COLUMNS)
     names = [rule.name for rule in CLASSES]
-    class_of = {alert.alert_id: names.index(KINDS[alert.kind]) for alert in made}
     parts = [
-        sample_of(scored, np.array([class_of[one] for one in scored.alerts.alert_id.tolist()], np.int64))
-        for scored in score_stream((Packet(alert.packet) for alert in made), decoder, scorer)
+        sample_of(scored, np.array([names.index(KINDS[kind]) for kind in night.kinds(scored.alerts.alert_id).tolist()]))
+        for scored in score_stream(iter(night), decoder, scorer)
     ]
     return joined("LSST, simulated alerts", Survey.LSST, parts)
 
