@@ -64,20 +64,17 @@ static void normalise_pixels(const float *pixels, float *normalised, Py_ssize_t 
 #define INFINITY_BITS 0x7F800000
 #define ONE_BITS 0x3F800000
 
-/* A median is found by counting the values' upper, middle and lower bits, which takes a time that is known. */
-#define UPPER 11
-#define MIDDLE 11
-#define LOWER 10
-#define BINS (1 << UPPER)
+/* A function that is compiled for a plain processor and for one with AVX2, with all functions that it calls. */
+#define INLINED static inline __attribute__((always_inline))
 
-static inline int32_t bits_of(float value)
+INLINED int32_t bits_of(float value)
 {
     int32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
-static inline float float_of(int32_t bits)
+INLINED float float_of(int32_t bits)
 {
     float value;
     memcpy(&value, &bits, sizeof value);
@@ -85,56 +82,51 @@ static inline float float_of(int32_t bits)
 }
 
 /* An integer with the order of the floating-point numbers. */
-static inline uint32_t key_of(float value)
+INLINED int32_t key_of(float value)
 {
-    uint32_t bits = (uint32_t)bits_of(value);
-    return bits >> 31 ? ~bits : bits | 0x80000000;
+    int32_t bits = bits_of(value);
+    return bits ^ (bits >> 31 & MAGNITUDE);
 }
 
-/* The lower median of n finite values without -0; 0 if there are none. */
-static float lower_median(const float *values, Py_ssize_t n)
+/* The lower median of n finite values without -0; 0 if there are none. `keys`: room for n integers.
+ *
+ * It is found bit by bit: each pass over the keys, which compilers vectorise, counts those below a bound. The time does not
+ * depend on the values. */
+INLINED float lower_median(const float *values, int32_t *keys, Py_ssize_t n)
 {
-    static const int widths[] = {UPPER, MIDDLE, LOWER};
-    uint32_t found = 0, counts[BINS];
-    int shift = 32;
-    Py_ssize_t rank = (n - 1) / 2; /* of the median among the values whose upper bits are those found so far */
     if (!n)
         return 0;
-    for (int k = 0; k < 3; k++) {
-        int above = shift;
-        shift -= widths[k];
-        memset(counts, 0, sizeof *counts << widths[k]);
-        for (Py_ssize_t i = 0; i < n; i++) {
-            uint32_t key = key_of(values[i]);
-            if (above == 32 || key >> above == found)
-                counts[key >> shift & ((1u << widths[k]) - 1)]++;
-        }
-        uint32_t bin = 0;
-        while (rank >= counts[bin])
-            rank -= counts[bin++];
-        found = found << widths[k] | bin;
+    int32_t rank = (int32_t)((n - 1) / 2), found = INT32_MIN; /* the largest key with at most `rank` keys below it */
+    for (Py_ssize_t i = 0; i < n; i++)
+        keys[i] = key_of(values[i]);
+    for (uint32_t step = 1u << 31; step; step >>= 1) {
+        int32_t bound = (int32_t)((uint32_t)found + step), n_below = 0;
+        for (Py_ssize_t i = 0; i < n; i++)
+            n_below += keys[i] < bound;
+        if (n_below <= rank)
+            found = bound;
     }
-    return float_of((int32_t)(found >> 31 ? found & MAGNITUDE : ~found));
+    return float_of(found ^ (found >> 31 & MAGNITUDE));
 }
 
-/* The clipped median of n values, and 1.4826 x their median absolute deviation if `noise` is not NULL. Overwrites both
+/* The clipped median of n values, and 1.4826 x their median absolute deviation if `noise` is not NULL. Overwrites the
  * arrays. */
-static float background_of(float *values, float *deviations, Py_ssize_t n, float *noise)
+INLINED float background_of(float *values, float *deviations, int32_t *keys, Py_ssize_t n, float *noise)
 {
-    float median = lower_median(values, n);
+    float median = lower_median(values, keys, n);
     for (Py_ssize_t i = 0; i < n; i++)
         deviations[i] = fabsf(values[i] - median);
-    float limit = CLIP * lower_median(deviations, n);
+    float limit = CLIP * lower_median(deviations, keys, n);
     Py_ssize_t n_kept = 0;
     for (Py_ssize_t i = 0; i < n; i++) {
         values[n_kept] = values[i];
         n_kept += deviations[i] <= limit;
     }
-    median = lower_median(values, n_kept);
+    median = lower_median(values, keys, n_kept);
     if (noise) {
         for (Py_ssize_t i = 0; i < n_kept; i++)
             deviations[i] = fabsf(values[i] - median);
-        *noise = SIGMA_PER_MAD * lower_median(deviations, n_kept);
+        *noise = SIGMA_PER_MAD * lower_median(deviations, keys, n_kept);
         if (!(*noise > 0))
             *noise = 1;
     }
@@ -143,20 +135,20 @@ static float background_of(float *values, float *deviations, Py_ssize_t n, float
 
 /* The functions below have no branches, and compare floats as integers, so that compilers vectorise them. */
 
-static inline int is_measured(float pixel)
+INLINED int is_measured(float pixel)
 {
     return (bits_of(pixel) & MAGNITUDE) < MAX_FLUX_BITS;
 }
 
 /* Whether a variance is positive and finite. */
-static inline int is_known(float variance)
+INLINED int is_known(float variance)
 {
     int32_t bits = bits_of(variance);
     return (bits > 0) & (bits < INFINITY_BITS);
 }
 
 /* arcsinh of a value from 0 to MAX_SNR. */
-static inline float arcsinh(float size)
+INLINED float arcsinh(float size)
 {
     float whole = size + sqrtf(size * size + 1.0f);
     int32_t exponent = (bits_of(whole) - SQRT_HALF_BITS) >> MANTISSA_BITS;
@@ -170,8 +162,8 @@ static inline float arcsinh(float size)
 }
 
 /* Normalises n adjacent pixels. */
-static void compress(const float *pixels, const float *variance, float background, float noise,
-                     float *restrict normalised, Py_ssize_t n)
+INLINED void compress(const float *pixels, const float *variance, float background, float noise,
+                      float *restrict normalised, Py_ssize_t n)
 {
     for (Py_ssize_t i = 0; i < n; i++) {
         int32_t measured = -is_measured(pixels[i]), known = -is_known(variance[i]); /* all bits, or none */
@@ -184,9 +176,11 @@ static void compress(const float *pixels, const float *variance, float backgroun
     }
 }
 
-/* Normalises a stamp of size x size pixels. `values`, `deviations`: room for as many pixels. */
-static void snr_stamp(const float *pixels, const float *variance, const int16_t *box, int subtracted, float padding,
-                      Py_ssize_t size, float *values, float *deviations, float *normalised)
+/* Normalises a stamp of size x size pixels. `values`, `deviations`, `keys`: room for as many pixels. */
+#define SNR_STAMP_ARGUMENTS \
+    const float *pixels, const float *variance, const int16_t *box, int subtracted, float padding, Py_ssize_t size, \
+        float *values, float *deviations, int32_t *keys, float *normalised
+INLINED void snr_stamp_inlined(SNR_STAMP_ARGUMENTS)
 {
     Py_ssize_t y0 = box[0], x0 = box[1], height = box[2], width = box[3], n = 0;
     int all_known = 1;
@@ -199,7 +193,7 @@ static void snr_stamp(const float *pixels, const float *variance, const int16_t 
         }
     float noise = 1, background = 0;
     if (subtracted || !all_known)
-        background = background_of(values, deviations, n, all_known ? NULL : &noise);
+        background = background_of(values, deviations, keys, n, all_known ? NULL : &noise);
     if (!subtracted)
         background = 0;
     if (height < size || width < size)
@@ -210,6 +204,23 @@ static void snr_stamp(const float *pixels, const float *variance, const int16_t 
         compress(pixels + first, variance + first, background, noise, normalised + first, width);
     }
 }
+
+typedef void SnrStamp(SNR_STAMP_ARGUMENTS);
+
+static void snr_stamp(SNR_STAMP_ARGUMENTS)
+{
+    snr_stamp_inlined(pixels, variance, box, subtracted, padding, size, values, deviations, keys, normalised);
+}
+
+#ifdef __x86_64__
+__attribute__((target("avx2"))) static void snr_stamp_avx2(SNR_STAMP_ARGUMENTS)
+{
+    snr_stamp_inlined(pixels, variance, box, subtracted, padding, size, values, deviations, keys, normalised);
+}
+#define BEST_SNR_STAMP (__builtin_cpu_supports("avx2") ? snr_stamp_avx2 : snr_stamp)
+#else
+#define BEST_SNR_STAMP snr_stamp
+#endif
 
 static int is_float_array(const Py_buffer *view)
 {
@@ -294,18 +305,23 @@ static PyObject *snr(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
         goto release_normalised;
     }
     float *values = malloc((size_t)n_pixels * 2 * sizeof *values + 1);
-    if (!values) {
+    int32_t *keys = malloc((size_t)n_pixels * sizeof *keys + 1);
+    SnrStamp *best = BEST_SNR_STAMP;
+    if (!values || !keys) {
+        free(values);
+        free(keys);
         PyErr_NoMemory();
         goto release_normalised;
     }
 
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t k = 0; k < n; k++)
-        snr_stamp((const float *)pixels.buf + k * n_pixels, (const float *)variance.buf + k * n_pixels,
-                  (const int16_t *)boxes.buf + 4 * k, ((const uint8_t *)subtracted.buf)[k], padding, size, values,
-                  values + n_pixels, (float *)normalised.buf + k * n_pixels);
+        best((const float *)pixels.buf + k * n_pixels, (const float *)variance.buf + k * n_pixels,
+             (const int16_t *)boxes.buf + 4 * k, ((const uint8_t *)subtracted.buf)[k], padding, size, values,
+             values + n_pixels, keys, (float *)normalised.buf + k * n_pixels);
     Py_END_ALLOW_THREADS
     free(values);
+    free(keys);
     result = Py_NewRef(Py_None);
 
 release_normalised:
