@@ -7,18 +7,23 @@ from torch import nn
 from broker_filter.scoring.networks.alert_embedder import AlertEmbedder
 from broker_filter.scoring.networks.fusion import FusionNetwork
 from broker_filter.scoring.networks.snr_embedder import SnrEmbedder
+from training.astrom3.model.informer import PhotometryClassifier
+from training.astrom3.model.network import AstroM3Classifier
 from training.errors import LensError
 from training.interpretability.attention import TOKEN, Attention, Box, Site
 from training.interpretability.cell_sites import CellSite, cell_sites
+from training.interpretability.informer_sites import InformerSite, informer_sites
 from training.interpretability.light_curve_sites import LightCurveSite, light_curve_sites
 
-__all__ = ["TOKEN", "Attention", "Box", "CellSite", "LightCurveSite", "Site", "open_site", "site_names"]
+__all__ = ["TOKEN", "Attention", "Box", "CellSite", "InformerSite", "LightCurveSite", "Site", "open_site", "site_names"]
 
 
 def site_names(network: nn.Module) -> list[str]:
     """Return the names of the network's sites, from the input on; none for a network without attention."""
     if isinstance(network, AlertEmbedder | SnrEmbedder):
         return light_curve_sites(network)
+    if isinstance(network, PhotometryClassifier | AstroM3Classifier):
+        return informer_sites(network)
     return cell_sites(network) if isinstance(network, FusionNetwork) else []
 
 
@@ -37,5 +42,7 @@ def open_site(network: nn.Module, name: str) -> Site:
         raise LensError(f"{type(network).__name__} has no site {name!r}; its sites are {', '.join(names)}")
     if isinstance(network, AlertEmbedder | SnrEmbedder):
         return LightCurveSite(network, name)
+    if isinstance(network, PhotometryClassifier | AstroM3Classifier):
+        return InformerSite(network, name)
     assert isinstance(network, FusionNetwork)
     return CellSite(network, name)

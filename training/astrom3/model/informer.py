@@ -121,25 +121,40 @@ class ProbSparseAttention(nn.Module):
 
         `keys`: int64[L, active], the keys of each query; None stands for all keys.
         """
+        q, k, v = self.split(x)
+        chosen, weights = self.attend(q, k, keys)
+        found = weights @ v
+        context = v.mean(2, keepdim=True).expand_as(v).scatter(2, chosen.expand_as(found), found)
+        return self.project(context)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each [N, heads, L, width / heads], of `x` [N, L, width]."""
         n, length, width = x.shape
-        depth = width // self.heads
 
-        def split(projected: Tensor) -> Tensor:
-            return projected.view(n, length, self.heads, depth).transpose(1, 2)
+        def by_head(projected: Tensor) -> Tensor:
+            return projected.view(n, length, self.heads, width // self.heads).transpose(1, 2)
 
-        q, k, v = split(self.query_projection(x)), split(self.key_projection(x)), split(self.value_projection(x))
+        return by_head(self.query_projection(x)), by_head(self.key_projection(x)), by_head(self.value_projection(x))
+
+    def attend(self, q: Tensor, k: Tensor, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the attending queries int64[N, heads, active, 1] and their weights [N, heads, active, L]."""
+        length, depth = q.shape[2:]
         with torch.no_grad():  # the selection of queries has no gradient
             scores = q @ k.mT
             if keys is not None:
-                scores = scores.gather(-1, keys.expand(n, self.heads, -1, -1))
+                scores = scores.gather(-1, keys.expand(len(q), self.heads, -1, -1))
             # As in the published code, the sum over the sample is divided by the number of all keys.
             sparsity = scores.amax(-1) - scores.sum(-1) / length
             chosen = sparsity.topk(self.active, sorted=False).indices
-        chosen = chosen.unsqueeze(-1).expand(-1, -1, -1, depth)
-        weights = torch.softmax(q.gather(2, chosen) @ k.mT / math.sqrt(depth), dim=-1)
-        context = v.mean(2, keepdim=True).expand_as(v).scatter(2, chosen, weights @ v)
+        chosen = chosen.unsqueeze(-1)
+        weights = torch.softmax(q.gather(2, chosen.expand(-1, -1, -1, depth)) @ k.mT / math.sqrt(depth), dim=-1)
+        return chosen, weights
+
+    def project(self, context: Tensor) -> Tensor:
+        """Return the output [N, L, width] of the heads' outputs [N, heads, L, width / heads]."""
+        n, heads, length, depth = context.shape
         # The published weights were trained without moving the head axis back before this reshape.
-        output: Tensor = self.out_projection(context.reshape(n, length, width))
+        output: Tensor = self.out_projection(context.reshape(n, length, heads * depth))
         return output
 
 
@@ -184,7 +199,7 @@ class _PositionEmbedding(nn.Module):
 class _Encoder(nn.Module):
     def __init__(self, arguments: InformerArguments) -> None:
         super().__init__()
-        self.attn_layers = nn.ModuleList(_EncoderLayer(arguments) for _ in range(arguments.e_layers))
+        self.attn_layers = nn.ModuleList(EncoderLayer(arguments) for _ in range(arguments.e_layers))
         self.norm = nn.LayerNorm(arguments.d_model)
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
@@ -194,7 +209,9 @@ class _Encoder(nn.Module):
         return normalised
 
 
-class _EncoderLayer(nn.Module):
+class EncoderLayer(nn.Module):
+    """Attention and a perceptron, each added to its input and then normalised."""
+
     def __init__(self, arguments: InformerArguments) -> None:
         super().__init__()
         self.attention = ProbSparseAttention(arguments)
@@ -205,7 +222,12 @@ class _EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(arguments.dropout)
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
-        x = self.norm1(x + self.dropout(self.attention(x, keys)))
+        """Return `x` [N, L, width] after the layer. `keys`: see ProbSparseAttention."""
+        return self.add(x, self.attention(x, keys))
+
+    def add(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Return `x` [N, L, width] after the layer, given the output of its attention [N, L, width]."""
+        x = self.norm1(x + self.dropout(attended))
         hidden = self.dropout(nn.functional.gelu(self.conv1(x.mT)))
         output: Tensor = self.norm2(x + self.dropout(self.conv2(hidden)).mT)
         return output

@@ -139,7 +139,11 @@ class AstroM3Classifier(AstroM3):
 
     def forward(self, stars: Stars, keys: Tensor | None = None) -> Tensor:
         """Return the logits float32[N, num_classes] of N stars. `keys`: see `Informer`."""
-        embeddings = torch.stack(self.embed(stars, keys), 1)
+        return self.classify(*self.embed(stars, keys))
+
+    def classify(self, photometry: Tensor, spectra: Tensor, metadata: Tensor) -> Tensor:
+        """Return the logits float32[N, num_classes] of the three embeddings, each [N, hidden_dim]."""
+        embeddings = torch.stack([photometry, spectra, metadata], 1)
         logits: Tensor = self.fc(embeddings.flatten(1) if self.arguments.fusion == "concat" else embeddings.mean(1))
         return logits
 
