@@ -53,7 +53,7 @@ from training.interpretability.measures import (
 from training.interpretability.quantities import Property, quantities
 from training.interpretability.separation import CHANCE, Separation, roc_aucs, separate
 from training.interpretability.sites import Box, Site, open_site
-from training.interpretability.study_report import tables, warnings
+from training.interpretability.study_report import tables, warnings, worth
 
 AT_ONCE = 128
 """Number of alerts that are prepared and attended at a time."""
@@ -511,7 +511,7 @@ def study(subject: Subject, directory: Path) -> dict[str, Any]:
     measures["heads"] = head_table(subject, features)
     measures["families"] = dict(Counter(one.family for one in features if one.frequency > 0).most_common())
     measures["separation"] = part("separation", lambda: all_separations(subject, found, measured))
-    measures["tables"], measures["warnings"] = tables(measures), warnings(measures)
+    measures |= {"tables": tables(measures), "warnings": warnings(measures), "worth": worth(measures)}
     write_features(directory / FEATURE_TABLE, features)
     write_whole(directory / MEASURES, json.dumps(measures, indent=1).encode())
     return measures

@@ -59,6 +59,41 @@ def warnings(measures: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def worth(measures: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how far a lens with these features can be trusted: `says`, some sentences, and `figures` by name."""
+    reconstruction, causal = measures["reconstruction"], measures["causal"]
+    of_features = reconstruction["methods"]["features"]
+    stable = sum(2 * n > measures["seeds"] for n in measures["stable_in"])
+    figures: dict[str, float | int | str] = {
+        "l0": round(of_features["l0"], 3),
+        "explained_variance": round(of_features["explained_variance"], 4),
+        "loss_recovered_against_mean": round(of_features["recovered_mean"], 4),
+        "features": measures["features"],
+        "stable_features": stable,
+        "effect_over_random_direction": round(causal["median_over_random"], 3),
+        "effect_over_difference_of_alerts": round(causal["median_over_alike"], 3),
+    }
+    sentences = [
+        f"{stable} of {measures['features']} features are found in most of {measures['seeds']} seeds; all explain "
+        f"{of_features['explained_variance']:.0%} of the variance at {measures['site']}.",
+        f"The ablation of a feature changes the {causal['output']} {causal['median_over_random']:.1f} times as much as "
+        "a random direction of equal size (median).",
+    ]
+    for survey, separation in measures["separation"].items():
+        for method, estimate in separation["mean_area"].items():
+            figures[f"{survey}_auc_{method.replace(' ', '_')}"] = interval(estimate, ".4f")
+        leads = separation["mean_ahead"]
+        ahead = [method for method, (_, low, _) in leads.items() if low is not None and low > 0]
+        behind = [method for method, (*_, high) in leads.items() if high is not None and high < 0]
+        if leads:
+            sentences.append(
+                f"{survey.upper()}: single features separate known properties better than "
+                f"{', '.join(ahead) or 'nothing'}, and worse than {', '.join(behind) or 'nothing'}, of "
+                f"{', '.join(leads)}."
+            )
+    return {"says": " ".join(sentences), "figures": figures}
+
+
 def _reconstruction(found: Mapping[str, Any]) -> Table:
     rows = [
         [
