@@ -7,18 +7,18 @@ what the dictionary does not explain stays. The same is done with directions tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch import Generator, Tensor
+from torch.nn.functional import normalize
 
 from broker_filter.scoring.sparse_dictionary import SparseDictionary
+from training.interpretability.ablation import changes, contribution, in_random_direction
+from training.interpretability.attribution import direct_attribution
 from training.interpretability.losses import Attended, resumed
-from training.interpretability.measures import unit
 
 ALERTS_OF_A_FEATURE = 24
 """Number of alerts, drawn from those in which a feature is active, that its figures are averaged over."""
@@ -72,53 +72,40 @@ def read(
     alert: NDArray[np.int64],
 ) -> Reading:
     """Return where a feature reads in the alerts int64[n], given all activations [N, Q, F]."""
-    attention, heads = attended.attention, attended.site.heads
     query = activations[alert, :, feature].argmax(axis=1)
-    encoder = torch.from_numpy(dictionary.w_enc[:, feature].reshape(heads, -1)).double()
-    written = torch.einsum("nhpd,hd->nhp", attention.values[alert].double(), encoder)
-    pattern = attention.pattern[alert, :, query].double() * attention.sources[alert][:, None]
-    return Reading(alert, query, (pattern * written).numpy())
+    features = torch.full((len(alert),), feature)
+    triples = (torch.from_numpy(alert), torch.from_numpy(query), features)
+    by_source, _ = direct_attribution(attended.attention, dictionary, *triples)
+    return Reading(alert, query, by_source.numpy())
 
 
-def ablate(
-    attended: Attended,
-    dictionary: SparseDictionary,
-    activations: NDArray[np.float32],
-    feature: int,
-    alert: NDArray[np.int64],
-) -> Effect:
+def ablate(attended: Attended, dictionary: SparseDictionary, feature: int, alert: NDArray[np.int64]) -> Effect:
     """Return the effect of a feature on the outputs for the alerts int64[n] in which it is active."""
-    rng = np.random.default_rng(SEED + feature)
-    size = activations[alert, :, feature] * np.linalg.norm(dictionary.w_dec[feature])
-    rows = attended.rows
-    pairs = rng.integers(len(rows), size=(2, DRAWN * len(alert)))
-    nulls = (
-        rng.standard_normal((DRAWN * len(alert), rows.shape[1])),
-        rows[pairs[0]].astype(np.float64) - rows[pairs[1]],
+    draws = Generator().manual_seed(SEED + feature)
+    own = torch.from_numpy(alert)
+    drawn = own.repeat(DRAWN)
+    z = attended.attention.z
+    before = _outputs(attended, own, z[own])
+    removed = contribution(z[own], attended.attention.queries[own], dictionary, torch.full((len(alert),), feature))
+    repeated, expected = (
+        removed.repeat(DRAWN, 1, 1),
+        [output.repeat(DRAWN, *[1] * (output.ndim - 1)) for output in before],
     )
-    own = np.broadcast_to(unit(dictionary.w_dec[feature][None]), (len(alert), rows.shape[1]))
-    directions = np.concatenate([own, *map(unit, nulls)])
-    repeated = np.concatenate([np.arange(len(alert)), *[np.tile(np.arange(len(alert)), DRAWN)] * 2])
-    moved = torch.from_numpy((size[repeated][:, :, None] * directions[:, None, :]).astype(np.float32))
-    which = alert[repeated]
-    rest = {name: tensor[which] for name, tensor in attended.attention.rest.items()}
-    z = attended.attention.z[which]
-    after = resumed(attended.site, rest, z - moved)
-    before = [output[torch.from_numpy(repeated)] for output in _before(attended, alert)]
-    changed = changes(before, after)
-    n = len(alert)
-    sides = (slice(n), slice(n, n + DRAWN * n), slice(n + DRAWN * n, None))
-    return Effect(*({name: float(values[side].mean()) for name, values in changed.items()} for side in sides))
+    nulls = (in_random_direction(repeated, draws), _alike(attended, repeated, draws))
+    moved = [changes(tuple(before), tuple(_outputs(attended, own, z[own] - removed)))]
+    moved += [changes(tuple(expected), tuple(_outputs(attended, drawn, z[drawn] - null))) for null in nulls]
+    return Effect(*({name: float(values.mean()) for name, values in changed.items()} for changed in moved))
 
 
-def changes(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, NDArray[np.float64]]:
-    """Return by how much outputs changed for n alerts, float64[n] by name."""
-    found = {"logits": (after[0] - before[0]).abs().amax(1)}
-    if len(before) > 1:
-        found["embedding"] = 1 - cosine_similarity(before[1].double(), after[1].double(), dim=1)
-    return {name: values.double().numpy() for name, values in found.items()}
+def _alike(attended: Attended, vectors: Tensor, draws: Generator) -> Tensor:
+    """Return vectors of the lengths of `vectors` [n, Q, d], each along the difference of two random rows of z."""
+    rows = torch.from_numpy(attended.rows)
+    first, second = torch.randint(len(rows), (2, len(vectors)), generator=draws)
+    directions = normalize(rows[first] - rows[second], dim=1)[:, None]
+    return torch.linalg.vector_norm(vectors, dim=2, keepdim=True) * directions
 
 
-def _before(attended: Attended, alert: NDArray[np.int64]) -> list[Tensor]:
+def _outputs(attended: Attended, alert: Tensor, z: Tensor) -> list[Tensor]:
+    """Return the network's outputs [n, ...] for the alerts int64[n] with `z` [n, Q, d]."""
     rest = {name: tensor[alert] for name, tensor in attended.attention.rest.items()}
-    return resumed(attended.site, rest, attended.attention.z[alert])
+    return resumed(attended.site, rest, z)

@@ -342,7 +342,7 @@ def describe_features(
             reading = read(known.attended, dictionary, activations, i, alert)
             family = family_of(subject, known, reading)
             by_dfa = int(np.abs(reading.attribution).sum(axis=(0, 2)).argmax())
-            effect = ablate(known.attended, dictionary, activations, i, alert)
+            effect = ablate(known.attended, dictionary, i, alert)
         active = greatest[:, i] > 0
         best = enrichment(active[labelled], label[labelled], tuple(CLASSES), objects[labelled])
         name, area = best_property(greatest[:, i], {key: values[known.rows] for key, values in measured.items()})

@@ -75,11 +75,11 @@ def test_attribution_of_sources_sums_to_the_projection_of_z() -> None:
 def test_ablation_moves_only_what_the_feature_writes() -> None:
     attended, dictionary = summed(), along(0, 3)
     activations, _ = active_alerts(attended, dictionary)
-    of_logits = ablate(attended, dictionary, activations, 0, np.arange(6))
+    of_logits = ablate(attended, dictionary, 0, np.arange(6))
     assert of_logits.ablated["logits"] == pytest.approx(float(activations[:, 0, 0].mean()), rel=1e-5)
     assert of_logits.ablated["embedding"] == pytest.approx(0, abs=1e-6)
     assert 0 < of_logits.random["logits"] < of_logits.ablated["logits"]
-    of_embedding = ablate(attended, dictionary, activations, 1, np.arange(6))
+    of_embedding = ablate(attended, dictionary, 1, np.arange(6))
     assert of_embedding.ablated["logits"] == pytest.approx(0, abs=1e-6)
     assert of_embedding.ablated["embedding"] > 0.1
 
