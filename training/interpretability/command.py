@@ -5,6 +5,7 @@ from __future__ import annotations
 COMMANDS = {
     "collect": ("training.interpretability.collect", "write the activations of an attention layer as a run"),
     "train": ("training.interpretability.train_run", "train the sparse autoencoders of a run"),
+    "study": ("training.interpretability.study_run", "measure what the features of a run are worth"),
     "explore": ("training.interpretability.explore", "write a page of the features of a run and of its alerts"),
     "export": ("training.interpretability.export_lens", "write the lens of a run, for the service and `explain`"),
     "induction": (

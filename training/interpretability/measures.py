@@ -103,15 +103,29 @@ class Pca:
         return ((z - self.mean) @ first.T @ first + self.mean).astype(np.float32)
 
 
-def random_features(z: Rows, n: int, active: float, seed: int) -> Rows:
-    """Return features [T, n] along random directions, of which `active` are above 0 in a row on average.
+def sparse(values: NDArray[np.floating], active: float) -> Rows:
+    """Return values [T, D] above one threshold for all columns, and 0 elsewhere; `active` of a row remain on average.
 
-    A direction is drawn uniformly and applied to z - mean; one threshold for all directions sets the sparsity.
+    The threshold is not below 0, as for features. The columns need comparable units.
+    """
+    threshold = max(0.0, float(np.quantile(values, 1 - min(1.0, active / values.shape[1]))))
+    return np.where(values > threshold, values, 0).astype(np.float32)
+
+
+def random_features(z: Rows, n: int, active: float, seed: int) -> Rows:
+    """Return features [T, n] along random directions, of which `active` are above 0 in a row on average (`sparse`).
+
+    A direction is drawn uniformly and applied to z - mean.
     """
     directions = unit(np.random.default_rng(seed).standard_normal((n, z.shape[1])))
-    projected = (z - z.mean(axis=0)) @ directions.T.astype(np.float32)
-    threshold = np.quantile(projected, 1 - active / n)
-    return np.where(projected > threshold, projected, 0).astype(np.float32)
+    return sparse((z - z.mean(axis=0)) @ directions.T.astype(np.float32), active)
+
+
+def standardised(values: NDArray[np.floating]) -> Rows:
+    """Return columns [T, D] with mean 0 and deviation 1; a constant column becomes 0."""
+    deviation = values.std(axis=0)
+    centred = values - values.mean(axis=0)
+    return np.divide(centred, deviation, out=np.zeros_like(centred), where=deviation > 0).astype(np.float32)
 
 
 def greatest_of_alerts(values: Rows, alert: NDArray[np.int64], n: int) -> Rows:

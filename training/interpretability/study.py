@@ -47,8 +47,10 @@ from training.interpretability.measures import (
     loss_recovered,
     random_features,
     signed,
+    sparse,
     sparsity,
     stable_in,
+    standardised,
 )
 from training.interpretability.quantities import Property, quantities
 from training.interpretability.separation import CHANCE, Separation, roc_aucs, separate
@@ -71,7 +73,10 @@ CLASSES = {
 }
 """The weak classes and the labels of each; alerts with other labels, or none, have no class."""
 FEATURES = "features"
-BASELINES = ("stable features", "PCA of equal L0", "PCA", "dimensions of z", "random directions", "untrained network")
+STABLE, FIRST_COMPONENTS, UNTRAINED = "stable features", "first components", "untrained network"
+"""Methods that single features are compared with: those found in most seeds; as many principal components as a row has
+active features; and features of a network with random weights. Besides, all components and all dimensions of z, dense
+and made as sparse as the features, and sparse random directions. The sign of a direction is free."""
 
 FIRST_LIGHT_CURVE_BAND = 3
 """Position of the first band among the features of a light-curve point: time, flux and uncertainty come before."""
@@ -271,17 +276,20 @@ def scores_of(subject: Subject, stable: NDArray[np.bool_]) -> dict[str, NDArray[
 
     features = subject.dictionary.encode(z)
     l0 = sparsity(features[~subject.held[subject.alert]]).l0
-    pca = greatest(signed(Pca.fit(train).project(z).astype(np.float32)))
+    components = Pca.fit(train).project(z).astype(np.float32)
     d, equal = z.shape[1], max(1, round(l0))
-    active = greatest(features)
+    pca, active = greatest(signed(components)), greatest(features)
     found = {FEATURES: active}
     if stable.any():
-        found[BASELINES[0]] = active[:, stable]
-    found[BASELINES[1]] = np.concatenate([pca[:, :equal], pca[:, d : d + equal]], axis=1)
-    found[BASELINES[2]] = pca
-    found[BASELINES[3]] = greatest(signed(z))
-    found[BASELINES[4]] = greatest(random_features(z, features.shape[1], l0, RANDOM_SEED))
-    return found
+        found[STABLE] = active[:, stable]
+    return found | {
+        FIRST_COMPONENTS: np.concatenate([pca[:, :equal], pca[:, d : d + equal]], axis=1),
+        "components": pca,
+        "sparse components": greatest(sparse(signed(standardised(components)), l0)),
+        "dimensions": greatest(signed(z)),
+        "sparse dimensions": greatest(sparse(signed(standardised(z)), l0)),
+        "random directions": greatest(random_features(z, features.shape[1], l0, RANDOM_SEED)),
+    }
 
 
 def untrained_scores(subject: Subject) -> NDArray[np.float32]:
@@ -522,7 +530,7 @@ def all_separations(
 ) -> dict[str, Any]:
     """Return how well features and baselines separate the properties of the real alerts of each survey."""
     scores = scores_of(subject, is_stable(found, len(subject.dictionaries)))
-    scores[BASELINES[5]] = untrained_scores(subject)
+    scores[UNTRAINED] = untrained_scores(subject)
     of_surveys = {}
     for survey, values in measured.items():
         rows = subject.real & (subject.survey == survey)

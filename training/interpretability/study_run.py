@@ -80,8 +80,13 @@ def simulated_images(alerts: Dataset, survey: NDArray[np.uint8]) -> NDArray[np.b
     if VISIT not in alerts.card.columns:
         return np.zeros(len(survey), bool)
     visit = alerts.column("metadata", np.arange(len(survey)))[:, alerts.card.columns.index(VISIT)]
+    return of_simulated_images(survey, visit)
+
+
+def of_simulated_images(survey: NDArray[np.uint8] | Survey, visit: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return whether the visit of an LSST alert is neither LSSTCam's nor HSC's, bool[N]; False for other surveys."""
     on_sky = ((visit > LSSTCAM_VISIT) & (visit < SIMULATED_DAY)) | (visit < HSC_VISIT)
-    return (survey == Survey.LSST) & ~on_sky
+    return np.equal(survey, Survey.LSST) & ~on_sky
 
 
 def as_text(measures: dict[str, Any]) -> str:

@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=positive, default=defaults["batch"], help="rows per step (default: %(default)s)"
     )
     parser.add_argument(
+        "--learning-rate",
+        type=float,
+        default=defaults["learning_rate"],
+        help="peak learning rate of Adam; fewer steps need a higher one (default: %(default)s)",
+    )
+    parser.add_argument(
         "--seeds", type=positive, default=5, help="number of dictionaries, with the seeds 1, 2, ... (default: 5)"
     )
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: %(default)s)")
@@ -63,6 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         sparsity=arguments.sparsity,
         steps=arguments.steps,
         batch=arguments.batch,
+        learning_rate=arguments.learning_rate,
     )
     trained = train_run(opened, recipe, range(1, arguments.seeds + 1))
     print(f"{trained.directory}: {len(trained.card.seeds)} dictionaries of {recipe.features} features")

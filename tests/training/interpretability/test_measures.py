@@ -14,8 +14,10 @@ from training.interpretability.measures import (
     head_shares,
     loss_recovered,
     random_features,
+    sparse,
     sparsity,
     stable_in,
+    standardised,
 )
 
 
@@ -63,6 +65,18 @@ def test_random_features_have_the_requested_sparsity() -> None:
     features = random_features(z, 24, 3.0, seed=1)
     assert features.shape == (2000, 24)
     assert sparsity(features).l0 == pytest.approx(3.0, abs=0.05)
+
+
+def test_sparse_keeps_the_largest_values_of_all_columns() -> None:
+    values = np.array([[3, 1], [2, 9], [0.5, -4], [0.1, 0.2]])
+    np.testing.assert_array_equal(sparse(values, 0.5), [[3, 0], [0, 9], [0, 0], [0, 0]])
+    assert (sparse(values, 2.0) >= 0).all()
+
+
+def test_standardised_columns_have_unit_deviation() -> None:
+    found = standardised(np.array([[1.0, 7], [3, 7], [5, 7]]))
+    np.testing.assert_allclose(found.std(axis=0), [1, 0], atol=1e-6)
+    np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-6)
 
 
 def test_greatest_of_alerts_takes_unordered_rows_and_alerts_without_rows() -> None:

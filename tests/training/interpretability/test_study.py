@@ -13,16 +13,20 @@ import pytest
 import torch
 from torch import nn
 
+from broker_filter.errors import FAILED
 from broker_filter.packets.batch import LightCurves, Measurement, Survey
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import open_bundle
 from broker_filter.scoring.networks import build_network
 from broker_filter.scoring.sparse_dictionary import SparseDictionary
+from broker_filter.simulate import simulate_night
+from training.__main__ import main
 from training.interpretability import study as study_module
 from training.interpretability.effects import ablate, active_alerts, read
 from training.interpretability.losses import Attended, contrastive_loss, cross_entropy
 from training.interpretability.sites import Attention, open_site
 from training.interpretability.study import FEATURE_TABLE, MEASURES, Subject, attend, study, suggested_name
+from training.interpretability.study_run import of_simulated_images
 
 N, SIDE = 160, 63
 """Alerts: half are real; half of these are held out."""
@@ -211,6 +215,32 @@ def test_other_dictionaries_are_measured_again(subject: Subject, tmp_path: Path)
     first = study(subject, tmp_path)
     other = replace(subject, dictionaries=subject.dictionaries[::-1])
     assert study(other, tmp_path)["stable_in"] != first["stable_in"]
+
+
+def test_command_studies_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packets, run = tmp_path / "night", tmp_path / "run"
+    packets.mkdir()
+    for alert in simulate_night(24, seed=7):
+        (packets / f"{alert.alert_id}.avro").write_bytes(alert.packet)
+    assert (
+        main(["sae", "collect", "embedder", "light_curve.1", str(packets), "--simulated", "2", "--out", str(run)]) == 0
+    )
+    assert main(["sae", "study", str(run)]) == FAILED
+    assert "no dictionary yet" in capsys.readouterr().err
+    training = ["--features", "6", "--active", "2", "--steps", "20", "--batch", "16", "--seeds", "2"]
+    assert main(["sae", "train", str(run), *training]) == 0
+    assert main(["sae", "study", str(run)]) == 0
+    assert "Reconstruction of z on 12 real held-out alerts" in capsys.readouterr().out
+    measures = json.loads((run / MEASURES).read_bytes())
+    assert measures["features"] == len(measures["stable_in"]) == 6
+    assert measures["worth"]["figures"]["features"] == 6
+    assert len((run / FEATURE_TABLE).read_text(encoding="utf-8").splitlines()) == 7
+
+
+def test_lsst_alerts_with_simulated_images_are_known_by_their_visit() -> None:
+    visits = {Survey.LSST: [2026040700123, 7026040700123, 12345, 730000], Survey.ZTF: [np.nan]}
+    found = [bool(one) for survey, values in visits.items() for one in of_simulated_images(survey, np.array(values))]
+    assert found == [False, True, False, True, False]
 
 
 def test_names_are_suggested_for_clear_properties_only() -> None:
