@@ -102,7 +102,8 @@ def _alike(attended: Attended, vectors: Tensor, draws: Generator) -> Tensor:
     rows = torch.from_numpy(attended.rows)
     first, second = torch.randint(len(rows), (2, len(vectors)), generator=draws)
     directions = normalize(rows[first] - rows[second], dim=1)[:, None]
-    return torch.linalg.vector_norm(vectors, dim=2, keepdim=True) * directions
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=2, keepdim=True)
+    return lengths * directions
 
 
 def _outputs(attended: Attended, alert: Tensor, z: Tensor) -> list[Tensor]:

@@ -125,7 +125,8 @@ def standardised(values: NDArray[np.floating]) -> Rows:
     """Return columns [T, D] with mean 0 and deviation 1; a constant column becomes 0."""
     deviation = values.std(axis=0)
     centred = values - values.mean(axis=0)
-    return np.divide(centred, deviation, out=np.zeros_like(centred), where=deviation > 0).astype(np.float32)
+    unit_deviation = np.divide(centred, deviation, out=np.zeros_like(centred), where=deviation > 0)
+    return np.asarray(unit_deviation, np.float32)
 
 
 def greatest_of_alerts(values: Rows, alert: NDArray[np.int64], n: int) -> Rows:
