@@ -103,7 +103,7 @@ function strip(alert, cellValues, most) {
       page.cells.forEach(([top, across, tall, wide], c) => frame.append(
         s("rect", { x: across - x0, y: height - (top - y0) - tall, width: wide, height: tall,
           fill: diverging(cellValues[c], most), stroke: "#fff", "stroke-width": 0.1, "stroke-opacity": 0.4,
-          "fill-opacity": most > 0 ? 0.75 * Math.sqrt(Math.abs(cellValues[c] || 0) / most) : 0 },
+          "fill-opacity": most > 0 ? 0.45 * Math.sqrt(Math.abs(cellValues[c] || 0) / most) : 0 },
           svgTitle(`cell ${c}: DFA ${signed(cellValues[c])}`))));
       drawing.append(frame);
     }
@@ -295,7 +295,7 @@ function showFeatures() {
     };
     put(holder, 
       h("p", { class: "faint", role: "status" }, `${found.length} of ${page.features.length} features. ` +
-        `Effect: ${page.effect}.`),
+        `Main head: the head with the greatest share of the attribution. Effect: ${page.effect}.`),
       table(LIST.map(([title, cell, , kind]) => [title, cell, kind]), found, { id: "list" }));
     holder.querySelectorAll("th").forEach((th, i) => {
       const title = LIST[i][0], chosen = list.sort === title;

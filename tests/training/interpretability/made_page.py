@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from broker_filter import Decoder, Packet
@@ -38,7 +40,7 @@ HOSTILE = "</script><img src=x onerror=\"document.title='run'\">"
 def made_page(kind: Kind = Kind.POINTS, alerts: int = 40, features: int = 10, name: str = "") -> Page:
     """Return a page of `features` features and of about `alerts` alerts; `name` is the name of the first feature."""
     rng = np.random.default_rng(0)
-    batch, _ = Decoder().decode([Packet(alert.packet) for alert in simulate_night(alerts, seed=1)])
+    batch = _night(alerts)
     views = [_alert(batch, i, kind, features, rng) for i in range(len(batch))]
     return Page(
         title=f"embedder 1.1, {'light_curve.1' if kind is Kind.POINTS else 'stages.4.1.transformer.0'}",
@@ -64,6 +66,12 @@ def made_page(kind: Kind = Kind.POINTS, alerts: int = 40, features: int = 10, na
         columns=("id", "name", "note", "family"),
         rows=[{"id": str(i), "name": name if i == 0 else "", "note": "", "family": "few"} for i in range(features)],
     )
+
+
+@cache
+def _night(alerts: int) -> AlertBatch:
+    batch, _ = Decoder().decode([Packet(alert.packet) for alert in simulate_night(alerts, seed=1)])
+    return batch
 
 
 def _cells() -> list[tuple[float, float, float, float]]:

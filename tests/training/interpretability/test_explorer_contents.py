@@ -18,9 +18,9 @@ from training.interpretability.sites import open_site
 FEATURES = 24
 
 
-def lens_of(night_dataset: Dataset, site_name: str) -> OpenLens:
-    """Return a lens of the bundle `embedder` whose directions are differences of rows of z from their mean."""
-    part = open_bundle("embedder").part("ztf")
+def lens_of(night_dataset: Dataset, site_name: str, bundle: str = "embedder") -> OpenLens:
+    """Return a lens whose directions are differences of rows of z from their mean."""
+    part = open_bundle(bundle).part("ztf")
     network = load_network(part.card.architecture, load_file(part.directory / WEIGHTS)).eval()
     site = open_site(network, site_name)
     raw = night_dataset["train"].read().raw
@@ -115,6 +115,23 @@ def test_alerts_have_one_source_for_the_token_and_each_point_that_the_network_ta
             assert len(active.sources) == len(alert.points)
             assert active.query in alert.points
             assert len(active.after) == len(page.outputs) == len(alert.before)
+
+
+def test_cells_of_an_image_network_lie_in_the_stamp_and_have_a_source_each(night_dataset: Dataset) -> None:
+    lens = lens_of(night_dataset, "stages.4.1.transformer.2", "attention")
+    some = night_dataset["train"][np.arange(8)]
+    page = contents(lens, some, Header("title", [], [], []), FeatureTable((), [], 1), most_alerts=8)
+    assert page.kind is Kind.CELLS
+    assert all(min(y, x) >= 0 and max(y + height, x + width) <= 63 for y, x, height, width in page.cells)
+    size = len(page.cells)
+    assert all(len(feature.cells) == size for feature in page.features if feature.top)
+    for alert in page.alerts:
+        assert not alert.points
+        for active in alert.active:
+            assert len(active.sources) == size
+            assert 0 <= active.query < size
+    changed = [abs(active.after[0] - alert.before[0]) for alert in page.alerts for active in alert.active]
+    assert max(changed) > 0, "the image network's probability depends on its cells"
 
 
 def test_page_is_plain_json(page: Page) -> None:
