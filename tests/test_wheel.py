@@ -184,7 +184,7 @@ def test_the_wheel_scores_real_packets(installed: Path, ztf_packets: list[tuple[
 
 
 def test_the_wheel_runs_the_demonstration(installed_for_demo: Path, tmp_path: Path) -> None:
-    run([installed_for_demo / "broker-filter", "demo", "--alerts", "300", "--out", tmp_path / "demo"], cwd=tmp_path)
+    run([installed_for_demo / "broker-filter", "demo", "--alerts", "60", "--out", tmp_path / "demo"], cwd=tmp_path)
 
     (sheet,) = (tmp_path / "demo").glob("*.png")
     assert sheet.read_bytes().startswith(b"\x89PNG")

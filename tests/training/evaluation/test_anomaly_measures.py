@@ -110,7 +110,7 @@ def test_a_class_with_few_objects_is_not_left_out() -> None:
 
 
 def test_the_command_writes_a_page_and_its_figures(tmp_path: Path) -> None:
-    night = list(simulate_night(260, seed=3, rates={"variable_star": 3, "asteroid": 1}))
+    night = list(simulate_night(130, seed=3, rates={"variable_star": 3, "asteroid": 1}))
     packets = tmp_path / "packets"
     packets.mkdir()
     with (tmp_path / "labels.csv").open("w", newline="") as file:
@@ -120,7 +120,7 @@ def test_the_command_writes_a_page_and_its_figures(tmp_path: Path) -> None:
             (packets / f"{alert.alert_id}.avro").write_bytes(alert.packet)
             writer.writerow([alert.alert_id, {"variable_star": "VS"}.get(alert.kind, alert.kind)])
     out = tmp_path / "out"
-    few = ["--simulated", "160", "--rounds", "1"]
+    few = ["--simulated", "120", "--rounds", "1"]
     labels = ["--labels", str(tmp_path / "labels.csv")]
     assert main(["anomaly-measures", str(packets), *labels, *few, "--out", str(out)]) == 0
     page, figures = (out / TABLE).read_text(), json.loads((out / FIGURES).read_text())
