@@ -97,7 +97,8 @@ class CellSite:
         """Return the Box of each cell: as wide as the distance of cells, around the centre of what the cell sees.
 
         The convolutions are padded by half their width, so the first cell's centre is the first pixel, and the boxes
-        of the border are cut at the border.
+        of the border are cut at the border. MaxViT's shortcuts are pooled, which moves what a cell sees by up to half a
+        cell down and to the right; the box leaves this out.
         """
         side = math.isqrt(sources)
         fed = self.encoder.image_size or stamp
