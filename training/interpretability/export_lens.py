@@ -50,6 +50,7 @@ from training.interpretability.lens_graphs import write_graphs
 from training.interpretability.rows import FEATURES as FEATURE_TABLE
 from training.interpretability.rows import MEASURES, Run, open_run
 from training.interpretability.sites import open_site
+from training.interpretability.study_run import simulated_images
 
 FEWEST_REAL = 300
 """Fewest real alerts of a survey as ordinary ones; with fewer, simulated alerts take their place."""
@@ -207,11 +208,12 @@ def ordinary_rows(opened: Run) -> dict[SurveyName, OrdinaryRows]:
         owner = np.repeat(everything, np.diff(curves.offsets))
         usable = np.bincount(owner[curves.mjd <= mjd[owner]], minlength=len(everything)) > 0
     sources = [f"{SIMULATED}{kind}" for kind in REAL]
+    on_sky = rows.is_real & ~simulated_images(alerts, survey)
     of_source = np.isin(np.array(alerts.card.classes)[alerts.label], sources)
     found: dict[SurveyName, OrdinaryRows] = {}
     for name in opened.part.surveys:
         own = usable & (survey == Survey[name.upper()])
-        real, simulated = own & rows.is_real, own & ~rows.is_real & of_source
+        real, simulated = own & on_sky, own & ~rows.is_real & of_source
         chosen, source = (real, "real") if real.sum() >= FEWEST_REAL else (simulated, "simulated")
         if chosen.any():
             kept = chosen[rows.alert]
