@@ -85,12 +85,11 @@ def worth(measures: Mapping[str, Any]) -> dict[str, Any]:
         leads = separation["mean_ahead"]
         ahead = [method for method, (_, low, _) in leads.items() if low is not None and low > 0]
         behind = [method for method, (*_, high) in leads.items() if high is not None and high < 0]
-        if leads:
-            sentences.append(
-                f"{survey.upper()}: single features separate known properties better than "
-                f"{', '.join(ahead) or 'nothing'}, and worse than {', '.join(behind) or 'nothing'}, of "
-                f"{', '.join(leads)}."
-            )
+        same = [method for method in leads if method not in (*ahead, *behind)]
+        compared = {"better than": ahead, "worse than": behind, "not measurably differently from": same}
+        found = "; ".join(f"{how} the best of {', '.join(which)}" for how, which in compared.items() if which)
+        if found:
+            sentences.append(f"{survey.upper()}: the best single feature separates known properties {found}.")
     return {"says": " ".join(sentences), "figures": figures}
 
 
