@@ -53,7 +53,7 @@ from training.interpretability.measures import (
     standardised,
 )
 from training.interpretability.quantities import Property, quantities
-from training.interpretability.separation import CHANCE, Separation, roc_aucs, separate
+from training.interpretability.separation import CHANCE, FEWEST_OBJECTS, Separation, roc_aucs, separate
 from training.interpretability.sites import Box, Site, open_site
 from training.interpretability.study_report import tables, warnings, worth
 
@@ -342,7 +342,6 @@ def describe_features(
     drawn, shares = draw_alerts(greatest), head_shares(dictionary.w_dec, subject.site.heads)
     label, labelled = class_of(subject.label[known.rows])
     objects = subject.object_id[known.rows]
-    stable = is_stable(found, seeds)
     features = []
     for i, alert in enumerate(drawn):
         family, by_dfa, effect = "none", 0, None
@@ -357,7 +356,7 @@ def describe_features(
         features.append(
             Feature(
                 id=i,
-                name=suggested_name(name, area) if stable[i] else "",
+                name="",
                 note="",
                 stable_in=int(found[i]),
                 seeds=seeds,
@@ -381,20 +380,31 @@ def describe_features(
 
 
 NAMED_AREA = 0.8
-"""Least ROC AUC, or 1 minus it, of a property that a feature is named after. The name is a suggestion."""
+"""Least ROC AUC, or 1 minus it, of a property that a feature is named after."""
+NAMED_LIFT = 2.0
+"""Least lower end of the interval of the lift of a class that a feature is named after."""
 
 
-def suggested_name(name: str, area: float) -> str:
-    """Return a name for a feature that separates a property, or no name."""
-    text = name.removeprefix("class ").replace("_", " ")
-    return text if area >= NAMED_AREA else f"not {text}" if area <= 1 - NAMED_AREA else ""
+def suggested_name(feature: Feature) -> str:
+    """Return a name for a stable feature, or no name: of the property that it separates, or of its enriched class."""
+    text = feature.best_property.removeprefix("class ").replace("_", " ")
+    if feature.best_area >= NAMED_AREA:
+        return text
+    if feature.best_area <= 1 - NAMED_AREA:
+        return f"not {text}"
+    return feature.enriched if (feature.lift_low or 0.0) >= NAMED_LIFT else ""
 
 
 def best_property(score: NDArray[np.floating], measured: Mapping[str, Property]) -> tuple[str, float]:
-    """Return the property that a score [n] separates best, and its ROC AUC; properties are [n] with NaN if unknown."""
+    """Return the property that a score [n] separates best, and its ROC AUC; properties are [n] with NaN if unknown.
+
+    Properties of fewer than FEWEST_OBJECTS alerts are left out.
+    """
     best, area = "", CHANCE
     for name, values in measured.items():
         known = ~np.isnan(values)
+        if min((values == 1).sum(), (values == 0).sum()) < FEWEST_OBJECTS:
+            continue
         found = float(roc_aucs(score[known][:, None], values[known] == 1)[0])
         if abs(found - CHANCE) > abs(area - CHANCE):
             best, area = name, found
@@ -511,10 +521,10 @@ def study(subject: Subject, directory: Path) -> dict[str, Any]:
     found = np.array(measures["stable_in"], np.int64)
     measured = {survey: properties(subject, survey) for survey in Survey}
     main = "embedding" if subject.card.outputs.modalities else "logits"
-    features = [
-        Feature(*one)
-        for one in part("features", lambda: describe_features(subject, known, found, measured[Survey.ZTF], main))
-    ]
+    stable = is_stable(found, len(subject.dictionaries))
+    described = part("features", lambda: describe_features(subject, known, found, measured[Survey.ZTF], main))
+    features = [Feature(*one) for one in described]
+    features = [one._replace(name=suggested_name(one)) if stable[one.id] else one for one in features]
     measures["causal"] = {"output": main, **causal_summary(features)}
     measures["heads"] = head_table(subject, features)
     measures["families"] = dict(Counter(one.family for one in features if one.frequency > 0).most_common())

@@ -25,7 +25,7 @@ from training.interpretability import study as study_module
 from training.interpretability.effects import ablate, active_alerts, read
 from training.interpretability.losses import Attended, contrastive_loss, cross_entropy
 from training.interpretability.sites import Attention, open_site
-from training.interpretability.study import FEATURE_TABLE, MEASURES, Subject, attend, study, suggested_name
+from training.interpretability.study import FEATURE_TABLE, MEASURES, Feature, Subject, attend, study, suggested_name
 from training.interpretability.study_run import of_simulated_images
 
 N, SIDE = 160, 63
@@ -243,7 +243,14 @@ def test_lsst_alerts_with_simulated_images_are_known_by_their_visit() -> None:
     assert found == [False, True, False, True, False]
 
 
+def feature(**values: float | str | None) -> Feature:
+    none = dict.fromkeys(Feature._fields, 0) | {"enriched": "SN", "lift_low": 1.2, "best_area": 0.6}
+    return Feature(**(none | values))  # type: ignore[arg-type]
+
+
 def test_names_are_suggested_for_clear_properties_only() -> None:
-    assert suggested_name("class VS", 0.95) == "VS"
-    assert suggested_name("single_detection", 0.05) == "not single detection"
-    assert suggested_name("rising", 0.6) == ""
+    assert suggested_name(feature(best_property="class VS", best_area=0.95)) == "VS"
+    assert suggested_name(feature(best_property="single_detection", best_area=0.05)) == "not single detection"
+    assert suggested_name(feature(best_property="rising")) == ""
+    assert suggested_name(feature(best_property="rising", lift_low=2.5)) == "SN"
+    assert suggested_name(feature(best_property="rising", lift_low=None)) == ""
