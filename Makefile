@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test suite coverage lint docs bench bench-check study chaos deep explorer-shots fuzz slow-link sanitize wheel image clean
+.PHONY: help demo test suite coverage lint docs bench bench-check study chaos deep explorer-shots fuzz slow-link sanitize sae-parity wheel image clean
 
 help:
 	@echo 'make demo      simulates nights of ZTF and LSST, runs the service on them through an embedded broker, shows the results'
@@ -28,6 +28,7 @@ help:
 	@echo 'make deep      imports full-size MaxViT-tiny networks with random weights and damaged ones; takes minutes'
 	@echo 'make explorer-shots  opens pages of the lens in Chromium, and checks them (PAGES="page.html ..." for others)'
 	@echo 'make sanitize  decodes damaged packets with the compiled code under AddressSanitizer (needs gcc)'
+	@echo 'make sae-parity  checks that sae-lens loads sparse dictionaries and encodes equally; installs it into .venv-sae'
 	@echo 'make wheel     builds the wheel and the source archive into dist/'
 	@echo 'make image     builds the container image with buildah, and runs the service in it; deploy/image.sh has the options'
 	@echo 'make clean     removes .venv and everything that was built'
@@ -107,6 +108,18 @@ explorer-shots: $(VENV)/installed-test
 sanitize: $(VENV)/installed-test
 	$(BIN)/python tests/packets/sanitize.py
 
+# sae-lens brings transformers and more (2 GB), so it has an environment of its own.
+SAE_VENV := .venv-sae
+
+sae-parity: $(VENV)/installed-test $(SAE_VENV)/installed
+	PYTHONPATH=. $(BIN)/python tests/sae_parity.py write $(SAE_VENV)/dictionaries
+	$(SAE_VENV)/bin/python tests/sae_parity.py check $(SAE_VENV)/dictionaries
+
+$(SAE_VENV)/installed:
+	$(PYTHON) -m venv $(SAE_VENV)
+	$(SAE_VENV)/bin/python -m pip --disable-pip-version-check --quiet install 'sae-lens>=6.54,<7'
+	touch $@
+
 wheel: $(VENV)/installed-test
 	$(BIN)/python -m build --outdir dist
 
@@ -114,7 +127,7 @@ image:
 	deploy/image.sh
 
 clean:
-	rm -rf $(VENV) build dist docs/_build demo-out explorer-shots htmlcov .coverage .coverage.* study bench.json *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(SAE_VENV) build dist docs/_build demo-out explorer-shots htmlcov .coverage .coverage.* study bench.json *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find broker_filter -name '*.so' -delete
 
 # One stamp file for each set of extras. The package is installed again if pyproject.toml, setup.py or a C source changes.

@@ -50,6 +50,9 @@ class DictionarySource(CardSection):
     heads: int = Field(gt=0, le=MAX_INPUTS, description="Attention heads of the layer.")
     d_head: int = Field(gt=0, le=MAX_INPUTS, description="Dimensions of a head's output.")
     split: str = Field(max_length=MAX_TEXT, description="The alerts that the dictionary was trained on.")
+    sae_lens_version: Literal["6.0.0"] = Field(
+        default="6.0.0", description="Version of SAELens's format: without it, sae-lens discards the metadata."
+    )
 
 
 class DictionaryCard(CardSection):

@@ -85,6 +85,7 @@ def test_files_have_the_keys_and_shapes_of_saelens(directory: Path) -> None:
         "normalize_activations": "none",
         "reshape_activations": "none",
     }
+    assert card["metadata"]["sae_lens_version"] == "6.0.0", "sae-lens discards the metadata of older formats"
     assert {name: array.shape for name, array in load_file(directory / DICTIONARY_WEIGHTS).items()} == {
         "W_enc": (D, FEATURES),
         "W_dec": (FEATURES, D),
