@@ -54,8 +54,12 @@ class Induction:
 
     accuracy: float
     """Share of the predictable tokens that the transformer predicts."""
+    recall: float
+    """Mean over the tokens: share of the positions where the token is copied that its best feature is active at."""
+    precision: float
+    """Mean over the tokens: share of the positions where its best feature is active that the token is copied at."""
     tokens_found: float
-    """Share of the tokens of the vocabulary that have an induction feature."""
+    """Share of the tokens of the vocabulary that have an induction feature: recall and precision above SPECIFIC."""
     tokens_found_at_random: float
     """The same for as many random directions, which are active as often as the features on average."""
     pointed: float
@@ -76,11 +80,24 @@ def copying_rows(network: ToyTransformer, sequences: Sequences) -> Attention:
         return ToySite(network, COPYING).attend({"tokens": sequences.tokens})
 
 
-def induction_features(active: NDArray[np.bool_], sequences: Sequences) -> dict[int, int]:
-    """Return the induction feature of each token that has one, among features that are `active` bool [N, L, F].
+@dataclass(frozen=True, slots=True)
+class Copiers:
+    """For each token of the vocabulary, the feature that tells best where this token is copied."""
 
-    The feature is active at more than SPECIFIC of the positions where the token is copied (recall), and more than
-    SPECIFIC of the positions where it is active are of this kind (precision).
+    feature: NDArray[np.int64]  # [VOCABULARY]
+    recall: NDArray[np.float64]  # [VOCABULARY]: share of the positions where the token is copied that the feature is on
+    precision: NDArray[np.float64]  # [VOCABULARY]: share of the positions where the feature is on that are of this kind
+
+    @property
+    def found(self) -> NDArray[np.bool_]:
+        """Which tokens have an induction feature: recall and precision are above SPECIFIC."""
+        return np.minimum(self.recall, self.precision) > SPECIFIC
+
+
+def copiers(active: NDArray[np.bool_], sequences: Sequences) -> Copiers:
+    """Return the best feature of each token, by the smaller of recall and precision.
+
+    `active`: bool [N, L, F], where each feature is active.
     """
     flat = active.reshape(-1, active.shape[2])
     copied = np.where(sequences.predictable.numpy(), sequences.next.numpy(), -1).ravel()
@@ -88,9 +105,9 @@ def induction_features(active: NDArray[np.bool_], sequences: Sequences) -> dict[
     both = flat.T.astype(np.float64) @ is_copied  # [F, VOCABULARY]
     recall = both / np.maximum(is_copied.sum(0), 1)
     precision = both / np.maximum(flat.sum(0), 1)[:, None]
-    least = np.minimum(recall, precision)
-    best = least.argmax(0)
-    return {token: int(best[token]) for token in range(VOCABULARY) if least[best[token], token] > SPECIFIC}
+    best = np.minimum(recall, precision).argmax(0)
+    tokens = np.arange(VOCABULARY)
+    return Copiers(best, recall[best, tokens], precision[best, tokens])
 
 
 def measure(network: ToyTransformer, dictionary: SparseDictionary, sequences: Sequences, seed: int) -> Induction:
@@ -99,15 +116,13 @@ def measure(network: ToyTransformer, dictionary: SparseDictionary, sequences: Se
     attention = copying_rows(network, sequences)
     z = attention.z.numpy()
     activations = dictionary.encode(z.reshape(-1, z.shape[2])).reshape(*z.shape[:2], -1)
-    found = induction_features(activations > 0, sequences)
+    best = copiers(activations > 0, sequences)
     projected = (z - dictionary.b_dec) @ torch.randn(dictionary.w_enc.shape, generator=draws).numpy()
     as_often = np.quantile(projected, 1 - (activations > 0).mean(), axis=(0, 1))
-    at_random = induction_features(projected > as_often, sequences)
+    at_random = copiers(projected > as_often, sequences)
     with torch.no_grad():
         predicted = network(sequences.tokens).argmax(2) == sequences.next
-    feature_of = torch.full((VOCABULARY,), -1)
-    for token, feature in found.items():
-        feature_of[token] = feature
+    feature_of = torch.from_numpy(np.where(best.found, best.feature, -1))
     wanted = feature_of[sequences.next]  # [N, L]: the feature that should be active
     active = torch.from_numpy(activations).gather(2, wanted.clamp(min=0)[:, :, None])[:, :, 0] > 0
     rows, queries = (active & (wanted >= 0) & sequences.predictable).nonzero()[:PAIRS].T
@@ -123,8 +138,10 @@ def measure(network: ToyTransformer, dictionary: SparseDictionary, sequences: Se
 
     return Induction(
         accuracy=float(predicted[sequences.predictable].float().mean()),
-        tokens_found=len(found) / VOCABULARY,
-        tokens_found_at_random=len(at_random) / VOCABULARY,
+        recall=float(best.recall.mean()),
+        precision=float(best.precision.mean()),
+        tokens_found=float(best.found.mean()),
+        tokens_found_at_random=float(at_random.found.mean()),
         pointed=float(after_previous.gather(1, by_source.sum(1).argmax(1)[:, None]).float().mean()),
         pointed_by_chance=float((after_previous.sum(1) / (queries + 1)).mean()),
         probability=probability(ablated.before[0]),

@@ -11,7 +11,7 @@ import torch
 from torch import Generator
 
 from training.__main__ import main
-from training.interpretability.induction import Induction, induction_features, measure, study
+from training.interpretability.induction import Induction, copiers, measure, study
 from training.interpretability.toy_transformer import LENGTH, ToyTransformer, draw_sequences
 from training.interpretability.train_autoencoder import Recipe, train
 
@@ -60,7 +60,12 @@ def test_a_feature_is_of_the_token_that_is_copied_where_it_is_active() -> None:
     everywhere = sequences.next.numpy() == 5  # also where the token is not copied, but comes for the first time
     elsewhere = np.ones((50, LENGTH), bool)
     active = np.stack([elsewhere, copied == 7, everywhere], axis=2)
-    assert induction_features(active, sequences) == {7: 1}
+    best = copiers(active, sequences)
+    assert best.found.nonzero()[0].tolist() == [7]
+    assert (best.feature[7], best.recall[7], best.precision[7]) == (1, 1.0, 1.0)
+    assert best.feature[5] == 2
+    assert best.recall[5] == 1.0
+    assert best.precision[5] < 0.9
 
 
 def test_the_command_writes_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
