@@ -125,10 +125,17 @@ def anomalies_table(results: Results, kinds: Kinds) -> Table:
 
 
 def features_table(results: Results) -> Table:
-    """Return a table of the features that make the strongest anomalies strange, and of what the lens says of others."""
+    """Return a table of the features that make anomalies strange, and of what the lens says of anomalies without any.
+
+    Anomalies with features come first, and the strongest of them first.
+    """
+    alerts = _strangest(results)
+    explained = [alert for alert in alerts if alert["broker_filter"]["anomaly"]["reason"]["features"]]
     words, numbers = ("object", "feature, or what the lens says"), ("rarity", "effect")
-    table = _table("Features of the anomalies, and what disappears of the score without each", words, numbers)
-    for alert in _of_each_survey(_strangest(results), SHOWN_PER_FILTER):
+    title = f"Features of {len(explained)} of {len(alerts)} anomalies, and what disappears of the score without each"
+    table = _table(title, words, numbers)
+    others = [alert for alert in alerts if alert not in explained]
+    for alert in _of_each_survey([*explained, *others], SHOWN_PER_FILTER):
         reason, name = alert["broker_filter"]["anomaly"]["reason"], short(object_id(alert))
         for feature in reason["features"]:
             effect = "-" if feature["effect"] is None else f"{feature['effect']:.0%}"

@@ -174,9 +174,10 @@ class Lens:
             )
         unexplained = unexplained_share(z, dictionary.decode(active), ordinary.mean)
         percentile = percentile_of(unexplained, ordinary.unexplained)
-        verdict = Verdict.EXPLAINED if features else Verdict.NO_EFFECT
-        if features and features[0].effect is None:
-            verdict = Verdict.ACTIVE
+        verdict = Verdict.NO_EFFECT
+        if features:
+            largest = features[0].effect
+            verdict = Verdict.ACTIVE if largest is None else verdict if largest < LEAST_EFFECT else Verdict.EXPLAINED
         if unexplained > MOSTLY_UNEXPLAINED or percentile >= RARELY_UNEXPLAINED:
             verdict = Verdict.UNEXPLAINED
         return Explanation(
@@ -194,12 +195,15 @@ class Lens:
         return np.flatnonzero((strongest > 0) | absent).tolist()
 
     def _chosen(self, candidates: Sequence[int], effects: dict[int, float | None]) -> list[int]:
-        """Return the features that are shown: those with the largest effects, or the rarest if no effect is known."""
+        """Return the features that are shown: those with the largest effects, or the rarest if no effect is known.
+
+        If some features are reasons (LEAST_EFFECT), only these are shown.
+        """
         known = {f: effect for f in candidates if (effect := effects[f]) is not None}
         if not known:
             return list(candidates[:MAX_FEATURES])
         reasons = [f for f, effect in known.items() if effect >= LEAST_EFFECT]
-        return sorted(reasons, key=known.__getitem__, reverse=True)[:MAX_FEATURES]
+        return sorted(reasons or known, key=known.__getitem__, reverse=True)[:MAX_FEATURES]
 
     def _effects(self, outcomes: NDArray[np.float64]) -> list[float | None]:
         """Return the effects of K ablations, from the outcomes [1 + K] before and after them.
