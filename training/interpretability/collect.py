@@ -121,6 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
     directory = arguments.alerts or out / ALERTS
     if arguments.alerts is not None or directory.exists():
         dataset = Dataset.open(directory)
+        log.info("%s alerts are read from %s, and not from INPUT", f"{len(dataset.alert_id):,}", directory)
     else:
         labels = [read_labels(table, COLUMN) for table in arguments.labels]
         dataset = build_alerts(
