@@ -197,7 +197,8 @@ function legend(withCells) {
   return h("div", { class: "legend" }, ramp,
     page.kinds.map((kind, k) => h("span", null, sample(k), " " + kind)),
     bands.map(([band, colour]) => h("span", null, s("svg", { viewBox: "0 0 16 16", "aria-hidden": true },
-      s("circle", { cx: 8, cy: 8, r: 5, fill: "none", stroke: colour, "stroke-width": 2.5 })), ` band ${band}`)));
+      s("circle", { cx: 8, cy: 8, r: 5, fill: "none", stroke: colour, "stroke-width": 2.5 })), ` band ${band}`)),
+    h("span", null, "ring: the point where the feature is read"), h("span", null, "faint: not seen by the network"));
 }
 // Horizontal bars around a common zero; `rows`: [label, value, text, colour (by the sign of the value if absent)].
 function bars(rows, label) {
