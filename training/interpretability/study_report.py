@@ -85,12 +85,18 @@ def worth(measures: Mapping[str, Any]) -> dict[str, Any]:
         leads = separation["mean_ahead"]
         ahead = [method for method, (_, low, _) in leads.items() if low is not None and low > 0]
         behind = [method for method, (*_, high) in leads.items() if high is not None and high < 0]
-        same = [method for method in leads if method not in (*ahead, *behind)]
-        compared = {"better than": ahead, "worse than": behind, "not measurably differently from": same}
-        found = "; ".join(f"{how} the best of {', '.join(which)}" for how, which in compared.items() if which)
-        if found:
-            sentences.append(f"{survey.upper()}: the best single feature separates known properties {found}.")
+        level = [method for method in leads if method not in (*ahead, *behind)]
+        if leads:
+            sentences.append(
+                f"{survey.upper()}: the best single feature separates known properties better than the best of "
+                f"{_listed(ahead)}; worse than the best of {_listed(behind)}; not measurably differently from the best "
+                f"of {_listed(level)}."
+            )
     return {"says": " ".join(sentences), "figures": figures}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none of them"
 
 
 def _reconstruction(found: Mapping[str, Any]) -> Table:
