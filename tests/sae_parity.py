@@ -22,7 +22,7 @@ LENS = Path(__file__).parents[1] / "broker_filter" / "lenses" / "embedder"
 def write(directory: Path) -> None:
     """Write trained dictionaries and the one of the shipped lens, each with rows and the activations of the rows."""
     from broker_filter.scoring.sparse_dictionary import DictionarySource, read_dictionary, write_dictionary
-    from training.interpretability.planted import plant
+    from training.interpretability.known_answers.planted import plant
     from training.interpretability.train_autoencoder import Recipe, train
 
     shutil.rmtree(directory, ignore_errors=True)

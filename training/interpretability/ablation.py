@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import normalize
 
 from broker_filter.scoring.sparse_dictionary import SparseDictionary
-from training.interpretability.attention import Attention, Site
+from training.interpretability.sites.attention import Attention, Site
 
 BATCH = 256
 """Pairs of alert and feature in one run of the rest of the network: its intermediate results stay in the CPU caches."""

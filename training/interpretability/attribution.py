@@ -20,8 +20,8 @@ from torch import Tensor
 
 from broker_filter.scoring.networks.alert_embedder import Layer, LightCurveEncoder
 from broker_filter.scoring.sparse_dictionary import SparseDictionary
-from training.interpretability.attention import Attention
-from training.interpretability.light_curve_sites import attention_pattern
+from training.interpretability.sites.attention import Attention
+from training.interpretability.sites.light_curve import attention_pattern
 
 LEAST_NORM = 1e-12
 """Smallest sum of absolute terms or norms that something is divided by."""
@@ -56,7 +56,8 @@ def completeness_error(terms: Tensor, sums: Tensor) -> Tensor:
 def head_shares_by_weights(dictionary: SparseDictionary, heads: int) -> NDArray[np.float64]:
     """Return the share of each head in each feature's decoder direction, float64 [F, H]: norms, divided by their sum.
 
-    Heads with many small outputs and heads with few large ones look alike here; `head_shares` tells them apart.
+    Source: Kissane et al. 2024 (arXiv:2406.17759), section 3. Heads with many small outputs and heads with few large
+    ones look alike here; `head_shares` tells them apart.
     """
     w_dec = dictionary.w_dec.astype(np.float64)
     norms: NDArray[np.float64] = np.linalg.norm(w_dec.reshape(len(w_dec), heads, -1), axis=2)

@@ -45,12 +45,12 @@ from broker_filter.scoring.networks import load_network
 from broker_filter.scoring.sparse_dictionary import DictionarySource, SparseDictionary, write_dictionary
 from broker_filter.simulate import REAL
 from training.errors import LensError, refuse_existing
-from training.interpretability.collect import SIMULATED
 from training.interpretability.lens_graphs import write_graphs
-from training.interpretability.rows import FEATURES as FEATURE_TABLE
-from training.interpretability.rows import MEASURES, Run, open_run
-from training.interpretability.sites import open_site
-from training.interpretability.study_run import simulated_images
+from training.interpretability.runs.collect import SIMULATED
+from training.interpretability.runs.rows import FEATURES as FEATURE_TABLE
+from training.interpretability.runs.rows import MEASURES, Run, open_run
+from training.interpretability.sites.open_site import open_site
+from training.interpretability.study.study_run import simulated_images
 
 FEWEST_REAL = 300
 """Fewest real alerts of a survey as ordinary ones; with fewer, simulated alerts take their place."""

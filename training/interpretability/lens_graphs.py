@@ -21,7 +21,7 @@ from broker_filter.scoring.lens_files import ANOMALY_SCORE, FROM_Z, KNOWN, TO_Z
 from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.sparse_dictionary import SparseDictionary
 from training.errors import LensError
-from training.interpretability.sites import LightCurveSite, Site
+from training.interpretability.sites.open_site import LightCurveSite, Site
 
 GRAPH_TOLERANCE = 1e-5
 """Allowed deviation of the part after the site from the whole network: both are float32 in torch."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from training.interpretability.ablation import ablate, changes, contribution, in_random_direction
-from training.interpretability.sites import open_site
+from training.interpretability.sites.open_site import open_site
 
 
 @pytest.mark.parametrize("layer", [0, 2])

@@ -18,7 +18,7 @@ from training.interpretability.attribution import (
     head_shares,
     head_shares_by_weights,
 )
-from training.interpretability.sites import Attention, open_site
+from training.interpretability.sites.open_site import Attention, open_site
 
 COMPLETE = 1e-5
 """Largest deviation of a sum from its terms, as a share of the terms' absolute values; z is float32."""

@@ -20,7 +20,7 @@ from broker_filter.simulate import simulate_night
 from training.__main__ import main
 from training.errors import LensError
 from training.interpretability.export_lens import figures, read_features, worth_of, write_lens
-from training.interpretability.rows import FEATURES, MEASURES, open_run
+from training.interpretability.runs.rows import FEATURES, MEASURES, open_run
 
 N = 12
 MEASURED: dict[str, Any] = {"worth": {"says": "10 of 96 features are stable.", "figures": {"l0": 3.0}}}

@@ -10,7 +10,7 @@ import pytest
 from training.__main__ import main
 from training.errors import TrainingError
 from training.interpretability import train_autoencoder
-from training.interpretability.planted import measure, plant, recovered
+from training.interpretability.known_answers.planted import measure, plant, recovered
 from training.interpretability.train_autoencoder import Recipe, rate, train
 
 RECIPES = [

@@ -1,0 +1,1 @@
+"""Attention layers of networks, opened: what they computed, and the outputs with another result in its place."""
