@@ -16,7 +16,7 @@ from pathlib import Path
 
 import fastavro
 import pytest
-from confluent_kafka import Consumer, Message, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from broker_filter.cli import main
@@ -30,6 +30,7 @@ from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.streaming.archives import MAX_PACKET_BYTES, read_packets
 
 NIGHT = Path("ztf/archives/ztf_public_20180819_mod1000.tar.gz")
+LEADER_TIMEOUT_S = 30.0
 
 
 @pytest.fixture
@@ -41,11 +42,23 @@ def topic(kafka_bootstrap: str, unique_name: Callable[[str], str]) -> Iterator[s
     admin.delete_topics([name])[name].result()
 
 
+def end_of(consumer: Consumer, partition: TopicPartition) -> int:
+    """Return the end offset of a partition, as soon as it has a leader: a new topic has none for a moment."""
+    deadline = time.monotonic() + LEADER_TIMEOUT_S
+    while True:
+        try:
+            return consumer.get_watermark_offsets(partition)[1]
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.NOT_LEADER_FOR_PARTITION or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
 def messages_in(bootstrap_servers: str, topic: str) -> list[Message]:
     """Return all messages that are in the topic now."""
     consumer = Consumer({"bootstrap.servers": bootstrap_servers, "group.id": "reader", "enable.auto.commit": False})
     partitions = [TopicPartition(topic, p, 0) for p in consumer.list_topics(topic).topics[topic].partitions]
-    n_messages = sum(consumer.get_watermark_offsets(partition)[1] for partition in partitions)
+    n_messages = sum(end_of(consumer, partition) for partition in partitions)
     consumer.assign(partitions)
     found: list[Message] = []
     while len(found) < n_messages:
@@ -280,10 +293,13 @@ def test_interrupt_ends_an_endless_replay_and_prints_the_outcomes(
     archive.write_bytes(gzip.compress(ztf_packets[0][1]))
     where = ["--bootstrap-servers", kafka_bootstrap, "--topic", topic]
     with subprocess.Popen(command(archive, *where, "--repeat"), stdout=subprocess.PIPE, text=True) as process:
-        while not messages_in(kafka_bootstrap, topic):
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        stdout, _ = process.communicate()
+        try:
+            while not messages_in(kafka_bootstrap, topic):
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            stdout, _ = process.communicate()
+        finally:
+            process.kill()
     assert process.returncode == 130
     sent = int(re.search(r"sent (\d+) alerts", stdout)[1])
     assert sent == len(messages_in(kafka_bootstrap, topic))
