@@ -49,10 +49,8 @@ def _run(arguments: argparse.Namespace) -> int:
         signal.signal(number, signal.SIG_IGN)
 
     from broker_filter.config_file import load_service
-    from broker_filter.freed_memory import keep_freed_memory
     from broker_filter.service import FilterService
 
-    keep_freed_memory()
     service = FilterService(load_service(arguments.config), stop)
     gc.freeze()  # Start-up objects stay alive; a full collection of them would stop all threads for 0.25 s.
     service.run()
