@@ -341,10 +341,9 @@ def _encode_anomalies(anomalies: Anomalies) -> list[bytes]:
 
 def _encode_reason(reason: Reason) -> bytes:
     neighbours = [
-        encode_long(one.alert_id) + _string(one.object_id) + struct.pack("<f", one.distance)
-        for one in reason.neighbours
+        encode_long(one.alert_id) + _string(one.object_id) + _float(one.distance) for one in reason.neighbours
     ]
-    modalities = [_string(name) + struct.pack("<f", distance) for name, distance in reason.modalities.items()]
+    modalities = [_string(name) + _float(distance) for name, distance in reason.modalities.items()]
     most = _optional(reason.most_unlike, _string)
     features = [
         _encode_feature(one.lens, feature)
