@@ -40,11 +40,13 @@ if TYPE_CHECKING:
     from broker_filter.scoring.scores import Scores
     from broker_filter.streaming.archives import read_packets
     from broker_filter.tables.archive_scores import score_archive
+    from broker_filter.tables.arrow_scorer import ArrowScorer
 
     __version__: str
 
 __all__ = [
     "AlertBatch",
+    "ArrowScorer",
     "BrokerFilterError",
     "Decoder",
     "Packet",
@@ -58,6 +60,7 @@ __all__ = [
 
 _MODULES = {
     "AlertBatch": "packets.batch",
+    "ArrowScorer": "tables.arrow_scorer",
     "BrokerFilterError": "errors",
     "Decoder": "packets.decode",
     "Packet": "packets.packet",

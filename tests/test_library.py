@@ -23,7 +23,7 @@ from broker_filter.streaming.archives import InputError, NoInputError
 from docs.library_examples import write_example_night
 
 HEAVY = ("astropy", "confluent_kafka", "fastavro", "numpy", "onnxruntime", "pyarrow", "pydantic", "torch", "yaml")
-MOST_NAMES = 10
+MOST_NAMES = 11
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_decoder_needs_no_configuration_model() -> None:
     assert run_python(program) == "[]\n"
 
 
-def test_at_most_ten_names_are_public_and_each_can_be_imported() -> None:
+def test_at_most_eleven_names_are_public_and_each_can_be_imported() -> None:
     assert len(broker_filter.__all__) <= MOST_NAMES
     assert set(broker_filter.__all__) < set(dir(broker_filter))
     for name in broker_filter.__all__:

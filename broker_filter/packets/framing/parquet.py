@@ -70,27 +70,19 @@ class Rows:
     """
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.left_out: dict[str, pa.DataType] = {}
         self._allowed = max(ALWAYS_ALLOWED_BYTES, ocf.GREATEST_RATIO * file.seek(0, io.SEEK_END))
         file.seek(0)
         with _damage_as_parquet_error():
             self._file = pq.ParquetFile(file, coerce_int96_timestamp_unit="us")
             self._check_claims(self._file.metadata)
-            self._schema = self._record(self._file.schema_arrow, "alert", "")
+            self._avro = AvroRows(self._file.schema_arrow)
+        self.left_out = self._avro.left_out
 
     def __iter__(self) -> Iterator[bytes]:
         with _damage_as_parquet_error():
-            schema_json = json.dumps(self._schema).encode()
-            sync = hashlib.md5(schema_json, usedforsecurity=False).digest()
-            header = ocf.container_header(schema_json, sync)
-            encodable = fastavro.parse_schema(self._schema)
-            columns = [field["name"] for field in self._schema["fields"]]
             left = self._allowed
-            for batch in self._file.iter_batches(ROWS_AT_A_TIME, columns=columns, use_threads=False):
-                for row in batch.to_pylist(maps_as_pydicts="lossy"):
-                    body = io.BytesIO()
-                    fastavro.schemaless_writer(body, encodable, row)
-                    container = header + ocf.encode_block(1, body.getvalue(), sync)
+            for batch in self._file.iter_batches(ROWS_AT_A_TIME, columns=self._avro.columns, use_threads=False):
+                for container in self._avro.containers(batch):
                     left -= max(len(container), LEAST_ROW_BYTES)
                     if left < 0:
                         raise ParquetError(
@@ -104,6 +96,30 @@ class Rows:
             for column in map(group.column, range(group.num_columns)):
                 if max(column.num_values * VALUE_BYTES, column.total_uncompressed_size) > self._allowed:
                     raise ParquetError(f"column {column.path_in_schema} claims more than {self._allowed} bytes")
+
+
+class AvroRows:
+    """Converts rows of Arrow into Avro containers of one record each, null codec.
+
+    `schema`: the columns of the rows. `left_out`: the columns that Avro cannot express because of their type or name,
+    and their types, by dotted path. `columns`: the names of the other columns.
+    """
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.left_out: dict[str, pa.DataType] = {}
+        self.definition = self._record(schema, "alert", "")
+        self.columns: list[str] = [field["name"] for field in self.definition["fields"]]
+
+    def containers(self, rows: pa.RecordBatch) -> Iterator[bytes]:
+        """Return a container for each row of `rows`, a batch with the columns `columns`."""
+        schema_json = json.dumps(self.definition).encode()
+        sync = hashlib.md5(schema_json, usedforsecurity=False).digest()
+        header = ocf.container_header(schema_json, sync)
+        encodable = fastavro.parse_schema(self.definition)
+        for row in rows.to_pylist(maps_as_pydicts="lossy"):
+            body = io.BytesIO()
+            fastavro.schemaless_writer(body, encodable, row)
+            yield header + ocf.encode_block(1, body.getvalue(), sync)
 
     def _record(self, fields: Iterable[pa.Field], name: str, path: str) -> dict[str, Any]:
         """Return the Avro record of `fields`; a field that Avro cannot express is added to `left_out` instead.
