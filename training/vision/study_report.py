@@ -1,7 +1,8 @@
 """The report on a study as Markdown: each cell of the grid averaged over seeds, and the effect of changing one choice.
 
-Intervals are bootstrapped over objects. The same resamples are used for every run, so that differences are paired.
-Seeds are averaged within each resample. Unfinished runs are not reported.
+Intervals are bootstrapped over objects and over seeds, drawn independently of each other (the pigeonhole bootstrap of
+Owen 2007, Annals of Applied Statistics 1, 386). The same resamples are used for every cell, so that differences are
+paired: by object, and by seed, which also chooses the training objects. Unfinished runs are not reported.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from functools import partial
 
 import numpy as np
 
-from training.evaluation.bootstrap import RESAMPLES, Estimate, resample, weights_by_object
+from training.evaluation.bootstrap import RESAMPLES, SEED, Estimate, resample, weights_by_object
 from training.evaluation.metrics import Values, measure, trials
 from training.evaluation.predictions import Predictions
 from training.evaluation.report import FIGURES, Table, verdict
 
 COMPARED = ("roc_auc", "average_precision", "balanced_accuracy")
 """Metrics whose differences are reported."""
+SHOWN = (*COMPARED, "f1")
+"""Metrics of a cell in the report; `study.csv` has others."""
+SEEDS_SEED = SEED + 1
+"""Seed of the draws of the seeds, which must differ from that of the objects: the two are drawn independently."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,7 @@ class Cell:
 
     roc_auc: tuple[float, ...]  # by seed
     figures: Mapping[str, float]  # means over the seeds
-    resampled: Mapping[str, Values]  # [R] means over the seeds in each of R resamples of the objects
+    resampled: Mapping[str, Values]  # [R] means over seeds drawn anew in each of R resamples of the objects
     trials: Mapping[str, float]  # number of objects behind each figure, the minimum over the seeds
 
     @classmethod
@@ -47,11 +52,13 @@ class Cell:
         each = [measure(run, np.ones(len(run))) for run in runs]
         known = [trials(run, weights_by_object(run.object_id)) for run in runs]
         drawn = [resample(partial(measure, run), run.object_id) for run in runs]
+        seeds = np.random.default_rng(SEEDS_SEED).integers(len(runs), size=(len(runs), RESAMPLES))
+        by_seed = {name: np.stack([figures[name] for figures in drawn]) for name in SHOWN}
         return cls(
             tuple(float(figures["roc_auc"]) for figures in each),
-            {name: float(np.mean([figures[name] for figures in each])) for name in FIGURES},
-            {name: np.mean([figures[name] for figures in drawn], axis=0) for name in FIGURES},
-            {name: min(float(figures[name]) for figures in known) for name in FIGURES},
+            {name: float(np.mean([figures[name] for figures in each])) for name in SHOWN},
+            {name: np.take_along_axis(values, seeds, axis=0).mean(axis=0) for name, values in by_seed.items()},
+            {name: min(float(figures[name]) for figures in known) for name in SHOWN},
         )
 
     def estimate(self, name: str) -> Estimate:
@@ -72,8 +79,9 @@ def as_markdown(runs: Mapping[Choice, Sequence[Predictions]], planned: int) -> s
     finished = sum(map(len, runs.values()))
     intro = (
         f"{finished} of {planned} runs. Means over the seeds; in parentheses 95 % intervals: percentiles of "
-        f"{RESAMPLES:,} bootstrap resamples of the test split's objects, each with all its alerts; if all resamples "
-        "give the same value, Clopper-Pearson intervals with one trial per object."
+        f"{RESAMPLES:,} bootstrap resamples of the test split's objects, each with all its alerts, and of the seeds; "
+        "if all resamples give the same value, Clopper-Pearson intervals with one trial per object. The interval of a "
+        "single seed is that of its objects alone."
     )
     tables = []
     for dataset in dict.fromkeys(choice.dataset for choice in cells):
@@ -86,7 +94,7 @@ def _cells_table(dataset: str, cells: Mapping[Choice, Cell]) -> Table:
     return Table(
         dataset,
         "Share: fraction of the training sources. Spread: standard deviation of the ROC AUC over the seeds.",
-        ["network", "regimen", "inputs", "share", "seeds", "spread", *FIGURES.values()],
+        ["network", "regimen", "inputs", "share", "seeds", "spread", *(FIGURES[name] for name in SHOWN)],
         [
             [
                 choice.model,
@@ -95,7 +103,7 @@ def _cells_table(dataset: str, cells: Mapping[Choice, Cell]) -> Table:
                 f"{choice.fraction:.0%}",
                 str(len(cell.roc_auc)),
                 f"{np.std(cell.roc_auc, ddof=1):.4f}" if len(cell.roc_auc) > 1 else "",
-                *(str(cell.estimate(name)) for name in FIGURES),
+                *(str(cell.estimate(name)) for name in SHOWN),
             ]
             for choice, cell in cells.items()
         ],

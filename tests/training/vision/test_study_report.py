@@ -25,12 +25,30 @@ def predictions(noise: float, seed: int) -> Predictions:
     )
 
 
+def cell_of(*seeds: int) -> Cell:
+    """Return the cell of runs with these seeds."""
+    return Cell.of([predictions(2, seed) for seed in seeds])
+
+
 def test_a_cell_is_the_mean_over_its_seeds() -> None:
-    cell = Cell.of([predictions(2, 1), predictions(2, 2)])
-    one, other = Cell.of([predictions(2, 1)]), Cell.of([predictions(2, 2)])
+    cell, one, other = cell_of(1, 2), cell_of(1), cell_of(2)
     assert cell.roc_auc == (*one.roc_auc, *other.roc_auc)
     assert cell.figures["f1"] == pytest.approx((one.figures["f1"] + other.figures["f1"]) / 2)
-    assert cell.resampled["roc_auc"] == pytest.approx((one.resampled["roc_auc"] + other.resampled["roc_auc"]) / 2)
+
+
+def test_each_resample_draws_objects_and_seeds() -> None:
+    cell, one, other = (cell_of(*seeds).resampled["roc_auc"] for seeds in ((1, 2), (1,), (2,)))
+    possible = np.stack([one, (one + other) / 2, other])
+    distance = np.abs(possible - cell)
+    assert distance.min(axis=0) == pytest.approx(0)
+    different = one != other
+    shares = np.bincount(distance.argmin(axis=0)[different], minlength=3) / different.sum()
+    assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.05)
+
+
+def test_differences_are_paired_by_seed() -> None:
+    difference = cell_of(1, 2).ahead_of(cell_of(1, 2), "roc_auc")
+    assert (difference.value, difference.low, difference.high) == (0, 0, 0)
 
 
 def test_only_runs_that_differ_in_one_choice_are_compared() -> None:
