@@ -76,6 +76,7 @@ bench-check: $(VENV)/installed-bench
 
 ZTF := ../shared/data/ztf
 GALAXIES := ../shared/data/galaxies/decals_rings_470_jpg128.tar
+ENCODERS := $(wildcard training/vision/studies/galaxy_zoo_1_*.yaml training/vision/studies/simulated_alerts_*.yaml)
 TRAINING := $(BIN)/python -m training
 DATASET := $(TRAINING) build-dataset $(ZTF)/ztf_alerts.tar --labels $(ZTF)/labels.parquet --shares 0.09 0.25
 
@@ -85,9 +86,8 @@ study: $(VENV)/installed-test
 		--class SN=SN,SN_cand --class AGN=AGN --out study/classes
 	mkdir -p study/galaxies
 	tar xf $(GALAXIES) -C study/galaxies
-	for encoder in training/vision/studies/galaxies_*.yaml; do $(TRAINING) pretrain $$encoder || exit 1; done
-	$(TRAINING) study training/vision/studies/ztf_dropout.yaml
-	$(TRAINING) study training/vision/studies/ztf.yaml
+	for encoder in $(ENCODERS); do $(TRAINING) pretrain $$encoder || exit 1; done
+	$(TRAINING) study training/vision/studies/papers_claims.yaml
 
 chaos: $(VENV)/installed-test
 	$(BIN)/python tests/chaos.py

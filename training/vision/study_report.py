@@ -21,7 +21,7 @@ from training.evaluation.report import FIGURES, Table, verdict
 COMPARED = ("roc_auc", "average_precision", "balanced_accuracy")
 """Metrics whose differences are reported."""
 SHOWN = (*COMPARED, "f1")
-"""Metrics of a cell in the report; `study.csv` has others."""
+"""Metrics with a table in the report; `study.csv` has others."""
 SEEDS_SEED = SEED + 1
 """Seed of the draws of the seeds, which must differ from that of the objects: the two are drawn independently."""
 
@@ -86,28 +86,33 @@ def as_markdown(runs: Mapping[Choice, Sequence[Predictions]], planned: int) -> s
     tables = []
     for dataset in dict.fromkeys(choice.dataset for choice in cells):
         here = {choice: cell for choice, cell in cells.items() if choice.dataset == dataset}
-        tables += [_cells_table(dataset, here), *_differences_tables(dataset, here)]
+        tables += [*_cells_tables(dataset, here), *_differences_tables(dataset, here)]
     return "\n".join([f"{intro}\n", *(table.markdown for table in tables)])
 
 
-def _cells_table(dataset: str, cells: Mapping[Choice, Cell]) -> Table:
-    return Table(
-        dataset,
-        "Share: fraction of the training sources. Spread: standard deviation of the ROC AUC over the seeds.",
-        ["network", "regimen", "inputs", "share", "seeds", "spread", *(FIGURES[name] for name in SHOWN)],
-        [
+def _cells_tables(dataset: str, cells: Mapping[Choice, Cell]) -> Iterator[Table]:
+    """Yield a table of each metric, with a row for each network and its inputs, and a column for each regimen."""
+    regimens = list(dict.fromkeys(choice.regimen for choice in cells))
+    rows = list(dict.fromkeys((choice.model, choice.inputs, choice.fraction) for choice in cells))
+    most = max(len(cell.roc_auc) for cell in cells.values())
+
+    def said(choice: Choice, name: str) -> str:
+        if choice not in cells:
+            return ""
+        seeds = len(cells[choice].roc_auc)
+        return str(cells[choice].estimate(name)) + (f" [{seeds}]" if seeds < most else "")
+
+    for name in SHOWN:
+        yield Table(
+            f"{dataset}: {FIGURES[name]}",
+            f"Means over {most} seeds, or over the number in brackets. Share: fraction of the training sources.",
+            ["network", "inputs", "share", *regimens],
             [
-                choice.model,
-                choice.regimen,
-                choice.inputs,
-                f"{choice.fraction:.0%}",
-                str(len(cell.roc_auc)),
-                f"{np.std(cell.roc_auc, ddof=1):.4f}" if len(cell.roc_auc) > 1 else "",
-                *(str(cell.estimate(name)) for name in SHOWN),
-            ]
-            for choice, cell in cells.items()
-        ],
-    )
+                [model, inputs, f"{fraction:.0%}"]
+                + [said(Choice(dataset, model, regimen, inputs, fraction), name) for regimen in regimens]
+                for model, inputs, fraction in rows
+            ],
+        )
 
 
 def _differences_tables(dataset: str, cells: Mapping[Choice, Cell]) -> Iterator[Table]:

@@ -71,3 +71,24 @@ def test_only_runs_that_differ_in_one_choice_are_compared() -> None:
     better, same = rows
     assert all(cell.rstrip(" |").endswith("*") for cell in better[2:])
     assert [cell.rstrip(" |") for cell in same[2:]] == ["0.0000 (0.0000 to 0.0000)"] * len(COMPARED)
+
+
+def test_a_table_has_a_column_for_each_regimen_and_says_where_seeds_are_missing() -> None:
+    runs = [predictions(2, 1), predictions(2, 2)]
+    report = as_markdown(
+        {
+            Choice("night", "vgg6", "scratch", "images", 1): runs,
+            Choice("night", "pico", "scratch", "images", 1): runs,
+            Choice("night", "pico", "galaxies", "images", 1): runs[:1],
+        },
+        planned=6,
+    )
+    title, _, table = report.partition("## night: ROC AUC\n")[2].partition("\n\n|")
+    assert title == "\nMeans over 2 seeds, or over the number in brackets. Share: fraction of the training sources."
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.partition("\n\n")[0].splitlines()]
+    whole, part = (Cell.of(seeds).estimate("roc_auc") for seeds in (runs, runs[:1]))
+    assert rows[0] == ["network", "inputs", "share", "scratch", "galaxies"]
+    assert rows[2:] == [
+        ["vgg6", "images", "100%", str(whole), ""],
+        ["pico", "images", "100%", str(whole), f"{part} [1]"],
+    ]
