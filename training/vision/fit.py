@@ -140,7 +140,9 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
     shown = alerts_loader(validation, inputs, config.recipe, config.hardware, training=False)
     calibration, figures, curves = calibrate(network, shown, validation, classes, weights)
     rank_zero_only(write_whole)(config.out / RELIABILITY, reliability_diagram(curves).encode())
-    cut = _cut(calibration) if config.recipe.balance else THRESHOLD
+    thresholds = {}
+    if len(labels) == 1:
+        thresholds[labels[0]] = _cut(calibration) if config.recipe.balance else THRESHOLD
     description = Description(
         name=config.name,
         version=config.version,
@@ -150,7 +152,7 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
         outputs=Outputs(
             labels=labels,
             activation="sigmoid" if len(labels) == 1 else "softmax",
-            thresholds={labels[0]: cut} if len(labels) == 1 else {},
+            thresholds=thresholds,
         ),
         architecture=architecture,
         licence=config.licence,
@@ -162,7 +164,7 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
 
 
 def _cut(calibration: Calibration) -> float:
-    """Return the calibrated probability that corresponds to a probability of 0.5 before calibration.
+    """Return the calibrated probability that a binary classifier gives where it gave 0.5 before the calibration.
 
     With this threshold, decisions are those of the network trained with class weights: they depend on the rates at
     which the classes are confused, not on how common the classes are.

@@ -21,7 +21,7 @@ from broker_filter.scoring.labels import Labels, read_labels
 from broker_filter.scoring.networks import build_network, load_network
 from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.scorer import open_model
-from broker_filter.simulate import SCHEMAS, simulate_night
+from broker_filter.simulate import SCHEMAS, SimulatedAlert, simulate_night
 from training.data.build_dataset import build_dataset
 from training.data.datasets import Dataset
 from training.errors import DatasetError, TrainingError
@@ -94,6 +94,23 @@ def test_fit_writes_a_bundle_and_its_predictions_on_the_test_split(fitted: Fit, 
     assert card.training.evaluation["dataset_sha256"] == night_dataset.card.sha256
     assert (card.training.evaluation["seed"], card.training.evaluation["regimen"]) == (1, "random")
     assert [(column.fill, column.flag) for column in card.inputs.metadata] == [(-999, False)] * 2
+
+
+def test_a_network_of_three_classes_is_fitted_and_has_no_threshold(
+    config: Callable[..., Fit], alerts_of_the_night: list[SimulatedAlert], night_packets: Path, tmp_path: Path
+) -> None:
+    table, names = tmp_path / "labels.csv", ("first", "second", "third")
+    rows = (f"{alert.alert_id},{names[i % 3]}\n" for i, alert in enumerate(alerts_of_the_night))
+    table.write_text("candid,turn\n" + "".join(rows))
+    dataset = build_dataset([night_packets], read_labels(table, "turn"), tmp_path / "set")
+    wanted = config("three_classes", dataset=dataset.directory)
+    fit(wanted)
+    card = open_bundle(wanted.out / BUNDLE).parts[0].card
+    assert (card.outputs.labels, card.outputs.activation, card.outputs.thresholds) == (names, "softmax", {})
+    predictions = parquet.read_table(wanted.out / "predictions.parquet")
+    total = sum(predictions[f"probability.{name}"].to_numpy() for name in names)
+    assert len(predictions) == len(dataset["test"])
+    assert total == pytest.approx(1, abs=1e-5)
 
 
 def test_the_weights_with_the_lowest_validation_loss_are_served(fitted: Fit) -> None:
