@@ -1,4 +1,7 @@
-"""`broker-filter models`: imports published weights; combines, lists, shows and verifies bundles. Never changes one."""
+"""`broker-filter models`: imports published weights; combines, exports, lists, shows and verifies bundles.
+
+Never changes a bundle.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +28,21 @@ SURVEYS: tuple[SurveyName, ...] = ("ztf", "lsst")
 """Surveys for which a bundle may have a network."""
 IMPORT_MODULES = ("h5py", "onnx", "onnxscript", "timm", "torch")
 """Modules of the extra `train` that importing weights needs."""
+HOSTS = ("boom",)
+"""Brokers for which a bundle can be exported."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command `models` and its five subcommands to the parser."""
+    """Add the command `models` and its six subcommands to the parser."""
     parser = subparsers.add_parser(
         "models",
-        help="import, combine, list, show and verify model bundles",
+        help="import, combine, export, list, show and verify model bundles",
         examples=(
             "broker-filter models list bundles/",
             "broker-filter models show default",
             "broker-filter models combine --ztf default --lsst mine/ --name both --version 1 --out bundles/both",
             "broker-filter models import braai d6_m7.weights.h5 --normalisation row --name d6_m7 --out bundles/d6_m7",
+            "broker-filter models export default --for boom --out default.onnx",
         ),
     )
     parts = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -88,6 +94,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     combiner.add_argument("--task", help="what the new bundle is for (default: the tasks of its networks)")
     combiner.add_argument("--out", metavar="DIR", type=Path, required=True, help="directory of the new bundle")
     combiner.set_defaults(run=_combine)
+
+    exporter = parts.add_parser(
+        "export",
+        help="write a bundle as a file for another broker",
+        description="Writes the bundle's network for ZTF alerts as an ONNX file with the inputs and outputs of the "
+        "network BTSbot in BOOM. The file is written after its scores were compared with those of the bundle.",
+    )
+    exporter.add_argument("bundle", metavar="BUNDLE", help="directory of a bundle, or name of a bundle that ships")
+    exporter.add_argument("--for", dest="host", choices=HOSTS, required=True, help="the broker that is to run it")
+    exporter.add_argument("--label", help="the probability that is the score, if the bundle gives several")
+    exporter.add_argument("--out", metavar="FILE.onnx", type=Path, required=True, help="the new file")
+    exporter.set_defaults(run=_export)
 
     lister = parts.add_parser("list", help="list the bundles that ship, and the bundles in directories")
     lister.add_argument("directories", metavar="DIR", nargs="*", type=Path, help="bundle, or directory of bundles")
@@ -149,6 +167,18 @@ def _combine(arguments: argparse.Namespace) -> int:
         raise UsageError(f"no network given; use {' and '.join(f'--{survey}' for survey in SURVEYS)}")
     card = combine_bundles(arguments.out, arguments.name, arguments.version, networks, arguments.task)
     print(f"{arguments.out}: bundle {card.title} written and verified; it gives {', '.join(card.outputs.labels)}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    require_extra("train", "exporting a bundle", "onnx")
+    from broker_filter.plugins.boom import export_for_boom
+
+    properties = export_for_boom(arguments.bundle, arguments.out, arguments.label)
+    print(
+        f"{arguments.out}: {properties['broker_filter.label']} of {properties['broker_filter.bundle']} written for "
+        f"{arguments.host}; it gives the scores of the bundle"
+    )
     return 0
 
 
