@@ -9,9 +9,10 @@ from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
 
+from broker_filter.bench.lens import measure_lens
 from broker_filter.bench.lsst import measure_lsst_decoding
 from broker_filter.bench.measure import BenchmarkError
-from broker_filter.bench.options import OF_LSST, THROUGH_BROKER, Options
+from broker_filter.bench.options import OF_LSST, THROUGH_BROKER, WITHOUT_NAIVE_LOOP, Options
 from broker_filter.bench.report import Report
 from broker_filter.bench.runs.kafka_io import measure_kafka_io
 from broker_filter.bench.runs.latency import BURST_DISTINCT, measure_burst, measure_latency
@@ -39,7 +40,7 @@ def run_benchmark(options: Options, announce: Callable[[str], None]) -> Report:
     """
     scorer = open_scorer(options.models, Runtime(device=options.device))
     of_ztf = set(options.parts) - set(OF_LSST)
-    if of_ztf and scorer.models[0].part(Survey.ZTF).inputs.metadata:
+    if of_ztf - set(WITHOUT_NAIVE_LOOP) and scorer.models[0].part(Survey.ZTF).inputs.metadata:
         raise BenchmarkError(
             f"{options.models[0]} needs more than images, and the naive loop cannot run it: name an image model first"
         )
@@ -86,6 +87,11 @@ def measure_alone(
     if "archive" in options.parts:
         announce("Archive")
         report.wholes |= measure_archive(packets, options.alerts, models[0], device, repetitions, directory)
+    if "lens" in options.parts:
+        announce("A lens on flagged alerts and on every alert")
+        contests, quantities = measure_lens(packets, options.alerts, device, repetitions)
+        report.wholes |= contests
+        report.quantities |= quantities
     if "memory" in options.parts:
         announce("Memory over a night")
         report.quantities |= measure_memory(packets, models[0], device, directory)

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-ALONE = ("stages", "lsst", "archive", "memory")
+ALONE = ("stages", "lsst", "archive", "lens", "memory")
 THROUGH_BROKER = ("kafka", "startup", "scaling", "latency", "burst")
 PARTS = (*ALONE, *THROUGH_BROKER)
 """All parts in the order in which they are measured: first those without a broker, which uses some CPU even if idle."""
 
 OF_LSST = ("lsst", "burst")
-"""The parts that use LSST packets and no naive loop over a model; all others use ZTF packets."""
+"""The parts that use LSST packets; all others use ZTF packets."""
+WITHOUT_NAIVE_LOOP = (*OF_LSST, "lens")
+"""The parts that use no naive loop over a model, and so measure with any bundle."""
 VISIT = 10_000
 """Alerts of one visit of Rubin, on average; some have more than 40,000."""
 

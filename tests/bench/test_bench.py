@@ -114,6 +114,21 @@ def test_bench_measures_the_decoding_of_lsst_packets_with_any_model(
     assert set(report["ratios"]) == {"decode LSST: naive / service", "decode LSST: service / parse"}
 
 
+def test_bench_measures_what_a_lens_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "LEAST_S", 0.0)
+    monkeypatch.setattr(benchmark, "DISTINCT_PACKETS", 96)
+    figures = tmp_path / "bench.json"
+
+    options = ["--model", "embedder", "--parts", "lens", "--alerts", "256", "--repetitions", "1"]
+    assert main(["bench", *options, "--out", str(figures)]) == 0
+
+    report = json.loads(figures.read_text())
+    [(name, contest)] = report["wholes"].items()
+    assert name == "packets -> anomaly scores: embedder, lens embedder"
+    assert list(contest) == ["no lens", "one alert of 1,000 explained", "every alert explained"]
+    assert list(report["quantities"]) == ["lens embedder, CPU us for an explained alert"]
+
+
 @pytest.mark.parametrize("parts", ["stages,nothing", ""])
 def test_unknown_parts_are_refused(parts: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
