@@ -19,7 +19,7 @@ from broker_filter.kafka.client import (
 from broker_filter.packets.schemas.registry_client import RegistryClient
 from broker_filter.scoring.bundle import BundleError
 from broker_filter.scoring.lens_files import LensError, open_files
-from broker_filter.streaming.explain import check_lens
+from broker_filter.streaming.explain import find_explained
 from broker_filter.streaming.resolved import Resolver
 
 OIDC_ENDPOINT = "sasl.oauthbearer.token.endpoint.url"
@@ -68,7 +68,7 @@ class EnvironmentChecks(ConfigChecks):
         try:
             files = open_files(name)
             if bundles is not None:
-                check_lens(files, bundles, read_card(reference) if reference else None)
+                find_explained(files, bundles, read_card(reference) if reference else None)
         except (LensError, ReferenceSetError) as error:
             raise ValueError(str(error)) from None
 

@@ -98,8 +98,8 @@ class Lens:
         """Surveys whose alerts are explained."""
         return tuple(self._files.ordinary)
 
-    def explain(self, alerts: RawAlerts, surveys: Sequence[Survey], outcome: Outcome | None) -> list[Explanation]:
-        """Return the explanation of each of N alerts, which are of `surveys` (N, each one of the lens's surveys).
+    def explain(self, alerts: RawAlerts, survey: Survey, outcome: Outcome | None) -> list[Explanation]:
+        """Return the explanation of each of N alerts, which are all of `survey`, one of the lens's surveys.
 
         `outcome`: measures the effects; without it, the features have no effect and the rarest come first. Raises as
         `preprocess.prepare` does.
@@ -110,9 +110,8 @@ class Lens:
             chunk = slice(start, start + AT_A_TIME)
             inputs = prepare(alerts[chunk], self._inputs)
             seen = self.see(inputs)
-            for i, survey in enumerate(surveys[chunk]):
+            for i, row in enumerate(range(len(alerts))[chunk]):
                 one = {name: array[i : i + 1] for name, array in inputs.items()}
-                row = start + i
                 measured = None if outcome is None else _of_row(outcome, row)
                 explanations.append(self._explain(seen, i, one, survey, places[row], measured))
         return explanations
@@ -244,13 +243,13 @@ class Lens:
                 )
 
 
-def part_of(files: LensFiles, bundles: Sequence[Bundle]) -> Part:
-    """Return the network that a lens explains. Raises LensError if it is in none of the bundles."""
+def find_network(files: LensFiles, bundles: Sequence[Bundle]) -> tuple[Bundle, Part]:
+    """Return the network that a lens explains, and its bundle. Raises LensError if it is in none of the bundles."""
     made_with, where = files.card.bundle, files.directory / LENS_CARD
     for bundle in bundles:
         for part in bundle.parts:
             if part.card.files[WEIGHTS] == made_with.weights_sha256:
-                return part
+                return bundle, part
     if any(bundle.card.name == made_with.name for bundle in bundles):
         raise LensError(
             f"{where}: a lens on other weights of {made_with.name} ({made_with.version}, weights "

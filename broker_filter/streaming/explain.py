@@ -16,9 +16,9 @@ from broker_filter.anomalies.reference import ReferenceCard
 from broker_filter.anomalies.score import AnomalyScorer, Reason
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.alerts import raw_alerts
-from broker_filter.scoring.bundle import Bundle
+from broker_filter.scoring.bundle import Bundle, Part
 from broker_filter.scoring.explanation import Explanation, Verdict
-from broker_filter.scoring.lens import Lens, Outcome, part_of
+from broker_filter.scoring.lens import Lens, Outcome, find_network
 from broker_filter.scoring.lens_files import ANOMALY_SCORE, LENS_CARD, LensCard, LensError, LensFiles, open_files
 from broker_filter.scoring.scorer import Model, Scorer
 from broker_filter.streaming.scored import ScoredBatch
@@ -46,7 +46,7 @@ class ModelLens:
         chosen[rows] = True
         alerts = raw_alerts(scored.alerts)[chosen]  # in the order of the batch
         outcome = self._outcome(scored, np.flatnonzero(chosen), judge)
-        found = self.lens.explain(alerts, [survey] * len(alerts), outcome)
+        found = self.lens.explain(alerts, survey, outcome)
         by_row = dict(zip(np.flatnonzero(chosen).tolist(), found, strict=True))
         return [by_row[row] for row in rows.tolist()]
 
@@ -60,7 +60,7 @@ class ModelLens:
             return None
         scores = next(one for one in scored.scores.models if one.model == self.model.name)
         embedding = scores.embedding
-        assert embedding is not None  # `check_lens`: the bundle gives the embedding that is judged
+        assert embedding is not None  # `find_explained`: the bundle gives the embedding that is judged
         return lambda i, vectors: judge.score_variants(embedding[rows[i]], card.modality, vectors).astype(np.float64)
 
     def of_reasons(
@@ -81,13 +81,13 @@ class ModelLens:
         return says
 
 
-def check_lens(files: LensFiles, bundles: Sequence[Bundle], reference: ReferenceCard | None) -> None:
-    """Raise LensError if a lens is on none of the bundles, or if its effects cannot be measured.
+def find_explained(files: LensFiles, bundles: Sequence[Bundle], reference: ReferenceCard | None) -> tuple[Bundle, Part]:
+    """Return the network that a lens explains, and its bundle.
 
-    `reference`: the card of the reference set that anomalies are found with; None without one.
+    `reference`: the card of the reference set that anomalies are found with; None without one. Raises LensError if the
+    lens is on none of the bundles, or if its effects cannot be measured.
     """
-    part, card = part_of(files, bundles), files.card
-    bundle = next(bundle for bundle in bundles if part in bundle.parts)
+    (bundle, part), card = find_network(files, bundles), files.card
     where = files.directory / LENS_CARD
     if card.effect_on != ANOMALY_SCORE:
         if card.effect_on not in bundle.card.outputs.labels:
@@ -101,6 +101,7 @@ def check_lens(files: LensFiles, bundles: Sequence[Bundle], reference: Reference
             f"{where}: a lens on {bundle.card.name}, but the reference set was made with {reference.bundle}: its "
             "effects on the anomaly score cannot be measured; choose a lens on that bundle"
         )
+    return bundle, part
 
 
 def open_lenses(names: Sequence[str], scorer: Scorer, reference: ReferenceCard | None) -> list[ModelLens]:
@@ -109,9 +110,8 @@ def open_lenses(names: Sequence[str], scorer: Scorer, reference: ReferenceCard |
     lenses = []
     for name in names:
         files = open_files(name)
-        check_lens(files, bundles, reference)
-        part = part_of(files, bundles)
-        model = next(model for model in scorer.models if part in model.bundle.parts)
+        bundle, part = find_explained(files, bundles, reference)
+        model = next(model for model in scorer.models if model.bundle is bundle)
         lenses.append(ModelLens(Lens(files, part), model))
     return lenses
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import Part, open_bundle
 from broker_filter.scoring.explanation import Verdict
-from broker_filter.scoring.lens import MAX_FEATURES, Lens, part_of
+from broker_filter.scoring.lens import MAX_FEATURES, Lens, find_network
 from broker_filter.scoring.lens_files import (
     FEATURES,
     FROM_Z,
@@ -29,7 +29,7 @@ from broker_filter.scoring.preprocess import prepare
 
 @pytest.fixture(scope="module")
 def part() -> Part:
-    return part_of(open_files("embedder"), [open_bundle("embedder")])
+    return find_network(open_files("embedder"), [open_bundle("embedder")])[1]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_alerts_are_explained_by_few_features_of_their_own_points(lens: Lens, pa
     """Of the test alerts, the third has no light curve."""
     alerts = part.test_vector()
     assert alerts.light_curves is not None
-    explanations = lens.explain(alerts, [Survey.ZTF, Survey.LSST, Survey.ZTF, Survey.LSST], None)
+    explanations = lens.explain(alerts, Survey.LSST, None)
     assert explanations[2].verdict is Verdict.NO_SOURCES
     assert explanations[2].features == ()
     others = [explanations[i] for i in (0, 1, 3)]
@@ -87,7 +87,7 @@ def test_alerts_are_explained_by_few_features_of_their_own_points(lens: Lens, pa
 def test_effect_is_what_an_ablation_with_the_error_term_changes(lens: Lens, part: Part) -> None:
     """The same ablation, made by hand for the strongest feature."""
     alerts = part.test_vector()
-    [explanation] = lens.explain(alerts[1:2], [Survey.ZTF], length)
+    [explanation] = lens.explain(alerts[1:2], Survey.ZTF, length)
     assert [one.effect for one in explanation.features] == sorted(
         (one.effect or 0 for one in explanation.features), reverse=True
     )
@@ -105,8 +105,8 @@ def test_effect_is_what_an_ablation_with_the_error_term_changes(lens: Lens, part
 
 def test_explanations_do_not_depend_on_the_batch(lens: Lens, part: Part) -> None:
     alerts = part.test_vector()
-    together = lens.explain(alerts, [Survey.ZTF] * 4, length)
-    alone = [lens.explain(alerts[i : i + 1], [Survey.ZTF], length)[0] for i in range(4)]
+    together = lens.explain(alerts, Survey.ZTF, length)
+    alone = [lens.explain(alerts[i : i + 1], Survey.ZTF, length)[0] for i in range(4)]
     for one, other in zip(together, alone, strict=True):
         assert [feature.id for feature in one.features] == [feature.id for feature in other.features]
         assert one.unexplained == pytest.approx(other.unexplained, abs=1e-5)
@@ -137,7 +137,7 @@ def spoil(directory: Path, **values: object) -> None:
 
 def test_lens_of_other_weights_or_another_bundle_is_refused(copied: Path) -> None:
     with pytest.raises(LensError, match=r"a lens on the bundle embedder, which is not among the models \(default\)"):
-        part_of(open_files(copied), [open_bundle("default")])
+        find_network(open_files(copied), [open_bundle("default")])
     card = yaml.safe_load((copied / LENS_CARD).read_text())
     spoil(copied, bundle=card["bundle"] | {"weights_sha256": "0" * 64})
     with pytest.raises(LensError, match=r"cfg\.json: of another network or layer than lens\.yaml"):
@@ -147,7 +147,7 @@ def test_lens_of_other_weights_or_another_bundle_is_refused(copied: Path) -> Non
     sha256 = hashlib.sha256(configuration.encode()).hexdigest()
     spoil(copied, files=card["files"] | {"cfg.json": sha256})
     with pytest.raises(LensError, match=r"a lens on other weights of embedder \(1\.\d, weights 000000000000\)"):
-        part_of(open_files(copied), [open_bundle("embedder")])
+        find_network(open_files(copied), [open_bundle("embedder")])
 
 
 def test_card_with_unknown_key_is_refused(copied: Path) -> None:

@@ -74,29 +74,40 @@ def worth(measures: Mapping[str, Any]) -> dict[str, Any]:
         "effect_over_difference_of_alerts": round(causal["median_over_alike"], 3),
     }
     sentences = [
-        f"{stable} of {measures['features']} features are found in most of {measures['seeds']} seeds; all explain "
-        f"{of_features['explained_variance']:.0%} of the variance at {measures['site']}.",
-        f"The ablation of a feature changes the {causal['output']} {causal['median_over_random']:.1f} times as much as "
+        f"The {measures['features']} features explain {of_features['explained_variance']:.0%} of the variance of the "
+        f"output of {measures['site']}; {stable} of them are stable (found in most of {measures['seeds']} trainings).",
+        f"Removing a feature moves the {causal['output']} {causal['median_over_random']:.1f} times as far as removing "
         "a random direction of equal size (median).",
     ]
     for survey, separation in measures["separation"].items():
         for method, estimate in separation["mean_area"].items():
             figures[f"{survey}_auc_{method.replace(' ', '_')}"] = interval(estimate, ".4f")
-        leads = separation["mean_ahead"]
-        ahead = [method for method, (_, low, _) in leads.items() if low is not None and low > 0]
-        behind = [method for method, (*_, high) in leads.items() if high is not None and high < 0]
-        level = [method for method in leads if method not in (*ahead, *behind)]
-        if leads:
-            sentences.append(
-                f"{survey.upper()}: the best single feature separates known properties better than the best of "
-                f"{_listed(ahead)}; worse than the best of {_listed(behind)}; not measurably differently from the best "
-                f"of {_listed(level)}."
-            )
+        if separation["area"]:
+            sentences.append(_separates(survey, separation))
     return {"says": " ".join(sentences), "figures": figures}
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) or "none of them"
+COMPARED = {
+    "sparse components": "Principal components that are equally sparse have {}",
+    "untrained network": "features of an untrained network {}",
+    "dimensions": "and single dimensions of the layer's output, which are not sparse, {}",
+}
+"""The methods that `worth` compares the features with, in words. The tables have all methods."""
+
+
+def _separates(survey: str, separation: Mapping[str, Any]) -> str:
+    """Return two sentences about how well single features separate the properties of a survey's alerts."""
+    of_features = separation["mean_area"]["features"][0]
+    compared = []
+    for method, words in COMPARED.items():
+        area, (_, low, high) = separation["mean_area"][method][0], separation["mean_ahead"][method]
+        known = low is not None and high is not None
+        lead = "worse" if known and low > 0 else "better" if known and high < 0 else "no measurable difference"
+        compared.append(words.format(f"{area:.2f} ({lead})"))
+    return (
+        f"{survey.upper()}: the best feature for each of {len(separation['area'])} known properties has a mean ROC AUC "
+        f"of {of_features:.2f}. {', '.join(compared)}."
+    )
 
 
 def _reconstruction(found: Mapping[str, Any]) -> Table:
