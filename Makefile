@@ -76,7 +76,7 @@ bench-check: $(VENV)/installed-bench
 
 ZTF := ../shared/data/ztf
 GALAXIES := ../shared/data/galaxies/decals_rings_470_jpg128.tar
-ENCODERS := $(wildcard training/vision/studies/galaxy_zoo_1_*.yaml training/vision/studies/simulated_alerts_*.yaml)
+ENCODERS := $(wildcard training/vision/studies/*galaxy_zoo_1_*.yaml training/vision/studies/simulated_alerts_*.yaml)
 TRAINING := $(BIN)/python -m training
 DATASET := $(TRAINING) build-dataset $(ZTF)/ztf_alerts.tar --labels $(ZTF)/labels.parquet --shares 0.09 0.25
 

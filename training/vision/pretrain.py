@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from broker_filter.config import Section
+from broker_filter.importers.encoders import load_encoder_weights
 from broker_filter.scoring.bundle import Architecture, ImageInput, Inputs
 from broker_filter.scoring.networks import build_network, fusion
 from broker_filter.scoring.preprocess import prepare_images
@@ -37,6 +38,7 @@ from training.recipe import (
     ENCODER_CARD,
     ENCODER_WEIGHTS,
     PUBLISHED_IMAGES,
+    Encoder,
     Hardware,
     Optimisation,
     begin,
@@ -96,6 +98,7 @@ class Pretraining(Section):
 
     out: Path
     architecture: Architecture = Field(description="A network with an `encoder`; only the encoder is trained.")
+    encoder: Encoder | None = Field(default=None, description="Pre-trained encoder to begin with; absent: random.")
     galaxies: tuple[Source, ...] = Field(
         min_length=1, description="Images with answers: galaxies, and simulated alerts; one network learns all."
     )
@@ -141,13 +144,17 @@ def pretrain(config: Pretraining) -> dict[str, object]:
     """Train an encoder, write its weights and its card, and return the card.
 
     Raises TrainingError if the network has no encoder or the directory was started with another configuration, and
-    DatasetError if galaxies cannot be read or are too few.
+    DatasetError if galaxies cannot be read or are too few, and WeightsError if the weights of the encoder to begin with
+    cannot be loaded.
     """
     begin(config.out, config)
     torch.manual_seed(config.recipe.seed)
-    encoder = getattr(build_network(config.architecture), "encoder", None)
+    whole = build_network(config.architecture)
+    encoder = getattr(whole, "encoder", None)
     if not isinstance(encoder, fusion.Encoder):
         raise TrainingError(f"network {config.architecture.name!r} has no encoder to pre-train")
+    if config.encoder:
+        load_encoder_weights(whole, config.encoder.source)
     galaxies = combine([_load(source, config.images.size) for source in config.galaxies])
     if len(galaxies) < LEAST_GALAXIES:
         raise DatasetError(f"{len(galaxies)} galaxy: training and validation need at least one each")
@@ -172,6 +179,7 @@ def pretrain(config: Pretraining) -> dict[str, object]:
         "architecture": config.architecture.model_dump(mode="json"),
         "images": config.images.model_dump(mode="json"),
         "galaxies": galaxies.source,
+        "began_with": config.encoder.regimen if config.encoder else "random weights",
         "questions": list(galaxies.questions),
         "recipe": config.recipe.model_dump(mode="json"),
         **figures,

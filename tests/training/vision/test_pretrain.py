@@ -288,6 +288,27 @@ def test_an_encoder_learns_and_a_fit_starts_from_it(
         fit(begun.model_copy(update={"encoder": Encoder(regimen="x", source="nowhere"), "out": tmp_path / "lost"}))
 
 
+def test_a_pretraining_may_begin_with_a_pretrained_encoder(tmp_path: Path) -> None:
+    sources = (Simulated(kind="simulated", galaxies=8),)
+    first = Pretraining(
+        out=tmp_path / "first",
+        architecture=TIMM,
+        galaxies=sources,
+        recipe=Optimisation(epochs=2, warm_up_epochs=1, batch=4, learning_rate=1e-2),
+        hardware=ONE_CORE,
+    )
+    assert pretrain(first)["began_with"] == "random weights"
+    source = str(tmp_path / "first" / ENCODER_WEIGHTS)
+    hardly = Optimisation(epochs=2, warm_up_epochs=1, batch=4, learning_rate=1e-12, weight_decay=0, seed=9)
+    then = {"out": tmp_path / "second", "encoder": Encoder(regimen="galaxies", source=source), "recipe": hardly}
+    assert pretrain(first.model_copy(update=then))["began_with"] == "galaxies"
+    begun, ended = load_file(source), load_file(tmp_path / "second" / ENCODER_WEIGHTS)
+    assert all(torch.allclose(ended[name], tensor, atol=1e-6) for name, tensor in begun.items())
+    lost = {"out": tmp_path / "lost", "encoder": Encoder(regimen="x", source="nowhere")}
+    with pytest.raises(WeightsError, match="nowhere"):
+        pretrain(first.model_copy(update=lost))
+
+
 def test_a_timm_encoder_is_saved_with_the_names_of_timm(tmp_path: Path) -> None:
     recipe = Optimisation(epochs=2, warm_up_epochs=1, batch=4)
     sources = (Simulated(kind="simulated", galaxies=8),)
