@@ -43,7 +43,7 @@ from broker_filter.scoring.bundle import (
     Inputs,
     Outputs,
 )
-from broker_filter.scoring.networks import ServedNetwork
+from broker_filter.scoring.networks import ServedNetwork, for_onnx
 from broker_filter.scoring.networks.stampnet import log_odds
 from broker_filter.scoring.preprocess import prepare
 from broker_filter.scoring.scorer import open_model
@@ -86,7 +86,8 @@ def write_bundle(directory: Path, description: Description, network: nn.Module) 
 
         (bundle / WEIGHTS).write_bytes(weights_to_bytes(network.state_dict()))
         named = dict(zip(description.inputs.shapes(), inputs, strict=True))
-        (bundle / ONNX).write_bytes(to_onnx(served, named, tuple(description.outputs.shapes())))
+        exported = ServedNetwork(for_onnx(network), description.outputs).eval()
+        (bundle / ONNX).write_bytes(to_onnx(exported, named, tuple(description.outputs.shapes())))
         (bundle / TEST_VECTOR).write_bytes(arrays_to_bytes(arrays))
         files = {
             name: hashlib.sha256((bundle / name).read_bytes()).hexdigest() for name in (WEIGHTS, ONNX, TEST_VECTOR)

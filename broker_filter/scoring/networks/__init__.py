@@ -20,6 +20,7 @@ from broker_filter.scoring.networks.btsbot_cnn import btsbot_cnn
 from broker_filter.scoring.networks.fusion import FusionNetwork
 from broker_filter.scoring.networks.snr_embedder import SnrEmbedder
 from broker_filter.scoring.networks.snrnet import SnrNet
+from broker_filter.scoring.networks.snrnet_fused import FusedSnrNet
 from broker_filter.scoring.networks.stampnet import StampNet
 from broker_filter.scoring.networks.stampnet_classes import StampNetClasses
 from broker_filter.scoring.networks.timm_network import timm_network
@@ -52,6 +53,15 @@ class ServedNetwork(nn.Module):
         """Take the network's inputs and return the outputs that the card lists."""
         logits, *others = self.network(*inputs)
         return (self.activation(logits), *others)[: self.given]
+
+
+def for_onnx(network: nn.Module) -> nn.Module:
+    """Return the network that is exported as the ONNX graph of `network`.
+
+    It gives equal outputs up to rounding errors, and its graph takes less time on a CPU. For most architectures it is
+    the network itself.
+    """
+    return FusedSnrNet(network) if isinstance(network, SnrNet) else network
 
 
 def build_network(architecture: Architecture) -> nn.Module:
