@@ -55,7 +55,8 @@ def write_page(file: Path, document: Mapping[str, Any], shown: Shown) -> None:
         f"<style>{STYLE}</style><h1>Explained alerts</h1>",
         *(_lens(lens) for lens in document["lenses"]),
         f"<p>A point or a box is <b style='color:{FOR}'>orange</b> where it makes a feature active, and "
-        f"<b style='color:{AGAINST}'>blue</b> where it acts against it.</p>",
+        f"<b style='color:{AGAINST}'>blue</b> where it acts against it. Rarity 0 is usual among ordinary alerts, and 3 "
+        "is one in a thousand. The effect is what disappears if the feature is removed; heads have signed shares.</p>",
         *(_alert(alert, *shown[alert["alert_id"]]) for alert in document["alerts"]),
     ]
     file.write_text("\n".join(parts), encoding="utf-8")
@@ -168,7 +169,7 @@ def _light_curve(batch: AlertBatch, row: int, feature: Mapping[str, Any]) -> str
     about = "" if token is None else f"; the learnt token's share is {token:+.2f}"
     drawn = f"<svg width={WIDTH} height={HEIGHT}>{''.join(points)}</svg>"
     return (
-        f"<figure>{drawn}<figcaption>{_title(feature)}: flux against "
+        f"<figure>{drawn}<figcaption>{_title(feature)}: difference flux against "
         f"time, {abs(days.min()):.1f} to {abs(days.max()):.1f} days before the alert{about}</figcaption></figure>"
     )
 

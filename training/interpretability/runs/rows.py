@@ -182,7 +182,7 @@ def open_run(directory: Path) -> Run:
     """Open a run. Raises LensError if it is absent, incomplete or damaged."""
     file = directory / RUN_CARD
     if not file.is_file():
-        half = (directory / ALERTS).is_dir() or (directory / f"{ALERTS}.unfinished").is_dir()
+        half = any((directory / name).exists() for name in (ALERTS, f"{ALERTS}.unfinished", ROWS))
         why = f"incomplete: it has no {RUN_CARD} yet" if half else f"not a run: there is no {RUN_CARD}"
         raise LensError(f"{directory}: {why}; `python -m training sae collect` writes one")
     try:

@@ -7,6 +7,7 @@ what the dictionary does not explain stays. The same is done with directions tha
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,10 @@ DRAWN = 4
 SEED = 2026
 
 
+Figures = Callable[[NDArray[np.float32], NDArray[np.int64]], dict[str, NDArray[np.float64]]]
+"""Returns what is computed from the embeddings float32[n, D] of the alerts int64[n], by name, float64[n] each."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """Where a feature reads, for n alerts at the row in which it is most active: DFA [n, H, P] by head and source."""
@@ -38,7 +43,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """Mean changes of the outputs, by name, over the alerts in which a feature is active.
+    """Mean changes of the outputs and of what is computed from them, by name, over alerts in which a feature is active.
 
     `ablated`: without the feature. `random`: without a random direction of equal size. `alike`: without a difference of
     two rows of other alerts, scaled to equal size; such directions are ones in which z does vary.
@@ -79,8 +84,14 @@ def read(
     return Reading(alert, query, by_source.numpy())
 
 
-def ablate(attended: Attended, dictionary: SparseDictionary, feature: int, alert: NDArray[np.int64]) -> Effect:
-    """Return the effect of a feature on the outputs for the alerts int64[n] in which it is active."""
+def ablate(
+    attended: Attended,
+    dictionary: SparseDictionary,
+    feature: int,
+    alert: NDArray[np.int64],
+    figures: Figures | None = None,
+) -> Effect:
+    """Return the effect of a feature on the outputs and the figures, for alerts int64[n] in which it is active."""
     draws = Generator().manual_seed(SEED + feature)
     own = torch.from_numpy(alert)
     drawn = own.repeat(DRAWN)
@@ -92,9 +103,26 @@ def ablate(attended: Attended, dictionary: SparseDictionary, feature: int, alert
         [output.repeat(DRAWN, *[1] * (output.ndim - 1)) for output in before],
     )
     nulls = (in_random_direction(repeated, draws), _alike(attended, repeated, draws))
-    moved = [changes(tuple(before), tuple(_outputs(attended, own, z[own] - removed)))]
-    moved += [changes(tuple(expected), tuple(_outputs(attended, drawn, z[drawn] - null))) for null in nulls]
-    return Effect(*({name: float(values.mean()) for name, values in changed.items()} for changed in moved))
+    moved = [_moved(before, _outputs(attended, own, z[own] - removed), alert, figures)]
+    moved += [_moved(expected, _outputs(attended, drawn, z[drawn] - null), drawn.numpy(), figures) for null in nulls]
+    return Effect(*moved)
+
+
+def _moved(
+    before: Sequence[Tensor], after: Sequence[Tensor], alert: NDArray[np.int64], figures: Figures | None
+) -> dict[str, float]:
+    """Return the mean changes of the outputs [n, ...] of the alerts int64[n], and of the figures, by name.
+
+    Alerts without a figure do not count; without any, its change is 0.
+    """
+    changed = {name: float(values.mean()) for name, values in changes(tuple(before), tuple(after)).items()}
+    if figures is not None:
+        old, new = (figures(outputs[1].numpy(), alert) for outputs in (before, after))
+        for name in old:
+            moves = np.abs(new[name] - old[name])
+            known = moves[np.isfinite(moves)]
+            changed[name] = float(known.mean()) if len(known) else 0.0
+    return changed
 
 
 def _alike(attended: Attended, vectors: Tensor, draws: Generator) -> Tensor:

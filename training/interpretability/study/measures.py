@@ -103,28 +103,29 @@ class Pca:
         return ((z - self.mean) @ first.T @ first + self.mean).astype(np.float32)
 
 
-def sparse(values: NDArray[np.floating], active: float) -> Rows:
-    """Return values [T, D] above one threshold for all columns, and 0 elsewhere; `active` of a row remain on average.
+def sparse(values: NDArray[np.floating], active: float, train: NDArray[np.bool_]) -> Rows:
+    """Return values [T, D] above one threshold for all columns, and 0 elsewhere.
 
-    The threshold is not below 0, as for features. The columns need comparable units.
+    Of a training row, `active` values remain on average; `train` bool[T] says which rows are. The threshold is not
+    below 0, as for features. The columns need comparable units.
     """
-    threshold = max(0.0, float(np.quantile(values, 1 - min(1.0, active / values.shape[1]))))
+    threshold = max(0.0, float(np.quantile(values[train], 1 - min(1.0, active / values.shape[1]))))
     return np.where(values > threshold, values, 0).astype(np.float32)
 
 
-def random_features(z: Rows, n: int, active: float, seed: int) -> Rows:
+def random_features(z: Rows, n: int, active: float, seed: int, train: NDArray[np.bool_]) -> Rows:
     """Return features [T, n] along random directions, of which `active` are above 0 in a row on average (`sparse`).
 
-    A direction is drawn uniformly and applied to z - mean.
+    A direction is drawn uniformly and applied to z minus the mean of the training rows.
     """
     directions = unit(np.random.default_rng(seed).standard_normal((n, z.shape[1])))
-    return sparse((z - z.mean(axis=0)) @ directions.T.astype(np.float32), active)
+    return sparse((z - z[train].mean(axis=0)) @ directions.T.astype(np.float32), active, train)
 
 
-def standardised(values: NDArray[np.floating]) -> Rows:
-    """Return columns [T, D] with mean 0 and deviation 1; a constant column becomes 0."""
-    deviation = values.std(axis=0)
-    centred = values - values.mean(axis=0)
+def standardised(values: NDArray[np.floating], train: NDArray[np.bool_]) -> Rows:
+    """Return columns [T, D] with mean 0 and deviation 1 in the rows `train` bool[T]; a constant column becomes 0."""
+    deviation = values[train].std(axis=0)
+    centred = values - values[train].mean(axis=0)
     unit_deviation = np.divide(centred, deviation, out=np.zeros_like(centred), where=deviation > 0)
     return np.asarray(unit_deviation, np.float32)
 

@@ -17,12 +17,12 @@ Table = dict[str, Any]
 
 
 def tables(measures: Mapping[str, Any]) -> list[Table]:
-    """Return the tables of the measures of `study`: reconstruction, features, separation of each survey, heads."""
+    """Return the tables of the measures of `study`: reconstruction, features, separation by survey, effects, heads."""
     found = [_reconstruction(measures["reconstruction"]), _features(measures)]
     for survey, separation in measures["separation"].items():
         if separation["area"]:
             found += [_separation(survey, separation), _ahead(survey, separation)]
-    return [*found, _heads(measures["heads"])]
+    return [*found, _effects(measures["effects"]), _heads(measures["heads"])]
 
 
 def warnings(measures: Mapping[str, Any]) -> list[str]:
@@ -178,6 +178,26 @@ def _ahead(survey: str, found: Mapping[str, Any]) -> Table:
     return {
         "caption": f"{survey.upper()}: ROC AUC of features minus that of other methods",
         "head": ["method", "mean lead of features", "properties better", "properties worse", "of"],
+        "rows": rows,
+    }
+
+
+def _effects(effects: Mapping[str, Mapping[str, float]]) -> Table:
+    rows = [
+        [
+            output,
+            f"{of['median_change']:.2g}",
+            f"{of['above_random']:.0%}",
+            f"{of['median_over_random']:.2f}",
+            f"{of['above_alike']:.0%}",
+            f"{of['median_over_alike']:.2f}",
+        ]
+        for output, of in effects.items()
+    ]
+    return {
+        "caption": "Effect of the ablation of a feature on each output: the median change; the share of features that "
+        "change it more than a random direction, or a difference of two alerts, of equal size; and the median ratio",
+        "head": ["output", "change", "above random", "ratio", "above a difference", "ratio"],
         "rows": rows,
     }
 

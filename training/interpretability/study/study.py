@@ -13,7 +13,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,8 @@ from training.evaluation.bootstrap import Estimate
 from training.interpretability.attribution import head_shares_by_weights
 from training.interpretability.runs.quantities import Property, quantities
 from training.interpretability.sites.open_site import Box, Site, open_site
-from training.interpretability.study.effects import Reading, ablate, active_alerts, draw_alerts, read
+from training.interpretability.study.downstream import Downstream
+from training.interpretability.study.effects import Effect, Figures, Reading, ablate, active_alerts, draw_alerts, read
 from training.interpretability.study.families import PointSources, family_of_cells, family_of_points, normalised
 from training.interpretability.study.losses import Attended, Loss, contrastive_loss, cross_entropy
 from training.interpretability.study.measures import (
@@ -269,14 +270,14 @@ def is_stable(found: NDArray[np.int64], seeds: int) -> NDArray[np.bool_]:
 
 def scores_of(subject: Subject, stable: NDArray[np.bool_]) -> dict[str, NDArray[np.float32]]:
     """Return the scores [N, D] of all alerts by method, the features first; NaN-free."""
-    n, z, train = len(subject.real), subject.z, subject.training_rows
+    n, z, train = len(subject.real), subject.z, ~subject.held[subject.alert]
 
     def greatest(values: Rows) -> NDArray[np.float32]:
         return greatest_of_alerts(values, subject.alert, n)
 
     features = subject.dictionary.encode(z)
-    l0 = sparsity(features[~subject.held[subject.alert]]).l0
-    components = Pca.fit(train).project(z).astype(np.float32)
+    l0 = sparsity(features[train]).l0
+    components = Pca.fit(z[train]).project(z).astype(np.float32)
     d, equal = z.shape[1], max(1, round(l0))
     pca, active = greatest(signed(components)), greatest(features)
     found = {FEATURES: active}
@@ -285,10 +286,10 @@ def scores_of(subject: Subject, stable: NDArray[np.bool_]) -> dict[str, NDArray[
     return found | {
         FIRST_COMPONENTS: np.concatenate([pca[:, :equal], pca[:, d : d + equal]], axis=1),
         "components": pca,
-        "sparse components": greatest(sparse(signed(standardised(components)), l0)),
+        "sparse components": greatest(sparse(signed(standardised(components, train)), l0, train)),
         "dimensions": greatest(signed(z)),
-        "sparse dimensions": greatest(sparse(signed(standardised(z)), l0)),
-        "random directions": greatest(random_features(z, features.shape[1], l0, RANDOM_SEED)),
+        "sparse dimensions": greatest(sparse(signed(standardised(z, train)), l0, train)),
+        "random directions": greatest(random_features(z, features.shape[1], l0, RANDOM_SEED, train)),
     }
 
 
@@ -329,13 +330,45 @@ def settle(network: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         network.train()(*inputs.values())
 
 
+def effects_of(subject: Subject, known: Known) -> list[Effect | None]:
+    """Return the effect of each feature on the outputs and on what is computed from them; None for a dead feature."""
+    _, greatest = active_alerts(known.attended, subject.dictionary)
+    figures = figures_of_embedding(subject, known) if subject.card.outputs.modalities else None
+    return [
+        ablate(known.attended, subject.dictionary, i, alert, figures) if len(alert) else None
+        for i, alert in enumerate(draw_alerts(greatest))
+    ]
+
+
+def figures_of_embedding(subject: Subject, known: Known) -> Figures:
+    """Return the figures of the embeddings of the known alerts, fitted on the real alerts that are not held out."""
+    rows = np.flatnonzero(subject.real & ~subject.held)
+    attended = attend(subject.site, subject.card.inputs, subject.read, rows)
+    label, labelled = class_of(subject.label[rows])
+    downstream = Downstream(
+        attended.outputs(attended.rows)[1].numpy(),
+        subject.survey[rows],
+        subject.object_id[rows],
+        np.where(labelled, label, -1),
+        subject.card.outputs.modalities,
+        tuple(CLASSES),
+    )
+    survey = subject.survey[known.rows]
+    return lambda embedding, alert: downstream.figures(embedding, survey[alert])
+
+
 def describe_features(
-    subject: Subject, known: Known, found: NDArray[np.int64], measured: Mapping[str, Property], main: str
+    subject: Subject,
+    known: Known,
+    found: NDArray[np.int64],
+    measured: Mapping[str, Property],
+    effects: Sequence[Effect | None],
+    main: str,
 ) -> list[Feature]:
     """Return what is measured of each feature on the real held-out alerts.
 
-    `found` int64[F]: in how many seeds each is found. `measured`: properties of ZTF's alerts, [N] each. `main`: the
-    name of the output that effects are reported for.
+    `found` int64[F]: in how many seeds each is found. `measured`: properties of ZTF's alerts, [N] each. `effects`: of
+    the F features. `main`: the name of the output that effects are reported for.
     """
     seeds, dictionary = len(subject.dictionaries), subject.dictionary
     activations, greatest = active_alerts(known.attended, dictionary)
@@ -344,12 +377,11 @@ def describe_features(
     objects = subject.object_id[known.rows]
     features = []
     for i, alert in enumerate(drawn):
-        family, by_dfa, effect = "none", 0, None
+        family, by_dfa, effect = "none", 0, effects[i]
         if len(alert):
             reading = read(known.attended, dictionary, activations, i, alert)
             family = family_of(subject, known, reading)
             by_dfa = int(np.abs(reading.attribution).sum(axis=(0, 2)).argmax())
-            effect = ablate(known.attended, dictionary, i, alert)
         active = greatest[:, i] > 0
         best = enrichment(active[labelled], label[labelled], tuple(CLASSES), objects[labelled])
         name, area = best_property(greatest[:, i], {key: values[known.rows] for key, values in measured.items()})
@@ -476,15 +508,17 @@ def head_table(subject: Subject, features: Sequence[Feature]) -> list[dict[str, 
     return table
 
 
-def causal_summary(features: Sequence[Feature]) -> dict[str, float]:
-    """Return how many living features change the output more than directions of equal size, and the median ratios."""
-    alive = [one for one in features if one.frequency > 0]
-    ratios = {
-        "random": np.array([one.effect / one.effect_random for one in alive if one.effect_random > 0]),
-        "alike": np.array([one.effect / one.effect_alike for one in alive if one.effect_alike > 0]),
-    }
-    found = {"features": float(len(alive))}
-    for name, values in ratios.items():
+def causal_summary(effects: Sequence[Effect | None], output: str) -> dict[str, float]:
+    """Return how many living features change an output more than directions of equal size, and the median ratios.
+
+    Also returns the median of the changes, `median_change`. A ratio to a change of 0 is left out.
+    """
+    alive = [one for one in effects if one is not None]
+    changed = [one.ablated[output] for one in alive]
+    found = {"features": float(len(alive)), "median_change": float(np.median(changed)) if changed else float("nan")}
+    for name in ("random", "alike"):
+        nulls = [getattr(one, name)[output] for one in alive]
+        values = np.array([one.ablated[output] / null for one, null in zip(alive, nulls, strict=True) if null > 0])
         found[f"above_{name}"] = float((values > 1).mean()) if len(values) else float("nan")
         found[f"median_over_{name}"] = float(np.median(values)) if len(values) else float("nan")
     return found
@@ -522,10 +556,15 @@ def study(subject: Subject, directory: Path) -> dict[str, Any]:
     measured = {survey: properties(subject, survey) for survey in Survey}
     main = "embedding" if subject.card.outputs.modalities else "logits"
     stable = is_stable(found, len(subject.dictionaries))
-    described = part("features", lambda: describe_features(subject, known, found, measured[Survey.ZTF], main))
+    moved = part("effects", lambda: [one and asdict(one) for one in effects_of(subject, known)])
+    effects = [one and Effect(**one) for one in moved]
+    described = part("features", lambda: describe_features(subject, known, found, measured[Survey.ZTF], effects, main))
     features = [Feature(*one) for one in described]
     features = [one._replace(name=suggested_name(one)) if stable[one.id] else one for one in features]
-    measures["causal"] = {"output": main, **causal_summary(features)}
+    measures["causal"] = {"output": main, **causal_summary(effects, main)}
+    alive = [one for one in effects if one is not None]
+    outputs = [name for name in (alive[0].random if alive else ()) if any(one.random[name] > 0 for one in alive)]
+    measures["effects"] = {output: causal_summary(effects, output) for output in outputs}  # those that z can move
     measures["heads"] = head_table(subject, features)
     measures["families"] = dict(Counter(one.family for one in features if one.frequency > 0).most_common())
     measures["separation"] = part("separation", lambda: all_separations(subject, found, measured))

@@ -146,6 +146,9 @@ def test_a_run_that_cannot_be_used_is_an_error_in_a_sentence(
     assert "not a run: there is no run.yaml" in error("sae", "train", str(tmp_path))
     (tmp_path / "half" / "alerts").mkdir(parents=True)
     assert "incomplete: it has no run.yaml yet" in error("sae", "train", str(tmp_path / "half"))
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "rows.safetensors").touch()  # with --alerts, a run has no alerts of its own
+    assert "incomplete: it has no run.yaml yet" in error("sae", "study", str(tmp_path / "rows"))
     assert "holds a run already" in error(*collect(night, run))
     assert "has no site 'light_curve.9'" in error(*collect(night, tmp_path / "x", "light_curve.9"))
     no_attention = ["sae", "collect", "default", "light_curve.0", str(night), "--out", str(tmp_path / "x")]

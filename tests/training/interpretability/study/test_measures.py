@@ -59,23 +59,27 @@ def test_pca_recovers_rows_of_low_rank() -> None:
     np.testing.assert_allclose(pca.project(z).var(axis=0)[2:], 0, atol=1e-6)
 
 
-def test_random_features_have_the_requested_sparsity() -> None:
+def test_random_features_have_the_requested_sparsity_in_training_rows() -> None:
     z = np.random.default_rng(3).standard_normal((2000, 12)).astype(np.float32)
-    features = random_features(z, 24, 3.0, seed=1)
+    z[1000:] += 10
+    train = np.arange(2000) < 1000
+    features = random_features(z, 24, 3.0, 1, train)
     assert features.shape == (2000, 24)
-    assert sparsity(features).l0 == pytest.approx(3.0, abs=0.05)
+    assert sparsity(features[train]).l0 == pytest.approx(3.0, abs=0.05)
+    assert sparsity(features[~train]).l0 > 5
 
 
 def test_sparse_keeps_the_largest_values_of_all_columns() -> None:
     values = np.array([[3, 1], [2, 9], [0.5, -4], [0.1, 0.2]])
-    np.testing.assert_array_equal(sparse(values, 0.5), [[3, 0], [0, 9], [0, 0], [0, 0]])
-    assert (sparse(values, 2.0) >= 0).all()
+    np.testing.assert_array_equal(sparse(values, 0.5, np.ones(4, bool)), [[3, 0], [0, 9], [0, 0], [0, 0]])
+    assert (sparse(values, 2.0, np.ones(4, bool)) >= 0).all()
 
 
 def test_standardised_columns_have_unit_deviation() -> None:
-    found = standardised(np.array([[1.0, 7], [3, 7], [5, 7]]))
-    np.testing.assert_allclose(found.std(axis=0), [1, 0], atol=1e-6)
-    np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-6)
+    train = np.array([True, True, True, False])
+    found = standardised(np.array([[1.0, 7], [3, 7], [5, 7], [1000, 7]]), train)
+    np.testing.assert_allclose(found[train].std(axis=0), [1, 0], atol=1e-6)
+    np.testing.assert_allclose(found[train].mean(axis=0), 0, atol=1e-6)
 
 
 def test_greatest_of_alerts_takes_unordered_rows_and_alerts_without_rows() -> None:

@@ -96,6 +96,21 @@ def test_ablation_moves_only_what_the_feature_writes() -> None:
     assert of_embedding.ablated["embedding"] > 0.1
 
 
+def test_ablation_of_an_embedder_moves_what_is_computed_from_the_embedding() -> None:
+    """Figures of alerts without them do not count."""
+    attended, dictionary = summed(), along(0, 3)
+
+    def figures(embedding: np.ndarray[Any, Any], alert: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        return {"last": np.where(alert < 3, embedding[:, 2], np.nan), "none": np.full(len(alert), np.nan)}
+
+    activations, _ = active_alerts(attended, dictionary)
+    moved = ablate(attended, dictionary, 1, np.arange(6), figures)
+    assert moved.ablated["last"] == pytest.approx(float(activations[:3, 0, 1].mean()), rel=1e-5)
+    assert 0 < moved.random["last"] < moved.ablated["last"]
+    assert moved.ablated["none"] == 0
+    assert ablate(attended, dictionary, 0, np.arange(6), figures).ablated["last"] == pytest.approx(0, abs=1e-6)
+
+
 def test_cross_entropy_ignores_alerts_without_a_label() -> None:
     logits = torch.tensor([[100.0], [-100.0], [5.0]])
     loss = cross_entropy(np.array([1.0, 0.0, np.nan]))
@@ -192,6 +207,8 @@ def test_study_measures_a_site_and_resumes(subject: Subject, tmp_path: Path, mon
     of_features = measures["reconstruction"]["methods"]["features"]
     assert of_features["explained_variance"] < 1
     assert measures["reconstruction"]["loss"]["clean"] > 0
+    names = {"embedding", "anomaly score", "distance: light_curve", "distance: image", "class VS", "class bogus"}
+    assert names < measures["effects"].keys()
     assert "class VS" in measures["separation"]["ztf"]["area"]
     assert "negative" in measures["separation"]["ztf"]["area"]
     assert "lsst" not in measures["separation"]
