@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from broker_filter.anomalies.neighbours import normalise
-from broker_filter.anomalies.reference import ReferenceAlerts, ReferenceSetError, SurveyReference
+from broker_filter.anomalies.reference import Measure, ReferenceAlerts, ReferenceSetError, SurveyReference
 from broker_filter.anomalies.score import Cloud, anomaly_scores
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.labels import UNLABELLED
 from broker_filter.streaming.build_reference import calibrate
 
-MEASURE = "mahalanobis"
+MEASURE: Measure = "mahalanobis"
 ITERATIONS = 1000
 """Largest number of steps of the probes' optimiser, L-BFGS; some hundreds are enough for some hundred dimensions."""
 
