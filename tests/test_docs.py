@@ -187,7 +187,9 @@ def test_every_recorded_ratio_is_in_the_documentation() -> None:
     assert all(f"| `{name}` |" in text for name in json.loads(RATIOS.read_bytes()))
 
 
-@pytest.mark.parametrize("room", ["packets", "scoring", "anomalies", "importers", "streaming", "tables", "kafka"])
+@pytest.mark.parametrize(
+    "room", ["packets", "scoring", "anomalies", "importers", "streaming", "tables", "engines", "kafka"]
+)
 def test_the_architecture_names_every_module_of_a_room(room: str) -> None:
     """Of the networks, it says that there is one file for each architecture."""
     text = (CHECKOUT / "ARCHITECTURE.md").read_text()

@@ -120,6 +120,17 @@ class ArrowScorer:
         except pa.ArrowInvalid as error:
             raise ColumnsError(f"the columns of the result are not valid: {error}") from error
 
+    def reads(self, table: pa.Schema) -> list[str]:
+        """Return the names of those columns of a table that a call reads or copies, in the order of the table.
+
+        A table with these columns alone gives the same scores. Raises as `Scorer.open` does.
+        """
+        packet = _packet_column(table)
+        _, decoder = _loaded(self.models, self.also, self.schema_registry)
+        fields = {name for path in decoder.fields for name in path.split(".")}
+        read = fields if packet is None else {table.names[packet]}
+        return [name for name in table.names if name in read or name in self.columns]
+
     def __call__(self, table: pa.Table | pa.RecordBatch) -> pa.Table:
         """Return the scores of `table`; see the class."""
         if isinstance(table, pa.RecordBatch):
