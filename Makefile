@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test suite coverage lint docs bench bench-check study chaos deep explorer-shots fuzz slow-link sanitize sae-parity wheel image clean
+.PHONY: help demo test suite coverage lint docs bench bench-check study chaos deep explorer-shots fuzz slow-link sanitize sae-parity spark wheel image clean
 
 help:
 	@echo 'make demo      simulates nights of ZTF and LSST, runs the service on them through an embedded broker, shows the results'
@@ -29,6 +29,7 @@ help:
 	@echo 'make explorer-shots  opens pages of the lens in Chromium, and checks them (PAGES="page.html ..." for others)'
 	@echo 'make sanitize  decodes damaged packets with the compiled code under AddressSanitizer (needs gcc)'
 	@echo 'make sae-parity  checks that sae-lens loads sparse dictionaries and encodes equally; installs it into .venv-sae'
+	@echo 'make spark     runs the tests of Apache Spark on two local executors (needs Java 17); installs it into .venv-spark'
 	@echo 'make wheel     builds the wheel and the source archive into dist/'
 	@echo 'make image     builds the container image with buildah, and runs the service in it; deploy/image.sh has the options'
 	@echo 'make clean     removes .venv and everything that was built'
@@ -122,6 +123,17 @@ $(SAE_VENV)/installed:
 	$(SAE_VENV)/bin/python -m pip --disable-pip-version-check --quiet install 'sae-lens>=6.54,<7'
 	touch $@
 
+# PySpark is 400 MB, so it has an environment of its own.
+SPARK_VENV := .venv-spark
+
+spark: $(SPARK_VENV)/installed
+	$(SPARK_VENV)/bin/pytest tests/engines
+
+$(SPARK_VENV)/installed: pyproject.toml setup.py $(wildcard broker_filter/*/*.[ch])
+	$(PYTHON) -m venv $(SPARK_VENV)
+	$(SPARK_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[demo,spark]' hypothesis pytest pytest-timeout
+	touch $@
+
 wheel: $(VENV)/installed-test
 	$(BIN)/python -m build --outdir dist
 
@@ -129,7 +141,7 @@ image:
 	deploy/image.sh
 
 clean:
-	rm -rf $(VENV) $(SAE_VENV) build dist docs/_build demo-out explorer-shots htmlcov .coverage .coverage.* study bench.json *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(SAE_VENV) $(SPARK_VENV) build dist docs/_build demo-out explorer-shots htmlcov .coverage .coverage.* study bench.json *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find broker_filter -name '*.so' -delete
 
 # One stamp file for each set of extras. The package is installed again if pyproject.toml, setup.py or a C source changes.
