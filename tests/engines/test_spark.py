@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,9 +38,19 @@ START_SECONDS = 240
 CUTOUTS = ("cutoutScience", "cutoutTemplate", "cutoutDifference")
 
 
-def frame(spark: SparkSession, table: pa.Table, partitions: int = 3) -> DataFrame:
-    """Return the rows of an Arrow table as a DataFrame with several partitions."""
-    return spark.createDataFrame(table).repartition(partitions)
+Frame = Callable[..., DataFrame]
+
+
+@pytest.fixture
+def frame(spark: SparkSession, tmp_path: Path) -> Frame:
+    """A function that returns the rows of an Arrow table as a DataFrame with `partitions` partitions."""
+
+    def from_table(table: pa.Table, partitions: int = 2) -> DataFrame:
+        file = tmp_path / f"{uuid.uuid4()}.parquet"
+        pq.write_table(table, file)
+        return spark.read.parquet(str(file)).repartition(partitions)
+
+    return from_table
 
 
 def by_id(table: pa.Table) -> list[dict[str, Any]]:
@@ -50,26 +61,26 @@ def by_id(table: pa.Table) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("survey", ["ztf", "lsst"])
 def test_columns_of_fink_get_the_scores_of_score_archive(
-    spark: SparkSession, survey: str, expected: dict[str, pa.Table], request: pytest.FixtureRequest
+    frame: Frame, survey: str, expected: dict[str, pa.Table], request: pytest.FixtureRequest
 ) -> None:
-    scores = score(frame(spark, request.getfixturevalue(f"fink_{survey}")))
+    scores = score(frame(request.getfixturevalue(f"fink_{survey}")))
     assert by_id(scores.toArrow()) == by_id(expected[survey])
 
 
 def test_packets_get_the_scores_of_score_archive(
-    spark: SparkSession, ztf: list[bytes], lsst: list[bytes], expected: dict[str, pa.Table]
+    frame: Frame, ztf: list[bytes], lsst: list[bytes], expected: dict[str, pa.Table]
 ) -> None:
-    packets = frame(spark, pa.table({"key": range(len(ztf + lsst)), "packet": ztf + lsst}))
+    packets = frame(pa.table({"key": range(len(ztf + lsst)), "packet": ztf + lsst}))
     scores = score(packets, schema_registry=SCHEMAS, columns=["key"], batch_rows=5).toArrow()
     assert sorted(scores["key"].to_pylist()) == list(range(len(ztf + lsst)))
     both = pa.concat_tables([expected["ztf"], expected["lsst"]])
     assert by_id(scores.drop_columns(["key"])) == by_id(both)
 
 
-def test_real_packets_get_the_scores_of_score_archive(spark: SparkSession, shared_data: Path) -> None:
+def test_real_packets_get_the_scores_of_score_archive(frame: Frame, shared_data: Path) -> None:
     archive = shared_data / "ztf" / "archives"
     packets = [packet.data for packet in read_packets(archive)]
-    scores = score(frame(spark, pa.table({"packet": packets})), ["default", "embedder"])
+    scores = score(frame(pa.table({"packet": packets})), ["default", "embedder"])
     assert by_id(scores.toArrow()) == by_id(score_archive(archive, ["default", "embedder"]).read_all())
 
 
@@ -79,26 +90,28 @@ def test_real_rows_of_fink_get_the_scores_of_score_archive(spark: SparkSession, 
     assert by_id(scores) == by_id(score_archive(files).read_all())
 
 
-def test_a_poisoned_row_is_a_reject_and_fails_no_job(spark: SparkSession, ztf: list[bytes]) -> None:
+def test_a_poisoned_row_is_a_reject_and_fails_no_job(frame: Frame, ztf: list[bytes]) -> None:
     packets = [*ztf[:6], None, b"", b"no alert", ztf[6][:5000], b"Obj\1" + b"\xff" * 100, *ztf[7:]]
-    scores = score(frame(spark, pa.table({"key": range(len(packets)), "packet": packets})), columns=["key"]).toArrow()
+    scores = score(frame(pa.table({"key": range(len(packets)), "packet": packets})), columns=["key"]).toArrow()
     reasons = dict(zip(scores["key"].to_pylist(), scores["reject_reason"].to_pylist(), strict=True))
     assert len(scores) == len(packets)
     bad = {key: reason for key, reason in reasons.items() if reason is not None}
     assert bad == {6: "empty", 7: "empty", 8: "not_avro", 9: "truncated", 10: "corrupt"}
 
 
-def test_nulls_in_every_column_are_rejects(spark: SparkSession, fink_ztf: pa.Table) -> None:
+def test_nulls_in_every_column_are_rejects(frame: Frame, fink_ztf: pa.Table) -> None:
     nulls = pa.Table.from_arrays([pa.nulls(3, kind.type) for kind in fink_ztf.schema], schema=fink_ztf.schema)
-    scores = score(frame(spark, pa.concat_tables([fink_ztf, nulls]))).toArrow()
+    scores = score(frame(pa.concat_tables([fink_ztf, nulls]))).toArrow()
     assert sorted(scores["status"].to_pylist()) == ["rejected"] * 3 + ["scored"] * len(fink_ztf)
     assert scores["default__real"].null_count == 3
 
 
-def test_a_frame_without_alerts_is_one_error_before_a_job_starts(spark: SparkSession, ztf: list[bytes]) -> None:
+def test_a_frame_without_alerts_is_one_error_before_a_job_starts(
+    spark: SparkSession, frame: Frame, ztf: list[bytes]
+) -> None:
     with pytest.raises(BrokerFilterError, match="neither a column of packets"):
         score(spark.range(5))
-    packets = frame(spark, pa.table({"packet": ztf}))
+    packets = frame(pa.table({"packet": ztf}))
     with pytest.raises(BrokerFilterError, match="`columns` names 'night', but the table has"):
         score(packets, columns=["night"])
     with pytest.raises(BrokerFilterError, match="did you mean 'default'"):
@@ -106,32 +119,30 @@ def test_a_frame_without_alerts_is_one_error_before_a_job_starts(spark: SparkSes
 
 
 @pytest.mark.parametrize("wrong", [pa.array([[1.0, 2.0]] * 12), pa.array(["text"] * 12)], ids=["lists", "text"])
-def test_cutouts_of_a_wrong_type_are_rejects(spark: SparkSession, fink_ztf: pa.Table, wrong: pa.Array) -> None:
+def test_cutouts_of_a_wrong_type_are_rejects(frame: Frame, fink_ztf: pa.Table, wrong: pa.Array) -> None:
     column = fink_ztf.schema.get_field_index("cutoutScience")
     stamps = pa.StructArray.from_arrays([wrong], ["stampData"])
-    scores = score(frame(spark, fink_ztf.set_column(column, "cutoutScience", stamps))).toArrow()
+    scores = score(frame(fink_ztf.set_column(column, "cutoutScience", stamps))).toArrow()
     assert scores["status"].to_pylist() == ["rejected"] * len(fink_ztf)
 
 
 @pytest.mark.parametrize("wrong", ["candidate", "prv_candidates"])
 def test_a_column_of_lists_in_place_of_records_ends_with_rejects_or_one_error(
-    spark: SparkSession, fink_ztf: pa.Table, wrong: str
+    frame: Frame, fink_ztf: pa.Table, wrong: str
 ) -> None:
     numbers = pa.array([[1.0, 2.0]] * len(fink_ztf))
     table = fink_ztf.set_column(fink_ztf.schema.get_field_index(wrong), wrong, numbers)
     try:
-        outcome: Any = score(frame(spark, table)).toArrow()
+        outcome: Any = score(frame(table)).toArrow()
     except BrokerFilterError as error:
         outcome = error
     assert len(outcome) == len(fink_ztf) if isinstance(outcome, pa.Table) else "the table has" in str(outcome)
 
 
-def test_a_bundle_that_is_missing_on_a_worker_is_one_error(
-    spark: SparkSession, ztf: list[bytes], tmp_path: Path
-) -> None:
+def test_a_bundle_that_is_missing_on_a_worker_is_one_error(frame: Frame, ztf: list[bytes], tmp_path: Path) -> None:
     bundle = tmp_path / "only-on-the-driver"
     shutil.copytree(open_bundle("default").directory, bundle)
-    scores = score(frame(spark, pa.table({"packet": ztf})), bundle)
+    scores = score(frame(pa.table({"packet": ztf})), bundle)
     shutil.rmtree(bundle)
     with pytest.raises(PythonException, match=r"PartitionError: on the machine .*only-on-the-driver"):
         scores.toArrow()
@@ -151,8 +162,8 @@ def test_spark_hands_over_few_rows_and_only_needed_columns(
     assert "notes" not in plan
 
 
-def test_real_bogus_gives_the_scores_of_whole_alerts(spark: SparkSession, fink_ztf: pa.Table) -> None:
-    alerts = frame(spark, fink_ztf)
+def test_real_bogus_gives_the_scores_of_whole_alerts(frame: Frame, fink_ztf: pa.Table) -> None:
+    alerts = frame(fink_ztf)
     whole = score(alerts).select("alert_id", "default__real")
     scores = alerts.select(
         col("candid").alias("alert_id"), real_bogus(*(f"{name}.stampData" for name in CUTOUTS)).alias("default__real")
@@ -161,26 +172,30 @@ def test_real_bogus_gives_the_scores_of_whole_alerts(spark: SparkSession, fink_z
     assert scores.schema["default__real"].dataType.simpleString() == "float"
 
 
-def test_real_bogus_is_null_for_a_bad_stamp_and_for_lsst(
-    spark: SparkSession, fink_ztf: pa.Table, fink_lsst: pa.Table
-) -> None:
+def test_real_bogus_is_null_for_a_bad_stamp_and_for_lsst(frame: Frame, fink_ztf: pa.Table, fink_lsst: pa.Table) -> None:
     rows = fink_ztf.select(CUTOUTS).to_pylist()
     for i, bad in enumerate((None, b"", b"no FITS")):
         rows[i]["cutoutTemplate"]["stampData"] = bad
-    stamps = frame(spark, pa.Table.from_pylist(rows))
+    stamps = frame(pa.Table.from_pylist(rows))
     scores = stamps.select(real_bogus(*(f"{name}.stampData" for name in CUTOUTS)).alias("rb"))
     assert scores.where("rb is null").count() == 3
     assert scores.where("rb between 0 and 1").count() == len(rows) - 3
-    of_lsst = frame(spark, fink_lsst).select(real_bogus(*CUTOUTS).alias("rb"))
+    of_lsst = frame(fink_lsst).select(real_bogus(*CUTOUTS).alias("rb"))
     assert of_lsst.where("rb is null").count() == len(fink_lsst)
 
 
 def test_an_executor_that_is_killed_loses_and_doubles_nothing(
-    spark: SparkSession, ztf: list[bytes], expected: dict[str, pa.Table], tmp_path: Path
+    spark: SparkSession, frame: Frame, ztf: list[bytes], expected: dict[str, pa.Table], tmp_path: Path
 ) -> None:
     copies, partitions = 8, 24
     table = pa.table({"key": range(copies * len(ztf)), "packet": ztf * copies})
-    packets = frame(spark, table, partitions).mapInArrow(_slowly, "key long, packet binary")
+
+    def slowly(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            time.sleep(0.5)  # so that an executor can be killed before the job ends
+            yield batch
+
+    packets = frame(table, partitions).mapInArrow(slowly, "key long, packet binary")
     scores = score(packets, columns=["key"], batch_rows=4)
     before = executors(spark)
     with ThreadPoolExecutor(1) as pool:
@@ -194,13 +209,6 @@ def test_an_executor_that_is_killed_loses_and_doubles_nothing(
     assert rows["key"].to_pylist() == table["key"].to_pylist()
     once = expected["ztf"]["default__real"].to_pylist()
     assert rows["default__real"].to_pylist() == once * copies
-
-
-def _slowly(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Yield the batches of a partition so slowly that an executor can be killed before the job ends."""
-    for batch in batches:
-        time.sleep(0.5)
-        yield batch
 
 
 def executors(spark: SparkSession) -> list[int]:
@@ -245,7 +253,7 @@ def test_a_stream_scores_each_file_once(
     night.mkdir()
 
     def run() -> None:
-        schema = spark.createDataFrame(fink_ztf).schema
+        schema = spark.read.parquet(str(night / "a.parquet")).schema
         alerts = spark.readStream.schema(schema).parquet(str(night))
         query = (
             score(alerts)
