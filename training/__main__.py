@@ -33,6 +33,7 @@ COMMANDS = {
     "train-embedder-lsst": ("training.embedding.train_embedder_lsst", "train the network for LSST of `embedder`"),
     "anomalies": ("training.embedding.anomalies", "measure how well held-out classes are found as anomalies"),
     "anomalies-lsst": ("training.embedding.anomalies_lsst", "the same for LSST, on real and simulated alerts"),
+    "anomalies-served": ("training.embedding.anomalies_served", "find classes of LSST with a bundle as it is served"),
     "anomaly-measures": ("training.evaluation.anomaly_measures", "compare the measures of anomalies, both surveys"),
     "sae": ("training.interpretability.command", "the lens: sparse autoencoders on attention outputs"),
     "suspects": ("training.embedding.suspects", "list the alerts whose labels are most likely wrong"),

@@ -20,6 +20,9 @@ from broker_filter.packets.batch import Survey
 
 from .conftest import ALERTS
 
+LSST_ALERTS = 80
+"""Enough for a reference and its calibration."""
+
 
 def test_a_reference_is_built_and_shown(reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
     built = read_reference(reference)
@@ -91,6 +94,36 @@ def test_centroids_are_computed_for_the_classes_of_a_label_table(
     assert early == {candid: labelled.get(candid, -1) for candid in early}
     assert main(["reference", "show", str(file)]) == 0
     assert "centroids of early, late" in capsys.readouterr().out
+
+
+def test_a_reference_of_lsst_alerts_is_built_from_an_archive_in_wire_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("galsim", reason="simulated alerts need the extra `demo`")
+    from broker_filter.simulate import SCHEMAS, simulate_night
+
+    archive, file = tmp_path / "nights", tmp_path / "rubin.safetensors"
+    archive.mkdir()
+    kinds = {"agn": 1.0, "variable_star": 1.0}
+    for alert in simulate_night(LSST_ALERTS, 5, "lsst", kinds):
+        (archive / f"{alert.alert_id}.avro").write_bytes(alert.packet)
+    arguments = ["reference", "build", str(archive), "--schema-registry", str(SCHEMAS), "--out", str(file)]
+    assert main(arguments) == 1  # simulated alerts have no reliability, by which the default cut selects
+    assert f"lsst: only 0 of {LSST_ALERTS} alerts are scored by embedder and pass `" in capsys.readouterr().err
+    assert not file.exists()
+
+    assert main([*arguments, "--where", "snr > 5"]) == 0
+    assert f"lsst: {LSST_ALERTS} alerts read, " in capsys.readouterr().out
+    built = read_reference(file)
+    assert built.surveys.keys() == {Survey.LSST}
+    part = built.surveys[Survey.LSST]
+    assert len(part.alerts) + len(part.scores) == built.card.surveys["lsst"].passed
+    assert file.stat().st_size < 1000 * LSST_ALERTS  # no packets and no pixels are in it
+
+    one = next(archive.iterdir())
+    assert main(["similar", str(one), "--reference", str(file), "--schema-registry", str(SCHEMAS)]) == 0
+    listed = capsys.readouterr().out
+    assert any(str(alert) in listed for alert in part.alerts.alert_id.tolist())
 
 
 @pytest.mark.parametrize("command", [["map"], ["reference", "build"]])
