@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from training.embedding import anomalies_served
+from training.embedding.anomalies_lsst import SERVED
 from training.embedding.anomalies_served import as_markdown, comparisons, judge, leave_out, splits
 from training.embedding.lsst_alerts import CLASSES, LsstAlerts
 from training.embedding.train_embedder_lsst import Data, at_first_detection
@@ -47,7 +48,7 @@ def test_a_class_that_looks_different_is_found_without_being_in_the_reference(
         assert all(np.isfinite(scores).all() for scores in one.scores.values())
         assert one.references < (alerts.label != ASTEROID).sum()
     estimates = judge(alerts, found, by_object.group)
-    mahalanobis = estimates[f"asteroid/as they came/all others/served/{anomalies_served.SERVED}"]
+    mahalanobis = estimates[f"asteroid/as they came/all others/served/{SERVED}"]
     assert mahalanobis.value is not None
     assert mahalanobis.value > 0.8
     recall, flagged = (estimates[f"asteroid/as they came/{what}/"].value for what in ("recall", "flagged"))
