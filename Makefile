@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test suite coverage lint docs bench bench-check study chaos deep explorer-shots fuzz slow-link sanitize sae-parity spark wheel image clean
+.PHONY: help demo test suite coverage lint docs bench bench-check study chaos deep explorer-shots fuzz slow-link sanitize sae-parity spark plugins wheel image clean
 
 help:
 	@echo 'make demo      simulates nights of ZTF and LSST, runs the service on them through an embedded broker, shows the results'
@@ -30,6 +30,7 @@ help:
 	@echo 'make sanitize  decodes damaged packets with the compiled code under AddressSanitizer (needs gcc)'
 	@echo 'make sae-parity  checks that sae-lens loads sparse dictionaries and encodes equally; installs it into .venv-sae'
 	@echo 'make spark     runs the tests of Apache Spark on two local executors (needs Java 17); installs it into .venv-spark'
+	@echo 'make plugins   runs the units for AMPEL in AMPEL; installs it into .venv-ampel'
 	@echo 'make wheel     builds the wheel and the source archive into dist/'
 	@echo 'make image     builds the container image with buildah, and runs the service in it; deploy/image.sh has the options'
 	@echo 'make clean     removes .venv and everything that was built'
@@ -134,6 +135,20 @@ $(SPARK_VENV)/installed: pyproject.toml setup.py $(wildcard broker_filter/*/*.[c
 	$(SPARK_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[demo,spark]' hypothesis pytest pytest-timeout
 	touch $@
 
+# AMPEL has an environment of its own, because its releases ask for pre-releases of its core.
+AMPEL_VENV := .venv-ampel
+
+plugins: $(VENV)/installed-test $(AMPEL_VENV)/installed
+	$(BIN)/python tests/plugins/ampel_host.py write $(AMPEL_VENV)/night
+	$(AMPEL_VENV)/bin/python tests/plugins/ampel_host.py check $(AMPEL_VENV)/night
+
+$(AMPEL_VENV)/installed: pyproject.toml $(wildcard deploy/ampel/*.toml deploy/ampel/ampel/*/*.py)
+	$(PYTHON) -m venv $(AMPEL_VENV)
+	$(AMPEL_VENV)/bin/python -m pip --disable-pip-version-check --quiet install \
+		'ampel-alerts>=0.10.3,<0.11' 'ampel-ztf>=0.10.2,<0.11' 'mongomock>=4.3,<5' --editable .
+	$(AMPEL_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --force-reinstall ./deploy/ampel
+	touch $@
+
 wheel: $(VENV)/installed-test
 	$(BIN)/python -m build --outdir dist
 
@@ -141,7 +156,7 @@ image:
 	deploy/image.sh
 
 clean:
-	rm -rf $(VENV) $(SAE_VENV) $(SPARK_VENV) build dist docs/_build demo-out explorer-shots htmlcov .coverage .coverage.* study bench.json *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(SAE_VENV) $(SPARK_VENV) $(AMPEL_VENV) deploy/ampel/build build dist docs/_build demo-out explorer-shots htmlcov .coverage .coverage.* study bench.json *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find broker_filter -name '*.so' -delete
 
 # One stamp file for each set of extras. The package is installed again if pyproject.toml, setup.py or a C source changes.

@@ -103,9 +103,16 @@ class Expression:
         Raises KeyError if the batch lacks a column that the filter reads.
         """
         values = {name: outputs[name] if name in outputs else field(alerts, name) for name in self.names}
+        return self.holds_for(values, len(alerts))
+
+    def holds_for(self, values: Mapping[str, NDArray[Any]], n: int) -> NDArray[np.bool_]:
+        """Return for which of `n` alerts the filter is true, bool[n].
+
+        `values`: for each of `names` an array [n], as `field` returns it. Raises KeyError if a name is missing.
+        """
         with np.errstate(all="ignore"):
             true = self._evaluate(values).true
-        return np.broadcast_to(true, len(alerts)).copy()
+        return np.broadcast_to(true, n).copy()
 
 
 def field(alerts: AlertBatch, name: str) -> NDArray[Any]:
