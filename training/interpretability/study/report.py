@@ -54,7 +54,7 @@ def warnings(measures: Mapping[str, Any]) -> list[str]:
             ):
                 found.append(
                     f"{survey.upper()}: single features separate known properties no better than {method} "
-                    f"(mean ROC AUC {value:+.3f})."
+                    f"(mean difference of the ROC AUC {value:+.3f})."
                 )
     return found
 
