@@ -24,9 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from broker_filter.anomalies.neighbours import Embeddings
+from broker_filter.config import Section
 from broker_filter.errors import BrokerFilterError
 from broker_filter.packets.batch import Survey
-from broker_filter.scoring.bundle import Bundle, CardSection, ModelName, Sha256, describe_problems
+from broker_filter.scoring.bundle import Bundle, ModelName, Sha256, describe_problems
 from broker_filter.scoring.labels import UNLABELLED
 
 MAX_ALERTS = 1_000_000
@@ -55,7 +56,7 @@ class ReferenceSetError(BrokerFilterError):
     """A reference set cannot be used or built. The message says which set, what is wrong with it and what to do."""
 
 
-class SurveyCounts(CardSection):
+class SurveyCounts(Section):
     """How many alerts of a survey were read, passed, kept and held out when a reference was built."""
 
     read: int = Field(ge=0, description="Decoded alerts.")
@@ -64,7 +65,7 @@ class SurveyCounts(CardSection):
     held_out: int = Field(ge=0, description="Held-out alerts, of other objects, on which the scores are calibrated.")
 
 
-class ReferenceCard(CardSection):
+class ReferenceCard(Section):
     """The description of a reference: bundle, filter, measure, classes, surveys and the sha256 of the arrays."""
 
     format: Literal[2]

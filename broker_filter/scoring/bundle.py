@@ -19,11 +19,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from broker_filter.config import SurveyName
+from broker_filter.config import Section, SurveyName
 from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.packets.batch import BANDS, CUTOUTS, PSF_SIZE, LightCurves, Measurement, Plane
 from broker_filter.scoring.alerts import RawAlerts
@@ -78,13 +78,7 @@ class NoBundleError(BundleError):
     exit_status = USAGE
 
 
-class CardSection(BaseModel):
-    """A mapping in the card: immutable, and unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ImageInput(CardSection):
+class ImageInput(Section):
     """The network's image input: float32 `images` of shape [N, len(order), size, size]."""
 
     size: int = Field(gt=0, le=MAX_CUTOUT_SIZE, description="Pixels per side.")
@@ -101,7 +95,7 @@ class ImageInput(CardSection):
     )
 
 
-class PsfInput(CardSection):
+class PsfInput(Section):
     """The network's PSF input: float32 `psf` of shape [N, len(order), size, size].
 
     It holds the survey's images of the point spread function, with the centre at pixel size // 2.
@@ -119,7 +113,7 @@ class PsfInput(CardSection):
     )
 
 
-class MetadataColumn(CardSection):
+class MetadataColumn(Section):
     """A metadata column, as the network was trained on it."""
 
     name: str
@@ -139,7 +133,7 @@ class MetadataColumn(CardSection):
     )
 
 
-class LightCurveInput(CardSection):
+class LightCurveInput(Section):
     """The network's light-curve inputs: float32 `light_curve` of shape [N, points, LIGHT_CURVE_FEATURES], and a mask.
 
     The mask is float32 `light_curve_mask` of shape [N, points]: 1 for a point and 0 for padding.
@@ -154,7 +148,7 @@ class LightCurveInput(CardSection):
     )
 
 
-class Inputs(CardSection):
+class Inputs(Section):
     """The network's inputs."""
 
     images: ImageInput
@@ -188,7 +182,7 @@ class Inputs(CardSection):
         return shapes
 
 
-class Outputs(CardSection):
+class Outputs(Section):
     """The network's outputs: float32 `probabilities` of shape [N, C], and perhaps an embedding.
 
     If `embedding` gives a size D, the network also returns float32 `embedding` [N, D]. With M `modalities`, the network
@@ -235,14 +229,14 @@ class Outputs(CardSection):
         return self
 
 
-class Architecture(CardSection):
+class Architecture(Section):
     """A network of `scoring/networks`, and the arguments of its constructor."""
 
     name: str
     arguments: dict[str, int | float | str | tuple[int, ...]] = Field(default={})
 
 
-class Training(CardSection):
+class Training(Section):
     """How the model was trained, so that a person can decide whether to trust it."""
 
     method: str
@@ -252,7 +246,7 @@ class Training(CardSection):
     )
 
 
-class Identity(CardSection):
+class Identity(Section):
     """The name and the purpose of a bundle."""
 
     name: ModelName
@@ -312,14 +306,14 @@ class Card(Description):
         return self
 
 
-class Route(CardSection):
+class Route(Section):
     """The network that scores the alerts of one survey."""
 
     folder: FileName = Field(description="Subfolder of the bundle: a complete bundle of one network.")
     card_sha256: Sha256 = Field(description="sha256 of the card in this folder, which lists those of the other files.")
 
 
-class RoutedOutputs(CardSection):
+class RoutedOutputs(Section):
     """The outputs of a bundle of several networks."""
 
     labels: tuple[ModelName, ...] = Field(

@@ -25,12 +25,11 @@ from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from broker_filter.config import SurveyName
+from broker_filter.config import Section, SurveyName
 from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import (
     MAX_CARD_BYTES,
-    CardSection,
     FileName,
     ModelName,
     Sha256,
@@ -74,7 +73,7 @@ class NoLensError(LensError):
     exit_status = USAGE
 
 
-class LensBundle(CardSection):
+class LensBundle(Section):
     """The bundle whose network a lens explains."""
 
     name: ModelName
@@ -82,14 +81,14 @@ class LensBundle(CardSection):
     weights_sha256: Sha256 = Field(description="sha256 of the weights of the network.")
 
 
-class OrdinaryAlerts(CardSection):
+class OrdinaryAlerts(Section):
     """The alerts of a survey with which an alert's features are compared."""
 
     alerts: int = Field(gt=0, description="Number of ordinary alerts.")
     source: str = Field(min_length=1, max_length=200, description="Where they come from, such as simulated.")
 
 
-class LensCard(CardSection):
+class LensCard(Section):
     """The contents of `lens.yaml`."""
 
     format: Literal[1] = 1

@@ -21,8 +21,9 @@ from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from broker_filter.config import Section
 from broker_filter.errors import BrokerFilterError
-from broker_filter.scoring.bundle import MAX_CARD_BYTES, CardSection, ModelName, Sha256, describe_problems
+from broker_filter.scoring.bundle import MAX_CARD_BYTES, ModelName, Sha256, describe_problems
 
 CONFIGURATION = "cfg.json"
 DICTIONARY_WEIGHTS = "sae_weights.safetensors"
@@ -40,7 +41,7 @@ class DictionaryError(BrokerFilterError):
     """A sparse dictionary cannot be used. The message says which file, what is wrong with it and what to do."""
 
 
-class DictionarySource(CardSection):
+class DictionarySource(Section):
     """The activations that a dictionary was trained on: bundle, attention layer and split of the alerts."""
 
     bundle: ModelName = Field(description="Name of the bundle whose network gave the activations.")
@@ -55,7 +56,7 @@ class DictionarySource(CardSection):
     )
 
 
-class DictionaryCard(CardSection):
+class DictionaryCard(Section):
     """The contents of `cfg.json`, with the keys of SAELens. Values that would change the equation are refused."""
 
     architecture: Literal["jumprelu"] = "jumprelu"

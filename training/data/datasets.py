@@ -24,6 +24,7 @@ from pydantic import Field, ValidationError
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from broker_filter.config import Section
 from broker_filter.packets.batch import CUTOUTS, PSF_SIZE, SURVEYS_WITH_PLANES, LightCurves, Plane, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
@@ -32,7 +33,6 @@ from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import (
     POINT_COLUMNS,
     POINTS,
-    CardSection,
     FileName,
     ImageInput,
     Inputs,
@@ -54,7 +54,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 """Names of the splits; the index's column `split` holds positions in this tuple."""
 
 
-class Shard(CardSection):
+class Shard(Section):
     """A file in `shards`, and its expected contents."""
 
     file: FileName
@@ -63,7 +63,7 @@ class Shard(CardSection):
     sha256: Sha256 = Field(description="sha256 of the bytes of the arrays in order, not of the file.")
 
 
-class SplitRule(CardSection):
+class SplitRule(Section):
     """The split of sources: these fractions of each class for validation and test, the rest for training."""
 
     validation: float = Field(default=0.09, gt=0, lt=0.5)
@@ -75,7 +75,7 @@ PUBLISHED_SPLIT = SplitRule()
 """The published split: 81 % training, 9 % validation, 10 % test (Rehemtulla et al. 2024, arXiv:2401.15167)."""
 
 
-class DatasetCard(CardSection):
+class DatasetCard(Section):
     """The contents of `dataset.yaml`."""
 
     format: Literal[1] = 1

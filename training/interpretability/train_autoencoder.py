@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Generator
 
-from broker_filter.scoring.bundle import CardSection
+from broker_filter.config import Section
 from broker_filter.scoring.sparse_dictionary import MAX_FEATURES, SparseDictionary
 from training.arguments import MAX_SEED
 from training.checkpoint import Checkpoint, Part
@@ -36,7 +36,7 @@ LOG_EVERY = 1000
 log = logging.getLogger(__name__)
 
 
-class Recipe(CardSection):
+class Recipe(Section):
     """The hyperparameters of an autoencoder's training."""
 
     kind: Literal["batch_top_k", "published"] = "batch_top_k"

@@ -12,11 +12,11 @@ from typing import Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from broker_filter.scoring.bundle import CardSection
+from broker_filter.config import Section
 from training.astrom3.model.preprocess import WAVELENGTHS
 
 
-class GalSpecNetArguments(CardSection):
+class GalSpecNetArguments(Section):
     """The arguments of a GalSpecNet, with the published names and defaults."""
 
     classification: bool = False

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from broker_filter.scoring.bundle import CardSection
+from broker_filter.config import Section
 
 MAX_LENGTH = 5000
 """Number of positions in the published checkpoints."""
@@ -22,7 +22,7 @@ EMBEDDING_DROPOUT = 0.1
 """Dropout rate of the embedded observations: Informer's default, which the published configurations keep."""
 
 
-class InformerArguments(CardSection):
+class InformerArguments(Section):
     """The arguments of an Informer, with the published names and defaults."""
 
     classification: bool = False

@@ -8,11 +8,11 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor, nn
 
-from broker_filter.scoring.bundle import CardSection
+from broker_filter.config import Section
 from training.astrom3.model.preprocess import METADATA_COLUMNS
 
 
-class MetadataArguments(CardSection):
+class MetadataArguments(Section):
     """The arguments of a metadata encoder, with the published names and defaults."""
 
     classification: bool = False

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from broker_filter.scoring.bundle import CardSection
+from broker_filter.config import Section
 from training.astrom3.model.galspecnet import GalSpecNet, GalSpecNetArguments
 from training.astrom3.model.informer import Informer, InformerArguments
 from training.astrom3.model.metadata import MetadataArguments, MetadataEncoder
@@ -23,7 +23,7 @@ MAX_LOGIT_SCALE = 100.0
 """Initial value and upper limit of the learnable inverse temperatures, as published."""
 
 
-class AstroM3Arguments(CardSection):
+class AstroM3Arguments(Section):
     """The arguments of an AstroM3, with the published names and defaults.
 
     The arguments of an encoder have a prefix: the first letter of its modality.

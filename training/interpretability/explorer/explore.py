@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from pydantic import Field, ValidationError
 
-from broker_filter.scoring.bundle import CardSection, describe_problems
+from broker_filter.config import Section
+from broker_filter.scoring.bundle import describe_problems
 from broker_filter.scoring.sparse_dictionary import SparseDictionary
 from training.arguments import positive
 from training.atomic_write import write_whole
@@ -42,7 +43,7 @@ DIGEST_LETTERS = 12
 EVERY = "all"
 
 
-class ShownTable(CardSection):
+class ShownTable(Section):
     """A table in `measures.json` that the page shows as it is."""
 
     caption: str
@@ -50,7 +51,7 @@ class ShownTable(CardSection):
     rows: tuple[tuple[str, ...], ...]
 
 
-class ShownMeasures(CardSection):
+class ShownMeasures(Section):
     """What the page takes from `measures.json`."""
 
     tables: tuple[ShownTable, ...] = ()

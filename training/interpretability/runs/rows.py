@@ -25,11 +25,10 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_weights
 from torch import nn
 
-from broker_filter.config import SurveyName
+from broker_filter.config import Section, SurveyName
 from broker_filter.scoring.bundle import (
     MAX_CARD_BYTES,
     WEIGHTS,
-    CardSection,
     ModelName,
     Part,
     Sha256,
@@ -55,7 +54,7 @@ MAX_ROWS_BYTES = 2**33
 """Largest file of rows: 10 million rows of 200 dimensions."""
 
 
-class RunCard(CardSection):
+class RunCard(Section):
     """The contents of `run.yaml`."""
 
     format: Literal[1] = 1
