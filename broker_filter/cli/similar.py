@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from broker_filter.anomalies.score import Neighbour
     from broker_filter.packets.batch import AlertBatch
     from broker_filter.packets.decode import Decoder
-    from broker_filter.packets.packet import Packet
+    from broker_filter.streaming.archives import Packets
 
 DEFAULT_COUNT = 8
 MAX_COUNT = 100
@@ -98,7 +98,11 @@ def run(arguments: argparse.Namespace) -> int:
         keep_inputs(arguments.out, [arguments.alert, *arguments.packets])
     reference, scorer = open_reference(arguments.reference, arguments.model, arguments.device)
     decoder = scorer.decoder(arguments.schema_registry)
-    found = _find(read_packets([arguments.alert]), decoder, None if arguments.id is None else {arguments.id})
+    found = _find(
+        read_packets([arguments.alert], wanted=decoder.fields),
+        decoder,
+        None if arguments.id is None else {arguments.id},
+    )
     if not found:
         which = "no readable alert" if arguments.id is None else f"no alert {arguments.id}"
         raise NothingToCompareError(f"{arguments.alert}: contains {which}; name another file or --id")
@@ -123,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{identity.survey} {identity.alert_id} of {printable(identity.object_id or '?')}: {said}")
     _list(similar, reference, ordinary)
     if arguments.out:
-        packets = read_packets([*arguments.packets, arguments.alert])
+        packets = read_packets([*arguments.packets, arguments.alert], wanted=decoder.fields)
         packets_of = _find(packets, decoder, {one.alert_id for one in similar})
         _draw(arguments.out, (alerts, row), f"score {score:.2f}", similar, packets_of)
         print(arguments.out)
@@ -177,10 +181,10 @@ def _class_names(reference: Reference, part: SurveyReference) -> dict[int, str]:
     return {alert_id: reference.card.classes[label] for alert_id, label in named if label >= 0}
 
 
-def _find(packets: Iterable[Packet], decoder: Decoder, wanted: set[int] | None) -> dict[int, tuple[AlertBatch, int]]:
+def _find(packets: Packets, decoder: Decoder, wanted: set[int] | None) -> dict[int, tuple[AlertBatch, int]]:
     """Return the batch and the row of each wanted alert, by id; of the first alert only if `wanted` is None."""
     found: dict[int, tuple[AlertBatch, int]] = {}
-    for alerts, _ in decoder.decode_stream(packets, PACKETS_AT_A_TIME):
+    for alerts, _ in decoder.decode_batches(packets.batches(PACKETS_AT_A_TIME)):
         for row, alert_id in enumerate(alerts.alert_id.tolist()):
             if wanted is None or alert_id in wanted:
                 found.setdefault(alert_id, (alerts, row))

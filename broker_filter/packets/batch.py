@@ -75,7 +75,8 @@ class Record(NamedTuple):
 
     `body`: a zero-copy view of the packet's bytes, or of a decompressed block. `cutout_spans`: the byte ranges
     [start, end) of the encoded cutout fields within `body`, including the index of the union branch, in the order of
-    the writer's schema. `payload: no_cutouts` leaves these ranges out.
+    the writer's schema. `payload: no_cutouts` leaves these ranges out. An alert from a row of a table (`AlertRows`) has
+    no body.
     """
 
     body: memoryview

@@ -23,6 +23,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from broker_filter.packets.alert_rows import AlertRows
 from broker_filter.packets.batch import (
     BANDS,
     CUTOUTS,
@@ -53,6 +54,7 @@ from broker_filter.packets.layout import (
     RELIABILITY_VERSION,
     STAMP,
     VERSION,
+    Fields,
     Layout,
     Plan,
 )
@@ -125,7 +127,10 @@ _T = TypeVar("_T", bound=np.generic)
 
 
 class _Walked(NamedTuple):
-    """A record after its walk. `damage`: why the walk failed; None if it succeeded."""
+    """A record after its walk, or a row of a table. `damage`: why it cannot be used; None if it can.
+
+    `body`: the bytes that hold the record's stamps and texts: the record in Avro, or those of all rows of the table.
+    """
 
     packet: int
     record: int
@@ -133,6 +138,7 @@ class _Walked(NamedTuple):
     body: memoryview
     start: int  # offset of `body` in its block; the spans that the walker writes count from the start of the block
     damage: Damage | None
+    is_row: bool = False
 
 
 class _Outputs:
@@ -174,6 +180,12 @@ class _Outputs:
         self.n_points.append(points_end - self.points_end)
         self.points_end = points_end
         return Status.DONE if status == Status.DONE else Status(status), position
+
+    def fields(self) -> Fields:
+        """Return the rows that were written."""
+        n = len(self.n_points)
+        owners = np.repeat(np.arange(n), np.array(self.n_points, dtype=np.int64))
+        return Fields(self.scalars[:n], self.ids[:n], self.spans[:n], self.points[: self.points_end], owners)
 
     def forget(self, n_rows: int) -> None:
         """Remove all rows after the first `n_rows`."""
@@ -239,6 +251,8 @@ class Decoder:
     def decode(self, packets: Sequence[Packet]) -> tuple[AlertBatch, list[Reject]]:
         """Decode `packets`. Each packet becomes at least one alert of the batch or at least one reject.
 
+        AlertRows are decoded from their columns. Their alerts have no bytes of their own in `records`.
+
         Raises RegistryUnavailable if a schema is needed and the registry does not answer; then nothing was decoded.
         """
         return self._decode(packets, math.inf)
@@ -257,13 +271,20 @@ class Decoder:
         Raises RegistryUnavailable, as `decode` does.
         """
         waiting = iter(packets)
-        while batch := list(islice(waiting, at_a_time)):
+        return self.decode_batches(iter(lambda: list(islice(waiting, at_a_time)), []))
+
+    def decode_batches(self, batches: Iterable[Sequence[Packet]]) -> Iterator[tuple[AlertBatch, list[Reject]]]:
+        """Decode batches of packets or AlertRows in order, in constant memory. Raises as `decode` does."""
+        for whole in batches:
+            batch = whole
             while batch:
                 alerts, rejects = self.decode_some(batch)
                 yield alerts, rejects
                 batch = batch[len(alerts.packets) :]
 
     def _decode(self, packets: Sequence[Packet], max_bytes: float) -> tuple[AlertBatch, list[Reject]]:
+        if isinstance(packets, AlertRows):
+            return self._decode_rows(packets, max_bytes)
         schemas = self._look_up(packets)
         alerts, rejects = self._decode_with(schemas, packets, max_bytes)
         # A wiped registry gives ids to other schemas, so the schemas in doubt are fetched again.
@@ -313,7 +334,55 @@ class Decoder:
                 if damage is not None:
                     fingerprint = container.schema.fingerprint if container.schema else None
                     rejects.append(Reject(packet, index, *damage, record, schema=fingerprint))
-            columns = _Columns(self._layouts, len(self._columns), outputs, walked)
+            columns = _Columns(self._layouts, len(self._columns), outputs.fields(), walked)
+        return self._batch(packets, walked, columns, rejects)
+
+    def _decode_rows(self, rows: AlertRows, max_bytes: float) -> tuple[AlertBatch, list[Reject]]:
+        """Decode the rows of a table, as `decode_some` does; `max_bytes` is the memory limit."""
+        from broker_filter.packets.arrow import AlertColumns
+
+        with self._turn:
+            plan = self._plan(rows.schema)
+            if not isinstance(plan, Plan):
+                fingerprint = rows.schema.fingerprint
+                rejects = [Reject(packet, index, *plan, schema=fingerprint) for index, packet in enumerate(rows)]
+                nothing = _Outputs(list(self._layouts.values()), ()).fields()
+                return self._batch(rows, [], _Columns(self._layouts, len(self._columns), nothing, []), rejects)
+            found = AlertColumns(rows.batch, plan)
+            too_long, too_large = found.n_points > MAX_POINTS, found.n_bytes > self._max_packet_bytes
+            n_points = np.where(too_long, 0, found.n_points)
+            sizes = self._slot_bytes + RECORD_BYTES + found.n_bytes + ROW_BYTES * n_points
+            rows = rows[: max(1, int(np.searchsorted(np.cumsum(sizes), max_bytes, "right")))]
+            fields, content = found.read(~(too_long | too_large | found.uneven)[: len(rows)])
+            damages: list[Damage | None] = [None] * len(rows)
+            for reason, detail, damaged in (
+                (RejectReason.CORRUPT, "the lists of a history differ in length", found.uneven),
+                (
+                    RejectReason.TOO_LARGE,
+                    f"the packet's alerts have a history of more than {MAX_POINTS} rows",
+                    too_long,
+                ),
+                (
+                    RejectReason.TOO_LARGE,
+                    f"the stamps of the row have more than {self._max_packet_bytes} bytes",
+                    too_large,
+                ),
+            ):
+                for row in np.flatnonzero(damaged[: len(rows)]).tolist():
+                    damages[row] = reason, detail
+            walked = [_Walked(row, 0, plan, content, 0, damage, True) for row, damage in enumerate(damages)]
+            columns = _Columns(self._layouts, len(self._columns), fields, walked)
+        return self._batch(rows, walked, columns, [])
+
+    def _batch(
+        self, packets: Sequence[Packet], walked: Sequence[_Walked], columns: _Columns, rejects: list[Reject]
+    ) -> tuple[AlertBatch, list[Reject]]:
+        """Decode the stamps, and return the batch of the sound records and the rejects.
+
+        `packets`: all packets. `walked`, `columns`: their records. `rejects`: the packets with damage outside of their
+        records.
+        """
+        with self._turn:
             sound = [row for row, item in enumerate(walked) if not (item.damage or columns.missing_field(row))]
             too_large = self._too_large(packets, walked, sound, columns)
             if too_large:
@@ -481,12 +550,12 @@ class _Columns:
     """The columns of all walked records, also of invalid ones. `batch` makes an AlertBatch of selected rows."""
 
     def __init__(
-        self, layouts: Mapping[Survey, Layout], n_columns: int, outputs: _Outputs, walked: Sequence[_Walked]
+        self, layouts: Mapping[Survey, Layout], n_columns: int, fields: Fields, walked: Sequence[_Walked]
     ) -> None:
         n = len(walked)
         self._walked = walked
         starts = np.array([item.start for item in walked], dtype=np.int64)
-        self._spans: NDArray[np.int64] = outputs.spans[:n] - starts[:, None, None]
+        self._spans: NDArray[np.int64] = fields.spans - starts[:, None, None]
         self._span_lists: list[list[list[int]]] = self._spans.tolist()
         self._survey = np.array([item.plan.layout.format.survey for item in walked], dtype=np.uint8)
         self._alert_id = np.empty(n, dtype=np.int64)
@@ -494,13 +563,12 @@ class _Columns:
         self._metadata = np.empty((n, n_columns))
         self._object_id = [""] * n
         self._points: list[Points] = []
-        points = outputs.points[: outputs.points_end]
-        owners = np.repeat(np.arange(n), np.array(outputs.n_points, dtype=np.int64))
+        points, owners = fields.points, fields.owners
         for survey, layout in layouts.items():
             rows = np.flatnonzero(self._survey == survey)
             if not len(rows):
                 continue
-            scalars, ids = outputs.scalars[rows], outputs.ids[rows]
+            scalars, ids = fields.scalars[rows], fields.ids[rows]
             self._alert_id[rows] = layout.alert_ids(ids)
             for row, name in zip(rows.tolist(), layout.object_ids(ids), strict=True):
                 self._object_id[row] = name or self._text(row, OBJECT_NAME)
@@ -662,6 +730,8 @@ class _Columns:
 
     def _record(self, row: int) -> Record:
         item, spans = self._walked[row], self._span_lists[row]
+        if item.is_row:
+            return Record(memoryview(b""), item.plan.schema, ())
         return Record(
             item.body, item.plan.schema, tuple([(spans[slot][0], spans[slot][1]) for slot in item.plan.cutouts])
         )

@@ -6,8 +6,9 @@ This module must depend on nothing but the names of fields, never on the order o
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,9 +39,24 @@ OBJECT_NAME, RELIABILITY_VERSION, N_SPANS = VERSION + 1, VERSION + 2, VERSION + 
 _LSST_NAMESPACE = re.compile(r"lsst\.v(\d+)_(\d+)\b")
 
 
+class Fields(NamedTuple):
+    """The fields of N records, as a walk or the reading of a table writes them.
+
+    `scalars` float64[N, n_scalars], `ids` int64[N, n_ids], `spans` int64[N, N_SPANS, 2]: a value that a record does not
+    have is NaN, MISSING_ID or -1. `points` float64[M, N_POINT_COLUMNS]: the history rows of all records. `owners`
+    int64[M]: the record of each history row, ascending within a table.
+    """
+
+    scalars: NDArray[np.float64]
+    ids: NDArray[np.int64]
+    spans: NDArray[np.int64]
+    points: NDArray[np.float64]
+    owners: NDArray[np.int64]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """How to read records of one schema: the walker's program, and the layout of its outputs.
+    """How to read records of one schema: the wanted fields, the walker's program, and the layout of the outputs.
 
     `cutouts`: the span slots of the cutout fields in the order of the schema. `version`: the schema version of records
     that have no such field.
@@ -48,6 +64,7 @@ class Plan:
 
     schema: WriterSchema
     layout: Layout
+    wanted: Mapping[str, Wanted]
     program: NDArray[np.int32]
     cutouts: tuple[int, ...]
     version: str
@@ -141,9 +158,8 @@ class Layout:
         order = [entry["name"] for entry in schema.canonical["fields"]]
         present = [c for c, cutout in enumerate(self.format.cutouts) if cutout in order]
         cutouts = sorted(present, key=lambda c: order.index(self.format.cutouts[c]))
-        return Plan(
-            schema, self, compile_program(schema, wanted), tuple(WHOLE_CUTOUT + c for c in cutouts), _version(schema)
-        )
+        program = compile_program(schema, wanted)
+        return Plan(schema, self, wanted, program, tuple(WHOLE_CUTOUT + c for c in cutouts), _version(schema))
 
     def column(
         self,

@@ -27,6 +27,7 @@ from typing import IO, Any, BinaryIO, Literal, Protocol, cast
 import pyarrow as pa
 
 from broker_filter.errors import USAGE, BrokerFilterError, without_credentials
+from broker_filter.packets.alert_rows import AlertRows
 from broker_filter.packets.framing import ocf, parquet
 from broker_filter.packets.packet import FilePosition, Packet
 
@@ -68,6 +69,8 @@ _TAR_ENDS = (tarfile.EOFHeaderError, tarfile.EmptyHeaderError)  # type: ignore[a
 
 _OF_MACOS = re.compile(r"(.*/)?(\._[^/]*|\.DS_Store|__MACOSX/.*)", re.DOTALL)
 """Names of files that macOS adds to archives."""
+
+_Items = Iterator[Packet | AlertRows]
 
 log = logging.getLogger(__name__)
 
@@ -158,10 +161,32 @@ class Packets(Iterator[Packet]):
         self._told: set[str] = set()
         self._read_bytes = 0  # of the files that were read to their ends
         self._current: io.FileIO | None = None
+        self._as_rows = False
         self._packets = chain.from_iterable(map(self._read_file, self._files()))
 
     def __next__(self) -> Packet:
-        return next(self._packets)
+        return cast(Packet, next(self._packets))  # a packet, because `_as_rows` is False
+
+    def batches(self, size: int) -> Iterator[Sequence[Packet]]:
+        """Yield all packets in order, at most `size` at a time; rows of Parquet as AlertRows, with the wanted columns.
+
+        Use either this method or the iteration over single packets.
+        """
+        self._as_rows = True
+        batch: list[Packet] = []
+        for item in self._packets:
+            if isinstance(item, AlertRows):
+                if batch:
+                    yield batch
+                    batch = []
+                yield item
+            else:
+                batch.append(item)
+                if len(batch) == size:
+                    yield batch
+                    batch = []
+        if batch:
+            yield batch
 
     def share_read(self) -> float | None:
         """Return the fraction of the inputs' bytes that was read, from 0 to 1.
@@ -192,7 +217,7 @@ class Packets(Iterator[Packet]):
             if not is_skipped:
                 yield file
 
-    def _read_file(self, file: str | Path) -> Iterator[Packet]:
+    def _read_file(self, file: str | Path) -> _Items:
         name = "<stdin>" if _is_stdin(file) else str(file)
         readable_name = name.encode(errors="replace").decode()  # names on disk may be invalid Unicode
         try:
@@ -206,7 +231,7 @@ class Packets(Iterator[Packet]):
         finally:
             self._current = None
 
-    def _read_stream(self, stream: io.BufferedReader[Any], position: FilePosition, depth: int = 0) -> Iterator[Packet]:
+    def _read_stream(self, stream: io.BufferedReader[Any], position: FilePosition, depth: int = 0) -> _Items:
         """Yield the packets in a file or member. Its first bytes decide its format."""
         start = stream.peek(tarfile.BLOCKSIZE)[: tarfile.BLOCKSIZE]
         if start.startswith(ocf.MAGIC):
@@ -232,13 +257,13 @@ class Packets(Iterator[Packet]):
 
     def _read_compressed(
         self, compression: _Compression, stream: io.BufferedReader[Any], position: FilePosition, depth: int
-    ) -> Iterator[Packet]:
+    ) -> _Items:
         inflated = _Inflated(compression.open(stream))
         yield from self._read_stream(io.BufferedReader(inflated, _FILE_BUFFER), position, depth + 1)
         if inflated.damage:
             log.warning("%s: damaged %s, read up to the damage: %s", position, compression.name, inflated.damage)
 
-    def _read_parquet(self, stream: io.BufferedReader[Any], position: FilePosition) -> Iterator[Packet]:
+    def _read_parquet(self, stream: io.BufferedReader[Any], position: FilePosition) -> _Items:
         file: IO[bytes] = stream
         if not stream.seekable():  # a file in an archive or a pipe; reading Parquet starts at its end
             data = _read_up_to(self._limit + 1, stream)
@@ -255,8 +280,13 @@ class Packets(Iterator[Packet]):
         try:
             rows = parquet.Rows(file)
             self._tell_left_out(rows.left_out, position)
-            for row, container in enumerate(rows):
-                yield Packet(container, replace(position, record=row))
+            if self._as_rows:
+                for batch, schema in rows.batches(self._wanted):
+                    yield AlertRows(batch, schema, replace(position, record=row))
+                    row += len(batch)
+            else:
+                for row, container in enumerate(rows):
+                    yield Packet(container, replace(position, record=row))
         except parquet.ParquetError as error:
             log.warning("%s: damaged Parquet, read up to the damage: %s", position, error)
             yield Packet(b"", replace(position, record=row))
@@ -277,7 +307,7 @@ class Packets(Iterator[Packet]):
                 text,
             )
 
-    def _read_tar(self, stream: io.BufferedReader[Any], position: FilePosition, depth: int) -> Iterator[Packet]:
+    def _read_tar(self, stream: io.BufferedReader[Any], position: FilePosition, depth: int) -> _Items:
         try:
             mode: Literal["r:", "r|"] = "r:" if stream.seekable() else "r|"
             with tarfile.open(fileobj=stream, mode=mode, tarinfo=_Member, errors="replace") as archive:
@@ -303,7 +333,7 @@ class Packets(Iterator[Packet]):
             log.warning("%s: damaged tar, read up to the damage: %s", position, damage)
             yield Packet(b"", position)
 
-    def _read_member(self, archive: IO[bytes], size: int, position: FilePosition, depth: int) -> Iterator[Packet]:
+    def _read_member(self, archive: IO[bytes], size: int, position: FilePosition, depth: int) -> _Items:
         """Yield the packets in the tar member of `size` bytes that begins at the position of `archive`."""
         if size > _WHOLE_MEMBER:
             stored = io.BufferedReader(_Stored(archive, size), _PACKET_BUFFER)

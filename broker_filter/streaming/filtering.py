@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -67,8 +68,24 @@ def score_packets(packets: Sequence[Packet], decoder: Decoder, scorer: Scorer, w
     return score_alerts(alerts, rejects, scorer, window)
 
 
+@runtime_checkable
+class Batched(Protocol):
+    """A source of packets that comes in batches, some of which may be AlertRows."""
+
+    def batches(self, size: int) -> Iterator[Sequence[Packet]]:
+        """Yield all packets in order, at most `size` at a time."""
+        ...
+
+
+def _in_batches(packets: Iterable[Packet] | Batched, size: int) -> Iterator[Sequence[Packet]]:
+    if isinstance(packets, Batched):
+        return packets.batches(size)
+    waiting = iter(packets)
+    return iter(lambda: list(islice(waiting, size)), [])
+
+
 def score_stream(
-    packets: Iterable[Packet],
+    packets: Iterable[Packet] | Batched,
     decoder: Decoder,
     scorer: Scorer,
     window: DuplicateWindow | None = None,
@@ -85,12 +102,12 @@ def score_stream(
     """
     window = window or DuplicateWindow(DUPLICATE_WINDOW)
     threads = threads or available_cores()
-    decoded: deque[tuple[list[Packet], Future[tuple[AlertBatch, list[Reject]]]]] = deque()
-    waiting = iter(packets)
+    decoded: deque[tuple[Sequence[Packet], Future[tuple[AlertBatch, list[Reject]]]]] = deque()
+    batches = _in_batches(packets, batch_size)
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
             while True:
-                while len(decoded) <= threads and (batch := list(islice(waiting, batch_size))):
+                while len(decoded) <= threads and (batch := next(batches, [])):
                     decoded.append((batch, pool.submit(decoder.decode_some, batch)))
                 if not decoded:
                     return

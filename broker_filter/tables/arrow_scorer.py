@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from threading import Lock
 
@@ -15,11 +15,14 @@ import pyarrow as pa
 
 from broker_filter import config
 from broker_filter.errors import USAGE, BrokerFilterError
+from broker_filter.packets.alert_rows import AlertRows
+from broker_filter.packets.arrow import IS_BYTES, is_any
 from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.framing.parquet import AvroRows
 from broker_filter.packets.packet import IN_MEMORY, FilePosition, Packet
 from broker_filter.packets.rejects import Reject, RejectReason
+from broker_filter.packets.schemas.writer_schema import SchemaError
 from broker_filter.packets.surveys import LSST, recognise
 from broker_filter.scoring.bundle import open_bundle
 from broker_filter.scoring.scorer import Scorer, open_scorer
@@ -40,12 +43,6 @@ Rubin's HATS catalogues hold objects with nested sources (`dia_object_lc`), and 
 """
 MOST_NAMES_CHARACTERS = 300
 """The maximum length of the column names in an error message."""
-_IS_BINARY = (
-    pa.types.is_binary,
-    pa.types.is_large_binary,
-    pa.types.is_binary_view,
-    pa.types.is_fixed_size_binary,
-)
 
 
 class ColumnsError(BrokerFilterError, ValueError):
@@ -138,12 +135,13 @@ class ArrowScorer:
         schema = self.schema_of(table.schema)
         scorer, decoder = _loaded(self.models, self.also, self.schema_registry)
         window = DuplicateWindow(DUPLICATE_WINDOW)
-        waiting, rows = _packets(table), []
-        while packets := list(islice(waiting, BATCH_SIZE)):
-            while packets:
-                alerts, rejects = _decode_one_each(decoder, packets)
+        rows = []
+        for whole in _batches(table):
+            batch = whole
+            while batch:
+                alerts, rejects = _decode_one_each(decoder, batch)
                 rows.append(to_rows(score_alerts(alerts, rejects, scorer, window), self.schema))
-                packets = packets[len(alerts.packets) :]
+                batch = batch[len(alerts.packets) :]
         columns = pa.Table.from_batches(rows, self.schema).columns
         return pa.Table.from_arrays([*columns, *(table.column(name) for name in self.columns)], schema=schema)
 
@@ -177,20 +175,25 @@ def _open(
     return scorer, scorer.decoder(registry)
 
 
-def _packets(table: pa.Table) -> Iterator[Packet]:
-    """Return a packet for each row of a table. A null packet has no bytes. Raises ColumnsError."""
+def _batches(table: pa.Table) -> Iterator[Sequence[Packet]]:
+    """Return the rows of a table in batches: packets, or AlertRows. A null packet has no bytes. Raises ColumnsError."""
     column = _packet_column(table.schema)
     if column is not None:
-        data: Iterator[bytes] = (row.as_py() or b"" for chunk in table.column(column).chunks for row in chunk)
-    else:
-        alerts = _as_alerts(table)
-        avro = AvroRows(alerts.schema)
-        data = (
-            container
-            for batch in alerts.select(avro.columns).to_batches(max_chunksize=BATCH_SIZE)
-            for container in avro.containers(batch)
-        )
-    return (Packet(each, FilePosition(IN_MEMORY.path, record=row)) for row, each in enumerate(data))
+        data = (row.as_py() or b"" for chunk in table.column(column).chunks for row in chunk)
+        packets = (Packet(each, FilePosition(IN_MEMORY.path, record=row)) for row, each in enumerate(data))
+        return iter(lambda: list(islice(packets, BATCH_SIZE)), [])
+    alerts = _as_alerts(table)
+    try:
+        schema = AvroRows(alerts.schema).schema
+    except SchemaError as error:
+        raise ColumnsError(f"the columns of the table cannot be read: {error}") from error
+    batches = alerts.to_batches(max_chunksize=BATCH_SIZE)
+    starts = accumulate(map(len, batches), initial=0)
+    return (
+        AlertRows(batch, schema, FilePosition(IN_MEMORY.path, record=start))
+        for batch, start in zip(batches, starts, strict=False)
+        if len(batch)
+    )
 
 
 def _packet_column(schema: pa.Schema) -> int | None:
@@ -203,9 +206,7 @@ def _packet_column(schema: pa.Schema) -> int | None:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return any(is_kind(kind) for is_kind in _IS_BINARY)
+    return is_any(kind.value_type if pa.types.is_dictionary(kind) else kind, IS_BYTES)
 
 
 def _as_alerts(table: pa.Table) -> pa.Table:
@@ -254,6 +255,8 @@ def _paths(column: pa.Field) -> list[str]:
 def _decode_one_each(decoder: Decoder, packets: Sequence[Packet]) -> tuple[AlertBatch, list[Reject]]:
     """Decode packets as `Decoder.decode_some` does, and reject each packet that holds several alerts."""
     alerts, rejects = decoder.decode_some(packets)
+    if isinstance(packets, AlertRows):
+        return alerts, rejects
     taken = alerts.packets
     owners = [*alerts.packet_index.tolist(), *(reject.packet_index for reject in rejects)]
     counts = np.bincount(np.array(owners, np.int64), minlength=len(taken))
