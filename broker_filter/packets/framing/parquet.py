@@ -31,7 +31,7 @@ MOST_ROWS = 128
 MOST_BATCH_BYTES = 2 << 30
 """The size of a column of a batch, in bytes, if each value were as large as the column of the whole row group.
 
-Parquet stores repeated values once. If this size would be exceeded, a batch has fewer rows, but ROWS_AT_A_TIME at least.
+Parquet stores repeated values once. If a batch would exceed this size, it has fewer rows, at least ROWS_AT_A_TIME.
 """
 ALWAYS_ALLOWED_BYTES = 64 << 20
 """The size, in bytes, that the rows of any file may take. A small file may repeat one alert some hundred times."""
