@@ -612,7 +612,9 @@ class Runtime(ServiceSection):
         default=None, gt=0, description="Number of decoding threads; if absent, the number of available cores."
     )
     inference_threads: int | None = Field(
-        default=None, gt=0, description="Number of threads of one inference; if absent, the number of available cores."
+        default=None,
+        gt=0,
+        description="Number of threads that run the networks; if absent, the number of available cores.",
     )
 
 

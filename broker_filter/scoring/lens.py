@@ -81,8 +81,8 @@ class Lens:
         """Load the graphs, and check that they reproduce the test vector. Raises LensError if they do not."""
         self._files = files
         self._inputs = part.card.inputs
-        self._to_z = open_session(files.directory / TO_Z, threads=1)
-        self._from_z = open_session(files.directory / FROM_Z, threads=1)
+        self._to_z = open_session(files.directory / TO_Z)
+        self._from_z = open_session(files.directory / FROM_Z)
         self._seen_inputs = [node.name for node in self._to_z.get_inputs()]
         self._moved_inputs = [node.name for node in self._from_z.get_inputs() if node.name != "z"]
         self._usual = {survey: usual_activations(ordinary) for survey, ordinary in files.ordinary.items()}

@@ -9,9 +9,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -43,8 +46,8 @@ class RuntimeUnavailableError(BrokerFilterError):
 
 
 CHUNK = 16
-"""Alerts per run on a CPU, for each thread. The intermediate results of a larger run exceed the CPU caches, which
-decoding uses as well (with braai's network a whole batch takes 4 % longer at 32); in a smaller run threads wait."""
+"""Alerts per run on a CPU, for each thread that shares the run. The intermediate results of a larger run exceed the CPU
+caches, which decoding uses as well (with braai's network a whole batch takes 4 % longer at 32)."""
 TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
 """Allowed deviation of outputs from the test vector, absolute plus relative, by the precision of the arithmetic: some
 units in the last place of 24, 11 or 8 significant bits, accumulated over some layers. A deep network's card allows more
@@ -101,15 +104,22 @@ def open_network(bundle: Part, runtime: Runtime) -> LoadedNetwork:
 
 
 class OnnxNetwork:
-    """`model.onnx` in onnxruntime, on the CPU."""
+    """`model.onnx` in onnxruntime, on the CPU.
+
+    Each run uses one thread, and several runs are computed at the same time: threads that share a run wait for each
+    other in each layer.
+    """
 
     tolerance = TOLERANCES["float32"]
+    chunk = CHUNK
 
     def __init__(self, bundle: Part, threads: int) -> None:
+        """`threads`: the largest number of runs at the same time."""
         path = bundle.directory / ONNX
-        self._session = open_session(path, threads)
+        self._session = open_session(path)
         self.provider = f"onnxruntime/{self._session.get_providers()[0]}"
-        self.chunk = threads * CHUNK
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="network")
         self._outputs = tuple(bundle.card.outputs.shapes())
         _check_graph(path, self._session, bundle)
 
@@ -118,20 +128,32 @@ class OnnxNetwork:
         return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
 
     def run_all(self, batches: Iterable[Tensors]) -> Iterator[Tensors]:
-        """Yield the outputs of each batch, in order."""
-        return map(self.run, batches)
+        """Yield the outputs of each batch, in order. The next batch is prepared while earlier ones are computed."""
+        batches = iter(batches)
+        first = list(islice(batches, 2))
+        if self._threads == 1 or len(first) == 1:  # save the change of threads
+            yield from map(self.run, chain(first, batches))
+            return
+        running: deque[Future[Tensors]] = deque()
+        for batch in chain(first, batches):
+            running.append(self._pool.submit(self.run, batch))
+            if len(running) > self._threads:  # one waits for a thread
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
 
-def open_session(path: Path, threads: int) -> Any:
-    """Return an onnxruntime session on the CPU with `threads` threads. Raises BundleError if the file is no graph."""
+def open_session(path: Path) -> Any:
+    """Return an onnxruntime session that computes on the CPU in the calling thread. Thread-safe.
+
+    Raises BundleError if the file is no graph.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors: its warnings are about optimisations
-    # Waiting threads must not burn the cores that decoding needs.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many types of exceptions

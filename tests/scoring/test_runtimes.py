@@ -74,6 +74,34 @@ def test_a_requested_gpu_runs_and_agrees(engine: str, test_vector: KnownAnswers)
     )
 
 
+def test_threads_and_batches_of_onnxruntime_do_not_change_outputs() -> None:
+    bundle = open_bundle("rubin").parts[0]
+    rng = np.random.default_rng(5)
+    shapes = bundle.card.inputs.shapes()
+    inputs = {name: rng.normal(size=(100, *shape)).astype(np.float32) for name, shape in shapes.items()}
+
+    def outputs(threads: int, size: int) -> np.ndarray:
+        network = open_network(bundle, Runtime(engine="onnxruntime", inference_threads=threads))
+        batches = ({name: each[k : k + size] for name, each in inputs.items()} for k in range(0, 100, size))
+        results = [result["probabilities"] for result in network.run_all(batches)]
+        assert [len(result) for result in results[:-1]] == [size] * (len(results) - 1)
+        return np.concatenate(results)
+
+    expected = outputs(threads=1, size=16)
+    assert len(np.unique(expected[:, 0])) > 90
+    for threads, size in ((1, 100), (2, 16), (2, 100), (3, 7), (8, 16)):
+        np.testing.assert_array_equal(outputs(threads, size), expected)
+
+
+def test_a_failed_run_raises_its_error_in_the_calling_thread() -> None:
+    network = open_network(open_bundle("default").part("ztf"), Runtime(engine="onnxruntime", inference_threads=2))
+    good, bad = (np.zeros((2, 3, size, size), np.float32) for size in (63, 5))
+    with pytest.raises(Exception, match="images"):
+        list(network.run_all({"images": each} for each in (good, bad, good, good)))
+    assert [len(each["probabilities"]) for each in network.run_all([{"images": good}] * 3)] == [2] * 3
+    assert list(network.run_all([])) == []
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=needs_gpu)])
 def test_batches_in_flight_return_complete_and_in_order(device: str) -> None:
     bundle = open_bundle("default").part("ztf")
