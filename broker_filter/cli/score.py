@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from broker_filter.cli.archived import keep_inputs
-from broker_filter.cli.options import INPUT_HELP, add_cache_option, add_device_option, add_registry_option
+from broker_filter.cli.options import INPUT_HELP, STDIN, add_cache_option, add_device_option, add_registry_option
 from broker_filter.cli.parser import UsageError
 from broker_filter.errors import without_credentials
 
@@ -55,6 +55,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--format",
         choices=FORMATS,
         help="format of the table, if the name of --out does not give it (default for `-`: jsonl)",
+    )
+    parser.add_argument(
+        "--partition-by",
+        choices=["mjd"],
+        help="write a directory --out of Parquet files by night, night=YYYYMMDD/scores.parquet, instead of one table; "
+        "a night has its date in UTC (ZTF), or the date half a day earlier (LSST, as day_obs)",
     )
     parser.add_argument(
         "--rejects",
@@ -117,9 +123,13 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.tables.rows import STDOUT, check_format, partial_path
 
     written = _written_tables(arguments)
-    for path, kind in written.items():
+    by_night = arguments.partition_by is not None
+    if by_night:
+        _check_partitions(arguments)
+    files = {path: kind for path, kind in written.items() if not (by_night and path == arguments.out)}
+    for path, kind in files.items():
         check_format(path, kind)
-    own = {file for path in written if path != STDOUT for file in (path, partial_path(path))}
+    own = {file for path in files if path != STDOUT for file in (path, partial_path(path))}
     for file in own:
         keep_inputs(file, arguments.inputs)
     if why_python:
@@ -141,7 +151,10 @@ def run(arguments: argparse.Namespace) -> int:
     gc.freeze()  # full collections then skip the objects that start-up created
     account, decoded, passed, started = Account(), 0, 0, time.monotonic()
     try:
-        with _open_tables(written, scores.schema) as write, progress("Scoring", share=scores.share_read) as advance:
+        with (
+            _open_tables(written, scores.schema, by_night) as write,
+            progress("Scoring", share=scores.share_read) as advance,
+        ):
             for batch, rows in scores:
                 write(rows)
                 of_batch = account_batch(batch)
@@ -153,12 +166,14 @@ def run(arguments: argparse.Namespace) -> int:
         if decoded:
             for path in written:
                 if path != STDOUT:
-                    log.warning("the run ended early; the rows so far are in %s", partial_path(path))
+                    log.warning(
+                        "the run ended early; the rows so far are in %s", partial_path(path) if path in files else path
+                    )
         raise
     if not arguments.quiet:
-        files = ", ".join(str(path) for path in written)
+        names = ", ".join(str(path) for path in written)
         summary = _summary(account, passed if arguments.where is not None else None, time.monotonic() - started)
-        print(f"{summary} -> {files}", file=sys.stderr if STDOUT in written else sys.stdout)
+        print(f"{summary} -> {names}", file=sys.stderr if STDOUT in written else sys.stdout)
     if not decoded:
         print("broker-filter: no alert could be read", file=sys.stderr)
         return 1
@@ -192,9 +207,24 @@ def _written_tables(arguments: argparse.Namespace) -> dict[Path, str | None]:
     return written | ({} if arguments.rejects is None else {arguments.rejects: None})
 
 
+def _check_partitions(arguments: argparse.Namespace) -> None:
+    """Raise UsageError if --out cannot be a directory of Parquet files."""
+    if str(arguments.out) == STDIN or arguments.format not in (None, "parquet"):
+        raise UsageError("--partition-by writes a directory of Parquet files: give the name of a directory as --out")
+    for given in arguments.inputs:
+        if given != STDIN and arguments.out.resolve().is_relative_to(Path(given).resolve()):
+            raise UsageError(f"--out {arguments.out} lies in the input {given}: choose another directory")
+
+
 @contextmanager
-def _open_tables(written: Mapping[Path, str | None], schema: pa.Schema) -> Iterator[Callable[[pa.RecordBatch], None]]:
-    """Open one table for all rows, or one for scored and one for rejected rows. Yields a function that writes rows."""
+def _open_tables(
+    written: Mapping[Path, str | None], schema: pa.Schema, by_night: bool
+) -> Iterator[Callable[[pa.RecordBatch], None]]:
+    """Open one table for all rows, or one for scored and one for rejected rows. Yields a function that writes rows.
+
+    `by_night`: the first table is a directory of tables by night.
+    """
+    from broker_filter.tables.partitions import open_partitions
     from broker_filter.tables.rows import (
         FIXED_COLUMNS,
         open_table,
@@ -205,13 +235,13 @@ def _open_tables(written: Mapping[Path, str | None], schema: pa.Schema) -> Itera
 
     (out, kind), *others = written.items()
     if not others:
-        with open_table(out, schema, kind) as table:
+        with open_partitions(out, schema) if by_night else open_table(out, schema, kind) as table:
             yield table.write
         return
     [(rejects, rejects_kind)] = others
     kept = scored_schema(schema)
     with (
-        open_table(out, kept, kind) as table,
+        open_partitions(out, kept) if by_night else open_table(out, kept, kind) as table,
         open_table(rejects, FIXED_COLUMNS, rejects_kind) as rejects_table,
     ):
 

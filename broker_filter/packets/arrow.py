@@ -192,18 +192,19 @@ def _read_numbers(column: pa.Array, field: Wanted, out: NDArray[np.float64]) -> 
         if some.any():
             out[some] = np.frombuffer(text.buffers()[2], np.uint8)[offsets[:-1][some]]
         return
-    numbers = column if pa.types.is_floating(kind) else _integers(column)
+    if pa.types.is_boolean(kind):
+        numbers = column.cast(pa.uint8())
+    else:
+        numbers = column if pa.types.is_floating(kind) else _integers(column)
     if numbers is not None:
         out[:] = numbers.to_numpy(zero_copy_only=False)  # a null becomes NaN
 
 
 def _integers(column: pa.Array) -> pa.Array | None:
-    """Return the integers of a column that Avro stores as a boolean, an int or a long; None for any other column."""
+    """Return the integers of a column that Avro stores as an int or a long; None for any other column."""
     kind = column.type
     if pa.types.is_integer(kind):
         return column
-    if pa.types.is_boolean(kind):
-        return column.cast(pa.uint8())
     if pa.types.is_date32(kind):
         return column.cast(pa.int32())
     if pa.types.is_timestamp(kind) and kind.unit != "ns":
