@@ -22,6 +22,11 @@ pytest.importorskip("pyspark", reason="needs the extra `spark`: run `make spark`
 
 from pyspark.sql import SparkSession
 
+# py4j leaves its sockets to the garbage collector.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
+)
+
 SCRIPT = Path(__file__).parents[2] / "deploy" / "spark" / "score_archive.py"
 START_SECONDS = 240
 

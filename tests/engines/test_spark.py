@@ -31,6 +31,11 @@ from pyspark.sql.functions import col
 
 from broker_filter.engines.spark import ROWS_OF_A_BATCH, real_bogus, score
 
+# py4j leaves its sockets to the garbage collector.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
+)
+
 EXECUTOR = b"CoarseGrainedExecutorBackend"
 """The main class of an executor's process."""
 START_SECONDS = 240
