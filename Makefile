@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test suite coverage lint docs bench bench-check study chaos deep explorer-shots fuzz slow-link sanitize sae-parity spark plugins wheel image clean
+.PHONY: help demo test suite coverage lint docs bench bench-check study chaos deep explorer-shots fuzz slow-link sanitize sae-parity spark spark-cost plugins wheel image clean
 
 help:
 	@echo 'make demo      simulates nights of ZTF and LSST, runs the service on them through an embedded broker, shows the results'
@@ -30,6 +30,7 @@ help:
 	@echo 'make sanitize  decodes damaged packets with the compiled code under AddressSanitizer (needs gcc)'
 	@echo 'make sae-parity  checks that sae-lens loads sparse dictionaries and encodes equally; installs it into .venv-sae'
 	@echo 'make spark     runs the tests of Apache Spark on two local executors (needs Java 17); installs it into .venv-spark'
+	@echo 'make spark-cost  measures the CPU time of an alert in Spark and in score (COST="alerts.tar --executors 1" for others)'
 	@echo 'make plugins   runs the units for AMPEL in AMPEL; installs it into .venv-ampel'
 	@echo 'make wheel     builds the wheel and the source archive into dist/'
 	@echo 'make image     builds the container image with buildah, and runs the service in it; deploy/image.sh has the options'
@@ -129,6 +130,9 @@ SPARK_VENV := .venv-spark
 
 spark: $(SPARK_VENV)/installed
 	$(SPARK_VENV)/bin/pytest tests/engines
+
+spark-cost: $(SPARK_VENV)/installed
+	$(SPARK_VENV)/bin/python tests/spark_cost.py $(COST)
 
 $(SPARK_VENV)/installed: pyproject.toml setup.py $(wildcard broker_filter/*/*.[ch])
 	$(PYTHON) -m venv $(SPARK_VENV)
