@@ -14,6 +14,7 @@ enum { SKIP, SKIP_LONG, SKIP_BYTES, FLOAT, DOUBLE, BOOLEAN, LONG, LETTER, CONSTA
 enum { DONE, TRUNCATED, CORRUPT, NO_ROOM, BAD_PROGRAM };
 
 #define MAX_LOOPS 16
+#define SKIPPED_OPTION 5 /* words of OPTION b 2, SKIP n */
 #define MISSING_ID INT64_MIN
 
 typedef struct {
@@ -243,6 +244,18 @@ static int walk(Walk *w)
             pc += 2;
             break;
         case OPTION:
+            /* Most of a history are nullable numbers that nobody wants: step over a row of them here. What is not
+             * common, as an index of two bytes or the end of the body, is left to the general code. */
+            while (stop - pc >= SKIPPED_OPTION && program[pc] == OPTION && program[pc + 2] == 2 &&
+                   program[pc + 3] == SKIP && program[pc + 4] >= 0 && p < end && (*p == 0 || *p == 2)) {
+                int64_t size = 1 + (*p >> 1 == program[pc + 1] ? 0 : (int64_t)program[pc + 4]);
+                if (end - p < size)
+                    break;
+                p += size;
+                pc += SKIPPED_OPTION;
+            }
+            if (pc == stop || program[pc] != OPTION)
+                break;
             NEED_WORDS(3);
             if (program[pc + 2] < 0)
                 FAIL(BAD_PROGRAM);

@@ -287,6 +287,28 @@ def test_damage_is_truncation_or_corruption(type_: Any, body: bytes, status: Sta
     assert assert_same(program, body)[0][0] == status
 
 
+def test_walkers_agree_on_damaged_rows_of_nullable_numbers_that_are_not_wanted() -> None:
+    unions: list[Any] = [["null", "float"], ["double", "null"], ["null", "boolean"], ["null", "float"]]
+    names = "abcd"
+    item = {
+        "type": "record",
+        "name": "p",
+        "fields": [{"name": n, "type": u} for n, u in zip(names, unions, strict=True)],
+    }
+    fields = [{"name": "h", "type": {"type": "array", "items": item}}, {"name": "z", "type": "double"}]
+    program = compiled(fields, {"z": Wanted(Reading.NUMBER, 0)})
+    items = [dict(zip(names, each, strict=True)) for each in ((1.5, None, True, None), (None, 2.5, None, 3.5))]
+    body = encoded(fields, {"h": items, "z": 9.0})
+    (status, position, _), outputs = assert_same(program, body)
+    assert (status, position) == (Status.DONE, len(body))
+    assert outputs.scalars[1, 0] == 9.0
+    for end in range(len(body)):
+        assert assert_same(program, body[:end])[0][0] == Status.TRUNCATED
+    for place in range(len(body)):
+        for index in (b"\x00", b"\x01", b"\x02", b"\x04", b"\x80\x00", b"\x82\x00", b"\x80"):
+            assert_same(program, body[:place] + index + body[place + 1 :])
+
+
 @pytest.mark.parametrize("walker", WALKERS)
 def test_items_without_bytes_are_not_iterated(walker: Any) -> None:
     nothing = {"type": "record", "name": "nothing", "fields": [{"name": "n", "type": "null"}]}
