@@ -29,7 +29,7 @@ help:
 	@echo 'make explorer-shots  opens pages of the lens in Chromium, and checks them (PAGES="page.html ..." for others)'
 	@echo 'make sanitize  decodes damaged packets with the compiled code under AddressSanitizer (needs gcc)'
 	@echo 'make sae-parity  checks that sae-lens loads sparse dictionaries and encodes equally; installs it into .venv-sae'
-	@echo 'make spark     runs the tests of Apache Spark on two local executors (needs Java 17); installs it into .venv-spark'
+	@echo 'make spark     runs the tests of Apache Spark and of the science modules for Fink (needs Java 17); installs it into .venv-spark'
 	@echo 'make spark-cost  measures the CPU time of an alert in Spark and in score (COST="alerts.tar --executors 1" for others)'
 	@echo 'make plugins   runs the units for AMPEL in AMPEL; installs it into .venv-ampel'
 	@echo 'make wheel     builds the wheel and the source archive into dist/'
@@ -129,7 +129,7 @@ $(SAE_VENV)/installed:
 SPARK_VENV := .venv-spark
 
 spark: $(SPARK_VENV)/installed
-	$(SPARK_VENV)/bin/pytest tests/engines
+	$(SPARK_VENV)/bin/pytest tests/engines tests/plugins/test_fink_science.py
 
 spark-cost: $(SPARK_VENV)/installed
 	$(SPARK_VENV)/bin/python tests/spark_cost.py $(COST)
@@ -137,6 +137,7 @@ spark-cost: $(SPARK_VENV)/installed
 $(SPARK_VENV)/installed: pyproject.toml setup.py $(wildcard broker_filter/*/*.[ch])
 	$(PYTHON) -m venv $(SPARK_VENV)
 	$(SPARK_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[demo,spark]' hypothesis pytest pytest-timeout
+	$(SPARK_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps fink-science==7.4.0
 	touch $@
 
 # AMPEL has an environment of its own, because its releases ask for pre-releases of its core.

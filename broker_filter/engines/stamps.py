@@ -44,7 +44,7 @@ def real_bogus(science: Stamps, template: Stamps, difference: Stamps) -> NDArray
 
 
 def _score(triplets: list[tuple[bytes | None, ...]]) -> NDArray[np.float32]:
-    n, size = len(triplets), _network().inputs.images.size
+    n, size = len(triplets), network().inputs.images.size
     spans = np.full((n, len(CUTOUTS), 2), -1, np.int64)  # -1: there is no stamp
     for i, triplet in enumerate(triplets):
         begin = 0
@@ -64,11 +64,11 @@ def _score(triplets: list[tuple[bytes | None, ...]]) -> NDArray[np.float32]:
     sound[list(failed)] = False
     scores = np.full(n, np.nan, np.float32)
     alerts = RawAlerts(cutouts[sound], boxes[sound], metadata=np.empty((sound.sum(), 0)), columns=())
-    scores[sound] = _network().run(alerts)[PROBABILITIES][:, _network().bundle.card.outputs.labels.index(LABEL)]
+    scores[sound] = network().run(alerts)[PROBABILITIES][:, network().bundle.card.outputs.labels.index(LABEL)]
     return scores
 
 
 @cache
-def _network() -> LoadedPart:
+def network() -> LoadedPart:
     """Return the network for ZTF, opened once in a process, on one thread."""
     return open_model(BUNDLE, config.Runtime(device="cpu", inference_threads=1)).part(Survey.ZTF)

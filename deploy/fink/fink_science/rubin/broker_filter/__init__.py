@@ -1,0 +1,1 @@
+"""Real-bogus scores of broker-filter for alerts of Rubin."""
