@@ -28,6 +28,7 @@ COMMANDS = {
     "train-default": ("training.bundles.train_default", "distil the shipped bundle `default`"),
     "train-attention": ("training.bundles.train_attention", "distil a pre-trained standard network with attention"),
     "train-classes": ("training.bundles.train_classes", "fit the shipped bundle `classes`"),
+    "train-curves": ("training.bundles.train_curves", "train the shipped bundle `curves` on typed light curves"),
     "train-rubin": ("training.bundles.train_rubin", "train the shipped bundle `rubin`"),
     "train-embedder": ("training.embedding.train_embedder", "train the shipped bundle `embedder`"),
     "train-embedder-lsst": ("training.embedding.train_embedder_lsst", "train the network for LSST of `embedder`"),

@@ -146,6 +146,13 @@ class LightCurveInput(Section):
     time_scale: float = Field(
         gt=0, description="Time scale in days: the feature is log1p(days before the alert / time_scale)."
     )
+    least_detections: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_POINTS,
+        description="The probabilities are null for alerts with fewer detections than this among these points, the "
+        "alert itself included.",
+    )
 
 
 class Inputs(Section):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from broker_filter.packets.batch import BANDS, CUTOUTS, LightCurves, Survey
+from broker_filter.packets.batch import BANDS, CUTOUTS, LightCurves, Measurement, Survey
 from broker_filter.packets.compiled import IMPLEMENTATION
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import (
@@ -170,6 +170,14 @@ def prepare_light_curves(
     features[alert[known], place[known], one_hot + band[known]] = 1
     features[alert, place, one_hot + len(BANDS) + kind] = 1
     return features, mask
+
+
+def detections_seen(light_curves: LightCurves, mjd: NDArray[np.float64], wanted: LightCurveInput) -> NDArray[np.int64]:
+    """Return how many of the points that the network sees are detections, int64[N], for the alerts' `mjd` [N]."""
+    seen, alert, _ = kept_points(light_curves, mjd, wanted.points)
+    detected = light_curves.kind[seen] == Measurement.DETECTION
+    counts: NDArray[np.int64] = np.bincount(alert[detected], minlength=len(mjd))
+    return counts
 
 
 def kept_points(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from broker_filter import config
 from broker_filter.packets.batch import AlertBatch, Plane, Survey
@@ -15,7 +16,7 @@ from broker_filter.packets.framing.ocf import MAX_CONTAINER_BYTES
 from broker_filter.packets.schemas.registry import SchemaRegistry
 from broker_filter.scoring.alerts import RawAlerts, raw_alerts
 from broker_filter.scoring.bundle import PROBABILITIES, TEST_VECTOR, Bundle, BundleError, Inputs, Part, open_bundle
-from broker_filter.scoring.preprocess import prepare
+from broker_filter.scoring.preprocess import detections_seen, prepare
 from broker_filter.scoring.runtimes import LoadedNetwork, Tensors, open_network
 from broker_filter.scoring.scores import ModelScores, Scores
 
@@ -43,6 +44,13 @@ class LoadedPart:
             for name, values in results.items():
                 outputs[name][chunk] = values
         return outputs
+
+    def too_short(self, alerts: RawAlerts) -> NDArray[np.bool_]:
+        """Return which of N alerts have fewer detections than the network needs, bool[N]."""
+        wanted = self.inputs.light_curve
+        if wanted is None or not wanted.least_detections or alerts.light_curves is None or alerts.mjd is None:
+            return np.zeros(len(alerts), np.bool_)
+        return detections_seen(alerts.light_curves, alerts.mjd, wanted) < wanted.least_detections
 
     def verify(self) -> None:
         """Raise BundleError if the network does not reproduce the test vector in its folder.
@@ -145,8 +153,8 @@ class Model:
     def score(self, alerts: AlertBatch) -> ModelScores:
         """Return the model's outputs for N alerts; NaN for alerts of surveys that the model does not take.
 
-        A single probability is also NaN for alerts of a survey that its label was not trained for. Raises as
-        `preprocess.prepare` does.
+        A single probability is also NaN for alerts of a survey that its label was not trained for, and all are NaN for
+        alerts with fewer detections than the card's `least_detections`. Raises as `preprocess.prepare` does.
         """
         raw, n = raw_alerts(alerts), len(alerts)
         columns = {
@@ -158,8 +166,11 @@ class Model:
             if not own.any():
                 continue
             rows = slice(None) if own.all() else own  # a slice gives views, a mask copies
-            results = part.run(raw[rows])
-            columns[PROBABILITIES][rows] = results[PROBABILITIES][:, self._served(part)]
+            chosen = raw[rows]
+            results = part.run(chosen)
+            probabilities = results[PROBABILITIES][:, self._served(part)]
+            probabilities[part.too_short(chosen)] = np.nan
+            columns[PROBABILITIES][rows] = probabilities
             for name in columns.keys() - {PROBABILITIES}:
                 columns[name][rows] = results[name]
             taken |= own

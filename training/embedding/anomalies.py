@@ -36,9 +36,9 @@ from broker_filter.streaming.archives import read_packets
 from training.arguments import positive, share
 from training.bundles.train_classes import COLUMN
 from training.data.datasets import held_out, sha256_of
+from training.data.light_curve_features import light_curve_features
 from training.embedding.baselines import by_isolation_forest, by_pixels
 from training.embedding.embedder import Recipe, embed, show, train
-from training.embedding.light_curve_features import light_curve_features
 from training.embedding.train_embedder import LIGHT_CURVE, METADATA, SIZE, TRUNK, Named, decode, side_by_side
 from training.errors import DatasetError, TrainingError
 from training.evaluation.bootstrap import Estimate, resample, weights_by_object

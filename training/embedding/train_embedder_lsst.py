@@ -56,9 +56,9 @@ from training.bundles.rubin_data import RATES
 from training.bundles.rubin_evaluation import SPLIT_SEED
 from training.bundles.train_rubin import resumed
 from training.data.datasets import held_out, sha256_of
+from training.data.light_curve_features import light_curve_features
 from training.data.simulated import SimulatedNight
 from training.embedding.embedder import AT_ONCE, Recipe, Shown, embed, train
-from training.embedding.light_curve_features import light_curve_features
 from training.embedding.lsst_alerts import (
     CLASSES,
     OF_EVALUATION,

@@ -35,6 +35,13 @@ class Calibration:
         """Return the calibrated logits float64[N, P]."""
         return self.scale * (logits + self.unweighted) + self.shift
 
+    @torch.no_grad()
+    def merge_into(self, layer: nn.Linear) -> None:
+        """Change the layer that computes the logits, in place, so that it computes the calibrated ones."""
+        bias = layer.bias.double() + torch.from_numpy(self.unweighted)
+        layer.bias.copy_(self.scale * bias + torch.from_numpy(self.shift))
+        layer.weight.mul_(self.scale)
+
 
 def fit_calibration(
     logits: NDArray[np.float64], label: NDArray[np.int64], unweighted: NDArray[np.float64]

@@ -123,11 +123,7 @@ def undo_weights(weights: Tensor) -> NDArray[np.float64]:
 
 def apply(network: nn.Module, calibration: Calibration) -> None:
     """Merge the calibration into the network's last layer, in place."""
-    layer = last_layer(network)
-    with torch.no_grad():
-        bias = layer.bias.double() + torch.from_numpy(calibration.unweighted)
-        layer.bias.copy_(calibration.scale * bias + torch.from_numpy(calibration.shift))
-        layer.weight.mul_(calibration.scale)
+    calibration.merge_into(last_layer(network))
 
 
 def _as_predictions(view: View, classes: Sequence[str], logits: NDArray[np.float64]) -> Predictions:

@@ -17,6 +17,7 @@ from broker_filter.scoring.bundle import Architecture, BundleError, Outputs
 from broker_filter.scoring.networks.acai import ACAI
 from broker_filter.scoring.networks.alert_embedder import AlertEmbedder
 from broker_filter.scoring.networks.btsbot_cnn import btsbot_cnn
+from broker_filter.scoring.networks.curve_classes import CurveClasses
 from broker_filter.scoring.networks.fusion import FusionNetwork
 from broker_filter.scoring.networks.snr_embedder import SnrEmbedder
 from broker_filter.scoring.networks.snrnet import SnrNet
@@ -30,6 +31,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "acai": ACAI,
     "alert_embedder": AlertEmbedder,
     "btsbot_cnn": btsbot_cnn,
+    "curve_classes": CurveClasses,
     "snr_embedder": SnrEmbedder,
     "snrnet": SnrNet,
     "stampnet": StampNet,

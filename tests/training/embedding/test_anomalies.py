@@ -7,6 +7,7 @@ import pytest
 
 from broker_filter.anomalies.neighbours import normalise
 from broker_filter.packets.batch import LightCurves, Measurement
+from training.data.light_curve_features import NAMES, light_curve_features
 from training.embedding.anomalies import (
     FORESTS,
     SERVED,
@@ -18,7 +19,6 @@ from training.embedding.anomalies import (
     on_validation,
 )
 from training.embedding.baselines import by_isolation_forest, by_pixels
-from training.embedding.light_curve_features import NAMES, light_curve_features
 
 
 def case(name: str, seed: int, skill: dict[str, float]) -> LeftOut:
