@@ -79,6 +79,8 @@ STABLE, FIRST_COMPONENTS, UNTRAINED = "stable features", "first components", "un
 active features; and features of a network with random weights. Besides, all components and all dimensions of z, dense
 and made as sparse as the features, and sparse random directions. The sign of a direction is free."""
 
+ROUNDING = 1e-6
+"""A smaller change of an output is float32 rounding: the feature cannot move it."""
 FIRST_LIGHT_CURVE_BAND = 3
 """Position of the first band among the features of a light-curve point: time, flux and uncertainty come before."""
 
@@ -563,8 +565,12 @@ def study(subject: Subject, directory: Path) -> dict[str, Any]:
     features = [one._replace(name=suggested_name(one)) if stable[one.id] else one for one in features]
     measures["causal"] = {"output": main, **causal_summary(effects, main)}
     alive = [one for one in effects if one is not None]
-    outputs = [name for name in (alive[0].random if alive else ()) if any(one.random[name] > 0 for one in alive)]
-    measures["effects"] = {output: causal_summary(effects, output) for output in outputs}  # those that z can move
+    outputs = [
+        name
+        for name in (alive[0].random if alive else ())
+        if name != "modalities" and np.median([one.random[name] for one in alive]) > ROUNDING  # z can move it
+    ]
+    measures["effects"] = {output: causal_summary(effects, output) for output in outputs}
     measures["heads"] = head_table(subject, features)
     measures["families"] = dict(Counter(one.family for one in features if one.frequency > 0).most_common())
     measures["separation"] = part("separation", lambda: all_separations(subject, found, measured))

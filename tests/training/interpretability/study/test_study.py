@@ -207,8 +207,9 @@ def test_study_measures_a_site_and_resumes(subject: Subject, tmp_path: Path, mon
     of_features = measures["reconstruction"]["methods"]["features"]
     assert of_features["explained_variance"] < 1
     assert measures["reconstruction"]["loss"]["clean"] > 0
-    names = {"embedding", "anomaly score", "distance: light_curve", "distance: image", "class VS", "class bogus"}
-    assert names < measures["effects"].keys()
+    moved = {"embedding", "anomaly score", "distance: light_curve", "class VS", "class bogus"}
+    assert moved <= measures["effects"].keys()
+    assert "logits" not in measures["effects"]  # they come from the image
     assert "class VS" in measures["separation"]["ztf"]["area"]
     assert "negative" in measures["separation"]["ztf"]["area"]
     assert "lsst" not in measures["separation"]
