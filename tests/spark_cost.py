@@ -1,6 +1,6 @@
 """`make spark-cost`: the CPU time of an alert in Spark, beside that of `score` and of ArrowScorer on the same alerts.
 
-    .venv-spark/bin/python tests/spark_cost.py ALERTS... [--layout packets] [--executors 1 2]
+    .venv-spark/bin/python tests/spark_cost.py ALERTS... [--first N] [--layout packets] [--executors 1 2]
 
 ALERTS are archives of ZTF packets as for `broker-filter score`; simulated packets without any. Each is scored once to
 warm up, and then measured: CPU time of all processes, and wall time, which means little on a busy machine.
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import fastavro
@@ -97,11 +98,12 @@ def consume(df: DataFrame) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("alerts", nargs="*", type=Path)
+    parser.add_argument("--first", type=int, help="number of alerts that are used (default: all)")
     parser.add_argument("--layout", choices=("fink", "packets"), default="fink")
     parser.add_argument("--executors", nargs="+", type=int, default=[1, 2])
     options = parser.parse_args()
     if options.alerts:
-        packets = [packet.data for packet in read_packets(options.alerts)]
+        packets = [packet.data for packet in islice(read_packets(options.alerts), options.first)]
     else:
         packets = [alert.packet for alert in simulate_night(SIMULATED, seed=1)]
     with tempfile.TemporaryDirectory() as directory:
