@@ -210,10 +210,10 @@ def score_units(spark: SparkSession, options: argparse.Namespace, units: list[Un
                 done += 1
                 say(f"{running[future].name}: scored ({done} of {len(units)})")
                 continue
-            if not isinstance(error, BrokerFilterError | PySparkException):
+            if not isinstance(error, BrokerFilterError | PySparkException | Py4JJavaError):
                 raise error
             failed += 1
-            lines = str(error).splitlines()
+            lines = str(error.java_exception if isinstance(error, Py4JJavaError) else error).splitlines()
             say(f"{running[future].name}: failed: " + "\n".join(lines[:MOST_MESSAGE_LINES]))
             if failed == MOST_FAILURES:
                 say(f"{failed} inputs failed: no other is started")
