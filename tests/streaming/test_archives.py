@@ -21,8 +21,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from broker_filter.packets.alert_rows import AlertRows
 from broker_filter.packets.decode import Decoder
-from broker_filter.packets.packet import FilePosition
+from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.streaming.archives import MAX_DEPTH, InputError, read_packets
 
@@ -244,6 +245,41 @@ def test_each_row_of_parquet_is_a_packet_also_inside_an_archive(tmp_path: Path) 
     assert [str(packet.position) for packet in packets] == [f"{alone}", f"{alone}#1", f"{archived}::part-0"]
 
 
+def test_in_batches_rows_of_parquet_stay_columns_between_packets(tmp_path: Path) -> None:
+    for i in range(3):
+        save(tmp_path, f"a{i}.avro", container(i))
+    save(tmp_path, "b.parquet", parquet(list(range(200))))
+    save(tmp_path, "c.avro", container(3))
+    batches = list(read_packets([tmp_path]).batches(2))
+    assert [(type(batch).__name__, len(batch)) for batch in batches] == [
+        ("list", 2),
+        ("list", 1),
+        ("AlertRows", 128),
+        ("AlertRows", 72),
+        ("list", 1),
+    ]
+    assert [str(batch[-1].position) for batch in batches[2:4]] == [f"{tmp_path}/b.parquet#{row}" for row in (127, 199)]
+    assert [packet.position for batch in batches for packet in batch] == [p.position for p in read_packets([tmp_path])]
+
+
+def test_only_wanted_columns_of_parquet_are_read_in_batches(tmp_path: Path) -> None:
+    table = pa.table(
+        {"candid": [1], "candidate": [{"jd": 1.0, "fid": 2}], "prv_candidates": [[{"jd": 1.0, "rb": 0.5}]]}
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    (rows,) = read_packets([tmp_path], wanted=["candid", "candidate.fid", "prv_candidates.jd", "absent.x"]).batches(9)
+    assert isinstance(rows, AlertRows)
+    assert rows.batch.to_pylist() == [{"candid": 1, "candidate": {"fid": 2}, "prv_candidates": [{"jd": 1.0}]}]
+
+
+def test_damaged_parquet_ends_with_an_empty_packet_in_batches_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save(tmp_path, "alerts.parquet", parquet([7, 8])[:-30])
+    assert list(read_packets(path).batches(9)) == [[Packet(b"", FilePosition(str(path)))]]
+    assert f"{path}: damaged Parquet" in caplog.text
+
+
 def test_too_large_packet_is_not_read_to_its_end(tmp_path: Path) -> None:
     members = [("huge", b"x" * 2_000_000), ("huge.avro", container(1, stamp_bytes=2_000_000)), PACKETS[1]]
     path = save(tmp_path, "night.tar.gz", gzip.compress(tar(members)))
@@ -447,7 +483,13 @@ def test_damage_gives_a_packet_and_never_an_exception(
     for at, value in header_edits:
         damaged[at % len(damaged)] = value
     del damaged[int(kept * len(damaged)) :]
-    assert read(save(tmp_path, "damaged", bytes(damaged)), max_packet_bytes=50_000)
+    path = save(tmp_path, "damaged", bytes(damaged))
+    packets = read(path, max_packet_bytes=50_000)
+    assert packets
+    batches = read_packets([path], max_packet_bytes=50_000).batches(9)
+    positions = [str(packet.position) for batch in batches for packet in batch]
+    assert positions == [position for position, _ in packets] or archive == "parquet"
+    assert positions
 
 
 def test_nesting_is_limited(tmp_path: Path) -> None:

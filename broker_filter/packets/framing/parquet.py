@@ -38,7 +38,7 @@ ALWAYS_ALLOWED_BYTES = 64 << 20
 LEAST_ROW_BYTES = 4096
 """The minimum size, in bytes, that is counted for a row: decoding and reporting a tiny row also takes time."""
 READ_BUFFER_BYTES = 1 << 19
-"""The size of a column's buffer, in bytes. Without a buffer, the column of a whole row group is held in memory."""
+"""The size of a column's buffer, in bytes. Without it, or with pre-buffering, whole row groups are held in memory."""
 VALUE_BYTES = 8
 """The minimum size of a value in memory, in bytes."""
 
@@ -76,7 +76,9 @@ class Rows:
         self._allowed = max(ALWAYS_ALLOWED_BYTES, ocf.GREATEST_RATIO * file.seek(0, io.SEEK_END))
         file.seek(0)
         with _damage_as_parquet_error():
-            self._file = pq.ParquetFile(file, coerce_int96_timestamp_unit="us", buffer_size=READ_BUFFER_BYTES)
+            self._file = pq.ParquetFile(
+                file, coerce_int96_timestamp_unit="us", buffer_size=READ_BUFFER_BYTES, pre_buffer=False
+            )
             self._check_claims(self._file.metadata)
             self._avro = AvroRows(self._file.schema_arrow)
         self.left_out = self._avro.left_out
@@ -109,13 +111,16 @@ class Rows:
 
     def _rows_of(self, columns: Collection[str]) -> int:
         """Return the number of rows of these columns that are read at a time."""
-        metadata = self._file.metadata
-        chunks = [
-            group.column(i)
-            for group in map(metadata.row_group, range(metadata.num_row_groups))
-            for i in range(group.num_columns)
-        ]
-        largest = max((chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in columns), default=0)
+        metadata, wanted = self._file.metadata, set(columns)
+        largest = max(
+            (
+                chunk.total_uncompressed_size
+                for group in map(metadata.row_group, range(metadata.num_row_groups))
+                for chunk in map(group.column, range(group.num_columns))
+                if chunk.path_in_schema in wanted
+            ),
+            default=0,
+        )
         return min(MOST_ROWS, max(ROWS_AT_A_TIME, MOST_BATCH_BYTES // max(1, largest)))
 
     def _columns(self, fields: Collection[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from broker_filter.packets.decode import Decoder
 from broker_filter.packets.framing.parquet import (
     ALWAYS_ALLOWED_BYTES,
     LEAST_ROW_BYTES,
+    MOST_BATCH_BYTES,
+    MOST_ROWS,
     ROWS_AT_A_TIME,
     ParquetError,
     Rows,
@@ -222,16 +225,56 @@ def test_damaged_file_raises_parquet_error(damaged: bytes) -> None:
         list(Rows(io.BytesIO(damaged)))
 
 
-def test_a_small_file_that_expands_to_gigabytes_is_read_up_to_the_limit() -> None:
+@pytest.mark.parametrize("as_columns", [False, True], ids=["packets", "columns"])
+def test_a_small_file_that_expands_to_gigabytes_is_read_up_to_the_limit(as_columns: bool) -> None:
     file = io.BytesIO()
     same = pa.DictionaryArray.from_arrays(pa.array(np.zeros(200_000, np.int32)), pa.array(["x" * 100_000]))
     pq.write_table(pa.table({"text": same}), file, compression="zstd")
     assert file.tell() < 20_000
     sizes = []
     with pytest.raises(ParquetError, match="more than"):
-        sizes.extend(len(container) for container in Rows(file))
-    assert 0 < max(sizes) < 101_000
+        sizes.extend(sizes_of(file, as_columns))
+    assert 0 < max(sizes) < (MOST_ROWS if as_columns else 1) * 101_000
     assert sum(sizes) <= ALWAYS_ALLOWED_BYTES
+
+
+def sizes_of(file: io.BytesIO, as_columns: bool) -> Iterator[int]:
+    """Yield the size of each packet, or of each batch of columns, in bytes."""
+    rows = Rows(file)
+    if as_columns:
+        yield from (batch.nbytes for batch, _ in rows.batches(()))
+    else:
+        yield from map(len, rows)
+
+
+class CountingFile(io.BytesIO):
+    """A file that counts the bytes that were read."""
+
+    n_read = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        self.n_read += len(data)
+        return data
+
+
+def test_a_large_row_group_is_read_piece_by_piece() -> None:
+    file = CountingFile()
+    stamps = np.random.default_rng(0).bytes(16_000 * 2_000)
+    table = pa.table({"stamp": [stamps[i : i + 16_000] for i in range(0, len(stamps), 16_000)]})
+    pq.write_table(table, file, row_group_size=len(table), use_dictionary=False, write_batch_size=16)
+    for first in (lambda rows: next(iter(rows)), lambda rows: next(rows.batches(()))):
+        file.n_read = 0
+        first(Rows(file))
+        assert 0 < file.n_read < 6_000_000 < len(file.getvalue())
+
+
+def test_batches_of_columns_are_small_if_repeated_values_are_large() -> None:
+    file = io.BytesIO()
+    same = pa.DictionaryArray.from_arrays(pa.array(np.zeros(200, np.int32)), pa.array([b"x" * (60 << 20)]))
+    pq.write_table(pa.table({"stamp": same}), file, compression="zstd", write_statistics=False)
+    assert Rows(file)._rows_of(["stamp"]) == MOST_BATCH_BYTES // (60 << 20)
+    assert Rows(file)._rows_of(["other"]) == MOST_ROWS
 
 
 def test_a_row_that_claims_more_values_than_fit_into_memory_is_not_read() -> None:
@@ -251,3 +294,7 @@ def test_tiny_rows_are_read_up_to_the_limit() -> None:
     with pytest.raises(ParquetError, match="more than"):
         rows.extend(len(container) for container in Rows(file))
     assert len(rows) == ALWAYS_ALLOWED_BYTES // LEAST_ROW_BYTES
+    rows = []
+    with pytest.raises(ParquetError, match="more than"):
+        rows.extend(len(batch) for batch, _ in Rows(file).batches(()))
+    assert sum(rows) == ALWAYS_ALLOWED_BYTES // LEAST_ROW_BYTES // MOST_ROWS * MOST_ROWS
