@@ -341,13 +341,12 @@ class Decoder:
         """Decode the rows of a table, as `decode_some` does; `max_bytes` is the memory limit."""
         from broker_filter.packets.arrow import AlertColumns
 
+        plan = self._plan(rows.schema)
+        if not isinstance(plan, Plan):
+            rejects = [Reject(packet, i, *plan, schema=rows.schema.fingerprint) for i, packet in enumerate(rows)]
+            nothing = _Outputs(list(self._layouts.values()), ()).fields()
+            return self._batch(rows, [], _Columns(self._layouts, len(self._columns), nothing, []), rejects)
         with self._turn:
-            plan = self._plan(rows.schema)
-            if not isinstance(plan, Plan):
-                fingerprint = rows.schema.fingerprint
-                rejects = [Reject(packet, index, *plan, schema=fingerprint) for index, packet in enumerate(rows)]
-                nothing = _Outputs(list(self._layouts.values()), ()).fields()
-                return self._batch(rows, [], _Columns(self._layouts, len(self._columns), nothing, []), rejects)
             found = AlertColumns(rows.batch, plan)
             too_long, too_large = found.n_points > MAX_POINTS, found.n_bytes > self._max_packet_bytes
             n_points = np.where(too_long, 0, found.n_points)
