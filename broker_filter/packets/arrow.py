@@ -132,7 +132,8 @@ class AlertColumns:
             own = slice(k * n, (k + 1) * n)
             spans[:, slot] = np.where(valid[own, None], np.stack([offsets[own], offsets[1:][own]], axis=1), -1)
         content = joined.buffers()[2]
-        return spans, memoryview(content if content is not None else b"")
+        # The bytes of pyarrow are signed, and those of packets are not.
+        return spans, memoryview(content if content is not None else b"").cast("B")
 
     def _read_histories(self, kept: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         points, owners = [np.empty((0, N_POINT_COLUMNS))], [np.empty(0, np.int64)]
@@ -194,6 +195,8 @@ def _read_numbers(column: pa.Array, field: Wanted, out: NDArray[np.float64]) -> 
         return
     if pa.types.is_boolean(kind):
         numbers = column.cast(pa.uint8())
+    elif pa.types.is_float16(kind):
+        numbers = column.cast(pa.float32())  # the NaN of a null float16 has other bits
     else:
         numbers = column if pa.types.is_floating(kind) else _integers(column)
     if numbers is not None:
