@@ -25,6 +25,10 @@ RING = 800
 """Area of the ring of a point whose share is 1, in square points."""
 FOR, AGAINST = "#f0883e", "#58a6ff"
 """Colours of rings with a positive and with a negative share."""
+KEY = "dot: detection   square: forced photometry   triangle: upper limit"
+"""What the markers of a light curve mean."""
+KEY_OF_RINGS = "ring: a point that the feature reads, larger for a larger share (orange raises the feature, blue lowers it)"
+"""What the rings around points mean."""
 MARGIN = 0.25
 """The margin of the flux axis above and below the detections, as a fraction of their range. Only detections set the
 range, so that an outlier of the forced photometry cannot compress it."""
@@ -50,8 +54,10 @@ def draw_similar(file: Path, title: str, shown: Sequence[Shown]) -> None:
         heights = [HEAD_INCHES, *[ROW_INCHES] * len(shown)]
         top, *lines = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         top.set_facecolor(BACKGROUND)
-        top.text(0.012, 0.45, title, fontsize=16, fontweight="bold", va="center")
-        top.text(0.988, 0.45, "science   template   difference   light curve", fontsize=11, color=FAINT, ha="right")
+        top.text(0.012, 0.62, title, fontsize=16, fontweight="bold", va="center")
+        top.text(0.988, 0.55, "science   template   difference   light curve", fontsize=11, color=FAINT, ha="right")
+        key = f"{KEY}   {KEY_OF_RINGS}" if any(one.shares for one in shown) else KEY
+        top.text(0.988, 0.18, key, fontsize=9, color=FAINT, ha="right")
         for line, one in zip(lines, shown, strict=True):
             _draw_row(line, one)
         figure.savefig(file, dpi=110)
