@@ -27,7 +27,7 @@ FOR, AGAINST = "#f0883e", "#58a6ff"
 """Colours of rings with a positive and with a negative share."""
 KEY = "dot: detection   square: forced photometry   triangle: upper limit"
 """What the markers of a light curve mean."""
-KEY_OF_RINGS = "ring: a point that the feature reads, larger for a larger share (orange raises the feature, blue lowers it)"
+KEY_OF_RINGS = "ring: a point that the feature reads, larger for a larger share (orange raises it, blue lowers it)"
 """What the rings around points mean."""
 MARGIN = 0.25
 """The margin of the flux axis above and below the detections, as a fraction of their range. Only detections set the
