@@ -21,6 +21,7 @@ from broker_filter.packets.framing.parquet import MOST_ROWS, AvroRows, Rows
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.rejects import Reject
 from broker_filter.simulate import simulate_night
+from tests.packets.arrow_types import PRIMITIVES, arrow_type
 
 COLUMNS = ("survey", "alert_id", "mjd", "ra", "dec", "band", "cutouts", "cutout_box", "metadata", "packet_index")
 PLANES = ("variance", "psf", "usable_planes")
@@ -91,43 +92,17 @@ def test_every_shared_row_of_lsst(shared_data: Path, part: int) -> None:
     assert n > 10
 
 
-def arrow_type(avro: Any) -> pa.DataType:
-    """Return the Arrow type for an Avro type of ZTF's packets, as Spark writes it. Raises KeyError for other types."""
-    if isinstance(avro, list):
-        (avro,) = (branch for branch in avro if branch != "null")
-    if isinstance(avro, str):
-        return PRIMITIVES[avro]
-    if avro["type"] == "array":
-        return pa.list_(arrow_type(avro["items"]))
-    if avro["type"] == "record":
-        return pa.struct({field["name"]: arrow_type(field["type"]) for field in avro["fields"]})
-    return arrow_type(avro["type"])
-
-
-PRIMITIVES = {
-    "int": pa.int32(),
-    "long": pa.int64(),
-    "float": pa.float32(),
-    "double": pa.float64(),
-    "string": pa.string(),
-    "bytes": pa.binary(),
-    "boolean": pa.bool_(),
-}
-
-
 def tables_of(packets: Sequence[bytes]) -> Iterator[tuple[pa.Table, list[bytes]]]:
     """Yield the packets of each schema as a table; schemas that `arrow_type` cannot express are left out."""
     of_schema: dict[str, tuple[Any, list[bytes], list[Any]]] = {}
     for data in packets:
         reader = fastavro.reader(io.BytesIO(data))
-        schema, same, records = of_schema.setdefault(repr(reader.writer_schema), (reader.writer_schema, [], []))
+        _, same, records = of_schema.setdefault(repr(reader.writer_schema), (reader.writer_schema, [], []))
         same.append(data)
         records.append(next(reader))
-        del schema
     for schema, same, records in of_schema.values():
-        named = fastavro.schema.expand_schema(schema)
         try:
-            table = pa.Table.from_pylist(records, schema=pa.schema(list(arrow_type(named))))
+            table = pa.Table.from_pylist(records, schema=pa.schema(arrow_type(schema, {**PRIMITIVES}).fields))
         except (KeyError, ValueError, pa.ArrowInvalid):
             continue
         yield table, same

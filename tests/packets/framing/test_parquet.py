@@ -27,6 +27,7 @@ from broker_filter.packets.framing.parquet import (
 )
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.schemas.registry import open_registry
+from tests.packets.arrow_types import PRIMITIVES, arrow_type
 
 
 def rows_of(table: pa.Table, **options: Any) -> list[dict[str, Any]]:
@@ -71,30 +72,6 @@ def test_lsst_rows_decode_to_their_own_values(shared_data: Path) -> None:
     assert alerts.alert_id.tolist() == [source["diaSourceId"] for source in sources]
     np.testing.assert_array_equal(alerts.mjd, [source["midpointMjdTai"] for source in sources])
     np.testing.assert_array_equal(alerts.column("psfFlux"), [source["psfFlux"] for source in sources])
-
-
-def arrow_type(avro: Any, named: dict[str, pa.DataType]) -> pa.DataType:
-    """Return the Arrow type that Spark writes for an Avro type. `named`: primitives, and the records found so far."""
-    if isinstance(avro, list):
-        (avro,) = (branch for branch in avro if branch != "null")
-    if isinstance(avro, str):
-        return named[avro]
-    if avro["type"] == "array":
-        return pa.list_(arrow_type(avro["items"], named))
-    if avro["type"] == "record":
-        named[avro["name"]] = pa.struct({f["name"]: arrow_type(f["type"], named) for f in avro["fields"]})
-        return named[avro["name"]]
-    return arrow_type(avro["type"], named)
-
-
-PRIMITIVES = {
-    "int": pa.int32(),
-    "long": pa.int64(),
-    "float": pa.float32(),
-    "double": pa.float64(),
-    "string": pa.string(),
-    "bytes": pa.binary(),
-}
 
 
 def test_ztf_rows_in_fink_s_layout_decode_to_the_values_of_the_packets(ztf_packets: list[tuple[int, bytes]]) -> None:
