@@ -35,12 +35,10 @@ from broker_filter.packets.compiled import IMPLEMENTATION, why_python
 from broker_filter.packets.rejects import Reject
 from broker_filter.packets.schemas.registry import RegistryUnavailable, open_registry
 from broker_filter.scoring.runtimes import available_cores
-from broker_filter.scoring.scorer import Scorer, load_model
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_alerts
-from broker_filter.streaming.judge import open_judge
+from broker_filter.streaming.generation import Generation, open_generation
 from broker_filter.streaming.resolved import ResolvedService
-from broker_filter.streaming.routing import open_router
 
 SCORED_BATCHES = 4
 """Length of the queue of scored batches, which fills while a transaction commits."""
@@ -59,6 +57,8 @@ EXIT_FAILED = 1
 log = logging.getLogger(__name__)
 
 Decoded = tuple[AlertBatch, list[Reject]]
+Sent = tuple[Delivery, Generation, Future[Decoded]]
+"""A batch on its way through the stages, with the generation that decodes, scores and routes it."""
 Routed = tuple[list[Work], bool]
 """Work for the committing thread, and whether it is the last part of the batch that was read together."""
 T = TypeVar("T")
@@ -92,35 +92,22 @@ class FilterService:
         self._reading, self._decoding, self._scoring, self._routing, self._committing = self._stages = [
             Stage(name, self._metrics) for name in ("read", "decode", "score", "route", "commit")
         ]
-        self._scorer = Scorer(
-            tuple(
-                load_model(bundle, config.runtime, model.also)
-                for model, bundle in zip(config.models, service.bundles, strict=True)
-            )
-        )
-        self._judge = None
-        if anomalies := config.anomalies:
-            self._judge = open_judge(self._scorer, anomalies.reference, anomalies.rate, service.judged, anomalies.lens)
-        self._router = open_router(service, self._routing.beat)
-        judged_by = self._judge.columns if self._judge else ()
         registry = config.input.schema_registry
-        self._decoder = self._scorer.decoder(
-            open_registry(
-                registry.location() if registry else None,
-                drop_cache=config.input.schema_cache == "drop",
-                waiting=self._decoding.beat,
-            ),
-            columns=(*self._router.columns, *judged_by),
-            max_packet_bytes=config.input.max_packet_bytes,
+        opened = open_registry(
+            registry.location() if registry else None,
+            drop_cache=config.input.schema_cache == "drop",
+            waiting=self._decoding.beat,
         )
+        self._generation = open_generation(service, opened, self._routing.beat)
         self._window = DuplicateWindow(config.duplicate_window)
         threads = config.runtime.decode_threads or available_cores()
         self._decoders = ThreadPoolExecutor(threads, "decode")
-        self._decoded: Queue[tuple[Delivery, Future[Decoded]] | None] = Queue(threads + 1)
+        self._decoded: Queue[Sent | None] = Queue(threads + 1)
         self._routed: Queue[Routed | None] = Queue(SCORED_BATCHES)
         self._observed = -math.inf
         self._set_out = 0  # number of batches that were read; only the reading thread changes it
-        self._describe()
+        self._describe_process()
+        self._describe_generation(self._generation)
 
     def run(self) -> None:
         """Work until `stop` is set.
@@ -152,8 +139,7 @@ class FilterService:
                 if delivery:
                     self._set_out += 1
                     self._metrics.batch_alerts.observe(len(delivery.packets))
-                    self._offer((delivery, self._decoders.submit(self._decode, delivery)), endpoints)
-                    delivery.set_out()
+                    self._send(delivery, self._generation, endpoints)
             log.info("stopping: committing the messages in flight")
             self._offer(None, endpoints)
             while committer.is_alive():
@@ -163,30 +149,44 @@ class FilterService:
         finally:
             source.close()
 
-    def _decode(self, delivery: Delivery) -> Decoded:
+    def _send(self, delivery: Delivery, generation: Generation, endpoints: Endpoints) -> None:
+        decoded = self._decoders.submit(self._decode, delivery, generation)
+        self._offer((delivery, generation, decoded), endpoints)
+        delivery.set_out()
+
+    def _decode(self, delivery: Delivery, generation: Generation) -> Decoded:
         with self._decoding.working():
-            return self._retry(lambda: self._decoder.decode_some(delivery.packets), self._decoding)
+            return self._retry(lambda: generation.decoder.decode_some(delivery.packets), self._decoding)
 
     def _score(self) -> None:
-        while (item := self._next(self._decoded)) is not None:
-            delivery, decoded = item
-            while not wait([decoded], TICK_S).done:
-                self._check()
-            alerts, rejects = decoded.result()
-            while True:
-                part, delivery = delivery.split(len(alerts.packets))
-                with self._scoring.working():
-                    scored = score_alerts(alerts, rejects, self._scorer, self._window, self._judge)
-                with self._routing.working():
-                    routed = self._retry(lambda: self._router.route(scored), self._routing)  # noqa: B023 -- called at once
-                    self._window.forget(alerts, [i for i in routed.refused if not scored.duplicate[i]])
-                    works = divide(part, scored, routed)
-                self._put((works, not delivery.packets))
-                if not delivery.packets:
-                    break
-                # To bound the memory, the decoder returned only a part of the batch. The rest is decoded now.
-                alerts, rejects = self._decode(delivery)
+        while self._score_next():
+            pass
         self._put(None)
+
+    def _score_next(self) -> bool:
+        """Score and route the next batch. Returns whether there was one.
+
+        Between two calls, the thread holds no batch and no generation in memory.
+        """
+        if (item := self._next(self._decoded)) is None:
+            return False
+        delivery, generation, decoded = item
+        while not wait([decoded], TICK_S).done:
+            self._check()
+        alerts, rejects = decoded.result()
+        while True:
+            part, delivery = delivery.split(len(alerts.packets))
+            with self._scoring.working():
+                scored = score_alerts(alerts, rejects, generation.scorer, self._window, generation.judge)
+            with self._routing.working():
+                routed = self._retry(lambda: generation.router.route(scored), self._routing)  # noqa: B023 -- called at once
+                self._window.forget(alerts, [i for i in routed.refused if not scored.duplicate[i]])
+                works = divide(part, scored, routed)
+            self._put((works, not delivery.packets))
+            if not delivery.packets:
+                return True
+            # To bound the memory, the decoder returned only a part of the batch. The rest is decoded now.
+            alerts, rejects = self._decode(delivery, generation)
 
     def _commit(self, sink: KafkaSink) -> None:
         arrived = 0
@@ -210,7 +210,7 @@ class FilterService:
 
     # -- between the stages
 
-    def _offer(self, item: tuple[Delivery, Future[Decoded]] | None, endpoints: Endpoints) -> None:
+    def _offer(self, item: Sent | None, endpoints: Endpoints) -> None:
         """Put a batch into the queue to the scorer. While the queue is full, it polls, to stay in the group."""
         while True:
             try:
@@ -318,19 +318,21 @@ class FilterService:
 
     # -- metrics and health
 
-    def _describe(self) -> None:
+    def _describe_process(self) -> None:
         if why_python:
             log.warning("%s", why_python)
         self._metrics.describe_build(IMPLEMENTATION)
-        self._metrics.expect(topics=self._config.output_topics)
-        for model in self._scorer.models:
+        self._metrics.queue_depth.labels("score").set_function(self._decoded.qsize)
+        self._metrics.queue_depth.labels("commit").set_function(self._routed.qsize)
+
+    def _describe_generation(self, generation: Generation) -> None:
+        self._metrics.expect(topics=generation.config.output_topics)
+        for model in generation.scorer.models:
             for part in model.parts:
                 surveys, provider = ",".join(map(str, part.surveys)), part.network.provider
                 self._metrics.describe_model(model.name, model.version, provider, surveys)
                 network = "" if len(model.parts) == 1 else f" by the network {part.bundle.card.title}"
                 log.info("model %s %s on %s, for %s%s", model.name, model.version, provider, surveys, network)
-        self._metrics.queue_depth.labels("score").set_function(self._decoded.qsize)
-        self._metrics.queue_depth.labels("commit").set_function(self._routed.qsize)
 
     def _observe(self, endpoints: Endpoints) -> None:
         """Update lag and health every OBSERVE_INTERVAL_S, also while no alerts arrive or the queue is full."""

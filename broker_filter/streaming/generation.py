@@ -1,0 +1,62 @@
+"""What one configuration makes: decoder, models, judge and router, as one immutable value. It does not use Kafka.
+
+A batch is decoded, scored and routed by one generation, so no output record mixes two configurations. What must outlive
+a configuration, such as the window of duplicates and the metrics, is not in a generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from broker_filter.config import Service
+from broker_filter.packets.decode import Decoder
+from broker_filter.packets.schemas.registry import SchemaRegistry
+from broker_filter.packets.schemas.registry_client import no_beat
+from broker_filter.scoring.scorer import Scorer, load_model
+from broker_filter.streaming.judge import AnomalyJudge, open_judge
+from broker_filter.streaming.resolved import ResolvedService
+from broker_filter.streaming.routing import Router, open_router
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Generation:
+    """The objects that one configuration makes. All of them are ready for use."""
+
+    config: Service
+    decoder: Decoder
+    """Decodes everything that the models, the judge and the router read."""
+    scorer: Scorer
+    judge: AnomalyJudge | None
+    """Flags anomalies; None without anomaly detection."""
+    router: Router
+
+
+def open_generation(
+    service: ResolvedService, registry: SchemaRegistry, waiting: Callable[[], None] = no_beat
+) -> Generation:
+    """Load the models and the reference of a configuration, and run the test vectors of the models.
+
+    `registry`: where the schemas of input packets are found. `waiting`: is called while the schema registry of the
+    output does not answer; see RegistryClient.
+
+    Raises BundleError, RuntimeUnavailableError, ReferenceSetError, LensError and ExpressionError, as `load_model` and
+    `open_judge` do.
+    """
+    config = service.config
+    scorer = Scorer(
+        tuple(
+            load_model(bundle, config.runtime, model.also)
+            for model, bundle in zip(config.models, service.bundles, strict=True)
+        )
+    )
+    judge = None
+    if anomalies := config.anomalies:
+        judge = open_judge(scorer, anomalies.reference, anomalies.rate, service.judged, anomalies.lens)
+    router = open_router(service, waiting)
+    decoder = scorer.decoder(
+        registry,
+        columns=(*router.columns, *(judge.columns if judge else ())),
+        max_packet_bytes=config.input.max_packet_bytes,
+    )
+    return Generation(config, decoder, scorer, judge, router)
