@@ -137,6 +137,11 @@ class Metrics:
         self._build = self._gauge(
             "build_info", "Always 1; the labels describe the running program.", "version", "decoder"
         )
+        self._configuration = self._gauge(
+            "configuration_info",
+            "Always 1; the label is the revision of the configuration that scores alerts. Each record states it.",
+            "revision",
+        )
         for outcome in ("committed", "aborted"):
             self._transactions.labels(outcome)
         for reason in RejectReason:
@@ -160,6 +165,12 @@ class Metrics:
     def describe_build(self, decoder: str) -> None:
         """Set the metric of the program's version. `decoder`: the implementation that decodes packets."""
         self._build.labels(__version__, decoder).set(1)
+
+    def describe_configuration(self, revision: str) -> None:
+        """Set the metric of the configuration by which alerts are scored from now on."""
+        with self._consistent:
+            self._configuration.clear()
+            self._configuration.labels(revision).set(1)
 
     def describe_model(self, name: str, version: str, provider: str, surveys: str) -> None:
         """Set the metric of a network of a loaded model.

@@ -177,7 +177,9 @@ class FilterService:
         while True:
             part, delivery = delivery.split(len(alerts.packets))
             with self._scoring.working():
-                scored = score_alerts(alerts, rejects, generation.scorer, self._window, generation.judge)
+                scored = score_alerts(
+                    alerts, rejects, generation.scorer, self._window, generation.judge, generation.filters
+                )
             with self._routing.working():
                 routed = self._retry(lambda: generation.router.route(scored), self._routing)  # noqa: B023 -- called at once
                 self._window.forget(alerts, [i for i in routed.refused if not scored.duplicate[i]])
@@ -326,6 +328,8 @@ class FilterService:
         self._metrics.queue_depth.labels("commit").set_function(self._routed.qsize)
 
     def _describe_generation(self, generation: Generation) -> None:
+        log.info("configuration %s", generation.revision)
+        self._metrics.describe_configuration(generation.revision)
         self._metrics.expect(topics=generation.config.output_topics)
         for model in generation.scorer.models:
             for part in model.parts:

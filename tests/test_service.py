@@ -26,9 +26,13 @@ def test_a_fault_logs_its_traceback_even_after_another_thread_has_failed(caplog:
             "output": {"prefix": "me"},
         }
     )
-    service = FilterService(resolve(config), threading.Event())
-    first = KafkaSetupError("no broker answers")
+    resolved = resolve(config)
     with caplog.at_level(logging.INFO):
+        service = FilterService(resolved, threading.Event())
+        assert f"configuration {resolved.revision}" in caplog.messages
+        stated = f'broker_filter_configuration_info{{revision="{resolved.revision}"}} 1.0'
+        assert stated in service._metrics.exposition().decode()
+        first = KafkaSetupError("no broker answers")
         service._thread("read", lambda: raiser(first)).run()
         service._thread("score", lambda: raiser(KafkaSetupError("no broker answers"))).run()
         assert "failed" not in caplog.text

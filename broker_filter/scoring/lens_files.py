@@ -170,6 +170,11 @@ def shipped_lenses() -> list[str]:
     return sorted(card.parent.name for card in SHIPPED.glob(f"*/{LENS_CARD}"))
 
 
+def lens_directory(name_or_directory: str | Path) -> Path:
+    """Return the directory of a lens that ships with the package under this name, else the given directory."""
+    return SHIPPED / name_or_directory if str(name_or_directory) in shipped_lenses() else Path(name_or_directory)
+
+
 def open_files(name_or_directory: str | Path) -> LensFiles:
     """Open a lens and check the sha256 of every file.
 
@@ -177,7 +182,7 @@ def open_files(name_or_directory: str | Path) -> LensFiles:
 
     Raises NoLensError if there is no lens, and LensError, which names the file that is missing, altered or malformed.
     """
-    directory = SHIPPED / name_or_directory if str(name_or_directory) in shipped_lenses() else Path(name_or_directory)
+    directory = lens_directory(name_or_directory)
     card = _read_card(directory)
     for name, sha256 in card.files.items():
         data = _read(directory / name, MAX_FILE_BYTES)

@@ -34,7 +34,7 @@ from broker_filter.packets.schemas.registry_location import RegistryLocation
 from broker_filter.packets.schemas.writer_schema import BySchema, WriterSchema, full_name, moved_to, self_contained
 from broker_filter.scoring.explanation import Explanation, Feature, Verdict
 from broker_filter.scoring.scores import ModelScores
-from broker_filter.streaming.scored import Anomalies, ScoredBatch
+from broker_filter.streaming.scored import Anomalies, FilterOutcome, ScoredBatch
 
 Payload = Literal["full", "no_cutouts", "scores"]
 SubjectStrategy = Literal["topic", "record", "topic-record"]
@@ -235,8 +235,10 @@ def name_of_its_own(definition: dict[str, Any], sync: bytes) -> dict[str, Any]:
 class Encoder:
     """Encodes the bodies of output records for one kind of payload."""
 
-    def __init__(self, payload: Payload) -> None:
+    def __init__(self, payload: Payload, configuration: str = "") -> None:
+        """Prepare to encode. `configuration`: revision of the configuration, which each record states."""
         self._payload = payload
+        self._configuration = configuration
 
     def encode(self, scored: ScoredBatch, scored_at_ms: int) -> list[tuple[OutputSchema, Body]]:
         """Return schema and body of each alert in `scored.scored`, in this order.
@@ -244,7 +246,7 @@ class Encoder:
         `scored_at_ms`: Unix milliseconds.
         """
         rows = scored.scored.tolist()
-        annotations = encode_annotations(scored, scored_at_ms)
+        annotations = encode_annotations(scored, scored_at_ms, self._configuration)
         if self._payload == "scores":
             schema = scored_alert_schema()
             return [(schema, (encode_identity(scored.alerts, i), annotations[i])) for i in rows]
@@ -264,16 +266,22 @@ def _kept(record: Record, cutouts: bool) -> list[memoryview]:
     return [record.body[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
-def encode_annotations(scored: ScoredBatch, scored_at_ms: int) -> list[bytes]:
-    """Return the Avro encoding of the field `broker_filter` for each of the batch's N alerts."""
+def encode_annotations(scored: ScoredBatch, scored_at_ms: int, configuration: str) -> list[bytes]:
+    """Return the Avro encoding of the field `broker_filter` for each of the batch's N alerts.
+
+    `scored_at_ms`: Unix milliseconds. `configuration`: revision of the configuration.
+    """
     head = _string(__version__) + encode_long(scored_at_ms)
-    duplicate = [b"\1" if seen else b"\0" for seen in scored.duplicate.tolist()]
+    duplicate = [TRUE if seen else FALSE for seen in scored.duplicate.tolist()]
     anomaly = _encode_anomalies(scored.anomalies) if scored.anomalies else [NULL] * len(duplicate)
     models = [(model.taken.tolist(), _encode_model(model)) for model in scored.scores.models]
+    filters = _encode_filters(scored.filters, len(duplicate))
+    no_matches, not_redriven = END, encode_long(0)
+    tail = _string(configuration) + no_matches + not_redriven
     annotations = []
     for i in range(len(duplicate)):
         taking = [encoded[i] for taken, encoded in models if taken[i]]
-        annotations.append(b"".join((head, duplicate[i], anomaly[i], *_array(taking))))
+        annotations.append(b"".join((head, duplicate[i], anomaly[i], *_array(taking), filters[i], tail)))
     return annotations
 
 
@@ -296,6 +304,7 @@ NULL = b"\0"
 SECOND_BRANCH = b"\2"
 """NULL and SECOND_BRANCH are union branches 0 and 1 as zigzag integers. `null` is the first branch of all unions
 here."""
+FALSE, TRUE = b"\0", b"\1"
 FLOAT_BYTES = 4
 END = b"\0"
 """The end of the blocks of an array or map."""
@@ -333,7 +342,7 @@ def _encode_anomalies(anomalies: Anomalies) -> list[bytes]:
             encoded.append(NULL)
             continue
         value = slice(FLOAT_BYTES * i, FLOAT_BYTES * (i + 1))
-        flagged = b"\1" if flag else b"\0"
+        flagged = TRUE if flag else FALSE
         reason = _encode_reason(anomalies.reasons[i]) if i in anomalies.reasons else NULL
         encoded.append(b"".join((SECOND_BRANCH, scores[value], flagged, model, thresholds[value], reason)))
     return encoded
@@ -368,7 +377,7 @@ def _encode_feature(lens: str, feature: Feature) -> bytes:
             _string(lens),
             encode_long(feature.id),
             _optional(feature.name, _string),
-            b"\1" if feature.stable else b"\0",
+            TRUE if feature.stable else FALSE,
             _float(feature.activation),
             _float(feature.rarity),
             _optional(feature.effect, _float),
@@ -408,10 +417,32 @@ def _encode_model(scores: ModelScores) -> list[bytes]:
         template += SECOND_BRANCH + encode_long(scores.embedding.shape[1])
         leave_room(scores.embedding)
         template += END
+    not_shadow = FALSE
+    template += not_shadow
     rows = np.tile(np.frombuffer(template, dtype=np.uint8), (len(scores.taken), 1))
     for start, values in floats:
         encoded = np.ascontiguousarray(values, dtype="<f4").view(np.uint8)
         rows[:, start : start + encoded.shape[1]] = encoded
+    return [row.tobytes() for row in rows]
+
+
+def _encode_filters(outcomes: Sequence[FilterOutcome], n: int) -> list[bytes]:
+    """Return an encoded array of FilterResult records for each of N rows.
+
+    All have the same length and are filled in one array.
+    """
+    if not outcomes:
+        return [END] * n
+    template = bytearray(encode_long(len(outcomes)))
+    results = []
+    for one in outcomes:
+        template += _string(one.name) + _string(one.revision)
+        results.append(len(template))
+        template += FALSE + (TRUE if one.paused else FALSE)
+    template += END
+    rows = np.tile(np.frombuffer(template, dtype=np.uint8), (n, 1))
+    for place, one in zip(results, outcomes, strict=True):
+        rows[:, place] = one.passed  # False and True as FALSE and TRUE
     return [row.tobytes() for row in rows]
 
 

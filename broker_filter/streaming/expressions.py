@@ -20,6 +20,7 @@ them.
 from __future__ import annotations
 
 import ast
+import hashlib
 import operator
 import re
 from collections import Counter
@@ -45,6 +46,11 @@ MAX_DEPTH = 50
 """Largest nesting of a filter, far below the interpreter's recursion limit."""
 LARGEST_INTEGER = 2**63 - 1
 """The largest integer literal: alert ids are signed 64-bit integers."""
+
+QUOTED = r""""[^"]*"|'[^']*'|`[^`]+`"""
+"""Pattern of a string literal, or of a name in backquotes."""
+REVISION_DIGITS = 12
+"""Hexadecimal digits of a revision: 48 bits, so that even among 100,000 revisions no two are likely to be equal."""
 
 IDENTITY_NUMBERS = ("alert_id", "mjd", "ra", "dec")
 IDENTITY_TEXTS = ("object_id", "survey", "band", "schema_version", "reliability_version")
@@ -87,6 +93,11 @@ class Expression:
     text: str
     names: frozenset[str]
     _evaluate: Evaluate
+
+    @property
+    def revision(self) -> str:
+        """The first REVISION_DIGITS hexadecimal digits of a sha256 over the text, without regard to white space."""
+        return hashlib.sha256(normalised(self.text).encode()).hexdigest()[:REVISION_DIGITS]
 
     @property
     def columns(self) -> list[str]:
@@ -159,6 +170,11 @@ def compile_filter(text: str, fields: Sequence[str], outputs: Sequence[str] | No
     return Expression(text, frozenset(compiler.names), evaluate)
 
 
+def normalised(text: str) -> str:
+    """Return the text of a filter with one space for each run of white space outside of literals and quoted names."""
+    return re.sub(rf"({QUOTED})|\s+", lambda match: match[1] or " ", text.strip())
+
+
 def _take_quoted_names(source: str) -> tuple[str, dict[str, str]]:
     """Replace each name in backquotes, outside of string literals, by a placeholder of the same length.
 
@@ -174,7 +190,7 @@ def _take_quoted_names(source: str) -> tuple[str, dict[str, str]]:
         quoted[name] = token[1:-1]
         return name
 
-    return re.sub(r'"[^"]*"|\'[^\']*\'|`[^`]+`', placeholder, source), quoted
+    return re.sub(QUOTED, placeholder, source), quoted
 
 
 @dataclass(frozen=True, slots=True)

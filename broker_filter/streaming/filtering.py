@@ -21,6 +21,7 @@ from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.scoring.runtimes import available_cores
 from broker_filter.scoring.scorer import Scorer
 from broker_filter.streaming.duplicates import DuplicateWindow
+from broker_filter.streaming.filters import Filters
 from broker_filter.streaming.judge import AnomalyJudge
 from broker_filter.streaming.scored import ScoredBatch
 
@@ -36,8 +37,9 @@ def score_alerts(
     scorer: Scorer,
     window: DuplicateWindow,
     judge: AnomalyJudge | None = None,
+    filters: Filters | None = None,
 ) -> ScoredBatch:
-    """Score decoded alerts, mark duplicates and, with a `judge`, flag anomalies.
+    """Score decoded alerts, mark duplicates, and flag anomalies and try filters if `judge` and `filters` are given.
 
     Call this once for each batch, in the order in which the packets arrived. `rejects`: the rejects of decoding; the
     returned batch also holds a reject for each alert that no model takes.
@@ -59,7 +61,9 @@ def score_alerts(
     ]
     duplicate = window.mark(alerts, scores.taken)
     scored = ScoredBatch(alerts.packets, alerts, scores, duplicate, [*rejects, *unclaimed])
-    return replace(scored, anomalies=judge.judge(scored)) if judge else scored
+    if judge:
+        scored = replace(scored, anomalies=judge.judge(scored))
+    return replace(scored, filters=filters.outcomes(scored)) if filters else scored
 
 
 def score_packets(packets: Sequence[Packet], decoder: Decoder, scorer: Scorer, window: DuplicateWindow) -> ScoredBatch:

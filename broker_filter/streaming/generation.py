@@ -1,4 +1,4 @@
-"""What one configuration makes: decoder, models, judge and router, as one immutable value. It does not use Kafka.
+"""What one configuration makes: decoder, models, judge, filters and router, as one immutable value. It does not use Kafka.
 
 A batch is decoded, scored and routed by one generation, so no output record mixes two configurations. What must outlive
 a configuration, such as the window of duplicates and the metrics, is not in a generation.
@@ -14,6 +14,7 @@ from broker_filter.packets.decode import Decoder
 from broker_filter.packets.schemas.registry import SchemaRegistry
 from broker_filter.packets.schemas.registry_client import no_beat
 from broker_filter.scoring.scorer import Scorer, load_model
+from broker_filter.streaming.filters import Filters
 from broker_filter.streaming.judge import AnomalyJudge, open_judge
 from broker_filter.streaming.resolved import ResolvedService
 from broker_filter.streaming.routing import Router, open_router
@@ -24,11 +25,14 @@ class Generation:
     """The objects that one configuration makes. All of them are ready for use."""
 
     config: Service
+    revision: str
+    """Revision of the configuration, which each record states."""
     decoder: Decoder
-    """Decodes everything that the models, the judge and the router read."""
+    """Decodes everything that the models, the judge and the filters read."""
     scorer: Scorer
     judge: AnomalyJudge | None
     """Flags anomalies; None without anomaly detection."""
+    filters: Filters
     router: Router
 
 
@@ -53,10 +57,10 @@ def open_generation(
     judge = None
     if anomalies := config.anomalies:
         judge = open_judge(scorer, anomalies.reference, anomalies.rate, service.judged, anomalies.lens)
-    router = open_router(service, waiting)
+    filters = Filters(service.filters)
     decoder = scorer.decoder(
         registry,
-        columns=(*router.columns, *(judge.columns if judge else ())),
+        columns=(*filters.columns, *(judge.columns if judge else ())),
         max_packet_bytes=config.input.max_packet_bytes,
     )
-    return Generation(config, decoder, scorer, judge, router)
+    return Generation(config, service.revision, decoder, scorer, judge, filters, open_router(service, waiting))

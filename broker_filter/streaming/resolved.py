@@ -5,12 +5,17 @@ The checks of a service file, `config check` and the service use the same bundle
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from broker_filter.anomalies.reference import read_card
 from broker_filter.config import Service
-from broker_filter.scoring.bundle import Bundle, BundleError, open_bundle
-from broker_filter.streaming.expressions import FIELDS, Expression, compile_filter
+from broker_filter.scoring.bundle import CARD, Bundle, BundleError, open_bundle
+from broker_filter.scoring.lens_files import LENS_CARD, lens_directory
+from broker_filter.streaming.expressions import FIELDS, REVISION_DIGITS, Expression, compile_filter, normalised
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,8 @@ class ResolvedService:
     """Name and compiled expression of each filter, in the order of `config.filters`."""
     judged: Expression | None
     """The compiled `config.anomalies.where`; None if the file has none."""
+    revision: str
+    """Revision of the configuration: see `configuration_revision`."""
 
 
 class Resolver:
@@ -67,15 +74,54 @@ class Resolver:
     def resolve(self, config: Service) -> ResolvedService:
         """Return the configuration with its bundles and compiled filters.
 
-        Raises BundleError if a bundle cannot be opened, and ExpressionError if a filter is not valid.
+        Raises BundleError if a bundle cannot be opened, ExpressionError if a filter is not valid, ReferenceSetError if
+        the reference cannot be read, and OSError if the card of a lens cannot be read.
         """
         where = config.anomalies.where if config.anomalies else None
+        bundles = tuple(self.bundle(model.bundle) for model in config.models)
         return ResolvedService(
             config,
-            bundles=tuple(self.bundle(model.bundle) for model in config.models),
+            bundles=bundles,
             filters=tuple((one.name, self.expression(one.where)) for one in config.filters),
             judged=None if where is None else self.expression(where),
+            revision=configuration_revision(config, bundles),
         )
+
+
+def configuration_revision(config: Service, bundles: Sequence[Bundle]) -> str:
+    """Return the first REVISION_DIGITS hexadecimal digits of a sha256 over everything that decides a record's content.
+
+    These are the models (with the sha256 of their cards, which list that of all their files), the precision, reference,
+    rate and lenses of the anomaly detection, the filters, the payload, and the size of the window of duplicates.
+    Brokers, topics, ports, secrets and limits of time and size are left out. The files that a filter reads are left
+    out too: the revision of the filter covers them.
+
+    `bundles`: the opened bundles, in the order of `config.models`.
+
+    Raises ReferenceSetError if the reference cannot be read, and OSError if the card of a lens cannot be read.
+    """
+    anomalies = config.anomalies and {
+        "reference": read_card(config.anomalies.reference).model_dump(include={"data_sha256", "measure", "where"}),
+        "rate": config.anomalies.rate,
+        "where": config.anomalies.where and normalised(config.anomalies.where),
+        "lenses": [_sha256(lens_directory(lens) / LENS_CARD) for lens in config.anomalies.lens],
+    }
+    decisive = {
+        "models": [
+            [bundle.card.name, bundle.card.version, _sha256(bundle.directory / CARD), sorted(model.also)]
+            for model, bundle in zip(config.models, bundles, strict=True)
+        ],
+        "precision": config.runtime.precision,
+        "anomalies": anomalies,
+        "filters": [one.model_dump(exclude_defaults=True) | {"where": normalised(one.where)} for one in config.filters],
+        "payload": config.output.payload,
+        "duplicate_window": config.duplicate_window,
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:REVISION_DIGITS]
+
+
+def _sha256(card: Path) -> str:
+    return hashlib.sha256(card.read_bytes()).hexdigest()
 
 
 def resolve(config: Service) -> ResolvedService:

@@ -1,9 +1,9 @@
 """Chooses the topics of each alert, and turns a scored batch into output records. It does not use Kafka.
 
 An alert that a model scored goes to `<prefix>.scored`, to `<prefix>.anomalies` if it is flagged as an anomaly, and to
-`<prefix>.<name>` of each filter that it passes. A message with a rejected alert goes to `<prefix>.dead-letter` once,
-with its original bytes. It goes there only once even if several of its alerts are rejected, so that output cannot
-multiply input.
+`<prefix>.<name>` of each filter that it passes, unless this topic is paused. A message with a rejected alert goes to
+`<prefix>.dead-letter` once, with its original bytes. It goes there only once even if several of its alerts are
+rejected, so that output cannot multiply input.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from broker_filter.streaming.encoding import (
     RegistryRefusalError,
     WireFraming,
 )
-from broker_filter.streaming.expressions import Expression
 from broker_filter.streaming.resolved import ResolvedService
 from broker_filter.streaming.scored import ScoredBatch
 
@@ -66,28 +65,22 @@ class Router:
         models: Sequence[tuple[str, str]],
         encoder: Encoder,
         framing: Framing,
-        filters: Sequence[tuple[str, Expression]] = (),
         drop_duplicates: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`models`: name and version of each model, for the header `models`.
 
-        `filters`: name and expression of each filter. `clock`: returns Unix seconds, for the field `scored_at`.
+        `clock`: returns Unix seconds, for the field `scored_at`.
         """
+        self._prefix = prefix
         self._scored = f"{prefix}.{SCORED}"
         self._anomalous = f"{prefix}.{ANOMALIES}"
         self._dead_letter = f"{prefix}.{DEAD_LETTER}"
         self._models: Header = ("models", ",".join(f"{name}={version}" for name, version in models).encode())
         self._encoder = encoder
         self._framing = framing
-        self._filters = [(f"{prefix}.{name}", expression) for name, expression in filters]
         self._drop_duplicates = drop_duplicates
         self._clock = clock
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The metadata columns that the filters read, and that must be decoded."""
-        return tuple(dict.fromkeys(column for _, expression in self._filters for column in expression.columns))
 
     def route(self, scored: ScoredBatch) -> Routed:
         """Return the output records of a batch. Raises RegistryUnavailable if the schema registry does not answer."""
@@ -95,7 +88,7 @@ class Router:
         chosen = [(self._scored, np.ones(len(alerts), dtype=np.bool_))]
         if scored.anomalies:
             chosen.append((self._anomalous, scored.anomalies.flag))
-        chosen += [(topic, expression.evaluate(scored)) for topic, expression in self._filters]
+        chosen += [(f"{self._prefix}.{one.name}", one.passed) for one in scored.filters if not one.paused]
         encoded = self._encoder.encode(scored, int(self._clock() * 1000))
         published: list[tuple[OutputRecord, int]] = []
         refused: dict[int, Reject] = {}
@@ -173,8 +166,7 @@ def open_router(service: ResolvedService, waiting: Callable[[], None] = no_beat)
     return Router(
         config.output.prefix,
         models=[(bundle.card.name, bundle.card.version) for bundle in service.bundles],
-        encoder=Encoder(config.output.payload),
+        encoder=Encoder(config.output.payload, service.revision),
         framing=framing,
-        filters=service.filters,
         drop_duplicates=config.duplicates == "drop",
     )

@@ -1,4 +1,4 @@
-"""A batch of packets after decoding and scoring: its scored alerts, its rejects, and its anomalies.
+"""A batch of packets after decoding and scoring: its scored alerts, its rejects, its anomalies and its filters.
 
 This module holds data only and imports no model runtime, so that filters can be compiled without one.
 """
@@ -41,6 +41,18 @@ class Anomalies:
 
 
 @dataclass(frozen=True, slots=True)
+class FilterOutcome:
+    """Which of N alerts passed a filter."""
+
+    name: str
+    revision: str
+    """Revision of the filter's expression."""
+    passed: NDArray[np.bool_]  # [N]
+    paused: bool = False
+    """Whether the filter's topic is paused: it then gets none of the alerts that passed."""
+
+
+@dataclass(frozen=True, slots=True)
 class ScoredBatch:
     """The outcome of a batch of packets: each alert in them is either a scored row of `alerts` or one of `rejects`.
 
@@ -53,6 +65,7 @@ class ScoredBatch:
     duplicate: NDArray[np.bool_]  # [N]; whether the alert id was seen before within the window
     rejects: Sequence[Reject]
     anomalies: Anomalies | None = None  # None without anomaly detection
+    filters: tuple[FilterOutcome, ...] = ()  # one for each configured filter, in the configured order
 
     @property
     def scored(self) -> NDArray[np.int64]:

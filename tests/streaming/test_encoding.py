@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import threading
@@ -45,10 +46,12 @@ from broker_filter.streaming.encoding import (
     name_of_its_own,
     scored_alert_schema,
 )
-from broker_filter.streaming.scored import Anomalies, ScoredBatch
+from broker_filter.streaming.scored import Anomalies, FilterOutcome, ScoredBatch
 
 SCORED_AT = datetime(2026, 2, 25, 4, 30, 0, 123000, tzinfo=UTC)
 SCORED_AT_MS = 1771993800123
+ADDED: dict[str, Any] = {"filters": [], "configuration": "", "matches": [], "redriven": 0}
+"""The fields that the second revision of the output schema added to the annotation, and their defaults."""
 
 
 def decode(data: list[bytes], schemas: Path | None = None) -> AlertBatch:
@@ -72,9 +75,9 @@ def score(alerts: AlertBatch) -> ScoredBatch:
     return ScoredBatch(alerts.packets, alerts, Scores(models, everything), some, [])
 
 
-def values(scored: ScoredBatch, payload: Payload) -> list[bytes]:
+def values(scored: ScoredBatch, payload: Payload, configuration: str = "") -> list[bytes]:
     framing = ContainerFraming()
-    encoded = Encoder(payload).encode(scored, SCORED_AT_MS)
+    encoded = Encoder(payload, configuration).encode(scored, SCORED_AT_MS)
     return [framing.frame(schema, body, "me.scored") for schema, body in encoded]
 
 
@@ -169,14 +172,17 @@ def test_annotation_holds_models_scores_and_time(make_alerts: Callable[..., Aler
                 "version": "1.2",
                 "outputs": {"real": float(default.probabilities[0, 0])},
                 "embedding": default.embedding[0].tolist(),
+                "shadow": False,
             },
             {
                 "model": "classes",
                 "version": "7",
                 "outputs": dict(zip(classes.labels, classes.probabilities[0].tolist(), strict=True)),
                 "embedding": None,
+                "shadow": False,
             },
         ],
+        **ADDED,
     }
     assert [model["model"] for model in second["models"]] == ["default"]
 
@@ -314,12 +320,65 @@ def test_readers_with_the_first_schema_of_anomalies_can_read_new_records(
         assert set(record["broker_filter"]["anomaly"]) == {"score", "flag"}
 
 
+def filters_of(n: int) -> tuple[FilterOutcome, ...]:
+    passed = np.arange(n)
+    return (
+        FilterOutcome("jeune-étoile", "0123456789ab", passed % 3 == 0),
+        FilterOutcome("bright", "ba9876543210", passed % 2 == 0, paused=True),
+    )
+
+
+def first_revision() -> dict[str, Any]:
+    """Return the schema of `payload: scores` before the fields of ADDED and the mark of shadow models."""
+    schema: dict[str, Any] = json.loads(scored_alert_schema().text)
+    annotation = schema["fields"][-1]["type"]
+    kept = [field for field in annotation["fields"] if field["name"] not in ADDED]
+    assert annotation["fields"][: len(kept)] == kept
+    annotation["fields"] = kept
+    models = kept[-1]["type"]["items"]
+    assert models["fields"].pop()["name"] == "shadow"
+    return schema
+
+
+def test_records_before_and_after_the_second_revision_can_be_read_with_both_schemas(
+    make_alerts: Callable[..., AlertBatch],
+) -> None:
+    scored = replace(score(make_alerts([1, 2, 3])), anomalies=anomalies_of(3), filters=filters_of(3))
+    new, old = json.loads(scored_alert_schema().text), first_revision()
+    for value in values(scored, "scores", "0123456789ab"):
+        written = read(value)
+        [seen] = fastavro.reader(io.BytesIO(value), old)
+        assert isinstance(seen, dict)
+        expected = copy.deepcopy(written)
+        for name in ADDED:
+            del expected["broker_filter"][name]
+        assert all(model.pop("shadow") is False for model in expected["broker_filter"]["models"])
+        assert seen == expected
+        earlier = io.BytesIO()
+        fastavro.writer(earlier, old, [seen])
+        [again] = fastavro.reader(io.BytesIO(earlier.getvalue()), new)
+        written["broker_filter"] |= ADDED
+        assert again == written
+
+
+def test_records_say_which_filters_were_tried_and_passed(make_alerts: Callable[..., AlertBatch]) -> None:
+    scored = replace(score(make_alerts([1, 2, 3])), filters=filters_of(3))
+    said = [read(value)["broker_filter"] for value in values(scored, "scores", "0123456789ab")]
+    assert {annotation["configuration"] for annotation in said} == {"0123456789ab"}
+    young, bright = {"name": "jeune-étoile", "revision": "0123456789ab"}, {"name": "bright", "revision": "ba9876543210"}
+    assert [annotation["filters"] for annotation in said] == [
+        [young | {"passed": first, "paused": False}, bright | {"passed": second, "paused": True}]
+        for first, second in [(True, True), (False, False), (False, True)]
+    ]
+    assert read(values(score(make_alerts([1])), "scores")[0])["broker_filter"]["filters"] == []
+
+
 @pytest.mark.parametrize("anomalous", [True, False])
 def test_annotation_is_encoded_as_by_fastavro(make_alerts: Callable[..., AlertBatch], anomalous: bool) -> None:
     alerts = make_alerts(list(range(40)))
-    scored = replace(score(alerts), anomalies=anomalies_of(40) if anomalous else None)
+    scored = replace(score(alerts), anomalies=anomalies_of(40) if anomalous else None, filters=filters_of(40))
     schema = fastavro.parse_schema(json.loads(scored_alert_schema().text)["fields"][-1]["type"])
-    for encoded in encode_annotations(scored, SCORED_AT_MS):
+    for encoded in encode_annotations(scored, SCORED_AT_MS, "0123456789ab"):
         record = fastavro.schemaless_reader(io.BytesIO(encoded), schema, None)
         again = io.BytesIO()
         fastavro.schemaless_writer(again, schema, record)

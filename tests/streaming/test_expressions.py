@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -178,3 +179,19 @@ def test_filter_agrees_with_numpy_on_many_alerts(
     taken = compile_filter("real > 0.65 and magpsf < 18.5", FIELDS, OUTPUTS).evaluate(scored)
     expected = (real.astype(np.float32) > np.float32(0.65)) & (magnitude < 18.5)
     assert np.array_equal(taken, expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("real > 0.5 and band == 'g'", True),
+        ("  real >\n  0.5\tand band  == 'g' ", True),
+        ("real > 0.50 and band == 'g'", False),
+        ("real > 0.5 and band == ' g'", False),
+        ("real > 0.5 and band == 'r'", False),
+    ],
+)
+def test_the_revision_changes_with_the_text_but_not_with_white_space(text: str, same: bool) -> None:
+    first = compile_filter("real > 0.5 and band == 'g'", FIELDS, OUTPUTS).revision
+    assert re.fullmatch("[0-9a-f]{12}", first)
+    assert (compile_filter(text, FIELDS, OUTPUTS).revision == first) is same

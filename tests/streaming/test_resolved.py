@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -91,3 +92,41 @@ def test_a_configuration_that_was_not_checked_is_refused(keys: dict[str, Any], e
     config = Service.model_validate({"input": source, "output": {"prefix": "me"}, **keys})
     with pytest.raises(error):
         resolve(config)
+
+
+def test_the_revision_changes_with_what_decides_a_record_and_with_nothing_else(
+    tmp_path: Path, reference_file: Path
+) -> None:
+    def revision(**keys: str) -> str:
+        return load_service(service_file(tmp_path, **keys)).revision
+
+    first = revision()
+    elsewhere = "{bootstrap_servers: 'other:9092', group_id: you, topics: [lsst], start: latest}"
+    same = {
+        revision(input=elsewhere),
+        revision(output="{prefix: you, bootstrap_servers: 'ours:9092', partitions: 9}"),
+        revision(http="{port: 9}", batch="{max_size: 7}", transaction="{max_ms: 9}"),
+        revision(filters="[" + ", ".join(f"{{name: {n}, where: ' {w} '}}" for n, w in FILTERS.items()) + "]"),
+    }
+    assert same == {first}
+    copied = tmp_path / "copied"
+    shutil.copytree(open_bundle("default").directory, copied)
+    anomalies = {
+        f"{{reference: {reference_file}}}",
+        f"{{reference: {reference_file}, rate: 0.01}}",
+        f"{{reference: {reference_file}, where: default.real > 0.5}}",
+    }
+    assert revision(models=f"[{copied}]") == first
+    card = copied / "bundle.yaml"
+    card.write_text(f"{card.read_text()}\n# another card\n")
+    others = [
+        revision(models=f"[{copied}]"),
+        revision(models="[default, classes]"),
+        revision(models="[{bundle: default, also: [lsst]}]", filters="[]"),
+        revision(filters="[]"),
+        revision(filters="[{name: bright, where: magpsf < 18.4}]"),
+        revision(output="{prefix: me, payload: scores}"),
+        revision(duplicate_window="5"),
+        *(revision(anomalies=one) for one in anomalies),
+    ]
+    assert len({first, *others}) == 1 + len(others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,8 @@ from broker_filter.streaming.encoding import (
     RegistryRefusalError,
 )
 from broker_filter.streaming.expressions import FIELDS, compile_filter
-from broker_filter.streaming.filtering import score_packets
+from broker_filter.streaming.filtering import score_alerts, score_packets
+from broker_filter.streaming.filters import Filters
 from broker_filter.streaming.resolved import resolve
 from broker_filter.streaming.routing import MAX_DETAIL_BYTES, Router, open_router
 from broker_filter.streaming.scored import Anomalies, ScoredBatch
@@ -39,15 +41,12 @@ from broker_filter.streaming.scored import Anomalies, ScoredBatch
 NAN = float("nan")
 
 
-def router(
-    *, drop_duplicates: bool = False, filters: Sequence[tuple[str, str]] = (), framing: Framing | None = None
-) -> Router:
+def router(*, drop_duplicates: bool = False, framing: Framing | None = None) -> Router:
     return Router(
         "me",
         models=[("default", "1"), ("other", "2.0")],
         encoder=Encoder("scores"),
         framing=framing or ContainerFraming(),
-        filters=[(name, compile_filter(where, FIELDS, ["default.real"])) for name, where in filters],
         drop_duplicates=drop_duplicates,
         clock=lambda: 1771993800.1239,
     )
@@ -77,7 +76,10 @@ def scored(make_alerts: Callable[..., AlertBatch], make_scored: Callable[..., Sc
 
 
 def test_alerts_go_to_scored_anomalies_and_their_filters(scored: ScoredBatch) -> None:
-    routed = router(filters=[("bright", "magpsf < 18.5"), ("faint", "not magpsf < 18.5")]).route(scored)
+    filters = [("bright", "magpsf < 18.5"), ("faint", "not magpsf < 18.5")]
+    compiled = Filters([(name, compile_filter(where, FIELDS, ["default.real"])) for name, where in filters])
+    tried = replace(scored, filters=compiled.outcomes(scored))
+    routed = router().route(tried)
     offsets = {
         topic: [dict(record.headers)["input"].decode().rpartition("/")[2] for record in of_topic(routed.records, topic)]
         for topic in routed.published
@@ -90,6 +92,18 @@ def test_alerts_go_to_scored_anomalies_and_their_filters(scored: ScoredBatch) ->
         "me.dead-letter": ["43"],
     }
     assert routed.published == {topic: len(inputs) for topic, inputs in offsets.items()}
+    bright, faint = tried.filters
+    paused = router().route(replace(tried, filters=(replace(bright, paused=True), faint)))
+    assert paused.published == routed.published - Counter({"me.bright": 1})
+    whole, said = (
+        [next(iter(fastavro.reader(io.BytesIO(record.value))))["broker_filter"]["filters"] for record in records]
+        for records in (of_topic(routed.records, "me.scored"), of_topic(paused.records, "me.scored"))
+    )
+    of_faint = {"name": "faint", "revision": faint.revision, "paused": False}
+    of_bright = {"name": "bright", "revision": bright.revision, "paused": False}
+    passed = [(True, False), (False, True), (False, False)]
+    assert whole == [[of_bright | {"passed": first}, of_faint | {"passed": second}] for first, second in passed]
+    assert said == [[first | {"paused": True}, second] for first, second in whole]
 
 
 def test_every_input_is_counted_once(scored: ScoredBatch) -> None:
@@ -224,12 +238,14 @@ def test_a_configuration_routes_real_packets(ztf_packets: list[tuple[int, bytes]
         }
     )
     scorer = open_scorer(service.models, Runtime())
-    router = open_router(resolve(service))
+    resolved = resolve(service)
+    router = open_router(resolved)
     data = [*(data for _, data in ztf_packets[:40]), b"", b"nonsense"]
     packets = [Packet(one, KafkaPosition("c", "ztf", 0, i)) for i, one in enumerate(data)]
-    columns = [*scorer.columns, *router.columns]
+    filters = Filters(resolved.filters)
+    columns = [*scorer.columns, *filters.columns]
     decoder = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=columns)
-    scored = score_packets(packets, decoder, scorer, DuplicateWindow(100))
+    scored = score_alerts(*decoder.decode(packets), scorer, DuplicateWindow(100), filters=filters)
     routed = router.route(scored)
     account = account_batch(scored)
     assert routed.published["me.scored"] == account.scored == 40
@@ -240,6 +256,7 @@ def test_a_configuration_routes_real_packets(ztf_packets: list[tuple[int, bytes]
         [alert] = fastavro.reader(io.BytesIO(record.value))
         assert alert["candidate"]["fid"] == 2
         assert alert["broker_filter"]["anomaly"] is None
+        assert alert["broker_filter"]["configuration"] == resolved.revision
         assert record.key == alert["objectId"].encode()
 
 
