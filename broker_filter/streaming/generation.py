@@ -1,4 +1,4 @@
-"""What one configuration makes: decoder, models, judge, filters and router, as one immutable value. It does not use Kafka.
+"""What one configuration makes: decoder, models, judge, filters and router, as one immutable value, without Kafka.
 
 A batch is decoded, scored and routed by one generation, so no output record mixes two configurations. What must outlive
 a configuration, such as the window of duplicates and the metrics, is not in a generation.
