@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test suite coverage lint docs bench bench-check study chaos deep explorer-shots fuzz slow-link sanitize sae-parity spark spark-cost plugins wheel image clean
+.PHONY: help demo test suite coverage lint docs bench bench-check study chaos deep explorer-shots fuzz slow-link sanitize sae-parity spark spark-cost plugins operator-rules wheel sbom image clean
 
 help:
 	@echo 'make demo      simulates nights of ZTF and LSST, runs the service on them through an embedded broker, shows the results'
@@ -32,7 +32,9 @@ help:
 	@echo 'make spark     runs the tests of Apache Spark and of the science modules for Fink (needs Java 17); installs it into .venv-spark'
 	@echo 'make spark-cost  measures the CPU time of an alert in Spark and in score (COST="alerts.tar --executors 1" for others)'
 	@echo 'make plugins   runs the units for AMPEL in AMPEL; installs it into .venv-ampel'
+	@echo 'make operator-rules  writes the alarm rules as a resource of the Prometheus operator, after a change of the rules'
 	@echo 'make wheel     builds the wheel and the source archive into dist/'
+	@echo 'make sbom      writes a bill of materials (CycloneDX) of the installed wheel and its dependencies into dist/'
 	@echo 'make image     builds the container image with buildah, and runs the service in it; deploy/image.sh has the options'
 	@echo 'make clean     removes .venv and everything that was built'
 
@@ -157,11 +159,26 @@ $(AMPEL_VENV)/installed: pyproject.toml $(wildcard deploy/ampel/*.toml deploy/am
 wheel: $(VENV)/installed-test
 	$(BIN)/python -m build --outdir dist
 
+# The environment holds the wheel and its dependencies alone, without pip, so that the list is what a user installs.
+# The tool that writes the list is in .venv.
+SBOM_VENV := .venv-sbom
+
+sbom: wheel
+	rm -rf $(SBOM_VENV)
+	$(PYTHON) -m venv --without-pip $(SBOM_VENV)
+	$(PIP) --python $(SBOM_VENV) install dist/*.whl
+	$(PIP) install 'cyclonedx-bom>=7,<8'
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --output-reproducible \
+		--output-file dist/broker-filter.cdx.json $(SBOM_VENV)/bin/python
+
+operator-rules: $(VENV)/installed-test
+	$(BIN)/python deploy/prometheus/operator_rules.py
+
 image:
 	deploy/image.sh
 
 clean:
-	rm -rf $(VENV) $(SAE_VENV) $(SPARK_VENV) $(AMPEL_VENV) deploy/ampel/build build dist docs/_build demo-out explorer-shots htmlcov .coverage .coverage.* study bench.json *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(SAE_VENV) $(SPARK_VENV) $(AMPEL_VENV) $(SBOM_VENV) deploy/ampel/build build dist docs/_build demo-out explorer-shots htmlcov .coverage .coverage.* study bench.json *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find broker_filter -name '*.so' -delete
 
 # One stamp file for each set of extras. The package is installed again if pyproject.toml, setup.py or a C source changes.

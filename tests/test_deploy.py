@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_panel_shows_the_limit_of_its_alert_rule() -> None:
         assert limits[title] == [None, limit]
         assert f"> {limit}" in conditions
     assert {"Unaccounted", "Instances", "Partitions by instance"} <= set(limits)
-    pod = documents(DEPLOY / "kubernetes" / "deployment.yaml")[0]["spec"]["template"]["spec"]
+    pod = documents(DEPLOY / "kubernetes" / "base" / "deployment.yaml")[0]["spec"]["template"]["spec"]
     memory = pod["containers"][0]["resources"]["limits"]["memory"]
     assert limits["Resident memory"] == [None, int(memory.removesuffix("Gi")) * 2**30]
 
@@ -123,44 +124,124 @@ def test_service_files_are_valid_and_serve_http_to_other_hosts(path: str) -> Non
     assert (service.http.host, service.http.port) == ("0.0.0.0", 9108)
 
 
-def rendered_manifests() -> list[Any]:
-    """Return the manifests that `kubectl apply -k` sends to the cluster."""
+KUBERNETES = DEPLOY / "kubernetes"
+COMPONENTS = tuple(sorted(path.name for path in (KUBERNETES / "components").iterdir()))
+
+
+def rendered_manifests(directory: Path, components: tuple[str, ...] = ()) -> list[Any]:
+    """Return the manifests that `kubectl apply -k` sends to the cluster, with these optional components.
+
+    `directory`: an empty directory for a copy of the manifests.
+    """
     kubectl = shutil.which("kubectl")
     if not kubectl:
         pytest.skip("kubectl is not installed")
-    command = [kubectl, "kustomize", str(DEPLOY / "kubernetes")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    copy = Path(shutil.copytree(KUBERNETES, directory / "kubernetes"))
+    kustomization = (copy / "kustomization.yaml").read_text()
+    for component in components:
+        assert f"  # - components/{component}\n" in kustomization
+        kustomization = kustomization.replace(f"  # - components/{component}\n", f"  - components/{component}\n")
+    (copy / "kustomization.yaml").write_text(kustomization)
+    done = subprocess.run([kubectl, "kustomize", str(copy)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
+
+
+def is_of_kubernetes(manifest: Any) -> bool:
+    """Return whether a resource is one of Kubernetes itself, whose schema the validator has."""
+    return not any(group in manifest["apiVersion"] for group in ("keda.sh", "monitoring.coreos.com", "kustomize"))
 
 
 @pytest.mark.parametrize("version", ["1.30", "1.37"])
 def test_every_kubernetes_file_is_a_valid_manifest(version: str) -> None:
     validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate comes with the extra `test`")
-    paths = {path for path in (DEPLOY / "kubernetes").glob("*.yaml") if path.name != "kustomization.yaml"}
-    assert len(paths) >= 3
-    for manifest in (manifest for path in paths for manifest in documents(path)):
+    files = [path for path in KUBERNETES.rglob("*.yaml") if path.parent.name != "config"]
+    manifests = [manifest for path in files for manifest in documents(path) if is_of_kubernetes(manifest)]
+    assert {manifest["kind"] for manifest in manifests} > {"Deployment", "Service", "NetworkPolicy"}
+    for manifest in manifests:
         validator.validate(manifest, version, strict=True)
 
 
-def test_output_of_kustomize_is_valid_and_mounts_the_configuration() -> None:
+@pytest.mark.parametrize(
+    "components",
+    [chosen for n in range(len(COMPONENTS) + 1) for chosen in combinations(COMPONENTS, n)],
+    ids=lambda chosen: "+".join(chosen) or "plain",
+)
+def test_output_of_kustomize_is_valid_with_any_components(components: tuple[str, ...], tmp_path: Path) -> None:
     validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate comes with the extra `test`")
-    manifests = {manifest["kind"]: manifest for manifest in rendered_manifests()}
+    manifests = {manifest["kind"]: manifest for manifest in rendered_manifests(tmp_path, components)}
     for manifest in manifests.values():
-        validator.validate(manifest, "1.37", strict=True)
-    configuration = manifests["ConfigMap"]
-    assert configuration["data"] == {
-        "service.yaml": (DEPLOY / "kubernetes" / "config" / "service.yaml").read_text(),
-    }
-    volumes = manifests["Deployment"]["spec"]["template"]["spec"]["volumes"]
+        assert manifest["metadata"]["namespace"] == "broker-filter"
+        if is_of_kubernetes(manifest):
+            validator.validate(manifest, "1.37", strict=True)
+    configuration, deployment = manifests["ConfigMap"], manifests["Deployment"]
+    assert configuration["data"] == {"service.yaml": (KUBERNETES / "config" / "service.yaml").read_text()}
+    volumes = deployment["spec"]["template"]["spec"]["volumes"]
     assert {"name": "configuration", "configMap": {"name": configuration["metadata"]["name"]}} in volumes
+    assert ("replicas" in deployment["spec"]) == ("keda" not in components)
+    assert ("ScaledObject" in manifests) == ("keda" in components)
+    assert ("PodMonitor" in manifests) == ("PrometheusRule" in manifests) == ("prometheus-operator" in components)
+    assert ("NetworkPolicy" in manifests) == ("network-policy" in components)
+
+
+def test_optional_components_select_the_pods_and_the_group_of_the_service(tmp_path: Path) -> None:
+    manifests = {manifest["kind"]: manifest for manifest in rendered_manifests(tmp_path, COMPONENTS)}
+    deployment = manifests["Deployment"]
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    service = load_service(KUBERNETES / "config" / "service.yaml", environment=SECRETS).config
+
+    scaled = manifests["ScaledObject"]["spec"]
+    assert scaled["scaleTargetRef"] == {"kind": "Deployment", "name": deployment["metadata"]["name"]}
+    (trigger,) = scaled["triggers"]
+    assert trigger["metadata"]["consumerGroup"] == service.input.group_id
+    assert trigger["metadata"]["bootstrapServers"] == service.input.bootstrap_servers
+    assert trigger["metadata"]["offsetResetPolicy"] == service.input.start
+    assert service.input.sasl
+    assert trigger["metadata"]["sasl"] == service.input.sasl.mechanism.lower().replace("sha-", "sha").replace("-", "_")
+    assert (trigger["metadata"]["tls"] == "enable") == (service.input.tls is not None)
+    authentication = manifests["TriggerAuthentication"]
+    assert trigger["authenticationRef"]["name"] == authentication["metadata"]["name"]
+    secrets = {one["valueFrom"]["secretKeyRef"]["name"] for one in container["env"]}
+    assert {one["name"] for one in authentication["spec"]["secretTargetRef"]} == secrets
+    behaviour = scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    # A visit of Rubin drains within this time, and a pause between two visits is shorter than the other one.
+    assert behaviour["scaleUp"]["stabilizationWindowSeconds"] >= 300
+    assert behaviour["scaleDown"]["stabilizationWindowSeconds"] >= 1800
+
+    monitor = manifests["PodMonitor"]["spec"]
+    assert monitor["selector"]["matchLabels"] == labels
+    assert labels[monitor["jobLabel"]] == "broker-filter"  # the job name in rules and dashboard
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    ports = {port["name"] for port in container["ports"]}
+    assert endpoint["port"] in ports
+
+    policy = manifests["NetworkPolicy"]["spec"]
+    assert policy["podSelector"]["matchLabels"] == labels
+    assert {port["port"] for rule in policy["ingress"] for port in rule["ports"]} == ports
+    open_ports = [
+        range(port["port"], port.get("endPort", port["port"]) + 1)
+        for rule in policy["egress"]
+        for port in rule["ports"]
+    ]
+    assert service.output.bootstrap_servers
+    for servers in (service.input.bootstrap_servers, service.output.bootstrap_servers):
+        assert any(int(servers.rpartition(":")[2]) in ports for ports in open_ports)
+
+
+def test_resource_of_the_prometheus_operator_has_the_alarm_rules() -> None:
+    (resource,) = documents(KUBERNETES / "components" / "prometheus-operator" / "rules.yaml")
+    assert resource["kind"] == "PrometheusRule"
+    assert resource["spec"] == documents(RULES)[0], "run `make operator-rules`"
 
 
 def test_kubernetes_manifests_refer_to_each_other_correctly() -> None:
-    kubernetes = DEPLOY / "kubernetes"
-    kustomization = documents(kubernetes / "kustomization.yaml")[0]
+    kustomization = documents(KUBERNETES / "kustomization.yaml")[0]
+    base = KUBERNETES / "base"
     manifests = {
-        manifest["kind"]: manifest for name in kustomization["resources"] for manifest in documents(kubernetes / name)
+        manifest["kind"]: manifest
+        for name in documents(base / "kustomization.yaml")[0]["resources"]
+        for manifest in documents(base / name)
     }
     pod = manifests["Deployment"]["spec"]["template"]
     labels = pod["metadata"]["labels"]
@@ -176,7 +257,7 @@ def test_kubernetes_manifests_refer_to_each_other_correctly() -> None:
 
 
 def test_pod_limits_are_the_documented_cpus_and_memory() -> None:
-    pod = documents(DEPLOY / "kubernetes" / "deployment.yaml")[0]["spec"]["template"]["spec"]
+    pod = documents(DEPLOY / "kubernetes" / "base" / "deployment.yaml")[0]["spec"]["template"]["spec"]
     resources = pod["containers"][0]["resources"]
     assert resources["limits"]["cpu"] == resources["requests"]["cpu"]  # `available_cores` reads it as the quota
     memory = f"{resources['limits']['memory'].removesuffix('Gi')} GiB"
