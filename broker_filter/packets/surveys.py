@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -38,12 +39,17 @@ from broker_filter.packets.photometry import (
     ztf_filter,
     ztf_forced,
 )
+from broker_filter.packets.sky_coordinates import ECLIPTIC, GALACTIC, latitude, longitude
 
 UNVERSIONED = "unversioned"
 """The schema version of alerts that have none: ZTF alerts of early 2018, and some redistributed LSST alerts."""
 SOLAR_SYSTEM_MATCH_ARCSEC = 5.0
 """ZTF lists the nearest known solar-system object within 30 arcsec. As in Fink, an object within this distance is taken
 for the source of the alert."""
+
+
+LSST_NIGHT_START = 0.5
+"""The time of day, as a fraction in UTC, at which a night of LSST begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +234,16 @@ def _age(time: Values, start: Values, first: Values) -> Values:
     return time - np.fmin(start, first)
 
 
+def _ztf_nights(time: Values, start: Values, first: Values) -> Values:
+    """Return the number of nights since the first detection. A night in California has one date in UTC."""
+    return np.floor(time - MJD_EPOCH) - np.floor(np.fmin(start, first) - MJD_EPOCH)
+
+
+def _lsst_nights(time: Values, start: Values, first: Values) -> Values:
+    """Return the number of nights since the first detection. As for `day_obs`, a night in Chile begins at 12:00 UTC."""
+    return np.floor(time - LSST_NIGHT_START) - np.floor(np.fmin(start, first) - LSST_NIGHT_START)
+
+
 def _since_last_limit(days_since: Values, time: Values, start: Values, first: Values) -> Values:
     """Return the time from a non-detection, `days_since` days ago, to the first detection; NaN if it is later."""
     gap = days_since - _age(time, start, first)
@@ -310,6 +326,21 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column("ra", "deg", "right ascension (ICRS)", ZTF_RA, LSST_RA),
     Column("dec", "deg", "declination (ICRS)", ZTF_DEC, LSST_DEC),
+    *(
+        Column(
+            name,
+            "deg",
+            meaning,
+            Derived(partial(coordinate, frame), (ZTF_RA, ZTF_DEC)),
+            Derived(partial(coordinate, frame), (LSST_RA, LSST_DEC)),
+        )
+        for name, meaning, coordinate, frame in (
+            ("galactic_l", "galactic longitude, 0 to 360", longitude, GALACTIC),
+            ("galactic_b", "galactic latitude, -90 to 90", latitude, GALACTIC),
+            ("ecliptic_l", "ecliptic longitude, 0 to 360 (mean ecliptic and equinox of J2000)", longitude, ECLIPTIC),
+            ("ecliptic_b", "ecliptic latitude, -90 to 90 (mean ecliptic of J2000)", latitude, ECLIPTIC),
+        )
+    ),
     Column("xpos", "px", "x position of the source on the detector", _ztf("xpos"), _lsst("x")),
     Column("ypos", "px", "y position of the source on the detector", _ztf("ypos"), _lsst("y")),
     # ZTF: the survey's scores.
@@ -408,6 +439,14 @@ COLUMNS: tuple[Column, ...] = (
         "time since the first detection (jdstarthist or firstDiaSourceMjdTai, or an earlier detection in the packet)",
         Derived(_age, ZTF_START),
         Derived(_age, LSST_START),
+    ),
+    Column(
+        "nights_since_first",
+        "",
+        "number of nights since the night of the first detection: 0 in the first night (see age; nights are divided at "
+        "0 h UTC for ZTF, at 12 h for LSST)",
+        Derived(_ztf_nights, ZTF_START),
+        Derived(_lsst_nights, LSST_START),
     ),
     Column(
         "days_since_peak",

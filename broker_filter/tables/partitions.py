@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from broker_filter.packets.batch import Survey
+from broker_filter.packets.surveys import LSST_NIGHT_START
 from broker_filter.tables.formats import Table
 from broker_filter.tables.rows import TableError, open_table
 
@@ -36,7 +37,7 @@ def nights(rows: pa.RecordBatch) -> list[str]:
     """
     mjd = rows.column("mjd").to_numpy(zero_copy_only=False)
     is_lsst = np.array([survey == str(Survey.LSST) for survey in rows.column("survey").to_pylist()], np.bool_)
-    days = np.floor(np.where(is_lsst, mjd - 0.5, mjd))
+    days = np.floor(np.where(is_lsst, mjd - LSST_NIGHT_START, mjd))
     known = (days >= 0) & (days <= _LAST_DAY)  # False for NaN
     dates = (_EPOCH + np.where(known, days, 0).astype(np.int64)).astype(str)
     return [date.replace("-", "") if there else NO_NIGHT for date, there in zip(dates, known, strict=True)]
