@@ -32,8 +32,8 @@ from pydantic import (
 from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.packets.schemas.registry_location import RegistryLocation, TlsFiles, is_http, registry_location
 
-SCORED, ANOMALIES, DEAD_LETTER, POSITIONS = "scored", "anomalies", "dead-letter", "positions"
-RESERVED_TOPICS = (SCORED, ANOMALIES, DEAD_LETTER, POSITIONS)
+SCORED, SHADOW, ANOMALIES, DEAD_LETTER, POSITIONS = "scored", "shadow", "anomalies", "dead-letter", "positions"
+RESERVED_TOPICS = (SCORED, SHADOW, ANOMALIES, DEAD_LETTER, POSITIONS)
 """Names of the service's own topics `<prefix>.<name>`; a filter cannot use them."""
 TOPIC_NAME = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")
 """The topic names that Kafka accepts."""
@@ -75,6 +75,10 @@ class ConfigChecks(ABC):
     @abstractmethod
     def model_name(self, bundle: str) -> str:
         """Check that a bundle can be read, and return the name of its model."""
+
+    @abstractmethod
+    def model_version(self, bundle: str) -> str:
+        """Return the version of a bundle that can be read."""
 
     @abstractmethod
     def check_registry(self, registry: Registry) -> None:
@@ -473,6 +477,11 @@ class Model(ServiceSection):
         default=[],
         description="Surveys whose alerts get every output of the bundle although it was not trained for them.",
     )
+    shadow: bool = Field(
+        default=False,
+        description="Whether the model is on trial: its outputs go to `<prefix>.shadow` and into metrics only, and "
+        "filters and anomaly detection never see them. It may have the name of another model.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -662,10 +671,21 @@ class Service(ServiceSection):
     )
 
     @property
+    def serving(self) -> list[Model]:
+        """The models whose outputs reach filters, anomaly detection and every topic, in their order."""
+        return [model for model in self.models if not model.shadow]
+
+    @property
+    def shadows(self) -> list[Model]:
+        """The models on trial, in their order."""
+        return [model for model in self.models if model.shadow]
+
+    @property
     def output_topics(self) -> list[str]:
         """The names of all topics that alerts and dead letters are written to."""
+        on_trial = [SHADOW] if self.shadows else []
         anomalous = [ANOMALIES] if self.anomalies else []
-        names = [SCORED, *anomalous, *(one.name for one in self.filters), DEAD_LETTER]
+        names = [SCORED, *on_trial, *anomalous, *(one.name for one in self.filters), DEAD_LETTER]
         return [f"{self.output.prefix}.{name}" for name in names]
 
     @field_validator("filters")
@@ -688,11 +708,19 @@ class Service(ServiceSection):
     @field_validator("models")
     @classmethod
     def _models_differ(cls, models: list[Model], info: ValidationInfo) -> list[Model]:
+        if all(model.shadow for model in models):
+            raise ValueError("all models are shadows: add the bundle to score with, without `shadow`")
         if checks := _checks(info):
-            names = [checks.model_name(model.bundle) for model in models]
+            names = [checks.model_name(model.bundle) for model in models if not model.shadow]
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(
                     f"more than one bundle has the name {', '.join(twice)}; their outputs would have the same names"
+                )
+            on_trial = [model.bundle for model in models if model.shadow]
+            titles = [f"{checks.model_name(bundle)} {checks.model_version(bundle)}" for bundle in on_trial]
+            if twice := sorted({title for title in titles if titles.count(title) > 1}):
+                raise ValueError(
+                    f"more than one shadow has the name and version {', '.join(twice)}; change the version of one"
                 )
         return models
 

@@ -17,7 +17,7 @@ from broker_filter.kafka.client import (
     security_properties,
 )
 from broker_filter.packets.schemas.registry_client import RegistryClient
-from broker_filter.scoring.bundle import BundleError
+from broker_filter.scoring.bundle import Bundle, BundleError
 from broker_filter.scoring.lens_files import LensError, open_files
 from broker_filter.streaming.explain import find_explained
 from broker_filter.streaming.resolved import Resolver
@@ -42,10 +42,11 @@ class EnvironmentChecks(ConfigChecks):
 
     def model_name(self, bundle: str) -> str:
         """See ConfigChecks."""
-        try:
-            return self._resolver.bundle(bundle).card.name
-        except BundleError as error:
-            raise ValueError(str(error)) from None
+        return self._bundle(bundle).card.name
+
+    def model_version(self, bundle: str) -> str:
+        """See ConfigChecks."""
+        return self._bundle(bundle).card.version
 
     def check_registry(self, registry: Registry) -> None:
         """See ConfigChecks. The check creates a client, which sends nothing."""
@@ -104,3 +105,9 @@ class EnvironmentChecks(ConfigChecks):
                 if isinstance(value, Section) and (secret := str(values[name])):
                     message = message.replace(secret, f"<{name}>")
             raise ValueError(message) from None
+
+    def _bundle(self, name: str) -> Bundle:
+        try:
+            return self._resolver.bundle(name)
+        except BundleError as error:
+            raise ValueError(str(error)) from None

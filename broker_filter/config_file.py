@@ -125,10 +125,11 @@ def _override(document: dict[str, Any], environment: Mapping[str, str]) -> None:
 
 
 def _bundles(document: dict[str, Any]) -> list[str]:
-    """Return the names of the bundles in a document that is not validated yet."""
+    """Return the names of the bundles, except shadows, in a document that is not validated yet."""
     models = document.get("models", ["default"])
     entries = models if isinstance(models, list) else []
-    named = [entry.get("bundle") if isinstance(entry, dict) else entry for entry in entries]
+    plain = [entry if isinstance(entry, dict) else {"bundle": entry} for entry in entries]
+    named = [entry.get("bundle") for entry in plain if entry.get("shadow") is not True]
     return [bundle for bundle in named if isinstance(bundle, str)]
 
 

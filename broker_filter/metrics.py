@@ -11,6 +11,7 @@ from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CollectorRegistry,
@@ -26,6 +27,10 @@ from broker_filter import __version__
 from broker_filter.packets.batch import PLANES, Survey
 from broker_filter.packets.rejects import RejectReason
 from broker_filter.streaming.account import Account
+from broker_filter.streaming.scored import LeftOut
+
+if TYPE_CHECKING:
+    from broker_filter.streaming.shadow import Outcome
 
 STAGE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 """Bucket limits in seconds: from a batch of a few alerts to a stage that is almost reported as stuck."""
@@ -34,6 +39,8 @@ PRODUCER_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 300, 1800, 7
 EXPOSURE_SECONDS = (5, 10, 20, 40, 60, 120, 300, 600, 1200, 3600, 7200, 21600, 86400)
 """Bucket limits in seconds, chosen around the time that a survey takes to send an alert: 60 s for Rubin, minutes for
 ZTF."""
+OF_SHADOW = ("model", "version", "label")
+"""Metric labels of one output of a shadow model."""
 BATCH_ALERTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # By default each counter and histogram also has a series `..._created`, which no rule or panel reads.
@@ -134,6 +141,50 @@ class Metrics:
             "provider",
             "surveys",
         )
+        self._shadow_model = self._gauge(
+            "shadow_model_info",
+            "Always 1; the labels name a network of a loaded shadow model, and the surveys whose alerts it scores.",
+            "model",
+            "version",
+            "provider",
+            "surveys",
+        )
+        self._shadow_scored = self._counter(
+            "shadow_scored_alerts",
+            "Scored alerts, without duplicates, that a shadow model scored too. They are counted when they are scored.",
+            "model",
+            "version",
+        )
+        self._shadow_failed = self._counter(
+            "shadow_failed_alerts",
+            "Alerts of the batches on which a shadow model raised an error. Their records are without its outputs.",
+            "model",
+            "version",
+        )
+        self._shadow_compared = self._counter(
+            "shadow_compared_alerts",
+            "Alerts, without duplicates, for which a shadow model and the serving model that it is compared with both "
+            "gave the output `label`.",
+            *OF_SHADOW,
+        )
+        self._shadow_difference = self._counter(
+            "shadow_absolute_difference",
+            "Sum of the absolute differences between the output `label` of a shadow model and that of the serving "
+            "model that it is compared with. Divided by the compared alerts, it is their mean.",
+            *OF_SHADOW,
+        )
+        self._shadow_disagreeing = self._counter(
+            "shadow_disagreeing_alerts",
+            "Compared alerts to which only one of the two models, the shadow or the serving one, gave an output "
+            "`label` of at least 0.5.",
+            *OF_SHADOW,
+        )
+        self._shadow_left_out = self._counter(
+            "shadow_left_out_records",
+            "Records of the shadow topic that were left out, by reason: `schema_refused` or `registry_unavailable` "
+            "(by the schema registry) or `too_large` (for the topic). Their alerts are published to all other topics.",
+            "reason",
+        )
         self._build = self._gauge(
             "build_info", "Always 1; the labels describe the running program.", "version", "decoder"
         )
@@ -146,6 +197,8 @@ class Metrics:
             self._transactions.labels(outcome)
         for reason in RejectReason:
             self._rejected.labels(reason.value)
+        for left_out in LeftOut:
+            self._shadow_left_out.labels(left_out.value)
         for plane in PLANES:
             self._fallbacks.labels(plane)
         for survey in Survey:
@@ -172,12 +225,34 @@ class Metrics:
             self._configuration.clear()
             self._configuration.labels(revision).set(1)
 
-    def describe_model(self, name: str, version: str, provider: str, surveys: str) -> None:
+    def describe_model(self, name: str, version: str, provider: str, surveys: str, *, shadow: bool = False) -> None:
         """Set the metric of a network of a loaded model.
 
         `provider`: the engine and device that run it. `surveys`: the names of its surveys, with commas between them.
+        `shadow`: whether the model is a shadow model, which has a metric of its own.
         """
-        self._model.labels(name, version, provider, surveys).set(1)
+        (self._shadow_model if shadow else self._model).labels(name, version, provider, surveys).set(1)
+
+    def expect_shadow(self, name: str, version: str, labels: Iterable[str]) -> None:
+        """Create the counters of a shadow model with the value 0.
+
+        `labels`: the outputs that are compared with a serving model.
+        """
+        self._shadow_scored.labels(name, version)
+        self._shadow_failed.labels(name, version)
+        for label in labels:
+            for counter in (self._shadow_compared, self._shadow_difference, self._shadow_disagreeing):
+                counter.labels(name, version, label)
+
+    def count_shadow(self, outcome: Outcome) -> None:
+        """Count what a shadow model made of one batch."""
+        name, version = outcome.model, outcome.version
+        self._shadow_scored.labels(name, version).inc(outcome.scored)
+        self._shadow_failed.labels(name, version).inc(outcome.failed)
+        for one in outcome.differences:
+            self._shadow_compared.labels(name, version, one.label).inc(one.compared)
+            self._shadow_difference.labels(name, version, one.label).inc(one.absolute)
+            self._shadow_disagreeing.labels(name, version, one.label).inc(one.disagreeing)
 
     @contextmanager
     def time_stage(self, stage: str) -> Iterator[None]:
@@ -221,6 +296,8 @@ class Metrics:
                 self._duplicates.inc(account.duplicates)
                 self._judged.inc(account.judged)
                 self._anomalous.inc(account.anomalous)
+                for left_out, n in account.left_out.items():
+                    self._shadow_left_out.labels(left_out.value).inc(n)
                 for plane, n in account.fallbacks.items():
                     self._fallbacks.labels(plane).inc(n)
                 for survey, n in account.unjudged.items():

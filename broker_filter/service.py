@@ -39,6 +39,7 @@ from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_alerts
 from broker_filter.streaming.generation import Generation, open_generation
 from broker_filter.streaming.resolved import ResolvedService
+from broker_filter.streaming.shadow import counterpart
 
 SCORED_BATCHES = 4
 """Length of the queue of scored batches, which fills while a transaction commits."""
@@ -89,9 +90,10 @@ class FilterService:
         self._health.set("group", "not joined yet")
         self._failed = threading.Event()
         self._failure: BaseException | None = None
-        self._reading, self._decoding, self._scoring, self._routing, self._committing = self._stages = [
-            Stage(name, self._metrics) for name in ("read", "decode", "score", "route", "commit")
+        self._reading, self._decoding, self._scoring, self._shadowing, self._routing, self._committing = stages = [
+            Stage(name, self._metrics) for name in ("read", "decode", "score", "shadow", "route", "commit")
         ]
+        self._stages = stages
         registry = config.input.schema_registry
         opened = open_registry(
             registry.location() if registry else None,
@@ -180,6 +182,11 @@ class FilterService:
                 scored = score_alerts(
                     alerts, rejects, generation.scorer, self._window, generation.judge, generation.filters
                 )
+            if generation.shadows.models:
+                with self._shadowing.working():
+                    scored, outcomes = generation.shadows.score(scored)
+                for outcome in outcomes:
+                    self._metrics.count_shadow(outcome)
             with self._routing.working():
                 routed = self._retry(lambda: generation.router.route(scored), self._routing)  # noqa: B023 -- called at once
                 self._window.forget(alerts, [i for i in routed.refused if not scored.duplicate[i]])
@@ -331,12 +338,18 @@ class FilterService:
         log.info("configuration %s", generation.revision)
         self._metrics.describe_configuration(generation.revision)
         self._metrics.expect(topics=generation.config.output_topics)
-        for model in generation.scorer.models:
+        served = [("model", model) for model in generation.scorer.models]
+        on_trial = [("shadow model", model) for model in generation.shadows.models]
+        for kind, model in (*served, *on_trial):
             for part in model.parts:
                 surveys, provider = ",".join(map(str, part.surveys)), part.network.provider
-                self._metrics.describe_model(model.name, model.version, provider, surveys)
+                self._metrics.describe_model(model.name, model.version, provider, surveys, shadow=kind != "model")
                 network = "" if len(model.parts) == 1 else f" by the network {part.bundle.card.title}"
-                log.info("model %s %s on %s, for %s%s", model.name, model.version, provider, surveys, network)
+                log.info("%s %s %s on %s, for %s%s", kind, model.name, model.version, provider, surveys, network)
+        labels = {model.name: model.labels for model in generation.scorer.models}
+        for model in generation.shadows.models:
+            compared = [label for label in model.labels if counterpart(model.name, label, labels)]
+            self._metrics.expect_shadow(model.name, model.version, compared)
 
     def _observe(self, endpoints: Endpoints) -> None:
         """Update lag and health every OBSERVE_INTERVAL_S, also while no alerts arrive or the queue is full."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from broker_filter.config import Service
+    from broker_filter.config import Model, Service
+    from broker_filter.scoring.bundle import Bundle
     from broker_filter.streaming.resolved import ResolvedService
 
 FAILED = 1
@@ -87,16 +88,8 @@ def summary(service: ResolvedService) -> str:
         f"output: {', '.join(config.output_topics)} to "
         f"{output.bootstrap_servers or source.bootstrap_servers}, payload {output.payload}",
     ]
-    for model, bundle in zip(config.models, service.bundles, strict=True):
-        card = bundle.card
-        surveys = ", ".join(dict.fromkeys([*bundle.surveys, *model.also]))
-        line = f"model: {card.name} {card.version} ({', '.join(card.outputs.labels)}) for {surveys}"
-        for label in card.outputs.labels:
-            if (trained_for := bundle.surveys_of(label)) != bundle.surveys:
-                line += f"; {label} only for {', '.join(dict.fromkeys([*trained_for, *model.also]))}"
-        if len(bundle.parts) > 1:
-            line += "".join(f"; {', '.join(part.surveys)} by {part.card.title}" for part in bundle.parts)
-        lines.append(line)
+    lines += [_model_line("model", *one) for one in zip(config.serving, service.bundles, strict=True)]
+    lines += [_model_line("shadow model", *one) for one in zip(config.shadows, service.shadows, strict=True)]
     if config.anomalies:
         explained = f", explained by {', '.join(config.anomalies.lens)}" if config.anomalies.lens else ""
         lines.append(f"anomalies: {config.anomalies.rate:g} of the alerts, by {config.anomalies.reference}{explained}")
@@ -104,3 +97,15 @@ def summary(service: ResolvedService) -> str:
     lines.append(f"duplicates: {config.duplicates} within {config.duplicate_window:,} alert ids")
     lines.append(f"http: {config.http.host}:{config.http.port}")
     return "\n".join(lines)
+
+
+def _model_line(kind: str, model: Model, bundle: Bundle) -> str:
+    card = bundle.card
+    surveys = ", ".join(dict.fromkeys([*bundle.surveys, *model.also]))
+    line = f"{kind}: {card.name} {card.version} ({', '.join(card.outputs.labels)}) for {surveys}"
+    for label in card.outputs.labels:
+        if (trained_for := bundle.surveys_of(label)) != bundle.surveys:
+            line += f"; {label} only for {', '.join(dict.fromkeys([*trained_for, *model.also]))}"
+    if len(bundle.parts) > 1:
+        line += "".join(f"; {', '.join(part.surveys)} by {part.card.title}" for part in bundle.parts)
+    return line

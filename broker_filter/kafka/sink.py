@@ -35,10 +35,13 @@ class UnaccountedError(RuntimeError):
 def divide(delivery: Delivery, scored: ScoredBatch, routed: Routed) -> list[Work]:
     """Return the output of a batch by claim, in the order of reading, without packets whose claim has ended.
 
-    Raises UnaccountedError for a packet without an outcome, or with an outcome but no output record.
+    An optional record does not count as the output of its alert. Raises UnaccountedError for a packet without an
+    outcome, or with an outcome but no output record.
     """
     accounts = account_packets(scored.less(routed.refused))
-    published = Counter(routed.packet_index)
+    for k, reason in routed.left_out:
+        accounts[k].left_out[reason] += 1
+    published = Counter(k for k, record in zip(routed.packet_index, routed.records, strict=True) if not record.optional)
     works: dict[Claim, Work] = {}
     place: dict[int, tuple[Work, int]] = {}
     for k, (packet, offset, claim) in enumerate(zip(delivery.packets, delivery.offsets, delivery.claims, strict=True)):

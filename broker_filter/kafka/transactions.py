@@ -38,6 +38,7 @@ from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.rejects import RejectReason
 from broker_filter.streaming.account import Account
 from broker_filter.streaming.encoding import OutputRecord
+from broker_filter.streaming.scored import LeftOut
 
 BATCH_BYTES = 1_000_000
 """librdkafka's default. A batch of records is smaller, unless it holds a single record."""
@@ -169,15 +170,22 @@ class Work:
     def fit(self, limits: RecordLimits) -> None:
         """Make every record fit into its topic. A record that is too large becomes a dead letter.
 
-        A dead letter that is too large is shortened, and gets the header TRUNCATED.
+        A dead letter that is too large is shortened, and gets the header TRUNCATED. An optional record that is too
+        large is left out.
         """
         too_large = [(i, record) for i, record in self.records if _size(record) > limits.of(record.topic)]
         if not too_large:
             return
-        refused = {i: record for i, record in too_large if record.topic != limits.dead_letter}
+        refused = {i: one for i, one in too_large if not (one.optional or one.topic == limits.dead_letter)}
         for i, record in refused.items():
             self._reject_too_large(i, record, limits)
-        self.records = [(i, _cut(record, limits)) for i, record in self.records]
+        kept = []
+        for i, record in self.records:
+            if record.optional and _size(record) > limits.of(record.topic):
+                self.accounts[i].left_out[LeftOut.TOO_LARGE] += 1
+            else:
+                kept.append((i, _cut(record, limits)))
+        self.records = kept
 
     def _reject_too_large(self, i: int, record: OutputRecord, limits: RecordLimits) -> None:
         detail = f"topic {record.topic} accepts no record of {_size(record)} bytes: raise its max.message.bytes"

@@ -252,18 +252,21 @@ class Scorer:
         schema_registry: SchemaRegistry | str | Path | None = None,
         *,
         columns: Sequence[str] = (),
+        beside: Sequence[Model] = (),
         max_packet_bytes: int = MAX_CONTAINER_BYTES,
     ) -> Decoder:
         """Return a decoder of everything that the models read: cutouts of `cutout_size`, planes, and metadata columns.
 
         `schema_registry`, `max_packet_bytes` and the errors raised: see Decoder. `columns`: metadata columns to decode
-        besides those of the models.
+        besides those of the models. `beside`: models outside of this scorer that read the same batches.
         """
+        wanted = (*self.columns, *(column for model in beside for column in model.columns), *columns)
+        planes = (*self.planes, *(plane for model in beside for plane in model.planes))
         return Decoder(
             schema_registry,
-            cutout_size=self.cutout_size,
-            columns=tuple(dict.fromkeys((*self.columns, *columns))),
-            planes=self.planes,
+            cutout_size=max([self.cutout_size, *(model.cutout_size for model in beside)]),
+            columns=tuple(dict.fromkeys(wanted)),
+            planes=tuple(dict.fromkeys(planes)),
             max_packet_bytes=max_packet_bytes,
         )
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from broker_filter.packets.batch import PLANES, AlertBatch, Plane, Survey
 from broker_filter.packets.rejects import RejectReason
 from broker_filter.packets.surveys import rows_of_unknown_version
-from broker_filter.streaming.scored import ScoredBatch
+from broker_filter.streaming.scored import LeftOut, ScoredBatch
 
 MJD_OF_UNIX_EPOCH = 40_587.0
 SECONDS_PER_DAY = 86_400.0
@@ -44,6 +44,8 @@ class Account:
     """Scored alerts, by plane, for which a model used a fallback: the survey publishes the plane, but it is absent or
     unusable in at least one cutout of the alert."""
     rejected: Counter[RejectReason] = field(default_factory=Counter)
+    left_out: Counter[LeftOut] = field(default_factory=Counter)
+    """Records of the shadow topic that were left out, by reason. Their alerts are scored all the same."""
     sent: list[float] = field(default_factory=list)
     """Unix seconds at which the producer sent each packet that has a timestamp."""
     exposed: list[float] = field(default_factory=list)
@@ -60,6 +62,7 @@ class Account:
         self.unknown_version.update(other.unknown_version)
         self.fallbacks.update(other.fallbacks)
         self.rejected.update(other.rejected)
+        self.left_out.update(other.left_out)
 
 
 def account_batch(scored: ScoredBatch) -> Account:

@@ -88,6 +88,8 @@ class OutputRecord:
     key: bytes | None
     value: bytes
     headers: list[tuple[str, bytes]]
+    optional: bool = False
+    """Whether the record is left out if its topic does not accept it, while a record that is due rejects its alert."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -245,8 +247,19 @@ class Encoder:
 
         `scored_at_ms`: Unix milliseconds.
         """
-        rows = scored.scored.tolist()
-        annotations = encode_annotations(scored, scored_at_ms, self._configuration)
+        return self._records(scored, scored.scored.tolist(), scored_at_ms, ())
+
+    def encode_on_trial(self, scored: ScoredBatch, scored_at_ms: int) -> dict[int, tuple[OutputSchema, Body]]:
+        """Return schema and body, with the outputs of the shadow models, of each alert in `scored.on_trial`, by row."""
+        if not scored.shadows:
+            return {}
+        rows = scored.on_trial.tolist()
+        return dict(zip(rows, self._records(scored, rows, scored_at_ms, scored.shadows), strict=True))
+
+    def _records(
+        self, scored: ScoredBatch, rows: Sequence[int], scored_at_ms: int, shadows: Sequence[ModelScores]
+    ) -> list[tuple[OutputSchema, Body]]:
+        annotations = encode_annotations(scored, scored_at_ms, self._configuration, shadows)
         if self._payload == "scores":
             schema = scored_alert_schema()
             return [(schema, (encode_identity(scored.alerts, i), annotations[i])) for i in rows]
@@ -266,15 +279,19 @@ def _kept(record: Record, cutouts: bool) -> list[memoryview]:
     return [record.body[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
-def encode_annotations(scored: ScoredBatch, scored_at_ms: int, configuration: str) -> list[bytes]:
+def encode_annotations(
+    scored: ScoredBatch, scored_at_ms: int, configuration: str, shadows: Sequence[ModelScores] = ()
+) -> list[bytes]:
     """Return the Avro encoding of the field `broker_filter` for each of the batch's N alerts.
 
-    `scored_at_ms`: Unix milliseconds. `configuration`: revision of the configuration.
+    `scored_at_ms`: Unix milliseconds. `configuration`: revision of the configuration. `shadows`: outputs of shadow
+    models, which follow those of the serving models.
     """
     head = _string(__version__) + encode_long(scored_at_ms)
     duplicate = [TRUE if seen else FALSE for seen in scored.duplicate.tolist()]
     anomaly = _encode_anomalies(scored.anomalies) if scored.anomalies else [NULL] * len(duplicate)
-    models = [(model.taken.tolist(), _encode_model(model)) for model in scored.scores.models]
+    serving = [(model.taken.tolist(), _encode_model(model, shadow=False)) for model in scored.scores.models]
+    models = [*serving, *((model.taken.tolist(), _encode_model(model, shadow=True)) for model in shadows)]
     filters = _encode_filters(scored.filters, len(duplicate))
     no_matches, not_redriven = END, encode_long(0)
     tail = _string(configuration) + no_matches + not_redriven
@@ -393,7 +410,7 @@ def _encode_verdict(one: Explanation) -> bytes:
     return b"".join((*map(_string, texts), *(_optional(number, _float) for number in numbers)))
 
 
-def _encode_model(scores: ModelScores) -> list[bytes]:
+def _encode_model(scores: ModelScores, *, shadow: bool) -> list[bytes]:
     """Return an encoded ModelScores record for each of N rows.
 
     All have the same length and are filled in one array.
@@ -417,8 +434,7 @@ def _encode_model(scores: ModelScores) -> list[bytes]:
         template += SECOND_BRANCH + encode_long(scores.embedding.shape[1])
         leave_room(scores.embedding)
         template += END
-    not_shadow = FALSE
-    template += not_shadow
+    template += TRUE if shadow else FALSE
     rows = np.tile(np.frombuffer(template, dtype=np.uint8), (len(scores.taken), 1))
     for start, values in floats:
         encoded = np.ascontiguousarray(values, dtype="<f4").view(np.uint8)

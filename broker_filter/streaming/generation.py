@@ -6,18 +6,21 @@ a configuration, such as the window of duplicates and the metrics, is not in a g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from broker_filter.config import Service
+from broker_filter.config import Model, Service
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.schemas.registry import SchemaRegistry
 from broker_filter.packets.schemas.registry_client import no_beat
+from broker_filter.scoring.bundle import Bundle
+from broker_filter.scoring.scorer import Model as LoadedModel
 from broker_filter.scoring.scorer import Scorer, load_model
 from broker_filter.streaming.filters import Filters
 from broker_filter.streaming.judge import AnomalyJudge, open_judge
 from broker_filter.streaming.resolved import ResolvedService
 from broker_filter.streaming.routing import Router, open_router
+from broker_filter.streaming.shadow import ShadowScorer
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -28,11 +31,13 @@ class Generation:
     revision: str
     """Revision of the configuration, which each record states."""
     decoder: Decoder
-    """Decodes everything that the models, the judge and the filters read."""
+    """Decodes everything that the models, with those on trial, the judge and the filters read."""
     scorer: Scorer
     judge: AnomalyJudge | None
     """Flags anomalies; None without anomaly detection."""
     filters: Filters
+    shadows: ShadowScorer
+    """The models on trial, perhaps none."""
     router: Router
 
 
@@ -48,12 +53,8 @@ def open_generation(
     `open_judge` do.
     """
     config = service.config
-    scorer = Scorer(
-        tuple(
-            load_model(bundle, config.runtime, model.also)
-            for model, bundle in zip(config.models, service.bundles, strict=True)
-        )
-    )
+    scorer = Scorer(_load(config, config.serving, service.bundles))
+    shadows = ShadowScorer(_load(config, config.shadows, service.shadows))
     judge = None
     if anomalies := config.anomalies:
         judge = open_judge(scorer, anomalies.reference, anomalies.rate, service.judged, anomalies.lens)
@@ -61,6 +62,12 @@ def open_generation(
     decoder = scorer.decoder(
         registry,
         columns=(*filters.columns, *(judge.columns if judge else ())),
+        beside=shadows.models,
         max_packet_bytes=config.input.max_packet_bytes,
     )
-    return Generation(config, service.revision, decoder, scorer, judge, filters, open_router(service, waiting))
+    router = open_router(service, waiting)
+    return Generation(config, service.revision, decoder, scorer, judge, filters, shadows, router)
+
+
+def _load(config: Service, models: Sequence[Model], bundles: Sequence[Bundle]) -> tuple[LoadedModel, ...]:
+    return tuple(load_model(bundle, config.runtime, model.also) for model, bundle in zip(models, bundles, strict=True))

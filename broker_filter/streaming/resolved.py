@@ -24,7 +24,9 @@ class ResolvedService:
 
     config: Service
     bundles: tuple[Bundle, ...]
-    """The opened bundles, in the order of `config.models`."""
+    """The opened bundles, in the order of `config.serving`."""
+    shadows: tuple[Bundle, ...]
+    """The opened bundles on trial, in the order of `config.shadows`."""
     filters: tuple[tuple[str, Expression], ...]
     """Name and compiled expression of each filter, in the order of `config.filters`."""
     judged: Expression | None
@@ -37,7 +39,7 @@ class Resolver:
     """Opens the bundles of one service file and compiles expressions over their outputs. It repeats no work."""
 
     def __init__(self, bundles: Sequence[str]) -> None:
-        """`bundles`: the bundles that the file names, valid or not."""
+        """`bundles`: the bundles that the file names, valid or not, except shadows, whose outputs no filter sees."""
         self._names = bundles
         self._opened: dict[str, Bundle | BundleError] = {}
         self._compiled: dict[str, Expression] = {}
@@ -54,7 +56,7 @@ class Resolver:
         return opened
 
     def bundles(self) -> list[Bundle] | None:
-        """Return all bundles of the file, or None if one of them cannot be opened."""
+        """Return all bundles of the file except shadows, or None if one of them cannot be opened."""
         try:
             return [self.bundle(name) for name in self._names]
         except BundleError:
@@ -78,21 +80,22 @@ class Resolver:
         the reference cannot be read, and OSError if the card of a lens cannot be read.
         """
         where = config.anomalies.where if config.anomalies else None
-        bundles = tuple(self.bundle(model.bundle) for model in config.models)
         return ResolvedService(
             config,
-            bundles=bundles,
+            bundles=tuple(self.bundle(model.bundle) for model in config.serving),
+            shadows=tuple(self.bundle(model.bundle) for model in config.shadows),
             filters=tuple((one.name, self.expression(one.where)) for one in config.filters),
             judged=None if where is None else self.expression(where),
-            revision=configuration_revision(config, bundles),
+            revision=configuration_revision(config, [self.bundle(model.bundle) for model in config.models]),
         )
 
 
 def configuration_revision(config: Service, bundles: Sequence[Bundle]) -> str:
     """Return the first REVISION_DIGITS hexadecimal digits of a sha256 over everything that decides a record's content.
 
-    These are the models (with the sha256 of their cards, which list that of all their files), the precision, reference,
-    rate and lenses of the anomaly detection, the filters, the payload, and the size of the window of duplicates.
+    These are the models (with the sha256 of their cards, which list that of all their files) and whether they are
+    shadows, the precision, reference, rate and lenses of the anomaly detection, the filters, the payload, and the size
+    of the window of duplicates.
     Brokers, topics, ports, secrets and limits of time and size are left out. The files that a filter reads are left
     out too: the revision of the filter covers them.
 
@@ -108,7 +111,7 @@ def configuration_revision(config: Service, bundles: Sequence[Bundle]) -> str:
     }
     decisive = {
         "models": [
-            [bundle.card.name, bundle.card.version, _sha256(bundle.directory / CARD), sorted(model.also)]
+            [bundle.card.name, bundle.card.version, _sha256(bundle.directory / CARD), sorted(model.also), model.shadow]
             for model, bundle in zip(config.models, bundles, strict=True)
         ],
         "precision": config.runtime.precision,
@@ -126,4 +129,4 @@ def _sha256(card: Path) -> str:
 
 def resolve(config: Service) -> ResolvedService:
     """Open the bundles and compile the filters of a configuration. Raises as `Resolver.resolve` does."""
-    return Resolver([model.bundle for model in config.models]).resolve(config)
+    return Resolver([model.bundle for model in config.serving]).resolve(config)

@@ -1,37 +1,48 @@
 """Chooses the topics of each alert, and turns a scored batch into output records. It does not use Kafka.
 
 An alert that a model scored goes to `<prefix>.scored`, to `<prefix>.anomalies` if it is flagged as an anomaly, and to
-`<prefix>.<name>` of each filter that it passes, unless this topic is paused. A message with a rejected alert goes to
-`<prefix>.dead-letter` once, with its original bytes. It goes there only once even if several of its alerts are
-rejected, so that output cannot multiply input.
+`<prefix>.<name>` of each filter that it passes, unless this topic is paused. If a shadow model scored it too, it also
+goes to `<prefix>.shadow`. A message with a rejected alert goes to `<prefix>.dead-letter` once, with its original bytes.
+It goes there only once even if several of its alerts are rejected, so that output cannot multiply input.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from broker_filter.config import ANOMALIES, DEAD_LETTER, SCORED
+from broker_filter.config import ANOMALIES, DEAD_LETTER, SCORED, SHADOW
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.rejects import Reject, RejectReason
-from broker_filter.packets.schemas.registry_client import no_beat
+from broker_filter.packets.schemas.registry_client import RegistryUnavailable, no_beat
 from broker_filter.streaming.encoding import (
+    Body,
     ContainerFraming,
     Encoder,
     Framing,
     OutputRecord,
+    OutputSchema,
     RegistryRefusalError,
     WireFraming,
 )
 from broker_filter.streaming.resolved import ResolvedService
-from broker_filter.streaming.scored import ScoredBatch
+from broker_filter.streaming.scored import LeftOut, ScoredBatch
 
 MAX_DETAIL_BYTES = 500
 """Largest size of a dead letter's header `detail`, which may contain text from a packet."""
+REGISTRY_REST_S = 60.0
+"""Time in seconds without records of the shadow topic after the schema registry gave no answer for it. A request may
+take 10 s, during which no alert is routed."""
+SAY_AGAIN_S = 60.0
+"""Time in seconds until the next record of the shadow topic that is left out is logged, because each one may be."""
+
+log = logging.getLogger(__name__)
 
 Header = tuple[str, bytes]
 
@@ -40,10 +51,12 @@ Header = tuple[str, bytes]
 class Routed:
     """The output records of a batch. Record k was made from the packet `packet_index[k]` of the batch.
 
-    `refused`: rejects by row, for the scored rows whose output schema the schema registry refused.
+    `refused`: rejects by row, for the scored rows whose output schema the schema registry refused. `left_out`: for each
+    record of the shadow topic that was left out, the index of its packet and the reason.
     """
 
     refused: Mapping[int, Reject] = field(default_factory=dict)
+    left_out: list[tuple[int, LeftOut]] = field(default_factory=list)
     records: list[OutputRecord] = field(default_factory=list)
     packet_index: list[int] = field(default_factory=list)
     published: Counter[str] = field(default_factory=Counter)  # records by topic
@@ -63,12 +76,13 @@ class Router:
         prefix: str,
         *,
         models: Sequence[tuple[str, str]],
+        shadows: Sequence[tuple[str, str]] = (),
         encoder: Encoder,
         framing: Framing,
         drop_duplicates: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`models`: name and version of each model, for the header `models`.
+        """`models`: name and version of each model, for the header `models`. `shadows`: the same of the shadow models.
 
         `clock`: returns Unix seconds, for the field `scored_at`.
         """
@@ -76,7 +90,11 @@ class Router:
         self._scored = f"{prefix}.{SCORED}"
         self._anomalous = f"{prefix}.{ANOMALIES}"
         self._dead_letter = f"{prefix}.{DEAD_LETTER}"
-        self._models: Header = ("models", ",".join(f"{name}={version}" for name, version in models).encode())
+        self._shadow = f"{prefix}.{SHADOW}"
+        self._models = _models_header(models)
+        self._models_and_shadows = _models_header([*models, *shadows])
+        self._registry_rests_until = -math.inf
+        self._said = -math.inf
         self._encoder = encoder
         self._framing = framing
         self._drop_duplicates = drop_duplicates
@@ -89,9 +107,12 @@ class Router:
         if scored.anomalies:
             chosen.append((self._anomalous, scored.anomalies.flag))
         chosen += [(f"{self._prefix}.{one.name}", one.passed) for one in scored.filters if not one.paused]
-        encoded = self._encoder.encode(scored, int(self._clock() * 1000))
+        now_ms = int(self._clock() * 1000)
+        encoded = self._encoder.encode(scored, now_ms)
+        on_trial = self._encoder.encode_on_trial(scored, now_ms)
         published: list[tuple[OutputRecord, int]] = []
         refused: dict[int, Reject] = {}
+        left_out: list[tuple[int, LeftOut]] = []
         for i, (schema, body) in zip(rows.tolist(), encoded, strict=True):
             if self._drop_duplicates and scored.duplicate[i]:
                 continue
@@ -105,8 +126,15 @@ class Router:
                 refused[i] = _refused(scored, i, str(error))
                 continue
             published += [(OutputRecord(topic, key, value, headers), packet_index) for topic, value in values]
+            if i in on_trial:
+                framed = self._frame_on_trial(*on_trial[i])
+                if isinstance(framed, LeftOut):
+                    left_out.append((packet_index, framed))
+                else:
+                    headers = [self._models_and_shadows if header is self._models else header for header in headers]
+                    published.append((OutputRecord(self._shadow, key, framed, headers, optional=True), packet_index))
         scored = scored.less(refused)
-        routed = Routed(refused)
+        routed = Routed(refused, left_out)
         for record, packet_index in published:
             routed.add(record, packet_index)
         rejects: dict[int, list[Reject]] = {}
@@ -115,6 +143,22 @@ class Router:
         for packet_index, of_packet in rejects.items():
             routed.add(self._dead_letter_record(of_packet), packet_index)
         return routed
+
+    def _frame_on_trial(self, schema: OutputSchema, body: Body) -> bytes | LeftOut:
+        """Return the value for the shadow topic, or why there is none: no trouble of this topic stops the stream."""
+        if self._clock() < self._registry_rests_until:
+            return LeftOut.REGISTRY_UNAVAILABLE
+        try:
+            return self._framing.frame(schema, body, self._shadow)
+        except RegistryRefusalError as error:
+            reason, trouble = LeftOut.SCHEMA_REFUSED, str(error)
+        except RegistryUnavailable as error:
+            self._registry_rests_until = self._clock() + REGISTRY_REST_S
+            reason, trouble = LeftOut.REGISTRY_UNAVAILABLE, str(error)
+        if self._clock() - self._said >= SAY_AGAIN_S:
+            self._said = self._clock()
+            log.warning("%s: records are left out: %s", self._shadow, trouble)
+        return reason
 
     def _dead_letter_record(self, rejects: Sequence[Reject]) -> OutputRecord:
         """Return the dead letter of a packet with these `rejects`.
@@ -138,6 +182,10 @@ class Router:
         """Return the headers that all output records have. The header `record` is left out for the first alert."""
         which = [("record", str(record).encode())] if record else []
         return [("input", str(packet.position).encode()), *which, self._models]
+
+
+def _models_header(models: Iterable[tuple[str, str]]) -> Header:
+    return "models", ",".join(f"{name}={version}" for name, version in models).encode()
 
 
 def _refused(scored: ScoredBatch, i: int, detail: str) -> Reject:
@@ -166,6 +214,7 @@ def open_router(service: ResolvedService, waiting: Callable[[], None] = no_beat)
     return Router(
         config.output.prefix,
         models=[(bundle.card.name, bundle.card.version) for bundle in service.bundles],
+        shadows=[(bundle.card.name, bundle.card.version) for bundle in service.shadows],
         encoder=Encoder(config.output.payload, service.revision),
         framing=framing,
         drop_duplicates=config.duplicates == "drop",

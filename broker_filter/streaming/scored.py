@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,10 +16,21 @@ from numpy.typing import NDArray
 from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.rejects import Reject
-from broker_filter.scoring.scores import Scores
+from broker_filter.scoring.scores import ModelScores, Scores
 
 if TYPE_CHECKING:
     from broker_filter.anomalies.score import Reason
+
+
+class LeftOut(StrEnum):
+    """Why a record of the shadow topic was left out. The alert's other records are published all the same."""
+
+    SCHEMA_REFUSED = "schema_refused"
+    """The schema registry refused the schema for the shadow topic."""
+    REGISTRY_UNAVAILABLE = "registry_unavailable"
+    """The schema registry gave no id for the shadow topic, although it gave ids for the other topics."""
+    TOO_LARGE = "too_large"
+    """The record is larger than the shadow topic accepts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +78,19 @@ class ScoredBatch:
     rejects: Sequence[Reject]
     anomalies: Anomalies | None = None  # None without anomaly detection
     filters: tuple[FilterOutcome, ...] = ()  # one for each configured filter, in the configured order
+    shadows: tuple[ModelScores, ...] = ()
+    """The outputs of the shadow models, without those of a model that failed on the batch."""
 
     @property
     def scored(self) -> NDArray[np.int64]:
         """Indices of the rows of `alerts` that at least one model scored, int64[number of scored alerts]."""
         return np.flatnonzero(self.scores.taken)
+
+    @property
+    def on_trial(self) -> NDArray[np.int64]:
+        """Indices of the scored rows that at least one shadow model scored too, int64[number of such alerts]."""
+        shadowed = [scores.taken for scores in self.shadows]
+        return np.flatnonzero(self.scores.taken & np.logical_or.reduce(shadowed, initial=False))
 
     def less(self, refused: Mapping[int, Reject]) -> ScoredBatch:
         """Return the batch with some scored rows turned into rejects. `refused`: rejects by row."""

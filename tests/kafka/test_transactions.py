@@ -44,6 +44,7 @@ from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.rejects import RejectReason
 from broker_filter.streaming.account import Account
 from broker_filter.streaming.encoding import OutputRecord
+from broker_filter.streaming.scored import LeftOut
 
 SCORED, LETTERS = "me.scored", "me.dead-letter"
 TIMED_OUT = KafkaError(KafkaError._TIMED_OUT, "timed out", retriable=True)
@@ -232,6 +233,17 @@ def test_too_large_record_becomes_a_dead_letter_with_the_packet_and_the_reason()
     )
     assert [account.scored for account in some.accounts] == [1, 0, 1]
     assert [dict(account.rejected) for account in some.accounts] == [{}, {RejectReason.TOO_LARGE: 1}, {}]
+
+
+def test_a_too_large_optional_record_is_left_out_and_rejects_no_alert() -> None:
+    some = work(CLAIM, 0, bytes(50), bytes(51))
+    shadows = [OutputRecord("me.shadow", None, bytes(n), [], optional=True) for n in (40, 60, 60)]
+    some.records += [(0, shadows[0]), (0, shadows[1]), (1, shadows[2])]
+    sizes = {"scored": 50, "shadow": 50, "dead_letter": 1000}
+    admin = FakeAdmin(**{name: size + RECORD_OVERHEAD_BYTES for name, size in sizes.items()})
+    some.fit(RecordLimits(admin, [SCORED, "me.shadow", LETTERS], LETTERS))  # type: ignore[arg-type]
+    assert [(i, record.topic) for i, record in some.records] == [(0, SCORED), (0, "me.shadow"), (1, LETTERS)]
+    assert [(account.scored, account.left_out) for account in some.accounts] == [(1, {LeftOut.TOO_LARGE: 1}), (0, {})]
 
 
 def test_key_and_headers_count_in_the_size_of_a_record() -> None:
