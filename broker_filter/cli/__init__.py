@@ -22,6 +22,7 @@ from broker_filter.errors import FAILED, BrokerFilterError, is_fault, without_cr
 COMMANDS = (
     "score",
     "run",
+    "positions",
     "replay",
     "inspect",
     "models",

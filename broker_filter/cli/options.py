@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 STDIN = "-"
 """The name that stands for standard input among the inputs, as in `streaming.archives`."""
 INPUT_HELP = f"file, folder (read recursively) or archive; `{STDIN}` for standard input"
+
+AGO = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+MOMENT_HELP = "ISO time (UTC, unless it has a zone), or a duration before now such as 90s, 30m, 2h or 1d"
+
+
+def moment(text: str) -> datetime:
+    """Parse a time as MOMENT_HELP describes it, and return it in UTC. Raises ArgumentTypeError for any other text."""
+    try:
+        if ago := AGO.fullmatch(text):
+            return datetime.now(UTC) - timedelta(seconds=float(ago[1]) * SECONDS[ago[2]])
+        given = datetime.fromisoformat(text)
+        return given.replace(tzinfo=UTC) if given.tzinfo is None else given.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text} is not an {MOMENT_HELP}") from None
+
+
+def add_config_option(parser: argparse.ArgumentParser) -> None:
+    """Add the required option `--config` to a parser."""
+    parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="the service's YAML file")
 
 
 def add_registry_option(parser: argparse.ArgumentParser, use: str = "alerts in Confluent wire format") -> None:

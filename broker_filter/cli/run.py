@@ -7,7 +7,8 @@ import gc
 import os
 import signal
 import threading
-from pathlib import Path
+
+from broker_filter.cli.options import add_config_option
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """The signals on which the service drains. SIGHUP comes when a terminal is closed or a supervisor reloads."""
@@ -24,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Runs the service until SIGTERM, SIGINT, SIGHUP or SIGQUIT. The service then commits the alerts in "
         "flight and ends with status 0; a second signal ends it immediately. SIGUSR1 and SIGUSR2 are ignored.",
     )
-    parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="the service's YAML file")
+    add_config_option(parser)
     parser.set_defaults(run=_run)
 
 

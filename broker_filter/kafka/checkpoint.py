@@ -155,12 +155,12 @@ class GroupCheckpoint:
             return []
         # `AdminClient.list_consumer_group_offsets` is not used: that client has no group, and librdkafka 2.16 crashes
         # with a segmentation fault while the coordinator moves to another broker.
-        return _group_positions(partitions, self._observer.committed(list(partitions), timeout=REQUEST_TIMEOUT_S))
+        return group_positions(partitions, self._observer.committed(list(partitions), timeout=REQUEST_TIMEOUT_S))
 
     def _stored(self, partitions: Sequence[TopicPartition]) -> list[Position | None]:
         """Return the offsets from the group's coordinator, which answers when no open transaction holds one."""
         try:
-            return _group_positions(partitions, self._consumer.committed(list(partitions), timeout=STABLE_TIMEOUT_S))
+            return group_positions(partitions, self._consumer.committed(list(partitions), timeout=STABLE_TIMEOUT_S))
         except KafkaException as error:
             if error.args[0].code() not in REFUSED:
                 raise
@@ -266,11 +266,16 @@ def position_value(position: Position) -> bytes:
 
 def claim_offset(claim: Claim, offset: int) -> TopicPartition:
     """Return `offset` in the claim's partition as a TopicPartition, with the topic's id as metadata."""
-    epoch = NO_LEADER_EPOCH if claim.leader_epoch is None else claim.leader_epoch
-    return TopicPartition(claim.topic, claim.partition, offset, claim.topic_id or "", epoch)
+    return stored_offset(claim.topic, claim.partition, Position(offset, claim.topic_id, claim.leader_epoch))
 
 
-def _group_positions(partitions: Sequence[TopicPartition], answer: Sequence[TopicPartition]) -> list[Position | None]:
+def stored_offset(topic: str, partition: int, position: Position) -> TopicPartition:
+    """Return a position as a TopicPartition, as a group stores it: with the topic's id as metadata."""
+    epoch = NO_LEADER_EPOCH if position.leader_epoch is None else position.leader_epoch
+    return TopicPartition(topic, partition, position.offset, position.topic_id or "", epoch)
+
+
+def group_positions(partitions: Sequence[TopicPartition], answer: Sequence[TopicPartition]) -> list[Position | None]:
     """Convert the coordinator's answer to positions, in the order of `partitions`; None for no stored offset.
 
     Raises KafkaException if the answer has an error for a partition.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 
@@ -169,7 +169,7 @@ class Days:
         now, before = self._clock(), self._found
         current = topic_names(self._section.topics, now)
         existing = self._admin.list_topics(timeout=REQUEST_TIMEOUT_S).topics
-        dates = {template: self._existing_days(template, now, existing) for template in self._templates}
+        dates = {template: existing_days(template, now, existing) for template in self._templates}
         partitions = {
             topic: [(topic, number) for number in sorted(existing[topic].partitions)]
             for of_template in dates.values()
@@ -190,11 +190,6 @@ class Days:
         days = {topic: day for of_template in dates.values() for topic, day in of_template.items()}
         earlier = sorted(unread, key=lambda topic: (days[topic], topic))
         return Found(current, earlier, dates, begun, topic_ids(self._admin, {*current, *earlier} & existing.keys()))
-
-    def _existing_days(self, template: str, now: datetime, existing: Mapping[str, object]) -> dict[str, date]:
-        """Return the days of the existing topics of a template, by topic."""
-        days = (now - timedelta(days=n) for n in range(HORIZON_DAYS))
-        return {topic: day.date() for day in days if (topic := day.strftime(template)) in existing}
 
     def _wanted(self, dates: Mapping[str, Mapping[str, date]], begun: frozenset[str]) -> set[str]:
         """Return the topics to read if they hold unread messages.
@@ -221,3 +216,18 @@ class Days:
                 return moment.date() - timedelta(days=1)
             case _:
                 return date.max
+
+
+def existing_days(template: str, now: datetime, existing: Container[str]) -> dict[str, date]:
+    """Return the days of the existing topics of a template, by topic, the latest day first."""
+    days = (now - timedelta(days=n) for n in range(HORIZON_DAYS))
+    return {topic: day.date() for day in days if (topic := day.strftime(template)) in existing}
+
+
+def existing_topics(templates: Sequence[str], now: datetime, existing: Container[str]) -> list[str]:
+    """Return the existing topics of all days of some names, which may be templates; for each name, the oldest first."""
+    found = []
+    for template in templates:
+        of_template = existing_days(template, now, existing) if "%" in template else [template]
+        found += [topic for topic in reversed(list(of_template)) if topic in existing]
+    return list(dict.fromkeys(found))
