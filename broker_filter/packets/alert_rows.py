@@ -5,9 +5,10 @@ This module must not import pyarrow, which takes long and which packets do not n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, overload
+from itertools import islice
+from typing import TYPE_CHECKING, Protocol, overload, runtime_checkable
 
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.schemas.writer_schema import WriterSchema
@@ -46,3 +47,20 @@ class AlertRows(Sequence[Packet]):
 
     def _position(self, row: int) -> FilePosition:
         return replace(self.position, record=self.position.record + row)
+
+
+@runtime_checkable
+class Batched(Protocol):
+    """A source of packets that comes in batches, some of which may be AlertRows."""
+
+    def batches(self, size: int) -> Iterator[Sequence[Packet]]:
+        """Yield all packets in order, at most `size` at a time."""
+        ...
+
+
+def in_batches(packets: Iterable[Packet] | Batched, size: int) -> Iterator[Sequence[Packet]]:
+    """Yield all packets in order, at most `size` at a time; from a Batched source, rows of tables as AlertRows."""
+    if isinstance(packets, Batched):
+        return packets.batches(size)
+    waiting = iter(packets)
+    return iter(lambda: list(islice(waiting, size)), [])

@@ -9,11 +9,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import islice
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from broker_filter.packets.alert_rows import Batched, in_batches
 from broker_filter.packets.batch import AlertBatch, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
@@ -72,22 +71,6 @@ def score_packets(packets: Sequence[Packet], decoder: Decoder, scorer: Scorer, w
     return score_alerts(alerts, rejects, scorer, window)
 
 
-@runtime_checkable
-class Batched(Protocol):
-    """A source of packets that comes in batches, some of which may be AlertRows."""
-
-    def batches(self, size: int) -> Iterator[Sequence[Packet]]:
-        """Yield all packets in order, at most `size` at a time."""
-        ...
-
-
-def _in_batches(packets: Iterable[Packet] | Batched, size: int) -> Iterator[Sequence[Packet]]:
-    if isinstance(packets, Batched):
-        return packets.batches(size)
-    waiting = iter(packets)
-    return iter(lambda: list(islice(waiting, size)), [])
-
-
 def score_stream(
     packets: Iterable[Packet] | Batched,
     decoder: Decoder,
@@ -107,7 +90,7 @@ def score_stream(
     window = window or DuplicateWindow(DUPLICATE_WINDOW)
     threads = threads or available_cores()
     decoded: deque[tuple[Sequence[Packet], Future[tuple[AlertBatch, list[Reject]]]]] = deque()
-    batches = _in_batches(packets, batch_size)
+    batches = in_batches(packets, batch_size)
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
             while True:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fastavro
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -14,6 +18,7 @@ pytest.importorskip("galsim", reason="simulated alerts need the extra `demo`")
 
 from broker_filter.scoring.labels import Labels, parse_rule, read_labels
 from broker_filter.simulate import SimulatedAlert, simulate_night
+from tests.packets.arrow_types import PRIMITIVES, arrow_type
 from training.data.build_dataset import build_dataset
 from training.data.datasets import Dataset
 
@@ -63,6 +68,17 @@ def night_packets(alerts_of_the_night: list[SimulatedAlert], tmp_path_factory: p
     for alert in alerts_of_the_night:
         (directory / f"{alert.alert_id}.avro").write_bytes(alert.packet)
     return directory
+
+
+@pytest.fixture(scope="session")
+def night_parquet(night_packets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Parquet file with the alerts of the night as rows, in the order of `night_packets`."""
+    readers = [fastavro.reader(io.BytesIO(file.read_bytes())) for file in sorted(night_packets.iterdir())]
+    columns = arrow_type(readers[0].writer_schema, {**PRIMITIVES})
+    table = pa.Table.from_pylist([next(reader) for reader in readers], schema=pa.schema(columns.fields))
+    path = tmp_path_factory.mktemp("rows") / "night.parquet"
+    pq.write_table(table, path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -139,14 +138,13 @@ def load_lsst(inputs: Sequence[Path], schemas: str | None) -> tuple[Seen, RawAle
     `inputs` are files, folders and archives. The second result holds the same alerts as decoded, with cutouts of
     DECODED_SIZE. Raises DatasetError if no alert is of LSSTCam.
     """
-    packets = read_packets(inputs)
     decoder = Decoder(
         open_registry(schemas), cutout_size=DECODED_SIZE, columns=(*METADATA, "visit", "reliability"), planes=PLANES
     )
+    packets = read_packets(inputs, wanted=decoder.fields)
     batches: list[tuple[RawAlerts, NDArray[np.int64], NDArray[np.str_]]] = []
     known: set[int] = set()
-    while some := list(islice(packets, PACKETS_AT_ONCE)):
-        batch, _ = decoder.decode(some)
+    for batch, _ in decoder.decode_batches(packets.batches(PACKETS_AT_ONCE)):
         reliability = batch.metadata[:, batch.columns.index("reliability")]
         wanted = (batch.survey == Survey.LSST) & np.isfinite(reliability)
         for n in np.flatnonzero(wanted).tolist():
@@ -263,11 +261,8 @@ def load_ztf(inputs: Sequence[Path], teacher: Part) -> Seen:
 def simulate(n: int, seed: int, rates: Mapping[str, float] = RATES) -> Seen:
     """Return `n` simulated LSST alerts with their truth. `rates`: the relative frequency of each kind."""
     night = SimulatedNight(n, seed, "lsst", rates)
-    packets = iter(night)
     decoder = Decoder(open_registry(SCHEMAS), cutout_size=SIZE, columns=(*METADATA, "ndethist"), planes=PLANES)
-    batches: list[AlertBatch] = []
-    while some := list(islice(packets, PACKETS_AT_ONCE)):
-        batches.append(decoder.decode(some)[0])
+    batches: list[AlertBatch] = [batch for batch, _ in decoder.decode_stream(night, PACKETS_AT_ONCE)]
     alert_id = np.concatenate([batch.alert_id for batch in batches])
     kinds = night.kinds(alert_id)
     images, metadata = _as_seen(_joined([raw_alerts(batch) for batch in batches]))

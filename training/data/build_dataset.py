@@ -14,9 +14,8 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from broker_filter.cli.parser import UsageError
 from broker_filter.console import progress
 from broker_filter.packets.batch import PLANES, AlertBatch, LightCurves, Plane, Survey
 from broker_filter.packets.decode import DEFAULT_CUTOUT_SIZE, Decoder
+from broker_filter.packets.packet import Packet
 from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.packets.surveys import DEFAULT_COLUMNS
 from broker_filter.scoring.bundle import MAX_CUTOUT_SIZE, POINT_COLUMNS
@@ -350,6 +350,14 @@ def _begin(out: Path, request: dict[str, Any]) -> None:
     write_whole(path, yaml.safe_dump(request, sort_keys=False).encode())
 
 
+def _without_first(n: int, batches: Iterator[Sequence[Packet]]) -> Iterator[Sequence[Packet]]:
+    """Yield the batches without the first `n` packets."""
+    for batch in batches:
+        if n < len(batch):
+            yield batch[n:]
+        n = max(0, n - len(batch))
+
+
 def _write_shards(
     directory: Path, inputs: Sequence[Path], decoder: Decoder, labels: Labels, chosen: Expression | None
 ) -> None:
@@ -360,15 +368,13 @@ def _write_shards(
     written = sorted(directory.glob("*.arrow"))
     seen = {alert for file in written for alert in open_shard(file)["alert_id"].tolist()}
     n_packets = _packets_up_to(written[-1]) if written else 0
-    packets = read_packets(inputs)
-    next(islice(packets, n_packets, n_packets), None)  # skip them
+    batches = _without_first(n_packets, read_packets(inputs, wanted=decoder.fields).batches(PACKETS_AT_ONCE))
     parts: list[dict[str, Any]] = []
     n_alerts = n_decoded = n_chosen = 0
     left_out: Counter[str] = Counter()
     with progress("Decoding", unit="packets") as advance:
-        while some := list(islice(packets, PACKETS_AT_ONCE)):
-            n_packets += len(some)
-            alerts, rejects = decoder.decode(some)
+        for alerts, rejects in decoder.decode_batches(batches):
+            n_packets += len(alerts.packets)
             left_out.update(str(reject.reason) for reject in rejects)
             rows = chosen.holds(alerts, {}) if chosen else np.ones(len(alerts), np.bool_)
             n_decoded, n_chosen = n_decoded + len(alerts), n_chosen + int(rows.sum())
@@ -377,7 +383,7 @@ def _write_shards(
             if n_alerts >= ALERTS_PER_SHARD:
                 written.append(_write_shard(directory / f"{len(written):05}.arrow", parts, n_packets))
                 parts, n_alerts = [], 0
-            advance(len(some))
+            advance(len(alerts.packets))
     if n_alerts:
         written.append(_write_shard(directory / f"{len(written):05}.arrow", parts, n_packets))
     reasons = ", ".join(f"{reason} {n:,}" for reason, n in left_out.most_common())

@@ -8,10 +8,9 @@ without it is incomplete). Reading modifies nothing and loads only what is reque
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,6 +24,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from broker_filter.config import Section
+from broker_filter.packets.alert_rows import in_batches
 from broker_filter.packets.batch import CUTOUTS, PSF_SIZE, SURVEYS_WITH_PLANES, LightCurves, Plane, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
@@ -417,15 +417,14 @@ def load_alerts(inputs: Sequence[Path], cutout_size: int, columns: Sequence[str]
     return decode_alerts(read_packets(inputs), ", ".join(map(str, inputs)), cutout_size, columns)
 
 
-def decode_alerts(packets: Iterator[Packet], source: str, cutout_size: int, columns: Sequence[str]) -> Alerts:
+def decode_alerts(packets: Iterable[Packet], source: str, cutout_size: int, columns: Sequence[str]) -> Alerts:
     """Return every ZTF alert of the packets by ascending id, each id once; packets that cannot be decoded are skipped.
 
     Raises DatasetError, which names the packets' `source`, if there is no ZTF alert.
     """
     decoder = Decoder(open_registry(None), cutout_size=cutout_size, columns=columns)
     batches = []
-    while some := list(islice(packets, PACKETS_AT_ONCE)):
-        batch, _ = decoder.decode(some)
+    for batch, _ in decoder.decode_batches(in_batches(packets, PACKETS_AT_ONCE)):
         objects = np.array(batch.object_id, np.str_)
         alerts = Alerts(batch.alert_id, objects, batch.cutouts, batch.cutout_box, batch.metadata, batch.columns)
         batches.append(alerts[batch.survey == Survey.ZTF])

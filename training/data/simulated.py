@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -54,9 +53,7 @@ def simulate_cutouts(
     decoder = Decoder(open_registry(SCHEMAS), cutout_size=size, columns=())
     cutouts, boxes, kinds = [], [], []
     night = SimulatedNight(n, seed, survey, RATES)
-    packets = iter(night)
-    while some := list(islice(packets, PACKETS_AT_ONCE)):
-        batch, _ = decoder.decode(some)
+    for batch, _ in decoder.decode_stream(night, PACKETS_AT_ONCE):
         cutouts.append(batch.cutouts)
         boxes.append(batch.cutout_box)
         kinds.append(night.kinds(batch.alert_id))

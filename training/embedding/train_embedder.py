@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ from torch.nn.functional import normalize
 
 from broker_filter.config import SurveyName
 from broker_filter.importers.write_bundle import write_bundle
-from broker_filter.packets.batch import AlertBatch, LightCurves
+from broker_filter.packets.alert_rows import in_batches
+from broker_filter.packets.batch import LightCurves
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.photometry import NO_VALUE
@@ -148,8 +148,7 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = Recipe(steps=arguments.steps, seed=arguments.seed)
     alerts = decode(read_packets(arguments.inputs), inputs)
     simulated = {
-        survey: decode(iter(SimulatedNight(SIMULATED, seed, survey)), inputs)
-        for survey, seed in SIMULATION_SEEDS.items()
+        survey: decode(SimulatedNight(SIMULATED, seed, survey), inputs) for survey, seed in SIMULATION_SEEDS.items()
     }
     unseen = held_out(alerts.object_id, TEST_FRACTION, SPLIT_SEED)
     log.info("%d real training alerts, %d real test alerts", (~unseen).sum(), unseen.sum())
@@ -180,7 +179,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def decode(
-    packets: Iterator[Packet], inputs: Inputs, columns: Sequence[str] = METADATA, schemas: str | None = str(SCHEMAS)
+    packets: Iterable[Packet], inputs: Inputs, columns: Sequence[str] = METADATA, schemas: str | None = str(SCHEMAS)
 ) -> Named:
     """Decode every alert of the packets for a network that takes `inputs`, with metadata `columns`, each alert id once.
 
@@ -190,9 +189,7 @@ def decode(
     Raises DatasetError if there is no alert.
     """
     decoder = Decoder(open_registry(schemas), cutout_size=inputs.images.size, columns=columns, planes=inputs.planes)
-    batches: list[AlertBatch] = []
-    while some := list(islice(packets, PACKETS_AT_ONCE)):
-        batches.append(decoder.decode(some)[0])
+    batches = [batch for batch, _ in decoder.decode_batches(in_batches(packets, PACKETS_AT_ONCE))]
     if not sum(map(len, batches)):
         raise DatasetError("no alert was read from the inputs: give files or archives of alerts")
     alert_id, first = np.unique(np.concatenate([batch.alert_id for batch in batches]), return_index=True)

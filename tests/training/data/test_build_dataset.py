@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from broker_filter.packets.decode import Decoder
+from broker_filter.packets.framing import parquet
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.scoring.labels import Labels, parse_rule, read_labels
@@ -37,30 +39,54 @@ def test_labels_are_joined_by_alert_and_by_object(
     assert dataset.card.classes == ("a", "b")
 
 
-def test_a_killed_build_resumes_and_gives_the_same_result(
-    night_packets: Path, night_labels: Labels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_rows_of_a_table_give_the_same_data_set_as_their_packets(
+    night_parquet: Path, night_labels: Labels, night_dataset: Dataset, tmp_path: Path
 ) -> None:
+    of_rows = build_dataset([night_parquet], night_labels, tmp_path / "rows")
+    assert of_rows.card == night_dataset.card  # it has the sha256 of every shard
+
+
+class CutShort:
+    """The packets of inputs, of which the reading is interrupted after some batches."""
+
+    def __init__(self, inputs: list[Path], wanted: Collection[str]) -> None:
+        self._packets = read_packets(inputs, wanted=wanted)
+
+    def batches(self, size: int) -> Iterator[Sequence[Packet]]:
+        yield from islice(self._packets.batches(size), 5)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stored", ["packets", "rows"])
+def test_a_killed_build_resumes_and_gives_the_same_result(
+    stored: str,
+    night_packets: Path,
+    night_parquet: Path,
+    night_labels: Labels,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    night = {"packets": night_packets, "rows": night_parquet}[stored]
     monkeypatch.setattr(building, "PACKETS_AT_ONCE", 8)
+    monkeypatch.setattr(parquet, "MOST_ROWS", 8)
+    monkeypatch.setattr(parquet, "ROWS_AT_A_TIME", 8)
     monkeypatch.setattr(building, "ALERTS_PER_SHARD", 16)
-    whole = build_dataset([night_packets], night_labels, tmp_path / "whole")
+    whole = build_dataset([night], night_labels, tmp_path / "whole")
     assert len(whole.card.shards) > 2
-
-    def cut_short(inputs: list[Path]) -> Iterator[Packet]:
-        for i, packet in enumerate(read_packets(inputs)):
-            if i == 40:
-                raise KeyboardInterrupt
-            yield packet
-
     with monkeypatch.context() as patch:
-        patch.setattr(building, "read_packets", cut_short)
+        patch.setattr(building, "read_packets", CutShort)
         with pytest.raises(KeyboardInterrupt):
-            build_dataset([night_packets], night_labels, tmp_path / "killed")
+            build_dataset([night], night_labels, tmp_path / "killed")
     with pytest.raises(DatasetError, match="run the same build-dataset again"):
         Dataset.open(tmp_path / "killed")
     written = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed" / SHARDS).iterdir()}
     assert written
-    resumed = build_dataset([night_packets], night_labels, tmp_path / "killed")
-    assert resumed.card == whole.card
+    monkeypatch.setattr(building, "PACKETS_AT_ONCE", 5)  # the build resumes in the middle of a batch
+    monkeypatch.setattr(parquet, "MOST_ROWS", 5)
+    monkeypatch.setattr(parquet, "ROWS_AT_A_TIME", 5)
+    resumed = build_dataset([night], night_labels, tmp_path / "killed")
+    assert resumed.alert_id.tolist() == whole.alert_id.tolist()
+    assert resumed.label.tolist() == whole.label.tolist()
     assert all((tmp_path / "killed" / SHARDS / name).stat().st_mtime_ns == time for name, time in written.items())
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 
 from broker_filter.cli.options import add_registry_option
 from broker_filter.console import progress
+from broker_filter.packets.alert_rows import in_batches
 from broker_filter.packets.batch import PLANES, AlertBatch, Plane, Survey
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import FilePosition, Packet
@@ -187,7 +187,7 @@ def build_alerts(
 
     def batches() -> Iterator[tuple[AlertBatch, NDArray[np.int64]]]:
         read = 0
-        for alerts in _decoded(decoder(schemas), read_packets(inputs) if inputs else iter(())):
+        for alerts in _decoded(decoder(schemas), read_packets(inputs) if inputs else ()):
             label = np.where(np.isin(alerts.survey, scored), _labels(alerts, labels, classes), UNLABELLED)
             read += int((label != UNLABELLED).sum())
             yield alerts, label
@@ -280,9 +280,8 @@ def describe_split(dataset: Dataset, rows: CollectedRows) -> str:
     )
 
 
-def _decoded(decoder: Decoder, packets: Iterator[Packet]) -> Iterator[AlertBatch]:
-    while some := list(islice(packets, PACKETS_AT_ONCE)):
-        yield decoder.decode(some)[0]
+def _decoded(decoder: Decoder, packets: Iterable[Packet]) -> Iterator[AlertBatch]:
+    return (alerts for alerts, _ in decoder.decode_batches(in_batches(packets, PACKETS_AT_ONCE)))
 
 
 def _packets(night: Iterator[SimulatedAlert], kind_of: dict[int, str]) -> Iterator[Packet]:
