@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.packets.batch import CUTOUTS
-from broker_filter.packets.light_curve_summary import CurveSummary, summarise
+from broker_filter.packets.light_curve_summary import CurveSummary
 from broker_filter.packets.photometry import DetectionsSoFar, Points, Values
 from broker_filter.packets.plan import Reading, Wanted, compile_program
 from broker_filter.packets.schemas.writer_schema import WriterSchema
@@ -208,7 +208,9 @@ class Layout:
                 np.searchsorted(rows, history_rows[first_table]),
                 list(history[first_table, 1:].T),
             )
-        curve = summarise(pieces[0], pieces[1:], rows) if self._summarises else None
+        curve = None
+        if self._summarises:
+            curve = CurveSummary(pieces[0], pieces[1:], rows, self.format.night_start)
         metadata = np.full((len(scalars), len(self._missing)), np.nan)
         metadata[:, self._direct] = scalars[:, self._direct_slots]
         metadata[metadata == self._missing] = np.nan

@@ -43,6 +43,9 @@ from broker_filter.packets.sky_coordinates import ECLIPTIC, GALACTIC, latitude, 
 
 UNVERSIONED = "unversioned"
 """The schema version of alerts that have none: ZTF alerts of early 2018, and some redistributed LSST alerts."""
+TEMPLATE_MATCH_ARCSEC = 1.4
+"""The greatest distance from a ZTF alert at which ALeRCE takes the nearest source in the template for the source of the
+alert before its variation (Förster et al. 2021, AJ 161, 242; `DISTANCE_THRESHOLD` in its code `lc_correction`)."""
 SOLAR_SYSTEM_MATCH_ARCSEC = 5.0
 """ZTF lists the nearest known solar-system object within 30 arcsec. As in Fink, an object within this distance is taken
 for the source of the alert."""
@@ -72,22 +75,39 @@ class SoFar:
     name: Literal["first_jd", "peak_jd", "peak_magnitude", "faintest_magnitude"]
 
 
+CurveColumn = Literal[
+    "first_mjd",
+    "peak_mjd",
+    "peak_flux",
+    "peak_band",
+    "faintest_flux",
+    "nights",
+    "band_peak_flux",
+    "amplitude",
+    "rise_mag_rate",
+    "rise_mag_rate_err",
+    "decline_mag_rate",
+    "decline_mag_rate_err",
+    "u_g",
+    "g_r",
+    "r_i",
+    "i_z",
+    "z_y",
+    "rise_rate",
+    "nondetections",
+    "days_since_nondetection",
+    "nondetection_maglim",
+    "days_since_early_nondetection",
+    "early_nondetection_maglim",
+]
+"""The names of the columns of `CurveSummary`."""
+
+
 @dataclass(frozen=True, slots=True)
 class OfCurve:
-    """A number computed from the light curve up to the time of the alert: a field of `CurveSummary`."""
+    """A number computed from the light curve up to the time of the alert: a column of `CurveSummary`."""
 
-    name: Literal[
-        "first_mjd",
-        "peak_mjd",
-        "peak_flux",
-        "peak_band",
-        "faintest_flux",
-        "rise_rate",
-        "nondetections",
-        "days_since_nondetection",
-        "nondetection_maglim",
-        "days_since_early_nondetection",
-    ]
+    name: CurveColumn
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +161,7 @@ class SurveyFormat:
     the record has no `object_name` (text); 0 means that there is no object. `version`: the field of the schema version.
     `reliability_version`: the text field of the version of the survey's own real-bogus score; None if there is none.
     `known_versions`: the schema versions whose fields this module was written for; None if versions are not compared.
+    `night_start`: the time of day at which a night begins, as a fraction of a day in the time scale of the survey.
     `place`: sources of MJD (d), right ascension (deg), declination (deg) and the index of the band. `cutouts`: the
     cutout fields in the order of `CUTOUTS`. `stamp`: the field inside a cutout that holds the FITS bytes; None if the
     cutout field itself holds the bytes. `stamps_centred`: whether a stamp smaller than its slot is centred in it.
@@ -157,6 +178,7 @@ class SurveyFormat:
     version: str
     reliability_version: str | None
     known_versions: frozenset[str] | None
+    night_start: float
     place: tuple[Field | Derived, Field | Derived, Field | Derived, Field | Derived]
     cutouts: tuple[str, str, str]
     stamp: str | None
@@ -189,6 +211,9 @@ ZTF_ISDIFFPOS = _ztf("isdiffpos", letter=True)
 ZTF_DIFFMAGLIM = _ztf("diffmaglim", NO_VALUE)
 ZTF_SSDISTNR = _ztf("ssdistnr", NO_VALUE)
 ZTF_DRB = _ztf("drb", NO_VALUE)
+ZTF_DISTNR = _ztf("distnr", NO_VALUE)
+ZTF_MAGNR = _ztf("magnr", NO_VALUE)
+ZTF_SIGMAGNR = _ztf("sigmagnr", NO_VALUE)
 ZTF_NDETHIST = _ztf("ndethist")
 ZTF_NCOVHIST = _ztf("ncovhist")
 ZTF_JDSTARTHIST = _ztf("jdstarthist", NO_VALUE)
@@ -201,6 +226,8 @@ LSST_FLUX_ERR = _lsst("psfFluxErr")
 
 LSST_FIRST_MJD = Field(("diaObject.firstDiaSourceMjdTai",))
 LSST_TEMPLATE_FLUX = _lsst("templateFlux")
+LSST_SCIENCE_FLUX = _lsst("scienceFlux")
+LSST_SCIENCE_FLUX_ERR = _lsst("scienceFluxErr")
 
 _SS_OBJECT = Field(("ssSource.ssObjectId", "ssObject.ssObjectId"))
 _SS_OBJECT_OF_SOURCE = _lsst("ssObjectId")
@@ -250,6 +277,32 @@ def _since_last_limit(days_since: Values, time: Values, start: Values, first: Va
     return np.where(gap > 0, gap, np.nan)
 
 
+def _limit_before_first(limit: Values, days_since: Values, time: Values, start: Values, first: Values) -> Values:
+    """Return `limit`, the depth of a non-detection, where `_since_last_limit` knows the time of the non-detection."""
+    return np.where(np.isnan(_since_last_limit(days_since, time, start, first)), np.nan, limit)
+
+
+def _ztf_apparent_flux(magnitude: Values, isdiffpos: Values, reference: Values, distance: Values) -> Values:
+    """Return the flux of the difference plus that of the template's source, in nJy; NaN if there is no such source."""
+    total = nanojansky(reference) + _ztf_flux(magnitude, isdiffpos)
+    return np.where((distance < TEMPLATE_MATCH_ARCSEC) & (total > 0), total, np.nan)
+
+
+def _ztf_apparent(magnitude: Values, isdiffpos: Values, reference: Values, distance: Values) -> Values:
+    return ab_magnitude(_ztf_apparent_flux(magnitude, isdiffpos, reference, distance))
+
+
+def _ztf_apparent_err(
+    magnitude: Values, error: Values, isdiffpos: Values, reference: Values, reference_error: Values, distance: Values
+) -> Values:
+    """Return the 1-sigma uncertainty of `_ztf_apparent`; NaN if the template's uncertainty is the larger one.
+
+    The variance of the template is subtracted, because the difference image holds the template's noise too.
+    """
+    variance = (nanojansky(magnitude) * error) ** 2 - (nanojansky(reference) * reference_error) ** 2
+    return np.sqrt(variance) / _ztf_apparent_flux(magnitude, isdiffpos, reference, distance)
+
+
 def _limiting_magnitude(error: Values) -> Values:
     return ab_magnitude(LIMIT_SIGMAS * error)
 
@@ -258,13 +311,29 @@ def _positive_magnitude(flux: Values) -> Values:
     return ab_magnitude(np.where(flux > 0, flux, np.nan))
 
 
+def _positive_magnitude_err(flux: Values, error: Values) -> Values:
+    return MAGNITUDES_PER_E * error / np.where(flux > 0, flux, np.nan)
+
+
 def _positive(flux: Values) -> Values:
     return np.where(np.isnan(flux), np.nan, flux >= 0)
+
+
+def _of_curve(name: CurveColumn) -> tuple[OfCurve, OfCurve]:
+    """Return the source of a column that is computed in the same way for both surveys."""
+    return OfCurve(name), OfCurve(name)
 
 
 ZTF_START = (ZTF_JD, ZTF_JDSTARTHIST, SoFar("first_jd"))
 LSST_START = (LSST_MJD, LSST_FIRST_MJD, OfCurve("first_mjd"))
 """The times from which `_age` is computed: that of the alert, the survey's first detection, the packet's first one."""
+
+_EARLY_LIMIT = (OfCurve("early_nondetection_maglim"), OfCurve("days_since_early_nondetection"))
+_OF_SAME_SIGN = "and with the sign of its flux"
+_COLOUR = (
+    "latest colour {0}-{1} of detections with the sign of the alert's flux, at most a day apart: of the latest one in "
+    "each filter the earlier, and the nearest in time in the other filter"
+)
 
 COLUMNS: tuple[Column, ...] = (
     # Columns of both surveys, so that one filter expression works for both.
@@ -295,6 +364,22 @@ COLUMNS: tuple[Column, ...] = (
         "1-sigma uncertainty of psfFlux",
         Derived(_ztf_flux_err, (ZTF_MAGPSF, ZTF_SIGMAPSF)),
         LSST_FLUX_ERR,
+    ),
+    Column(
+        "apparent_mag",
+        "mag",
+        "AB magnitude of the whole source, not of its difference from the template (ZTF: the difference added to the "
+        "nearest source in the template, as by ALeRCE, null if that is 1.4 arcsec away or more; LSST: of scienceFlux)",
+        Derived(_ztf_apparent, (ZTF_MAGPSF, ZTF_ISDIFFPOS, ZTF_MAGNR, ZTF_DISTNR)),
+        Derived(_positive_magnitude, (LSST_SCIENCE_FLUX,)),
+    ),
+    Column(
+        "apparent_mag_err",
+        "mag",
+        "1-sigma uncertainty of apparent_mag for a point source (ZTF: null if the uncertainty of the template's source "
+        "exceeds that of the difference)",
+        Derived(_ztf_apparent_err, (ZTF_MAGPSF, ZTF_SIGMAPSF, ZTF_ISDIFFPOS, ZTF_MAGNR, ZTF_SIGMAGNR, ZTF_DISTNR)),
+        Derived(_positive_magnitude_err, (LSST_SCIENCE_FLUX, LSST_SCIENCE_FLUX_ERR)),
     ),
     Column(
         "snr",
@@ -500,6 +585,53 @@ COLUMNS: tuple[Column, ...] = (
         OfCurve("rise_rate"),
     ),
     Column(
+        "peakmag_in_band",
+        "mag",
+        "magnitude of the brightest detection in the packet, not later than the alert, in the filter of the alert "
+        f"{_OF_SAME_SIGN}",
+        Derived(_magnitude, (OfCurve("band_peak_flux"),)),
+        Derived(_magnitude, (OfCurve("band_peak_flux"),)),
+    ),
+    Column(
+        "amplitude",
+        "mag",
+        "half the difference between the faintest and the brightest magnitude in the packet, not later than the "
+        f"alert, in the filter of the alert {_OF_SAME_SIGN}; 0 if the alert is the only such detection",
+        *_of_curve("amplitude"),
+    ),
+    Column(
+        "rise_mag_rate",
+        "mag/d",
+        "rate at which the source brightens up to the peak: minus the slope of a line, fitted by weighted least "
+        "squares to the magnitudes up to the brightest one, in the filter of the alert "
+        f"{_OF_SAME_SIGN}; null if these detections span less than half a day",
+        *_of_curve("rise_mag_rate"),
+    ),
+    Column("rise_mag_rate_err", "mag/d", "1-sigma uncertainty of rise_mag_rate", *_of_curve("rise_mag_rate_err")),
+    Column(
+        "decline_mag_rate",
+        "mag/d",
+        "rate at which the source fades from the peak on: the slope of a line, fitted by weighted least squares to "
+        f"the magnitudes from the brightest one on, in the filter of the alert {_OF_SAME_SIGN}; null if these "
+        "detections span less than half a day",
+        *_of_curve("decline_mag_rate"),
+    ),
+    Column(
+        "decline_mag_rate_err", "mag/d", "1-sigma uncertainty of decline_mag_rate", *_of_curve("decline_mag_rate_err")
+    ),
+    Column("u_g", "mag", _COLOUR.format("u", "g"), lsst=OfCurve("u_g")),
+    Column("g_r", "mag", _COLOUR.format("g", "r"), *_of_curve("g_r")),
+    Column("r_i", "mag", _COLOUR.format("r", "i"), *_of_curve("r_i")),
+    Column("i_z", "mag", _COLOUR.format("i", "z"), lsst=OfCurve("i_z")),
+    Column("z_y", "mag", _COLOUR.format("z", "y"), lsst=OfCurve("z_y")),
+    Column(
+        "nights",
+        "",
+        "number of nights with a detection in the packet, not later than the alert (ZTF: UTC days; LSST: days from "
+        "12 h to 12 h UTC)",
+        *_of_curve("nights"),
+    ),
+    Column(
         "days_since_nondet",
         "d",
         "time since the last non-detection in the packet before the alert: an upper limit, or forced photometry with "
@@ -522,12 +654,19 @@ COLUMNS: tuple[Column, ...] = (
         Derived(_since_last_limit, (OfCurve("days_since_early_nondetection"), *ZTF_START)),
         Derived(_since_last_limit, (OfCurve("days_since_early_nondetection"), *LSST_START)),
     ),
+    Column(
+        "maglim_before_first",
+        "mag",
+        "5-sigma limiting magnitude of the non-detection of days_nondet_to_first",
+        Derived(_limit_before_first, (*_EARLY_LIMIT, *ZTF_START)),
+        Derived(_limit_before_first, (*_EARLY_LIMIT, *LSST_START)),
+    ),
     # BTSbot was trained on a rerun of braai d6_m9, which packets do not hold. Brokers that run BTSbot use drb instead.
     Column("new_drb", "0 to 1", "the same as drb, under the name that BTSbot uses", ZTF_DRB),
     # ZTF: the template.
-    Column("distnr", "arcsec", "distance to the nearest source in the template", _ztf("distnr", NO_VALUE)),
-    Column("magnr", "mag", "magnitude of the nearest source in the template", _ztf("magnr", NO_VALUE)),
-    Column("sigmagnr", "mag", "1-sigma uncertainty of magnr", _ztf("sigmagnr", NO_VALUE)),
+    Column("distnr", "arcsec", "distance to the nearest source in the template", ZTF_DISTNR),
+    Column("magnr", "mag", "magnitude of the nearest source in the template", ZTF_MAGNR),
+    Column("sigmagnr", "mag", "1-sigma uncertainty of magnr", ZTF_SIGMAGNR),
     Column("chinr", "", "DAOPhot chi of the nearest source in the template", _ztf("chinr", NO_VALUE)),
     Column("sharpnr", "", "DAOPhot sharpness of the nearest source in the template", _ztf("sharpnr", NO_VALUE)),
     Column("ranr", "deg", "right ascension of the nearest source in the template", _ztf("ranr", NO_VALUE)),
@@ -596,8 +735,8 @@ COLUMNS: tuple[Column, ...] = (
     Column("detector", "", "number of the detector, 0 to 188", lsst=_lsst("detector")),
     Column("apFlux", "nJy", "flux in an aperture of radius 12 px in the difference image", lsst=_lsst("apFlux")),
     Column("apFluxErr", "nJy", "1-sigma uncertainty of apFlux", lsst=_lsst("apFluxErr")),
-    Column("scienceFlux", "nJy", "forced PSF flux in the science image", lsst=_lsst("scienceFlux")),
-    Column("scienceFluxErr", "nJy", "1-sigma uncertainty of scienceFlux", lsst=_lsst("scienceFluxErr")),
+    Column("scienceFlux", "nJy", "forced PSF flux in the science image", lsst=LSST_SCIENCE_FLUX),
+    Column("scienceFluxErr", "nJy", "1-sigma uncertainty of scienceFlux", lsst=LSST_SCIENCE_FLUX_ERR),
     Column("templateFlux", "nJy", "forced PSF flux in the template", lsst=LSST_TEMPLATE_FLUX),
     Column("templateFluxErr", "nJy", "1-sigma uncertainty of templateFlux", lsst=_lsst("templateFluxErr")),
     Column(
@@ -713,6 +852,7 @@ ZTF = SurveyFormat(
     version="schemavsn",
     reliability_version=None,
     known_versions=None,
+    night_start=0.0,  # UTC midnight is 4 pm at Palomar
     place=(Derived(lambda jd: jd - MJD_EPOCH, (ZTF_JD,)), ZTF_RA, ZTF_DEC, Derived(ztf_band, (ZTF_FID,))),
     cutouts=("cutoutScience", "cutoutTemplate", "cutoutDifference"),
     stamp="stampData",
@@ -775,6 +915,7 @@ LSST = SurveyFormat(
     version="lsst_schema_version",
     reliability_version="diaSource.reliabilityVersion",
     known_versions=LSST_VERSIONS,
+    night_start=0.5,  # a `dayObs` of Rubin begins at 12 h UTC, in the morning in Chile
     place=(LSST_MJD, LSST_RA, LSST_DEC, Derived(letter_band, (LSST_BAND,))),
     cutouts=("cutoutScience", "cutoutTemplate", "cutoutDifference"),
     stamp=None,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.packets.batch import BANDS, LightCurves, Measurement, Survey
-from broker_filter.packets.light_curve_summary import NONDETECTION_SIGMAS, RISE_BASELINE_DAYS
+from broker_filter.packets.light_curve_summary import NONDETECTION_SIGMAS, RATE_BASELINE_DAYS
 from broker_filter.scoring.alerts import RawAlerts
 
 Property = NDArray[np.float64]
@@ -156,11 +156,11 @@ def _red(curve: _Curve) -> float:
 
 
 def _change(curve: _Curve) -> float:
-    """Return the change of flux since the latest measurement that is RISE_BASELINE_DAYS older, in sigma."""
+    """Return the change of flux since the latest measurement that is RATE_BASELINE_DAYS older, in sigma."""
     if not len(curve.mjd):
         return np.nan
     earlier = np.flatnonzero(
-        (curve.mjd <= curve.mjd[-1] - RISE_BASELINE_DAYS)
+        (curve.mjd <= curve.mjd[-1] - RATE_BASELINE_DAYS)
         & (curve.band == curve.band[-1])
         & (curve.kind != Measurement.UPPER_LIMIT)
     )
