@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from difflib import get_close_matches
@@ -45,6 +45,27 @@ RUBIN_REGISTRY = "https://rubin-alert-schemas.slac.stanford.edu/schema-registry"
 
 SECRET_PROPERTIES = ("password", "secret", "passphrase", "key.pem")
 """Endings of the names of librdkafka properties that hold secrets."""
+
+RELOADED = frozenset(
+    {
+        "output.payload",
+        "output.schema_registry",
+        "output.subject",
+        "output.partitions",
+        "output.replication_factor",
+        "models",
+        "anomalies",
+        "filters",
+        "duplicates",
+        "batch",
+        "runtime.engine",
+        "runtime.device",
+        "runtime.precision",
+        "runtime.inference_threads",
+        "reload",
+    }
+)
+"""Paths of the keys that a running service can change, each with all keys below it. Any other key needs a restart."""
 
 SurveyName = Literal["ztf", "lsst"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -669,6 +690,11 @@ class Service(ServiceSection):
         description="Time in seconds. If a stage makes no progress for longer, the process ends with a non-zero exit "
         "status.",
     )
+    reload: Literal["on_signal", "on_change"] = Field(
+        default="on_signal",
+        description="When a running service reads this file again: `on_signal`, after SIGHUP; `on_change`, also some "
+        "seconds after this file, a bundle, the reference or a lens has changed.",
+    )
 
     @property
     def serving(self) -> list[Model]:
@@ -723,6 +749,21 @@ class Service(ServiceSection):
                     f"more than one shadow has the name and version {', '.join(twice)}; change the version of one"
                 )
         return models
+
+
+def changed_keys(before: Section, after: Section, prefix: str = "") -> Iterator[str]:
+    """Yield the paths of the keys whose values differ. The path of a section is yielded if RELOADED contains it.
+
+    `prefix`: the path of the two sections, with a point at its end; empty for whole service files.
+    """
+    for name in type(before).model_fields:
+        old, new, path = getattr(before, name), getattr(after, name), f"{prefix}{name}"
+        if old == new:
+            continue
+        if isinstance(old, Section) and type(old) is type(new) and path not in RELOADED:
+            yield from changed_keys(old, new, f"{path}.")
+        else:
+            yield path
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:

@@ -11,7 +11,15 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from broker_filter.config import SecretFromEnvironment, SecretFromFile, Section, Service, suggestion
+from broker_filter.config import (
+    RELOADED,
+    SecretFromEnvironment,
+    SecretFromFile,
+    Section,
+    Service,
+    changed_keys,
+    suggestion,
+)
 from broker_filter.config_checks import EnvironmentChecks
 from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.streaming.resolved import ResolvedService, Resolver
@@ -59,6 +67,18 @@ def load_service(file: Path, environment: Mapping[str, str] = os.environ) -> Res
     except ValidationError as error:
         raise ConfigError(file, list(_describe(error, document))) from None
     return resolver.resolve(config)
+
+
+def load_again(file: Path, before: Service, environment: Mapping[str, str] = os.environ) -> ResolvedService:
+    """Read a service file as `load_service` does, to replace the configuration `before` of a running service.
+
+    Raises ConfigError also for each changed key that a running service cannot change.
+    """
+    service = load_service(file, environment)
+    if fixed := [path for path in changed_keys(before, service.config) if path not in RELOADED]:
+        reason = "this key has changed, and a running service cannot change it: restart the service, or undo the change"
+        raise ConfigError(file, [Problem(path, reason) for path in fixed])
+    return service
 
 
 class _UnreadableError(Exception):

@@ -25,6 +25,8 @@ class Health:
 
     def __init__(self) -> None:
         self._waiting: dict[str, str] = {}
+        self.note = ""
+        """What an operator should know of a service that is ready. /readyz says it, and its status does not change."""
         self.unhealthy_reason: Callable[[], str | None] = lambda: None
         """Returns why the service is unhealthy: which stage is stuck or has ended. Returns None if it is healthy."""
 
@@ -72,15 +74,14 @@ def serve(health: Health, metrics: Metrics, host: str, port: int) -> Iterator[in
                 case "/livez":
                     self._answer_check(health.unhealthy_reason())
                 case "/readyz":
-                    self._answer_check(health.unhealthy_reason() or health.waiting)
+                    self._answer_check(health.unhealthy_reason() or health.waiting, health.note)
                 case _:
                     self._answer(HTTPStatus.NOT_FOUND, b"/metrics, /livez, /readyz\n", TEXT)
 
-        def _answer_check(self, reason: str | None) -> None:
-            if reason:
-                self._answer(HTTPStatus.SERVICE_UNAVAILABLE, f"{reason}\n".encode(), TEXT)
-            else:
-                self._answer(HTTPStatus.OK, b"ok\n", TEXT)
+        def _answer_check(self, reason: str | None, note: str = "") -> None:
+            status = HTTPStatus.SERVICE_UNAVAILABLE if reason else HTTPStatus.OK
+            text = "; ".join(filter(None, [reason or "ok", note]))
+            self._answer(status, f"{text}\n".encode(), TEXT)
 
         def _answer(self, status: HTTPStatus, body: bytes, kind: str) -> None:
             self.send_response(status)

@@ -56,6 +56,11 @@ class LossReason(StrEnum):
     """An unclean leader election (the new leader was behind) cut the messages off the end of the log."""
 
 
+Network = tuple[str, str, str, str]
+"""Name and version of a model, the engine and device that run one of its networks, and the names of the surveys of this
+network with commas between them."""
+
+
 class Metrics:
     """The service's metrics. They are registered in `registry`, or in a new registry if it is None."""
 
@@ -185,6 +190,13 @@ class Metrics:
             "(by the schema registry) or `too_large` (for the topic). Their alerts are published to all other topics.",
             "reason",
         )
+        self._reloads = self._counter(
+            "reloads", "Reloads of the configuration by outcome: `succeeded`, or `failed` (nothing changed).", "outcome"
+        )
+        self._reload_failed = self._gauge(
+            "last_reload_failed",
+            "1 if the last reload of the configuration failed, so that an earlier configuration is in service; else 0.",
+        )
         self._build = self._gauge(
             "build_info", "Always 1; the labels describe the running program.", "version", "decoder"
         )
@@ -195,6 +207,8 @@ class Metrics:
         )
         for outcome in ("committed", "aborted"):
             self._transactions.labels(outcome)
+        for outcome in ("succeeded", "failed"):
+            self._reloads.labels(outcome)
         for reason in RejectReason:
             self._rejected.labels(reason.value)
         for left_out in LeftOut:
@@ -225,13 +239,13 @@ class Metrics:
             self._configuration.clear()
             self._configuration.labels(revision).set(1)
 
-    def describe_model(self, name: str, version: str, provider: str, surveys: str, *, shadow: bool = False) -> None:
-        """Set the metric of a network of a loaded model.
-
-        `provider`: the engine and device that run it. `surveys`: the names of its surveys, with commas between them.
-        `shadow`: whether the model is a shadow model, which has a metric of its own.
-        """
-        (self._shadow_model if shadow else self._model).labels(name, version, provider, surveys).set(1)
+    def describe_models(self, served: Iterable[Network], shadows: Iterable[Network]) -> None:
+        """Replace the metrics of the networks of the serving models and of the shadow models."""
+        with self._consistent:
+            for gauge, networks in ((self._model, served), (self._shadow_model, shadows)):
+                gauge.clear()
+                for labels in networks:
+                    gauge.labels(*labels).set(1)
 
     def expect_shadow(self, name: str, version: str, labels: Iterable[str]) -> None:
         """Create the counters of a shadow model with the value 0.
@@ -253,6 +267,11 @@ class Metrics:
             self._shadow_compared.labels(name, version, one.label).inc(one.compared)
             self._shadow_difference.labels(name, version, one.label).inc(one.absolute)
             self._shadow_disagreeing.labels(name, version, one.label).inc(one.disagreeing)
+
+    def count_reload(self, *, failed: bool) -> None:
+        """Count one reload of the configuration."""
+        self._reloads.labels("failed" if failed else "succeeded").inc()
+        self._reload_failed.set(failed)
 
     @contextmanager
     def time_stage(self, stage: str) -> Iterator[None]:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from queue import Empty, Full, Queue
 from typing import NoReturn, TypeVar
 
@@ -29,11 +30,12 @@ from broker_filter.kafka.sink import KafkaSink, divide
 from broker_filter.kafka.source import Delivery
 from broker_filter.kafka.transactions import Work
 from broker_filter.kafka.watchdog import Stage
-from broker_filter.metrics import Metrics
+from broker_filter.metrics import Metrics, Network
 from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.compiled import IMPLEMENTATION, why_python
 from broker_filter.packets.rejects import Reject
 from broker_filter.packets.schemas.registry import RegistryUnavailable, open_registry
+from broker_filter.reload import Reloader, ServiceFile
 from broker_filter.scoring.runtimes import available_cores
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_alerts
@@ -77,10 +79,11 @@ def _fault(failure: BaseException | None) -> BaseException | None:
 class FilterService:
     """The stages of the service and their threads. `run` works until the service is stopped."""
 
-    def __init__(self, service: ResolvedService, stop: threading.Event) -> None:
+    def __init__(self, service: ResolvedService, stop: threading.Event, file: ServiceFile | None = None) -> None:
         """Load the models and the reference. Their errors are raised here, before anything is read.
 
-        Once `stop` is set, no more messages are read, and the packets in flight are committed.
+        Once `stop` is set, no more messages are read, and the packets in flight are committed. `file`: the file from
+        which the configuration can be reloaded.
         """
         self._config = config = service.config
         self._stop = stop
@@ -100,7 +103,12 @@ class FilterService:
             drop_cache=config.input.schema_cache == "drop",
             waiting=self._decoding.beat,
         )
-        self._generation = open_generation(service, opened, self._routing.beat)
+        # Only the keys that cannot change without a restart are read from `_config`. The other keys, and all that they
+        # make, are read from `_generation`, which a reload replaces as a whole.
+        self._open = partial(open_generation, registry=opened, waiting=self._routing.beat)
+        self._generation = self._open(service)
+        self._service = service
+        self._file = file
         self._window = DuplicateWindow(config.duplicate_window)
         threads = config.runtime.decode_threads or available_cores()
         self._decoders = ThreadPoolExecutor(threads, "decode")
@@ -131,11 +139,12 @@ class FilterService:
     # -- the stages, in the order in which data pass them
 
     def _read(self, endpoints: Endpoints, committer: threading.Thread) -> None:
-        source, batch = endpoints.source, self._config.batch
+        source = endpoints.source
         try:
             while not self._stop.is_set():
                 self._check()
                 with self._reading.watched():
+                    batch = self._generation.config.batch
                     delivery = source.take(batch.max_size, batch.max_wait_ms / 1000)
                 self._observe(endpoints)
                 if delivery:
@@ -217,6 +226,28 @@ class FilterService:
         finally:
             sink.close()
 
+    # -- another configuration
+
+    def _reload(self, endpoints: Endpoints) -> None:
+        if not self._file:
+            return
+
+        def build(service: ResolvedService) -> Generation:
+            generation = self._open(service, before=self._generation)
+            names, present = service.config.output_topics, self._generation.config.output_topics
+            if new := [name for name in names if name not in present]:
+                endpoints.topics.add(service.config.output, new)
+            return generation
+
+        def install(generation: Generation) -> None:
+            self._describe_generation(generation)
+            self._generation = generation  # for the next batch that the reading thread takes
+
+        reloader = Reloader(self._file, self._service, build, install, self._metrics, self._health)
+        while not self._stop.is_set():
+            self._check()
+            reloader.run_once(TICK_S)
+
     # -- between the stages
 
     def _offer(self, item: Sent | None, endpoints: Endpoints) -> None:
@@ -279,7 +310,8 @@ class FilterService:
         scorer = self._thread("score", self._score)
         reader = self._thread("read", lambda: self._read(endpoints, committer))
         threads = [committer, scorer, reader]
-        for thread in threads:
+        reloader = self._thread("reload", lambda: self._reload(endpoints))
+        for thread in (*threads, reloader):
             thread.start()
         deadline = None
         while any(thread.is_alive() for thread in threads) or self._decoding.busy_s():
@@ -290,6 +322,7 @@ class FilterService:
             if deadline is not None and time.monotonic() > deadline:
                 self._end_at_once("messages in flight were not committed in time; the next start reads them again")
             self._failed.wait(TICK_S)
+        reloader.join(END_TIMEOUT_S)  # it may be loading a model, and libraries must not work while the process ends
         if self._failure:
             raise self._failure
 
@@ -338,14 +371,16 @@ class FilterService:
         log.info("configuration %s", generation.revision)
         self._metrics.describe_configuration(generation.revision)
         self._metrics.expect(topics=generation.config.output_topics)
+        networks: dict[str, list[Network]] = {"model": [], "shadow model": []}
         served = [("model", model) for model in generation.scorer.models]
         on_trial = [("shadow model", model) for model in generation.shadows.models]
         for kind, model in (*served, *on_trial):
             for part in model.parts:
                 surveys, provider = ",".join(map(str, part.surveys)), part.network.provider
-                self._metrics.describe_model(model.name, model.version, provider, surveys, shadow=kind != "model")
+                networks[kind].append((model.name, model.version, provider, surveys))
                 network = "" if len(model.parts) == 1 else f" by the network {part.bundle.card.title}"
                 log.info("%s %s %s on %s, for %s%s", kind, model.name, model.version, provider, surveys, network)
+        self._metrics.describe_models(networks["model"], networks["shadow model"])
         labels = {model.name: model.labels for model in generation.scorer.models}
         for model in generation.shadows.models:
             compared = [label for label in model.labels if counterpart(model.name, label, labels)]

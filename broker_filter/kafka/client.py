@@ -423,14 +423,29 @@ class RecordLimits:
         self._admin = admin
         self._largest = largest
         self._limits = dict.fromkeys(topics, DEFAULT_MAX_MESSAGE_BYTES)
+        self._changing = threading.Lock()
         self.refresh()
 
     def refresh(self) -> None:
         """Read the limits of the topics again."""
-        known = topic_property(self._admin, self._limits, "max.message.bytes", self._account)
-        self._limits |= {topic: int(size) for topic, size in known.items()}
-        for topic in self._limits.keys() - known.keys():
-            log.warning("topic %s gets records of at most %d bytes", topic, self._limits[topic])
+        self._read(self._limits)
+
+    def add(self, topics: Collection[str]) -> None:
+        """Read the limits of topics that will be written too. Other threads may use the limits meanwhile.
+
+        Raises KafkaSetupError if the account cannot read the limits.
+        """
+        self._read(topics)
+        self._written = list(dict.fromkeys([*self._written, *topics]))
+
+    def _read(self, topics: Collection[str]) -> None:
+        known = topic_property(self._admin, topics, "max.message.bytes", self._account)
+        limits = {topic: self._limits.get(topic, DEFAULT_MAX_MESSAGE_BYTES) for topic in topics}
+        limits |= {topic: int(size) for topic, size in known.items()}
+        with self._changing:
+            self._limits = self._limits | limits
+        for topic in limits.keys() - known.keys():
+            log.warning("topic %s gets records of at most %d bytes", topic, limits[topic])
 
     def unwritable(self) -> list[Right]:
         """Return the missing rights to write to the topics, as far as the cluster reports them."""

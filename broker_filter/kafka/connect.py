@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
-from confluent_kafka.admin import NewTopic
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from broker_filter.config import DEAD_LETTER, POSITIONS, Output, Service
 from broker_filter.health import Health
@@ -24,12 +24,13 @@ from broker_filter.kafka.client import (
     admin_client,
     client_properties,
     ensure_topics,
+    missing_on_topics,
     output_section,
     require_compaction,
     topic_names,
     wait_for_cluster,
 )
-from broker_filter.kafka.rights import account_of
+from broker_filter.kafka.rights import ClusterAccount, account_of
 from broker_filter.kafka.sink import KafkaSink
 from broker_filter.kafka.source import KafkaSource, group_observer
 from broker_filter.kafka.transactions import GRACE_S, Claim, Refusals, Writer
@@ -51,12 +52,42 @@ committed."""
 log = logging.getLogger(__name__)
 
 
+OUTPUT_RIGHTS = ("Write", "Describe", "DescribeConfigs")
+"""Operations on each topic that alerts are written to."""
+
+
+class OutputTopics:
+    """The topics that alerts are written to. A running service can add topics."""
+
+    def __init__(self, admin: AdminClient, account: ClusterAccount, limits: RecordLimits, read: Sequence[str]) -> None:
+        """`account`: the service's account. `limits`: learns the limits of added topics.
+
+        `read`: templates of the names of the topics that the service reads from the same cluster.
+        """
+        self._admin = admin
+        self._account = account
+        self._limits = limits
+        self._templates = read
+
+    def add(self, output: Output, names: Sequence[str]) -> None:
+        """Create the topics `names` that do not exist, and check the rights on them.
+
+        Raises KafkaSetupError if a topic cannot be written, and KafkaException if the cluster does not answer.
+        """
+        refuse_loops(names, self._templates)
+        ensure_topics(self._admin, output_topics(output, names, separate_clusters=False), self._account)
+        self._limits.add(names)
+        if missing := missing_on_topics(self._admin, dict.fromkeys(names, OUTPUT_RIGHTS)):
+            raise KafkaSetupError("; ".join(map(self._account.lacks, missing)))
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoints:
     """The connected input and output of the service."""
 
     source: KafkaSource
     sink: KafkaSink
+    topics: OutputTopics
     separate_clusters: bool
     """Whether input and output are on two clusters, so that positions are not stored in the input's group."""
 
@@ -93,10 +124,8 @@ def connect(
         return None
 
     separate_clusters = in_cluster.id != out_cluster.id
-    read = topic_names(config.input.topics, datetime.now(UTC))
-    loops = [] if separate_clusters else sorted(set(topics).intersection(read))
-    if loops:  # the configuration check cannot find this if two addresses lead to the same cluster
-        raise KafkaSetupError(f"{', '.join(loops)} would be read and written; choose another output.prefix")
+    read = [] if separate_clusters else config.input.topics
+    refuse_loops(topics, read)
     admin = admin_client(out_properties, out_error_log)
     positions = [f"{output.prefix}.{POSITIONS}"] if separate_clusters else []
     ensure_topics(admin, output_topics(output, topics, separate_clusters=separate_clusters), account)
@@ -139,7 +168,7 @@ def connect(
             source.consumer, open_writer, transactional_id, group_observer(in_properties, config.input.group_id)
         )
     source.subscribe(checkpoint)
-    return Endpoints(source, sink, separate_clusters)
+    return Endpoints(source, sink, OutputTopics(admin, account, limits, read), separate_clusters)
 
 
 @contextmanager
@@ -147,6 +176,16 @@ def _waiting(health: Health, error_log: ThrottledErrorLog) -> Iterator[None]:
     health.set(error_log.cluster, "not reached yet")
     yield
     health.set(error_log.cluster, None)
+
+
+def refuse_loops(written: Collection[str], templates: Sequence[str]) -> None:
+    """Raise KafkaSetupError if a topic would be read and written.
+
+    The check of the service file cannot find this if two addresses lead to the same cluster. `templates`: templates of
+    the names of the topics that are read.
+    """
+    if loops := sorted(set(written).intersection(topic_names(templates, datetime.now(UTC)))):
+        raise KafkaSetupError(f"{', '.join(loops)} would be read and written; choose another output.prefix")
 
 
 def output_topics(output: Output, names: Sequence[str], *, separate_clusters: bool) -> list[NewTopic]:

@@ -32,10 +32,9 @@ from broker_filter.kafka.client import (
     output_section,
     topic_names,
 )
-from broker_filter.kafka.connect import output_topics
+from broker_filter.kafka.connect import OUTPUT_RIGHTS, output_topics
 from broker_filter.kafka.rights import REFUSED, Right, account_of, not_among
 
-OUTPUT_RIGHTS = ("Write", "Describe", "DescribeConfigs")
 POSITIONS_RIGHTS = ("Read", *OUTPUT_RIGHTS)
 LAST_DAYS = range(8)
 """Numbers of days before now whose topics are checked. A survey keeps a topic for about a week, and creates the topic

@@ -42,12 +42,16 @@ class Generation:
 
 
 def open_generation(
-    service: ResolvedService, registry: SchemaRegistry, waiting: Callable[[], None] = no_beat
+    service: ResolvedService,
+    registry: SchemaRegistry,
+    waiting: Callable[[], None] = no_beat,
+    before: Generation | None = None,
 ) -> Generation:
     """Load the models and the reference of a configuration, and run the test vectors of the models.
 
     `registry`: where the schemas of input packets are found. `waiting`: is called while the schema registry of the
-    output does not answer; see RegistryClient.
+    output does not answer; see RegistryClient. `before`: the generation that this one will replace. Its thresholds for
+    anomalies are shared if reference and rate are the same.
 
     Raises BundleError, RuntimeUnavailableError, ReferenceSetError, LensError and ExpressionError, as `load_model` and
     `open_judge` do.
@@ -58,6 +62,8 @@ def open_generation(
     judge = None
     if anomalies := config.anomalies:
         judge = open_judge(scorer, anomalies.reference, anomalies.rate, service.judged, anomalies.lens)
+        if before and before.judge:
+            judge.continue_from(before.judge)
     filters = Filters(service.filters)
     decoder = scorer.decoder(
         registry,

@@ -38,12 +38,22 @@ class AnomalyJudge:
         An alert is judged only if the model gives it an embedding and the reference has alerts of its survey.
         """
         self._model = reference.card.bundle
+        self._basis = reference.card, rate
         self._surveys = {
             survey: (AnomalyScorer(reference.card, part), RateTracker(part.scores, rate))
             for survey, part in reference.surveys.items()
         }
         self._where = where
         self._lenses = tuple(lenses)
+
+    def continue_from(self, before: AnomalyJudge) -> None:
+        """Share the thresholds of another judge, if both have the same reference and rate.
+
+        The two judges then move the same thresholds, so one thread must use both.
+        """
+        if self._basis == before._basis:  # the card contains the sha256 of the reference's arrays
+            trackers = {survey: tracker for survey, (_, tracker) in before._surveys.items()}
+            self._surveys = {survey: (scorer, trackers[survey]) for survey, (scorer, _) in self._surveys.items()}
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -42,12 +42,30 @@ class RunningService:
     def __init__(self, directory: Path, config: Mapping[str, Any], environment: Mapping[str, str] | None) -> None:
         self.log_path = directory / "service.log"
         (self.port,) = free_ports(1)
-        path = directory / "service.yaml"
-        path.write_text(yaml.safe_dump({**config, "http": {"port": self.port}}))
-        command = [sys.executable, "-m", "broker_filter", "run", "--config", str(path)]
+        self.path = directory / "service.yaml"
+        self.configure(config)
+        command = [sys.executable, "-m", "broker_filter", "run", "--config", str(self.path)]
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         self.guard = KillWithParent(self.process)
+
+    def configure(self, config: Mapping[str, Any]) -> None:
+        """Replace the service file, as a whole."""
+        new = self.path.with_suffix(".new")
+        new.write_text(yaml.safe_dump({**config, "http": {"port": self.port}}))
+        new.rename(self.path)
+
+    def reload(self, config: Mapping[str, Any]) -> None:
+        """Replace the service file, send SIGHUP, and wait until the service has reloaded it or has refused it."""
+        before = self.reloads
+        self.configure(config)
+        self.process.send_signal(signal.SIGHUP)
+        self.wait_until(lambda: self.reloads > before)
+
+    @property
+    def reloads(self) -> float:
+        """The number of reloads, also of those that failed."""
+        return sum(self.metric(f'reloads_total{{outcome="{outcome}"}}') for outcome in ("succeeded", "failed"))
 
     @property
     def log(self) -> str:

@@ -388,7 +388,7 @@ def test_stage_without_progress_ends_the_process(make_pipeline: MakePipeline) ->
     assert "most recent call first" in service.log
 
 
-def test_sighup_drains_the_service_and_user_signals_are_ignored(make_pipeline: MakePipeline, packets: Packets) -> None:
+def test_user_signals_are_ignored_and_sigquit_drains_the_service(make_pipeline: MakePipeline, packets: Packets) -> None:
     packets = packets[:20]
     pipeline = make_pipeline(packets[:10])
     service = pipeline.start()
@@ -399,6 +399,6 @@ def test_sighup_drains_the_service_and_user_signals_are_ignored(make_pipeline: M
     pipeline.send(packets[10:])
     service.wait_consumed(20)
 
-    assert service.end(signal.SIGHUP) == 0
+    assert service.end(signal.SIGQUIT) == 0
     assert "stopping: committing the messages in flight" in service.log
     assert len(pipeline.read("scored", expected=20)) == 20
