@@ -577,6 +577,32 @@ class Filter(ServiceSection):
         description="Expression over scores and alert fields that is true for the alerts that pass, such as "
         "`real > 0.65 and magpsf < 18.5`."
     )
+    max_rate: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Largest fraction of the scored alerts that the filter should pass, such as 0.05; if absent, it "
+        "may pass all.",
+    )
+    max_rate_minutes: float = Field(
+        default=10.0,
+        gt=0,
+        le=1440,
+        description="Length in minutes of the window of latest alerts in which this fraction is measured. Each "
+        "instance measures its own alerts.",
+    )
+    over_rate: Literal["warn", "pause"] = Field(
+        default="warn",
+        description="What to do while the filter passes more than `max_rate`: `warn` sets a metric and logs it; "
+        "`pause` also stops the records to the filter's topic until the fraction is low enough again. "
+        "`<prefix>.scored` still gets every alert.",
+    )
+
+    @model_validator(mode="after")
+    def _pauses_above_a_rate(self) -> Filter:
+        if self.over_rate == "pause" and self.max_rate is None:
+            raise ValueError("over_rate: pause needs a max_rate, above which the topic is paused")
+        return self
 
     @field_validator("name")
     @classmethod

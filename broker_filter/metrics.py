@@ -30,6 +30,7 @@ from broker_filter.streaming.account import Account
 from broker_filter.streaming.scored import LeftOut
 
 if TYPE_CHECKING:
+    from broker_filter.streaming.filters import FilterState
     from broker_filter.streaming.shadow import Outcome
 
 STAGE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -107,6 +108,24 @@ class Metrics:
         )
         self._anomaly_rate = self._gauge(
             "anomaly_rate", "Fraction of the judged alerts that were flagged, since the start of the process."
+        )
+        self._passed = self._counter(
+            "filter_passed_alerts",
+            "Scored alerts, without duplicates, that passed a filter, also while its topic is paused.",
+            "filter",
+        )
+        self._filter_rate = self._gauge(
+            "filter_rate",
+            "Fraction of the scored alerts of the last minutes (`max_rate_minutes`) that passed a filter.",
+            "filter",
+        )
+        self._filter_over_rate = self._gauge(
+            "filter_over_rate", "1 while a filter passes more than its `max_rate`, otherwise 0.", "filter"
+        )
+        self._filter_paused = self._gauge(
+            "filter_paused",
+            "1 while the topic of a filter is paused because the filter passes more than its `max_rate`, otherwise 0.",
+            "filter",
         )
         self._so_far: Tally[str] = Tally()
         self._published = self._counter(
@@ -219,8 +238,8 @@ class Metrics:
             self._unjudged.labels(str(survey))
             self._unknown_version.labels(str(survey))
 
-    def expect(self, *, topics: Iterable[str] = (), stages: Iterable[str] = ()) -> None:
-        """Create the series of output topics and of stages with the value 0.
+    def expect(self, *, topics: Iterable[str] = (), stages: Iterable[str] = (), filters: Iterable[str] = ()) -> None:
+        """Create the series of output topics, of stages and of filters with the value 0.
 
         A series that appears with its first event starts at 1, so `rate()` and `increase()` do not show that event.
         """
@@ -228,6 +247,8 @@ class Metrics:
             self._published.labels(topic)
         for stage in stages:
             self._stage.labels(stage)
+        for name in filters:
+            self._passed.labels(name)
 
     def describe_build(self, decoder: str) -> None:
         """Set the metric of the program's version. `decoder`: the implementation that decodes packets."""
@@ -287,6 +308,16 @@ class Metrics:
             for (topic, partition), lag in lags.items():
                 self._lag.labels(topic, str(partition)).set(lag)
 
+    def set_filters(self, states: Iterable[FilterState]) -> None:
+        """Replace the rates of the filters."""
+        with self._consistent:
+            for gauge in (self._filter_rate, self._filter_over_rate, self._filter_paused):
+                gauge.clear()
+            for state in states:
+                self._filter_rate.labels(state.name).set(state.rate)
+                self._filter_over_rate.labels(state.name).set(state.over)
+                self._filter_paused.labels(state.name).set(state.paused)
+
     def expect_losses(self, topic: str) -> None:
         """Create a topic's counters of lost messages with the value 0, so that `increase()` shows the first loss."""
         for reason in LossReason:
@@ -317,6 +348,8 @@ class Metrics:
                 self._anomalous.inc(account.anomalous)
                 for left_out, n in account.left_out.items():
                     self._shadow_left_out.labels(left_out.value).inc(n)
+                for name, n in account.passed.items():
+                    self._passed.labels(name).inc(n)
                 for plane, n in account.fallbacks.items():
                     self._fallbacks.labels(plane).inc(n)
                 for survey, n in account.unjudged.items():

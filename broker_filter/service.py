@@ -370,7 +370,8 @@ class FilterService:
     def _describe_generation(self, generation: Generation) -> None:
         log.info("configuration %s", generation.revision)
         self._metrics.describe_configuration(generation.revision)
-        self._metrics.expect(topics=generation.config.output_topics)
+        self._metrics.expect(topics=generation.config.output_topics, filters=generation.filters.names)
+        self._metrics.set_filters(generation.filters.states())
         networks: dict[str, list[Network]] = {"model": [], "shadow model": []}
         served = [("model", model) for model in generation.scorer.models]
         on_trial = [("shadow model", model) for model in generation.shadows.models]
@@ -387,12 +388,13 @@ class FilterService:
             self._metrics.expect_shadow(model.name, model.version, compared)
 
     def _observe(self, endpoints: Endpoints) -> None:
-        """Update lag and health every OBSERVE_INTERVAL_S, also while no alerts arrive or the queue is full."""
+        """Update lag, rates and health every OBSERVE_INTERVAL_S, also while no alerts arrive or the queue is full."""
         if time.monotonic() - self._observed < OBSERVE_INTERVAL_S:
             return
         self._observed = time.monotonic()
         lags = endpoints.source.lags()
         self._metrics.set_partitions(lags)
+        self._metrics.set_filters(self._generation.filters.states())
         self._health.set("group", endpoints.source.waits_for)
         self._health.set("output", endpoints.sink.trouble(lags.keys()))
         endpoints.report_positions()

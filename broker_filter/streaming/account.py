@@ -43,6 +43,8 @@ class Account:
     fallbacks: Counter[Plane] = field(default_factory=Counter)
     """Scored alerts, by plane, for which a model used a fallback: the survey publishes the plane, but it is absent or
     unusable in at least one cutout of the alert."""
+    passed: Counter[str] = field(default_factory=Counter)
+    """Scored alerts, without duplicates, that passed a filter, by the name of the filter."""
     rejected: Counter[RejectReason] = field(default_factory=Counter)
     left_out: Counter[LeftOut] = field(default_factory=Counter)
     """Records of the shadow topic that were left out, by reason. Their alerts are scored all the same."""
@@ -61,6 +63,7 @@ class Account:
         self.unjudged.update(other.unjudged)
         self.unknown_version.update(other.unknown_version)
         self.fallbacks.update(other.fallbacks)
+        self.passed.update(other.passed)
         self.rejected.update(other.rejected)
         self.left_out.update(other.left_out)
 
@@ -104,6 +107,9 @@ def account_packets(scored: ScoredBatch) -> list[Account]:
         unjudged = scored.anomalies.unjudged
         for i in unjudged[~scored.duplicate[unjudged]].tolist():
             accounts[packet_index[i]].unjudged[Survey(int(scored.alerts.survey[i]))] += 1
+    for one in scored.filters:
+        for i in np.flatnonzero(one.passed & scored.scores.taken & ~scored.duplicate).tolist():
+            accounts[packet_index[i]].passed[one.name] += 1
     for reject in scored.rejects:
         account = accounts[reject.packet_index]
         account.rejected[reject.reason] += 1

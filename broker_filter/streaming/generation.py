@@ -16,7 +16,7 @@ from broker_filter.packets.schemas.registry_client import no_beat
 from broker_filter.scoring.bundle import Bundle
 from broker_filter.scoring.scorer import Model as LoadedModel
 from broker_filter.scoring.scorer import Scorer, load_model
-from broker_filter.streaming.filters import Filters
+from broker_filter.streaming.filters import Filters, open_filters
 from broker_filter.streaming.judge import AnomalyJudge, open_judge
 from broker_filter.streaming.resolved import ResolvedService
 from broker_filter.streaming.routing import Router, open_router
@@ -51,7 +51,7 @@ def open_generation(
 
     `registry`: where the schemas of input packets are found. `waiting`: is called while the schema registry of the
     output does not answer; see RegistryClient. `before`: the generation that this one will replace. Its thresholds for
-    anomalies are shared if reference and rate are the same.
+    anomalies are shared if reference and rate are the same, and its counts of a filter if the filter is the same.
 
     Raises BundleError, RuntimeUnavailableError, ReferenceSetError, LensError and ExpressionError, as `load_model` and
     `open_judge` do.
@@ -64,7 +64,7 @@ def open_generation(
         judge = open_judge(scorer, anomalies.reference, anomalies.rate, service.judged, anomalies.lens)
         if before and before.judge:
             judge.continue_from(before.judge)
-    filters = Filters(service.filters)
+    filters = open_filters(service, before.filters if before else None)
     decoder = scorer.decoder(
         registry,
         columns=(*filters.columns, *(judge.columns if judge else ())),

@@ -33,7 +33,7 @@ from broker_filter.streaming.encoding import (
 )
 from broker_filter.streaming.expressions import FIELDS, compile_filter
 from broker_filter.streaming.filtering import score_alerts, score_packets
-from broker_filter.streaming.filters import Filters
+from broker_filter.streaming.filters import Filter, Filters, open_filters
 from broker_filter.streaming.resolved import resolve
 from broker_filter.streaming.routing import MAX_DETAIL_BYTES, Router, open_router
 from broker_filter.streaming.scored import Anomalies, ScoredBatch
@@ -77,7 +77,7 @@ def scored(make_alerts: Callable[..., AlertBatch], make_scored: Callable[..., Sc
 
 def test_alerts_go_to_scored_anomalies_and_their_filters(scored: ScoredBatch) -> None:
     filters = [("bright", "magpsf < 18.5"), ("faint", "not magpsf < 18.5")]
-    compiled = Filters([(name, compile_filter(where, FIELDS, ["default.real"])) for name, where in filters])
+    compiled = Filters([Filter(name, compile_filter(where, FIELDS, ["default.real"])) for name, where in filters])
     tried = replace(scored, filters=compiled.outcomes(scored))
     routed = router().route(tried)
     offsets = {
@@ -242,7 +242,7 @@ def test_a_configuration_routes_real_packets(ztf_packets: list[tuple[int, bytes]
     router = open_router(resolved)
     data = [*(data for _, data in ztf_packets[:40]), b"", b"nonsense"]
     packets = [Packet(one, KafkaPosition("c", "ztf", 0, i)) for i, one in enumerate(data)]
-    filters = Filters(resolved.filters)
+    filters = open_filters(resolved)
     columns = [*scorer.columns, *filters.columns]
     decoder = Decoder(open_registry(None), cutout_size=scorer.cutout_size, columns=columns)
     scored = score_alerts(*decoder.decode(packets), scorer, DuplicateWindow(100), filters=filters)
