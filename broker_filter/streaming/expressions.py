@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,11 +87,29 @@ Evaluate = Callable[[Mapping[str, Values]], Values]
 
 
 @dataclass(frozen=True, slots=True)
+class Term:
+    """An operand of the outermost `and` of a filter; the whole filter if it has no outermost `and`."""
+
+    text: str
+    _evaluate: Evaluate
+
+    def truth(self, values: Mapping[str, Values], n: int) -> Truth:
+        """Return for which of `n` alerts the term is true, and for which it is false. `values`: see Expression."""
+        with np.errstate(all="ignore"):
+            true, false = self._evaluate(values)
+        return Truth(np.broadcast_to(true, n), np.broadcast_to(false, n))
+
+
+@dataclass(frozen=True, slots=True)
 class Expression:
-    """A compiled filter. `names`: the fields and outputs (`<model>.<label>`) that it reads."""
+    """A compiled filter. `names`: the fields and outputs (`<model>.<label>`) that it reads.
+
+    `terms`: its parts; an alert passes if all of them are true.
+    """
 
     text: str
     names: frozenset[str]
+    terms: tuple[Term, ...]
     _evaluate: Evaluate
 
     @property
@@ -113,8 +131,11 @@ class Expression:
 
         Raises KeyError if the batch lacks a column that the filter reads.
         """
-        values = {name: outputs[name] if name in outputs else field(alerts, name) for name in self.names}
-        return self.holds_for(values, len(alerts))
+        return self.holds_for(self.values(alerts, outputs), len(alerts))
+
+    def values(self, alerts: AlertBatch, outputs: Mapping[str, NDArray[np.float32]]) -> dict[str, Values]:
+        """Return what the filter reads from N alerts, by name. Arguments and errors are those of `holds`."""
+        return {name: outputs[name] if name in outputs else field(alerts, name) for name in self.names}
 
     def holds_for(self, values: Mapping[str, NDArray[Any]], n: int) -> NDArray[np.bool_]:
         """Return for which of `n` alerts the filter is true, bool[n].
@@ -167,7 +188,19 @@ def compile_filter(text: str, fields: Sequence[str], outputs: Sequence[str] | No
         raise ExpressionError(f"not an expression: {error}") from None
     compiler = _Compiler(fields, outputs, quoted)
     evaluate = compiler.truth(tree.body, depth=0)
-    return Expression(text, frozenset(compiler.names), evaluate)
+    operands = tree.body.values if _is_conjunction(tree.body) else [tree.body]
+    terms = tuple(Term(_written(source, operand, quoted), compiler.truth(operand, depth=1)) for operand in operands)
+    return Expression(text, frozenset(compiler.names), terms, evaluate)
+
+
+def _is_conjunction(node: ast.expr) -> TypeGuard[ast.BoolOp]:
+    return isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And)
+
+
+def _written(source: str, node: ast.expr, quoted: Mapping[str, str]) -> str:
+    """Return the text of a part of a filter, with the names in backquotes as they were written."""
+    text = ast.get_source_segment(source, node) or ""
+    return reduce(lambda so_far, name: so_far.replace(name, f"`{quoted[name]}`"), quoted, text)
 
 
 def normalised(text: str) -> str:

@@ -195,3 +195,34 @@ def test_the_revision_changes_with_the_text_but_not_with_white_space(text: str, 
     first = compile_filter("real > 0.5 and band == 'g'", FIELDS, OUTPUTS).revision
     assert re.fullmatch("[0-9a-f]{12}", first)
     assert (compile_filter(text, FIELDS, OUTPUTS).revision == first) is same
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        (
+            "real > 0.6 and (sso or isnull(band)) and not ndethist",
+            ["real > 0.6", "sso or isnull(band)", "not ndethist"],
+        ),
+        (
+            "`default.real` > 0.6 and\n object_id == 'é' and `other.sn` > 1",
+            ["`default.real` > 0.6", "object_id == 'é'", "`other.sn` > 1"],
+        ),
+        ("real > 0.6 or sso and ndethist", ["real > 0.6 or sso and ndethist"]),
+        ("0.1 < real < 0.95", ["0.1 < real < 0.95"]),
+        ("magpsf < 18.5 and magpsf > 0", ["magpsf < 18.5", "magpsf > 0"]),
+        ("1 < 2 and real > 0.6", ["1 < 2", "real > 0.6"]),
+    ],
+)
+def test_the_terms_of_a_filter_are_the_operands_of_its_outermost_and(
+    batch: ScoredBatch, text: str, terms: list[str]
+) -> None:
+    expression = compile_filter(text, FIELDS, OUTPUTS)
+    assert [term.text for term in expression.terms] == terms
+    outputs = batch.scores.columns() | {"other.sn": np.array([2.0, NAN, 0.0], np.float32)}
+    values = expression.values(batch.alerts, outputs)
+    truths = [term.truth(values, len(batch.alerts)) for term in expression.terms]
+    alone = [compile_filter(term, FIELDS, OUTPUTS).holds(batch.alerts, outputs).tolist() for term in terms]
+    assert [truth.true.tolist() for truth in truths] == alone
+    assert np.all([truth.true for truth in truths], axis=0).tolist() == expression.holds(batch.alerts, outputs).tolist()
+    assert not any((truth.true & truth.false).any() for truth in truths)
