@@ -12,8 +12,9 @@ from pathlib import Path
 from broker_filter.bench.lens import measure_lens
 from broker_filter.bench.lsst import measure_lsst_decoding
 from broker_filter.bench.measure import BenchmarkError
-from broker_filter.bench.options import OF_LSST, THROUGH_BROKER, WITHOUT_NAIVE_LOOP, Options
+from broker_filter.bench.options import OF_BOTH, OF_LSST, THROUGH_BROKER, WITHOUT_NAIVE_LOOP, Options
 from broker_filter.bench.report import Report
+from broker_filter.bench.rows import measure_rows
 from broker_filter.bench.runs.kafka_io import measure_kafka_io
 from broker_filter.bench.runs.latency import BURST_DISTINCT, measure_burst, measure_latency
 from broker_filter.bench.runs.memory import measure_memory, measure_startup
@@ -45,7 +46,7 @@ def run_benchmark(options: Options, announce: Callable[[str], None]) -> Report:
             f"{options.models[0]} needs more than images, and the naive loop cannot run it: name an image model first"
         )
     packets = choose_packets(options.inputs, min(options.alerts, DISTINCT_PACKETS)) if of_ztf else []
-    visit = lsst_packets(options) if set(options.parts) & set(OF_LSST) else []
+    visit = lsst_packets(options) if set(options.parts) & {*OF_LSST, *OF_BOTH} else []
     report = Report(
         processor=processor(),
         cores=available_cores(),
@@ -87,6 +88,11 @@ def measure_alone(
     if "archive" in options.parts:
         announce("Archive")
         report.wholes |= measure_archive(packets, options.alerts, models[0], device, repetitions, directory)
+    if "rows" in options.parts:
+        announce("Archives as packets and as rows of Parquet")
+        registry = options.schema_registry or str(SCHEMAS)
+        of_surveys = {Survey.ZTF: packets, Survey.LSST: visit[:DISTINCT_PACKETS]}
+        report.wholes |= measure_rows(of_surveys, registry, models, device, repetitions, directory)
     if "lens" in options.parts:
         announce("A lens on flagged alerts and on every alert")
         contests, quantities = measure_lens(packets, options.alerts, device, repetitions)

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-ALONE = ("stages", "lsst", "archive", "lens", "memory")
+ALONE = ("stages", "lsst", "archive", "rows", "lens", "memory")
 THROUGH_BROKER = ("kafka", "startup", "scaling", "latency", "burst")
 PARTS = (*ALONE, *THROUGH_BROKER)
 """All parts in the order in which they are measured: first those without a broker, which uses some CPU even if idle."""
 
 OF_LSST = ("lsst", "burst")
-"""The parts that use LSST packets; all others use ZTF packets."""
-WITHOUT_NAIVE_LOOP = (*OF_LSST, "lens")
+"""The parts that use LSST packets alone."""
+OF_BOTH = ("rows",)
+"""The parts that use packets of both surveys; all others use ZTF packets alone."""
+WITHOUT_NAIVE_LOOP = (*OF_LSST, "rows", "lens")
 """The parts that use no naive loop over a model, and so measure with any bundle."""
 VISIT = 10_000
 """Alerts of one visit of Rubin, on average; some have more than 40,000."""
@@ -29,8 +31,8 @@ class Options:
     `inputs`: files of ZTF packets; if empty, packets are simulated. `models`: bundles; the naive loop and the floors
     are compared with the first. `alerts`: number of alerts sent through the archive and the broker.
     `bootstrap_servers`: a running cluster; if None, Apache Kafka is started from KAFKA_HOME, or else the embedded
-    broker. `schema_registry`: where the schemas of LSST packets in `inputs` are; if None, the parts OF_LSST simulate
-    their packets. `visit`: number of alerts that arrive together in the part `burst`.
+    broker. `schema_registry`: where the schemas of LSST packets in `inputs` are; if None, the parts OF_LSST and
+    OF_BOTH simulate their LSST packets. `visit`: number of alerts that arrive together in the part `burst`.
     """
 
     inputs: Sequence[Path]

@@ -25,10 +25,12 @@ from broker_filter.bench.measure import (
     Contest,
 )
 from broker_filter.bench.report import Report
+from broker_filter.bench.rows import PACKETS, ROWS, rows_contest
 from broker_filter.bench.runs.memory import EARLY, LATE, resident_at
 from broker_filter.bench.runs.throughput import ARCHIVE, kafka_whole
 from broker_filter.bench.stages import DECODE, score_stage
 from broker_filter.config import Section
+from broker_filter.packets.batch import Survey
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,11 @@ class Target:
     at_most: bool = False
 
 
+def rows_ratio(survey: Survey) -> str:
+    """Return the name of the ratio between rows of Parquet and packets for the alerts of a survey."""
+    return f"archive of {survey.name}: rows / packets"
+
+
 RESIDENT = f"resident: alert {LATE:,} / {EARLY:,}"
 TARGETS = (
     Target("decode: naive / service", 10),
@@ -48,6 +55,7 @@ TARGETS = (
     Target("decode: 2 threads / 1", 1.7),
     Target("archive: floor / service", 0.75),
     Target("archive: naive / service", 5.5),
+    Target(rows_ratio(Survey.ZTF), 1.5, at_most=True),
     Target("Kafka: service / naive", 6, stretch=8),
     Target("Kafka: service / floors, the runtime's inference", 0.65),
     Target("latency p50, ms", 60, at_most=True),
@@ -81,6 +89,9 @@ def ratios(report: Report) -> dict[str, float]:
         with_runtime = _cpu(archive, INFLATE, RUNTIME) / _cpu(archive, SERVICE)
         found["archive: floor, the runtime's inference / service"] = with_runtime
         found["archive: naive / service"] = _cpu(archive, NAIVE) / _cpu(archive, SERVICE)
+    for survey in Survey:
+        if formats := report.wholes.get(rows_contest(survey)):
+            found[rows_ratio(survey)] = _cpu(formats, ROWS) / _cpu(formats, PACKETS)
     if kafka := report.wholes.get(kafka_whole(models[0])):
         found["Kafka: service / naive"] = _rate(kafka, SERVICE) / _rate(kafka, NAIVE)
         if broker := kafka[NO_WORK].broker_microseconds:

@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from broker_filter.bench.options import OF_LSST, PARTS, VISIT, Options
+from broker_filter.bench.options import OF_BOTH, OF_LSST, PARTS, VISIT, Options
 from broker_filter.cli.extras import require_extra
 from broker_filter.cli.options import add_device_option, add_registry_option
 
@@ -55,7 +55,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_device_option(parser)
     add_registry_option(
         parser,
-        f"LSST packets in INPUT: the parts {' and '.join(OF_LSST)} then use these packets instead of simulated ones",
+        f"LSST packets in INPUT: the parts {', '.join((*OF_LSST, *OF_BOTH))} then use these packets instead of "
+        "simulated ones",
     )
     parser.add_argument(
         "--visit",

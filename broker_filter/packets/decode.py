@@ -69,6 +69,7 @@ from broker_filter.packets.surveys import (
     DEFAULT_COLUMNS,
     FORMATS,
     broker_without_cutouts,
+    catalogue_of,
     recognise,
     rows_of_unknown_version,
 )
@@ -536,6 +537,9 @@ class Decoder:
         if known is None and (broker := broker_without_cutouts(paths)):
             detail = f"the packet is an alert of LSST without cutouts: {broker}'s stream has none; {READ_CUTOUTS}"
             _warn_once(schema.fingerprint, "schema %r: every packet is rejected: %s", name, detail)
+            return RejectReason.MISSING_CUTOUT, detail
+        if known is None and catalogue_of(paths):
+            detail = f"the row is a source or an object of an LSST catalogue, which has no cutouts; {READ_CUTOUTS}"
             return RejectReason.MISSING_CUTOUT, detail
         if known is None:
             return RejectReason.UNKNOWN_SURVEY, f"the fields of {name!r} are not those of a ZTF or LSST alert"

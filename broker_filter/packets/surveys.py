@@ -974,3 +974,22 @@ def broker_without_cutouts(paths: Collection[str]) -> str | None:
     return next(
         (broker for broker, forms in _WITHOUT_CUTOUTS.items() if any(form <= set(paths) for form in forms)), None
     )
+
+
+CATALOGUE_COLUMNS = {
+    "diaSource": frozenset({"diaSourceId", "ra", "dec"}),
+    "diaObject": frozenset({"diaObjectId", "ra", "dec"}),
+}
+"""The columns by which a catalogue of LSST sources or objects is recognised, by the record of an alert that holds them.
+
+Rubin's HATS catalogues hold objects with nested sources (`dia_object_lc`), and no cutouts
+(https://github.com/lsst-sitcom/linccf, dash_doc).
+"""
+
+
+def catalogue_of(columns: Collection[str]) -> str | None:
+    """Return the record of an LSST alert, a key of CATALOGUE_COLUMNS, whose fields are the columns of a catalogue.
+
+    Returns None if the columns are those of no known catalogue.
+    """
+    return next((record for record, known in CATALOGUE_COLUMNS.items() if known <= set(columns)), None)

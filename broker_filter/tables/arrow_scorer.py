@@ -23,7 +23,7 @@ from broker_filter.packets.framing.parquet import AvroRows
 from broker_filter.packets.packet import IN_MEMORY, FilePosition, Packet
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.packets.schemas.writer_schema import SchemaError
-from broker_filter.packets.surveys import LSST, recognise
+from broker_filter.packets.surveys import LSST, catalogue_of, recognise
 from broker_filter.scoring.bundle import open_bundle
 from broker_filter.scoring.scorer import Scorer, open_scorer
 from broker_filter.streaming.duplicates import DuplicateWindow
@@ -32,15 +32,6 @@ from broker_filter.tables.rows import table_schema, to_rows
 
 PACKET_COLUMNS = ("packet", "value")
 """The names of a column of packet bytes. Kafka sources of Spark and Flink call it `value`."""
-CATALOGUE_COLUMNS = {
-    "diaSource": frozenset({"diaSourceId", "ra", "dec"}),
-    "diaObject": frozenset({"diaObjectId", "ra", "dec"}),
-}
-"""The columns by which a catalogue of LSST sources or objects is recognised, by the record of an alert that holds them.
-
-Rubin's HATS catalogues hold objects with nested sources (`dia_object_lc`), and no cutouts
-(https://github.com/lsst-sitcom/linccf, dash_doc).
-"""
 MOST_NAMES_CHARACTERS = 300
 """The maximum length of the column names in an error message."""
 
@@ -214,10 +205,8 @@ def _as_alerts(table: pa.Table) -> pa.Table:
     paths = {path for column in table.schema for path in _paths(column)}
     if recognise(paths):
         return table
-    names = table.schema.names
-    for record, columns in CATALOGUE_COLUMNS.items():
-        if columns <= set(names):
-            return _with_records(table, record)
+    if record := catalogue_of(table.schema.names):
+        return _with_records(table, record)
     raise ColumnsError(
         f"the table has {_names(table.schema)}, but neither a column of packets ({' or '.join(PACKET_COLUMNS)}), nor "
         "the fields of ZTF or LSST alerts (candidate or diaSource), nor those of LSST sources or objects "

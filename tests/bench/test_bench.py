@@ -129,6 +129,20 @@ def test_bench_measures_what_a_lens_costs(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(report["quantities"]) == ["lens embedder, CPU us for an explained alert"]
 
 
+def test_bench_measures_rows_of_parquet_beside_packets_of_both_surveys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "LEAST_S", 0.0)
+    monkeypatch.setattr(benchmark, "DISTINCT_PACKETS", 8)
+    monkeypatch.setattr(benchmark, "BURST_DISTINCT", 8)
+    figures = tmp_path / "bench.json"
+    assert main(["bench", "--parts", "rows", "--repetitions", "1", "--out", str(figures)]) == 0
+    report = json.loads(figures.read_text())
+    assert list(report["wholes"]) == ["archive of ZTF -> scores, by format", "archive of LSST -> scores, by format"]
+    assert all(list(contest) == ["packets", "rows of Parquet"] for contest in report["wholes"].values())
+    assert set(report["ratios"]) == {"archive of ZTF: rows / packets", "archive of LSST: rows / packets"}
+
+
 @pytest.mark.parametrize("parts", ["stages,nothing", ""])
 def test_unknown_parts_are_refused(parts: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

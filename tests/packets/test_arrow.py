@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from broker_filter.bench.rows import PRIMITIVES, arrow_type
 from broker_filter.packets.alert_rows import AlertRows
 from broker_filter.packets.batch import AlertBatch, LightCurves
 from broker_filter.packets.decode import MAX_POINTS, Decoder
@@ -21,7 +22,6 @@ from broker_filter.packets.framing.parquet import MOST_ROWS, AvroRows, Rows
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.rejects import Reject
 from broker_filter.simulate import simulate_night
-from tests.packets.arrow_types import PRIMITIVES, arrow_type
 
 COLUMNS = ("survey", "alert_id", "mjd", "ra", "dec", "band", "cutouts", "cutout_box", "metadata", "packet_index")
 PLANES = ("variance", "psf", "usable_planes")
@@ -185,6 +185,14 @@ def test_wrong_types(ztf: pa.Table, name: str, values: list[Any]) -> None:
         return
     alerts, rejects = decoded_both_ways(wrong)
     assert len(alerts) + len(rejects) == ztf.num_rows
+
+
+@pytest.mark.parametrize("key", ["diaSourceId", "diaObjectId"])
+def test_rows_of_an_lsst_catalogue_are_rejected_because_they_have_no_cutouts(key: str) -> None:
+    table = pa.table({key: [1, 2], "ra": [1.0, 2.0], "dec": [1.0, 2.0], "psfFlux": [1.0, 2.0]})
+    alerts, rejects = Decoder().decode(rows_of(table))
+    assert (len(alerts), [reject.reason for reject in rejects]) == (0, ["missing_cutout"] * 2)
+    assert "catalogue" in rejects[0].detail
 
 
 @pytest.mark.parametrize("name", ["jd", "fid", "candid", "isdiffpos", "magpsf", "ra", "ncovhist"])

@@ -16,9 +16,9 @@ import torch
 
 pytest.importorskip("galsim", reason="simulated alerts need the extra `demo`")
 
+from broker_filter.bench.rows import PRIMITIVES, arrow_type
 from broker_filter.scoring.labels import Labels, parse_rule, read_labels
 from broker_filter.simulate import SimulatedAlert, simulate_night
-from tests.packets.arrow_types import PRIMITIVES, arrow_type
 from training.data.build_dataset import build_dataset
 from training.data.datasets import Dataset
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from broker_filter.bench.rows import PRIMITIVES, arrow_type
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.framing.parquet import (
     ALWAYS_ALLOWED_BYTES,
@@ -27,7 +28,6 @@ from broker_filter.packets.framing.parquet import (
 )
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.schemas.registry import open_registry
-from tests.packets.arrow_types import PRIMITIVES, arrow_type
 
 
 def rows_of(table: pa.Table, **options: Any) -> list[dict[str, Any]]:
