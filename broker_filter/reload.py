@@ -118,9 +118,15 @@ class Reloader:
             log.info("%s was reloaded", self._file.path)
 
     def _refuse_changes(self) -> None:
-        if changed := [str(path) for path, stamp in self._stamps().items() if stamp != self._read[path]]:
+        """Raise ChangedWhileReadError if a file of a bundle, reference or lens changed during the reload.
+
+        The service file is not checked: it is read at once, so that its content belongs together.
+        """
+        changed = {path for path, stamp in self._stamps().items() if stamp != self._read[path]} - {self._file.path}
+        if changed:
             raise ChangedWhileReadError(
-                f"{', '.join(changed)} changed during the reload: reload again when all files are in place"
+                f"{', '.join(map(str, sorted(changed)))} changed during the reload: reload again when all files are in "
+                "place"
             )
 
     def _fail(self, error: Exception) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import threading
+import time
+import weakref
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +15,13 @@ import pytest
 import yaml
 
 from broker_filter.cli import main
+from broker_filter.config_file import load_again, load_service
 from broker_filter.local_kafka import embedded_broker
+from broker_filter.reload import ServiceFile
 from broker_filter.scoring.bundle import SHIPPED
+from broker_filter.service import FilterService
 
-from .conftest import MakePipeline, Packets, RunningService, alert, headers, inputs
+from .conftest import PATIENCE_S, MakePipeline, Packets, RunningService, alert, headers, inputs
 
 
 def revision(service: RunningService) -> str:
@@ -113,3 +120,30 @@ def test_reload_replaces_models_and_filters_between_two_batches(
         link.rename(service.path)
         service.wait_until(lambda: revision(service) == revisions[0])
         assert service.end() == 0
+
+
+def test_models_of_the_earlier_configuration_are_freed_although_no_alert_comes(
+    make_pipeline: MakePipeline, packets: Packets, tmp_path: Path
+) -> None:
+    with embedded_broker(tmp_path) as bootstrap:
+        pipeline = make_pipeline(packets[:40], source=bootstrap)
+        path = tmp_path / "service.yaml"
+        path.write_text(yaml.safe_dump(pipeline.config | {"http": {"port": 0}}))
+        stop, requested = threading.Event(), threading.Event()
+        service = FilterService(load_service(path), stop, ServiceFile(path, requested, load_again))
+        networks = [weakref.ref(part.network) for model in service._generation.scorer.models for part in model.parts]
+        gc.freeze()  # as the command `run` does: the garbage collector cannot help
+        thread = threading.Thread(target=service.run)
+        thread.start()
+        try:
+            assert len(pipeline.read("scored", expected=40)) == 40
+            requested.set()
+            deadline = time.monotonic() + PATIENCE_S
+            while any(network() for network in networks) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert [network() for network in networks] == [None] * len(networks)
+            assert service._generation.scorer.models
+        finally:
+            stop.set()
+            thread.join(PATIENCE_S)
+            gc.unfreeze()

@@ -47,6 +47,23 @@ def test_outliers_that_pass_the_cut_are_flagged_with_a_reason(make_embedded: Sco
     assert judge.columns == ("magpsf",)
 
 
+def test_thresholds_go_on_in_a_judge_with_the_same_reference_and_rate(
+    make_embedded: Scored, reference: Reference
+) -> None:
+    batches = [make_embedded(ordinary(100, 50 + seed), first_id=10_000 + 100 * seed) for seed in range(4)]
+    alone, first = AnomalyJudge(reference, 0.01, None), AnomalyJudge(reference, 0.01, None)
+    expected = [alone.judge(batch).threshold for batch in batches]
+    found = [first.judge(batch).threshold for batch in batches[:1]]
+    same, other_rate = AnomalyJudge(reference, 0.01, PASSES), AnomalyJudge(reference, 0.02, None)
+    same.continue_from(first)
+    other_rate.continue_from(first)
+    found.append(first.judge(batches[1]).threshold)  # the earlier judge finishes its batches
+    found += [same.judge(batch).threshold for batch in batches[2:]]
+    np.testing.assert_array_equal(found, expected)
+    start = AnomalyJudge(reference, 0.02, None).judge(batches[2]).threshold
+    np.testing.assert_array_equal(other_rate.judge(batches[2]).threshold, start)
+
+
 def test_alerts_of_a_survey_without_reference_are_not_judged(make_embedded: Scored, reference: Reference) -> None:
     """Telescopes differ more than alerts: all alerts of another survey would be flagged."""
     both = make_embedded(-ordinary(4, 5), survey=[Survey.ZTF, Survey.LSST] * 2)
