@@ -29,6 +29,7 @@ COMMANDS = (
     "reference",
     "similar",
     "explain",
+    "watch",
     "map",
     "config",
     "bench",

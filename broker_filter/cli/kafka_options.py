@@ -26,7 +26,7 @@ class PropertiesError(UsageError):
     """A Kafka property is not of the form KEY=VALUE."""
 
 
-def add_kafka_options(parser: argparse.ArgumentParser) -> None:
+def add_kafka_options(parser: argparse._ActionsContainer) -> None:
     """Add the options `--kafka` and `--kafka-file` to a parser."""
     parser.add_argument(
         "--kafka", action="append", default=[], metavar="KEY=VALUE", help="librdkafka property; may be repeated"

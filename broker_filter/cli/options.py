@@ -32,7 +32,7 @@ def add_config_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="the service's YAML file")
 
 
-def add_registry_option(parser: argparse.ArgumentParser, use: str = "alerts in Confluent wire format") -> None:
+def add_registry_option(parser: argparse._ActionsContainer, use: str = "alerts in Confluent wire format") -> None:
     """Add the option `--schema-registry` to a parser. `use`: what the schemas are for, as the help says it."""
     parser.add_argument(
         "--schema-registry",
@@ -41,7 +41,7 @@ def add_registry_option(parser: argparse.ArgumentParser, use: str = "alerts in C
     )
 
 
-def add_cache_option(parser: argparse.ArgumentParser) -> None:
+def add_cache_option(parser: argparse._ActionsContainer) -> None:
     """Add the option `--drop-schema-cache` to a parser."""
     parser.add_argument(
         "--drop-schema-cache",
@@ -50,7 +50,7 @@ def add_cache_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device_option(parser: argparse.ArgumentParser) -> None:
+def add_device_option(parser: argparse._ActionsContainer) -> None:
     """Add the option `--device` to a parser."""
     parser.add_argument(
         "--device",
@@ -60,7 +60,7 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_scoring_options(parser: argparse.ArgumentParser) -> None:
+def add_scoring_options(parser: argparse._ActionsContainer) -> None:
     """Add the options of every command that scores archives: `--schema-registry` and `--device`."""
     add_registry_option(parser)
     add_device_option(parser)

@@ -1,4 +1,4 @@
-"""Reads a Kafka topic as Packets, from its beginning to its present end: to inspect it, or to send dead letters again.
+"""Reads Kafka topics as Packets: from the beginning to the present end, or the newest messages and those that follow.
 
 The reader joins no group and commits nothing.
 """
@@ -6,10 +6,20 @@ The reader joins no group and commits nothing.
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    TIMESTAMP_NOT_AVAILABLE,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
+from confluent_kafka.admin import ClusterMetadata
 
 from broker_filter.kafka.client import (
     MAX_RESPONSE_BYTES,
@@ -24,6 +34,11 @@ from broker_filter.packets.packet import KafkaPosition, Packet
 
 PATIENCE_S = 30.0
 """If no message arrives for so long before the end of the topic, the brokers are taken as not answering."""
+
+FOLLOWED = 128
+"""The most messages that `follow_topics` yields at once."""
+LOOK_S = 0.5
+"""How long `follow_topics` waits for messages before it looks whether it shall stop."""
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +83,67 @@ def _reasons(headers: Mapping[str, bytes | None]) -> set[str]:
     return {(headers.get("reason") or b"").decode(errors="replace"), *(count.partition("=")[0] for count in counts)}
 
 
-def _read(properties: Mapping[str, object], topic: str) -> Iterator[tuple[Packet, Message]]:
+def follow_topics(
+    properties: Mapping[str, object], topics: Sequence[str], stop: threading.Event, *, newest: int, since_ms: int | None
+) -> Iterator[list[Packet]]:
+    """Yield the committed messages of topics, and then new ones until `stop` is set, at most FOLLOWED at a time.
+
+    It begins with about the `newest` messages of each topic, or with the first message that is not older than
+    `since_ms` (Unix milliseconds). An empty list says that every message so far was read. `properties`: librdkafka
+    properties, including `bootstrap.servers`. Brokers that stop answering are waited for, and the log says so.
+
+    Raises KafkaSetupError if the brokers do not answer at the start or a topic does not exist.
+    """
     error_log = ThrottledErrorLog(f"brokers {properties['bootstrap.servers']}")
-    consumer = Consumer(
+    consumer = _consumer(properties, error_log)
+    try:
+        starts: list[TopicPartition] = []
+        for topic in topics:
+            metadata = _metadata(consumer, topic, error_log)
+            cluster = metadata.cluster_id or str(properties["bootstrap.servers"])
+            starts += _starts(consumer, topic, list(metadata.topics[topic].partitions), newest, since_ms)
+        consumer.assign(starts)
+        unread = {(place.topic, place.partition) for place in starts}
+        while not stop.is_set():
+            packets = []
+            for message in consumer.consume(FOLLOWED, LOOK_S):
+                if (error := message.error()) is None:
+                    position = KafkaPosition(cluster, message.topic(), message.partition(), message.offset())
+                    kind, timestamp_ms = message.timestamp()
+                    time_ms = None if kind == TIMESTAMP_NOT_AVAILABLE else timestamp_ms
+                    packets.append(Packet(message.value() or b"", position, time_ms))
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    unread.discard((message.topic(), message.partition()))
+                else:
+                    error_log(error)
+            if packets or not unread:
+                yield packets
+    finally:
+        consumer.close()
+
+
+def _starts(
+    consumer: Consumer, topic: str, partitions: Sequence[int], newest: int, since_ms: int | None
+) -> list[TopicPartition]:
+    """Return where to begin in each partition of a topic; see `follow_topics`."""
+    if since_ms is not None:
+        asked = [TopicPartition(topic, partition, since_ms) for partition in partitions]
+        return list(consumer.offsets_for_times(asked, timeout=REQUEST_TIMEOUT_S))
+    bounds = {
+        partition: consumer.get_watermark_offsets(TopicPartition(topic, partition), REQUEST_TIMEOUT_S)
+        for partition in partitions
+    }
+    left, starts = newest, []
+    smallest_first = sorted(bounds.items(), key=lambda one: one[1][1] - one[1][0])
+    for done, (partition, (low, high)) in enumerate(smallest_first):
+        share = min(high - low, -(-left // (len(bounds) - done)))  # rounded up
+        left -= share
+        starts.append(TopicPartition(topic, partition, high - share))
+    return starts
+
+
+def _consumer(properties: Mapping[str, object], on_error: Callable[[KafkaError], object]) -> Consumer:
+    return Consumer(
         {
             "receive.message.max.bytes": MAX_RESPONSE_BYTES,
             **properties,
@@ -79,18 +152,29 @@ def _read(properties: Mapping[str, object], topic: str) -> Iterator[tuple[Packet
             "enable.partition.eof": True,
             "isolation.level": "read_committed",
             "auto.offset.reset": "earliest",  # if messages expire during the reading, the rest is read
-            "error_cb": error_log.note,
+            "error_cb": on_error,
         },
         logger=librdkafka_log,
     )
+
+
+def _metadata(consumer: Consumer, topic: str, error_log: ThrottledErrorLog) -> ClusterMetadata:
+    """Return the metadata of a topic. Raises KafkaSetupError if the brokers do not answer or it does not exist."""
     try:
-        try:
-            metadata = consumer.list_topics(topic, timeout=REQUEST_TIMEOUT_S)
-        except KafkaException as error:
-            consumer.poll(0)  # calls error_cb, which gets the reason; the request only reports a timeout
-            raise KafkaSetupError(f"{error_log.cluster}: {error_log.latest or explain(error.args[0])}") from None
-        if metadata.topics[topic].error is not None:
-            raise KafkaSetupError(f"{error_log.cluster}: topic {topic}: {metadata.topics[topic].error.str()}")
+        metadata = consumer.list_topics(topic, timeout=REQUEST_TIMEOUT_S)
+    except KafkaException as error:
+        consumer.poll(0)  # calls error_cb, which gets the reason; the request only reports a timeout
+        raise KafkaSetupError(f"{error_log.cluster}: {error_log.latest or explain(error.args[0])}") from None
+    if metadata.topics[topic].error is not None:
+        raise KafkaSetupError(f"{error_log.cluster}: topic {topic}: {metadata.topics[topic].error.str()}")
+    return metadata
+
+
+def _read(properties: Mapping[str, object], topic: str) -> Iterator[tuple[Packet, Message]]:
+    error_log = ThrottledErrorLog(f"brokers {properties['bootstrap.servers']}")
+    consumer = _consumer(properties, error_log.note)
+    try:
+        metadata = _metadata(consumer, topic, error_log)
         unfinished = set(metadata.topics[topic].partitions)
         ends = {
             partition: consumer.get_watermark_offsets(TopicPartition(topic, partition), REQUEST_TIMEOUT_S)[1]

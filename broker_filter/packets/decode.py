@@ -64,7 +64,7 @@ from broker_filter.packets.plan import field_paths
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.packets.schemas.registry import SchemaRegistry, UnknownSchemaId, open_registry
 from broker_filter.packets.schemas.writer_schema import BySchema, SchemaError, WriterSchema
-from broker_filter.packets.stamps import PlaneSlots, decode_stamps, inflated_bytes
+from broker_filter.packets.stamps import PlaneSlots, StampError, decode_stamp, decode_stamps, inflated_bytes
 from broker_filter.packets.surveys import (
     DEFAULT_COLUMNS,
     FORMATS,
@@ -201,7 +201,8 @@ class Decoder:
     directory of `.avsc` files, or an opened registry; without a registry such packets are rejected. `cutout_size`: the
     side S of the cutouts, in pixels. `columns`: names of the metadata columns to decode. `planes`: the images that are
     decoded besides the cutouts (`variance`, `psf`; see AlertBatch). `max_packet_bytes`: a larger packet is rejected,
-    also if it becomes larger by decompression.
+    also if it becomes larger by decompression. `require_cutouts`: whether an alert without a usable cutout is rejected;
+    if False, the pixels of such a cutout are NaN and the height and width of its box are 0, for pages and pictures.
 
     Raises ValueError for an unknown metadata column or plane, and what `open_registry` raises for the registry.
 
@@ -226,6 +227,7 @@ class Decoder:
         columns: Sequence[str] = DEFAULT_COLUMNS,
         planes: Collection[Plane] = (),
         max_packet_bytes: int = MAX_CONTAINER_BYTES,
+        require_cutouts: bool = True,
     ) -> None:
         if registry is None or isinstance(registry, str | Path):
             registry = open_registry(registry)
@@ -238,6 +240,7 @@ class Decoder:
         self._slot_bytes = len(CUTOUTS) * n_pixels * np.dtype(np.float32).itemsize
         self._columns = tuple(columns)
         self._max_packet_bytes = max_packet_bytes
+        self._require_cutouts = require_cutouts
         self._layouts = {known.survey: Layout(known, self._columns) for known in FORMATS}
         self._plan = BySchema(self._make_plan)
         # Only the decoding of stamps releases the GIL. If threads competed for the GIL in all other steps, they would
@@ -392,7 +395,11 @@ class Decoder:
         boxes = np.empty((len(sound), len(CUTOUTS), 4), dtype=np.int16)
         planes = self._plane_slots(cutouts) if self._planes and columns.publish_planes(sound) else None
         bad_stamps = columns.decode_stamps(sound, cutouts, boxes, planes)
-        if bad_stamps:
+        if bad_stamps and not self._require_cutouts:
+            for k, row in enumerate(sound):
+                if row in bad_stamps:
+                    columns.decode_usable_stamps(row, cutouts[k], boxes[k])
+        elif bad_stamps:
             good = [k for k, row in enumerate(sound) if row not in bad_stamps]
             sound, cutouts, boxes = [sound[k] for k in good], cutouts[good], boxes[good]
             planes = planes and planes.select(good)
@@ -622,6 +629,15 @@ class _Columns:
             rows[k]: self._without_cutouts(rows[k]) or (error.reason, f"{formats[k].cutouts[c]}: {error.detail}")
             for k, (c, error) in failed.items()
         }
+
+    def decode_usable_stamps(self, row: int, cutouts: NDArray[np.float32], boxes: NDArray[np.int16]) -> None:
+        """Decode each usable stamp of a record into `cutouts` [3, S, S] and `boxes` [3, 4]; the others are NaN."""
+        body, centred = self._walked[row].body, self._walked[row].plan.layout.format.stamps_centred
+        for c, (begin, end) in enumerate(self._span_lists[row][STAMP : STAMP + len(CUTOUTS)]):
+            try:
+                boxes[c] = decode_stamp(body[begin:end] if begin >= 0 else b"", cutouts[c], centred=centred)
+            except StampError:
+                cutouts[c], boxes[c] = np.nan, 0
 
     def _without_cutouts(self, row: int) -> Damage | None:
         """Return the damage of a record that has none of the three cutouts; None if it has any."""

@@ -7,8 +7,6 @@ always escaped.
 from __future__ import annotations
 
 import base64
-import struct
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.packets.batch import BANDS, CUTOUTS, UNKNOWN_BAND, AlertBatch, Measurement
+from broker_filter.pictures.png import grey_png
 
 WIDTH, HEIGHT, MARGIN = 420, 150, 12
 """Size of a light curve and its margin, in CSS pixels."""
@@ -25,11 +24,6 @@ STAMP = 108
 """Side of a drawn cutout, in CSS pixels."""
 FOR, AGAINST, NEUTRAL = "#f0883e", "#58a6ff", "#484f58"
 """Colours of sources with a positive share, with a negative one, and without a share."""
-SKY_SIGMAS = 1.0
-BRIGHT_PERCENTILE = 99.8
-SOFTENING = 0.2
-"""The stretch of a cutout: asinh, from SKY_SIGMAS below the median to BRIGHT_PERCENTILE."""
-MAD_TO_SIGMA = 1.4826
 
 NO_FEATURE: Mapping[str, Any] = {"id": None, "sources": []}
 """Stands for the features of an alert that has none, so that its light curve is drawn all the same."""
@@ -178,24 +172,3 @@ def _scaled(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
     """Return values as pixels between the margins of a figure of this size."""
     low, high = float(values.min()), float(values.max())
     return MARGIN + (values - low) / ((high - low) or 1.0) * (size - 2 * MARGIN)
-
-
-def grey_png(pixels: NDArray[np.float32]) -> bytes:
-    """Return a PNG of pixels float32[H, W], with the first row at the bottom, as in FITS; NaN is black."""
-    finite = pixels[np.isfinite(pixels)].astype(np.float64)
-    sky = float(np.median(finite)) if len(finite) else 0.0
-    noise = MAD_TO_SIGMA * float(np.median(np.abs(finite - sky))) if len(finite) else 0.0
-    low = sky - SKY_SIGMAS * (noise or 1.0)
-    high = max(float(np.percentile(finite, BRIGHT_PERCENTILE)) if len(finite) else 0.0, sky + 10 * (noise or 1.0))
-    scaled = np.clip((np.nan_to_num(pixels, nan=low).astype(np.float64) - low) / (high - low), 0, 1)
-    grey = np.round(255 * np.arcsinh(scaled / SOFTENING) / np.arcsinh(1 / SOFTENING)).astype(np.uint8)[::-1]
-    height, width = grey.shape
-    lines = b"".join(b"\0" + line.tobytes() for line in grey)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in (
-            (b"IHDR", struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0)),
-            (b"IDAT", zlib.compress(lines)),
-            (b"IEND", b""),
-        )
-    )
