@@ -20,12 +20,14 @@ INTERNAL = {
     "EndedError",
     "FencedError",
     "ParquetError",
+    "QueryError",
     "RegistryRefusalError",
     "SchemaError",
     "StampError",
     "UnknownSchemaId",
     "_DamagedError",
     "_StoppedError",
+    "_UnboundedError",
     "_UnreadableError",
 }
 """Answers between modules: the package catches each of them, and rejects a packet, tries again or reports it."""

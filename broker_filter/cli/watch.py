@@ -185,7 +185,8 @@ def run(arguments: argparse.Namespace) -> int:
     sources = _sources(arguments, reader, stop)
     store = AlertStore(arguments.keep)
     feed = Feed(sources, reader, store, only=chosen.keys(), stop=stop)
-    title = ", ".join(printable(name) for name in (*arguments.inputs, *arguments.topic))
+    names = [*(Path(name).name or name for name in arguments.inputs), *arguments.topic]
+    title = printable(", ".join(names))
     night = Night(title, store, feed, labels, classes, chosen, arguments.keep)
     with closing(listen(arguments.host, arguments.port)) as listener:
         feed.start()
@@ -194,6 +195,7 @@ def run(arguments: argparse.Namespace) -> int:
         finally:
             stop.set()
             feed.join(END_S)
+            store.close()
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import dataset
 
-from broker_filter.errors import BrokerFilterError
+from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.watch.annotation import MAX_TEXT
 
 KEY, REASON, RANK = "alert_id", "reason", "rank"
@@ -17,6 +17,8 @@ MAX_ROWS = 1_000_000
 
 class ChosenListError(BrokerFilterError):
     """The list of alerts cannot be used. The message says what is wrong, where, and what to do."""
+
+    exit_status = USAGE
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,8 @@ CUTOUT_SIZE = 128
 """Cutout size in pixels, so that stamps are shown whole: LSST's stamps have up to 102 px."""
 REMEMBERED = 128
 """Decoded alerts that are kept, because a page asks for the pictures of an alert one by one: at most 25 MB."""
-GAP = 4
-"""Width of the masked pixels between the cutouts of a strip."""
+GAP, GAP_SHADE = 2, 110
+"""Width in pixels, and shade, of the lines between the cutouts of a strip."""
 STRIP_SIZE = 63
 """Height of a strip in pixels; larger cutouts show their central part."""
 KINDS = {Measurement.DETECTION: "detection", Measurement.UPPER_LIMIT: "limit", Measurement.FORCED: "forced"}
@@ -113,6 +113,8 @@ def strip(cutouts: Sequence[NDArray[np.float32]]) -> NDArray[np.uint8]:
     """Return cutouts float32[H, W] as shades, side by side in squares of STRIP_SIZE, each with its own stretch."""
     width = len(cutouts) * (STRIP_SIZE + GAP) - GAP
     shades = np.full((STRIP_SIZE, width), MASKED, np.uint8)
+    for k in range(1, len(cutouts)):
+        shades[:, k * (STRIP_SIZE + GAP) - GAP : k * (STRIP_SIZE + GAP)] = GAP_SHADE
     for k, pixels in enumerate(cutouts):
         used = [min(STRIP_SIZE, side) for side in pixels.shape]
         begin = [(side - kept) // 2 for side, kept in zip(pixels.shape, used, strict=True)]

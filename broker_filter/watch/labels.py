@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 
-from broker_filter.errors import BrokerFilterError
+from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.scoring.labels import CLASS_NAME, UNLABELLED_TEXTS
 
 REAL, BOGUS = "real", "bogus"
@@ -33,7 +33,9 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 
 
 class LabelFileError(BrokerFilterError):
-    """The table of labels cannot be used. The message says what is wrong, where, and what to do."""
+    """The table of labels, or a class, cannot be used. The message says what is wrong, where, and what to do."""
+
+    exit_status = USAGE
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,6 +121,15 @@ class AlertStore:
         if not alert.segment.kept and alert.segment is not self._segment:
             alert.segment.file.close()
 
+    def close(self) -> None:
+        """Close the temporary files, which deletes them; the store is empty afterwards."""
+        with self._lock:
+            for segment in {alert.segment for alert in self._alerts.values()} | {self._segment}:
+                if segment is not None:
+                    segment.file.close()
+            self._alerts.clear()
+            self._segment = None
+
     def alerts(self) -> list[Alert]:
         """Return all alerts, in the order of their arrival."""
         with self._lock:

@@ -1,7 +1,7 @@
 // Draws a light curve as SVG: magnitude or difference flux against the days from the alert.
 import { h, s, put, number } from "./dom.js";
 
-const WIDTH = 760, HEIGHT = 300, LEFT = 62, RIGHT = 14, TOP = 12, BOTTOM = 42;
+const WIDEST = 760, NARROWEST = 330, HEIGHT = 300, LEFT = 62, RIGHT = 14, TOP = 12, BOTTOM = 42;
 const ZERO_POINT = 31.4; // AB magnitude of 1 nJy
 const LIMIT_SIGMAS = 5; // an upper limit is drawn at this many times its uncertainty
 const DETECTED_SIGMAS = 3; // forced photometry below it is drawn as an upper limit among magnitudes
@@ -22,9 +22,9 @@ function asMagnitude(point) {
   }
   if (!flux) return null;
   const y = magnitude(Math.abs(flux)), half = error > 0 ? MAGNITUDE_ERROR * error / Math.abs(flux) : 0;
-  const mark = flux < 0 ? "negative" : point.kind;
+  const mark = point.kind;
   const sense = flux < 0 ? ", fainter than in the template" : "";
-  return { mark, y, low: y - half, high: y + half, says: `${y.toFixed(2)} ± ${half.toFixed(2)} mag${sense}` };
+  return { mark, negative: flux < 0, y, low: y - half, high: y + half, says: `${y.toFixed(2)} ± ${half.toFixed(2)} mag${sense}` };
 }
 
 function asFlux(point) {
@@ -46,18 +46,23 @@ function ticks(low, high, about) {
   return found;
 }
 
-const KINDS = { detection: "detection", forced: "forced photometry", limit: "upper limit", negative: "negative detection" };
+const KINDS = { detection: "detection", forced: "forced photometry", limit: "upper limit" };
 
 function marker(one, x, y) {
-  const about = { class: `mark ${one.mark} band-${one.band}` };
-  switch (one.mark) {
+  const about = { class: `mark ${one.mark} band-${one.band}${one.negative ? " negative" : ""}` };
+  const minus = one.negative ? s("line", { class: `minus band-${one.band}`, x1: x - 2, x2: x + 2, y1: y, y2: y }) : null;
+  return [shape(one.mark, about, x, y), minus];
+}
+
+function shape(mark, about, x, y) {
+  switch (mark) {
     case "limit": return s("path", { ...about, d: `M${x - 4.5},${y - 3}h9l-4.5,7z` });
     case "forced": return s("rect", { ...about, x: x - 3.2, y: y - 3.2, width: 6.4, height: 6.4 });
     default: return s("circle", { ...about, cx: x, cy: y, r: 4.4 });
   }
 }
 
-function draw(points, mjd, unit) {
+function draw(points, mjd, unit, WIDTH) {
   const drawn = points.flatMap((point) => {
     const one = unit === "magnitude" ? asMagnitude(point) : asFlux(point);
     return one && Number.isFinite(one.y) ? [{ ...one, day: point.mjd - mjd, band: BANDS.includes(point.band) ? point.band : "unknown", point }] : [];
@@ -68,7 +73,7 @@ function draw(points, mjd, unit) {
   const roomX = 0.03 * (last - first) || 1;
   first -= roomX; last += roomX;
   // Detections set the range, so that an outlier of the forced photometry cannot compress it.
-  const leading = drawn.filter((one) => one.mark === "detection" || one.mark === "negative" || (unit === "magnitude" && one.mark === "limit" && one.point.kind === "limit"));
+  const leading = drawn.filter((one) => one.mark === "detection" || (unit === "magnitude" && one.mark === "limit" && one.point.kind === "limit"));
   const framing = leading.length ? leading : drawn;
   let low = Math.min(...framing.map((one) => one.low)), high = Math.max(...framing.map((one) => one.high));
   if (unit === "flux") { low = Math.min(low, 0); high = Math.max(high, 0); }
@@ -89,7 +94,7 @@ function draw(points, mjd, unit) {
       s("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }),
       s("text", { x: LEFT - 7, y: y(value) + 4, "text-anchor": "end" }, number(value)),
     ]),
-    ticks(first, last, 8).map((value) => [
+    ticks(first, last, WIDTH / 90).map((value) => [
       s("line", { class: "grid", x1: x(value), x2: x(value), y1: TOP, y2: HEIGHT - BOTTOM }),
       s("text", { x: x(value), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, number(value)),
     ]),
@@ -110,6 +115,7 @@ function legend(drawn, outside) {
   return h("p", { class: "legend" },
     bands.map((band) => h("span", null, key({ mark: "detection", band }), band === "unknown" ? "unknown band" : band)),
     marks.map((mark) => h("span", null, key({ mark, band: "any" }), KINDS[mark])),
+    drawn.some((one) => one.negative) ? h("span", null, key({ mark: "detection", band: "any", negative: true }), "fainter than in the template") : null,
     outside ? h("span", { class: "faint" }, `${outside} outside the range`) : null);
 }
 
@@ -125,13 +131,14 @@ function table(points, mjd) {
         h("td", null, point.error === null ? "–" : number(point.error / PER_UJY))))))));
 }
 
-// Returns the section of the light curve; `unit` is "magnitude" or "flux", and `choose` is called with another one.
-export function lightCurve(alert, unit, choose) {
+// Returns the section of the light curve for a page of this width in pixels; `unit` is "magnitude" or "flux", and `choose`
+// is called with another one.
+export function lightCurve(alert, unit, width, choose) {
   const points = alert.light_curve;
   if (!points.length) return null;
   const option = (value, name) => h("button", { type: "button", "aria-pressed": String(unit === value), "data-unit": value, onclick: () => choose(value) }, name);
   return h("section", { class: "light-curve" },
     h("div", { class: "head" }, h("h3", null, "Light curve"),
       h("div", { class: "options", role: "group", "aria-label": "Unit of the light curve" }, option("magnitude", "magnitude"), option("flux", "flux"))),
-    draw(points, alert.mjd, unit), table(points, alert.mjd));
+    draw(points, alert.mjd, unit, Math.min(WIDEST, Math.max(NARROWEST, width || WIDEST))), table(points, alert.mjd));
 }

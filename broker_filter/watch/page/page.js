@@ -107,11 +107,11 @@ function row(one) {
   const score = shownScore();
   const value = score === "anomaly" ? one.anomaly : one.scores[score];
   return h("li", null, h("button", { type: "button", class: "alert", "data-id": one.id, onclick: () => select(one.id, true) },
-    one.pictures ? h("img", { class: "strip", src: `api/alerts/${one.id}/strip.png?n=${one.number}`, alt: "", width: 197, height: 63, loading: "lazy" }) :
+    one.pictures ? h("img", { class: "strip", src: `api/alerts/${one.id}/strip.png?n=${one.number}`, alt: "", width: 193, height: 63, loading: "lazy" }) :
       h("span", { class: "strip nothing" }, "no cutouts"),
     h("span", { class: "facts" },
       h("span", { class: "name" }, shown(one.object) || "without a name", tags(one)),
-      h("span", { class: "faint" }, [one.magnitude === null ? null : `${one.band || "?"} ${one.magnitude.toFixed(1)}`, time(one.mjd).slice(5, 16)].filter(Boolean).join(" · ")),
+      h("span", { class: "faint" }, [one.magnitude === null ? null : `${one.band || "?"} ${one.magnitude.toFixed(1)}`, time(one.mjd).slice(0, 16)].filter(Boolean).join(" · ")),
       h("span", { class: "faint reason" }, value === undefined || value === null ? null : [`${scoreName(score)} `, h("b", null, number(value))],
         one.reason ? `${value === undefined || value === null ? "" : " · "}${shown(one.reason)}` : null))));
 }
@@ -182,7 +182,7 @@ function drawDetail() {
       fact("time", `${time(one.mjd)}`, `MJD ${one.mjd.toFixed(5)}, ${one.time_scale}`),
       fact("position (ICRS)", position(one.ra, one.dec), `${one.ra.toFixed(6)} ${one.dec >= 0 ? "+" : ""}${one.dec.toFixed(6)} deg`)),
     linksOf(one),
-    lightCurve(one, unit, (chosen) => { unit = chosen; drawDetail(); find("detail").querySelector(`[data-unit="${chosen}"]`).focus(); }),
+    lightCurve(one, unit, find("detail").clientWidth, (chosen) => { unit = chosen; drawDetail(); find("detail").querySelector(`[data-unit="${chosen}"]`).focus(); }),
     h("div", { class: "columns" }, anomalyOf(one, note.anomaly), scoresOf(note), filtersOf(note), matchesOf(note)),
     columnsOf(one), provenance(one, note));
 }
@@ -240,8 +240,8 @@ function anomalyOf(one, anomaly) {
   return section("Anomaly",
     h("p", null, "Score ", h("b", { class: flagged ? "strange" : null }, number(anomaly.score)), `${threshold}${flagged ? ": flagged" : ""}.`,
       reason.most_unlike ? [" Most unlike ordinary alerts in its ", h("b", null, shown(reason.most_unlike).replaceAll("_", " ")), "."] : null),
-    modalities.length ? h("table", null, h("caption", null, "Distance from ordinary alerts, in standard deviations"),
-      h("tbody", null, modalities.map(([name, value]) => h("tr", null, h("th", { scope: "row" }, shown(name).replaceAll("_", " ")), h("td", { class: "number" }, number(value)))))) : null,
+    modalities.length ? [h("h4", { class: "plain" }, "Distance from ordinary alerts, in standard deviations"), h("table", null,
+      h("tbody", null, modalities.map(([name, value]) => h("tr", null, h("th", { scope: "row" }, shown(name).replaceAll("_", " ")), h("td", { class: "number" }, number(value))))))] : null,
     records(reason.lenses).map((lens) => h("p", null, `${shown(lens.lens)}: ${shown(lens.says)}`)),
     records(reason.features).length ? h("ul", { class: "plain" }, records(reason.features).map((feature) => h("li", null,
       `feature ${number(feature.id)}${feature.name ? ` (${shown(feature.name)})` : ""}: activation ${number(feature.activation)}, rarity ${number(feature.rarity)}` +
@@ -251,9 +251,9 @@ function anomalyOf(one, anomaly) {
 
 function neighboursOf(one, neighbours) {
   if (!neighbours.length) return null;
-  return h("table", null, h("caption", null, "Most similar ordinary alerts (cosine distance)"), h("tbody", null, neighbours.map((near) => h("tr", null,
+  return [h("h4", { class: "plain" }, "Most similar ordinary alerts, and their cosine distance"), h("table", null, h("tbody", null, neighbours.map((near) => h("tr", null,
     h("td", null, one.here.includes(near.alert_id) ? h("button", { type: "button", class: "link", onclick: () => select(near.alert_id) }, shown(near.object_id)) : shown(near.object_id)),
-    h("td", { class: "faint" }, shown(near.alert_id)), h("td", { class: "number" }, number(near.distance))))));
+    h("td", { class: "faint" }, shown(near.alert_id)), h("td", { class: "number" }, number(near.distance))))))];
 }
 
 function columnsOf(one) {
@@ -262,8 +262,8 @@ function columnsOf(one) {
   const main = one.columns.filter((column) => MAIN_COLUMNS.includes(column.name));
   const rest = one.columns.filter((column) => !MAIN_COLUMNS.includes(column.name));
   return [
-    main.length ? section("Measurements", h("div", { class: "wide" }, h("table", null, h("tbody", null, main.map(line))))) : null,
-    rest.length ? h("details", null, h("summary", null, `${rest.length} other values`), h("div", { class: "wide" }, h("table", null, h("tbody", null, rest.map(line))))) : null,
+    main.length ? section("Measurements", h("div", { class: "wide" }, h("table", { class: "values" }, h("tbody", null, main.map(line))))) : null,
+    rest.length ? h("details", null, h("summary", null, `${rest.length} other values`), h("div", { class: "wide" }, h("table", { class: "values" }, h("tbody", null, rest.map(line))))) : null,
   ];
 }
 
@@ -445,6 +445,12 @@ async function start() {
   find("help-button").addEventListener("click", () => find("help").showModal());
   find("help-close").addEventListener("click", () => find("help").close());
   document.addEventListener("keydown", onKey);
+  let width = 0;
+  new ResizeObserver(() => { // the light curve is drawn for the width of the page
+    const now = find("detail").clientWidth;
+    if (alert && width && now && now !== width && !find("detail").contains(document.activeElement)) drawDetail();
+    width = now || width;
+  }).observe(find("detail"));
   await loadNight();
   await loadList(0, true);
   const wanted = window.location.hash.slice(1);

@@ -1,0 +1,180 @@
+"""Records of every payload, raw packets and hostile records are read into facts."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import fastavro
+import numpy as np
+import pytest
+
+from broker_filter.packets.packet import Packet
+from broker_filter.packets.rejects import Reject, RejectReason
+from broker_filter.packets.schemas.registry import open_registry
+from broker_filter.packets.schemas.writer_schema import writer_schema
+from broker_filter.scoring.scorer import Scorer
+from broker_filter.simulate import SCHEMAS, simulate_night
+from broker_filter.watch.annotation import MAX_TEXT, bounded, is_bounded, read_annotation
+from broker_filter.watch.detail import STRIP_SIZE, Details, strip
+from broker_filter.watch.reading import AlertReader, Scoring
+from broker_filter.watch.store import AlertStore, Content, Facts
+
+from .conftest import Fill
+from .made_night import FIRST_ID, annotation, records
+
+
+def read(packets: list[bytes], scoring: Scoring | None = None) -> list[tuple[Facts, Content] | Reject]:
+    return list(AlertReader(open_registry(SCHEMAS), scoring).read([Packet(data) for data in packets]))
+
+
+@pytest.mark.parametrize("payload", ["full", "no_cutouts", "scores"])
+def test_facts_are_the_same_with_every_payload(payload: Any) -> None:
+    for k, found in enumerate(read(list(records(8, payload=payload, distinct=2)))):
+        assert not isinstance(found, Reject)
+        facts, expected = found[0], annotation(k)
+        assert facts.alert_id == FIRST_ID + k
+        assert facts.survey == ("ztf", "lsst")[k % 2]
+        assert facts.scores["classes.SN"] == pytest.approx(k * 29 % 100 / 100)
+        assert facts.anomaly == pytest.approx(expected["anomaly"]["score"])
+        assert facts.flagged == (k % 7 == 0)
+        assert facts.passed == tuple(one["name"] for one in expected["filters"] if one["passed"])
+        assert facts.reason == ("unlike in light_curve" if k % 7 == 0 else "")
+        assert (facts.magnitude is None) == (payload == "scores")
+
+
+def test_light_curves_are_shown_without_cutouts(fill: Fill) -> None:
+    store, _ = fill(list(records(2, payload="no_cutouts", distinct=2)))
+    for alert in store.alerts():
+        described = Details(store).describe(alert.facts.alert_id)
+        assert described
+        assert described["cutouts"] == []
+        assert described["light_curve"][-1]["kind"] == "detection"
+        assert {column["name"] for column in described["columns"]} > {"magpsf", "psfFlux"}
+        assert Details(store).strip(alert.facts.alert_id) is None
+
+
+def test_a_raw_packet_has_no_scores_and_is_scored_by_a_model() -> None:
+    packets = [alert.packet for alert in simulate_night(2, seed=1)] + [next(simulate_night(1, 1, "lsst")).packet]
+    packets.append(next(records(1, payload="no_cutouts", distinct=2)))  # cannot be scored; is shown all the same
+    plain = [one[0] for one in read(packets) if not isinstance(one, Reject)]
+    assert [dict(facts.scores) for facts in plain[:3]] == [{}, {}, {}]
+    scored = [one[0] for one in read(packets, Scoring(Scorer.open("default"))) if not isinstance(one, Reject)]
+    by_id = {facts.alert_id: facts.scores for facts in scored}
+    assert set(by_id) == {facts.alert_id for facts in plain}
+    assert all("default.real" in by_id[facts.alert_id] for facts in plain)
+
+
+def test_a_packet_that_is_none_is_a_reject() -> None:
+    [found] = read([b"no alert"])
+    assert isinstance(found, Reject)
+    assert found.reason == RejectReason.NOT_AVRO
+
+
+def test_records_before_filters_were_named_still_open() -> None:
+    record = next(records(1, distinct=2))
+    reader = fastavro.reader(io.BytesIO(record))
+    definition, old = reader.writer_schema, next(reader)
+    (field,) = [field for field in definition["fields"] if field["name"] == "broker_filter"]
+    kept = ("service_version", "scored_at", "duplicate", "anomaly", "models")
+    field["type"]["fields"] = [one for one in field["type"]["fields"] if one["name"] in kept]
+    file = io.BytesIO()
+    fastavro.writer(file, definition, [old])
+    [found] = read([file.getvalue()])
+    assert not isinstance(found, Reject)
+    assert found[0].passed == ()
+    assert "default.real" in found[0].scores
+
+
+def test_an_annotation_of_another_kind_is_not_shown() -> None:
+    fields = [{"name": "broker_filter", "type": {"type": "array", "items": "string"}}]
+    schema = writer_schema({"type": "record", "name": "alert", "fields": fields})
+    file = io.BytesIO()
+    fastavro.schemaless_writer(file, fastavro.parse_schema(schema.definition), {"broker_filter": ["real"]})
+    assert read_annotation(file.getvalue(), schema) == {}
+    assert read_annotation(b"\xff" * 50, schema) == {}
+
+
+def record_of(*types: Any) -> dict[str, Any]:
+    fields = [{"name": f"f{k}", "type": type_} for k, type_ in enumerate(types)]
+    return {"type": "record", "name": "r", "namespace": "n", "fields": fields}
+
+
+NOTHING = {"type": "record", "name": "nothing", "fields": []}
+
+
+def doubling(times: int) -> dict[str, Any]:
+    """Return a record that holds 2^times nulls and takes no bytes."""
+    inner: dict[str, Any] | str = "null"
+    for k in range(times):
+        fields = [{"name": "a", "type": inner}, {"name": "b", "type": f"d{k - 1}" if k else "null"}]
+        inner = {"type": "record", "name": f"d{k}", "fields": fields}
+    return record_of(inner)
+
+
+@pytest.mark.parametrize(
+    ("definition", "fair"),
+    [
+        (record_of("int", ["null", "string"], {"type": "array", "items": "double"}), True),
+        (record_of({"type": "map", "values": "null"}, *[["null", "int"]] * 100), True),
+        (record_of({"type": "array", "items": "null"}), False),
+        (record_of({"type": "array", "items": NOTHING}), False),
+        (record_of({"type": "array", "items": {"type": "fixed", "name": "f", "size": 0}}), False),
+        (record_of(["null", "n.r"]), False),
+        (doubling(30), False),
+    ],
+)
+def test_schemas_that_claim_any_size_are_refused(definition: dict[str, Any], fair: bool) -> None:
+    assert is_bounded(writer_schema(definition)) == fair
+
+
+def test_values_are_cut_to_what_a_page_can_hold() -> None:
+    assert bounded({"text": "x" * 1000, "nan": float("nan"), "bytes": b"x", "many": [1] * 1000}) == {
+        "text": "x" * MAX_TEXT,
+        "nan": None,
+        "bytes": None,
+        "many": [1] * 100,
+    }
+
+
+def test_cutouts_of_other_sizes_are_centred_in_a_strip() -> None:
+    rng = np.random.default_rng(0)
+    shades = strip([rng.normal(size=(101, 101)).astype(np.float32), np.ones((63, 30), np.float32), np.empty((0, 0))])
+    assert shades.shape[0] == STRIP_SIZE
+    masked = shades == 255
+    assert not masked[:, :STRIP_SIZE].any()
+    assert masked[:, -STRIP_SIZE:].all()
+    assert masked[:, STRIP_SIZE + 2 : 2 * STRIP_SIZE + 2].mean() == pytest.approx(33 / 63)
+
+
+def test_the_store_keeps_the_newest_and_counts_what_it_dropped(fill: Fill) -> None:
+    store, feed = fill([*records(30, distinct=2), b"no alert"], keep=20)
+    assert [alert.facts.alert_id - FIRST_ID for alert in store.alerts()] == list(range(10, 30))
+    assert (len(store), store.dropped, store.newest, feed.packets) == (20, 10, 30, 31)
+    assert dict(feed.unreadable) == {"not_avro": 1}
+    assert store.get(FIRST_ID) is None
+
+
+def test_an_alert_that_arrives_again_replaces_the_earlier_one(fill: Fill) -> None:
+    store, _ = fill([*records(2, distinct=2), *records(1, distinct=2)])
+    assert [(alert.facts.alert_id - FIRST_ID, alert.number) for alert in store.alerts()] == [(1, 2), (0, 3)]
+
+
+def test_temporary_files_are_closed_when_their_alerts_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("broker_filter.watch.store.SEGMENT_ALERTS", 2)
+    store = AlertStore(keep=3)
+    segments = []
+    for k in range(9):
+        store.add(Facts(k, "o", "ztf", "", 0.0, 0.0, 0.0, None), Content(b"%d" % k, None))
+        segments.append(store.alerts()[-1].segment)
+    assert [segment.file.closed for segment in segments] == [True] * 6 + [False] * 3
+    found = store.get(6)
+    assert found
+    assert found[1].body == b"6"
+    store.close()
+    assert all(segment.file.closed for segment in segments)
+
+
+def test_only_alerts_of_a_list_are_kept(fill: Fill) -> None:
+    store, _ = fill(list(records(6, distinct=2)), only=[FIRST_ID + 4, FIRST_ID + 1])
+    assert {alert.facts.alert_id - FIRST_ID for alert in store.alerts()} == {1, 4}
