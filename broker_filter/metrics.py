@@ -5,6 +5,8 @@ Names follow Prometheus' conventions: base units, `_total` on counters, the pref
 
 from __future__ import annotations
 
+import logging
+import re
 import threading
 import time
 from collections import Counter as Tally
@@ -26,10 +28,11 @@ from prometheus_client import (
 from broker_filter import __version__
 from broker_filter.packets.batch import PLANES, Survey
 from broker_filter.packets.rejects import RejectReason
-from broker_filter.streaming.account import Account
+from broker_filter.streaming.account import Account, Writer
 from broker_filter.streaming.scored import LeftOut
 
 if TYPE_CHECKING:
+    from broker_filter.streaming.drift import Drift
     from broker_filter.streaming.filters import FilterState
     from broker_filter.streaming.shadow import Outcome
 
@@ -43,6 +46,17 @@ ZTF."""
 OF_SHADOW = ("model", "version", "label")
 """Metric labels of one output of a shadow model."""
 BATCH_ALERTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+MAX_VERSIONS = 32
+"""Most schema versions of a survey that have a series of their own: a survey has had twelve, and packets are untrusted
+input."""
+OTHER_VERSION = "other"
+"""The metric label of all further schema versions, and of those that do not look like one."""
+VERSION = re.compile(r"[A-Za-z0-9._-]{1,24}")
+MAX_WRITERS = 1000
+"""Most writer schemas of a survey that are told apart, which bounds the memory."""
+
+log = logging.getLogger(__name__)
 
 # By default each counter and histogram also has a series `..._created`, which no rule or panel reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -105,6 +119,36 @@ class Metrics:
             "unknown_version_alerts",
             "Decoded alerts whose schema version this program does not know. They are decoded by their own schema.",
             "survey",
+        )
+        self._decoded = self._counter(
+            "decoded_alerts",
+            "Decoded alerts by survey and by the version of the schema that they were written with. Versions beyond "
+            f"the first {MAX_VERSIONS} of a survey are counted as `{OTHER_VERSION}`.",
+            "survey",
+            "schema_version",
+        )
+        self._writers = self._gauge(
+            "writer_schemas",
+            "Number of different schemas that the decoded alerts of a survey were written with, since the start of "
+            "the process. Two schemas with the same version number that differ in a field count as two.",
+            "survey",
+        )
+        self._known_writers: dict[Survey, set[str]] = {survey: set() for survey in Survey}
+        self._known_versions: dict[Survey, set[str]] = {survey: set() for survey in Survey}
+        self._drift = self._gauge(
+            "drift_psi",
+            "Population stability index: distance between the distribution of a quantity over the scored alerts of the "
+            "last day and the one that the model's bundle records. The quantity is an output, `<model>.<label>`, or a "
+            "metadata column. Absent with fewer than 1000 alerts. Above 0.25 the difference is large.",
+            "survey",
+            "model",
+            "quantity",
+        )
+        self._drift_alerts = self._gauge(
+            "drift_window_alerts",
+            "Scored alerts of the last day, without duplicates, that the drift of a model is computed from.",
+            "survey",
+            "model",
         )
         self._anomaly_rate = self._gauge(
             "anomaly_rate", "Fraction of the judged alerts that were flagged, since the start of the process."
@@ -235,6 +279,7 @@ class Metrics:
         for plane in PLANES:
             self._fallbacks.labels(plane)
         for survey in Survey:
+            self._writers.labels(str(survey))
             self._unjudged.labels(str(survey))
             self._unknown_version.labels(str(survey))
 
@@ -318,6 +363,16 @@ class Metrics:
                 self._filter_over_rate.labels(state.name).set(state.over)
                 self._filter_paused.labels(state.name).set(state.paused)
 
+    def set_drift(self, windows: Mapping[tuple[str, str], int], drifts: Iterable[Drift]) -> None:
+        """Replace the drifts. `windows`: number of alerts in the window of each (survey, model)."""
+        with self._consistent:
+            self._drift_alerts.clear()
+            self._drift.clear()
+            for of, alerts in windows.items():
+                self._drift_alerts.labels(*of).set(alerts)
+            for drift in drifts:
+                self._drift.labels(drift.survey, drift.model, drift.quantity).set(drift.psi)
+
     def expect_losses(self, topic: str) -> None:
         """Create a topic's counters of lost messages with the value 0, so that `increase()` shows the first loss."""
         for reason in LossReason:
@@ -338,9 +393,11 @@ class Metrics:
         records are counted as dead letters.
         """
         now = time.time()
+        writers: Tally[Writer] = Tally()
         with self._consistent:
             self._transactions.labels("committed").inc()
             for account in accounts:
+                writers.update(account.writers)
                 self._consumed.inc(account.consumed)
                 self._scored.inc(account.scored)
                 self._duplicates.inc(account.duplicates)
@@ -361,6 +418,8 @@ class Metrics:
                     self._rejected.labels(reason.value).inc(n)
                 rejected = account.rejected.total()
                 self._unaccounted.inc(account.consumed - account.scored - account.duplicates - rejected)
+            for writer, n in writers.items():
+                self._count_writer(writer, n)
             if self._so_far["judged"]:
                 self._anomaly_rate.set(self._so_far["anomalous"] / self._so_far["judged"])
             for topic, n in published.items():
@@ -371,6 +430,21 @@ class Metrics:
                 self._since_producer.observe(max(0.0, now - sent))
             for exposed in account.exposed:
                 self._since_exposure.observe(max(0.0, now - exposed))
+
+    def _count_writer(self, writer: Writer, n: int) -> None:
+        """Count `n` alerts that were written with one schema. The first alert of a schema is logged."""
+        survey, version, fingerprint = writer
+        writers, versions = self._known_writers[survey], self._known_versions[survey]
+        if fingerprint not in writers and len(writers) < MAX_WRITERS:
+            writers.add(fingerprint)
+            self._writers.labels(str(survey)).set(len(writers))
+            log.info("first alerts of %s with schema version %.24r, fingerprint %s", survey, version, fingerprint)
+        if version not in versions:
+            if len(versions) < MAX_VERSIONS and VERSION.fullmatch(version):
+                versions.add(version)
+            else:
+                version = OTHER_VERSION
+        self._decoded.labels(str(survey), version).inc(n)
 
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format. A transaction is counted in it as a whole or not at all."""

@@ -191,6 +191,7 @@ class FilterService:
                 scored = score_alerts(
                     alerts, rejects, generation.scorer, self._window, generation.judge, generation.filters
                 )
+                generation.drift.count(scored)
             if generation.shadows.models:
                 with self._shadowing.working():
                     scored, outcomes = generation.shadows.score(scored)
@@ -395,6 +396,7 @@ class FilterService:
         lags = endpoints.source.lags()
         self._metrics.set_partitions(lags)
         self._metrics.set_filters(self._generation.filters.states())
+        self._metrics.set_drift(*self._generation.drift.read())
         self._health.set("group", endpoints.source.waits_for)
         self._health.set("output", endpoints.sink.trouble(lags.keys()))
         endpoints.report_positions()

@@ -6,9 +6,11 @@ from collections import Counter
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from broker_filter.metrics import Metrics
+from broker_filter.metrics import MAX_VERSIONS, Metrics
+from broker_filter.packets.batch import Survey
 from broker_filter.packets.rejects import RejectReason
-from broker_filter.streaming.account import Account
+from broker_filter.streaming.account import Account, Writer
+from broker_filter.streaming.drift import Drift
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:
@@ -87,3 +89,30 @@ def test_revoked_partition_has_no_lag_series() -> None:
     }
     assert set(lags.values()) == {7}
     assert found["broker_filter_assigned_partitions",] == 1
+
+
+def test_schemas_are_counted_by_version_with_a_bounded_number_of_labels() -> None:
+    metrics = Metrics()
+    named = [Writer(Survey.LSST, f"11.{minor}", f"{minor:016x}") for minor in range(MAX_VERSIONS + 5)]
+    strange = [Writer(Survey.ZTF, 'x"} 1\n' * 9, "a" * 16), Writer(Survey.ZTF, "4.02", "b" * 16)]
+    for writer in (*named, *named, *strange):
+        metrics.commit([Account(consumed=1, scored=1, writers=Counter({writer: 1}))], Counter(), "me.dead-letter")
+
+    found = samples(metrics)
+    assert found["broker_filter_decoded_alerts_total", "11.1", "lsst"] == 2
+    assert found["broker_filter_decoded_alerts_total", "other", "lsst"] == 10
+    assert found["broker_filter_decoded_alerts_total", "other", "ztf"] == 1
+    assert found["broker_filter_decoded_alerts_total", "4.02", "ztf"] == 1
+    assert found["broker_filter_writer_schemas", "lsst"] == MAX_VERSIONS + 5
+    assert found["broker_filter_writer_schemas", "ztf"] == 2
+    assert sum(sample[0] == "broker_filter_decoded_alerts_total" for sample in found) == MAX_VERSIONS + 3
+
+
+def test_drift_is_absent_without_a_value() -> None:
+    metrics = Metrics()
+    metrics.set_drift({("ztf", "default"): 1200}, [Drift("ztf", "default", "magpsf", 0.3)])
+    assert samples(metrics)["broker_filter_drift_psi", "default", "magpsf", "ztf"] == 0.3
+    metrics.set_drift({("ztf", "default"): 900}, [])
+    found = samples(metrics)
+    assert found["broker_filter_drift_window_alerts", "default", "ztf"] == 900
+    assert not any(sample[0] == "broker_filter_drift_psi" for sample in found)

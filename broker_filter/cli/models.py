@@ -1,6 +1,6 @@
 """`broker-filter models`: imports published weights; combines, exports, lists, shows and verifies bundles.
 
-Never changes a bundle.
+Never changes a bundle: the distribution of alerts is recorded in a copy of it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from broker_filter.cli.extras import require_extra
+from broker_filter.cli.options import INPUT_HELP, add_scoring_options
 from broker_filter.cli.parser import UsageError, require_files
 
 if TYPE_CHECKING:
     from broker_filter.config import SurveyName
     from broker_filter.scoring.bundle import Bundle, Part
+    from broker_filter.scoring.distribution import Distribution
 
 ENGINES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")
 """Engines that a bundle must run on."""
@@ -33,16 +35,17 @@ HOSTS = ("boom",)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command `models` and its six subcommands to the parser."""
+    """Add the command `models` and its seven subcommands to the parser."""
     parser = subparsers.add_parser(
         "models",
-        help="import, combine, export, list, show and verify model bundles",
+        help="import, combine, export, list, show and verify model bundles; record distributions in them",
         examples=(
             "broker-filter models list bundles/",
             "broker-filter models show default",
             "broker-filter models combine --ztf default --lsst mine/ --name both --version 1 --out bundles/both",
             "broker-filter models import braai d6_m7.weights.h5 --normalisation row --name d6_m7 --out bundles/d6_m7",
             "broker-filter models export default --for boom --out default.onnx",
+            "broker-filter models record-distribution default nights/ --out bundles/default",
         ),
     )
     parts = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -106,6 +109,27 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     exporter.add_argument("--label", help="the probability that is the score, if the bundle gives several")
     exporter.add_argument("--out", metavar="FILE.onnx", type=Path, required=True, help="the new file")
     exporter.set_defaults(run=_export)
+
+    recorder = parts.add_parser(
+        "record-distribution",
+        help="copy a bundle, and record in the copy how its outputs and key metadata are distributed over alerts",
+        description="Scores the alerts in files, folders and archives, and writes a copy of the bundle that records "
+        "the distribution of each output and of key metadata over these alerts, for each survey. A service with the "
+        "copy measures how far its stream is from it (`broker_filter_drift_psi`). The scores of the copy are the same.",
+        examples=(
+            "broker-filter models record-distribution default nights/ --of 'public alerts of May 2026' --out mine",
+            "broker-filter models record-distribution default nights/ --where 'default.real > 0.5' --out mine",
+        ),
+    )
+    recorder.add_argument("bundle", metavar="BUNDLE", help="directory of a bundle, or name of a bundle that ships")
+    recorder.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUT_HELP)
+    recorder.add_argument("--out", metavar="DIR", type=Path, required=True, help="directory of the new bundle")
+    recorder.add_argument(
+        "--of", metavar="TEXT", help="which alerts these are, for the reader of the bundle (default: the inputs' names)"
+    )
+    recorder.add_argument("--where", metavar="EXPRESSION", help="cut that selects the alerts, a filter expression")
+    add_scoring_options(recorder)
+    recorder.set_defaults(run=_record)
 
     lister = parts.add_parser("list", help="list the bundles that ship, and the bundles in directories")
     lister.add_argument("directories", metavar="DIR", nargs="*", type=Path, help="bundle, or directory of bundles")
@@ -179,6 +203,40 @@ def _export(arguments: argparse.Namespace) -> int:
         f"{arguments.out}: {properties['broker_filter.label']} of {properties['broker_filter.bundle']} written for "
         f"{arguments.host}; it gives the scores of the bundle"
     )
+    return 0
+
+
+def _record(arguments: argparse.Namespace) -> int:
+    from broker_filter.cli.archived import score_archives
+    from broker_filter.scoring.scorer import Scorer
+    from broker_filter.streaming.archives import check_inputs
+    from broker_filter.streaming.expressions import FIELDS, ExpressionError, compile_filter
+    from broker_filter.streaming.record_distribution import (
+        distribution_columns,
+        measure_distributions,
+        write_recorded,
+    )
+
+    check_inputs(arguments.inputs)
+    scorer = Scorer.open(arguments.bundle, device=arguments.device)
+    [model] = scorer.models
+    try:
+        where = compile_filter(arguments.where, FIELDS, model.outputs) if arguments.where else None
+    except ExpressionError as error:
+        raise UsageError(f"--where: {error}") from error
+    batches = score_archives(
+        arguments.inputs,
+        scorer,
+        columns=(*distribution_columns(model.surveys), *(where.columns if where else ())),
+        registry=arguments.schema_registry,
+    )
+    found = measure_distributions(batches, model, where)
+    of = arguments.of or ", ".join(Path(given).name for given in arguments.inputs)
+    if arguments.where:
+        of = f"{of}; cut: {arguments.where}"
+    write_recorded(model.bundle, arguments.out, of, found)
+    counted = ", ".join(f"{one.alerts:,} alerts of {survey}" for survey, one in found.items())
+    print(f"{arguments.out}: bundle {model.name} {model.version} written with the distribution of {counted}")
     return 0
 
 
@@ -263,7 +321,7 @@ def _describe(bundle: Bundle) -> list[str]:
 def _describe_network(part: Part) -> list[str]:
     from broker_filter.scoring.scores import output_name
 
-    card = part.card
+    card, distribution = part.card, part.distribution()
     images, outputs = card.inputs.images, card.outputs
     cuts = [f"{label} > {cut:g}" for label, cut in outputs.thresholds.items()]
     arguments = [f"{name}={value}" for name, value in card.architecture.arguments.items()]
@@ -293,11 +351,18 @@ def _describe_network(part: Part) -> list[str]:
         "trained": card.training.method,
         "data": card.training.data,
         **{f"  {name}": str(value) for name, value in card.training.evaluation.items()},
+        "drift": "" if distribution is None else _recorded(distribution),
         "licence": card.licence,
         "source": card.source,
         "citation": card.citation,
     }
     return _lines(f"{card.title}: {card.task}", entries)
+
+
+def _recorded(distribution: Distribution) -> str:
+    """Return which alerts a distribution was recorded over."""
+    counted = ", ".join(f"{one.alerts:,} alerts of {survey}" for survey, one in distribution.surveys.items())
+    return f"measured from the distribution of {counted}: {distribution.of}"
 
 
 def _lines(title: str, entries: Mapping[str, str]) -> list[str]:

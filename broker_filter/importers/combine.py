@@ -6,26 +6,24 @@ the given bundles are not changed. The new directory is written atomically, and 
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
 from broker_filter.config import Runtime, SurveyName
 from broker_filter.scoring.bundle import (
-    CARD,
     BundleError,
     Part,
-    Route,
     RoutedOutputs,
     RoutingCard,
+    copy_network,
     describe_problems,
+    make_route,
     open_bundle,
     unserved,
+    write_card,
 )
 from broker_filter.scoring.scorer import open_model
 
@@ -66,8 +64,8 @@ def combine_bundles(
         for survey, part in parts.items():
             if part.directory.resolve() not in folders:
                 folders[part.directory.resolve()] = survey
-                _copy(part, made / survey)
-        routes = {survey: _route(made, folders[part.directory.resolve()]) for survey, part in parts.items()}
+                copy_network(part, made / survey)
+        routes = {survey: make_route(made, folders[part.directory.resolve()]) for survey, part in parts.items()}
         try:
             card = RoutingCard(
                 name=name,
@@ -78,8 +76,7 @@ def combine_bundles(
             )
         except ValidationError as error:
             raise BundleError(f"{directory}: {describe_problems(error)}") from error
-        text = yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-        (made / CARD).write_text(text, encoding="utf-8")
+        write_card(made, card)
         open_model(str(made), Runtime(engine="onnxruntime", device="cpu"))
         made.rename(directory)
     return card
@@ -90,15 +87,3 @@ def _tasks(parts: Mapping[SurveyName, Part]) -> str:
     tasks = {survey: part.card.task for survey, part in parts.items()}
     shared = set(tasks.values())
     return shared.pop() if len(shared) == 1 else "; ".join(f"{survey}: {task}" for survey, task in tasks.items())
-
-
-def _copy(part: Part, folder: Path) -> None:
-    """Copy the card of a network and the files that it lists."""
-    folder.mkdir()
-    for name in (CARD, *part.card.files):
-        shutil.copyfile(part.directory / name, folder / name)
-
-
-def _route(bundle: Path, folder: str) -> Route:
-    card = (bundle / folder / CARD).read_bytes()
-    return Route(folder=folder, card_sha256=hashlib.sha256(card).hexdigest())

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 import torch
-import yaml
 from numpy.typing import NDArray
 from safetensors.numpy import save as arrays_to_bytes
 from safetensors.torch import save as weights_to_bytes
@@ -29,7 +28,6 @@ from broker_filter.config import Runtime
 from broker_filter.packets.batch import CUTOUTS, PSF_SIZE, UNKNOWN_BAND, LightCurves, Measurement, Survey
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import (
-    CARD,
     MAX_TOLERANCE,
     ONNX,
     POINT_COLUMNS,
@@ -42,6 +40,7 @@ from broker_filter.scoring.bundle import (
     Description,
     Inputs,
     Outputs,
+    write_card,
 )
 from broker_filter.scoring.networks import ServedNetwork, for_onnx
 from broker_filter.scoring.networks.stampnet import log_odds
@@ -98,12 +97,6 @@ def write_bundle(directory: Path, description: Description, network: nn.Module) 
         for engine in ENGINES:
             open_model(str(bundle), Runtime(engine=engine, device="cpu"))
         bundle.rename(directory)
-
-
-def write_card(bundle: Path, card: Card) -> None:
-    """Write the card of the bundle in the directory `bundle`, in place of the card that it has."""
-    text = yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-    (bundle / CARD).write_text(text, encoding="utf-8")
 
 
 def _exact_outputs(

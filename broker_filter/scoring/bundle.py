@@ -2,14 +2,15 @@
 
 `bundle.yaml` (the card) lists the other files with their sha256: `weights.safetensors` (the network's parameters, for
 torch), `model.onnx` (the same network, for onnxruntime) and `test_vector.safetensors` (raw inputs with the expected
-outputs). A bundle may also consist of several networks, each for its surveys: its card names a subfolder for each
-survey, and each subfolder is a complete bundle of one network. Nothing in a bundle is ever unpickled or executed, and
-no file outside its directory is read.
+outputs). Some bundles also have a `distribution.yaml`, which `distribution` describes. A bundle may also consist of
+several networks, each for its surveys: its card names a subfolder for each survey, and each subfolder is a complete
+bundle of one network. Nothing in a bundle is ever unpickled or executed, and no file outside its directory is read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -27,6 +28,7 @@ from broker_filter.config import Section, SurveyName
 from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.packets.batch import BANDS, CUTOUTS, PSF_SIZE, LightCurves, Measurement, Plane
 from broker_filter.scoring.alerts import RawAlerts
+from broker_filter.scoring.distribution import DISTRIBUTION, MAX_DISTRIBUTION_BYTES, Distribution, SurveyDistribution
 from broker_filter.scoring.scores import output_name
 
 CARD = "bundle.yaml"
@@ -368,6 +370,23 @@ class Part:
     surveys: tuple[SurveyName, ...]
     """The surveys whose alerts this network scores in the bundle."""
 
+    def distribution(self) -> Distribution | None:
+        """Return the recorded distribution of outputs and metadata; None if the bundle has none.
+
+        Raises BundleError if the file is malformed.
+        """
+        path = self.directory / DISTRIBUTION
+        if DISTRIBUTION not in self.card.files:
+            return None
+        if path.stat().st_size > MAX_DISTRIBUTION_BYTES:
+            raise BundleError(f"{path}: larger than {MAX_DISTRIBUTION_BYTES} bytes, the limit for a distribution")
+        try:
+            return Distribution.model_validate(yaml.safe_load(path.read_bytes()))
+        except yaml.YAMLError as error:
+            raise BundleError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        except ValidationError as error:
+            raise BundleError(f"{path}: {describe_problems(error)}; record the distribution again") from error
+
     def test_vector(self) -> KnownAnswers:
         """Return the stored inputs and expected outputs. Raises BundleError if they do not fit the card."""
         path, inputs, outputs = self.directory / TEST_VECTOR, self.card.inputs, self.card.outputs
@@ -562,6 +581,53 @@ def _check_files(directory: Path, card: Card) -> None:
             raise BundleError(
                 f"{path}: corrupted: its sha256 is {found}, but {CARD} lists {sha256}; copy the bundle again"
             )
+
+
+def write_card(directory: Path, card: Card | RoutingCard) -> None:
+    """Write the card of the bundle in `directory`, atomically, in place of the card that it has."""
+    text = yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    unfinished = directory / f".{CARD}"
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(directory / CARD)
+
+
+def copy_bundle(bundle: Bundle, directory: Path) -> None:
+    """Copy the cards of a bundle and the files that they list into the new `directory`."""
+    directory.mkdir()
+    shutil.copyfile(bundle.directory / CARD, directory / CARD)
+    for part in bundle.parts:
+        copy_network(part, directory / part.directory.relative_to(bundle.directory))
+
+
+def copy_network(part: Part, folder: Path) -> None:
+    """Copy the card of a network and the files that it lists into `folder`, which is made if it is absent."""
+    folder.mkdir(exist_ok=True)
+    for name in (CARD, *part.card.files):
+        shutil.copyfile(part.directory / name, folder / name)
+
+
+def add_distribution(directory: Path, of: str, surveys: Mapping[SurveyName, SurveyDistribution]) -> None:
+    """Add the distributions of surveys to the bundle in `directory`, and their sha256 to its cards.
+
+    `of`: the alerts, as text. The scores of the bundle stay as they are. The files are written one after the other, so
+    use this for a bundle that nothing else reads yet. Raises BundleError if the bundle cannot be opened.
+    """
+    bundle = open_bundle(directory.absolute())
+    for part in bundle.parts:
+        if own := {survey: surveys[survey] for survey in part.surveys if survey in surveys}:
+            file = part.directory / DISTRIBUTION
+            Distribution(of=of, surveys=own).write(file)
+            files = part.card.files | {DISTRIBUTION: hashlib.sha256(file.read_bytes()).hexdigest()}
+            write_card(part.directory, part.card.model_copy(update={"files": files}))
+    if isinstance(bundle.card, RoutingCard):
+        networks = {survey: make_route(directory, route.folder) for survey, route in bundle.card.networks.items()}
+        write_card(directory, bundle.card.model_copy(update={"networks": networks}))
+
+
+def make_route(directory: Path, folder: str) -> Route:
+    """Return the route to the network in a folder of the bundle in `directory`."""
+    card = (directory / folder / CARD).read_bytes()
+    return Route(folder=folder, card_sha256=hashlib.sha256(card).hexdigest())
 
 
 def shipped_bundles() -> list[str]:

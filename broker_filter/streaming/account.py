@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,14 @@ TAI_MINUS_UTC_S = 37.0
 """Since 2017-01-01 (IERS Bulletin C 52)."""
 REJECTED_AFTER_DECODING = frozenset({RejectReason.NO_MODEL_FOR_SURVEY, RejectReason.SCHEMA_REFUSED})
 """Reasons of rejects that are rows of the decoded batch. `Account.consumed` counts these rows already."""
+
+
+class Writer(NamedTuple):
+    """The schema that an alert was written with. `fingerprint`: the CRC-64-AVRO of the schema, 16 hex digits."""
+
+    survey: Survey
+    version: str
+    fingerprint: str
 
 
 @dataclass(slots=True)
@@ -40,6 +50,8 @@ class Account:
     survey."""
     unknown_version: Counter[Survey] = field(default_factory=Counter)
     """Decoded alerts, by survey, whose schema version the program does not know."""
+    writers: Counter[Writer] = field(default_factory=Counter)
+    """Decoded alerts by the schema that they were written with."""
     fallbacks: Counter[Plane] = field(default_factory=Counter)
     """Scored alerts, by plane, for which a model used a fallback: the survey publishes the plane, but it is absent or
     unusable in at least one cutout of the alert."""
@@ -62,6 +74,7 @@ class Account:
         self.anomalous += other.anomalous
         self.unjudged.update(other.unjudged)
         self.unknown_version.update(other.unknown_version)
+        self.writers.update(other.writers)
         self.fallbacks.update(other.fallbacks)
         self.passed.update(other.passed)
         self.rejected.update(other.rejected)
@@ -85,8 +98,9 @@ def account_packets(scored: ScoredBatch) -> list[Account]:
     accounts = [Account() for _ in scored.packets]
     exposed = exposure_times(scored.alerts).tolist()
     packet_index, duplicate = scored.alerts.packet_index.tolist(), scored.duplicate.tolist()
-    for k in packet_index:
+    for k, writer in zip(packet_index, _writers(scored.alerts), strict=True):
         accounts[k].consumed += 1
+        accounts[k].writers[writer] += 1
     for i in rows_of_unknown_version(scored.alerts):
         accounts[packet_index[i]].unknown_version[Survey(int(scored.alerts.survey[i]))] += 1
     for i in scored.scored.tolist():
@@ -118,6 +132,13 @@ def account_packets(scored: ScoredBatch) -> list[Account]:
         if packet.timestamp_ms is not None:
             account.sent.append(packet.timestamp_ms / 1000)
     return accounts
+
+
+def _writers(alerts: AlertBatch) -> Iterator[Writer]:
+    """Yield the schema that each alert was written with."""
+    surveys = {int(survey): survey for survey in Survey}
+    for survey, version, record in zip(alerts.survey.tolist(), alerts.schema_version, alerts.records, strict=True):
+        yield Writer(surveys[survey], version, record.schema.fingerprint)
 
 
 def exposure_times(alerts: AlertBatch) -> NDArray[np.float64]:

@@ -16,6 +16,7 @@ from broker_filter.packets.schemas.registry_client import no_beat
 from broker_filter.scoring.bundle import Bundle
 from broker_filter.scoring.scorer import Model as LoadedModel
 from broker_filter.scoring.scorer import Scorer, load_model
+from broker_filter.streaming.drift import DriftMonitor
 from broker_filter.streaming.filters import Filters, open_filters
 from broker_filter.streaming.judge import AnomalyJudge, open_judge
 from broker_filter.streaming.resolved import ResolvedService
@@ -31,7 +32,7 @@ class Generation:
     revision: str
     """Revision of the configuration, which each record states."""
     decoder: Decoder
-    """Decodes everything that the models, with those on trial, the judge and the filters read."""
+    """Decodes everything that the models, with those on trial, the judge, the filters and `drift` read."""
     scorer: Scorer
     judge: AnomalyJudge | None
     """Flags anomalies; None without anomaly detection."""
@@ -39,6 +40,8 @@ class Generation:
     shadows: ShadowScorer
     """The models on trial, perhaps none."""
     router: Router
+    drift: DriftMonitor
+    """Compares the alerts of the last day with those that the bundles of `scorer` record."""
 
 
 def open_generation(
@@ -65,14 +68,17 @@ def open_generation(
         if before and before.judge:
             judge.continue_from(before.judge)
     filters = open_filters(service, before.filters if before else None)
+    drift = DriftMonitor(scorer.models)
+    if before:
+        drift.continue_from(before.drift)
     decoder = scorer.decoder(
         registry,
-        columns=(*filters.columns, *(judge.columns if judge else ())),
+        columns=(*filters.columns, *(judge.columns if judge else ()), *drift.columns),
         beside=shadows.models,
         max_packet_bytes=config.input.max_packet_bytes,
     )
     router = open_router(service, waiting)
-    return Generation(config, service.revision, decoder, scorer, judge, filters, shadows, router)
+    return Generation(config, service.revision, decoder, scorer, judge, filters, shadows, router, drift)
 
 
 def _load(config: Service, models: Sequence[Model], bundles: Sequence[Bundle]) -> tuple[LoadedModel, ...]:

@@ -30,7 +30,7 @@ from torch import nn
 
 from broker_filter.config import Runtime
 from broker_filter.importers.encoders import load_encoder_weights
-from broker_filter.importers.write_bundle import write_bundle, write_card
+from broker_filter.importers.write_bundle import write_bundle
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import (
     WEIGHTS,
@@ -39,6 +39,7 @@ from broker_filter.scoring.bundle import (
     ImageInput,
     Part,
     open_bundle,
+    write_card,
 )
 from broker_filter.scoring.networks import build_network, load_network
 from broker_filter.scoring.preprocess import prepare_images
