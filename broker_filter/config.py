@@ -68,6 +68,7 @@ RELOADED = frozenset(
 """Paths of the keys that a running service can change, each with all keys below it. Any other key needs a restart."""
 
 SurveyName = Literal["ztf", "lsst"]
+RecordKey = Literal["object", "designation"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -452,6 +453,12 @@ class Output(ServiceSection):
         default="full",
         description="How much of the input packet the output holds: `full` (all of it), `no_cutouts` (all but the "
         "cutouts) or `scores` (ids, time, position, band and scores).",
+    )
+    key: RecordKey = Field(
+        default="object",
+        description="Key of the output records, by which Kafka chooses the partition: `object` (the object id), or "
+        "`designation` (the designation of the known solar-system object that the source is, else the object id). A "
+        "moving object gets a new object id in almost every alert; its designation keeps its alerts in one partition.",
     )
     schema_registry: Registry | None = Field(
         default=None,

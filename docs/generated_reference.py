@@ -29,7 +29,7 @@ from broker_filter.config_file import document_keys
 from broker_filter.metrics import Metrics
 from broker_filter.packets import batch, packet, rejects
 from broker_filter.packets.rejects import RejectReason
-from broker_filter.packets.surveys import COLUMNS, Derived, Source
+from broker_filter.packets.surveys import COLUMNS, DESIGNATION, Derived, Source
 from broker_filter.packets.surveys import Field as PacketField
 from broker_filter.scoring import scores
 from broker_filter.tables.rows import table_schema
@@ -140,13 +140,13 @@ def reject_reasons() -> str:
 
 def metadata_columns() -> str:
     """Return a table of every metadata column, with the fields of a packet that each survey's values come from."""
-    return _table(
-        ("column", "unit", "meaning", "ZTF", "LSST"),
-        (
-            (f"`{column.name}`", column.unit, _markdown(column.meaning), _source(column.ztf), _source(column.lsst))
-            for column in COLUMNS
-        ),
-    )
+    rows = [
+        (f"`{column.name}`", column.unit, _markdown(column.meaning), _source(column.ztf), _source(column.lsst))
+        for column in COLUMNS
+    ]
+    ztf, lsst = (_source(PacketField(paths)) for paths in (DESIGNATION.ztf, DESIGNATION.lsst))
+    rows.append((f"`{DESIGNATION.name}`", "text", _markdown(DESIGNATION.meaning), ztf, lsst))
+    return _table(("column", "unit", "meaning", "ZTF", "LSST"), rows)
 
 
 def _source(source: Source | None) -> str:

@@ -17,7 +17,7 @@ from broker_filter.cli import COMMANDS
 from broker_filter.config import Service
 from broker_filter.metrics import Metrics
 from broker_filter.packets.rejects import RejectReason
-from broker_filter.packets.surveys import COLUMNS
+from broker_filter.packets.surveys import COLUMNS, DESIGNATION
 from broker_filter.tables.rows import FIXED_COLUMNS
 from docs.generated_reference import GENERATED, MARKER
 
@@ -65,7 +65,7 @@ def test_every_metric_is_in_the_reference() -> None:
     ("name", "expected"),
     [
         ("reject_reasons", list(RejectReason)),
-        ("metadata_columns", [column.name for column in COLUMNS]),
+        ("metadata_columns", [*(column.name for column in COLUMNS), DESIGNATION.name]),
         ("table_columns", [*FIXED_COLUMNS.names, "<model>__<label>", "<policy>", "<model>__embedding"]),
     ],
 )

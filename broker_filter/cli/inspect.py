@@ -58,13 +58,16 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.kafka.topic_reader import read_topic
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.schemas.registry import open_registry
+    from broker_filter.packets.surveys import DEFAULT_COLUMNS, DESIGNATION
 
     # Text of packets must not be interpreted as markup or emoji.
     console = stdout_console(
         markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH
     )
     decoder = Decoder(
-        open_registry(arguments.schema_registry, drop_cache=arguments.drop_schema_cache), cutout_size=CUTOUT_SIZE
+        open_registry(arguments.schema_registry, drop_cache=arguments.drop_schema_cache),
+        cutout_size=CUTOUT_SIZE,
+        columns=(*DEFAULT_COLUMNS, DESIGNATION.name),
     )
     packets = read_inputs(arguments, read_topic, decoder.fields)
     limit = arguments.limit or None

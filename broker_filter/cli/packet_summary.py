@@ -135,6 +135,8 @@ def print_alert(console: Console, alerts: AlertBatch, *, every_field: bool) -> N
         ("band", alert.band or "?"),
         ("light curve", _light_curve(alerts)),
     ]
+    if alerts.designation and (designation := alerts.designation[0]):
+        facts.append(("known object", f"{designation}, {alerts.column('ssdistnr')[0]:.3g} arcsec away"))
     _print_table(console, (), [(key, printable(value)) for key, value in facts])
     fields = [
         (column.name, f"{value:.0f}" if value.is_integer() else f"{value:.6g}", column.unit, column.meaning)

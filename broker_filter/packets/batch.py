@@ -170,6 +170,7 @@ class AlertBatch:
     variance: NDArray[np.float32] | None = None  # [N, 3, S, S]
     psf: NDArray[np.float32] | None = None  # [N, 3, PSF_SIZE, PSF_SIZE]
     reliability_version: Sequence[str | None] | None = None  # N, of LSST's `reliability`; None if no alert has it
+    designation: Sequence[str | None] | None = None  # N, of a known solar-system object; None if it was not decoded
     usable_planes: NDArray[np.bool_] | None = None  # [N, 3, len(PLANES)]; False for planes that were not decoded
 
     def __len__(self) -> int:

@@ -48,6 +48,7 @@ from broker_filter.packets.framing.ocf import (
     read_container,
 )
 from broker_filter.packets.layout import (
+    DESIGNATION_TEXT,
     N_POINT_COLUMNS,
     N_SPANS,
     OBJECT_NAME,
@@ -67,7 +68,9 @@ from broker_filter.packets.schemas.writer_schema import BySchema, SchemaError, W
 from broker_filter.packets.stamps import PlaneSlots, StampError, decode_stamp, decode_stamps, inflated_bytes
 from broker_filter.packets.surveys import (
     DEFAULT_COLUMNS,
+    DESIGNATION,
     FORMATS,
+    NO_DESIGNATION,
     broker_without_cutouts,
     catalogue_of,
     recognise,
@@ -199,10 +202,11 @@ class Decoder:
 
     `registry`: where the schemas of packets in Confluent wire format (LSST) are found: the URL of a schema registry, a
     directory of `.avsc` files, or an opened registry; without a registry such packets are rejected. `cutout_size`: the
-    side S of the cutouts, in pixels. `columns`: names of the metadata columns to decode. `planes`: the images that are
-    decoded besides the cutouts (`variance`, `psf`; see AlertBatch). `max_packet_bytes`: a larger packet is rejected,
-    also if it becomes larger by decompression. `require_cutouts`: whether an alert without a usable cutout is rejected;
-    if False, the pixels of such a cutout are NaN and the height and width of its box are 0, for pages and pictures.
+    side S of the cutouts, in pixels. `columns`: names of the metadata columns to decode; `designation` is the text of
+    `AlertBatch.designation`. `planes`: the images that are decoded besides the cutouts (`variance`, `psf`; see
+    AlertBatch). `max_packet_bytes`: a larger packet is rejected, also if it becomes larger by decompression.
+    `require_cutouts`: whether an alert without a usable cutout is rejected; if False, the pixels of such a cutout are
+    NaN and the height and width of its box are 0, for pages and pictures.
 
     Raises ValueError for an unknown metadata column or plane, and what `open_registry` raises for the registry.
 
@@ -238,10 +242,11 @@ class Decoder:
         self._planes = frozenset(planes)
         n_pixels = cutout_size**2 * (1 + ("variance" in planes)) + PSF_SIZE**2 * ("psf" in planes)
         self._slot_bytes = len(CUTOUTS) * n_pixels * np.dtype(np.float32).itemsize
-        self._columns = tuple(columns)
+        self._columns = tuple(name for name in columns if name != DESIGNATION.name)
+        self._designation = DESIGNATION.name in columns
         self._max_packet_bytes = max_packet_bytes
         self._require_cutouts = require_cutouts
-        self._layouts = {known.survey: Layout(known, self._columns) for known in FORMATS}
+        self._layouts = {known.survey: Layout(known, self._columns, designation=self._designation) for known in FORMATS}
         self._plan = BySchema(self._make_plan)
         # Only the decoding of stamps releases the GIL. If threads competed for the GIL in all other steps, they would
         # run in lockstep: all wait for the GIL, then all decode stamps. With this lock they alternate.
@@ -414,7 +419,10 @@ class Decoder:
                 fingerprint = item.plan.schema.fingerprint
                 identity, packet = columns.identity(row), packets[item.packet]
                 rejects.append(Reject(packet, item.packet, *damage, item.record, identity, fingerprint))
-            return columns.batch(packets, sound, cutouts, boxes, self._columns, planes), rejects
+            alerts = columns.batch(packets, sound, cutouts, boxes, self._columns, planes)
+            if self._designation:
+                alerts = replace(alerts, designation=columns.designations(sound))
+            return alerts, rejects
 
     def _plane_slots(self, cutouts: NDArray[np.float32]) -> PlaneSlots:
         """Return empty slots for the wanted planes of the alerts of `cutouts`."""
@@ -736,6 +744,11 @@ class _Columns:
         if (self._spans[rows, RELIABILITY_VERSION, 0] < 0).all():
             return None
         return [self._text(row, RELIABILITY_VERSION) or None for row in rows.tolist()]
+
+    def designations(self, rows: Sequence[int]) -> list[str | None]:
+        """Return the designation of the solar-system object of each record; None if there is none."""
+        texts = [self._text(row, DESIGNATION_TEXT) for row in rows]
+        return [None if text in NO_DESIGNATION else text for text in texts]
 
     def _warn_of_lost_detections(self, lost: NDArray[np.int64], walked: Sequence[_Walked]) -> None:
         """Log, once per schema, that detections of the alerts in the rows `lost` of the batch have no flux."""

@@ -19,6 +19,7 @@ from broker_filter.packets.photometry import DetectionsSoFar, Points, Values
 from broker_filter.packets.plan import Reading, Wanted, compile_program
 from broker_filter.packets.schemas.writer_schema import WriterSchema
 from broker_filter.packets.surveys import (
+    DESIGNATION,
     FORMATS,
     UNVERSIONED,
     Derived,
@@ -31,10 +32,10 @@ from broker_filter.packets.surveys import (
 )
 from broker_filter.packets.walk import MISSING_ID
 
-# Span slots: the encoded cutout fields, the stamps inside them, the schema version, the name of the object, and the
-# version of the survey's reliability.
+# Span slots: the encoded cutout fields, the stamps inside them, the schema version, the name of the object, the version
+# of the survey's reliability, and the designation of a solar-system object.
 WHOLE_CUTOUT, STAMP, VERSION = 0, len(CUTOUTS), 2 * len(CUTOUTS)
-OBJECT_NAME, RELIABILITY_VERSION, N_SPANS = VERSION + 1, VERSION + 2, VERSION + 3
+OBJECT_NAME, RELIABILITY_VERSION, DESIGNATION_TEXT, N_SPANS = VERSION + 1, VERSION + 2, VERSION + 3, VERSION + 4
 
 _LSST_NAMESPACE = re.compile(r"lsst\.v(\d+)_(\d+)\b")
 
@@ -73,10 +74,11 @@ class Plan:
 class Layout:
     """The slots of the fields of one survey in the walker's scalars and ids.
 
-    `columns`: the names of the metadata columns to read. Raises ValueError for an unknown name.
+    `columns`: the names of the metadata columns to read. Raises ValueError for an unknown name. `designation`: whether
+    to read the text DESIGNATION as well.
     """
 
-    def __init__(self, survey_format: SurveyFormat, columns: Sequence[str]) -> None:
+    def __init__(self, survey_format: SurveyFormat, columns: Sequence[str], *, designation: bool = False) -> None:
         self.format = survey_format
         sources = [column.source(survey_format.survey) for column in select_columns(columns)]
         texts = {
@@ -84,7 +86,9 @@ class Layout:
             OBJECT_NAME: survey_format.object_name,
             RELIABILITY_VERSION: survey_format.reliability_version,
         }
-        self._texts = {slot: path for slot, path in texts.items() if path is not None}
+        self._texts: dict[int, tuple[str, ...]] = {slot: (path,) for slot, path in texts.items() if path is not None}
+        if designation:
+            self._texts[DESIGNATION_TEXT] = DESIGNATION.paths(survey_format.survey)
         self._ids = {path: slot for slot, path in enumerate(survey_format.alert_ids + survey_format.object_ids)}
         parts = [part for source in (*survey_format.place, *sources) for part in _parts_of(source)]
         fields = (*survey_format.own_fields, *(part for part in parts if isinstance(part, Field)))
@@ -124,7 +128,8 @@ class Layout:
         stamps = [cutout if survey.stamp is None else f"{cutout}.{survey.stamp}" for cutout in survey.cutouts]
         rows = [f"{table.name}.{path}" for table in survey.tables for field in table.fields for path in field.paths]
         numbers = [path for field in self._scalars for path in field.paths]
-        return frozenset([*numbers, *self._ids, *self._texts.values(), *stamps, *rows])
+        texts = [path for paths in self._texts.values() for path in paths]
+        return frozenset([*numbers, *self._ids, *texts, *stamps, *rows])
 
     def plan(self, schema: WriterSchema, paths: frozenset[str]) -> Plan:
         """Return the plan for records of `schema`. `paths`: its field paths, as `plan.field_paths` returns them.
@@ -138,13 +143,15 @@ class Layout:
             place = wanted.setdefault(outer, Wanted())
             return place.fields.setdefault(inner, Wanted()) if inner else place
 
+        def first(candidates: Sequence[str]) -> str:
+            return next((path for path in candidates if path in paths), candidates[0])
+
         for field, slot in self._scalars.items():
-            path = next((path for path in field.paths if path in paths), field.paths[0])
-            want(path).read(_reading(field), slot)
+            want(first(field.paths)).read(_reading(field), slot)
         for path, slot in self._ids.items():
             want(path).read(Reading.ID, slot)
-        for slot, path in self._texts.items():
-            want(path).read(Reading.BYTES, slot)
+        for slot, candidates in self._texts.items():
+            want(first(candidates)).read(Reading.BYTES, slot)
         for c, cutout in enumerate(self.format.cutouts):
             want(cutout).whole = WHOLE_CUTOUT + c
             want(cutout if self.format.stamp is None else f"{cutout}.{self.format.stamp}").read(

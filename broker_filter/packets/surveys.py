@@ -75,6 +75,23 @@ class SoFar:
     name: Literal["first_jd", "peak_jd", "peak_magnitude", "faintest_magnitude"]
 
 
+@dataclass(frozen=True, slots=True)
+class TextColumn:
+    """A text in the packets: its name, its meaning, and the fields that hold it in each survey.
+
+    The first field that a schema has is read. Unlike a `Column`, it is not a number, so no model can use it.
+    """
+
+    name: str
+    meaning: str
+    ztf: tuple[str, ...]
+    lsst: tuple[str, ...]
+
+    def paths(self, survey: Survey) -> tuple[str, ...]:
+        """Return the dotted paths of the fields in packets of `survey`."""
+        return self.ztf if survey is Survey.ZTF else self.lsst
+
+
 CurveColumn = Literal[
     "first_mjd",
     "peak_mjd",
@@ -824,8 +841,19 @@ COLUMNS: tuple[Column, ...] = (
 )
 """All metadata columns. A value that is null in the packet is NaN, and so is the sentinel `missing` of the `Field`."""
 
+DESIGNATION = TextColumn(
+    "designation",
+    "designation of a known solar-system object, as written in the packet: of the nearest one within 30 arcsec, at the "
+    "distance ssdistnr (ZTF); of the associated one (LSST)",
+    ztf=("candidate.ssnamenr",),
+    lsst=("ssSource.designation", "mpc_orbits.designation", "MPCORB.mpcDesignation"),
+)
+"""A column of text, which a Decoder delivers as `AlertBatch.designation` if its name is among the wanted columns."""
+NO_DESIGNATION = ("", "null")
+"""Designations that stand for none; ZTF writes null as text."""
+
 DEFAULT_COLUMNS: tuple[str, ...] = tuple(column.name for column in COLUMNS)
-"""The columns that a Decoder delivers by default: all of them."""
+"""The columns that a Decoder delivers by default: all numbers."""
 
 _COLUMN = {column.name: column for column in COLUMNS}
 
@@ -915,7 +943,7 @@ LSST = SurveyFormat(
     version="lsst_schema_version",
     reliability_version="diaSource.reliabilityVersion",
     known_versions=LSST_VERSIONS,
-    night_start=0.5,  # a `dayObs` of Rubin begins at 12 h UTC, in the morning in Chile
+    night_start=LSST_NIGHT_START,
     place=(LSST_MJD, LSST_RA, LSST_DEC, Derived(letter_band, (LSST_BAND,))),
     cutouts=("cutoutScience", "cutoutTemplate", "cutoutDifference"),
     stamp=None,

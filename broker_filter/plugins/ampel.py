@@ -22,7 +22,7 @@ from broker_filter.errors import BrokerFilterError
 from broker_filter.packets.packet import Packet
 from broker_filter.scoring.scorer import Scorer
 from broker_filter.scoring.scores import output_name
-from broker_filter.streaming.expressions import FIELDS, IDENTITY_FIELDS, IDENTITY_TEXTS, compile_filter, field
+from broker_filter.streaming.expressions import FIELDS, IDENTITY_FIELDS, TEXTS, compile_filter, field
 
 EXTRA = "broker_filter"
 """Key of the scores in `extra` of an AMPEL alert."""
@@ -128,6 +128,6 @@ def _column(entry: Mapping[str, Any], name: str) -> NDArray[Any]:
         raise NoScoresError(
             f"the filter reads {name}, and the alert has no such {what}: add it to `{where}` of ScoringAlertSupplier"
         ) from error
-    if name in IDENTITY_TEXTS:
+    if name in TEXTS:
         return np.array([value], dtype=object)
     return np.array([np.nan if value is None else value])

@@ -4,8 +4,8 @@ The language is a small part of Python's expressions. Text is parsed with `ast` 
 as Python.
 
 - Numbers: metadata columns, `alert_id`, `mjd`, `ra`, `dec`, model outputs, literals; `+ - * /`, `abs(x)`.
-- Text: `object_id`, `survey`, `band`, `schema_version`, `reliability_version`, literals; only `==`, `!=` and `in`
-compare it.
+- Text: `object_id`, `survey`, `band`, `schema_version`, `reliability_version`, `designation`, literals; only `==`, `!=`
+  and `in` compare it.
 - A model output is written `<model>.<label>`, or `<label>` if only one model has this label and no field has this name.
 A name that is not a Python identifier is written in backquotes: `` `my-model.SN Ia` > 0.5 ``.
 - `and`, `or`, `not`; comparisons, also chained (`0.3 < real <= 0.65`); `band in ("g", "r")`. A number stands for true
@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.packets.batch import BANDS, UNKNOWN_BAND, AlertBatch, Survey
-from broker_filter.packets.surveys import COLUMNS
+from broker_filter.packets.surveys import COLUMNS, DESIGNATION
 from broker_filter.scoring.scores import output_name
 from broker_filter.streaming.scored import ScoredBatch
 
@@ -55,8 +55,10 @@ REVISION_DIGITS = 12
 IDENTITY_NUMBERS = ("alert_id", "mjd", "ra", "dec")
 IDENTITY_TEXTS = ("object_id", "survey", "band", "schema_version", "reliability_version")
 IDENTITY_FIELDS = IDENTITY_NUMBERS + IDENTITY_TEXTS
-"""Fields that every alert has. All other fields are metadata columns, which are numbers."""
-FIELDS = tuple(dict.fromkeys((*IDENTITY_FIELDS, *(column.name for column in COLUMNS))))
+"""Fields that every alert has. All other fields are columns that are decoded only if they are wanted."""
+TEXTS = (*IDENTITY_TEXTS, DESIGNATION.name)
+"""Fields that are text. All other fields are numbers."""
+FIELDS = tuple(dict.fromkeys((*IDENTITY_FIELDS, DESIGNATION.name, *(column.name for column in COLUMNS))))
 """The names that a filter can use besides model outputs."""
 
 
@@ -159,6 +161,10 @@ def field(alerts: AlertBatch, name: str) -> NDArray[Any]:
             return np.array(getattr(alerts, name), dtype=object)
         case "reliability_version":
             return np.array(alerts.reliability_version or [None] * len(alerts), dtype=object)
+        case DESIGNATION.name:
+            if alerts.designation is None:
+                raise KeyError(name)
+            return np.array(alerts.designation, dtype=object)
         case "survey":
             return np.array([str(survey) for survey in Survey], dtype=object)[alerts.survey]
         case "band":
@@ -328,7 +334,7 @@ class _Compiler:
             raise _refusal(node, f"unknown name {written!r}; {hint}")
         name = self._known.get(written, written)
         self.names.add(name)
-        return _Part(Kind.TEXT if name in IDENTITY_TEXTS else Kind.NUMBER, lambda values: values[name])
+        return _Part(Kind.TEXT if name in TEXTS else Kind.NUMBER, lambda values: values[name])
 
     def _comparison(self, left: ast.expr, op: ast.cmpop, right: ast.expr, depth: int) -> Evaluate:
         match op:

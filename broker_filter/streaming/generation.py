@@ -32,7 +32,7 @@ class Generation:
     revision: str
     """Revision of the configuration, which each record states."""
     decoder: Decoder
-    """Decodes everything that the models, with those on trial, the judge, the filters and `drift` read."""
+    """Decodes everything that the models, with those on trial, the judge, the filters, router and `drift` read."""
     scorer: Scorer
     judge: AnomalyJudge | None
     """Flags anomalies; None without anomaly detection."""
@@ -71,13 +71,13 @@ def open_generation(
     drift = DriftMonitor(scorer.models)
     if before:
         drift.continue_from(before.drift)
+    router = open_router(service, waiting)
     decoder = scorer.decoder(
         registry,
-        columns=(*filters.columns, *(judge.columns if judge else ()), *drift.columns),
+        columns=(*filters.columns, *(judge.columns if judge else ()), *drift.columns, *router.columns),
         beside=shadows.models,
         max_packet_bytes=config.input.max_packet_bytes,
     )
-    router = open_router(service, waiting)
     return Generation(config, service.revision, decoder, scorer, judge, filters, shadows, router, drift)
 
 

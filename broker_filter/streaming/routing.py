@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from broker_filter.config import ANOMALIES, DEAD_LETTER, SCORED, SHADOW
+from broker_filter.config import ANOMALIES, DEAD_LETTER, SCORED, SHADOW, RecordKey
+from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.packets.schemas.registry_client import RegistryUnavailable, no_beat
+from broker_filter.packets.surveys import DESIGNATION
 from broker_filter.streaming.encoding import (
     Body,
     ContainerFraming,
@@ -80,11 +82,12 @@ class Router:
         encoder: Encoder,
         framing: Framing,
         drop_duplicates: bool = False,
+        key: RecordKey = "object",
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`models`: name and version of each model, for the header `models`. `shadows`: the same of the shadow models.
 
-        `clock`: returns Unix seconds, for the field `scored_at`.
+        `key`: what the key of an output record is. `clock`: returns Unix seconds, for the field `scored_at`.
         """
         self._prefix = prefix
         self._scored = f"{prefix}.{SCORED}"
@@ -98,7 +101,13 @@ class Router:
         self._encoder = encoder
         self._framing = framing
         self._drop_duplicates = drop_duplicates
+        self._by_designation = key == "designation"
         self._clock = clock
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The metadata columns that the keys are made of, and that must be decoded."""
+        return (DESIGNATION.name, "sso") if self._by_designation else ()
 
     def route(self, scored: ScoredBatch) -> Routed:
         """Return the output records of a batch. Raises RegistryUnavailable if the schema registry does not answer."""
@@ -107,6 +116,7 @@ class Router:
         if scored.anomalies:
             chosen.append((self._anomalous, scored.anomalies.flag))
         chosen += [(f"{self._prefix}.{one.name}", one.passed) for one in scored.filters if not one.paused]
+        keys = self._keys(alerts)
         now_ms = int(self._clock() * 1000)
         encoded = self._encoder.encode(scored, now_ms)
         on_trial = self._encoder.encode_on_trial(scored, now_ms)
@@ -119,7 +129,7 @@ class Router:
             packet_index = int(alerts.packet_index[i])
             headers = self._headers(scored.packets[packet_index], int(alerts.record_index[i]))
             headers += [("schema", alerts.records[i].schema.fingerprint.encode()), *self._framing.headers]
-            key = alerts.object_id[i].encode()
+            key = keys[i].encode()
             try:  # an alert goes to all of its topics or to none, because it is counted once
                 values = [(topic, self._framing.frame(schema, body, topic)) for topic, takes in chosen if takes[i]]
             except RegistryRefusalError as error:
@@ -143,6 +153,16 @@ class Router:
         for packet_index, of_packet in rejects.items():
             routed.add(self._dead_letter_record(of_packet), packet_index)
         return routed
+
+    def _keys(self, alerts: AlertBatch) -> Sequence[str]:
+        """Return the keys of the records of N alerts, as text."""
+        if not self._by_designation:
+            return alerts.object_id
+        assert alerts.designation is not None, "the decoder must be given the `columns` of the router"
+        # ZTF also names objects that only pass near the alert; `sso` is 1 if the object is the source.
+        is_source = (alerts.column("sso") == 1).tolist()
+        named = zip(alerts.designation, is_source, alerts.object_id, strict=True)
+        return [designation if designation and own else object_id for designation, own, object_id in named]
 
     def _frame_on_trial(self, schema: OutputSchema, body: Body) -> bytes | LeftOut:
         """Return the value for the shadow topic, or why there is none: no trouble of this topic stops the stream."""
@@ -218,4 +238,5 @@ def open_router(service: ResolvedService, waiting: Callable[[], None] = no_beat)
         encoder=Encoder(config.output.payload, service.revision),
         framing=framing,
         drop_duplicates=config.duplicates == "drop",
+        key=config.output.key,
     )

@@ -21,6 +21,7 @@ from broker_filter.packets.decode import MAX_POINTS, Decoder
 from broker_filter.packets.framing.parquet import MOST_ROWS, AvroRows, Rows
 from broker_filter.packets.packet import FilePosition, Packet
 from broker_filter.packets.rejects import Reject
+from broker_filter.packets.surveys import DEFAULT_COLUMNS, DESIGNATION
 from broker_filter.simulate import simulate_night
 
 COLUMNS = ("survey", "alert_id", "mjd", "ra", "dec", "band", "cutouts", "cutout_box", "metadata", "packet_index")
@@ -28,6 +29,7 @@ PLANES = ("variance", "psf", "usable_planes")
 TEXTS = ("object_id", "schema_version")
 CURVES = ("offsets", "mjd", "band", "flux", "flux_err", "kind")
 POSITION = FilePosition("night.parquet")
+EVERYTHING = (*DEFAULT_COLUMNS, DESIGNATION.name)
 Decoded = tuple[AlertBatch, list[Reject]]
 SLICES = 4
 """The parts into which the shared alerts are divided, so that each test is short."""
@@ -58,6 +60,7 @@ def assert_same(found: Decoded, expected: Decoded, *, rejects_too: bool = True) 
     for name in CURVES:
         assert getattr(alerts.light_curves, name).tobytes() == getattr(same.light_curves, name).tobytes(), name
     assert alerts.reliability_version == same.reliability_version
+    assert alerts.designation == same.designation
     if rejects_too:
         assert list(map(described, rejects)) == list(map(described, same_rejects))
 
@@ -75,7 +78,7 @@ def described(reject: Reject) -> tuple[object, ...]:
 
 def decoded_both_ways(table: pa.Table) -> Decoded:
     """Return the alerts and rejects of a table; assert that its rows as Avro packets give the same."""
-    decoder = Decoder(planes=("variance", "psf"))
+    decoder = Decoder(columns=EVERYTHING, planes=("variance", "psf"))
     rows = rows_of(table)
     found = decoder.decode(rows)
     assert_same(found, decoder.decode(packets_of(rows)))
@@ -110,13 +113,15 @@ def tables_of(packets: Sequence[bytes]) -> Iterator[tuple[pa.Table, list[bytes]]
 
 @pytest.mark.parametrize("part", range(SLICES))
 def test_every_shared_packet_of_ztf_as_a_row(ztf_packets: list[tuple[int, bytes]], part: int) -> None:
-    decoder = Decoder()
-    n = 0
+    decoder = Decoder(columns=EVERYTHING)
+    n = named = 0
     for table, packets in tables_of([data for _, data in ztf_packets[part::SLICES]]):
         expected = decoder.decode([Packet(data) for data in packets])
         assert_same(decoder.decode(rows_of(table)), expected, rejects_too=False)
         n += len(packets)
+        named += sum(designation is not None for designation in expected[0].designation or ())
     assert n > 300
+    assert named > 30
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import fastavro
 import numpy as np
 import pytest
 
-from broker_filter.config import Runtime, Service
+from broker_filter.config import RecordKey, Runtime, Service
 from broker_filter.packets.batch import AlertBatch, AlertIdentity
 from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import KafkaPosition, Packet
@@ -34,6 +34,7 @@ from broker_filter.streaming.encoding import (
 from broker_filter.streaming.expressions import FIELDS, compile_filter
 from broker_filter.streaming.filtering import score_alerts, score_packets
 from broker_filter.streaming.filters import Filter, Filters, open_filters
+from broker_filter.streaming.generation import open_generation
 from broker_filter.streaming.resolved import resolve
 from broker_filter.streaming.routing import MAX_DETAIL_BYTES, Router, open_router
 from broker_filter.streaming.scored import Anomalies, ScoredBatch
@@ -41,13 +42,14 @@ from broker_filter.streaming.scored import Anomalies, ScoredBatch
 NAN = float("nan")
 
 
-def router(*, drop_duplicates: bool = False, framing: Framing | None = None) -> Router:
+def router(*, drop_duplicates: bool = False, framing: Framing | None = None, key: RecordKey = "object") -> Router:
     return Router(
         "me",
         models=[("default", "1"), ("other", "2.0")],
         encoder=Encoder("scores"),
         framing=framing or ContainerFraming(),
         drop_duplicates=drop_duplicates,
+        key=key,
         clock=lambda: 1771993800.1239,
     )
 
@@ -104,6 +106,41 @@ def test_alerts_go_to_scored_anomalies_and_their_filters(scored: ScoredBatch) ->
     passed = [(True, False), (False, True), (False, False)]
     assert whole == [[of_bright | {"passed": first}, of_faint | {"passed": second}] for first, second in passed]
     assert said == [[first | {"paused": True}, second] for first, second in whole]
+
+
+def test_the_key_is_the_designation_of_the_source_where_it_is_known(scored: ScoredBatch) -> None:
+    alerts = scored.alerts
+    sso = np.array([[1.0], [0.0], [1.0], [1.0]])  # ZTF's name of the second is of an object that passes nearby
+    designation = ["2004 JQ12", "43769", None, "43769"]
+    known = replace(scored, alerts=replace(alerts, designation=designation, columns=("sso",), metadata=sso))
+    by_designation = router(key="designation")
+    assert by_designation.columns == ("designation", "sso")
+    records = by_designation.route(known).records
+    objects = [name.encode() for name in alerts.object_id]
+    assert [record.key for record in of_topic(records, "me.scored")] == [b"2004 JQ12", *objects[1:3]]
+    assert [record.key for record in of_topic(records, "me.dead-letter")] == [objects[3]]
+    assert router().columns == ()
+    assert [record.key for record in of_topic(router().route(known).records, "me.scored")] == objects[:3]
+
+
+@pytest.mark.shared
+def test_a_service_keys_moving_objects_by_designation(ztf_packets: list[tuple[int, bytes]]) -> None:
+    config = {
+        "input": {"bootstrap_servers": "a:1", "group_id": "g", "topics": ["ztf"]},
+        "output": {"prefix": "me", "payload": "scores", "key": "designation"},
+    }
+    generation = open_generation(resolve(Service.model_validate(config)), open_registry(None))
+    packets = [Packet(data, KafkaPosition("c", "ztf", 0, i)) for i, (_, data) in enumerate(ztf_packets[::40])]
+    scored = score_packets(packets, generation.decoder, generation.scorer, DuplicateWindow(0))
+    routed = generation.router.route(scored)
+    keys = [(record.key or b"").decode() for record in of_topic(routed.records, "me.scored")]
+    candidates = [next(fastavro.reader(io.BytesIO(packets[i].data))) for i in scored.alerts.packet_index]
+    is_source = [0 <= alert["candidate"]["ssdistnr"] <= 5 for alert in candidates]
+    assert 0 < sum(is_source) < len(keys) == len(candidates)
+    assert keys == [
+        alert["candidate"]["ssnamenr"] if named else alert["objectId"]
+        for alert, named in zip(candidates, is_source, strict=True)
+    ]
 
 
 def test_every_input_is_counted_once(scored: ScoredBatch) -> None:

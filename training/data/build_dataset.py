@@ -32,7 +32,7 @@ from broker_filter.packets.batch import PLANES, AlertBatch, LightCurves, Plane, 
 from broker_filter.packets.decode import DEFAULT_CUTOUT_SIZE, Decoder
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.schemas.registry import open_registry
-from broker_filter.packets.surveys import DEFAULT_COLUMNS
+from broker_filter.packets.surveys import DEFAULT_COLUMNS, DESIGNATION
 from broker_filter.scoring.bundle import MAX_CUTOUT_SIZE, POINT_COLUMNS
 from broker_filter.scoring.labels import UNLABELLED, Labels, parse_rule, read_labels
 from broker_filter.streaming.archives import read_packets
@@ -203,7 +203,8 @@ def build_dataset(
     other arguments. Raises ExpressionError if the filter is invalid.
     """
     chosen = None if where is None else compile_filter(where, FIELDS, ())
-    columns = tuple(dict.fromkeys((*columns, *(chosen.columns if chosen else ()))))
+    wanted = tuple(dict.fromkeys((*columns, *(chosen.columns if chosen else ()))))
+    columns = tuple(name for name in wanted if name != DESIGNATION.name)  # a data set holds numbers
     request = {
         "inputs": [str(path.resolve()) for path in inputs],
         "labels": {"sha256": labels.sha256, "column": labels.column, "classes": [str(rule) for rule in labels.rules]},
@@ -215,7 +216,7 @@ def build_dataset(
     }
     _begin(out, request)
     if not (out / CARD).exists():
-        decoder = Decoder(open_registry(schema_registry), cutout_size=cutout_size, columns=columns, planes=planes)
+        decoder = Decoder(open_registry(schema_registry), cutout_size=cutout_size, columns=wanted, planes=planes)
         _write_shards(out / SHARDS, inputs, decoder, labels, chosen)
         files, ids = _read_ids(out)
         label, side = _label_and_split(ids, labels, split, allow_unmatched=allow_unmatched or where is not None)

@@ -166,10 +166,14 @@ def test_inputs_without_an_alert_are_refused(kind: str, night_labels: Labels, tm
 def test_alerts_are_chosen_by_a_filter(
     night_packets: Path, night_labels: Labels, night_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alerts, _ = Decoder(open_registry(None)).decode(list(read_packets([night_packets])))
-    wanted = (alerts.column("magpsf") < 19) & (alerts.column("isdiffpos") == 1)
+    decoder = Decoder(open_registry(None), columns=("magpsf", "isdiffpos", "designation"))
+    alerts, _ = decoder.decode(list(read_packets([night_packets])))
+    assert alerts.designation is not None
+    unknown = np.array([designation is None for designation in alerts.designation])
+    wanted = (alerts.column("magpsf") < 19) & (alerts.column("isdiffpos") == 1) & unknown
     assert 10 < wanted.sum() < 50
-    where = "magpsf < 19 and isdiffpos == 1"
+    assert not unknown.all()
+    where = "magpsf < 19 and isdiffpos == 1 and isnull(designation)"
     monkeypatch.setattr(building, "ALERTS_PER_SHARD", 8)
     monkeypatch.setattr(building, "PACKETS_AT_ONCE", 8)
     arguments = ["build-dataset", str(night_packets), "--labels", str(night_table), "--label", "truth"]
