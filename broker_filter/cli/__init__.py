@@ -32,6 +32,7 @@ COMMANDS = (
     "watch",
     "map",
     "config",
+    "filters",
     "bench",
     "demo",
 )
