@@ -30,7 +30,7 @@ p,td,th,figcaption{color:#9da7b3}b,h1,h2,h3,td.v,code{color:#e6edf3}code{overflo
 .over,.fine,.free{border-left:4px solid #7d8590;padding-left:10px}.over{border-color:#f85149}.fine{border-color:#3fb950}
 table{border-collapse:collapse}td,th{text-align:right;padding:3px 16px 3px 0}td.v,th.v{text-align:left}
 figure{display:inline-block;background:#0d1117;border-radius:6px;margin:6px 8px 6px 0;padding:6px;vertical-align:top}
-figcaption{font-size:12px;width:256px;overflow-wrap:anywhere}img{image-rendering:pixelated;margin-right:3px}
+figcaption{font-size:12px;width:256px;overflow-wrap:anywhere}img{image-rendering:pixelated;margin-right:3px;background:#30363d}
 svg text{fill:#9da7b3;font:11px system-ui,sans-serif;text-anchor:middle}
 """
 

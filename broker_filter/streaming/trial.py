@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.packets.batch import CUTOUTS, AlertBatch
-from broker_filter.pictures.explanation_page import grey_png
 from broker_filter.pictures.filter_page import HOURS, Example, FilterReport, TermReport
+from broker_filter.pictures.png import masked_png
 from broker_filter.streaming.account import SECONDS_PER_DAY, exposure_times
 from broker_filter.streaming.expressions import Expression, Term
 from broker_filter.streaming.scored import ScoredBatch
@@ -140,4 +140,4 @@ def _cutouts(alerts: AlertBatch, row: int) -> Iterator[bytes]:
     for k in range(len(CUTOUTS)):
         y0, x0, height, width = alerts.cutout_box[row, k].tolist()
         if height and width:
-            yield grey_png(alerts.cutouts[row, k, y0 : y0 + height, x0 : x0 + width])
+            yield masked_png(alerts.cutouts[row, k, y0 : y0 + height, x0 : x0 + width])
