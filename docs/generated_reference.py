@@ -13,7 +13,6 @@ import json
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from importlib import import_module
 from importlib.resources import files
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
 import broker_filter
-from broker_filter.cli import COMMANDS, EXIT_STATUS
+from broker_filter.cli import COMMANDS, EXIT_STATUS, command_module
 from broker_filter.cli.parser import CommandParser
 from broker_filter.config_file import document_keys
 from broker_filter.metrics import Metrics
@@ -50,7 +49,7 @@ def command_line() -> str:
     parser = CommandParser(prog=PROGRAM)
     commands = parser.add_subparsers()
     for name in COMMANDS:
-        import_module(f"broker_filter.cli.{name}").add_parser(commands)
+        command_module(name).add_parser(commands)
     common = {action.dest for action in parser._actions}
     return "\n".join(_command(found, common) for found in _parsers(commands)) + f"\n{_sentence(EXIT_STATUS)}\n"
 

@@ -74,7 +74,7 @@ def test_every_reason_and_column_is_in_the_reference(name: str, expected: list[s
 
 
 def test_every_command_is_in_the_reference() -> None:
-    sections = re.findall(r"^## broker-filter (\w+)$", GENERATED["command_line"](), re.MULTILINE)
+    sections = re.findall(r"^## broker-filter ([\w-]+)$", GENERATED["command_line"](), re.MULTILINE)
     assert sections == list(COMMANDS)
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 
 from broker_filter import __version__
 from broker_filter.cli.parser import CommandParser
@@ -25,6 +26,7 @@ COMMANDS = (
     "positions",
     "replay",
     "inspect",
+    "compare-shadow",
     "models",
     "reference",
     "similar",
@@ -36,8 +38,7 @@ COMMANDS = (
     "bench",
     "demo",
 )
-"""The modules of the commands, in the order of `--help`. Each module has a function `add_parser(subparsers)`, which
-sets `run` to a function that takes the parsed arguments and returns the exit status."""
+"""The commands, in the order of `--help`: see `command_module`."""
 
 INTERRUPTED = 130
 """The exit status after SIGINT, as shells report it: 128 + 2."""
@@ -52,6 +53,15 @@ EXIT_STATUS = (
 log = logging.getLogger(__name__)
 
 
+def command_module(command: str) -> ModuleType:
+    """Return the module of a command, which has `_` in its name for each `-` of the command.
+
+    The module has a function `add_parser(subparsers)`, which sets `run` to a function that takes the parsed arguments
+    and returns the exit status.
+    """
+    return import_module(f"broker_filter.cli.{command.replace('-', '_')}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = CommandParser(
@@ -63,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        import_module(f"broker_filter.cli.{command}").add_parser(subparsers)
+        command_module(command).add_parser(subparsers)
     arguments = parser.parse_args(argv)
     set_up_logging(verbose=arguments.verbose, quiet=arguments.quiet)
     try:

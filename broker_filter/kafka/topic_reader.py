@@ -43,13 +43,13 @@ LOOK_S = 0.5
 log = logging.getLogger(__name__)
 
 
-def read_topic(properties: Mapping[str, object], topic: str) -> Iterator[Packet]:
+def read_topic(properties: Mapping[str, object], topic: str, since_ms: int | None = None) -> Iterator[Packet]:
     """Yield the committed messages of every partition, without reading their headers.
 
-    `properties`: librdkafka properties, including `bootstrap.servers`. Raises KafkaSetupError if the brokers do not
-    answer or the topic does not exist.
+    `properties`: librdkafka properties, including `bootstrap.servers`. `since_ms`: Unix milliseconds; only messages
+    that are not older are read. Raises KafkaSetupError if the brokers do not answer or the topic does not exist.
     """
-    for packet, _ in _read(properties, topic):
+    for packet, _ in _read(properties, topic, since_ms):
         yield packet
 
 
@@ -170,7 +170,9 @@ def _metadata(consumer: Consumer, topic: str, error_log: ThrottledErrorLog) -> C
     return metadata
 
 
-def _read(properties: Mapping[str, object], topic: str) -> Iterator[tuple[Packet, Message]]:
+def _read(
+    properties: Mapping[str, object], topic: str, since_ms: int | None = None
+) -> Iterator[tuple[Packet, Message]]:
     error_log = ThrottledErrorLog(f"brokers {properties['bootstrap.servers']}")
     consumer = _consumer(properties, error_log.note)
     try:
@@ -180,7 +182,10 @@ def _read(properties: Mapping[str, object], topic: str) -> Iterator[tuple[Packet
             partition: consumer.get_watermark_offsets(TopicPartition(topic, partition), REQUEST_TIMEOUT_S)[1]
             for partition in unfinished
         }
-        consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for partition in unfinished])
+        starts = [TopicPartition(topic, partition, OFFSET_BEGINNING) for partition in unfinished]
+        if since_ms is not None:
+            starts = _starts(consumer, topic, list(unfinished), 0, since_ms)
+        consumer.assign(starts)
         cluster = metadata.cluster_id or str(properties["bootstrap.servers"])
         last_answer = time.monotonic()
         while unfinished:
