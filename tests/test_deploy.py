@@ -19,7 +19,7 @@ from broker_filter.metrics import Metrics
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
 HOW_TO = DEPLOY.parent / "docs" / "how-to"
-DASHBOARD = DEPLOY / "grafana" / "dashboards" / "broker-filter.json"
+DASHBOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
 RULES = DEPLOY / "prometheus" / "rules.yaml"
 SECRETS = {"SURVEY_PASSWORD": "secret", "OUTPUT_PASSWORD": "secret"}
 
@@ -38,7 +38,7 @@ def exported_metrics() -> set[str]:
 
 
 def panels() -> list[dict[str, Any]]:
-    return list(json.loads(DASHBOARD.read_text())["panels"])
+    return [panel for dashboard in DASHBOARDS for panel in json.loads(dashboard.read_text())["panels"]]
 
 
 def panel_expressions() -> Iterator[str]:
@@ -53,24 +53,33 @@ def rule_expressions() -> Iterator[str]:
             yield rule["expr"]
 
 
-def test_every_metric_in_rules_and_dashboard_exists() -> None:
+def test_every_metric_in_rules_and_dashboards_exists() -> None:
     named = named_metrics("\n".join([*panel_expressions(), *rule_expressions()]))
     assert len(named) > 10
     assert named - exported_metrics() == set()
 
 
-def test_every_metric_of_the_service_is_on_the_dashboard() -> None:
+def test_every_metric_of_the_service_is_on_a_dashboard() -> None:
     own = {name for name in exported_metrics() if name.startswith("broker_filter_")}
     # Dead letters are shown as published records of their topic.
     assert own - named_metrics("\n".join(panel_expressions())) == {"broker_filter_dead_letters_total"}
 
 
-def test_dashboard_has_a_variable_for_its_data_source() -> None:
-    text = DASHBOARD.read_text()
-    variable, *_ = json.loads(text)["templating"]["list"]
+@pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda dashboard: dashboard.stem)
+def test_dashboard_has_a_variable_for_its_data_source(dashboard: Path) -> None:
+    content = json.loads(dashboard.read_text())
+    variable, *_ = content["templating"]["list"]
     assert (variable["name"], variable["type"], variable["query"]) == ("datasource", "datasource", "prometheus")
-    assert set(re.findall(r'"uid": "(.*)"', text)) == {"broker-filter", "${datasource}"}
-    assert all(panel["datasource"]["uid"] == "${datasource}" for panel in panels())
+    assert set(re.findall(r'"uid": "(.*)"', dashboard.read_text())) == {content["uid"], "${datasource}"}
+    assert all(panel["datasource"]["uid"] == "${datasource}" for panel in content["panels"])
+
+
+def test_dashboards_and_their_panels_have_ids_of_their_own() -> None:
+    contents = [json.loads(dashboard.read_text()) for dashboard in DASHBOARDS]
+    assert len({content["uid"] for content in contents}) == len(contents) == 2
+    for content in contents:
+        places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in content["panels"]]
+        assert len(set(places)) == len({panel["id"] for panel in content["panels"]}) == len(places)
 
 
 @pytest.mark.parametrize("panel", panels(), ids=lambda panel: panel["title"])
@@ -93,6 +102,8 @@ def test_panel_shows_the_limit_of_its_alert_rule() -> None:
     for title, limit in (("Lag", 50000), ("Latency, 99 %", 60), ("Rejected", 0.02), ("Lag by partition", 50000)):
         assert limits[title] == [None, limit]
         assert f"> {limit}" in conditions
+    assert limits["Drift"] == [None, 0.1, 0.25]
+    assert "(broker_filter_drift_psi) > 0.25" in conditions
     assert {"Unaccounted", "Instances", "Partitions by instance"} <= set(limits)
     pod = documents(DEPLOY / "kubernetes" / "base" / "deployment.yaml")[0]["spec"]["template"]["spec"]
     memory = pod["containers"][0]["resources"]["limits"]["memory"]
