@@ -61,7 +61,7 @@ def load_service(file: Path, environment: Mapping[str, str] = os.environ) -> Res
         _override(document, environment)
     except _UnreadableError as error:
         raise ConfigError(file, [Problem("", str(error))]) from None
-    resolver = Resolver(_bundles(document))
+    resolver = Resolver(_bundles(document), file.parent)
     try:
         config = Service.model_validate(document, context=EnvironmentChecks(environment, resolver))
     except ValidationError as error:

@@ -268,6 +268,12 @@ class Metrics:
             "Always 1; the label is the revision of the configuration that scores alerts. Each record states it.",
             "revision",
         )
+        self._filter_files = self._gauge(
+            "filter_file_failed",
+            "1 if a file that a filter reads has changed on disk and could not be used, so that the filter uses its "
+            "earlier content; else 0.",
+            "file",
+        )
         for outcome in ("committed", "aborted"):
             self._transactions.labels(outcome)
         for outcome in ("succeeded", "failed"):
@@ -312,6 +318,13 @@ class Metrics:
                 gauge.clear()
                 for labels in networks:
                     gauge.labels(*labels).set(1)
+
+    def set_filter_files(self, failed: Mapping[str, bool]) -> None:
+        """Replace the files that the filters read. `failed`: whether each file on disk, by path, cannot be used."""
+        with self._consistent:
+            self._filter_files.clear()
+            for file, value in failed.items():
+                self._filter_files.labels(file).set(value)
 
     def expect_shadow(self, name: str, version: str, labels: Iterable[str]) -> None:
         """Create the counters of a shadow model with the value 0.

@@ -185,6 +185,9 @@ class FilterService:
         while not wait([decoded], TICK_S).done:
             self._check()
         alerts, rejects = decoded.result()
+        with self._scoring.watched():
+            if generation.files.look():
+                self._metrics.set_filter_files(generation.files.failed)
         while True:
             part, delivery = delivery.split(len(alerts.packets))
             with self._scoring.working():
@@ -372,6 +375,7 @@ class FilterService:
         log.info("configuration %s", generation.revision)
         self._metrics.describe_configuration(generation.revision)
         self._metrics.expect(topics=generation.config.output_topics, filters=generation.filters.names)
+        self._metrics.set_filter_files(generation.files.failed)
         self._metrics.set_filters(generation.filters.states())
         networks: dict[str, list[Network]] = {"model": [], "shadow model": []}
         served = [("model", model) for model in generation.scorer.models]

@@ -94,6 +94,7 @@ def summary(service: ResolvedService) -> str:
         explained = f", explained by {', '.join(config.anomalies.lens)}" if config.anomalies.lens else ""
         lines.append(f"anomalies: {config.anomalies.rate:g} of the alerts, by {config.anomalies.reference}{explained}")
     lines += [f"filter {one.name}: {one.where}" for one in config.filters]
+    lines += [f"file {file.path}: {file.content}" for file in service.files]
     lines.append(f"duplicates: {config.duplicates} within {config.duplicate_window:,} alert ids")
     lines.append(f"http: {config.http.host}:{config.http.port}")
     return "\n".join(lines)

@@ -34,7 +34,7 @@ from broker_filter.packets.schemas.registry_location import RegistryLocation
 from broker_filter.packets.schemas.writer_schema import BySchema, WriterSchema, full_name, moved_to, self_contained
 from broker_filter.scoring.explanation import Explanation, Feature, Verdict
 from broker_filter.scoring.scores import ModelScores
-from broker_filter.streaming.scored import Anomalies, FilterOutcome, ScoredBatch
+from broker_filter.streaming.scored import Anomalies, FilterOutcome, Match, ScoredBatch
 
 Payload = Literal["full", "no_cutouts", "scores"]
 SubjectStrategy = Literal["topic", "record", "topic-record"]
@@ -293,12 +293,13 @@ def encode_annotations(
     serving = [(model.taken.tolist(), _encode_model(model, shadow=False)) for model in scored.scores.models]
     models = [*serving, *((model.taken.tolist(), _encode_model(model, shadow=True)) for model in shadows)]
     filters = _encode_filters(scored.filters, len(duplicate))
-    no_matches, not_redriven = END, encode_long(0)
-    tail = _string(configuration) + no_matches + not_redriven
+    revision, not_redriven = _string(configuration), encode_long(0)
+    matches = {i: b"".join(_array([_encode_match(one) for one in near])) for i, near in scored.matches.items()}
     annotations = []
     for i in range(len(duplicate)):
-        taking = [encoded[i] for taken, encoded in models if taken[i]]
-        annotations.append(b"".join((head, duplicate[i], anomaly[i], *_array(taking), filters[i], tail)))
+        taking = _array([encoded[i] for taken, encoded in models if taken[i]])
+        tail = (filters[i], revision, matches.get(i, END), not_redriven)
+        annotations.append(b"".join((head, duplicate[i], anomaly[i], *taking, *tail)))
     return annotations
 
 
@@ -460,6 +461,10 @@ def _encode_filters(outcomes: Sequence[FilterOutcome], n: int) -> list[bytes]:
     for place, one in zip(results, outcomes, strict=True):
         rows[:, place] = one.passed  # False and True as FALSE and TRUE
     return [row.tobytes() for row in rows]
+
+
+def _encode_match(match: Match) -> bytes:
+    return _string(match.list) + _string(match.name) + _float(match.separation)
 
 
 @cache

@@ -8,6 +8,8 @@ as Python.
   and `in` compare it.
 - A model output is written `<model>.<label>`, or `<label>` if only one model has this label and no field has this name.
 A name that is not a Python identifier is written in backquotes: `` `my-model.SN Ia` > 0.5 ``.
+- `in_moc("event.fits", 0.9)`: whether the alert is in a region of the sky. `near("targets.csv", 2.0)`: whether a target
+  of a list is within this many arcsec. They take names of files; see `broker_filter.sky`.
 - `and`, `or`, `not`; comparisons, also chained (`0.3 < real <= 0.65`); `band in ("g", "r")`. A number stands for true
   where it is not zero, as in `not sso`.
 
@@ -29,7 +31,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
 from functools import reduce
-from typing import Any, NamedTuple, TypeGuard
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +41,10 @@ from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.packets.batch import BANDS, UNKNOWN_BAND, AlertBatch, Survey
 from broker_filter.packets.surveys import COLUMNS, DESIGNATION
 from broker_filter.scoring.scores import output_name
+from broker_filter.sky.files import SkyFiles
+from broker_filter.sky.region import Region
+from broker_filter.sky.tracked import SkyFileError, TrackedFile
+from broker_filter.sky.watchlist import NO_TARGET, Nearest, Watchlist
 from broker_filter.streaming.scored import ScoredBatch
 
 MAX_LENGTH = 2000
@@ -49,6 +56,10 @@ LARGEST_INTEGER = 2**63 - 1
 
 QUOTED = r""""[^"]*"|'[^']*'|`[^`]+`"""
 """Pattern of a string literal, or of a name in backquotes."""
+LARGEST_DECLINATION = 90.0
+"""The declination of the celestial pole in degrees."""
+LARGEST_RADIUS = 180 * 3600.0
+"""The largest radius around a target, in arcsec: the whole sky."""
 REVISION_DIGITS = 12
 """Hexadecimal digits of a revision: 48 bits, so that even among 100,000 revisions no two are likely to be equal."""
 
@@ -60,6 +71,9 @@ TEXTS = (*IDENTITY_TEXTS, DESIGNATION.name)
 """Fields that are text. All other fields are numbers."""
 FIELDS = tuple(dict.fromkeys((*IDENTITY_FIELDS, DESIGNATION.name, *(column.name for column in COLUMNS))))
 """The names that a filter can use besides model outputs."""
+
+
+Content = TypeVar("Content")
 
 
 class ExpressionError(BrokerFilterError, ValueError):
@@ -83,9 +97,34 @@ class Truth(NamedTuple):
     false: NDArray[np.bool_]
 
 
+@dataclass(frozen=True, slots=True)
+class Near:
+    """A call of `near` in a filter: `list` is the file as the filter names it, `radius` is in arcsec."""
+
+    list: str
+    radius: float
+    file: TrackedFile[Watchlist]
+
+    @property
+    def call(self) -> str:
+        """The call as text, which no field has as its name."""
+        return f"near({self.list!r}, {self.radius!r})"
+
+    def find(self, ra: NDArray[np.float64], dec: NDArray[np.float64]) -> Nearest:
+        """Return the nearest target of each of N alerts. `ra`, `dec`: degrees; NaN is missing and finds no target."""
+        known = _on_sky(ra, dec)
+        found = Nearest(np.full(len(ra), NO_TARGET), np.full(len(ra), np.nan))
+        found.row[known], found.separation[known] = self.file.content.nearest(ra[known], dec[known], self.radius)
+        return found
+
+
 Values = Any
-"""NUMBER: a float or int array, or a scalar; NaN is missing. TEXT: an object array; None is missing. TRUTH: a Truth."""
+"""NUMBER: a float or int array, or a scalar; NaN is missing. TEXT: an object array; None is missing. TRUTH: a Truth.
+The value of a call of `near` is a Nearest."""
 Evaluate = Callable[[Mapping[str, Values]], Values]
+
+
+NOTHING_FOUND: Mapping[Near, Nearest] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,45 +143,69 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """A compiled filter. `names`: the fields and outputs (`<model>.<label>`) that it reads.
+    """A compiled filter.
 
-    `terms`: its parts; an alert passes if all of them are true.
+    `names`: the fields and outputs (`<model>.<label>`) that it reads. `nears`: its calls of `near`. `files`: the files
+    that it reads, in the order of the text. `terms`: its parts; an alert passes if all of them are true.
     """
 
     text: str
     names: frozenset[str]
     terms: tuple[Term, ...]
+    nears: tuple[Near, ...]
+    files: tuple[TrackedFile[Any], ...]
     _evaluate: Evaluate
 
     @property
     def revision(self) -> str:
-        """The first REVISION_DIGITS hexadecimal digits of a sha256 over the text, without regard to white space."""
-        return hashlib.sha256(normalised(self.text).encode()).hexdigest()[:REVISION_DIGITS]
+        """The first REVISION_DIGITS hexadecimal digits of a sha256 over the text and the content of the files.
+
+        White space in the text does not change the revision.
+        """
+        content = "".join(file.sha256 for file in self.files)
+        return hashlib.sha256(f"{normalised(self.text)}{content}".encode()).hexdigest()[:REVISION_DIGITS]
 
     @property
     def columns(self) -> list[str]:
         """The metadata columns among the names, which must be decoded."""
         return sorted(name for name in self.names if "." not in name and name not in IDENTITY_FIELDS)
 
-    def evaluate(self, scored: ScoredBatch) -> NDArray[np.bool_]:
-        """Return for which alerts of a batch the filter is true, bool[N]."""
-        return self.holds(scored.alerts, scored.scores.columns())
+    def evaluate(self, scored: ScoredBatch, found: Mapping[Near, Nearest] = NOTHING_FOUND) -> NDArray[np.bool_]:
+        """Return for which alerts of a batch the filter is true, bool[N]. `found`: see `holds`."""
+        return self.holds(scored.alerts, scored.scores.columns(), found)
 
-    def holds(self, alerts: AlertBatch, outputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.bool_]:
+    def holds(
+        self,
+        alerts: AlertBatch,
+        outputs: Mapping[str, NDArray[np.float32]],
+        found: Mapping[Near, Nearest] = NOTHING_FOUND,
+    ) -> NDArray[np.bool_]:
         """Return for which alerts the filter is true, bool[N]. `outputs`: float32[N] by name `<model>.<label>`.
 
-        Raises KeyError if the batch lacks a column that the filter reads.
+        `found`: results of `nears` for these alerts that are known already. Raises KeyError if the batch lacks a column
+        that the filter reads.
         """
-        return self.holds_for(self.values(alerts, outputs), len(alerts))
+        return self.holds_for(self.values(alerts, outputs, found), len(alerts))
 
-    def values(self, alerts: AlertBatch, outputs: Mapping[str, NDArray[np.float32]]) -> dict[str, Values]:
+    def values(
+        self,
+        alerts: AlertBatch,
+        outputs: Mapping[str, NDArray[np.float32]],
+        found: Mapping[Near, Nearest] = NOTHING_FOUND,
+    ) -> dict[str, Values]:
         """Return what the filter reads from N alerts, by name. Arguments and errors are those of `holds`."""
-        return {name: outputs[name] if name in outputs else field(alerts, name) for name in self.names}
+        values: dict[str, Values] = {
+            name: outputs[name] if name in outputs else field(alerts, name) for name in self.names
+        }
+        for near in self.nears:
+            values[near.call] = found[near] if near in found else near.find(alerts.ra, alerts.dec)
+        return values
 
-    def holds_for(self, values: Mapping[str, NDArray[Any]], n: int) -> NDArray[np.bool_]:
+    def holds_for(self, values: Mapping[str, Values], n: int) -> NDArray[np.bool_]:
         """Return for which of `n` alerts the filter is true, bool[n].
 
-        `values`: for each of `names` an array [n], as `field` returns it. Raises KeyError if a name is missing.
+        `values`: for each of `names` an array [n], as `field` returns it, and for each of `nears` the result of `find`
+        under the name `call`. Raises KeyError if one is missing.
         """
         with np.errstate(all="ignore"):
             true = self._evaluate(values).true
@@ -174,12 +237,15 @@ def field(alerts: AlertBatch, name: str) -> NDArray[Any]:
             return alerts.column(name)
 
 
-def compile_filter(text: str, fields: Sequence[str], outputs: Sequence[str] | None) -> Expression:
+def compile_filter(
+    text: str, fields: Sequence[str], outputs: Sequence[str] | None, files: SkyFiles | None = None
+) -> Expression:
     """Compile a filter.
 
     `fields`: the identity fields and metadata columns that the filter may use. `outputs`: the names of the models'
-    outputs, `<model>.<label>`. If `outputs` is None, any other name is accepted as an output. Raises ExpressionError if
-    the text is not a valid filter.
+    outputs, `<model>.<label>`. If `outputs` is None, any other name is accepted as an output. `files`: reads the files
+    that the filter names; if it is None, the filter may name none. Raises ExpressionError if the text is not a valid
+    filter, or if a file cannot be used.
     """
     if len(text) > MAX_LENGTH:
         raise ExpressionError(f"a filter of {len(text)} characters; at most {MAX_LENGTH} are allowed")
@@ -192,11 +258,12 @@ def compile_filter(text: str, fields: Sequence[str], outputs: Sequence[str] | No
         raise ExpressionError(f"character {column}: {error.msg}{hint}") from None
     except (ValueError, RecursionError, MemoryError) as error:  # from deep nesting and null characters
         raise ExpressionError(f"not an expression: {error}") from None
-    compiler = _Compiler(fields, outputs, quoted)
+    compiler = _Compiler(fields, outputs, quoted, files)
     evaluate = compiler.truth(tree.body, depth=0)
     operands = tree.body.values if _is_conjunction(tree.body) else [tree.body]
     terms = tuple(Term(_written(source, operand, quoted), compiler.truth(operand, depth=1)) for operand in operands)
-    return Expression(text, frozenset(compiler.names), terms, evaluate)
+    nears, read = tuple(dict.fromkeys(compiler.nears)), tuple(dict.fromkeys(compiler.files))
+    return Expression(text, frozenset(compiler.names), terms, nears, read, evaluate)
 
 
 def _is_conjunction(node: ast.expr) -> TypeGuard[ast.BoolOp]:
@@ -241,10 +308,19 @@ class _Part:
 
 
 class _Compiler:
-    """Compiles a syntax tree to closures, and collects the `names` that are read. Raises ExpressionError if invalid."""
+    """Compiles a syntax tree to closures, and collects what is read. Raises ExpressionError if invalid."""
 
-    def __init__(self, fields: Sequence[str], outputs: Sequence[str] | None, quoted: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        fields: Sequence[str],
+        outputs: Sequence[str] | None,
+        quoted: Mapping[str, str],
+        files: SkyFiles | None,
+    ) -> None:
         self.names: set[str] = set()
+        self.nears: list[Near] = []
+        self.files: list[TrackedFile[Any]] = []
+        self._files = files
         self._quoted = quoted
         self._closed = outputs is not None
         outputs = outputs or ()
@@ -302,10 +378,58 @@ class _Compiler:
                 return _Part(Kind.NUMBER, lambda values: np.abs(number(values)))
             case ast.Call(func=ast.Name(id="isnull"), args=[argument], keywords=[]):
                 return self._is_null(argument, depth + 1)
+            case ast.Call(func=ast.Name(id="in_moc"), args=[file, *level], keywords=[]) if len(level) <= 1:
+                return self._in_moc(file, level[0] if level else None)
+            case ast.Call(func=ast.Name(id="near"), args=[file, radius], keywords=[]):
+                return self._near(file, radius)
             case ast.Call():
-                raise _refusal(node, "the only functions are abs(x) and isnull(x)")
+                raise _refusal(
+                    node,
+                    "the only functions are abs(x), isnull(x), in_moc(file), in_moc(file, level), near(file, arcsec)",
+                )
             case _:
                 raise _refusal(node, f"filters do not support this ({type(node).__name__})")
+
+    def _in_moc(self, file: ast.expr, level: ast.expr | None) -> _Part:
+        p = None if level is None else _constant(level, "a level", 1)
+        tracked: TrackedFile[Region] = self._read(file, lambda files, name: files.region(name, p))
+
+        def evaluate(values: Mapping[str, Values]) -> Truth:
+            ra, dec = values["ra"], values["dec"]
+            known = _on_sky(ra, dec)
+            inside = np.zeros(len(ra), np.bool_)
+            inside[known] = tracked.content.contains(ra[known], dec[known])
+            return Truth(inside, known & ~inside)
+
+        return _Part(Kind.TRUTH, evaluate)
+
+    def _near(self, file: ast.expr, radius: ast.expr) -> _Part:
+        arcsec = _constant(radius, "a radius in arcsec", LARGEST_RADIUS)
+        tracked = self._read(file, lambda files, name: files.watchlist(name))
+        near = Near(_file_name(file), arcsec, tracked)
+        self.nears.append(near)
+
+        def evaluate(values: Mapping[str, Values]) -> Truth:
+            found: Nearest = values[near.call]
+            within = found.row != NO_TARGET
+            return Truth(within, _on_sky(values["ra"], values["dec"]) & ~within)
+
+        return _Part(Kind.TRUTH, evaluate)
+
+    def _read(self, file: ast.expr, read: Callable[[SkyFiles, str], TrackedFile[Content]]) -> TrackedFile[Content]:
+        """Return the file that an argument names, and note that the filter reads it and needs positions."""
+        name = _file_name(file)
+        if self._files is None:
+            raise _refusal(
+                file, "a filter cannot read files here; in_moc and near work in a service file and in `score`"
+            )
+        try:
+            tracked = read(self._files, name)
+        except SkyFileError as error:
+            raise _refusal(file, str(error)) from None
+        self.files.append(tracked)
+        self.names.update(("ra", "dec"))
+        return tracked
 
     def _literal(self, node: ast.Constant) -> _Part:
         literal = node.value
@@ -389,6 +513,25 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Values, Values], Values]] = {
     ast.Mult: lambda a, b: np.multiply(a, b, dtype=np.float64),
     ast.Div: lambda a, b: np.where(np.equal(b, 0), np.nan, np.divide(a, b, dtype=np.float64)),
 }
+
+
+def _file_name(node: ast.expr) -> str:
+    match node:
+        case ast.Constant(value=str(name)) if name:
+            return name
+    raise _refusal(node, 'the name of a file in quotes is needed here: near("targets.csv", 2.0)')
+
+
+def _constant(node: ast.expr, what: str, largest: float) -> float:
+    match node:
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool) and 0 < number <= largest:
+            return float(number)
+    raise _refusal(node, f"{what} is needed here: a number above 0 and at most {largest:g}")
+
+
+def _on_sky(ra: NDArray[np.float64], dec: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which positions exist, bool[N]. Arguments: degrees [N]."""
+    return np.isfinite(ra) & (np.abs(dec) <= LARGEST_DECLINATION)
 
 
 def _refusal(node: ast.expr, what: str) -> ExpressionError:

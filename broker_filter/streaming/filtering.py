@@ -62,7 +62,7 @@ def score_alerts(
     scored = ScoredBatch(alerts.packets, alerts, scores, duplicate, [*rejects, *unclaimed])
     if judge:
         scored = replace(scored, anomalies=judge.judge(scored))
-    return replace(scored, filters=filters.outcomes(scored)) if filters else scored
+    return filters.apply(scored) if filters else scored
 
 
 def score_packets(packets: Sequence[Packet], decoder: Decoder, scorer: Scorer, window: DuplicateWindow) -> ScoredBatch:

@@ -11,12 +11,15 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from broker_filter.streaming.expressions import Expression
+import numpy as np
+
+from broker_filter.sky.watchlist import NO_TARGET, Nearest
+from broker_filter.streaming.expressions import NOTHING_FOUND, Expression, Near
 from broker_filter.streaming.resolved import ResolvedService
-from broker_filter.streaming.scored import FilterOutcome, ScoredBatch
+from broker_filter.streaming.scored import FilterOutcome, Match, ScoredBatch
 
 SLICES = 60
 """Parts of a window that are forgotten one by one: the window is exact to a sixtieth, and its memory is bounded."""
@@ -103,6 +106,7 @@ class Filters:
         """Hold the filters, in the configured order."""
         self._filters = tuple(filters)
         self._over: set[str] = set()
+        self._nears = tuple(dict.fromkeys(near for one in filters for near in one.expression.nears))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -114,16 +118,22 @@ class Filters:
         """The names of the filters, in the configured order."""
         return tuple(one.name for one in self._filters)
 
-    def outcomes(self, scored: ScoredBatch) -> tuple[FilterOutcome, ...]:
+    def apply(self, scored: ScoredBatch) -> ScoredBatch:
+        """Return a batch with the outcomes of the filters, and the targets near its alerts."""
+        found = {near: near.find(scored.alerts.ra, scored.alerts.dec) for near in self._nears}
+        return replace(scored, filters=self.outcomes(scored, found), matches=_matches(found))
+
+    def outcomes(self, scored: ScoredBatch, found: Mapping[Near, Nearest] = NOTHING_FOUND) -> tuple[FilterOutcome, ...]:
         """Return for each filter which alerts of a batch pass it, in the configured order, and count them.
 
-        Call this once for each batch. Duplicates are not counted.
+        Call this once for each batch. Duplicates are not counted. `found`: results of `Near.find` for this batch that
+        are known already.
         """
         counted = scored.scores.taken & ~scored.duplicate
         n = int(counted.sum())
         outcomes = []
         for one in self._filters:
-            passed = one.expression.evaluate(scored)
+            passed = one.expression.evaluate(scored, found)
             one.rate.add(n, int((passed & counted).sum()))
             state = one.state()
             self._report(one, state)
@@ -157,6 +167,16 @@ class Filters:
         elif not state.over and one.name in self._over:
             self._over.remove(one.name)
             log.info("filter %s passes no more than its max_rate again%s", one.name, ": its topic goes on" * one.pauses)
+
+
+def _matches(found: Mapping[Near, Nearest]) -> dict[int, tuple[Match, ...]]:
+    """Return the targets near each alert, by row. A list that is searched with several radii gives one target."""
+    of_rows: dict[int, dict[str, Match]] = {}
+    for near, nearest in found.items():
+        for i in np.flatnonzero(nearest.row != NO_TARGET).tolist():
+            name = near.file.content.name(int(nearest.row[i]))
+            of_rows.setdefault(i, {})[near.list] = Match(near.list, name, float(nearest.separation[i]))
+    return {i: tuple(of_lists.values()) for i, of_lists in of_rows.items()}
 
 
 def open_filters(service: ResolvedService, before: Filters | None = None) -> Filters:

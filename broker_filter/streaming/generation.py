@@ -16,6 +16,7 @@ from broker_filter.packets.schemas.registry_client import no_beat
 from broker_filter.scoring.bundle import Bundle
 from broker_filter.scoring.scorer import Model as LoadedModel
 from broker_filter.scoring.scorer import Scorer, load_model
+from broker_filter.sky.files import SkyFiles
 from broker_filter.streaming.drift import DriftMonitor
 from broker_filter.streaming.filters import Filters, open_filters
 from broker_filter.streaming.judge import AnomalyJudge, open_judge
@@ -37,6 +38,8 @@ class Generation:
     judge: AnomalyJudge | None
     """Flags anomalies; None without anomaly detection."""
     filters: Filters
+    files: SkyFiles
+    """The files that the filters and the judge's cut read."""
     shadows: ShadowScorer
     """The models on trial, perhaps none."""
     router: Router
@@ -78,7 +81,7 @@ def open_generation(
         beside=shadows.models,
         max_packet_bytes=config.input.max_packet_bytes,
     )
-    return Generation(config, service.revision, decoder, scorer, judge, filters, shadows, router, drift)
+    return Generation(config, service.revision, decoder, scorer, judge, filters, service.files, shadows, router, drift)
 
 
 def _load(config: Service, models: Sequence[Model], bundles: Sequence[Bundle]) -> tuple[LoadedModel, ...]:

@@ -15,6 +15,7 @@ from broker_filter.anomalies.reference import read_card
 from broker_filter.config import Service
 from broker_filter.scoring.bundle import CARD, Bundle, BundleError, open_bundle
 from broker_filter.scoring.lens_files import LENS_CARD, lens_directory
+from broker_filter.sky.files import SkyFiles
 from broker_filter.streaming.expressions import FIELDS, REVISION_DIGITS, Expression, compile_filter, normalised
 
 
@@ -31,6 +32,8 @@ class ResolvedService:
     """Name and compiled expression of each filter, in the order of `config.filters`."""
     judged: Expression | None
     """The compiled `config.anomalies.where`; None if the file has none."""
+    files: SkyFiles
+    """The regions and lists of targets that these expressions read."""
     revision: str
     """Revision of the configuration: see `configuration_revision`."""
 
@@ -38,11 +41,15 @@ class ResolvedService:
 class Resolver:
     """Opens the bundles of one service file and compiles expressions over their outputs. It repeats no work."""
 
-    def __init__(self, bundles: Sequence[str]) -> None:
-        """`bundles`: the bundles that the file names, valid or not, except shadows, whose outputs no filter sees."""
+    def __init__(self, bundles: Sequence[str], folder: Path) -> None:
+        """`bundles`: the bundles that the file names, valid or not, except shadows, whose outputs no filter sees.
+
+        `folder`: where names of files in filters start.
+        """
         self._names = bundles
         self._opened: dict[str, Bundle | BundleError] = {}
         self._compiled: dict[str, Expression] = {}
+        self._files = SkyFiles(folder)
 
     def bundle(self, name: str) -> Bundle:
         """Return a bundle. Raises BundleError if it cannot be opened."""
@@ -70,7 +77,7 @@ class Resolver:
         if where not in self._compiled:
             bundles = self.bundles()
             outputs = None if bundles is None else [name for one in bundles for name in one.output_names]
-            self._compiled[where] = compile_filter(where, FIELDS, outputs)
+            self._compiled[where] = compile_filter(where, FIELDS, outputs, self._files)
         return self._compiled[where]
 
     def resolve(self, config: Service) -> ResolvedService:
@@ -86,6 +93,7 @@ class Resolver:
             shadows=tuple(self.bundle(model.bundle) for model in config.shadows),
             filters=tuple((one.name, self.expression(one.where)) for one in config.filters),
             judged=None if where is None else self.expression(where),
+            files=self._files,
             revision=configuration_revision(config, [self.bundle(model.bundle) for model in config.models]),
         )
 
@@ -128,5 +136,8 @@ def _sha256(card: Path) -> str:
 
 
 def resolve(config: Service) -> ResolvedService:
-    """Open the bundles and compile the filters of a configuration. Raises as `Resolver.resolve` does."""
-    return Resolver([model.bundle for model in config.serving]).resolve(config)
+    """Open the bundles and compile the filters of a configuration. Raises as `Resolver.resolve` does.
+
+    Names of files in filters start in the current directory.
+    """
+    return Resolver([model.bundle for model in config.serving], Path()).resolve(config)

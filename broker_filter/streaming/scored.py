@@ -65,6 +65,17 @@ class FilterOutcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Match:
+    """The target of a list that is nearest to an alert, within the radius of a filter."""
+
+    list: str
+    """The list, as the filter names it."""
+    name: str
+    separation: float
+    """Angle between the target and the alert in arcseconds."""
+
+
+@dataclass(frozen=True, slots=True)
 class ScoredBatch:
     """The outcome of a batch of packets: each alert in them is either a scored row of `alerts` or one of `rejects`.
 
@@ -78,6 +89,8 @@ class ScoredBatch:
     rejects: Sequence[Reject]
     anomalies: Anomalies | None = None  # None without anomaly detection
     filters: tuple[FilterOutcome, ...] = ()  # one for each configured filter, in the configured order
+    matches: Mapping[int, tuple[Match, ...]] = field(default_factory=dict)
+    """By row of `alerts`: the targets of the filters' lists that are near the alert. Other rows are near none."""
     shadows: tuple[ModelScores, ...] = ()
     """The outputs of the shadow models, without those of a model that failed on the batch."""
 

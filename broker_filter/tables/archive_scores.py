@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from broker_filter.packets.schemas.registry import SchemaRegistry
 from broker_filter.scoring.scorer import Scorer
+from broker_filter.sky.files import SkyFiles
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.expressions import FIELDS, compile_filter
 from broker_filter.streaming.filtering import score_stream
@@ -35,7 +36,7 @@ class ArchiveScores:
     ) -> None:
         """Arguments and errors: see `score_archive`. `skip`: files that are not read although a folder has them."""
         self._policies = Policies(policies, scorer.outputs)
-        self._where = None if where is None else compile_filter(where, FIELDS, scorer.outputs)
+        self._where = None if where is None else compile_filter(where, FIELDS, scorer.outputs, SkyFiles(Path()))
         self._scorer = scorer
         needed = (*self._policies.columns, *(self._where.columns if self._where else ()))
         self._decoder = scorer.decoder(schema_registry, columns=needed)
@@ -66,7 +67,8 @@ def score_archive(
     `inputs`: as for `read_packets`. `models`: as for `Scorer.open`, or a scorer that is already open.
     `schema_registry`: as for Decoder; packets of LSST in Confluent wire format need it. `policies`: columns
     `POLICY=OUTPUT` of the Bright Transient Survey, for example `bts_p1=btsbot.bts`; alerts must be in order of time.
-    `where`: a filter expression, as in a service file; a scored alert has a row only if it is true for the alert.
+    `where`: a filter expression, as in a service file; a scored alert has a row only if it is true for the alert. Names
+    of files in it start in the current directory.
 
     Returns a pyarrow.RecordBatchReader. Iterating over it scores batch by batch, in flat memory; `read_all()` gives a
     pyarrow.Table, and `read_pandas()` a pandas.DataFrame. The columns are those of `broker-filter score`: ids, time,

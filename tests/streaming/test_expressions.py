@@ -127,7 +127,7 @@ def test_expression_lists_the_fields_and_outputs_that_it_reads() -> None:
         ("ra ** 2 > 1", "character 1: filters do not support this"),
         ("ra if sso else dec", "character 1: filters do not support this"),
         ("[ra for ra in (1, 2)]", "filters do not support this"),
-        ("sqrt(ra) > 1", r"character 1: the only functions are abs\(x\) and isnull\(x\)"),
+        ("sqrt(ra) > 1", r"character 1: the only functions are abs\(x\), isnull\(x\), in_moc\(file\)"),
         ("abs(ra, dec) > 1", "the only functions"),
         ("isnull(ra > 1)", "needs a field"),
         ("__import__('os').system('true')", "the only functions"),
