@@ -43,7 +43,12 @@ def test_counters_by_topic_reason_and_outcome_are_zero_before_the_first_alert(
 
     text = service.get("/metrics")[1]
     counted = {}
-    for name, label in (("rejected_alerts", "reason"), ("published_records", "topic"), ("transactions", "outcome")):
+    for name, label in (
+        ("rejected_alerts", "reason"),
+        ("published_records", "topic"),
+        ("transactions", "outcome"),
+        ("filter_passed_alerts", "filter"),
+    ):
         found = re.findall(rf'^broker_filter_{name}_total{{{label}="(.*)"}} (\S+)$', text, re.MULTILINE)
         assert {value for _, value in found} == {"0.0"}
         counted[label] = {series for series, _ in found}
@@ -51,20 +56,30 @@ def test_counters_by_topic_reason_and_outcome_are_zero_before_the_first_alert(
         "reason": set(RejectReason),
         "topic": {"me.scored", "me.rare", "me.dead-letter"},
         "outcome": {"committed", "aborted"},
+        "filter": {"rare"},
     }
     assert "_created" not in text
     assert service.end() == 0
 
 
-def test_scores_in_kafka_agree_with_the_survey_scores(
+def test_scores_in_kafka_agree_with_the_survey_scores_while_a_flooded_topic_is_paused(
     make_pipeline: MakePipeline, packets: Packets, d6_m7: Path
 ) -> None:
     sent = packets[::4]
     pipeline = make_pipeline(sent, payload="full")
-    service = pipeline.start(models=[str(d6_m7)])
+    flood = {"name": "flood", "where": "real >= 0", "max_rate": 0.5, "over_rate": "pause"}
+    service = pipeline.start(models=[str(d6_m7)], filters=[flood])
 
-    records = pipeline.read("scored", expected=len(sent))
+    everything = pipeline.read("scored", "flood", expected=len(sent))
+    records = [record for record in everything if record.topic().endswith(".scored")]
 
+    results = {headers(record)["input"]: alert(record.value())["broker_filter"]["filters"] for record in records}
+    assert all(one["name"] == "flood" and one["passed"] for [one] in results.values())
+    published = {headers(record)["input"] for record in everything if record.topic().endswith(".flood")}
+    assert {place for place, [one] in results.items() if not one["paused"]} == published
+    assert len(published) < len(sent)
+    service.wait_until(lambda: service.metric('filter_paused{filter="flood"}') == 1)
+    assert service.metric('filter_passed_alerts_total{filter="flood"}') == len(sent)
     assert inputs(records) == Counter(f"{pipeline.topic}/{i % 2}/{i // 2}" for i in range(len(sent)))
     compared = 0
     for record in records:
