@@ -22,7 +22,7 @@ help:
 	@echo 'make bench     measures the service, compared with a naive loop and with lower bounds; writes bench.json'
 	@echo 'make bench-check   runs the benchmark on simulated packets; fails if a ratio is worse than the committed one'
 	@echo 'make study     runs the study of training/vision/STUDY.md; takes hours, can be stopped and resumed'
-	@echo 'make chaos     kills the service at random moments, and checks that every alert is published exactly once'
+	@echo 'make chaos     kills and reloads the service at random moments, and checks that every alert is published exactly once'
 	@echo 'make fuzz      measures time and memory for hostile packets; takes minutes (FUZZ="packets seed" for others)'
 	@echo 'make slow-link slows the link to the output down during a backlog (SLOW="--rate 1000 --elsewhere" for options)'
 	@echo 'make deep      imports full-size MaxViT-tiny networks with random weights and damaged ones; takes minutes'
@@ -96,6 +96,7 @@ study: $(VENV)/installed-test
 
 chaos: $(VENV)/installed-test
 	$(BIN)/python tests/chaos.py
+	$(BIN)/python tests/chaos.py --instances 1 --alerts 10000 --kills 10 --reloads 10
 
 FUZZ ?= 2000 20261127
 

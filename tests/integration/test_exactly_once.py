@@ -37,15 +37,16 @@ REGISTRATION = "AddPartitionsToTxn"
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("clusters", ["one", "two"])
-def test_kills_at_random_moments_neither_lose_nor_repeat_alerts(
+def test_kills_and_reloads_at_random_moments_neither_lose_repeat_nor_mix_up_alerts(
     kafka_bootstrap: str, second_kafka_bootstrap: str, clusters: str
 ) -> None:
-    command = [sys.executable, str(CHAOS), "--alerts", "1000", "--kills", "2", "--clusters", clusters]
+    command = [sys.executable, str(CHAOS), "--alerts", "1000", "--kills", "2", "--reloads", "1", "--clusters", clusters]
     running = ["--bootstrap-servers", kafka_bootstrap, "--output-bootstrap-servers", second_kafka_bootstrap]
     done = subprocess.run([*command, *running], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1000 sent" in done.stdout
     assert "0 missing, 0 repeated" in done.stdout
+    assert "0 records that do not fit theirs, 0 missing or wrong in the topics of filters" in done.stdout
 
 
 def test_instance_that_was_suspended_beyond_its_session_repeats_no_alert(
