@@ -118,7 +118,8 @@ class _Slot:
                 self._owner._compute(inputs)
         computing.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=computing):
+        # A model is captured while others serve, and in the default mode an allocation in any thread ends a capture.
+        with torch.cuda.graph(graph, stream=computing, capture_error_mode="thread_local"):
             outputs = self._owner._compute(inputs)
         self._graphs[size] = graph, outputs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -311,6 +312,33 @@ def test_service_that_cannot_start_ends_and_names_the_right_to_grant(
     assert f"User:{USER} lacks {right.format(prefix=prefix)}" in service.log
     assert "grant it with: kafka-acls.sh" in service.log
     assert "Traceback" not in service.log
+
+
+def test_reload_that_adds_a_topic_fails_until_each_right_on_it_is_granted(
+    make_guarded: MakePipeline, packets: Packets, grants: Grants
+) -> None:
+    pipeline = make_guarded(None, packets[:10])
+    prefix = pipeline.prefix
+    rules = documented(pipeline.topic, prefix, prefix)
+    for operation, kind, name in rules:
+        names = [f"{prefix}.scored", f"{prefix}.dead-letter"] if name == f"{prefix}.*" else [name]
+        grants.allow(*((operation, kind, one) for one in names))
+    service = pipeline.start(ENVIRONMENT)
+    service.wait_consumed(10)
+
+    lacking: list[str] = []
+    config = pipeline.config | {"filters": [{"name": "all", "where": "magpsf > 0"}]}
+    while (service.reload(config) or service.metric("last_reload_failed")) and len(lacking) < 5:
+        for sentence, command in re.findall("(lacks [^;]*); grant it with: ([^;]*)", service.get("/readyz")[1]):
+            lacking.append(sentence)
+            grants.run(command)
+    assert "lacks Describe and Create on topic" in lacking[0]
+    assert any("lacks Write" in sentence for sentence in lacking)
+    assert all(f"on topic {prefix}.all" in sentence for sentence in lacking)
+    pipeline.send(packets[10:20])
+    service.wait_consumed(20)
+    assert len(pipeline.read("all", expected=10)) == 10
+    assert service.end() == 0
 
 
 @pytest.mark.parametrize(
