@@ -33,7 +33,8 @@ from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.packets.schemas.registry_location import RegistryLocation, TlsFiles, is_http, registry_location
 
 SCORED, SHADOW, ANOMALIES, DEAD_LETTER, POSITIONS = "scored", "shadow", "anomalies", "dead-letter", "positions"
-RESERVED_TOPICS = (SCORED, SHADOW, ANOMALIES, DEAD_LETTER, POSITIONS)
+REDRIVEN = "redriven"
+RESERVED_TOPICS = (SCORED, SHADOW, ANOMALIES, DEAD_LETTER, POSITIONS, REDRIVEN)
 """Names of the service's own topics `<prefix>.<name>`; a filter cannot use them."""
 TOPIC_NAME = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")
 """The topic names that Kafka accepts."""

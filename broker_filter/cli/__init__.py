@@ -24,6 +24,7 @@ COMMANDS = (
     "score",
     "run",
     "positions",
+    "redrive",
     "replay",
     "inspect",
     "compare-shadow",

@@ -8,46 +8,21 @@ fences its earlier owner.
 from __future__ import annotations
 
 import json
-import logging
 import re
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from confluent_kafka import (
-    OFFSET_BEGINNING,
-    Consumer,
-    IsolationLevel,
-    KafkaError,
-    KafkaException,
-    TopicPartition,
-)
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-from broker_filter.kafka.client import (
-    PROPAGATION_PAUSE_S,
-    REQUEST_TIMEOUT_S,
-    KafkaAwayError,
-    KafkaSetupError,
-    ThrottledErrorLog,
-    explain,
-    librdkafka_log,
-)
-from broker_filter.kafka.rights import REFUSED, Right
+from broker_filter.kafka.client import REQUEST_TIMEOUT_S, KafkaSetupError, explain
+from broker_filter.kafka.compacted_topic import STABLE_TIMEOUT_S, CompactedTopic
+from broker_filter.kafka.rights import REFUSED
 from broker_filter.kafka.transactions import Claim, ClaimEndedError, Store, Writer
 
-STABLE_TIMEOUT_S = 60.0
-"""Must be longer than the transaction of a dead instance stays open: the coordinator aborts a transaction after 15 s,
-and looks for such transactions every 10 s."""
 OPENING_THREADS = 8
 """Producers that are initialised in parallel. Each one waits about 0.25 s for the coordinator."""
-READ_AT_A_TIME, POLL_S = 1000, 0.5
-"""Largest number of records of the positions topic in one call, and the time in seconds that the call waits for
-them."""
 NOT_A_MEMBER = (
     KafkaError.UNKNOWN_MEMBER_ID,
     KafkaError.ILLEGAL_GENERATION,
@@ -80,8 +55,6 @@ OpenWriter = Callable[[str, Store], Writer]
 """Opens a writer. Arguments: its transactional id, and the function that adds positions to its transactions."""
 Place = Callable[[Sequence[TopicPartition], Sequence[Position | None]], list[Position]]
 """Decides where reading of partitions starts. Arguments: the partitions, and the stored position of each or None."""
-
-log = logging.getLogger(__name__)
 
 
 class Checkpoint(Protocol):
@@ -290,97 +263,13 @@ def group_positions(partitions: Sequence[TopicPartition], answer: Sequence[Topic
     return [found.get((p.topic, p.partition)) for p in partitions]
 
 
-class PositionsTopic:
-    """A reader of `<prefix>.positions`, which holds the committed positions of all partitions of all groups.
+class PositionsTopic(CompactedTopic[Position]):
+    """`<prefix>.positions`: the committed positions of all partitions of all groups, by `position_key`."""
 
-    Several threads may use it.
-    """
+    content = "position"
 
-    def __init__(
-        self, name: str, properties: Mapping[str, object], admin: AdminClient, error_log: ThrottledErrorLog
-    ) -> None:
-        """`name`: the topic. `properties` and `admin`: librdkafka properties and a client for the output's cluster."""
-        self.name = name
-        self._admin = admin
-        self._account = error_log.account
-        self._partition = TopicPartition(name, 0, OFFSET_BEGINNING)
-        self._positions: dict[bytes, Position] = {}
-        self._reached = 0
-        self._one_at_a_time = threading.Lock()
-        reader = {
-            "group.id": name,  # librdkafka requires a group, but the client never joins it
-            "enable.auto.commit": False,
-            "isolation.level": "read_committed",
-            "enable.partition.eof": True,
-            "auto.offset.reset": "earliest",
-            "error_cb": error_log,
-        }
-        self._consumer = Consumer({**properties, **reader}, logger=librdkafka_log)
-        self._consumer.assign([self._partition])
-
-    def read(self) -> Mapping[bytes, Position]:
-        """Read to the present end of the topic, and return all positions that were committed before this call.
-
-        The keys are those of `position_key`. Raises KafkaAwayError if an open transaction of another producer blocks
-        the end for too long, and KafkaSetupError if the account has no right to read the topic.
-        """
-        return self._read(IsolationLevel.READ_UNCOMMITTED, STABLE_TIMEOUT_S)
-
-    def glance(self) -> Mapping[bytes, Position]:
-        """Read as `read` does, but only to the first open transaction, without waiting until that transaction ends."""
-        return self._read(IsolationLevel.READ_COMMITTED, REQUEST_TIMEOUT_S)
-
-    def _read(self, isolation: IsolationLevel, timeout_s: float) -> Mapping[bytes, Position]:
-        with self._one_at_a_time:
-            self._read_to_end(isolation, time.monotonic() + timeout_s)
-            return self._positions.copy()
-
-    def _read_to_end(self, isolation: IsolationLevel, deadline: float) -> None:
-        end = self._end(isolation, deadline)
-        while self._reached < end:
-            if time.monotonic() > deadline:
-                raise KafkaAwayError(
-                    f"topic {self.name} can be read to offset {self._reached} of {end} only: "
-                    "a transaction on it does not end, or its brokers do not answer"
-                )
-            for message in self._consumer.consume(READ_AT_A_TIME, POLL_S):
-                if message.error() is None:
-                    self._note(message)
-                elif message.error().code() == KafkaError._PARTITION_EOF:
-                    # This is the last stable offset: an open transaction may hide records behind it.
-                    self._reached = message.offset()
-                elif message.error().code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
-                    pass  # librdkafka looks up the coordinator of the group, which is not used here
-                elif self._account and message.error().code() in REFUSED:
-                    raise KafkaSetupError(self._account.lacks(Right(("Read",), "topic", self.name)))
-                elif not message.error().retriable():
-                    log.warning("topic %s: %s", self.name, explain(message.error()))
-
-    def _note(self, message: Any) -> None:
-        if message.value() is None:  # a tombstone: an operator has deleted the position
-            self._positions.pop(message.key(), None)
-            return
-        try:
-            record = json.loads(message.value())
-            # Records of old versions hold only the offset.
-            topic_id, epoch = record.get("topic_id"), record.get("leader_epoch")
-            self._positions[message.key()] = Position(
-                int(record["next_offset"]), topic_id and str(topic_id), None if epoch is None else int(epoch)
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise KafkaSetupError(f"topic {self.name}: no position at offset {message.offset()}: {error!r}") from None
-
-    def _end(self, isolation: IsolationLevel, deadline: float) -> int:
-        # With READ_UNCOMMITTED this is the high watermark, which is behind the markers of all ended transactions.
-        request = {self._partition: OffsetSpec.latest()}
-        while True:
-            answer = self._admin.list_offsets(request, isolation_level=isolation, request_timeout=REQUEST_TIMEOUT_S)
-            try:
-                return int(answer[self._partition].result().offset)
-            except KafkaException as error:  # a new partition, or one whose leader moves, has no leader for a moment
-                if time.monotonic() > deadline:
-                    raise KafkaAwayError(f"topic {self.name} cannot be read: {explain(error.args[0])}") from None
-            time.sleep(PROPAGATION_PAUSE_S)
-            # librdkafka may cache for ever that a new topic has no leader. This request refreshes its metadata.
-            with suppress(KafkaException):
-                self._admin.list_topics(self.name, timeout=REQUEST_TIMEOUT_S)
+    def parse(self, value: bytes) -> Position:
+        """See CompactedTopic. Records of old versions hold only the offset."""
+        record = json.loads(value)
+        topic_id, epoch = record.get("topic_id"), record.get("leader_epoch")
+        return Position(int(record["next_offset"]), topic_id and str(topic_id), None if epoch is None else int(epoch))

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -209,6 +210,15 @@ class ThrottledErrorLog:
         if now - self._logged.get(subject, -REPEAT_INTERVAL_S) >= REPEAT_INTERVAL_S:
             self._logged[subject] = now
             log.warning(message, *arguments)
+
+
+@contextmanager
+def answered(error_log: ThrottledErrorLog) -> Iterator[None]:
+    """Raise KafkaSetupError for an error that the cluster answers with."""
+    try:
+        yield
+    except KafkaException as error:
+        raise KafkaSetupError(f"{error_log.cluster}: {explain(error.args[0])}") from None
 
 
 def explain(error: KafkaError) -> str:

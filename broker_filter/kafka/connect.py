@@ -13,7 +13,7 @@ from functools import partial
 
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from broker_filter.config import DEAD_LETTER, POSITIONS, Output, Service
+from broker_filter.config import DEAD_LETTER, POSITIONS, REDRIVEN, Output, Service
 from broker_filter.health import Health
 from broker_filter.kafka.checkpoint import Checkpoint, GroupCheckpoint, PositionsCheckpoint, PositionsTopic
 from broker_filter.kafka.client import (
@@ -43,7 +43,7 @@ ALERT_BYTES = 32 * 2**20
 DEAD_LETTER_BYTES = 128 * 2**20
 """Largest record in bytes of the dead-letter topic. A dead letter holds a whole input message, which may have 100
 MiB."""
-POSITIONS_CONFIG = {"cleanup.policy": "compact", "segment.bytes": str(16 * 2**20), "min.cleanable.dirty.ratio": "0.1"}
+TABLE_CONFIG = {"cleanup.policy": "compact", "segment.bytes": str(16 * 2**20), "min.cleanable.dirty.ratio": "0.1"}
 """Small segments that are compacted early, because the whole topic is read at every start."""
 DRAIN_TIMEOUT_S = 30.0
 """Time to commit the output of a partition before it is revoked. The new owner repeats the work that is not
@@ -193,9 +193,12 @@ def output_topics(output: Output, names: Sequence[str], *, separate_clusters: bo
     dead_letter = f"{output.prefix}.{DEAD_LETTER}"
     sizes = {name: DEAD_LETTER_BYTES if name == dead_letter else ALERT_BYTES for name in names}
     alerts = [_topic(output, name, output.partitions, {"max.message.bytes": str(size)}) for name, size in sizes.items()]
-    return (
-        [*alerts, _topic(output, f"{output.prefix}.{POSITIONS}", 1, POSITIONS_CONFIG)] if separate_clusters else alerts
-    )
+    return [*alerts, _topic(output, f"{output.prefix}.{POSITIONS}", 1, TABLE_CONFIG)] if separate_clusters else alerts
+
+
+def redriven_topic(output: Output) -> NewTopic:
+    """Return the topic in which `redrive` stores which dead letters are done, to be created."""
+    return _topic(output, f"{output.prefix}.{REDRIVEN}", 1, TABLE_CONFIG)
 
 
 def _topic(output: Output, name: str, partitions: int, configuration: Mapping[str, str]) -> NewTopic:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -23,7 +22,6 @@ from confluent_kafka.admin import MemberDescription, OffsetSpec
 from broker_filter.config import POSITIONS, Service
 from broker_filter.errors import USAGE, BrokerFilterError
 from broker_filter.kafka.checkpoint import (
-    STABLE_TIMEOUT_S,
     Position,
     PositionsCheckpoint,
     PositionsTopic,
@@ -38,6 +36,7 @@ from broker_filter.kafka.client import (
     RecordLimits,
     ThrottledErrorLog,
     admin_client,
+    answered,
     client_properties,
     ensure_topics,
     explain,
@@ -48,6 +47,7 @@ from broker_filter.kafka.client import (
     topic_ids,
     wait_for_cluster,
 )
+from broker_filter.kafka.compacted_topic import STABLE_TIMEOUT_S
 from broker_filter.kafka.connect import output_topics
 from broker_filter.kafka.days import existing_topics
 from broker_filter.kafka.rights import account_of
@@ -186,7 +186,7 @@ class StoredPositions:
         """
         if not keys:
             return []
-        with _answered(self._in_log):
+        with answered(self._in_log):
             stored = _retried(lambda: self._stored(keys))
             ids = topic_ids(self._admin, {topic for topic, _ in keys})
             low = list_offsets(self._admin, keys, OffsetSpec.earliest())
@@ -205,7 +205,7 @@ class StoredPositions:
 
     def members(self) -> list[str]:
         """Return a description of each member of the input's group; an empty list if the service does not run."""
-        with _answered(self._in_log):
+        with answered(self._in_log):
             return [
                 f"{member.client_id} at {member.host.lstrip('/')}"
                 f" ({len(member.assignment.topic_partitions) if member.assignment else 0} partitions)"
@@ -225,7 +225,7 @@ class StoredPositions:
             )
         found: Mapping[Key, int] = {}
         if isinstance(place, datetime):
-            with _answered(self._in_log):
+            with answered(self._in_log):
                 spec = OffsetSpec.for_timestamp(int(place.timestamp() * 1000))
                 found = list_offsets(self._admin, [one.key for one in standings], spec)
         targets = {}
@@ -261,7 +261,7 @@ class StoredPositions:
                 f"group {self.group} has {len(members)} live members, and only a stopped service's positions can be "
                 f"moved: {'; '.join(members)}. Stop them; a member that was killed leaves after its session timeout"
             )
-        with _answered(self._in_log):
+        with answered(self._in_log):
             ids = topic_ids(self._admin, {topic for topic, _ in targets})
         positions = {key: Position(offset, ids[key[0]]) for key, offset in targets.items()}
         if self._topic_name:
@@ -303,7 +303,7 @@ class StoredPositions:
 
     def _store_in_topic(self, name: str, positions: Mapping[Key, Position]) -> None:
         account = self._out_log.account
-        with _answered(self._out_log):
+        with answered(self._out_log):
             if self._topic is None:
                 ensure_topics(self._out_admin, output_topics(self._output, [], separate_clusters=True), account)
                 self._topic = self._open_topic(name)
@@ -372,12 +372,3 @@ def _retried(call: Callable[[], T]) -> T:
             if error.args[0].code() not in COORDINATOR_MOVES or time.monotonic() > deadline:
                 raise
         time.sleep(PROPAGATION_PAUSE_S)
-
-
-@contextmanager
-def _answered(error_log: ThrottledErrorLog) -> Iterator[None]:
-    """Raise KafkaSetupError for an error that the cluster answers with."""
-    try:
-        yield
-    except KafkaException as error:
-        raise KafkaSetupError(f"{error_log.cluster}: {explain(error.args[0])}") from None

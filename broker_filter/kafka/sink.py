@@ -36,7 +36,8 @@ def divide(delivery: Delivery, scored: ScoredBatch, routed: Routed) -> list[Work
     """Return the output of a batch by claim, in the order of reading, without packets whose claim has ended.
 
     An optional record does not count as the output of its alert. Raises UnaccountedError for a packet without an
-    outcome, or with an outcome but no output record.
+    outcome, or with an outcome but no output record. Only a redriven packet may have no outcome, if all its alerts were
+    published before.
     """
     accounts = account_packets(scored.less(routed.refused))
     for k, reason in routed.left_out:
@@ -48,7 +49,7 @@ def divide(delivery: Delivery, scored: ScoredBatch, routed: Routed) -> list[Work
         account = accounts[k]
         letters = 1 if account.rejected else 0  # one dead letter, even if several alerts of the packet were rejected
         due = account.scored + letters
-        if published[k] < due or not due + account.duplicates:
+        if published[k] < due or not (due + account.duplicates or packet.redriven):
             raise UnaccountedError(f"{packet.position}: {published[k]} records for {account}")
         if not claim.alive:
             continue

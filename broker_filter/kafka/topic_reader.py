@@ -61,8 +61,7 @@ def read_dead_letters(properties: Mapping[str, object], topic: str, reasons: Col
     """
     seen: set[int] = set()
     shortened = 0
-    for packet, message in _read(properties, topic):
-        headers = dict(message.headers() or ())
+    for packet, headers, _ in read_with_headers(properties, topic):
         if not _reasons(headers).intersection(reasons):
             continue
         message_id = hash(headers.get("input"))  # a message may have several dead letters
@@ -75,6 +74,18 @@ def read_dead_letters(properties: Mapping[str, object], topic: str, reasons: Col
         log.warning(
             "%s: %d dead letters are left out because they were shortened to fit into the topic", topic, shortened
         )
+
+
+def read_with_headers(
+    properties: Mapping[str, object], topic: str
+) -> Iterator[tuple[Packet, dict[str, bytes | None], int]]:
+    """Yield the committed messages of every partition with their headers and Kafka timestamps in Unix milliseconds.
+
+    Only a topic that a service has written may be read, because malformed headers crash the client. Raises the errors
+    of read_topic.
+    """
+    for packet, message in _read(properties, topic):
+        yield packet, dict(message.headers() or ()), int(message.timestamp()[1])
 
 
 def _reasons(headers: Mapping[str, bytes | None]) -> set[str]:
@@ -147,7 +158,7 @@ def _consumer(properties: Mapping[str, object], on_error: Callable[[KafkaError],
         {
             "receive.message.max.bytes": MAX_RESPONSE_BYTES,
             **properties,
-            "group.id": "broker-filter",  # librdkafka requires a group; no offset is stored in it
+            "group.id": topic,  # librdkafka requires a group; no offset is stored in it
             "enable.auto.commit": False,
             "enable.partition.eof": True,
             "isolation.level": "read_committed",
@@ -202,6 +213,8 @@ def _read(
                     unfinished.discard(message.partition())
             elif message.error().code() == KafkaError._PARTITION_EOF:
                 unfinished.discard(message.partition())
+            elif message.error().code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
+                continue  # librdkafka looks up the coordinator of the group, which is not used here
             else:
                 raise KafkaSetupError(f"{error_log.cluster}: topic {topic}: {message.error().str()}")
             last_answer = time.monotonic()

@@ -37,6 +37,7 @@ from broker_filter.metrics import Metrics
 from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.rejects import RejectReason
 from broker_filter.streaming.account import Account
+from broker_filter.streaming.dead_letters import REASON, REDRIVEN, letter_headers
 from broker_filter.streaming.encoding import OutputRecord
 from broker_filter.streaming.scored import LeftOut
 
@@ -189,7 +190,9 @@ class Work:
 
     def _reject_too_large(self, i: int, record: OutputRecord, limits: RecordLimits) -> None:
         detail = f"topic {record.topic} accepts no record of {_size(record)} bytes: raise its max.message.bytes"
-        headers = [*record.headers, ("reason", RejectReason.TOO_LARGE.encode()), ("detail", detail.encode())]
+        kept = [header for header in record.headers if header[0] != REDRIVEN]
+        headers = [*kept, (REASON, RejectReason.TOO_LARGE.encode()), ("detail", detail.encode())]
+        headers += letter_headers(self.packets[i])  # nothing of the packet is published now
         letter = OutputRecord(limits.dead_letter, record.key, self.packets[i].data, headers)
         account = self.accounts[i]
         account.rejected = Counter({RejectReason.TOO_LARGE: account.consumed})

@@ -42,12 +42,24 @@ IN_MEMORY = FilePosition("<memory>")
 
 
 @dataclass(frozen=True, slots=True)
+class Redriven:
+    """What is known about a message that was rejected and comes back from a dead-letter topic to be scored again."""
+
+    input: str
+    """The position at which the message was first read."""
+    tries: int
+    """How many times the message was scored again, counting this time."""
+    published: tuple[range, ...] = ()
+    """Indices of the alerts of the message that were published earlier and must not be published again."""
+
+
+@dataclass(frozen=True, slots=True)
 class Packet:
     """One Kafka message, or one piece of an archive that holds whole alerts. `data` is untrusted input.
 
     `data`: an Avro object container file, or a record in Confluent wire format. `position`: where the bytes were read;
     logs and tables quote it. `timestamp_ms`: the Kafka timestamp of the message (Unix milliseconds); None if it has
-    none.
+    none. `redriven`: is set if the packet was read from a dead-letter topic to be scored again.
 
     >>> from broker_filter import Packet
     >>> str(Packet(b"Obj...").position)
@@ -57,3 +69,4 @@ class Packet:
     data: bytes
     position: Position = IN_MEMORY
     timestamp_ms: int | None = None
+    redriven: Redriven | None = None

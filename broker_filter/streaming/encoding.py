@@ -295,10 +295,12 @@ def encode_annotations(
     filters = _encode_filters(scored.filters, len(duplicate))
     revision, not_redriven = _string(configuration), encode_long(0)
     matches = {i: b"".join(_array([_encode_match(one) for one in near])) for i, near in scored.matches.items()}
+    tries = {k: encode_long(packet.redriven.tries) for k, packet in enumerate(scored.packets) if packet.redriven}
+    redriven = [tries.get(k, not_redriven) for k in scored.alerts.packet_index.tolist()]
     annotations = []
     for i in range(len(duplicate)):
         taking = _array([encoded[i] for taken, encoded in models if taken[i]])
-        tail = (filters[i], revision, matches.get(i, END), not_redriven)
+        tail = (filters[i], revision, matches.get(i, END), redriven[i])
         annotations.append(b"".join((head, duplicate[i], anomaly[i], *taking, *tail)))
     return annotations
 

@@ -23,6 +23,16 @@ from broker_filter.packets.packet import Packet
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.packets.schemas.registry_client import RegistryUnavailable, no_beat
 from broker_filter.packets.surveys import DESIGNATION
+from broker_filter.streaming.dead_letters import (
+    INPUT,
+    REASON,
+    RECORD,
+    REDRIVEN,
+    REJECTED,
+    Header,
+    letter_headers,
+    scored_rows,
+)
 from broker_filter.streaming.encoding import (
     Body,
     ContainerFraming,
@@ -45,8 +55,6 @@ SAY_AGAIN_S = 60.0
 """Time in seconds until the next record of the shadow topic that is left out is logged, because each one may be."""
 
 log = logging.getLogger(__name__)
-
-Header = tuple[str, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +135,10 @@ class Router:
             if self._drop_duplicates and scored.duplicate[i]:
                 continue
             packet_index = int(alerts.packet_index[i])
-            headers = self._headers(scored.packets[packet_index], int(alerts.record_index[i]))
+            packet = scored.packets[packet_index]
+            headers = self._headers(packet, int(alerts.record_index[i]))
+            if packet.redriven:
+                headers.append((REDRIVEN, str(packet.redriven.tries).encode()))
             headers += [("schema", alerts.records[i].schema.fingerprint.encode()), *self._framing.headers]
             key = keys[i].encode()
             try:  # an alert goes to all of its topics or to none, because it is counted once
@@ -150,8 +161,9 @@ class Router:
         rejects: dict[int, list[Reject]] = {}
         for reject in scored.rejects:
             rejects.setdefault(reject.packet_index, []).append(reject)
+        done = scored_rows(scored, rejects)
         for packet_index, of_packet in rejects.items():
-            routed.add(self._dead_letter_record(of_packet), packet_index)
+            routed.add(self._dead_letter_record(of_packet, done[packet_index]), packet_index)
         return routed
 
     def _keys(self, alerts: AlertBatch) -> Sequence[str]:
@@ -180,8 +192,8 @@ class Router:
             log.warning("%s: records are left out: %s", self._shadow, trouble)
         return reason
 
-    def _dead_letter_record(self, rejects: Sequence[Reject]) -> OutputRecord:
-        """Return the dead letter of a packet with these `rejects`.
+    def _dead_letter_record(self, rejects: Sequence[Reject], scored: Sequence[int]) -> OutputRecord:
+        """Return the dead letter of a packet with these `rejects`. `scored`: indices of its scored alerts.
 
         Its headers state the first reject and the counts.
         """
@@ -190,18 +202,20 @@ class Router:
         headers = [
             *self._headers(first.packet, first.record),
             ("schema", (first.schema or "").encode()),
-            ("reason", first.reason.encode()),
+            (REASON, first.reason.encode()),
             ("detail", _bounded(first.detail)),
+            *letter_headers(first.packet, scored),
         ]
         if len(rejects) > 1:
             counts = Counter(reject.reason.value for reject in rejects)
-            headers.append(("rejected", ",".join(f"{reason}={n}" for reason, n in sorted(counts.items())).encode()))
+            headers.append((REJECTED, ",".join(f"{reason}={n}" for reason, n in sorted(counts.items())).encode()))
         return OutputRecord(self._dead_letter, object_id.encode() if object_id else None, first.packet.data, headers)
 
     def _headers(self, packet: Packet, record: int) -> list[Header]:
         """Return the headers that all output records have. The header `record` is left out for the first alert."""
-        which = [("record", str(record).encode())] if record else []
-        return [("input", str(packet.position).encode()), *which, self._models]
+        which = [(RECORD, str(record).encode())] if record else []
+        first_read = packet.redriven.input if packet.redriven else str(packet.position)
+        return [(INPUT, first_read.encode()), *which, self._models]
 
 
 def _models_header(models: Iterable[tuple[str, str]]) -> Header:

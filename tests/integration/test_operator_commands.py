@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -17,12 +19,17 @@ from broker_filter.cli import main
 from broker_filter.config_file import load_service
 from broker_filter.kafka.client import KafkaSetupError
 from broker_filter.kafka.positions import StoredPositions
+from broker_filter.local_kafka import free_ports
+from broker_filter.packets.schemas.registry import open_registry
+from broker_filter.simulate import SCHEMAS, simulate_night
 
-from .conftest import PATIENCE_S, MakePipeline, Packets, inputs
+from .conftest import PATIENCE_S, MakePipeline, Packets, alert, headers, inputs
 from .test_lost_input import recreate
+from .test_outages import schema_registry
 
 pytestmark = pytest.mark.kafka
 
+CHAOS = Path(__file__).resolve().parents[1] / "redrive_chaos.py"
 FIRST_MS, STEP_MS = 1000 * int(time.time() - 86_400), 60_000
 """Time of the first message of each partition in Unix milliseconds, and the time between two messages. Kafka deletes
 messages that are older than a week."""
@@ -34,9 +41,18 @@ Run = Callable[..., str]
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Return a function that runs `broker-filter positions`, checks the exit status and returns what was printed."""
+    return command_runner("positions", capsys)
 
+
+@pytest.fixture
+def redrive(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs `broker-filter redrive`, checks the exit status and returns what was printed."""
+    return command_runner("redrive", capsys)
+
+
+def command_runner(name: str, capsys: pytest.CaptureFixture[str]) -> Run:
     def command(*arguments: object, status: int = 0) -> str:
-        ended = main(["positions", *(one.isoformat() if isinstance(one, datetime) else str(one) for one in arguments)])
+        ended = main([name, *(one.isoformat() if isinstance(one, datetime) else str(one) for one in arguments)])
         captured = capsys.readouterr()
         assert ended == status, captured.err
         return captured.out + captured.err
@@ -134,6 +150,68 @@ def test_position_of_a_deleted_topic_is_shown_and_replaced(
     run("set", "--config", file, "--offset", "beginning", "--yes")
     (now,) = shown(run("show", "--config", file, "--json"))
     assert (now["position"], now["lag"], now["deleted_topic"]) == (0, 3, False)
+
+
+def test_dead_letters_are_scored_again_once_beside_the_running_service(
+    make_pipeline: MakePipeline,
+    packets: Packets,
+    tmp_path: Path,
+    redrive: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lsst = [one.packet for one in simulate_night(4, seed=7, survey="lsst")]
+    pipeline = make_pipeline([*packets[:3], packets[3][:1000], *lsst])
+    service = pipeline.start()
+    service.wait_consumed(8)
+    letters = pipeline.read("dead-letter", expected=5)
+    assert sorted(headers(letter)["reason"] for letter in letters) == ["truncated", *["unknown_schema_id"] * 4]
+    file, (port,) = tmp_path / "service.yaml", free_ports(1)
+    pipeline.config["input"]["schema_registry"] = f"http://127.0.0.1:{port}"
+    file.write_text(yaml.safe_dump(pipeline.config))
+    unknown = ("--config", file, "--reason", "unknown_schema_id")
+
+    counted = redrive(*unknown, "--dry-run").splitlines()
+    assert [line.split() for line in counted[1:3]] == [["truncated", "0", "1"], ["unknown_schema_id", "4", "0"]]
+    assert redrive(*unknown, "--since", "0s").startswith("0 dead letters scored again")
+    assert "schema registry http://127.0.0.1" in redrive(*unknown, status=1)
+    ids = tmp_path / "registry" / "schemas" / "ids"
+    ids.mkdir(parents=True)
+    schema_id = int.from_bytes(lsst[0][1:5])
+    definition = open_registry(SCHEMAS).get(schema_id).definition
+    (ids / str(schema_id)).write_text(json.dumps({"schema": json.dumps(definition)}))
+    with schema_registry(tmp_path / "registry", port):
+        summary = redrive(*unknown)
+    assert "4 dead letters scored again: 4 alerts published, 0 rejected again; 1 dead letters not selected" in summary
+
+    assert "1 dead letters scored again: 0 alerts published, 1 rejected again (truncated 1)" in redrive(
+        "--config", file
+    )
+    assert redrive("--config", file, "--max-tries", 1).startswith("0 dead letters scored again")
+    assert redrive("--config", file, "--max-tries", 2).startswith("1 dead letters scored again")
+    letters = pipeline.read("dead-letter", expected=7)
+    failed = [headers(letter) for letter in letters if headers(letter)["reason"] == "truncated"]
+    assert [one.get("tries") for one in failed] == [None, "1", "2"]
+    assert len(letters) == 7
+    assert len({(one["input"], one["detail"]) for one in failed}) == 1
+
+    pipeline.send(packets[4:6])
+    service.wait_consumed(10)
+    records = pipeline.read("scored", expected=9)
+    assert set(inputs(records).values()) == {1}
+    again = [record for record in records if "redriven" in headers(record)]
+    assert [alert(record.value())["broker_filter"]["redriven"] for record in again] == [1] * 4
+    positions = {headers(letter)["input"] for letter in letters if headers(letter)["reason"] == "unknown_schema_id"}
+    assert {headers(record)["input"] for record in again} == positions
+    assert len(records) == 9
+    assert service.end() == 0
+
+
+def test_kills_of_redrive_neither_lose_nor_repeat_letters(kafka_bootstrap: str) -> None:
+    command = [sys.executable, str(CHAOS), "--letters", "400", "--kills", "2", "--bootstrap-servers", kafka_bootstrap]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 missing, 0 repeated" in done.stdout
 
 
 def time_of(offset: int) -> datetime:

@@ -195,6 +195,7 @@ def test_dead_letters_hold_the_original_bytes_and_the_reason(scored: ScoredBatch
         "schema": scored.alerts.records[3].schema.fingerprint.encode(),
         "reason": b"no_model_for_survey",
         "detail": b"no model",
+        "scored": b"",
     }
 
 
