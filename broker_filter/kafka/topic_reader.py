@@ -158,7 +158,7 @@ def _consumer(properties: Mapping[str, object], on_error: Callable[[KafkaError],
         {
             "receive.message.max.bytes": MAX_RESPONSE_BYTES,
             **properties,
-            "group.id": topic,  # librdkafka requires a group; no offset is stored in it
+            "group.id": "broker-filter",  # librdkafka requires a group; no offset is stored in it
             "enable.auto.commit": False,
             "enable.partition.eof": True,
             "isolation.level": "read_committed",
