@@ -57,7 +57,7 @@ class Sample:
 
 def distribution_columns(surveys: Iterable[Survey]) -> tuple[str, ...]:
     """Return the metadata columns that must be decoded to record the distributions of `surveys`."""
-    names = (column for survey in surveys for column in QUANTITIES[_name(survey)])
+    names = (column for survey in surveys for column in QUANTITIES[survey_name(survey)])
     return tuple(dict.fromkeys(names))
 
 
@@ -67,7 +67,7 @@ def measure_distributions(
     """Return the distributions over scored alerts, by survey. Duplicates are left out.
 
     `where`: selects the alerts; None selects all. A survey with fewer than LEAST_RECORDED alerts is left out with a
-    warning. Raises BundleError if no survey has enough.
+    warning.
     """
     samples = {survey: Sample() for survey in model.surveys}
     for scored in batches:
@@ -77,7 +77,7 @@ def measure_distributions(
             if not (own := passed & (scored.alerts.survey == survey)).any():
                 continue
             outputs = scores.probabilities[:, [scores.labels.index(label) for label in _labels(model, survey)]]
-            quantities = quantities_of(scored.alerts, QUANTITIES[_name(survey)])
+            quantities = quantities_of(scored.alerts, QUANTITIES[survey_name(survey)])
             sample.put(np.hstack([outputs[own], quantities[own]]))
     found: dict[SurveyName, SurveyDistribution] = {}
     for survey, sample in samples.items():
@@ -87,14 +87,9 @@ def measure_distributions(
             log.warning("%s: %d alerts, fewer than %d: no distribution is recorded", survey, n, LEAST_RECORDED)
             continue
         labels = _labels(model, survey)
-        found[_name(survey)] = survey_distribution(
+        found[survey_name(survey)] = survey_distribution(
             dict(zip(labels, rows.T, strict=False)),
-            dict(zip(QUANTITIES[_name(survey)], rows.T[len(labels) :], strict=True)),
-        )
-    if not found:
-        raise BundleError(
-            f"no survey of {model.name} ({', '.join(map(str, model.surveys))}) has {LEAST_RECORDED} alerts among the "
-            "inputs: give more alerts"
+            dict(zip(QUANTITIES[survey_name(survey)], rows.T[len(labels) :], strict=True)),
         )
     return found
 
@@ -116,8 +111,13 @@ def survey_distribution(
 def write_recorded(bundle: Bundle, out: Path, of: str, distributions: Mapping[SurveyName, SurveyDistribution]) -> None:
     """Write a copy of the bundle with the distributions into the new directory `out`, atomically.
 
-    Raises BundleError if the directory exists, and OSError if it cannot be written.
+    Raises BundleError if the directory exists or there is no distribution, and OSError if it cannot be written.
     """
+    if not distributions:
+        raise BundleError(
+            f"no survey of {bundle.card.name} ({', '.join(bundle.surveys)}) has {LEAST_RECORDED} alerts among the "
+            "inputs: give more alerts"
+        )
     if out.exists():
         raise BundleError(f"{out}: exists already; choose another directory, or remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -132,5 +132,6 @@ def _labels(model: Model, survey: Survey) -> Sequence[str]:
     return [label for label in model.labels if survey in model.surveys_of(label)]
 
 
-def _name(survey: Survey) -> SurveyName:
+def survey_name(survey: Survey) -> SurveyName:
+    """Return the name of a survey, as cards have it."""
     return "ztf" if survey is Survey.ZTF else "lsst"

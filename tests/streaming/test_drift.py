@@ -19,7 +19,12 @@ from broker_filter.simulate import simulate_night
 from broker_filter.streaming.drift import BLOCK_S, BLOCKS, LEAST_ALERTS, DriftMonitor
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_packets
-from broker_filter.streaming.record_distribution import Sample, distribution_columns, measure_distributions
+from broker_filter.streaming.record_distribution import (
+    Sample,
+    distribution_columns,
+    measure_distributions,
+    write_recorded,
+)
 from broker_filter.streaming.scored import ScoredBatch
 
 ALERTS = 150
@@ -136,12 +141,13 @@ def test_the_window_forgets_after_a_day_and_outlives_another_configuration(
     assert reloaded.read()[0]["ztf", "default"] == ALERTS
 
 
-def test_too_few_alerts_are_refused(recorded: tuple[Scorer, ScoredBatch, Path]) -> None:
+def test_too_few_alerts_are_refused(recorded: tuple[Scorer, ScoredBatch, Path], tmp_path: Path) -> None:
     scorer, scored, _ = recorded
-    lsst = replace(scored, alerts=replace(scored.alerts, survey=np.full(ALERTS, Survey.LSST, np.uint8)))
-    few = replace(lsst, duplicate=np.arange(ALERTS) > 50)
+    few = replace(scored, duplicate=np.arange(ALERTS) > 50)
+    found = measure_distributions([few], scorer.models[0])
+    assert found == {}
     with pytest.raises(BundleError, match=r"no survey of default \(ztf, lsst\) has 100 alerts"):
-        measure_distributions([few], scorer.models[0])
+        write_recorded(open_bundle("default"), tmp_path / "own", "few alerts", found)
 
 
 def test_a_long_archive_is_sampled_evenly(monkeypatch: pytest.MonkeyPatch) -> None:

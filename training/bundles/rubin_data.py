@@ -52,6 +52,8 @@ ZTF_FWHM = 4.0
 LSSTCAM_VISIT = 10**12
 """Ids of LSSTCam's visits have 13 digits: the date and five digits. Simulated ones begin with 70 instead of 20."""
 SIMULATED_DAY = 3 * 10**12
+OF_LSSTCAM = f"visit > {LSSTCAM_VISIT} and visit < {SIMULATED_DAY}"
+"""The filter expression that selects alerts of LSSTCam."""
 HSC_VISIT = 10**5
 """Ids of HSC's visits have at most 5 digits."""
 CLASSES = ("asteroid", "agn", "variable", "transient", "bogus")

@@ -47,7 +47,7 @@ from broker_filter.scoring.scorer import open_scorer
 from broker_filter.simulate import REAL, SCHEMAS
 from training.arguments import positive, seed
 from training.bundles.distil import Hint, Labelled, Recipe, distil, run_over
-from training.bundles.rubin_data import Seen, load_lsst
+from training.bundles.rubin_data import OF_LSSTCAM, Seen, load_lsst
 from training.bundles.rubin_evaluation import FOLDS, unrelated
 from training.bundles.rubin_evaluation import figures as lsst_figures
 from training.bundles.train_default import (
@@ -63,6 +63,7 @@ from training.bundles.train_default import (
 from training.bundles.train_rubin import DIGITS_OF_NIGHT, chances
 from training.checkpoint import beside
 from training.data.datasets import Alerts, held_out, load_alerts
+from training.data.record_distribution import record_archives
 from training.data.simulated import RATES, SimulatedNight, simulate_cutouts
 from training.errors import DatasetError, TrainingError, refuse_existing
 from training.evaluation.bootstrap import INTERVALS, as_card, estimate
@@ -217,6 +218,8 @@ def run(arguments: argparse.Namespace) -> None:
         [card] = (part.card for part in open_bundle(made).parts)
         training = card.training.model_copy(update={"evaluation": evaluation})
         write_card(made, card.model_copy(update={"training": training}))
+        archives = (*arguments.inputs, *arguments.lsst)
+        record_archives(made, archives, arguments.schemas, f"survey == 'ztf' or {OF_LSSTCAM}")
         made.rename(arguments.out)
     for checkpoint in checkpoints:
         checkpoint.unlink(missing_ok=True)

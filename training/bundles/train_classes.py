@@ -43,6 +43,7 @@ from broker_filter.scoring.preprocess import prepare_images, prepare_metadata
 from training.bundles.distil import schedule
 from training.bundles.train_default import SPLIT_SEED, TEST_FRACTION, data_sha256
 from training.data.datasets import Alerts, decode_alerts, held_out, load_alerts
+from training.data.record_distribution import record_archives
 from training.data.simulated import SimulatedNight
 from training.errors import DatasetError, refuse_existing
 from training.evaluation.bootstrap import INTERVALS, as_card, estimate, weights_by_object
@@ -232,6 +233,7 @@ def run(arguments: argparse.Namespace) -> None:
     log.info("on held-out objects: %s", evaluation)
     description = describe(real, inputs, architecture, labels, adjustment, alerts[~unseen], evaluation)
     write_bundle(arguments.out, description, network)
+    record_archives(arguments.out, arguments.inputs)
 
 
 def simulate(size: int, labels: Labels) -> tuple[Alerts, NDArray[np.int64]]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from broker_filter.importers.write_bundle import write_bundle
+from broker_filter.packets.batch import Survey
 from broker_filter.scoring.bundle import (
     Architecture,
     Description,
@@ -37,6 +38,7 @@ from training.bundles.distil import schedule
 from training.bundles.train_default import SPLIT_SEED, TEST_FRACTION
 from training.data.datasets import held_out, sha256_of
 from training.data.light_curve_features import light_curve_features
+from training.data.record_distribution import record_outputs
 from training.data.typed_transients import HISTORY_DAYS, Transients, read_transients
 from training.errors import DatasetError, refuse_existing
 from training.evaluation.bootstrap import INTERVALS, as_card, estimate
@@ -134,6 +136,9 @@ def run(arguments: argparse.Namespace) -> None:
     }
     log.info("figures: %s", evaluation)
     write_bundle(arguments.out, describe(transients, unseen, calibration, evaluation), network)
+    probabilities = torch.from_numpy(found[training]).softmax(1).numpy()
+    of = f"{training.sum():,} alerts of the training objects, made from their light curves"
+    record_outputs(arguments.out, of, Survey.ZTF, dict(zip(CLASSES, probabilities.T, strict=True)))
 
 
 def architecture() -> Architecture:

@@ -35,6 +35,7 @@ from training.arguments import positive, seed, share
 from training.bundles.distil import Hint, Recipe, distil, run_over
 from training.checkpoint import beside
 from training.data.datasets import Alerts, held_out, load_alerts, sha256_of
+from training.data.record_distribution import record_archives
 from training.errors import DatasetError, TrainingError, refuse_existing
 from training.evaluation.bootstrap import INTERVALS, as_card, estimate
 from training.evaluation.calibration import logit_of, slope_and_intercept
@@ -131,6 +132,7 @@ def run(arguments: argparse.Namespace) -> None:
     method = _method(bundle, begun, recipe)
     description = describe(NAME, VERSION, ARCHITECTURE, bundle, train, method, SOURCE, evaluation)
     write_bundle(arguments.out, description, network)
+    record_archives(arguments.out, arguments.inputs)
     checkpoint.unlink(missing_ok=True)
 
 

@@ -52,6 +52,7 @@ from training.bundles.rubin_data import (
     BOGUS_CLASS,
     CLASSES,
     INPUTS,
+    OF_LSSTCAM,
     Detections,
     Seen,
     load_detections,
@@ -74,6 +75,7 @@ from training.bundles.rubin_evaluation import (
     unrelated,
 )
 from training.data.datasets import sha256_of
+from training.data.record_distribution import record_archives
 from training.data.simulated import KINDS
 from training.errors import refuse_existing
 from training.evaluation.bootstrap import as_card, estimate
@@ -280,6 +282,7 @@ def run(arguments: argparse.Namespace) -> None:
     evaluation |= evaluate_simulated(unseen, score(network, unseen))
     evaluation |= {"dataset_sha256": sha256_of(lsstcam.alert_id, lsstcam.images.numpy(), lsstcam.metadata.numpy())}
     write_bundle(arguments.out, describe(lsstcam, hsc, ztf, detections, recipe, evaluation), network.eval())
+    record_archives(arguments.out, arguments.inputs, arguments.schemas, OF_LSSTCAM)
 
 
 def evaluate(

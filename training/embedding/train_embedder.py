@@ -56,6 +56,7 @@ from training.bundles.train_classes import COLUMN
 from training.bundles.train_default import SPLIT_SEED, TEST_FRACTION
 from training.checkpoint import beside
 from training.data.datasets import held_out, sha256_of
+from training.data.record_distribution import record_archives
 from training.data.simulated import SimulatedNight
 from training.embedding.embedder import Recipe, embed, show, train
 from training.embedding.probes import balanced_accuracy, linear_probe, nearest
@@ -175,6 +176,7 @@ def run(arguments: argparse.Namespace) -> None:
     evaluation |= {"dataset_sha256": of["dataset_sha256"]}
     description = describe(trunk, inputs, recipe, alerts.object_id[~unseen], evaluation)
     write_bundle(arguments.out, description, network)
+    record_archives(arguments.out, arguments.inputs)
     checkpoint.unlink(missing_ok=True)
 
 

@@ -52,11 +52,12 @@ from broker_filter.scoring.scorer import LoadedPart, open_model
 from broker_filter.simulate import REAL
 from training.arguments import positive, seed
 from training.bundles.rubin_data import INPUTS as OF_TRUNK
-from training.bundles.rubin_data import RATES
+from training.bundles.rubin_data import OF_LSSTCAM, RATES
 from training.bundles.rubin_evaluation import SPLIT_SEED
 from training.bundles.train_rubin import resumed
 from training.data.datasets import held_out, sha256_of
 from training.data.light_curve_features import light_curve_features
+from training.data.record_distribution import record_archives
 from training.data.simulated import SimulatedNight
 from training.embedding.embedder import AT_ONCE, Recipe, Shown, embed, train
 from training.embedding.lsst_alerts import (
@@ -193,6 +194,7 @@ def run(arguments: argparse.Namespace) -> None:
     network.load_state_dict(resumed(parts / "network.safetensors", made_of, final))
     evaluation |= {"dataset_sha256": data_sha256(data)}
     write_bundle(arguments.out, describe(trunk, data, recipe, evaluation), network.eval())
+    record_archives(arguments.out, arguments.inputs, arguments.schemas, OF_LSSTCAM)
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:

@@ -28,6 +28,7 @@ from broker_filter.scoring.networks import NETWORKS, arguments_of, build_network
 from broker_filter.scoring.scorer import open_model
 from training.atomic_write import write_whole
 from training.data.datasets import Dataset, View
+from training.data.record_distribution import record_data_set
 from training.errors import DatasetError, TrainingError
 from training.evaluation.evaluate import PREDICTIONS, predict
 from training.evaluation.plots import reliability_diagram
@@ -161,6 +162,7 @@ def _train_and_write(config: Fit, dataset: Dataset) -> None:
         training=_describe(config, dataset, train, evaluation | figures),
     )
     rank_zero_only(write_bundle)(config.out / BUNDLE, description, network)
+    rank_zero_only(record_data_set)(config.out / BUNDLE, train)
 
 
 def _cut(calibration: Calibration) -> float:

@@ -93,10 +93,15 @@ def test_the_command_writes_a_bundle_that_gives_the_types_of_held_out_objects(
     monkeypatch.setattr("training.evaluation.bootstrap.RESAMPLES", 50)
     curves, objects = map(str, tables)
     assert main(["train-curves", curves, "--objects", objects, "--out", str(tmp_path / "curves")]) == 0
-    card = open_model(str(tmp_path / "curves"), Runtime(device="cpu")).bundle.parts[0].card
-    figures = card.training.evaluation
+    [part] = open_model(str(tmp_path / "curves"), Runtime(device="cpu")).bundle.parts
+    figures = part.card.training.evaluation
     assert float(figures[f"at_{DETECTIONS[-1]}_macro_roc_auc"]) > 0.9
     assert figures["at_3_objects"] == round(OBJECTS * TEST_FRACTION)
+    distribution = part.distribution()
+    assert distribution
+    recorded = distribution.surveys["ztf"]
+    assert set(recorded.outputs) == set(part.card.outputs.labels)
+    assert all(sum(bins.counts) == recorded.alerts for bins in recorded.outputs.values())
     assert main(["train-curves", curves, "--objects", objects, "--out", str(tmp_path / "curves")]) == 1
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from broker_filter.config import Runtime
 from broker_filter.scoring.alerts import RawAlerts
 from broker_filter.scoring.bundle import WEIGHTS, Architecture, BundleError, ImageInput, PsfInput, open_bundle
+from broker_filter.scoring.distribution import QUANTITIES
 from broker_filter.scoring.labels import Labels, read_labels
 from broker_filter.scoring.networks import build_network, load_network
 from broker_filter.scoring.preprocess import prepare
@@ -75,7 +76,9 @@ def lsst_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def fitted(config: Callable[..., Fit]) -> Fit:
     """A finished fit, with metadata and every kind of log."""
     wanted = config("fitted", metadata=("magpsf", "distnr"), logs=("csv", "tensorboard"))
-    fit(wanted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.data.record_distribution.LEAST_RECORDED", 20)  # the night is small
+        fit(wanted)
     return wanted
 
 
@@ -94,6 +97,19 @@ def test_fit_writes_a_bundle_and_its_predictions_on_the_test_split(fitted: Fit, 
     assert card.training.evaluation["dataset_sha256"] == night_dataset.card.sha256
     assert (card.training.evaluation["seed"], card.training.evaluation["regimen"]) == (1, "random")
     assert [(column.fill, column.flag) for column in card.inputs.metadata] == [(-999, False)] * 2
+
+
+def test_fit_records_the_distribution_of_its_training_alerts(fitted: Fit, night_dataset: Dataset) -> None:
+    [part] = open_model(str(fitted.out / BUNDLE), Runtime(engine="onnxruntime", device="cpu")).bundle.parts
+    distribution = part.distribution()
+    assert distribution
+    assert night_dataset.card.sha256 in distribution.of
+    recorded, train = distribution.surveys["ztf"], night_dataset["train"]
+    assert recorded.alerts == len(train)
+    assert set(recorded.quantities) == set(QUANTITIES["ztf"]) & set(night_dataset.card.columns)
+    bins = recorded.quantities["magpsf"]
+    counts, _ = np.histogram(train.metadata(["magpsf"]), [-np.inf, *bins.edges, np.inf])
+    assert bins.counts == (*counts.tolist(), 0)
 
 
 def test_a_network_of_three_classes_is_fitted_and_has_no_threshold(
