@@ -4,8 +4,9 @@ Alerts are sent in bursts. During each burst, an instance is ended with SIGKILL 
 instance joins or leaves. All the time, the configuration is changed and reloaded, sometimes with errors in the file. At
 the end, a read_committed reader must find every input exactly once, among the scored alerts or the dead letters, and
 each record must hold what the one configuration that it names makes: its models, its filters, their outcomes, and a
-record in the topic of each filter that the alert passed. Within a partition, configurations follow each other in order,
-unless the partition goes to another instance. The test runs with input and output on one cluster, and on two clusters.
+record in the topic of each filter that the alert passed, and in that of shadow models if there is one. Within a
+partition, configurations follow each other in order, unless the partition goes to another instance. The test runs with
+input and output on one cluster, and on two clusters.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import yaml
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from broker_filter.config import SCORED
+from broker_filter.config import SCORED, SHADOW
 from broker_filter.config_file import load_service
 from broker_filter.kill_with_parent import KillWithParent
 from broker_filter.local_kafka import KafkaCluster, free_ports, kafka_home
@@ -99,8 +100,7 @@ class Configurations:
     def make(self, n: int) -> dict[str, Any]:
         """Return configuration n, and remember its revision."""
         made = self._base | {"models": self.models(n), "filters": self.filters(n)}
-        if n % 4 == 3:
-            made["models"] = [*self.models(n), {"bundle": "classes", "shadow": True}]
+        made["models"] = [*self.models(n), *({"bundle": name, "shadow": True} for name in self.shadows(n))]
         self._file.write_text(yaml.safe_dump(made))
         self.by_revision[load_service(self._file).revision] = n
         return made
@@ -108,6 +108,10 @@ class Configurations:
     def models(self, n: int) -> list[str]:
         """Return the names of the serving models."""
         return ["default", "curves"] if n % 2 else ["default"]
+
+    def shadows(self, n: int) -> list[str]:
+        """Return the names of the shadow models."""
+        return ["classes"] if n % 4 == 3 else []
 
     def filters(self, n: int) -> list[dict[str, str]]:
         """Return the filters, as the service file has them."""
@@ -118,13 +122,17 @@ class Configurations:
         """Return the threshold of the filter `real`."""
         return 0.3 + n / 1000
 
-    def wrong(self, record: dict[str, Any]) -> str:
-        """Return what in a scored record does not fit the configuration that the record names; empty if all fits."""
+    def wrong(self, record: dict[str, Any], topic: str) -> str:
+        """Return what in a record does not fit the configuration that the record names; empty if all fits.
+
+        `topic`: name of the record's topic without the prefix. Only the topic `shadow` has outputs of shadow models.
+        """
         said = record["broker_filter"]
         if (n := self.by_revision.get(said["configuration"])) is None:
             return f"unknown configuration {said['configuration']!r}"
-        models = [model["model"] for model in said["models"]]
-        if models != self.models(n):
+        models = [(model["model"], model["shadow"]) for model in said["models"]]
+        shadows = self.shadows(n) if topic == SHADOW else []
+        if models != [*((name, False) for name in self.models(n)), *((name, True) for name in shadows)]:
             return f"models {models} by configuration {n}"
         real = said["models"][0]["outputs"]["real"]
         due = [("real", real > self.threshold(n)), *((one["name"], real < 0.5) for one in self.filters(n)[1:])]
@@ -274,7 +282,8 @@ class Chaos:
         missing = self.sent - len(seen)
         print(
             f"{self.sent} sent, {self.reader.by_topic[f'{self.name}.scored']} scored, "
-            f"{self.reader.by_topic[f'{self.name}.dead-letter']} dead letters, {missing} missing, {repeated} repeated; "
+            f"{self.reader.by_topic[f'{self.name}.dead-letter']} dead letters, {missing} missing, {repeated} repeated, "
+            f"{self.reader.by_topic[f'{self.name}.{SHADOW}']} of shadow models; "
             f"{kills} kills, {joined} joined, {left} left, last exits {statuses}, {seconds:.0f} s",
             flush=True,
         )
@@ -284,7 +293,8 @@ class Chaos:
         print(
             f"{self.reloads} reloads and {self.broken} of broken files, records of {len(self.reader.by_configuration)} "
             f"configurations, {len(self.reader.wrong)} records that do not fit theirs, {unfiltered} missing or wrong "
-            f"in the topics of filters, {backward} steps back to an earlier configuration ({allowed} possible)",
+            f"in the topics of filters and shadows, {backward} steps back to an earlier configuration "
+            f"({allowed} possible)",
             *self.reader.wrong[:3],
             sep="\n  ",
             flush=True,
@@ -312,9 +322,10 @@ class OutputReader:
         self.by_configuration: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.passed: Counter[tuple[str, bytes, str]] = Counter()
-        """Filter, input position and configuration of each outcome in a scored record that is true."""
+        """Filter, input position and configuration of each outcome in a scored record that is true. A shadow model
+        counts as a filter that passes every alert."""
         self.filtered: Counter[tuple[str, bytes, str]] = Counter()
-        """The same of the records in the topics of filters."""
+        """The same of the records in the topics of filters and of shadow models."""
         self.order: dict[str, dict[int, int]] = defaultdict(dict)
         """Number of the configuration, by input partition and offset."""
         self.consumer = Consumer(
@@ -331,7 +342,7 @@ class OutputReader:
     def read(self, quiet_s: float) -> None:
         """Read until nothing arrives for `quiet_s` seconds. Topics that have been created meanwhile are read too."""
         known = self.consumer.list_topics(timeout=10).topics
-        own = (SCORED, "dead-letter", "real", "extra-1", "extra-2", "shadow")
+        own = (SCORED, "dead-letter", "real", "extra-1", "extra-2", SHADOW)
         found = {topic for name in own if (topic := f"{self.name}.{name}") in known} - self.assigned
         if found:
             self.consumer.incremental_assign([TopicPartition(t, p, 0) for t in found for p in known[t].partitions])
@@ -353,10 +364,8 @@ class OutputReader:
             return
         (record,) = fastavro.reader(io.BytesIO(message.value()))
         assert isinstance(record, dict)
-        if name == "shadow":  # its models are those of the scored record and the ones on trial
-            return
         revision = record["broker_filter"]["configuration"]
-        if wrong := self.configurations.wrong(record):
+        if wrong := self.configurations.wrong(record, name):
             self.wrong.append(f"{message.topic()} {place.decode()}: {wrong}")
         if name != SCORED:
             self.filtered[name, place, revision] += 1
@@ -365,11 +374,15 @@ class OutputReader:
         self.passed.update(
             (one["name"], place, revision) for one in record["broker_filter"]["filters"] if one["passed"]
         )
+        number = self.configurations.by_revision.get(revision, -1)
+        if number >= 0 and self.configurations.shadows(number):
+            self.passed[SHADOW, place, revision] += 1
         partition, _, offset = place.decode().rpartition("/")
-        self.order[partition][int(offset)] = self.configurations.by_revision.get(revision, -1)
+        self.order[partition][int(offset)] = number
 
     def unfiltered(self) -> int:
-        """Return how many records of the topics of filters are missing, repeated or of another configuration."""
+        """Return how many records of the topics of filters and of shadow models are missing, repeated or of another
+        configuration."""
         return (self.passed - self.filtered).total() + (self.filtered - self.passed).total()
 
     def backward(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from broker_filter.config_file import ConfigError, load_service
 from broker_filter.kafka.sink import UnaccountedError, divide
 from broker_filter.kafka.source import Delivery
 from broker_filter.packets.batch import AlertBatch
+from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.packets.schemas.registry_client import RegistryUnavailable
@@ -33,6 +34,7 @@ from broker_filter.streaming.encoding import (
     ContainerFraming,
     Encoder,
     Framing,
+    OutputRecord,
     OutputSchema,
     RegistryRefusalError,
 )
@@ -46,6 +48,8 @@ from broker_filter.streaming.shadow import ShadowScorer, counterpart
 from ..shadow_bundle import write_next_default
 
 NAN = float("nan")
+N = 12
+"""Alerts of the night."""
 
 
 @pytest.fixture(scope="module")
@@ -67,27 +71,33 @@ def record(value: bytes) -> dict[str, Any]:
 
 def test_a_new_version_beside_the_old_one_changes_no_record_of_the_serving_model(next_default: Path) -> None:
     filters = [{"name": "sure", "where": "real > 0.5"}]
-    data = [alert.packet for alert in simulate_night(24, seed=1)]
-    packets = [Packet(one, KafkaPosition("c", "ztf", 0, i)) for i, one in enumerate(data)]
-    published: dict[str, Counter[str]] = {}
-    serving: dict[str, list[Any]] = {}
-    for name, shadows in (("alone", []), ("with shadow", [next_default])):
-        generation = open_generation(resolve(service(shadows, filters=filters)), open_registry(None))
-        scored = score_alerts(
-            *generation.decoder.decode(packets), generation.scorer, DuplicateWindow(100), filters=generation.filters
-        )
-        scored, outcomes = generation.shadows.score(scored)
-        routed = generation.router.route(scored)
-        published[name] = routed.published
-        records = {one.topic: [] for one in routed.records}
+    packets = [
+        Packet(alert.packet, KafkaPosition("c", "ztf", 0, i)) for i, alert in enumerate(simulate_night(N, seed=1))
+    ]
+    generation = open_generation(resolve(service([next_default], filters=filters)), open_registry(None))
+
+    def score(decoder: Decoder) -> ScoredBatch:
+        window = DuplicateWindow(100)
+        return score_alerts(*decoder.decode(packets), generation.scorer, window, filters=generation.filters)
+
+    def route(scored: ScoredBatch) -> tuple[list[OutputRecord], dict[str, list[Any]]]:
+        routed, records = generation.router.route(scored), defaultdict(list)
         for one in routed.records:
             records[one.topic].append(record(one.value))
-        serving[name] = [
-            [alert["broker_filter"][key] for key in ("models", "filters", "anomaly")] for alert in records["me.scored"]
-        ]
-    assert published["with shadow"] - published["alone"] == {"me.shadow": 24}
-    assert published["alone"]["me.scored"] == 24
-    assert serving["with shadow"] == serving["alone"]
+        return routed.records, records
+
+    _, alone = route(score(generation.scorer.decoder(columns=generation.filters.columns)))
+    beside, outcomes = generation.shadows.score(score(generation.decoder))
+    routed, records = route(beside)
+    assert alone.keys() == {"me.scored", "me.sure"}
+    assert {topic: len(of_topic) for topic, of_topic in records.items()} == {
+        "me.scored": N,
+        "me.sure": len(alone["me.sure"]),
+        "me.shadow": N,
+    }
+    for topic, of_topic in alone.items():
+        for old, new in zip(of_topic, records[topic], strict=True):
+            assert old["broker_filter"] | {"scored_at": 0} == new["broker_filter"] | {"scored_at": 0}
 
     [outcome] = outcomes
     pairs = []
@@ -99,13 +109,13 @@ def test_a_new_version_beside_the_old_one_changes_no_record_of_the_serving_model
         assert alert["broker_filter"]["filters"] == old["broker_filter"]["filters"]
         pairs.append((first["outputs"]["real"], second["outputs"]["real"]))
     old_real, new_real = np.array(pairs).T
-    assert (outcome.model, outcome.version, outcome.scored, outcome.failed) == ("default", "9.0", 24, 0)
+    assert (outcome.model, outcome.version, outcome.scored, outcome.failed) == ("default", "9.0", N, 0)
     [difference] = outcome.differences
-    assert (difference.label, difference.compared) == ("real", 24)
+    assert (difference.label, difference.compared) == ("real", N)
     assert difference.absolute == pytest.approx(np.abs(new_real - old_real).sum(), rel=1e-5)
     assert difference.disagreeing == np.count_nonzero((new_real >= 0.5) != (old_real >= 0.5))
     assert difference.absolute > 0
-    headers = {one.topic: dict(one.headers)["models"] for one in routed.records}
+    headers = {one.topic: dict(one.headers)["models"] for one in routed}
     assert (headers["me.scored"], headers["me.shadow"]) == (b"default=3.1", b"default=3.1,default=9.0")
 
 
