@@ -5,8 +5,9 @@ A trial changes nothing and publishes nothing. Its counts are sums over batches,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from broker_filter.packets.batch import CUTOUTS, AlertBatch
 from broker_filter.pictures.filter_page import HOURS, Example, FilterReport, TermReport
 from broker_filter.pictures.png import masked_png
+from broker_filter.sky.watchlist import NO_TARGET
 from broker_filter.streaming.account import SECONDS_PER_DAY, exposure_times
 from broker_filter.streaming.expressions import Expression, Term
 from broker_filter.streaming.scored import ScoredBatch
@@ -26,8 +28,6 @@ ILLUSTRATED_TERMS = 10
 """Terms of a filter with such examples; a filter of 2,000 characters can have hundreds of terms."""
 MISSING = "missing"
 
-Values = Mapping[str, Any]
-
 
 class Sample:
     """A random sample of at most `size` alerts, each with the same chance, the same in every run."""
@@ -38,13 +38,13 @@ class Sample:
         self._offered = 0
         self._random = np.random.default_rng(0)
 
-    def offer(self, alerts: AlertBatch, rows: NDArray[np.int64], names: Sequence[str], values: Values) -> None:
-        """Let alerts of a batch into the sample, or not. `names`: the values that the filter read."""
+    def offer(self, alerts: AlertBatch, rows: NDArray[np.int64], describe: Callable[[int], Mapping[str, str]]) -> None:
+        """Let alerts of a batch into the sample, or not. `describe`: returns what the filter read of a row, as text."""
         for row in rows.tolist() if self._size else ():
             self._offered += 1
             place = self._offered - 1 if self._offered <= self._size else int(self._random.integers(self._offered))
             if place < self._size:
-                self.examples[place : place + 1] = [_example(alerts, row, names, values)]
+                self.examples[place : place + 1] = [_example(alerts, row, describe(row))]
 
 
 @dataclass(slots=True)
@@ -80,8 +80,8 @@ class FilterTrial:
         """Count the alerts of a batch."""
         alerts, n = scored.alerts, len(scored.alerts)
         counted = scored.scores.taken & ~scored.duplicate
-        names = sorted(self._expression.names)
         values = self._expression.values(alerts, scored.scores.columns())
+        describe = partial(_describe, self._expression, values)
         truths = [one.term.truth(values, n) for one in self._terms]
         failing = np.sum([~truth.true for truth in truths], axis=0)  # terms that do not let the alert pass
         for one, truth in zip(self._terms, truths, strict=True):
@@ -89,9 +89,9 @@ class FilterTrial:
             one.false += int((counted & truth.false).sum())
             one.missing += int((counted & ~truth.true & ~truth.false).sum())
             one.alone += int(alone.sum())
-            one.sample.offer(alerts, np.flatnonzero(alone), names, values)
+            one.sample.offer(alerts, np.flatnonzero(alone), describe)
         passed = counted & (failing == 0)
-        self._sample.offer(alerts, np.flatnonzero(passed), names, values)
+        self._sample.offer(alerts, np.flatnonzero(passed), describe)
         hours = _hours(alerts)
         for k, which in enumerate((counted, passed)):
             self._hours[:, k] += np.bincount(hours[which], minlength=HOURS)
@@ -123,10 +123,22 @@ def _hours(alerts: AlertBatch) -> NDArray[np.int64]:
     return hours
 
 
-def _example(alerts: AlertBatch, row: int, names: Sequence[str], values: Values) -> Example:
+def _example(alerts: AlertBatch, row: int, values: Mapping[str, str]) -> Example:
     identity = alerts.identity(row)
     title = f"{identity.object_id or '?'}: {identity.survey} {identity.alert_id}"
-    return Example(title, {name: _said(values[name][row]) for name in names}, tuple(_cutouts(alerts, row)))
+    return Example(title, values, tuple(_cutouts(alerts, row)))
+
+
+def _describe(expression: Expression, values: Mapping[str, Any], row: int) -> dict[str, str]:
+    """Return what a filter read of an alert, as text, by name."""
+    described = {name: _said(values[name][row]) for name in sorted(expression.names)}
+    for near in expression.nears:
+        target, separation = values[near.call].row[row], values[near.call].separation[row]
+        found = target != NO_TARGET
+        described[near.call] = (
+            f"{near.file.content.name(int(target))}, {separation:.2f} arcsec" if found else "no target"
+        )
+    return described
 
 
 def _said(value: Any) -> str:

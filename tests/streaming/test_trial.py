@@ -13,6 +13,7 @@ import pytest
 
 from broker_filter.packets.batch import AlertBatch
 from broker_filter.pictures.filter_page import write_page
+from broker_filter.sky.files import SkyFiles
 from broker_filter.streaming.expressions import FIELDS, compile_filter
 from broker_filter.streaming.scored import ScoredBatch
 from broker_filter.streaming.trial import ILLUSTRATED_TERMS, REMOVED_EXAMPLES, FilterTrial, Sample
@@ -117,10 +118,20 @@ def test_examples_are_a_random_sample_that_every_run_repeats(night: Night) -> No
         sample = Sample(6)
         sample._random = np.random.default_rng(seed)
         for start in range(0, 30, 10):
-            sample.offer(batches[0].alerts, np.arange(start, start + 10), [], {})
+            sample.offer(batches[0].alerts, np.arange(start, start + 10), lambda _: {})
         for example in sample.examples:
             chances[int(example.title.rpartition(" ")[2])] += 1 / 200
     assert abs(chances - 0.2).max() < 0.12  # each of 30 alerts is among the 6 with the same chance; 4 sigma
+
+
+def test_examples_name_the_target_that_is_near(night: Night, tmp_path: Path) -> None:
+    (tmp_path / "targets.csv").write_text("name,ra,dec\nAT 2026x,150.0,-5.5\nelsewhere,10,10\n")
+    where = "real > 0.5 and (near('targets.csv', 2) or ra > 0)"
+    [batch] = night(batches=1, n=60, ra=[150.0 + 1 / 3600, 20.0] * 30)
+    trial = FilterTrial("f", compile_filter(where, FIELDS, OUTPUTS, SkyFiles(tmp_path)), None, 60)
+    trial.add(batch)
+    said = {example.values["ra"]: example.values["near('targets.csv', 2.0)"] for example in trial.report().examples}
+    assert said == {"150": "AT 2026x, 1.00 arcsec", "20": "no target"}
 
 
 def test_a_filter_of_many_terms_keeps_few_examples(night: Night) -> None:
