@@ -111,7 +111,8 @@ def _offset(text: str) -> int | str:
 
 def _show(arguments: argparse.Namespace) -> int:
     with closing(_open(arguments)) as positions:
-        standings = positions.standings(positions.partitions(arguments.topic, arguments.partition), times=True)
+        keys = positions.partitions(arguments.topic, arguments.partition)
+        standings = positions.standings(keys, settled=False, times=True)
         members = positions.members()
     if arguments.json:
         print(json.dumps(_document(positions, members, standings), indent=2))

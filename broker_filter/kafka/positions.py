@@ -51,6 +51,7 @@ from broker_filter.kafka.compacted_topic import STABLE_TIMEOUT_S
 from broker_filter.kafka.connect import output_topics
 from broker_filter.kafka.days import existing_topics
 from broker_filter.kafka.rights import account_of
+from broker_filter.kafka.source import group_observer
 from broker_filter.kafka.transactions import GRACE_S, Writer
 from broker_filter.kafka.watchdog import Stage
 from broker_filter.metrics import Metrics
@@ -147,6 +148,7 @@ class StoredPositions:
             },
             logger=librdkafka_log,
         )
+        self._observer = group_observer(in_properties, self.group)
         self._topic_name = f"{self._output.prefix}.{POSITIONS}" if in_cluster.id != out_cluster.id else None
         self._topic: PositionsTopic | None = None
         if self._topic_name and self._topic_name in out_cluster.topics:
@@ -160,6 +162,7 @@ class StoredPositions:
     def close(self) -> None:
         """Close the connections."""
         self._consumer.close()
+        self._observer.close()
 
     def partitions(self, topic: str | None = None, partition: int | None = None) -> list[Key]:
         """Return the partitions of the input's topics of all days that exist: all, those of one topic, or one.
@@ -178,16 +181,16 @@ class StoredPositions:
             return found
         return keys
 
-    def standings(self, keys: Sequence[Key], *, times: bool = False) -> list[Standing]:
+    def standings(self, keys: Sequence[Key], *, settled: bool = True, times: bool = False) -> list[Standing]:
         """Return the standing of each partition, in the order of `keys`.
 
-        `times`: also read the message at each position to learn its time. Waits until the open transactions that hold
-        positions have ended.
+        `settled`: wait until the open transactions that hold positions have ended, which a busy service may delay.
+        `times`: also read the message at each position to learn its time.
         """
         if not keys:
             return []
         with answered(self._in_log):
-            stored = _retried(lambda: self._stored(keys))
+            stored = _retried(lambda: self._stored(keys, settled))
             ids = topic_ids(self._admin, {topic for topic, _ in keys})
             low = list_offsets(self._admin, keys, OffsetSpec.earliest())
             high = list_offsets(self._admin, keys, OffsetSpec.latest())
@@ -269,11 +272,14 @@ class StoredPositions:
         else:
             self._store_in_group(positions)
 
-    def _stored(self, keys: Sequence[Key]) -> list[Position | None]:
-        asked = [TopicPartition(*key) for key in keys]
+    def _stored(self, keys: Sequence[Key], settled: bool) -> list[Position | None]:
         if not self._topic_name:
-            return group_positions(asked, self._consumer.committed(asked, timeout=STABLE_TIMEOUT_S))
-        positions = self._topic.read() if self._topic else {}
+            asked = [TopicPartition(*key) for key in keys]
+            client = self._consumer if settled else self._observer
+            return group_positions(asked, client.committed(asked, timeout=STABLE_TIMEOUT_S))
+        positions: Mapping[bytes, Position] = {}
+        if self._topic:
+            positions = self._topic.read() if settled else self._topic.glance()
         return [positions.get(position_key(self._cluster.id, self.group, *key)) for key in keys]
 
     def _members(self) -> Sequence[MemberDescription]:

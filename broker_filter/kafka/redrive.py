@@ -219,6 +219,7 @@ class Redrive:
 
     def _score(self, delivery: Delivery, generation: Generation, window: DuplicateWindow, writer: Writer) -> None:
         """Score and route letters as the service does, and give their outcome to the writer."""
+        generation.files.look()
         while delivery.packets:
             alerts, rejects = generation.decoder.decode_some(delivery.packets)
             part, delivery = delivery.split(len(alerts.packets))

@@ -206,7 +206,7 @@ def test_dead_letters_are_scored_again_once_beside_the_running_service(
 
 
 def test_kills_of_redrive_neither_lose_nor_repeat_letters(kafka_bootstrap: str) -> None:
-    command = [sys.executable, str(CHAOS), "--letters", "400", "--kills", "2", "--bootstrap-servers", kafka_bootstrap]
+    command = [sys.executable, str(CHAOS), "--letters", "200", "--kills", "1", "--bootstrap-servers", kafka_bootstrap]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 missing, 0 repeated" in done.stdout
