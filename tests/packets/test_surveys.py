@@ -16,6 +16,7 @@ from broker_filter.packets.packet import Packet
 from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.expressions import FIELDS, compile_filter
+from tests.packets.test_light_curve_summary import record_of
 
 APPARENT = ("apparent_mag", "apparent_mag_err")
 
@@ -95,9 +96,7 @@ def test_designations_of_lsst_are_those_of_the_associated_object(shared_data: Pa
     alerts, _ = decoder.decode(list(packets))
     assert alerts.designation is not None
     wanted: list[str | None] = []
-    for held in alerts.records:
-        record = fastavro.schemaless_reader(io.BytesIO(held.body), fastavro.parse_schema(held.schema.definition), None)
-        assert isinstance(record, dict)
+    for record in (record_of(alerts, i) for i in range(len(alerts))):
         orbit = record.get("ssSource") or record.get("MPCORB") or {}
         wanted.append(orbit.get("designation") or (record.get("MPCORB") or {}).get("mpcDesignation"))
     assert alerts.designation == wanted

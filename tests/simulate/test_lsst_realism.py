@@ -8,6 +8,7 @@ difference: the public alerts come from 33 visits only, and five of these have m
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,22 +67,26 @@ def _clipped(image: NDArray[np.float32], variance: NDArray[np.float32]) -> NDArr
     return ratio - np.nanmedian(ratio)
 
 
-def read(packets: list[Packet], schemas: Path) -> Alerts:
+def read(packets: Iterable[Sequence[Packet]], schemas: Path) -> Alerts:
+    """Return the alerts of LSSTCam in batches of packets, each once."""
     decoder = Decoder(open_registry(str(schemas)), cutout_size=SIZE, columns=COLUMNS, planes=("variance", "psf"))
-    batch, _ = decoder.decode(packets)
-    assert batch.variance is not None
-    assert batch.psf is not None
-    visits = batch.column("visit")
-    of_camera = np.flatnonzero((visits > VISITS[0]) & (visits < VISITS[1]))
-    _, first = np.unique(batch.alert_id[of_camera], return_index=True)
-    rows = np.sort(of_camera[first])
-    images, variances = [], []
-    for row in rows.tolist():
-        y, x, height, width = batch.cutout_box[row, 0].tolist()
-        box = np.s_[:, y : y + height, x : x + width]
-        images.append(batch.cutouts[row][box].copy())
-        variances.append(batch.variance[row][box].copy())
-    return Alerts({name: batch.column(name)[rows] for name in COLUMNS}, images, variances, batch.psf[rows])
+    columns, psf, images, variances = [], [], [], []
+    seen: set[int] = set()
+    for batch, _ in decoder.decode_batches(packets):
+        assert batch.variance is not None
+        assert batch.psf is not None
+        of_camera = np.flatnonzero((batch.column("visit") > VISITS[0]) & (batch.column("visit") < VISITS[1]))
+        for row in of_camera.tolist():
+            if (alert_id := int(batch.alert_id[row])) in seen:
+                continue
+            seen.add(alert_id)
+            y, x, height, width = batch.cutout_box[row, 0].tolist()
+            box = np.s_[:, y : y + height, x : x + width]
+            images.append(batch.cutouts[row][box].copy())
+            variances.append(batch.variance[row][box].copy())
+            columns.append(batch.metadata[row])
+            psf.append(batch.psf[row])
+    return Alerts(dict(zip(COLUMNS, np.array(columns).T, strict=True)), images, variances, np.array(psf))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +96,7 @@ def public(shared_data: Path) -> Alerts:
     places = [lsst / "more" / "wire", lsst / "more" / "parquet", lsst / "more" / "ocf", lsst / "parquet", lsst / "ocf"]
     if not all(place.exists() for place in places):
         pytest.skip(f"the public alerts of LSSTCam are not in {lsst} on this machine")
-    alerts = read(list(read_packets(places)), lsst / "schemas")
+    alerts = read(read_packets(places).batches(64), lsst / "schemas")
     assert len(alerts.images) > 150
     return alerts
 
@@ -99,7 +104,7 @@ def public(shared_data: Path) -> Alerts:
 @pytest.fixture(scope="module")
 def simulated() -> Alerts:
     packets = [Packet(alert.packet, FilePosition(f"{i}")) for i, alert in enumerate(simulate_night(300, 9, "lsst"))]
-    return read(packets, SCHEMAS)
+    return read([packets], SCHEMAS)
 
 
 def sizes(alerts: Alerts) -> NDArray[np.int64]:
