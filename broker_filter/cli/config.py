@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from broker_filter.config import Model, Service
+    from broker_filter.config import Filter, Model, Service
     from broker_filter.scoring.bundle import Bundle
     from broker_filter.streaming.resolved import ResolvedService
 
@@ -93,11 +93,19 @@ def summary(service: ResolvedService) -> str:
     if config.anomalies:
         explained = f", explained by {', '.join(config.anomalies.lens)}" if config.anomalies.lens else ""
         lines.append(f"anomalies: {config.anomalies.rate:g} of the alerts, by {config.anomalies.reference}{explained}")
-    lines += [f"filter {one.name}: {one.where}" for one in config.filters]
+    for one, (_, expression) in zip(config.filters, service.filters, strict=True):
+        lines.append(f"filter: {one.name} {expression.revision} ({one.where}){_limit(one)}")
     lines += [f"file {file.path}: {file.content}" for file in service.files]
     lines.append(f"duplicates: {config.duplicates} within {config.duplicate_window:,} alert ids")
     lines.append(f"http: {config.http.host}:{config.http.port}")
+    lines.append(f"revision: {service.revision}")
     return "\n".join(lines)
+
+
+def _limit(one: Filter) -> str:
+    if one.max_rate is None:
+        return ""
+    return f"; {one.over_rate} above {100 * one.max_rate:g} % in {one.max_rate_minutes:g} minutes"
 
 
 def _model_line(kind: str, model: Model, bundle: Bundle) -> str:

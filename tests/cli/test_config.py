@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from broker_filter.cli import main
-from broker_filter.config_file import document_keys
+from broker_filter.config_file import document_keys, load_service
 
 SOUND = """\
 input:
@@ -17,7 +17,7 @@ input:
   start: earliest
   sasl: {username: me, password: {env: SURVEY_PASSWORD}}
 output: {prefix: me, bootstrap_servers: "ours:9092"}
-filters: [{name: bright, where: real > 0.65 and magpsf < 18.5}]
+filters: [{name: bright, where: real > 0.65 and magpsf < 18.5, max_rate: 0.01, over_rate: pause}]
 """
 
 
@@ -33,6 +33,11 @@ def test_valid_file_prints_what_will_run_without_secrets(
     assert "ztf_%Y%m%d_programid1 from survey:9092" in output
     assert "me.scored, me.anomalies, me.bright, me.dead-letter to ours:9092" in output
     assert "model: default" in output
+    service = load_service(file)
+    [(_, expression)] = service.filters
+    said = f"filter: bright {expression.revision} (real > 0.65 and magpsf < 18.5); pause above 1 % in 10 minutes"
+    assert said in output.splitlines()
+    assert f"revision: {service.revision}" in output.splitlines()
     assert f"anomalies: 0.002 of the alerts, by {reference_file}" in output
     assert "hunter2" not in output
 
