@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test suite coverage lint docs bench bench-check study chaos redrive-chaos deep explorer-shots fuzz slow-link sanitize sae-parity spark spark-cost plugins operator-rules wheel sbom image clean
+.PHONY: help demo test suite coverage lint docs bench bench-check study chaos redrive-chaos deep explorer-shots watch-shots fuzz slow-link sanitize sae-parity spark spark-cost plugins operator-rules wheel sbom image clean
 
 help:
 	@echo 'make demo      simulates nights of ZTF and LSST, runs the service on them through an embedded broker, shows the results'
@@ -28,6 +28,7 @@ help:
 	@echo 'make slow-link slows the link to the output down during a backlog (SLOW="--rate 1000 --elsewhere" for options)'
 	@echo 'make deep      imports full-size MaxViT-tiny networks with random weights and damaged ones; takes minutes'
 	@echo 'make explorer-shots  opens pages of the lens in Chromium, and checks them (PAGES="page.html ..." for others)'
+	@echo 'make watch-shots  uses the page of `watch` in Chromium, and takes screenshots; takes minutes'
 	@echo 'make sanitize  decodes damaged packets with the compiled code under AddressSanitizer (needs gcc)'
 	@echo 'make sae-parity  checks that sae-lens loads sparse dictionaries and encodes equally; installs it into .venv-sae'
 	@echo 'make spark     runs the tests of Apache Spark and of the science modules for Fink (needs Java 17); installs it into .venv-spark'
@@ -117,6 +118,10 @@ explorer-shots: $(VENV)/installed-test
 	$(PIP) install playwright
 	PYTHONPATH=. $(BIN)/python tests/training/interpretability/explorer/shots.py explorer-shots $(PAGES)
 
+watch-shots: $(VENV)/installed-test
+	$(PIP) install playwright
+	PYTHONPATH=. $(BIN)/python tests/watch/shots.py watch-shots
+
 sanitize: $(VENV)/installed-test
 	$(BIN)/python tests/packets/sanitize.py
 
@@ -183,7 +188,7 @@ image:
 	deploy/image.sh
 
 clean:
-	rm -rf $(VENV) $(SAE_VENV) $(SPARK_VENV) $(AMPEL_VENV) $(SBOM_VENV) deploy/ampel/build build dist docs/_build demo-out explorer-shots htmlcov .coverage .coverage.* study bench.json *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(SAE_VENV) $(SPARK_VENV) $(AMPEL_VENV) $(SBOM_VENV) deploy/ampel/build build dist docs/_build demo-out explorer-shots watch-shots htmlcov .coverage .coverage.* study bench.json *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find broker_filter -name '*.so' -delete
 
 # One stamp file for each set of extras. The package is installed again if pyproject.toml, setup.py or a C source changes.

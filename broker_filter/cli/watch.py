@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -182,7 +182,7 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = read_list(arguments.list) if arguments.list else {}
     stop = threading.Event()
     reader = _reader(arguments)
-    sources = _sources(arguments, reader, stop)
+    sources = _sources(arguments, reader, stop, lambda problem: feed.report(problem))
     store = AlertStore(arguments.keep)
     feed = Feed(sources, reader, store, only=chosen.keys(), stop=stop)
     names = [*(Path(name).name or name for name in arguments.inputs), *arguments.topic]
@@ -217,9 +217,12 @@ def _reader(arguments: argparse.Namespace) -> AlertReader:
 
 
 def _sources(
-    arguments: argparse.Namespace, reader: AlertReader, stop: threading.Event
+    arguments: argparse.Namespace, reader: AlertReader, stop: threading.Event, report: Callable[[str], None]
 ) -> list[Iterable[Sequence[Packet]]]:
-    """Return the files, and then the topics, as batches of packets. Raises as `read_packets` and `kafka_properties`."""
+    """Return the files, and then the topics, as batches of packets. `report`: takes the latest error of the brokers.
+
+    Raises the errors of `read_packets` and `kafka_properties`.
+    """
     from broker_filter.streaming.archives import read_packets
     from broker_filter.watch.feed import in_batches
 
@@ -231,6 +234,8 @@ def _sources(
 
         properties = kafka_properties(arguments, arguments.bootstrap_servers)
         sources.append(
-            follow_topics(properties, arguments.topic, stop, newest=arguments.newest, since_ms=arguments.since)
+            follow_topics(
+                properties, arguments.topic, stop, newest=arguments.newest, since_ms=arguments.since, report=report
+            )
         )
     return sources

@@ -95,18 +95,30 @@ def _reasons(headers: Mapping[str, bytes | None]) -> set[str]:
 
 
 def follow_topics(
-    properties: Mapping[str, object], topics: Sequence[str], stop: threading.Event, *, newest: int, since_ms: int | None
+    properties: Mapping[str, object],
+    topics: Sequence[str],
+    stop: threading.Event,
+    *,
+    newest: int,
+    since_ms: int | None,
+    report: Callable[[str], object] = lambda _: None,
 ) -> Iterator[list[Packet]]:
     """Yield the committed messages of topics, and then new ones until `stop` is set, at most FOLLOWED at a time.
 
     It begins with about the `newest` messages of each topic, or with the first message that is not older than
     `since_ms` (Unix milliseconds). An empty list says that every message so far was read. `properties`: librdkafka
-    properties, including `bootstrap.servers`. Brokers that stop answering are waited for, and the log says so.
+    properties, including `bootstrap.servers`. Brokers that stop answering are waited for, and the log says so. `report`:
+    is called with the latest error of the brokers, and with an empty text when messages arrive again.
 
     Raises KafkaSetupError if the brokers do not answer at the start or a topic does not exist.
     """
     error_log = ThrottledErrorLog(f"brokers {properties['bootstrap.servers']}")
-    consumer = _consumer(properties, error_log)
+
+    def note(error: KafkaError) -> None:
+        error_log(error)
+        report(error_log.latest)
+
+    consumer = _consumer(properties, note)
     try:
         starts: list[TopicPartition] = []
         for topic in topics:
@@ -126,7 +138,10 @@ def follow_topics(
                 elif error.code() == KafkaError._PARTITION_EOF:
                     unread.discard((message.topic(), message.partition()))
                 else:
-                    error_log(error)
+                    note(error)
+            if packets and error_log.latest:
+                error_log.latest = ""
+                report("")
             if packets or not unread:
                 yield packets
     finally:

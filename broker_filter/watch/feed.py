@@ -29,7 +29,7 @@ def in_batches(packets: Iterable[Packet]) -> Iterator[list[Packet]]:
 
 
 class Feed:
-    """The thread that reads. `problem`: why it ended early; empty while it reads and if nothing went wrong."""
+    """The thread that reads. `problem`: why it ended early, or why nothing arrives at present; empty if all is well."""
 
     def __init__(
         self,
@@ -61,6 +61,10 @@ class Feed:
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
+
+    def report(self, problem: str) -> None:
+        """Show why nothing arrives at present; an empty text says that it was mended."""
+        self.problem = problem
 
     def join(self, timeout_s: float) -> None:
         """Wait until the thread has ended."""

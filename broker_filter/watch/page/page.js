@@ -164,7 +164,7 @@ async function select(id, open = false) {
     document.body.classList.add("reading");
     find("detail").scrollTop = 0;
   }
-  if (!open && button && !document.body.classList.contains("reading")) button.focus({ preventScroll: true });
+  if (!open && button?.checkVisibility()) button.focus({ preventScroll: true });
 }
 
 function drawDetail() {
