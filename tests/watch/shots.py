@@ -282,7 +282,8 @@ def main(out: Path, alerts: int) -> None:
             with opened(browser, address, WIDE, "dark") as page:
                 page.locator("#text").fill("document.title")
                 page.wait_for_timeout(700)
-                check(page.locator("button.alert").count() == hostile, "the alerts with hostile text are not listed")
+                listed = page.locator("button.alert").count()
+                check(listed == hostile // 2, "the hostile names are not listed")  # LSST's names are numbers
                 page.locator("button.alert").first.click()
                 page.wait_for_timeout(600)
                 check("<script>" in page.locator("#detail h2").inner_text(), "hostile text is not shown as text")
