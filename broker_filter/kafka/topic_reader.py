@@ -107,8 +107,8 @@ def follow_topics(
 
     It begins with about the `newest` messages of each topic, or with the first message that is not older than
     `since_ms` (Unix milliseconds). An empty list says that every message so far was read. `properties`: librdkafka
-    properties, including `bootstrap.servers`. Brokers that stop answering are waited for, and the log says so. `report`:
-    is called with the latest error of the brokers, and with an empty text when messages arrive again.
+    properties, including `bootstrap.servers`. Brokers that stop answering are waited for, and the log says so.
+    `report`: is called with the latest error of the brokers, and with an empty text when messages arrive again.
 
     Raises KafkaSetupError if the brokers do not answer at the start or a topic does not exist.
     """

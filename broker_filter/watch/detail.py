@@ -29,7 +29,7 @@ REMEMBERED = 128
 GAP, GAP_SHADE = 2, 110
 """Width in pixels, and shade, of the lines between the cutouts of a strip."""
 STRIP_SIZE = 63
-"""Height of a strip in pixels; larger cutouts show their central part."""
+"""Height of a strip in pixels: the size of ZTF's cutouts."""
 KINDS = {Measurement.DETECTION: "detection", Measurement.UPPER_LIMIT: "limit", Measurement.FORCED: "forced"}
 
 
@@ -110,17 +110,24 @@ class Details:
 
 
 def strip(cutouts: Sequence[NDArray[np.float32]]) -> NDArray[np.uint8]:
-    """Return cutouts float32[H, W] as shades, side by side in squares of STRIP_SIZE, each with its own stretch."""
+    """Return cutouts float32[H, W] as shades, side by side in squares of STRIP_SIZE, each with its own stretch.
+
+    A cutout of another size is drawn with larger or fewer pixels, so that its longer side fills the square.
+    """
     width = len(cutouts) * (STRIP_SIZE + GAP) - GAP
     shades = np.full((STRIP_SIZE, width), MASKED, np.uint8)
     for k in range(1, len(cutouts)):
         shades[:, k * (STRIP_SIZE + GAP) - GAP : k * (STRIP_SIZE + GAP)] = GAP_SHADE
     for k, pixels in enumerate(cutouts):
-        used = [min(STRIP_SIZE, side) for side in pixels.shape]
-        begin = [(side - kept) // 2 for side, kept in zip(pixels.shape, used, strict=True)]
-        top, left = (STRIP_SIZE - used[0]) // 2, (STRIP_SIZE - used[1]) // 2 + k * (STRIP_SIZE + GAP)
-        part = pixels[begin[0] : begin[0] + used[0], begin[1] : begin[1] + used[1]]
-        shades[top : top + used[0], left : left + used[1]] = masked_shades(part)
+        if not pixels.size:
+            continue
+        longest = max(pixels.shape)
+        sides = [max(1, round(STRIP_SIZE * side / longest)) for side in pixels.shape]
+        rows, columns = (
+            np.linspace(0, n - 1, side).round().astype(int) for n, side in zip(pixels.shape, sides, strict=True)
+        )
+        top, left = (STRIP_SIZE - sides[0]) // 2, (STRIP_SIZE - sides[1]) // 2 + k * (STRIP_SIZE + GAP)
+        shades[top : top + sides[0], left : left + sides[1]] = masked_shades(pixels)[np.ix_(rows, columns)]
     return shades
 
 

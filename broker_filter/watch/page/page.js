@@ -110,7 +110,7 @@ function row(one) {
     one.pictures ? h("img", { class: "strip", src: `api/alerts/${one.id}/strip.png?n=${one.number}`, alt: "", width: 193, height: 63, loading: "lazy" }) :
       h("span", { class: "strip nothing" }, "no cutouts"),
     h("span", { class: "facts" },
-      h("span", { class: "name" }, shown(one.object) || "without a name", tags(one)),
+      h("span", { class: "name" }, h("span", null, shown(one.object) || "without a name"), tags(one)),
       h("span", { class: "faint" }, [one.magnitude === null ? null : `${one.band || "?"} ${one.magnitude.toFixed(1)}`, time(one.mjd).slice(0, 16)].filter(Boolean).join(" · ")),
       h("span", { class: "faint reason" }, value === undefined || value === null ? null : [`${scoreName(score)} `, h("b", null, number(value))],
         one.reason ? `${value === undefined || value === null ? "" : " · "}${shown(one.reason)}` : null))));
@@ -156,14 +156,12 @@ async function select(id, open = false) {
   const done = await attempt(async () => { alert = await get(`api/alerts/${id}`, signal); });
   if (!done) return;
   window.history.replaceState(null, "", `#${id}`);
+  if (open) document.body.classList.add("reading"); // before drawing: a hidden part has no width
   drawDetail();
   markSelected();
   const button = find("list").querySelector(`button[data-id="${CSS.escape(id)}"]`);
   button?.scrollIntoView({ block: "nearest" });
-  if (open) {
-    document.body.classList.add("reading");
-    find("detail").scrollTop = 0;
-  }
+  if (open) find("detail").scrollTop = 0;
   if (!open && button?.checkVisibility()) button.focus({ preventScroll: true });
 }
 
@@ -234,11 +232,11 @@ function matchesOf(note) {
 function anomalyOf(one, anomaly) {
   if (!isRecord(anomaly)) return section("Anomaly", h("p", { class: "faint" }, "The alert was not compared with ordinary alerts."));
   const flagged = anomaly.flag === true;
-  const threshold = typeof anomaly.threshold === "number" ? ` ${flagged ? "above" : "below"} the threshold ${number(anomaly.threshold)}` : "";
+  const threshold = typeof anomaly.threshold === "number" ? ` (threshold ${number(anomaly.threshold)})` : "";
   const reason = isRecord(anomaly.reason) ? anomaly.reason : {};
   const modalities = isRecord(reason.modalities) ? Object.entries(reason.modalities) : [];
   return section("Anomaly",
-    h("p", null, "Score ", h("b", { class: flagged ? "strange" : null }, number(anomaly.score)), `${threshold}${flagged ? ": flagged" : ""}.`,
+    h("p", null, "Score ", h("b", { class: flagged ? "strange" : null }, number(anomaly.score)), `${threshold}, ${flagged ? "flagged" : "not flagged"}.`,
       reason.most_unlike ? [" Most unlike ordinary alerts in its ", h("b", null, shown(reason.most_unlike).replaceAll("_", " ")), "."] : null),
     modalities.length ? [h("h4", { class: "plain" }, "Distance from ordinary alerts, in standard deviations"), h("table", null,
       h("tbody", null, modalities.map(([name, value]) => h("tr", null, h("th", { scope: "row" }, shown(name).replaceAll("_", " ")), h("td", { class: "number" }, number(value))))))] : null,
