@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
+from broker_filter.cli import main
 from broker_filter.config import Runtime, Service
 from broker_filter.config_file import ConfigError, load_service
 from broker_filter.kafka.sink import UnaccountedError, divide
@@ -69,7 +70,9 @@ def record(value: bytes) -> dict[str, Any]:
     return one
 
 
-def test_a_new_version_beside_the_old_one_changes_no_record_of_the_serving_model(next_default: Path) -> None:
+def test_a_new_version_beside_the_old_one_changes_no_record_of_the_serving_model(
+    next_default: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     filters = [{"name": "sure", "where": "real > 0.5"}]
     packets = [
         Packet(alert.packet, KafkaPosition("c", "ztf", 0, i)) for i, alert in enumerate(simulate_night(N, seed=1))
@@ -117,6 +120,18 @@ def test_a_new_version_beside_the_old_one_changes_no_record_of_the_serving_model
     assert difference.absolute > 0
     headers = {one.topic: dict(one.headers)["models"] for one in routed}
     assert (headers["me.scored"], headers["me.shadow"]) == (b"default=3.1", b"default=3.1,default=9.0")
+
+    for i, one in enumerate(routed):
+        if one.topic == "me.shadow":
+            (tmp_path / f"{i}.avro").write_bytes(one.value)
+    page = tmp_path / "page.html"
+    assert main(["compare-shadow", str(tmp_path), "--out", str(page)]) == 0
+    of_ztf = sum("objectId" in alert for alert in records["me.shadow"])
+    assert f"  {of_ztf} alerts, correlation" in capsys.readouterr().out
+    text = page.read_text()
+    assert text.count("<img ") == 3 * text.count("S/N ") > 0  # three cutouts for each example
+    for column in ("magnitude", "signal-to-noise ratio"):
+        assert f"<th>{column}<th>alerts" in text
 
 
 def test_a_service_file_may_name_two_versions_but_not_the_same_shadow_twice(tmp_path: Path, next_default: Path) -> None:
