@@ -52,7 +52,7 @@ def take(address: str, picture: Path) -> None:
     with sync_playwright() as playwright:
         chromium = os.environ.get("CHROMIUM", "/usr/bin/chromium")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport=SIZE)  # type: ignore[arg-type]
+        page = browser.new_page(viewport=SIZE)
         page.goto(address)
         deadline = time.monotonic() + READ_WITHIN_S
         while not page.locator("#status").inner_text().startswith(f"{ALERTS} alerts ·") and time.monotonic() < deadline:
