@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test suite coverage lint docs bench bench-check study chaos redrive-chaos deep explorer-shots watch-shots fuzz slow-link sanitize sae-parity spark spark-cost plugins operator-rules wheel sbom image clean
+.PHONY: help demo test suite coverage lint docs bench bench-check study chaos redrive-chaos dashboards deep explorer-shots watch-shots fuzz slow-link sanitize sae-parity spark spark-cost plugins operator-rules wheel sbom image clean
 
 help:
 	@echo 'make demo      simulates nights of ZTF and LSST, runs the service on them through an embedded broker, shows the results'
@@ -23,6 +23,7 @@ help:
 	@echo 'make bench-check   runs the benchmark on simulated packets; fails if a ratio is worse than the committed one'
 	@echo 'make study     runs the study of training/vision/STUDY.md; takes hours, can be stopped and resumed'
 	@echo 'make chaos     kills and reloads the service at random moments, and checks that every alert is published exactly once'
+	@echo 'make dashboards  runs the service beside Prometheus, and checks that every panel of the dashboards shows data'
 	@echo 'make redrive-chaos  kills redrive at random moments, and checks that every dead letter has one outcome'
 	@echo 'make fuzz      measures time and memory for hostile packets; takes minutes (FUZZ="packets seed" for others)'
 	@echo 'make slow-link slows the link to the output down during a backlog (SLOW="--rate 1000 --elsewhere" for options)'
@@ -102,6 +103,9 @@ chaos: $(VENV)/installed-test
 
 redrive-chaos: $(VENV)/installed-test
 	$(BIN)/python tests/redrive_chaos.py
+
+dashboards: $(VENV)/installed-test
+	$(BIN)/pytest tests/integration/live_dashboards.py
 
 FUZZ ?= 2000 20261127
 

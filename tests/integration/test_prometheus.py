@@ -250,4 +250,7 @@ def test_prometheus_counts_agree_with_the_records_in_kafka(
         assert server.query("sum(broker_filter_scored_alerts_total)") == {(): held[f"{pipeline.prefix}.scored"]}
         assert server.query("sum(broker_filter_rejected_alerts_total)") == {(): held[f"{pipeline.prefix}.dead-letter"]}
         assert server.query("sum(broker_filter_unaccounted_alerts)") == {(): 0}
+        decoded = server.query("sum by (survey) (broker_filter_decoded_alerts_total)")
+        assert decoded == {("ztf",): held[f"{pipeline.prefix}.scored"]}
+        assert server.query("broker_filter_drift_window_alerts{survey='ztf'}").popitem()[1] <= decoded["ztf",]
         assert server.query('ALERTS{alertstate="firing"}') == {}
