@@ -436,6 +436,21 @@ def test_filters_are_checked_even_if_a_bundle_cannot_be_read(tmp_path: Path) -> 
     assert list(found) == ["models[0]", "filters[1].where"]
 
 
+def test_files_that_filters_read_are_found_beside_the_service_file(tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "targets.csv").write_text("name,ra,dec\na,1,2\nb,3,4\n")
+    service = tmp_path / "service.yaml"
+    service.write_text(SMALLEST + 'filters: [{name: a, where: \'near("lists/targets.csv", 2) and not in_moc("m")\'}]\n')
+    (tmp_path / "m").write_text("3/0-5")
+    resolved = load_service(service, {})
+    assert [str(file.path) for file in resolved.files] == [str(tmp_path / "m"), str(tmp_path / "lists" / "targets.csv")]
+    (tmp_path / "m").write_text("3/0-5x")
+    (tmp_path / "lists" / "targets.csv").unlink()
+    assert problems(tmp_path, service.read_text()) == {
+        "filters[0].where": f"character 6: {tmp_path / 'lists' / 'targets.csv'}: no such file"
+    }
+
+
 def test_form_of_a_file_can_be_checked_without_its_environment() -> None:
     source = Input.model_validate(
         {"bootstrap_servers": "s", "group_id": "g", "topics": ["t"], "tls": {"ca": "/not/there"}}

@@ -21,6 +21,7 @@ from broker_filter.bench.runs.memory import measure_memory, measure_startup
 from broker_filter.bench.runs.testbed import Broker, Testbed, open_broker
 from broker_filter.bench.runs.throughput import measure_archive, measure_kafka, measure_scaling
 from broker_filter.bench.sample import choose_packets
+from broker_filter.bench.sky import measure_sky
 from broker_filter.bench.stages import measure_stages
 from broker_filter.config import Runtime
 from broker_filter.packets.batch import Survey
@@ -98,6 +99,9 @@ def measure_alone(
         contests, quantities = measure_lens(packets, options.alerts, device, repetitions)
         report.wholes |= contests
         report.quantities |= quantities
+    if "sky" in options.parts:
+        announce("Regions of the sky and lists of targets in filters")
+        report.quantities |= measure_sky(directory, repetitions)
     if "memory" in options.parts:
         announce("Memory over a night")
         report.quantities |= measure_memory(packets, models[0], device, directory)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-ALONE = ("stages", "lsst", "archive", "rows", "lens", "memory")
+ALONE = ("stages", "lsst", "archive", "rows", "lens", "sky", "memory")
 THROUGH_BROKER = ("kafka", "startup", "scaling", "latency", "burst")
 PARTS = (*ALONE, *THROUGH_BROKER)
 """All parts in the order in which they are measured: first those without a broker, which uses some CPU even if idle."""
@@ -16,7 +16,7 @@ OF_LSST = ("lsst", "burst")
 """The parts that use LSST packets alone."""
 OF_BOTH = ("rows",)
 """The parts that use packets of both surveys; all others use ZTF packets alone."""
-WITHOUT_NAIVE_LOOP = (*OF_LSST, "rows", "lens")
+WITHOUT_NAIVE_LOOP = (*OF_LSST, "rows", "lens", "sky")
 """The parts that use no naive loop over a model, and so measure with any bundle."""
 VISIT = 10_000
 """Alerts of one visit of Rubin, on average; some have more than 40,000."""

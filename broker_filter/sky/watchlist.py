@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +39,8 @@ class Watchlist:
     names: pa.StringArray  # M
     tree: Any
     """A pykdtree.kdtree.KDTree of the unit vectors of the targets, float64[M, 3]."""
+    set_threads: Callable[[int], object]
+    """Sets on how many threads the calling thread searches the tree."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -51,6 +55,7 @@ class Watchlist:
     def nearest(self, ra: NDArray[np.float64], dec: NDArray[np.float64], radius: float) -> Nearest:
         """Return the nearest target of each position. `ra`, `dec`: degrees [N]; none missing. `radius`: arcsec."""
         chord = 2 * np.sin(np.radians(radius / 3600) / 2) * CHORD_MARGIN
+        self.set_threads(1)
         distance, row = self.tree.query(unit_vectors(ra, dec), k=1, distance_upper_bound=chord)
         with np.errstate(invalid="ignore"):  # the distance is infinite where there is no target
             separation = np.degrees(2 * np.arcsin(distance / 2)) * 3600
@@ -63,12 +68,25 @@ def read_watchlist(path: Path, data: bytes) -> Watchlist:
 
     Raises SkyFileError if the file is no table of targets, or if a target has no position or too long a name.
     """
-    from pykdtree.kdtree import KDTree
+    from pykdtree import kdtree
 
     names, ra, dec = read_targets(path, data)
     _check_positions(path, ra, dec)
     _check_names(path, names)
-    return Watchlist(names, KDTree(np.ascontiguousarray(unit_vectors(ra % 360, dec))))
+    tree = kdtree.KDTree(np.ascontiguousarray(unit_vectors(ra % 360, dec)))
+    return Watchlist(names, tree, _set_threads(kdtree.__file__))
+
+
+def _set_threads(library: str) -> Callable[[int], object]:
+    """Return the function of OpenMP that sets the number of threads, from the copy of OpenMP that pykdtree uses.
+
+    pykdtree has no such function, and searches on all cores. For a batch, its threads cost many times more CPU time by
+    waiting for each other than by searching, and decoding needs the other cores.
+    """
+    try:
+        return ctypes.CDLL(library).omp_set_num_threads
+    except AttributeError:  # built without OpenMP
+        return lambda _: None
 
 
 def _check_positions(path: Path, ra: NDArray[np.float64], dec: NDArray[np.float64]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from broker_filter.bench import benchmark, measure
+from broker_filter.bench import benchmark, measure, sky
 from broker_filter.bench.measure import Run, Spread, compete, timed
 from broker_filter.bench.naive import NaiveBroker
 from broker_filter.bench.runs import kafka_io
@@ -127,6 +127,17 @@ def test_bench_measures_what_a_lens_costs(tmp_path: Path, monkeypatch: pytest.Mo
     assert name == "packets -> anomaly scores: embedder, lens embedder"
     assert list(contest) == ["no lens", "one alert of 1,000 explained", "every alert explained"]
     assert list(report["quantities"]) == ["lens embedder, CPU us for an explained alert"]
+
+
+def test_bench_measures_lists_and_maps_of_filters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "LEAST_S", 0.0)
+    monkeypatch.setattr(sky, "TARGETS", 1000)
+    assert [(name, figure.median > 0) for name, figure in sky.measure_sky(tmp_path, 1).items()] == [
+        ("CPU s to read a list of 1,000 targets", True),
+        ('near("targets.csv", 2), CPU us for an alert', True),
+        ("CPU s to read a map of probabilities", True),
+        ('in_moc("event.fits", 0.9), CPU us for an alert', True),
+    ]
 
 
 def test_bench_measures_rows_of_parquet_beside_packets_of_both_surveys(

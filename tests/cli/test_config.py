@@ -26,7 +26,11 @@ def test_valid_file_prints_what_will_run_without_secrets(
 ) -> None:
     monkeypatch.setenv("SURVEY_PASSWORD", "hunter2")
     file = tmp_path / "service.yaml"
-    file.write_text(f"{SOUND}anomalies: {{reference: {reference_file}, rate: 0.002}}\n")
+    (tmp_path / "targets.csv").write_text("name,ra,dec\nM31,10.68,41.27\nM33,23.46,30.66\n")
+    (tmp_path / "field.txt").write_text("0/0-5")
+    where = """'magpsf < 18.5 and near("targets.csv", 2) and in_moc("field.txt")'"""
+    listed = SOUND.replace("real > 0.65 and magpsf < 18.5", where)
+    file.write_text(f"{listed}anomalies: {{reference: {reference_file}, rate: 0.002}}\n")
     assert main(["config", "check", str(file)]) == 0
     output, errors = capsys.readouterr()
     assert errors == ""
@@ -39,6 +43,8 @@ def test_valid_file_prints_what_will_run_without_secrets(
     assert said in output.splitlines()
     assert f"revision: {service.revision}" in output.splitlines()
     assert f"anomalies: 0.002 of the alerts, by {reference_file}" in output
+    assert f"file {tmp_path / 'targets.csv'}: 2 targets" in output
+    assert f"file {tmp_path / 'field.txt'}: 50.000% of the sky" in output
     assert "hunter2" not in output
 
 

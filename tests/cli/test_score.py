@@ -115,6 +115,19 @@ def test_where_writes_the_alerts_that_pass_and_every_reject(
     assert f"read 9: scored 6 ({len(expected) - 2} pass the filter), rejected 2" in capsys.readouterr().out
 
 
+def test_where_reads_lists_of_targets_from_the_current_directory(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything, chosen = tmp_path / "all.parquet", tmp_path / "chosen.parquet"
+    assert score(few, "--out", everything) == 0
+    rows = [row for row in pq.read_table(everything).to_pylist() if row["status"] == "scored"]
+    (tmp_path / "targets.csv").write_text(f"ra,dec\n{rows[0]['ra']},{rows[0]['dec'] + 1 / 3600}\n")
+    monkeypatch.chdir(tmp_path)
+    assert score(few, "--where", 'near("targets.csv", 1.5)', "--out", chosen) == 0
+    found = [row["object_id"] for row in pq.read_table(chosen).to_pylist() if row["status"] == "scored"]
+    assert found == [row["object_id"] for row in rows if row["object_id"] == rows[0]["object_id"]]
+
+
 def test_table_goes_to_standard_output_and_summary_to_standard_error(few: Path) -> None:
     command = [sys.executable, "-m", "broker_filter", "score", str(few), "--out", "-"]
     lines = subprocess.run(command, check=True, capture_output=True).stdout.splitlines()

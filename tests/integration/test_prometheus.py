@@ -167,6 +167,7 @@ def faulty_service() -> Iterator[Metrics]:
         metrics.count_shadow(Outcome("new", "1", scored=9, failed=1, differences=(Difference("real", 9, 0.5, 1),)))
         metrics.set_partitions({("ztf", 0): 60_000 + 1000 * step})
         metrics.set_filters([FilterState("bright", rate=0.9, over=True, paused=True)])
+        metrics.set_filter_files({"targets.csv": True})
         metrics.set_drift({("ztf", "default"): 5000}, [Drift("ztf", "default", "magpsf", 0.4)])
         metrics.batch_alerts.observe(12)
         with metrics.time_stage("read"):
