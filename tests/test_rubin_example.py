@@ -13,13 +13,12 @@ from broker_filter.anomalies.reference import read_reference
 from broker_filter.cli import main
 from broker_filter.config import Registry, Runtime, Service
 from broker_filter.packets.batch import Survey
-from broker_filter.scoring.scorer import open_scorer
+from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_stream
-from broker_filter.streaming.judge import open_judge
+from broker_filter.streaming.generation import open_generation
 from broker_filter.streaming.resolved import resolve
-from broker_filter.streaming.routing import open_router
 
 CONNECT_PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "connect.md"
 LARGE_ENOUGH = 100
@@ -73,22 +72,20 @@ def test_the_example_works_on_real_alerts(
     assert counts.read > LARGE_ENOUGH
     assert counts.passed > 0.5 * counts.read
 
-    resolved = resolve(service)
-    scorer = open_scorer(service.models, Runtime(device="cpu"))
-    router = open_router(resolved)
-    judge = open_judge(scorer, service.anomalies.reference, service.anomalies.rate, resolved.judged)
-    columns = tuple(dict.fromkeys((*router.columns, *judge.columns)))
-    decoder = scorer.decoder(str(lsst_schemas), columns=columns)
+    of_cpu = service.model_copy(update={"runtime": Runtime(device="cpu")})
+    made = open_generation(resolve(of_cpu), open_registry(str(lsst_schemas)))
     records: Counter[str] = Counter()
     judged = 0
-    batches = score_stream(
-        read_packets(nights), decoder, scorer, DuplicateWindow(1000), batch_size=64, threads=1, judge=judge
-    )
-    for scored in batches:
+    window = DuplicateWindow(1000)
+    for scored in score_stream(
+        read_packets(nights), made.decoder, made.scorer, window, batch_size=64, threads=1, judge=made.judge
+    ):
         assert (scored.alerts.survey == Survey.LSST).all()
         assert scored.anomalies is not None
         judged += int(scored.anomalies.judged.sum())
-        records.update(record.topic.removeprefix("me.") for record in router.route(scored).records)
+        records.update(
+            record.topic.removeprefix("me.") for record in made.router.route(made.filters.apply(scored)).records
+        )
     assert judged >= counts.passed
     assert records["scored"] >= counts.read
     for rule in service.filters:
