@@ -28,8 +28,8 @@ def test_valid_file_prints_what_will_run_without_secrets(
     file = tmp_path / "service.yaml"
     (tmp_path / "targets.csv").write_text("name,ra,dec\nM31,10.68,41.27\nM33,23.46,30.66\n")
     (tmp_path / "field.txt").write_text("0/0-5")
-    where = """'magpsf < 18.5 and near("targets.csv", 2) and in_moc("field.txt")'"""
-    listed = SOUND.replace("real > 0.65 and magpsf < 18.5", where)
+    where = 'magpsf < 18.5 and near("targets.csv", 2) and in_moc("field.txt")'
+    listed = SOUND.replace("real > 0.65 and magpsf < 18.5", f"'{where}'")
     file.write_text(f"{listed}anomalies: {{reference: {reference_file}, rate: 0.002}}\n")
     assert main(["config", "check", str(file)]) == 0
     output, errors = capsys.readouterr()
@@ -39,7 +39,7 @@ def test_valid_file_prints_what_will_run_without_secrets(
     assert "model: default" in output
     service = load_service(file)
     [(_, expression)] = service.filters
-    said = f"filter: bright {expression.revision} (real > 0.65 and magpsf < 18.5); pause above 1 % in 10 minutes"
+    said = f"filter: bright {expression.revision} ({where}); pause above 1 % in 10 minutes"
     assert said in output.splitlines()
     assert f"revision: {service.revision}" in output.splitlines()
     assert f"anomalies: 0.002 of the alerts, by {reference_file}" in output
