@@ -9,6 +9,7 @@ import pytest
 
 from broker_filter.cli import main
 from broker_filter.scoring.bundle import open_bundle, shipped_bundles
+from broker_filter.simulate import simulate_night
 
 DEFAULT = open_bundle("default").part("ztf").directory
 
@@ -51,6 +52,26 @@ def test_show_prints_a_card(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for entry in ("real/bogus classification", "surveys", "l2_row", "stampnet", "BSD-3-Clause", "roc_auc", "agreement"):
         assert entry in shown
+
+
+def test_show_says_which_alerts_the_drift_is_measured_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "show", "default"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for survey, alerts in (("ztf", "1,937"), ("lsst", "176")):
+        assert f"measured from the distribution of {alerts} alerts of {survey}: public {survey.upper()} alerts" in shown
+
+
+def test_record_distribution_refuses_a_wrong_cut_and_too_few_alerts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.avro").write_bytes(next(iter(simulate_night(1, seed=1))).packet)
+    command = ["models", "record-distribution", "default", str(tmp_path / "one.avro"), "--out", str(tmp_path / "new")]
+    assert main([*command, "--where", "magpsf <"]) == 2
+    assert main(command) == 1
+    complaints = capsys.readouterr().err
+    assert "--where" in complaints
+    assert "no survey of default (ztf, lsst) has 100 alerts among the inputs: give more alerts" in complaints
+    assert not (tmp_path / "new").exists()
 
 
 def test_verify_runs_a_shipped_bundle_on_every_engine(capsys: pytest.CaptureFixture[str]) -> None:
