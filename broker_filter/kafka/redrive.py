@@ -264,7 +264,8 @@ class Redrive:
 
     def _letters(self, marks: Marks) -> Iterator[tuple[Letter, KafkaPosition]]:
         """Yield the selected letters that are not done, with their positions. Counts all letters that are not done."""
-        for packet, headers, written_ms in read_with_headers(self._properties, self._dead_letter):
+        account = self._error_log.account
+        for packet, headers, written_ms in read_with_headers(self._properties, self._dead_letter, account):
             at = packet.position
             assert isinstance(at, KafkaPosition), "dead letters come from Kafka"
             if marks.done(at.partition, at.offset):

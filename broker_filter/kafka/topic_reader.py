@@ -29,6 +29,7 @@ from broker_filter.kafka.client import (
     explain,
     librdkafka_log,
 )
+from broker_filter.kafka.rights import REFUSED, ClusterAccount, Right
 from broker_filter.kafka.transactions import TRUNCATED
 from broker_filter.packets.packet import KafkaPosition, Packet
 
@@ -77,14 +78,14 @@ def read_dead_letters(properties: Mapping[str, object], topic: str, reasons: Col
 
 
 def read_with_headers(
-    properties: Mapping[str, object], topic: str
+    properties: Mapping[str, object], topic: str, account: ClusterAccount | None = None
 ) -> Iterator[tuple[Packet, dict[str, bytes | None], int]]:
     """Yield the committed messages of every partition with their headers and Kafka timestamps in Unix milliseconds.
 
-    Only a topic that a service has written may be read, because malformed headers crash the client. Raises the errors
-    of read_topic.
+    Only a topic that a service has written may be read, because malformed headers crash the client. `account`: the
+    account of the client, which the message about a missing right names. Raises the errors of read_topic.
     """
-    for packet, message in _read(properties, topic):
+    for packet, message in _read(properties, topic, account=account):
         yield packet, dict(message.headers() or ()), int(message.timestamp()[1])
 
 
@@ -197,7 +198,7 @@ def _metadata(consumer: Consumer, topic: str, error_log: ThrottledErrorLog) -> C
 
 
 def _read(
-    properties: Mapping[str, object], topic: str, since_ms: int | None = None
+    properties: Mapping[str, object], topic: str, since_ms: int | None = None, account: ClusterAccount | None = None
 ) -> Iterator[tuple[Packet, Message]]:
     error_log = ThrottledErrorLog(f"brokers {properties['bootstrap.servers']}")
     consumer = _consumer(properties, error_log.note)
@@ -230,6 +231,8 @@ def _read(
                 unfinished.discard(message.partition())
             elif message.error().code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
                 continue  # librdkafka looks up the coordinator of the group, which is not used here
+            elif account and message.error().code() in REFUSED:
+                raise KafkaSetupError(f"{error_log.cluster}: {account.lacks(Right(('Read',), 'topic', topic))}")
             else:
                 raise KafkaSetupError(f"{error_log.cluster}: topic {topic}: {message.error().str()}")
             last_answer = time.monotonic()

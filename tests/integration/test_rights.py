@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import yaml
+from confluent_kafka import Producer
 from confluent_kafka.admin import (
     AclBinding,
     AclBindingFilter,
     AclOperation,
     AclPermissionType,
     AdminClient,
+    NewTopic,
     ResourcePatternType,
     ResourceType,
 )
@@ -117,15 +119,23 @@ def grants(admin_properties: dict[str, str]) -> Grants:
 
 def documented(topic: str | None, group: str, prefix: str) -> list[Rule]:
     """Return the rights that docs/how-to/connect.md grants; `topic` is None if the input is on another cluster."""
+    return documented_rules(slice(0, 4) if topic else slice(2, 5), topic or "", group, prefix)
+
+
+def documented_for_redrive(prefix: str) -> list[Rule]:
+    """Return the rights that docs/how-to/connect.md grants for `redrive`, besides those of the service."""
+    return documented_rules(slice(5, 7), "", "", prefix)
+
+
+def documented_rules(part: slice, topic: str, group: str, prefix: str) -> list[Rule]:
+    """Return the rights that a part of the commands in docs/how-to/connect.md grants."""
     text = (CHECKOUT / "docs" / "how-to" / "connect.md").read_text().replace("\\\n", "")
     commands = [line.split()[1:] for line in text.splitlines() if line.startswith("$acl ")]
-    assert len(commands) == 5
-    first = 0 if topic else 2
-    last = 4 if topic else 5
-    names = {"ztf_": topic or "", "me-filter": group, "me.": f"{prefix}.*", "me/": f"{prefix}/*"}
-    names["me.positions"] = f"{prefix}.positions"
+    assert len(commands) == 7
+    names = {"ztf_": topic, "me-filter": group, "me.": f"{prefix}.*", "me/": f"{prefix}/*"}
+    names |= {f"me.{name}": f"{prefix}.{name}" for name in ("positions", "dead-letter", "redriven")}
     rules = []
-    for words in commands[first:last]:
+    for words in commands[part]:
         given = dict(pairwise(words))
         (kind,) = KINDS.intersection(given)
         operations = [value for option, value in pairwise(words) if option == "--operation"]
@@ -368,3 +378,40 @@ def test_missing_read_right_is_reported_until_it_is_granted(
     service.wait_consumed(10)
     service.wait_ready()
     assert service.end() == 0
+
+
+def test_commands_for_operators_need_the_documented_rights_and_name_missing_ones(
+    make_guarded: MakePipeline,
+    admin_properties: dict[str, str],
+    plain: str | None,
+    grants: Grants,
+    packets: Packets,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PASSWORD", PASSWORD)
+    pipeline = make_guarded(plain, packets[:4])
+    prefix, file = pipeline.prefix, tmp_path / "service.yaml"
+    grants.allow(*documented(None if plain else pipeline.topic, prefix, prefix))
+    file.write_text(yaml.safe_dump(pipeline.config))
+
+    assert main(["positions", "set", "--config", str(file), "--offset", "end", "--yes"]) == 0
+    assert main(["positions", "show", "--config", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[1:6] == ["1", "2", "0", "2", "0"]
+
+    topic = f"{prefix}.dead-letter"
+    admin = AdminClient(admin_properties)
+    admin.create_topics([NewTopic(topic, 1, -1)])[topic].result()
+    producer = Producer(admin_properties)
+    producer.produce(topic, packets[0], headers=[("input", b"a/b/0/7"), ("reason", b"corrupt"), ("scored", b"")])
+    assert producer.flush(30) == 0
+    granted = []
+    for n_done in (1, 0):  # the first run has nothing to read in the topic that it fills
+        while main(["redrive", "--config", str(file)]):
+            command = capsys.readouterr().err.partition("grant it with: ")[2]
+            grants.run(command)
+            granted.append(("Read", "topic", dict(pairwise(shlex.split(command)))["--topic"]))
+            assert len(granted) <= len(documented_for_redrive(prefix)), granted
+        assert f"{n_done} dead letters scored again" in capsys.readouterr().out
+    assert granted == documented_for_redrive(prefix)
