@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.packets.batch import Survey
+from broker_filter.packets.surveys import COLUMNS
 from broker_filter.scoring.distribution import (
     Bins,
     SurveyDistribution,
@@ -30,6 +31,7 @@ from broker_filter.streaming.scored import ScoredBatch
 BLOCK_S = 3600.0
 BLOCKS = 24
 """The window is the current block of BLOCK_S seconds and those before it: one day, so that it holds a whole night."""
+KNOWN_COLUMNS = frozenset(column.name for column in COLUMNS)
 LEAST_ALERTS = 1000
 """Fewest alerts in the window for which a distance is given. Sampling alone then raises it by 0.01 on average."""
 
@@ -54,13 +56,13 @@ class Window:
     """The counts of alerts of one survey in the bins that a model's bundle records, over the last day."""
 
     def __init__(self, model: str, survey: Survey, recorded: SurveyDistribution, labels: Sequence[str]) -> None:
-        """`labels`: the labels of the model; outputs of other labels are not counted."""
+        """`labels`: the labels of the model. Other labels, and columns that this version does not know, are ignored."""
         self.model, self.survey = model, survey
         self.labels = tuple(label for label in recorded.outputs if label in labels)
-        self.quantities = tuple(recorded.quantities)
+        self.quantities = tuple(name for name in recorded.quantities if name in KNOWN_COLUMNS)
         self._bins = [recorded.outputs[label] for label in self.labels]
         self._bins += [recorded.quantities[name] for name in self.quantities]
-        width = max(len(bins.edges) for bins in self._bins)
+        width = max((len(bins.edges) for bins in self._bins), default=0)
         self._edges = np.full((len(self._bins), width), math.inf)
         for row, bins in zip(self._edges, self._bins, strict=True):
             row[: len(bins.edges)] = bins.edges

@@ -13,10 +13,10 @@ from broker_filter.cli import main
 from broker_filter.packets.batch import Survey
 from broker_filter.packets.packet import Packet
 from broker_filter.scoring.bundle import WEIGHTS, BundleError, open_bundle
-from broker_filter.scoring.distribution import QUANTITIES, Bins, population_stability_index
+from broker_filter.scoring.distribution import QUANTITIES, Bins, SurveyDistribution, population_stability_index
 from broker_filter.scoring.scorer import Scorer
 from broker_filter.simulate import simulate_night
-from broker_filter.streaming.drift import BLOCK_S, BLOCKS, LEAST_ALERTS, DriftMonitor
+from broker_filter.streaming.drift import BLOCK_S, BLOCKS, LEAST_ALERTS, DriftMonitor, Window
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_packets
 from broker_filter.streaming.record_distribution import (
@@ -148,6 +148,19 @@ def test_too_few_alerts_are_refused(recorded: tuple[Scorer, ScoredBatch, Path], 
     assert found == {}
     with pytest.raises(BundleError, match=r"no survey of default \(ztf, lsst\) has 100 alerts"):
         write_recorded(open_bundle("default"), tmp_path / "own", "few alerts", found)
+
+
+def test_what_a_bundle_of_another_version_records_is_ignored(recorded: tuple[Scorer, ScoredBatch, Path]) -> None:
+    _, scored, _ = recorded
+    bins = Bins(edges=(0.5,), counts=(60, 90, 0))
+    for quantities in ({"snr": bins, "of_the_future": bins}, {}):
+        other = SurveyDistribution(alerts=ALERTS, outputs={"of_the_future": bins}, quantities=quantities)
+        window = Window("default", Survey.ZTF, other, ("real",))
+        for _ in range(REPEATS):
+            window.count(0, scored, scored.scores.models[0])
+        alerts, drifts = window.read(0)
+        assert alerts == REPEATS * ALERTS
+        assert [one.quantity for one in drifts] == (["snr"] if quantities else [])
 
 
 def test_a_long_archive_is_sampled_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
