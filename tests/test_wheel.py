@@ -117,6 +117,13 @@ def test_the_package_is_imported_from_the_wheel(installed: Path, tmp_path: Path)
         assert Path(path).is_relative_to(installed.parent)
 
 
+def test_the_wheel_holds_every_file_of_the_page_of_alerts(wheel: Path) -> None:
+    page = CHECKOUT / "broker_filter" / "watch" / "page"
+    with zipfile.ZipFile(wheel) as archive:
+        held = {Path(name).name for name in archive.namelist() if name.startswith("broker_filter/watch/page/")}
+    assert held == {file.name for file in page.iterdir()}
+
+
 HEAVY = {"torch", "triton", "matplotlib", "pandas", "scipy", "scikit-learn", "onnx"}
 """Distributions that the base installation must not bring: serving on the CPU needs none of them."""
 

@@ -42,6 +42,8 @@ def read_list(file: Path) -> dict[int, Chosen]:
         rows = table.to_table(columns=names)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise ChosenListError(f"{file}: cannot be read as .csv or .parquet: {' '.join(str(error).split())}") from error
+    if not len(rows):
+        raise ChosenListError(f"{file}: has no rows; a list names the alerts to show")
     if not pa.types.is_integer(rows.schema.field(KEY).type):
         raise ChosenListError(f"{file}: column {KEY} does not hold integers; write the ids of alerts")
     if len(rows) > MAX_ROWS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,7 @@ class Details:
         batch = self._decode(alert, content)
         facts = alert.facts
         pages = links(facts.survey, facts.object_id, facts.ra, facts.dec)
-        annotation = read_annotation(content.body, content.schema) if content.schema else dict(content.scored)
+        annotation = read_annotation(content.body, content.schema) if content.schema else json.loads(content.body)
         return {
             "id": str(facts.alert_id),
             "number": alert.number,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.encoding import ContainerFraming, Encoder
 from broker_filter.streaming.filtering import DUPLICATE_WINDOW, score_alerts
 from broker_filter.streaming.judge import AnomalyJudge
-from broker_filter.watch.annotation import MAX_TEXT, read_annotation, read_scores_record
+from broker_filter.watch.annotation import MAX_ITEMS, MAX_TEXT, read_annotation, read_scores_record
 from broker_filter.watch.store import Content, Facts
 
 TINY = 8
@@ -74,7 +76,7 @@ class AlertReader:
                 yield reject
             else:
                 identity, annotation = found
-                yield facts_of(identity, annotation, None), Content(b"", None, annotation)
+                yield facts_of(identity, annotation, None), Content(json.dumps(annotation).encode(), None)
 
     def _scored(self, packets: Sequence[Packet], scoring: Scoring) -> list[Packet]:
         """Return the packets as output records; packets that no model scores come first, as they are."""
@@ -117,14 +119,15 @@ def facts_of(identity: AlertIdentity, annotation: Mapping[str, Any], magnitude: 
 
 
 def scores_of(annotation: Mapping[str, Any]) -> dict[str, float]:
-    """Return the models' outputs of an annotation by name, `<model>.<label>`, without those that are NaN."""
-    return {
-        f"{model.get('model')}.{label}": value
+    """Return the models' outputs of an annotation by name, `<model>.<label>`: at most MAX_ITEMS, and no NaN."""
+    named = (
+        (f"{model.get('model')}.{label}", value)
         for model in _records(annotation.get("models"))
         if model.get("shadow") is not True
         for label, value in _record(model.get("outputs")).items()
         if isinstance(value, float)
-    }
+    )
+    return dict(islice(named, MAX_ITEMS))
 
 
 def _reason(reason: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import IO, Any
+from typing import IO
 
 from broker_filter.packets.schemas.writer_schema import WriterSchema
 
@@ -45,11 +45,10 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """The bytes of an alert: an encoded record of `schema`. Without a schema there is only the annotation `scored`."""
+    """The bytes of an alert: an encoded record of `schema`; without a schema, the annotation alone, as JSON."""
 
     body: bytes
     schema: WriterSchema | None
-    scored: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,6 @@ class Alert:
     start: int
     length: int
     schema: WriterSchema | None
-    scored: Mapping[str, Any]
 
 
 class _Segment:
@@ -105,7 +103,7 @@ class AlertStore:
             segment.file.write(content.body)
             segment.file.flush()
             self._number += 1
-            alert = Alert(self._number, facts, segment, segment.size, len(content.body), content.schema, content.scored)
+            alert = Alert(self._number, facts, segment, segment.size, len(content.body), content.schema)
             segment.size += len(content.body)
             segment.written += 1
             segment.kept += 1
@@ -142,4 +140,4 @@ class AlertStore:
             if alert is None:
                 return None
             body = os.pread(alert.segment.file.fileno(), alert.length, alert.start)
-        return alert, Content(body, alert.schema, alert.scored)
+        return alert, Content(body, alert.schema)

@@ -396,6 +396,20 @@ def test_an_invalid_alert_is_rejected_and_other_alerts_are_not(
     assert np.diff(alerts.light_curves.offsets).tolist() == [np.diff(alerts.light_curves.offsets)[0]] * 2
 
 
+@pytest.mark.parametrize(
+    "lost",
+    [lambda r: r.update(cutoutTemplate=None), lambda r: r["cutoutTemplate"].update(stampData=b"x" * 99)],
+)
+def test_the_other_cutouts_are_decoded_if_cutouts_are_not_required(nullable: bytes, lost: Any) -> None:
+    packets = [Packet(nullable), Packet(rewritten(nullable, lost))]
+    alerts, rejects = Decoder(require_cutouts=False).decode(packets)
+    assert rejects == []
+    whole, rest = alerts.cutouts
+    np.testing.assert_array_equal(whole[[0, 2]], rest[[0, 2]])
+    assert np.isnan(rest[1]).all()
+    assert alerts.cutout_box[:, :, 2].tolist() == [[63, 63, 63], [63, 0, 63]]
+
+
 def test_the_top_level_candid_is_optional(nullable: bytes) -> None:
     alerts, _ = decode(rewritten(nullable, lambda r: r.update(candid=None)))
     assert alerts.alert_id.tolist() == [2481114533215015024]

@@ -150,6 +150,9 @@ def test_a_list_is_read_in_the_order_of_its_ranks(tmp_path: Path) -> None:
     file.write_text("alert_id\nx\n")
     with pytest.raises(BrokerFilterError, match="does not hold integers"):
         read_list(file)
+    file.write_text("alert_id\n")
+    with pytest.raises(BrokerFilterError, match="has no rows"):
+        read_list(file)
     file.write_text("id\n1\n")
     with pytest.raises(BrokerFilterError, match="no column 'alert_id'"):
         read_list(file)
