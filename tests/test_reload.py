@@ -17,6 +17,7 @@ from broker_filter.config import RELOADED, Service, changed_keys
 from broker_filter.config_file import ConfigError, document_keys, load_again, load_service
 from broker_filter.health import Health
 from broker_filter.metrics import Metrics
+from broker_filter.packets.batch import Survey
 from broker_filter.packets.schemas.registry import NoRegistry
 from broker_filter.reload import LOOK_INTERVAL_S, RETRY_INTERVAL_S, Reloader, ServiceFile
 from broker_filter.scoring.bundle import SHIPPED
@@ -203,13 +204,17 @@ def test_keys_that_a_running_service_can_change_exist() -> None:
     assert list(changed_keys(config, config.model_copy(deep=True))) == []
 
 
-def test_a_generation_is_freed_when_its_last_user_drops_it(tmp_path: Path, reference_file: Path) -> None:
+def test_a_generation_is_freed_when_its_last_user_drops_it_but_its_thresholds_go_on(
+    tmp_path: Path, reference_file: Path
+) -> None:
     """Without the garbage collector: the first generation is frozen (`gc.freeze`), so that it finds no cycles in it."""
     reloads = Reloads(tmp_path, anomalies={"reference": str(reference_file)})
     first: Generation | None = open_generation(reloads.service, NoRegistry())
     assert first is not None
     second = open_generation(reloads.service, NoRegistry(), before=first)
     assert first.judge is not None
+    assert second.judge is not None
+    assert second.judge._surveys[Survey.ZTF][1] is first.judge._surveys[Survey.ZTF][1]  # the threshold goes on
     held = [first, first.judge, *first.scorer.models[0].parts, first.router]
     freed = [weakref.ref(one) for one in held if hasattr(type(one), "__weakref__")]
     networks = [weakref.ref(part.network) for model in first.scorer.models for part in model.parts]
@@ -220,4 +225,3 @@ def test_a_generation_is_freed_when_its_last_user_drops_it(tmp_path: Path, refer
     finally:
         gc.enable()
     assert len(freed) >= 3
-    assert second.judge is not None

@@ -88,6 +88,10 @@ def test_reload_replaces_models_and_filters_between_two_batches(
         } == passed
         assert len(published) == len(passed)
 
+        pipeline.send(packets[:10])  # the window of duplicates has survived
+        service.wait_consumed(40 * len(changes) + 10)
+        assert service.metric("duplicate_alerts_total") == 10
+
         # A configuration that fails changes nothing, and the service says so as `config check` does.
         for broken, message in (
             ({"filters": [{"name": "real", "where": "default.reel > 0.5"}]}, "filters[0].where: "),
