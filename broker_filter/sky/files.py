@@ -47,7 +47,10 @@ class SkyFiles:
     @property
     def failed(self) -> dict[str, bool]:
         """Whether each file on disk, by path, could not be taken over, so that earlier content of it is in use."""
-        return {str(file.path): file.error is not None for file in self}
+        states: dict[str, bool] = {}
+        for file in self:  # a map may be read at several levels
+            states[str(file.path)] = states.get(str(file.path), False) or file.error is not None
+        return states
 
     def look(self) -> bool:
         """Read changed files again, at most once in LOOK_INTERVAL_S. Call it between batches, never within one.

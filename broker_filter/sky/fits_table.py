@@ -28,7 +28,7 @@ def open_table(path: Path, data: bytes) -> Iterator[fits.BinTableHDU]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # astropy warns of what is an error here, and of what is harmless
-            with fits.open(io.BytesIO(data), memmap=False) as hdus:
+            with fits.open(io.BytesIO(data), memmap=False, disable_image_compression=True) as hdus:
                 table = next((hdu for hdu in hdus if isinstance(hdu, fits.BinTableHDU)), None)
                 if table is None:
                     raise SkyFileError(f"{path}: a FITS file without a binary table")
