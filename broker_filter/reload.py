@@ -59,36 +59,38 @@ class Reloader:
         self,
         file: ServiceFile,
         service: ResolvedService,
-        build: Callable[[ResolvedService], Generation],
-        install: Callable[[Generation], None],
         metrics: Metrics,
         health: Health,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`service`: the present configuration, just loaded. `build`: makes a generation that can be used at once.
+        """`service`: the present configuration, just loaded, so that later changes of its files are seen.
 
-        `install`: puts a generation into service. `health`: says on /readyz that the last reload failed. `clock`:
-        returns seconds.
+        `health`: says on /readyz that the last reload failed. `clock`: returns seconds.
         """
         self._file = file
         self._service = service
-        self._build = build
-        self._install = install
         self._metrics = metrics
         self._health = health
         self._clock = clock
         self._paths = (file.path, *_files(service))
         self._read = self._seen = self._stamps()
         self._looked = self._tried = clock()
-        self._failed = ""
+        self._failed = False
+        self._logged = ""
 
-    def run_once(self, wait_s: float) -> None:
-        """Reload if a reload was requested, at the latest within `wait_s` seconds, or if a file has changed."""
+    def run_once(
+        self, wait_s: float, build: Callable[[ResolvedService], Generation], install: Callable[[Generation], None]
+    ) -> None:
+        """Reload if a reload was requested, at the latest within `wait_s` seconds, or if a file has changed.
+
+        `build`: makes a generation that can be used at once. `install`: puts it into service.
+        """
         if self._file.requested.wait(wait_s):
             self._file.requested.clear()  # first: a request that comes during the reload leads to another one
+            self._logged = ""
         elif not self._is_due():
             return
-        self._reload()
+        self._reload(build, install)
 
     def _is_due(self) -> bool:
         now = self._clock()
@@ -97,23 +99,24 @@ class Reloader:
         self._looked, before, self._seen = now, self._seen, self._stamps()
         if self._seen != self._read and self._seen == before:
             log.info("%s, or a file that it names, has changed", self._file.path)
+            self._logged = ""
             return True
-        return bool(self._failed) and now - self._tried > RETRY_INTERVAL_S
+        return self._failed and now - self._tried > RETRY_INTERVAL_S
 
-    def _reload(self) -> None:
+    def _reload(self, build: Callable[[ResolvedService], Generation], install: Callable[[Generation], None]) -> None:
         self._read, self._tried = self._stamps(), self._clock()
         try:
             service = self._file.load_again(self._file.path, self._service.config)
             self._paths = (self._file.path, *_files(service))
             self._read = {**self._stamps(), **{path: self._read[path] for path in self._paths if path in self._read}}
-            generation = self._build(service)
+            generation = build(service)
             self._refuse_changes()
         except Exception as error:  # whatever is wrong with the new configuration, the present one must go on
             self._fail(error)
         else:
             self._service = service
-            self._failed = self._health.note = ""
-            self._install(generation)
+            self._failed, self._health.note = False, ""
+            install(generation)
             self._metrics.count_reload(failed=False)
             log.info("%s was reloaded", self._file.path)
 
@@ -130,12 +133,12 @@ class Reloader:
             )
 
     def _fail(self, error: Exception) -> None:
-        reason = explain(error.args[0]) if isinstance(error, KafkaException) else str(error)
+        reason = explain(error.args[0]) if isinstance(error, KafkaException) else str(error) or repr(error)
         fault = error if is_fault(error) and not isinstance(error, KafkaException) else None
-        if reason != self._failed:  # a reload that is tried again does not repeat the message
+        if reason != self._logged:  # a reload that is tried again does not repeat the message
             log.error("the reload failed, and the earlier configuration stays in service: %s", reason, exc_info=fault)
-        self._failed = reason or repr(error)
-        self._health.note = f"the last reload failed, and the earlier configuration stays in service: {self._failed}"
+        self._failed, self._logged = True, reason
+        self._health.note = f"the last reload failed, and the earlier configuration stays in service: {reason}"
         self._metrics.count_reload(failed=True)
 
     def _stamps(self) -> dict[Path, Stamp | None]:

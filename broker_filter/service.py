@@ -91,6 +91,7 @@ class FilterService:
         self._health = Health()
         self._health.unhealthy_reason = self._unhealthy_reason
         self._health.set("group", "not joined yet")
+        self._reloader = Reloader(file, service, self._metrics, self._health) if file else None
         self._failed = threading.Event()
         self._failure: BaseException | None = None
         self._reading, self._decoding, self._scoring, self._shadowing, self._routing, self._committing = stages = [
@@ -107,8 +108,6 @@ class FilterService:
         # make, are read from `_generation`, which a reload replaces as a whole.
         self._open = partial(open_generation, registry=opened, waiting=self._routing.beat)
         self._generation = self._open(service)
-        self._service = service
-        self._file = file
         self._window = DuplicateWindow(config.duplicate_window)
         threads = config.runtime.decode_threads or available_cores()
         self._decoders = ThreadPoolExecutor(threads, "decode")
@@ -233,7 +232,7 @@ class FilterService:
     # -- another configuration
 
     def _reload(self, endpoints: Endpoints) -> None:
-        if not self._file:
+        if not self._reloader:
             return
 
         def build(service: ResolvedService) -> Generation:
@@ -247,10 +246,9 @@ class FilterService:
             self._describe_generation(generation)
             self._generation = generation  # for the next batch that the reading thread takes
 
-        reloader = Reloader(self._file, self._service, build, install, self._metrics, self._health)
         while not self._stop.is_set():
             self._check()
-            reloader.run_once(TICK_S)
+            self._reloader.run_once(TICK_S, build, install)
 
     # -- between the stages
 

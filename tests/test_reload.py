@@ -39,9 +39,7 @@ class Reloads:
         self.installed: list[Generation] = []
         self.before_install: Callable[[], None] = lambda: None
         self.service = load_service(self.file.path)
-        self.reloader = Reloader(
-            self.file, self.service, self.build, self.installed.append, self.metrics, self.health, lambda: self.now
-        )
+        self.reloader = Reloader(self.file, self.service, self.metrics, self.health, lambda: self.now)
 
     def write(self, **keys: Any) -> None:
         """Replace the service file."""
@@ -61,12 +59,16 @@ class Reloads:
     def request(self) -> None:
         """Request a reload, and let the reloader do it."""
         self.file.requested.set()
-        self.reloader.run_once(NEVER_S)
+        self.run_once()
+
+    def run_once(self) -> None:
+        """Let the reloader work once."""
+        self.reloader.run_once(NEVER_S, self.build, self.installed.append)
 
     def look(self, seconds: float = LOOK_INTERVAL_S) -> None:
         """Let the reloader work some seconds later, without a request."""
         self.now += seconds
-        self.reloader.run_once(NEVER_S)
+        self.run_once()
 
     @property
     def outcomes(self) -> tuple[float, float]:
@@ -94,7 +96,7 @@ def test_requests_during_a_reload_lead_to_one_more_reload_of_the_last_file(tmp_p
     reloads.write(filters=[{"name": "first", "where": "magpsf < 18"}])
     reloads.file.requested.set()
     for _ in range(3):
-        reloads.reloader.run_once(NEVER_S)
+        reloads.run_once()
     assert [one.name for built in reloads.installed for one in built.config.filters] == ["first", "third"]
     assert reloads.outcomes == (2, 0)
 
@@ -118,7 +120,9 @@ def test_with_on_signal_a_changed_file_is_not_read_before_a_request(tmp_path: Pa
     assert reloads.installed[-1].config.duplicates == "drop"
 
 
-def test_with_on_change_a_file_or_bundle_is_read_when_two_looks_find_the_same_change(tmp_path: Path) -> None:
+def test_with_on_change_a_file_or_bundle_is_read_when_two_looks_find_the_same_change(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree(SHIPPED / "curves", tmp_path / "own")
     keys = {"reload": "on_change", "models": [str(tmp_path / "own")]}
     reloads = Reloads(tmp_path, **keys)
@@ -146,12 +150,15 @@ def test_with_on_change_a_file_or_bundle_is_read_when_two_looks_find_the_same_ch
     assert reloads.outcomes == (1, 1)  # nothing has changed since
     reloads.look(RETRY_INTERVAL_S)
     assert reloads.outcomes == (1, 2)
+    assert caplog.text.count("the reload failed") == 1  # it says nothing new
+    reloads.request()
+    assert caplog.text.count("the reload failed") == 2
 
     shutil.copytree(SHIPPED / "curves", tmp_path / "own", dirs_exist_ok=True)
     card.write_text(text.replace("version:", "# another card\nversion:"))
     reloads.look()
     reloads.look()
-    assert reloads.outcomes == (2, 2)
+    assert reloads.outcomes == (2, 3)
     assert reloads.health.note == ""
     assert len({one.revision for one in reloads.installed}) == 2
 
