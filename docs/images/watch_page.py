@@ -23,8 +23,8 @@ from broker_filter.simulate import simulate_night
 ALERTS = 500
 SIZE = {"width": 1280, "height": 1060}
 READ_WITHIN_S = 180
-STRANGE = 3
-"""The place in the list of the alert that is shown."""
+SHOWN = 2
+"""The place of the alert that is shown, from 0, in the list sorted by the probability of a supernova."""
 BROKER_FILTER = [sys.executable, "-m", "broker_filter"]
 
 
@@ -59,11 +59,11 @@ def take(address: str, picture: Path) -> None:
             time.sleep(1)
         page.keyboard.press(".")
         page.wait_for_timeout(500)
-        page.select_option("#sort", "strangest")
+        page.select_option("#sort", "classes.SN")
         page.wait_for_timeout(700)
         page.locator("button.alert").first.click()
         page.wait_for_timeout(300)
-        for key in ("i", "r", "1", *["j"] * (STRANGE - 2)):
+        for key in ("i", "1", "1", *["j"] * (SHOWN - 2)):
             page.keyboard.press(key)
             page.wait_for_timeout(500)
         page.wait_for_timeout(1000)

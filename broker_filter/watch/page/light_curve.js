@@ -5,6 +5,7 @@ const WIDEST = 760, NARROWEST = 330, HEIGHT = 300, LEFT = 62, RIGHT = 14, TOP = 
 const ZERO_POINT = 31.4; // AB magnitude of 1 nJy
 const LIMIT_SIGMAS = 5; // an upper limit is drawn at this many times its uncertainty
 const DETECTED_SIGMAS = 3; // forced photometry below it is drawn as an upper limit among magnitudes
+const LEAST_RANGE = 0.4; // magnitudes that an axis shows at least, so that noise does not look like a change
 const MAGNITUDE_ERROR = 2.5 / Math.LN10;
 const PER_UJY = 1000; // nJy
 const BANDS = ["u", "g", "r", "i", "z", "y"];
@@ -41,8 +42,10 @@ function asFlux(point) {
 function ticks(low, high, about) {
   const rough = (high - low) / about, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((one) => one * power).find((one) => one >= rough) || 10 * power;
-  const found = [];
-  for (let k = Math.ceil(low / step); k * step <= high + 1e-9 * step; k += 1) found.push(+(k * step).toPrecision(12));
+  const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9)), found = [];
+  for (let k = Math.ceil(low / step); k * step <= high + 1e-9 * step; k += 1) {
+    found.push({ value: k * step, text: (k * step).toFixed(digits).replace(/^-(0(\.0*)?)$/, "$1") });
+  }
   return found;
 }
 
@@ -77,6 +80,7 @@ function draw(points, mjd, unit, WIDTH) {
   const framing = leading.length ? leading : drawn;
   let low = Math.min(...framing.map((one) => one.low)), high = Math.max(...framing.map((one) => one.high));
   if (unit === "flux") { low = Math.min(low, 0); high = Math.max(high, 0); }
+  if (unit === "magnitude" && high - low < LEAST_RANGE) [low, high] = [(low + high - LEAST_RANGE) / 2, (low + high + LEAST_RANGE) / 2];
   const roomY = (unit === "flux" ? 0.18 : 0.1) * (high - low) || 0.5;
   low -= roomY; high += roomY;
   const x = (day) => LEFT + (day - first) / (last - first) * (WIDTH - LEFT - RIGHT);
@@ -90,13 +94,13 @@ function draw(points, mjd, unit, WIDTH) {
   const outside = drawn.filter((one) => one.y < low || one.y > high).length;
   const drawing = s("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `Light curve with ${drawn.length} points; the table below has the values.` },
     s("defs", null, clip),
-    ticks(low, high, 5).map((value) => [
+    ticks(low, high, 5).map(({ value, text }) => [
       s("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }),
-      s("text", { x: LEFT - 7, y: y(value) + 4, "text-anchor": "end" }, number(value)),
+      s("text", { x: LEFT - 7, y: y(value) + 4, "text-anchor": "end" }, text),
     ]),
-    ticks(first, last, WIDTH / 90).map((value) => [
+    ticks(first, last, WIDTH / 90).map(({ value, text }) => [
       s("line", { class: "grid", x1: x(value), x2: x(value), y1: TOP, y2: HEIGHT - BOTTOM }),
-      s("text", { x: x(value), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, number(value)),
+      s("text", { x: x(value), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, text),
     ]),
     s("line", { class: "now", x1: x(0), x2: x(0), y1: TOP, y2: HEIGHT - BOTTOM }),
     unit === "flux" ? s("line", { class: "zero", x1: LEFT, x2: WIDTH - RIGHT, y1: y(0), y2: y(0) }) : null,

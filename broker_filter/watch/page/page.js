@@ -162,6 +162,7 @@ async function select(id, open = false) {
   const button = find("list").querySelector(`button[data-id="${CSS.escape(id)}"]`);
   button?.scrollIntoView({ block: "nearest" });
   if (open) find("detail").scrollTop = 0;
+  if (open && !button?.checkVisibility()) find("detail").focus({ preventScroll: true });
   if (!open && button?.checkVisibility()) button.focus({ preventScroll: true });
 }
 
