@@ -111,12 +111,12 @@ class Reloader:
             self._read = {**self._stamps(), **{path: self._read[path] for path in self._paths if path in self._read}}
             generation = build(service)
             self._refuse_changes()
+            install(generation)
         except Exception as error:  # whatever is wrong with the new configuration, the present one must go on
             self._fail(error)
         else:
             self._service = service
             self._failed, self._health.note = False, ""
-            install(generation)
             self._metrics.count_reload(failed=False)
             log.info("%s was reloaded", self._file.path)
 
