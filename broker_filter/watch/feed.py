@@ -100,13 +100,16 @@ class Feed:
 
     def _read(self, packets: Sequence[Packet]) -> list[tuple[Facts, Content] | Reject]:
         """Return what the reader makes of packets; waits as long as a schema registry does not answer."""
+        unanswered = ""
         while True:
             try:
-                return list(self._reader.read(packets))
+                found = list(self._reader.read(packets))
             except RegistryUnavailable as error:
                 log.warning("%s; trying again in %.0f s", error, RETRY_S)
-                self.problem = str(error)
+                self.problem = unanswered = str(error)
                 if self._stop.wait(RETRY_S):
                     return []
             else:
-                self.problem = ""
+                if self.problem == unanswered:
+                    self.problem = ""
+                return found

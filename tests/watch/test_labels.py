@@ -11,8 +11,6 @@ import pytest
 pytest.importorskip("galsim", reason="simulated packets need the extra `demo`")
 
 from broker_filter.errors import BrokerFilterError
-from broker_filter.scoring.labels import parse_rule, read_labels
-from broker_filter.simulate import simulate_night
 from broker_filter.watch.chosen import read_list
 from broker_filter.watch.labels import COLUMNS, Label, LabelFileError, LabelTable, check_classes, one_line
 
@@ -112,32 +110,6 @@ def test_a_label_that_cannot_be_written_is_not_shown(tmp_path: Path) -> None:
 def test_classes_that_cannot_be_labels_are_refused(classes: list[str]) -> None:
     with pytest.raises(LabelFileError):
         check_classes(classes)
-
-
-def test_build_dataset_takes_the_table(tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason="training needs the extra `train`")
-    from training.data.build_dataset import build_dataset
-
-    night, file = tmp_path / "night", tmp_path / "labels.csv"
-    night.mkdir()
-    table = LabelTable(file)
-    truth = {}
-    for k, alert in enumerate(simulate_night(20, seed=2)):
-        (night / f"{k}.avro").write_bytes(alert.packet)
-        if k < 16:
-            truth[alert.alert_id] = ("real", "bogus")[k % 2]
-            table.set(label(alert.alert_id, truth[alert.alert_id], object_id=alert.object_id, note="a, note"))
-        else:  # interesting, but without a label: not in the data set
-            table.set(label(alert.alert_id, interesting=True, object_id=alert.object_id))
-    labels = read_labels(file, "label", [parse_rule("bogus=bogus"), parse_rule("real=real")])
-    dataset = build_dataset([night], labels, tmp_path / "dataset")
-    found = {
-        int(alert_id): dataset.card.classes[int(index)]
-        for alert_id, index in zip(dataset.alert_id, dataset.label, strict=True)
-    }
-    assert found == truth
-    assert read_labels(file, "label").classes == ("bogus", "real")
-    assert len(read_labels(file, "interesting", [parse_rule("no=False"), parse_rule("yes=True")]).label_of) == 20
 
 
 def test_a_list_is_read_in_the_order_of_its_ranks(tmp_path: Path) -> None:

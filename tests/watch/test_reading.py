@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import io
+import threading
+from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import fastavro
 import numpy as np
 import pytest
 
+from broker_filter.kafka.client import KafkaSetupError
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.rejects import Reject, RejectReason
-from broker_filter.packets.schemas.registry import open_registry
-from broker_filter.packets.schemas.writer_schema import writer_schema
+from broker_filter.packets.schemas.registry import SchemaRegistry, open_registry
+from broker_filter.packets.schemas.registry_client import RegistryUnavailable
+from broker_filter.packets.schemas.writer_schema import WriterSchema, writer_schema
 from broker_filter.scoring.scorer import Scorer
 from broker_filter.simulate import SCHEMAS, simulate_night
 from broker_filter.watch.annotation import MAX_TEXT, bounded, is_bounded, read_annotation
 from broker_filter.watch.detail import STRIP_SIZE, Details, strip
+from broker_filter.watch.feed import Feed, in_batches
 from broker_filter.watch.reading import AlertReader, Scoring
 from broker_filter.watch.store import AlertStore, Content, Facts
 
@@ -178,3 +184,49 @@ def test_temporary_files_are_closed_when_their_alerts_are_dropped(monkeypatch: p
 def test_only_alerts_of_a_list_are_kept(fill: Fill) -> None:
     store, _ = fill(list(records(6, distinct=2)), only=[FIRST_ID + 4, FIRST_ID + 1])
     assert {alert.facts.alert_id - FIRST_ID for alert in store.alerts()} == {1, 4}
+
+
+def failing(error: Exception) -> Iterator[list[Packet]]:
+    yield [Packet(data) for data in records(1, distinct=2)]
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (KafkaSetupError("brokers x:9092: topic y: unknown"), "brokers x:9092: topic y: unknown"),
+        (ZeroDivisionError(), "a fault of the program stopped the reading; the log has the details"),
+    ],
+)
+def test_what_stops_the_reading_is_shown(error: Exception, shown: str) -> None:
+    with closing(AlertStore(10)) as store:
+        feed = Feed([failing(error)], AlertReader(open_registry(None)), store, stop=threading.Event())
+        feed.start()
+        feed.join(60)
+        assert (feed.problem, feed.is_reading, len(store)) == (shown, False, 1)
+
+
+class LateRegistry:
+    """A schema registry that does not answer the first request."""
+
+    def __init__(self, registry: SchemaRegistry) -> None:
+        self._registry = registry
+        self.requests = 0
+
+    def get(self, schema_id: int, doubted: WriterSchema | None = None) -> WriterSchema:
+        self.requests += 1
+        if self.requests == 1:
+            raise RegistryUnavailable("the registry does not answer")
+        return self._registry.get(schema_id, doubted)
+
+
+def test_a_registry_that_does_not_answer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("broker_filter.watch.feed.RETRY_S", 0.01)
+    registry = LateRegistry(open_registry(SCHEMAS))
+    packets = [Packet(alert.packet) for alert in simulate_night(2, 1, "lsst")]
+    with closing(AlertStore(10)) as store:
+        feed = Feed([in_batches(packets)], AlertReader(registry), store, stop=threading.Event())
+        feed.start()
+        feed.join(60)
+        assert (feed.problem, len(store)) == ("", 2)
+    assert registry.requests > 1

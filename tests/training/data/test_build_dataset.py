@@ -18,6 +18,7 @@ from broker_filter.scoring.labels import Labels, parse_rule, read_labels
 from broker_filter.simulate import SimulatedAlert
 from broker_filter.streaming.archives import read_packets
 from broker_filter.streaming.expressions import ExpressionError
+from broker_filter.watch.labels import Label, LabelTable
 from training.__main__ import main
 from training.data import build_dataset as building
 from training.data.build_dataset import assign_splits, build_dataset
@@ -37,6 +38,22 @@ def test_labels_are_joined_by_alert_and_by_object(
     expected = [names.index(name) % 2 for name in dataset.object_id.tolist()]
     assert dataset.label.tolist() == expected
     assert dataset.card.classes == ("a", "b")
+
+
+def test_labels_of_a_person_at_the_page_of_alerts_are_taken(
+    night_packets: Path, alerts_of_the_night: list[SimulatedAlert], tmp_path: Path
+) -> None:
+    table = LabelTable(tmp_path / "labels.csv")
+    for k, alert in enumerate(alerts_of_the_night[:30]):
+        name = "" if k % 10 == 0 else "real" if alert.is_real else "bogus"  # some are interesting, without a label
+        table.set(Label(alert.alert_id, alert.object_id, alert.survey, name, not name, 'a, "note"', ""))
+    command = ["build-dataset", str(night_packets), "--labels", str(tmp_path / "labels.csv"), "--label", "label"]
+    main([*command, "--class", "bogus=bogus", "--class", "real=real", "--out", str(tmp_path / "set")])
+    dataset = Dataset.open(tmp_path / "set")
+    truth = {alert.alert_id: alert.is_real for alert in alerts_of_the_night}
+    assert len(dataset.alert_id) == 27
+    assert [truth[alert] for alert in dataset.alert_id.tolist()] == dataset.label.astype(bool).tolist()
+    assert len(read_labels(tmp_path / "labels.csv", "interesting").label_of) == 30
 
 
 def test_rows_of_a_table_give_the_same_data_set_as_their_packets(
