@@ -5,6 +5,9 @@
 # `make demo` installs no PyTorch. For the targets that do, on a machine without a GPU,
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu avoids a download of gigabytes of CUDA libraries.
 
+# With it, each of the hundreds of processes that the tests start would compile the sources again.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

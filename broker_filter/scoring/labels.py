@@ -16,7 +16,6 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pyarrow import dataset
 
 from broker_filter.errors import BrokerFilterError
 
@@ -125,6 +124,8 @@ def read_labels(table: Path, column: str, rules: Sequence[ClassRule] = ()) -> La
     (rounded); if an id has two classes; if a class has no rows or there are fewer than two classes; or if two rules
     have the same name.
     """
+    from pyarrow import dataset  # takes 0.3 s if pandas is installed, and few processes read labels
+
     names = [rule.name for rule in rules]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise LabelsError(f"{table}: class {', '.join(twice)} is described more than once")
