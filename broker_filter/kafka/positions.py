@@ -254,16 +254,23 @@ class StoredPositions:
         return targets
 
     def move(self, targets: Mapping[Key, int]) -> None:
-        """Store the new positions.
+        """Store the new positions of a stopped service.
 
-        Raises LiveMembersError if the input's group has members, and KafkaSetupError if a position is not stored, for
-        example because the service started meanwhile. Some of the other positions may then be stored.
+        Raises LiveMembersError if the input's group has members, and the errors of `store`.
         """
         if members := self.members():
             raise LiveMembersError(
-                f"group {self.group} has {len(members)} live members, and only a stopped service's positions can be "
+                f"group {self.group} has live members ({len(members)}), and only a stopped service's positions can be "
                 f"moved: {'; '.join(members)}. Stop them; a member that was killed leaves after its session timeout"
             )
+        self.store(targets)
+
+    def store(self, targets: Mapping[Key, int]) -> None:
+        """Store positions without a look at the members; see the module about a service that has just started.
+
+        Raises KafkaSetupError if a position is not stored, for example because the service has started. Some of the
+        other positions may then be stored.
+        """
         with answered(self._in_log):
             ids = topic_ids(self._admin, {topic for topic, _ in targets})
         positions = {key: Position(offset, ids[key[0]]) for key, offset in targets.items()}
