@@ -170,11 +170,12 @@ def run(arguments: argparse.Namespace) -> int:
     require_files(arguments.reference, arguments.list)
 
     from broker_filter.console import printable
+    from broker_filter.watch.access import listen
     from broker_filter.watch.chosen import read_list
     from broker_filter.watch.feed import Feed
     from broker_filter.watch.labels import LabelTable, check_classes
     from broker_filter.watch.server import Night
-    from broker_filter.watch.serving import listen, serve
+    from broker_filter.watch.serving import serve
     from broker_filter.watch.store import AlertStore
 
     classes = check_classes(arguments.classes)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from http.cookies import CookieError, SimpleCookie
@@ -25,6 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from broker_filter.watch.access import Access
 from broker_filter.watch.chosen import Chosen
 from broker_filter.watch.detail import Details
 from broker_filter.watch.feed import Feed
@@ -75,18 +75,6 @@ class Night:
     classes: Sequence[str] = ()
     chosen: Mapping[int, Chosen] = field(default_factory=dict)
     keep: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """Which requests are answered. `hosts`: the allowed Host headers; None allows all, if there is a `key`.
-
-    `key`: the secret that the address of the page must hold; None on loopback.
-    """
-
-    hosts: Collection[str] | None
-    key: str | None = None
-    token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
 
 
 def make_app(night: Night, access: Access, stopping: Callable[[], bool] = lambda: False) -> Application:

@@ -14,12 +14,12 @@ pytest.importorskip("httpx2", reason="the requests need httpx2")
 
 from starlette.testclient import TestClient
 
+from broker_filter.watch.access import Access, ListenError, access_to, listen
 from broker_filter.watch.chosen import Chosen
 from broker_filter.watch.labels import LabelTable
 from broker_filter.watch.links import links
 from broker_filter.watch.listing import Query, QueryError
-from broker_filter.watch.server import HEADERS, MAX_STREAMS, TOKEN_HEADER, Access, Night, make_app
-from broker_filter.watch.serving import ListenError, access_to, listen
+from broker_filter.watch.server import HEADERS, MAX_STREAMS, TOKEN_HEADER, Night, make_app
 
 from .conftest import Fill
 from .made_night import FIRST_ID, HOSTILE, annotation, records
