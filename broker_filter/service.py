@@ -374,6 +374,8 @@ class FilterService:
         self._metrics.describe_configuration(generation.revision)
         self._metrics.expect(topics=generation.config.output_topics, filters=generation.filters.names)
         self._metrics.set_filter_files(generation.files.failed)
+        for file in generation.files:
+            log.info("file of a filter: %s: %s", file.path, file.content)
         self._metrics.set_filters(generation.filters.states())
         networks: dict[str, list[Network]] = {"model": [], "shadow model": []}
         served = [("model", model) for model in generation.scorer.models]

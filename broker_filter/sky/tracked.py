@@ -69,7 +69,7 @@ class TrackedFile(Generic[Content]):
             log.error("%s; the filters keep its earlier content", error)
         else:
             self.error = None
-            log.info("%s has changed and was read again", self.path)
+            log.info("%s has changed and was read again: %s", self.path, self.content)
 
     def _load(self) -> tuple[Content, str]:
         data = _read_bounded(self.path)

@@ -46,7 +46,7 @@ class Watchlist:
         return len(self.names)
 
     def __str__(self) -> str:
-        return f"{len(self):,} targets"
+        return f"{len(self):,} target{'s' * (len(self) != 1)}"
 
     def name(self, row: int) -> str:
         """Return the name of the target in a row."""

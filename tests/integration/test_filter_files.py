@@ -60,6 +60,7 @@ def test_list_that_changes_or_breaks_while_the_service_runs(make_pipeline: MakeP
     failed = f'filter_file_failed{{file="{targets}"}}'
     service.wait_consumed(4)
     assert service.metric(failed) == 0
+    assert f"file of a filter: {targets}: 1 target" in service.log
 
     replace_list(targets, list_of("second", second))
     send_until(service, pipeline, packets[2], "targets.csv has changed and was read again")

@@ -51,7 +51,7 @@ def test_changed_file_is_read_again_at_most_once_a_second(tmp_path: Path, caplog
     with caplog.at_level(logging.INFO):
         assert looked(files, clock, 0.1)
     assert file.content.names.to_pylist() == ["a", "b", "c"]
-    assert caplog.messages == [f"{targets} has changed and was read again"]
+    assert caplog.messages == [f"{targets} has changed and was read again: 3 targets"]
     assert file.sha256 != first
     write(targets, "ab")
     looked(files, clock)
