@@ -66,9 +66,10 @@ class AlertReader:
             packets = self._scored(packets, self._scoring)
         alerts, rejects = self._decoder.decode(packets)
         magnitude = alerts.column(MAGNITUDE).tolist()
+        has_cutouts = (alerts.cutout_box[:, :, 2].sum(axis=1) > 0).tolist()
         for row, record in enumerate(alerts.records):
             annotation = read_annotation(record.body, record.schema)
-            facts = facts_of(alerts.identity(row), annotation, magnitude[row])
+            facts = facts_of(alerts.identity(row), annotation, magnitude[row], has_cutouts=has_cutouts[row])
             yield facts, Content(bytes(record.body), record.schema)
         for reject in rejects:
             found = read_scores_record(reject.packet, self._registry)
@@ -96,7 +97,9 @@ def _place(alerts: AlertBatch, row: int) -> Packet:
     return alerts.packets[int(alerts.packet_index[row])]
 
 
-def facts_of(identity: AlertIdentity, annotation: Mapping[str, Any], magnitude: float | None) -> Facts:
+def facts_of(
+    identity: AlertIdentity, annotation: Mapping[str, Any], magnitude: float | None, *, has_cutouts: bool = False
+) -> Facts:
     """Return the facts of an alert whose id, survey, time and position are known."""
     anomaly = _record(annotation.get("anomaly"))
     score = anomaly.get("score")
@@ -115,6 +118,7 @@ def facts_of(identity: AlertIdentity, annotation: Mapping[str, Any], magnitude: 
         flagged=anomaly.get("flag") is True,
         passed=tuple(str(one.get("name")) for one in _records(annotation.get("filters")) if one.get("passed") is True),
         reason=_reason(_record(anomaly.get("reason"))),
+        has_cutouts=has_cutouts,
     )
 
 

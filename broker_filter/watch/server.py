@@ -328,7 +328,7 @@ class _Pages:
             "passed": list(facts.passed),
             "reason": entry.reason if entry and entry.reason else facts.reason,
             "scores": dict(facts.scores),
-            "pictures": alert.schema is not None,
+            "pictures": facts.has_cutouts,
             **self._label(facts.alert_id),
         }
 

@@ -25,6 +25,7 @@ class Facts:
     `survey`: `ztf` or `lsst`. `magnitude`: AB magnitude of the difference; None if unknown, as for `payload: scores`.
     `scores`: the models' outputs by name, `<model>.<label>`. `anomaly`: the anomaly score; None if it was not judged.
     `passed`: names of the filters that the alert passed. `reason`: why it was flagged, in a few words.
+    `has_cutouts`: whether the record holds a usable cutout.
     """
 
     alert_id: int
@@ -41,6 +42,7 @@ class Facts:
     flagged: bool = False
     passed: tuple[str, ...] = ()
     reason: str = ""
+    has_cutouts: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ def test_facts_are_the_same_with_every_payload(payload: Any) -> None:
         assert facts.passed == tuple(one["name"] for one in expected["filters"] if one["passed"])
         assert facts.reason == ("unlike in light_curve" if k % 7 == 0 else "")
         assert (facts.magnitude is None) == (payload == "scores")
+        assert facts.has_cutouts == (payload == "full")
 
 
 def test_light_curves_are_shown_without_cutouts(fill: Fill) -> None:

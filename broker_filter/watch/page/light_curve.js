@@ -125,7 +125,7 @@ function legend(drawn, outside) {
 
 function table(points, mjd) {
   const names = { limit: "upper limit" };
-  return h("details", null, h("summary", null, `The ${points.length} points as a table`),
+  return h("details", null, h("summary", null, points.length === 1 ? "The point as a table" : `The ${points.length} points as a table`),
     h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Points of the light curve" }, h("table", null,
       h("thead", null, h("tr", null, ["days", "MJD", "band", "kind", "flux (µJy)", "± 1 sigma"].map((name) => h("th", { scope: "col" }, name)))),
       h("tbody", null, points.map((point) => h("tr", null,
