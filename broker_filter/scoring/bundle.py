@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,6 +39,9 @@ TEST_VECTOR = "test_vector.safetensors"
 
 SHIPPED = Path(__file__).parents[1] / "bundles"
 MAX_CARD_BYTES = 2**20
+PARSED_CARDS = 16
+"""Cards that stay in memory after they are parsed, which takes 0.03 s. A check of a configuration, the start that
+follows and a reload open the same bundles."""
 MAX_FILE_BYTES = 2**31
 """Largest size of an ONNX file (protobuf's limit); no network that is fast enough for a stream comes near it."""
 MAX_CUTOUT_SIZE = 512
@@ -649,6 +653,7 @@ def _read_card(directory: Path) -> bytes:
     return path.read_bytes()
 
 
+@lru_cache(maxsize=PARSED_CARDS)
 def _parse_card(directory: Path, data: bytes) -> Card | RoutingCard:
     """Return a card of either format. Raises BundleError if it is malformed, or of a format of a later version."""
     path = directory / CARD
