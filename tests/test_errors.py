@@ -19,6 +19,7 @@ INTERNAL = {
     "ClaimEndedError",
     "EndedError",
     "FencedError",
+    "LetterError",
     "ParquetError",
     "QueryError",
     "RegistryRefusalError",

@@ -21,6 +21,9 @@ from broker_filter.errors import FAILED, USAGE, BrokerFilterError, is_fault
 COMMANDS = {
     "build-dataset": ("training.data.build_dataset", "build a data set from archives and labels"),
     "fit": ("training.vision.fit", "train the network that a file describes, and write its bundle"),
+    "fit-head": ("training.labelling.fit_head", "fit a classifier of few labels on an embedding, and write its bundle"),
+    "active": ("training.labelling.choose", "choose the alerts of a night to label next"),
+    "active-study": ("training.labelling.study", "measure what chosen labels are worth, compared with random ones"),
     "evaluate": ("training.evaluation.evaluate", "evaluate a bundle on a split, with bootstrap intervals over objects"),
     "compare": ("training.evaluation.compare", "compare evaluations: tables, plots, significance of differences"),
     "pretrain": ("training.vision.pretrain", "train an encoder on galaxy images"),

@@ -18,6 +18,7 @@ from broker_filter.scoring.networks.acai import ACAI
 from broker_filter.scoring.networks.alert_embedder import AlertEmbedder
 from broker_filter.scoring.networks.btsbot_cnn import btsbot_cnn
 from broker_filter.scoring.networks.curve_classes import CurveClasses
+from broker_filter.scoring.networks.embedding_head import HEADS
 from broker_filter.scoring.networks.fusion import FusionNetwork
 from broker_filter.scoring.networks.snr_embedder import SnrEmbedder
 from broker_filter.scoring.networks.snrnet import SnrNet
@@ -38,6 +39,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "stampnet_classes": StampNetClasses,
     "timm": timm_network,
     "vgg6": VGG6,
+    **HEADS,
 }
 """Architectures by the name used in cards."""
 

@@ -1,0 +1,1 @@
+"""Labels made by people: which alerts to label next, and classifiers that learn from some hundred labels."""
