@@ -166,8 +166,8 @@ def _read(
     packets: Sequence[Packet], decoder: Decoder, registry: SchemaRegistry
 ) -> Iterator[tuple[ComparedAlert, str, Mapping[str, Any]] | Reject]:
     """Yield each record, with any payload, as the alert, its survey and its annotation, or as a reject."""
+    from broker_filter.streaming.annotations import read_annotation, read_scores_record
     from broker_filter.streaming.comparison import ComparedAlert
-    from broker_filter.watch.annotation import read_annotation, read_scores_record
 
     alerts, rejects = decoder.decode(packets)
     for row, record in enumerate(alerts.records):

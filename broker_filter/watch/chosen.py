@@ -9,7 +9,7 @@ import pyarrow as pa
 from pyarrow import dataset
 
 from broker_filter.errors import USAGE, BrokerFilterError
-from broker_filter.watch.annotation import MAX_TEXT
+from broker_filter.streaming.annotations import MAX_TEXT
 
 KEY, REASON, RANK = "alert_id", "reason", "rank"
 MAX_ROWS = 1_000_000

@@ -18,8 +18,8 @@ from broker_filter.packets.packet import Packet
 from broker_filter.packets.schemas.writer_schema import BySchema
 from broker_filter.packets.surveys import COLUMNS
 from broker_filter.pictures.png import MASKED, masked_png, masked_shades, shades_png
+from broker_filter.streaming.annotations import read_annotation
 from broker_filter.streaming.encoding import ContainerFraming, OutputSchema
-from broker_filter.watch.annotation import read_annotation
 from broker_filter.watch.links import links
 from broker_filter.watch.store import Alert, AlertStore, Content
 

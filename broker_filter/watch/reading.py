@@ -17,11 +17,11 @@ from broker_filter.packets.packet import Packet
 from broker_filter.packets.rejects import Reject
 from broker_filter.packets.schemas.registry import SchemaRegistry
 from broker_filter.scoring.scorer import Scorer
+from broker_filter.streaming.annotations import MAX_ITEMS, MAX_TEXT, read_annotation, read_scores_record
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.encoding import ContainerFraming, Encoder
 from broker_filter.streaming.filtering import DUPLICATE_WINDOW, score_alerts
 from broker_filter.streaming.judge import AnomalyJudge
-from broker_filter.watch.annotation import MAX_ITEMS, MAX_TEXT, read_annotation, read_scores_record
 from broker_filter.watch.store import Content, Facts
 
 TINY = 8

@@ -1,4 +1,4 @@
-"""Reads the field that broker-filter added to an alert, and whole records of `payload: scores`.
+"""Reads annotations out of output records: the field `broker_filter`, of alerts and of records of `payload: scores`.
 
 Records are untrusted. A schema is used only if each record that it describes takes time and memory in proportion to its
 bytes. Values of unexpected types are dropped, so that what is returned can be shown without further checks.
@@ -37,7 +37,6 @@ MAX_TEXT = 300
 """Longest text that is kept of a record, in characters: a name or a sentence."""
 MAX_ITEMS = 100
 """The most entries that are kept of an array or a map of a record."""
-
 MAX_EMPTY = 64
 """The most parts of a record that may take no bytes. Schemas of surveys have none."""
 
@@ -68,7 +67,7 @@ def read_annotation(body: bytes | memoryview, schema: WriterSchema) -> dict[str,
 
 
 def read_scores_record(packet: Packet, registry: SchemaRegistry) -> tuple[AlertIdentity, dict[str, Any]] | None:
-    """Return the identity and the annotation of a record of `payload: scores`; None if the packet is none.
+    """Return the identity and the annotation of a record of `payload: scores`; None if the packet is no such record.
 
     Raises RegistryUnavailable if the schema of a packet in wire format is needed and the registry does not answer.
     """
