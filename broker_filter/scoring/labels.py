@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from broker_filter.errors import BrokerFilterError
@@ -124,6 +123,7 @@ def read_labels(table: Path, column: str, rules: Sequence[ClassRule] = ()) -> La
     (rounded); if an id has two classes; if a class has no rows or there are fewer than two classes; or if two rules
     have the same name.
     """
+    import pyarrow as pa
     from pyarrow import dataset  # takes 0.3 s if pandas is installed, and few processes read labels
 
     names = [rule.name for rule in rules]

@@ -6,16 +6,16 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from broker_filter.packets.sky_coordinates import unit_vectors
-from broker_filter.sky.target_tables import read_targets
 from broker_filter.sky.tracked import SkyFileError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MAX_NAME_CHARACTERS = 200
 """The longest name of a target; names are written into output records."""
@@ -70,6 +70,8 @@ def read_watchlist(path: Path, data: bytes) -> Watchlist:
     """
     from pykdtree import kdtree
 
+    from broker_filter.sky.target_tables import read_targets  # imports pyarrow, which takes 0.2 s
+
     names, ra, dec = read_targets(path, data)
     _check_positions(path, ra, dec)
     _check_names(path, names)
@@ -99,6 +101,8 @@ def _check_positions(path: Path, ra: NDArray[np.float64], dec: NDArray[np.float6
 
 
 def _check_names(path: Path, names: pa.StringArray) -> None:
+    import pyarrow.compute as pc
+
     too_long = pc.greater(pc.utf8_length(names), MAX_NAME_CHARACTERS)
     if pc.any(too_long).as_py():
         row = pc.index(too_long, True).as_py()

@@ -38,6 +38,13 @@ print("imported:", *(name for name in {heavy!r} if name in sys.modules))
     assert all(any(line.split()[:1] == [command] for line in text) for command in COMMANDS)
 
 
+def test_the_service_imports_nothing_that_only_tables_and_training_need() -> None:
+    heavy = ("pandas", "pyarrow", "torch", "astropy", "rich")
+    program = f"import sys, broker_filter.service; print(*(name for name in {heavy!r} if name in sys.modules))"
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert output.split() == []
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

@@ -71,14 +71,18 @@ def test_list_that_changes_or_breaks_while_the_service_runs(make_pipeline: MakeP
     assert service.metric(failed) == 1
     assert service.end() == 0
 
-    (one, two) = map(result, pipeline.read("mine", expected=2))
-    assert (one[0], two[0]) == (first.alert_id, second.alert_id)
-    assert [(found[0]["list"], found[0]["name"]) for _, found, _ in (one, two)] == [
+    records = [result(record) for record in pipeline.read("mine", expected=2)]
+    found = {alert_id: (matches, revision) for alert_id, matches, revision in records}
+    assert set(found) == {first.alert_id, second.alert_id}
+    (before, old), (after, new) = found[first.alert_id], found[second.alert_id]
+    assert [(one["list"], one["name"]) for one in (*before, *after)] == [
         (str(targets), "first"),
         (str(targets), "second"),
     ]
-    assert one[1][0]["separation"] == pytest.approx(0.5, abs=1e-4)
-    assert one[2] != two[2]
+    assert before[0]["separation"] == pytest.approx(0.5, abs=1e-4)
+    assert old != new
     scored = [result(record) for record in pipeline.read("scored", expected=6)]
-    of_other = {revision for alert_id, matches, revision in scored if alert_id == other.alert_id and not matches}
-    assert of_other == {one[2], two[2]}
+    assert {revision for alert_id, matches, revision in scored if alert_id == other.alert_id and not matches} == {
+        old,
+        new,
+    }
