@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from broker_filter.cli.archived import keep_inputs
 from broker_filter.cli.kafka_options import add_kafka_options, kafka_properties
-from broker_filter.cli.options import INPUT_HELP, MOMENT_HELP, add_cache_option, add_registry_option, moment
+from broker_filter.cli.options import (
+    INPUT_HELP,
+    MOMENT_HELP,
+    add_cache_option,
+    add_registry_option,
+    fraction,
+    milliseconds,
+    moment,
+)
 from broker_filter.cli.parser import UsageError
 from broker_filter.errors import BrokerFilterError
 
@@ -60,7 +68,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--label", metavar="LABEL", help="compare only this label (default: all labels)")
     parser.add_argument(
         "--threshold",
-        type=_probability,
+        type=fraction,
         default=DEFAULT_THRESHOLD,
         metavar="P",
         help="threshold at which filters use the output of the serving model (default: %(default)s)",
@@ -76,12 +84,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_cache_option(parser)
     add_kafka_options(parser)
     parser.set_defaults(run=run)
-
-
-def _probability(text: str) -> float:
-    if not 0 < (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
-    return value
 
 
 def _limit(text: str) -> int:
@@ -127,8 +129,7 @@ def _packets(arguments: argparse.Namespace) -> Iterator[Packet]:
         from broker_filter.kafka.topic_reader import read_topic
 
         properties = kafka_properties(arguments, arguments.bootstrap_servers)
-        since_ms = round(1000 * arguments.since.timestamp()) if arguments.since else None
-        return read_topic(properties, arguments.topic, since_ms)
+        return read_topic(properties, arguments.topic, milliseconds(arguments.since))
     from broker_filter.streaming.archives import read_packets
 
     return iter(read_packets(arguments.inputs))

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from broker_filter.cli.extras import require_extra
+from broker_filter.cli.options import positive
 
 EXTRA = ("galsim", "matplotlib", "noida_db")
 """Modules that the extra `demo` installs."""
@@ -26,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--alerts",
-        type=_positive,
+        type=positive,
         default=1500,
         metavar="N",
         help="number of alerts of ZTF; LSST has a fifth of it (default: 1500)",
@@ -48,10 +49,3 @@ def run(arguments: argparse.Namespace) -> int:
 
     run_demo(arguments.out, arguments.alerts, arguments.seed)
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from broker_filter.cli.options import INPUT_HELP
+from broker_filter.cli.options import INPUT_HELP, fraction
 from broker_filter.cli.parser import UsageError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     trial.add_argument("inputs", nargs="+", metavar="NIGHT", help=INPUT_HELP)
     trial.add_argument(
         "--max-rate",
-        type=_rate,
+        type=fraction,
         metavar="RATE",
         help="largest fraction of the scored alerts that a filter without `max_rate` should pass, such as 0.05",
     )
@@ -64,12 +64,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="number of alerts on the page that pass each filter (default: %(default)s)",
     )
     trial.set_defaults(run=run)
-
-
-def _rate(text: str) -> float:
-    if not 0 < (rate := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
-    return rate
 
 
 def _page(text: str) -> Path:

@@ -27,6 +27,25 @@ def moment(text: str) -> datetime:
         raise argparse.ArgumentTypeError(f"{text} is not an {MOMENT_HELP}") from None
 
 
+def fraction(text: str) -> float:
+    """Parse a number above 0 and at most 1. Raises ArgumentTypeError outside, ValueError if it is not a number."""
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
+    return value
+
+
+def positive(text: str) -> int:
+    """Parse an integer above 0. Raises ArgumentTypeError for any other text."""
+    if not (text.isascii() and text.isdecimal()) or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
+def milliseconds(time: datetime | None) -> int | None:
+    """Return a time in Unix milliseconds, as Kafka has it; None if no time is given."""
+    return None if time is None else round(1000 * time.timestamp())
+
+
 def add_config_option(parser: argparse.ArgumentParser) -> None:
     """Add the required option `--config` to a parser."""
     parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="the service's YAML file")

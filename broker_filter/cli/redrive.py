@@ -6,7 +6,7 @@ import argparse
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from broker_filter.cli.options import MOMENT_HELP, add_config_option, moment
+from broker_filter.cli.options import MOMENT_HELP, add_config_option, moment, positive
 
 if TYPE_CHECKING:
     from broker_filter.kafka.redrive import Tally
@@ -41,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--since", type=moment, metavar="TIME", help=f"only dead letters written since a time: {MOMENT_HELP}"
     )
     parser.add_argument(
-        "--max-tries", type=_tries, metavar="N", help="only dead letters that failed fewer than N times before"
+        "--max-tries", type=positive, metavar="N", help="only dead letters that failed fewer than N times before"
     )
     parser.add_argument("--dry-run", action="store_true", help="only count the dead letters by reason")
     parser.set_defaults(run=run)
@@ -76,12 +76,6 @@ def _reasons(text: str) -> list[str]:
     if unknown := [reason for reason in reasons if reason not in list(RejectReason)]:
         raise argparse.ArgumentTypeError(f"{unknown[0]}: unknown reason; choose from {', '.join(RejectReason)}")
     return reasons
-
-
-def _tries(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return int(text)
 
 
 def _counts(tally: Tally) -> str:

@@ -6,13 +6,20 @@ import argparse
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from broker_filter.cli.extras import require_extra
 from broker_filter.cli.kafka_options import add_kafka_options, kafka_properties
-from broker_filter.cli.options import INPUT_HELP, add_cache_option, add_scoring_options
+from broker_filter.cli.options import (
+    INPUT_HELP,
+    MOMENT_HELP,
+    add_cache_option,
+    add_scoring_options,
+    milliseconds,
+    moment,
+    positive,
+)
 from broker_filter.cli.parser import UsageError, require_files
 
 if TYPE_CHECKING:
@@ -52,13 +59,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     begin = topics.add_mutually_exclusive_group()
     begin.add_argument(
         "--newest",
-        type=_count,
+        type=positive,
         default=DEFAULT_NEWEST,
         metavar="N",
         help="begin with about the newest N alerts of each topic (default: %(default)s)",
     )
     begin.add_argument(
-        "--since", type=_time, metavar="TIME", help="begin with the alerts published since this UTC time (ISO 8601)"
+        "--since", type=moment, metavar="TIME", help=f"begin with the alerts published since a time: {MOMENT_HELP}"
     )
     add_kafka_options(topics)
     labels = parser.add_argument_group("labels")
@@ -125,22 +132,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(run=run)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of alerts")
-    return int(text)
-
-
 def _keep(text: str) -> int:
-    if (keep := _count(text)) > MAX_KEEP:
+    if (keep := positive(text)) > MAX_KEEP:
         raise argparse.ArgumentTypeError(f"must be at most {MAX_KEEP}, not {keep}")
     return keep
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**16:
-        raise argparse.ArgumentTypeError(f"{text} is not a port")
-    return int(text)
 
 
 def _share(text: str) -> float:
@@ -149,13 +144,10 @@ def _share(text: str) -> float:
     return share
 
 
-def _time(text: str) -> int:
-    """Parse a time as Unix milliseconds; a time without a zone is in UTC."""
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not a time such as 2026-02-26T18:00") from None
-    return round(1000 * (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp())
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**16:
+        raise argparse.ArgumentTypeError(f"{text} is not a port")
+    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -234,9 +226,8 @@ def _sources(
         from broker_filter.kafka.topic_reader import follow_topics
 
         properties = kafka_properties(arguments, arguments.bootstrap_servers)
+        since_ms = milliseconds(arguments.since)
         sources.append(
-            follow_topics(
-                properties, arguments.topic, stop, newest=arguments.newest, since_ms=arguments.since, report=report
-            )
+            follow_topics(properties, arguments.topic, stop, newest=arguments.newest, since_ms=since_ms, report=report)
         )
     return sources

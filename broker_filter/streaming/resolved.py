@@ -99,13 +99,13 @@ class Resolver:
 
 
 def configuration_revision(config: Service, bundles: Sequence[Bundle]) -> str:
-    """Return the first REVISION_DIGITS hexadecimal digits of a sha256 over everything that decides a record's content.
+    """Return the first REVISION_DIGITS hexadecimal digits of a sha256 over what decides the output records.
 
-    These are the models (with the sha256 of their cards, which list that of all their files) and whether they are
-    shadows, the precision, reference, rate and lenses of the anomaly detection, the filters, the payload, and the size
-    of the window of duplicates.
-    Brokers, topics, ports, secrets and limits of time and size are left out. The files that a filter reads are left
-    out too: the revision of the filter covers them.
+    That is everything that decides whether an alert has a record in a topic, and what the record holds: the models
+    (with the sha256 of their cards, which list that of all their files) and whether they are shadows, the precision,
+    reference, rate and lenses of the anomaly detection, the filters, the payload, the size of the window of duplicates,
+    and whether duplicates are published. Brokers, topics, ports, secrets and limits of time and size are left out. The
+    files that a filter reads are left out too: the revision of the filter covers them.
 
     `bundles`: the opened bundles, in the order of `config.models`.
 
@@ -126,7 +126,7 @@ def configuration_revision(config: Service, bundles: Sequence[Bundle]) -> str:
         "anomalies": anomalies,
         "filters": [one.model_dump(exclude_defaults=True) | {"where": normalised(one.where)} for one in config.filters],
         "payload": config.output.payload,
-        "duplicate_window": config.duplicate_window,
+        "duplicates": [config.duplicate_window, config.duplicates],
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:REVISION_DIGITS]
 

@@ -127,6 +127,7 @@ def test_the_revision_changes_with_what_decides_a_record_and_with_nothing_else(
         revision(filters="[{name: bright, where: magpsf < 18.4}]"),
         revision(output="{prefix: me, payload: scores}"),
         revision(duplicate_window="5"),
+        revision(duplicates="drop"),
         *(revision(anomalies=one) for one in anomalies),
     ]
     assert len({first, *others}) == 1 + len(others)
