@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +14,7 @@ from broker_filter.sky.tracked import SkyFileError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from threadpoolctl import ThreadpoolController
 
 MAX_NAME_CHARACTERS = 200
 """The longest name of a target; names are written into output records."""
@@ -39,8 +38,8 @@ class Watchlist:
     names: pa.StringArray  # M
     tree: Any
     """A pykdtree.kdtree.KDTree of the unit vectors of the targets, float64[M, 3]."""
-    set_threads: Callable[[int], object]
-    """Sets on how many threads the calling thread searches the tree."""
+    openmp: ThreadpoolController
+    """The copies of OpenMP in the process; pykdtree uses its own, or that of torch if it was imported before."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -53,10 +52,14 @@ class Watchlist:
         return str(self.names[row].as_py())
 
     def nearest(self, ra: NDArray[np.float64], dec: NDArray[np.float64], radius: float) -> Nearest:
-        """Return the nearest target of each position. `ra`, `dec`: degrees [N]; none missing. `radius`: arcsec."""
+        """Return the nearest target of each position. `ra`, `dec`: degrees [N]; none missing. `radius`: arcsec.
+
+        The search uses one thread. For a batch, more threads would take many times more CPU time by waiting for each
+        other than by searching, and decoding needs the other cores.
+        """
         chord = 2 * np.sin(np.radians(radius / 3600) / 2) * CHORD_MARGIN
-        self.set_threads(1)
-        distance, row = self.tree.query(unit_vectors(ra, dec), k=1, distance_upper_bound=chord)
+        with self.openmp.limit(limits=1):
+            distance, row = self.tree.query(unit_vectors(ra, dec), k=1, distance_upper_bound=chord)
         with np.errstate(invalid="ignore"):  # the distance is infinite where there is no target
             separation = np.degrees(2 * np.arcsin(distance / 2)) * 3600
         within = separation <= radius
@@ -69,6 +72,7 @@ def read_watchlist(path: Path, data: bytes) -> Watchlist:
     Raises SkyFileError if the file is no table of targets, or if a target has no position or too long a name.
     """
     from pykdtree import kdtree
+    from threadpoolctl import ThreadpoolController
 
     from broker_filter.sky.target_tables import read_targets  # imports pyarrow, which takes 0.2 s
 
@@ -76,19 +80,7 @@ def read_watchlist(path: Path, data: bytes) -> Watchlist:
     _check_positions(path, ra, dec)
     _check_names(path, names)
     tree = kdtree.KDTree(np.ascontiguousarray(unit_vectors(ra % 360, dec)))
-    return Watchlist(names, tree, _set_threads(kdtree.__file__))
-
-
-def _set_threads(library: str) -> Callable[[int], object]:
-    """Return the function of OpenMP that sets the number of threads, from the copy of OpenMP that pykdtree uses.
-
-    pykdtree has no such function, and searches on all cores. For a batch, its threads cost many times more CPU time by
-    waiting for each other than by searching, and decoding needs the other cores.
-    """
-    try:
-        return ctypes.CDLL(library).omp_set_num_threads
-    except AttributeError:  # built without OpenMP
-        return lambda _: None
+    return Watchlist(names, tree, ThreadpoolController().select(user_api="openmp"))
 
 
 def _check_positions(path: Path, ra: NDArray[np.float64], dec: NDArray[np.float64]) -> None:

@@ -133,9 +133,9 @@ def test_bench_measures_lists_and_maps_of_filters(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(measure, "LEAST_S", 0.0)
     monkeypatch.setattr(sky, "TARGETS", 1000)
     assert [(name, figure.median > 0) for name, figure in sky.measure_sky(tmp_path, 1).items()] == [
-        ("CPU s to read a list of 1,000 targets", True),
+        ("CPU ms to read a list of 1,000 targets", True),
         ('near("targets.csv", 2), CPU us for an alert', True),
-        ("CPU s to read a map of probabilities", True),
+        ("CPU ms to read a map of probabilities", True),
         ('in_moc("event.fits", 0.9), CPU us for an alert', True),
     ]
 

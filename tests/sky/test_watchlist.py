@@ -12,6 +12,7 @@ import pytest
 from astropy.io.votable.tree import VOTableFile
 from astropy.table import MaskedColumn, Table
 from pyarrow import parquet
+from threadpoolctl import threadpool_limits
 
 from broker_filter.sky import target_tables
 from broker_filter.sky.tracked import SkyFileError
@@ -60,6 +61,15 @@ def test_nearest_target_is_that_of_brute_force(tmp_path: Path) -> None:
         np.testing.assert_array_equal(nearest.row, np.where(within, best, NO_TARGET))
         np.testing.assert_allclose(nearest.separation, np.where(within, apart, np.nan), atol=1e-8, rtol=0)
     assert [found.name(row) for row in (0, 17, n - 1)] == ["T0", "T17", f"T{n - 1}"]
+
+
+def test_search_leaves_the_number_of_threads_of_other_libraries(tmp_path: Path) -> None:
+    found = watchlist(write_csv(tmp_path / "targets.csv", np.arange(3.0), np.zeros(3)))
+    with threadpool_limits(limits=3, user_api="openmp"):
+        before = found.openmp.info()
+        found.nearest(np.zeros(300), np.zeros(300), 4.0)
+        assert [one["num_threads"] for one in before] == [one["num_threads"] for one in found.openmp.info()]
+        assert {one["num_threads"] for one in before} == {3}
 
 
 @pytest.mark.parametrize("n", [1, 2, 17])
