@@ -34,12 +34,12 @@ from broker_filter.metrics import Metrics, Network
 from broker_filter.packets.batch import AlertBatch
 from broker_filter.packets.compiled import IMPLEMENTATION, why_python
 from broker_filter.packets.rejects import Reject
-from broker_filter.packets.schemas.registry import RegistryUnavailable, open_registry
+from broker_filter.packets.schemas.registry import RegistryUnavailable
 from broker_filter.reload import Reloader, ServiceFile
 from broker_filter.scoring.runtimes import available_cores
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_alerts
-from broker_filter.streaming.generation import Generation, open_generation
+from broker_filter.streaming.generation import Generation, open_generation, open_input_schemas
 from broker_filter.streaming.resolved import ResolvedService
 from broker_filter.streaming.shadow import counterpart
 
@@ -98,15 +98,10 @@ class FilterService:
             Stage(name, self._metrics) for name in ("read", "decode", "score", "shadow", "route", "commit")
         ]
         self._stages = stages
-        registry = config.input.schema_registry
-        opened = open_registry(
-            registry.location() if registry else None,
-            drop_cache=config.input.schema_cache == "drop",
-            waiting=self._decoding.beat,
-        )
+        schemas = open_input_schemas(config.input, self._decoding.beat)
         # Only the keys that cannot change without a restart are read from `_config`. The other keys, and all that they
         # make, are read from `_generation`, which a reload replaces as a whole.
-        self._open = partial(open_generation, registry=opened, waiting=self._routing.beat)
+        self._open = partial(open_generation, registry=schemas, waiting=self._routing.beat)
         self._generation = self._open(service)
         self._window = DuplicateWindow(config.duplicate_window)
         threads = config.runtime.decode_threads or available_cores()

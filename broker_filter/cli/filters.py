@@ -83,12 +83,11 @@ def run(arguments: argparse.Namespace) -> int:
     from broker_filter.cli.archived import keep_inputs
     from broker_filter.config_file import load_service
     from broker_filter.console import progress
-    from broker_filter.packets.schemas.registry import open_registry
     from broker_filter.pictures.filter_page import write_page
     from broker_filter.streaming.account import Account, account_batch
     from broker_filter.streaming.archives import check_inputs, read_packets
     from broker_filter.streaming.filtering import score_stream
-    from broker_filter.streaming.generation import open_generation
+    from broker_filter.streaming.generation import open_generation, open_input_schemas
     from broker_filter.streaming.trial import FilterTrial
 
     if arguments.out:
@@ -97,11 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     service = load_service(arguments.service)
     if not service.filters:
         raise UsageError(f"{arguments.service}: has no filters to try: add a section `filters`")
-    registry = service.config.input.schema_registry
-    schemas = open_registry(
-        registry.location() if registry else None, drop_cache=service.config.input.schema_cache == "drop"
-    )
-    generation = open_generation(service, schemas)
+    generation = open_generation(service, open_input_schemas(service.config.input))
     examples = arguments.examples if arguments.out else 0
     trials = [
         FilterTrial(name, expression, one.max_rate or arguments.max_rate, examples)

@@ -59,6 +59,8 @@ MAX_RESPONSE_BYTES = 256 * 2**20
 """Largest response that librdkafka accepts. With its default of 100 MB it would never get past a larger message."""
 MAX_RECORD_BYTES = 200_000_000
 """Largest record that is published, whatever the topic's limit is: every consumer must be able to read the record."""
+PATIENCE_S = 20.0
+"""How long a command waits for an answer of the brokers; a wrong address gives no answer either."""
 REQUEST_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
 """Timeout of one attempt to reach a cluster. The service reacts to a signal after the attempt."""
@@ -271,6 +273,13 @@ def wait_for_cluster(
         if stop.wait(pause):
             break
     return None
+
+
+def reach_cluster(properties: Mapping[str, object], error_log: ThrottledErrorLog) -> Cluster:
+    """Ask the cluster for its id and topics. Raises KafkaSetupError if it does not answer within PATIENCE_S."""
+    cluster = wait_for_cluster(properties, error_log, threading.Event(), PATIENCE_S)
+    assert cluster, "only a stop event ends the waiting"
+    return cluster
 
 
 def ask_cluster(admin: AdminClient, properties: Mapping[str, object], error_log: ThrottledErrorLog) -> Cluster:

@@ -8,7 +8,6 @@ decides, and the service reads the position only afterwards.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from broker_filter.kafka.checkpoint import (
     stored_offset,
 )
 from broker_filter.kafka.client import (
+    PATIENCE_S,
     PROPAGATION_PAUSE_S,
     REQUEST_TIMEOUT_S,
     KafkaSetupError,
@@ -43,9 +43,9 @@ from broker_filter.kafka.client import (
     librdkafka_log,
     list_offsets,
     output_section,
+    reach_cluster,
     require_compaction,
     topic_ids,
-    wait_for_cluster,
 )
 from broker_filter.kafka.compacted_topic import STABLE_TIMEOUT_S
 from broker_filter.kafka.connect import output_topics
@@ -56,8 +56,6 @@ from broker_filter.kafka.transactions import GRACE_S, Writer
 from broker_filter.kafka.watchdog import Stage
 from broker_filter.metrics import Metrics
 
-PATIENCE_S = 20.0
-"""How long to wait for an answer of the brokers; a wrong address gives no answer either."""
 SMALL_FETCH_BYTES = 1
 """A broker returns at least one batch of messages. More is not needed to learn the time of one message."""
 MESSAGES_AT_A_TIME, POLL_S = 100, 0.5
@@ -128,10 +126,8 @@ class StoredPositions:
         self._out_log = ThrottledErrorLog(
             f"output brokers {self._output.bootstrap_servers}", account=account_of(self._output)
         )
-        in_cluster = wait_for_cluster(in_properties, self._in_log, threading.Event(), PATIENCE_S)
-        out_cluster = wait_for_cluster(self._out_properties, self._out_log, threading.Event(), PATIENCE_S)
-        assert in_cluster, "only a stop event ends the waiting"
-        assert out_cluster, "only a stop event ends the waiting"
+        in_cluster = reach_cluster(in_properties, self._in_log)
+        out_cluster = reach_cluster(self._out_properties, self._out_log)
         self._cluster = in_cluster
         self._admin = admin_client(in_properties, self._in_log)
         self._out_admin = admin_client(self._out_properties, self._out_log)

@@ -13,7 +13,6 @@ reads up to the end that the topic had at its start, so it does not try a messag
 from __future__ import annotations
 
 import json
-import threading
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,6 @@ from typing import Any
 from broker_filter.config import DEAD_LETTER, REDRIVEN
 from broker_filter.kafka.client import (
     MAX_RECORD_BYTES,
-    Cluster,
     KafkaSetupError,
     RecordLimits,
     ThrottledErrorLog,
@@ -34,9 +32,9 @@ from broker_filter.kafka.client import (
     client_properties,
     ensure_topics,
     output_section,
+    reach_cluster,
     require_compaction,
     topic_ids,
-    wait_for_cluster,
 )
 from broker_filter.kafka.compacted_topic import CompactedTopic
 from broker_filter.kafka.connect import output_topics, redriven_topic
@@ -48,15 +46,12 @@ from broker_filter.kafka.transactions import GRACE_S, TRUNCATED, Claim, FencedEr
 from broker_filter.kafka.watchdog import Stage
 from broker_filter.metrics import Metrics
 from broker_filter.packets.packet import KafkaPosition
-from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.streaming.dead_letters import Letter, LetterError, leave_out_published, read_letter
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_alerts
-from broker_filter.streaming.generation import Generation, open_generation
+from broker_filter.streaming.generation import Generation, open_generation, open_input_schemas
 from broker_filter.streaming.resolved import ResolvedService
 
-PATIENCE_S = 20.0
-"""How long to wait for an answer of the brokers; a wrong address gives no answer either."""
 CHUNK = 4096
 """Offsets in a record of the ledger: its value has about 1 kB, and ten million dead letters have 2,500 records."""
 
@@ -171,9 +166,7 @@ class Redrive:
             f"output brokers {self._output.bootstrap_servers}", account=account_of(self._output)
         )
         self._admin = admin_client(self._properties, self._error_log)
-        cluster = wait_for_cluster(self._properties, self._error_log, threading.Event(), PATIENCE_S)
-        assert cluster, "only a stop event ends the waiting"
-        self._cluster: Cluster = cluster
+        self._cluster = reach_cluster(self._properties, self._error_log)
         self.tally = Tally()
 
     def count(self) -> None:
@@ -194,11 +187,7 @@ class Redrive:
         """
         if self._dead_letter not in self._cluster.topics:
             return
-        registry = self._config.input.schema_registry
-        opened = open_registry(
-            registry.location() if registry else None, drop_cache=self._config.input.schema_cache == "drop"
-        )
-        generation = open_generation(self._service, opened)
+        generation = open_generation(self._service, open_input_schemas(self._config.input))
         window = DuplicateWindow(self._config.duplicate_window)
         account = self._error_log.account
         with answered(self._error_log):

@@ -32,6 +32,7 @@ from broker_filter.kafka.client import (
 from broker_filter.kafka.rights import REFUSED, ClusterAccount, Right
 from broker_filter.kafka.transactions import TRUNCATED
 from broker_filter.packets.packet import KafkaPosition, Packet
+from broker_filter.streaming.dead_letters import INPUT, LetterError, read_letter
 
 PATIENCE_S = 30.0
 """If no message arrives for so long before the end of the topic, the brokers are taken as not answering."""
@@ -57,15 +58,20 @@ def read_topic(properties: Mapping[str, object], topic: str, since_ms: int | Non
 def read_dead_letters(properties: Mapping[str, object], topic: str, reasons: Collection[str]) -> Iterator[Packet]:
     """Yield each input message that a service has rejected for one of the `reasons`, once and unchanged.
 
-    A dead letter that was shortened to fit into the topic is left out; a warning says how many. `topic` must be the
+    Messages without the headers of a dead letter are left out. So is a dead letter that was shortened to fit into the
+    topic; a warning says how many of these there are. `topic` must be the
     dead-letter topic of a service, because malformed headers crash the client. Raises the errors of read_topic.
     """
     seen: set[int] = set()
     shortened = 0
     for packet, headers, _ in read_with_headers(properties, topic):
-        if not _reasons(headers).intersection(reasons):
+        try:
+            letter = read_letter(packet, headers)
+        except LetterError:
             continue
-        message_id = hash(headers.get("input"))  # a message may have several dead letters
+        if letter.reasons.isdisjoint(reasons):
+            continue
+        message_id = hash(headers[INPUT])  # a message may have several dead letters
         if TRUNCATED in headers:
             shortened += 1
         elif message_id not in seen:
@@ -87,12 +93,6 @@ def read_with_headers(
     """
     for packet, message in _read(properties, topic, account=account):
         yield packet, dict(message.headers() or ()), int(message.timestamp()[1])
-
-
-def _reasons(headers: Mapping[str, bytes | None]) -> set[str]:
-    """Return the reasons of a dead letter, from its headers `reason` and `rejected` (`corrupt=3,...`)."""
-    counts = (headers.get("rejected") or b"").decode(errors="replace").split(",")
-    return {(headers.get("reason") or b"").decode(errors="replace"), *(count.partition("=")[0] for count in counts)}
 
 
 def follow_topics(

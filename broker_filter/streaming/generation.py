@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from broker_filter.config import Model, Service
+from broker_filter.config import Input, Model, Service
 from broker_filter.packets.decode import Decoder
-from broker_filter.packets.schemas.registry import SchemaRegistry
+from broker_filter.packets.schemas.registry import SchemaRegistry, open_registry
 from broker_filter.packets.schemas.registry_client import no_beat
 from broker_filter.scoring.bundle import Bundle
 from broker_filter.scoring.scorer import Model as LoadedModel
@@ -45,6 +45,14 @@ class Generation:
     router: Router
     drift: DriftMonitor
     """Compares the alerts of the last day with those that the bundles of `scorer` record."""
+
+
+def open_input_schemas(source: Input, waiting: Callable[[], None] = no_beat) -> SchemaRegistry:
+    """Return where the schemas of input packets are found. `waiting`: see RegistryClient."""
+    registry = source.schema_registry
+    return open_registry(
+        registry.location() if registry else None, drop_cache=source.schema_cache == "drop", waiting=waiting
+    )
 
 
 def open_generation(
