@@ -17,6 +17,7 @@ from confluent_kafka import KafkaException
 
 from broker_filter.config import Service
 from broker_filter.errors import BrokerFilterError, is_fault
+from broker_filter.file_stamp import Stamp, stamp
 from broker_filter.health import Health
 from broker_filter.kafka.client import explain
 from broker_filter.metrics import Metrics
@@ -32,9 +33,6 @@ RETRY_INTERVAL_S = 60.0
 or in the brokers."""
 
 log = logging.getLogger(__name__)
-
-Stamp = tuple[int, int, int]
-"""Modification time in nanoseconds, inode and size of a file."""
 
 
 class ChangedWhileReadError(BrokerFilterError):
@@ -125,7 +123,7 @@ class Reloader:
 
         The service file is not checked: it is read at once, so that its content belongs together.
         """
-        changed = {path for path, stamp in self._stamps().items() if stamp != self._read[path]} - {self._file.path}
+        changed = {path for path, now in self._stamps().items() if now != self._read[path]} - {self._file.path}
         if changed:
             raise ChangedWhileReadError(
                 f"{', '.join(map(str, sorted(changed)))} changed during the reload: reload again when all files are in "
@@ -142,16 +140,7 @@ class Reloader:
         self._metrics.count_reload(failed=True)
 
     def _stamps(self) -> dict[Path, Stamp | None]:
-        return {path: _stamp(path) for path in self._paths}
-
-
-def _stamp(path: Path) -> Stamp | None:
-    """Return the stamp of the file that a path or symbolic link leads to; None if there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ino, status.st_size
+        return {path: stamp(path) for path in self._paths}
 
 
 def _files(service: ResolvedService) -> Iterator[Path]:

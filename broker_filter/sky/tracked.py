@@ -7,9 +7,10 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from broker_filter.errors import USAGE, BrokerFilterError
+from broker_filter.file_stamp import stamp
 
 log = logging.getLogger(__name__)
 
@@ -28,14 +29,6 @@ class SkyFileError(BrokerFilterError, ValueError):
     exit_status = USAGE
 
 
-class _Signature(NamedTuple):
-    """What of a file changes when the file is replaced or written."""
-
-    mtime_ns: int
-    size: int
-    inode: int
-
-
 class TrackedFile(Generic[Content]):
     """A file and its content. The content is immutable; `look` replaces it by another. Not thread-safe."""
 
@@ -43,7 +36,7 @@ class TrackedFile(Generic[Content]):
         """Read the file. `read`: makes the content from the path and the bytes. Raises SkyFileError."""
         self.path = path
         self._read = read
-        self._seen = self._current = _signature(path)
+        self._seen = self._current = stamp(path)
         self.content, self.sha256 = self._load()
         self.error: SkyFileError | None = None
         """Why the file on disk was not taken over; None if `content` is what the file holds."""
@@ -55,7 +48,7 @@ class TrackedFile(Generic[Content]):
         looks in succession find it the same. If the file cannot be used, the content stays, and the error is logged
         once.
         """
-        before, self._seen = self._seen, _signature(self.path)
+        before, self._seen = self._seen, stamp(self.path)
         if self._seen == self._current:
             return
         settled = self._seen is not None and time.time() - self._seen.mtime_ns / 1e9 > SETTLED_S
@@ -74,15 +67,6 @@ class TrackedFile(Generic[Content]):
     def _load(self) -> tuple[Content, str]:
         data = _read_bounded(self.path)
         return self._read(self.path, data), hashlib.sha256(data).hexdigest()
-
-
-def _signature(path: Path) -> _Signature | None:
-    """Return the signature of a file; None if there is none."""
-    try:
-        found = path.stat()
-    except (OSError, ValueError):  # ValueError: a null character in the name
-        return None
-    return _Signature(found.st_mtime_ns, found.st_size, found.st_ino)
 
 
 def _read_bounded(path: Path) -> bytes:

@@ -19,6 +19,7 @@ from pathlib import Path
 from threading import Lock
 
 from broker_filter.errors import USAGE, BrokerFilterError
+from broker_filter.file_stamp import Stamp, stamp
 from broker_filter.scoring.labels import CLASS_NAME, UNLABELLED_TEXTS
 
 REAL, BOGUS = "real", "bogus"
@@ -86,7 +87,7 @@ class LabelTable:
         self._file = file
         self._lock = Lock()
         self._labels: dict[int, Label] = {}
-        self._seen: tuple[int, int] | None = None
+        self._seen: Stamp | None = None
         if file.exists():
             self._read()
         elif not file.resolve().parent.is_dir():
@@ -108,19 +109,19 @@ class LabelTable:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         stored = replace(label, object_id=object_id, note=one_line(label.note), labelled_at=now)
         with self._lock:
-            if self._file.exists() and self._seen != _signature(self._file):
+            if (present := stamp(self._file)) and present != self._seen:
                 self._read()
             labels = {**self._labels, stored.alert_id: stored}
             if stored.says_nothing:
                 del labels[stored.alert_id]
             _write(self._file, list(labels.values()))
             self._labels = labels
-            self._seen = _signature(self._file)
+            self._seen = stamp(self._file)
         return stored
 
     def _read(self) -> None:
-        signature = _signature(self._file)
-        if signature[1] > MAX_FILE_BYTES:
+        seen = stamp(self._file)
+        if seen and seen.size > MAX_FILE_BYTES:
             raise LabelFileError(f"{self._file}: more than {MAX_FILE_BYTES} bytes are no table of labels")
         with self._file.open(newline="", encoding="utf-8") as file:
             try:
@@ -136,7 +137,7 @@ class LabelTable:
                     f"{self._file}: line {rows.line_num} is not a label ({error}); mend or move the file"
                 ) from error
         self._labels = {label.alert_id: label for label in labels}  # the last label of an alert wins
-        self._seen = signature
+        self._seen = seen
 
 
 def one_line(text: str) -> str:
@@ -152,12 +153,6 @@ def _parsed(row: dict[str, str]) -> Label:
     if row["interesting"] not in ("true", "false"):
         raise ValueError(f"interesting is {row['interesting'][:20]!r}, not true or false")
     return Label(**{**row, "alert_id": int(row["alert_id"]), "interesting": row["interesting"] == "true"})  # type: ignore[arg-type]
-
-
-def _signature(file: Path) -> tuple[int, int]:
-    """Return what changes with the content of a file: its time of modification in ns, and its size."""
-    state = file.stat()
-    return state.st_mtime_ns, state.st_size
 
 
 def _write(file: Path, labels: Sequence[Label]) -> None:
