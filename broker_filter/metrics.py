@@ -28,13 +28,13 @@ from prometheus_client import (
 from broker_filter import __version__
 from broker_filter.packets.batch import PLANES, Survey
 from broker_filter.packets.rejects import RejectReason
-from broker_filter.streaming.account import Account, Writer
+from broker_filter.streaming.account import Account, AlertSchema
 from broker_filter.streaming.scored import LeftOut
 
 if TYPE_CHECKING:
     from broker_filter.streaming.drift import Drift
     from broker_filter.streaming.filters import FilterState
-    from broker_filter.streaming.shadow import Outcome
+    from broker_filter.streaming.shadow import ShadowOutcome
 
 STAGE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 """Bucket limits in seconds: from a batch of a few alerts to a stage that is almost reported as stuck."""
@@ -337,7 +337,7 @@ class Metrics:
             for counter in (self._shadow_compared, self._shadow_difference, self._shadow_disagreeing):
                 counter.labels(name, version, label)
 
-    def count_shadow(self, outcome: Outcome) -> None:
+    def count_shadow(self, outcome: ShadowOutcome) -> None:
         """Count what a shadow model made of one batch."""
         name, version = outcome.model, outcome.version
         self._shadow_scored.labels(name, version).inc(outcome.scored)
@@ -406,11 +406,11 @@ class Metrics:
         records are counted as dead letters.
         """
         now = time.time()
-        writers: Tally[Writer] = Tally()
+        schemas: Tally[AlertSchema] = Tally()
         with self._consistent:
             self._transactions.labels("committed").inc()
             for account in accounts:
-                writers.update(account.writers)
+                schemas.update(account.schemas)
                 self._consumed.inc(account.consumed)
                 self._scored.inc(account.scored)
                 self._duplicates.inc(account.duplicates)
@@ -431,8 +431,8 @@ class Metrics:
                     self._rejected.labels(reason.value).inc(n)
                 rejected = account.rejected.total()
                 self._unaccounted.inc(account.consumed - account.scored - account.duplicates - rejected)
-            for writer, n in writers.items():
-                self._count_writer(writer, n)
+            for schema, n in schemas.items():
+                self._count_schema(schema, n)
             if self._so_far["judged"]:
                 self._anomaly_rate.set(self._so_far["anomalous"] / self._so_far["judged"])
             for topic, n in published.items():
@@ -444,9 +444,9 @@ class Metrics:
             for exposed in account.exposed:
                 self._since_exposure.observe(max(0.0, now - exposed))
 
-    def _count_writer(self, writer: Writer, n: int) -> None:
-        """Count `n` alerts that were written with one schema. The first alert of a schema is logged."""
-        survey, version, fingerprint = writer
+    def _count_schema(self, schema: AlertSchema, n: int) -> None:
+        """Count `n` alerts that were written with a schema. The first alert of a schema is logged."""
+        survey, version, fingerprint = schema
         writers, versions = self._known_writers[survey], self._known_versions[survey]
         if fingerprint not in writers and len(writers) < MAX_WRITERS:
             writers.add(fingerprint)

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from broker_filter.metrics import MAX_VERSIONS, Metrics
 from broker_filter.packets.batch import Survey
 from broker_filter.packets.rejects import RejectReason
-from broker_filter.streaming.account import Account, Writer
+from broker_filter.streaming.account import Account, AlertSchema
 from broker_filter.streaming.drift import Drift
 
 
@@ -93,10 +93,10 @@ def test_revoked_partition_has_no_lag_series() -> None:
 
 def test_schemas_are_counted_by_version_with_a_bounded_number_of_labels() -> None:
     metrics = Metrics()
-    named = [Writer(Survey.LSST, f"11.{minor}", f"{minor:016x}") for minor in range(MAX_VERSIONS + 5)]
-    strange = [Writer(Survey.ZTF, 'x"} 1\n' * 9, "a" * 16), Writer(Survey.ZTF, "4.02", "b" * 16)]
+    named = [AlertSchema(Survey.LSST, f"11.{minor}", f"{minor:016x}") for minor in range(MAX_VERSIONS + 5)]
+    strange = [AlertSchema(Survey.ZTF, 'x"} 1\n' * 9, "a" * 16), AlertSchema(Survey.ZTF, "4.02", "b" * 16)]
     for writer in (*named, *named, *strange):
-        metrics.commit([Account(consumed=1, scored=1, writers=Counter({writer: 1}))], Counter(), "me.dead-letter")
+        metrics.commit([Account(consumed=1, scored=1, schemas=Counter({writer: 1}))], Counter(), "me.dead-letter")
 
     found = samples(metrics)
     assert found["broker_filter_decoded_alerts_total", "11.1", "lsst"] == 2

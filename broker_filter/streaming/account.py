@@ -23,7 +23,7 @@ REJECTED_AFTER_DECODING = frozenset({RejectReason.NO_MODEL_FOR_SURVEY, RejectRea
 """Reasons of rejects that are rows of the decoded batch. `Account.consumed` counts these rows already."""
 
 
-class Writer(NamedTuple):
+class AlertSchema(NamedTuple):
     """The schema that an alert was written with. `fingerprint`: the CRC-64-AVRO of the schema, 16 hex digits."""
 
     survey: Survey
@@ -50,7 +50,7 @@ class Account:
     survey."""
     unknown_version: Counter[Survey] = field(default_factory=Counter)
     """Decoded alerts, by survey, whose schema version the program does not know."""
-    writers: Counter[Writer] = field(default_factory=Counter)
+    schemas: Counter[AlertSchema] = field(default_factory=Counter)
     """Decoded alerts by the schema that they were written with."""
     fallbacks: Counter[Plane] = field(default_factory=Counter)
     """Scored alerts, by plane, for which a model used a fallback: the survey publishes the plane, but it is absent or
@@ -74,7 +74,7 @@ class Account:
         self.anomalous += other.anomalous
         self.unjudged.update(other.unjudged)
         self.unknown_version.update(other.unknown_version)
-        self.writers.update(other.writers)
+        self.schemas.update(other.schemas)
         self.fallbacks.update(other.fallbacks)
         self.passed.update(other.passed)
         self.rejected.update(other.rejected)
@@ -98,9 +98,9 @@ def account_packets(scored: ScoredBatch) -> list[Account]:
     accounts = [Account() for _ in scored.packets]
     exposed = exposure_times(scored.alerts).tolist()
     packet_index, duplicate = scored.alerts.packet_index.tolist(), scored.duplicate.tolist()
-    for k, writer in zip(packet_index, _writers(scored.alerts), strict=True):
+    for k, schema in zip(packet_index, _alert_schemas(scored.alerts), strict=True):
         accounts[k].consumed += 1
-        accounts[k].writers[writer] += 1
+        accounts[k].schemas[schema] += 1
     for i in rows_of_unknown_version(scored.alerts):
         accounts[packet_index[i]].unknown_version[Survey(int(scored.alerts.survey[i]))] += 1
     for i in scored.scored.tolist():
@@ -134,11 +134,11 @@ def account_packets(scored: ScoredBatch) -> list[Account]:
     return accounts
 
 
-def _writers(alerts: AlertBatch) -> Iterator[Writer]:
+def _alert_schemas(alerts: AlertBatch) -> Iterator[AlertSchema]:
     """Yield the schema that each alert was written with."""
     surveys = {int(survey): survey for survey in Survey}
     for survey, version, record in zip(alerts.survey.tolist(), alerts.schema_version, alerts.records, strict=True):
-        yield Writer(surveys[survey], version, record.schema.fingerprint)
+        yield AlertSchema(surveys[survey], version, record.schema.fingerprint)
 
 
 def exposure_times(alerts: AlertBatch) -> NDArray[np.float64]:

@@ -52,7 +52,7 @@ class Drift(NamedTuple):
     psi: float
 
 
-class Window:
+class DriftWindow:
     """The counts of alerts of one survey in the bins that a model's bundle records, over the last day."""
 
     def __init__(self, model: str, survey: Survey, recorded: SurveyDistribution, labels: Sequence[str]) -> None:
@@ -72,7 +72,7 @@ class Window:
         self._now = 0
         self._lock = threading.Lock()
 
-    def counts_as(self, other: Window) -> bool:
+    def counts_as(self, other: DriftWindow) -> bool:
         """Return whether both windows count the same values in the same bins."""
         return (self.model, self.survey, self.labels, self.quantities, self._bins) == (
             other.model,
@@ -141,13 +141,13 @@ class DriftMonitor:
         BundleError if a distribution is malformed.
         """
         self._clock = clock
-        self._windows: list[Window] = []
+        self._windows: list[DriftWindow] = []
         for model in models:
             for part in model.parts:
                 distribution = part.bundle.distribution()
                 for survey in part.surveys:
                     if distribution and (recorded := distribution.of_survey(survey)):
-                        self._windows.append(Window(model.name, survey, recorded, model.labels))
+                        self._windows.append(DriftWindow(model.name, survey, recorded, model.labels))
                     else:
                         log.info(NOT_RECORDED, model.name, model.version, survey)
 

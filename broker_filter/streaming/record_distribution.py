@@ -34,7 +34,7 @@ SAMPLED = 200_000
 log = logging.getLogger(__name__)
 
 
-class Sample:
+class ThinnedRows:
     """Rows of numbers, of which every second one is dropped whenever there are more than 2 SAMPLED."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ def measure_distributions(
     `where`: selects the alerts; None selects all. A survey with fewer than LEAST_RECORDED alerts is left out with a
     warning.
     """
-    samples = {survey: Sample() for survey in model.surveys}
+    samples = {survey: ThinnedRows() for survey in model.surveys}
     for scored in batches:
         scores = next(one for one in scored.scores.models if one.model == model.name)
         passed = scores.taken & ~scored.duplicate & (where.evaluate(scored) if where else True)

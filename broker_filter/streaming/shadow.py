@@ -41,7 +41,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ShadowOutcome:
     """What one shadow model made of a batch, in numbers of alerts."""
 
     model: str
@@ -72,7 +72,7 @@ class ShadowScorer:
         self._clock = clock
         self._said: dict[tuple[str, str], float] = {}
 
-    def score(self, scored: ScoredBatch) -> tuple[ScoredBatch, list[Outcome]]:
+    def score(self, scored: ScoredBatch) -> tuple[ScoredBatch, list[ShadowOutcome]]:
         """Return the batch with the outputs of the shadow models, and the outcome of each model.
 
         The outputs of a model that failed are left out. No exception of a model is raised.
@@ -84,7 +84,7 @@ class ShadowScorer:
                 outcomes.append(_outcome(scores, scored))
                 outputs.append(scores)
             except Exception as error:  # whatever a model on trial does, the stream goes on
-                outcomes.append(Outcome(model.name, model.version, failed=len(scored.alerts)))
+                outcomes.append(ShadowOutcome(model.name, model.version, failed=len(scored.alerts)))
                 self._say(model, error)
         return replace(scored, shadows=tuple(outputs)), outcomes
 
@@ -99,7 +99,7 @@ class ShadowScorer:
             )
 
 
-def _outcome(shadow: ModelScores, scored: ScoredBatch) -> Outcome:
+def _outcome(shadow: ModelScores, scored: ScoredBatch) -> ShadowOutcome:
     counted = scored.scores.taken & ~scored.duplicate
     serving = {scores.model: scores for scores in scored.scores.models}
     differences = []
@@ -108,7 +108,7 @@ def _outcome(shadow: ModelScores, scored: ScoredBatch) -> Outcome:
         if name is not None:
             old = serving[name].probabilities[:, serving[name].labels.index(label)]
             differences.append(_difference(label, old[counted], shadow.probabilities[counted, c]))
-    return Outcome(
+    return ShadowOutcome(
         shadow.model, shadow.version, scored=int((counted & shadow.taken).sum()), differences=tuple(differences)
     )
 

@@ -29,7 +29,7 @@ ILLUSTRATED_TERMS = 10
 MISSING = "missing"
 
 
-class Sample:
+class RandomExamples:
     """A random sample of at most `size` alerts, each with the same chance, the same in every run."""
 
     def __init__(self, size: int) -> None:
@@ -50,7 +50,7 @@ class Sample:
 @dataclass(slots=True)
 class _TermTrial:
     term: Term
-    sample: Sample
+    sample: RandomExamples
     false: int = 0
     missing: int = 0
     alone: int = 0
@@ -70,10 +70,11 @@ class FilterTrial:
         self._limit = limit
         self._scored = self._passed = 0
         self._hours = np.zeros((HOURS, 2), np.int64)  # scored, passed
-        self._sample = Sample(examples)
+        self._sample = RandomExamples(examples)
         few = min(REMOVED_EXAMPLES, examples)
         self._terms = [
-            _TermTrial(term, Sample(few if k < ILLUSTRATED_TERMS else 0)) for k, term in enumerate(expression.terms)
+            _TermTrial(term, RandomExamples(few if k < ILLUSTRATED_TERMS else 0))
+            for k, term in enumerate(expression.terms)
         ]
 
     def add(self, scored: ScoredBatch) -> None:

@@ -22,11 +22,11 @@ from broker_filter.metrics import LossReason, Metrics
 from broker_filter.packets.batch import Survey
 from broker_filter.packets.rejects import RejectReason
 from broker_filter.simulate import simulate_night
-from broker_filter.streaming.account import Account, Writer
+from broker_filter.streaming.account import Account, AlertSchema
 from broker_filter.streaming.drift import Drift
 from broker_filter.streaming.filters import FilterState
 from broker_filter.streaming.scored import LeftOut
-from broker_filter.streaming.shadow import Difference, Outcome
+from broker_filter.streaming.shadow import Difference, ShadowOutcome
 
 from .conftest import MakePipeline, Packets, StartService, service_config
 
@@ -152,7 +152,7 @@ def faulty_service() -> Iterator[Metrics]:
             anomalous=1,
             unjudged=Counter({Survey.LSST: 1}),
             unknown_version=Counter({Survey.LSST: int(step >= NEW_SCHEMA_STEP)}),
-            writers=Counter({Writer(Survey.LSST, version, version): 10}),
+            schemas=Counter({AlertSchema(Survey.LSST, version, version): 10}),
             fallbacks=Counter({"psf": 1}),
             rejected=Counter({RejectReason.BAD_CUTOUT: 2}),
             left_out=Counter({LeftOut.TOO_LARGE: 1}),
@@ -164,7 +164,9 @@ def faulty_service() -> Iterator[Metrics]:
         metrics.abort()
         metrics.lose("ztf", LossReason.EXPIRED, 3)
         metrics.count_reload(failed=True)
-        metrics.count_shadow(Outcome("new", "1", scored=9, failed=1, differences=(Difference("real", 9, 0.5, 1),)))
+        metrics.count_shadow(
+            ShadowOutcome("new", "1", scored=9, failed=1, differences=(Difference("real", 9, 0.5, 1),))
+        )
         metrics.set_partitions({("ztf", 0): 60_000 + 1000 * step})
         metrics.set_filters([FilterState("bright", rate=0.9, over=True, paused=True)])
         metrics.set_filter_files({"targets.csv": True})

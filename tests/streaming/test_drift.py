@@ -16,11 +16,11 @@ from broker_filter.scoring.bundle import WEIGHTS, BundleError, open_bundle
 from broker_filter.scoring.distribution import QUANTITIES, Bins, SurveyDistribution, population_stability_index
 from broker_filter.scoring.scorer import Scorer
 from broker_filter.simulate import simulate_night
-from broker_filter.streaming.drift import BLOCK_S, BLOCKS, LEAST_ALERTS, DriftMonitor, Window
+from broker_filter.streaming.drift import BLOCK_S, BLOCKS, LEAST_ALERTS, DriftMonitor, DriftWindow
 from broker_filter.streaming.duplicates import DuplicateWindow
 from broker_filter.streaming.filtering import score_packets
 from broker_filter.streaming.record_distribution import (
-    Sample,
+    ThinnedRows,
     distribution_columns,
     measure_distributions,
     write_recorded,
@@ -155,7 +155,7 @@ def test_what_a_bundle_of_another_version_records_is_ignored(recorded: tuple[Sco
     bins = Bins(edges=(0.5,), counts=(60, 90, 0))
     for quantities in ({"snr": bins, "of_the_future": bins}, {}):
         other = SurveyDistribution(alerts=ALERTS, outputs={"of_the_future": bins}, quantities=quantities)
-        window = Window("default", Survey.ZTF, other, ("real",))
+        window = DriftWindow("default", Survey.ZTF, other, ("real",))
         for _ in range(REPEATS):
             window.count(0, scored, scored.scores.models[0])
         alerts, drifts = window.read(0)
@@ -165,7 +165,7 @@ def test_what_a_bundle_of_another_version_records_is_ignored(recorded: tuple[Sco
 
 def test_a_long_archive_is_sampled_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("broker_filter.streaming.record_distribution.SAMPLED", 50)
-    sample = Sample()
+    sample = ThinnedRows()
     for start in range(0, 1000, 7):
         sample.put(np.arange(start, min(start + 7, 1000), dtype=float)[:, None])
     rows = sample.rows()

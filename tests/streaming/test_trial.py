@@ -16,7 +16,7 @@ from broker_filter.pictures.filter_page import write_page
 from broker_filter.sky.files import SkyFiles
 from broker_filter.streaming.expressions import FIELDS, compile_filter
 from broker_filter.streaming.scored import ScoredBatch
-from broker_filter.streaming.trial import ILLUSTRATED_TERMS, REMOVED_EXAMPLES, FilterTrial, Sample
+from broker_filter.streaming.trial import ILLUSTRATED_TERMS, REMOVED_EXAMPLES, FilterTrial, RandomExamples
 
 NAN = float("nan")
 MIDNIGHT = 61096.0
@@ -115,7 +115,7 @@ def test_examples_are_a_random_sample_that_every_run_repeats(night: Night) -> No
     assert all(float(example.values["magpsf"].replace("missing", "99")) >= 19 for example in faint)
     chances = np.zeros(30)
     for seed in range(200):
-        sample = Sample(6)
+        sample = RandomExamples(6)
         sample._random = np.random.default_rng(seed)
         for start in range(0, 30, 10):
             sample.offer(batches[0].alerts, np.arange(start, start + 10), lambda _: {})
