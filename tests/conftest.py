@@ -11,11 +11,13 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
 import tarfile
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -77,7 +79,20 @@ def skip_without_kafka(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
+def list_operators_once() -> None:
+    """Make each later export to ONNX reuse the list of operators, which takes half a second of CPU to make.
+
+    It only has an effect if a test has imported the exporter, and with the versions that have this function.
+    """
+    interfaces = sys.modules.get("onnxscript._framework_apis")
+    for module in list(vars(interfaces).values()) if interfaces else ():
+        listing = getattr(module, "get_torchlib_ops", None)
+        if listing is not None and not hasattr(listing, "cache_info"):
+            module.get_torchlib_ops = cache(listing)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    list_operators_once()
     if item.get_closest_marker("kafka") and not (RUNNING_CLUSTER or apache_kafka()):
         skip_without_kafka(f"{NO_KAFKA}; or KAFKA_BOOTSTRAP_SERVERS")
 
