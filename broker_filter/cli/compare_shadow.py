@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +137,7 @@ def _packets(arguments: argparse.Namespace) -> Iterator[Packet]:
 def _compare(packets: Iterator[Packet], registry: SchemaRegistry, comparison: Comparison, limit: int) -> int:
     """Add records to a comparison until it has `limit` alerts. Returns the number of packets that were read."""
     from broker_filter.console import progress
+    from broker_filter.packets.alert_rows import in_batches
     from broker_filter.packets.decode import Decoder
     from broker_filter.packets.rejects import Reject
 
@@ -145,7 +145,7 @@ def _compare(packets: Iterator[Packet], registry: SchemaRegistry, comparison: Co
     first: Reject | None = None
     n_read = n_unreadable = 0
     with progress("Comparing") as advance:
-        while comparison.alerts < limit and (batch := list(islice(packets, PACKETS_AT_A_TIME))):
+        for batch in in_batches(packets, PACKETS_AT_A_TIME):
             for found in _read(batch, decoder, registry):
                 if isinstance(found, Reject):
                     first, n_unreadable = first or found, n_unreadable + 1
@@ -153,6 +153,8 @@ def _compare(packets: Iterator[Packet], registry: SchemaRegistry, comparison: Co
                     comparison.add(*found)
             n_read += len(batch)
             advance(len(batch))
+            if comparison.alerts >= limit:
+                break
     if first:
         log.warning(
             "%d records are left out because they cannot be read, such as %s: %s: %s",

@@ -30,6 +30,7 @@ DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8010
 DEFAULT_KEEP, MAX_KEEP = 20_000, 1_000_000
 """Alerts that are kept. Packets of ZTF take 50 kB each in temporary files, so 20,000 take 1 GB."""
 DEFAULT_NEWEST = 2_000
+PACKETS_AT_A_TIME = 64
 DEFAULT_RATE = 0.01
 END_S = 5.0
 """How long the end of the command waits for the thread that reads."""
@@ -216,12 +217,13 @@ def _sources(
 
     Raises the errors of `read_packets` and `kafka_properties`.
     """
+    from broker_filter.packets.alert_rows import in_batches
     from broker_filter.streaming.archives import read_packets
-    from broker_filter.watch.feed import in_batches
 
     sources: list[Iterable[Sequence[Packet]]] = []
     if arguments.inputs:
-        sources.append(in_batches(read_packets(arguments.inputs, wanted=reader.fields)))
+        packets = iter(read_packets(arguments.inputs, wanted=reader.fields))  # rows of tables as packets, to be kept
+        sources.append(in_batches(packets, PACKETS_AT_A_TIME))
     if arguments.topic:
         from broker_filter.kafka.topic_reader import follow_topics
 

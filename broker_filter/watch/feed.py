@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Collection, Iterable, Sequence
 
 from broker_filter.errors import BrokerFilterError
 from broker_filter.packets.packet import Packet
@@ -15,17 +14,10 @@ from broker_filter.packets.schemas.registry_client import RegistryUnavailable
 from broker_filter.watch.reading import AlertReader
 from broker_filter.watch.store import AlertStore, Content, Facts
 
-AT_A_TIME = 64
 RETRY_S = 2.0
 """Time until a schema is asked for again at a registry that did not answer."""
 
 log = logging.getLogger(__name__)
-
-
-def in_batches(packets: Iterable[Packet]) -> Iterator[list[Packet]]:
-    """Yield packets in lists of at most AT_A_TIME."""
-    waiting = iter(packets)
-    return iter(lambda: list(islice(waiting, AT_A_TIME)), [])
 
 
 class Feed:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from broker_filter.kafka.client import KafkaSetupError
+from broker_filter.packets.alert_rows import in_batches
 from broker_filter.packets.packet import Packet
 from broker_filter.packets.rejects import Reject, RejectReason
 from broker_filter.packets.schemas.registry import SchemaRegistry, open_registry
@@ -21,7 +22,7 @@ from broker_filter.packets.schemas.writer_schema import WriterSchema
 from broker_filter.scoring.scorer import Scorer
 from broker_filter.simulate import SCHEMAS, simulate_night
 from broker_filter.watch.detail import STRIP_SIZE, Details, strip
-from broker_filter.watch.feed import Feed, in_batches
+from broker_filter.watch.feed import Feed
 from broker_filter.watch.reading import AlertReader, Scoring
 from broker_filter.watch.store import AlertStore, Content, Facts
 
@@ -174,7 +175,7 @@ def test_a_registry_that_does_not_answer_is_waited_for(monkeypatch: pytest.Monke
     registry = LateRegistry(open_registry(SCHEMAS))
     packets = [Packet(alert.packet) for alert in simulate_night(2, 1, "lsst")]
     with closing(AlertStore(10)) as store:
-        feed = Feed([in_batches(packets)], AlertReader(registry), store, stop=threading.Event())
+        feed = Feed([in_batches(packets, 10)], AlertReader(registry), store, stop=threading.Event())
         feed.start()
         feed.join(60)
         assert (feed.problem, len(store)) == ("", 2)
