@@ -175,10 +175,7 @@ def _read(
     alerts, rejects = decoder.decode(packets)
     for row, record in enumerate(alerts.records):
         identity, (magnitude, snr) = alerts.identity(row), alerts.metadata[row].tolist()
-        cutouts = tuple(
-            alerts.cutouts[row, k, y0 : y0 + height, x0 : x0 + width].copy()
-            for k, (y0, x0, height, width) in enumerate(alerts.cutout_box[row].tolist())
-        )
+        cutouts = tuple(pixels.copy() for pixels in alerts.stamps(row))  # views would keep the batch in memory
         alert = ComparedAlert(identity.alert_id or 0, identity.object_id or "", magnitude, snr, cutouts)
         yield alert, str(identity.survey), read_annotation(record.body, record.schema)
     for reject in rejects:

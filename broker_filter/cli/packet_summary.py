@@ -162,15 +162,11 @@ def _light_curve(alerts: AlertBatch) -> str:
 
 def _print_cutouts(console: Console, alerts: AlertBatch, unit: str) -> None:
     rows, images = [], []
-    for name, cutout, (y0, x0, height, width) in zip(
-        CUTOUTS, alerts.cutouts[0], alerts.cutout_box[0].tolist(), strict=True
-    ):
-        image = cutout[y0 : y0 + height, x0 : x0 + width].astype(
-            np.float64
-        )  # in float32, differences of large pixels would overflow
+    for name, pixels in zip(CUTOUTS, alerts.stamps(0), strict=True):
+        image = pixels.astype(np.float64)  # in float32, differences of large pixels would overflow
         finite = image[np.isfinite(image)]
         range_ = "  ".join(f"{value:.5g}" for value in (finite.min(), np.median(finite), finite.max()))
-        rows.append((name, f"{height} x {width} px", range_, unit, f"{image.size - finite.size}"))
+        rows.append((name, f"{image.shape[0]} x {image.shape[1]} px", range_, unit, f"{image.size - finite.size}"))
         images.append(image)
     _print_table(console, ("cutout", "size", "minimum, median, maximum", "unit", "not finite"), rows)
     if console.is_terminal and console.color_system:

@@ -192,6 +192,14 @@ class AlertBatch:
             raise KeyError(name)
         return self.metadata[:, self.columns.index(name)]
 
+    def stamps(self, i: int) -> tuple[NDArray[np.float32], ...]:
+        """Return the pixels of the stamps of alert `i` in the order of CUTOUTS, each float32[H, W], as views.
+
+        A stamp that is larger than the cutout is cut at its edges. A stamp that could not be used has no pixels.
+        """
+        boxes = self.cutout_box[i].tolist()
+        return tuple(self.cutouts[i, k, y0 : y0 + h, x0 : x0 + w] for k, (y0, x0, h, w) in enumerate(boxes))
+
     def identity(self, i: int) -> AlertIdentity:
         """Return the ids, time, position and band of alert `i` as plain Python values."""
         band = int(self.band[i])

@@ -114,9 +114,7 @@ def _title(feature: Mapping[str, Any]) -> str:
 def _cutouts(batch: AlertBatch, row: int, features: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield a figure for each cutout, with the cells of the first feature if it has cells."""
     cells = [source for source in features[0]["sources"] if "box" in source] if features else []
-    for k, name in enumerate(CUTOUTS):
-        y0, x0, height, width = batch.cutout_box[row, k].tolist()
-        pixels = batch.cutouts[row, k, y0 : y0 + height, x0 : x0 + width]
+    for name, pixels in zip(CUTOUTS, batch.stamps(row), strict=True):
         data = base64.b64encode(grey_png(pixels)).decode()
         scale = STAMP / max(batch.cutouts.shape[-1], 1)
         boxes = "".join(

@@ -13,7 +13,7 @@ from matplotlib.figure import SubFigure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
-from broker_filter.packets.batch import BANDS, CUTOUTS, UNKNOWN_BAND, AlertBatch, Measurement
+from broker_filter.packets.batch import BANDS, UNKNOWN_BAND, AlertBatch, Measurement
 from broker_filter.pictures.cutouts import BACKGROUND, FAINT, NOTHING, PANEL, TEXT, draw_cutout, printable
 
 COLOURS = ("#a371f7", "#3fb950", "#f85149", "#d29922", "#db6d28", "#bf8700")
@@ -74,10 +74,9 @@ def _draw_row(line: SubFigure, one: Shown) -> None:
     line.text(0.02, 0.90, name, fontsize=12, fontweight="bold", va="center", parse_math=False)
     line.text(0.02, 0.115, f"{identity.survey} {identity.alert_id}", fontsize=9, color=FAINT, va="center")
     line.text(0.362, 0.115, one.caption, fontsize=10, ha="right", va="center")
-    for k in range(len(CUTOUTS)):
+    for k, pixels in enumerate(alerts.stamps(i)):
         axes = line.add_axes((0.02 + 0.115 * k, 0.175, 0.112, 0.66))
-        y0, x0, height, width = alerts.cutout_box[i, k].tolist()
-        draw_cutout(axes, alerts.cutouts[i, k, y0 : y0 + height, x0 : x0 + width])
+        draw_cutout(axes, pixels)
     _draw_light_curve(line.add_axes((0.45, 0.22, 0.525, 0.70)), alerts, i, one.shares)
 
 

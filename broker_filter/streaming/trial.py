@@ -5,7 +5,7 @@ A trial changes nothing and publishes nothing. Its counts are sums over batches,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_filter.packets.batch import CUTOUTS, AlertBatch
+from broker_filter.packets.batch import AlertBatch
 from broker_filter.pictures.filter_page import HOURS, Example, FilterReport, TermReport
 from broker_filter.pictures.png import masked_png
 from broker_filter.sky.watchlist import NO_TARGET
@@ -127,7 +127,7 @@ def _hours(alerts: AlertBatch) -> NDArray[np.int64]:
 def _example(alerts: AlertBatch, row: int, values: Mapping[str, str]) -> Example:
     identity = alerts.identity(row)
     title = f"{identity.object_id or '?'}: {identity.survey} {identity.alert_id}"
-    return Example(title, values, tuple(_cutouts(alerts, row)))
+    return Example(title, values, tuple(masked_png(pixels) for pixels in alerts.stamps(row) if pixels.size))
 
 
 def _describe(expression: Expression, values: Mapping[str, Any], row: int) -> dict[str, str]:
@@ -147,10 +147,3 @@ def _said(value: Any) -> str:
     if isinstance(value, np.floating | float):
         return MISSING if np.isnan(value) else f"{value:.6g}"
     return MISSING if value is None else str(value)
-
-
-def _cutouts(alerts: AlertBatch, row: int) -> Iterator[bytes]:
-    for k in range(len(CUTOUTS)):
-        y0, x0, height, width = alerts.cutout_box[row, k].tolist()
-        if height and width:
-            yield masked_png(alerts.cutouts[row, k, y0 : y0 + height, x0 : x0 + width])

@@ -78,7 +78,7 @@ class Details:
         """Return the PNG of a cutout of an alert; None if it has none."""
         if cutout not in CUTOUTS or (batch := self._of(alert_id)) is None:
             return None
-        pixels = _pixels(batch, CUTOUTS.index(cutout))
+        pixels = batch.stamps(0)[CUTOUTS.index(cutout)]
         return masked_png(pixels) if pixels.size else None
 
     def strip(self, alert_id: int) -> bytes | None:
@@ -86,7 +86,7 @@ class Details:
         batch = self._of(alert_id)
         if batch is None or not batch.cutout_box[0, :, 2].any():
             return None
-        return shades_png(strip([_pixels(batch, k) for k in range(len(CUTOUTS))]))
+        return shades_png(strip(batch.stamps(0)))
 
     def _of(self, alert_id: int) -> AlertBatch | None:
         found = self._store.get(alert_id)
@@ -130,11 +130,6 @@ def strip(cutouts: Sequence[NDArray[np.float32]]) -> NDArray[np.uint8]:
         top, left = (STRIP_SIZE - sides[0]) // 2, (STRIP_SIZE - sides[1]) // 2 + k * (STRIP_SIZE + GAP)
         shades[top : top + sides[0], left : left + sides[1]] = masked_shades(pixels)[np.ix_(rows, columns)]
     return shades
-
-
-def _pixels(batch: AlertBatch, k: int) -> NDArray[np.float32]:
-    y0, x0, height, width = batch.cutout_box[0, k].tolist()
-    return batch.cutouts[0, k, y0 : y0 + height, x0 : x0 + width]
 
 
 def _points(batch: AlertBatch) -> list[dict[str, Any]]:
