@@ -5,7 +5,6 @@ Text of records is untrusted and is always escaped.
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from broker_filter.packets.batch import CUTOUTS
 from broker_filter.pictures.explanation_page import STYLE
-from broker_filter.pictures.png import grey_png
+from broker_filter.pictures.png import as_url, masked_png
 from broker_filter.streaming.comparison import BINS, Bin, ComparedOutput, EqualRate, Example
 
 WIDTH, HEIGHT = 420, 180
@@ -144,8 +143,7 @@ def _example(one: Example) -> str:
     facts = [f"magnitude {alert.magnitude:.2f}"] if math.isfinite(alert.magnitude) else []
     facts += [f"S/N {alert.snr:.1f}"] if math.isfinite(alert.snr) else []
     stamps = "".join(
-        f"<img width={STAMP} height={STAMP} alt={name} title={name} "
-        f"src='data:image/png;base64,{base64.b64encode(grey_png(pixels)).decode()}'>"
+        f"<img width={STAMP} height={STAMP} alt={name} title={name} src='{as_url(masked_png(pixels))}'>"
         for name, pixels in zip(CUTOUTS, alert.cutouts, strict=False)
         if pixels.size
     )

@@ -6,7 +6,6 @@ always escaped.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_filter.packets.batch import BANDS, CUTOUTS, UNKNOWN_BAND, AlertBatch, Measurement
-from broker_filter.pictures.png import grey_png
+from broker_filter.pictures.png import as_url, masked_png
 
 WIDTH, HEIGHT, MARGIN = 420, 150, 12
 """Size of a light curve and its margin, in CSS pixels."""
@@ -115,7 +114,6 @@ def _cutouts(batch: AlertBatch, row: int, features: Sequence[Mapping[str, Any]])
     """Yield a figure for each cutout, with the cells of the first feature if it has cells."""
     cells = [source for source in features[0]["sources"] if "box" in source] if features else []
     for name, pixels in zip(CUTOUTS, batch.stamps(row), strict=True):
-        data = base64.b64encode(grey_png(pixels)).decode()
         scale = STAMP / max(batch.cutouts.shape[-1], 1)
         boxes = "".join(
             f"<rect x={box[1] * scale:.1f} y={STAMP - (box[0] + box[2]) * scale:.1f} width={box[3] * scale:.1f} "
@@ -125,7 +123,7 @@ def _cutouts(batch: AlertBatch, row: int, features: Sequence[Mapping[str, Any]])
             for box in [cell["box"]]
         )
         yield (
-            f"<figure><svg width={STAMP} height={STAMP}><image href='data:image/png;base64,{data}' width={STAMP} "
+            f"<figure><svg width={STAMP} height={STAMP}><image href='{as_url(masked_png(pixels))}' width={STAMP} "
             f"height={STAMP} style='image-rendering:pixelated' />{boxes}</svg><figcaption>{name}</figcaption></figure>"
         )
 

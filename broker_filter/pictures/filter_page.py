@@ -5,13 +5,13 @@ It needs no JavaScript and no network. Text of packets is untrusted and is alway
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from broker_filter.packets.batch import CUTOUTS
+from broker_filter.pictures.png import as_url
 
 HOURS = 24
 BAR_WIDTH, BARS_HEIGHT = 26, 90
@@ -172,8 +172,7 @@ def _sheet(examples: Sequence[Example]) -> str:
 
 
 def _image(name: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode()
-    return f"<img alt='{name}' title='{name}' width={STAMP} height={STAMP} src='data:image/png;base64,{data}'>"
+    return f"<img alt='{name}' title='{name}' width={STAMP} height={STAMP} src='{as_url(png)}'>"
 
 
 def _values(values: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from base64 import b64encode
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +18,23 @@ UNUSABLE = 1e30
 """The least absolute value that marks a pixel without a measurement, beside NaN: ZTF writes 3.4e38."""
 MASKED = 255
 """The entry of the palette that is transparent, for pixels without a measurement."""
-
-
-def grey_png(pixels: NDArray[np.float32]) -> bytes:
-    """Return a PNG of pixels float32[H, W], with the first row at the bottom, as in FITS; NaN is black."""
-    return _encode(_stretched(pixels, 255)[::-1], b"", grey=True)
+BRIGHTEST = MASKED - 1
+"""The entry of the palette that is white."""
+BITS, INDEXED = 8, 3
+"""Bits of an entry, and the type of a picture with a palette, as the PNG header states them."""
 
 
 def masked_png(pixels: NDArray[np.float32]) -> bytes:
-    """Return a grey PNG of pixels float32[H, W], with the first row at the bottom; masked pixels are transparent."""
+    """Return a grey PNG of pixels float32[H, W], with the first row at the bottom, as in FITS.
+
+    Pixels without a measurement are transparent.
+    """
     return shades_png(masked_shades(pixels))
+
+
+def as_url(png: bytes) -> str:
+    """Return the address that holds a PNG, for a page in one file."""
+    return f"data:image/png;base64,{b64encode(png).decode()}"
 
 
 def masked_shades(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -35,7 +43,7 @@ def masked_shades(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
     Pixels without a measurement are NaN, infinite or beyond UNUSABLE, and do not move the stretch.
     """
     measured = np.isfinite(pixels) & (np.abs(np.nan_to_num(pixels)) < UNUSABLE)
-    shades = _stretched(np.where(measured, pixels, np.float32(np.nan)), MASKED - 1)
+    shades = _stretched(np.where(measured, pixels, np.float32(np.nan)))
     shades[~measured] = MASKED
     return shades
 
@@ -44,31 +52,28 @@ def shades_png(shades: NDArray[np.uint8]) -> bytes:
     """Return the PNG of shades uint8[H, W], with the first row at the bottom; MASKED is transparent."""
     levels = np.round(np.linspace(0, 255, MASKED)).astype(np.uint8)
     palette = np.repeat(np.append(levels, np.uint8(0)), 3).tobytes()
-    extra = _chunk(b"PLTE", palette) + _chunk(b"tRNS", b"\xff" * MASKED + b"\0")
-    return _encode(shades[::-1], extra, grey=False)
+    height, width = shades.shape
+    lines = b"".join(b"\0" + line.tobytes() for line in shades[::-1])
+    chunks = (
+        _chunk(b"IHDR", struct.pack(">2I5B", width, height, BITS, INDEXED, 0, 0, 0)),
+        _chunk(b"PLTE", palette),
+        _chunk(b"tRNS", b"\xff" * MASKED + b"\0"),
+        _chunk(b"IDAT", zlib.compress(lines)),
+        _chunk(b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def _stretched(pixels: NDArray[np.float32], brightest: int) -> NDArray[np.uint8]:
-    """Return pixels as shades from 0 to `brightest`, uint8[H, W]; NaN is 0."""
+def _stretched(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return pixels as shades from 0 to BRIGHTEST, uint8[H, W]; NaN is 0."""
     finite = pixels[np.isfinite(pixels)].astype(np.float64)
     sky = float(np.median(finite)) if len(finite) else 0.0
     noise = MAD_TO_SIGMA * float(np.median(np.abs(finite - sky))) if len(finite) else 0.0
     low = sky - SKY_SIGMAS * (noise or 1.0)
     high = max(float(np.percentile(finite, BRIGHT_PERCENTILE)) if len(finite) else 0.0, sky + 10 * (noise or 1.0))
     scaled = np.clip((np.nan_to_num(pixels, nan=low).astype(np.float64) - low) / (high - low), 0, 1)
-    shades: NDArray[np.uint8] = np.round(brightest * np.arcsinh(scaled / SOFTENING) / np.arcsinh(1 / SOFTENING)).astype(
-        np.uint8
-    )
-    return shades
-
-
-def _encode(shades: NDArray[np.uint8], extra: bytes, *, grey: bool) -> bytes:
-    """Return the PNG of shades uint8[H, W], as grey levels or as entries of the palette in the chunks `extra`."""
-    height, width = shades.shape
-    lines = b"".join(b"\0" + line.tobytes() for line in shades)
-    header = struct.pack(">2I5B", width, height, 8, 0 if grey else 3, 0, 0, 0)
-    body = (_chunk(b"IHDR", header), extra, _chunk(b"IDAT", zlib.compress(lines)), _chunk(b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+    shades: NDArray[np.float64] = BRIGHTEST * np.arcsinh(scaled / SOFTENING) / np.arcsinh(1 / SOFTENING)
+    return np.round(shades).astype(np.uint8)
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
