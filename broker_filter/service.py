@@ -173,15 +173,13 @@ class FilterService:
 
         Between two calls, the thread holds no batch and no generation in memory.
         """
-        if (item := self._next(self._decoded)) is None:
+        if (item := self._next(self._decoded, idle=lambda: self._look_at_files(self._generation))) is None:
             return False
         delivery, generation, decoded = item
         while not wait([decoded], TICK_S).done:
             self._check()
         alerts, rejects = decoded.result()
-        with self._scoring.watched():
-            if generation.files.look():
-                self._metrics.set_filter_files(generation.files.failed)
+        self._look_at_files(generation)
         while True:
             part, delivery = delivery.split(len(alerts.packets))
             with self._scoring.working():
@@ -203,6 +201,12 @@ class FilterService:
                 return True
             # To bound the memory, the decoder returned only a part of the batch. The rest is decoded now.
             alerts, rejects = self._decode(delivery, generation)
+
+    def _look_at_files(self, generation: Generation) -> None:
+        """Read the filters' files again if they have changed. Only the scoring thread may call this."""
+        with self._scoring.watched():
+            if generation.files.look():
+                self._metrics.set_filter_files(generation.files.failed)
 
     def _commit(self, sink: KafkaSink) -> None:
         arrived = 0
@@ -272,12 +276,14 @@ class FilterService:
             else:
                 return
 
-    def _next(self, queue: Queue[T]) -> T:
+    def _next(self, queue: Queue[T], idle: Callable[[], None] = lambda: None) -> T:
+        """Return the next item of a queue, and call `idle` from time to time while there is none."""
         while True:
             try:
                 return queue.get(timeout=TICK_S)
             except Empty:
                 self._check()
+                idle()
 
     def _retry(self, call: Callable[[], T], stage: Stage) -> T:
         """Repeat a call until the schema registry answers, and return the result of the call.

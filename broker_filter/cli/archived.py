@@ -23,7 +23,13 @@ class OverwriteError(UsageError):
 
 
 def keep_inputs(out: Path, inputs: Sequence[str | Path]) -> None:
-    """Raise OverwriteError if the file `out` is one of the inputs: writing it would destroy the input's alerts."""
+    """Refuse a file `out` that cannot be written, before the work begins.
+
+    Raises OverwriteError if `out` is one of the inputs, whose alerts would be lost, and UsageError if its folder does
+    not exist.
+    """
+    if not out.parent.is_dir():
+        raise UsageError(f"{out}: there is no folder {out.parent}")
     for given in inputs:
         if str(given) != STDIN and Path(given).resolve() == out.resolve():
             raise OverwriteError(f"{given} is an input and would be overwritten: choose another --out")

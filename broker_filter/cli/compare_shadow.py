@@ -109,6 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
     comparison = Comparison(arguments.label)
     n_read = _compare(_packets(arguments), registry, comparison, arguments.limit)
     compared = comparison.results(arguments.threshold)
+    if not n_read:
+        raise NoShadowError("no records: the topic, its part since --since, or the files are empty")
     if not compared:
         wanted = f" with the label {arguments.label}" if arguments.label else ""
         raise NoShadowError(

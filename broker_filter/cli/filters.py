@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("broker-filter: no alert could be scored", file=sys.stderr)
         return FAILED
     if over := [report.name for report in reports if report.over]:
-        print(f"broker-filter: too many alerts pass {', '.join(over)}", file=sys.stderr)
+        print(f"broker-filter: these filters pass more than their limit: {', '.join(over)}", file=sys.stderr)
         return FAILED
     return 0
 

@@ -172,8 +172,10 @@ class StoredPositions:
             raise PlaceError(f"{topic} is not an existing topic of `input.topics` ({known})")
         keys = [(name, number) for name in topics if topic in (None, name) for number in range(existing[name])]
         if partition is not None and (found := [key for key in keys if key[1] == partition]) != keys:
+            if not found and topic is None:
+                raise PlaceError(f"no topic of `input.topics` has a partition {partition}")
             if not found:
-                raise PlaceError(f"{topic or 'every topic'} has no partition {partition}")
+                raise PlaceError(f"{topic} has no partition {partition}")
             return found
         return keys
 

@@ -88,6 +88,8 @@ def read_targets(path: Path, data: bytes) -> Targets:
         raise
     except Exception as error:  # from damaged files, the libraries raise errors of many kinds
         message = " ".join(str(error).split())[:MOST_MESSAGE_CHARACTERS]
+        if "conversion error to double" in message:
+            raise SkyFileError(f"{path}: coordinates must be numbers in degrees: {message}") from None
         raise SkyFileError(f"{path}: not a readable table of targets: {message}") from None
     return table
 
@@ -149,6 +151,8 @@ def _from_text(path: Path, data: bytes) -> Targets:
     is_ecsv = data.startswith(ECSV_MAGIC)
     delimiter = max((*DELIMITERS, " ") if is_ecsv else DELIMITERS, key=line.count)
     columns = [column.strip() for column in next(csv.reader([line.rstrip("\r\n")], delimiter=delimiter), [])]
+    if not columns:
+        raise SkyFileError(f"{path}: the first line that does not begin with # must name the columns, and it is empty")
     chosen = _choose(path, columns)
     if is_ecsv:
         header = yaml.safe_load("".join(line.removeprefix("#").removeprefix(" ") for line in comments[1:]))

@@ -519,7 +519,7 @@ def _file_name(node: ast.expr) -> str:
     match node:
         case ast.Constant(value=str(name)) if name:
             return name
-    raise _refusal(node, 'the name of a file in quotes is needed here: near("targets.csv", 2.0)')
+    raise _refusal(node, 'the name of a file in quotes is needed here, such as "targets.csv" or "event.fits"')
 
 
 def _constant(node: ast.expr, what: str, largest: float) -> float:

@@ -52,7 +52,7 @@ def test_a_night_is_counted_and_drawn(
     assert f"\nfree: {share}, without a limit\n" in out
     assert out.count(" real > 0.5\n") == out.count(" magpsf < 19\n") == 2
     assert out.endswith(f"\n{page}\n")
-    assert "too many alerts pass limited\n" in err
+    assert "these filters pass more than their limit: limited\n" in err
     text = page.read_text()
     assert f"Alerts that pass: {min(passed, 12)} of {passed}, chosen at random" in text
 
@@ -72,7 +72,17 @@ def test_the_option_limits_filters_that_have_no_limit(
         assert "must be above 0 and at most 1" in capsys.readouterr().err
         return
     assert main(command) == status
-    assert f"too many alerts pass {too_many}\n" in capsys.readouterr().err
+    assert f"these filters pass more than their limit: {too_many}\n" in capsys.readouterr().err
+
+
+def test_a_page_in_a_missing_folder_is_refused_before_the_night_is_read(
+    simulated: Path, service: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["filters", "try", str(service), str(simulated), "--out", str(tmp_path / "none" / "night.html")]
+    assert main(command) == 2
+    printed = capsys.readouterr()
+    assert "there is no folder" in printed.err
+    assert printed.out == ""
 
 
 def test_a_night_within_the_limits_succeeds(simulated: Path, service: Path, capsys: pytest.CaptureFixture[str]) -> None:

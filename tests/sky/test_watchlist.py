@@ -174,7 +174,8 @@ def edited(path: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: path.write_bytes(b""), r"no column of right ascension \(`ra`\)"),
+        (lambda path: path.write_bytes(b""), "must name the columns, and it is empty"),
+        (lambda path: path.write_text("ra,dec\n10:20:30,+20:10:00\n"), "coordinates must be numbers in degrees"),
         (lambda path: path.write_text("name,ra,dec\n"), "no targets|not a readable table"),
         (lambda path: path.write_text("name,x,dec\na,1,2\n"), "ascension .*; the columns are: name, x, dec"),
         (lambda path: path.write_text("name,ra,y\na,1,2\n"), r"no column of declination \(`dec`\)"),
