@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from broker_filter.cli import main
 from broker_filter.local_kafka import embedded_broker
+from broker_filter.scoring.bundle import open_bundle
 
 from ..shadow_bundle import write_next_default
 from .conftest import MakePipeline, Packets, Pipeline, RunningService, alert, inputs
 
 SENT, AFTER = 120, 10
 """Packets with the shadow model, and after its promotion."""
+SERVING = open_bundle("default").card.version
 
 
 def test_a_shadow_is_tried_compared_and_promoted_while_the_service_goes_on(
@@ -49,7 +51,7 @@ def test_a_shadow_is_tried_compared_and_promoted_while_the_service_goes_on(
         assert service.end() == 0
         scored = pipeline.read("scored", expected=SENT + AFTER)
         versions = [one["version"] for record in scored for one in alert(record.value())["broker_filter"]["models"]]
-        assert Counter(versions) == {"3.1": SENT, "9.0": AFTER}
+        assert Counter(versions) == {SERVING: SENT, "9.0": AFTER}
         assert len(pipeline.read("shadow", expected=SENT)) == SENT
 
 
@@ -64,7 +66,7 @@ def outputs_of_records(pipeline: Pipeline) -> tuple[NDArray[np.float64], NDArray
         record = alert(one.value())
         assert record["broker_filter"]["models"] == models[record["alert_id"]][:1]
     marks = {tuple((model["version"], model["shadow"]) for model in pair) for pair in models.values()}
-    assert marks == {(("3.1", False), ("9.0", True))}
+    assert marks == {((SERVING, False), ("9.0", True))}
     old, new = np.array([[model["outputs"]["real"] for model in pair] for pair in models.values()]).T
     return old, new
 

