@@ -610,6 +610,8 @@ class Filter(ServiceSection):
     def _pauses_above_a_rate(self) -> Filter:
         if self.over_rate == "pause" and self.max_rate is None:
             raise ValueError("over_rate: pause needs a max_rate, above which the topic is paused")
+        if "max_rate_minutes" in self.model_fields_set and self.max_rate is None:
+            raise ValueError("max_rate_minutes needs a max_rate, which it is the window of")
         return self
 
     @field_validator("name")

@@ -92,6 +92,7 @@ def test_all_errors_are_reported_at_once_with_their_paths(tmp_path: Path) -> Non
         ("filters: [{name: positions, where: sso}]", "filters[0].name", "one of the service's own topics"),
         ("filters: [{name: a b, where: sso}]", "filters[0].name", "should match pattern"),
         ("filters: [{name: a, where: sso, over_rate: pause}]", "filters[0]", "needs a max_rate"),
+        ("filters: [{name: a, where: sso, max_rate_minutes: 5}]", "filters[0]", "needs a max_rate"),
         ("filters: [{name: a, where: sso, max_rate: 5}]", "filters[0].max_rate", "less than or equal to 1"),
         ("filters: [{name: a, where: true}]", "filters[0].where", "should be text; put it in quotes"),
         ("models: [default, default]", "models", "more than one bundle has the name default"),

@@ -145,7 +145,7 @@ def _move(arguments: argparse.Namespace, place: Place, *, back_only: bool) -> in
             return 0
         _print_change(standings, targets)
         again, skipped = moved_messages(standings, targets)
-        print(f"{len(targets)} positions change: {again} messages will be read again, {skipped} will be skipped")
+        print(f"{len(targets)} positions change: messages to read again: {again}, to skip: {skipped}")
         if arguments.dry_run:
             return 0
         if not arguments.yes and not _confirmed():

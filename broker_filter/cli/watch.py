@@ -158,6 +158,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("name files, or topics with --topic")
     if arguments.topic and not arguments.bootstrap_servers:
         raise UsageError("--topic needs --bootstrap-servers HOST:PORT")
+    if arguments.since and not arguments.topic:
+        raise UsageError("--since needs --topic")
     if arguments.reference and not arguments.model:
         raise UsageError("--reference needs --model: the bundle that made the reference set")
     require_files(arguments.reference, arguments.list)

@@ -71,7 +71,7 @@ def test_positions_are_moved_before_a_service_starts_and_kept_while_it_runs(
 
     run("set", *config, "--offset", "end", "--yes")
     before = time_of(12) - timedelta(milliseconds=1)
-    assert "2 positions change: 16 messages will be read again, 0 will be" in run(
+    assert "2 positions change: messages to read again: 16, to skip: 0" in run(
         "rewind", *config, "--to", before, "--dry-run"
     )
     assert [one["position"] for one in shown(run("show", *config, "--json"))] == [PER_PARTITION] * 2
