@@ -184,7 +184,7 @@ def test_table_may_be_written_into_the_folder_that_is_read(few: Path) -> None:
         (["{few}", "--out", "{tmp}/scores.xlsx"], "should end in .parquet, .avro, .jsonl, .csv, .ecsv, .fits"),
         (["{few}", "--out", "{tmp}/scores.fits", "--rejects", "{tmp}/rejects"], "should end in .parquet"),
         (["{few}", "--out", "{tmp}/scores.fits", "--rejects", "{tmp}/scores.fits"], "name two tables"),
-        (["{few}", "--out", "{tmp}/none/scores.avro"], "none/scores.partial.avro"),
+        (["{few}", "--out", "{tmp}/none/scores.avro"], "there is no folder"),
         (["{tmp}/none", "--out", "{tmp}/scores.avro"], "none: no such file"),
         (["{few}", "--model", "{tmp}/none", "--out", "{tmp}/scores.avro"], "not a bundle"),
         (["{few}", "--schema-registry", "{tmp}/none", "--out", "{tmp}/scores.avro"], "none"),

@@ -25,6 +25,7 @@ from broker_filter.packets.decode import Decoder
 from broker_filter.packets.packet import KafkaPosition, Packet
 from broker_filter.packets.schemas.registry import open_registry
 from broker_filter.packets.schemas.registry_client import RegistryUnavailable
+from broker_filter.scoring.bundle import open_bundle
 from broker_filter.scoring.scorer import open_model
 from broker_filter.scoring.scores import ModelScores
 from broker_filter.simulate import simulate_night
@@ -119,7 +120,8 @@ def test_a_new_version_beside_the_old_one_changes_no_record_of_the_serving_model
     assert difference.disagreeing == np.count_nonzero((new_real >= 0.5) != (old_real >= 0.5))
     assert difference.absolute > 0
     headers = {one.topic: dict(one.headers)["models"] for one in routed}
-    assert (headers["me.scored"], headers["me.shadow"]) == (b"default=3.1", b"default=3.1,default=9.0")
+    serving = f"default={open_bundle('default').card.version}"
+    assert (headers["me.scored"], headers["me.shadow"]) == (serving.encode(), f"{serving},default=9.0".encode())
 
     for i, one in enumerate(routed):
         if one.topic == "me.shadow":
