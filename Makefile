@@ -49,9 +49,9 @@ demo: $(VENV)/installed-demo
 
 test: lint suite
 
-# Four processes run the tests on two cores, because many tests wait for brokers. The tests of a file run in one
+# Three processes run the tests on two cores, because many tests wait for brokers. The tests of a file run in one
 # process, because each process starts its own brokers.
-SUITE := -n 4 --dist loadfile --no-loadscope-reorder
+SUITE := -n 3 --dist loadfile --no-loadscope-reorder
 
 # Tests that fail are run once more, by themselves, so that a broker that hangs on a busy machine fails no run. A test
 # that fails twice is an error; the first failure is shown in any case.
