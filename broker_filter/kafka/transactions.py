@@ -273,6 +273,9 @@ class Writer:
             # With the default, librdkafka 2.16 can wait for ever in send_offsets_to_transaction after an outage of all
             # brokers: it waits for a group coordinator that it has dropped from its list of brokers.
             "metadata.recovery.strategy": "none",
+            # With more requests in flight, the thread of librdkafka 2.16 that sends them polls its socket without a
+            # pause while it waits for answers. It takes a core from the service, and from a broker on the same machine.
+            "max.in.flight.requests.per.connection": 1,
         }
         own = {"transactional.id": transactional_id, "error_cb": error_log}
         self._producer = Producer({**defaults, **properties, **own}, logger=librdkafka_log)
