@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from broker_filter.cli.archived import keep_inputs
-from broker_filter.cli.kafka_options import add_kafka_options, kafka_properties
+from broker_filter.cli.kafka_options import add_kafka_options, check_topic_options, kafka_properties
 from broker_filter.cli.options import (
     INPUT_HELP,
     MOMENT_HELP,
@@ -95,10 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the page, print the summary, and return the exit status."""
     if bool(arguments.inputs) == bool(arguments.topic):
         raise UsageError("name files, or a topic with --topic")
-    if arguments.topic and not arguments.bootstrap_servers:
-        raise UsageError("--topic needs --bootstrap-servers HOST:PORT")
-    if arguments.since and not arguments.topic:
-        raise UsageError("--since needs --topic")
+    check_topic_options(arguments)
 
     from broker_filter.cli.comparison_page import write_page
     from broker_filter.packets.schemas.registry import open_registry

@@ -39,6 +39,14 @@ def add_kafka_options(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def check_topic_options(arguments: argparse.Namespace) -> None:
+    """Raise UsageError if one of `--topic`, `--bootstrap-servers` and `--since` lacks another one that it needs."""
+    if arguments.topic and not arguments.bootstrap_servers:
+        raise UsageError("--topic needs --bootstrap-servers HOST:PORT")
+    if arguments.since and not arguments.topic:
+        raise UsageError("--since needs --topic")
+
+
 def split_address(address: str) -> tuple[str, str]:
     """Return the bootstrap servers and the topic name of an address `kafka://...`. Raises AddressError."""
     bootstrap_servers, _, topic = address.removeprefix(TOPIC).partition("/")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from broker_filter.cli.extras import require_extra
-from broker_filter.cli.kafka_options import add_kafka_options, kafka_properties
+from broker_filter.cli.kafka_options import add_kafka_options, check_topic_options, kafka_properties
 from broker_filter.cli.options import (
     INPUT_HELP,
     MOMENT_HELP,
@@ -156,10 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
     require_extra("watch", "the page", "starlette", "uvicorn")
     if not arguments.inputs and not arguments.topic:
         raise UsageError("name files, or topics with --topic")
-    if arguments.topic and not arguments.bootstrap_servers:
-        raise UsageError("--topic needs --bootstrap-servers HOST:PORT")
-    if arguments.since and not arguments.topic:
-        raise UsageError("--since needs --topic")
+    check_topic_options(arguments)
     if arguments.reference and not arguments.model:
         raise UsageError("--reference needs --model: the bundle that made the reference set")
     require_files(arguments.reference, arguments.list)
